@@ -1,0 +1,1 @@
+"""PyTorch Lightning framework for research on learning from human feedback."""

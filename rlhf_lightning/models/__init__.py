@@ -1,0 +1,1 @@
+"""Language models as the stages use them: loaded, laid out, scored, sampled from and exported. No losses, no Trainer."""

@@ -1,0 +1,43 @@
+"""Random numbers by address: the number for (seed, episode, position) is a pure function of the three.
+
+The same episodes come out for any number of ranks, batch size, order of slots or point of resumption. The generator is
+Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), in int64 arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return four 32-bit words (in int64 tensors) for each counter, after ten rounds."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        # The products wrap in int64; their bits are right all the same, so masking after the shift gives the high word.
+        high0, low0 = (product0 >> 32) & LOW, product0 & LOW
+        high1, low1 = (product1 >> 32) & LOW, product1 & LOW
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, episodes: Tensor, positions: Tensor) -> Tensor:
+    """Return a number in (0, 1) for each (seed, episode, position), float64.
+
+    Args:
+        seed: seed of the run.
+        episodes: number of each episode, int64, shape (rows,).
+        positions: index of the token within each completion, int64, shape (rows,).
+    """
+    zeros = torch.zeros_like(positions)
+    counter = (episodes & LOW, (episodes >> 32) & LOW, positions & LOW, zeros)
+    high, low, _, _ = philox(counter, (seed & LOW, (seed >> 32) & LOW))
+    bits = (high >> 5) * 67108864 + (low >> 6)  # 53 random bits
+    return (bits.double() + 0.5) / 9007199254740992.0

@@ -1,0 +1,62 @@
+"""A stage hands over a Hugging Face folder: weights or adapter, tokenizer with its template, and where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.loading import BACKBONE_FILE, fingerprint
+from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+
+SCORE_BIAS = "score_bias"
+
+
+def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Write a policy so that AutoModelForCausalLM (or peft, for an adapter) loads it. Returns the folder."""
+    return _export(policy.model, tokenizer, Path(folder), policy.source, {})
+
+
+def export_reward_model(
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
+) -> Path:
+    """Write a reward model so that AutoModelForSequenceClassification loads it with the same scores.
+
+    That class reads the score at the last token that is not ``pad_token_id``, so the exported pad token must differ
+    from the end token. The score bias travels in config.json; ``LearnedScorer`` subtracts it.
+    """
+    return _export(reward_model.model, tokenizer, Path(folder), source, {SCORE_BIAS: reward_model.bias})
+
+
+def _export(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]
+) -> Path:
+    """Write everything beside the folder first, then swap it in, so that no reader sees half a model."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    config = unwrapped(model).config
+    config.pad_token_id = tokenizer.pad_token_id
+    config.use_cache = True
+    for name, value in facts.items():
+        setattr(config, name, value)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].base_model_name_or_path = source
+        model.save_pretrained(partial, selected_adapters=["default"])
+        config.save_pretrained(partial)
+    else:
+        model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    record = {"source": source, "fingerprint": fingerprint(source), **facts}
+    (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(folder)
+    return folder

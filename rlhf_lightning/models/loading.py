@@ -1,0 +1,249 @@
+"""From a name to a Hugging Face model: hub ids, folders, .gguf files, adapters and bare configs.
+
+Every folder that a stage hands over carries ``backbone.json``: what the weights were trained from. An adapter is valid on
+that very backbone only, and loading it anywhere else is an error rather than a silently different model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_lightning.models.scalar_head import initialise_head
+
+BACKBONE_FILE = "backbone.json"
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adaptation (Hu et al., 2106.09685): train ``B A`` of rank ``r`` beside each frozen weight.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by ``alpha / r``.
+        dropout: dropout on the adapter's input. Keep 0 for preference and RL stages, where ratios must start at 1.
+        targets: names of the layers to adapt, or "all-linear" for every linear layer but the head.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How weights are brought into memory.
+
+    Args:
+        from_scratch: draw new weights from the folder's config instead of reading any.
+        dtype: precision of the weights, "float32" or "bfloat16".
+        attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
+        activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        seed: seed of newly drawn weights.
+    """
+
+    from_scratch: bool = False
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    activation_checkpointing: bool = False
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision as torch names it.
+
+        Raises:
+            ValueError: ``dtype`` is neither "float32" nor "bfloat16".
+        """
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}: trainable weights are kept in 'float32' or 'bfloat16'")
+        return getattr(torch, self.dtype)
+
+
+def cache_folder() -> Path:
+    """Where converted models and preprocessed data are kept: $RLHF_CACHE, else ~/.cache/rlhf_lightning."""
+    return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf_lightning")
+
+
+def resolve_folder(name: str) -> str:
+    """Return a name that transformers loads: hub ids and folders as they are, a .gguf file converted once.
+
+    Raises:
+        FileNotFoundError: ``name`` looks like a path and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+        return str(converted_gguf(path))
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if name.count("/") == 0 and not name.startswith((".", "~")):
+            return name  # a hub id without an owner, such as "gpt2"
+        raise FileNotFoundError(f"there is no model folder {name}")
+    return name
+
+
+def converted_gguf(path: Path) -> Path:
+    """Convert a .gguf file to a folder of fp32 safetensors in the cache, once, and return the folder."""
+    stat = path.stat()
+    tag = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{path.stem}-{tag}"
+    if (folder / "config.json").is_file():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # The weights are dequantised now; what remains of the quantisation would make save_pretrained refuse them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return folder
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter rather than whole weights."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def fingerprint(folder: str) -> str | None:
+    """Identify weights by a sample of every tensor, rounded to bf16, so that loading in another precision keeps it.
+
+    Reads a few kilobytes whatever the model's size. None for names that are not local folders of safetensors.
+    """
+    digest, files = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                part = weights.get_slice(name)
+                shape = part.get_shape()
+                sample = part[: min(4, shape[0])] if shape else weights.get_tensor(name)
+                digest.update(f"{name}{shape}".encode())
+                digest.update(sample.flatten()[:64].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def load_hf_model(name: str, kind: type, settings: LoadSettings, **config_changes: Any) -> Any:
+    """Load or build a Hugging Face model of ``kind`` (AutoModelForCausalLM, AutoModelForSequenceClassification).
+
+    Raises:
+        FileNotFoundError: the folder has no weights and ``from_scratch`` was not asked for.
+    """
+    options: dict[str, Any] = dict(config_changes)
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    if settings.from_scratch:
+        config = AutoConfig.from_pretrained(name, **config_changes)
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            attention = {k: v for k, v in options.items() if k == "attn_implementation"}
+            return kind.from_config(config, dtype=settings.torch_dtype, **attention)
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise FileNotFoundError(
+            f"{name} has no weights (no .safetensors file): name a trained model's folder, or set from_scratch=true to "
+            "draw new weights from its config.json"
+        )
+    model, report = kind.from_pretrained(name, dtype=settings.torch_dtype, output_loading_info=True, **options)
+    missing = set(report["missing_keys"]) if report["missing_keys"] else set()
+    if any(key.startswith("score.") for key in missing):
+        initialise_head(model.score, model.config.hidden_size, settings.seed)
+        missing = {key for key in missing if not key.startswith("score.")}
+    if missing:
+        raise ValueError(f"{name} lacks weights for {', '.join(sorted(missing)[:3])}: it is not a whole {kind.__name__} model")
+    return model
+
+
+def load_base_of_adapter(folder: str, base: str | None = None) -> str:
+    """Return the backbone an adapter folder belongs to, checked by its fingerprint.
+
+    Raises:
+        FileNotFoundError: the backbone is not where it was when the adapter was trained.
+        ValueError: the backbone's weights are not those the adapter was trained on.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    name = resolve_folder(base or config["base_model_name_or_path"])
+    record = Path(folder) / BACKBONE_FILE
+    expected = json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
+    found = fingerprint(name)
+    if expected and found and expected != found:
+        raise ValueError(
+            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of {name} "
+            f"is {found[:8]}. Give the backbone it was trained on, or train the adapter anew"
+        )
+    return name
+
+
+def load_weights(name: str, kind: type, settings: LoadSettings, **config_changes: Any) -> Any:
+    """Load whole weights, merging an adapter folder into its backbone."""
+    if not is_adapter(name):
+        return load_hf_model(name, kind, settings, **config_changes)
+    model = load_hf_model(load_base_of_adapter(name), kind, settings, **config_changes)
+    return PeftModel.from_pretrained(model, name).merge_and_unload()
+
+
+def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | None = None) -> Any:
+    """Wrap a model with a trainable adapter, new or continued from an adapter folder.
+
+    A continued policy also keeps the adapter it started from, frozen under the name "reference".
+    """
+    if start_from is not None:
+        model = PeftModel.from_pretrained(model, start_from, is_trainable=True)
+        model.load_adapter(start_from, adapter_name="reference", is_trainable=False)
+        model.set_adapter("default")
+        return model
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type=task_type,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+    )
+    return get_peft_model(model, config)
+
+
+def prepare_for_training(model: Any, settings: LoadSettings, dropout: float = 0.0) -> None:
+    """Set dropout, activation checkpointing and the padding embedding the way every stage needs them.
+
+    Dropout is off unless asked for: a policy that drops units gives a ratio other than 1 before any update. Embeddings
+    lose their ``padding_idx``: masks come from lengths, and where pad and end token share an id the end token's
+    embedding would silently never be trained.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not any(part in type(module).__module__ for part in ("peft",)):
+            module.p = dropout
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+
+
+def load_reward_hf_model(name: str, settings: LoadSettings, **config_changes: Any) -> Any:
+    """Load a model with a scalar head; a causal language model's folder gets a new head."""
+    return load_weights(name, AutoModelForSequenceClassification, settings, num_labels=1, **config_changes)

@@ -1,0 +1,65 @@
+"""A backbone with one number on top: reward models score a completion by it, critics value each state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.models.layout import Layout
+
+
+class ScalarModel(nn.Module):
+    """A transformer with a scalar head, as transformers' ``AutoModelForSequenceClassification(num_labels=1)``.
+
+    Args:
+        model: the Hugging Face model, possibly wrapped by peft. Its head is ``score``: hidden size -> 1, no bias.
+        bias: constant that scores are reported relative to (the mean score of the demonstrations), in score units.
+    """
+
+    def __init__(self, model: Any, bias: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.bias = bias
+
+    def forward(self, layout: Layout, per_token: bool = False) -> Tensor:
+        """Score each completion at its last token, or value the state before each completion token.
+
+        Args:
+            layout: sequences in rows.
+            per_token: return values, shape (completions, length), 0 under the mask, instead of scores.
+
+        Returns:
+            Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values.
+        """
+        hidden = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        wanted = hidden[layout.predictors if per_token else layout.last]
+        head = unwrapped(self.model).score
+        scalars = head(wanted.to(head_dtype(head))).float().squeeze(-1)
+        return layout.scatter(scalars) if per_token else scalars
+
+
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model itself, adapters included, without peft's outer wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: Any) -> nn.Module:
+    """The transformer below the head: token ids in, hidden states out."""
+    return unwrapped(model).base_model
+
+
+def head_dtype(head: nn.Module) -> torch.dtype:
+    """Precision of a head's weights; under autocast the product itself may still run lower."""
+    return next(head.parameters()).dtype
+
+
+def initialise_head(head: nn.Module, hidden_size: int, seed: int = 0) -> None:
+    """Draw the head from N(0, 1/(hidden_size + 1)), so that scores start near zero (Stiennon et al., 2009.01325)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in head.parameters():
+        values = torch.randn(parameter.shape, generator=generator) / math.sqrt(hidden_size + 1)
+        with torch.no_grad():
+            parameter.copy_(values if parameter.dim() > 1 else torch.zeros_like(values))

@@ -1,0 +1,1 @@
+"""The stages as LightningModules. No loss arithmetic here: forward -> functional -> log."""

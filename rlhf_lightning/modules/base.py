@@ -1,0 +1,412 @@
+"""What every stage shares: tokenizer, model, one way to take an optimizer step, counters, logging, checkpoints, export."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
+from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.types import Loss, Prompt, PromptBatch, Sequences, Step
+
+
+class Answer(NamedTuple):
+    """A sampled completion: its text, its token ids, the log-probability of each, whether it ended by itself."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class AlignmentModule(LightningModule):
+    """Base of every stage. One item of the DataLoader is one optimizer step, already cut into micro-batches.
+
+    Because the module sees a whole step at once it optimizes by hand: the loss of each micro-batch is its sum divided by
+    the count over all micro-batches and ranks, so how a batch was cut never changes a gradient, and a checkpoint always
+    lies between two steps.
+
+    Args:
+        init_from: hub id, model folder, adapter folder or .gguf file to start from.
+        tokenizer: hub id or folder of another tokenizer than the model's own.
+        chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
+        from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
+        lora: train a low-rank adapter on the frozen backbone; None trains every weight.
+        dtype: precision of the weights.
+        attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
+        activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        learning_rate: peak learning rate of AdamW.
+        betas: AdamW's decay rates of the two moments.
+        adam_eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay, on matrices alone.
+        lr_schedule: shape of the learning rate after warm-up, over the updates of the whole run.
+        warmup: updates of linear warm-up, or below 1 the share of all updates.
+        max_grad_norm: clip the gradient's global norm to this; None does not clip.
+        seed: seed of new weights and of sampling.
+    """
+
+    batch_type: ClassVar[type]
+    has_policy: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    batch_coupled: ClassVar[bool] = False
+    headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
+
+    def __init__(
+        self,
+        init_from: str,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        from_scratch: bool = False,
+        lora: LoraSettings | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
+        learning_rate: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "linear",
+        warmup: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+        self._set_hparams(plain(dict(self.hparams)))
+        self._hparams_initial = plain(dict(self.hparams))
+        self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
+        self.load_settings = LoadSettings(from_scratch, dtype, attn_implementation, activation_checkpointing, seed)
+        self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
+        self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
+        self.updates = self.episodes = self.tokens = self.rollouts = 0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._evaluation = Meter()
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that every part of the run uses, read on first use."""
+        if self._tokenizer is None:
+            name = self.tokenizer_name or resolve_folder(self.init_from)
+            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template)
+        return self._tokenizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The model this stage trains and hands over."""
+        raise AttributeError(f"{type(self).__name__} must define the property 'model'")
+
+    def load_models(self) -> None:
+        """Load the models of the stage and register the trained ones. Called once, before training or evaluation."""
+        raise AttributeError(f"{type(self).__name__} must define 'load_models'")
+
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """Models that serve training without being trained; kept off the module, out of checkpoints and optimizers."""
+        return ()
+
+    def configure_model(self) -> None:
+        """Load the models when Lightning asks for them; it asks again for validation and testing."""
+        if not self._models_loaded:
+            self.load_models()
+            self._models_loaded = True
+
+    _models_loaded = False
+
+    def setup(self, stage: str) -> None:
+        """Check that the data yields what this objective takes, before any weight is read.
+
+        Raises:
+            TypeError: the DataModule yields another kind of batch.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        offered = getattr(datamodule, "batch_types", None)
+        if offered is not None and stage != "predict" and self.batch_type not in offered:
+            names = " or ".join(sorted(kind.__name__ for kind in offered))
+            raise TypeError(
+                f"{type(self).__name__} takes {self.batch_type.__name__}s, but {type(datamodule).__name__} yields {names}"
+            )
+
+    def on_fit_start(self) -> None:
+        """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
+        self.train()
+        self._place_frozen_models()
+
+    def on_validation_start(self) -> None:
+        """Frozen models follow to the device when validation runs on its own."""
+        self._place_frozen_models()
+
+    def on_test_start(self) -> None:
+        """Frozen models follow to the device."""
+        self._place_frozen_models()
+
+    def _place_frozen_models(self) -> None:
+        for model in self.frozen_models():
+            model.to(self.device).eval()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave ragged batches on the CPU: they are laid out there, and only the layout moves."""
+        return batch
+
+    # -- optimization -------------------------------------------------------------------------------------------------
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps in one training step; on-policy modules take several from one rollout."""
+        return 1
+
+    def total_updates(self) -> int:
+        """Return the optimizer steps of the whole run, which the learning-rate schedule spans.
+
+        Counted from the data's plan: reading ``trainer.estimated_stepping_batches`` here would make the trainer throw away
+        the position that a resumed DataLoader has just been given.
+
+        Raises:
+            ValueError: neither ``max_epochs`` nor ``max_steps`` bounds the run and the schedule is not constant.
+        """
+        trainer = self.trainer
+        datamodule = getattr(trainer, "datamodule", None)
+        per_epoch = getattr(datamodule, "steps_per_epoch", None)
+        if per_epoch is None and getattr(trainer, "train_dataloader", None) is not None:
+            per_epoch = len(trainer.train_dataloader)
+        limit = trainer.limit_train_batches
+        bounds = []
+        if per_epoch is not None:
+            per_epoch = min(per_epoch, limit) if isinstance(limit, int) else int(per_epoch * limit)
+            if trainer.max_epochs is not None and trainer.max_epochs > 0:
+                bounds.append(per_epoch * trainer.max_epochs * self.updates_per_step)
+        if trainer.max_steps is not None and trainer.max_steps > 0:
+            bounds.append(trainer.max_steps)
+        if not bounds:
+            if self.lr_schedule == "constant":
+                return 1
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or trainer.max_steps")
+        return max(min(bounds), 1)
+
+    def learning_rate_factor(self, update: int) -> float:
+        """Return the share of ``learning_rate`` that the given update uses: warm-up, then the schedule."""
+        total = self._schedule_length
+        warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
+        progress = min((update - warmup) / max(total - warmup, 1), 1.0)
+        if self.lr_schedule == "linear":
+            return 1.0 - progress
+        if self.lr_schedule == "cosine":
+            return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * progress))))
+        return 1.0
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the trainable weights, vectors without decay, and the schedule stepped once per update."""
+        self._schedule_length = self.total_updates()
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
+        """Take one optimizer step.
+
+        Args:
+            losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
+                graph is freed before the next.
+            count: rows or tokens of the step over all ranks and micro-batches; the loss is the sum divided by it.
+
+        Returns:
+            Norm of the gradient before clipping.
+        """
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        # DDP averages gradients over ranks, so a sum over ranks needs the factor back.
+        scale = self.trainer.world_size / max(count, 1)
+        for index, loss in enumerate(losses):
+            last = index == len(losses) - 1
+            with contextlib.nullcontext() if last else self._without_gradient_sync():
+                self.manual_backward(loss() * scale)
+        norm = self._clip_gradients_by_norm()
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+        self.updates += 1
+        return norm
+
+    def _without_gradient_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Keep DDP from averaging gradients of all but the last micro-batch."""
+        strategy = self.trainer.strategy
+        block = getattr(strategy, "_backward_sync_control", None)
+        if block is None or self.trainer.world_size == 1:
+            return contextlib.nullcontext()
+        return block.no_backward_sync(strategy.model, enabled=True)
+
+    def _clip_gradients_by_norm(self) -> float:
+        """Clip and return the global norm; torch's own function also handles sharded gradients."""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def log_training(self, meter: Meter, **further: float) -> None:
+        """Log one training step's metrics at x = updates, on every rank alike, and the counters beside them."""
+        metrics = {f"train/{name}": value for name, value in meter.means(self.trainer.strategy).items()}
+        metrics |= {name if "/" in name else f"train/{name}": value for name, value in further.items()}
+        metrics["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]
+        self.log_dict(metrics | self.progress(), on_step=True, on_epoch=False)
+        self._log_x_axis()
+
+    def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a whole validation or test pass under ``prefix``."""
+        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
+        self._log_x_axis(on_step=False)
+
+    def _log_x_axis(self, on_step: bool = True) -> None:
+        """Tell Lightning's loggers the x-axis: updates, in every stage, where its default would count batches."""
+        self.log("step", float(self.updates), on_step=on_step, on_epoch=not on_step, logger=True)
+
+    def progress(self) -> dict[str, float]:
+        """How far the run is, in the units that runs are compared by."""
+        names = ("updates", "episodes", "tokens", "rollouts")
+        return {f"progress/{name}": float(getattr(self, name)) for name in names}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluation = Meter()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluation = Meter()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self.log_evaluation("val", self.evaluation_metrics())
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self.log_evaluation("test", self.evaluation_metrics())
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return the metrics of the evaluation that has just run."""
+        return self._evaluation.means(self.trainer.strategy)
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int = 0, first_episode: int = 0
+    ) -> list[Answer]:
+        """Sample one completion for each prompt from the policy."""
+        encoded = tuple(torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts)
+        return self.complete(encoded, torch.arange(first_episode, first_episode + len(encoded)), sampling, seed)
+
+    def complete(
+        self, prompts: Sequence[Tensor], episodes: Tensor, sampling: SamplingSettings, seed: int
+    ) -> list[Answer]:
+        """Sample one completion for each tokenized prompt from the policy."""
+        policy = self.model
+        if not isinstance(policy, CausalLM):
+            raise TypeError(f"{type(self).__name__} scores completions; it does not write them")
+        ends = tokenization.end_token_ids(self.tokenizer)
+        drawn = sample(policy, prompts, episodes, sampling, seed, ends)
+        return [
+            Answer(tokenization.completion_text(self.tokenizer, ids.tolist()), ids.tolist(), logprobs.tolist(), bool(done))
+            for ids, logprobs, done in zip(drawn.ids, drawn.logprobs, drawn.finished, strict=True)
+        ]
+
+    sampling = SamplingSettings()
+    """How ``predict`` samples; on-policy modules set their own."""
+
+    def predict_step(self, step: Step[PromptBatch], batch_idx: int) -> list[dict[str, Any]]:
+        """Answer each prompt: one row per completion with its summed log-probability."""
+        rows = []
+        for batch in step.micro_batches:
+            answers = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed)
+            for prompt, answer in zip(batch.texts, answers, strict=True):
+                logprob = sum(answer.logprobs)
+                rows.append({"prompt": prompt, "completion": answer.text, "logprob": logprob, "finished": answer.finished})
+        return rows
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the trained model as a Hugging Face folder that the next stage starts from."""
+        raise AttributeError(f"{type(self).__name__} must define 'export'")
+
+    def backbone_source(self) -> str:
+        """Return the folder or hub id of the frozen weights that an adapter of this run hangs on."""
+        name = resolve_folder(self.init_from)
+        return load_base_of_adapter(name) if is_adapter(name) else name
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the trainable weights alone: frozen ones are where they came from."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load trainable weights; a missing or unknown one is an error.
+
+        Raises:
+            RuntimeError: the checkpoint's trainable weights are not this module's.
+        """
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing, unknown = sorted(trainable - set(state_dict)), sorted(set(state_dict) - trainable)
+        if strict and (missing or unknown):
+            raise RuntimeError(
+                f"the checkpoint does not fit {type(self).__name__}: {len(missing)} trainable weights are missing "
+                f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counters: they address sampling and give TensorBoard's x-axis."""
+        checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the counters up where they were."""
+        for name, value in checkpoint["progress"].items():
+            setattr(self, name, value)
+
+
+def plain(value: Any) -> Any:
+    """Return hyper-parameters as plain types, which a checkpoint can hold and load without running code."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def as_loss(returned: Tensor | Loss) -> Loss:
+    """Accept an objective's bare values as well as a Loss."""
+    return returned if isinstance(returned, Loss) else Loss(returned)
+
+
+def layout_of(sequences: Sequences, device: torch.device) -> Any:
+    """Lay sequences out for the model and move them to the device."""
+    return padded_layout(sequences).to(device)

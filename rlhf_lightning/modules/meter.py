@@ -1,0 +1,50 @@
+"""Metrics of one optimizer step or one evaluation, summed over micro-batches and ranks before they are divided."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+
+class Meter:
+    """Weighted means that do not depend on how a batch was cut.
+
+    A mean of micro-batch means weighs a short micro-batch like a long one; here numerators and denominators travel
+    separately until the end. Every rank must add the same names.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add values of any shape, those under ``mask`` alone."""
+        values = values.detach().double()
+        weights = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+        values = torch.where(weights > 0, values, 0.0)
+        self._add(name, torch.stack([(values * weights).sum(), weights.sum()]))
+
+    def add_ratio(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
+        """Add a part of a quotient whose numerators and denominators sum, such as a loss over its tokens."""
+        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (numerator, denominator)])
+        self._add(name, pair)
+
+    def _add(self, name: str, pair: Tensor) -> None:
+        pair = pair.cpu()
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def forget(self, name: str) -> None:
+        """Drop what was added under ``name``."""
+        self._sums.pop(name, None)
+
+    def means(self, strategy: Strategy) -> dict[str, float]:
+        """Return the mean of each name over all that was added on all ranks. One collective for all of them."""
+        if not self._sums:
+            return {}
+        table = torch.stack(list(self._sums.values())).to(strategy.root_device)
+        if strategy.root_device.type == "mps":
+            table = table.float()
+        table = strategy.reduce(table, reduce_op="sum")
+        numerators, denominators = table.cpu().unbind(-1)
+        quotients = numerators / denominators.clamp_min(1e-12)
+        return dict(zip(self._sums, quotients.tolist(), strict=True))

@@ -1,0 +1,408 @@
+"""Stages that learn from their own samples: one training step is one rollout and all its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.functional.logprobs import kl_k1, masked_mean
+from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction, missing_eos_scores
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_reference
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
+from rlhf_lightning.types import Advantages, Loss, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
+
+
+class Statistics(NamedTuple):
+    """What the trainer's own forward says about sampled completions. Token tensors are (episodes, length)."""
+
+    completion_mask: Tensor
+    logprobs: Tensor
+    reference_logprobs: Tensor | None
+    values: Tensor | None
+    entropy: Tensor
+
+
+class OnPolicyModule(AlignmentModule):
+    """Base of the stages that sample, score and learn from what they sampled.
+
+    A family overrides ``shape_rewards``, ``advantages`` and ``policy_loss``; sampling, scoring, minibatches, KL control
+    and logging are here. The completions of episode e are a function of the weights, the seed and e alone.
+
+    Args:
+        scorer: what scores completions: a reward model's folder, an importable function
+            ``(prompts, completions, **columns) -> scores``, or a Scorer.
+        max_new_tokens: longest completion, tokens.
+        temperature: of sampling and of every log-probability.
+        sampling_batch_size: completions decoded side by side; None decodes a whole rollout at once.
+        ppo_epochs: passes over each rollout.
+        mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
+        micro_batch_size: episodes of one forward and backward pass on a rank; None takes the whole minibatch.
+        max_tokens: cells of one forward and backward pass, rows times the longest row; None does not bound them.
+        kl_coef: strength of the KL leash, reward units per nat.
+        kl_target: sequence KL that the coefficient is steered towards, nats; None keeps the coefficient fixed.
+        kl_horizon: episodes over which the coefficient may change by a fifth.
+        clip: how far the ratio policy / old policy may move from 1 before its gradient stops.
+        dual_clip: bound of the loss where the advantage is negative, in units of it; None does not bound.
+        entropy_coef: weight of the entropy bonus, reward units per nat.
+        early_stop_kl: leave a rollout's epochs once the approximate KL to the old policy exceeds 1.5 times this, nats
+            per token; None never does.
+        missing_eos_score: score of a completion that did not end by itself, in place of the scorer's; None keeps the
+            scorer's.
+        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+    """
+
+    batch_type = PromptBatch
+    needs_reference = True
+    headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
+
+    def __init__(
+        self,
+        scorer: Scorer | str,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        sampling_batch_size: int | None = None,
+        ppo_epochs: int = 4,
+        mini_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        max_tokens: int | None = None,
+        kl_coef: float = 0.05,
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
+        clip: float = 0.2,
+        dual_clip: float | None = None,
+        entropy_coef: float = 0.0,
+        early_stop_kl: float | None = None,
+        missing_eos_score: float | None = None,
+        missing_eos_penalty: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.scorer_spec = scorer
+        self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
+        if not self.sampling.is_pure:
+            raise ValueError(f"temperature is {temperature}: a policy gradient needs samples, so it must be positive")
+        self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
+        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+        self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
+        self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
+        self.early_stop_kl = early_stop_kl
+        self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
+        self._reference: tuple[CausalLM, ...] = ()
+        self._scorer: tuple[Scorer, ...] = ()
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> CausalLM:
+        """The policy."""
+        return self.policy
+
+    @property
+    def scorer(self) -> Scorer:
+        """What scores completions; loaded on first use."""
+        if not self._scorer:
+            self._scorer = (load_scorer(self.scorer_spec),)
+        return self._scorer[0]
+
+    def load_reference_and_scorer(self) -> None:
+        """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
+        if self.needs_reference and not self.policy.has_adapter:
+            self._reference = (load_reference(self.init_from, self.load_settings),)
+        self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
+
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """The reference, unless it lives in the policy as its backbone."""
+        return self._reference
+
+    def _place_frozen_models(self) -> None:
+        super()._place_frozen_models()
+        self.scorer.to(self.device)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one rollout: epochs times minibatches."""
+        episodes = self.trainer.datamodule.batch_size
+        return self.ppo_epochs * math.ceil(episodes / (self.mini_batch_size or episodes))
+
+    # -- one rollout --------------------------------------------------------------------------------------------------
+
+    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Collect one rollout and take all its updates."""
+        batch, meter = step.micro_batches[0], Meter()
+        rollout, entropy = self.collect(batch)
+        rewards = self.shape_rewards(rollout)
+        advantages = self.advantages(rollout, rewards)
+        self._measure_rollout(rollout, rewards, entropy, meter)
+        episodes, norm = step.rows, 0.0
+        for epoch in range(self.ppo_epochs):
+            stop = False
+            for rows in self._minibatches(batch.episodes, episodes, epoch):
+                norm = self._learn(rollout, advantages, rows, batch, meter)
+                stop = self._should_stop(meter)
+                if stop:
+                    break
+            if stop:
+                break
+        self.rollouts += 1
+        self.episodes += episodes
+        self.tokens += int(self._over_ranks(rollout.completion_mask.sum()))
+        self._log_rollout(meter, norm, episodes)
+
+    def collect(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        """Sample a completion for each prompt, score it, and take the statistics that its updates start from.
+
+        Returns:
+            The rollout, and the entropy of each token's distribution.
+        """
+        ends = tokenization.end_token_ids(self.tokenizer)
+        drawn = sample(self.policy, batch.prompts, batch.episodes, self.sampling, self.seed, ends)
+        sequences = Sequences(
+            prompts=batch.prompts,
+            completions=drawn.ids,
+            parents=tuple(range(len(drawn.ids))),
+            supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn.ids),
+        )
+        scores = self.score(sequences, batch)
+        scores = missing_eos_scores(scores, drawn.finished, self.missing_eos_penalty, self.missing_eos_score)
+        statistics = self.statistics(sequences)
+        device = statistics.logprobs.device
+        rollout = Rollout(
+            sequences=sequences,
+            completion_mask=statistics.completion_mask,
+            old_logprobs=statistics.logprobs,
+            reference_logprobs=statistics.reference_logprobs,
+            values=statistics.values,
+            scores=scores.to(device),
+            finished=drawn.finished.to(device),
+            group=batch.group.to(device),
+        )
+        return rollout, statistics.entropy
+
+    def score(self, sequences: Sequences, batch: PromptBatch) -> Tensor:
+        """Return the scorer's score of each completion, fp32, shape (episodes,), on the CPU.
+
+        Raises:
+            ValueError: the scorer returned another number of scores, or one that is not finite.
+        """
+        scorer = self.scorer
+        name = type(scorer).__name__ if not isinstance(self.scorer_spec, str) else f"scorer {self.scorer_spec!r}"
+        if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(self.tokenizer):
+            return checked_scores(scorer.score_sequences(sequences), len(sequences.completions), name)
+        texts = [tokenization.completion_text(self.tokenizer, ids.tolist()) for ids in sequences.completions]
+        return checked_scores(scorer(list(batch.texts), texts, **batch.columns), len(texts), name)
+
+    def statistics(self, sequences: Sequences) -> Statistics:
+        """Forward sampled completions as training will, without gradient, and put them on one grid."""
+        rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
+        collected: dict[str, Tensor] = {}
+        with inference_mode_of(self):
+            for cut in cut_rows(sequences.lengths, self.micro_batch_size, self.max_tokens):
+                layout = padded_layout(select(sequences, cut)).to(self.device)
+                for name, grid in self._forward_statistics(layout).items():
+                    if name not in collected:
+                        extra = grid.shape[1] - layout.completion_mask.shape[1]
+                        collected[name] = grid.new_zeros(rows, length + extra)
+                    collected[name][cut, : grid.shape[1]] = grid
+        return Statistics(
+            completion_mask=collected["completion_mask"],
+            logprobs=collected["logprobs"],
+            reference_logprobs=collected.get("reference_logprobs"),
+            values=collected.get("values"),
+            entropy=collected["entropy"],
+        )
+
+    def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
+        """Return what one forward of the policy, and one of the reference, say about a micro-batch."""
+        temperature = self.sampling.temperature
+        outputs = self.policy(layout, temperature, with_entropy=True)
+        grids = {"completion_mask": layout.completion_mask, "logprobs": outputs.logprobs, "entropy": outputs.entropy}
+        if self._reference:
+            grids["reference_logprobs"] = self._reference[0](layout, temperature).logprobs
+        elif self.needs_reference:
+            with self.policy.as_reference():
+                grids["reference_logprobs"] = self.policy(layout, temperature).logprobs
+        return grids
+
+    # -- override points ----------------------------------------------------------------------------------------------
+
+    def shape_rewards(self, rollout: Rollout) -> Tensor:
+        """Return the reward of each token, shape (episodes, length)."""
+        raise AttributeError(f"{type(self).__name__} must define 'shape_rewards'")
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
+        """Return the advantage of each token, and the critic's target where there is one."""
+        raise AttributeError(f"{type(self).__name__} must define 'advantages'")
+
+    def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
+        """Return one loss per token, shape (rows, length)."""
+        raise AttributeError(f"{type(self).__name__} must define 'policy_loss'")
+
+    def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
+        """Return the critic's loss per state, in families that have one."""
+        return Loss(torch.zeros_like(outputs.logprobs))
+
+    def policy_outputs(self, layout: Layout) -> Any:
+        """Forward the policy for an update."""
+        return self.policy(layout, self.sampling.temperature, with_entropy=self.entropy_coef != 0)
+
+    # -- updates ------------------------------------------------------------------------------------------------------
+
+    def _minibatches(self, episodes: Tensor, count: int, epoch: int) -> Iterator[list[int]]:
+        """Yield this rank's rows of each minibatch; the permutation is over all ranks' episodes."""
+        first = self.rollouts * count
+        generator = torch.Generator().manual_seed(hash((self.seed, self.rollouts, epoch)) % 2**63)
+        order = torch.randperm(count, generator=generator).tolist()
+        mine = {int(episode) - first: row for row, episode in enumerate(episodes)}
+        size = self.mini_batch_size or count
+        for start in range(0, count, size):
+            yield [mine[position] for position in order[start : start + size] if position in mine]
+
+    def _learn(
+        self, rollout: Rollout, advantages: Advantages, rows: list[int], batch: PromptBatch, meter: Meter
+    ) -> float:
+        """Take one optimizer step on some episodes of the rollout."""
+        sequences = rollout.sequences
+        tokens = float(self._over_ranks(rollout.completion_mask[rows].sum()))
+        lengths = [sequences.lengths[row] for row in rows]
+        cuts = [[rows[i] for i in cut] for cut in cut_rows(lengths, self.micro_batch_size, self.max_tokens)]
+        losses = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
+        return self.update(losses + self.further_losses(batch, tokens, meter), tokens)
+
+    def further_losses(self, batch: PromptBatch, tokens: float, meter: Meter) -> list[Callable[[], Tensor]]:
+        """Return losses on other text than the rollout's, each as a function, to be divided by ``tokens`` like the rest."""
+        return []
+
+    def _loss_sum(self, rollout: Rollout, advantages: Advantages, cut: list[int], meter: Meter) -> Tensor:
+        """Return the summed token losses of a micro-batch."""
+        layout = padded_layout(select(rollout.sequences, cut)).to(self.device)
+        mask, length = layout.completion_mask, layout.completion_mask.shape[1]
+        rows = torch.tensor(cut, device=self.device)
+        outputs = self.policy_outputs(layout)
+
+        def part(grid: Tensor | None) -> Any:
+            return None if grid is None else grid[rows, :length]
+
+        logprobs = PolicyLogprobs(
+            logprobs=outputs.logprobs,
+            old_logprobs=part(rollout.old_logprobs),
+            reference_logprobs=part(rollout.reference_logprobs),
+            entropy=outputs.entropy,
+            advantages=part(advantages.advantages),
+            completion_mask=mask,
+        )
+        policy = as_loss(self.policy_loss(logprobs))
+        total = torch.where(mask, policy.values, 0.0).sum()
+        meter.add("policy_loss", policy.values, mask)
+        for name, values in policy.metrics.items():
+            meter.add(name, values, mask)
+        if outputs.entropy is not None and self.entropy_coef:
+            total = total - self.entropy_coef * torch.where(mask, outputs.entropy, 0.0).sum()
+        further = self.critic_loss(layout, rows, rollout, advantages, outputs)
+        self._measure_update(logprobs, meter)
+        for name, values in further.metrics.items():
+            meter.add(name, values, mask if values.shape == mask.shape else None)
+        return total + further.values.sum()
+
+    def _should_stop(self, meter: Meter) -> bool:
+        """Whether the policy has moved far enough from the one that sampled; all ranks decide alike."""
+        if self.early_stop_kl is None:
+            return False
+        moved = meter.means(self.trainer.strategy)["last_approx_kl"]
+        meter.forget("last_approx_kl")
+        return moved > 1.5 * self.early_stop_kl
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        return self.trainer.strategy.reduce(value.double(), reduce_op="sum")
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def _measure_update(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
+        """Add how far the update has moved the policy from the one that sampled."""
+        now, old, mask = logprobs.logprobs.detach(), logprobs.old_logprobs, logprobs.completion_mask
+        moved = approx_kl(now, old)
+        meter.add("approx_kl", moved, mask)
+        if self.early_stop_kl is not None:
+            meter.add("last_approx_kl", moved, mask)
+        meter.add("clip_fraction", clip_fraction(now, old, logprobs.advantages, self.clip), mask)
+        meter.add("ratio", (now - old).exp(), mask)
+
+    def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
+        """Add what describes the rollout itself, before any update."""
+        mask = rollout.completion_mask
+        meter.add("rollout/score", rollout.scores)
+        meter.add("rollout/score_squared", rollout.scores.square())
+        meter.add("rollout/eos_rate", rollout.finished.double())
+        meter.add("rollout/completion_length", mask.sum(-1).double())
+        meter.add("rollout/entropy", entropy, mask)
+        meter.add("rollout/reward", rewards.sum(-1))
+        if rollout.reference_logprobs is not None:
+            meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
+
+    def _log_rollout(self, meter: Meter, norm: float, episodes: int) -> None:
+        """Log one rollout at x = updates, and steer the KL coefficient."""
+        means = meter.means(self.trainer.strategy)
+        rollout = {name: means.pop(name) for name in list(means) if name.startswith("rollout/")}
+        spread = rollout.pop("rollout/score_squared") - rollout["rollout/score"] ** 2
+        rollout["rollout/score_std"] = max(spread, 0.0) ** 0.5
+        means.pop("last_approx_kl", None)
+        self.log_training(Meter(), grad_norm=norm, kl_coef=self.kl_coef, **means, **rollout)
+        if self.kl_target is not None and "rollout/kl" in rollout:
+            new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)
+            self.kl_coef = float(new)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Sample and score held-out prompts, and measure the KL to the reference on them."""
+        for batch in step.micro_batches:
+            rollout, entropy = self.collect(batch._replace(episodes=-1 - batch.episodes))
+            self._measure_rollout(rollout, torch.zeros_like(rollout.old_logprobs), entropy, self._evaluation)
+
+    def test_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Sample and score test prompts."""
+        self.validation_step(step, batch_idx)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return held-out metrics without the rollout prefix."""
+        means = {name.removeprefix("rollout/"): value for name, value in super().evaluation_metrics().items()}
+        means.pop("reward", None)
+        if "score_squared" in means:
+            means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
+        return means
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the policy as a Hugging Face folder."""
+        return export_policy(self.policy, self.tokenizer, folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the KL coefficient with the counters."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["kl_coef"] = self.kl_coef
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the KL coefficient up again."""
+        super().on_load_checkpoint(checkpoint)
+        self.kl_coef = checkpoint["kl_coef"]
+
+
+def global_whiten_moments(module: AlignmentModule, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of the unmasked values over all ranks, scalars."""
+    strategy = module.trainer.strategy
+    count = strategy.reduce(mask.sum().double(), reduce_op="sum").clamp_min(1)
+    mean = strategy.reduce(torch.where(mask, values, 0.0).sum().double(), reduce_op="sum") / count
+    squares = torch.where(mask, (values - mean) ** 2, 0.0).sum().double()
+    variance = strategy.reduce(squares, reduce_op="sum") / count
+    return mean.to(values.dtype), variance.to(values.dtype)

@@ -1,0 +1,233 @@
+"""Proximal policy optimisation with a learned critic and a KL leash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import kl_k1, masked_whiten
+from rlhf_lightning.functional.policy_gradient import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    generalized_advantages,
+    rewards_after_end,
+    token_rewards,
+    value_clip_fraction,
+)
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.on_policy import OnPolicyModule, global_whiten_moments
+from rlhf_lightning.types import (
+    Advantages,
+    CriticValues,
+    Loss,
+    PolicyLogprobs,
+    PromptBatch,
+    Rollout,
+)
+
+
+class PPOModule(OnPolicyModule):
+    r"""Proximal policy optimisation: maximise E[score] - kl_coef * KL(policy || reference) with a learned critic.
+
+    Rewards are -kl_coef (log policy - log reference) per token, with the score added at the end token (Ziegler et al.,
+    1909.08593, Eq. 2); advantages are generalised advantage estimates, whitened over the rollout; the losses are the clipped
+    policy and value losses (Schulman et al., 1707.06347, Eq. 7 and 9), means over the tokens of a minibatch. Settings and
+    their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss is minus the
+    mean advantage, 0 after whitening.
+
+    Args:
+        critic: "separate" trains a network of its own, "shared" a zero-initialised head on the policy's trunk: one
+            forward for both.
+        critic_init: folder a separate critic starts from; None takes the reward model's folder where the scorer is one,
+            else the policy's.
+        value_coef: weight of the value loss.
+        value_clip: how far values may move from the rollout's before the larger loss counts; None does not clip.
+        gamma: discount per token.
+        lam: 0 trusts the critic, 1 the rewards to go.
+        whiten_advantages: give advantages zero mean and unit variance over the rollout.
+        whiten_rewards: give rewards unit variance over the rollout, keeping their mean.
+        reward_slot: where the score goes: "end" on the last completion token, "after_eos" on a slot of its own whose
+            state has read the end token (Huang et al.).
+        pretraining_coef: weight of the language-model loss on the data's ``pretraining`` text (PPO-ptx, InstructGPT); 27.8
+            there.
+
+    Raises:
+        ValueError: the scorer returns another number of scores than completions, or one that is not finite.
+    """
+
+    def __init__(
+        self,
+        scorer: Any,
+        critic: Literal["separate", "shared"] = "separate",
+        critic_init: str | None = None,
+        value_coef: float = 0.1,
+        value_clip: float | None = 0.2,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        whiten_advantages: bool = True,
+        whiten_rewards: bool = False,
+        reward_slot: Literal["end", "after_eos"] = "end",
+        pretraining_coef: float = 0.0,
+        missing_eos_score: float | None = -1.0,
+        learning_rate: float = 3e-6,
+        adam_eps: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            scorer=scorer,
+            missing_eos_score=missing_eos_score,
+            learning_rate=learning_rate,
+            adam_eps=adam_eps,
+            **kwargs,
+        )
+        if critic not in ("separate", "shared"):
+            raise ValueError(f"critic is {critic!r}: it must be 'separate' or 'shared'")
+        if reward_slot not in ("end", "after_eos"):
+            raise ValueError(f"reward_slot is {reward_slot!r}: it must be 'end' or 'after_eos'")
+        self.critic_kind, self.critic_init, self.reward_slot = critic, critic_init, reward_slot
+        self.value_coef, self.value_clip, self.gamma, self.lam = value_coef, value_clip, gamma, lam
+        self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
+        self.pretraining_coef = pretraining_coef
+        self.critic: ScalarModel | None = None
+
+    def load_models(self) -> None:
+        """Load policy and critic to train, reference and scorer frozen."""
+        self.policy = load_policy(
+            self.init_from, self.load_settings, self.lora, value_head=self.critic_kind == "shared"
+        )
+        self.load_reference_and_scorer()
+        if self.critic_kind == "separate":
+            self.critic = self._load_critic()
+
+    def _load_critic(self) -> ScalarModel:
+        """Load the critic from the reward model, its head included; from the policy it gets a head of zeros."""
+        start = self.critic_init
+        if start is None:
+            start = getattr(self.scorer, "folder", None) or self.init_from
+        model = load_reward_hf_model(resolve_folder(start), self.load_settings)
+        if start == self.init_from:
+            torch.nn.init.zeros_(model.score.weight)
+        prepare_for_training(model, self.load_settings)
+        return ScalarModel(model)
+
+    # -- override points ----------------------------------------------------------------------------------------------
+
+    def shape_rewards(self, rollout: Rollout) -> Tensor:
+        """Return the reward of each token: the KL leash, and the score at its slot."""
+        mask = rollout.completion_mask
+        kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs)
+        if self.reward_slot == "after_eos":
+            rewards, mask = rewards_after_end(rollout.scores, kl, mask, self.kl_coef)
+        else:
+            rewards = token_rewards(rollout.scores, kl, mask, self.kl_coef)
+        if not self.whiten_rewards:
+            return rewards
+        mean, variance = global_whiten_moments(self, rewards, mask)
+        return masked_whiten(rewards, mask, shift_mean=False, mean=mean, var=variance)
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
+        """Return generalised advantages, whitened over the tokens of all ranks, and the critic's targets."""
+        mask, values = self._value_mask(rollout), rollout.values
+        advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+        length = rollout.completion_mask.shape[1]
+        advantages = advantages[:, :length]
+        if self.whiten_advantages:
+            mean, variance = global_whiten_moments(self, advantages, rollout.completion_mask)
+            advantages = masked_whiten(advantages, rollout.completion_mask, mean=mean, var=variance)
+        return Advantages(advantages, returns)
+
+    def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
+        """Return the clipped policy loss of each token, shape (rows, length)."""
+        return clipped_policy_loss(
+            logprobs.logprobs, logprobs.old_logprobs, logprobs.advantages, self.clip, self.dual_clip
+        )
+
+    def value_loss(self, values: CriticValues) -> Tensor | Loss:
+        """Return the clipped value loss of each state, shape (rows, states)."""
+        return clipped_value_loss(values.values, values.old_values, values.returns, self.value_clip)
+
+    # -- the critic ---------------------------------------------------------------------------------------------------
+
+    def _value_layout(self, layout: Layout) -> Layout:
+        """The states that have a value: those before each token, and with ``after_eos`` the one after the end."""
+        return layout.with_end_state() if self.reward_slot == "after_eos" else layout
+
+    def _value_mask(self, rollout: Rollout) -> Tensor:
+        """True on states that have a value, shape (episodes, states)."""
+        mask = rollout.completion_mask
+        if self.reward_slot == "end":
+            return mask
+        slots = torch.arange(mask.shape[1] + 1, device=mask.device)
+        return slots <= mask.sum(-1, keepdim=True)
+
+    def policy_outputs(self, layout: Layout) -> Any:
+        """Forward the policy for an update, and the critic with it where the trunk is shared."""
+        shared = self._value_layout(layout) if self.critic is None else None
+        temperature, entropy = self.sampling.temperature, self.entropy_coef != 0
+        return self.policy(layout, temperature, with_entropy=entropy, value_layout=shared)
+
+    def _values(self, layout: Layout, shared_values: Tensor | None) -> Tensor:
+        """Return the critic's values of the layout's states."""
+        if self.critic is None:
+            assert shared_values is not None
+            return shared_values
+        return self.critic(self._value_layout(layout), per_token=True)
+
+    def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
+        grids = super()._forward_statistics(layout)
+        if self.critic is None:
+            grids["values"] = self.policy(layout, value_layout=self._value_layout(layout)).values
+        else:
+            grids["values"] = self._values(layout, None)
+        return grids
+
+    def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
+        """Return the value loss of each state, weighted."""
+        states = self._value_layout(layout)
+        mask, count = states.completion_mask, states.completion_mask.shape[1]
+        now = self._values(layout, outputs.values)
+        values = CriticValues(
+            values=now,
+            old_values=rollout.values[rows, :count],
+            returns=advantages.returns[rows, :count],
+            completion_mask=mask,
+        )
+        loss = as_loss(self.value_loss(values))
+        masked = torch.where(mask, loss.values, 0.0)
+        metrics = {"value_loss": masked[mask]}
+        if self.value_clip is not None:
+            clipped = value_clip_fraction(now.detach(), values.old_values, values.returns, self.value_clip)
+            metrics["value_clip_fraction"] = clipped[mask]
+        return Loss(self.value_coef * masked, metrics)
+
+    def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
+        super()._measure_rollout(rollout, rewards, entropy, meter)
+        if rollout.values is not None:
+            meter.add("rollout/value", rollout.values, self._value_mask(rollout))
+
+    # -- pretraining mix ----------------------------------------------------------------------------------------------
+
+    def further_losses(self, batch: PromptBatch, tokens: float, meter: Meter) -> list[Callable[[], Tensor]]:
+        """Return the language-model loss on the rollout's pretraining text, its mean over tokens weighted by the coefficient."""
+        if not self.pretraining_coef or batch.pretraining is None:
+            return []
+        sequences = batch.pretraining.sequences
+        count = float(self._over_ranks(torch.tensor(sum(int(mask.sum()) for mask in sequences.supervised))))
+        scale = self.pretraining_coef * tokens / max(count, 1.0)
+
+        def loss(rows: list[int]) -> Tensor:
+            layout = padded_layout(select(sequences, rows)).to(self.device)
+            negative = -self.policy(layout).logprobs
+            meter.add("pretraining_loss", negative, layout.completion_mask)
+            return scale * negative.sum()
+
+        return [partial(loss, cut) for cut in cut_rows(sequences.lengths, self.micro_batch_size, self.max_tokens)]

@@ -1,0 +1,158 @@
+"""Reward models from human rankings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import BinaryCalibrationError
+
+from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
+from rlhf_lightning.models.export import export_reward_model
+from rlhf_lightning.models.loading import add_lora, load_reward_hf_model, prepare_for_training, resolve_folder
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.types import RankedBatch, RankedScores, Step
+
+
+class RewardModule(OfflineModule):
+    r"""A scalar score per completion whose differences are the log-odds of a human's preference.
+
+    For a pair, loss = -p log sigmoid(d - m) - (1 - p) log sigmoid(-(d - m)) with d = score(chosen) - score(rejected),
+    p the probability that chosen is better (1 for a plain label) and m its rated margin (Bradley-Terry; Stiennon et al.
+    2009.01325, margins of Llama 2, 2307.09288). A ranked list counts the mean over its untied pairs, each completion
+    forwarded once (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2.
+
+    The score is a linear head on the last completion token's hidden state, drawn from N(0, 1/(hidden size + 1)).
+
+    Args:
+        centering: weight of (score(chosen) + score(rejected))^2, which keeps scores near zero (Eisenstein et al.,
+            2312.09244); 0.01 there.
+        normalise: after training, report scores relative to the mean score of the best-ranked training completions, so that
+            demonstrations score 0 on average (InstructGPT). The exported weights stay as trained; the bias travels in
+            the folder's config.json.
+    """
+
+    batch_type = RankedBatch
+    has_policy = False
+    headline_metrics = ("val/loss", "val/accuracy", "val/ece")
+
+    def __init__(
+        self,
+        centering: float = 0.0,
+        normalise: bool = True,
+        learning_rate: float = 9e-6,
+        adam_eps: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
+        self.centering, self.normalise = centering, normalise
+        self.calibration = BinaryCalibrationError(n_bins=20, norm="l1")
+
+    @property
+    def model(self) -> ScalarModel:
+        """The reward model."""
+        return self.reward_model
+
+    def load_models(self) -> None:
+        """Load the backbone and give it a scalar head where it has none."""
+        name = resolve_folder(self.init_from)
+        model = load_reward_hf_model(name, self.load_settings, pad_token_id=self.tokenizer.pad_token_id)
+        prepare_for_training(model, self.load_settings)
+        if self.lora is not None:
+            model = add_lora(model, self.lora, "SEQ_CLS")
+        self.reward_model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
+        self._best_scores = Meter()
+
+    def ranking_loss(self, scores: RankedScores) -> Tensor:
+        """Return one loss per group, shape (groups,). The override point of this family."""
+        return ranked_pairs_loss(
+            scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
+        )
+
+    def loss_sum(self, batch: RankedBatch, meter: Meter) -> Tensor:
+        """Return the summed losses of a micro-batch's groups."""
+        scores = self.reward_model(layout_of(batch.sequences, self.device))
+        group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)
+        parts = (batch.ranks, batch.target, batch.margin, batch.weights)
+        ranked = RankedScores(scores, group, *(part.to(self.device) for part in parts))
+        loss = as_loss(self.ranking_loss(ranked))
+        self._measure(ranked, loss.values, meter)
+        for name, values in loss.metrics.items():
+            meter.add(name, values)
+        return (loss.values * ranked.weights).sum()
+
+    def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
+        """Add accuracy (ties count as wrong), margins and calibration over all untied pairs."""
+        better, worse = untied_pairs(ranked.group, ranked.ranks)
+        margins = (ranked.scores[better] - ranked.scores[worse]).detach()
+        meter.add("loss", losses)
+        meter.add("accuracy", (margins > 0).double())
+        meter.add("score_margin", margins)
+        meter.add("score", ranked.scores)
+        meter.add("score_squared", ranked.scores.detach().square())
+        if torch.is_grad_enabled():
+            self._best_scores.add("score", ranked.scores[ranked.ranks == 0])
+        elif len(margins):
+            confidence = torch.sigmoid(margins.abs())
+            self.calibration.update(confidence, (margins > 0).long())
+            meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
+
+    def on_train_epoch_start(self) -> None:
+        """The demonstrations' mean is taken over the last epoch, when the scores have settled."""
+        self._best_scores = Meter()
+
+    def on_train_epoch_end(self) -> None:
+        """Set the bias that scores are reported relative to."""
+        means = self._best_scores.means(self.trainer.strategy)
+        if self.normalise and means:
+            self.reward_model.bias = means["score"]
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        super().on_validation_epoch_start()
+        self.calibration.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        super().on_test_epoch_start()
+        self.calibration.reset()
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return held-out metrics; ``ece`` bins the confidence max(p, 1-p), since chosen is always the label."""
+        means = super().evaluation_metrics()
+        if self.calibration.update_called:
+            means["ece"] = float(self.calibration.compute())
+        if "score_squared" in means:
+            means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
+        return means
+
+    def predict_step(self, step: Step[RankedBatch], batch_idx: int) -> list[dict[str, Any]]:
+        """Score each completion of each group."""
+        rows: list[dict[str, Any]] = []
+        for batch in step.micro_batches:
+            scores = self.reward_model(layout_of(batch.sequences, self.device)) - self.reward_model.bias
+            decode = self.tokenizer.decode
+            for row, (parent, score) in enumerate(zip(batch.sequences.parents, scores.tolist(), strict=True)):
+                prompt = decode(batch.sequences.prompts[parent].tolist(), skip_special_tokens=True)
+                completion = decode(batch.sequences.completions[row].tolist(), skip_special_tokens=True)
+                rows.append({"prompt": prompt, "completion": completion, "score": score, "rank": int(batch.ranks[row])})
+        return rows
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the reward model as a Hugging Face folder."""
+        return export_reward_model(self.reward_model, self.tokenizer, folder, self.backbone_source())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the bias with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["score_bias"] = self.reward_model.bias
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the bias up again."""
+        super().on_load_checkpoint(checkpoint)
+        self.reward_model.bias = checkpoint["score_bias"]

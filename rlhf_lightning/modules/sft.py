@@ -1,0 +1,81 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
+
+
+class SFTModule(OfflineModule):
+    r"""Supervised fine-tuning: imitate demonstrations.
+
+    loss = -(1/N) \sum_{rows} w \sum_t log policy(y_t | x, y_{<t}), N the supervised tokens of the whole optimizer step
+    (InstructGPT, 2203.02155, Section 3.5). Only completion tokens count, the end token among them.
+
+    Raises:
+        TypeError: the DataModule does not yield demonstrations.
+    """
+
+    batch_type = DemonstrationBatch
+    counts_tokens = True
+    headline_metrics = ("val/loss", "val/perplexity", "val/token_accuracy")
+
+    def __init__(
+        self,
+        learning_rate: float = 2e-5,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        warmup: float = 0.03,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, lr_schedule=lr_schedule, warmup=warmup, **kwargs)
+
+    @property
+    def model(self) -> CausalLM:
+        """The policy."""
+        return self.policy
+
+    def load_models(self) -> None:
+        """Load the policy."""
+        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+
+    def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
+        """Return one loss per token, shape (rows, length). The override point of this family."""
+        return -logprobs.logprobs * logprobs.weights.unsqueeze(-1)
+
+    def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:
+        """Return the summed token losses of a micro-batch."""
+        layout = layout_of(batch.sequences, self.device)
+        evaluating = not torch.is_grad_enabled()
+        outputs = self.policy(layout, with_entropy=evaluating, with_matches=evaluating)
+        mask = layout.completion_mask
+        loss = as_loss(self.token_loss(TokenLogprobs(outputs.logprobs, mask, batch.weights.to(self.device))))
+        meter.add("loss", loss.values, mask)
+        meter.add("negative_logprob", -outputs.logprobs, mask)
+        if outputs.matches is not None and outputs.entropy is not None:
+            meter.add("token_accuracy", outputs.matches, mask)
+            meter.add("entropy", outputs.entropy, mask)
+        for name, values in loss.metrics.items():
+            meter.add(name, values, mask if values.dim() == 2 else None)
+        return torch.where(mask, loss.values, 0.0).sum()
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return held-out metrics; perplexity is the exponential of the mean over all tokens."""
+        means = super().evaluation_metrics()
+        if "negative_logprob" in means:
+            means["perplexity"] = math.exp(min(means["negative_logprob"], 50.0))
+        return means
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the policy as a Hugging Face folder."""
+        return export_policy(self.policy, self.tokenizer, folder)

@@ -1,0 +1,310 @@
+"""The glossary: what travels between data, models, losses and modules, as small typed tuples.
+
+Shapes use these letters throughout the package: ``rows`` completions of a batch, ``length`` completion tokens (padded on
+the right with zeros), ``pairs`` preference pairs, ``groups`` prompts with several completions.
+
+Two invariants hold everywhere and make the properties below one-liners:
+
+* a ``*_logprobs`` tensor is exactly 0 where its mask is False, so a sum over ``length`` is the sequence log-probability;
+* masks come from lengths and are True on completion tokens up to and including the end token, never from pad ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Message = dict[str, str]
+"""One turn of a conversation: ``{"role": "user" | "assistant" | "system", "content": text}``."""
+
+Prompt = str | list[Message]
+"""What is given to the policy: plain text, or the turns of a conversation."""
+
+
+class Sequences(NamedTuple):
+    """Prompts and the completions that hang on them, ragged: nothing is padded before ``models.layout``.
+
+    Attributes:
+        prompts: token ids of each prompt, int64, each of shape (prompt tokens,).
+        completions: token ids of each completion, int64, each of shape (completion tokens,).
+        parents: for each completion the index of its prompt.
+        supervised: for each completion a bool mask over its tokens: True where a loss may look. False on the user
+            turns inside a multi-turn demonstration; all True for a sampled or compared completion.
+    """
+
+    prompts: tuple[Tensor, ...]
+    completions: tuple[Tensor, ...]
+    parents: tuple[int, ...]
+    supervised: tuple[Tensor, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt + completion."""
+        return [len(self.prompts[p]) + len(c) for p, c in zip(self.parents, self.completions, strict=True)]
+
+
+class DemonstrationBatch(NamedTuple):
+    """Demonstrations for supervised fine-tuning: one completion per prompt.
+
+    Attributes:
+        sequences: the demonstrations.
+        weights: weight of each demonstration, shape (rows,).
+    """
+
+    sequences: Sequences
+    weights: Tensor
+
+
+class PreferenceBatch(NamedTuple):
+    """Pairs: completions ``0 .. pairs-1`` are chosen, ``pairs .. 2*pairs-1`` rejected; both halves share their prompts.
+
+    Attributes:
+        sequences: prompts, and chosen completions stacked on rejected ones.
+        target: probability that chosen is the better one, shape (pairs,); 1 for a plain label, 0.5 for a tie.
+        margin: rated strength of the preference, shape (pairs,); 0 where unrated.
+        weights: weight of each pair, shape (pairs,).
+    """
+
+    sequences: Sequences
+    target: Tensor
+    margin: Tensor
+    weights: Tensor
+
+
+class RankedBatch(NamedTuple):
+    """Groups of two or more completions of one prompt with their ranks; a pair is a group of two.
+
+    Attributes:
+        sequences: prompts (one a group) and their completions.
+        ranks: rank of each completion within its group, 0 is best, equal ranks are ties; int64, shape (completions,).
+        target: for groups of two, the probability that the better ranked is better, else 1; shape (groups,).
+        margin: rated strength of the preference, 0 where unrated; shape (groups,).
+        weights: weight of each group, shape (groups,).
+    """
+
+    sequences: Sequences
+    ranks: Tensor
+    target: Tensor
+    margin: Tensor
+    weights: Tensor
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to answer, and everything a scorer may want to know about them.
+
+    Attributes:
+        prompts: token ids of each prompt, rendered with the generation prompt; int64, each (prompt tokens,).
+        texts: each prompt as the data gave it: plain text or messages.
+        columns: the further columns of the data, each a list with one value per prompt (``answer``, ``category`` ...).
+        episodes: number of each prompt's episode in the run; sampling is addressed by it. int64, shape (prompts,).
+        group: index of the distinct prompt each row answers; equal for the samples of one group. int64, shape (prompts,).
+        pretraining: text to mix into the policy's updates (PPO-ptx); None where none is mixed.
+    """
+
+    prompts: tuple[Tensor, ...]
+    texts: tuple[Prompt, ...]
+    columns: Mapping[str, list[Any]]
+    episodes: Tensor
+    group: Tensor
+    pretraining: DemonstrationBatch | None = None
+
+
+Batch = TypeVar("Batch")
+
+
+class Step(NamedTuple, Generic[Batch]):
+    """What a DataLoader yields for one optimizer step: this rank's share, already cut into micro-batches.
+
+    Attributes:
+        micro_batches: batches that each fit in memory; every rank gets the same number.
+        rows: rows (pairs, groups, prompts) of this step over all ranks and micro-batches.
+        tokens: supervised completion tokens of this step over all ranks and micro-batches.
+    """
+
+    micro_batches: tuple[Batch, ...]
+    rows: int
+    tokens: int
+
+
+class TokenLogprobs(NamedTuple):
+    """The policy's log-probabilities of completion tokens.
+
+    Attributes:
+        logprobs: shape (rows, length), 0 where ``completion_mask`` is False.
+        completion_mask: bool, shape (rows, length).
+        weights: weight of each row, shape (rows,).
+    """
+
+    logprobs: Tensor
+    completion_mask: Tensor
+    weights: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion tokens of each row, shape (rows,)."""
+        return self.completion_mask.sum(-1)
+
+    @property
+    def sequence_logprobs(self) -> Tensor:
+        """Log-probability of each completion, shape (rows,)."""
+        return self.logprobs.sum(-1)
+
+
+class PreferenceLogprobs(NamedTuple):
+    """What a loss on preference pairs may look at. All token tensors have shape (pairs, length) and are 0 under the mask.
+
+    Attributes:
+        policy_chosen_logprobs: the policy's log-probabilities of the chosen completions.
+        policy_rejected_logprobs: the policy's log-probabilities of the rejected completions.
+        reference_chosen_logprobs: the reference's, without gradient; None where the module has no reference.
+        reference_rejected_logprobs: the reference's, without gradient; None where the module has no reference.
+        chosen_mask: bool, True on the chosen completion's tokens.
+        rejected_mask: bool, True on the rejected completion's tokens.
+        target: probability that chosen is the better one, shape (pairs,).
+        rated_margin: rated strength of the preference, 0 where unrated, shape (pairs,).
+        weights: weight of each pair, shape (pairs,).
+    """
+
+    policy_chosen_logprobs: Tensor
+    policy_rejected_logprobs: Tensor
+    reference_chosen_logprobs: Tensor | None
+    reference_rejected_logprobs: Tensor | None
+    chosen_mask: Tensor
+    rejected_mask: Tensor
+    target: Tensor
+    rated_margin: Tensor
+    weights: Tensor
+
+    @property
+    def chosen_lengths(self) -> Tensor:
+        """Tokens of each chosen completion, shape (pairs,)."""
+        return self.chosen_mask.sum(-1)
+
+    @property
+    def rejected_lengths(self) -> Tensor:
+        """Tokens of each rejected completion, shape (pairs,)."""
+        return self.rejected_mask.sum(-1)
+
+    @property
+    def chosen_logratio(self) -> Tensor:
+        """log policy(chosen) - log reference(chosen), shape (pairs,); reference-free modules get the first term alone."""
+        policy = self.policy_chosen_logprobs.sum(-1)
+        return policy if self.reference_chosen_logprobs is None else policy - self.reference_chosen_logprobs.sum(-1)
+
+    @property
+    def rejected_logratio(self) -> Tensor:
+        """log policy(rejected) - log reference(rejected), shape (pairs,)."""
+        policy = self.policy_rejected_logprobs.sum(-1)
+        return policy if self.reference_rejected_logprobs is None else policy - self.reference_rejected_logprobs.sum(-1)
+
+    @property
+    def margin(self) -> Tensor:
+        """chosen_logratio - rejected_logratio, shape (pairs,): the implicit reward margin before ``beta``."""
+        return self.chosen_logratio - self.rejected_logratio
+
+
+class RankedScores(NamedTuple):
+    """What a loss on ranked completions may look at.
+
+    Attributes:
+        scores: the reward model's score of each completion, shape (completions,).
+        group: index of the group (prompt) each completion belongs to, int64, shape (completions,).
+        ranks: rank within the group, 0 is best, equal ranks are ties; int64, shape (completions,).
+        target: probability that the better ranked of a pair is better, shape (groups,); used for groups of two.
+        margin: rated strength of the preference, shape (groups,).
+        weights: weight of each group, shape (groups,).
+    """
+
+    scores: Tensor
+    group: Tensor
+    ranks: Tensor
+    target: Tensor
+    margin: Tensor
+    weights: Tensor
+
+
+class Rollout(NamedTuple):
+    """Completions sampled from the policy, and what is known about them. Token tensors are (episodes, length), detached.
+
+    Attributes:
+        sequences: prompts and sampled completions, ragged; one prompt per episode.
+        completion_mask: bool, True up to and including the end token.
+        old_logprobs: the policy's log-probabilities when it sampled, recomputed by the trainer's forward.
+        reference_logprobs: the reference's log-probabilities; None where the module has no reference.
+        values: the critic's value of the state before each token; None where the module has no critic.
+        scores: the scorer's score of each completion, shape (episodes,).
+        finished: bool, True where the completion ended by itself (end token), shape (episodes,).
+        group: index of the prompt each episode answers, int64, shape (episodes,).
+    """
+
+    sequences: Sequences
+    completion_mask: Tensor
+    old_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    values: Tensor | None
+    scores: Tensor
+    finished: Tensor
+    group: Tensor
+
+
+class Advantages(NamedTuple):
+    """What a rollout teaches.
+
+    Attributes:
+        advantages: shape (episodes, length), 0 under the mask.
+        returns: the critic's regression target, shape (episodes, length); None without a critic.
+    """
+
+    advantages: Tensor
+    returns: Tensor | None
+
+
+class PolicyLogprobs(NamedTuple):
+    """What a policy-gradient loss may look at, for some rows of a rollout. Token tensors are (rows, length).
+
+    Attributes:
+        logprobs: the policy's log-probabilities now, with gradient, 0 under the mask.
+        old_logprobs: the policy's when it sampled.
+        reference_logprobs: the reference's; None where the module has no reference.
+        entropy: entropy of the policy's next-token distribution in nats, with gradient; None unless asked for.
+        advantages: advantage of each token.
+        completion_mask: bool, True on completion tokens.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    entropy: Tensor | None
+    advantages: Tensor
+    completion_mask: Tensor
+
+
+class CriticValues(NamedTuple):
+    """What a value loss may look at, for some rows of a rollout. All tensors are (rows, length).
+
+    Attributes:
+        values: the critic's values now, with gradient.
+        old_values: the critic's values when the rollout was collected.
+        returns: regression target, advantages + old values.
+        completion_mask: bool, True on completion tokens.
+    """
+
+    values: Tensor
+    old_values: Tensor
+    returns: Tensor
+    completion_mask: Tensor
+
+
+class Loss(NamedTuple):
+    """What an objective returns when it has metrics of its own.
+
+    Attributes:
+        values: one loss per row, shape (rows,), or per token, shape (rows, length). Reduction over tokens, micro-batches
+            and ranks belongs to the module, never to the objective.
+        metrics: further values of either shape, reduced alike and logged under their names.
+    """
+
+    values: Tensor
+    metrics: Mapping[str, Tensor] = {}
