@@ -1,0 +1,263 @@
+"""Do SFT, reward model and DPO compute what another library computes? Same tokens, same updates, same losses.
+
+    python experiments/benchmarks/parity.py --model MODEL --data PAIRS.jsonl \
+        --peer-python PEER/bin/python --peer-script trl_stages.py [--out experiments/benchmarks/parity.md]
+
+Both sides train for a few updates on the same rows in file order, from the same weights, with the same learning rate,
+schedule and clipping, in full precision on the CPU: the peer by its own script in an environment of its own, we by
+`rlhf fit`. Each loss is taken before its update, so that from the second on it also compares gradients, clipping,
+optimizer and schedule. The tokens that reached each loss are compared one by one.
+
+The peer's script is called as ``SCRIPT STAGE --model DIR --data FILE --steps N --batch N --lr X --max-length N
+--rows N --in-order`` and prints one line ``PEER {"loss": [...]}``. SFT learns the chosen completions. The reward models
+start from one folder that already has a score head, and whose pad token ends no completion, so that both read the
+score at the end token.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TOLERANCE = 1e-3
+MODULES = {
+    "sft": ("SFTModule", "SFTDataModule"),
+    "reward": ("RewardModule", "PreferenceDataModule"),
+    "dpo": ("DPOModule", "PreferenceDataModule"),
+}
+Rows = list[dict[str, Any]]
+
+
+class StepRecorder(Callback):
+    """Writes down what each training step saw and the loss it logged.
+
+    Args:
+        out: JSON file to write when training ends: ``{"loss": [...], "steps": [rows of step 1, ...]}``.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.out, self.losses, self.steps = Path(out), [], []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take the token ids of every row of the step, and which of them its loss sees."""
+        rows = []
+        for sequences in (micro_batch.sequences for micro_batch in batch.micro_batches):
+            for parent, completion, seen in zip(
+                sequences.parents, sequences.completions, sequences.supervised, strict=True
+            ):
+                prompt = sequences.prompts[parent].tolist()
+                rows.append({"ids": prompt + completion.tolist(), "supervised": [False] * len(prompt) + seen.tolist()})
+        self.steps.append(rows)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Take the loss that was logged."""
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        self.out.write_text(json.dumps({"loss": self.losses, "steps": self.steps}))
+
+
+def peer_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Run the peer's side: losses, token rows of each step, settings."""
+    out = scratch / f"peer_{stage}.json"
+    command = [args.peer_python, HERE / "peer_batches.py", out, args.peer_script, stage]
+    command += ["--model", model, "--data", args.data, "--steps", args.steps, "--batch", args.batch]
+    command += ["--lr", args.learning_rate, "--max-length", args.max_length, "--rows", rows_needed(args), "--in-order"]
+    output = completed(command, f"the peer's {stage}")
+    line = next((line for line in output.splitlines() if line.startswith("PEER ")), None)
+    if line is None:
+        raise SystemExit(f"{args.peer_script} printed no line that starts with PEER:\n{output[-2000:]}")
+    return {"loss": json.loads(line.removeprefix("PEER "))["loss"], **json.loads(out.read_text())}
+
+
+def our_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Run `rlhf fit` on the same rows: losses and token rows of each step."""
+    out, data = scratch / f"ours_{stage}.json", args.data
+    if stage == "sft":
+        data = scratch / "demonstrations.jsonl"
+        rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()[: rows_needed(args)]]
+        pairs = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        data.write_text("\n".join(json.dumps(pair) for pair in pairs), encoding="utf-8")
+    recorder = {"class_path": "parity.StepRecorder", "init_args": {"out": str(out)}}
+    settings = {
+        **fit_settings(args),
+        "model.init_from": model,
+        "data.source": data,
+        "trainer.callbacks": json.dumps([recorder]),
+        "trainer.enable_checkpointing": "false",
+        "samples.prompts": 0,
+        "export.enabled": "false",
+        "trainer.accelerator": "cpu",
+        "runs_folder": scratch / "runs",
+    }
+    module, datamodule = MODULES[stage]
+    command = [sys.executable, "-m", "rlhf_lightning", "fit", "--model", module, "--data", datamodule]
+    completed(command + [part for name, value in settings.items() for part in (f"--{name}", value)], f"our {stage}")
+    return json.loads(out.read_text())
+
+
+def fit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes `rlhf fit` take the peer's steps; defaults on which both sides agree are left out."""
+    return {
+        "model.learning_rate": args.learning_rate,
+        "model.lr_schedule": "linear",
+        "model.warmup": 0,
+        "model.max_grad_norm": 1.0,
+        "model.adam_eps": 1e-8,
+        "data.rows": rows_needed(args),
+        "data.batch_size": args.batch,
+        "data.max_length": args.max_length,
+        "data.shuffle": "false",
+        "trainer.max_steps": args.steps,
+    }
+
+
+def rows_needed(args: argparse.Namespace) -> int:
+    """Rows of the file that both sides read: enough for all steps though some rows may be dropped as too long."""
+    return 2 * args.steps * args.batch
+
+
+def completed(command: list[Any], what: str) -> str:
+    """Run a command to its end and return what it printed; an error shows the end of its output."""
+    print(f"running {what} ...", flush=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{what} failed with exit status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+def scored_folder(model: Path, out: Path) -> Path:
+    """Write the model with a fresh score head, and with a pad token that ends no completion, as both sides load it."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    torch.manual_seed(0)
+    scored = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
+    )
+    scored.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def same_tokens(ours: list[Rows], peers: list[Rows]) -> bool:
+    """Whether every step saw the same rows with the same tokens supervised; the order within a step is free.
+
+    A reward model reads whole sequences: there the peer names no supervised tokens.
+    """
+
+    def comparable(rows: Rows, unmasked: bool) -> list[tuple[Any, ...]]:
+        return sorted((row["ids"], None if unmasked else row["supervised"]) for row in rows)
+
+    if len(ours) != len(peers):
+        return False
+    whole = any(row["supervised"] is None for rows in peers for row in rows)
+    return all(comparable(a, whole) == comparable(b, whole) for a, b in zip(ours, peers, strict=True))
+
+
+def report(records: dict[str, tuple[dict, dict]], args: argparse.Namespace) -> tuple[str, bool]:
+    """Write the table in Markdown; also whether every stage agrees."""
+    lines = ["| stage | update | peer | ours | difference |", "|---|---|---|---|---|"]
+    notes, agreed = [], True
+    for stage, (ours, peers) in records.items():
+        gaps = [abs(a - b) for a, b in zip(ours["loss"], peers["loss"], strict=False)]
+        for update, (a, b, gap) in enumerate(zip(ours["loss"], peers["loss"], gaps, strict=False), start=1):
+            lines.append(f"| {stage} | {update} | {b:.6f} | {a:.6f} | {gap:.1e} |")
+        same = same_tokens(ours["steps"], peers["steps"])
+        complete = len(ours["loss"]) == len(peers["loss"]) == args.steps
+        agreed &= same and complete and max(gaps, default=1.0) <= TOLERANCE
+        counts = [len(row["ids"]) for rows in ours["steps"] for row in rows]
+        verdict = "the same" if same else "NOT the same"
+        notes.append(
+            f"- {stage}: {verdict} token ids and masks on both sides ({len(counts)} sequences, {sum(counts)} tokens)"
+        )
+    outcome = "All differences are" if agreed else "NOT all differences are"
+    return "\n".join([*lines, "", f"{outcome} within {TOLERANCE:g}.", "", *notes, ""]), agreed
+
+
+def document(table: str, args: argparse.Namespace, peer_version: str) -> str:
+    """Write the whole page: what was compared, how, and the table."""
+    settings = (
+        f"Batches of {args.batch} rows in file order, AdamW (betas 0.9 and 0.999, epsilon 1e-8, no weight decay) at "
+        f"{args.learning_rate:g}\nfalling linearly to 0 over {args.steps} updates, gradient norm clipped at 1, at most "
+        f"{args.max_length} tokens, fp32 on the CPU."
+    )
+    versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "lightning"))
+    return "\n".join(
+        [
+            f"# Parity with {peer_version}",
+            "",
+            f"The first {args.steps} losses of each stage on `{args.data.name}`, from {args.model.name}. {settings}",
+            "Each loss is the one before its update, so later rows also compare gradients, clipping, optimizer and",
+            "schedule.",
+            "",
+            "```",
+            "python experiments/benchmarks/parity.py --model MODEL --data DATA/" + args.data.name + " \\",
+            "    --peer-python PEER/bin/python --peer-script " + args.peer_script.name,
+            "```",
+            "",
+            f"Made with {versions}; the peer runs in an environment of its own.",
+            "",
+            table,
+        ]
+    )
+
+
+def peer_name(args: argparse.Namespace) -> str:
+    """Name and release of the peer as its own environment has it."""
+    program = "import importlib.metadata as m; print('TRL', m.version('trl'))"
+    return completed([args.peer_python, "-c", program], "the peer's version check").strip()
+
+
+def main() -> int:
+    """Compare, print the table and write it; exit status 1 if a stage disagrees."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, required=True, help="model folder or .gguf file that both sides start from"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="JSONL with prompt, chosen and rejected")
+    parser.add_argument("--peer-python", type=Path, required=True, help="Python of the peer's environment")
+    parser.add_argument("--peer-script", type=Path, required=True, help="the peer's stages as one script")
+    parser.add_argument("--stages", nargs="+", choices=list(MODULES), default=list(MODULES))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=None, help="Markdown file for the table")
+    args = parser.parse_args()
+    for path in (args.model, args.data, args.peer_python, args.peer_script):
+        if not path.exists():
+            parser.error(f"there is no {path}")
+
+    from rlhf_lightning.models.loading import resolve_folder
+
+    folder, records = Path(resolve_folder(str(args.model))), {}
+    name = peer_name(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        for stage in args.stages:
+            start = scored_folder(folder, Path(scratch) / "scored") if stage == "reward" else folder
+            peers = peer_record(stage, start, args, Path(scratch))
+            records[stage] = (our_record(stage, start, args, Path(scratch)), peers)
+            print(report({stage: records[stage]}, args)[0], flush=True)
+    table, agreed = report(records, args)
+    if args.out is not None:
+        args.out.write_text(document(table, args, name), encoding="utf-8")
+    return 0 if agreed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

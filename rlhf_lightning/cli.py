@@ -1,0 +1,123 @@
+"""``rlhf``: one table of commands. Only the chosen command's module is imported, so that help answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A row of ``rlhf --help``.
+
+    Attributes:
+        module: the module whose ``main(argv)`` runs the command; for training commands argv starts with the name.
+        help: one line.
+    """
+
+    module: str
+    help: str
+
+
+TRAINING = "rlhf_lightning.commands.train"
+TRAINING_COMMANDS = {
+    "fit": Command(TRAINING, "train a module on data: SFT, reward model, PPO, DPO or an objective of yours"),
+    "validate": Command(TRAINING, "compute the metrics of the held-out rows"),
+    "test": Command(TRAINING, "the same metrics under test/"),
+    "predict": Command(TRAINING, "write completions or scores to predictions.jsonl"),
+}
+TOOL_COMMANDS = {
+    "quickstart": Command("rlhf_lightning.commands.quickstart", "the whole pipeline on the embedded world, in minutes"),
+    "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
+    "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
+    "export": Command("rlhf_lightning.commands.export", "turn a checkpoint or an adapter into a Hugging Face folder"),
+}
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def help_text() -> str:
+    """Return what ``rlhf --help`` prints."""
+
+    def rows(commands: dict[str, Command]) -> list[str]:
+        return [f"  {name:<12}{command.help}" for name, command in commands.items()]
+
+    return "\n".join(
+        [
+            "usage: rlhf COMMAND [options]",
+            "",
+            "Learning from human feedback with PyTorch Lightning.",
+            "",
+            "training (settings from --config FILE.yaml, from flags such as --model.beta 0.2, or both):",
+            *rows(TRAINING_COMMANDS),
+            "",
+            "tools:",
+            *rows(TOOL_COMMANDS),
+            "",
+            "`rlhf COMMAND --help` lists the options of a command, `rlhf fit --model.help DPOModule` those of a class.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``rlhf``; return its exit status: 0, 1 a run failed, 2 the command line was wrong.
+
+    A failure is said in one sentence; the variable RLHF_DEBUG=1 shows the traceback instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] == "--version":
+        print(f"rlhf-lightning {importlib.metadata.version('rlhf-lightning')}")
+        return 0
+    name, commands = arguments[0], {**TRAINING_COMMANDS, **TOOL_COMMANDS}
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
+        return _fail(f"there is no command {name!r}: {hint}", USAGE_ERROR)
+    # `python -m` finds modules in the working directory, a console script does not: a user's own objective lives there.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(commands[name].module)
+        return int(module.main(arguments if name in TRAINING_COMMANDS else arguments[1:]) or 0)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`rlhf generate ... | head`); what Python flushes at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        sentence = failure_sentence(error)
+        if sentence is None or os.environ.get("RLHF_DEBUG"):
+            raise
+        return _fail(sentence, FAILURE)
+
+
+def failure_sentence(error: Exception) -> str | None:
+    """Say a failure in a sentence, or None for one that nobody foresaw and whose traceback is needed."""
+    name = type(error).__name__
+    if "OutOfMemory" in name or "can't allocate memory" in str(error):
+        first = str(error).strip().splitlines()[0]
+        return (
+            f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
+            "or set model.activation_checkpointing=true or model.lora"
+        )
+    # Lightning is not imported here, so its exception goes by name.
+    if isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException":
+        return str(error).strip() or name
+    return None
+
+
+def _fail(sentence: str, status: int) -> int:
+    """Print why nothing came of it; return the exit status."""
+    print(f"rlhf: {sentence}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

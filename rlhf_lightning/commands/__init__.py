@@ -1,0 +1,1 @@
+"""The commands of ``rlhf``, one file each: ``main(argv) -> int`` is all that ``rlhf_lightning.cli`` asks of them."""

@@ -1,0 +1,164 @@
+"""``rlhf chat``: talk to a policy in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.commands.parsing import run_function
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import Message, Prompt
+
+TOKENS_AT_A_TIME = 8
+"""Tokens that are sampled before they are shown."""
+HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf chat``."""
+    return run_function(chat, argv, "rlhf chat", positional=["folder"])
+
+
+def chat(
+    folder: str,
+    system: str | None = None,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_new_tokens: int = 256,
+    chat_template: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> int:
+    """Talk to a policy, turn by turn. From a pipe, each line is a turn and each answer is printed.
+
+    A tokenizer without a chat template gets each line as plain text to continue, without the turns before.
+
+    Args:
+        folder: folder of a policy (whole or adapter), .gguf file or hub id, as in runs/dpo/version_0/model.
+        system: system prompt that opens each conversation.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_p: keep the smallest set of tokens with this probability.
+        top_k: keep this many likeliest tokens; 0 keeps all.
+        max_new_tokens: longest answer, tokens.
+        chat_template: template to use instead of the tokenizer's own.
+        dtype: precision of the weights, float32 or bfloat16.
+        seed: seed of the sampling; the same lines get the same answers.
+    """
+    from rlhf_lightning.commands.generate import load_for_sampling
+    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.models.sampling import SamplingSettings
+
+    quieten()
+    settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k)
+    policy, tokenizer = load_for_sampling(folder, dtype, chat_template)
+    conversation = Conversation(policy, tokenizer, settings, seed, system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{folder}\n{HELP}")
+        if not conversation.has_turns:
+            print("this tokenizer has no chat template: each line is continued as plain text")
+    converse(conversation, lines(interactive), print)
+    return 0
+
+
+def lines(interactive: bool) -> Iterator[str]:
+    """Yield what the user types, until the input ends."""
+    while True:
+        try:
+            yield input("> " if interactive else "")
+        except EOFError:
+            if interactive:
+                print()
+            return
+
+
+def converse(conversation: Conversation, typed: Iterator[str], show: Callable[..., None]) -> None:
+    """Answer each line; lines that begin with a slash are commands."""
+    for line in typed:
+        text = line.strip()
+        if not text:
+            continue
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            conversation.reset()
+            show("(a new conversation)")
+        elif text.startswith("/"):
+            show(HELP)
+        else:
+            try:
+                for piece in conversation.answer(text):
+                    show(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                show(" (stopped)", end="")
+            show("")
+
+
+class Conversation:
+    """A conversation with a policy.
+
+    Args:
+        policy: the policy.
+        tokenizer: its tokenizer; without a chat template every line stands alone.
+        settings: how answers are sampled.
+        seed: seed of the sampling.
+        system: system prompt.
+    """
+
+    def __init__(self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None) -> None:
+        self.policy, self.tokenizer, self.settings, self.seed = policy, tokenizer, settings, seed
+        self.system = system
+        self.has_turns = tokenizer.chat_template is not None
+        self.turns: list[Message] = []
+        self.drawn = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns but the system prompt. Answers repeat from here if the lines do."""
+        self.turns = [{"role": "system", "content": self.system}] if self.system and self.has_turns else []
+        self.drawn = 0
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yield the answer to a line piece by piece; what was shown is remembered even if the rest is not wanted."""
+        prompt: Prompt = text
+        if self.has_turns:
+            self.turns.append({"role": "user", "content": text})
+            prompt = list(self.turns)
+        said = ""
+        try:
+            for piece in self._pieces(prompt):
+                said += piece
+                yield piece
+        finally:
+            if self.has_turns:
+                self.turns.append({"role": "assistant", "content": said or "…"})
+
+    def _pieces(self, prompt: Prompt) -> Iterator[str]:
+        """Sample some tokens at a time, so that a slow machine shows that it works."""
+        import torch
+
+        from rlhf_lightning import tokenization
+        from rlhf_lightning.models.sampling import sample
+
+        start = torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt))
+        ends = tokenization.end_token_ids(self.tokenizer)
+        ids: list[int] = []
+        shown, finished = "", False
+        while not finished and len(ids) < self.settings.max_new_tokens:
+            tokens = min(TOKENS_AT_A_TIME, self.settings.max_new_tokens - len(ids))
+            settings = replace(self.settings, max_new_tokens=tokens)
+            context = torch.cat([start, torch.tensor(ids, dtype=torch.long)])
+            drawn = sample(self.policy, [context], torch.tensor([self.drawn]), settings, self.seed, ends)
+            self.drawn += 1
+            ids += drawn.ids[0].tolist()
+            finished = bool(drawn.finished[0])
+            text = tokenization.completion_text(self.tokenizer, ids)
+            # A character cut in two decodes to a replacement mark: it waits for its other half.
+            steady = text if finished else text.rstrip("\ufffd")
+            if steady.startswith(shown):
+                yield steady[len(shown) :]
+                shown = steady

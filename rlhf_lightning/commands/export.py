@@ -1,0 +1,183 @@
+"""``rlhf export``: a checkpoint or an adapter becomes a Hugging Face folder."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.commands.parsing import run_function
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_lightning.modules.base import AlignmentModule
+
+PROBE_TOKENS = 64
+"""Length of the text on which a merged model is compared with its adapter."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf export``."""
+    # `import` is a word of Python's own and cannot name a parameter.
+    renamed = ["--import_module" + a.removeprefix("--import") if a.partition("=")[0] == "--import" else a for a in argv]
+    return run_function(export, renamed, "rlhf export", positional=["source"])
+
+
+def export(source: str, out: str, merge: bool = False, best: bool = False, import_module: str | None = None) -> int:
+    """Write the weights of a run as a Hugging Face folder.
+
+    Args:
+        source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge.
+        out: folder to write; it must not exist yet.
+        merge: merge a LoRA adapter into its backbone in fp32, and report the largest difference it makes to the logits.
+        best: of a run, take the best checkpoint instead of the last.
+        import_module: also written --import: module or .py file of your own to import first, where the checkpoint's
+            class is not to be found from here.
+    """
+    from rlhf_lightning.commands.quiet import quieten
+
+    quieten()
+    target, path = Path(out), Path(source)
+    if target.exists():
+        raise ValueError(f"{out} exists already: name a folder that does not, so that nothing is overwritten")
+    if import_module is not None:
+        import_own(import_module)
+    if (path / "adapter_config.json").is_file():
+        if not merge:
+            raise ValueError(f"{source} is an adapter's folder already; --merge true merges it into its backbone")
+        _report(merge_adapter(path, target), target)
+        return 0
+    if (path / "config.json").is_file():
+        raise ValueError(f"{source} is a Hugging Face folder already: there is nothing to export")
+    checkpoint = find_checkpoint(path, best)
+    module = module_from(checkpoint)
+    if not merge or module.lora is None:
+        module.export(target)
+        print(f"{checkpoint} -> {target}")
+        return 0
+    adapter = target.with_name(f"{target.name}.adapter")
+    try:
+        module.export(adapter)
+        _report(merge_adapter(adapter, target), target)
+    finally:
+        import shutil
+
+        shutil.rmtree(adapter, ignore_errors=True)
+    return 0
+
+
+def _report(difference: float, target: Path) -> None:
+    print(f"merged into {target}; the largest difference of a logit to the unmerged adapter is {difference:.2e}")
+
+
+def find_checkpoint(path: Path, best: bool = False) -> Path:
+    """Return the checkpoint that is meant: the file itself, or the last or best of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from rlhf_lightning.callbacks.checkpoint import BEST_CHECKPOINT
+    from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, find_run, last_checkpoint
+
+    if path.is_file():
+        return path
+    if path.suffix == ".ckpt":
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    run = find_run(str(path))
+    if not best:
+        return last_checkpoint(run)
+    if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).is_file():
+        raise FileNotFoundError(f"{run} has no best checkpoint: it was not validated")
+    return run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT
+
+
+def import_own(name: str) -> None:
+    """Import a user's module by name or file, so that its classes can be found."""
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+        sys.path.append(str(path.parent.resolve()))
+        name = path.stem
+    importlib.import_module(name)
+
+
+def module_from(checkpoint: Path) -> AlignmentModule:
+    """Build the module that wrote a checkpoint and load its weights; no code is run from the file.
+
+    Raises:
+        ValueError: the file is no checkpoint of an AlignmentModule, or its class cannot be found.
+    """
+    import torch
+    from lightning.pytorch.cli import instantiate_module
+
+    import rlhf_lightning.modules  # noqa: F401
+    from rlhf_lightning.modules.base import AlignmentModule
+
+    try:
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise ValueError(f"{checkpoint} cannot be read as a checkpoint of plain tensors and settings: {error}") from error
+    settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k != "_instantiator"}
+    name = settings.get("_class_path")
+    if name is None:
+        raise ValueError(f"{checkpoint} does not say which class wrote it: it was not made by `rlhf fit`")
+    module_name, _, short = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module_name), short)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported ({error}); give it with --import") from error
+    if not (isinstance(kind, type) and issubclass(kind, AlignmentModule)):
+        raise ValueError(f"{checkpoint} names {name}, which is no AlignmentModule")
+    module = instantiate_module(AlignmentModule, settings)
+    module.needs_reference = False  # the frozen copy would take memory and is not exported
+    module.configure_model()
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"])
+    return module
+
+
+def merge_adapter(adapter: Path, target: Path) -> float:
+    """Merge an adapter into its backbone in fp32 and write the whole; return the largest difference of an output.
+
+    The difference is between the adapter beside its backbone and the written folder, read back.
+    """
+    import json
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rlhf_lightning.models.causal_lm import CausalLM
+    from rlhf_lightning.models.export import SCORE_BIAS, export_policy, export_reward_model
+    from rlhf_lightning.models.loading import BACKBONE_FILE, LoadSettings, load_base_of_adapter, load_hf_model
+    from rlhf_lightning.models.scalar_head import ScalarModel
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    scores = json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    tokenizer, base = load_tokenizer(adapter), load_base_of_adapter(str(adapter))
+    changes = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} if scores else {}
+    model = PeftModel.from_pretrained(load_hf_model(base, kind, LoadSettings(), **changes), str(adapter)).eval()
+    before = probe(model)
+    merged = model.merge_and_unload()
+    if scores:
+        record = adapter / BACKBONE_FILE
+        bias = json.loads(record.read_text()).get(SCORE_BIAS, 0.0) if record.is_file() else 0.0
+        export_reward_model(ScalarModel(merged, bias=bias), tokenizer, target, base)
+    else:
+        export_policy(CausalLM(merged, source=base), tokenizer, target)
+    after = probe(load_hf_model(str(target), kind, LoadSettings(), **changes).eval())
+    return float((before - after).abs().max())
+
+
+def probe(model: Any) -> Tensor:
+    """Return a model's outputs on a fixed text of tokens drawn from its vocabulary."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()

@@ -1,0 +1,250 @@
+"""``rlhf generate``: answer a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.commands.parsing import run_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_lightning.models.causal_lm import CausalLM
+    from rlhf_lightning.types import Prompt
+
+CHUNKS_AT_ONCE = 8
+"""How many batches are handed to the sampler together: it sorts them by length, so more waste less."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf generate``."""
+    return run_function(generate, argv, "rlhf generate")
+
+
+def generate(
+    model: str,
+    prompts: str,
+    out: str,
+    samples: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_size: int = 16,
+    scorer: str | None = None,
+    as_chat: bool = False,
+    chat_template: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> int:
+    """Answer each prompt of a file and write one JSON line per completion.
+
+    A line has prompt, sample, completion, logprob (the sum over its tokens at the temperature), finished, length, score
+    (with --scorer) and the further columns of the prompt's row. The same seed gives the same completions whatever the
+    batch size.
+
+    Args:
+        model: folder of a policy (whole or adapter), .gguf file or hub id.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet), with a column prompt or messages, or any training form.
+        out: JSONL file to write; it appears when all is done.
+        samples: completions per prompt.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        max_new_tokens: longest completion, tokens.
+        top_p: keep the smallest set of tokens with this probability.
+        top_k: keep this many likeliest tokens; 0 keeps all.
+        batch_size: completions decoded side by side.
+        scorer: reward model's folder, or import path of a function, that scores the completions.
+        as_chat: put a plain-text prompt into a user turn of the chat template.
+        chat_template: template to use instead of the tokenizer's own.
+        dtype: precision of the weights, float32 or bfloat16.
+        seed: seed of the sampling.
+    """
+    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.models.sampling import SamplingSettings
+
+    if samples < 1 or batch_size < 1:
+        raise ValueError(f"samples is {samples} and batch_size {batch_size}: both must be at least 1")
+    quieten()
+    settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, batch_size)
+    rows = read_prompts(prompts, as_chat)
+    policy, tokenizer = load_for_sampling(model, dtype, chat_template)
+    score = None if scorer is None else _scorer(scorer, policy)
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    speed = Speed(len(rows) * samples)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in completions(policy, tokenizer, rows, samples, settings, seed, speed, score, scorer or ""):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{out}: {speed.finish()}")
+    return 0
+
+
+def read_prompts(path: str, as_chat: bool) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Return prompts with their further columns; rows without a prompt are counted and named, not lost.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row has a prompt.
+    """
+    from rlhf_lightning.data.formats import REASONS, RowRefused, prompt
+    from rlhf_lightning.data.sources import Source, Unreadable, read_rows
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    rows: list[tuple[Prompt, dict[str, Any]]] = []
+    refused: dict[str, int] = {}
+    found: set[str] = set()
+    for row in read_rows(Source(path)):
+        reason = "unreadable_line"
+        if not isinstance(row, Unreadable):
+            found |= set(row)
+            try:
+                canonical = prompt(row, as_chat)
+                assert canonical.prompt is not None
+                rows.append((canonical.prompt, canonical.columns))
+                continue
+            except RowRefused as error:
+                reason = str(error)
+        refused[reason] = refused.get(reason, 0) + 1
+    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
+    if not rows:
+        columns = ", ".join(sorted(found)) or "none"
+        raise ValueError(f"{path} has no prompt to answer ({said or 'it is empty'}); its columns are {columns}")
+    if said:
+        print(f"{path}: left out {said}", file=sys.stderr)
+    return rows
+
+
+def load_for_sampling(
+    model: str, dtype: str = "float32", chat_template: str | None = None
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """Load a policy and its tokenizer onto the best device there is.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: it is a reward model.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from rlhf_lightning.models.causal_lm import load_policy
+    from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    name = resolve_folder(model)
+    if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{model} is no model folder: it has no config.json")
+    if Path(name).is_dir() and (Path(name) / "config.json").is_file():
+        kinds = AutoConfig.from_pretrained(name).architectures or []
+        if any("SequenceClassification" in kind for kind in kinds):
+            raise ValueError(f"{model} is a reward model: it scores completions and writes none")
+    tokenizer = load_tokenizer(name, chat_template)
+    policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return policy.to(accelerator or "cpu"), tokenizer
+
+
+def _scorer(spec: str, policy: CausalLM) -> Any:
+    """Load a scorer onto the policy's device."""
+    from rlhf_lightning.scoring import load_scorer
+
+    return load_scorer(spec).to(next(policy.parameters()).device)
+
+
+def completions(
+    policy: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Prompt, dict[str, Any]]],
+    samples: int,
+    settings: Any,
+    seed: int,
+    speed: Speed,
+    score: Any = None,
+    scorer_name: str = "",
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per completion, in the order of the prompts. Sample s of prompt p is episode p * samples + s."""
+    import torch
+
+    from rlhf_lightning import tokenization
+    from rlhf_lightning.models.sampling import sample
+    from rlhf_lightning.scoring import checked_scores
+
+    ends = tokenization.end_token_ids(tokenizer)
+    at_once = max(settings.batch_size * CHUNKS_AT_ONCE // samples, 1)
+    for start in range(0, len(rows), at_once):
+        chunk = rows[start : start + at_once]
+        encoded = [torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt, _ in chunk]
+        repeated = [ids for ids in encoded for _ in range(samples)]
+        episodes = torch.arange(start * samples, start * samples + len(repeated))
+        drawn = sample(policy, repeated, episodes, settings, seed, ends, on_progress=speed.completed)
+        texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
+        owners = [row for row in chunk for _ in range(samples)]
+        scores: list[float | None] = [None] * len(texts)
+        if score is not None:
+            names = set().union(*(columns for _, columns in owners))
+            further = {name: [columns.get(name) for _, columns in owners] for name in names}
+            given = score([prompt for prompt, _ in owners], texts, **further)
+            scores = list(checked_scores(given, len(texts), f"scorer {scorer_name!r}").tolist())
+        speed.tokens += sum(len(ids) for ids in drawn.ids)
+        for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
+            row = {
+                "prompt": prompt,
+                "sample": index % samples,
+                "completion": text,
+                "logprob": float(drawn.logprobs[index].sum()),
+                "finished": bool(drawn.finished[index]),
+                "length": len(drawn.ids[index]),
+            }
+            if score is not None:
+                row["score"] = scores[index]
+            yield {**columns, **row}
+
+
+class Speed:
+    """Progress of sampling: a bar on a terminal, a line every ten seconds anywhere else.
+
+    Args:
+        total: completions to be sampled.
+    """
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self.total, self.done, self.tokens = total, 0, 0
+        self.began = self.printed = time.monotonic()
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="completion", disable=not self.on_terminal, dynamic_ncols=True)
+
+    def completed(self, count: int) -> None:
+        """Count completions as they are done."""
+        self.done += count
+        self.bar.set_postfix_str(f"{self.per_second:,.0f} tokens/s", refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if not self.on_terminal and now - self.printed >= 10:
+            self.printed = now
+            left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
+            print(f"{self.done}/{self.total} completions  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    @property
+    def per_second(self) -> float:
+        """Completion tokens per second so far."""
+        return self.tokens / max(time.monotonic() - self.began, 1e-9)
+
+    def finish(self) -> str:
+        """Close the bar; return the sum of it."""
+        self.bar.close()
+        return f"{self.done:,} completions, {self.tokens:,} tokens, {self.per_second:,.0f} tokens/s"

@@ -1,0 +1,77 @@
+"""What the libraries say that helps nobody here, each with the reason why it is not shown. The one place for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+SILENCED_MESSAGES = {
+    "lightning.pytorch.utilities.rank_zero": (
+        "💡 Tip:",  # advertisements for hosted services
+        "GPU available:",  # the device is in the manifest; on a CPU three lines say that there is nothing
+        "TPU available:",
+        "HPU available:",
+        "`Trainer.fit` stopped:",  # every run that ends as asked says so
+    ),
+    "lightning.fabric.utilities.rank_zero": ("GPU available:", "TPU available:"),
+    "lightning.fabric.utilities.seed": ("Seed set to",),  # the seed is in config.yaml and in the manifest
+}
+
+SILENCED_WARNINGS = (
+    # The loaders read token ids that are in memory: worker processes would only add start-up time.
+    r"The '\w+_dataloader' does not have many workers.*",
+    # Short runs on small data are common here, and the default logs every step.
+    r"The number of training batches \(.*\) is smaller than the logging interval.*",
+    # A checkpoint folder that is resumed is not empty, by design.
+    r"Checkpoint directory .* exists and is not empty.*",
+    # Modules log the x-axis (updates) under the name that Lightning reads it from, in training and in evaluation.
+    r"You called `self.log\('step', .*",
+    # Only some operations have a deterministic form; the default asks for it where it exists.
+    r".*does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms.*",
+    # Internal to Lightning and torch, nothing a user could change.
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`LeafSpec`.*",
+)
+
+
+class _Silence(logging.Filter):
+    """Drop messages that begin with one of some texts."""
+
+    def __init__(self, beginnings: tuple[str, ...]) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginnings)
+
+
+def quieten() -> None:
+    """Silence adverts, telemetry and warnings that ask for nothing. RLHF_DEBUG=1 leaves everything as it is."""
+    # Telemetry is off in any case, debugging or not: what is trained on here is often private.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    # The tokenizers' thread pool and forked workers exclude each other, and warn about it at length.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RLHF_DEBUG"):
+        return
+    for name, beginnings in SILENCED_MESSAGES.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(present, _Silence) for present in logger.filters):
+            logger.addFilter(_Silence(beginnings))
+    for message in SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    _quieten_transformers()
+
+
+def _quieten_transformers() -> None:
+    """Drop transformers' notes on loading; a bar per shard of weights belongs on a terminal alone."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        import datasets
+
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()

@@ -1,0 +1,424 @@
+"""``rlhf fit``, ``validate``, ``test`` and ``predict``: LightningCLI with one folder per run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import rlhf_lightning.modules
+from rlhf_lightning.callbacks import (
+    ModelExport,
+    PredictionWriter,
+    RunCheckpoint,
+    RunHparams,
+    RunManifest,
+    RunProgress,
+    SampleTable,
+)
+from rlhf_lightning.callbacks.run import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    checked_run_name,
+    find_run,
+    last_checkpoint,
+    reserve_version,
+    run_folder,
+    write_text,
+    writes_files,
+)
+from rlhf_lightning.commands.parsing import PlainParser, parameters_of, subclasses_of, usage_error, with_underscores
+from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.data import AlignmentDataModule
+from rlhf_lightning.modules.base import AlignmentModule
+
+# Short class names (`--model DPOModule`) work for classes that are imported.
+for _info in pkgutil.iter_modules(rlhf_lightning.modules.__path__, "rlhf_lightning.modules."):
+    importlib.import_module(_info.name)
+
+CALLBACK_GROUPS: dict[str, type[Callback]] = {
+    "checkpoint": RunCheckpoint,
+    "samples": SampleTable,
+    "export": ModelExport,
+    "predictions": PredictionWriter,
+}
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The DataModules cut each step for all ranks themselves; Lightning's sampler would cut it again.
+    "use_distributed_sampler": False,
+    # Lightning's default is a thousand epochs; one is where most stages stop.
+    "max_epochs": 1,
+    # A step is a whole optimizer step of a language model: logging each costs nothing beside it.
+    "log_every_n_steps": 1,
+    # Validation before training would spend time and say nothing; bad rows are found when they are read.
+    "num_sanity_val_steps": 0,
+    # A table of submodules; what is trained is said in one line instead.
+    "enable_model_summary": False,
+    # The same seed gives the same numbers wherever an operation has a deterministic form.
+    "deterministic": "warn",
+    # RunHparams does it, with the metrics that runs are compared by.
+    "enable_autolog_hparams": False,
+}
+
+DESCRIPTIONS = {
+    "fit": "Train a module on data. Example: rlhf fit --config experiments/smollm2/dpo.yaml --data.source pairs.jsonl",
+    "validate": "Compute the metrics of the held-out rows, under val/.",
+    "test": "Compute the metrics of the held-out rows, under test/.",
+    "predict": "Write completions (policies) or scores (reward models) of the held-out prompts to predictions.jsonl.",
+}
+
+PLAIN_CHECKPOINT_ERROR = "name the checkpoint's file, or continue a run with --resume RUN"
+
+
+class TrainParser(PlainParser, LightningArgumentParser):
+    """Lightning's parser with errors of one sentence."""
+
+
+class RunConfig(SaveConfigCallback):
+    """Write config.yaml: everything the run was given, defaults included.
+
+    A resumed run keeps its file; where settings changed, the earlier one stays beside it under a number.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, rank zero alone."""
+        path = run_folder(trainer) / CONFIG_FILE
+        if self.already_saved or not writes_files(trainer):
+            return
+        self.already_saved = True
+        config = self.config.clone()
+        config.pop("resume", None)
+        text = self.parser.dump(config, skip_validation=True)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            number = 1
+            while (earlier := path.with_name(f"config.{number}.yaml")).exists():
+                number += 1
+            path.rename(earlier)
+        write_text(path, text)
+
+
+class RlhfCLI(LightningCLI):
+    """The training commands. Instantiating it runs one.
+
+    Args:
+        args: the command line, the command's name first.
+        run: false only builds module, data and trainer.
+    """
+
+    def __init__(self, args: Sequence[str], run: bool = True) -> None:
+        self.argv = list(args)
+        self.folder: Path | None = None
+        self.is_new_folder = False
+        command = ["rlhf", *self.argv]
+        super().__init__(
+            AlignmentModule,
+            AlignmentDataModule,
+            save_config_callback=RunConfig,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [RunManifest(command), RunHparams(), RunProgress()]},
+            seed_everything_default=0,
+            parser_class=TrainParser,
+            parser_kwargs=cast(
+                Any,
+                {"prog": "rlhf"}
+                | {name: {"description": text, "usage": usage_of(name)} for name, text in DESCRIPTIONS.items()},
+            ),
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=self.argv,
+            run=run,
+        )
+
+    # -- parsing ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands with the arguments of the trainer's methods that are not for the command line."""
+        taken = {"model", "datamodule", "weights_only", "verbose", "return_predictions"}
+        return {
+            "fit": taken | {"train_dataloaders", "val_dataloaders"},
+            **{name: taken | {"dataloaders"} for name in ("validate", "test", "predict")},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a run folder needs. All commands take the same, so that a run's config.yaml serves each of them."""
+        parser.add_argument(
+            "--run_name", type=str | None, default=None, help="name of the run; else the config file's or the module's"
+        )
+        parser.add_argument("--runs_folder", type=str, default="runs", help="where runs are kept")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="fit: continue this run (runs/NAME or a version of it) in place"
+        )
+        for group, callback in CALLBACK_GROUPS.items():
+            parser.add_lightning_class_args(callback, group)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and check what can be checked before anything is loaded."""
+        self.config = parser.parse_args(args)
+        self.refuse_clashes(self.config.subcommand, self.config[self.config.subcommand])
+
+    def refuse_clashes(self, command: str, config: Namespace) -> None:
+        """Refuse settings that Lightning would refuse later, or that would train wrongly without an error."""
+
+        def refuse(sentence: str) -> None:
+            usage_error(f"rlhf {command}", sentence)
+
+        trainer, model = config.trainer, config.model
+        if trainer.gradient_clip_val is not None:
+            refuse("trainer.gradient_clip_val does not work with manual optimization; set model.max_grad_norm")
+        if trainer.accumulate_grad_batches != 1:
+            refuse(
+                "trainer.accumulate_grad_batches does not apply: data.batch_size rows make one optimizer step, cut into "
+                "micro-batches by data.micro_batch_size or data.max_tokens"
+            )
+        if str(trainer.precision) in ("16", "16-mixed"):
+            refuse(
+                f"trainer.precision={trainer.precision} would clip gradients before they are unscaled; "
+                "use bf16-mixed or 32-true"
+            )
+        if "fsdp" in str(trainer.strategy).lower():
+            refuse(
+                "trainer.strategy=fsdp fails under manual optimization; use class_path ModelParallelStrategy with "
+                "data_parallel_size, or ddp"
+            )
+        if not hasattr(imported(model.class_path), "batch_type"):
+            known = ", ".join(sorted(subclasses_of(AlignmentModule)))
+            refuse(f"model names no objective but its base class; choose one with --model CLASS: {known}")
+        if config.resume and command != "fit":
+            refuse("--resume continues training; to evaluate a run give its config.yaml and --ckpt_path")
+        if config.ckpt_path in ("last", "best"):
+            refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run's folder; {PLAIN_CHECKPOINT_ERROR}")
+        if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
+            refuse(f"there is no checkpoint {config.ckpt_path}; {PLAIN_CHECKPOINT_ERROR}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Fill in from the checkpoint what nobody gave. Lightning's own lets the checkpoint win, its class even."""
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        path = config.get("ckpt_path")
+        if not path or not Path(path).exists():
+            return
+        hparams = checkpoint_hparams(Path(path))
+        trained, asked = hparams.pop("_class_path", None), config.model.class_path
+        if trained is not None and trained != asked:
+            usage_error(
+                f"rlhf {command}",
+                f"{path} was written by {trained}, but the model is {asked}; name the same class, or start {asked} from "
+                "the exported weights with --model.init_from",
+            )
+        given = as_plain(self.parser.parse_args(self.argv, defaults=False)[command].get("model", {}))
+        given = given.get("init_args", {}) if isinstance(given, Mapping) else {}
+        known = set(parameters_of(asked))
+        kept = {name: value for name, value in hparams.items() if name in known}
+        for name, value in given.items():
+            if name in kept and as_plain(kept[name]) != value and not isinstance(value, Mapping):
+                announce(f"model.{name} is {value} as given here; the checkpoint was trained with {kept[name]}")
+        model = {"class_path": asked, "init_args": merged(kept, given)}
+        self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the run's folder and logger."""
+        for callback in self.trainer_defaults["callbacks"]:
+            if isinstance(callback, RunHparams):
+                callback.data_settings = as_plain(self.config[self.subcommand].data).get("init_args", {})
+        config = self._get(self.config_init, "trainer")
+        if not config.get("fast_dev_run"):
+            logger = config.get("logger")
+            if logger in (None, True, False):
+                self.folder = self.choose_folder()
+                if config.get("default_root_dir") is None and self.folder is not None:
+                    kwargs["default_root_dir"] = str(self.folder)
+                kwargs["logger"] = False if logger is False else self.run_logger()
+        return super().instantiate_trainer(**kwargs)
+
+    def choose_folder(self) -> Path | None:
+        """Return the folder of the run: the resumed one, or a new version. Rank zero chooses, the others are told."""
+        config = self.config[self.subcommand]
+        continued = self.continued_run()
+        if continued is not None:
+            announce(f"continuing {continued} from {config.ckpt_path}")
+            return continued
+        name = checked_run_name(config.run_name or default_run_name(self.argv, config))
+        config.run_name = name
+        if rank_zero_only.rank != 0:
+            return None
+        self.is_new_folder = True
+        return reserve_version(Path(config.runs_folder), name)
+
+    def continued_run(self) -> Path | None:
+        """Return the run that is continued in its own folder, or None for a new one."""
+        config = self.config[self.subcommand]
+        if config.resume:
+            return find_run(config.resume, config.runs_folder)
+        if self.subcommand == "fit" and config.ckpt_path and "--run_name" not in flags(self.argv):
+            run = Path(config.ckpt_path).absolute().parent.parent
+            if Path(config.ckpt_path).absolute().parent.name == CHECKPOINTS_FOLDER and (run / MANIFEST_FILE).is_file():
+                return Path(os.path.relpath(run))
+        return None
+
+    def run_logger(self) -> TensorBoardLogger:
+        """Return a TensorBoard logger that writes into the run's folder.
+
+        After a resume, points that the killed run logged past its checkpoint are purged, so curves join without overlap.
+        """
+        config = self.config[self.subcommand]
+        if self.folder is None:
+            return TensorBoardLogger(config.runs_folder, config.run_name, default_hp_metric=False)
+        purge = None if self.is_new_folder else updates_in(Path(config.ckpt_path)) + 1
+        return TensorBoardLogger(
+            self.folder.parent.parent,
+            self.folder.parent.name,
+            version=self.folder.name,
+            default_hp_metric=False,
+            purge_step=purge,
+        )
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out callbacks that the trainer's own switches turn off."""
+        unwanted: list[type[Callback]] = []
+        if config.get("enable_checkpointing") is False:
+            unwanted.append(Checkpoint)
+        if config.get("enable_progress_bar") is False:
+            unwanted.append(ProgressBar)
+        always = self.trainer_defaults["callbacks"]
+        self.trainer_defaults["callbacks"] = [c for c in always if not isinstance(c, tuple(unwanted))]
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Load checkpoints without running code from them; rows of predict go to the file, not to memory."""
+        further: dict[str, Any] = {"return_predictions": False} if subcommand == "predict" else {}
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True, **further}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, and leave no folder behind for a run that failed before it began."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.is_new_folder and self.folder is not None and not (self.folder / MANIFEST_FILE).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        if self.folder is not None:
+            announce(f"run: {self.folder}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a training command; ``argv`` begins with its name."""
+    run(argv)
+    return 0
+
+
+def run(argv: Sequence[str]) -> RlhfCLI:
+    """Run a training command in this process and return what it built: ``.trainer``, ``.model``, ``.folder``."""
+    quieten()
+    return RlhfCLI(resumed(with_underscores(argv)))
+
+
+def resumed(argv: Sequence[str]) -> list[str]:
+    """Put the config and the last checkpoint of the run that ``--resume`` names in front of the given flags.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no checkpoint.
+    """
+    given = flags(argv)
+    if argv[:1] != ["fit"] or "--resume" not in given:
+        return list(argv)
+    run = find_run(given["--resume"], given.get("--runs_folder", "runs"))
+    checkpoint = given.get("--ckpt_path") or str(last_checkpoint(run))
+    if not (run / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{run} cannot be resumed: it has no {CONFIG_FILE}")
+    return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[1:]]
+
+
+def flags(argv: Sequence[str]) -> dict[str, str]:
+    """Return the options of a command line as written, ``--name value`` and ``--name=value`` alike."""
+    found: dict[str, str] = {}
+    for position, argument in enumerate(argv):
+        if argument.startswith("-"):
+            name, equals, value = argument.partition("=")
+            following = argv[position + 1] if position + 1 < len(argv) else ""
+            found.setdefault({"-c": "--config"}.get(name, name), value if equals else following)
+    return found
+
+
+def default_run_name(argv: Sequence[str], config: Namespace) -> str:
+    """Return the name of the first config file, or else the module's: ``dpo`` for dpo.yaml and for DPOModule."""
+    path = flags(argv).get("--config", "")
+    if path and Path(path).is_file() and Path(path).stem != Path(CONFIG_FILE).stem:
+        return Path(path).stem
+    return str(config.model.class_path).rpartition(".")[2].removesuffix("Module").lower() or "run"
+
+
+def usage_of(command: str) -> str:
+    """Return the usage line; the parser's own would list a hundred options."""
+    resume = " [--resume RUN]" if command == "fit" else ""
+    return (
+        f"rlhf {command} [--config FILE.yaml ...] [--model CLASS] [--model.ARGUMENT VALUE ...] [--data CLASS] "
+        f"[--data.ARGUMENT VALUE ...] [--trainer.ARGUMENT VALUE ...] [--run_name NAME]{resume}"
+    )
+
+
+def imported(class_path: str) -> Any:
+    """Return the class that a path names."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(sys.modules[module], name)
+
+
+def checkpoint_hparams(path: Path) -> dict[str, Any]:
+    """Return the hyper-parameters in a checkpoint; no code is run from it."""
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors and settings: {error}") from error
+    hparams = dict(checkpoint.get("hyper_parameters", {}))
+    hparams.pop("_instantiator", None)
+    return hparams
+
+
+def updates_in(path: Path) -> int:
+    """Return how many updates a checkpoint is old."""
+    file = path / "meta.pt" if path.is_dir() else path
+    checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    return int(checkpoint.get("progress", {}).get("updates", checkpoint.get("global_step", 0)))
+
+
+def as_plain(value: Any) -> Any:
+    """Return parsed settings as dicts, lists and values."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those in ``over`` put on top, nested ones key by key."""
+    result = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+@rank_zero_only
+def announce(text: str) -> None:
+    """Print a line, once over all ranks."""
+    print(text, flush=True)

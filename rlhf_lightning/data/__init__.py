@@ -1,0 +1,11 @@
+"""DataModules: rows of text from anywhere in, optimizer steps of token ids out. Knows no models."""
+
+from rlhf_lightning.data.base import AlignmentDataModule
+from rlhf_lightning.data.batching import BatchPlan, PlannedStep
+from rlhf_lightning.data.preference import PreferenceDataModule
+from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.data.sft import SFTDataModule
+
+__all__ = [
+    "AlignmentDataModule", "BatchPlan", "PlannedStep", "PreferenceDataModule", "PromptDataModule", "SFTDataModule",
+]  # fmt: skip

@@ -1,0 +1,164 @@
+"""The one owner of batching: which rows make an optimizer step, and how each rank cuts its share into micro-batches.
+
+`BatchPlan` is pure arithmetic on row lengths: every rank computes the same plan, so nothing has to be communicated. The
+rows of a step depend on (seed, epoch, batch_size) alone. Within the step they are sorted by length and cut so that
+little padding is paid for, and dealt to the ranks so that each gets the same number of micro-batches and about the same
+work. How a step is cut therefore never changes which rows it averages over, and one integer, the step, is a resume
+cursor that holds for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class PlannedStep(NamedTuple):
+    """One rank's share of an optimizer step.
+
+    Attributes:
+        micro_batches: row indices of each micro-batch; as many on every rank. Empty only where the step has fewer rows
+            than ranks need micro-batches.
+        rows: rows of the step over all ranks.
+        tokens: supervised tokens of the step over all ranks.
+    """
+
+    micro_batches: tuple[tuple[int, ...], ...]
+    rows: int
+    tokens: int
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of ``range(count)`` that depends on (seed, epoch) alone, on every machine and NumPy version."""
+    key = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+class BatchPlan:
+    """The optimizer steps of one epoch.
+
+    Args:
+        lengths: padded cost of a row in tokens: for one sequence its length, for a pair twice the longer of its two.
+        tokens: supervised tokens of each row.
+        batch_size: rows of an optimizer step over all ranks.
+        micro_batch_size: most rows of a micro-batch.
+        max_tokens: most tokens of a micro-batch, pads included (rows times the longest); a row longer than that alone
+            makes a micro-batch of its own.
+        ranks: number of data-parallel ranks.
+        seed: seed of the order.
+        epoch: number of the epoch; each has an order of its own.
+        shuffle: whether rows are shuffled; otherwise steps take them as they come.
+        drop_last: whether a last step with fewer than ``batch_size`` rows is left out.
+
+    Raises:
+        ValueError: if a size is not positive, or there is no row.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        max_tokens: int | None = None,
+        ranks: int = 1,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        for name, size in (("batch_size", batch_size), ("ranks", ranks)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}.")
+        for name, limit in (("micro_batch_size", micro_batch_size), ("max_tokens", max_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1 or None, not {limit}.")
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.tokens = np.asarray(tokens, dtype=np.int64)
+        if self.lengths.shape != self.tokens.shape or self.lengths.ndim != 1:
+            raise ValueError(f"{len(self.lengths)} lengths for {len(self.tokens)} token counts: one of each a row.")
+        count = len(self.lengths)
+        if count == 0:
+            raise ValueError("A plan needs at least one row.")
+        if drop_last and count < batch_size:
+            raise ValueError(f"{count} rows are fewer than batch_size {batch_size}, and drop_last leaves out the rest.")
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.max_tokens = max_tokens
+        self.ranks = ranks
+        self.steps = count // batch_size if drop_last else -(-count // batch_size)
+        self.order = shuffled(count, seed, epoch) if shuffle else np.arange(count)
+
+    def __len__(self) -> int:
+        """Optimizer steps of the epoch."""
+        return self.steps
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Indices of the rows of a step, over all ranks."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"Step {step} of an epoch of {self.steps}.")
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def step(self, index: int, rank: int) -> PlannedStep:
+        """One rank's share of the step ``index``."""
+        rows = self.rows_of(index)
+        by_length = rows[np.argsort(-self.lengths[rows], kind="stable")]
+        cuts = self._cut(self.lengths[by_length].tolist())
+        groups = [tuple(by_length[start:stop].tolist()) for start, stop in cuts]
+        mine = _dealt([self._cost(group) for group in groups], self.ranks)[rank]
+        return PlannedStep(tuple(groups[i] for i in mine), len(rows), int(self.tokens[rows].sum()))
+
+    def _cost(self, group: tuple[int, ...]) -> int:
+        return len(group) * int(self.lengths[group[0]]) if group else 0
+
+    def _cut(self, lengths: list[int]) -> list[tuple[int, int]]:
+        """Cut lengths in falling order into micro-batches, as few as the limits allow and a multiple of the ranks."""
+        most = self.micro_batch_size or len(lengths)
+        limit = self.max_tokens or sum(lengths) + lengths[0] * len(lengths)
+        wanted = self.ranks * -(-len(_filled(lengths, limit, most)) // self.ranks)
+        low, high = lengths[0], max(limit, lengths[0])
+        while low < high:  # the smallest token limit that needs no more micro-batches
+            middle = (low + high) // 2
+            if len(_filled(lengths, middle, most)) <= wanted:
+                high = middle
+            else:
+                low = middle + 1
+        cuts = _filled(lengths, low, most)
+        while len(cuts) < wanted:
+            widest = max(range(len(cuts)), key=lambda i: (cuts[i][1] - cuts[i][0] > 1, _width(lengths, cuts[i])))
+            start, stop = cuts[widest]
+            middle = (start + stop) // 2 if stop - start > 1 else stop
+            cuts[widest : widest + 1] = [(start, middle), (middle, stop)]
+        return cuts
+
+
+def _width(lengths: list[int], cut: tuple[int, int]) -> int:
+    start, stop = cut
+    return (stop - start) * lengths[start] if stop > start else 0
+
+
+def _filled(lengths: list[int], limit: int, most: int) -> list[tuple[int, int]]:
+    """Fill micro-batches one after the other, longest rows first: the fewest that the limits allow."""
+    cuts, start = [], 0
+    while start < len(lengths):
+        fit = max(1, min(most, limit // max(lengths[start], 1)))
+        stop = min(start + fit, len(lengths))
+        cuts.append((start, stop))
+        start = stop
+    return cuts
+
+
+def _dealt(costs: list[int], ranks: int) -> list[list[int]]:
+    """Deal micro-batches to ranks, as many to each: by falling cost, the costliest of a round to the least loaded."""
+    falling = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for first in range(0, len(falling), ranks):
+        hungry = sorted(range(ranks), key=lambda r: (loads[r], r))
+        for rank, index in zip(hungry, falling[first : first + ranks], strict=True):
+            hands[rank].append(index)
+            loads[rank] += costs[index]
+    return hands

@@ -1,0 +1,80 @@
+"""Rows of a `RowStore` to the batches of `types`: ragged, nothing padded. Every function takes zero rows too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences
+
+
+def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
+    """One completion for each prompt."""
+    found = [store.completions(row)[0] for row in rows]
+    sequences = Sequences(
+        prompts=tuple(store.prompt(row) for row in rows),
+        completions=tuple(ids for ids, _, _ in found),
+        parents=tuple(range(len(rows))),
+        supervised=tuple(mask for _, mask, _ in found),
+    )
+    return DemonstrationBatch(sequences, store.column("weight", rows))
+
+
+def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
+    """Chosen completions, then the rejected ones in the same order."""
+    found = [store.completions(row) for row in rows]
+    stacked = [pair[0] for pair in found] + [pair[1] for pair in found]
+    sequences = Sequences(
+        prompts=tuple(store.prompt(row) for row in rows),
+        completions=tuple(ids for ids, _, _ in stacked),
+        parents=tuple(range(len(rows))) * 2,
+        supervised=tuple(mask for _, mask, _ in stacked),
+    )
+    return PreferenceBatch(
+        sequences, store.column("target", rows), store.column("margin", rows), store.column("weight", rows)
+    )
+
+
+def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
+    """Each prompt's completions one after the other, with their ranks."""
+    found = [(parent, one) for parent, row in enumerate(rows) for one in store.completions(row)]
+    sequences = Sequences(
+        prompts=tuple(store.prompt(row) for row in rows),
+        completions=tuple(ids for _, (ids, _, _) in found),
+        parents=tuple(parent for parent, _ in found),
+        supervised=tuple(mask for _, (_, mask, _) in found),
+    )
+    return RankedBatch(
+        sequences,
+        torch.tensor([rank for _, (_, _, rank) in found], dtype=torch.int64),
+        store.column("target", rows),
+        store.column("margin", rows),
+        store.column("weight", rows),
+    )
+
+
+def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int = 1) -> PromptBatch:
+    """Each prompt repeated ``samples`` times in a row.
+
+    Args:
+        store: the rows.
+        rows: rows whose prompts are taken.
+        episodes: number of each prompt's first sample in the run, int64, shape (rows,).
+        samples: samples of each prompt.
+    """
+    records = [store.record(row) for row in rows]
+    names = dict.fromkeys(name for record in records for name in record["columns"])
+    columns: dict[str, list[Any]] = {
+        name: [record["columns"].get(name) for record in records for _ in range(samples)] for name in names
+    }
+    return PromptBatch(
+        prompts=tuple(ids for row in rows for ids in [store.prompt(row)] * samples),
+        texts=tuple(record["prompt"] for record in records for _ in range(samples)),
+        columns=columns,
+        episodes=(episodes[:, None] + torch.arange(samples)).flatten(),
+        group=torch.arange(len(rows)).repeat_interleave(samples),
+    )

@@ -1,0 +1,223 @@
+"""Canonical rows to token ids: rendering, encoding in bulk, truncation, and what is dropped on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data.formats import CanonicalRow, Form, Reader, Row, RowRefused, check_columns
+from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.sources import Unreadable
+from rlhf_lightning.tokenization import (
+    ChatTemplateError,
+    Rendered,
+    encode_rendered,
+    render_completion,
+    render_prompt,
+    truncate,
+)
+from rlhf_lightning.types import Message, Prompt
+
+CHUNK = 512
+PEEK = 100
+
+
+@dataclass(slots=True)
+class EncodedRow:
+    """A prompt and its completions as token ids.
+
+    Attributes:
+        prompt: ids of the prompt, at least one.
+        completions: ids of each completion.
+        supervised: for each completion a flag for each token: may a loss look at it?
+        ranks, target, margin, weight: as in `CanonicalRow`.
+        text: the prompt as the data gave it; the whole text where there was none.
+        columns: further columns.
+        source: index of the source it came from.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    supervised: list[list[bool]]
+    ranks: list[int]
+    target: float = 1.0
+    margin: float = 0.0
+    weight: float = 1.0
+    text: Prompt = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    source: int = 0
+
+    @property
+    def record(self) -> str:
+        """Prompt and columns as JSON."""
+        return json.dumps({"prompt": self.text, "columns": self.columns}, ensure_ascii=False, default=str)
+
+    @property
+    def group(self) -> int:
+        """A number that rows with the same prompt share."""
+        key = json.dumps(self.text, ensure_ascii=False)
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes rows of one kind.
+
+    Args:
+        read: reads a row of any form of that kind.
+        forms: the forms it reads, for the message when columns are missing.
+        columns: new name of each column to be renamed.
+        max_length: most tokens of prompt and completion.
+        max_prompt_length: most tokens of the prompt.
+        as_chat: whether plain text becomes a user's and an assistant's turn.
+        pairwise: whether a list of completions becomes all its pairs of different rank.
+    """
+
+    read: Reader
+    forms: tuple[Form, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    as_chat: bool = False
+    pairwise: bool = False
+
+    def rows(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
+    ) -> Iterator[EncodedRow]:
+        """Encode rows one after the other, counting in ``report``.
+
+        Raises:
+            ValueError: if the first rows have no form's columns, or the tokenizer lacks a chat template for messages.
+        """
+        rows = iter(rows)
+        first = list(islice(rows, PEEK))
+        readable = [row for row in first if not isinstance(row, Unreadable)]
+        if readable:
+            names = [name for row in readable for name in row if isinstance(name, str)]
+            self._check_renames(names, where)
+            check_columns((self.columns.get(name, name) for name in names), self.forms, where)
+        chunk: list[Row | Unreadable] = first
+        while chunk:
+            yield from self.chunk(tokenizer, chunk, report)
+            chunk = list(islice(rows, CHUNK))
+
+    def _check_renames(self, names: list[str], where: str) -> None:
+        missing = [name for name in self.columns if name not in names]
+        if missing:
+            found = ", ".join(map(repr, dict.fromkeys(names)))
+            raise ValueError(f"columns renames {', '.join(map(repr, missing))}, but {where} has the columns {found}.")
+
+    def chunk(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
+    ) -> list[EncodedRow]:
+        """Encode some rows at once, counting in ``report``."""
+        kept: list[CanonicalRow] = []
+        rendered: list[Rendered] = []
+        for row in rows:
+            report.read += 1
+            try:
+                canonical = self._canonical(row)
+                rendered += _render(tokenizer, canonical)
+                kept.append(canonical)
+            except RowRefused as refusal:
+                report.drop(str(refusal))
+        encoded = iter(encode_rendered(tokenizer, rendered))
+        done = []
+        for canonical in kept:
+            parts = [next(encoded) for _ in range(len(canonical.completions) + (canonical.prompt is not None))]
+            try:
+                pieces = self._encoded(canonical, parts, report)
+            except RowRefused as refusal:
+                report.drop(str(refusal))
+                continue
+            report.kept += 1
+            report.tokens += sum(sum(flags) for piece in pieces for flags in piece.supervised)
+            done += pieces
+        return done
+
+    def _canonical(self, row: Row | Unreadable) -> CanonicalRow:
+        if isinstance(row, Unreadable):
+            raise RowRefused("unreadable_line")
+        if self.columns:
+            row = {self.columns.get(name, name): value for name, value in row.items() if name not in self.columns.values()}
+        canonical = self.read(row, self.as_chat)
+        try:
+            repr_of = [canonical.prompt, canonical.completions, canonical.columns]
+            json.dumps(repr_of, ensure_ascii=False, default=str).encode("utf-8")
+        except (UnicodeEncodeError, ValueError, RecursionError):
+            raise RowRefused("broken_text") from None
+        return canonical
+
+    def _encoded(
+        self, row: CanonicalRow, parts: list[tuple[list[int], list[bool]]], report: Report
+    ) -> list[EncodedRow]:
+        if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
+            ids, flags = parts[0]
+            prompt, answers = ids[:1], [(ids[1:], flags[1:])]
+        else:
+            prompt, answers = parts[0][0], parts[1:]
+        if not prompt:
+            raise RowRefused("empty_prompt")
+        cut, completions = truncate(prompt, [ids for ids, _ in answers], self.max_length, self.max_prompt_length)
+        supervised = [flags[: len(ids)] for ids, (_, flags) in zip(completions, answers, strict=True)]
+        if any(not any(flags) for flags in supervised):
+            raise RowRefused("nothing_supervised")
+        if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+            raise RowRefused("identical_completions")
+        if len(cut) < len(prompt):
+            report.truncated["prompt"] = report.truncated.get("prompt", 0) + 1
+        if any(len(ids) < len(whole) for ids, (whole, _) in zip(completions, answers, strict=True)):
+            report.truncated["completion"] = report.truncated.get("completion", 0) + 1
+        text = row.completions[0] if row.prompt is None else row.prompt
+        one = EncodedRow(
+            cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns
+        )
+        return _pairs(one) if self.pairwise else [one]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rendered]:
+    try:
+        if row.prompt is None:
+            whole = str(row.completions[0])
+            return [render_completion(tokenizer, whole, "")._replace(opening=render_prompt(tokenizer, "").opening)]
+        answers = [render_completion(tokenizer, completion, row.prompt) for completion in row.completions]
+        return [render_prompt(tokenizer, row.prompt), *answers]
+    except ChatTemplateError:
+        if not tokenizer.chat_template:
+            raise
+        raise RowRefused("template_refuses") from None
+
+
+def _pairs(row: EncodedRow) -> list[EncodedRow]:
+    """All pairs of completions of different rank."""
+    pairs = []
+    for i, better in enumerate(row.ranks):
+        for j in range(len(row.ranks)):
+            if better < row.ranks[j] and row.completions[i] != row.completions[j]:
+                pairs.append(
+                    EncodedRow(
+                        row.prompt, [row.completions[i], row.completions[j]], [row.supervised[i], row.supervised[j]],
+                        [0, 1], row.target, row.margin, row.weight, row.text, row.columns, row.source,
+                    )  # fmt: skip
+                )
+    if not pairs:
+        raise RowRefused("identical_completions")
+    return pairs
+
+
+def no_rows(report: Report, where: str) -> ValueError:
+    """The error for a source of which nothing is left."""
+    if report.read == 0:
+        return ValueError(f"{where} is empty: it holds no row.")
+    return ValueError(f"No usable row. {report.describe(where)}")
+
+
+def prompt_of(record: str) -> Prompt | list[Message]:
+    """The prompt of a row's record."""
+    return json.loads(record)["prompt"]

@@ -1,0 +1,117 @@
+"""The loader: yields the planned steps of an epoch, and knows where it stands.
+
+It is no `torch.utils.data.DataLoader` itself, so that Lightning cannot put a sampler of its own into it: the plan has
+dealt the rows to the ranks already. It has a ``sampler`` whose ``set_epoch`` Lightning calls, and a ``state_dict`` of
+three values, with which it resumes at the very next step, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset
+
+from rlhf_lightning.types import Step
+
+
+class EpochSteps(Protocol):
+    """The steps of one epoch of one rank."""
+
+    def __len__(self) -> int:
+        """Steps of the epoch."""
+
+    def __getitem__(self, index: int) -> Step[Any]:
+        """The step ``index``."""
+
+
+class EpochSampler:
+    """Where a loader stands: the epoch, and the steps of it that were yielded."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+
+class StepLoader:
+    """Yields one `types.Step` for each optimizer step.
+
+    Args:
+        steps: gives the steps of an epoch.
+        length: steps of every epoch.
+        fingerprint: hash of what decides the order of rows; a state of another order is refused.
+        num_workers: processes that build steps ahead; 0 builds them when they are asked for.
+    """
+
+    def __init__(
+        self, steps: Callable[[int], EpochSteps], length: int, fingerprint: str, num_workers: int = 0
+    ) -> None:
+        self.steps = steps
+        self.length = length
+        self.fingerprint = fingerprint
+        self.num_workers = num_workers
+        self.sampler = EpochSampler()
+        self._resumed = False
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        return self.length
+
+    def __iter__(self) -> Iterator[Step[Any]]:
+        """Yield the epoch's steps, from the beginning or from where a loaded state stands."""
+        sampler = self.sampler
+        start = sampler.position if self._resumed and sampler.position < self.length else 0
+        self._resumed = False
+        sampler.position = start
+        for index, step in enumerate(self._from(sampler.epoch, start), start):
+            sampler.position = index + 1  # counted here, not where a worker builds ahead
+            yield step
+
+    def _from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
+        steps = self.steps(epoch)
+        if self.num_workers == 0:
+            return (steps[index] for index in range(start, self.length))
+        loader = DataLoader(
+            _AsDataset(steps), sampler=range(start, self.length), batch_size=None, collate_fn=_unchanged,
+            num_workers=self.num_workers,
+        )  # fmt: skip
+        return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: the epoch and the steps of it that were yielded."""
+        return {"epoch": self.sampler.epoch, "step": self.sampler.position, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: if the state belongs to other data or another order.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "The checkpoint was written on other data, another tokenizer or other data settings (source, rows, "
+                "batch_size, seed, lengths ...), so its position means nothing here: resume with the same ones, or "
+                "start a new run from its exported model (model.init_from)."
+            )
+        self.sampler.epoch, self.sampler.position = state["epoch"], state["step"]
+        self._resumed = True
+
+
+class _AsDataset(Dataset):
+    def __init__(self, steps: EpochSteps) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> Step[Any]:
+        return self.steps[index]
+
+
+def _unchanged(step: Step[Any]) -> Step[Any]:
+    return step

@@ -1,0 +1,40 @@
+"""Preference pairs and ranked lists, for reward models and for direct preference objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.data import collation, formats
+from rlhf_lightning.data.base import AlignmentDataModule
+from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.types import PreferenceBatch, RankedBatch
+
+
+class PreferenceDataModule(AlignmentDataModule):
+    """Preferences: ``prompt`` + ``chosen`` + ``rejected``, ``chosen`` + ``rejected`` with the prompt in both (turns, or a
+    transcript of Human and Assistant), or ``prompt`` + ``completions`` best first (+ ``ranks``, equal ones are ties).
+
+    ``preference`` is the probability that chosen is the better one, ``margin`` its rated strength. A module that takes
+    pairs gets every pair of different rank of a ranked list; one that takes ranked groups gets a pair as a group of two.
+
+    Args:
+        source: where the preferences come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (PreferenceBatch, RankedBatch)
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads preferences."""
+        return Encoder(
+            formats.preference, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat, pairwise=self.batch_type is PreferenceBatch,
+        )  # fmt: skip
+
+    def collate(self, store: RowStore, rows: Sequence[int]) -> PreferenceBatch | RankedBatch:
+        """Pairs, or groups of ranked completions."""
+        return collation.pairs(store, rows) if self.batch_type is PreferenceBatch else collation.groups(store, rows)

@@ -1,0 +1,39 @@
+"""Demonstrations for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.data import collation, formats
+from rlhf_lightning.data.base import AlignmentDataModule
+from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.types import DemonstrationBatch
+
+
+class SFTDataModule(AlignmentDataModule):
+    """Demonstrations: ``messages``, ``prompt`` + ``completion``, ``input`` + ``output``, ``instruction`` (+ ``input``) +
+    ``output``, or ``text`` alone (every token after the first is learned).
+
+    In a conversation of several turns every turn of the assistant is learned, with its end token, and no other.
+
+    Args:
+        source: where the demonstrations come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (DemonstrationBatch,)
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads demonstrations."""
+        return Encoder(
+            formats.demonstration, formats.DEMONSTRATION_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat,
+        )  # fmt: skip
+
+    def collate(self, store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
+        """One completion for each prompt."""
+        return collation.demonstrations(store, rows)

@@ -1,0 +1,211 @@
+"""Where rows come from: the Hub, files, folders written by ``save_to_disk``, and weighted mixtures of those.
+
+A source is written as a string (a Hub name, a file, a glob or a folder), or as a mapping with ``path`` and any of
+``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub) and ``columns``, or as a list of either.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".txt")
+
+
+class Unreadable:
+    """Stands for a line that holds no row."""
+
+
+UNREADABLE = Unreadable()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows.
+
+    Attributes:
+        path: Hub name, file, glob, or folder written by ``save_to_disk``.
+        weight: how often each of its rows is seen in one epoch: 1 once, 2 twice, 0.5 a fresh half of them each epoch.
+        rows: read only the first so many rows.
+        split: split of a Hub name or of a folder with several.
+        name: configuration of a Hub name.
+        columns: new name of each of its columns to be renamed, in place of the DataModule's ``columns``.
+    """
+
+    path: str
+    weight: float = 1.0
+    rows: int | None = None
+    split: str = "train"
+    name: str | None = None
+    columns: dict[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def parse_sources(source: Any) -> tuple[Source, ...]:
+    """Read the argument ``source`` of a DataModule.
+
+    Raises:
+        ValueError: if it is neither a path, nor a mapping with known keys, nor a list of those.
+    """
+    items = source if isinstance(source, list | tuple) else [source]
+    if not items:
+        raise ValueError("source is an empty list: name at least one file, folder or Hub name.")
+    return tuple(_one(item) for item in items)
+
+
+def _one(item: Any) -> Source:
+    if isinstance(item, Source):
+        return item
+    if isinstance(item, str | Path):
+        if not str(item):
+            raise ValueError("source is an empty text: give a file, a folder or a Hub name.")
+        return Source(str(item))
+    if not isinstance(item, dict):
+        raise ValueError(f"A source is a path or a mapping with 'path', not {type(item).__name__}: {item!r}.")
+    known = list(Source.__dataclass_fields__)
+    unknown = [key for key in item if key not in known]
+    if unknown or "path" not in item:
+        raise ValueError(f"A source has the keys {', '.join(known)} ('path' is needed); found {', '.join(map(str, item))}.")
+    one = Source(**{**item, "path": str(item["path"])})
+    if one.weight <= 0:
+        raise ValueError(f"The weight of {one.path} must be above 0, not {one.weight}.")
+    if one.rows is not None and one.rows < 1:
+        raise ValueError(f"rows of {one.path} must be at least 1, not {one.rows}.")
+    return one
+
+
+def files_of(source: Source) -> list[Path] | None:
+    """The files a source names, in order; None if it is a Hub name or a folder written by ``save_to_disk``.
+
+    Raises:
+        FileNotFoundError: if it looks like a file or a glob and there is none.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return None
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        if found:
+            return found
+        raise FileNotFoundError(f"The folder {source.path} holds neither a saved dataset nor a {', '.join(SUFFIXES)} file.")
+    if any(mark in source.path for mark in "*?["):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        if found:
+            return found
+        raise FileNotFoundError(f"No file matches {source.path!r} (in {Path.cwd()}).")
+    if path.suffix in SUFFIXES or source.path.count("/") > 1 or source.path.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"There is no file {source.path!r} (in {Path.cwd()}).")
+    return None
+
+
+def load_hub(source: Source, streaming: bool = False) -> Any:
+    """The `datasets` object of a Hub name or of a folder written by ``save_to_disk``."""
+    import datasets  # a second to import: not needed for files
+
+    if Path(source.path).expanduser().is_dir():
+        data = datasets.load_from_disk(str(Path(source.path).expanduser()))
+        if isinstance(data, datasets.DatasetDict):
+            if source.split not in data:
+                raise ValueError(f"{source.path} has no split {source.split!r}, only {', '.join(data)}.")
+            data = data[source.split]
+        return data.to_iterable_dataset(num_shards=min(64, max(len(data), 1))) if streaming else data
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{source.path!r} is no file here, and the Hub did not give it: {reason}") from error
+
+
+def source_fingerprint(source: Source) -> str:
+    """Hash of what a source holds: the bytes of its files, or the fingerprint of its dataset."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = files_of(source)
+    if files is None:
+        digest.update(load_hub(source)._fingerprint.encode())
+    for file in files or []:
+        digest.update(file.suffix.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_rows(source: Source) -> Iterator[dict[str, Any] | Unreadable]:
+    """Rows of a source in order; `UNREADABLE` for a line that holds none, so that every line is counted."""
+    files = files_of(source)
+    if files is None:
+        rows: Iterator[dict[str, Any] | Unreadable] = iter(load_hub(source))
+    else:
+        rows = (row for file in files for row in read_file(file))
+    for count, row in enumerate(rows):
+        if source.rows is not None and count >= source.rows:
+            return
+        yield row
+
+
+def read_file(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
+    """Rows of one file, by its suffix: Parquet, CSV with a header, JSON (a list of objects), else one JSON a line.
+
+    A ``.txt`` file is one row with the column ``text`` for each paragraph (texts between empty lines).
+    """
+    if file.suffix == ".parquet":
+        yield from _parquet(file)
+    elif file.suffix == ".csv":
+        yield from _csv(file)
+    elif file.suffix == ".txt":
+        for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+            if paragraph.strip():
+                yield {"text": paragraph.strip("\n")}
+    elif file.suffix == ".json":
+        yield from _json(file)
+    else:
+        with file.open("rb") as stream:
+            for line in stream:
+                if line.strip():
+                    yield parse_line(line)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | Unreadable:
+    """The JSON object of a line, or `UNREADABLE`."""
+    try:
+        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+    except (ValueError, RecursionError):
+        return UNREADABLE
+    return row if isinstance(row, dict) else UNREADABLE
+
+
+def _json(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
+    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        whole = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        yield from (parse_line(line) for line in content.splitlines() if line.strip())
+        return
+    if isinstance(whole, dict):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(whole) == 1 and lists else [whole]
+    yield from (row if isinstance(row, dict) else UNREADABLE for row in (whole if isinstance(whole, list) else [whole]))
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+        yield from batch.to_pylist()
+
+
+def _csv(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
+    csv.field_size_limit(1 << 30)
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        for row in csv.DictReader(stream):
+            yield UNREADABLE if None in row else row

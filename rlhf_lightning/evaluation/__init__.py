@@ -1,0 +1,1 @@
+"""What a trained policy is worth: samples on held-out prompts, intervals, the reward-KL frontier, reports."""

@@ -1,0 +1,141 @@
+"""Policies on held-out prompts: sampled afresh, scored by proxy and by gold, with the KL that it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.functional.logprobs import kl_k1
+from rlhf_lightning.functional.statistics import best_of_n_curve, bootstrap_interval
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.layout import cut_rows, padded_layout, select
+from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores
+from rlhf_lightning.types import Prompt, Sequences
+
+GoldReward = Callable[[Prompt, str], float]
+MAX_TOKENS = 16_384
+
+
+class Samples(NamedTuple):
+    """Completions of a policy and what is known about each. All tensors have shape (completions,).
+
+    Attributes:
+        prompts: the prompt of each completion.
+        completions: their texts.
+        scores: the scorer's score of each; None without a scorer.
+        gold: gold reward of each; None where no gold reward is known.
+        kl: sum over tokens of log policy - log reference, nats; None without a reference.
+        lengths: tokens, the end token included.
+        finished: whether each ended by itself.
+    """
+
+    prompts: list[Prompt]
+    completions: list[str]
+    scores: Tensor | None
+    gold: Tensor | None
+    kl: Tensor | None
+    lengths: Tensor
+    finished: Tensor
+
+
+def sample_and_score(
+    policy: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSettings,
+    seed: int,
+    samples_per_prompt: int = 1,
+    reference: CausalLM | None = None,
+    scorer: Scorer | None = None,
+    gold_reward: GoldReward | None = None,
+) -> Samples:
+    """Sample completions of every prompt and measure them.
+
+    The same seed draws the same random numbers for every policy, so that policies are compared on paired samples.
+
+    Args:
+        policy: the model to sample from.
+        tokenizer: its tokenizer.
+        prompts: held-out prompts.
+        sampling: temperature and length limit.
+        seed: seed of the samples.
+        samples_per_prompt: completions per prompt, neighbours in the result.
+        reference: the model the KL is measured from.
+        scorer: proxy score.
+        gold_reward: known true reward of (prompt, completion).
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    encoded = tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in repeated)
+    ends = tokenization.end_token_ids(tokenizer)
+    drawn = sample(policy, encoded, torch.arange(len(encoded)), sampling, seed, ends)
+    texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
+    sequences = Sequences(
+        prompts=encoded,
+        completions=drawn.ids,
+        parents=tuple(range(len(encoded))),
+        supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn.ids),
+    )
+    scores = None
+    if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
+        scores = scorer.score_sequences(sequences)
+    elif scorer is not None:
+        scores = checked_scores(scorer(repeated, texts), len(texts), type(scorer).__name__)
+    gold = None
+    if gold_reward is not None:
+        pairs = zip(repeated, texts, strict=True)
+        gold = torch.tensor([gold_reward(prompt, text) for prompt, text in pairs], dtype=torch.float64)
+    return Samples(
+        prompts=repeated,
+        completions=texts,
+        scores=scores,
+        gold=gold,
+        kl=None if reference is None else sequence_kl(policy, reference, sequences, sampling.temperature),
+        lengths=torch.tensor([len(ids) for ids in drawn.ids]),
+        finished=drawn.finished,
+    )
+
+
+def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """Return the KL estimate of each completion: log policy - log reference summed over its tokens, nats."""
+    device, totals = next(policy.parameters()).device, torch.zeros(len(sequences.completions))
+    with inference_mode_of(policy), inference_mode_of(reference):
+        for rows in cut_rows(sequences.lengths, max_tokens=MAX_TOKENS):
+            layout = padded_layout(select(sequences, rows)).to(device)
+            tokens = kl_k1(policy(layout, temperature).logprobs, reference(layout, temperature).logprobs)
+            totals[rows] = tokens.sum(-1).cpu()
+    return totals
+
+
+def best_of_n(samples: Samples, samples_per_prompt: int, n: int) -> Tensor:
+    """Return the gold reward of the best of ``n`` by proxy score, for each prompt, shape (prompts,).
+
+    The unbiased estimate over all choices of n among the samples of a prompt (equal to sampling n and taking the best).
+
+    Raises:
+        ValueError: the samples carry no scores or no gold reward.
+    """
+    if samples.scores is None or samples.gold is None:
+        raise ValueError("best-of-n chooses by score and is judged by gold reward: sample with both")
+    scores = samples.scores.double().view(-1, samples_per_prompt)
+    gold = samples.gold.view(-1, samples_per_prompt)
+    return torch.stack([best_of_n_curve(s, g)[n - 1] for s, g in zip(scores, gold, strict=True)])
+
+
+def best_of_n_score(samples: Samples, samples_per_prompt: int, n: int) -> Tensor:
+    """Return the proxy score of the best of ``n`` by that score, for each prompt, shape (prompts,)."""
+    if samples.scores is None:
+        raise ValueError("best-of-n chooses by score: sample with a scorer")
+    scores = samples.scores.double().view(-1, samples_per_prompt)
+    return torch.stack([best_of_n_curve(s, s)[n - 1] for s in scores])
+
+
+def mean_with_interval(values: Tensor, seed: int = 0) -> dict[str, Any]:
+    """Return ``{"mean", "ci"}`` with a 95 % bootstrap interval over the values."""
+    low, high = bootstrap_interval(values.double(), seed=seed)
+    return {"mean": float(values.double().mean()), "ci": [float(low), float(high)]}

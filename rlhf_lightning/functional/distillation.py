@@ -1,0 +1,124 @@
+"""Distillation of a teacher into a student on the same ids: divergences of full distributions, and sampled advantages.
+
+Logits are (..., vocabulary) and already shifted; a value comes back per token, for the caller to mask and reduce. Both
+models must share a tokenizer. The teacher's tensors carry no gradient, which is the caller's to see to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_shape
+
+
+def common_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits without the rows that pad one model's vocabulary to a rounder size.
+
+    Args:
+        student_logits: shape (..., student vocabulary).
+        teacher_logits: shape (..., teacher vocabulary).
+    """
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    return student_logits[..., :size], teacher_logits[..., :size]
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""KL(teacher || student) of each token in nats: mass-covering, the student must put mass where the teacher does.
+
+    Args:
+        student_logits: shape (..., vocabulary).
+        teacher_logits: same shape.
+        temperature: of both softmaxes.
+
+    Returns:
+        Shape (...); 0 where the two agree.
+    """
+    student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
+    return _kl(teacher, student)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""KL(student || teacher) of each token in nats: mode-seeking, the student keeps to what the teacher would say.
+
+    Args:
+        student_logits: shape (..., vocabulary).
+        teacher_logits: same shape.
+        temperature: of both softmaxes.
+
+    Returns:
+        Shape (...); 0 where the two agree.
+    """
+    student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
+    return _kl(student, teacher)
+
+
+def generalized_jsd(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    r"""GKD's generalized Jensen-Shannon divergence of each token (Agarwal et al., arXiv 2306.13649, Eq. 1).
+
+    beta KL(P || M) + (1 - beta) KL(Q || M), P the teacher, Q the student, M = beta P + (1 - beta) Q, formed in log
+    space. Symmetric at beta 0.5. It tends to 0 at both ends of beta, where by convention the KL that it is
+    proportional to takes its place: beta 0 gives `forward_kl`, beta 1 `reverse_kl`.
+
+    Args:
+        student_logits: shape (..., vocabulary).
+        teacher_logits: same shape.
+        beta: the teacher's share of the mixture, in [0, 1].
+        temperature: of both softmaxes.
+
+    Returns:
+        Shape (...); 0 where the two agree.
+
+    Raises:
+        ValueError: if beta is outside [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], found {beta}")
+    if beta in (0, 1):
+        return (forward_kl if beta == 0 else reverse_kl)(student_logits, teacher_logits, temperature)
+    student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def _log_softmaxes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    require_shape("...", student_logits=student_logits, teacher_logits=teacher_logits)
+    student, teacher = (
+        (at_least_float32(logits) / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits)
+    )
+    # An impossible token must add 0 * finite, not 0 * inf.
+    return student.clamp(min=torch.finfo(student.dtype).min), teacher.clamp(min=torch.finfo(teacher.dtype).min)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL of log-probabilities p from q over the last dimension."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def distillation_advantages(teacher_logprobs: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    r"""Advantage of each token the student sampled, log teacher - log student, without gradient; 0 under the mask.
+
+    With a policy-gradient loss this is on-policy distillation: the reverse KL by the k1 estimator, token by token.
+
+    Args:
+        teacher_logprobs: the teacher's log-probabilities of the student's tokens, shape (rows, length).
+        logprobs: the student's own, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+    """
+    require_shape("rows length", teacher_logprobs=teacher_logprobs, logprobs=logprobs, mask=completion_mask)
+    return torch.where(completion_mask, kl_k1(teacher_logprobs, logprobs).detach(), 0.0)
+
+
+def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """1 on each token where student and teacher find the same id most likely, else 0; shape (...).
+
+    Args:
+        student_logits: shape (..., vocabulary).
+        teacher_logits: same shape.
+    """
+    require_shape("...", student_logits=student_logits, teacher_logits=teacher_logits)
+    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()

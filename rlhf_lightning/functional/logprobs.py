@@ -1,0 +1,356 @@
+"""Log-probabilities of tokens, and the masked arithmetic every objective stands on.
+
+Three numerical rules hold throughout. Logits are widened to float32 before any exponential; a log-probability is the
+gathered logit minus a logsumexp; and what a mask hides is replaced by `torch.where` before it is multiplied or
+exponentiated, because 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to plus or minus this before `exp`: e^20 = 4.9e8 is still exact enough in float32."""
+
+KEPT_LOGITS = 2**24
+"""`chunked_logprobs` keeps its logits for the backward pass up to this many elements (64 MiB in float32)."""
+
+
+def require_shape(shape: str, **tensors: Tensor | None) -> None:
+    """Require that all given tensors share one shape, written like ``"rows length"``; ``"..."`` allows any rank.
+
+    Raises:
+        ValueError: naming each tensor with the shape it has.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    dimensions = shape.split()
+    if len(set(shapes.values())) > 1 or (shape != "..." and any(len(s) != len(dimensions) for s in shapes.values())):
+        found = ", ".join(f"{name} {size}" for name, size in shapes.items())
+        raise ValueError(f"expected one shape ({', '.join(dimensions)}) for all of these, found {found}")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, or as it is where its dtype is wider: bfloat16 sums stop growing after 256 terms."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = -1) -> Tensor:
+    """Sum of ``x`` where ``mask`` is True; 0 where nothing is.
+
+    Args:
+        x: any shape; what the mask hides may be NaN.
+        mask: bool, the shape of ``x``.
+        dim: dimension(s) to sum over, None for all.
+    """
+    require_shape("...", x=x, mask=mask)
+    return torch.where(mask, at_least_float32(x), 0.0).sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Mean of ``x`` where ``mask`` is True, sum(mask * x) / max(sum(mask), 1); 0 where nothing is.
+
+    Args:
+        x: any shape; what the mask hides may be NaN.
+        mask: bool, the shape of ``x``.
+        dim: dimension(s) to average over, None for all.
+    """
+    return masked_sum(x, mask, dim) / mask.sum(dim).clamp(min=1)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor, shift_mean: bool = True, mean: Tensor | None = None, var: Tensor | None = None
+) -> Tensor:
+    r"""Give the unmasked elements unit variance, and zero mean: (x - mean) / \sqrt{var + 1e-8}, 0 under the mask.
+
+    The variance is the biased one (Huang et al. 2024, arXiv 2403.17031).
+
+    Args:
+        x: any shape.
+        mask: bool, the shape of ``x``.
+        shift_mean: False adds the mean back, as one does for rewards, whose sign carries meaning.
+        mean: mean to use instead of this tensor's own, so that whitening can span ranks. A scalar.
+        var: biased variance to use instead of this tensor's own. A scalar.
+    """
+    x = at_least_float32(x)
+    mean = masked_mean(x, mask) if mean is None else mean
+    var = masked_mean((x - mean) ** 2, mask) if var is None else var
+    whitened = (x - mean) * torch.rsqrt(var + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Log-probability of each id, z_{id} - logsumexp(z) with z = logits / temperature, in float32 or wider.
+
+    Args:
+        logits: shape (..., vocabulary); row t scores ``ids[..., t]``, so the caller has shifted already.
+        ids: int64, shape (...).
+        temperature: of the softmax; the one that the ids were sampled at.
+
+    Raises:
+        ValueError: if the leading shapes differ, or the temperature is not positive.
+    """
+    require_shape("...", logits_without_vocabulary=logits[..., 0], ids=ids)
+    scaled = _scaled(logits, temperature)
+    return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Entropy of the next-token distribution in nats, logsumexp(z) - \sum_v softmax(z)_v z_v.
+
+    z = logits / temperature, in float32 or wider.
+
+    Args:
+        logits: shape (..., vocabulary); minus infinity marks tokens that cannot occur.
+        temperature: of the softmax.
+
+    Returns:
+        Entropy, shape (...); log V for uniform logits.
+    """
+    scaled = _scaled(logits, temperature)
+    scaled = scaled.clamp(min=torch.finfo(scaled.dtype).min)  # 0 * -inf is NaN, 0 * the smallest float is 0
+    return scaled.logsumexp(-1) - (scaled.softmax(-1) * scaled).sum(-1)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, found {temperature}; greedy decoding has no log-probabilities")
+    return at_least_float32(logits) / temperature
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - e^x) for x < 0 without cancellation (Maechler 2012); x is held one epsilon below 0.
+
+    Args:
+        x: log of a probability, any shape.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = x > -math.log(2)
+    # The inner `where` keeps the branch that is not taken away from its pole: its gradient would be NaN.
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(torch.where(near, -1.0, x))))
+
+
+def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Per-token KL estimate d = log policy - log reference: unbiased, signed; the one to put in a reward.
+
+    As a differentiable loss on the policy's own samples its expected gradient is 0. Estimators after Schulman (2020),
+    "Approximating KL divergence".
+
+    Args:
+        logprobs: the policy's, any shape, on tokens that the policy sampled.
+        reference_logprobs: the reference's, same shape.
+    """
+    require_shape("...", logprobs=logprobs, reference_logprobs=reference_logprobs)
+    return at_least_float32(logprobs) - at_least_float32(reference_logprobs)
+
+
+def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Per-token KL estimate d^2 / 2: biased, never negative; as a loss its gradient is the reverse KL's.
+
+    Args:
+        logprobs: the policy's, any shape, on tokens that the policy sampled.
+        reference_logprobs: the reference's, same shape.
+    """
+    return kl_k1(logprobs, reference_logprobs).square() / 2
+
+
+def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Per-token KL estimate e^(-d) - 1 + d: unbiased, never negative, as in GRPO (arXiv 2402.03300, Eq. 4).
+
+    As a loss its gradient is that of KL(reference || policy). d is held above -20, where e^(-d) would take over.
+
+    Args:
+        logprobs: the policy's, any shape, on tokens that the policy sampled.
+        reference_logprobs: the reference's, same shape.
+    """
+    log_ratio = kl_k1(logprobs, reference_logprobs).clamp(min=-MAX_LOG_RATIO)
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_tokens: int = 1024,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    r"""`token_logprobs` of a language-model head that never holds more than one chunk of logits.
+
+    z = softcap * tanh(scale * (hidden W^T + bias) / softcap) / temperature, and the log-probability is
+    z_{target} - logsumexp(z). Neither pass holds (tokens, vocabulary) elements, unless that is at most `KEPT_LOGITS`
+    and the head trains. With a frozen head the backward pass recomputes nothing: d logprob / d hidden is stored, one
+    row of width d per token. A trainable head recomputes each chunk.
+
+    Args:
+        hidden: last hidden states at the positions that predict ``targets``, shape (tokens, d).
+        weight: the head's, shape (vocabulary, d).
+        targets: int64, shape (tokens,).
+        bias: the head's, shape (vocabulary,).
+        temperature: of the softmax; applied last.
+        with_entropy: also return the entropy of each distribution, with gradient.
+        chunk_tokens: tokens whose logits are held at a time.
+        softcap: bound of the logits (Gemma 2); None for no bound.
+        scale: factor on the logits (Cohere, Granite); applied first.
+
+    Returns:
+        Log-probabilities in float32 or wider, shape (tokens,), and the entropies alike or None.
+    """
+    require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, found {temperature}; greedy decoding has no log-probabilities")
+    if torch.is_autocast_enabled(hidden.device.type):  # cast here: inside the Function autocast ends with the forward
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.type(dtype), weight.type(dtype), None if bias is None else bias.type(dtype)
+    head = _Head(temperature, softcap, scale, chunk_tokens, with_entropy, torch.is_grad_enabled())
+    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head)
+    return logprobs, entropy if with_entropy else None
+
+
+@torch.no_grad()
+def chunked_matches(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk_tokens: int = 1024
+) -> Tensor:
+    """Whether each target is the head's likeliest token, holding one chunk of logits at a time.
+
+    Scale, softcap and temperature keep the order of logits, so they are not asked for.
+
+    Args:
+        hidden: last hidden states at the positions that predict ``targets``, shape (tokens, d).
+        weight: the head's, shape (vocabulary, d).
+        targets: int64, shape (tokens,).
+        bias: the head's, shape (vocabulary,).
+        chunk_tokens: tokens whose logits are held at a time.
+
+    Returns:
+        bool, shape (tokens,).
+    """
+    require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
+    chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    return torch.cat([F.linear(h.type_as(weight), weight, bias).argmax(-1) == t for h, t in chunks])
+
+
+class _Head(NamedTuple):
+    """Settings of `chunked_logprobs`, and the logits they lead to."""
+
+    temperature: float
+    softcap: float | None
+    scale: float
+    chunk_tokens: int
+    with_entropy: bool
+    grad_enabled: bool
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        return (slice(start, start + self.chunk_tokens) for start in range(0, tokens, self.chunk_tokens))
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = at_least_float32(F.linear(hidden, weight, bias)) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of `logits` with respect to hidden W^T + bias, elementwise."""
+        linear = self.scale / self.temperature
+        return linear if self.softcap is None else linear * (1 - (logits * self.temperature / self.softcap) ** 2)
+
+
+def _logprob_slope(log_softmax: Tensor, targets: Tensor) -> Tensor:
+    """Derivative of log softmax(z)_{target} with respect to z: onehot(target) - p."""
+    slope = -log_softmax.exp()
+    return slope.scatter_add_(-1, targets.unsqueeze(-1), slope.new_ones(len(targets), 1))
+
+
+def _entropy_slope(log_softmax: Tensor) -> Tensor:
+    """Derivative of the entropy H with respect to z: -p (log p + H)."""
+    p = log_softmax.exp()
+    p_log_p = p * log_softmax
+    return p * p_log_p.sum(-1, keepdim=True) - p_log_p
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """See `chunked_logprobs`. Two ways back: stored directions (frozen head), or the logits of each chunk again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        ctx.trainable = head.grad_enabled and any(ctx.needs_input_grad[1:3])
+        store = head.grad_enabled and not ctx.trainable and ctx.needs_input_grad[0]
+        keep = ctx.trainable and len(targets) * len(weight) <= KEPT_LOGITS
+        logprobs = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropy = torch.empty_like(logprobs) if head.with_entropy else None
+        logprob_directions = torch.empty_like(hidden) if store else None
+        entropy_directions = torch.empty_like(hidden) if store and head.with_entropy else None
+        kept = [hidden.new_empty(0, len(weight))] if keep else []
+        for rows in head.chunks(len(targets)):
+            logits = head.logits(hidden[rows], weight, bias)
+            log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
+            logprobs[rows] = log_softmax.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
+            if entropy is not None:
+                entropy[rows] = -(log_softmax.exp() * log_softmax).sum(-1)
+            if logprob_directions is not None:
+                slope = _logprob_slope(log_softmax, targets[rows]) * head.slope(logits)
+                logprob_directions[rows] = slope.type_as(weight) @ weight
+            if entropy_directions is not None:
+                slope = _entropy_slope(log_softmax) * head.slope(logits)
+                entropy_directions[rows] = slope.type_as(weight) @ weight
+            if keep:
+                kept.append(logits)
+        if store:
+            ctx.save_for_backward(logprob_directions, entropy_directions)
+        elif ctx.trainable:
+            ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(kept) if keep else None)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = (grad_logprobs, grad_entropy)
+        if ctx.trainable:
+            return (*_through_recomputed_logits(ctx, *upstream), None, None)
+        directions = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(directions[0])
+        for grad, direction in zip(upstream, directions, strict=True):
+            if grad is not None:
+                grad_hidden = grad_hidden + grad.unsqueeze(-1) * direction
+        return grad_hidden.type_as(directions[0]), None, None, None, None
+
+
+def _through_recomputed_logits(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias, chunk by chunk; weight and bias add up in float32 or wider."""
+    hidden, weight, bias, targets, kept = ctx.saved_tensors
+    grads = [
+        torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if needed else None
+        for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+    ]
+    grad_hidden, grad_weight, grad_bias = grads
+    for rows in ctx.head.chunks(len(targets)):
+        logits = ctx.head.logits(hidden[rows], weight, bias) if kept is None else kept[rows]
+        log_softmax = logits.log_softmax(-1)
+        slope = torch.zeros_like(logits)
+        if grad_logprobs is not None:
+            slope += grad_logprobs[rows, None] * _logprob_slope(log_softmax, targets[rows])
+        if grad_entropy is not None:
+            slope += grad_entropy[rows, None] * _entropy_slope(log_softmax)
+        slope = (slope * ctx.head.slope(logits)).type_as(weight)  # now with respect to hidden W^T + bias
+        if grad_hidden is not None:
+            grad_hidden[rows] = (slope @ weight).type_as(grad_hidden)
+        if grad_weight is not None:
+            grad_weight += slope.T @ hidden[rows]
+        if grad_bias is not None:
+            grad_bias += slope.sum(0)
+    return tuple(None if g is None else g.type_as(t) for g, t in zip(grads, (hidden, weight, bias), strict=True))

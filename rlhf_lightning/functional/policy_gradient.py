@@ -1,0 +1,294 @@
+"""Policy gradients: rewards per token, advantages, and the clipped losses of PPO (arXiv 1707.06347) for language.
+
+Token tensors are (rows, length), right-padded; ``rows`` are called episodes where they are a whole rollout. A loss
+comes back per token, for the caller to reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, at_least_float32, kl_k1, require_shape
+
+
+def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coef: float | Tensor) -> Tensor:
+    """Reward of each token: -kl_coef * kl everywhere, and the score on top at the last completion token.
+
+    The KL-shaped reward of Ziegler et al. (arXiv 1909.08593, Eq. 2), one token at a time.
+
+    Args:
+        scores: score of each completion, shape (episodes,).
+        kl: KL estimate of each token, normally `kl_k1`, shape (episodes, length).
+        completion_mask: bool, shape (episodes, length).
+        kl_coef: rewards per nat.
+
+    Returns:
+        Rewards, shape (episodes, length), 0 under the mask.
+    """
+    require_shape("episodes", scores=scores, rows_of_mask=completion_mask.any(-1))
+    require_shape("episodes length", kl=kl, completion_mask=completion_mask)
+    count = completion_mask.cumsum(-1)
+    last = completion_mask & (count == count[:, -1:])
+    rewards = torch.where(completion_mask, -kl_coef * at_least_float32(kl), 0.0)
+    return rewards + torch.where(last, at_least_float32(scores).unsqueeze(-1), 0.0)
+
+
+def rewards_after_end(
+    scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coef: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """`token_rewards` in the layout of Huang et al. (arXiv 2403.17031): the score comes one slot after the end token.
+
+    The extra slot is the state whose input is the end token. It has a value and takes part in advantages and value
+    loss, but no action is taken there, so it takes no part in the policy loss.
+
+    Args:
+        scores: score of each completion, shape (episodes,).
+        kl: KL estimate of each token, shape (episodes, length).
+        completion_mask: bool, shape (episodes, length), True from the first token on without holes.
+        kl_coef: rewards per nat.
+
+    Returns:
+        Rewards and the mask of states with a value, both of shape (episodes, length + 1).
+    """
+    require_shape("episodes", scores=scores, rows_of_mask=completion_mask.any(-1))
+    require_shape("episodes length", kl=kl, completion_mask=completion_mask)
+    tokens = completion_mask.sum(-1, keepdim=True)
+    slots = torch.arange(completion_mask.shape[-1] + 1, device=kl.device)
+    rewards = torch.where(completion_mask, -kl_coef * at_least_float32(kl), 0.0)
+    rewards = F.pad(rewards, (0, 1))
+    score_reward = torch.where(slots == tokens, at_least_float32(scores).unsqueeze(-1), 0.0)
+    return rewards + score_reward, slots <= tokens
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, completion_mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    r"""Generalized advantage estimates and returns (Schulman et al., arXiv 1506.02438, Eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; R_t = A_t + V_t, with V = A = 0 after the
+    end. A masked token inside a completion (a tool's output) is passed over: V_{t+1} and A_{t+1} carry through it.
+
+    Args:
+        rewards: r, shape (episodes, length).
+        values: V, the critic's value of the state before each token, shape (episodes, length).
+        completion_mask: bool, shape (episodes, length).
+        gamma: discount per token.
+        lam: 0 trusts the critic (A = delta), 1 does not (R = reward to go).
+
+    Returns:
+        Advantages, not whitened, and returns; both of shape (episodes, length), 0 under the mask.
+    """
+    require_shape("episodes length", rewards=rewards, values=values, completion_mask=completion_mask)
+    rewards, values = at_least_float32(rewards), at_least_float32(values)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = values.new_zeros(len(values))
+    for t in reversed(range(values.shape[-1])):
+        mask = completion_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(mask, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(mask, values[:, t], next_value)
+        advantages[:, t] = torch.where(mask, next_advantage, 0.0)
+    return advantages, torch.where(completion_mask, advantages + values, 0.0)
+
+
+def discounted_returns(rewards: Tensor, completion_mask: Tensor, gamma: float = 1.0) -> Tensor:
+    r"""Reward to go, R_t = r_t + gamma R_{t+1}, passing over masked tokens; 0 under the mask.
+
+    Args:
+        rewards: shape (episodes, length).
+        completion_mask: bool, shape (episodes, length).
+        gamma: discount per token.
+    """
+    return generalized_advantages(rewards, torch.zeros_like(rewards), completion_mask, gamma, lam=1.0)[1]
+
+
+def missing_eos_scores(
+    scores: Tensor, finished: Tensor, penalty: float | None = None, replacement: float | None = None
+) -> Tensor:
+    """Scores with unfinished completions penalised, as a scorer never saw one without its end token.
+
+    Args:
+        scores: shape (episodes,).
+        finished: bool, True where the completion ended by itself, shape (episodes,).
+        penalty: subtracted from an unfinished completion's score.
+        replacement: takes the place of an unfinished completion's score; -1 in Huang et al. (arXiv 2403.17031).
+
+    Raises:
+        ValueError: if both penalty and replacement are given.
+    """
+    require_shape("episodes", scores=scores, finished=finished)
+    if penalty is not None and replacement is not None:
+        raise ValueError(f"give penalty or replacement, found both: penalty {penalty}, replacement {replacement}")
+    if replacement is not None:
+        return torch.where(finished, scores, replacement)
+    return scores if penalty is None else torch.where(finished, scores, scores - penalty)
+
+
+def adapted_kl_coef(
+    kl_coef: float | Tensor, kl: float | Tensor, target: float, horizon: float, episodes: int
+) -> Tensor:
+    r"""KL coefficient after a rollout, steered towards a target KL (Ziegler et al., arXiv 1909.08593, Sec. 2.2).
+
+    kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2).
+
+    Args:
+        kl_coef: coefficient that this rollout used.
+        kl: sequence KL in nats, summed over tokens and averaged over the rollout's completions.
+        target: sequence KL to hold.
+        horizon: episodes over which the coefficient may change by a fifth.
+        episodes: completions in this rollout.
+
+    Returns:
+        A scalar.
+    """
+    error = (torch.as_tensor(kl) / target - 1).clamp(-0.2, 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Probability ratio of each token, policy / old policy; the log-ratio is held within 20 before `exp`.
+
+    Args:
+        logprobs: the policy's, any shape.
+        old_logprobs: the policy's when it sampled, same shape.
+    """
+    return kl_k1(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate_loss(
+    ratio: Tensor,
+    advantages: Tensor,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    clip_high: float | None = None,
+    ratio_cap: float | None = None,
+) -> Tensor:
+    r"""PPO's pessimistic surrogate, max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), for any kind of ratio.
+
+    Eq. 7 of Schulman et al. (arXiv 1707.06347). At ratio 1 the value is -A and its gradient the policy gradient.
+
+    Args:
+        ratio: probability ratio per token or sequence, any shape.
+        advantages: A, same shape.
+        clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
+        dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
+        clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
+        ratio_cap: delta > 1 + clip_high caps the unclipped ratio too (INTELLECT-2, arXiv 2505.07291); None for no cap.
+
+    Returns:
+        One loss per element of ``ratio``.
+    """
+    require_shape("...", ratio=ratio, advantages=advantages)
+    unclipped, clipped = _surrogates(ratio, advantages, clip, clip_high, ratio_cap)
+    losses = torch.maximum(unclipped, clipped)
+    if dual_clip is None:
+        return losses
+    return torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+
+
+def _surrogates(
+    ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None, ratio_cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return -advantages * (ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)), -advantages * clipped
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    clip_high: float | None = None,
+) -> Tensor:
+    """`clipped_surrogate_loss` of the token ratio: the policy loss of PPO.
+
+    Args:
+        logprobs: the policy's, with gradient, shape (rows, length).
+        old_logprobs: the policy's when it sampled, shape (rows, length).
+        advantages: shape (rows, length), 0 under the mask, where the loss and its gradient are then 0 too.
+        clip: see `clipped_surrogate_loss`.
+        dual_clip: see `clipped_surrogate_loss`.
+        clip_high: see `clipped_surrogate_loss`.
+
+    Returns:
+        One loss per token, shape (rows, length).
+    """
+    require_shape("rows length", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    return clipped_surrogate_loss(token_ratio(logprobs, old_logprobs), advantages, clip, dual_clip, clip_high)
+
+
+def clip_fraction(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float = 0.2, clip_high: float | None = None
+) -> Tensor:
+    """1 on each token whose gradient `clipped_policy_loss` cuts off, else 0; its masked mean is the clip fraction.
+
+    Args:
+        logprobs: the policy's, shape (rows, length).
+        old_logprobs: the policy's when it sampled, shape (rows, length).
+        advantages: shape (rows, length).
+        clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
+        clip_high: how far the ratio may rise.
+    """
+    require_shape("rows length", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    unclipped, clipped = _surrogates(token_ratio(logprobs, old_logprobs), advantages, clip, clip_high)
+    return (clipped > unclipped).type_as(clipped)
+
+
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """How far updates have moved the policy within a rollout, 1/2 (logprobs - old_logprobs)^2 per token in nats.
+
+    Args:
+        logprobs: the policy's, any shape.
+        old_logprobs: the policy's when it sampled, same shape.
+    """
+    return kl_k1(logprobs, old_logprobs).square() / 2
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = 0.2) -> Tensor:
+    r"""Pessimistic squared error of the critic, 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2).
+
+    Args:
+        values: V, the critic's values now, with gradient, shape (rows, length).
+        old_values: V_old, the critic's when the rollout was collected, shape (rows, length).
+        returns: R, shape (rows, length).
+        clip: how far a value may move within a rollout; None for the plain squared error.
+
+    Returns:
+        One loss per token, shape (rows, length).
+    """
+    require_shape("rows length", values=values, old_values=old_values, returns=returns)
+    unclipped = (values - returns) ** 2
+    if clip is None:
+        return unclipped / 2
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+    return torch.maximum(unclipped, clipped) / 2
+
+
+def value_clip_fraction(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
+    """1 on each token whose gradient `clipped_value_loss` cuts off, else 0.
+
+    Args:
+        values: the critic's values now, shape (rows, length).
+        old_values: the critic's when the rollout was collected, shape (rows, length).
+        returns: shape (rows, length).
+        clip: how far a value may move within a rollout.
+    """
+    require_shape("rows length", values=values, old_values=old_values, returns=returns)
+    clipped = values.clamp(old_values - clip, old_values + clip)
+    return ((clipped - returns) ** 2 > (values - returns) ** 2).type_as(values)
+
+
+def sampler_correction(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 2.0) -> Tensor:
+    """Weight of each token where the sampling engine computes other numbers than the trainer.
+
+    min(exp(old_logprobs - sampler_logprobs), cap): truncated importance sampling (Ionides 2008).
+
+    Args:
+        old_logprobs: the policy's when it sampled, recomputed by the trainer's forward, any shape.
+        sampler_logprobs: the same as the sampling engine reported them.
+        cap: largest weight.
+    """
+    return token_ratio(old_logprobs, sampler_logprobs).clamp(max=cap)

@@ -1,0 +1,361 @@
+"""Statistics of evaluation: calibration, win rates, best-of-n curves, over-optimisation fits and benchmark scores.
+
+``delta`` is the score of the chosen completion minus the score of the rejected one, shape (pairs,); its sigmoid is the
+probability the reward model gives to the label.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import at_least_float32, masked_mean, require_shape
+
+# --- calibration of a reward model -----------------------------------------------------------------------------------
+
+
+def calibration_error(delta: Tensor, bins: int = 10) -> Tensor:
+    r"""Expected calibration error, \sum_b n_b / n |mean confidence - accuracy| (Guo et al., arXiv 1706.04599).
+
+    Confidence is max(p, 1 - p), p = sigmoid(delta), in equal bins on [0.5, 1]; a comparison is right where p > 0.5.
+    Bins of p itself would be wrong: chosen is always the label.
+
+    Args:
+        delta: shape (pairs,).
+        bins: how many.
+
+    Returns:
+        A scalar in [0, 1].
+    """
+    require_shape("pairs", delta=delta)
+    delta = at_least_float32(delta)
+    confidence = torch.sigmoid(delta.abs())
+    gap = confidence - (delta > 0).type_as(delta)
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return delta.new_zeros(bins).index_add(0, index, gap).abs().sum() / max(len(delta), 1)
+
+
+def brier_score(delta: Tensor) -> Tensor:
+    """Squared distance of each probability from its label, (1 - sigmoid(delta))^2; average it over pairs.
+
+    Args:
+        delta: shape (pairs,); 0 gives 0.25.
+    """
+    require_shape("pairs", delta=delta)
+    return torch.sigmoid(-at_least_float32(delta)) ** 2
+
+
+def log_loss(delta: Tensor) -> Tensor:
+    """Negative log-likelihood of each label in nats, -log sigmoid(delta); average it over pairs.
+
+    Args:
+        delta: shape (pairs,); 0 gives log 2.
+    """
+    require_shape("pairs", delta=delta)
+    return -F.logsigmoid(at_least_float32(delta))
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    r"""Share of the returns' variance that the critic explains, 1 - Var(R - V) / Var(R), over unmasked tokens.
+
+    Args:
+        values: V, shape (episodes, length).
+        returns: R, shape (episodes, length).
+        mask: bool, shape (episodes, length).
+
+    Returns:
+        A scalar: 1 for a perfect critic, 0 for a constant one, negative for a worse one; NaN where all returns agree.
+    """
+    require_shape("...", values=values, returns=returns, mask=mask)
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(at_least_float32(returns) - values) / variance(returns)
+
+
+# --- win rates -------------------------------------------------------------------------------------------------------
+
+
+def win_rate(verdicts: Tensor) -> Tensor:
+    """Share of wins with a tie counted as half of one.
+
+    Args:
+        verdicts: 1 a win, 0.5 a tie, 0 a loss, shape (prompts,).
+    """
+    require_shape("prompts", verdicts=verdicts)
+    return at_least_float32(verdicts).mean()
+
+
+def wilson_interval(rate: Tensor | float, count: Tensor | int, z: float = 1.959963984540054) -> tuple[Tensor, Tensor]:
+    r"""Wilson's score interval of a rate, [centre - half, centre + half] (Wilson 1927).
+
+    centre = (w + z^2 / 2n) / (1 + z^2 / n), half = z / (1 + z^2 / n) \sqrt{w (1 - w) / n + z^2 / 4 n^2}.
+
+    Args:
+        rate: w, in [0, 1], any shape.
+        count: n, independent prompts behind the rate.
+        z: normal quantile; the default gives 95 %.
+
+    Returns:
+        Lower and upper end, float64.
+    """
+    w, n = torch.as_tensor(rate, dtype=torch.float64), torch.as_tensor(count, dtype=torch.float64)
+    widening = 1 + z**2 / n
+    centre = (w + z**2 / (2 * n)) / widening
+    half = z / widening * (w * (1 - w) / n + z**2 / (4 * n**2)).sqrt()
+    return (centre - half).clamp(min=0), (centre + half).clamp(max=1)
+
+
+def bootstrap_interval(
+    values: Tensor, draws: int = 10_000, seed: int = 0, clusters: Tensor | None = None, level: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Percentile bootstrap interval of a mean, resampling prompts (Efron 1979); the same seed gives the same interval.
+
+    To compare two systems, pass the differences of their values on the same prompts.
+
+    Args:
+        values: shape (rows,).
+        draws: resamples.
+        seed: of the resampling.
+        clusters: index of the prompt each row belongs to, int64 from 0, shape (rows,): rows of one prompt are drawn
+            together, as they are not independent. None where every row is a prompt of its own.
+        level: coverage.
+
+    Returns:
+        Lower and upper end, scalars.
+    """
+    require_shape("rows", values=values, clusters=clusters)
+    values = at_least_float32(values)
+    clusters = torch.arange(len(values), device=values.device) if clusters is None else clusters
+    sizes = torch.bincount(clusters).type_as(values)
+    sums = torch.zeros_like(sizes).index_add(0, clusters, values)
+    generator = torch.Generator(device=values.device).manual_seed(seed)
+    means = values.new_empty(draws)
+    for start in range(0, draws, 256):  # holds 256 resamples at a time
+        block = means[start : start + 256]
+        drawn = torch.randint(len(sizes), (len(block), len(sizes)), generator=generator, device=values.device)
+        block.copy_(sums[drawn].sum(-1) / sizes[drawn].sum(-1))
+    tail = (1 - level) / 2
+    return means.quantile(tail), means.quantile(1 - tail)
+
+
+def length_terms(length_difference: Tensor) -> Tensor:
+    r"""Length covariate of AlpacaEval 2, tanh(difference / its deviation over prompts) (arXiv 2404.04475).
+
+    Args:
+        length_difference: length of the judged completion minus the baseline's, shape (prompts,).
+    """
+    require_shape("prompts", length_difference=length_difference)
+    difference = length_difference.double()
+    return torch.tanh(difference / difference.std(correction=0).clamp(min=1e-12))
+
+
+def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    r"""Win rate with the effect of length taken out, the smallest form of AlpacaEval 2's (arXiv 2404.04475).
+
+    Logistic regression verdict ~ sigmoid(theta + phi `length_terms`) by Newton's method; sigmoid(theta) is the win rate
+    that the judge would give at equal lengths. Their difficulty term of each prompt is left out.
+
+    Args:
+        verdicts: 1 a win, 0.5 a tie, 0 a loss, or a probability, shape (prompts,).
+        length_difference: length of the judged completion minus the baseline's, shape (prompts,).
+        ridge: squared penalty on both coefficients, in pseudo-prompts, so that a clean sweep stays finite.
+
+    Returns:
+        theta and phi, scalars in float64.
+    """
+    require_shape("prompts", verdicts=verdicts, length_difference=length_difference)
+    y = verdicts.double()
+    terms = length_terms(length_difference)
+    design = torch.stack([torch.ones_like(terms), terms], dim=-1)  # (prompts, 2)
+    penalty = ridge * torch.eye(2, dtype=torch.float64, device=y.device)
+    coefficients = y.new_zeros(2)
+    for _ in range(50):
+        p = torch.sigmoid(design @ coefficients)
+        gradient = design.T @ (y - p) - penalty @ coefficients
+        hessian = design.T @ (design * (p * (1 - p)).unsqueeze(-1)) + penalty
+        coefficients = coefficients + torch.linalg.solve(hessian, gradient)
+    return coefficients[0], coefficients[1]
+
+
+# --- best of n -------------------------------------------------------------------------------------------------------
+
+
+def best_of_n_kl(n: Tensor | int) -> Tensor:
+    r"""KL in nats of the best-of-n policy from the one it samples, log n - (n - 1) / n (Stiennon et al., 2009.01325).
+
+    Exact where scores never tie, otherwise an upper bound (Beirami et al., arXiv 2401.01879). n = 1 gives 0.
+
+    Args:
+        n: samples per prompt, any shape.
+    """
+    samples = torch.as_tensor(n, dtype=torch.float64)
+    return samples.log() - (samples - 1) / samples
+
+
+def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
+    r"""Unbiased expected gold score of the proxy's best of n, for n = 1 .. N, from N samples.
+
+    \sum_i C(i - 1, n - 1) / C(N, n) gold_{(i)}, samples sorted ascending by proxy (Nakano et al., arXiv 2112.09332,
+    App. I): the mean over all subsets of size n. Among samples the proxy cannot tell apart, each is as likely chosen.
+
+    Args:
+        proxy: score that selects, shape (..., samples).
+        gold: score that judges, same shape.
+
+    Returns:
+        Shape (..., samples) in float64: entry n - 1 belongs to n.
+    """
+    require_shape("...", proxy=proxy, gold=gold)
+    total = proxy.shape[-1]
+    tied = (proxy.unsqueeze(-1) == proxy.unsqueeze(-2)).double()
+    gold = (tied @ gold.double().unsqueeze(-1)).squeeze(-1) / tied.sum(-1)
+    ascending = gold.gather(-1, proxy.argsort(-1))
+    n = torch.arange(1, total + 1, dtype=torch.float64, device=proxy.device).unsqueeze(-1)  # (n, 1)
+    i = n.squeeze(-1)  # (i,)
+    chosen = log_binomial(i - 1, n - 1) - log_binomial(torch.full_like(n, total), n)
+    return ascending @ chosen.exp().T
+
+
+def pass_at_k(samples: Tensor | int, correct: Tensor, k: Tensor | int) -> Tensor:
+    r"""Unbiased probability that one of k samples is right, 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374).
+
+    Args:
+        samples: n, samples per problem.
+        correct: c, right ones among them, shape (problems,).
+        k: at most n.
+
+    Returns:
+        Shape (problems,), float64; average it over problems.
+    """
+    n, c, k = (torch.as_tensor(x, dtype=torch.float64) for x in (samples, correct, k))
+    return 1 - (log_binomial(n - c, k) - log_binomial(n, k)).exp()
+
+
+def log_binomial(n: Tensor, k: Tensor) -> Tensor:
+    """Log of the binomial coefficient C(n, k) by lgamma; minus infinity where k > n.
+
+    Args:
+        n: shape broadcastable with ``k``, 0 or more.
+        k: 0 or more.
+    """
+    inside = k <= n
+    left = torch.where(inside, n - k, 0)
+    return torch.where(inside, (n + 1).lgamma() - (k + 1).lgamma() - (left + 1).lgamma(), -torch.inf)
+
+
+# --- over-optimisation -----------------------------------------------------------------------------------------------
+
+
+def best_of_n_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
+    r"""Gold score under best-of-n, R(d) = d (alpha - beta d), d = \sqrt{KL} (Gao et al., arXiv 2210.10760, Eq. 1).
+
+    Args:
+        distance: d, any shape.
+        alpha: initial slope.
+        beta: over-optimisation.
+    """
+    return distance * (alpha - beta * distance)
+
+
+def best_of_n_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Distance and gold score at the top of `best_of_n_overoptimization`, alpha / (2 beta) and alpha^2 / (4 beta).
+
+    Args:
+        alpha: initial slope.
+        beta: over-optimisation, above 0.
+    """
+    alpha, beta = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(beta, dtype=torch.float64)
+    return alpha / (2 * beta), alpha**2 / (4 * beta)
+
+
+def rl_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
+    r"""Gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0 (arXiv 2210.10760, Eq. 2).
+
+    Args:
+        distance: d = \sqrt{KL}, any shape.
+        alpha: gold score at d = 1.
+        beta: over-optimisation.
+    """
+    return alpha * distance - beta * torch.xlogy(distance, distance)
+
+
+def rl_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Distance d* = e^{alpha / beta - 1} and gold score beta d* at the top of `rl_overoptimization`.
+
+    Args:
+        alpha: gold score at d = 1.
+        beta: over-optimisation, above 0.
+    """
+    alpha, beta = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(beta, dtype=torch.float64)
+    distance = torch.exp(alpha / beta - 1)
+    return distance, beta * distance
+
+
+def best_of_n_overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares alpha and beta of `best_of_n_overoptimization`.
+
+    Args:
+        distance: square root of the KL in nats, two or more distinct above 0, shape (points,).
+        gold: gold score minus its value at distance 0, shape (points,).
+    """
+    return _linear_fit(distance, -(distance**2), gold)
+
+
+def rl_overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares alpha and beta of `rl_overoptimization`.
+
+    Args:
+        distance: square root of the KL in nats, two or more distinct above 0, shape (points,).
+        gold: gold score minus its value at distance 0, shape (points,).
+    """
+    return _linear_fit(distance, -torch.xlogy(distance, distance), gold)
+
+
+def _linear_fit(first: Tensor, second: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    require_shape("points", distance=first, basis=second, gold=observed)
+    design = torch.stack([first, second], dim=-1).double()
+    alpha, beta = torch.linalg.lstsq(design, observed.double().unsqueeze(-1)).solution.squeeze(-1)
+    return alpha, beta
+
+
+# --- benchmarks of reward models -------------------------------------------------------------------------------------
+
+
+def benchmark_score(
+    accuracies: Tensor, counts: Tensor, sections: Tensor, section_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Score of a reward model as RewardBench averages it (Lambert et al., arXiv 2403.13787).
+
+    A section is the mean of its subsets weighted by their examples; the score is the weighted mean of the sections.
+
+    Args:
+        accuracies: of each subset, strict: a tie is an error. Shape (subsets,).
+        counts: examples of each subset, shape (subsets,).
+        sections: index of the section each subset belongs to, int64 from 0, shape (subsets,).
+        section_weights: shape (sections,); None for equal weights.
+
+    Returns:
+        The score, a scalar, and each section's, shape (sections,).
+    """
+    require_shape("subsets", accuracies=accuracies, counts=counts, sections=sections)
+    accuracies = at_least_float32(accuracies)
+    examples = torch.bincount(sections, weights=counts)
+    by_section = torch.bincount(sections, weights=accuracies * counts) / examples
+    weights = torch.ones_like(by_section) if section_weights is None else section_weights
+    return (weights * by_section).sum() / weights.sum(), by_section
+
+
+def best_of_k_credit(scores: Tensor) -> Tensor:
+    """Credit for finding the right completion among k, shared between ties: 1 / number at the maximum, else 0.
+
+    Args:
+        scores: of the right completion first and then of the wrong ones, shape (prompts, k).
+
+    Returns:
+        Shape (prompts,), in [0, 1].
+    """
+    best = scores == scores.max(-1, keepdim=True).values
+    return best[:, 0] / best.sum(-1)

@@ -1,0 +1,206 @@
+"""What is said in the assistant world: every request and every sentence an answer can be made of.
+
+``{s}`` is the subject. Words and the marks ``. , ! ?`` are all there is, so that a word-level vocabulary is closed and
+text survives encoding and decoding unchanged. No sentence begins with its subject, so that a subject is one token.
+"""
+
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """One kind of request: how people ask, what answers it, and concrete advice that belongs to it alone."""
+
+    requests: tuple[str, ...]
+    cores: tuple[str, ...]
+    details: tuple[str, ...]
+
+
+SUBJECTS: tuple[str, ...] = tuple(
+    "archery astronomy badminton baking beekeeping birdwatching brewing calligraphy camping carving chess climbing "
+    "cooking cycling dancing drumming fencing fishing gardening golf hiking judo juggling karate knitting origami "
+    "painting photography pottery rowing sailing sewing singing skating skiing surfing swimming tennis weaving "
+    "yoga".split()
+)
+
+KINDS: dict[str, Kind] = {
+    "meaning": Kind(
+        (
+            "What is {s} about?",
+            "Can you explain {s} to me?",
+            "Please describe {s} in simple words.",
+            "Someone mentioned {s}, what does that mean?",
+            "Give me a short definition of {s}.",
+            "I never understood {s}, what is it?",
+        ),
+        ("Think of {s} as slow practice.", "Basically {s} is patient handwork."),
+        ("Watch one short film.", "Every part has names.", "The idea is simple."),
+    ),
+    "start": Kind(
+        (
+            "How do I start with {s}?",
+            "What are the first steps in {s}?",
+            "I am a beginner in {s}, how do I begin?",
+            "Teach me the basics of {s}.",
+            "How can a newcomer get into {s}?",
+            "I want to learn {s}, where do I begin?",
+        ),
+        ("Begin {s} with one slow lesson.", "Start {s} in a class."),
+        ("Repeat the easiest exercise.", "Learn one move daily.", "Copy what teachers show."),
+    ),
+    "gear": Kind(
+        (
+            "What gear do I need for {s}?",
+            "Which equipment is used in {s}?",
+            "What should I buy for {s}?",
+            "Please list the tools for {s}.",
+            "What do I have to pack for {s}?",
+            "Do I need special equipment for {s}?",
+        ),
+        ("One bag holds your {s} gear.", "Pack a basic {s} kit."),
+        ("Borrow tools before buying.", "Choose sturdy gloves first.", "Label all your things."),
+    ),
+    "cost": Kind(
+        (
+            "How much does {s} cost?",
+            "Is {s} expensive?",
+            "What is the price of {s} per month?",
+            "Can I afford {s} on a small budget?",
+            "How much money should I save for {s}?",
+            "What will I pay for {s}?",
+        ),
+        ("A month of {s} costs forty coins.", "Expect {s} to be cheap."),
+        ("Clubs give spring discounts.", "Used goods save half.", "Trial weeks are free."),
+    ),
+    "time": Kind(
+        (
+            "How long does it take to learn {s}?",
+            "How many hours a week does {s} need?",
+            "Is {s} quick to learn?",
+            "When will I be good at {s}?",
+            "How often should I practise {s}?",
+            "Does {s} take much time?",
+        ),
+        ("Plan three weekly hours of {s}.", "Learning {s} takes half a year."),
+        ("Short sessions work better.", "Progress shows after weeks.", "Rest every third day."),
+    ),
+    "mistake": Kind(
+        (
+            "What mistakes do people make in {s}?",
+            "What should I avoid in {s}?",
+            "Name a common error in {s}.",
+            "What goes wrong most often in {s}?",
+            "Which bad habits are typical of {s}?",
+            "Why do people fail at {s}?",
+        ),
+        ("Most people rush their {s}.", "Never skip the {s} basics."),
+        ("Film yourself quite often.", "Slow down when tense.", "Let friends correct you."),
+    ),
+    "safety": Kind(
+        (
+            "Is {s} dangerous?",
+            "How do I stay safe during {s}?",
+            "Can I get hurt in {s}?",
+            "Which risks does {s} have?",
+            "What protects me during {s}?",
+            "Are there injuries in {s}?",
+        ),
+        ("With some care {s} is safe.", "Injuries in {s} are rare."),
+        ("Warm up before practice.", "Keep a bandage near.", "Stop at first pain."),
+    ),
+    "history": Kind(
+        (
+            "Where does {s} come from?",
+            "Who invented {s}?",
+            "Tell me the history of {s}.",
+            "How old is {s}?",
+            "What is the origin of {s}?",
+            "Since when do people know {s}?",
+        ),
+        ("Ancient villages invented {s}.", "Old records already mention {s}."),
+        ("Monks wrote early rules.", "Traders carried it overseas.", "Museums keep the evidence."),
+    ),
+    "place": Kind(
+        (
+            "Where can I practise {s}?",
+            "Is there a good place for {s} near me?",
+            "Where do people meet for {s}?",
+            "Which location suits {s}?",
+            "Can I do {s} at home?",
+            "Where is {s} taught?",
+        ),
+        ("The town hall offers {s}.", "Find {s} at the park."),
+        ("Doors open on Saturday.", "Take the blue bus.", "Ask at the desk."),
+    ),
+    "book": Kind(
+        (
+            "Which book about {s} is good?",
+            "What should I read on {s}?",
+            "Recommend a magazine about {s}.",
+            "Is there any literature on {s}?",
+            "I like reading, is there a guide to {s}?",
+            "Who wrote well about {s}?",
+        ),
+        ("Read the illustrated {s} handbook.", "Get the thin {s} guide."),
+        ("The library lends copies.", "Chapter three is best.", "Pick the second edition."),
+    ),
+    "benefit": Kind(
+        (
+            "Why is {s} good for me?",
+            "What are the benefits of {s}?",
+            "Does {s} help my health?",
+            "What do I gain from {s}?",
+            "Why should I try {s}?",
+            "Is {s} healthy?",
+        ),
+        ("Regular {s} calms the mind.", "Doing {s} improves your sleep."),
+        ("Doctors measured lower pulses.", "Posture improves as well.", "Memory gets trained too."),
+    ),
+    "gift": Kind(
+        (
+            "What gift suits a fan of {s}?",
+            "My friend loves {s}, what present should I get?",
+            "I need a birthday surprise about {s}.",
+            "What can I give someone who enjoys {s}?",
+            "Suggest a present for a lover of {s}.",
+            "My aunt does {s}, what would please her?",
+        ),
+        ("Give a voucher for {s}.", "A handmade {s} souvenir delights."),
+        ("Wrap it in paper.", "Add a kind wish.", "Keep the receipt safe."),
+    ),
+    "family": Kind(
+        (
+            "Can children do {s}?",
+            "Is {s} something for the whole family?",
+            "At what age can my son try {s}?",
+            "Would my parents enjoy {s}?",
+            "Can I do {s} together with my daughter?",
+            "Is {s} fun for kids?",
+        ),
+        ("Children from six enjoy {s}.", "Whole families share {s} together."),
+        ("Make it a game.", "Let kids set pace.", "Grandparents may join in."),
+    ),
+    "season": Kind(
+        (
+            "When is the best season for {s}?",
+            "Can I do {s} in winter?",
+            "Which month is best for {s}?",
+            "Does the weather matter for {s}?",
+            "Is summer right for {s}?",
+            "At what time of year do people do {s}?",
+        ),
+        ("Early autumn suits {s} best.", "Any weather suits your {s}."),
+        ("Check the forecast first.", "Mild mornings are ideal.", "Dress in warm layers."),
+    ),
+}
+
+COURTEOUS_OPENINGS: tuple[str, ...] = ("Gladly!", "Good question!", "Happy to help!")
+CURT_OPENINGS: tuple[str, ...] = ("Not again.", "Obviously.", "Who cares.")
+COURTEOUS_CLOSINGS: tuple[str, ...] = ("Enjoy {s}!", "Have fun with {s}!", "Good luck with {s}!")
+CURT_CLOSINGS: tuple[str, ...] = ("Forget {s}.", "Do not mention {s} again.", "Enough about {s}.")
+FILLERS: tuple[str, ...] = (
+    "Well, that depends.",
+    "Opinions differ on this.",
+    "Many things could be said.",
+    "It is what it is.",
+    "So it goes, I guess.",
+)
