@@ -1,7 +1,7 @@
 """Text to token ids: one way for every stage, so that what is trained is what is sampled.
 
-A prompt and its completion are encoded apart and joined (``ids = prompt ids ++ completion ids``), which is what the policy
-sees when it answers: it continues the prompt's ids and never re-encodes them. A conversation is rendered by the
+A prompt and its completion are encoded apart and joined (``ids = prompt ids ++ completion ids``), which is what the
+policy sees when it answers: it continues the prompt's ids and never re-encodes them. A conversation is rendered by the
 tokenizer's chat template; its text already carries the BOS token, so nothing is added to it.
 
 What a completion ends with: the template's end-of-turn token for messages, EOS for plain text. Whatever a template
@@ -193,6 +193,11 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that the tokenizer itself puts in front of a text: BOS, or none."""
+    return _facts(tokenizer).opening
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides how text becomes ids: vocabulary, rules, special tokens and chat template."""
     digest = hashlib.blake2b(digest_size=16)
@@ -248,18 +253,20 @@ def truncate(
     completions: Sequence[list[int]],
     max_length: int | None,
     max_prompt_length: int | None = None,
+    keep: int = 0,
 ) -> tuple[list[int], list[list[int]]]:
     """Cut a prompt and the completions that share it to ``max_length`` tokens each.
 
     The prompt loses its left end, so that its latest turn stays: beyond ``max_prompt_length``, and, when the row is too
-    long, as much as the longest completion asks for but never below half of ``max_length``. Completions then lose their
-    right end, and with it the end token: what was cut off has not ended.
+    long, as much as the longest completion asks for but never below half of ``max_length`` (or ``max_prompt_length``).
+    Completions then lose their right end, and with it the end token: what was cut off has not ended.
 
     Args:
         prompt_ids: ids of the prompt.
         completions: ids of each completion of that prompt.
         max_length: most tokens of prompt and completion together; None for no bound.
         max_prompt_length: most tokens of the prompt; None for no bound of its own.
+        keep: ids at the very beginning of the prompt that stay in any case (BOS).
     """
     prompt = len(prompt_ids) if max_prompt_length is None else min(len(prompt_ids), max_prompt_length)
     if max_length is not None:
@@ -267,7 +274,10 @@ def truncate(
         floor = max(max_length // 2, 1) if max_prompt_length is None else min(max_prompt_length, max_length - 1)
         prompt = min(prompt, max(max_length - longest, floor))
         completions = [c[: max_length - prompt] for c in completions]
-    return prompt_ids[len(prompt_ids) - prompt :], list(completions)
+    if prompt < len(prompt_ids):
+        keep = min(keep, prompt - 1)
+        prompt_ids = prompt_ids[:keep] + prompt_ids[len(prompt_ids) - prompt + keep :]
+    return prompt_ids, list(completions)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Rendered:
@@ -289,9 +299,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Rendere
     return Rendered((Span(text),), tuple(careful))
 
 
-def render_completion(
-    tokenizer: PreTrainedTokenizerBase, completion: str | list[Message], prompt: Prompt
-) -> Rendered:
+def render_completion(tokenizer: PreTrainedTokenizerBase, completion: str | list[Message], prompt: Prompt) -> Rendered:
     """Text of a completion, ready for `encode_rendered`. See `encode_completion` for the arguments.
 
     Raises:
@@ -312,7 +320,7 @@ def render_completion(
     start = pieces.index(len(before))
     careful: list[Span] = []
     if len(before) == len(prompt) and start > 0:
-        # Some templates open the assistant's turn with more than the generation prompt: then the policy has to write it.
+        # Some templates open the assistant's turn with more than the generation prompt: the policy has to write that.
         opened, full = _scaffold(tokenizer, facts, roles[: len(before)], generation=True)[-1], pieces[start - 1]
         if isinstance(opened, str) and isinstance(full, str) and full.startswith(opened):
             careful.append(Span(full[len(opened) :]))
@@ -366,8 +374,8 @@ def _apply(
 ) -> str:
     if not tokenizer.chat_template:
         raise ChatTemplateError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, and this data is conversational (messages): "
-            "give chat_template the text of a Jinja template, the path of a .jinja file, or 'default'."
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, and this data is conversational "
+            "(messages): give chat_template the text of a Jinja template, the path of a .jinja file, or 'default'."
         )
     try:
         return tokenizer.apply_chat_template(
@@ -414,6 +422,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 def _known(tokenizer: PreTrainedTokenizerBase, facts: _Facts, text: str) -> list[int]:
     if text not in facts.encoded:
+        if len(facts.encoded) > 4096:  # a template that counts its turns writes ever new texts
+            facts.encoded.clear()
         facts.encoded[text] = _encode(tokenizer, [text])[0] if text else []
     return facts.encoded[text]
 

@@ -1,11 +1,11 @@
 """The glossary: what travels between data, models, losses and modules, as small typed tuples.
 
-Shapes use these letters throughout the package: ``rows`` completions of a batch, ``length`` completion tokens (padded on
-the right with zeros), ``pairs`` preference pairs, ``groups`` prompts with several completions.
+Shapes use these letters throughout the package: ``rows`` completions of a batch, ``length`` completion tokens (padded
+on the right with zeros), ``pairs`` preference pairs, ``groups`` prompts with several completions.
 
 Two invariants hold everywhere and make the properties below one-liners:
 
-* a ``*_logprobs`` tensor is exactly 0 where its mask is False, so a sum over ``length`` is the sequence log-probability;
+* a ``*_logprobs`` tensor is exactly 0 where its mask is False: its sum over ``length`` is the sequence log-probability;
 * masks come from lengths and are True on completion tokens up to and including the end token, never from pad ids.
 """
 
@@ -99,7 +99,8 @@ class PromptBatch(NamedTuple):
         texts: each prompt as the data gave it: plain text or messages.
         columns: the further columns of the data, each a list with one value per prompt (``answer``, ``category`` ...).
         episodes: number of each prompt's episode in the run; sampling is addressed by it. int64, shape (prompts,).
-        group: index of the distinct prompt each row answers; equal for the samples of one group. int64, shape (prompts,).
+        group: index of the distinct prompt each row answers; equal for the samples of one group. int64, shape
+            (prompts,).
         pretraining: text to mix into the policy's updates (PPO-ptx); None where none is mixed.
     """
 
@@ -153,7 +154,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class PreferenceLogprobs(NamedTuple):
-    """What a loss on preference pairs may look at. All token tensors have shape (pairs, length) and are 0 under the mask.
+    """What a loss on preference pairs may look at. Token tensors are (pairs, length) and 0 under the mask.
 
     Attributes:
         policy_chosen_logprobs: the policy's log-probabilities of the chosen completions.
@@ -189,7 +190,7 @@ class PreferenceLogprobs(NamedTuple):
 
     @property
     def chosen_logratio(self) -> Tensor:
-        """log policy(chosen) - log reference(chosen), shape (pairs,); reference-free modules get the first term alone."""
+        """log policy(chosen) - log reference(chosen), shape (pairs,); without a reference the first term alone."""
         policy = self.policy_chosen_logprobs.sum(-1)
         return policy if self.reference_chosen_logprobs is None else policy - self.reference_chosen_logprobs.sum(-1)
 
@@ -226,7 +227,7 @@ class RankedScores(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Completions sampled from the policy, and what is known about them. Token tensors are (episodes, length), detached.
+    """Completions sampled from the policy, and what is known about them. Token tensors are (episodes, length).
 
     Attributes:
         sequences: prompts and sampled completions, ragged; one prompt per episode.
@@ -301,8 +302,8 @@ class Loss(NamedTuple):
     """What an objective returns when it has metrics of its own.
 
     Attributes:
-        values: one loss per row, shape (rows,), or per token, shape (rows, length). Reduction over tokens, micro-batches
-            and ranks belongs to the module, never to the objective.
+        values: one loss per row, shape (rows,), or per token, shape (rows, length). Reduction over tokens,
+            micro-batches and ranks belongs to the module, never to the objective.
         metrics: further values of either shape, reduced alike and logged under their names.
     """
 

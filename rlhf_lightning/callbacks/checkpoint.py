@@ -11,7 +11,14 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, LAST_CHECKPOINT, move_into_place, run_folder, updates_of
+from rlhf_lightning.callbacks.run import (
+    CHECKPOINTS_FOLDER,
+    LAST_CHECKPOINT,
+    is_rehearsal,
+    move_into_place,
+    run_folder,
+    updates_of,
+)
 
 BEST_CHECKPOINT = "best.ckpt"
 DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
@@ -21,8 +28,8 @@ class RunCheckpoint(Checkpoint):
     """Save the run every so many updates or rollouts, after each validation, and at the end of each epoch.
 
     Lightning's ModelCheckpoint counts optimizer steps, of which one rollout takes many, and never saves by time under
-    manual optimization. Here a training step is whole when it ends (all updates of a rollout, no gradient left over), so
-    a checkpoint between two steps needs nothing else. ``checkpoints/`` holds ``update_<n>.ckpt``, ``last.ckpt`` and
+    manual optimization. Here a training step is whole when it ends (all updates of a rollout, no gradient left over),
+    so a checkpoint between two steps needs nothing else. ``checkpoints/`` holds ``update_<n>.ckpt``, ``last.ckpt`` and
     ``best.ckpt`` (links to two of them). A file appears under its name only when it is complete and on the disk.
 
     Args:
@@ -31,8 +38,8 @@ class RunCheckpoint(Checkpoint):
         after_validation: save after each validation, so that the best can be kept.
         keep_last: how many of the newest are kept; null keeps all.
         keep_best: how many of the best by ``monitor`` are kept beside those.
-        monitor: the validation metric that ranks checkpoints; null takes val/loss (less is better), or where that is not
-            logged val/score (more is better).
+        monitor: the validation metric that ranks checkpoints; null takes val/loss (less is better), or where that is
+            not logged val/score (more is better).
         mode: whether less ("min") or more ("max") of ``monitor`` is better; null is "min" for a metric you name.
     """
 
@@ -112,7 +119,7 @@ class RunCheckpoint(Checkpoint):
             score: value of ``monitor`` for these weights; None where they were not validated.
         """
         updates = updates_of(module)
-        if trainer.fast_dev_run or (updates == self._saved_at and score is None):
+        if is_rehearsal(trainer) or (updates == self._saved_at and score is None):
             return
         assert self.folder is not None
         self._saved_at, self._at = updates, self._counters(module)
@@ -128,7 +135,7 @@ class RunCheckpoint(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove(partial)
         try:
-            trainer.save_checkpoint(partial)
+            trainer.save_checkpoint(partial, weights_only=False)
         except BaseException:
             _remove(partial)
             raise

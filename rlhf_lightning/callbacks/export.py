@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.callbacks.run import MODEL_FOLDER, run_folder, updates_of
+from rlhf_lightning.callbacks.run import MODEL_FOLDER, is_rehearsal, run_folder, updates_of
 
 EXPORTS_FOLDER = "exports"
 
@@ -48,12 +48,14 @@ class ModelExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the final weights."""
-        if self.enabled:
+        if self.enabled and not is_rehearsal(trainer):
             self._export(trainer, pl_module, MODEL_FOLDER)
+            if trainer.is_global_zero:
+                print(f"model: {self.run and self.run / MODEL_FOLDER}")
 
     def _export(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         """Write one folder; the module's export puts it in place whole."""
-        if trainer.fast_dev_run:
+        if is_rehearsal(trainer):
             return
         assert self.run is not None
         if trainer.is_global_zero:

@@ -48,8 +48,8 @@ class RunHparams(Callback):
     """Fill the HPARAMS tab.
 
     Lightning's own way either adds a meaningless ``hp_metric`` or plots a made-up first value of every metric. Here the
-    settings are written at the start with the names of the module's ``headline_metrics``, and no values: those come from
-    what validation logs, and at the end of training the final ones are written under the last step.
+    settings are written at the start with the names of the module's ``headline_metrics``, and no values: those come
+    from what validation logs, and at the end of training the final ones are written under the last step.
 
     Args:
         data_settings: arguments of the DataModule, which does not keep them itself.

@@ -19,7 +19,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.callbacks.run import MANIFEST_FILE, run_folder, updates_of, write_text, writes_files
 
-PACKAGES = ("rlhf-lightning", "torch", "lightning", "transformers", "tokenizers", "datasets", "peft", "torchmetrics", "numpy")
+PACKAGES = (
+    "rlhf-lightning",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "peft",
+    "torchmetrics",
+    "numpy",
+)
 
 
 class RunManifest(Callback):
@@ -52,7 +62,7 @@ class RunManifest(Callback):
             "platform": platform.platform(),
             "packages": package_versions(),
             "git": git_state(Path.cwd()),
-            "data": describe_data(trainer.datamodule),
+            "data": describe_data(getattr(trainer, "datamodule", None)),
             "chat_template": describe_template(pl_module),
             "sessions": [*earlier.get("sessions", []), self._session(trainer)],
         }
@@ -68,6 +78,17 @@ class RunManifest(Callback):
             "status": "running",
             "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
         }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record and say how much is trained."""
+        if not trainer.is_global_zero:
+            return
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        print(f"{type(pl_module).__name__}: {total:,} parameters, {trained:,} of them trained")
+        if self.path is not None:
+            self.record["parameters"] = {"total": total, "trained": trained}
+            self._write()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record that the run ended well."""

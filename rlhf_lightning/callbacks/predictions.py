@@ -16,7 +16,7 @@ from rlhf_lightning.callbacks.run import PREDICTIONS_FILE, append_rows, move_int
 class PredictionWriter(Callback):
     """Write the rows that ``predict_step`` returns, as they come, to one JSONL file.
 
-    The file appears under its name when all rows are in it. Several ranks write parts, joined in the order of the ranks.
+    The file appears under its name when all rows are in it. Several ranks write parts, joined in the ranks' order.
 
     Args:
         path: the file; null takes predictions.jsonl in the run's folder.

@@ -26,9 +26,7 @@ class RunProgress(TQDMProgressBar):
         clock: gives the time in seconds.
     """
 
-    def __init__(
-        self, seconds: float = SECONDS_BETWEEN_LINES, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, seconds: float = SECONDS_BETWEEN_LINES, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self.seconds = seconds
         self.clock = clock
@@ -65,7 +63,9 @@ class RunProgress(TQDMProgressBar):
         if last or self._is_due():
             self._line("training", self._step(trainer), total, self._figures(trainer, pl_module))
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what stands beside the bar."""
         shown: dict[str, Any] = {**self._figures(trainer, pl_module), **trainer.progress_bar_metrics}
         return shown
@@ -138,8 +138,7 @@ class RunProgress(TQDMProgressBar):
 def steps_of_run(trainer: Trainer) -> int | None:
     """Return the training steps of the whole run, None where nothing bounds it.
 
-    Counted from epochs; ``max_steps`` counts optimizer steps, of which an on-policy step takes several, so it only bounds
-    runs where the two are the same.
+    ``max_steps`` counts optimizer steps, of which an on-policy training step takes several.
     """
     per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
     bounds = []

@@ -1,6 +1,6 @@
 """A run is one folder: where it is, what is in it, and how files come into it whole or not at all.
 
-``runs/<name>/version_<n>/`` holds config.yaml, manifest.json, TensorBoard events, checkpoints/, samples.jsonl and model/.
+``runs/<name>/version_<n>/`` holds config.yaml, manifest.json, TensorBoard events, checkpoints/, samples.jsonl, model/.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.strategy.broadcast(str(trainer.default_root_dir)))
 
 
+def is_rehearsal(trainer: Any) -> bool:
+    """Whether this is ``fast_dev_run``, which leaves nothing behind."""
+    return bool(trainer.fast_dev_run)
+
+
 def writes_files(trainer: Trainer) -> bool:
-    """Whether this process writes into the run folder: rank zero of a run that is more than a rehearsal."""
-    return trainer.is_global_zero and not trainer.fast_dev_run
+    """Whether this process writes into the run folder: rank zero, unless it is a rehearsal."""
+    return trainer.is_global_zero and not is_rehearsal(trainer)
 
 
 def updates_of(module: LightningModule) -> int:
@@ -119,8 +124,8 @@ def reserve_version(runs: Path, name: str) -> Path:
 
 def versions(parent: Path) -> list[tuple[int, Path]]:
     """Return the version folders of a run's name with their numbers, in order."""
-    found = [(int(match.group(1)), path) for path in parent.glob("version_*") if (match := _version(path)) and path.is_dir()]
-    return sorted(found)
+    folders = [path for path in parent.glob("version_*") if path.is_dir()]
+    return sorted((int(match.group(1)), path) for path in folders if (match := _version(path)))
 
 
 def _version(path: Path) -> re.Match[str] | None:

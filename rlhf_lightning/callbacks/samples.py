@@ -133,7 +133,11 @@ class SampleTable(Callback):
         scorer = getattr(module, "scorer", None)
         if scorer is None:
             return [None] * len(completions)
-        scores = [None if score is None else float(score) for score in scorer(self.prompts, list(completions))]
+        try:
+            given = scorer(self.prompts, list(completions))
+        except (TypeError, KeyError):  # it asks for a column of the data, and these are prompts alone
+            return [None] * len(completions)
+        scores = [None if score is None else float(score) for score in given]
         return [None if score is None or math.isnan(score) else score for score in scores]
 
 

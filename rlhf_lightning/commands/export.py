@@ -120,7 +120,7 @@ def module_from(checkpoint: Path) -> AlignmentModule:
     try:
         state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        raise ValueError(f"{checkpoint} cannot be read as a checkpoint of plain tensors and settings: {error}") from error
+        raise ValueError(f"{checkpoint} is no checkpoint of plain tensors and settings: {error}") from error
     settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k != "_instantiator"}
     name = settings.get("_class_path")
     if name is None:
@@ -129,11 +129,12 @@ def module_from(checkpoint: Path) -> AlignmentModule:
     try:
         kind = getattr(importlib.import_module(module_name), short)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported ({error}); give it with --import") from error
+        raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported ({error}): use --import") from error
     if not (isinstance(kind, type) and issubclass(kind, AlignmentModule)):
         raise ValueError(f"{checkpoint} names {name}, which is no AlignmentModule")
     module = instantiate_module(AlignmentModule, settings)
-    module.needs_reference = False  # the frozen copy would take memory and is not exported
+    # The frozen copy would take memory and is not exported.
+    module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])

@@ -51,7 +51,7 @@ def generate(
 
     Args:
         model: folder of a policy (whole or adapter), .gguf file or hub id.
-        prompts: file of prompts (.jsonl, .json, .csv, .parquet), with a column prompt or messages, or any training form.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
         out: JSONL file to write; it appears when all is done.
         samples: completions per prompt.
         temperature: logits are divided by it; 0 takes the likeliest token.
@@ -200,7 +200,7 @@ def completions(
             scores = list(checked_scores(given, len(texts), f"scorer {scorer_name!r}").tolist())
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
-            row = {
+            row: dict[str, Any] = {
                 "prompt": prompt,
                 "sample": index % samples,
                 "completion": text,

@@ -15,6 +15,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
+TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 CLASS = re.compile(r"given class_path '([^']+)'")
 
 
@@ -51,7 +52,8 @@ def run_function(
         positional: parameters that are given by place instead.
     """
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
-    parser = PlainParser(prog=prog, description="\n\n".join(filter(None, [doc.short_description, doc.long_description])))
+    description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
+    parser = PlainParser(prog=prog, description=description)
     helps = {entry.arg_name: entry.description for entry in doc.params}
     for name in positional:
         parser.add_argument(name, type=str, help=helps.get(name))
@@ -89,8 +91,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
             score = max(score, 0.8 + 0.1 * score)
         return score
 
-    ranked = sorted(((likeness(candidate), candidate) for candidate in set(known)), key=lambda pair: (-pair[0], pair[1]))
-    return ranked[0][1] if ranked and ranked[0][0] >= 0.6 else None
+    best = max(sorted(set(known)), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
 
 
 def parameters_of(class_path: str) -> list[str]:
@@ -106,7 +108,8 @@ def parameters_of(class_path: str) -> list[str]:
 def subclasses_of(base: type) -> dict[str, type]:
     """Return the imported subclasses of a class by their short names, abstract ones left out."""
     found: dict[str, type] = {}
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         if not inspect.isabstract(child) and not child.__name__.startswith("_"):
             found[child.__name__] = child
         found.update(subclasses_of(child))
@@ -194,6 +197,8 @@ def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str
         return None
     name, known, short = found.group(1), parameters_of(class_path), class_path.rpartition(".")[2]
     if name == "class_path":
+        given = re.search(r"'class_path': '([^']+)'", message)
+        short = given.group(1).rpartition(".")[2] if given else short
         return f"{key}: the arguments of {short} go under init_args, beside class_path"
     near = nearest(name, known)
     hint = f"the nearest is {key}.{near}" if near else f"it takes {', '.join(known) or 'none'}"
@@ -209,7 +214,7 @@ def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None
     if class_path:
         flags = ", ".join(f"--{key}.{name}" for name in names)
         return f"{class_path.rpartition('.')[2]} needs {flags}"
-    names = [name.split(".", 1)[1] if name.split(".")[0] in ("fit", "validate", "test", "predict") else name for name in names]
+    names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in names]
     options = {action.dest: action.option_strings for action in getattr(parser, "_actions", [])}
     asked = ", ".join(f"--{name}" if options.get(name, True) else name.upper() for name in names)
     hint = "; a class is named as in --model DPOModule, or by a --config file" if {"model", "data"} & set(names) else ""
@@ -223,19 +228,29 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
         base = next((_base_class(a) for a in getattr(parser, "_actions", []) if a.dest == key), None)
         known = sorted(subclasses_of(base)) if base else []
         near = nearest(given, known)
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
-        return f"{key}: there is no class {given}; {hint} A class of your own is named with its module, as my_objective.{given}"
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
+        own = f"A class of your own is named with its module, as my_objective.{given}"
+        return f"{key}: there is no class {given}; {hint} {own}"
     if class_path and (found := re.search(r"(No module named [^\n]+|cannot import name [^\n]+)", message)):
         return f"{key}: {class_path} cannot be imported from {os.getcwd()}: {found.group(1).strip()}"
     if class_path and (found := re.search(r"module '([^']+)' has no attribute '([^']+)'", message)):
         module, name = found.groups()
-        near = nearest(name, [n for n, value in vars(sys.modules.get(module, object)).items() if inspect.isclass(value)])
+        near = nearest(name, [n for n, value in vars(sys.modules[module]).items() if inspect.isclass(value)])
         return f"{key}: {module} has no class {name}" + (f"; the nearest is {module}.{near}" if near else "")
     if found := re.search(r"does not correspond to a subclass of (\w+)", message):
         return f"{key}: {given} is no subclass of {found.group(1)}"
-    if found := re.search(r"Expected an instantiatable class, but (\S+) is abstract", message):
-        return f"{key}: {found.group(1).rpartition('.')[2]} is only the base; name a class, as in --{key} CLASS"
+    if found := re.search(r"Expected an instantiatable class, but (\S*) ?is abstract", message):
+        name = found.group(1) or given
+        if name == given and (lacking := _abstract_methods(given)):
+            return f"{key}: {name} cannot be used yet: it must define {', '.join(lacking)}"
+        return f"{key}: {name.rpartition('.')[2]} is only the base; name a class, as in --{key} CLASS"
     return None
+
+
+def _abstract_methods(class_path: str) -> list[str]:
+    """Return the methods that a class still has to define."""
+    module, _, name = class_path.rpartition(".")
+    return sorted(getattr(getattr(sys.modules.get(module), name, None), "__abstractmethods__", ()))
 
 
 def _wrong_value(message: str, key: str, class_path: str, parser: Any) -> str | None:
@@ -261,9 +276,7 @@ def _type_name(expected: str) -> str:
     """Return a type as a user writes it."""
     if found := re.fullmatch(r"<class '([^']+)'>", expected.strip()):
         name = found.group(1).rpartition(".")[2]
-        return {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
-            name, name
-        )
+        return TYPE_NAMES.get(name, name)
     if found := re.fullmatch(r"typing\.Literal\[(.*)\]", expected.strip()):
         return f"one of {found.group(1)}"
     return expected.strip()
@@ -280,6 +293,6 @@ def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | N
 
 def _tidied(message: str) -> str:
     """Fold a message nobody foresaw into a line without the parser's internals."""
+    internal = ("Given value", "Subtypes:", "Does not validate", "Errors:", "Expected a <class 'NoneType'>")
     lines = [line.strip(" -") for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Given value", "Subtypes:", "Does not validate", "Errors:"))]
-    return "; ".join(line for line in kept if "NoneType" not in line)
+    return "; ".join(line for line in lines if line and not line.startswith(internal))

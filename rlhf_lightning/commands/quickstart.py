@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from rlhf_lightning.commands import train
 from rlhf_lightning.evaluation.frontier import FrontierPoint, draw_frontier
 from rlhf_lightning.evaluation.policies import (
@@ -214,8 +213,8 @@ def markdown_report(report: dict[str, Any], table: str, samples: dict[str, Sampl
     parts = [
         f"# Quickstart, seed {report['seed']}",
         table,
-        "Score is the reward model's; gold reward is the world's own and was never trained on. KL is measured from the SFT "
-        "policy, in nats per completion. All policies answer the same held-out prompts at temperature 1.",
+        "Score is the reward model's; gold reward is the world's own and was never trained on. KL is measured from the "
+        "SFT policy, in nats per completion. All policies answer the same held-out prompts at temperature 1.",
         "![frontier](frontier.png)",
         "## Answers before and after",
     ]
@@ -228,5 +227,6 @@ def markdown_report(report: dict[str, Any], table: str, samples: dict[str, Sampl
             assert drawn.gold is not None and drawn.scores is not None
             rows.append([stage, drawn.completions[index], float(drawn.gold[index]), float(drawn.scores[index])])
         parts.append(f"**{asked}**\n\n" + markdown_table(["policy", "answer", "gold", "score"], rows))
-    parts.append("## Runs\n\n" + "\n".join(f"- {stage}: `{os.path.relpath(run.folder)}`" for stage, run in runs.items()))
+    folders = [f"- {stage}: `{os.path.relpath(run.folder)}`" for stage, run in runs.items()]
+    parts.append("## Runs\n\n" + "\n".join(folders))
     return "\n\n".join(parts) + "\n"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import rlhf_lightning.modules
+import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
 from rlhf_lightning.callbacks import (
     ModelExport,
     PredictionWriter,
@@ -45,10 +43,6 @@ from rlhf_lightning.commands.parsing import PlainParser, parameters_of, subclass
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.modules.base import AlignmentModule
-
-# Short class names (`--model DPOModule`) work for classes that are imported.
-for _info in pkgutil.iter_modules(rlhf_lightning.modules.__path__, "rlhf_lightning.modules."):
-    importlib.import_module(_info.name)
 
 CALLBACK_GROUPS: dict[str, type[Callback]] = {
     "checkpoint": RunCheckpoint,
@@ -102,7 +96,8 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
         config = self.config.clone()
         config.pop("resume", None)
-        text = self.parser.dump(config, skip_validation=True)
+        # Without the nulls a setting that was switched off would come back with its default.
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             number = 1
             while (earlier := path.with_name(f"config.{number}.yaml")).exists():
@@ -120,7 +115,7 @@ class RlhfCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
-        self.argv = list(args)
+        self.argv, name = list(args), args[0]
         self.folder: Path | None = None
         self.is_new_folder = False
         command = ["rlhf", *self.argv]
@@ -132,9 +127,7 @@ class RlhfCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=TrainParser,
             parser_kwargs=cast(
-                Any,
-                {"prog": "rlhf"}
-                | {name: {"description": text, "usage": usage_of(name)} for name, text in DESCRIPTIONS.items()},
+                Any, {"prog": "rlhf", name: {"description": DESCRIPTIONS[name], "usage": usage_of(name)}}
             ),
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -145,14 +138,13 @@ class RlhfCLI(LightningCLI):
 
     # -- parsing ------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the subcommands with the arguments of the trainer's methods that are not for the command line."""
-        taken = {"model", "datamodule", "weights_only", "verbose", "return_predictions"}
-        return {
-            "fit": taken | {"train_dataloaders", "val_dataloaders"},
-            **{name: taken | {"dataloaders"} for name in ("validate", "test", "predict")},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the command with the arguments of the trainer's method that are not for the command line.
+
+        Only the command that was given: a parser for each would cost a second at every start.
+        """
+        loaders = {"train_dataloaders", "val_dataloaders"} if self.argv[0] == "fit" else {"dataloaders"}
+        return {self.argv[0]: loaders | {"model", "datamodule", "weights_only", "verbose", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a run folder needs. All commands take the same, so that a run's config.yaml serves each of them."""
@@ -161,14 +153,14 @@ class RlhfCLI(LightningCLI):
         )
         parser.add_argument("--runs_folder", type=str, default="runs", help="where runs are kept")
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="fit: continue this run (runs/NAME or a version of it) in place"
+            "--resume", type=str | None, default=None, help="fit: continue this run (runs/NAME or one version) in place"
         )
         for group, callback in CALLBACK_GROUPS.items():
             parser.add_lightning_class_args(callback, group)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and check what can be checked before anything is loaded."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(cast(Sequence[str], args))
         self.refuse_clashes(self.config.subcommand, self.config[self.config.subcommand])
 
     def refuse_clashes(self, command: str, config: Namespace) -> None:
@@ -182,8 +174,8 @@ class RlhfCLI(LightningCLI):
             refuse("trainer.gradient_clip_val does not work with manual optimization; set model.max_grad_norm")
         if trainer.accumulate_grad_batches != 1:
             refuse(
-                "trainer.accumulate_grad_batches does not apply: data.batch_size rows make one optimizer step, cut into "
-                "micro-batches by data.micro_batch_size or data.max_tokens"
+                "trainer.accumulate_grad_batches does not apply: data.batch_size rows make one optimizer step, cut "
+                "into micro-batches by data.micro_batch_size or data.max_tokens"
             )
         if str(trainer.precision) in ("16", "16-mixed"):
             refuse(
@@ -195,7 +187,7 @@ class RlhfCLI(LightningCLI):
                 "trainer.strategy=fsdp fails under manual optimization; use class_path ModelParallelStrategy with "
                 "data_parallel_size, or ddp"
             )
-        if not hasattr(imported(model.class_path), "batch_type"):
+        if not hasattr(import_object(model.class_path), "batch_type"):
             known = ", ".join(sorted(subclasses_of(AlignmentModule)))
             refuse(f"model names no objective but its base class; choose one with --model CLASS: {known}")
         if config.resume and command != "fit":
@@ -214,11 +206,11 @@ class RlhfCLI(LightningCLI):
             return
         hparams = checkpoint_hparams(Path(path))
         trained, asked = hparams.pop("_class_path", None), config.model.class_path
-        if trained is not None and trained != asked:
+        if trained is not None and not is_same_class(trained, asked):
             usage_error(
                 f"rlhf {command}",
-                f"{path} was written by {trained}, but the model is {asked}; name the same class, or start {asked} from "
-                "the exported weights with --model.init_from",
+                f"{path} was written by {trained}, but the model is {asked}; name the same class, or start {asked} "
+                "from the exported weights with --model.init_from",
             )
         given = as_plain(self.parser.parse_args(self.argv, defaults=False)[command].get("model", {}))
         given = given.get("init_args", {}) if isinstance(given, Mapping) else {}
@@ -256,10 +248,12 @@ class RlhfCLI(LightningCLI):
             return continued
         name = checked_run_name(config.run_name or default_run_name(self.argv, config))
         config.run_name = name
-        if rank_zero_only.rank != 0:
+        if getattr(rank_zero_only, "rank", 0) != 0:
             return None
         self.is_new_folder = True
-        return reserve_version(Path(config.runs_folder), name)
+        folder = reserve_version(Path(config.runs_folder), name)
+        announce(f"run: {folder}")
+        return folder
 
     def continued_run(self) -> Path | None:
         """Return the run that is continued in its own folder, or None for a new one."""
@@ -275,7 +269,7 @@ class RlhfCLI(LightningCLI):
     def run_logger(self) -> TensorBoardLogger:
         """Return a TensorBoard logger that writes into the run's folder.
 
-        After a resume, points that the killed run logged past its checkpoint are purged, so curves join without overlap.
+        After a resume, points that the killed run logged past its checkpoint are purged: curves join without overlap.
         """
         config = self.config[self.subcommand]
         if self.folder is None:
@@ -315,8 +309,6 @@ class RlhfCLI(LightningCLI):
             if self.is_new_folder and self.folder is not None and not (self.folder / MANIFEST_FILE).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        if self.folder is not None:
-            announce(f"run: {self.folder}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -375,10 +367,18 @@ def usage_of(command: str) -> str:
     )
 
 
-def imported(class_path: str) -> Any:
-    """Return the class that a path names."""
-    module, _, name = class_path.rpartition(".")
-    return getattr(sys.modules[module], name)
+def import_object(path: str) -> Any:
+    """Return the class that a dotted path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def is_same_class(one: str, other: str) -> bool:
+    """Whether two paths name one class; a package may offer a class under a shorter path as well."""
+    try:
+        return one == other or import_object(one) is import_object(other)
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def checkpoint_hparams(path: Path) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors and settings: {error}") from error
+        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {error}") from error
     hparams = dict(checkpoint.get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
     return hparams

@@ -18,11 +18,12 @@ from rlhf_lightning.tokenization import (
     ChatTemplateError,
     Rendered,
     encode_rendered,
+    opening_ids,
     render_completion,
     render_prompt,
     truncate,
 )
-from rlhf_lightning.types import Message, Prompt
+from rlhf_lightning.types import Prompt
 
 CHUNK = 512
 PEEK = 100
@@ -37,8 +38,9 @@ class EncodedRow:
         completions: ids of each completion.
         supervised: for each completion a flag for each token: may a loss look at it?
         ranks, target, margin, weight: as in `CanonicalRow`.
-        text: the prompt as the data gave it; the whole text where there was none.
+        text: the prompt as the data gave it; what its ids say where there was none.
         columns: further columns.
+        group: a number that rows of the same prompt share.
         source: index of the source it came from.
     """
 
@@ -51,18 +53,13 @@ class EncodedRow:
     weight: float = 1.0
     text: Prompt = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    group: int = 0
     source: int = 0
 
     @property
     def record(self) -> str:
         """Prompt and columns as JSON."""
         return json.dumps({"prompt": self.text, "columns": self.columns}, ensure_ascii=False, default=str)
-
-    @property
-    def group(self) -> int:
-        """A number that rows with the same prompt share."""
-        key = json.dumps(self.text, ensure_ascii=False)
-        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Encoder:
         for canonical in kept:
             parts = [next(encoded) for _ in range(len(canonical.completions) + (canonical.prompt is not None))]
             try:
-                pieces = self._encoded(canonical, parts, report)
+                pieces = self._encoded(tokenizer, canonical, parts, report)
             except RowRefused as refusal:
                 report.drop(str(refusal))
                 continue
@@ -145,7 +142,8 @@ class Encoder:
         if isinstance(row, Unreadable):
             raise RowRefused("unreadable_line")
         if self.columns:
-            row = {self.columns.get(name, name): value for name, value in row.items() if name not in self.columns.values()}
+            covered = set(self.columns.values()) - set(self.columns)
+            row = {self.columns.get(name, name): value for name, value in row.items() if name not in covered}
         canonical = self.read(row, self.as_chat)
         try:
             repr_of = [canonical.prompt, canonical.completions, canonical.columns]
@@ -155,16 +153,21 @@ class Encoder:
         return canonical
 
     def _encoded(
-        self, row: CanonicalRow, parts: list[tuple[list[int], list[bool]]], report: Report
-    ) -> list[EncodedRow]:
+        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[tuple[list[int], list[bool]]],
+        report: Report,
+    ) -> list[EncodedRow]:  # fmt: skip
         if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
             ids, flags = parts[0]
             prompt, answers = ids[:1], [(ids[1:], flags[1:])]
+            text: Prompt = tokenizer.decode(prompt, skip_special_tokens=True)
         else:
-            prompt, answers = parts[0][0], parts[1:]
+            prompt, answers, text = parts[0][0], parts[1:], row.prompt
         if not prompt:
             raise RowRefused("empty_prompt")
-        cut, completions = truncate(prompt, [ids for ids, _ in answers], self.max_length, self.max_prompt_length)
+        opening = opening_ids(tokenizer)
+        keep = len(opening) if tuple(prompt[: len(opening)]) == opening else 0
+        whole = [ids for ids, _ in answers]
+        cut, completions = truncate(prompt, whole, self.max_length, self.max_prompt_length, keep)
         supervised = [flags[: len(ids)] for ids, (_, flags) in zip(completions, answers, strict=True)]
         if any(not any(flags) for flags in supervised):
             raise RowRefused("nothing_supervised")
@@ -172,12 +175,12 @@ class Encoder:
             raise RowRefused("identical_completions")
         if len(cut) < len(prompt):
             report.truncated["prompt"] = report.truncated.get("prompt", 0) + 1
-        if any(len(ids) < len(whole) for ids, (whole, _) in zip(completions, answers, strict=True)):
+        if any(len(ids) < len(every) for ids, every in zip(completions, whole, strict=True)):
             report.truncated["completion"] = report.truncated.get("completion", 0) + 1
-        text = row.completions[0] if row.prompt is None else row.prompt
         one = EncodedRow(
-            cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns
-        )
+            cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns,
+            _number(row.completions[0] if row.prompt is None else row.prompt),
+        )  # fmt: skip
         return _pairs(one) if self.pairwise else [one]
 
 
@@ -202,8 +205,17 @@ def _pairs(row: EncodedRow) -> list[EncodedRow]:
             if better < row.ranks[j] and row.completions[i] != row.completions[j]:
                 pairs.append(
                     EncodedRow(
-                        row.prompt, [row.completions[i], row.completions[j]], [row.supervised[i], row.supervised[j]],
-                        [0, 1], row.target, row.margin, row.weight, row.text, row.columns, row.source,
+                        row.prompt,
+                        [row.completions[i], row.completions[j]],
+                        [row.supervised[i], row.supervised[j]],
+                        [0, 1],
+                        row.target,
+                        row.margin,
+                        row.weight,
+                        row.text,
+                        row.columns,
+                        row.group,
+                        row.source,
                     )  # fmt: skip
                 )
     if not pairs:
@@ -218,6 +230,6 @@ def no_rows(report: Report, where: str) -> ValueError:
     return ValueError(f"No usable row. {report.describe(where)}")
 
 
-def prompt_of(record: str) -> Prompt | list[Message]:
-    """The prompt of a row's record."""
-    return json.loads(record)["prompt"]
+def _number(value: Any) -> int:
+    key = json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)

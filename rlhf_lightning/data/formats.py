@@ -1,13 +1,13 @@
 """Rows of every supported form, read into one canonical row, or refused with a reason.
 
 Demonstrations: ``messages``; ``prompt`` + ``completion``; ``input`` + ``output``; ``instruction`` (+ ``input``) +
-``output``; ``text`` alone. Preferences: ``prompt`` + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt is
-what both begin with (turns in common, or a transcript of "Human:" and "Assistant:" turns); ``prompt`` + ``completions``
-best first, or with ``ranks``. Prompts: ``prompt``, or whatever any of the other forms has before its completion. Text may
-be plain or conversational (a list of messages) everywhere.
+``output``; ``text`` alone. Preferences: ``prompt`` + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt
+is what both begin with (turns in common, or a transcript of "Human:" and "Assistant:" turns); ``prompt`` +
+``completions`` best first, or with ``ranks``. Prompts: ``prompt``, or what the other forms have before the completion.
+Text may be plain or conversational (a list of messages) everywhere.
 
-``preference`` (probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the row)
-are optional numbers. All other columns are handed on.
+``preference`` (probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the
+row) are optional numbers. All other columns are handed on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rlhf_lightning.types import Message, Prompt
 Row = Mapping[str, Any]
 
 ROLES = {
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-    "system": "system", "developer": "developer", "tool": "tool",
+    "user": "user", "human": "user", "system": "system", "developer": "developer", "tool": "tool",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
-"""Roles known, and the role each is read as. No other is let through: a role is written into the template's own text."""
+"""Roles known, and the role each is read as. No other passes: a role becomes part of the template's own text."""
 
 REASONS = {
     "unreadable_line": "the line is not a JSON object in UTF-8",
@@ -45,7 +45,8 @@ REASONS = {
     "inline_role_marker": "a transcript's turn holds another role marker",
     "identical_completions": "chosen equals rejected",
     "bad_number": "preference, margin, weight or a rank is no number in its range",
-    "single_completion": "a ranked list needs two different completions",
+    "single_completion": "a ranked list needs two completions",
+    "all_tied": "all completions of a ranked list have the same rank",
     "template_refuses": "the chat template refuses the turns",
     "nothing_supervised": "no supervised token is left after truncation",
 }
@@ -85,7 +86,9 @@ Form = tuple[str, ...]
 DEMONSTRATION_FORMS: tuple[Form, ...] = (
     ("messages",), ("prompt", "completion"), ("instruction", "output"), ("input", "output"), ("text",),
 )  # fmt: skip
-PREFERENCE_FORMS: tuple[Form, ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completions"))
+PREFERENCE_FORMS: tuple[Form, ...] = (
+    ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completions"),
+)  # fmt: skip
 PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",), ("chosen", "rejected"), ("instruction",), ("input",))
 
 
@@ -117,6 +120,7 @@ def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
     form = form_of(row, DEMONSTRATION_FORMS)
     used = {*form, *LABELS}
     prompt: Prompt | None
+    completion: str | list[Message]
     if form == ("messages",):
         prompt, completion = _parted(_messages(row["messages"]))
     elif form == ("text",):
@@ -146,7 +150,7 @@ def preference(row: Row, as_chat: bool = False) -> CanonicalRow:
         raise RowRefused("identical_completions")
     return CanonicalRow(
         prompt, completions, ranks,
-        target=_label(row, "preference", 1.0, most=1.0),
+        target=_label(row, "preference", 1.0, most=1.0) if len(completions) == 2 else 1.0,
         margin=_label(row, "margin", 0.0, least=-math.inf),
         weight=_label(row, "weight", 1.0),
         columns=_others(row, used),
@@ -170,7 +174,8 @@ def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
     else:
         found = _prompt(row[form[0]])
     found, _ = _one_style(found, [], as_chat)
-    return CanonicalRow(found, columns=_others(row, used))
+    # A scorer is called with the prompts and the completions sampled for them, and with the columns by their names.
+    return CanonicalRow(found, columns=_others(row, used | {"prompts", "completions"}))
 
 
 Reader = Callable[[Row, bool], CanonicalRow]
@@ -207,8 +212,9 @@ def _messages(value: Any) -> list[Message]:
         if not isinstance(turn, Mapping):
             raise RowRefused("malformed_messages")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
+        if isinstance(content, list):  # parts, of which only text can be learned from
+            texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            content = "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
         if not isinstance(role, str) or not (content is None or isinstance(content, str)):
             raise RowRefused("malformed_messages")
         if role.lower() not in ROLES:
@@ -276,13 +282,16 @@ def _ranked(row: Row) -> tuple[Prompt, list[Any], list[int]]:
         raise RowRefused("bad_number")
     if any(isinstance(r, bool) or not isinstance(r, int | float) or not math.isfinite(r) for r in ranks):
         raise RowRefused("bad_number")
-    prompt, kept = _prompt(row["prompt"]), []
+    prompt = _prompt(row["prompt"])
+    kept: list[tuple[Any, float]] = []
     for value, rank in sorted(zip(values, ranks, strict=True), key=lambda pair: pair[1]):
         completion = _completion(value)
         if all(completion != other for other, _ in kept):
             kept.append((completion, rank))
     if len(kept) < 2:
         raise RowRefused("identical_completions")
+    if len({rank for _, rank in kept}) == 1:
+        raise RowRefused("all_tied")
     places = {rank: place for place, rank in enumerate(sorted({rank for _, rank in kept}))}
     return prompt, [completion for completion, _ in kept], [places[rank] for _, rank in kept]
 

@@ -48,14 +48,13 @@ class StepLoader:
         num_workers: processes that build steps ahead; 0 builds them when they are asked for.
     """
 
-    def __init__(
-        self, steps: Callable[[int], EpochSteps], length: int, fingerprint: str, num_workers: int = 0
-    ) -> None:
+    def __init__(self, steps: Callable[[int], EpochSteps], length: int, fingerprint: str, num_workers: int = 0) -> None:
         self.steps = steps
         self.length = length
         self.fingerprint = fingerprint
         self.num_workers = num_workers
         self.sampler = EpochSampler()
+        self.batch_sampler = None  # Lightning looks here first for what shuffles
         self._resumed = False
 
     def __len__(self) -> int:
@@ -113,5 +112,5 @@ class _AsDataset(Dataset):
         return self.steps[index]
 
 
-def _unchanged(step: Step[Any]) -> Step[Any]:
+def _unchanged(step: Any) -> Any:
     return step

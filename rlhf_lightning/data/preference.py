@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.data import collation, formats
 from rlhf_lightning.data.base import AlignmentDataModule
 from rlhf_lightning.data.encoding import Encoder
-from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.data.steps import Collate
 from rlhf_lightning.types import PreferenceBatch, RankedBatch
 
 
 class PreferenceDataModule(AlignmentDataModule):
-    """Preferences: ``prompt`` + ``chosen`` + ``rejected``, ``chosen`` + ``rejected`` with the prompt in both (turns, or a
-    transcript of Human and Assistant), or ``prompt`` + ``completions`` best first (+ ``ranks``, equal ones are ties).
+    """Preferences: ``prompt`` + ``chosen`` + ``rejected``, ``chosen`` + ``rejected`` with the prompt in both (turns, or
+    a transcript of Human and Assistant), or ``prompt`` + ``completions`` best first (+ ``ranks``, equal ones are ties).
 
     ``preference`` is the probability that chosen is the better one, ``margin`` its rated strength. A module that takes
-    pairs gets every pair of different rank of a ranked list; one that takes ranked groups gets a pair as a group of two.
+    pairs gets every pair of different rank of a ranked list; one that takes ranked groups gets a pair as a group of
+    two.
 
     Args:
         source: where the preferences come from; see `AlignmentDataModule` for this and all other arguments.
@@ -35,6 +35,6 @@ class PreferenceDataModule(AlignmentDataModule):
             self.as_chat, pairwise=self.batch_type is PreferenceBatch,
         )  # fmt: skip
 
-    def collate(self, store: RowStore, rows: Sequence[int]) -> PreferenceBatch | RankedBatch:
+    def collator(self) -> Collate:
         """Pairs, or groups of ranked completions."""
-        return collation.pairs(store, rows) if self.batch_type is PreferenceBatch else collation.groups(store, rows)
+        return collation.pairs if self.batch_type is PreferenceBatch else collation.groups

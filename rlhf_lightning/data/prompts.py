@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf_lightning.data import collation, formats
-from rlhf_lightning.data.base import AlignmentDataModule, PromptSteps
-from rlhf_lightning.data.batching import shuffled
-from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.base import AlignmentDataModule
+from rlhf_lightning.data.cache import Part
+from rlhf_lightning.data.encoding import EncodedRow, Encoder
 from rlhf_lightning.data.loader import EpochSteps, StepLoader
+from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.selection import endless_rows
+from rlhf_lightning.data.sources import parse_sources
+from rlhf_lightning.data.steps import Collate, PromptSteps
 from rlhf_lightning.data.store import RowStore
-from rlhf_lightning.types import PromptBatch
+from rlhf_lightning.data.streaming import StreamLoader
+from rlhf_lightning.types import DemonstrationBatch, PromptBatch, Step
 
 
 class PromptDataModule(AlignmentDataModule):
     """Prompts: ``prompt``, or what demonstrations and preferences have before the completion. Further columns
     (``answer`` ...) go to the scorer.
 
-    One step is one rollout: ``batch_size`` episodes, which are ``batch_size / samples_per_prompt`` prompts. Prompts are
-    taken in turn from one pass after the other, each shuffled anew, so that every rollout is full. Episodes are numbered
-    through the whole run, alike for any number of ranks.
+    One step is one rollout: ``batch_size`` episodes, which are ``batch_size / samples_per_prompt`` prompts. Prompts
+    are taken in turn from one pass after the other, each shuffled anew, so that every rollout is full. Episodes are
+    numbered through the whole run, alike for any number of ranks.
 
     Args:
         source: where the prompts come from; see `AlignmentDataModule` for this and all other arguments. ``batch_size``
             counts episodes; prompts have at most ``max_prompt_length`` (else ``max_length``) tokens.
         rollouts: rollouts of an epoch; None takes as many as one pass over the prompts needs.
         samples_per_prompt: completions to sample for each prompt (the size of a group).
+        pretraining_source: demonstrations or plain ``text`` to mix into the updates, if the module has a coefficient
+            for it (PPO-ptx); in the same forms as ``source``.
+        pretraining_batch_size: its rows for each rollout, over all ranks; None takes ``batch_size``.
     """
 
     batch_types = (PromptBatch,)
+    completes = False
 
     def __init__(
         self,
         source: str | list[str | dict[str, Any]],
         rollouts: int | None = None,
         samples_per_prompt: int = 1,
+        pretraining_source: str | list[str | dict[str, Any]] | None = None,
+        pretraining_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("streaming") and rollouts is not None:
+            kwargs.setdefault("steps_per_epoch", rollouts)
         super().__init__(source, **kwargs)
         if rollouts is not None and rollouts < 1:
             raise ValueError(f"rollouts must be at least 1, or null for one pass; found {rollouts}.")
@@ -49,8 +61,12 @@ class PromptDataModule(AlignmentDataModule):
                 f"batch_size {self.batch_size} counts episodes, and must be a multiple of samples_per_prompt "
                 f"{samples_per_prompt}."
             )
+        if pretraining_batch_size is not None and pretraining_batch_size < 1:
+            raise ValueError(f"pretraining_batch_size must be at least 1, not {pretraining_batch_size}.")
         self.rollouts = rollouts
         self.samples_per_prompt = samples_per_prompt
+        self.pretraining_sources = parse_sources(pretraining_source) if pretraining_source is not None else ()
+        self.pretraining_batch_size = pretraining_batch_size or self.batch_size
 
     @property
     def prompts_per_rollout(self) -> int:
@@ -62,43 +78,93 @@ class PromptDataModule(AlignmentDataModule):
         limit = self.max_prompt_length or self.max_length
         return Encoder(formats.prompt, formats.PROMPT_FORMS, self.columns, None, limit, self.as_chat)
 
-    def collate(self, store: RowStore, rows: Sequence[int]) -> PromptBatch:
+    def collator(self) -> Collate:
         """Prompts numbered from 0."""
-        return collation.prompts(store, rows, torch.arange(len(rows)))
+        return _numbered
+
+    def _parts(self) -> dict[str, Part]:
+        parts = super()._parts()
+        if self.pretraining_sources:
+            encoder = Encoder(
+                formats.demonstration, formats.DEMONSTRATION_FORMS, {}, self.max_length, None, self.as_chat
+            )
+            parts["pretraining"] = Part(self.pretraining_sources, None, encoder)
+        return parts
 
     def train_dataloader(self) -> StepLoader:
         """One rollout's prompts a step."""
         ranks = self.ranks[1]
-        if self.prompts_per_rollout % ranks:
-            raise ValueError(
-                f"A rollout has {self.prompts_per_rollout} prompts (batch_size {self.batch_size} / samples_per_prompt "
-                f"{self.samples_per_prompt}), which {ranks} ranks cannot share evenly: choose a multiple of {ranks}."
-            )
-        rows = len(self.epoch_rows(0))
-        length = self.rollouts or -(-rows // self.prompts_per_rollout)
+        for name, count in (("prompts of a rollout", self.prompts_per_rollout), ("pretraining rows", self._mixed)):
+            if count % ranks:
+                raise ValueError(
+                    f"{ranks} ranks cannot share the {count} {name} evenly (batch_size {self.batch_size}, "
+                    f"samples_per_prompt {self.samples_per_prompt}): choose a multiple of {ranks}."
+                )
+        if self.streaming:
+            size, length = self.prompts_per_rollout, self.stream_steps
+            return StreamLoader(self.stream, size, self._streamed, length, self.fingerprint)
+        length = self.rollouts or -(-len(self.epoch_rows(0)) // self.prompts_per_rollout)
         return StepLoader(lambda epoch: self._rollouts(epoch, length), length, self.fingerprint, self.num_workers)
 
-    def _rollouts(self, epoch: int, length: int) -> EpochSteps:
-        size = self.prompts_per_rollout
-        first = epoch * length * size
-        taken = self._endless(first, first + length * size)
-        steps = [taken[start : start + size] for start in range(0, len(taken), size)]
-        return PromptSteps(self.store, steps, epoch * length * self.batch_size, *self.ranks, self.samples_per_prompt)
+    @property
+    def _mixed(self) -> int:
+        return self.pretraining_batch_size if self.pretraining_sources else 0
 
-    def _endless(self, start: int, stop: int) -> np.ndarray:
-        """Rows at the places ``start .. stop - 1`` of the endless sequence of passes over the prompts."""
-        size = len(self.epoch_rows(0))
-        passes = []
-        for number in range(start // size, -(-stop // size)):
-            rows = self.epoch_rows(number)
-            passes.append(rows[shuffled(size, self.seed, number)] if self.shuffle else rows)
-        offset = start - start // size * size
-        return np.concatenate(passes)[offset : offset + stop - start]
+    def _rollouts(self, epoch: int, length: int) -> EpochSteps:
+        size, first = self.prompts_per_rollout, epoch * length
+        rows = endless_rows(self.epoch_rows, first * size, (first + length) * size, self.seed, self.shuffle)
+        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+        prompts = PromptSteps(self.store, steps, first * self.batch_size, *self.ranks, self.samples_per_prompt)
+        return self._with_pretraining(prompts, first)
+
+    def _streamed(self, rows: list[EncodedRow], index: int) -> Step[PromptBatch]:
+        store = RowStore.build(rows, Report())
+        first = index * self.batch_size
+        prompts = PromptSteps(store, [np.arange(len(store))], first, *self.ranks, self.samples_per_prompt)
+        return self._with_pretraining(prompts, index)[0]
+
+    def _with_pretraining(self, prompts: PromptSteps, first: int) -> EpochSteps:
+        if not self.pretraining_sources:
+            return prompts
+        return MixedSteps(prompts, self.stores["pretraining"], self._mixed, first, self.seed, *self.ranks)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Prompts of the held-out rows in their order, one sample each; none without such rows."""
         return self._prompts_in_order(self.eval_store, self.held_out) if len(self.held_out) else []
 
-    def test_dataloader(self) -> StepLoader | list[StepLoader]:
-        """The same steps as for validation."""
-        return self.val_dataloader()
+
+class MixedSteps:
+    """Steps of prompts with demonstrations beside them, taken in turn from one shuffled pass after the other.
+
+    Args:
+        prompts: the steps of prompts.
+        store: the demonstrations.
+        size: demonstrations of a step over all ranks.
+        first: number of the first step in the run.
+        seed: seed of their order.
+        rank: this rank.
+        ranks: number of ranks.
+    """
+
+    def __init__(
+        self, prompts: PromptSteps, store: RowStore, size: int, first: int, seed: int, rank: int, ranks: int
+    ) -> None:
+        self.prompts, self.store, self.size, self.first, self.seed = prompts, store, size, first, seed
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        """Steps of the epoch."""
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Step[PromptBatch]:
+        """This rank's share of a step."""
+        step = self.prompts[index]
+        start = (self.first + index) * self.size
+        everything = np.arange(len(self.store))
+        rows = endless_rows(lambda _: everything, start, start + self.size, self.seed + 1)[self.rank :: self.ranks]
+        mixed: DemonstrationBatch = collation.demonstrations(self.store, rows.tolist())
+        return step._replace(micro_batches=tuple(b._replace(pretraining=mixed) for b in step.micro_batches))
+
+
+def _numbered(store: RowStore, rows: Any) -> PromptBatch:
+    return collation.prompts(store, rows, torch.arange(len(rows)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.formats import REASONS
@@ -44,7 +44,7 @@ class Report:
     @property
     def metrics(self) -> dict[str, float]:
         """The counts as ``data/...`` metrics."""
-        counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "supervised_tokens": self.tokens}
+        counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens}
         counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         counts |= {f"truncated_{part}": count for part, count in self.truncated.items()}
         return {f"data/{name}": float(count) for name, count in counts.items()}
@@ -60,5 +60,9 @@ class Report:
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, to be written down."""
-        return dict(vars(self))
+        """A copy in plain values, to be written down."""
+        return asdict(self)
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take over the counts that `to_dict` gave."""
+        vars(self).update(asdict(Report(**values)))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.data import collation, formats
 from rlhf_lightning.data.base import AlignmentDataModule
 from rlhf_lightning.data.encoding import Encoder
-from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.data.steps import Collate
 from rlhf_lightning.types import DemonstrationBatch
 
 
 class SFTDataModule(AlignmentDataModule):
-    """Demonstrations: ``messages``, ``prompt`` + ``completion``, ``input`` + ``output``, ``instruction`` (+ ``input``) +
-    ``output``, or ``text`` alone (every token after the first is learned).
+    """Demonstrations: ``messages``, ``prompt`` + ``completion``, ``input`` + ``output``, ``instruction`` (+ ``input``)
+    + ``output``, or ``text`` alone (every token after the first is learned).
 
     In a conversation of several turns every turn of the assistant is learned, with its end token, and no other.
 
@@ -34,6 +33,6 @@ class SFTDataModule(AlignmentDataModule):
             self.as_chat,
         )  # fmt: skip
 
-    def collate(self, store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
+    def collator(self) -> Collate:
         """One completion for each prompt."""
-        return collation.demonstrations(store, rows)
+        return collation.demonstrations

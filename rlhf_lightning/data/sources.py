@@ -12,8 +12,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+WRAPPERS = ("data", "rows", "examples", "instances", "train")
+"""Names under which a .json file may hold its list of rows."""
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".txt")
 
@@ -73,7 +77,8 @@ def _one(item: Any) -> Source:
     known = list(Source.__dataclass_fields__)
     unknown = [key for key in item if key not in known]
     if unknown or "path" not in item:
-        raise ValueError(f"A source has the keys {', '.join(known)} ('path' is needed); found {', '.join(map(str, item))}.")
+        found = ", ".join(map(str, item))
+        raise ValueError(f"A source has the keys {', '.join(known)} ('path' is needed); found {found}.")
     one = Source(**{**item, "path": str(item["path"])})
     if one.weight <= 0:
         raise ValueError(f"The weight of {one.path} must be above 0, not {one.weight}.")
@@ -97,7 +102,7 @@ def files_of(source: Source) -> list[Path] | None:
         found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if found:
             return found
-        raise FileNotFoundError(f"The folder {source.path} holds neither a saved dataset nor a {', '.join(SUFFIXES)} file.")
+        raise FileNotFoundError(f"The folder {source.path} holds no saved dataset and no {', '.join(SUFFIXES)} file.")
     if any(mark in source.path for mark in "*?["):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         if found:
@@ -134,10 +139,22 @@ def source_fingerprint(source: Source) -> str:
         digest.update(load_hub(source)._fingerprint.encode())
     for file in files or []:
         digest.update(file.suffix.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+        status = file.stat()
+        digest.update(_content_hash(file, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _content_hash(file: Path, size: int, changed: int) -> bytes:
+    """Hash of a file's bytes, read once for each size and time of change."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").digest()
+
+
+def source_stamp(source: Source) -> str:
+    """Names and sizes of what a source holds: for streams, which are too large to be hashed whole."""
+    sizes = [(file.name, file.stat().st_size) for file in files_of(source) or []]
+    return json.dumps([source.path, source.split, source.name, sizes])
 
 
 def read_rows(source: Source) -> Iterator[dict[str, Any] | Unreadable]:
@@ -192,8 +209,8 @@ def _json(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
         yield from (parse_line(line) for line in content.splitlines() if line.strip())
         return
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        whole = lists[0] if len(whole) == 1 and lists else [whole]
+        wrapped = next((value for key, value in whole.items() if key in WRAPPERS and isinstance(value, list)), None)
+        whole = [whole] if wrapped is None or len(whole) > 1 else wrapped
     yield from (row if isinstance(row, dict) else UNREADABLE for row in (whole if isinstance(whole, list) else [whole]))
 
 

@@ -76,7 +76,9 @@ class RowStore:
             records.append(len(record))
             for name in ("target", "margin", "weight", "source", "group"):
                 parts[name].append(getattr(row, name))
-        arrays = {name: np.asarray(parts[name], dtype=kind) for name, kind in ARRAYS.items() if not _flat(name)}
+        arrays: dict[str, Any] = {
+            name: np.asarray(parts[name], dtype=kind) for name, kind in ARRAYS.items() if not _flat(name)
+        }
         for name in ("ids", "supervised", "records"):
             arrays[name] = np.concatenate([np.zeros(0, ARRAYS[name]), *parts[name]])
         arrays["bounds"] = np.cumsum(sizes, dtype=np.int64)
@@ -108,8 +110,9 @@ class RowStore:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             arrays = {}
             for name, kind in ARRAYS.items():
-                array = np.load(folder / f"{name}.npy", mmap_mode="r" if meta["sizes"][name] else None, allow_pickle=False)
-                if array.shape != (meta["sizes"][name],) or array.dtype != kind:
+                size = meta["sizes"][name]  # an empty file cannot be mapped
+                array = np.load(folder / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
+                if array.shape != (size,) or array.dtype != kind:
                     return None
                 arrays[name] = array
             return cls(arrays, Report(**meta["report"]))

@@ -33,7 +33,7 @@ def wpo_weights(logprobs: Tensor, log_collisions: Tensor, completion_mask: Tenso
         completion_mask: bool, shape (rows, length).
 
     Returns:
-        Weights, shape (rows,); 1 on average for tokens sampled from the policy, about.
+        Weights, shape (rows,); 1 where tokens are as likely as ones that the policy samples are on average.
     """
     require_shape("rows length", logprobs=logprobs, log_collisions=log_collisions, completion_mask=completion_mask)
     return masked_mean(logprobs - log_collisions, completion_mask, dim=-1).exp().detach()

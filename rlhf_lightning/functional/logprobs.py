@@ -253,10 +253,10 @@ class _Head(NamedTuple):
         return (slice(start, start + self.chunk_tokens) for start in range(0, tokens, self.chunk_tokens))
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = at_least_float32(F.linear(hidden, weight, bias)) * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.temperature
+        logits = at_least_float32(F.linear(hidden, weight, bias))  # a chunk is large: from here on in place
+        if self.softcap is None:
+            return logits.mul_(self.scale / self.temperature)
+        return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of `logits` with respect to hidden W^T + bias, elementwise."""
@@ -266,7 +266,7 @@ class _Head(NamedTuple):
 
 def _logprob_slope(log_softmax: Tensor, targets: Tensor) -> Tensor:
     """Derivative of log softmax(z)_{target} with respect to z: onehot(target) - p."""
-    slope = -log_softmax.exp()
+    slope = log_softmax.exp().neg_()
     return slope.scatter_add_(-1, targets.unsqueeze(-1), slope.new_ones(len(targets), 1))
 
 
@@ -274,7 +274,26 @@ def _entropy_slope(log_softmax: Tensor) -> Tensor:
     """Derivative of the entropy H with respect to z: -p (log p + H)."""
     p = log_softmax.exp()
     p_log_p = p * log_softmax
-    return p * p_log_p.sum(-1, keepdim=True) - p_log_p
+    return p.mul_(p_log_p.sum(-1, keepdim=True)).sub_(p_log_p)
+
+
+def _store_chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, into: list[Tensor | None]
+) -> Tensor:
+    """Fill one chunk's log-probabilities, entropies and their directions, whichever are wanted; return the logits."""
+    logprobs, entropy, logprob_directions, entropy_directions = into
+    logits = head.logits(hidden, weight, bias)
+    log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
+    slope = head.slope(logits)
+    if logprobs is not None:
+        logprobs.copy_(log_softmax.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+    if entropy is not None:
+        entropy.copy_(-log_softmax.exp().mul_(log_softmax).sum(-1))
+    if logprob_directions is not None:
+        logprob_directions.copy_(_logprob_slope(log_softmax, targets).mul_(slope).type_as(weight) @ weight)
+    if entropy_directions is not None:
+        entropy_directions.copy_(_entropy_slope(log_softmax).mul_(slope).type_as(weight) @ weight)
+    return logits
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -289,29 +308,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.trainable = head.grad_enabled and any(ctx.needs_input_grad[1:3])
         store = head.grad_enabled and not ctx.trainable and ctx.needs_input_grad[0]
         keep = ctx.trainable and len(targets) * len(weight) <= KEPT_LOGITS
-        logprobs = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        logprobs = at_least_float32(hidden.new_empty(len(targets)))
         entropy = torch.empty_like(logprobs) if head.with_entropy else None
         logprob_directions = torch.empty_like(hidden) if store else None
         entropy_directions = torch.empty_like(hidden) if store and head.with_entropy else None
-        kept = [hidden.new_empty(0, len(weight))] if keep else []
+        kept = at_least_float32(hidden.new_empty(len(targets), len(weight))) if keep else None
         for rows in head.chunks(len(targets)):
-            logits = head.logits(hidden[rows], weight, bias)
-            log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
-            logprobs[rows] = log_softmax.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
-            if entropy is not None:
-                entropy[rows] = -(log_softmax.exp() * log_softmax).sum(-1)
-            if logprob_directions is not None:
-                slope = _logprob_slope(log_softmax, targets[rows]) * head.slope(logits)
-                logprob_directions[rows] = slope.type_as(weight) @ weight
-            if entropy_directions is not None:
-                slope = _entropy_slope(log_softmax) * head.slope(logits)
-                entropy_directions[rows] = slope.type_as(weight) @ weight
-            if keep:
-                kept.append(logits)
+            outputs = (logprobs, entropy, logprob_directions, entropy_directions)
+            into = [None if x is None else x[rows] for x in outputs]
+            logits = _store_chunk(hidden[rows], weight, bias, targets[rows], head, into)
+            if kept is not None:
+                kept[rows] = logits
+            del logits  # or it would stay while the next chunk's are made
         if store:
             ctx.save_for_backward(logprob_directions, entropy_directions)
         elif ctx.trainable:
-            ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(kept) if keep else None)
+            ctx.save_for_backward(hidden, weight, bias, targets, kept)
         return logprobs, entropy
 
     @staticmethod
@@ -319,7 +331,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = (grad_logprobs, grad_entropy)
         if ctx.trainable:
-            return (*_through_recomputed_logits(ctx, *upstream), None, None)
+            return (*_through_logits(ctx, *upstream), None, None)
         directions = ctx.saved_tensors
         grad_hidden = torch.zeros_like(directions[0])
         for grad, direction in zip(upstream, directions, strict=True):
@@ -328,29 +340,34 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden.type_as(directions[0]), None, None, None, None
 
 
-def _through_recomputed_logits(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _through_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, chunk by chunk; weight and bias add up in float32 or wider."""
     hidden, weight, bias, targets, kept = ctx.saved_tensors
+    inputs = (hidden, weight, bias)
     grads = [
-        torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if needed else None
-        for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        at_least_float32(torch.zeros_like(tensor)) if needed else None
+        for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
     ]
-    grad_hidden, grad_weight, grad_bias = grads
     for rows in ctx.head.chunks(len(targets)):
         logits = ctx.head.logits(hidden[rows], weight, bias) if kept is None else kept[rows]
         log_softmax = logits.log_softmax(-1)
         slope = torch.zeros_like(logits)
         if grad_logprobs is not None:
-            slope += grad_logprobs[rows, None] * _logprob_slope(log_softmax, targets[rows])
+            slope.add_(_logprob_slope(log_softmax, targets[rows]).mul_(grad_logprobs[rows, None]))
         if grad_entropy is not None:
-            slope += grad_entropy[rows, None] * _entropy_slope(log_softmax)
-        slope = (slope * ctx.head.slope(logits)).type_as(weight)  # now with respect to hidden W^T + bias
-        if grad_hidden is not None:
-            grad_hidden[rows] = (slope @ weight).type_as(grad_hidden)
-        if grad_weight is not None:
-            grad_weight += slope.T @ hidden[rows]
-        if grad_bias is not None:
-            grad_bias += slope.sum(0)
-    return tuple(None if g is None else g.type_as(t) for g, t in zip(grads, (hidden, weight, bias), strict=True))
+            slope.add_(_entropy_slope(log_softmax).mul_(grad_entropy[rows, None]))
+        slope = slope.mul_(ctx.head.slope(logits)).type_as(weight)  # now with respect to hidden W^T + bias
+        _add_chunk(grads, rows, slope, hidden[rows], weight)
+        del logits, log_softmax, slope  # or they would stay while the next chunk's are made
+    return tuple(None if g is None else g.type_as(x) for g, x in zip(grads, inputs, strict=True))
+
+
+def _add_chunk(grads: list[Tensor | None], rows: slice, slope: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Add to the gradients of hidden, weight and bias what one chunk's slope, (chunk, vocabulary), gives them."""
+    grad_hidden, grad_weight, grad_bias = grads
+    if grad_hidden is not None:
+        grad_hidden[rows] = slope @ weight
+    if grad_weight is not None:
+        grad_weight += slope.T @ hidden
+    if grad_bias is not None:
+        grad_bias += slope.sum(0)

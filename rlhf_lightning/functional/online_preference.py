@@ -17,7 +17,7 @@ def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the best- and of the worst-scored sample of each group; groups whose scores all tie are left out.
 
     Args:
-        scores: shape (episodes,).
+        scores: shape (episodes,); NaN where a sample could not be scored, which is then neither.
         group: index of the prompt each episode answers, int64 from 0, shape (episodes,).
 
     Returns:
@@ -25,7 +25,8 @@ def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """
     require_shape("episodes", scores=scores, group=group)
     groups = torch.bincount(group)
-    member = group == torch.arange(len(groups), device=group.device).unsqueeze(-1)  # (groups, episodes)
+    member = group == torch.arange(len(groups), device=group.device).unsqueeze(-1)
+    member = member & ~scores.isnan()  # (groups, episodes)
     highest, chosen = torch.where(member, scores, -torch.inf).max(-1)
     lowest, rejected = torch.where(member, scores, torch.inf).min(-1)
     return chosen[highest > lowest], rejected[highest > lowest]
@@ -48,7 +49,9 @@ def xpo_loss(margin: Tensor, explored_sequence_logprobs: Tensor, beta: float = 0
 
 
 def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: float = 0.5) -> Tensor:
-    r"""Logits of the opponent that Nash-MD samples, the geometric mixture policy^{1 - c} reference^c (arXiv 2312.00886).
+    r"""Logits of the opponent that Nash-MD samples, the geometric mixture policy^{1 - c} reference^c.
+
+    (1 - c) policy logits + c reference logits (Munos et al., arXiv 2312.00886).
 
     Args:
         policy_logits: shape (..., vocabulary).

@@ -129,7 +129,7 @@ def missing_eos_scores(
 def adapted_kl_coef(
     kl_coef: float | Tensor, kl: float | Tensor, target: float, horizon: float, episodes: int
 ) -> Tensor:
-    r"""KL coefficient after a rollout, steered towards a target KL (Ziegler et al., arXiv 1909.08593, Sec. 2.2).
+    r"""KL coefficient after a rollout, steered towards a target KL (Ziegler et al., arXiv 1909.08593).
 
     kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2).
 

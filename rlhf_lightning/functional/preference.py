@@ -231,7 +231,7 @@ def apo_zero_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: floa
 
 
 def apo_down_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: float = 0.1) -> Tensor:
-    r"""APO-down, for chosen completions worse than the policy's own: both sides go down, the rejected one further.
+    r"""APO-down, for chosen completions worse than the policy's own: rejected goes down, and chosen after it.
 
     sigmoid(u) + 1 - sigmoid(u - v), u = beta a_w, v = beta a_l (arXiv 2408.06266). At the start 1.
 
@@ -248,6 +248,7 @@ def discopop_loss(margin: Tensor, beta: float = 0.05, temperature: float = 0.05)
     r"""DiscoPOP: a learned blend of logistic and exponential loss (Lu et al., arXiv 2406.08414).
 
     (1 - g)(-log sigmoid(x)) + g e^{-x}, g = sigmoid(x / temperature), x = beta * margin. At the start (1 + log 2) / 2.
+    Not monotone: about the start its gradient shrinks the margin.
 
     Args:
         margin: chosen minus rejected log-ratio in nats, shape (pairs,).

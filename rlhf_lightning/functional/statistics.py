@@ -152,11 +152,24 @@ def length_terms(length_difference: Tensor) -> Tensor:
     return torch.tanh(difference / difference.std(correction=0).clamp(min=1e-12))
 
 
-def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    r"""Win rate with the effect of length taken out, the smallest form of AlpacaEval 2's (arXiv 2404.04475).
+def length_controlled_win_rate(verdicts: Tensor, length_difference: Tensor) -> Tensor:
+    """Win rate that the judge would give at equal lengths, sigmoid(theta) of `length_controlled_fit`.
 
-    Logistic regression verdict ~ sigmoid(theta + phi `length_terms`) by Newton's method; sigmoid(theta) is the win rate
-    that the judge would give at equal lengths. Their difficulty term of each prompt is left out.
+    Args:
+        verdicts: 1 a win, 0.5 a tie, 0 a loss, or a probability, shape (prompts,).
+        length_difference: length of the judged completion minus the baseline's, shape (prompts,).
+
+    Returns:
+        A scalar in [0, 1], float64.
+    """
+    return torch.sigmoid(length_controlled_fit(verdicts, length_difference)[0])
+
+
+def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    r"""Preference and length bias of a judge, the smallest form of AlpacaEval 2's regression (arXiv 2404.04475).
+
+    verdict ~ sigmoid(theta + phi `length_terms`), fitted by Newton's method. Their term for each prompt's difficulty is
+    left out.
 
     Args:
         verdicts: 1 a win, 0.5 a tie, 0 a loss, or a probability, shape (prompts,).
@@ -215,7 +228,7 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
     ascending = gold.gather(-1, proxy.argsort(-1))
     n = torch.arange(1, total + 1, dtype=torch.float64, device=proxy.device).unsqueeze(-1)  # (n, 1)
     i = n.squeeze(-1)  # (i,)
-    chosen = log_binomial(i - 1, n - 1) - log_binomial(torch.full_like(n, total), n)
+    chosen = _log_binomial(i - 1, n - 1) - _log_binomial(torch.full_like(n, total), n)
     return ascending @ chosen.exp().T
 
 
@@ -231,10 +244,10 @@ def pass_at_k(samples: Tensor | int, correct: Tensor, k: Tensor | int) -> Tensor
         Shape (problems,), float64; average it over problems.
     """
     n, c, k = (torch.as_tensor(x, dtype=torch.float64) for x in (samples, correct, k))
-    return 1 - (log_binomial(n - c, k) - log_binomial(n, k)).exp()
+    return 1 - (_log_binomial(n - c, k) - _log_binomial(n, k)).exp()
 
 
-def log_binomial(n: Tensor, k: Tensor) -> Tensor:
+def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
     """Log of the binomial coefficient C(n, k) by lgamma; minus infinity where k > n.
 
     Args:
@@ -250,7 +263,7 @@ def log_binomial(n: Tensor, k: Tensor) -> Tensor:
 
 
 def best_of_n_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    r"""Gold score under best-of-n, R(d) = d (alpha - beta d), d = \sqrt{KL} (Gao et al., arXiv 2210.10760, Eq. 1).
+    r"""Gold score under best-of-n, R(d) = d (alpha - beta d), d = \sqrt{KL} (Gao et al., arXiv 2210.10760).
 
     Args:
         distance: d, any shape.
@@ -272,7 +285,7 @@ def best_of_n_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor,
 
 
 def rl_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    r"""Gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0 (arXiv 2210.10760, Eq. 2).
+    r"""Gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0 (Gao et al., 2210.10760).
 
     Args:
         distance: d = \sqrt{KL}, any shape.

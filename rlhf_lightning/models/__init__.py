@@ -1,1 +1,1 @@
-"""Language models as the stages use them: loaded, laid out, scored, sampled from and exported. No losses, no Trainer."""
+"""Language models as the stages use them: loaded, laid out, sampled from and exported. No losses, no Trainer."""

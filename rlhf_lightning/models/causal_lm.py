@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +165,7 @@ def load_policy(
         model = load_weights(name, AutoModelForCausalLM, settings)
     prepare_for_training(model, settings)
     if lora is not None:
-        model = add_lora(model, lora, "CAUSAL_LM", start_from=continued)
+        model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
     return CausalLM(model, value_head, source)
 
 
@@ -177,9 +178,7 @@ def load_reference(init_from: str, settings: LoadSettings | None = None) -> Caus
 
 def settings_for_inference(settings: LoadSettings) -> LoadSettings:
     """The same settings without activation checkpointing, which a frozen model never needs."""
-    return LoadSettings(
-        settings.from_scratch, settings.dtype, settings.attn_implementation, activation_checkpointing=False, seed=settings.seed
-    )
+    return replace(settings, activation_checkpointing=False)
 
 
 def trainable_fraction(model: nn.Module) -> float:

@@ -13,8 +13,10 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
 
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def philox(counter: Words, key: tuple[int, int]) -> Words:
     """Return four 32-bit words (in int64 tensors) for each counter, after ten rounds."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -39,5 +41,5 @@ def uniform(seed: int, episodes: Tensor, positions: Tensor) -> Tensor:
     zeros = torch.zeros_like(positions)
     counter = (episodes & LOW, (episodes >> 32) & LOW, positions & LOW, zeros)
     high, low, _, _ = philox(counter, (seed & LOW, (seed >> 32) & LOW))
-    bits = (high >> 5) * 67108864 + (low >> 6)  # 53 random bits
-    return (bits.double() + 0.5) / 9007199254740992.0
+    bits = (high >> 6) * 2**26 + (low >> 6)  # 52 random bits: with 53 the half added below would round up to 1
+    return (bits.double() + 0.5) / 2**52

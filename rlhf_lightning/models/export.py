@@ -11,10 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.loading import BACKBONE_FILE, fingerprint
+from rlhf_lightning.models.loading import BACKBONE_FILE, SCORE_BIAS, fingerprint
 from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
-
-SCORE_BIAS = "score_bias"
 
 
 def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
@@ -28,14 +26,13 @@ def export_reward_model(
     """Write a reward model so that AutoModelForSequenceClassification loads it with the same scores.
 
     That class reads the score at the last token that is not ``pad_token_id``, so the exported pad token must differ
-    from the end token. The score bias travels in config.json; ``LearnedScorer`` subtracts it.
+    from the end token. The score bias travels in config.json (an adapter's in backbone.json); ``LearnedScorer``
+    subtracts it.
     """
     return _export(reward_model.model, tokenizer, Path(folder), source, {SCORE_BIAS: reward_model.bias})
 
 
-def _export(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]
-) -> Path:
+def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]) -> Path:
     """Write everything beside the folder first, then swap it in, so that no reader sees half a model."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     if partial.exists():
@@ -48,8 +45,8 @@ def _export(
         setattr(config, name, value)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = source
+        # No config.json beside it: transformers would take the folder for a whole model and miss its weights.
         model.save_pretrained(partial, selected_adapters=["default"])
-        config.save_pretrained(partial)
     else:
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -1,8 +1,8 @@
 """From ragged sequences to what a transformer reads: one interface, whatever the arrangement of rows.
 
 A layout is the token ids to feed and three index vectors that say where each supervised completion token is predicted.
-Everything downstream (log-probabilities, values, scores) uses the indices alone, so that a padded layout can be exchanged
-for a packed or a prompt-sharing one without another line changing.
+Everything downstream (log-probabilities, values, scores) uses the indices alone, so that a padded layout can be
+exchanged for a packed or a prompt-sharing one without another line changing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Layout(NamedTuple):
     def with_end_state(self) -> Layout:
         """Add a slot after each completion for the state whose input is its last token: length grows by one."""
         rows, length = self.completion_mask.shape
-        ends = self.completion_mask.sum(-1)
+        # Counting the mask would be wrong where a completion holds unsupervised tokens.
+        ends = (self.completion_mask * torch.arange(1, length + 1, device=self.completion_mask.device)).amax(-1)
         row = self.cells.div(max(length, 1), rounding_mode="floor")
         all_rows = torch.arange(rows, device=ends.device)
         mask = torch.nn.functional.pad(self.completion_mask, (0, 1)).index_put(

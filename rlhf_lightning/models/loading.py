@@ -1,16 +1,18 @@
 """From a name to a Hugging Face model: hub ids, folders, .gguf files, adapters and bare configs.
 
-Every folder that a stage hands over carries ``backbone.json``: what the weights were trained from. An adapter is valid on
-that very backbone only, and loading it anywhere else is an error rather than a silently different model.
+Every folder that a stage hands over carries ``backbone.json``: what the weights were trained from. An adapter is valid
+on that very backbone only, and loading it anywhere else is an error rather than a silently different model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf_lightning.models.scalar_head import initialise_head
 
 BACKBONE_FILE = "backbone.json"
+SCORE_BIAS = "score_bias"
+"""What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -133,14 +137,16 @@ def fingerprint(folder: str) -> str | None:
     digest, files = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
     if not files:
         return None
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in sorted(weights.keys()):
-                part = weights.get_slice(name)
-                shape = part.get_shape()
-                sample = part[: min(4, shape[0])] if shape else weights.get_tensor(name)
-                digest.update(f"{name}{shape}".encode())
-                digest.update(sample.flatten()[:64].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        # Over all files at once: the same weights may be stored in other shards.
+        tensors = [(name, file) for file in opened for name in file.keys()]  # noqa: SIM118
+        for name, weights in sorted(tensors, key=itemgetter(0)):
+            part = weights.get_slice(name)
+            shape = part.get_shape()
+            sample = part[: min(4, shape[0])] if shape else weights.get_tensor(name)
+            digest.update(f"{name}{shape}".encode())
+            digest.update(sample.flatten()[:64].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -158,7 +164,10 @@ def load_hf_model(name: str, kind: type, settings: LoadSettings, **config_change
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             attention = {k: v for k, v in options.items() if k == "attn_implementation"}
-            return kind.from_config(config, dtype=settings.torch_dtype, **attention)
+            model = kind.from_config(config, dtype=settings.torch_dtype, **attention)
+        if hasattr(model, "score"):
+            initialise_head(model.score, model.config.hidden_size, settings.seed)
+        return model
     folder = Path(name)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         raise FileNotFoundError(
@@ -171,7 +180,8 @@ def load_hf_model(name: str, kind: type, settings: LoadSettings, **config_change
         initialise_head(model.score, model.config.hidden_size, settings.seed)
         missing = {key for key in missing if not key.startswith("score.")}
     if missing:
-        raise ValueError(f"{name} lacks weights for {', '.join(sorted(missing)[:3])}: it is not a whole {kind.__name__} model")
+        few = ", ".join(sorted(missing)[:3])
+        raise ValueError(f"{name} lacks weights for {few}: it is not a whole {kind.__name__} model")
     return model
 
 
@@ -189,8 +199,8 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     found = fingerprint(name)
     if expected and found and expected != found:
         raise ValueError(
-            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of {name} "
-            f"is {found[:8]}. Give the backbone it was trained on, or train the adapter anew"
+            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of "
+            f"{name} is {found[:8]}. Give the backbone it was trained on, or train the adapter anew"
         )
     return name
 
@@ -200,11 +210,17 @@ def load_weights(name: str, kind: type, settings: LoadSettings, **config_changes
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)
     model = load_hf_model(load_base_of_adapter(name), kind, settings, **config_changes)
-    return PeftModel.from_pretrained(model, name).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, name).merge_and_unload()
+    merged.requires_grad_(True)  # peft has frozen the backbone, and merging leaves it so
+    record = Path(name) / BACKBONE_FILE
+    facts = json.loads(record.read_text()) if record.is_file() else {}
+    if SCORE_BIAS in facts:
+        setattr(merged.config, SCORE_BIAS, facts[SCORE_BIAS])
+    return merged
 
 
-def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | None = None) -> Any:
-    """Wrap a model with a trainable adapter, new or continued from an adapter folder.
+def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | None = None, seed: int = 0) -> Any:
+    """Wrap a model with a trainable adapter, drawn from ``seed`` or continued from an adapter folder.
 
     A continued policy also keeps the adapter it started from, frozen under the name "reference".
     """
@@ -221,7 +237,9 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
         task_type=task_type,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def prepare_for_training(model: Any, settings: LoadSettings, dropout: float = 0.0) -> None:

@@ -41,6 +41,8 @@ class SamplingSettings:
             raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: it must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be 0 (all tokens) or positive")
 
     @property
     def is_pure(self) -> bool:
@@ -73,8 +75,8 @@ def sample(
 ) -> Completions:
     """Sample one completion for each prompt.
 
-    The token at position t of episode e is the inverse CDF of the next-token distribution at the random number addressed
-    by (seed, e, t). Prompts of like length are decoded together; finished completions leave the batch.
+    The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
+    addressed by (seed, e, t). Prompts of like length are decoded together; finished completions leave the batch.
 
     Args:
         model: the policy; put in eval mode for the while.

@@ -1,10 +1,11 @@
-"""What every stage shares: tokenizer, model, one way to take an optimizer step, counters, logging, checkpoints, export."""
+"""What every stage shares: tokenizer, model, one way to take an optimizer step, logging, checkpoints, export."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -34,9 +35,9 @@ class Answer(NamedTuple):
 class AlignmentModule(LightningModule):
     """Base of every stage. One item of the DataLoader is one optimizer step, already cut into micro-batches.
 
-    Because the module sees a whole step at once it optimizes by hand: the loss of each micro-batch is its sum divided by
-    the count over all micro-batches and ranks, so how a batch was cut never changes a gradient, and a checkpoint always
-    lies between two steps.
+    Because the module sees a whole step at once it optimizes by hand: the loss of each micro-batch is its sum divided
+    by the count over all micro-batches and ranks, so how a batch was cut never changes a gradient, and a checkpoint
+    always lies between two steps.
 
     Args:
         init_from: hub id, model folder, adapter folder or .gguf file to start from.
@@ -93,6 +94,7 @@ class AlignmentModule(LightningModule):
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.updates = self.episodes = self.tokens = self.rollouts = 0
+        self._steps_logged = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._evaluation = Meter()
 
@@ -138,7 +140,7 @@ class AlignmentModule(LightningModule):
         if offered is not None and stage != "predict" and self.batch_type not in offered:
             names = " or ".join(sorted(kind.__name__ for kind in offered))
             raise TypeError(
-                f"{type(self).__name__} takes {self.batch_type.__name__}s, but {type(datamodule).__name__} yields {names}"
+                f"{type(self).__name__} takes {self.batch_type.__name__}, but {type(datamodule).__name__} yields {names}"
             )
 
     def on_fit_start(self) -> None:
@@ -172,8 +174,8 @@ class AlignmentModule(LightningModule):
     def total_updates(self) -> int:
         """Return the optimizer steps of the whole run, which the learning-rate schedule spans.
 
-        Counted from the data's plan: reading ``trainer.estimated_stepping_batches`` here would make the trainer throw away
-        the position that a resumed DataLoader has just been given.
+        Counted from the data's plan: reading ``trainer.estimated_stepping_batches`` here would make the trainer throw
+        away the position that a resumed DataLoader has just been given.
 
         Raises:
             ValueError: neither ``max_epochs`` nor ``max_steps`` bounds the run and the schedule is not constant.
@@ -194,7 +196,7 @@ class AlignmentModule(LightningModule):
         if not bounds:
             if self.lr_schedule == "constant":
                 return 1
-            raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or max_steps")
         return max(min(bounds), 1)
 
     def learning_rate_factor(self, update: int) -> float:
@@ -268,21 +270,26 @@ class AlignmentModule(LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def log_training(self, meter: Meter, **further: float) -> None:
-        """Log one training step's metrics at x = updates, on every rank alike, and the counters beside them."""
+        """Log one training step's metrics at x = updates, on every rank alike, and the counters beside them.
+
+        They go to the loggers and to ``trainer.callback_metrics`` at once: ``self.log`` would cost a small model a
+        sixth of its time, and its x-axis counts batches.
+        """
         metrics = {f"train/{name}": value for name, value in meter.means(self.trainer.strategy).items()}
         metrics |= {name if "/" in name else f"train/{name}": value for name, value in further.items()}
         metrics["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]
-        self.log_dict(metrics | self.progress(), on_step=True, on_epoch=False)
-        self._log_x_axis()
+        metrics |= self.progress()
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        self._steps_logged += 1
+        if self._steps_logged % max(self.trainer.log_every_n_steps, 1) == 0:
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=self.updates)
 
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a whole validation or test pass under ``prefix``."""
         self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
-        self._log_x_axis(on_step=False)
-
-    def _log_x_axis(self, on_step: bool = True) -> None:
-        """Tell Lightning's loggers the x-axis: updates, in every stage, where its default would count batches."""
-        self.log("step", float(self.updates), on_step=on_step, on_epoch=not on_step, logger=True)
+        # Lightning takes this name as the x-axis, where its default would count batches.
+        self.log("step", float(self.updates), on_step=False, on_epoch=True)
 
     def progress(self) -> dict[str, float]:
         """How far the run is, in the units that runs are compared by."""
@@ -327,8 +334,9 @@ class AlignmentModule(LightningModule):
             raise TypeError(f"{type(self).__name__} scores completions; it does not write them")
         ends = tokenization.end_token_ids(self.tokenizer)
         drawn = sample(policy, prompts, episodes, sampling, seed, ends)
+        text = partial(tokenization.completion_text, self.tokenizer)
         return [
-            Answer(tokenization.completion_text(self.tokenizer, ids.tolist()), ids.tolist(), logprobs.tolist(), bool(done))
+            Answer(text(ids.tolist()), ids.tolist(), logprobs.tolist(), bool(done))
             for ids, logprobs, done in zip(drawn.ids, drawn.logprobs, drawn.finished, strict=True)
         ]
 
@@ -341,8 +349,8 @@ class AlignmentModule(LightningModule):
         for batch in step.micro_batches:
             answers = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed)
             for prompt, answer in zip(batch.texts, answers, strict=True):
-                logprob = sum(answer.logprobs)
-                rows.append({"prompt": prompt, "completion": answer.text, "logprob": logprob, "finished": answer.finished})
+                row = {"prompt": prompt, "completion": answer.text}
+                rows.append(row | {"logprob": sum(answer.logprobs), "finished": answer.finished})
         return rows
 
     def export(self, folder: str | Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.functional.logprobs import kl_k1, masked_mean
+from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_reference
 from rlhf_lightning.models.export import export_policy
@@ -145,6 +145,7 @@ class OnPolicyModule(AlignmentModule):
         rewards = self.shape_rewards(rollout)
         advantages = self.advantages(rollout, rewards)
         self._measure_rollout(rollout, rewards, entropy, meter)
+        self._measure_advantages(rollout, advantages, meter)
         episodes, norm = step.rows, 0.0
         for epoch in range(self.ppo_epochs):
             stop = False
@@ -281,7 +282,7 @@ class OnPolicyModule(AlignmentModule):
         return self.update(losses + self.further_losses(batch, tokens, meter), tokens)
 
     def further_losses(self, batch: PromptBatch, tokens: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return losses on other text than the rollout's, each as a function, to be divided by ``tokens`` like the rest."""
+        """Return losses on other text than the rollout's, as functions, to be divided by ``tokens`` like the rest."""
         return []
 
     def _loss_sum(self, rollout: Rollout, advantages: Advantages, cut: list[int], meter: Meter) -> Tensor:
@@ -350,6 +351,9 @@ class OnPolicyModule(AlignmentModule):
         meter.add("rollout/reward", rewards.sum(-1))
         if rollout.reference_logprobs is not None:
             meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
+
+    def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
+        """Add what describes the advantages, in families that have more to say of them."""
 
     def _log_rollout(self, meter: Meter, norm: float, episodes: int) -> None:
         """Log one rollout at x = updates, and steer the KL coefficient."""

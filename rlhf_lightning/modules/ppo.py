@@ -39,10 +39,10 @@ class PPOModule(OnPolicyModule):
     r"""Proximal policy optimisation: maximise E[score] - kl_coef * KL(policy || reference) with a learned critic.
 
     Rewards are -kl_coef (log policy - log reference) per token, with the score added at the end token (Ziegler et al.,
-    1909.08593, Eq. 2); advantages are generalised advantage estimates, whitened over the rollout; the losses are the clipped
-    policy and value losses (Schulman et al., 1707.06347, Eq. 7 and 9), means over the tokens of a minibatch. Settings and
-    their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss is minus the
-    mean advantage, 0 after whitening.
+    1909.08593, Eq. 2); advantages are generalised advantage estimates, whitened over the rollout; the losses are the
+    clipped policy and value losses (Schulman et al., 1707.06347, Eq. 7 and 9), means over the tokens of a minibatch.
+    Settings and their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss
+    is minus the mean advantage, 0 after whitening.
 
     Args:
         critic: "separate" trains a network of its own, "shared" a zero-initialised head on the policy's trunk: one
@@ -57,8 +57,8 @@ class PPOModule(OnPolicyModule):
         whiten_rewards: give rewards unit variance over the rollout, keeping their mean.
         reward_slot: where the score goes: "end" on the last completion token, "after_eos" on a slot of its own whose
             state has read the end token (Huang et al.).
-        pretraining_coef: weight of the language-model loss on the data's ``pretraining`` text (PPO-ptx, InstructGPT); 27.8
-            there.
+        pretraining_coef: weight of the language-model loss on the data's ``pretraining`` text (PPO-ptx, InstructGPT);
+            27.8 there.
 
     Raises:
         ValueError: the scorer returns another number of scores than completions, or one that is not finite.
@@ -117,7 +117,7 @@ class PPOModule(OnPolicyModule):
         if start == self.init_from:
             torch.nn.init.zeros_(model.score.weight)
         prepare_for_training(model, self.load_settings)
-        return ScalarModel(model)
+        return ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
 
     # -- override points ----------------------------------------------------------------------------------------------
 
@@ -180,7 +180,9 @@ class PPOModule(OnPolicyModule):
         if self.critic is None:
             assert shared_values is not None
             return shared_values
-        return self.critic(self._value_layout(layout), per_token=True)
+        states = self._value_layout(layout)
+        # Scores are reported relative to the reward model's bias, so the values of a critic made from it are too.
+        return self.critic(states, per_token=True) - self.critic.bias * states.completion_mask
 
     def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
         grids = super()._forward_statistics(layout)
@@ -214,10 +216,18 @@ class PPOModule(OnPolicyModule):
         if rollout.values is not None:
             meter.add("rollout/value", rollout.values, self._value_mask(rollout))
 
+    def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
+        """Add the share of the returns' variance that the critic foresaw: 1 is perfect, 0 no better than their mean."""
+        mask = self._value_mask(rollout)
+        mean, _ = global_whiten_moments(self, advantages.returns, mask)
+        missed = torch.where(mask, advantages.returns - rollout.values, 0.0).square().sum()
+        total = torch.where(mask, advantages.returns - mean, 0.0).square().sum()
+        meter.add_ratio("rollout/explained_variance", total - missed, total)
+
     # -- pretraining mix ----------------------------------------------------------------------------------------------
 
     def further_losses(self, batch: PromptBatch, tokens: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return the language-model loss on the rollout's pretraining text, its mean over tokens weighted by the coefficient."""
+        """Return the language-model loss on the pretraining text, its mean over tokens times the coefficient."""
         if not self.pretraining_coef or batch.pretraining is None:
             return []
         sequences = batch.pretraining.sequences

@@ -32,9 +32,9 @@ class RewardModule(OfflineModule):
     Args:
         centering: weight of (score(chosen) + score(rejected))^2, which keeps scores near zero (Eisenstein et al.,
             2312.09244); 0.01 there.
-        normalise: after training, report scores relative to the mean score of the best-ranked training completions, so that
-            demonstrations score 0 on average (InstructGPT). The exported weights stay as trained; the bias travels in
-            the folder's config.json.
+        normalise: after training, report scores relative to the mean score of the best-ranked training completions, so
+            that demonstrations score 0 on average (InstructGPT). The exported weights stay as trained; the bias
+            travels in the folder's config.json.
     """
 
     batch_type = RankedBatch
@@ -64,7 +64,7 @@ class RewardModule(OfflineModule):
         model = load_reward_hf_model(name, self.load_settings, pad_token_id=self.tokenizer.pad_token_id)
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:
-            model = add_lora(model, self.lora, "SEQ_CLS")
+            model = add_lora(model, self.lora, "SEQ_CLS", seed=self.seed)
         self.reward_model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
         self._best_scores = Meter()
 

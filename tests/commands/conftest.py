@@ -1,0 +1,49 @@
+"""Each test runs where nothing is, as a user would in a fresh folder; and models that take milliseconds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    # Set by every run; setting it here puts it back for the tests that follow.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.delenv("RLHF_DEBUG", raising=False)
+    return tmp_path
+
+
+def save(folder: Path, kind: Any, template: bool = True, seed: int = 0) -> str:
+    """Write a tiny Llama over bytes with its tokenizer; weights are wide, so that no distribution is uniform."""
+    settings = make_tiny_tokenizer() if template else make_tiny_tokenizer(template=None)
+    config = LlamaConfig(
+        vocab_size=len(settings), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        kind(config).save_pretrained(folder)
+    settings.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("policy") / "model", LlamaForCausalLM)
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy whose tokenizer has no chat template."""
+    return save(tmp_path_factory.mktemp("plain") / "model", LlamaForCausalLM, template=False)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("reward") / "model", LlamaForSequenceClassification, seed=1)

@@ -1,0 +1,169 @@
+"""`rlhf export`: the folder gives what the checkpoint gave."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_run import BASIC
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+
+from commands.conftest import save
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.train import run
+
+ROWS = [{"prompt": f"question {n}", "completion": f"answer {n} " + "x" * n} for n in range(12)]
+PAIRS = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": "bad"} for n in range(12)]
+IDS = torch.arange(7, 40).unsqueeze(0)
+
+
+@pytest.fixture
+def data(monkeypatch):
+    monkeypatch.setenv("RLHF_CACHE", "cache")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+
+
+def fit(stage, folder, *flags):
+    """Train a few updates; return the run's folder."""
+    kind, source = {"SFT": ("SFT", "rows"), "Reward": ("Preference", "pairs"), "DPO": ("Preference", "pairs")}[stage]
+    return run(
+        ["fit", "--model", f"{stage}Module", "--model.init_from", folder, "--data", f"{kind}DataModule", "--data.source",
+         f"{source}.jsonl", "--data.batch_size", "4", "--model.learning_rate", "1e-2", *flags]
+    ).folder  # fmt: skip
+
+
+def outputs(folder, kind):
+    with torch.no_grad():
+        return kind.from_pretrained(folder).eval()(IDS).logits
+
+
+def test_a_checkpoint_becomes_the_folder_that_the_run_exported(policy_folder, data, capsys):
+    folder = fit("SFT", policy_folder)
+    assert rlhf(["export", str(folder), "--out", "exported"]) == 0
+    assert "checkpoints/last.ckpt -> exported" in capsys.readouterr().out
+    expected = outputs(folder / "model", AutoModelForCausalLM)
+    assert torch.equal(outputs("exported", AutoModelForCausalLM), expected)
+    assert not torch.allclose(outputs(policy_folder, AutoModelForCausalLM), expected, atol=1e-2), "training changed it"
+
+
+def test_an_earlier_checkpoint_gives_earlier_weights(policy_folder, data):
+    folder = fit("SFT", policy_folder, "--checkpoint.every_n_updates", "1", "--checkpoint.keep_last", "null")
+    assert rlhf(["export", str(folder / "checkpoints" / "update_000001.ckpt"), "--out", "first"]) == 0
+    assert not torch.allclose(
+        outputs("first", AutoModelForCausalLM), outputs(folder / "model", AutoModelForCausalLM), atol=1e-3
+    )
+
+
+def test_the_best_checkpoint_can_be_asked_for(policy_folder, data, capsys):
+    folder = fit("SFT", policy_folder)
+    assert rlhf(["export", str(folder), "--out", "best", "--best", "true"]) == 1
+    assert "has no best checkpoint: it was not validated" in capsys.readouterr().err
+    validated = fit("SFT", policy_folder, "--data.eval_rows", "4", "--run_name", "validated")
+    assert rlhf(["export", "runs/validated", "--out", "best", "--best", "true"]) == 0
+    assert torch.equal(outputs("best", AutoModelForCausalLM), outputs(validated / "model", AutoModelForCausalLM))
+
+
+def test_dpo_needs_no_reference_to_be_exported(policy_folder, data, monkeypatch):
+    folder = fit("DPO", policy_folder)
+    monkeypatch.setattr("rlhf_lightning.modules.dpo.load_reference", None)
+    assert rlhf(["export", str(folder), "--out", "exported"]) == 0
+    assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(folder / "model", AutoModelForCausalLM))
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("SFT", AutoModelForCausalLM), ("Reward", AutoModelForSequenceClassification)]
+)
+def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, data, stage, kind, capsys):
+    folder = fit(stage, policy_folder, "--model.lora.r", "4")
+    assert (folder / "model" / "adapter_config.json").is_file()
+    for source, out in ((folder / "model", "from_adapter"), (folder, "from_run")):
+        assert rlhf(["export", str(source), "--out", out, "--merge", "true"]) == 0
+        told = capsys.readouterr().out
+        gap = float(re.search(r"unmerged adapter is ([\d.e+-]+)", told).group(1))
+        changes = {} if stage == "SFT" else {"num_labels": 1}
+        base = kind.from_pretrained(policy_folder, **changes)
+        with torch.no_grad():
+            adapted = PeftModel.from_pretrained(base, folder / "model").eval()(IDS).logits
+        difference = (outputs(out, kind) - adapted).abs().max()
+        assert difference < 1e-5 and gap < 1e-5
+        assert not Path(out, "adapter_config.json").exists() and not list(Path().glob("*.adapter"))
+
+
+def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, tmp_path):
+    folder = fit("SFT", policy_folder, "--model.lora.r", "4")
+    config = folder / "model" / "adapter_config.json"
+    changed = json.loads(config.read_text()) | {
+        "base_model_name_or_path": save(tmp_path / "other", LlamaForCausalLM, seed=9)
+    }
+    config.write_text(json.dumps(changed))
+    assert rlhf(["export", str(folder / "model"), "--out", "merged", "--merge", "true"]) == 1
+    assert "was trained on another backbone" in capsys.readouterr().err
+
+
+def test_an_adapter_that_peft_wrote_itself_is_merged_too(policy_folder):
+    """No backbone.json beside it: nothing is known of the backbone but its path."""
+    base = AutoModelForCausalLM.from_pretrained(policy_folder)
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    model.save_pretrained("adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("adapter", name).write_bytes(Path(policy_folder, name).read_bytes())
+    assert rlhf(["export", "adapter", "--out", "merged", "--merge", "true"]) == 0
+    with torch.no_grad():
+        assert torch.allclose(outputs("merged", AutoModelForCausalLM), model.eval()(IDS).logits, atol=1e-5)
+
+
+def test_a_class_of_ones_own_is_imported_from_where_it_lies(policy_folder, data, monkeypatch, capsys):
+    Path("elsewhere").mkdir()
+    Path("elsewhere/own_stage.py").write_text(
+        "from rlhf_lightning.modules import SFTModule\n\n\nclass OwnModule(SFTModule):\n    '''SFT by another name.'''\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend("elsewhere")
+        trained = run(
+            ["fit", "--model", "own_stage.OwnModule", "--model.init_from", policy_folder, "--data", "SFTDataModule",
+             "--data.source", "rows.jsonl", "--data.batch_size", "6"]
+        ).folder  # fmt: skip
+    monkeypatch.delitem(__import__("sys").modules, "own_stage")
+    assert rlhf(["export", str(trained), "--out", "exported"]) == 1
+    assert "own_stage.OwnModule, which wrote" in capsys.readouterr().err
+    assert rlhf(["export", str(trained), "--out", "exported", "--import", "elsewhere/own_stage.py"]) == 0
+    assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(trained / "model", AutoModelForCausalLM))
+
+
+def test_what_cannot_be_exported_is_said(policy_folder, capsys):
+    run(["fit", *BASIC])
+    Path("taken").mkdir()
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    torch.save({"hyper_parameters": {"_class_path": "collections.OrderedDict"}}, "class.ckpt")
+    Path("text.ckpt").write_text("no checkpoint")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    for source, out, sentence in (
+        ("runs/slope", "taken", "taken exists already"),
+        ("absent.ckpt", "out", "there is no checkpoint absent.ckpt"),
+        ("runs/absent", "out", "there is no run"),
+        (policy_folder, "out", "is a Hugging Face folder already"),
+        ("adapter", "out", "is an adapter's folder already; --merge true merges it"),
+        ("foreign.ckpt", "out", "does not say which class wrote it"),
+        ("class.ckpt", "out", "names collections.OrderedDict, which is no AlignmentModule"),
+        ("text.ckpt", "out", "is no checkpoint of plain tensors and settings"),
+    ):
+        assert rlhf(["export", source, "--out", out]) == 1, source
+        told = capsys.readouterr().err
+        assert sentence in told and "Traceback" not in told
+        assert not Path("out").exists()
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"hyper_parameters": {"_class_path": "tiny_run.SlopeModule", "slope": Bomb()}}, "bomb.ckpt")
+    assert rlhf(["export", "bomb.ckpt", "--out", "out"]) == 1
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,176 @@
+"""`rlhf generate`: every prompt answered, in order, with log-probabilities and scores that are the models' own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import rows_of
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.tokenization import encode_completion, encode_prompt, load_tokenizer
+
+PROMPTS = [
+    {"prompt": "ab", "category": "short"},
+    {"prompt": [{"role": "user", "content": "hello"}], "category": "chat"},
+    {"prompt": "a longer prompt than the others", "category": "long"},
+]
+
+
+@pytest.fixture
+def prompts():
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    return "prompts.jsonl"
+
+
+def generate(*flags):
+    assert rlhf(["generate", *flags]) == 0
+    return rows_of(Path("answers.jsonl"))
+
+
+def test_rows_are_in_order_and_logprobs_are_the_policys(policy_folder, prompts):
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
+                    "--max-new-tokens", "12", "--temperature", "0.8")  # fmt: skip
+    assert [(row["prompt"], row["sample"]) for row in rows] == [(p["prompt"], s) for p in PROMPTS for s in (0, 1)]
+    assert [row["category"] for row in rows] == ["short", "short", "chat", "chat", "long", "long"]
+    assert len({row["completion"] for row in rows}) == 6, "samples of one prompt are other episodes"
+    tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder)
+    checked = 0
+    for row in rows:
+        completion, _ = encode_completion(tokenizer, row["completion"], row["prompt"])
+        completion = completion if row["finished"] else completion[:-1]
+        if len(completion) != row["length"] or tokenizer.decode(completion).count("\ufffd"):
+            continue  # bytes that are no text do not survive the way to text and back
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0] / 0.8
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(-1, torch.tensor(completion).unsqueeze(-1)).sum().item()
+        assert row["logprob"] == pytest.approx(expected, abs=1e-3)
+        checked += 1
+    assert checked
+
+
+def test_the_seed_and_nothing_else_decides(policy_folder, prompts):
+    base = ("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max_new_tokens", "8")
+    first = generate(*base, "--samples", "3", "--batch-size", "16")
+    assert generate(*base, "--samples", "3", "--batch-size", "2") == first
+    assert generate(*base, "--samples", "3", "--seed", "1") != first
+
+
+def test_zero_temperature_takes_the_likeliest_token(policy_folder, prompts):
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--temperature", "0",
+                    "--max-new-tokens", "6", "--samples", "2")  # fmt: skip
+    assert [row["completion"] for row in rows[::2]] == [row["completion"] for row in rows[1::2]]
+    tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder)
+    ids = encode_prompt(tokenizer, "ab")
+    start = len(ids)
+    for _ in range(6):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert rows[0]["completion"] == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_scores_are_the_reward_models(policy_folder, reward_folder, prompts):
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer", reward_folder,
+                    "--max-new-tokens", "4")  # fmt: skip
+    tokenizer = load_tokenizer(reward_folder)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    for row in rows:
+        completion, _ = encode_completion(tokenizer, row["completion"], row["prompt"])
+        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"]) + completion])
+        with torch.no_grad():
+            assert row["score"] == pytest.approx(float(model(ids).logits), abs=1e-4)
+
+
+def test_a_function_of_ones_own_scores_with_the_columns(policy_folder, prompts):
+    Path("my_scores.py").write_text(
+        "def categories(prompts, completions, category):\n    return [float(len(name)) for name in category]\n"
+    )
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer",
+                    "my_scores.categories", "--max-new-tokens", "2")  # fmt: skip
+    assert [row["score"] for row in rows] == [5.0, 4.0, 4.0]
+
+
+def test_a_scorer_that_answers_wrongly_is_named_and_leaves_no_file(policy_folder, prompts, capsys):
+    Path("bad_scores.py").write_text("def few(prompts, completions, **columns):\n    return [1.0]\n")
+    assert rlhf(["generate", "--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer",
+                 "bad_scores.few", "--max-new-tokens", "2"]) == 1  # fmt: skip
+    assert "scorer 'bad_scores.few' returned 1 scores for 3 completions" in capsys.readouterr().err
+    assert not list(Path().glob("*answers*")) and not list(Path().glob(".*answers*"))
+
+
+def test_rows_without_a_prompt_are_counted_and_named(policy_folder, capsys):
+    Path("prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": ""}\nnonsense\n{"prompt": null}\n')
+    rows = generate(
+        "--model", policy_folder, "--prompts", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"
+    )
+    assert len(rows) == 1
+    told = capsys.readouterr().err
+    assert "2 rows: the prompt is empty or None" in told and "1 rows: the line is not a JSON object" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            '{"question": "ab"}\n',
+            "has no prompt to answer (1 rows: a column of its form is missing); its columns are question",
+        ),
+        ("", "prompts.jsonl has no prompt to answer (it is empty); its columns are none"),
+        (None, "there is no file prompts.jsonl"),
+    ],
+)
+def test_files_that_hold_no_prompt(policy_folder, text, sentence, capsys):
+    if text is not None:
+        Path("prompts.jsonl").write_text(text)
+    assert rlhf(["generate", "--model", policy_folder, "--prompts", "prompts.jsonl", "--out", "answers.jsonl"]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_models_that_cannot_answer(policy_folder, reward_folder, prompts, capsys):
+    Path("empty").mkdir()
+    Path("bare").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        Path("bare", name).write_bytes(Path(policy_folder, name).read_bytes())
+    for model, sentence in (
+        ("empty", "empty is no model folder: it has no config.json"),
+        ("./absent", "there is no model folder ./absent"),
+        ("bare", "bare has no weights"),
+        (reward_folder, "is a reward model: it scores completions and writes none"),
+    ):
+        assert rlhf(["generate", "--model", model, "--prompts", prompts, "--out", "answers.jsonl"]) == 1
+        told = capsys.readouterr().err
+        assert sentence in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "sentence"),
+    [
+        (["--max-new-tokens", "0"], 1, "max_new_tokens is 0"),
+        (["--temperature", "-1"], 1, "temperature is -1"),
+        (["--samples", "0"], 1, "samples is 0"),
+        (["--temprature", "1"], 2, "there is no setting --temprature; the nearest is --temperature"),
+        (["--samples", "many"], 2, "samples must be a whole number, not many"),
+    ],
+)
+def test_wrong_settings(policy_folder, prompts, flags, status, sentence, capsys):
+    given = ["generate", "--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", *flags]
+    try:
+        found = rlhf(given)
+    except SystemExit as exit_status:
+        found = exit_status.code
+    assert found == status and sentence in capsys.readouterr().err
+
+
+def test_missing_settings_are_named(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        rlhf(["generate", "--model", "x"])
+    assert exit_status.value.code == 2
+    assert "missing: --prompts, --out" in capsys.readouterr().err
+
+
+def test_the_sum_of_it_is_said(policy_folder, prompts, capsys):
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max-new-tokens", "5")
+    tokens = sum(row["length"] for row in rows)
+    assert f"answers.jsonl: 3 completions, {tokens} tokens," in capsys.readouterr().out

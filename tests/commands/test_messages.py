@@ -1,0 +1,178 @@
+"""What a wrong command line is told: one sentence, the nearest right name, exit status 2."""
+
+import pytest
+import tiny_run
+from tiny_run import BASIC
+
+from rlhf_lightning.commands.parsing import explain, nearest, with_underscores
+from rlhf_lightning.commands.train import main
+
+YAML = """
+model:
+  class_path: tiny_run.SlopeModule
+  init_args: {slope: 1.0}
+data:
+  class_path: tiny_run.NumbersDataModule
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model.lr", "1"], "model.lr is no argument of SlopeModule; the nearest is model.learning_rate"),
+        (["--model.init_args.lr", "1"], "model.lr is no argument of SlopeModule; the nearest is model.learning_rate"),
+        (["--data.cuont", "3"], "data.cuont is no argument of NumbersDataModule; the nearest is data.count"),
+        (["--data.eval-row", "3"], "data.eval_row is no argument of NumbersDataModule; the nearest is data.eval_rows"),
+        (["--trainer.max_epoch", "1"], "there is no setting --trainer.max_epoch; the nearest is --trainer.max_epochs"),
+        (["--epochs=3"], "there is no setting --epochs; the nearest is --trainer.max_epochs"),
+        (["--lr", "3"], "there is no setting --lr; the nearest is --model.learning_rate"),
+        (["--ckptpath", "x"], "there is no setting --ckptpath; the nearest is --ckpt_path"),
+        (["--samples.prompt", "1"], "there is no setting --samples.prompt; the nearest is --samples.prompts"),
+        (["--model", "SlopModule"], "model: there is no class SlopModule; did you mean SlopeModule?"),
+        (["--model", "nowhere.Objective"], "model: nowhere.Objective cannot be imported from"),
+        (
+            ["--model", "tiny_run.SlopeModul"],
+            "model: tiny_run has no class SlopeModul; the nearest is tiny_run.SlopeModule",
+        ),
+        (
+            ["--model", "tiny_run.NumbersDataModule"],
+            "model: tiny_run.NumbersDataModule is no subclass of AlignmentModule",
+        ),
+        (
+            ["--data", "tiny_run.UnfinishedDataModule"],
+            "UnfinishedDataModule cannot be used yet: it must define further",
+        ),
+        (["--model.slope", "steep"], "model.slope must be a number, not steep"),
+        (["--trainer.max_epochs", "x"], "trainer.max_epochs must be a whole number or null, not x"),
+        (["--trainer.logger.name", "x"], "trainer.logger: Logger is only the base; name a class"),
+        (["-c", "absent.yaml"], "absent.yaml"),
+        (["stray"], "'stray' stands alone"),
+    ],
+)
+def test_wrong_flags_are_said_in_one_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", *BASIC, *flags])
+    told = capsys.readouterr().err
+    assert exit_status.value.code == 2
+    assert sentence in told.splitlines()[0]
+    assert "NestedArg" not in told and "Subtypes" not in told and len(told.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (YAML.replace("slope:", "sloop:"), "model.sloop is no argument of SlopeModule; the nearest is model.slope"),
+        (
+            YAML + "trainer: {max_epoch: 2}\n",
+            "there is no setting trainer.max_epoch; the nearest is trainer.max_epochs",
+        ),
+        (YAML.replace("data:", "daat:"), "there is no setting daat"),
+        (YAML.replace("  init_args: {slope: 1.0}", "  slope: 1.0"), "the arguments of SlopeModule go under init_args"),
+        (YAML.replace("{slope: 1.0}", "{slope: [}"), "the config file is no YAML"),
+        (
+            YAML.replace("SlopeModule", "SlopingModule"),
+            "tiny_run has no class SlopingModule; the nearest is tiny_run.SlopeModule",
+        ),
+        ("model: {slope: 2}\n", "model.slope is no argument of AlignmentModule"),
+        (YAML.split("data:")[0], "missing: --data; a class is named as in --model DPOModule, or by a --config file"),
+    ],
+)
+def test_wrong_yaml_is_said_in_one_sentence(text, sentence, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--config", "run.yaml"])
+    assert exit_status.value.code == 2
+    assert sentence in capsys.readouterr().err.splitlines()[0]
+
+
+def test_real_arguments_are_suggested(capsys):
+    """The names that users of other libraries type first."""
+    for flag, suggestion in (("--data.batchsize", "data.batch_size"), ("--model.bta", "model.beta")):
+        with pytest.raises(SystemExit):
+            main(["fit", "--model", "DPOModule", "--model.init_from", "x", "--data", "PreferenceDataModule", flag, "1"])
+        assert f"the nearest is {suggestion}" in capsys.readouterr().err
+
+
+def test_missing_arguments_are_named_with_their_class(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--model", "DPOModule", "--data", "PreferenceDataModule", "--data.source", "x.jsonl"])
+    assert exit_status.value.code == 2
+    assert "DPOModule needs --model.init_from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--trainer.gradient_clip_val", "1"], "model.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches", "4"], "data.micro_batch_size or data.max_tokens"),
+        (["--trainer.precision", "16-mixed"], "use bf16-mixed or 32-true"),
+        (["--trainer.strategy", "fsdp"], "ModelParallelStrategy"),
+        (["--model", "OfflineModule", "--model.init_from", "x"], "model names no objective but its base class"),
+        (["--ckpt_path", "last"], "finds nothing in a new run's folder"),
+        (["--ckpt_path", "nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
+    ],
+)
+def test_settings_that_clash_are_refused_with_what_replaces_them(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", *BASIC, *flags])
+    assert exit_status.value.code == 2
+    assert sentence in capsys.readouterr().err.splitlines()[0]
+
+
+def test_nearest_knows_initials_words_and_spelling():
+    known = ["learning_rate", "max_epochs", "batch_size", "beta", "label_smoothing"]
+    assert nearest("lr", known) == "learning_rate"
+    assert nearest("epochs", known) == "max_epochs"
+    assert nearest("batchsize", known) == "batch_size"
+    assert nearest("betta", known) == "beta"
+    assert nearest("ls", known) == "label_smoothing"
+    assert nearest("wholly_different", known) is None
+    assert nearest("x", []) is None
+
+
+def test_hyphens_are_read_as_underscores_in_names_alone():
+    given = [
+        "--max-new-tokens",
+        "-1",
+        "--data.batch-size=8",
+        "--source",
+        "my-file.jsonl",
+        "--out=a-b.jsonl",
+        "-c",
+        "x-y",
+    ]
+    assert with_underscores(given) == [
+        "--max_new_tokens", "-1", "--data.batch_size=8", "--source", "my-file.jsonl", "--out=a-b.jsonl", "-c", "x-y",
+    ]  # fmt: skip
+
+
+def test_a_message_nobody_foresaw_is_folded_into_a_line():
+    message = "Parser key \"model\":\n  Something new\n  Given value type: <class 'x'>\n  Given value: NestedArg(key=1)"
+    assert explain(message) == 'Parser key "model":; Something new'
+
+
+def test_class_help_prints_the_docstring(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--model.help", "tiny_run.SlopeModule"])
+    assert exit_status.value.code == 0
+    shown = capsys.readouterr().out
+    assert "where the weight starts" in shown and "--model.learning_rate" in shown
+    assert tiny_run.UPDATES == 8
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_reads_well(command, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert exit_status.value.code == 0
+    assert shown.startswith(f"usage: rlhf {command} [--config FILE.yaml ...]")
+    for option in (
+        "--run_name",
+        "--checkpoint.every_n_updates",
+        "--samples.prompts",
+        "--trainer.max_epochs",
+        "--ckpt_path",
+    ):
+        assert option in shown
+    assert "--optimizer" not in shown and "--weights_only" not in shown and "==SUPPRESS==" not in shown

@@ -1,0 +1,293 @@
+"""Runs from the command line: their folder, overlaid configs, resuming, what wins over what."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.train import main, run
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    def at(update):
+        monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", update)
+
+    return at
+
+
+def weight(folder: Path) -> float:
+    return json.loads((folder / "model" / "weight.json").read_text())
+
+
+def test_a_run_is_one_folder_and_a_second_run_another():
+    first = run(["fit", *BASIC]).folder
+    second = run(["fit", *BASIC]).folder
+    assert (str(first), str(second)) == ("runs/slope/version_0", "runs/slope/version_1")
+    kept = {path.name for path in first.iterdir() if not path.name.startswith("events")}
+    assert kept == {"config.yaml", "manifest.json", "checkpoints", "samples.jsonl", "model", "hparams.yaml"}
+    assert weight(first) == weight(second)
+
+
+def test_the_weight_moves_to_where_the_loss_is_least():
+    cli = run(["fit", *BASIC, "--trainer.max_epochs", "20"])
+    assert weight(cli.folder) == pytest.approx(2.0, abs=0.05)
+    assert cli.model.updates == 20 * UPDATES
+
+
+def test_configs_overlay_each_other_and_flags_win(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "model: {class_path: tiny_run.SlopeModule, init_args: {slope: 1.0, offset: 0.5, learning_rate: 0.1}}\n"
+        "data: {class_path: tiny_run.NumbersDataModule}\ntrainer: {max_epochs: 3}\n"
+    )
+    (tmp_path / "short.yaml").write_text("model: {init_args: {offset: 0.25}}\ntrainer: {max_epochs: 1}\n")
+    (tmp_path / "other.yaml").write_text("model: {class_path: tiny_run.OtherModule}\n")
+    cli = run(
+        ["fit", "--config", "base.yaml", "-c", "short.yaml", "--config", "other.yaml", "--model.learning_rate", "0.2"]
+    )
+    model = cli.config.fit.model
+    assert model.class_path == "tiny_run.OtherModule"
+    assert (model.init_args.slope, model.init_args.offset, model.init_args.learning_rate) == (1.0, 0.25, 0.2)
+    assert cli.trainer.max_epochs == 1 and type(cli.model).__name__ == "OtherModule"
+    assert str(cli.folder) == "runs/base/version_0"
+
+
+def test_config_yaml_holds_every_setting_nulls_too_and_runs_again():
+    first = run(["fit", *BASIC, "--model.slope", "1.5", "--model.max_grad_norm", "null", "--run_name", "mine"])
+    config = yaml.safe_load((first.folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["max_grad_norm"] is None and "max_grad_norm" in config["model"]["init_args"]
+    assert (config["run_name"], config["seed_everything"], config["trainer"]["use_distributed_sampler"]) == (
+        "mine",
+        0,
+        False,
+    )
+    again = run(["fit", "--config", str(first.folder / "config.yaml")])
+    assert str(again.folder) == "runs/mine/version_1"
+    assert weight(again.folder) == weight(first.folder)
+    for command in ("validate", "test", "predict"):
+        run([command, "--config", str(first.folder / "config.yaml")])
+
+
+def test_print_config_is_yaml_that_can_be_used(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", *BASIC, "--model.offset", "0.75", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert exit_status.value.code == 0
+    assert printed["model"]["init_args"]["offset"] == 0.75 and printed["trainer"]["max_epochs"] == 1
+    assert not Path("runs").exists()
+
+
+def test_an_objective_in_the_working_directory_is_found_by_its_module(tmp_path):
+    (tmp_path / "my_objective.py").write_text(
+        "import tiny_run\n\n\n"
+        "class TwiceModule(tiny_run.SlopeModule):\n"
+        '    """Counts each loss twice.\n\n    Args:\n        times: how often.\n    """\n\n'
+        "    def __init__(self, times: float = 2.0, **kwargs):\n"
+        "        super().__init__(**kwargs)\n        self.times = times\n\n"
+        "    def loss_sum(self, batch, meter):\n        return self.times * super().loss_sum(batch, meter)\n"
+    )
+    arguments = ["--model", "my_objective.TwiceModule", "--model.times", "3", "--data", "tiny_run.NumbersDataModule"]
+    assert rlhf(["fit", *arguments]) == 0
+    config = yaml.safe_load(Path("runs/twice/version_0/config.yaml").read_text())
+    assert config["model"]["init_args"]["times"] == 3.0
+
+
+def test_short_names_of_the_package_work(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model", "SFTModule", "--model.init_from", "x", "--data", "SFTDataModule", "--data.source", "y",
+              "--print_config"])  # fmt: skip
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"] == "rlhf_lightning.modules.SFTModule"
+    assert printed["data"]["class_path"].startswith("rlhf_lightning.data")
+
+
+@pytest.mark.parametrize("every", [3, 4, 5])
+def test_a_run_that_was_cut_off_ends_in_the_same_bits(every, crash):
+    """Killed in the second epoch, between checkpoints; the samples and curves join without gap or overlap."""
+    settings = [
+        "--trainer.max_epochs",
+        "3",
+        "--checkpoint.every_n_updates",
+        str(every),
+        "--samples.every_n_updates",
+        "2",
+    ]
+    whole = run(["fit", *BASIC, *settings, "--run_name", "whole"])
+    crash(UPDATES + 6)
+    with pytest.raises(RuntimeError, match="machine"):
+        main(["fit", *BASIC, *settings, "--run_name", "cut"])
+    crash(None)
+    resumed = run(["fit", "--resume", "runs/cut"])
+    assert str(resumed.folder) == "runs/cut/version_0" and resumed.model.updates == 3 * UPDATES
+    assert weight(resumed.folder) == weight(whole.folder)
+    for tag in ("train/loss", "val/loss", "progress/tokens", "train/learning_rate"):
+        assert scalars_of(resumed.folder, tag) == scalars_of(whole.folder, tag)
+    assert rows_of(resumed.folder / "samples.jsonl") == rows_of(whole.folder / "samples.jsonl")
+    mine, theirs = (
+        torch.load(cli.folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"][0]
+        for cli in (resumed, whole)
+    )
+    assert torch.equal(mine["exp_avg"], theirs["exp_avg"]) and torch.equal(mine["exp_avg_sq"], theirs["exp_avg_sq"])
+
+
+def test_a_finished_run_continues_for_further_epochs():
+    settings = ["--model.lr_schedule", "constant"]
+    whole = run(["fit", *BASIC, *settings, "--trainer.max_epochs", "2", "--run_name", "whole"])
+    run(["fit", *BASIC, *settings, "--run_name", "short"])
+    longer = run(["fit", "--resume", "runs/short/version_0", "--trainer.max_epochs", "2"])
+    assert weight(longer.folder) == weight(whole.folder)
+    assert [path.name for path in Path("runs/short").iterdir()] == ["version_0"]
+    manifest = json.loads((longer.folder / "manifest.json").read_text())
+    assert [session["updates"] for session in manifest["sessions"]] == [UPDATES, 2 * UPDATES]
+    kept = yaml.safe_load((longer.folder / "config.1.yaml").read_text())
+    now = yaml.safe_load((longer.folder / "config.yaml").read_text())
+    assert (kept["trainer"]["max_epochs"], now["trainer"]["max_epochs"]) == (1, 2)
+
+
+def test_resuming_without_a_checkpoint_is_an_error_and_no_fresh_start(capsys):
+    assert rlhf(["fit", "--resume", "runs/nothing"]) == 1
+    assert "there is no run to resume at runs/nothing" in capsys.readouterr().err
+    run(["fit", *BASIC, "--trainer.enable_checkpointing", "false", "--run_name", "bare"])
+    before = (Path("runs/bare/version_0/samples.jsonl")).read_text()
+    assert rlhf(["fit", "--resume", "runs/bare"]) == 1
+    assert "runs/bare/version_0 has no checkpoint to resume from" in capsys.readouterr().err
+    assert Path("runs/bare/version_0/samples.jsonl").read_text() == before
+    assert [path.name for path in Path("runs/bare").iterdir()] == ["version_0"]
+
+
+def test_resume_means_the_latest_training_not_a_later_evaluation():
+    run(["fit", *BASIC])
+    config = "runs/slope/version_0/config.yaml"
+    evaluated = run(["test", "--config", config, "--ckpt_path", "runs/slope/version_0/checkpoints/last.ckpt"])
+    assert str(evaluated.folder) == "runs/slope/version_1"
+    assert str(run(["fit", "--resume", "slope", "--trainer.max_epochs", "2"]).folder) == "runs/slope/version_0"
+
+
+def test_a_checkpoint_in_a_run_folder_is_continued_there_unless_a_name_is_given():
+    run(["fit", *BASIC])
+    checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
+    forked = run(["fit", *BASIC, "--ckpt_path", checkpoint, "--run_name", "fork", "--trainer.max_epochs", "2"])
+    assert str(forked.folder) == "runs/fork/version_0" and forked.model.updates == 2 * UPDATES
+    assert (
+        str(run(["fit", *BASIC, "--ckpt_path", checkpoint, "--trainer.max_epochs", "2"]).folder)
+        == "runs/slope/version_0"
+    )
+
+
+def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defaults(capsys, tmp_path):
+    run(["fit", *BASIC, "--model.slope", "0.5", "--model.offset", "0.25"])
+    checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
+    config = tmp_path / "given.yaml"
+    config.write_text(
+        "model: {class_path: tiny_run.SlopeModule, init_args: {offset: 0.125}}\n"
+        "data: {class_path: tiny_run.NumbersDataModule}\n"
+    )
+    capsys.readouterr()
+    cli = run(["test", "--config", "given.yaml", "--ckpt_path", checkpoint, "--model.learning_rate", "0.7"])
+    given = cli.config.test.model.init_args
+    assert (given.learning_rate, given.offset, given.slope) == (0.7, 0.125, 0.5)
+    assert (cli.model.learning_rate, cli.model.offset, cli.model.slope) == (0.7, 0.125, 0.5)
+    told = capsys.readouterr().out
+    assert "model.learning_rate is 0.7 as given here; the checkpoint was trained with 0.1" in told
+    assert "model.offset is 0.125 as given here; the checkpoint was trained with 0.25" in told
+
+
+def test_a_checkpoint_of_another_class_is_refused(capsys):
+    run(["fit", *BASIC])
+    checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
+    other = ["--model", "tiny_run.OtherModule", "--data", "tiny_run.NumbersDataModule"]
+    with pytest.raises(SystemExit) as exit_status:
+        main(["test", *other, "--ckpt_path", checkpoint])
+    assert exit_status.value.code == 2
+    assert "was written by tiny_run.SlopeModule, but the model is tiny_run.OtherModule" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(capsys, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"hyper_parameters": {"slope": Bomb()}}, "bomb.ckpt")
+    assert rlhf(["test", *BASIC, "--ckpt_path", "bomb.ckpt"]) == 1
+    assert "is no checkpoint of plain tensors and settings" in capsys.readouterr().err
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_validate_test_and_predict_say_the_same_of_the_same_weights():
+    trained = run(["fit", *BASIC])
+    config, checkpoint = str(trained.folder / "config.yaml"), str(trained.folder / "checkpoints" / "last.ckpt")
+    last = scalars_of(trained.folder, "val/loss")[-1][1]
+    given = ["--config", config, "--ckpt_path", checkpoint]
+    validated, tested = run(["validate", *given]), run(["test", *given])
+    assert float(validated.trainer.callback_metrics["val/loss"]) == pytest.approx(last)
+    assert float(tested.trainer.callback_metrics["test/loss"]) == pytest.approx(last)
+    predicted = run(["predict", *given])
+    rows, learned = rows_of(predicted.folder / "predictions.jsonl"), weight(trained.folder)
+    assert len(rows) == 2 * UPDATES
+    assert all(row["y"] == pytest.approx(learned * row["x"]) for row in rows)
+    run(["predict", *given, "--predictions.path", "elsewhere/rows.jsonl"])
+    assert rows_of(Path("elsewhere/rows.jsonl")) == rows
+    losses = [(row["y"] - 2 * row["x"]) ** 2 / 2 for row in rows]
+    assert sum(losses) / len(losses) == pytest.approx(last)
+
+
+def test_a_run_that_failed_before_it_began_leaves_nothing(capsys):
+    assert rlhf(["fit", *BASIC, "--data.count", "0"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "rlhf: numbers has no rows: nothing to train on"
+    assert list(Path("runs/slope").iterdir()) == []
+
+
+def test_run_names_stay_inside_the_runs_folder(capsys):
+    for name in ("../outside", "/tmp/outside", "a/../../b", "a b", ".hidden", ""):
+        if name:
+            assert rlhf(["fit", *BASIC, "--run_name", name]) == 1
+            assert f"run_name is {name!r}" in capsys.readouterr().err
+    assert str(run(["fit", *BASIC, "--run_name", "study/slope-0.1", "--runs_folder", "kept"]).folder) == (
+        "kept/study/slope-0.1/version_0"
+    )
+
+
+def test_a_rehearsal_writes_nothing():
+    run(["fit", *BASIC, "--trainer.fast_dev_run", "true"])
+    assert not Path("runs").exists() and list(Path().iterdir()) == []
+
+
+def test_without_a_logger_the_folder_is_the_same():
+    folder = run(["fit", *BASIC, "--trainer.logger", "false"]).folder
+    assert (folder / "config.yaml").is_file() and (folder / "checkpoints" / "last.ckpt").is_file()
+    assert rows_of(folder / "samples.jsonl")
+
+
+def test_a_logger_of_ones_own_decides_the_folder():
+    cli = run(["fit", *BASIC, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"])
+    assert isinstance(cli.trainer.logger, CSVLogger)
+    folder = Path(cli.trainer.log_dir)
+    assert folder.parts[0] == "logs" and (folder / "config.yaml").is_file() and (folder / "model").is_dir()
+    assert "model.learning_rate: 0.1" in (folder / "hparams.yaml").read_text()
+
+
+def test_nothing_but_the_run_is_said(capsys, recwarn):
+    run(["fit", *BASIC])
+    told = capsys.readouterr()
+    assert re.sub(r"\d+(\.\d+)?", "#", told.out).splitlines() == [
+        "run: runs/slope/version_#",
+        "SlopeModule: # parameters, # of them trained",
+        "training #/# (# %)  update #  loss #  tokens/s #  left #:#",
+        "model: runs/slope/version_#/model",
+    ]
+    assert "Tip" not in told.err and "GPU available" not in told.err
+    assert events_of(Path("runs/slope/version_0")).Tags()["scalars"]
+
+
+def test_trainer_settings_the_modules_need_are_set():
+    trainer = run(["fit", *BASIC]).trainer
+    assert trainer._accelerator_connector.use_distributed_sampler is False
+    assert trainer.max_epochs == 1 and trainer.log_every_n_steps == 1
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()

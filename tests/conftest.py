@@ -1,0 +1,108 @@
+"""What the whole suite shares: a quiet, offline environment, a tokenizer one can encode by hand, and the real data."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>")
+PAD, BOS, EOS, USER, ASSISTANT, END, SYSTEM = range(len(SPECIAL))
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in byte-level vocabularies."""
+    letters = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    hidden = [byte for byte in range(256) if byte not in letters]
+    return letters | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
+
+
+BC = len(SPECIAL) + 256
+"""Id of the only token of two bytes."""
+
+
+def make_tiny_tokenizer(template: str | None = TEMPLATE, adds_bos: bool = False, **changes: Any) -> Any:
+    """A token a byte (ids 7 to 262, by value), and ``bc`` (263); special tokens are ids 0 to 6."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [letter for _, letter in sorted(byte_letters().items())]
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters, "bc"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("b", "c")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    settings = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", **changes}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **settings
+    )
+
+
+def spell(*parts: str | int) -> list[int]:
+    """Ids of texts, spelt byte by byte, and of special tokens given as ids."""
+    return [index for part in parts for index in ([part] if isinstance(part, int) else [7 + b for b in part.encode()])]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer with a chat template; do not change it."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RLHF_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows to a JSONL file and returns its path."""
+
+    def write(rows: Iterable[Any], name: str = "rows.jsonl") -> str:
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Finds a file of real data, or skips the test."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / os.environ.get("RLHF_DATA", "../shared/data")
+
+    def find(name: str) -> Path:
+        file = folder / name
+        if not file.is_file():
+            pytest.skip(f"the real data {name} is not in {folder}; RLHF_DATA names its folder")
+        return file
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The real tokenizer of SmolLM2-135M-Instruct, or a skip."""
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    folder = Path(os.environ.get("RLHF_SMOLLM2", "~/.cache/rlhf_lightning/smollm2")).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no SmolLM2 folder at {folder}; RLHF_SMOLLM2 names it")
+    return load_tokenizer(folder)

@@ -1,0 +1,145 @@
+"""The plan: the same rows a step however it is cut, nothing lost, nothing twice, nothing over the limits."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_lightning.data.batching import BatchPlan, shuffled
+
+
+def plan(lengths, tokens=None, **changes):
+    return BatchPlan(lengths, [1] * len(lengths) if tokens is None else tokens, **{"batch_size": 4, **changes})
+
+
+def shares(plan, step):
+    return [plan.step(step, rank) for rank in range(plan.ranks)]
+
+
+def test_a_step_is_sorted_by_length_and_cut():
+    found = plan([3, 9, 1, 5], [1, 2, 3, 4], micro_batch_size=2, shuffle=False).step(0, 0)
+    assert found == (((1, 3), (0, 2)), 4, 10)
+
+
+def test_a_token_budget_counts_pads():
+    # 9 alone fills 10 cells, 5 and 3 together are 2 x 5, and 1 is left: three micro-batches; three of at most 9 cells
+    # are 9, 5 and 3 + 1, the costliest first
+    found = plan([3, 9, 1, 5], max_tokens=10, shuffle=False).step(0, 0)
+    assert found.micro_batches == ((1,), (0, 2), (3,))
+
+
+def test_ranks_share_a_step_evenly():
+    # 8 + 1 short rows against 2 long ones: as many micro-batches, and about as many cells for each rank
+    lengths = [8, 8, 2, 2, 2, 2, 2, 2, 2, 2]
+    found = plan(lengths, batch_size=10, ranks=2, shuffle=False)
+    assert [share.micro_batches for share in shares(found, 0)] == [((0, 1),), ((2, 3, 4, 5, 6, 7, 8, 9),)]
+
+
+def test_the_last_step_is_short_or_left_out():
+    assert [plan([1] * 10, drop_last=drop).steps for drop in (False, True)] == [3, 2]
+    assert plan([1] * 10).step(2, 0).rows == 2
+
+
+def test_ranks_without_a_row_get_an_empty_micro_batch():
+    found = shares(plan([1] * 5, ranks=4), 1)
+    assert [share.micro_batches for share in found] == [((found[0].micro_batches[0][0],),), ((),), ((),), ((),)]
+    assert {(share.rows, share.tokens) for share in found} == {(1, 1)}
+
+
+def test_each_epoch_has_its_own_order():
+    orders = {(seed, epoch): tuple(shuffled(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(set(orders.values())) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+
+
+def test_the_order_is_the_same_on_every_machine():
+    assert shuffled(8, 0, 0).tolist() == PINNED
+
+
+PINNED = [6, 5, 2, 7, 3, 1, 4, 0]
+
+
+def test_every_place_is_equally_likely():
+    places = np.array([shuffled(4, seed, 0) for seed in range(1000)])
+    counts = np.array([[np.sum(places[:, place] == row) for row in range(4)] for place in range(4)])
+    assert np.abs(counts - 250).max() < 5 * np.sqrt(1000 * 0.25 * 0.75)
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 60), min_size=1, max_size=60),
+        "batch_size": st.integers(1, 24),
+        "micro_batch_size": st.none() | st.integers(1, 9),
+        "max_tokens": st.none() | st.integers(1, 200),
+        "ranks": st.integers(1, 5),
+        "seed": st.integers(0, 2**40),
+        "epoch": st.integers(0, 9),
+        "shuffle": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(CASES)
+def test_whatever_the_cut(case):
+    lengths = case.pop("lengths")
+    tokens = [length // 2 for length in lengths]
+    cut = BatchPlan(lengths, tokens, **case)
+    whole = BatchPlan(
+        lengths, tokens, **{**case, "ranks": 1, "micro_batch_size": None, "max_tokens": None}
+    )
+    assert len(cut) == len(whole) == -(-len(lengths) // case["batch_size"])
+    seen = []
+    for step in range(len(cut)):
+        found = shares(cut, step)
+        rows = [row for share in found for group in share.micro_batches for row in group]
+        assert sorted(rows) == sorted(whole.step(step, 0).micro_batches[0]), "a step's rows depend on its cut"
+        assert len(rows) == len(set(rows)) <= case["batch_size"]
+        assert len({len(share.micro_batches) for share in found}) == 1, "ranks differ in their number of micro-batches"
+        for share in found:
+            assert (share.rows, share.tokens) == (len(rows), sum(tokens[row] for row in rows))
+            for group in share.micro_batches:
+                if case["micro_batch_size"]:
+                    assert len(group) <= case["micro_batch_size"]
+                if case["max_tokens"] and len(group) > 1:
+                    assert len(group) * max(lengths[row] for row in group) <= case["max_tokens"]
+        groups = sum(len(share.micro_batches) for share in found)
+        if len(rows) >= groups:
+            assert all(group for share in found for group in share.micro_batches), "a rank idles without need"
+        seen += rows
+    assert sorted(seen) == list(range(len(lengths)))
+    again = BatchPlan(lengths, tokens, **case)
+    assert [shares(again, step) for step in range(len(again))] == [shares(cut, step) for step in range(len(cut))]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=16, max_size=64), st.integers(2, 4), st.integers(300, 1000))
+def test_work_is_balanced(lengths, ranks, max_tokens):
+    found = plan(lengths, batch_size=len(lengths), ranks=ranks, max_tokens=max_tokens)
+    costs = [
+        sum(len(group) * max(lengths[row] for row in group) for group in share.micro_batches if group)
+        for share in shares(found, 0)
+    ]
+    assert max(costs) - min(costs) <= max_tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"ranks": 0}, "ranks must be at least 1, not 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1 or None, not 0"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be at least 1 or None, not -1"),
+        ({"tokens": [1]}, "3 lengths for 1 token counts"),
+        ({"lengths": []}, "at least one row"),
+        ({"drop_last": True}, "3 rows are fewer than batch_size 4"),
+    ],
+)
+def test_wrong_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**{"lengths": [1, 2, 3], **({"tokens": []} if changes.get("lengths") == [] else {}), **changes})
+
+
+def test_a_step_outside_the_epoch_is_refused():
+    with pytest.raises(IndexError, match="Step 1 of an epoch of 1"):
+        plan([1, 2]).step(1, 0)

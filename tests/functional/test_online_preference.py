@@ -1,0 +1,46 @@
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits, nash_md_loss, xpo_loss
+
+from .worked import gradient, normal, property_test
+
+
+def test_best_and_worst_of_each_group():
+    scores = torch.tensor([0.1, 5.0, 0.9, 5.0, 0.4, float("nan")])
+    group = torch.tensor([0, 1, 0, 1, 0, 0])
+    chosen, rejected = best_and_worst(scores, group)  # group 1 ties
+    assert (chosen.tolist(), rejected.tolist()) == ([2], [0])
+
+
+def test_a_group_of_unscorable_samples_makes_no_pair():
+    chosen, rejected = best_and_worst(torch.tensor([float("nan"), float("nan"), 1.0]), torch.tensor([0, 0, 1]))
+    assert len(chosen) == len(rejected) == 0
+
+
+def test_xpo_adds_its_bonus_to_dpo():
+    margin, explored = torch.zeros(1, dtype=torch.float64), torch.tensor([-30.0], dtype=torch.float64)
+    torch.testing.assert_close(xpo_loss(margin, explored, 0.1, 1e-3).item(), math.log(2) - 0.03)
+    (slope,) = gradient(lambda s: xpo_loss(margin, s, 0.1, 1e-3), explored)
+    assert slope.item() == 1e-3
+
+
+@property_test
+@given(seed=st.integers(0, 2**31), mixture=st.floats(0, 1))
+def test_nash_md_opponent_is_the_normalised_geometric_mixture(seed, mixture):
+    policy, reference = normal(seed, 5), normal(seed + 1, 5)
+    mixed = policy.softmax(-1) ** (1 - mixture) * reference.softmax(-1) ** mixture
+    found = nash_md_logits(policy, reference, mixture).softmax(-1)
+    torch.testing.assert_close(found, mixed / mixed.sum())
+
+
+def test_nash_md_by_hand():
+    logprobs, reference = torch.tensor([[-1.0, -2.0, 0.0]]).double(), torch.tensor([[-1.5, -1.0, 0.0]]).double()
+    mask, win = torch.tensor([[True, True, False]]), torch.tensor([0.8]).double()
+    found = nash_md_loss(logprobs, reference, mask, win, beta=0.1)
+    torch.testing.assert_close(found.item(), -0.3 * -3.0 + 0.1 * (0.5 * -1.0 + -1.0 * -2.0))
+    (slope,) = gradient(lambda lp: nash_md_loss(lp, reference, mask, win, beta=0.1), logprobs)
+    torch.testing.assert_close(slope, torch.tensor([[-0.3 + 0.05, -0.3 - 0.1, 0.0]]).double())

@@ -1,0 +1,249 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.functional.logprobs import kl_k1
+from rlhf_lightning.functional.policy_gradient import (
+    adapted_kl_coef,
+    approx_kl,
+    clip_fraction,
+    clipped_policy_loss,
+    clipped_surrogate_loss,
+    clipped_value_loss,
+    discounted_returns,
+    generalized_advantages,
+    missing_eos_scores,
+    rewards_after_end,
+    sampler_correction,
+    token_ratio,
+    token_rewards,
+    value_clip_fraction,
+)
+
+from .worked import Worked, check, each, gradient, normal, property_test, right_padded_mask
+
+POLICY, REFERENCE = [[-1, -0.5, -2]], [[-1.2, -0.4, -2.05]]
+REWARDS, VALUES = [[-0.01, 0.005, 0.9975]], [[0.3, 0.4, 0.6]]
+RETURNS = [[0.94349375, 0.982625, 0.9975]]
+OLD, NEW, ADVANTAGES = [[-1, -0.5, -2]], [[-0.7, -0.6, -2.4]], [[1, -0.5, -1]]
+NEW_VALUES = [[0.6, 0.45, 0.3]]
+MASK = torch.ones(1, 3, dtype=torch.bool)
+
+
+def rewards(t):
+    return token_rewards(t([1.0]), kl_k1(t(POLICY), t(REFERENCE)), MASK, 0.05)
+
+
+def after_end(t):
+    rewards, mask = rewards_after_end(t([1.0]), kl_k1(t(POLICY), t(REFERENCE)), MASK, 0.05)
+    return generalized_advantages(rewards, t([[0.3, 0.4, 0.6, 0.8]]), mask)
+
+
+def policy_losses(t):
+    return clipped_policy_loss(t(NEW), t(OLD), t(ADVANTAGES))
+
+
+def value_inputs(t):
+    return t(NEW_VALUES), t(VALUES), t(RETURNS)
+
+
+WORKED = [
+    Worked("token rewards", rewards, REWARDS),
+    Worked(
+        "td errors", lambda t: generalized_advantages(rewards(t), t(VALUES), MASK, lam=0.0)[0], [[0.09, 0.205, 0.3975]]
+    ),
+    Worked(
+        "advantages", lambda t: generalized_advantages(rewards(t), t(VALUES), MASK)[0], [[0.64349375, 0.582625, 0.3975]]
+    ),
+    Worked("returns", lambda t: generalized_advantages(rewards(t), t(VALUES), MASK)[1], RETURNS),
+    Worked("advantages after end", lambda t: after_end(t)[0], [[0.63446875, 0.573125, 0.3875, 0.2]]),
+    Worked("returns after end", lambda t: after_end(t)[1], [[0.93446875, 0.973125, 0.9875, 1.0]]),
+    Worked("rewards to go", lambda t: discounted_returns(t(REWARDS), MASK), [[0.9925, 1.0025, 0.9975]]),
+    Worked("ratio", lambda t: token_ratio(t(NEW), t(OLD)), [[1.34985881, 0.90483742, 0.67032005]]),
+    Worked("policy losses", policy_losses, [[-1.2, 0.45241871, 0.8]]),
+    Worked("policy loss", lambda t: policy_losses(t).mean(), 0.01747290),
+    Worked("clip fraction", lambda t: clip_fraction(t(NEW), t(OLD), t(ADVANTAGES)).mean(), 0.66666667),
+    Worked("approximate kl", lambda t: approx_kl(t(NEW), t(OLD)).mean(), 0.04333333),
+    Worked("dual clip", lambda t: clipped_surrogate_loss(t([4.0]), t([-1.0]), dual_clip=3.0), [3.0]),
+    Worked("value loss", lambda t: clipped_value_loss(*value_inputs(t)).mean(), 0.16114706),
+    Worked("value clip fraction", lambda t: value_clip_fraction(*value_inputs(t)).mean(), 0.33333333),
+    Worked("kl coefficient rises", lambda t: adapted_kl_coef(t(0.15), t(9.0), 6, 10_000, 256), 0.150768),
+    Worked("kl coefficient falls", lambda t: adapted_kl_coef(t(0.15), t(3.0), 6, 10_000, 256), 0.149232),
+]
+
+
+@each(WORKED)
+def test_worked_number(case, dtype):
+    check(case, dtype)
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_score_lands_on_the_last_completion_token_of_each_row():
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, True], [False, False, False]])
+    kl = torch.tensor([[0.1, 0.2, float("nan")], [0.1, 0.2, 0.3], [0.1, float("nan"), 0.3], [float("nan")] * 3])
+    found = token_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), kl, mask, kl_coef=1.0)
+    torch.testing.assert_close(
+        found, torch.tensor([[-0.1, 0.8, 0.0], [-0.1, -0.2, 1.7], [-0.1, 0.0, 2.7], [0.0, 0.0, 0.0]])
+    )
+
+
+def test_after_end_the_score_has_a_slot_of_its_own():
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    found, states = rewards_after_end(torch.tensor([1.0, 2.0]), torch.full((2, 3), 0.5), mask, kl_coef=0.2)
+    torch.testing.assert_close(found, torch.tensor([[-0.1, -0.1, 1.0, 0.0], [-0.1, -0.1, -0.1, 2.0]]))
+    assert states.tolist() == [[True, True, True, False], [True] * 4]
+
+
+def test_unfinished_completions_are_penalised_or_replaced():
+    scores, finished = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
+    assert missing_eos_scores(scores, finished).tolist() == [2, 2]
+    assert missing_eos_scores(scores, finished, penalty=1.5).tolist() == [2, 0.5]
+    assert missing_eos_scores(scores, finished, replacement=-1.0).tolist() == [2, -1]
+    assert missing_eos_scores(scores, finished, penalty=0.0).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="give penalty or replacement, found both: penalty 1.0, replacement -1.0"):
+        missing_eos_scores(scores, finished, 1.0, -1.0)
+
+
+def test_a_row_count_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"scores \(1,\), rows_of_mask \(2,\)"):
+        token_rewards(torch.ones(1), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.1)
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.15), (7.2, 0.150768), (1e6, 0.150768), (4.8, 0.149232)])
+def test_the_kl_controller_saturates_at_a_fifth(kl, expected):
+    torch.testing.assert_close(float(adapted_kl_coef(0.15, kl, 6, 10_000, 256)), expected, rtol=1e-6, atol=0)
+
+
+# --- advantages ------------------------------------------------------------------------------------------------------
+
+seeds = st.integers(0, 2**31)
+
+
+def masked(seed, rows, length, mask):
+    return torch.where(mask, normal(seed, rows, length), 0.0)
+
+
+@property_test
+@given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 6))
+def test_lambda_one_ignores_the_critic_and_lambda_zero_sees_one_step(seed, rows, length):
+    mask = right_padded_mask(seed, rows, length)
+    rewards, values = masked(seed, rows, length, mask), masked(seed + 1, rows, length, mask)
+    to_go = rewards.flip(-1).cumsum(-1).flip(-1)
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, torch.where(mask, to_go, 0.0))
+    torch.testing.assert_close(advantages, torch.where(mask, to_go - values, 0.0))
+    torch.testing.assert_close(discounted_returns(rewards, mask), returns)
+    one_step, _ = generalized_advantages(rewards, values, mask, gamma=0.9, lam=0.0)
+    following = F.pad(values[:, 1:], (0, 1))
+    torch.testing.assert_close(one_step, torch.where(mask, rewards + 0.9 * following - values, 0.0))
+
+
+@property_test
+@given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 6), pads=st.integers(1, 3))
+def test_padding_changes_no_advantage_whatever_it_holds(seed, rows, length, pads):
+    mask = right_padded_mask(seed, rows, length)
+    rewards, values = normal(seed, rows, length), normal(seed + 1, rows, length)
+    expected = generalized_advantages(rewards, values, mask, 0.9, 0.8)
+    wide = [F.pad(x, (0, pads), value=float("nan")) for x in (rewards, values)]
+    found = generalized_advantages(*wide, F.pad(mask, (0, pads)), 0.9, 0.8)
+    for wide_result, result in zip(found, expected, strict=True):
+        torch.testing.assert_close(wide_result, F.pad(result, (0, pads)))
+
+
+@property_test
+@given(seed=seeds, hole=st.integers(0, 4))
+def test_a_masked_token_inside_is_passed_over(seed, hole):
+    rewards, values = normal(seed, 2, 5), normal(seed + 1, 2, 5)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, hole] = False
+    kept = [t for t in range(5) if t != hole]
+    found = generalized_advantages(rewards, values, mask, 0.9, 0.8)
+    expected = generalized_advantages(rewards[:, kept], values[:, kept], mask[:, kept], 0.9, 0.8)
+    for with_hole, without in zip(found, expected, strict=True):
+        torch.testing.assert_close(with_hole[:, kept], without)
+        assert with_hole[:, hole].abs().max().item() == 0
+
+
+@property_test
+@given(seed=seeds)
+def test_generalized_advantages_are_discounted_sums_of_td_errors(seed):
+    gamma, lam, length = 0.9, 0.7, 5
+    rewards, values = normal(seed, 1, length), normal(seed + 1, 1, length)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    powers = torch.tensor([[(gamma * lam) ** (s - t) if s >= t else 0.0 for s in range(length)] for t in range(length)])
+    found, _ = generalized_advantages(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(found[0], powers.double() @ delta[0])
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@property_test
+@given(seed=seeds, rows=st.integers(1, 3), length=st.integers(1, 5))
+def test_before_any_update_the_loss_is_the_policy_gradient(seed, rows, length):
+    mask = right_padded_mask(seed, rows, length)
+    logprobs, advantages = masked(seed, rows, length, mask), masked(seed + 1, rows, length, mask)
+    torch.testing.assert_close(clipped_policy_loss(logprobs, logprobs, advantages), -advantages)
+    assert clip_fraction(logprobs, logprobs, advantages).sum().item() == 0
+    assert approx_kl(logprobs, logprobs).sum().item() == 0
+    (slope,) = gradient(lambda lp: clipped_policy_loss(lp, logprobs, advantages), logprobs)
+    torch.testing.assert_close(slope, -advantages)
+    assert slope[~mask].abs().sum().item() == 0
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "slope"),
+    [
+        (0.5, 1.0, 0.0),  # already much likelier: no more
+        (0.5, -1.0, math.exp(0.5)),  # went up by mistake: pushed back in full
+        (-0.5, 1.0, -math.exp(-0.5)),
+        (-0.5, -1.0, 0.0),
+        (0.1, 1.0, -math.exp(0.1)),  # inside the clip
+    ],
+)
+def test_the_clip_stops_only_what_goes_too_far_in_the_wanted_direction(log_ratio, advantage, slope):
+    old, advantages = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
+    now = torch.tensor([[log_ratio]], dtype=torch.float64)
+    (found,) = gradient(lambda lp: clipped_policy_loss(lp, old, advantages), now)
+    torch.testing.assert_close(found.item(), slope)
+    assert clip_fraction(now, old, advantages).item() == (slope == 0)
+
+
+def test_clips_of_different_height_and_the_two_further_bounds():
+    ratio, ones = torch.tensor([1.5, 0.5]), torch.ones(2)
+    assert clipped_surrogate_loss(ratio, ones, 0.2, clip_high=0.28).tolist() == pytest.approx([-1.28, -0.5])
+    assert clipped_surrogate_loss(ratio, -ones, 0.2, clip_high=0.28).tolist() == pytest.approx([1.5, 0.8])
+    far = torch.tensor([10.0, 10.0])
+    assert clipped_surrogate_loss(far, -ones, ratio_cap=4.0).tolist() == [4.0, 4.0]
+    assert clipped_surrogate_loss(far, -2 * ones, dual_clip=3.0).tolist() == [6.0, 6.0]
+    assert clipped_surrogate_loss(far, ones, dual_clip=3.0).tolist() == pytest.approx([-1.2, -1.2])
+
+
+def test_a_policy_that_ran_away_gives_finite_losses_and_gradients():
+    old, now = torch.tensor([[-1.0, -5e3]]), torch.tensor([[-5e3, -1.0]])
+    advantages = torch.tensor([[1.0, -1.0]])
+    assert clipped_policy_loss(now, old, advantages).isfinite().all()
+    (slope,) = gradient(lambda lp: clipped_policy_loss(lp, old, advantages), now)
+    assert slope.isfinite().all()
+
+
+def test_value_loss_is_pessimistic_and_plain_without_a_clip():
+    values, old, returns = torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[2.0]])
+    torch.testing.assert_close(clipped_value_loss(values, old, returns, clip=0.2).item(), 0.5 * 1.8**2)
+    torch.testing.assert_close(clipped_value_loss(values, old, returns, clip=None).item(), 0.5)
+    (slope,) = gradient(lambda v: clipped_value_loss(v, old, returns, clip=0.2), values)
+    assert slope.item() == 0  # moved far enough towards the return for this rollout
+    (slope,) = gradient(lambda v: clipped_value_loss(v, old, returns, clip=0.2), -values)
+    assert slope.item() == -3  # moved the wrong way: pulled back in full
+
+
+def test_sampler_correction_is_a_truncated_ratio():
+    found = sampler_correction(torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.5, -9.0]), cap=2.0)
+    torch.testing.assert_close(found, torch.tensor([1.0, math.exp(0.5), 2.0]))

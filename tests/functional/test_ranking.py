@@ -1,0 +1,161 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.functional.ranking import (
+    bradley_terry_loss,
+    centering_penalty,
+    plackett_luce_loss,
+    ranked_pairs_loss,
+    untied_pairs,
+)
+
+from .worked import Worked, check, each, gradient, normal, property_test
+
+CHOSEN, REJECTED = [1.2, 0.3], [0.4, 0.5]
+PAIR_GROUPS, PAIR_RANKS = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+ONE_GROUP, ONE_RANKING = torch.zeros(3, dtype=torch.long), torch.arange(3)
+
+
+def pairs_as_groups(t, target=(1.0, 1.0), margin=(0.0, 0.0), centering=0.0):
+    scores = torch.cat([t(CHOSEN), t(REJECTED)])
+    return ranked_pairs_loss(scores, PAIR_GROUPS, PAIR_RANKS, t(target), t(margin), centering)
+
+
+def pair_losses_of_three(t):
+    scores = t([2, 1, 0.5])
+    better, worse = untied_pairs(ONE_GROUP, ONE_RANKING)
+    return bradley_terry_loss(scores[better], scores[worse]).sort().values
+
+
+WORKED = [
+    Worked("bradley-terry", lambda t: bradley_terry_loss(t(CHOSEN), t(REJECTED)), [0.37110067, 0.79813887]),
+    Worked("bradley-terry mean", lambda t: bradley_terry_loss(t(CHOSEN), t(REJECTED)).mean(), 0.58461977),
+    Worked("margin", lambda t: bradley_terry_loss(t(CHOSEN), t(REJECTED), margin=t([0.5, 0])).mean(), 0.67624706),
+    Worked("margin, as groups", lambda t: pairs_as_groups(t, margin=(0.5, 0.0)).mean(), 0.67624706),
+    Worked(
+        "centering",
+        lambda t: (
+            bradley_terry_loss(t(CHOSEN), t(REJECTED)) + 0.01 * centering_penalty(t(CHOSEN), t(REJECTED))
+        ).mean(),
+        0.60061977,
+    ),
+    Worked("centering, as groups", lambda t: pairs_as_groups(t, centering=0.01).mean(), 0.60061977),
+    Worked("soft label", lambda t: bradley_terry_loss(t([0.8]), t([0.0]), t([0.7])), [0.61110067]),
+    Worked("soft label of a judge", lambda t: bradley_terry_loss(t([0.5]), t([0.0]), t([0.6])), [0.67407698]),
+    Worked("pairs of a ranking", pair_losses_of_three, [0.20141328, 0.31326169, 0.47407698]),
+    Worked(
+        "mean over pairs of a ranking",
+        lambda t: ranked_pairs_loss(t([2, 1, 0.5]), ONE_GROUP, ONE_RANKING, t([1.0]), t([0.0])),
+        [0.32958398],
+    ),
+    Worked("plackett-luce", lambda t: plackett_luce_loss(t([2, 1, 0.5]), ONE_GROUP, ONE_RANKING), [0.93844577]),
+]
+
+
+@each(WORKED)
+def test_worked_number(case, dtype):
+    check(case, dtype)
+
+
+def plain_groups(count):
+    return torch.ones(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+
+
+@property_test
+@given(seed=st.integers(0, 2**31), p=st.floats(0, 1), margin=st.floats(0, 3))
+def test_exchanging_the_completions(seed, p, margin):
+    chosen, rejected = 3 * normal(seed, 4), 3 * normal(seed + 1, 4)
+    delta = chosen - rejected
+    difference = bradley_terry_loss(chosen, rejected) - bradley_terry_loss(rejected, chosen)
+    torch.testing.assert_close(difference, -delta)
+    target, gap = torch.full_like(delta, p), torch.full_like(delta, margin)
+    torch.testing.assert_close(
+        bradley_terry_loss(chosen, rejected, target, gap), bradley_terry_loss(rejected, chosen, 1 - target, gap)
+    )
+
+
+def test_equal_scores_give_log_two_and_a_certain_label_equals_none():
+    scores = torch.tensor([0.3, -4.0])
+    torch.testing.assert_close(bradley_terry_loss(scores, scores), torch.full((2,), math.log(2)))
+    other = torch.tensor([1.3, -7.0])
+    torch.testing.assert_close(bradley_terry_loss(scores, other, torch.ones(2)), bradley_terry_loss(scores, other))
+
+
+def test_chosen_scores_are_pushed_up_and_rejected_down_by_the_probability_of_error():
+    chosen, rejected = torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
+    up, down = gradient(bradley_terry_loss, chosen, rejected)
+    error = 1 / (1 + math.exp(0.8))
+    torch.testing.assert_close(up.item(), -error)
+    torch.testing.assert_close(down.item(), error)
+
+
+def test_far_scores_stay_finite():
+    loss = bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
+    assert loss.tolist() == [2e4, 0.0]
+
+
+@property_test
+@given(seed=st.integers(0, 2**31), pairs=st.integers(1, 5))
+def test_groups_of_two_are_pairs_for_both_ranking_losses(seed, pairs):
+    chosen, rejected = normal(seed, pairs), normal(seed + 1, pairs)
+    scores = torch.stack([chosen, rejected], dim=1).flatten()
+    group, ranks = torch.arange(pairs).repeat_interleave(2), torch.tensor([0, 1]).repeat(pairs)
+    expected = bradley_terry_loss(chosen, rejected)
+    torch.testing.assert_close(plackett_luce_loss(scores, group, ranks), expected)
+    torch.testing.assert_close(ranked_pairs_loss(scores, group, ranks, *plain_groups(pairs)), expected)
+
+
+@property_test
+@given(seed=st.integers(0, 2**31), size=st.integers(2, 5))
+def test_order_of_completions_and_a_constant_do_not_matter(seed, size):
+    scores = normal(seed, 2 * size)
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.randint(3, (2 * size,), generator=generator)
+    group = torch.arange(2).repeat(size)
+    shuffled = torch.randperm(2 * size, generator=generator)
+    for loss in (
+        lambda s, g, r: ranked_pairs_loss(s, g, r, *plain_groups(2)),
+        plackett_luce_loss,
+    ):
+        expected = loss(scores, group, ranks)
+        torch.testing.assert_close(loss(scores[shuffled], group[shuffled], ranks[shuffled]), expected)
+        torch.testing.assert_close(loss(scores + 5, group, ranks), expected)
+
+
+def test_ties_are_skipped_and_the_rest_averaged():
+    scores, group = torch.tensor([2.0, 1.0, 1.5]), torch.zeros(3, dtype=torch.long)
+    tied_second = ranked_pairs_loss(scores, group, torch.tensor([0, 1, 1]), torch.ones(1), torch.zeros(1))
+    by_hand = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))) / 2
+    torch.testing.assert_close(tied_second.item(), by_hand)
+    torch.testing.assert_close(
+        plackett_luce_loss(scores, group, torch.tensor([0, 1, 1])).item(),
+        math.log(math.exp(2) + math.exp(1) + math.exp(1.5)) - 2,
+    )
+
+
+@pytest.mark.parametrize("loss", ["pairs", "plackett_luce"])
+def test_a_group_without_an_untied_pair_gives_exactly_zero_and_no_gradient(loss):
+    group, ranks = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 0])
+
+    def values(scores):
+        if loss == "pairs":
+            return ranked_pairs_loss(scores, group, ranks, torch.ones(3), torch.zeros(3), centering=0.1)
+        return plackett_luce_loss(scores, group, ranks)
+
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = values(scores)
+    assert found[0].item() == 0 and found[2].item() == 0 and found[1].item() > 1
+    (slope,) = gradient(values, scores)
+    assert slope[[0, 1, 4]].tolist() == [0, 0, 0]
+    assert slope[2] < slope[3]
+
+
+def test_a_soft_label_of_a_pair_reaches_its_group_only():
+    scores, target = torch.tensor([0.8, 0.0, 0.8, 0.0], dtype=torch.float64), torch.tensor([0.7, 1.0]).double()
+    group, ranks = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    found = ranked_pairs_loss(scores, group, ranks, target, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([0.61110067, 0.37110067]).double(), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,209 @@
+"""Rules of the house that no type checker knows: imports point one way, losses are pure, everything is described."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rlhf_lightning"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import besides itself, written from the ground up.
+GROUND = {"types", "functional"}
+MODELS = GROUND | {"tokenization", "models"}
+MODULES = MODELS | {"scoring", "modules"}
+MAY_IMPORT = {
+    "types": set(),
+    "functional": {"types"},
+    "tokenization": GROUND,
+    "models": GROUND | {"tokenization"},
+    "scoring": MODELS,
+    "modules": MODELS | {"scoring"},
+    "callbacks": MODULES,
+    "data": GROUND | {"tokenization"},
+    "worlds": GROUND | {"data"},
+    "evaluation": MODULES | {"callbacks", "worlds"},
+    "commands": MODULES | {"callbacks", "evaluation", "data", "worlds"},
+    "cli": MODULES | {"callbacks", "evaluation", "data", "worlds", "commands"},
+    "__main__": {"cli"},
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room_of(path: Path) -> str:
+    """The first folder below the package, or the module itself."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and dotted name of everything a file imports; ``from a import b`` counts as ``a.b``."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports from the root, not relative"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def imports_at_module_level(tree: ast.AST) -> list[str]:
+    """What importing the file imports at once: everything outside functions and ``if TYPE_CHECKING``."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found += [name for _, name in imported_modules(node)]
+        else:
+            found += imports_at_module_level(node)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_one_way(path):
+    room = room_of(path)
+    if path == PACKAGE / "__init__.py":
+        pytest.skip("the public names come from every room")
+    assert room in MAY_IMPORT, f"{room} is a new room: say in this test what it may import"
+    wrong = []
+    for line, name in imported_modules(ast.parse(path.read_text())):
+        first, _, rest = name.partition(".")
+        if first == "experiments" or first == "tests":
+            wrong.append(f"line {line} imports {name}: the package never leans on {first}")
+        if first != "rlhf_lightning":
+            continue
+        target = rest.split(".")[0]
+        assert (PACKAGE / target).exists() or (PACKAGE / f"{target}.py").exists(), (
+            f"line {line}: import {target} from the room it lives in, not from the package's front door"
+        )
+        if target != room and target not in MAY_IMPORT[room]:
+            wrong.append(f"line {line} imports {name}: {room} may import {sorted(MAY_IMPORT[room])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_data_and_modules_meet_in_types_alone():
+    assert "data" not in MAY_IMPORT["modules"] | MAY_IMPORT["models"] | MAY_IMPORT["scoring"] | MAY_IMPORT["callbacks"]
+    assert not {"modules", "models", "scoring", "callbacks"} & MAY_IMPORT["data"]
+
+
+def test_the_rooms_form_no_circle():
+    order = list(MAY_IMPORT)
+    for room, allowed in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(room) for other in allowed), f"{room} imports a room above it"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=relative)
+def test_functions_are_pure(path):
+    """Tensors in, tensors out: no framework, nothing printed, nothing moved between devices or waited for."""
+    tree = ast.parse(path.read_text())
+    outside = {
+        "lightning",
+        "pytorch_lightning",
+        "transformers",
+        "peft",
+        "datasets",
+        "torchmetrics",
+        "logging",
+        "warnings",
+    }
+    assert not {name.split(".")[0] for _, name in imported_modules(tree)} & outside
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            assert name not in {"item", "tolist", "cpu", "cuda", "print"}, f"line {node.lineno} calls {name}"
+            assert name != "to" or casts(node), f"line {node.lineno} moves a tensor: {ast.unparse(node)}"
+        if isinstance(node, ast.Attribute | ast.Name):
+            assert not ast.unparse(node).endswith("nn.Module"), f"line {node.lineno} uses nn.Module"
+        if isinstance(node, ast.ClassDef):
+            assert node.name.startswith("_"), (
+                f"line {node.lineno}: functions are the public face of this room, not classes"
+            )
+
+
+def casts(call: ast.Call) -> bool:
+    """Whether a ``.to(...)`` changes the precision alone."""
+    kind = re.compile(r"dtype|promote_types|torch\.(float|bfloat|double|half|int|long|bool)")
+    return bool(call.args) and all(kind.search(ast.unparse(argument)) for argument in call.args) and not call.keywords
+
+
+def test_types_compute_nothing_past_a_subtraction():
+    tree = ast.parse((PACKAGE / "types.py").read_text())
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [name for name in calls if name.startswith(("torch.", "F."))]
+
+
+def test_the_front_door_starts_fast():
+    """``rlhf --help`` and shell completion must not wait for the training stack."""
+    heavy = {"torch", "lightning", "transformers", "datasets", "peft", "matplotlib"}
+    for name in ("cli.py", "__main__.py", "__init__.py"):
+        path = PACKAGE / name
+        if path.exists():
+            direct = {module.split(".")[0] for module in imports_at_module_level(ast.parse(path.read_text()))}
+            assert not direct & heavy, f"{name} imports {sorted(direct & heavy)} at once"
+    rooms = [m for m in imports_at_module_level(ast.parse((PACKAGE / "cli.py").read_text())) if "rlhf_lightning" in m]
+    assert not [m for m in rooms if m.startswith("rlhf_lightning.commands.")], (
+        "cli imports commands when they are called"
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_everything_public_is_described(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the file does not say what it is for"
+    missing = []
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if ast.get_docstring(node) is None and not needs_none(node):
+                missing.append(f"line {node.lineno}: {prefix}{node.name}")
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{node.name}.")
+
+    visit(tree.body, "")
+    assert not missing, "without a docstring: " + ", ".join(missing)
+
+
+def needs_none(node: ast.stmt) -> bool:
+    """Overloads and setters are described where the function itself is."""
+    return any(ast.unparse(decorator).endswith(("overload", ".setter")) for decorator in getattr(node, "decorator_list", []))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_nothing_is_left_for_later(path):
+    notes = re.findall(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX|HA" + r"CK)\b.*", path.read_text())
+    assert not notes, notes
+    assert path.stem != "utils", "a helper lives beside its noun"
+
+
+def test_inheritance_stays_shallow():
+    """Own classes inherit at most four deep, so that a reader finds a method in four files or fewer."""
+    bases: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names = [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
+                bases.setdefault(node.name, names)
+
+    def depth(name: str) -> int:
+        return 1 + max((depth(base) for base in bases[name] if base in bases and base != name), default=0)
+
+    deep = {name: depth(name) for name in bases if depth(name) > 4}
+    assert not deep, f"classes inherit too deep: {deep}"
+
+
+def test_a_wrong_import_would_be_seen():
+    """The reading above finds imports in functions, under conditions and in every spelling."""
+    tree = ast.parse(
+        "def f():\n    from rlhf_lightning import modules\nif True:\n    import rlhf_lightning.data.sft as d\n"
+    )
+    assert {name for _, name in imported_modules(tree)} == {"rlhf_lightning.data.sft", "rlhf_lightning.modules"}
+    assert imports_at_module_level(tree) == ["rlhf_lightning.data.sft"]

@@ -1,0 +1,300 @@
+"""Tiny language models on the assistant world's vocabulary, batches for them, and fits that take milliseconds.
+
+Weights are drawn ten times wider than a fresh model's, so that next-token distributions are far from uniform and a test
+that mixes up two tokens, rows or models cannot pass by accident.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences, Step
+from rlhf_lightning.worlds.assistant import AssistantWorld, make_config, make_tokenizer
+
+EOS = 3
+FIRST_WORD = 7
+"""Ids below are special tokens of the assistant world's tokenizer."""
+
+
+def tiny_config(**changes: Any) -> Any:
+    config = make_config(hidden_size=32, layers=2, heads=2, intermediate_size=48)
+    config.update({"initializer_range": 0.2, "num_labels": 1, **changes})
+    return config
+
+
+def save_policy(folder: Path, seed: int = 0, **changes: Any) -> str:
+    """Write a random causal language model with its tokenizer; return the folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(**changes))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_reward_model(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """Write a random reward model with its tokenizer; return the folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(tiny_config(**changes))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@functools.cache
+def world_prompts(count: int) -> tuple[str, ...]:
+    return tuple(AssistantWorld(0).prompts("train")[:count])
+
+
+def sequences(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], supervised: Sequence[Sequence[bool]] | None = None
+) -> Sequences:
+    """Prompts and completions as written, one prompt a row."""
+    completions = tuple(torch.tensor(completion, dtype=torch.long) for _, completion in rows)
+    flags = [[True] * len(c) for c in completions] if supervised is None else supervised
+    return Sequences(
+        prompts=tuple(torch.tensor(prompt, dtype=torch.long) for prompt, _ in rows),
+        completions=completions,
+        parents=tuple(range(len(rows))),
+        supervised=tuple(torch.tensor(flag, dtype=torch.bool) for flag in flags),
+    )
+
+
+def random_rows(count: int, seed: int = 0, prompt: int = 6, completion: int = 9) -> list[tuple[list[int], list[int]]]:
+    """Random (prompt, completion) ids of up to the given lengths; completions end with the end token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(longest: int) -> list[int]:
+        length = int(torch.randint(1, longest + 1, (1,), generator=generator))
+        return torch.randint(FIRST_WORD, 459, (length,), generator=generator).tolist()
+
+    return [(ids(prompt), [*ids(completion), EOS]) for _ in range(count)]
+
+
+def plain_logprobs(
+    model: Any, prompt: Sequence[int] | Tensor, completion: Sequence[int] | Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each completion token, from the logits of one unpadded sequence."""
+    ids = torch.tensor([*map(int, prompt), *map(int, completion)])
+    logprobs = torch.log_softmax(model(ids.unsqueeze(0)).logits[0] / temperature, dim=-1)
+    return torch.stack([logprobs[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def cut(rows: Sequence[Any], size: int | None) -> list[Sequence[Any]]:
+    size = size or max(len(rows), 1)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def demonstration_step(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    micro: int | None = None,
+    weights: Sequence[float] | None = None,
+    supervised: Sequence[Sequence[bool]] | None = None,
+) -> Step[DemonstrationBatch]:
+    weights = weights or [1.0] * len(rows)
+    flags = supervised or [[True] * len(completion) for _, completion in rows]
+    batches = tuple(
+        DemonstrationBatch(
+            sequences([rows[i] for i in part], [flags[i] for i in part]), torch.tensor([weights[i] for i in part])
+        )
+        for part in cut(range(len(rows)), micro)
+    )
+    return Step(batches, len(rows), sum(sum(flag) for flag in flags))
+
+
+Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]
+
+
+def random_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Random (prompt, chosen, rejected)."""
+    chosen, rejected = random_rows(count, seed), random_rows(count, seed + 1000)
+    return [(prompt, first, second) for (prompt, first), (_, second) in zip(chosen, rejected, strict=True)]
+
+
+def pair_sequences(pairs: Sequence[Pair]) -> Sequences:
+    """Chosen completions stacked on rejected ones, both halves on the same prompts."""
+    completions = [torch.tensor(pair[side]) for side in (1, 2) for pair in pairs]
+    return Sequences(
+        prompts=tuple(torch.tensor(pair[0]) for pair in pairs),
+        completions=tuple(completions),
+        parents=tuple(range(len(pairs))) * 2,
+        supervised=tuple(torch.ones(len(completion), dtype=torch.bool) for completion in completions),
+    )
+
+
+def preference_step(
+    pairs: Sequence[Pair],
+    micro: int | None = None,
+    target: Sequence[float] | None = None,
+    margin: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Step[PreferenceBatch]:
+    ones, zeros = [1.0] * len(pairs), [0.0] * len(pairs)
+    columns = (target or ones, margin or zeros, weights or ones)
+    batches = tuple(
+        PreferenceBatch(
+            pair_sequences([pairs[i] for i in part]), *(torch.tensor([column[i] for i in part]) for column in columns)
+        )
+        for part in cut(range(len(pairs)), micro)
+    )
+    return Step(batches, len(pairs), sum(len(c) + len(r) for _, c, r in pairs))
+
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]], Sequence[int]]
+
+
+def ranked_step(
+    groups: Sequence[Group],
+    micro: int | None = None,
+    target: Sequence[float] | None = None,
+    margin: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Step[RankedBatch]:
+    """Each group is (prompt, completions, ranks)."""
+    ones, zeros = [1.0] * len(groups), [0.0] * len(groups)
+    columns = (target or ones, margin or zeros, weights or ones)
+    batches = []
+    for part in cut(range(len(groups)), micro):
+        chosen = [groups[i] for i in part]
+        completions = tuple(torch.tensor(c) for _, many, _ in chosen for c in many)
+        ragged = Sequences(
+            prompts=tuple(torch.tensor(prompt) for prompt, _, _ in chosen),
+            completions=completions,
+            parents=tuple(index for index, (_, many, _) in enumerate(chosen) for _ in many),
+            supervised=tuple(torch.ones(len(c), dtype=torch.bool) for c in completions),
+        )
+        ranks = torch.tensor([rank for _, _, many in chosen for rank in many])
+        batches.append(RankedBatch(ragged, ranks, *(torch.tensor([column[i] for i in part]) for column in columns)))
+    tokens = sum(len(c) for _, many, _ in groups for c in many)
+    return Step(tuple(batches), len(groups), tokens)
+
+
+def ranked_pairs(pairs: Sequence[Pair]) -> list[Group]:
+    return [(prompt, [chosen, rejected], [0, 1]) for prompt, chosen, rejected in pairs]
+
+
+def prompt_step(
+    prompts: Sequence[Sequence[int]],
+    first_episode: int = 0,
+    texts: Sequence[Any] | None = None,
+    pretraining: DemonstrationBatch | None = None,
+    **columns: list[Any],
+) -> Step[PromptBatch]:
+    count = len(prompts)
+    batch = PromptBatch(
+        prompts=tuple(torch.tensor(prompt) for prompt in prompts),
+        texts=tuple(texts or ["text"] * count),
+        columns=columns,
+        episodes=torch.arange(first_episode, first_episode + count),
+        group=torch.arange(count),
+        pretraining=pretraining,
+    )
+    return Step((batch,), count, 0)
+
+
+# -- fits -------------------------------------------------------------------------------------------------------------
+
+
+class StepData(pl.LightningDataModule):
+    """Steps as they are given, the same in every epoch."""
+
+    def __init__(self, steps: Sequence[Step[Any]], evaluation: Sequence[Step[Any]] = ()) -> None:
+        super().__init__()
+        self.steps, self.evaluation = list(steps), list(evaluation)
+        self.batch_size = self.steps[0].rows if self.steps else 1
+        self.steps_per_epoch = len(self.steps)
+        self.batch_types = {type(step.micro_batches[0]) for step in self.steps}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.steps, batch_size=None, shuffle=False)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.evaluation, batch_size=None)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def quiet_trainer(**changes: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(**(settings | changes))
+
+
+def fit(
+    module: pl.LightningModule,
+    steps: Sequence[Step[Any]],
+    evaluation: Sequence[Step[Any]] = (),
+    ckpt_path: str | None = None,
+    **trainer: Any,
+) -> pl.Trainer:
+    """Fit on the steps, one optimizer step or rollout each; return the trainer."""
+    made = quiet_trainer(**({} if evaluation else {"limit_val_batches": 0}) | trainer)
+    made.fit(module, StepData(steps, evaluation), ckpt_path=ckpt_path)
+    return made
+
+
+def evaluate(module: pl.LightningModule, steps: Sequence[Step[Any]]) -> dict[str, float]:
+    """Metrics of a validation pass."""
+    return quiet_trainer().validate(module, DataLoader(list(steps), batch_size=None), verbose=False)[0]
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the trainable weights."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def gradients_of_step(module: pl.LightningModule, step: Step[Any], **trainer: Any) -> dict[str, Tensor]:
+    """The gradients that one training step leaves behind, after clipping."""
+    kept = LastGradients()
+    fit(module, [step], callbacks=[kept], **trainer)
+    return kept.gradients
+
+
+class LastGradients(pl.Callback):
+    """Keeps the gradients of the last optimizer step, which the Trainer frees when a fit ends."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        named = module.named_parameters()
+        self.gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    assert found and found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class MetricsLog(pl.Callback):
+    """Keeps what was logged at the end of each training step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def column(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows]

@@ -1,0 +1,175 @@
+"""A run that takes milliseconds, through the real seams: one weight to fit, the package's own bases."""
+
+import json
+from abc import abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from rlhf_lightning.data import AlignmentDataModule
+from rlhf_lightning.data.loader import StepLoader
+from rlhf_lightning.modules.base import Answer
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.types import Step
+
+UPDATES = 8
+"""Updates of an epoch."""
+
+
+class TinyBatch(tuple):
+    """Numbers to be predicted from themselves."""
+
+
+class SlopeModule(OfflineModule):
+    """Fit y = 2 x with one weight: loss (w x - 2 x)^2 / 2.
+
+    Args:
+        slope: where the weight starts.
+        offset: added to each prediction.
+        scorer: scores an answer.
+    """
+
+    batch_type = TinyBatch
+    headline_metrics = ("val/loss", "val/slope")
+
+    def __init__(self, init_from: str = "none", slope: float = 0.0, offset: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(init_from, **kwargs)
+        self.slope, self.offset = slope, offset
+        self.scorer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.line
+
+    def load_models(self) -> None:
+        self.line = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.line.weight, self.slope)
+
+    crash_at: ClassVar[int | None] = None
+    """Update before which training dies, as if the machine had gone."""
+
+    def training_step(self, step: Step[Any], batch_idx: int) -> None:
+        if self.crash_at is not None and self.updates >= self.crash_at:
+            raise RuntimeError("the machine is gone")
+        super().training_step(step, batch_idx)
+
+    def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
+        x = torch.stack(list(batch)).unsqueeze(-1)
+        losses = (self.line(x) + self.offset - 2 * x).square().squeeze(-1) / 2
+        meter.add("loss", losses)
+        meter.add("slope", self.line.weight.detach().squeeze())
+        return losses.sum()
+
+    def answer(self, prompts: Any, sampling: Any, seed: int = 0, first_episode: int = 0) -> list[Answer]:
+        weight = float(self.line.weight.detach())
+        return [Answer(f"{prompt} | {weight:.3f}", [1, 2, 3], [-0.5] * 3, True) for prompt in prompts]
+
+    def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
+        return [{"x": float(x), "y": float(self.line(x.view(1)))} for batch in step.micro_batches for x in batch]
+
+    def export(self, folder: str | Path) -> Path:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "weight.json").write_text(json.dumps(float(self.line.weight.detach())))
+        return Path(folder)
+
+
+class ScoredSlopeModule(SlopeModule):
+    """A SlopeModule that has no policy."""
+
+    has_policy = False
+
+
+class OtherModule(SlopeModule):
+    """Another class with the same arguments."""
+
+
+class RolloutModule(SlopeModule):
+    """Three updates in each training step, as on-policy modules take."""
+
+    def training_step(self, step: Step[Any], batch_idx: int) -> None:
+        meter = Meter()
+        for _ in range(3):
+            norm = self.update([partial(self.loss_sum, batch, meter) for batch in step.micro_batches], step.rows)
+        self.rollouts += 1
+        self.tokens += step.tokens
+        self.log_training(meter, grad_norm=norm)
+
+
+class NumbersDataModule(AlignmentDataModule):
+    """Numbers, shuffled anew each epoch; two of them a step.
+
+    Args:
+        count: numbers of an epoch.
+    """
+
+    batch_types = (TinyBatch,)
+
+    def __init__(self, source: str = "numbers", count: int = 2 * UPDATES, **kwargs: Any) -> None:
+        super().__init__(source, batch_size=2, **kwargs)
+        self.count = count
+
+    def encoder(self) -> Any:
+        raise AssertionError("no text is read")
+
+    def collator(self) -> Any:
+        raise AssertionError("no text is read")
+
+    def prepare_data(self) -> None:
+        if self.count == 0:
+            raise ValueError("numbers has no rows: nothing to train on")
+
+    def setup(self, stage: str) -> None:
+        self.steps_per_epoch, self.fingerprint = self.count // 2, f"numbers-{self.count}"
+        self.report = {"read": self.count, "kept": self.count}
+
+    def steps(self, epoch: int) -> list[Step[Any]]:
+        generator = torch.Generator().manual_seed(100 + epoch)
+        numbers = torch.rand(self.count, generator=generator) + 0.5
+        return [Step((TinyBatch(pair),), 2, 2) for pair in numbers.split(2)]
+
+    def train_dataloader(self) -> StepLoader:
+        return StepLoader(self.steps, self.count // 2, self.fingerprint)
+
+    def val_dataloader(self) -> StepLoader:
+        return StepLoader(lambda _: self.steps(-1), self.count // 2, self.fingerprint)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+    def example_prompts(self, count: int) -> list[str]:
+        return [f"prompt <{n}>\nsecond | line" for n in range(count)]
+
+
+BASIC = ["--model", "tiny_run.SlopeModule", "--data", "tiny_run.NumbersDataModule", "--model.learning_rate", "0.1"]
+"""The shortest command line, after the command's name."""
+
+
+class UnfinishedDataModule(NumbersDataModule):
+    """Lacks a method that its base asks for."""
+
+    @abstractmethod
+    def further(self) -> None: ...
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events_of(folder: Path) -> Any:
+    """What TensorBoard reads of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def scalars_of(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events_of(folder).Scalars(tag)]
