@@ -57,7 +57,8 @@ def help_text() -> str:
             "tools:",
             *rows(TOOL_COMMANDS),
             "",
-            "`rlhf COMMAND --help` lists the options of a command, `rlhf fit --model.help DPOModule` those of a class.",
+            "`rlhf COMMAND --help` lists the options of a command,",
+            "`rlhf fit --model.help DPOModule` those of a class.",
         ]
     )
 

@@ -17,11 +17,11 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.types import Message, Prompt
@@ -86,6 +86,11 @@ class _Facts:
         begin = tokenizer.bos_token_id
         plain = tokenizer("").input_ids
         self.opening: tuple[int, ...] = (begin,) if begin is not None and plain[:1] == [begin] else ()
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return frozenset(self.control.values())
 
     def read_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find the template's turn markers, its end of turn, and where it trims contents."""
@@ -381,7 +386,7 @@ def _apply(
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generation, continue_final_message=open_turn
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # a template is a stranger's program: it may raise anything
         roles = ", ".join(message["role"] for message in messages[:8])
         raise ChatTemplateError(f"The chat template refuses the turns ({roles}): {error}") from error
 
@@ -432,7 +437,7 @@ def _as_written(
     tokenizer: PreTrainedTokenizerBase, facts: _Facts, rendered: Rendered, parts: list[tuple[list[int], bool]]
 ) -> bool:
     """Whether the control tokens found are those the template wrote, so that no content was taken for one."""
-    control = set(facts.control.values())
+    control = facts.control_ids
     found = [i for ids, _ in parts for i in ids if i in control]
     written = [s.text for s in rendered.careful if not s.literal]
     return found == [i for text in written for i in _known(tokenizer, facts, text) if i in control]
@@ -442,7 +447,7 @@ def _literal(tokenizer: PreTrainedTokenizerBase, facts: _Facts, text: str) -> li
     """Ids of a content, none of them a control token."""
     marks = "|".join(re.escape(c) for c in sorted(facts.control, key=len, reverse=True))
     pieces = [piece for piece in re.split(f"({marks})", text) if piece] if marks else [text]
-    control = set(facts.control.values())
+    control = facts.control_ids
     ids: list[int] = []
     for piece in pieces:
         found = _plainly(tokenizer, piece)

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from conftest import ASSISTANT, BC, BOS, END, EOS, SPECIAL, SYSTEM, TEMPLATE, USER, make_tiny_tokenizer, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ASSISTANT, BC, BOS, END, EOS, SPECIAL, SYSTEM, TEMPLATE, USER, make_tiny_tokenizer, spell
 from rlhf_lightning.tokenization import (
     ChatTemplateError,
     completion_text,
@@ -195,6 +195,11 @@ def test_a_template_that_refuses_says_which_turns():
     assert encode_prompt(refusing, user("u"))[0] == USER
 
 
+def test_a_template_that_counts_to_a_billion_is_stopped():
+    with pytest.raises(ChatTemplateError, match="Range too big"):
+        encode_prompt(make_tiny_tokenizer("{% for i in range(10 ** 9) %}x{% endfor %}"), user("u"))
+
+
 def test_a_template_cannot_reach_for_the_machine(tmp_path):
     reaching = make_tiny_tokenizer(
         "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('true') }}"
@@ -275,7 +280,11 @@ def test_fingerprints_tell_what_encodes_otherwise():
     first = tokenizer_fingerprint(tokenizer)
     tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)  # leaves traces in the tokenizer's own state
     assert tokenizer_fingerprint(tokenizer) == first == tokenizer_fingerprint(make_tiny_tokenizer())
-    others = [make_tiny_tokenizer(TEMPLATE + " "), make_tiny_tokenizer(adds_bos=True), make_tiny_tokenizer(pad_token=None)]
+    others = [
+        make_tiny_tokenizer(TEMPLATE + " "),
+        make_tiny_tokenizer(adds_bos=True),
+        make_tiny_tokenizer(pad_token=None),
+    ]
     assert len({first, *map(tokenizer_fingerprint, others)}) == 4
 
 
@@ -309,7 +318,7 @@ def test_truncation_keeps_bos():
 @given(st.integers(0, 30), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(2, 40), st.integers(1, 40))
 def test_truncation_never_empties_a_completion(prompt, completions, max_length, max_prompt_length):
     ids, cut = truncate([0] * prompt, [[1] * n for n in completions], max_length, max_prompt_length)
-    assert all(1 <= len(c) and len(ids) + len(c) <= max_length for c in cut)
+    assert all(len(c) >= 1 and len(ids) + len(c) <= max_length for c in cut)
     assert len(ids) <= max_prompt_length and (len(ids) > 0 or prompt == 0)
 
 

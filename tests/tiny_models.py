@@ -1,32 +1,70 @@
-"""Tiny language models on the assistant world's vocabulary, batches for them, and fits that take milliseconds.
+"""Tiny language models, a tokenizer and batches for them, and fits that take milliseconds.
 
 Weights are drawn ten times wider than a fresh model's, so that next-token distributions are far from uniform and a test
 that mixes up two tokens, rows or models cannot pass by accident.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences, Step
-from rlhf_lightning.worlds.assistant import AssistantWorld, make_config, make_tokenizer
 
-EOS = 3
-FIRST_WORD = 7
-"""Ids below are special tokens of the assistant world's tokenizer."""
+SPECIAL = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
+PAD, EOS, FIRST_WORD, VOCABULARY = 0, 3, 6, 120
+"""Ids from FIRST_WORD on are words: the token with id 17 is the text ``w17``."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
-def tiny_config(**changes: Any) -> Any:
-    config = make_config(hidden_size=32, layers=2, heads=2, intermediate_size=48)
-    config.update({"initializer_range": 0.2, "num_labels": 1, **changes})
-    return config
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = [*SPECIAL, *(f"w{index}" for index in range(FIRST_WORD, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "num_labels": 1,
+        "bos_token_id": 2,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    return LlamaConfig(**settings | changes)
 
 
 def save_policy(folder: Path, seed: int = 0, **changes: Any) -> str:
@@ -35,7 +73,7 @@ def save_policy(folder: Path, seed: int = 0, **changes: Any) -> str:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(**changes))
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -45,13 +83,8 @@ def save_reward_model(folder: Path, seed: int = 1, **changes: Any) -> str:
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(tiny_config(**changes))
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-@functools.cache
-def world_prompts(count: int) -> tuple[str, ...]:
-    return tuple(AssistantWorld(0).prompts("train")[:count])
 
 
 def sequences(
@@ -74,7 +107,7 @@ def random_rows(count: int, seed: int = 0, prompt: int = 6, completion: int = 9)
 
     def ids(longest: int) -> list[int]:
         length = int(torch.randint(1, longest + 1, (1,), generator=generator))
-        return torch.randint(FIRST_WORD, 459, (length,), generator=generator).tolist()
+        return torch.randint(FIRST_WORD, VOCABULARY, (length,), generator=generator).tolist()
 
     return [(ids(prompt), [*ids(completion), EOS]) for _ in range(count)]
 

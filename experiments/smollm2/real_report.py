@@ -124,8 +124,9 @@ def stage_lines(report: dict[str, Any]) -> list[str]:
         f"- **DPO** (LoRA, from SFT): {budget['dpo_rows']} harmlessness pairs, evaluated on {dpo['eval_rows']} of the "
         f"test file, whose opening questions are others. Before training the policy is the reference, so every margin "
         f"is 0 and the loss log 2; after it the loss is {dpo['loss_after']:.3f} and the accuracy "
-        f"{dpo['reward_accuracy']:.3f} {interval(dpo['reward_accuracy_ci'])}. KL, EOS rate "
-        f"({dpo['eos_rate']:.2f}) and length ({dpo['completion_length']:.1f} tokens) are of its answers to {dpo['sampled_prompts']} held-out questions.",
+        f"{dpo['reward_accuracy']:.3f} {interval(dpo['reward_accuracy_ci'])}. Its answers to {dpo['sampled_prompts']} "
+        f"held-out questions end in {100 * dpo['eos_rate']:.0f} % of cases and have {dpo['completion_length']:.1f} "
+        "tokens; the KL above is theirs.",
         f"- **PPO** (LoRA, from SFT, against that reward model): {budget['rollouts']} rollouts of {budget['episodes']} "
         f"answers of at most {budget['max_new_tokens']} tokens to the reward model's training prompts, evaluated on "
         f"{ppo['eval_rows']} held-out prompts with the same random numbers before and after. It is trained on the "

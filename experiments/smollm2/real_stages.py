@@ -43,7 +43,7 @@ class Budget:
     """
 
     sft_rows: int = 200
-    sft_eval_rows: int = 50
+    sft_eval_rows: int = 30
     sft_characters: int = 400
     reward_rows: int = 240
     reward_eval_rows: int = 260

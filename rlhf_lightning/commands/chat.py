@@ -1,6 +1,6 @@
 """``rlhf chat``: talk to a policy in the terminal."""
 
-from __future__ import annotations
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +76,7 @@ def lines(interactive: bool) -> Iterator[str]:
             return
 
 
-def converse(conversation: Conversation, typed: Iterator[str], show: Callable[..., None]) -> None:
+def converse(conversation: "Conversation", typed: Iterator[str], show: Callable[..., None]) -> None:
     """Answer each line; lines that begin with a slash are commands."""
     for line in typed:
         text = line.strip()
@@ -137,7 +137,7 @@ class Conversation:
             if self.has_turns:
                 self.turns.append({"role": "assistant", "content": said or "…"})
 
-    def _pieces(self, prompt: Prompt) -> Iterator[str]:
+    def _pieces(self, prompt: "Prompt") -> Iterator[str]:
         """Sample some tokens at a time, so that a slow machine shows that it works."""
         import torch
 
@@ -147,7 +147,7 @@ class Conversation:
         start = torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt))
         ends = tokenization.end_token_ids(self.tokenizer)
         ids: list[int] = []
-        shown, finished = "", False
+        shown, text, finished = "", "", False
         while not finished and len(ids) < self.settings.max_new_tokens:
             tokens = min(TOKENS_AT_A_TIME, self.settings.max_new_tokens - len(ids))
             settings = replace(self.settings, max_new_tokens=tokens)
@@ -158,7 +158,9 @@ class Conversation:
             finished = bool(drawn.finished[0])
             text = tokenization.completion_text(self.tokenizer, ids)
             # A character cut in two decodes to a replacement mark: it waits for its other half.
-            steady = text if finished else text.rstrip("\ufffd")
+            steady = text.rstrip("\ufffd")
             if steady.startswith(shown):
                 yield steady[len(shown) :]
                 shown = steady
+        if text.startswith(shown):
+            yield text[len(shown) :]

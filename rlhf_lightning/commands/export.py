@@ -1,6 +1,6 @@
 """``rlhf export``: a checkpoint or an adapter becomes a Hugging Face folder."""
 
-from __future__ import annotations
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import importlib
 import sys
@@ -47,7 +47,7 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
         import_own(import_module)
     if (path / "adapter_config.json").is_file():
         if not merge:
-            raise ValueError(f"{source} is an adapter's folder already; --merge true merges it into its backbone")
+            raise ValueError(f"{source} is an adapter's folder already; --merge merges it into its backbone")
         _report(merge_adapter(path, target), target)
         return 0
     if (path / "config.json").is_file():
@@ -105,7 +105,7 @@ def import_own(name: str) -> None:
     importlib.import_module(name)
 
 
-def module_from(checkpoint: Path) -> AlignmentModule:
+def module_from(checkpoint: Path) -> "AlignmentModule":
     """Build the module that wrote a checkpoint and load its weights; no code is run from the file.
 
     Raises:
@@ -174,7 +174,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     return float((before - after).abs().max())
 
 
-def probe(model: Any) -> Tensor:
+def probe(model: Any) -> "Tensor":
     """Return a model's outputs on a fixed text of tokens drawn from its vocabulary."""
     import torch
 

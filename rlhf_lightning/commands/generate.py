@@ -1,6 +1,6 @@
 """``rlhf generate``: answer a file of prompts."""
 
-from __future__ import annotations
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import json
 import os
@@ -92,7 +92,7 @@ def generate(
     return 0
 
 
-def read_prompts(path: str, as_chat: bool) -> list[tuple[Prompt, dict[str, Any]]]:
+def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":
     """Return prompts with their further columns; rows without a prompt are counted and named, not lost.
 
     Raises:
@@ -130,7 +130,7 @@ def read_prompts(path: str, as_chat: bool) -> list[tuple[Prompt, dict[str, Any]]
 
 def load_for_sampling(
     model: str, dtype: str = "float32", chat_template: str | None = None
-) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """Load a policy and its tokenizer onto the best device there is.
 
     Raises:
@@ -157,7 +157,7 @@ def load_for_sampling(
     return policy.to(accelerator or "cpu"), tokenizer
 
 
-def _scorer(spec: str, policy: CausalLM) -> Any:
+def _scorer(spec: str, policy: "CausalLM") -> Any:
     """Load a scorer onto the policy's device."""
     from rlhf_lightning.scoring import load_scorer
 
@@ -165,13 +165,13 @@ def _scorer(spec: str, policy: CausalLM) -> Any:
 
 
 def completions(
-    policy: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[Prompt, dict[str, Any]]],
+    policy: "CausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Sequence[tuple[Prompt, dict[str, Any]]]",
     samples: int,
     settings: Any,
     seed: int,
-    speed: Speed,
+    speed: "Speed",
     score: Any = None,
     scorer_name: str = "",
 ) -> Iterator[dict[str, Any]]:

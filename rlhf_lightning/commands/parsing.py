@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+BOOLEANS = ("true", "false", "yes", "no")
 CLASS = re.compile(r"given class_path '([^']+)'")
 
 
@@ -57,9 +58,19 @@ def run_function(
     helps = {entry.arg_name: entry.description for entry in doc.params}
     for name in positional:
         parser.add_argument(name, type=str, help=helps.get(name))
-    parser.add_function_arguments(function, as_positional=False, skip=set(positional))
-    # Lists of settings are written by programs as well as by hand, so nothing is guessed from prefixes.
-    return function(**parser.parse_args(with_underscores(argv)).as_dict()) or 0
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(positional))
+    switches = [name for name, entry in inspect.signature(function).parameters.items() if entry.default is False]
+    return function(**parser.parse_args(_switched_on(with_underscores(argv), switches)).as_dict()) or 0
+
+
+def _switched_on(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """Rewrite ``--merge`` to ``--merge=true`` where no value follows."""
+    names = {f"--{switch}" for switch in switches}
+    following = [*argv[1:], ""][: len(argv)]
+    return [
+        f"{argument}=true" if argument in names and after.lower() not in BOOLEANS else argument
+        for argument, after in zip(argv, following, strict=True)
+    ]
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:

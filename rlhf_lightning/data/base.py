@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -309,7 +310,13 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Steps of the held-out rows, in their order; none without such rows."""
-        return self._in_order(self.eval_store, self.held_out, self.collator()) if len(self.held_out) else []
+        if not len(self.held_out):
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # which is as it should be
+            return []
+        return self._evaluation()
+
+    def _evaluation(self) -> StepLoader:
+        return self._in_order(self.eval_store, self.held_out, self.collator())
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:
         """The same steps as for validation."""
@@ -320,6 +327,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         store, rows = self._shown()
         module = self.trainer.lightning_module if self.trainer is not None else None
         if getattr(module, "has_policy", True) or RankedBatch not in self.batch_types:
+            if self.completes:  # several completions of a prompt would have it answered several times
+                _, firsts = np.unique(store.arrays["group"][rows], return_index=True)
+                rows = rows[np.sort(firsts)]
             return self._prompts_in_order(store, rows)
         return self._in_order(store, rows, collation.groups)
 

@@ -119,6 +119,8 @@ class BatchPlan:
         most = self.micro_batch_size or len(lengths)
         limit = self.max_tokens or sum(lengths) + lengths[0] * len(lengths)
         wanted = self.ranks * -(-len(_filled(lengths, limit, most)) // self.ranks)
+        if wanted == 1:
+            return [(0, len(lengths))]
         low, high = lengths[0], max(limit, lengths[0])
         while low < high:  # the smallest token limit that needs no more micro-batches
             middle = (low + high) // 2

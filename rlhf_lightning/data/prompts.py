@@ -128,9 +128,8 @@ class PromptDataModule(AlignmentDataModule):
             return prompts
         return MixedSteps(prompts, self.stores["pretraining"], self._mixed, first, self.seed, *self.ranks)
 
-    def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """Prompts of the held-out rows in their order, one sample each; none without such rows."""
-        return self._prompts_in_order(self.eval_store, self.held_out) if len(self.held_out) else []
+    def _evaluation(self) -> StepLoader:
+        return self._prompts_in_order(self.eval_store, self.held_out)
 
 
 class MixedSteps:

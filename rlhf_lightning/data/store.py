@@ -87,7 +87,7 @@ class RowStore:
         return cls(arrays, report)
 
     def save(self, folder: Path) -> None:
-        """Write the arrays to ``folder``, all of them or none; if it exists already, it stays."""
+        """Write the arrays to ``folder``, all of them or none; if it is there already and whole, it stays."""
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
         try:
@@ -96,10 +96,12 @@ class RowStore:
             sizes = {name: len(array) for name, array in self.arrays.items()}
             text = json.dumps({"report": self.report.to_dict(), "sizes": sizes})
             (temporary / "meta.json").write_text(text, encoding="utf-8")
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "meta.json").exists():
-                raise
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if RowStore.load(folder) is None:  # damaged; otherwise somebody else was faster
+                    shutil.rmtree(folder)
+                    os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -42,7 +42,9 @@ class ShardedSource:
     def __init__(self, source: Source, seed: int, shuffle: bool) -> None:
         self.source, self.seed, self.shuffle = source, seed, shuffle
         self.files = files_of(source)
-        self.dataset: Any = None if self.files is not None else load_hub(source, streaming=True)
+        self.dataset: Any = None
+        if self.files is None:
+            self.dataset = load_hub(source, streaming=True)
         self.shards: int = self.dataset.num_shards if self.files is None else len(self.files)
         self.cursor = [0, 0, 0]  # pass, place in the order of shards, rows read of that shard
         self._rows: Iterator[RawRow] | None = None

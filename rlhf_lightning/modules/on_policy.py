@@ -227,8 +227,10 @@ class OnPolicyModule(AlignmentModule):
     def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
         """Return what one forward of the policy, and one of the reference, say about a micro-batch."""
         temperature = self.sampling.temperature
-        outputs = self.policy(layout, temperature, with_entropy=True)
+        outputs = self.policy_outputs(layout, with_entropy=True)
         grids = {"completion_mask": layout.completion_mask, "logprobs": outputs.logprobs, "entropy": outputs.entropy}
+        if outputs.values is not None:
+            grids["values"] = outputs.values
         if self._reference:
             grids["reference_logprobs"] = self._reference[0](layout, temperature).logprobs
         elif self.needs_reference:
@@ -254,9 +256,9 @@ class OnPolicyModule(AlignmentModule):
         """Return the critic's loss per state, in families that have one."""
         return Loss(torch.zeros_like(outputs.logprobs))
 
-    def policy_outputs(self, layout: Layout) -> Any:
-        """Forward the policy for an update."""
-        return self.policy(layout, self.sampling.temperature, with_entropy=self.entropy_coef != 0)
+    def policy_outputs(self, layout: Layout, with_entropy: bool) -> Any:
+        """Forward the policy, for a rollout's statistics or for an update."""
+        return self.policy(layout, self.sampling.temperature, with_entropy=with_entropy)
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
@@ -290,7 +292,7 @@ class OnPolicyModule(AlignmentModule):
         layout = padded_layout(select(rollout.sequences, cut)).to(self.device)
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
         rows = torch.tensor(cut, device=self.device)
-        outputs = self.policy_outputs(layout)
+        outputs = self.policy_outputs(layout, with_entropy=self.entropy_coef != 0)
 
         def part(grid: Tensor | None) -> Any:
             return None if grid is None else grid[rows, :length]

@@ -169,11 +169,10 @@ class PPOModule(OnPolicyModule):
         slots = torch.arange(mask.shape[1] + 1, device=mask.device)
         return slots <= mask.sum(-1, keepdim=True)
 
-    def policy_outputs(self, layout: Layout) -> Any:
-        """Forward the policy for an update, and the critic with it where the trunk is shared."""
+    def policy_outputs(self, layout: Layout, with_entropy: bool) -> Any:
+        """Forward the policy, and the critic with it where the trunk is shared."""
         shared = self._value_layout(layout) if self.critic is None else None
-        temperature, entropy = self.sampling.temperature, self.entropy_coef != 0
-        return self.policy(layout, temperature, with_entropy=entropy, value_layout=shared)
+        return self.policy(layout, self.sampling.temperature, with_entropy=with_entropy, value_layout=shared)
 
     def _values(self, layout: Layout, shared_values: Tensor | None) -> Tensor:
         """Return the critic's values of the layout's states."""
@@ -186,9 +185,7 @@ class PPOModule(OnPolicyModule):
 
     def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
         grids = super()._forward_statistics(layout)
-        if self.critic is None:
-            grids["values"] = self.policy(layout, value_layout=self._value_layout(layout)).values
-        else:
+        if self.critic is not None:
             grids["values"] = self._values(layout, None)
         return grids
 

@@ -23,8 +23,8 @@ def save(folder: Path, kind: Any, template: bool = True, seed: int = 0) -> str:
     settings = make_tiny_tokenizer() if template else make_tiny_tokenizer(template=None)
     config = LlamaConfig(
         vocab_size=len(settings), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.3,
+        num_key_value_heads=2, max_position_embeddings=512, num_labels=1, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from tiny_run import rows_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.models import sampling
 from rlhf_lightning.tokenization import encode_completion, encode_prompt, load_tokenizer
 
 PROMPTS = [
@@ -29,34 +30,45 @@ def generate(*flags):
     return rows_of(Path("answers.jsonl"))
 
 
-def test_rows_are_in_order_and_logprobs_are_the_policys(policy_folder, prompts):
+def test_rows_are_in_order_and_carry_their_columns(policy_folder, prompts):
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
-                    "--max-new-tokens", "12", "--temperature", "0.8")  # fmt: skip
+                    "--max-new-tokens", "12")  # fmt: skip
     assert [(row["prompt"], row["sample"]) for row in rows] == [(p["prompt"], s) for p in PROMPTS for s in (0, 1)]
     assert [row["category"] for row in rows] == ["short", "short", "chat", "chat", "long", "long"]
     assert len({row["completion"] for row in rows}) == 6, "samples of one prompt are other episodes"
-    tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder)
-    checked = 0
-    for row in rows:
-        completion, _ = encode_completion(tokenizer, row["completion"], row["prompt"])
-        completion = completion if row["finished"] else completion[:-1]
-        if len(completion) != row["length"] or tokenizer.decode(completion).count("\ufffd"):
-            continue  # bytes that are no text do not survive the way to text and back
-        prompt = encode_prompt(tokenizer, row["prompt"])
+    assert "score" not in rows[0]
+
+
+def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, monkeypatch):
+    drawn = []
+
+    def kept(*args, **kwargs):
+        drawn.append(sampling_of(*args, **kwargs))
+        return drawn[-1]
+
+    sampling_of = sampling.sample
+    monkeypatch.setattr(sampling, "sample", kept)
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
+                    "--max-new-tokens", "12", "--temperature", "0.8")  # fmt: skip
+    tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder).eval()
+    for row, completion in zip(rows, [ids for batch in drawn for ids in batch.ids], strict=True):
+        prompt = torch.tensor(encode_prompt(tokenizer, row["prompt"]))
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + completion])).logits[0] / 0.8
-        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-        expected = logprobs.gather(-1, torch.tensor(completion).unsqueeze(-1)).sum().item()
-        assert row["logprob"] == pytest.approx(expected, abs=1e-3)
-        checked += 1
-    assert checked
+            logits = model(torch.cat([prompt, completion]).unsqueeze(0)).logits[0] / 0.8
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, completion.unsqueeze(-1))
+        assert row["logprob"] == pytest.approx(float(logprobs.sum()), abs=1e-3)
+        assert row["length"] == len(completion) and row["finished"] == (int(completion[-1]) in (2, 5))
 
 
 def test_the_seed_and_nothing_else_decides(policy_folder, prompts):
     base = ("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max_new_tokens", "8")
-    first = generate(*base, "--samples", "3", "--batch-size", "16")
-    assert generate(*base, "--samples", "3", "--batch-size", "2") == first
-    assert generate(*base, "--samples", "3", "--seed", "1") != first
+    first, small, other = (
+        generate(*base, "--samples", "3", *flags)
+        for flags in (["--batch-size", "16"], ["--batch-size", "2"], ["--seed", "1"])
+    )
+    assert [row["completion"] for row in small] == [row["completion"] for row in first]
+    assert [row["logprob"] for row in small] == pytest.approx([row["logprob"] for row in first], abs=1e-3)
+    assert [row["completion"] for row in other] != [row["completion"] for row in first]
 
 
 def test_zero_temperature_takes_the_likeliest_token(policy_folder, prompts):

@@ -4,7 +4,7 @@ import pytest
 import tiny_run
 from tiny_run import BASIC
 
-from rlhf_lightning.commands.parsing import explain, nearest, with_underscores
+from rlhf_lightning.commands.parsing import explain, nearest, run_function, with_underscores
 from rlhf_lightning.commands.train import main
 
 YAML = """
@@ -144,6 +144,28 @@ def test_hyphens_are_read_as_underscores_in_names_alone():
     assert with_underscores(given) == [
         "--max_new_tokens", "-1", "--data.batch_size=8", "--source", "my-file.jsonl", "--out=a-b.jsonl", "-c", "x-y",
     ]  # fmt: skip
+
+
+def test_switches_may_stand_alone():
+    called = []
+
+    def command(place: str, fast: bool = False, loud: bool = False) -> int:
+        """Do it.
+
+        Args:
+            place: where.
+            fast: at speed.
+            loud: with noise.
+        """
+        called.append((place, fast, loud))
+        return 4
+
+    for argv in (["--fast", "here", "--loud"], ["here", "--fast", "true", "--loud=true"], ["--loud", "--fast", "here"]):
+        assert run_function(command, argv, "try", positional=["place"]) == 4
+    run_function(command, ["--fast", "false", "fast"], "try", positional=["place"])
+    assert called == [("here", True, True)] * 3 + [("fast", False, False)]
+    with pytest.raises(SystemExit):
+        run_function(command, [], "try", positional=["place"])
 
 
 def test_a_message_nobody_foresaw_is_folded_into_a_line():

@@ -46,7 +46,10 @@ HH = "\n\nHuman: {}\n\nAssistant: {}"
             ([system("s"), user("p")], [[assistant("c"), user("q"), assistant("d")]]),
         ),
         ({"messages": [system(""), user("p"), assistant("c")]}, ([user("p")], [[assistant("c")]])),
-        ({"messages": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]}, ([user("p")], [[assistant("c")]])),
+        (
+            {"messages": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]},
+            ([user("p")], [[assistant("c")]]),
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "p"}]}, assistant("c")]},
             ([user("p")], [[assistant("c")]]),
@@ -79,7 +82,10 @@ def test_demonstrations(row, wanted):
             ([user("p")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),
         (
-            {"chosen": HH.format("p", "a") + HH.format("q", "c"), "rejected": HH.format("p", "a") + HH.format("q", "r")},
+            {
+                "chosen": HH.format("p", "a") + HH.format("q", "c"),
+                "rejected": HH.format("p", "a") + HH.format("q", "r"),
+            },
             ([user("p"), assistant("a"), user("q")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),
         ({"chosen": "The sky is blue.", "rejected": "The sky is red."}, ("The sky is", [" blue.", " red."], [0, 1])),
@@ -106,7 +112,10 @@ def test_labels_of_a_pair():
     [
         ({"prompt": "p", "answer": "4"}, ("p", {"answer": "4"})),
         ({"prompt": [user("p")], "kwargs": [{}]}, ([user("p")], {"kwargs": [{}]})),
-        ({"messages": [user("p"), assistant("a"), user("q"), assistant("c")]}, ([user("p"), assistant("a"), user("q")], {})),
+        (
+            {"messages": [user("p"), assistant("a"), user("q"), assistant("c")]},
+            ([user("p"), assistant("a"), user("q")], {}),
+        ),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, ("p", {"chosen": "c", "rejected": "r"})),
         ({"prompt": "p", "completions": ["a", "b"], "prompts": 1, "tree": 2}, ("p", {"tree": 2})),
         ({"chosen": HH.format("p", "c"), "rejected": HH.format("p", "r")}, ([user("p")], {})),
@@ -160,7 +169,11 @@ REFUSED = [
     (preference, {"chosen": SAME, "rejected": HH.format("q", "r")}, "prompts_differ"),
     (preference, {"chosen": SAME, "rejected": HH.format("p", " ")}, "empty_turn"),
     (preference, {"chosen": SAME, "rejected": HH.format("p", "x Human: y")}, "inline_role_marker"),
-    (preference, {"chosen": SAME + "\n\nAssistant: a", "rejected": SAME + "\n\nAssistant: b"}, "turns_do_not_alternate"),
+    (
+        preference,
+        {"chosen": SAME + "\n\nAssistant: a", "rejected": SAME + "\n\nAssistant: b"},
+        "turns_do_not_alternate",
+    ),
     (preference, {"chosen": "Note\n\nHuman: p\n\nAssistant: c", "rejected": SAME}, "no_user_turn"),
     (preference, {"chosen": "abc", "rejected": "xyz"}, "empty_prompt"),
     (preference, {"chosen": "abc", "rejected": "abcd"}, "empty_completion"),

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FIRST_WORD, plain_logprobs, random_rows, sequences
+from tiny_models import FIRST_WORD, VOCABULARY, plain_logprobs, random_rows, sequences
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
 
@@ -69,7 +69,7 @@ def test_matches_are_ones_on_greedy_completions(policy: CausalLM) -> None:
 def noisy_pads(layout: Layout, lengths: list[int], extra: int) -> Layout:
     """The same rows, wider, with random tokens in the free cells."""
     rows, width = layout.input_ids.shape
-    ids = torch.randint(0, 459, (rows, width + extra), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, VOCABULARY, (rows, width + extra), generator=torch.Generator().manual_seed(1))
     for row, length in enumerate(lengths):
         ids[row, :length] = layout.input_ids[row, :length]
 

@@ -133,7 +133,7 @@ def test_a_continued_adapter_is_handed_over_without_its_reference(
 def test_the_tokenizer_travels_with_its_template(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     folder = export_policy(load_policy(policy_folder), tokenizer, tmp_path / "model")
     loaded = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": "is it safe"}]
+    messages = [{"role": "user", "content": "w7 w9"}]
     for template in (loaded.chat_template, tokenizer.chat_template):
         assert template is not None
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.pad_token_id == tokenizer.pad_token_id

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FIRST_WORD, random_rows, save_policy, sequences, tiny_config
+from tiny_models import FIRST_WORD, VOCABULARY, random_rows, save_policy, sequences, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
@@ -82,7 +82,7 @@ def test_from_scratch_draws_the_weights_of_the_seed_and_leaves_the_global_state_
     assert equal(weights(load_policy(bare_folder, LoadSettings(from_scratch=True, seed=4))), first)
     assert not equal(weights(load_policy(bare_folder, LoadSettings(from_scratch=True, seed=5))), first)
     spread = first["model.model.embed_tokens.weight"][1:].std()
-    assert float(spread) == pytest.approx(0.2, rel=0.02)  # the config's initializer_range
+    assert float(spread) == pytest.approx(0.2, rel=0.04)  # the config's initializer_range
 
 
 def test_from_scratch_does_not_read_the_weights_that_are_there(policy_folder: str) -> None:
@@ -152,7 +152,7 @@ def test_a_reward_models_own_head_is_kept(reward_folder: str) -> None:
 
 def gpt2_with_dropout() -> GPT2Config:
     return GPT2Config(
-        vocab_size=459, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, bos_token_id=2,
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, bos_token_id=2,
         eos_token_id=3, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5,
     )  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_a_fingerprint_outlives_saving_again_and_another_precision(policy_folder
 def test_a_fingerprint_does_not_depend_on_the_shards(tmp_path: Path) -> None:
     whole = save_policy(tmp_path / "whole", num_hidden_layers=12)  # sorted by name, layer 10 comes before layer 2
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "shards", max_shard_size="80KB")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
     assert fingerprint(str(tmp_path / "shards")) == fingerprint(whole)
 
@@ -325,4 +325,4 @@ def test_a_plain_folder_loads_through_the_shared_loader(policy_folder: str) -> N
     model = load_hf_model(policy_folder, AutoModelForCausalLM, LoadSettings())
     stored = json.loads((Path(policy_folder) / "config.json").read_text())
     assert model.config.hidden_size == stored["hidden_size"] == 32
-    assert math.isclose(float(model.get_input_embeddings().weight.detach().std()), 0.2, rel_tol=0.02)
+    assert math.isclose(float(model.get_input_embeddings().weight.detach().std()), 0.2, rel_tol=0.04)

@@ -15,7 +15,7 @@ from rlhf_lightning.models.sampling import Completions, SamplingSettings, sample
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(12, seed=21, prompt=10)]
 EPISODES = torch.arange(100, 112)
-ENDS = (3, *range(10, 70))
+ENDS = (3, *range(10, 25))
 """So many end tokens that completions end at all kinds of lengths."""
 
 

@@ -108,7 +108,8 @@ def test_sft_updates_are_those_of_plain_pytorch_however_they_are_cut(policy_fold
 def test_an_adapters_gradients_do_not_depend_on_the_cut(policy_folder: str) -> None:
     found = []
     for micro in (None, 2):
-        module = SFTModule(init_from=policy_folder, lora=LoraSettings(r=4), **OPTIMIZER | {"max_grad_norm": None})
+        settings = OPTIMIZER | {"max_grad_norm": None}
+        module = in_double(SFTModule(init_from=policy_folder, lora=LoraSettings(r=4), **settings))
         found.append(gradients_of_step(module, demonstration_step(ROWS[0], micro, WEIGHTS, FLAGS[0])))
     assert all("lora_" in name for name in found[0])
     assert_same(found[1], found[0])
@@ -142,7 +143,9 @@ def test_reward_updates_are_those_of_plain_pytorch_however_they_are_cut(reward_f
         for (prompt, completions, ranks), weight in zip(GROUPS, WEIGHTS, strict=True):
             scores = [plain(torch.tensor([prompt + c])).logits[0, 0] for c in completions]
             pairs = [(scores[i], scores[j]) for i in range(3) for j in range(3) if ranks[i] < ranks[j]]
-            losses = [torch.log(1 + torch.exp(worse - better)) + 0.01 * (better + worse) ** 2 for better, worse in pairs]
+            losses = [
+                torch.log(1 + torch.exp(worse - better)) + 0.01 * (better + worse) ** 2 for better, worse in pairs
+            ]
             if losses:
                 total = total + weight * sum(losses) / len(losses)
         return total / 7
@@ -154,10 +157,10 @@ def test_reward_updates_are_those_of_plain_pytorch_however_they_are_cut(reward_f
 # -- DPO --------------------------------------------------------------------------------------------------------------
 
 PAIRS = random_pairs(7, seed=6)
-TARGET = [1.0, 0.8, 1.0, 0.5, 1.0, 0.3, 1.0]
+TARGET = [1.0, 0.75, 1.0, 0.5, 1.0, 0.25, 1.0]  # exact in fp32
 
 
-def dpo_by_hand(plain: Any, reference: Any, smoothing: float = 0.1, beta: float = 0.5) -> Tensor:
+def dpo_by_hand(plain: Any, reference: Any, smoothing: float = 0.125, beta: float = 0.5) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for (prompt, chosen, rejected), target, weight in zip(PAIRS, TARGET, WEIGHTS, strict=True):
         with torch.no_grad():
@@ -171,7 +174,7 @@ def dpo_by_hand(plain: Any, reference: Any, smoothing: float = 0.1, beta: float 
 
 @pytest.mark.parametrize("micro", [1, 3, None])
 def test_dpo_updates_are_those_of_plain_pytorch_however_they_are_cut(policy_folder: str, micro: int | None) -> None:
-    module = in_double(DPOModule(init_from=policy_folder, beta=0.5, label_smoothing=0.1, **OPTIMIZER))
+    module = in_double(DPOModule(init_from=policy_folder, beta=0.5, label_smoothing=0.125, **OPTIMIZER))
     start = copy.deepcopy(module.policy.model)
     fit(module, [preference_step(PAIRS, micro, TARGET, weights=WEIGHTS)] * 2)
     plain, reference = (AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float64) for _ in range(2))

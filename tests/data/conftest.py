@@ -1,0 +1,22 @@
+"""DataModules without a Trainer."""
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def ready(tiny_tokenizer: Any, cache: Any) -> Any:
+    """Prepares a DataModule by hand, on some rank, for some batch."""
+
+    def prepare(data: Any, rank: int = 0, ranks: int = 1, batch_type: type | None = None, tokenizer: Any = None) -> Any:
+        kind = type(data)
+        data.__class__ = type(kind.__name__, (kind,), {"ranks": property(lambda _: (rank, ranks))})
+        data.tokenizer = tokenizer or tiny_tokenizer
+        if batch_type is not None:
+            data.batch_type = batch_type
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    return prepare

@@ -1,0 +1,129 @@
+"""Rollouts: which prompts, how often, numbered how, on which rank."""
+
+import pytest
+from conftest import ASSISTANT, END, EOS, USER, make_tiny_tokenizer, spell
+
+from rlhf_lightning.data import PromptDataModule
+from rlhf_lightning.types import PromptBatch
+
+
+def rows(count):
+    return [{"prompt": f"p{i}", "answer": str(i)} for i in range(count)]
+
+
+def rollouts(data, epoch=0):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [step.micro_batches[0] for step in loader]
+
+
+def episodes(batch):
+    return dict(zip(batch.episodes.tolist(), batch.texts, strict=True))
+
+
+def test_a_rollout_by_value(ready, write_rows):
+    rows = [
+        {"prompt": [{"role": "user", "content": "q"}], "answer": "4", "level": 2},
+        {"prompt": "p:", "answer": "5", "completions": ["not", "handed", "on"]},
+    ]
+    data = ready(PromptDataModule(write_rows(rows), batch_size=4, samples_per_prompt=2, shuffle=False))
+    (step,) = data.train_dataloader()
+    (batch,) = step.micro_batches
+    chat, plain = spell(USER, "\nq", END, "\n", ASSISTANT, "\n"), spell("p:")
+    assert [ids.tolist() for ids in batch.prompts] == [chat, chat, plain, plain]
+    assert batch.texts == (rows[0]["prompt"],) * 2 + ("p:",) * 2
+    assert batch.columns == {"answer": ["4", "4", "5", "5"], "level": [2, 2, None, None]}
+    assert (batch.episodes.tolist(), batch.group.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1])
+    assert (step.rows, step.tokens, batch.pretraining) == (4, 0, None)
+
+
+def test_episodes_are_numbered_through_the_run_alike_on_any_ranks(ready, write_rows):
+    source = write_rows(rows(10))
+    settings = {"batch_size": 8, "samples_per_prompt": 2, "rollouts": 3}
+    alone = ready(PromptDataModule(source, **settings))
+    both = [ready(PromptDataModule(source, **settings), rank, 2) for rank in (0, 1)]
+    assert alone.steps_per_epoch == 3
+    numbers = []
+    for epoch in (0, 1):
+        for one, *shares in zip(rollouts(alone, epoch), *(rollouts(data, epoch) for data in both), strict=True):
+            assert [len(share.prompts) for share in shares] == [4, 4]
+            assert episodes(shares[0]) | episodes(shares[1]) == episodes(one)
+            numbers += sorted(episodes(one))
+            for share in shares:
+                assert all(share.texts[i] == share.texts[i + 1] for i in range(0, 4, 2)), "a group is split"
+    assert numbers == list(range(2 * 3 * 8))
+
+
+def test_prompts_are_taken_in_turn_from_pass_after_pass(ready, write_rows):
+    data = ready(PromptDataModule(write_rows(rows(5)), batch_size=3))
+    assert data.steps_per_epoch == 2, "one pass, and full rollouts"
+    taken = [text for epoch in range(5) for batch in rollouts(data, epoch) for text in batch.texts]
+    assert len(taken) == 30
+    passes = [taken[start : start + 5] for start in range(0, 30, 5)]
+    assert all(sorted(one) == [f"p{i}" for i in range(5)] for one in passes)
+    assert len({tuple(one) for one in passes}) > 3, "each pass has an order of its own"
+
+
+def test_prompts_of_longer_rows(ready, write_rows):
+    rows = [
+        {"prompt": "a", "chosen": "x", "rejected": "y"},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]},
+    ]
+    data = ready(PromptDataModule(write_rows(rows), batch_size=2, shuffle=False))
+    (batch,) = rollouts(data)
+    assert batch.texts == ("a", [{"role": "user", "content": "u"}])
+    assert batch.columns == {"chosen": ["x", None], "rejected": ["y", None]}
+
+
+def test_long_prompts_keep_their_end(ready, write_rows):
+    data = ready(PromptDataModule(write_rows([{"prompt": "uvwxyz"}]), batch_size=1, max_prompt_length=4))
+    assert rollouts(data)[0].prompts[0].tolist() == spell("wxyz")
+    assert data.report.truncated == {"prompt": 1}
+
+
+def test_held_out_prompts_have_one_sample(ready, write_rows):
+    data = ready(
+        PromptDataModule(write_rows(rows(9)), batch_size=4, samples_per_prompt=4, eval_rows=3, eval_batch_size=2)
+    )
+    held = [step.micro_batches[0] for step in data.val_dataloader()]
+    assert [len(batch.prompts) for batch in held] == [2, 1]
+    assert [n for batch in held for n in batch.episodes.tolist()] == [0, 1, 2]
+    trained = {text for batch in rollouts(data) for text in batch.texts}
+    assert len(trained) == 6 and not trained & {text for batch in held for text in batch.texts}
+    share = ready(PromptDataModule(write_rows(rows(9)), batch_size=4, eval_rows=3, eval_batch_size=2), 1, 2)
+    assert [len(step.micro_batches[0].prompts) for step in share.val_dataloader()] == [1, 0]
+    assert isinstance(list(share.val_dataloader())[1].micro_batches[0], PromptBatch)
+
+
+def test_pretraining_text_is_mixed_in(ready, write_rows):
+    more = write_rows([{"text": f"t{i}"} for i in range(6)], "more.jsonl")
+    settings = {"batch_size": 2, "pretraining_source": more, "pretraining_batch_size": 4, "rollouts": 3}
+    source = write_rows(rows(4))
+    both = [ready(PromptDataModule(source, **settings), rank, 2) for rank in (0, 1)]
+    seen = []
+    tokenizer = make_tiny_tokenizer()
+    for first, second in zip(*(rollouts(data) for data in both), strict=True):
+        shares = [b.pretraining.sequences.completions for b in (first, second)]
+        assert [len(share) for share in shares] == [2, 2]
+        seen += [tokenizer.decode(ids[:-1]) for share in shares for ids in share]
+        assert all(ids[-1] == EOS for share in shares for ids in share)
+    assert sorted(seen) == sorted("012345" * 2), "two whole passes in three rollouts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6, "samples_per_prompt": 4}, "must be a multiple of samples_per_prompt 4"),
+        ({"samples_per_prompt": 0}, "must be a multiple of samples_per_prompt 0"),
+        ({"rollouts": 0}, "rollouts must be at least 1, or null for one pass; found 0"),
+        ({"pretraining_batch_size": 0}, "pretraining_batch_size must be at least 1, not 0"),
+    ],
+)
+def test_wrong_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PromptDataModule("x.jsonl", **changes)
+
+
+def test_ranks_that_cannot_share_a_rollout_are_refused(ready, write_rows):
+    with pytest.raises(ValueError, match="3 ranks cannot share the 4 prompts of a rollout evenly.*a multiple of 3"):
+        ready(PromptDataModule(write_rows(rows(4)), batch_size=8, samples_per_prompt=2), 0, 3)

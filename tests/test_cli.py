@@ -1,0 +1,142 @@
+"""`rlhf`: the table of commands, what is imported when, and how a failure is said."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from rlhf_lightning import cli
+from rlhf_lightning.cli import Command, failure_sentence, main
+
+ALL = {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Adds the command ``try`` and returns a list of what it was called with; its function can be set."""
+    calls: list = []
+    module = types.ModuleType("tried")
+    module.main = lambda argv: calls.append(argv)
+    monkeypatch.setitem(sys.modules, "tried", module)
+    monkeypatch.setitem(cli.TOOL_COMMANDS, "try", Command("tried", "for a test"))
+    monkeypatch.delenv("RLHF_DEBUG", raising=False)
+
+    def does(function):
+        module.main = function
+        return main(["try", "--flag"])
+
+    does.calls = calls
+    return does
+
+
+def test_help_lists_each_command_on_a_line(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, row in ALL.items():
+        assert f"  {name:<12}{row.help}" in lines
+    assert {"fit", "validate", "test", "predict", "quickstart", "chat", "generate", "export"} <= set(ALL)
+    assert max(map(len, lines)) <= 100
+
+
+def test_nothing_at_all_is_a_usage_error_that_shows_the_help(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().out.startswith("usage: rlhf COMMAND")
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_each_command_has_a_module(name):
+    assert importlib.util.find_spec(ALL[name].module) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("fti", "did you mean fit?"), ("generat", "did you mean generate?"), ("zzz", "the commands are fit")],
+)
+def test_an_unknown_command_names_the_nearest(given, hint, capsys):
+    assert main([given]) == 2
+    assert capsys.readouterr().err.startswith(f"rlhf: there is no command {given!r}: {hint}")
+
+
+def test_a_command_gets_what_follows_its_name_and_its_status_is_returned(command):
+    assert command(lambda argv: 0 if argv == ["--flag"] else 9) == 0
+    assert command(lambda argv: 3) == 3
+    assert command(lambda argv: None) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("beta is -1"),
+        FileNotFoundError("there is no file x"),
+        type("MisconfigurationException", (Exception,), {})("no"),
+    ],
+)
+def test_what_was_foreseen_is_said_in_one_sentence(command, error, capsys):
+    def fail(argv):
+        raise error
+
+    assert command(fail) == 1
+    assert capsys.readouterr().err == f"rlhf: {error}\n"
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(command):
+    def fail(argv):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        command(fail)
+
+
+def test_debugging_shows_every_traceback(command, monkeypatch):
+    def fail(argv):
+        raise ValueError("beta is -1")
+
+    monkeypatch.setenv("RLHF_DEBUG", "1")
+    with pytest.raises(ValueError, match="beta is -1"):
+        command(fail)
+
+
+def test_interrupts_and_closed_pipes_end_quietly(command, capfd):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert command(interrupted) == 130
+    assert capfd.readouterr().err == "rlhf: interrupted\n"
+
+
+def test_out_of_memory_names_what_to_lower():
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.\nmore")
+    sentence = failure_sentence(error)
+    assert "lower data.micro_batch_size, data.max_tokens or data.max_length" in sentence and "more" not in sentence
+    assert "out of memory" in failure_sentence(type("OutOfMemoryError", (RuntimeError,), {})("CUDA"))
+
+
+def test_help_imports_neither_torch_nor_lightning_and_the_package_runs_as_a_module(tmp_path):
+    """In a process of its own: what this one has imported would hide it."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = (
+        "import sys; from rlhf_lightning.cli import main; status = main(['--help']); "
+        "print(status, sorted({'torch', 'lightning', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": root}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert shown.stdout.splitlines()[-1] == "0 []"
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_lightning", "nonsense"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2 and "there is no command 'nonsense'" in result.stderr
+    light = (
+        "import sys; from rlhf_lightning.cli import main\n"
+        "try: main(['chat', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert shown.stdout.splitlines()[-1] == "[]"
