@@ -20,6 +20,13 @@ from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.optimization import (
+    clip_by_global_norm,
+    parameter_groups,
+    schedule_factor,
+    updates_of_run,
+    without_gradient_sync,
+)
 from rlhf_lightning.types import Loss, Prompt, PromptBatch, Sequences, Step
 
 
@@ -94,7 +101,7 @@ class AlignmentModule(LightningModule):
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.updates = self.episodes = self.tokens = self.rollouts = 0
-        self._steps_logged = 0
+        self._steps_logged, self._learning_rate_used = 0, learning_rate
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._evaluation = Meter()
 
@@ -139,9 +146,8 @@ class AlignmentModule(LightningModule):
         offered = getattr(datamodule, "batch_types", None)
         if offered is not None and stage != "predict" and self.batch_type not in offered:
             names = " or ".join(sorted(kind.__name__ for kind in offered))
-            raise TypeError(
-                f"{type(self).__name__} takes {self.batch_type.__name__}, but {type(datamodule).__name__} yields {names}"
-            )
+            wanted = f"{type(self).__name__} takes {self.batch_type.__name__}"
+            raise TypeError(f"{wanted}, but {type(datamodule).__name__} yields {names}")
 
     def on_fit_start(self) -> None:
         """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
@@ -174,56 +180,21 @@ class AlignmentModule(LightningModule):
     def total_updates(self) -> int:
         """Return the optimizer steps of the whole run, which the learning-rate schedule spans.
 
-        Counted from the data's plan: reading ``trainer.estimated_stepping_batches`` here would make the trainer throw
-        away the position that a resumed DataLoader has just been given.
-
         Raises:
             ValueError: neither ``max_epochs`` nor ``max_steps`` bounds the run and the schedule is not constant.
         """
-        trainer = self.trainer
-        datamodule = getattr(trainer, "datamodule", None)
-        per_epoch = getattr(datamodule, "steps_per_epoch", None)
-        if per_epoch is None and getattr(trainer, "train_dataloader", None) is not None:
-            per_epoch = len(trainer.train_dataloader)
-        limit = trainer.limit_train_batches
-        bounds = []
-        if per_epoch is not None:
-            per_epoch = min(per_epoch, limit) if isinstance(limit, int) else int(per_epoch * limit)
-            if trainer.max_epochs is not None and trainer.max_epochs > 0:
-                bounds.append(per_epoch * trainer.max_epochs * self.updates_per_step)
-        if trainer.max_steps is not None and trainer.max_steps > 0:
-            bounds.append(trainer.max_steps)
-        if not bounds:
-            if self.lr_schedule == "constant":
-                return 1
+        total = updates_of_run(self.trainer, self.updates_per_step)
+        if total is None and self.lr_schedule != "constant":
             raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or max_steps")
-        return max(min(bounds), 1)
-
-    def learning_rate_factor(self, update: int) -> float:
-        """Return the share of ``learning_rate`` that the given update uses: warm-up, then the schedule."""
-        total = self._schedule_length
-        warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
-        if update < warmup:
-            return (update + 1) / (warmup + 1)
-        progress = min((update - warmup) / max(total - warmup, 1), 1.0)
-        if self.lr_schedule == "linear":
-            return 1.0 - progress
-        if self.lr_schedule == "cosine":
-            return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * progress))))
-        return 1.0
+        return total or 1
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on the trainable weights, vectors without decay, and the schedule stepped once per update."""
-        self._schedule_length = self.total_updates()
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        """AdamW on the trainable weights, and the schedule stepped once per update."""
+        groups = parameter_groups(self, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        total = self.total_updates()
+        factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
         """Take one optimizer step.
@@ -242,30 +213,16 @@ class AlignmentModule(LightningModule):
         scale = self.trainer.world_size / max(count, 1)
         for index, loss in enumerate(losses):
             last = index == len(losses) - 1
-            with contextlib.nullcontext() if last else self._without_gradient_sync():
+            with contextlib.nullcontext() if last else without_gradient_sync(self.trainer):
                 self.manual_backward(loss() * scale)
-        norm = self._clip_gradients_by_norm()
+        norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
+        self._learning_rate_used = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
         self.updates += 1
         return norm
-
-    def _without_gradient_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Keep DDP from averaging gradients of all but the last micro-batch."""
-        strategy = self.trainer.strategy
-        block = getattr(strategy, "_backward_sync_control", None)
-        if block is None or self.trainer.world_size == 1:
-            return contextlib.nullcontext()
-        return block.no_backward_sync(strategy.model, enabled=True)
-
-    def _clip_gradients_by_norm(self) -> float:
-        """Clip and return the global norm; torch's own function also handles sharded gradients."""
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
@@ -277,7 +234,7 @@ class AlignmentModule(LightningModule):
         """
         metrics = {f"train/{name}": value for name, value in meter.means(self.trainer.strategy).items()}
         metrics |= {name if "/" in name else f"train/{name}": value for name, value in further.items()}
-        metrics["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]
+        metrics["train/learning_rate"] = self._learning_rate_used
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self._steps_logged += 1

@@ -48,3 +48,12 @@ class Meter:
         numerators, denominators = table.cpu().unbind(-1)
         quotients = numerators / denominators.clamp_min(1e-12)
         return dict(zip(self._sums, quotients.tolist(), strict=True))
+
+
+def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of the unmasked values of all ranks, scalars: whitening must not see ranks."""
+    count = strategy.reduce(mask.sum().double(), reduce_op="sum").clamp_min(1)
+    mean = strategy.reduce(torch.where(mask, values, 0.0).sum().double(), reduce_op="sum") / count
+    squares = torch.where(mask, (values - mean) ** 2, 0.0).sum().double()
+    variance = strategy.reduce(squares, reduce_op="sum") / count
+    return mean.to(values.dtype), variance.to(values.dtype)

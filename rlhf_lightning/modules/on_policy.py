@@ -402,13 +402,3 @@ class OnPolicyModule(AlignmentModule):
         """Take the KL coefficient up again."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
-
-
-def global_whiten_moments(module: AlignmentModule, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of the unmasked values over all ranks, scalars."""
-    strategy = module.trainer.strategy
-    count = strategy.reduce(mask.sum().double(), reduce_op="sum").clamp_min(1)
-    mean = strategy.reduce(torch.where(mask, values, 0.0).sum().double(), reduce_op="sum") / count
-    squares = torch.where(mask, (values - mean) ** 2, 0.0).sum().double()
-    variance = strategy.reduce(squares, reduce_op="sum") / count
-    return mean.to(values.dtype), variance.to(values.dtype)

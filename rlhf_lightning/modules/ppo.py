@@ -23,8 +23,8 @@ from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.on_policy import OnPolicyModule, global_whiten_moments
+from rlhf_lightning.modules.meter import Meter, moments_over_ranks
+from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
@@ -131,7 +131,7 @@ class PPOModule(OnPolicyModule):
             rewards = token_rewards(rollout.scores, kl, mask, self.kl_coef)
         if not self.whiten_rewards:
             return rewards
-        mean, variance = global_whiten_moments(self, rewards, mask)
+        mean, variance = moments_over_ranks(self.trainer.strategy, rewards, mask)
         return masked_whiten(rewards, mask, shift_mean=False, mean=mean, var=variance)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
@@ -141,7 +141,7 @@ class PPOModule(OnPolicyModule):
         length = rollout.completion_mask.shape[1]
         advantages = advantages[:, :length]
         if self.whiten_advantages:
-            mean, variance = global_whiten_moments(self, advantages, rollout.completion_mask)
+            mean, variance = moments_over_ranks(self.trainer.strategy, advantages, rollout.completion_mask)
             advantages = masked_whiten(advantages, rollout.completion_mask, mean=mean, var=variance)
         return Advantages(advantages, returns)
 
@@ -216,7 +216,7 @@ class PPOModule(OnPolicyModule):
     def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
         """Add the share of the returns' variance that the critic foresaw: 1 is perfect, 0 no better than their mean."""
         mask = self._value_mask(rollout)
-        mean, _ = global_whiten_moments(self, advantages.returns, mask)
+        mean, _ = moments_over_ranks(self.trainer.strategy, advantages.returns, mask)
         missed = torch.where(mask, advantages.returns - rollout.values, 0.0).square().sum()
         total = torch.where(mask, advantages.returns - mean, 0.0).square().sum()
         meter.add_ratio("rollout/explained_variance", total - missed, total)

@@ -27,8 +27,8 @@ def ppo(tmp_path, monkeypatch):
     return [
         "fit", "--model", "PPOModule", "--model.init_from", policy, "--model.scorer", scorer,
         "--model.max_new_tokens", "6", "--model.ppo_epochs", "2", "--model.learning_rate", "1e-3",
-        "--data", "PromptDataModule", "--data.source", "prompts.jsonl", "--data.batch_size", "4", "--data.eval_rows", "4",
-        "--checkpoint.every_n_rollouts", "1", "--checkpoint.after_validation", "false",
+        "--data", "PromptDataModule", "--data.source", "prompts.jsonl", "--data.batch_size", "4",
+        "--data.eval_rows", "4", "--checkpoint.every_n_rollouts", "1", "--checkpoint.after_validation", "false",
     ]  # fmt: skip
 
 
