@@ -1,1 +1,46 @@
-"""PyTorch Lightning framework for research on learning from human feedback."""
+"""The PyTorch Lightning framework for research on learning from human feedback.
+
+The public names are read from their rooms when they are first asked for, so that ``rlhf --help`` need not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data import AlignmentDataModule, PreferenceDataModule, PromptDataModule, SFTDataModule
+    from rlhf_lightning.models.loading import LoraSettings
+    from rlhf_lightning.models.sampling import SamplingSettings
+    from rlhf_lightning.modules import AlignmentModule, DPOModule, PPOModule, RewardModule, SFTModule
+    from rlhf_lightning.scoring import LearnedScorer, Scorer
+    from rlhf_lightning.types import Loss
+
+__all__ = [
+    "AlignmentDataModule",
+    "AlignmentModule",
+    "DPOModule",
+    "LearnedScorer",
+    "LoraSettings",
+    "Loss",
+    "PPOModule",
+    "PreferenceDataModule",
+    "PromptDataModule",
+    "RewardModule",
+    "SFTDataModule",
+    "SFTModule",
+    "SamplingSettings",
+    "Scorer",
+]
+
+_ROOMS = ("modules", "data", "scoring", "types", "models.loading", "models.sampling")
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name from the room it lives in."""
+    if name in __all__:
+        for room in _ROOMS:
+            module = importlib.import_module(f"{__name__}.{room}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -119,7 +119,14 @@ def test_ppo_figures_are_of_the_scorers_own_score():
     """The penalty for answers that do not end must not pass for a better score."""
 
     def rows(score, ruled, finished, length, kl):
-        return {"prompt": [(1,), (2,)], "score": score, "ruled_score": ruled, "finished": finished, "length": length, "kl": kl}
+        return {
+            "prompt": [(1,), (2,)],
+            "score": score,
+            "ruled_score": ruled,
+            "finished": finished,
+            "length": length,
+            "kl": kl,
+        }
 
     before = rows([-1.0, -2.0], [-2.0, -3.0], [0.0, 0.0], [32.0, 32.0], [0.0, 0.0])
     after = rows([-1.0, -2.0], [-1.0, -2.0], [1.0, 1.0], [8.0, 12.0], [3.0, 5.0])
@@ -151,10 +158,19 @@ def test_the_split_keeps_prompts_apart():
         real_stages.split_pairs([rows[0], rows[1], rows[0]], 2, 1)
 
 
-def test_demonstrations_are_the_first_short_ones():
+def test_rows_are_the_first_short_ones():
     rows = [{"messages": [{"role": "user", "content": "x" * size}]} for size in (5, 11, 10, 1, 2)]
-    kept = real_stages.short_demonstrations(rows, 3, 10)
-    assert [len(row["messages"][0]["content"]) for row in kept] == [5, 10, 1]
+    assert real_stages.first_short(rows, 3, 10) == [rows[0], rows[2], rows[3]]
+    assert real_stages.first_short(iter(rows), 9, 1) == [rows[3]]
+
+
+def test_a_pair_is_as_long_as_its_prompt_and_its_longer_answer():
+    assert real_stages.characters_of(pair("four", "no", "never")) == 4 + 5
+    two_turns = {
+        "messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}],
+        "source": "x",
+    }
+    assert real_stages.characters_of(two_turns) == 5
 
 
 def test_questions_are_taken_from_the_categories_in_turn():
@@ -172,11 +188,12 @@ def test_the_report_shows_no_row_of_the_harmless_files(human_data):
 
 @pytest.mark.parametrize("budget", [real_stages.FULL, real_stages.SMOKE], ids=["full", "smoke"])
 def test_budgets_fit_the_files(budget, human_data, tmp_path):
-    paths = real_stages.write_data(tmp_path, human_data, budget)
+    paths = real_stages.write_data(tmp_path / "data", tmp_path / "private", human_data, budget)
     counts = {name: len(real_stages.read_rows(Path(path))) for name, path in paths.items()}
     assert (counts["sft"], counts["sft_test"]) == (budget.sft_rows, budget.sft_eval_rows)
     assert (counts["truthful"], counts["truthful_test"]) == (budget.reward_rows, budget.reward_eval_rows)
-    assert counts["harmless"] >= budget.dpo_rows and counts["harmless_test"] >= budget.dpo_eval_rows
+    assert (counts["harmless"], counts["harmless_test"]) == (budget.dpo_rows, budget.dpo_eval_rows)
+    assert {Path(path).parent.name for name, path in paths.items() if "harmless" in name} == {"private"}
     assert counts["truthful_test"] >= max(budget.ppo_eval_rows, budget.dpo_prompts)
     assert budget.episodes % budget.mini_batch_size == 0
 
@@ -258,7 +275,7 @@ def test_every_stage_parses_with_its_budget(stage, budget, capsys, tmp_path):
     assert "test" not in trains_on
     if stage == "dpo":
         assert config["samples"]["prompts"] == 0, "harmful prompts must not reach samples.jsonl or TensorBoard"
-        assert data["rows"] == budget.dpo_rows
+        assert data["source"] == "harmless.jsonl" and data["eval_source"] == "harmless_test.jsonl"
     if stage == "ppo":
         assert model["scorer"] == "reward/model" and data["rollouts"] == budget.rollouts
         assert data["source"] == "truthful.jsonl" and data["eval_source"][0]["path"] == "truthful_test.jsonl"

@@ -15,6 +15,7 @@ score at the end token.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -70,19 +71,26 @@ class StepRecorder(Callback):
 def peer_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run the peer's side: losses, token rows of each step, settings."""
     out = scratch / f"peer_{stage}.json"
-    command = [args.peer_python, HERE / "peer_batches.py", out, args.peer_script, stage]
+    if out.exists():
+        return json.loads(out.read_text())
+    batches = scratch / f"peer_{stage}_batches.json"
+    command = [args.peer_python, HERE / "peer_batches.py", batches, args.peer_script, stage]
     command += ["--model", model, "--data", args.data, "--steps", args.steps, "--batch", args.batch]
     command += ["--lr", args.learning_rate, "--max-length", args.max_length, "--rows", rows_needed(args), "--in-order"]
     output = completed(command, f"the peer's {stage}")
     line = next((line for line in output.splitlines() if line.startswith("PEER ")), None)
     if line is None:
         raise SystemExit(f"{args.peer_script} printed no line that starts with PEER:\n{output[-2000:]}")
-    return {"loss": json.loads(line.removeprefix("PEER "))["loss"], **json.loads(out.read_text())}
+    record = {"loss": json.loads(line.removeprefix("PEER "))["loss"], **json.loads(batches.read_text())}
+    out.write_text(json.dumps(record))
+    return record
 
 
 def our_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run `rlhf fit` on the same rows: losses and token rows of each step."""
     out, data = scratch / f"ours_{stage}.json", args.data
+    if out.exists():
+        return json.loads(out.read_text())
     if stage == "sft":
         data = scratch / "demonstrations.jsonl"
         rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()[: rows_needed(args)]]
@@ -139,6 +147,8 @@ def completed(command: list[Any], what: str) -> str:
 
 def scored_folder(model: Path, out: Path) -> Path:
     """Write the model with a fresh score head, and with a pad token that ends no completion, as both sides load it."""
+    if (out / "config.json").exists():
+        return out
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -179,7 +189,7 @@ def report(records: dict[str, tuple[dict, dict]], args: argparse.Namespace) -> t
             lines.append(f"| {stage} | {update} | {b:.6f} | {a:.6f} | {gap:.1e} |")
         same = same_tokens(ours["steps"], peers["steps"])
         complete = len(ours["loss"]) == len(peers["loss"]) == args.steps
-        agreed &= same and complete and max(gaps, default=1.0) <= TOLERANCE
+        agreed &= same and complete and all(gap <= TOLERANCE for gap in gaps)
         counts = [len(row["ids"]) for rows in ours["steps"] for row in rows]
         verdict = "the same" if same else "NOT the same"
         notes.append(
@@ -238,6 +248,9 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--out", type=Path, default=None, help="Markdown file for the table")
+    parser.add_argument(
+        "--records", type=Path, default=None, help="folder that keeps each side; what it has is not rerun"
+    )
     args = parser.parse_args()
     for path in (args.model, args.data, args.peer_python, args.peer_script):
         if not path.exists():
@@ -247,11 +260,13 @@ def main() -> int:
 
     folder, records = Path(resolve_folder(str(args.model))), {}
     name = peer_name(args)
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as stack:
+        scratch = (args.records or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
+        scratch.mkdir(parents=True, exist_ok=True)
         for stage in args.stages:
-            start = scored_folder(folder, Path(scratch) / "scored") if stage == "reward" else folder
-            peers = peer_record(stage, start, args, Path(scratch))
-            records[stage] = (our_record(stage, start, args, Path(scratch)), peers)
+            start = scored_folder(folder, scratch / "scored") if stage == "reward" else folder
+            peers = peer_record(stage, start, args, scratch)
+            records[stage] = (our_record(stage, start, args, scratch), peers)
             print(report({stage: records[stage]}, args)[0], flush=True)
     table, agreed = report(records, args)
     if args.out is not None:

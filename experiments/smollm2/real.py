@@ -109,15 +109,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import real_report
 
     from rlhf_lightning.commands.quickstart import fresh_folder
+    from rlhf_lightning.commands.quiet import quieten
     from rlhf_lightning.evaluation.policies import sample_and_score
     from rlhf_lightning.models.causal_lm import load_policy, load_reference
-    from rlhf_lightning.models.loading import resolve_folder
+    from rlhf_lightning.models.loading import cache_folder, resolve_folder
     from rlhf_lightning.models.sampling import SamplingSettings
     from rlhf_lightning.tokenization import load_tokenizer
 
+    quieten()
     budget, seed = real_stages.SMOKE if arguments.smoke else real_stages.FULL, arguments.seed
     out = fresh_folder(arguments.out)
-    paths = real_stages.write_data(out / "data", arguments.data, budget)
+    paths = real_stages.write_data(out / "data", cache_folder() / "real", arguments.data, budget)
     unseen = real_stages.read_rows(Path(paths["truthful_test"]))
     questions = real_figures.shown_questions(unseen, SAMPLE_CATEGORIES, budget.shown)
     began = time.perf_counter()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ class Budget:
         reward_rows: pairs the reward model is trained on: the first of the file. Its prompts are also PPO's.
         reward_eval_rows: pairs it is evaluated on: the last of the file.
         reward_epochs: passes over the pairs.
-        dpo_rows: pairs DPO is trained on, the first of the file.
-        dpo_eval_rows: pairs DPO is evaluated on, the first of the test file.
-        dpo_max_length: tokens of prompt and completion; longer rows are truncated.
+        dpo_rows: pairs DPO is trained on, the first of the file that have at most ``dpo_characters``.
+        dpo_eval_rows: pairs DPO is evaluated on, likewise from the test file.
+        dpo_characters: longest pair, characters of its prompt and the longer completion.
         dpo_prompts: held-out questions that DPO's policy answers, to measure its KL.
         rollouts: rollouts of PPO.
         episodes: completions of a rollout.
@@ -48,9 +49,9 @@ class Budget:
     reward_rows: int = 240
     reward_eval_rows: int = 260
     reward_epochs: int = 2
-    dpo_rows: int = 128
-    dpo_eval_rows: int = 64
-    dpo_max_length: int = 256
+    dpo_rows: int = 240
+    dpo_eval_rows: int = 108
+    dpo_characters: int = 400
     dpo_prompts: int = 32
     rollouts: int = 6
     episodes: int = 48
@@ -71,7 +72,7 @@ SMOKE = Budget(
     reward_epochs=1,
     dpo_rows=16,
     dpo_eval_rows=8,
-    dpo_max_length=128,
+    dpo_characters=250,
     dpo_prompts=4,
     rollouts=2,
     episodes=8,
@@ -88,10 +89,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def short_demonstrations(rows: Sequence[dict[str, Any]], count: int, characters: int) -> list[dict[str, Any]]:
-    """Return the first rows whose turns have at most so many characters together."""
-    short = (row for row in rows if sum(len(turn["content"]) for turn in row["messages"]) <= characters)
-    return [row for row, _ in zip(short, range(count), strict=False)]
+def characters_of(row: dict[str, Any]) -> int:
+    """Return the characters of a conversation, or of a pair's prompt and the longer of its completions."""
+    turns = {name: sum(len(turn["content"]) for turn in row[name]) for name in row if isinstance(row[name], list)}
+    if "messages" in turns:
+        return turns["messages"]
+    return turns["prompt"] + max(turns["chosen"], turns["rejected"])
+
+
+def first_short(rows: Iterable[dict[str, Any]], count: int, characters: int) -> list[dict[str, Any]]:
+    """Return the first rows of at most so many characters."""
+    return list(islice((row for row in rows if characters_of(row) <= characters), count))
 
 
 def split_pairs(
@@ -111,23 +119,32 @@ def split_pairs(
     return first, last
 
 
-def write_data(folder: Path, data: Path, budget: Budget) -> dict[str, str]:
-    """Write the rows that a stage selects or splits; the harmless pairs are read where they are. Returns the paths."""
-    demonstrations = short_demonstrations(
-        read_rows(data / FILES["demonstrations"]), budget.sft_rows, budget.sft_characters
-    )
-    tests = short_demonstrations(
-        read_rows(data / FILES["demonstrations_test"]), budget.sft_eval_rows, budget.sft_characters
-    )
+def write_data(folder: Path, private: Path, data: Path, budget: Budget) -> dict[str, str]:
+    """Write the rows that each stage trains and is evaluated on; return the path of each part.
+
+    Args:
+        folder: where they go.
+        private: where the harmlessness pairs go, whose prompts are offensive and have no place beside a report.
+        data: folder of the human data.
+        budget: how many.
+    """
+
+    def short(name: str, count: int, characters: int) -> list[dict[str, Any]]:
+        return first_short(read_rows(data / FILES[name]), count, characters)
+
     pairs, unseen = split_pairs(read_rows(data / FILES["truthful"]), budget.reward_rows, budget.reward_eval_rows)
-    parts = {"sft": demonstrations, "sft_test": tests, "truthful": pairs, "truthful_test": unseen}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, rows in parts.items():
-        path = folder / f"{name}.jsonl"
+    parts = {
+        folder / "sft.jsonl": short("demonstrations", budget.sft_rows, budget.sft_characters),
+        folder / "sft_test.jsonl": short("demonstrations_test", budget.sft_eval_rows, budget.sft_characters),
+        folder / "truthful.jsonl": pairs,
+        folder / "truthful_test.jsonl": unseen,
+        private / "harmless.jsonl": short("harmless", budget.dpo_rows, budget.dpo_characters),
+        private / "harmless_test.jsonl": short("harmless_test", budget.dpo_eval_rows, budget.dpo_characters),
+    }
+    for path, rows in parts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        paths[name] = str(path)
-    return {**paths, "harmless": str(data / FILES["harmless"]), "harmless_test": str(data / FILES["harmless_test"])}
+    return {path.stem: str(path) for path in parts}
 
 
 def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, Any]:
@@ -151,9 +168,7 @@ def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, 
     if stage == "dpo":
         return {
             "data.source": paths["harmless"],
-            "data.rows": budget.dpo_rows,
-            "data.eval_source": json.dumps([{"path": paths["harmless_test"], "rows": budget.dpo_eval_rows}]),
-            "data.max_length": budget.dpo_max_length,
+            "data.eval_source": paths["harmless_test"],
             "data.batch_size": budget.batch_size,
             # These prompts are offensive: they are trained on, and shown nowhere.
             "samples.prompts": 0,

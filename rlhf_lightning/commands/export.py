@@ -111,16 +111,13 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     Raises:
         ValueError: the file is no checkpoint of an AlignmentModule, or its class cannot be found.
     """
-    import torch
     from lightning.pytorch.cli import instantiate_module
 
     import rlhf_lightning.modules  # noqa: F401
+    from rlhf_lightning.commands.checkpoints import read_checkpoint
     from rlhf_lightning.modules.base import AlignmentModule
 
-    try:
-        state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise ValueError(f"{checkpoint} is no checkpoint of plain tensors and settings: {error}") from error
+    state = read_checkpoint(checkpoint)
     settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k != "_instantiator"}
     name = settings.get("_class_path")
     if name is None:

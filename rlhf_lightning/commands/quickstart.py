@@ -131,7 +131,7 @@ def evaluate(
         )
 
     samples = {stage: measure(load_policy(runs[stage].model), prompts) for stage in ("sft", "ppo", "dpo")}
-    many = measure(reference, prompts, max(BEST_OF))
+    many = measure(reference, prompts[:FRONTIER_PROMPTS], max(BEST_OF))
     reward = runs["reward"].metrics
     report: dict[str, Any] = {
         "world": {
@@ -146,7 +146,7 @@ def evaluate(
     points = [
         FrontierPoint(
             "best of n",
-            best_of_n_kl(n) if n > 1 else 0.0,
+            float(best_of_n_kl(n)) if n > 1 else 0.0,
             float(best_of_n(many, max(BEST_OF), n).mean()),
             float(best_of_n_score(many, max(BEST_OF), n).mean()),
             f"n={n}" if n > 1 else "sft",
@@ -198,7 +198,7 @@ def summary_table(report: dict[str, Any]) -> str:
         figures = [part[name] for name in ("score", "kl", "completion_length", "eos_rate")]
         rows.append([stage, part["gold_reward"], interval(part["gold_reward_ci"]), *figures])
     for n in (4, 16):
-        rows.append([f"best of {n} of sft", world[f"best_of_{n}_gold"], "", None, best_of_n_kl(n), None, None])
+        rows.append([f"best of {n} of sft", world[f"best_of_{n}_gold"], "", None, float(best_of_n_kl(n)), None, None])
     header = ["policy", "gold reward", "95 % interval", "score", "KL", "length", "EOS rate"]
     reached = (reward["accuracy"] - 0.5) / (world["bayes_accuracy"] - 0.5)
     return (

@@ -30,6 +30,8 @@ SILENCED_WARNINGS = (
     r"Checkpoint directory .* exists and is not empty.*",
     # Modules leave ragged batches on the CPU by design, whatever DataModule they come from.
     r"You have overridden `transfer_batch_to_device` in `LightningModule`.*",
+    # Modules sum numerators and denominators over the ranks themselves, before they log the quotient.
+    r"It is recommended to use `self\.log\(.*sync_dist=True\)`.*",
     # Modules log the x-axis (updates) under the name that Lightning reads it from, in training and in evaluation.
     r"You called `self.log\('step', .*",
     # Only some operations have a deterministic form; the default asks for it where it exists.
@@ -41,14 +43,15 @@ SILENCED_WARNINGS = (
 
 
 class _Silence(logging.Filter):
-    """Drop messages that begin with one of some texts."""
+    """Drop messages that contain one of some texts."""
 
-    def __init__(self, beginnings: tuple[str, ...]) -> None:
+    def __init__(self, texts: tuple[str, ...]) -> None:
         super().__init__()
-        self.beginnings = beginnings
+        self.texts = texts
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginnings)
+        message = record.getMessage()
+        return not any(text in message for text in self.texts)
 
 
 def quieten() -> None:
@@ -60,10 +63,10 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RLHF_DEBUG"):
         return
-    for name, beginnings in SILENCED_MESSAGES.items():
+    for name, texts in SILENCED_MESSAGES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(present, _Silence) for present in logger.filters):
-            logger.addFilter(_Silence(beginnings))
+            logger.addFilter(_Silence(texts))
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     _quieten_transformers()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,7 +37,16 @@ from rlhf_lightning.callbacks.run import (
     write_text,
     writes_files,
 )
-from rlhf_lightning.commands.parsing import PlainParser, parameters_of, subclasses_of, usage_error, with_underscores
+from rlhf_lightning.commands.checkpoints import (
+    as_plain,
+    checkpoint_hparams,
+    import_object,
+    is_same_class,
+    merged,
+    updates_in,
+)
+from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.modules.base import AlignmentModule
@@ -365,57 +372,6 @@ def usage_of(command: str) -> str:
         f"rlhf {command} [--config FILE.yaml ...] [--model CLASS] [--model.ARGUMENT VALUE ...] [--data CLASS] "
         f"[--data.ARGUMENT VALUE ...] [--trainer.ARGUMENT VALUE ...] [--run_name NAME]{resume}"
     )
-
-
-def import_object(path: str) -> Any:
-    """Return the class that a dotted path names."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def is_same_class(one: str, other: str) -> bool:
-    """Whether two paths name one class; a package may offer a class under a shorter path as well."""
-    try:
-        return one == other or import_object(one) is import_object(other)
-    except (ImportError, AttributeError, ValueError):
-        return False
-
-
-def checkpoint_hparams(path: Path) -> dict[str, Any]:
-    """Return the hyper-parameters in a checkpoint; no code is run from it."""
-    file = path / "meta.pt" if path.is_dir() else path
-    try:
-        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {error}") from error
-    hparams = dict(checkpoint.get("hyper_parameters", {}))
-    hparams.pop("_instantiator", None)
-    return hparams
-
-
-def updates_in(path: Path) -> int:
-    """Return how many updates a checkpoint is old."""
-    file = path / "meta.pt" if path.is_dir() else path
-    checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    return int(checkpoint.get("progress", {}).get("updates", checkpoint.get("global_step", 0)))
-
-
-def as_plain(value: Any) -> Any:
-    """Return parsed settings as dicts, lists and values."""
-    if isinstance(value, Namespace):
-        value = value.as_dict()
-    if isinstance(value, Mapping):
-        return {key: as_plain(item) for key, item in value.items()}
-    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with those in ``over`` put on top, nested ones key by key."""
-    result = dict(under)
-    for key, value in over.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if nested else value
-    return result
 
 
 @rank_zero_only

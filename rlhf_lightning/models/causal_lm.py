@@ -26,6 +26,7 @@ from rlhf_lightning.models.loading import (
     load_hf_model,
     load_weights,
     prepare_for_training,
+    refuse_reward_adapter,
     resolve_folder,
 )
 from rlhf_lightning.models.scalar_head import trunk, unwrapped
@@ -153,10 +154,11 @@ def load_policy(
 
     Raises:
         FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: an adapter's backbone is not the one it was trained on.
+        ValueError: an adapter's backbone is not the one it was trained on, or the adapter is a reward model's.
     """
     settings = settings or LoadSettings()
     name = resolve_folder(init_from)
+    refuse_reward_adapter(name)
     continued = name if lora is not None and is_adapter(name) else None
     source = load_base_of_adapter(name) if continued else name
     if continued:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -205,12 +205,25 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     return name
 
 
+def refuse_reward_adapter(name: str) -> None:
+    """Refuse to start a policy from a reward model's adapter.
+
+    Raises:
+        ValueError: ``name`` is the folder of such an adapter.
+    """
+    if is_adapter(name) and PeftConfig.from_pretrained(name).task_type == "SEQ_CLS":
+        raise ValueError(f"the adapter in {name} is a reward model's: it scores completions and cannot write them")
+
+
 def load_weights(name: str, kind: type, settings: LoadSettings, **config_changes: Any) -> Any:
     """Load whole weights, merging an adapter folder into its backbone."""
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)
     model = load_hf_model(load_base_of_adapter(name), kind, settings, **config_changes)
-    merged = PeftModel.from_pretrained(model, name).merge_and_unload()
+    config = PeftConfig.from_pretrained(name)
+    if kind is not AutoModelForCausalLM and config.task_type == "CAUSAL_LM":
+        config.task_type = None  # a policy's adapter fits the trunk, but peft would look for an LM head
+    merged = PeftModel.from_pretrained(model, name, config=config).merge_and_unload()
     merged.requires_grad_(True)  # peft has frozen the backbone, and merging leaves it so
     record = Path(name) / BACKBONE_FILE
     facts = json.loads(record.read_text()) if record.is_file() else {}

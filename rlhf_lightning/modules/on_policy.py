@@ -93,6 +93,11 @@ class OnPolicyModule(AlignmentModule):
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
         if not self.sampling.is_pure:
             raise ValueError(f"temperature is {temperature}: a policy gradient needs samples, so it must be positive")
+        if missing_eos_score is not None and missing_eos_penalty is not None:
+            raise ValueError(
+                f"missing_eos_score is {missing_eos_score} and missing_eos_penalty {missing_eos_penalty}: one replaces the "
+                "scorer's score and the other lowers it, so one of them must be null"
+            )
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
@@ -264,7 +269,8 @@ class OnPolicyModule(AlignmentModule):
 
     def _minibatches(self, episodes: Tensor, count: int, epoch: int) -> Iterator[list[int]]:
         """Yield this rank's rows of each minibatch; the permutation is over all ranks' episodes."""
-        first = self.rollouts * count
+        # Taken from the data rather than counted: an epoch may have been cut short, a rollout may be smaller.
+        first = int(self.trainer.strategy.reduce(episodes.min().to(self.device), reduce_op="min"))
         generator = torch.Generator().manual_seed(hash((self.seed, self.rollouts, epoch)) % 2**63)
         order = torch.randperm(count, generator=generator).tolist()
         mine = {int(episode) - first: row for row, episode in enumerate(episodes)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -113,8 +114,10 @@ class PPOModule(OnPolicyModule):
         start = self.critic_init
         if start is None:
             start = getattr(self.scorer, "folder", None) or self.init_from
-        model = load_reward_hf_model(resolve_folder(start), self.load_settings)
-        if start == self.init_from:
+        own = start == self.init_from
+        settings = self.load_settings if own else replace(self.load_settings, from_scratch=False)
+        model = load_reward_hf_model(resolve_folder(start), settings)
+        if own:
             torch.nn.init.zeros_(model.score.weight)
         prepare_for_training(model, self.load_settings)
         return ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
@@ -138,8 +141,8 @@ class PPOModule(OnPolicyModule):
         """Return generalised advantages, whitened over the tokens of all ranks, and the critic's targets."""
         mask, values = self._value_mask(rollout), rollout.values
         advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
-        length = rollout.completion_mask.shape[1]
-        advantages = advantages[:, :length]
+        tokens = rollout.completion_mask
+        advantages = torch.where(tokens, advantages[:, : tokens.shape[1]], 0.0)  # no action is taken after the end
         if self.whiten_advantages:
             mean, variance = moments_over_ranks(self.trainer.strategy, advantages, rollout.completion_mask)
             advantages = masked_whiten(advantages, rollout.completion_mask, mean=mean, var=variance)

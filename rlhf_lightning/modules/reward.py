@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
 from rlhf_lightning.models.export import export_reward_model
-from rlhf_lightning.models.loading import add_lora, load_reward_hf_model, prepare_for_training, resolve_folder
+from rlhf_lightning.models.loading import (
+    add_lora,
+    is_adapter,
+    load_reward_hf_model,
+    prepare_for_training,
+    resolve_folder,
+)
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss, layout_of
 from rlhf_lightning.modules.meter import Meter
@@ -144,8 +151,15 @@ class RewardModule(OfflineModule):
         return rows
 
     def export(self, folder: str | Path) -> Path:
-        """Write the reward model as a Hugging Face folder."""
-        return export_reward_model(self.reward_model, self.tokenizer, folder, self.backbone_source())
+        """Write the reward model as a Hugging Face folder.
+
+        An adapter that was trained on top of another one is written whole: the backbone it hangs on, the other one
+        merged, is in no folder.
+        """
+        trained, start = self.reward_model, resolve_folder(self.init_from)
+        if self.lora is not None and is_adapter(start):
+            trained = ScalarModel(copy.deepcopy(trained.model).merge_and_unload(), trained.bias)
+        return export_reward_model(trained, self.tokenizer, folder, start)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the bias with the weights."""

@@ -91,7 +91,10 @@ def checked_scores(scores: Sequence[float] | Tensor, count: int, name: str) -> T
     Raises:
         ValueError: there are more or fewer scores than completions, or one is NaN or infinite.
     """
-    values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu().flatten()
+    try:
+        values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must return one number for each completion: {error}") from error
     if len(values) != count:
         raise ValueError(f"{name} returned {len(values)} scores for {count} completions: it must return one for each")
     bad = (~values.isfinite()).nonzero().flatten().tolist()

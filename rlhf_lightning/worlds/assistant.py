@@ -404,7 +404,7 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_config(hidden_size: int = 96, layers: int = 4, heads: int = 4, intermediate_size: int = 256) -> Any:
+def make_config(hidden_size: int = 96, layers: int = 2, heads: int = 4, intermediate_size: int = 256) -> Any:
     """Return a Llama configuration for training from scratch on this world."""
     from transformers import LlamaConfig
 
@@ -427,7 +427,7 @@ def make_config(hidden_size: int = 96, layers: int = 4, heads: int = 4, intermed
 
 
 def write_world(
-    folder: str | Path, seed: int = 0, demonstrations: int = 12000, pairs_train: int = 14000, pairs_test: int = 1000
+    folder: str | Path, seed: int = 0, demonstrations: int = 10000, pairs_train: int = 24000, pairs_test: int = 1000
 ) -> dict[str, Any]:
     """Write the world's files to ``folder`` and return the facts that ``world.json`` holds.
 

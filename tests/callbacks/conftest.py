@@ -1,14 +1,20 @@
 """Each test runs where nothing is, as a user would in a fresh folder."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     # Set by every run; setting it here puts it back for the tests that follow.
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.delenv("RLHF_DEBUG", raising=False)
-    return tmp_path
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]  # a test's own objective must not stand in for another's of the same name

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from tiny_run import BASIC, NumbersDataModule, RolloutModule, SlopeModule
 
 from rlhf_lightning.callbacks import RunProgress
+from rlhf_lightning.callbacks import progress as progress_module
 from rlhf_lightning.callbacks.progress import clock_time
 from rlhf_lightning.commands.train import run
 
@@ -62,6 +63,16 @@ def test_a_limit_in_updates_bounds_rollouts(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
     assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
     assert "update 6 " in lines[1]
+
+
+def test_a_terminal_gets_a_bar_with_the_same_figures(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
+    run(["fit", *BASIC, "--trainer.max_epochs", "2"])
+    shown = capsys.readouterr().out
+    assert "training 16/16" not in shown
+    last = shown[shown.rindex("Epoch 1: 100%") :]
+    assert "8/8" in last and "update=16" in last and "loss=" in last and "tokens/s=" in last and "left=0:00" in last
+    assert "v_num" not in shown
 
 
 def test_the_bar_is_off_where_it_is_switched_off(capsys):

@@ -62,12 +62,8 @@ def test_the_turns_before_are_part_of_the_prompt(conversation, policy_folder):
 def test_reset_forgets_all_but_the_system_prompt(conversation):
     shown = Shown()
     converse(conversation, iter(["hello", "/reset", "hello"]), shown)
-    first, note, again = (
-        shown.text.split("(a new conversation)\n")[0],
-        "(a new conversation)",
-        shown.text.split("\n")[-2],
-    )
-    assert note in shown.text and first.rstrip("\n").endswith(again.strip("\n")[-10:])
+    first, again = shown.text.split("(a new conversation)\n")
+    assert first == again and len(first) > 1
     assert [turn["role"] for turn in conversation.turns] == ["system", "user", "assistant"]
 
 

@@ -1,7 +1,9 @@
 """Runs from the command line: their folder, overlaid configs, resuming, what wins over what."""
 
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,11 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.checkpoints import import_object
+from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.train import main, run
+from rlhf_lightning.data import SFTDataModule
+from rlhf_lightning.modules import SFTModule
 
 
 @pytest.fixture
@@ -104,8 +110,8 @@ def test_short_names_of_the_package_work(capsys):
         main(["fit", "--model", "SFTModule", "--model.init_from", "x", "--data", "SFTDataModule", "--data.source", "y",
               "--print_config"])  # fmt: skip
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["class_path"] == "rlhf_lightning.modules.SFTModule"
-    assert printed["data"]["class_path"].startswith("rlhf_lightning.data")
+    assert import_object(printed["model"]["class_path"]) is SFTModule
+    assert import_object(printed["data"]["class_path"]) is SFTDataModule
 
 
 @pytest.mark.parametrize("every", [3, 4, 5])
@@ -291,3 +297,25 @@ def test_trainer_settings_the_modules_need_are_set():
     assert trainer._accelerator_connector.use_distributed_sampler is False
     assert trainer.max_epochs == 1 and trainer.log_every_n_steps == 1
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_what_is_silenced_is_the_noise_and_nothing_else(monkeypatch):
+    quieten()
+    quieten()
+    lightning, fabric = (logging.getLogger(f"lightning.{room}.utilities.{name}") for room, name in
+                         (("pytorch", "rank_zero"), ("fabric", "seed")))  # fmt: skip
+
+    def passes(logger, text):
+        return bool(logger.filter(logging.LogRecord("x", logging.INFO, "f", 1, text, None, None)))
+
+    assert not passes(lightning, "💡 Tip: For seamless cloud logging")
+    assert not passes(lightning, "GPU available: False, used: False") and not passes(fabric, "[rank: 1] Seed set to 0")
+    assert passes(lightning, "rows.jsonl: 12 rows read, 10 kept, dropped: 2 empty_prompt")
+    assert len([f for f in lightning.filters if type(f).__name__ == "_Silence"]) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quieten()
+        warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck.", stacklevel=1)
+        warnings.warn("Total length of `list` across ranks is zero. Please make sure", stacklevel=1)
+        warnings.warn("Your loss is NaN", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["Your loss is NaN"]

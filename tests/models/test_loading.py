@@ -308,6 +308,29 @@ def test_lora_scales_its_update_by_alpha_over_r(policy_folder: str) -> None:
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_policys_adapter_starts_a_reward_model_on_its_trunk(
+    tmp_path: Path, policy_folder: str, tokenizer: Any
+) -> None:
+    adapted, folder = trained_adapter(policy_folder, tmp_path / "adapter", tokenizer)
+    rewards, layout = load_reward_hf_model(folder, LoadSettings(seed=3)), padded_layout(BATCH)
+    with torch.no_grad():
+        found = rewards.model(layout.input_ids).last_hidden_state
+        expected = adapted.model.base_model.model.model(layout.input_ids).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    fresh = load_reward_hf_model(policy_folder, LoadSettings(seed=3))
+    assert torch.equal(rewards.score.weight, fresh.score.weight)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
+def test_a_reward_adapter_starts_no_policy(
+    tmp_path: Path, policy_folder: str, tokenizer: Any, lora: LoraSettings | None
+) -> None:
+    model = add_lora(load_reward_hf_model(policy_folder, LoadSettings()), LoraSettings(r=4), "SEQ_CLS")
+    folder = str(export_reward_model(ScalarModel(model), tokenizer, tmp_path / "reward", policy_folder))
+    with pytest.raises(ValueError, match="is a reward model's: it scores completions and cannot write them"):
+        load_policy(folder, lora=lora)
+
+
 def test_an_adapter_is_drawn_from_the_seed_alone(policy_folder: str) -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         policy = load_policy(policy_folder, LoadSettings(seed=seed), LoraSettings(r=4))

@@ -1,0 +1,69 @@
+"""What a checkpoint says of the run that wrote it. No code is run from it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's file, or the settings of a sharded one's folder; tensors stay on the disk until used.
+
+    Raises:
+        ValueError: it is no checkpoint, or holds more than plain tensors and settings.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {error}") from error
+
+
+def import_object(path: str) -> Any:
+    """Return the class that a dotted path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def is_same_class(one: str, other: str) -> bool:
+    """Whether two paths name one class; a package may offer a class under a shorter path as well."""
+    try:
+        return one == other or import_object(one) is import_object(other)
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def checkpoint_hparams(path: Path) -> dict[str, Any]:
+    """Return the hyper-parameters in a checkpoint, with the class that had them under ``_class_path``."""
+    hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
+    hparams.pop("_instantiator", None)
+    return hparams
+
+
+def updates_in(path: Path) -> int:
+    """Return how many updates a checkpoint is old."""
+    checkpoint = read_checkpoint(path)
+    return int(checkpoint.get("progress", {}).get("updates", checkpoint.get("global_step", 0)))
+
+
+def as_plain(value: Any) -> Any:
+    """Return parsed settings as dicts, lists and values."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those in ``over`` put on top, nested ones key by key."""
+    result = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if nested else value
+    return result

@@ -1,0 +1,242 @@
+"""What is wrong with a command line, in one sentence with the nearest right name, from what jsonargparse objects to."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
+TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+CLASS = re.compile(r"given class_path '([^']+)'")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant, or None.
+
+    Beside spelling, a name counts as near when it is the initials (``lr`` for ``learning_rate``) or whole words of the
+    other (``epochs`` for ``max_epochs``).
+    """
+
+    def likeness(candidate: str) -> float:
+        short, long = name.lower().replace("_", ""), candidate.lower().replace("_", "")
+        words, given = candidate.lower().split("_"), name.lower().split("_")
+        score = difflib.SequenceMatcher(None, short, long).ratio()
+        if len(words) > 1 and short == "".join(word[:1] for word in words):
+            score = max(score, 0.95)
+        if set(given) < set(words):
+            score = max(score, 0.8 + 0.1 * score)
+        return score
+
+    best = max(sorted(set(known)), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def parameters_of(class_path: str) -> list[str]:
+    """Return the names of a class's arguments, those it hands on through ``**kwargs`` included."""
+    module, _, name = class_path.rpartition(".")
+    probe = ArgumentParser(exit_on_error=False)
+    try:
+        return list(probe.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False))
+    except Exception:
+        return []
+
+
+def subclasses_of(base: type) -> dict[str, type]:
+    """Return the imported subclasses of a class by their short names, abstract ones left out."""
+    found: dict[str, type] = {}
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        if not inspect.isabstract(child) and not child.__name__.startswith("_"):
+            found[child.__name__] = child
+        found.update(subclasses_of(child))
+    return found
+
+
+def explain(message: str, parser: Any = None) -> str:
+    """Say in one sentence what jsonargparse objects to.
+
+    Args:
+        message: its own words.
+        parser: the parser that was used; it knows the right names.
+    """
+    header = HEADER_KEY.match(message)
+    key = header.group(1) if header else ""
+    class_path = found.group(1) if (found := CLASS.search(message)) else ""
+    for rule in (_wrong_option, _wrong_argument, _missing, _wrong_class, _wrong_value, _wrong_file):
+        sentence = rule(message, key, class_path, parser)
+        if sentence:
+            return sentence
+    return _tidied(message)
+
+
+def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """An option, or a key of a YAML file, that the parser does not have."""
+    found = re.search(r"unrecognized arguments: (.+)", message, re.DOTALL)
+    if found:
+        given = found.group(1).split()[0]
+        if not given.startswith("-"):
+            return f"{given!r} stands alone: values follow an option such as --config {given}"
+        name, dashes = given.lstrip("-").partition("=")[0], "--"
+    else:
+        found = re.search(r"does not accept option '([^']+)'", message)
+        if not found:
+            return None
+        name, dashes = found.group(1), ""
+    near = _nearest_key(name, parser)
+    hint = f"; the nearest is {dashes}{near}" if near else ""
+    return f"there is no setting {dashes}{name}{hint}"
+
+
+def _nearest_key(name: str, parser: Any) -> str | None:
+    """Return the dotted setting nearest to ``name``, class arguments written as ``model.beta`` included."""
+    keys = known_keys(parser)
+    head, _, tail = name.partition(".")
+    tail = tail.removeprefix("init_args.")
+    groups = {known.partition(".")[0] for known in keys}
+    if tail:
+        group = head if head in groups else nearest(head, groups)
+        if group is None:
+            return None
+        inside = {known.partition(".")[2]: known for known in keys if known.startswith(f"{group}.")}
+        near = tail if tail in inside else nearest(tail, inside)
+        return inside[near] if near else (name.replace(head, group, 1) if group != head else None)
+    last = {known.rpartition(".")[2]: known for known in sorted(keys, key=lambda known: -known.count("."))}
+    near = name if name in last else nearest(name, last)
+    return last[near] if near else None
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Return the dotted settings of a parser; where a class can be chosen, the arguments of all that are imported."""
+    keys: list[str] = []
+    for action in getattr(parser, "_actions", []):
+        if not isinstance(action.dest, str) or action.dest in ("help", "print_config") or action.dest.endswith(".help"):
+            continue
+        keys.append(action.dest)
+        base = _base_class(action)
+        for child in subclasses_of(base).values() if base is not None and action.dest in ("model", "data") else ():
+            path = f"{child.__module__}.{child.__qualname__}"
+            keys += [f"{action.dest}.{name}" for name in parameters_of(path)]
+    return keys
+
+
+def _base_class(action: Any) -> type | None:
+    """Return the class whose subclasses an option takes, if it is such an option."""
+    hint = getattr(action, "_typehint", None)
+    candidates = [hint, *getattr(hint, "__args__", ())]
+    return next((c for c in candidates if inspect.isclass(c) and c.__module__ not in ("builtins", "types")), None)
+
+
+def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """An argument that the chosen class does not have."""
+    found = re.search(r"Option '([^']+)' is not accepted", message)
+    if not found or not class_path:
+        return None
+    name, known, short = found.group(1), parameters_of(class_path), class_path.rpartition(".")[2]
+    if name == "class_path":
+        given = re.search(r"'class_path': '([^']+)'", message)
+        short = given.group(1).rpartition(".")[2] if given else short
+        return f"{key}: the arguments of {short} go under init_args, beside class_path"
+    near = nearest(name, known)
+    hint = f"the nearest is {key}.{near}" if near else f"it takes {', '.join(known) or 'none'}"
+    return f"{key}.{name} is no argument of {short}; {hint}"
+
+
+def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """A required argument that nobody gave."""
+    found = re.search(r"the following arguments are required: ([^\n]+)", message)
+    if not found:
+        return None
+    names = [name.strip() for name in found.group(1).split(",")]
+    if class_path:
+        flags = ", ".join(f"--{key}.{name}" for name in names)
+        return f"{class_path.rpartition('.')[2]} needs {flags}"
+    names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in names]
+    options = {action.dest: action.option_strings for action in getattr(parser, "_actions", [])}
+    asked = ", ".join(f"--{name}" if options.get(name, True) else name.upper() for name in names)
+    hint = "; a class is named as in --model DPOModule, or by a --config file" if {"model", "data"} & set(names) else ""
+    return f"missing: {asked}{hint}"
+
+
+def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """A class that cannot be found, imported or used here."""
+    given = found.group(1).strip() if (found := re.search(r"Given value: ([^\n]+)", message)) else class_path
+    if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
+        base = next((_base_class(a) for a in getattr(parser, "_actions", []) if a.dest == key), None)
+        known = sorted(subclasses_of(base)) if base else []
+        near = nearest(given, known)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
+        own = f"A class of your own is named with its module, as my_objective.{given}"
+        return f"{key}: there is no class {given}; {hint} {own}"
+    if class_path and (found := re.search(r"(No module named [^\n]+|cannot import name [^\n]+)", message)):
+        return f"{key}: {class_path} cannot be imported from {os.getcwd()}: {found.group(1).strip()}"
+    if class_path and (found := re.search(r"module '([^']+)' has no attribute '([^']+)'", message)):
+        module, name = found.groups()
+        near = nearest(name, [n for n, value in vars(sys.modules[module]).items() if inspect.isclass(value)])
+        return f"{key}: {module} has no class {name}" + (f"; the nearest is {module}.{near}" if near else "")
+    if found := re.search(r"does not correspond to a subclass of (\w+)", message):
+        return f"{key}: {given} is no subclass of {found.group(1)}"
+    if found := re.search(r"Expected an instantiatable class, but (\S*) ?is abstract", message):
+        name = found.group(1) or given
+        if name == given and (lacking := _abstract_methods(given)):
+            return f"{key}: {name} cannot be used yet: it must define {', '.join(lacking)}"
+        return f"{key}: {name.rpartition('.')[2]} is only the base; name a class, as in --{key} CLASS"
+    return None
+
+
+def _abstract_methods(class_path: str) -> list[str]:
+    """Return the methods that a class still has to define."""
+    module, _, name = class_path.rpartition(".")
+    return sorted(getattr(getattr(sys.modules.get(module), name, None), "__abstractmethods__", ()))
+
+
+def _wrong_value(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """A value of the wrong type."""
+    inner = re.search(r'Parser key "([^"]+)":\s+(?:Expected|Does not)', message[1:])
+    if inner:
+        key = f"{key}.{inner.group(1)}" if key else inner.group(1)
+    value = re.search(r"Got value: ([^\n]*)", message) or re.search(r"Given value: ([^\n]*)", message)
+    part = message[inner.start() + 1 :] if inner else message
+    expected = [_type_name(name) for name in re.findall(r"Expected an? ([^\n]+?)(?:\. Got value|\n|$)", part)]
+    if not value or not expected or not key:
+        return None
+    given = value.group(1).strip()
+    wrapped = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", given)
+    given = wrapped.group(1) if wrapped else given
+    kinds = list(dict.fromkeys(kind for kind in expected if kind))
+    if inner and kinds[-1:] == ["null"] and "Subtypes" not in part:
+        kinds = kinds[:-1]
+    return f"{key} must be {' or '.join(kinds)}, not {given}"
+
+
+def _type_name(expected: str) -> str:
+    """Return a type as a user writes it."""
+    if found := re.fullmatch(r"<class '([^']+)'>", expected.strip()):
+        name = found.group(1).rpartition(".")[2]
+        return TYPE_NAMES.get(name, name)
+    if found := re.fullmatch(r"typing\.Literal\[(.*)\]", expected.strip()):
+        return f"one of {found.group(1)}"
+    return expected.strip()
+
+
+def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """A config file that is not there or is no YAML."""
+    if found := re.search(r"File does not exist: '([^']+)'", message):
+        return f"there is no file {found.group(1)}"
+    if found := re.search(r"Problems parsing config: (.+)", message, re.DOTALL):
+        return f"the config file is no YAML: {' '.join(found.group(1).split())}"
+    return None
+
+
+def _tidied(message: str) -> str:
+    """Fold a message nobody foresaw into a line without the parser's internals."""
+    internal = ("Given value", "Subtypes:", "Does not validate", "Errors:", "Expected a <class 'NoneType'>")
+    lines = [line.strip(" -") for line in message.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(internal))

@@ -1,0 +1,113 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
+
+SOURCE = '''
+"""Scores of one's own."""
+
+def brevity(prompts, completions, weight=None, **columns):
+    return [-float(len(text.split())) * (weight[i] if weight else 1.0) for i, text in enumerate(completions)]
+
+class Constant:
+    def __call__(self, prompts, completions, **columns):
+        return [0.5] * len(completions)
+
+class Needy:
+    def __init__(self, threshold):
+        self.threshold = threshold
+
+PI = 3.14
+'''
+
+
+@pytest.fixture(autouse=True)
+def own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_scores.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_function_by_its_import_path() -> None:
+    scorer = load_scorer("own_scores.brevity")
+    assert scorer(["p", "p"], ["one two", "three"]) == [-2.0, -1.0]
+    assert scorer(["p", "p"], ["one two", "three"], weight=[10.0, 2.0]) == [-20.0, -2.0]
+
+
+def test_a_class_by_its_import_path_is_made_without_arguments() -> None:
+    assert load_scorer("own_scores.Constant")(["p"], ["c"]) == [0.5]
+
+
+def test_functions_and_scorers_serve_as_they_are() -> None:
+    class Longest(Scorer):
+        def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float]:
+            return [float(len(text)) for text in completions]
+
+    own = Longest()
+    assert load_scorer(own) is own
+    assert own.to(torch.device("cpu")) is own
+    plain = load_scorer(lambda prompts, completions, **columns: [float(len(prompts[0]))])
+    assert isinstance(plain, Scorer) and plain(["abc"], ["d"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("own_scores.kindness", "'own_scores.kindness' is neither a reward model's folder nor an importable function"),
+        ("no_such_module.score", "neither a reward model's folder nor an importable function: No module named"),
+        ("brevity", "scorer 'brevity' is neither a reward model's folder nor an importable function"),
+        ("own_scores.PI", r"scorer 'own_scores.PI' is a float: it cannot be called with \(prompts, completions\)"),
+        ("own_scores.Needy", "own_scores.Needy.*threshold"),
+        ("", "scorer '' is neither a reward model's folder nor an importable function"),
+    ],
+)
+def test_a_path_that_names_no_scorer_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_scorer(spec)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no model folder {tmp_path}/runs/reward/model"):
+        load_scorer(f"{tmp_path}/runs/reward/model")
+
+
+def test_a_folder_is_a_learned_scorer(reward_folder: str) -> None:
+    assert isinstance(load_scorer(reward_folder), LearnedScorer)
+
+
+def test_a_scorer_class_must_say_how_it_scores() -> None:
+    with pytest.raises(AttributeError, match="Half must define '__call__'"):
+        type("Half", (Scorer,), {})()(["p"], ["c"])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[1, 2.5, -3], (1.0, 2.5, -3.0), torch.tensor([[1.0], [2.5], [-3.0]]), torch.tensor([1.0, 2.5, -3.0]).double()],
+)
+def test_scores_come_as_fp32_on_the_cpu(scores: Any) -> None:
+    found = checked_scores(scores, 3, "scorer")
+    assert found.dtype == torch.float32 and found.tolist() == [1.0, 2.5, -3.0]
+
+
+def test_scores_carry_no_gradient() -> None:
+    assert not checked_scores(torch.ones(2, requires_grad=True) * 2, 2, "scorer").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 2.0], "scorer 'x' returned 2 scores for 3 completions: it must return one for each"),
+        ([], "scorer 'x' returned 0 scores for 3 completions"),
+        (torch.zeros(3, 2), "scorer 'x' returned 6 scores for 3 completions"),
+        ([0.0, 1.0, math.nan], "scorer 'x' returned nan for completion 2; 1 of 3 are not finite"),
+        ([-math.inf, 1.0, math.nan], "scorer 'x' returned -inf for completion 0; 2 of 3 are not finite"),
+        ([0.0, None, 1.0], "scorer 'x' must return one number for each completion"),
+        (["good", "bad", "good"], "scorer 'x' must return one number for each completion"),
+    ],
+)
+def test_scores_that_cannot_be_learned_from_are_refused(scores: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked_scores(scores, 3, "scorer 'x'")
