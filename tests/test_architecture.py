@@ -174,7 +174,9 @@ def test_everything_public_is_described(path):
 
 def needs_none(node: ast.stmt) -> bool:
     """Overloads and setters are described where the function itself is."""
-    return any(ast.unparse(decorator).endswith(("overload", ".setter")) for decorator in getattr(node, "decorator_list", []))
+    return any(
+        ast.unparse(decorator).endswith(("overload", ".setter")) for decorator in getattr(node, "decorator_list", [])
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -27,8 +27,8 @@ def main() -> None:
     for seed in arguments.seeds:
         path = arguments.out / f"seed_{seed}" / "report.json"
         if not path.is_file():
-            command = [sys.executable, "-m", "rlhf_lightning", "quickstart", "--seed", str(seed), "--out", str(path.parent)]
-            subprocess.run(command, check=True)
+            command = [sys.executable, "-m", "rlhf_lightning", "quickstart", "--seed", str(seed)]
+            subprocess.run([*command, "--out", str(path.parent)], check=True)
         reports.append(json.loads(path.read_text()))
     write_markdown(arguments.table, page(reports))
     print(f"wrote {arguments.table}")
@@ -36,14 +36,25 @@ def main() -> None:
 
 def page(reports: list[dict]) -> str:
     """Return the page: what each seed gave, and whether it met each bound."""
-    header = ["seed", "s", "Bayes", "reward model", "of the way", "sft", "dpo", "ppo", "best of 4", "best of 16", "holds"]
+    header = [
+        "seed",
+        "s",
+        "Bayes",
+        "reward model",
+        "of the way",
+        "sft",
+        "dpo",
+        "ppo",
+        "best of 4",
+        "best of 16",
+        "holds",
+    ]
     rows = []
     for report in reports:
         world, accuracy = report["world"], report["reward_model"]["accuracy"]
         reached = (accuracy - 0.5) / (world["bayes_accuracy"] - 0.5)
-        policies = [
-            f"{report[name]['gold_reward']:.3f} {interval(report[name]['gold_reward_ci'])}" for name in ("sft", "dpo", "ppo")
-        ]
+        parts = [report[name] for name in ("sft", "dpo", "ppo")]
+        policies = [f"{part['gold_reward']:.3f} {interval(part['gold_reward_ci'])}" for part in parts]
         rows.append(
             [
                 report["seed"],
@@ -60,10 +71,10 @@ def page(reports: list[dict]) -> str:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     return (
         "# The quickstart on several seeds\n\n"
-        "`python experiments/quickstart/seeds.py`; every seed that was run is shown. Policies: mean gold reward on held-out "
-        "prompts with its 95 % interval. `of the way`: (accuracy - 0.5) / (Bayes accuracy - 0.5). `holds`: dpo and ppo each "
-        "0.25 above sft with disjoint intervals, ppo at least 0.75 and above best of 4 of sft by the same reward model, "
-        "the reward model 0.8 of the way, 480 seconds.\n\n"
+        "`python experiments/quickstart/seeds.py`; every seed that was run is shown. Policies: mean gold reward on "
+        "held-out prompts with its 95 % interval. `of the way`: (accuracy - 0.5) / (Bayes accuracy - 0.5). `holds`: "
+        "dpo and ppo each 0.25 above sft with disjoint intervals, ppo at least 0.75 and above best of 4 of sft by the same "
+        "reward model, the reward model 0.8 of the way, 480 seconds.\n\n"
         f"Machine: {machine}.\n\n{markdown_table(header, rows)}\n"
     )
 

@@ -171,8 +171,8 @@ def gold_of_conversation(prompt: Prompt, completion: str) -> float:
 
 def _point(method: str, samples: Samples, label: str = "") -> FrontierPoint:
     assert samples.kl is not None and samples.gold is not None and samples.scores is not None
-    means = (float(values.double().mean()) for values in (samples.kl, samples.gold, samples.scores))
-    return FrontierPoint(method, *means, label)
+    kl, gold, score = (float(values.double().mean()) for values in (samples.kl, samples.gold, samples.scores))
+    return FrontierPoint(method, kl, gold, score, label)
 
 
 def policy_report(samples: Samples, seed: int) -> dict[str, Any]:
@@ -198,7 +198,8 @@ def summary_table(report: dict[str, Any]) -> str:
         figures = [part[name] for name in ("score", "kl", "completion_length", "eos_rate")]
         rows.append([stage, part["gold_reward"], interval(part["gold_reward_ci"]), *figures])
     for n in (4, 16):
-        rows.append([f"best of {n} of sft", world[f"best_of_{n}_gold"], "", None, float(best_of_n_kl(n)), None, None])
+        kl = float(best_of_n_kl(n))
+        rows.append([f"best of {n} of sft", world[f"best_of_{n}_gold"], "", None, kl, None, None])
     header = ["policy", "gold reward", "95 % interval", "score", "KL", "length", "EOS rate"]
     reached = (reward["accuracy"] - 0.5) / (world["bayes_accuracy"] - 0.5)
     return (

@@ -89,8 +89,8 @@ def padded_layout(sequences: Sequences) -> Layout:
         if start == 0:
             completion_mask[row, 0] = False
     cells = completion_mask.flatten().nonzero().squeeze(-1)
-    row = cells.div(length, rounding_mode="floor")
-    positions = row * width + starts[row] + cells % length
+    rows_of_cells = cells.div(length, rounding_mode="floor")
+    positions = rows_of_cells * width + starts[rows_of_cells] + cells % length
     ends = torch.tensor([len(completion) for completion in sequences.completions], dtype=torch.long)
     last = torch.arange(rows) * width + starts + ends - 1
     return Layout(input_ids, positions - 1, input_ids.flatten()[positions], cells, last, completion_mask)

@@ -150,7 +150,7 @@ def fingerprint(folder: str) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def load_hf_model(name: str, kind: type, settings: LoadSettings, **config_changes: Any) -> Any:
+def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:
     """Load or build a Hugging Face model of ``kind`` (AutoModelForCausalLM, AutoModelForSequenceClassification).
 
     Raises:
@@ -215,7 +215,7 @@ def refuse_reward_adapter(name: str) -> None:
         raise ValueError(f"the adapter in {name} is a reward model's: it scores completions and cannot write them")
 
 
-def load_weights(name: str, kind: type, settings: LoadSettings, **config_changes: Any) -> Any:
+def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:
     """Load whole weights, merging an adapter folder into its backbone."""
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)

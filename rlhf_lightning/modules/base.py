@@ -27,7 +27,7 @@ from rlhf_lightning.modules.optimization import (
     updates_of_run,
     without_gradient_sync,
 )
-from rlhf_lightning.types import Loss, Prompt, PromptBatch, Sequences, Step
+from rlhf_lightning.types import Loss, Prompt, Sequences, Step
 
 
 class Answer(NamedTuple):
@@ -188,7 +188,7 @@ class AlignmentModule(LightningModule):
             raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or max_steps")
         return total or 1
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW on the trainable weights, and the schedule stepped once per update."""
         groups = parameter_groups(self, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps)
@@ -207,7 +207,7 @@ class AlignmentModule(LightningModule):
         Returns:
             Norm of the gradient before clipping.
         """
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         # DDP averages gradients over ranks, so a sum over ranks needs the factor back.
         scale = self.trainer.world_size / max(count, 1)
@@ -218,7 +218,7 @@ class AlignmentModule(LightningModule):
         norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
         optimizer.step()
-        scheduler = self.lr_schedulers()
+        scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
         self.updates += 1
@@ -238,7 +238,8 @@ class AlignmentModule(LightningModule):
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self._steps_logged += 1
-        if self._steps_logged % max(self.trainer.log_every_n_steps, 1) == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._steps_logged % max(every, 1) == 0:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.updates)
 
@@ -300,7 +301,7 @@ class AlignmentModule(LightningModule):
     sampling = SamplingSettings()
     """How ``predict`` samples; on-policy modules set their own."""
 
-    def predict_step(self, step: Step[PromptBatch], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
         """Answer each prompt: one row per completion with its summed log-probability."""
         rows = []
         for batch in step.micro_batches:
@@ -321,7 +322,7 @@ class AlignmentModule(LightningModule):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trainable weights alone: frozen ones are where they came from."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")

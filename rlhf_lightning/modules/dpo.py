@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,14 @@ class DPOModule(OfflineModule):
         reference = self.reference_logprobs(layout) if self.needs_reference else None
         pairs = len(batch.target)
 
-        def halves(grid: Tensor | None) -> tuple[Any, Any]:
-            return (None, None) if grid is None else (grid[:pairs], grid[pairs:])
-
+        chosen, rejected = slice(None, pairs), slice(pairs, None)
         return PreferenceLogprobs(
-            *halves(outputs.logprobs),
-            *halves(reference),
-            *halves(layout.completion_mask),
+            policy_chosen_logprobs=outputs.logprobs[chosen],
+            policy_rejected_logprobs=outputs.logprobs[rejected],
+            reference_chosen_logprobs=None if reference is None else reference[chosen],
+            reference_rejected_logprobs=None if reference is None else reference[rejected],
+            chosen_mask=layout.completion_mask[chosen],
+            rejected_mask=layout.completion_mask[rejected],
             target=batch.target.to(self.device),
             rated_margin=batch.margin.to(self.device),
             weights=batch.weights.to(self.device),
@@ -122,8 +123,11 @@ class DPOModule(OfflineModule):
             parts = [self.preference_logprobs(batch) for batch in step.micro_batches]
         width = self._widest(parts)
         mine = [_pad_width(part, width) for part in parts]
-        local = PreferenceLogprobs(*(None if x[0] is None else torch.cat(x) for x in zip(*mine, strict=True)))
-        whole = PreferenceLogprobs(*(None if x is None else self._gathered(x) for x in local))
+        columns: Any = zip(*mine, strict=True)
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        local = PreferenceLogprobs(*joined)
+        fields: list[Any] = [None if field is None else self._gathered(field) for field in local]
+        whole = PreferenceLogprobs(*fields)
         chosen, rejected = (x.detach().requires_grad_() for x in whole[:2])
         whole = whole._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected)
         loss, meter = as_loss(self.preference_loss(whole)), Meter()
@@ -157,7 +161,7 @@ class DPOModule(OfflineModule):
         """Concatenate rows of all ranks, in the order of the ranks."""
         if self.trainer.world_size == 1:
             return rows
-        return self.all_gather(rows).flatten(0, 1)
+        return cast(Tensor, self.all_gather(rows)).flatten(0, 1)
 
     def _measure(self, logprobs: PreferenceLogprobs, loss: Loss, meter: Meter) -> None:
         """Add the implicit rewards, margins and accuracy that every preference objective is compared by."""
@@ -181,9 +185,10 @@ class DPOModule(OfflineModule):
 
 def _pad_width(part: PreferenceLogprobs, width: int) -> PreferenceLogprobs:
     """Pad every token tensor with zeros to ``width``, so that micro-batches can be stacked."""
-    return PreferenceLogprobs(
-        *(
-            torch.nn.functional.pad(x, (0, width - x.shape[1])) if x is not None and x.dim() == 2 else x
-            for x in part
-        )
-    )
+    fields: Any = part
+    per_token = [field is not None and field.dim() == 2 for field in fields]
+    padded = [
+        torch.nn.functional.pad(field, (0, width - field.shape[1])) if wide else field
+        for field, wide in zip(fields, per_token, strict=True)
+    ]
+    return PreferenceLogprobs(*padded)

@@ -65,6 +65,7 @@ class OnPolicyModule(AlignmentModule):
 
     batch_type = PromptBatch
     needs_reference = True
+    policy: CausalLM
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
     def __init__(
@@ -95,8 +96,8 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(f"temperature is {temperature}: a policy gradient needs samples, so it must be positive")
         if missing_eos_score is not None and missing_eos_penalty is not None:
             raise ValueError(
-                f"missing_eos_score is {missing_eos_score} and missing_eos_penalty {missing_eos_penalty}: one replaces the "
-                "scorer's score and the other lowers it, so one of them must be null"
+                f"missing_eos_score is {missing_eos_score} and missing_eos_penalty {missing_eos_penalty}: one replaces "
+                "the scorer's score and the other lowers it, so one of them must be null"
             )
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
@@ -138,7 +139,7 @@ class OnPolicyModule(AlignmentModule):
     @property
     def updates_per_step(self) -> int:
         """Optimizer steps of one rollout: epochs times minibatches."""
-        episodes = self.trainer.datamodule.batch_size
+        episodes = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         return self.ppo_epochs * math.ceil(episodes / (self.mini_batch_size or episodes))
 
     # -- one rollout --------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ class PPOModule(OnPolicyModule):
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         """Return the reward of each token: the KL leash, and the score at its slot."""
         mask = rollout.completion_mask
+        assert rollout.reference_logprobs is not None
         kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs)
         if self.reward_slot == "after_eos":
             rewards, mask = rewards_after_end(rollout.scores, kl, mask, self.kl_coef)
@@ -140,6 +141,7 @@ class PPOModule(OnPolicyModule):
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
         """Return generalised advantages, whitened over the tokens of all ranks, and the critic's targets."""
         mask, values = self._value_mask(rollout), rollout.values
+        assert values is not None
         advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
         tokens = rollout.completion_mask
         advantages = torch.where(tokens, advantages[:, : tokens.shape[1]], 0.0)  # no action is taken after the end
@@ -197,6 +199,7 @@ class PPOModule(OnPolicyModule):
         states = self._value_layout(layout)
         mask, count = states.completion_mask, states.completion_mask.shape[1]
         now = self._values(layout, outputs.values)
+        assert rollout.values is not None and advantages.returns is not None
         values = CriticValues(
             values=now,
             old_values=rollout.values[rows, :count],
@@ -219,6 +222,7 @@ class PPOModule(OnPolicyModule):
     def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
         """Add the share of the returns' variance that the critic foresaw: 1 is perfect, 0 no better than their mean."""
         mask = self._value_mask(rollout)
+        assert rollout.values is not None and advantages.returns is not None
         mean, _ = moments_over_ranks(self.trainer.strategy, advantages.returns, mask)
         missed = torch.where(mask, advantages.returns - rollout.values, 0.0).square().sum()
         total = torch.where(mask, advantages.returns - mean, 0.0).square().sum()

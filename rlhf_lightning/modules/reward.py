@@ -138,7 +138,7 @@ class RewardModule(OfflineModule):
             means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
         return means
 
-    def predict_step(self, step: Step[RankedBatch], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
         """Score each completion of each group."""
         rows: list[dict[str, Any]] = []
         for batch in step.micro_batches:

@@ -61,7 +61,7 @@ def load_scorer(spec: Any) -> Scorer:
             ``my_scores.brevity`` of a function or of a Scorer class without required arguments.
 
     Raises:
-        ValueError: the import path names nothing callable.
+        ValueError: the import path names nothing callable, or a class that needs arguments.
         FileNotFoundError: there is no such folder.
     """
     from rlhf_lightning.scoring.learned import LearnedScorer
@@ -79,7 +79,10 @@ def load_scorer(spec: Any) -> Scorer:
         raise ValueError(
             f"scorer {spec!r} is neither a reward model's folder nor an importable function: {error}"
         ) from error
-    made = found() if isinstance(found, type) else found
+    try:
+        made = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ValueError(f"scorer {spec!r} is a class that cannot be made without arguments: {error}") from error
     if not callable(made):
         raise ValueError(f"scorer {spec!r} is a {type(made).__name__}: it cannot be called with (prompts, completions)")
     return made if isinstance(made, Scorer) else FunctionScorer(made)

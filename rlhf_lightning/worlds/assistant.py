@@ -351,7 +351,8 @@ def _edit(answer: Answer, prompt: str, rng: random.Random) -> Answer:
     if part == "fillers":
         return replace(answer, fillers=0 if answer.fillers else rng.choice((1, 2)))
     manner = _other(("courteous", "curt", "none"), getattr(answer, part), rng)
-    return replace(answer, **{part: None if manner == "none" else manner})
+    changed: Any = {part: None if manner == "none" else manner}
+    return replace(answer, **changed)
 
 
 # ------------------------------------------------------------------------------------------------- model and files

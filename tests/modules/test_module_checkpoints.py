@@ -134,7 +134,7 @@ def test_a_resumed_ppo_run_draws_and_learns_as_the_uninterrupted_one(
     steps = [prompt_step(PROMPTS, first_episode=6 * index) for index in range(3)]
     path = tmp_path / "middle.ckpt"
     whole = PPOModule(init_from=policy_folder, **settings)
-    fit(whole, steps, callbacks=[Snapshot(2, path)], max_epochs=1)
+    run(whole, steps, callbacks=[Snapshot(2, path)], max_epochs=1)
     resumed = PPOModule(init_from=policy_folder, **settings)
     run(resumed, steps, path, max_epochs=1)
     assert_same(weights_of(resumed), weights_of(whole), rtol=0, atol=1e-7)
@@ -150,7 +150,6 @@ def test_the_score_bias_is_taken_up_again(policy_folder: str, tmp_path: Path) ->
     fit(module, [step])
     bias = module.reward_model.bias
     trainer = quiet_trainer()
-    trainer.strategy.connect(module)
     trainer.validate(module, StepData([step], [step]), verbose=False)
     trainer.save_checkpoint(path)
     again = RewardModule(init_from=policy_folder)

@@ -7,6 +7,7 @@ from tiny_models import PAD, random_rows, save_reward_model, sequences, tiny_tok
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_lightning.models.export import export_reward_model
+from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_reward_hf_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.scoring import LearnedScorer
@@ -76,8 +77,6 @@ def test_an_adapters_folder_scores_as_the_model_it_was_written_from(policy_folde
     folder = export_reward_model(trained, tiny_tokenizer(), tmp_path / "adapter", policy_folder)
     loaded = LearnedScorer(str(folder))
     batch = sequences(IDS)
-    from rlhf_lightning.models.layout import padded_layout
-
     with torch.no_grad():
         expected = trained(padded_layout(batch)) - 0.25
     torch.testing.assert_close(loaded.score_sequences(batch), expected, atol=1e-4, rtol=1e-4)

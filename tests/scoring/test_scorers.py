@@ -60,8 +60,7 @@ def test_functions_and_scorers_serve_as_they_are() -> None:
         ("no_such_module.score", "neither a reward model's folder nor an importable function: No module named"),
         ("brevity", "scorer 'brevity' is neither a reward model's folder nor an importable function"),
         ("own_scores.PI", r"scorer 'own_scores.PI' is a float: it cannot be called with \(prompts, completions\)"),
-        ("own_scores.Needy", "own_scores.Needy.*threshold"),
-        ("", "scorer '' is neither a reward model's folder nor an importable function"),
+        ("own_scores.Needy", "'own_scores.Needy' is a class that cannot be made without arguments: .*'threshold'"),
     ],
 )
 def test_a_path_that_names_no_scorer_is_refused(spec: str, message: str) -> None:
