@@ -123,10 +123,10 @@ def stage_lines(report: dict[str, Any]) -> list[str]:
         f"{interval(reward['bag_of_words_accuracy_ci'])}; always the longer answer: {reward['longer_accuracy']:.3f}.",
         f"- **DPO** (LoRA, from SFT): {budget['dpo_rows']} harmlessness pairs of up to {budget['dpo_characters']} "
         f"characters, evaluated on {dpo['eval_rows']} of the test file, whose opening questions are others. Before "
-        f"training the policy is the reference, so every margin is 0 and the loss log 2; after it the loss "
-        f"is {dpo['loss_after']:.3f} and the accuracy {dpo['reward_accuracy']:.3f} {interval(dpo['reward_accuracy_ci'])}. "
-        f"Its answers to {dpo['sampled_prompts']} held-out questions end in {100 * dpo['eos_rate']:.0f} % of cases and have {dpo['completion_length']:.1f} "
-        "tokens; the KL above is theirs.",
+        f"training the policy is the reference, so every margin is 0 and the loss log 2; after it the loss is "
+        f"{dpo['loss_after']:.3f} and the accuracy {dpo['reward_accuracy']:.3f} {interval(dpo['reward_accuracy_ci'])}. "
+        f"Of its answers to {dpo['sampled_prompts']} held-out questions {100 * dpo['eos_rate']:.0f} % end by "
+        f"themselves; they have {dpo['completion_length']:.1f} tokens, and the KL above is theirs.",
         f"- **PPO** (LoRA, from SFT, against that reward model): {budget['rollouts']} rollouts of {budget['episodes']} "
         f"answers of at most {budget['max_new_tokens']} tokens to the reward model's training prompts, evaluated on "
         f"{ppo['eval_rows']} held-out prompts with the same random numbers before and after. It is trained on the "
