@@ -242,12 +242,22 @@ class AlignmentModule(LightningModule):
         if self._steps_logged % max(every, 1) == 0:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.updates)
+            self._log_over_work(metrics)
 
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a whole validation or test pass under ``prefix``."""
         self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
         # Lightning takes this name as the x-axis, where its default would count batches.
         self.log("step", float(self.updates), on_step=False, on_epoch=True)
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._log_over_work({f"{prefix}/{name}": value for name, value in metrics.items()})
+
+    def _log_over_work(self, metrics: Mapping[str, float]) -> None:
+        """Log the headline metrics again over episodes and over tokens: an update of one objective is not another's."""
+        headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
+        for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
+            for logger in self.loggers:
+                logger.log_metrics({f"by_{axis}/{name}": value for name, value in headline.items()}, step=position)
 
     def progress(self) -> dict[str, float]:
         """How far the run is, in the units that runs are compared by."""
