@@ -1,41 +1,51 @@
 r"""The assistant world: requests about hobbies, answers of mixed quality, and a gold reward that is known.
 
-A request is a (kind, subject, phrasing): 14 kinds (what does it cost, is it safe, ...) times 40 subjects times 6
-phrasings. An answer is a sequence of sentences: an opening, a core that answers some kind for some subject, a concrete
-detail of some kind, fillers, a closing. Careful writers mostly answer what was asked; careless ones answer another
-question, about another subject, at length or rudely.
+A request is a (kind, subject, phrasing): 12 kinds (what does it cost, is it safe, ...) times 40 subjects times 3
+phrasings; 400 of the 1,440 are held out. An answer is a sequence of sentences: an opening, a core that answers some
+kind for some subject, a concrete detail of some kind, fillers, a closing. Careful writers mostly answer what was asked;
+careless ones answer another question, about another subject, at length or rudely, or say nothing of use.
 
-**Gold reward** of (prompt, completion), in [0, 1], from exact sentences only, so that any text has one::
+The **gold reward** of (prompt, completion) is known for any text and never trained on::
 
-    gold = clarity * (0.30 subject + 0.25 kind + 0.20 detail + 0.15 courtesy + 0.10 brevity)
+    gold = clarity * (0.30 subject + 0.25 kind + 0.20 detail + 0.15 courtesy + 0.10 brevity)        in [0, 1]
 
-    clarity   words in recognised, unrepeated sentences / all words                     (0 for an empty completion)
-    subject   mentions of the asked subject / mentions of any subject                          (0 without a mention)
-    kind      core sentences that answer the asked kind / core sentences                              (0 without one)
-    detail    detail sentences of the asked kind / detail sentences                                   (0 without one)
-    courtesy  clip((1 + courteous parts (opening, closing; at most one each) - 2 curt sentences) / 3, 0, 1)
-    brevity   clip((28 - words) / 12, 0, 1): full marks up to 16 words
+with the shares of the asked subject, kind and detail among those the answer speaks of; its parts are defined at
+:func:`gold_reward`'s module. **Annotators** prefer a to b with probability sigmoid(12 (gold_a - gold_b)), so that
+nobody can predict their labels better than the Bayes accuracy, mean max(p, 1 - p), about 0.87.
 
-Shares, not counts, make hedging worthless: an answer for all kinds about all subjects earns what one kind about one
-subject earns from a random prompt. **Annotators** prefer a to b with probability sigmoid(scale (gold_a - gold_b)).
+Why it is a real problem, each measured by the tests:
 
-Why it is a real problem: 75 % of the gold reward asks for the right subject and kind, which only the prompt tells, so
-the best completion that ignores the prompt earns 0.25 + 0.30 / 40 + 0.45 / 14 = 0.29, and words without the prompt
-tell a pair classifier little; and writers make enough mistakes that imitating them earns about 0.45.
+* 75 % of the gold reward asks for the right subject and kind, which only the prompt tells. The best completion that
+  ignores the prompt earns courtesy and brevity, and the rest by luck: 0.25 + 0.30 / 40 + 0.45 / 12 = 0.30.
+* For the same reason a bag of words recovers less than 60 % of what can be known about the pairs beyond chance: words
+  show manners, length and whether there is a detail, but not whether it is the right one.
+* Writers make mistakes so often that demonstrations, and who imitates them, earn about 0.5; yet every part of an
+  excellent answer is common, so that preferences can lead there at a modest KL.
 """
 
 import json
 import math
 import random
-import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_lightning.worlds import _assistant_text as text
+from rlhf_lightning.worlds._assistant_gold import gold_parts, gold_reward, read_request
+from rlhf_lightning.worlds._assistant_model import make_config, make_tokenizer, vocabulary
+
+__all__ = [
+    "ANNOTATOR_SCALE",
+    "AssistantWorld",
+    "gold_parts",
+    "gold_reward",
+    "make_config",
+    "make_tokenizer",
+    "read_request",
+    "vocabulary",
+    "write_world",
+]
 
 Split = Literal["train", "test"]
 Row = dict[str, Any]
@@ -44,7 +54,6 @@ TEST_PROMPTS = 400
 ANNOTATOR_SCALE = 12.0  # sharpness of the annotators' Bradley-Terry choice, in log-odds per unit of gold reward
 EDITED_SHARE = 0.7  # of the pairs: an answer beside its own edit
 EDITS = {"kind": 4, "subject": 2, "detail": 1, "opening": 1, "closing": 1, "fillers": 1}  # relative frequencies
-WEIGHTS = {"subject": 0.30, "kind": 0.25, "detail": 0.20, "courtesy": 0.15, "brevity": 0.10}
 
 
 class Care(NamedTuple):
@@ -66,25 +75,6 @@ CARES = (
     Care(0.30, subject=0.75, kind=0.65, core=1.00, detail=0.55, courteous=0.55, curt=0.05, brief=0.75),
 )
 EXPERT = Care(0.0, subject=0.9, kind=0.9, core=1.0, detail=0.7, courteous=0.6, curt=0.1, brief=0.7)
-
-
-class Request(NamedTuple):
-    """What a prompt asks for."""
-
-    kind: str
-    subject: str
-
-
-class Facts(NamedTuple):
-    """What the grader reads in a completion, whatever was asked."""
-
-    words: int
-    recognised_words: int
-    subjects: Counter[str]
-    cores: Counter[str]
-    details: Counter[str]
-    courteous: int
-    curt: int
 
 
 @dataclass(frozen=True)
@@ -123,107 +113,6 @@ def _worded(options: tuple[str, ...], number: float) -> list[str]:
     return [options[int(number * len(options))]] if options else []
 
 
-_TOKEN = re.compile(r"\w+|[^\w\s]")
-_SUBJECTS = frozenset(text.SUBJECTS)
-
-
-def _key(tokens: Iterable[str]) -> tuple[str, ...]:
-    return tuple("{s}" if token in _SUBJECTS else token for token in tokens)
-
-
-def _tokens(words: str) -> list[str]:
-    return _TOKEN.findall(words.lower())
-
-
-def _sentence_table() -> dict[tuple[str, ...], tuple[str, str]]:
-    """Every sentence of the world, its subject left open -> (part, kind or manner)."""
-    some_subject = text.SUBJECTS[0]
-    parts: list[tuple[str, str, tuple[str, ...]]] = [
-        ("opening", "courteous", text.COURTEOUS_OPENINGS),
-        ("opening", "curt", text.CURT_OPENINGS),
-        ("closing", "courteous", text.COURTEOUS_CLOSINGS),
-        ("closing", "curt", text.CURT_CLOSINGS),
-        ("filler", "", text.FILLERS),
-    ]
-    for name, kind in text.KINDS.items():
-        parts += [("core", name, kind.cores), ("detail", name, kind.details)]
-    return {_key(_tokens(s.replace("{s}", some_subject))): (part, tag) for part, tag, many in parts for s in many}
-
-
-_SENTENCES = _sentence_table()
-_REQUESTS = {
-    _key(_tokens(request.replace("{s}", text.SUBJECTS[0]))): name
-    for name, kind in text.KINDS.items()
-    for request in kind.requests
-}
-
-
-@lru_cache(maxsize=65536)
-def read_request(prompt: str) -> Request:
-    """Return what ``prompt`` asks for.
-
-    Raises:
-        ValueError: if the prompt is not one of this world's.
-    """
-    tokens = _tokens(prompt)
-    kind = _REQUESTS.get(_key(tokens))
-    if kind is None:
-        raise ValueError(f"The prompt {prompt!r} is not a request of the assistant world, so it has no gold reward.")
-    return Request(kind, next(token for token in tokens if token in _SUBJECTS))
-
-
-@lru_cache(maxsize=65536)
-def read_completion(completion: str) -> Facts:
-    """Return what the grader sees in any text: recognised sentences by part, subjects, words."""
-    tokens = _tokens(completion)
-    sentences: list[list[str]] = [[]]
-    for token in tokens:
-        sentences[-1].append(token)
-        if token in ".!?":
-            sentences.append([])
-    seen: set[tuple[str, ...]] = set()
-    parts: Counter[tuple[str, str]] = Counter()
-    recognised = 0
-    for sentence in sentences:
-        key = _key(sentence)
-        if key in _SENTENCES and key not in seen:
-            seen.add(key)
-            parts[_SENTENCES[key]] += 1
-            recognised += sum(token.isalnum() for token in sentence)
-    return Facts(
-        words=sum(token.isalnum() for token in tokens),
-        recognised_words=recognised,
-        subjects=Counter(token for token in tokens if token in _SUBJECTS),
-        cores=Counter({tag: n for (part, tag), n in parts.items() if part == "core"}),
-        details=Counter({tag: n for (part, tag), n in parts.items() if part == "detail"}),
-        courteous=len({part for part, tag in parts if tag == "courteous"}),
-        curt=sum(n for (_, tag), n in parts.items() if tag == "curt"),
-    )
-
-
-def gold_parts(prompt: str, completion: str) -> dict[str, float]:
-    """Return the parts of the gold reward (see the module's equation), each in [0, 1], ``clarity`` among them."""
-    asked, facts = read_request(prompt), read_completion(completion)
-
-    def share(counts: Counter[str], name: str) -> float:
-        return counts[name] / counts.total() if counts else 0.0
-
-    return {
-        "clarity": facts.recognised_words / facts.words if facts.words else 0.0,
-        "subject": share(facts.subjects, asked.subject),
-        "kind": share(facts.cores, asked.kind),
-        "detail": share(facts.details, asked.kind),
-        "courtesy": min(max((1 + facts.courteous - 2 * facts.curt) / 3, 0.0), 1.0),
-        "brevity": min(max((28 - facts.words) / 12, 0.0), 1.0),
-    }
-
-
-def gold_reward(prompt: str, completion: str) -> float:
-    """Return the gold reward in [0, 1] of any ``completion`` to a ``prompt`` of this world."""
-    parts = gold_parts(prompt, completion)
-    return parts["clarity"] * sum(weight * parts[name] for name, weight in WEIGHTS.items())
-
-
 class AssistantWorld:
     """Prompts, demonstrations and preference pairs of the assistant world, the same for the same seed.
 
@@ -248,7 +137,7 @@ class AssistantWorld:
         return list(self._prompts[split])
 
     def gold_reward(self, prompt: str, completion: str) -> float:
-        """Return the gold reward in [0, 1] (the module's :func:`gold_reward`)."""
+        """Return the gold reward in [0, 1] (the function of the same name)."""
         return gold_reward(prompt, completion)
 
     def demonstrations(self, n: int) -> list[Row]:
@@ -355,80 +244,8 @@ def _edit(answer: Answer, prompt: str, rng: random.Random) -> Answer:
     return replace(answer, **changed)
 
 
-# ------------------------------------------------------------------------------------------------- model and files
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] not in ('system', 'user', 'assistant') %}"
-    "{{ raise_exception('The roles of this chat template are system, user and assistant; found ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
-
-
-def vocabulary() -> list[str]:
-    """Return every word and mark of the world, sorted, after the special tokens."""
-    said = [*text.SUBJECTS, *text.COURTEOUS_OPENINGS, *text.CURT_OPENINGS, *text.FILLERS]
-    said += [*text.COURTEOUS_CLOSINGS, *text.CURT_CLOSINGS]
-    for kind in text.KINDS.values():
-        said += [*kind.requests, *kind.cores, *kind.details]
-    words = {token for sentence in said for token in _TOKEN.findall(sentence.replace("{s}", ""))}
-    return [*SPECIAL_TOKENS, *sorted(words)]
-
-
-def make_tokenizer() -> Any:
-    """Return the world's word-level tokenizer, a ``PreTrainedTokenizerFast`` with a chat template.
-
-    Words outside the world become ``<|unk|>``; text of the world survives encoding and decoding unchanged.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<|unk|>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
-    backend.decoder = decoders.WordPiece(cleanup=True)  # joins words by spaces, none before a mark
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
-
-
-def make_config(hidden_size: int = 96, layers: int = 2, heads: int = 4, intermediate_size: int = 256) -> Any:
-    """Return a Llama configuration for training from scratch on this world."""
-    from transformers import LlamaConfig
-
-    tokenizer = make_tokenizer()
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=128,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["LlamaForCausalLM"],
-    )
-
-
 def write_world(
-    folder: str | Path, seed: int = 0, demonstrations: int = 10000, pairs_train: int = 24000, pairs_test: int = 1000
+    folder: str | Path, seed: int = 0, demonstrations: int = 10000, pairs_train: int = 30000, pairs_test: int = 1000
 ) -> dict[str, Any]:
     """Write the world's files to ``folder`` and return the facts that ``world.json`` holds.
 

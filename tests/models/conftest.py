@@ -1,35 +1,3 @@
-"""Tiny folders to load from, written once a session."""
+from tiny_folders import one_thread, other_folder, policy_folder, reward_folder, tokenizer
 
-from typing import Any
-
-import pytest
-import torch
-from tiny_models import save_policy, save_reward_model
-
-from rlhf_lightning.tokenization import load_tokenizer
-
-
-@pytest.fixture(scope="session")
-def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_policy(tmp_path_factory.mktemp("tiny") / "policy")
-
-
-@pytest.fixture(scope="session")
-def other_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same architecture with other weights."""
-    return save_policy(tmp_path_factory.mktemp("tiny") / "other", seed=5)
-
-
-@pytest.fixture(scope="session")
-def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_reward_model(tmp_path_factory.mktemp("tiny") / "reward")
-
-
-@pytest.fixture(scope="session")
-def tokenizer(policy_folder: str) -> Any:
-    return load_tokenizer(policy_folder)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+__all__ = ["one_thread", "other_folder", "policy_folder", "reward_folder", "tokenizer"]

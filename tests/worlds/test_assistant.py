@@ -40,7 +40,7 @@ def world() -> AssistantWorld:
 
 @pytest.fixture(scope="module")
 def pairs_train(world: AssistantWorld) -> list[dict]:
-    return world.pairs(6000, "train")
+    return world.pairs(5000, "train")
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ class TestItIsARealProblem:
 
         weights = torch.zeros(len(index), requires_grad=True)
         x = differences(pairs_train)
-        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([weights], max_iter=40, line_search_fn="strong_wolfe")
 
         def loss() -> torch.Tensor:
             optimizer.zero_grad()

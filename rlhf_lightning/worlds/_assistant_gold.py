@@ -1,0 +1,147 @@
+r"""The gold reward of the assistant world: what a grader who knows every sentence of it thinks of any text.
+
+::
+
+    gold = clarity * (0.30 subject + 0.25 kind + 0.20 detail + 0.15 courtesy + 0.10 brevity)        in [0, 1]
+
+    clarity   words in recognised, unrepeated sentences / all words                     (0 for an empty completion)
+    subject   mentions of the asked subject / mentions of any subject                          (0 without a mention)
+    kind      core sentences that answer the asked kind / core sentences                              (0 without one)
+    detail    detail sentences of the asked kind / detail sentences                                   (0 without one)
+    courtesy  clip((1 + courteous parts (opening, closing; at most one each) - 2 curt sentences) / 3, 0, 1)
+    brevity   clip((28 - words) / 12, 0, 1): full marks up to 16 words
+
+A sentence is recognised if it is one of the world's, with any subject, in any case and spacing. Shares, not counts,
+make hedging worthless: an answer for all kinds about all subjects earns what one kind about one subject earns from a
+random prompt.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from rlhf_lightning.worlds import _assistant_text as text
+
+WEIGHTS = {"subject": 0.30, "kind": 0.25, "detail": 0.20, "courtesy": 0.15, "brevity": 0.10}
+
+
+class Request(NamedTuple):
+    """What a prompt asks for."""
+
+    kind: str
+    subject: str
+
+
+class Facts(NamedTuple):
+    """What the grader reads in a completion, whatever was asked."""
+
+    words: int
+    recognised_words: int
+    subjects: Counter[str]
+    cores: Counter[str]
+    details: Counter[str]
+    courteous: int
+    curt: int
+
+
+WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
+_SUBJECTS = frozenset(text.SUBJECTS)
+
+
+def _key(tokens: Iterable[str]) -> tuple[str, ...]:
+    return tuple("{s}" if token in _SUBJECTS else token for token in tokens)
+
+
+def _tokens(words: str) -> list[str]:
+    return WORD_OR_MARK.findall(words.lower())
+
+
+def _sentence_table() -> dict[tuple[str, ...], tuple[str, str]]:
+    """Every sentence of the world, its subject left open -> (part, kind or manner)."""
+    some_subject = text.SUBJECTS[0]
+    parts: list[tuple[str, str, tuple[str, ...]]] = [
+        ("opening", "courteous", text.COURTEOUS_OPENINGS),
+        ("opening", "curt", text.CURT_OPENINGS),
+        ("closing", "courteous", text.COURTEOUS_CLOSINGS),
+        ("closing", "curt", text.CURT_CLOSINGS),
+        ("filler", "", text.FILLERS),
+    ]
+    for name, kind in text.KINDS.items():
+        parts += [("core", name, kind.cores), ("detail", name, kind.details)]
+    return {_key(_tokens(s.replace("{s}", some_subject))): (part, tag) for part, tag, many in parts for s in many}
+
+
+_SENTENCES = _sentence_table()
+_REQUESTS = {
+    _key(_tokens(request.replace("{s}", text.SUBJECTS[0]))): name
+    for name, kind in text.KINDS.items()
+    for request in kind.requests
+}
+
+
+@lru_cache(maxsize=65536)
+def read_request(prompt: str) -> Request:
+    """Return what ``prompt`` asks for.
+
+    Raises:
+        ValueError: if the prompt is not one of this world's.
+    """
+    tokens = _tokens(prompt)
+    kind = _REQUESTS.get(_key(tokens))
+    if kind is None:
+        raise ValueError(f"The prompt {prompt!r} is not a request of the assistant world, so it has no gold reward.")
+    return Request(kind, next(token for token in tokens if token in _SUBJECTS))
+
+
+@lru_cache(maxsize=65536)
+def read_completion(completion: str) -> Facts:
+    """Return what the grader sees in any text: recognised sentences by part, subjects, words."""
+    tokens = _tokens(completion)
+    sentences: list[list[str]] = [[]]
+    for token in tokens:
+        sentences[-1].append(token)
+        if token in ".!?":
+            sentences.append([])
+    seen: set[tuple[str, ...]] = set()
+    parts: Counter[tuple[str, str]] = Counter()
+    recognised = 0
+    for sentence in sentences:
+        key = _key(sentence)
+        if key in _SENTENCES and key not in seen:
+            seen.add(key)
+            parts[_SENTENCES[key]] += 1
+            recognised += sum(token.isalnum() for token in sentence)
+    return Facts(
+        words=sum(token.isalnum() for token in tokens),
+        recognised_words=recognised,
+        subjects=Counter(token for token in tokens if token in _SUBJECTS),
+        cores=Counter({tag: n for (part, tag), n in parts.items() if part == "core"}),
+        details=Counter({tag: n for (part, tag), n in parts.items() if part == "detail"}),
+        courteous=len({part for part, tag in parts if tag == "courteous"}),
+        curt=sum(n for (_, tag), n in parts.items() if tag == "curt"),
+    )
+
+
+def gold_parts(prompt: str, completion: str) -> dict[str, float]:
+    """Return the parts of the gold reward (the module's equation), each in [0, 1], ``clarity`` among them."""
+    asked, facts = read_request(prompt), read_completion(completion)
+
+    def share(counts: Counter[str], name: str) -> float:
+        return counts[name] / counts.total() if counts else 0.0
+
+    return {
+        "clarity": facts.recognised_words / facts.words if facts.words else 0.0,
+        "subject": share(facts.subjects, asked.subject),
+        "kind": share(facts.cores, asked.kind),
+        "detail": share(facts.details, asked.kind),
+        "courtesy": min(max((1 + facts.courteous - 2 * facts.curt) / 3, 0.0), 1.0),
+        "brevity": min(max((28 - facts.words) / 12, 0.0), 1.0),
+    }
+
+
+def gold_reward(prompt: str, completion: str) -> float:
+    """Return the gold reward in [0, 1] of any ``completion`` to a ``prompt`` of this world."""
+    parts = gold_parts(prompt, completion)
+    return parts["clarity"] * sum(weight * parts[name] for name, weight in WEIGHTS.items())
