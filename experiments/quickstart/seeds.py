@@ -73,8 +73,8 @@ def page(reports: list[dict]) -> str:
         "# The quickstart on several seeds\n\n"
         "`python experiments/quickstart/seeds.py`; every seed that was run is shown. Policies: mean gold reward on "
         "held-out prompts with its 95 % interval. `of the way`: (accuracy - 0.5) / (Bayes accuracy - 0.5). `holds`: "
-        "dpo and ppo each 0.25 above sft with disjoint intervals, ppo at least 0.75 and above best of 4 of sft by the same "
-        "reward model, the reward model 0.8 of the way, 480 seconds.\n\n"
+        "dpo and ppo each 0.25 above sft with disjoint intervals, ppo at least 0.75 and above best of 4 of sft by the "
+        "same reward model, the reward model 0.8 of the way, 480 seconds.\n\n"
         f"Machine: {machine}.\n\n{markdown_table(header, rows)}\n"
     )
 
