@@ -73,9 +73,10 @@ class RunProgress(TQDMProgressBar):
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         """Return loss, speed and time left as text; what is not known yet is left out."""
         figures: dict[str, str] = {"update": str(updates_of(module))}
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None:
-            figures["loss"] = f"{float(loss):.4g}"
+        for label, tag in (("loss", "train/loss"), ("score", "rollout/score"), ("KL", "rollout/kl")):
+            value = trainer.callback_metrics.get(tag)
+            if value is not None:
+                figures[label] = f"{float(value):.4g}"
         seconds = self.clock() - self._began
         tokens = int(getattr(module, "tokens", 0)) - self._tokens_before
         if tokens and seconds > 0:
