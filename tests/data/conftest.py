@@ -11,7 +11,7 @@ def ready(tiny_tokenizer: Any, cache: Any) -> Any:
 
     def prepare(data: Any, rank: int = 0, ranks: int = 1, batch_type: type | None = None, tokenizer: Any = None) -> Any:
         kind = type(data)
-        data.__class__ = type(kind.__name__, (kind,), {"ranks": property(lambda _: (rank, ranks))})
+        data.__class__ = type(f"{kind.__name__}OfARank", (kind,), {"ranks": property(lambda _: (rank, ranks))})
         data.tokenizer = tokenizer or tiny_tokenizer
         if batch_type is not None:
             data.batch_type = batch_type
