@@ -192,28 +192,24 @@ def report(records: dict[str, tuple[dict, dict]], args: argparse.Namespace) -> t
         agreed &= same and complete and all(gap <= TOLERANCE for gap in gaps)
         counts = [len(row["ids"]) for rows in ours["steps"] for row in rows]
         verdict = "the same" if same else "NOT the same"
-        notes.append(
-            f"- {stage}: {verdict} token ids and masks on both sides ({len(counts)} sequences, {sum(counts)} tokens)"
-        )
+        notes.append(f"- {stage}: {verdict} tokens on both sides ({len(counts)} sequences, {sum(counts)} tokens)")
     outcome = "All differences are" if agreed else "NOT all differences are"
     return "\n".join([*lines, "", f"{outcome} within {TOLERANCE:g}.", "", *notes, ""]), agreed
 
 
 def document(table: str, args: argparse.Namespace, peer_version: str) -> str:
     """Write the whole page: what was compared, how, and the table."""
-    settings = (
-        f"Batches of {args.batch} rows in file order, AdamW (betas 0.9 and 0.999, epsilon 1e-8, no weight decay) at "
-        f"{args.learning_rate:g}\nfalling linearly to 0 over {args.steps} updates, gradient norm clipped at 1, at most "
-        f"{args.max_length} tokens, fp32 on the CPU."
-    )
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "lightning"))
     return "\n".join(
         [
             f"# Parity with {peer_version}",
             "",
-            f"The first {args.steps} losses of each stage on `{args.data.name}`, from {args.model.name}. {settings}",
-            "Each loss is the one before its update, so later rows also compare gradients, clipping, optimizer and",
-            "schedule.",
+            f"The first {args.steps} losses of each stage on `{args.data.name}`,",
+            f"from {args.model.name}, both sides in full precision on the CPU.",
+            f"Batches of {args.batch} rows in file order, at most {args.max_length} tokens; AdamW (betas 0.9, 0.999,",
+            f"epsilon 1e-8, no weight decay) at {args.learning_rate:g} falling linearly to 0 in {args.steps} updates,",
+            "gradient norm clipped at 1. Each loss is the one before its update, so later rows also compare",
+            "gradients, clipping, optimizer and schedule.",
             "",
             "```",
             "python experiments/benchmarks/parity.py --model MODEL --data DATA/" + args.data.name + " \\",

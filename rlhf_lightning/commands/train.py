@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,9 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
         config = self.config.clone()
         config.pop("resume", None)
+        # Whoever runs this file again wants the same run anew, not the rest of this one.
+        if config.ckpt_path and run_of(config.ckpt_path) == path.parent.absolute():
+            config.ckpt_path = None
         # Without the nulls a setting that was switched off would come back with its default.
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
@@ -118,10 +122,9 @@ class RlhfCLI(LightningCLI):
 
     Args:
         args: the command line, the command's name first.
-        run: false only builds module, data and trainer.
     """
 
-    def __init__(self, args: Sequence[str], run: bool = True) -> None:
+    def __init__(self, args: Sequence[str]) -> None:
         self.argv, name = list(args), args[0]
         self.folder: Path | None = None
         self.is_new_folder = False
@@ -140,7 +143,6 @@ class RlhfCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             args=self.argv,
-            run=run,
         )
 
     # -- parsing ------------------------------------------------------------------------------------------------------
@@ -267,9 +269,10 @@ class RlhfCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.resume:
             return find_run(config.resume, config.runs_folder)
-        if self.subcommand == "fit" and config.ckpt_path and "--run_name" not in flags(self.argv):
-            run = Path(config.ckpt_path).absolute().parent.parent
-            if Path(config.ckpt_path).absolute().parent.name == CHECKPOINTS_FOLDER and (run / MANIFEST_FILE).is_file():
+        given = flags(self.argv)
+        if self.subcommand == "fit" and "--ckpt_path" in given and "--run_name" not in given:
+            run = run_of(config.ckpt_path)
+            if run is not None and (config.run_name is None or config.run_name.split("/")[-1] == run.parent.name):
                 return Path(os.path.relpath(run))
         return None
 
@@ -327,7 +330,9 @@ def main(argv: Sequence[str]) -> int:
 def run(argv: Sequence[str]) -> RlhfCLI:
     """Run a training command in this process and return what it built: ``.trainer``, ``.model``, ``.folder``."""
     quieten()
-    return RlhfCLI(resumed(with_underscores(argv)))
+    # jsonargparse leaves its parser, and through it the models and Adam's moments, in a context variable. In a context
+    # of its own it goes with the result, so that the next run of this process does not stand beside the last in memory.
+    return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
 
 
 def resumed(argv: Sequence[str]) -> list[str]:
@@ -355,6 +360,13 @@ def flags(argv: Sequence[str]) -> dict[str, str]:
             following = argv[position + 1] if position + 1 < len(argv) else ""
             found.setdefault({"-c": "--config"}.get(name, name), value if equals else following)
     return found
+
+
+def run_of(checkpoint: str) -> Path | None:
+    """Return the folder of the run that a checkpoint lies in, None for one that lies elsewhere."""
+    path = Path(checkpoint).absolute()
+    run = path.parent.parent
+    return run if path.parent.name == CHECKPOINTS_FOLDER and (run / MANIFEST_FILE).is_file() else None
 
 
 def default_run_name(argv: Sequence[str], config: Namespace) -> str:

@@ -168,6 +168,16 @@ def test_resuming_without_a_checkpoint_is_an_error_and_no_fresh_start(capsys):
     assert [path.name for path in Path("runs/bare").iterdir()] == ["version_0"]
 
 
+def test_the_config_of_a_resumed_run_starts_a_run_anew():
+    first = run(["fit", *BASIC])
+    before = (first.folder / "config.yaml").read_text()
+    run(["fit", "--resume", "runs/slope"])
+    assert (first.folder / "config.yaml").read_text() == before and not (first.folder / "config.1.yaml").exists()
+    assert yaml.safe_load(before)["ckpt_path"] is None
+    anew = run(["fit", "--config", str(first.folder / "config.yaml")])
+    assert str(anew.folder) == "runs/slope/version_1" and weight(anew.folder) == weight(first.folder)
+
+
 def test_resume_means_the_latest_training_not_a_later_evaluation():
     run(["fit", *BASIC])
     config = "runs/slope/version_0/config.yaml"
@@ -181,6 +191,8 @@ def test_a_checkpoint_in_a_run_folder_is_continued_there_unless_a_name_is_given(
     checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
     forked = run(["fit", *BASIC, "--ckpt_path", checkpoint, "--run_name", "fork", "--trainer.max_epochs", "2"])
     assert str(forked.folder) == "runs/fork/version_0" and forked.model.updates == 2 * UPDATES
+    assert yaml.safe_load((forked.folder / "config.yaml").read_text())["ckpt_path"] == checkpoint
+    assert str(run(["fit", "--config", str(forked.folder / "config.yaml")]).folder) == "runs/fork/version_1"
     assert (
         str(run(["fit", *BASIC, "--ckpt_path", checkpoint, "--trainer.max_epochs", "2"]).folder)
         == "runs/slope/version_0"
