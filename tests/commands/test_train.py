@@ -91,7 +91,7 @@ def test_print_config_is_yaml_that_can_be_used(capsys):
 
 
 def test_an_objective_in_the_working_directory_is_found_by_its_module(tmp_path):
-    (tmp_path / "my_objective.py").write_text(
+    (tmp_path / "twice_objective.py").write_text(
         "import tiny_run\n\n\n"
         "class TwiceModule(tiny_run.SlopeModule):\n"
         '    """Counts each loss twice.\n\n    Args:\n        times: how often.\n    """\n\n'
@@ -99,7 +99,7 @@ def test_an_objective_in_the_working_directory_is_found_by_its_module(tmp_path):
         "        super().__init__(**kwargs)\n        self.times = times\n\n"
         "    def loss_sum(self, batch, meter):\n        return self.times * super().loss_sum(batch, meter)\n"
     )
-    arguments = ["--model", "my_objective.TwiceModule", "--model.times", "3", "--data", "tiny_run.NumbersDataModule"]
+    arguments = ["--model", "twice_objective.TwiceModule", "--model.times", "3", "--data", "tiny_run.NumbersDataModule"]
     assert rlhf(["fit", *arguments]) == 0
     config = yaml.safe_load(Path("runs/twice/version_0/config.yaml").read_text())
     assert config["model"]["init_args"]["times"] == 3.0
