@@ -91,6 +91,23 @@ class RankedBatch(NamedTuple):
     weights: Tensor
 
 
+class UnpairedBatch(NamedTuple):
+    """Completions that were each judged alone, one per prompt.
+
+    Attributes:
+        sequences: the judged completions.
+        mismatched: each prompt with a completion that was given to another one, paired when the data was made (KTO's
+            estimate of how far the policy is from the reference); None where the module does not ask for it.
+        desirable: bool, True where the completion was judged good, shape (rows,).
+        weights: weight of each row, shape (rows,).
+    """
+
+    sequences: Sequences
+    mismatched: Sequences | None
+    desirable: Tensor
+    weights: Tensor
+
+
 class PromptBatch(NamedTuple):
     """Prompts to answer, and everything a scorer may want to know about them.
 
@@ -206,6 +223,38 @@ class PreferenceLogprobs(NamedTuple):
         return self.chosen_logratio - self.rejected_logratio
 
 
+class UnpairedLogprobs(NamedTuple):
+    """What a loss on completions judged alone may look at. Token tensors are (rows, length) and 0 under the mask.
+
+    Attributes:
+        policy_logprobs: the policy's log-probabilities of the completions.
+        reference_logprobs: the reference's, without gradient; None where the module has no reference.
+        completion_mask: bool, True on completion tokens.
+        desirable: bool, True where the completion was judged good, shape (rows,).
+        weights: weight of each row, shape (rows,).
+        reference_point: what a row's reward is compared with, taken over the whole optimizer step without gradient
+            (KTO's z0 in nats, BCO's delta in reward units), shape ().
+    """
+
+    policy_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    completion_mask: Tensor
+    desirable: Tensor
+    weights: Tensor
+    reference_point: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, shape (rows,)."""
+        return self.completion_mask.sum(-1)
+
+    @property
+    def logratio(self) -> Tensor:
+        """log policy - log reference of each completion, shape (rows,); without a reference the first term alone."""
+        policy = self.policy_logprobs.sum(-1)
+        return policy if self.reference_logprobs is None else policy - self.reference_logprobs.sum(-1)
+
+
 class RankedScores(NamedTuple):
     """What a loss on ranked completions may look at.
 
@@ -309,3 +358,20 @@ class Loss(NamedTuple):
 
     values: Tensor
     metrics: Mapping[str, Tensor] = {}
+
+
+class EnumeratedProblem(NamedTuple):
+    """A world so small that every completion of every prompt is listed: what an objective's exact solution is made of.
+
+    Attributes:
+        reference: the reference's probability of each completion, fp64, shape (prompts, completions); rows sum to 1.
+        rewards: score of each completion, fp64, shape (prompts, completions).
+        preference: probability that the first completion is preferred to the second, fp64, shape
+            (prompts, completions, completions).
+        lengths: tokens of each completion, int64, shape (prompts, completions).
+    """
+
+    reference: Tensor
+    rewards: Tensor
+    preference: Tensor
+    lengths: Tensor

@@ -27,7 +27,7 @@ from rlhf_lightning.modules.optimization import (
     updates_of_run,
     without_gradient_sync,
 )
-from rlhf_lightning.types import Loss, Prompt, Sequences, Step
+from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
 class Answer(NamedTuple):
@@ -169,6 +169,16 @@ class AlignmentModule(LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave ragged batches on the CPU: they are laid out there, and only the layout moves."""
         return batch
+
+    # -- what the objective aims at -----------------------------------------------------------------------------------
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return the policy that minimises this objective exactly, shape (prompts, completions); None if unknown.
+
+        ``rlhf verify`` trains the module in a world whose completions can all be listed, and compares. A stage without
+        a policy returns its scores.
+        """
+        return None
 
     # -- optimization -------------------------------------------------------------------------------------------------
 
