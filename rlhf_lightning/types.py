@@ -287,6 +287,7 @@ class Rollout(NamedTuple):
         scores: the scorer's score of each completion, shape (episodes,).
         finished: bool, True where the completion ended by itself (end token), shape (episodes,).
         group: index of the prompt each episode answers, int64, shape (episodes,).
+        sampler_logprobs: what the sampling engine itself computed; None where nothing was sampled.
     """
 
     sequences: Sequences
@@ -297,6 +298,7 @@ class Rollout(NamedTuple):
     scores: Tensor
     finished: Tensor
     group: Tensor
+    sampler_logprobs: Tensor | None = None
 
 
 class Advantages(NamedTuple):

@@ -6,32 +6,28 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning import tokenization
 from rlhf_lightning.functional.logprobs import kl_k1
-from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction, missing_eos_scores
+from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_reference
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
-from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
 from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
+from rlhf_lightning.modules.rollouts import (
+    RolloutCollector,
+    gather_grids,
+    measure_samples,
+    on_grid,
+    with_score_std,
+)
+from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.types import Advantages, Loss, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
-
-
-class Statistics(NamedTuple):
-    """What the trainer's own forward says about sampled completions. Token tensors are (episodes, length)."""
-
-    completion_mask: Tensor
-    logprobs: Tensor
-    reference_logprobs: Tensor | None
-    values: Tensor | None
-    entropy: Tensor
 
 
 class OnPolicyModule(AlignmentModule):
@@ -90,23 +86,14 @@ class OnPolicyModule(AlignmentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.scorer_spec = scorer
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
-        if not self.sampling.is_pure:
-            raise ValueError(f"temperature is {temperature}: a policy gradient needs samples, so it must be positive")
-        if missing_eos_score is not None and missing_eos_penalty is not None:
-            raise ValueError(
-                f"missing_eos_score is {missing_eos_score} and missing_eos_penalty {missing_eos_penalty}: one replaces "
-                "the scorer's score and the other lowers it, so one of them must be null"
-            )
+        self.collector = RolloutCollector(scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty)
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
         self.early_stop_kl = early_stop_kl
-        self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
         self._reference: tuple[CausalLM, ...] = ()
-        self._scorer: tuple[Scorer, ...] = ()
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -118,9 +105,7 @@ class OnPolicyModule(AlignmentModule):
     @property
     def scorer(self) -> Scorer:
         """What scores completions; loaded on first use."""
-        if not self._scorer:
-            self._scorer = (load_scorer(self.scorer_spec),)
-        return self._scorer[0]
+        return self.collector.scorer
 
     def load_reference_and_scorer(self) -> None:
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
@@ -173,62 +158,29 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             The rollout, and the entropy of each token's distribution.
         """
-        ends = tokenization.end_token_ids(self.tokenizer)
-        drawn = sample(self.policy, batch.prompts, batch.episodes, self.sampling, self.seed, ends)
-        sequences = Sequences(
-            prompts=batch.prompts,
-            completions=drawn.ids,
-            parents=tuple(range(len(drawn.ids))),
-            supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn.ids),
-        )
-        scores = self.score(sequences, batch)
-        scores = missing_eos_scores(scores, drawn.finished, self.missing_eos_penalty, self.missing_eos_score)
-        statistics = self.statistics(sequences)
-        device = statistics.logprobs.device
+        samples = self.collector.sample(self.policy, self.tokenizer, batch)
+        scores = self.collector.score(self.tokenizer, samples, batch)
+        grids = self.statistics(samples.sequences)
+        device = grids["logprobs"].device
         rollout = Rollout(
-            sequences=sequences,
-            completion_mask=statistics.completion_mask,
-            old_logprobs=statistics.logprobs,
-            reference_logprobs=statistics.reference_logprobs,
-            values=statistics.values,
+            sequences=samples.sequences,
+            completion_mask=grids["completion_mask"],
+            old_logprobs=grids["logprobs"],
+            reference_logprobs=grids.get("reference_logprobs"),
+            values=grids.get("values"),
             scores=scores.to(device),
-            finished=drawn.finished.to(device),
+            finished=samples.finished.to(device),
             group=batch.group.to(device),
+            sampler_logprobs=on_grid(samples.logprobs, grids["logprobs"]),
         )
-        return rollout, statistics.entropy
+        return rollout, grids["entropy"]
 
-    def score(self, sequences: Sequences, batch: PromptBatch) -> Tensor:
-        """Return the scorer's score of each completion, fp32, shape (episodes,), on the CPU.
-
-        Raises:
-            ValueError: the scorer returned another number of scores, or one that is not finite.
-        """
-        scorer = self.scorer
-        name = type(scorer).__name__ if not isinstance(self.scorer_spec, str) else f"scorer {self.scorer_spec!r}"
-        if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(self.tokenizer):
-            return checked_scores(scorer.score_sequences(sequences), len(sequences.completions), name)
-        texts = [tokenization.completion_text(self.tokenizer, ids.tolist()) for ids in sequences.completions]
-        return checked_scores(scorer(list(batch.texts), texts, **batch.columns), len(texts), name)
-
-    def statistics(self, sequences: Sequences) -> Statistics:
-        """Forward sampled completions as training will, without gradient, and put them on one grid."""
-        rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
-        collected: dict[str, Tensor] = {}
+    def statistics(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Forward sampled completions as training will, without gradient; one (episodes, length) grid for each name."""
         with inference_mode_of(self):
-            for cut in cut_rows(sequences.lengths, self.micro_batch_size, self.max_tokens):
-                layout = padded_layout(select(sequences, cut)).to(self.device)
-                for name, grid in self._forward_statistics(layout).items():
-                    if name not in collected:
-                        extra = grid.shape[1] - layout.completion_mask.shape[1]
-                        collected[name] = grid.new_zeros(rows, length + extra)
-                    collected[name][cut, : grid.shape[1]] = grid
-        return Statistics(
-            completion_mask=collected["completion_mask"],
-            logprobs=collected["logprobs"],
-            reference_logprobs=collected.get("reference_logprobs"),
-            values=collected.get("values"),
-            entropy=collected["entropy"],
-        )
+            return gather_grids(
+                sequences, self._forward_statistics, self.device, self.micro_batch_size, self.max_tokens
+            )
 
     def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
         """Return what one forward of the policy, and one of the reference, say about a micro-batch."""
@@ -352,10 +304,7 @@ class OnPolicyModule(AlignmentModule):
     def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
         """Add what describes the rollout itself, before any update."""
         mask = rollout.completion_mask
-        meter.add("rollout/score", rollout.scores)
-        meter.add("rollout/score_squared", rollout.scores.square())
-        meter.add("rollout/eos_rate", rollout.finished.double())
-        meter.add("rollout/completion_length", mask.sum(-1).double())
+        measure_samples(meter, rollout.scores, rollout.finished, mask.sum(-1))
         meter.add("rollout/entropy", entropy, mask)
         meter.add("rollout/reward", rewards.sum(-1))
         if rollout.reference_logprobs is not None:
@@ -367,9 +316,7 @@ class OnPolicyModule(AlignmentModule):
     def _log_rollout(self, meter: Meter, norm: float, episodes: int) -> None:
         """Log one rollout at x = updates, and steer the KL coefficient."""
         means = meter.means(self.trainer.strategy)
-        rollout = {name: means.pop(name) for name in list(means) if name.startswith("rollout/")}
-        spread = rollout.pop("rollout/score_squared") - rollout["rollout/score"] ** 2
-        rollout["rollout/score_std"] = max(spread, 0.0) ** 0.5
+        rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
         self.log_training(Meter(), grad_norm=norm, kl_coef=self.kl_coef, **means, **rollout)
         if self.kl_target is not None and "rollout/kl" in rollout:
@@ -392,9 +339,7 @@ class OnPolicyModule(AlignmentModule):
         """Return held-out metrics without the rollout prefix."""
         means = {name.removeprefix("rollout/"): value for name, value in super().evaluation_metrics().items()}
         means.pop("reward", None)
-        if "score_squared" in means:
-            means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
-        return means
+        return with_score_std(means, prefix="")
 
     def export(self, folder: str | Path) -> Path:
         """Write the policy as a Hugging Face folder."""

@@ -1,0 +1,171 @@
+"""Rollouts: an object that samples and scores completions, owned by every module that learns from its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.functional.policy_gradient import missing_eos_scores
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
+from rlhf_lightning.types import PromptBatch, Sequences
+
+
+class Samples(NamedTuple):
+    """Completions drawn for the prompts of a batch, in its order.
+
+    Attributes:
+        sequences: prompts and completions, one prompt per completion.
+        finished: bool, True where the end token was reached, shape (episodes,).
+        logprobs: the sampler's log-probability of each drawn token at its temperature, one tensor per completion.
+    """
+
+    sequences: Sequences
+    finished: Tensor
+    logprobs: tuple[Tensor, ...]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, shape (episodes,)."""
+        return torch.tensor([len(ids) for ids in self.sequences.completions])
+
+
+class RolloutCollector:
+    """Draws completions from a policy and has them scored.
+
+    The completions of episode e are a function of the policy's weights, the seed and e alone: not of the batch they
+    are drawn in, of the ranks, or of where a run was resumed.
+
+    Args:
+        scorer: a Scorer, a function, or what `scoring.load_scorer` finds by name.
+        sampling: how completions are drawn.
+        seed: seed of the run.
+        missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
+        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+
+    Raises:
+        ValueError: samples are not the policy's own distribution, or both rules for a missing end are given.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer | str,
+        sampling: SamplingSettings,
+        seed: int,
+        missing_eos_score: float | None = None,
+        missing_eos_penalty: float | None = None,
+    ) -> None:
+        if not sampling.is_pure:
+            raise ValueError(
+                f"temperature is {sampling.temperature}: a policy gradient needs samples, so it must be positive"
+            )
+        if missing_eos_score is not None and missing_eos_penalty is not None:
+            raise ValueError(
+                f"missing_eos_score is {missing_eos_score} and missing_eos_penalty {missing_eos_penalty}: one replaces "
+                "the scorer's score and the other lowers it, so one of them must be null"
+            )
+        self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
+        self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
+        self._scorer: Scorer | None = None
+
+    @property
+    def scorer(self) -> Scorer:
+        """What scores completions; loaded on first use."""
+        if self._scorer is None:
+            self._scorer = load_scorer(self.scorer_spec)
+        return self._scorer
+
+    def sample(
+        self,
+        policy: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: PromptBatch,
+        sampling: SamplingSettings | None = None,
+    ) -> Samples:
+        """Draw one completion for each prompt of the batch, from its episode's random numbers."""
+        ends = tokenization.end_token_ids(tokenizer)
+        drawn = sample(policy, batch.prompts, batch.episodes, sampling or self.sampling, self.seed, ends)
+        sequences = Sequences(
+            prompts=batch.prompts,
+            completions=drawn.ids,
+            parents=tuple(range(len(drawn.ids))),
+            supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn.ids),
+        )
+        return Samples(sequences, drawn.finished, drawn.logprobs)
+
+    def score(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
+        """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU.
+
+        Raises:
+            ValueError: the scorer returned another number of scores, or one that is not finite.
+        """
+        scorer, sequences = self.scorer, samples.sequences
+        count = len(sequences.completions)
+        name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
+        if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
+            scores = checked_scores(scorer.score_sequences(sequences), count, name)
+        else:
+            texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
+            scores = checked_scores(scorer(list(batch.texts), texts, **batch.columns), count, name)
+        return missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+
+
+def gather_grids(
+    sequences: Sequences,
+    forward: Callable[[Layout], Mapping[str, Tensor | None]],
+    device: torch.device,
+    micro_batch_size: int | None = None,
+    max_tokens: int | None = None,
+) -> dict[str, Tensor]:
+    """Run ``forward`` over micro-batches of the sequences and put what it returns on one (rows, length) grid each.
+
+    Args:
+        sequences: prompts and completions.
+        forward: returns per-token tensors of a layout, shape (rows of it, its length or more); None ones are left out.
+        device: where layouts go.
+        micro_batch_size: most rows of one forward pass.
+        max_tokens: most cells of one forward pass.
+    """
+    rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
+    grids: dict[str, Tensor] = {}
+    for cut in cut_rows(sequences.lengths, micro_batch_size, max_tokens):
+        layout = padded_layout(select(sequences, cut)).to(device)
+        for name, part in forward(layout).items():
+            if part is None:
+                continue
+            if name not in grids:
+                grids[name] = part.new_zeros(rows, length + part.shape[1] - layout.completion_mask.shape[1])
+            grids[name][cut, : part.shape[1]] = part
+    return grids
+
+
+def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Put one tensor per row on the grid of ``like``, shape (rows, length), 0 behind each row's end."""
+    grid = torch.zeros(like.shape, dtype=like.dtype)
+    for index, values in enumerate(rows):
+        grid[index, : len(values)] = values
+    return grid.to(like.device)
+
+
+def measure_samples(meter: Meter, scores: Tensor, finished: Tensor, lengths: Tensor) -> None:
+    """Add what every rollout is described by: scores, how many ended by themselves, how long they are."""
+    meter.add("rollout/score", scores)
+    meter.add("rollout/score_squared", scores.square())
+    meter.add("rollout/eos_rate", finished.double())
+    meter.add("rollout/completion_length", lengths.double())
+
+
+def with_score_std(means: dict[str, float], prefix: str = "rollout/") -> dict[str, Any]:
+    """Replace the mean square of the scores by their standard deviation."""
+    if f"{prefix}score_squared" in means:
+        spread = means.pop(f"{prefix}score_squared") - means[f"{prefix}score"] ** 2
+        means[f"{prefix}score_std"] = max(spread, 0.0) ** 0.5
+    return means
