@@ -65,6 +65,9 @@ class AlignmentModule(LightningModule):
         seed: seed of new weights and of sampling.
     """
 
+    paper: ClassVar[str] = ""
+    """Where the objective comes from: authors, year, arXiv number."""
+
     batch_type: ClassVar[type]
     has_policy: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False

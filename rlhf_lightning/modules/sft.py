@@ -27,6 +27,7 @@ class SFTModule(OfflineModule):
         TypeError: the DataModule does not yield demonstrations.
     """
 
+    paper = "Ouyang et al. 2022, arXiv 2203.02155"
     batch_type = DemonstrationBatch
     counts_tokens = True
     headline_metrics = ("val/loss", "val/perplexity", "val/token_accuracy")
