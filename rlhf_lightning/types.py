@@ -183,6 +183,9 @@ class PreferenceLogprobs(NamedTuple):
         target: probability that chosen is the better one, shape (pairs,).
         rated_margin: rated strength of the preference, 0 where unrated, shape (pairs,).
         weights: weight of each pair, shape (pairs,).
+        chosen_log_collisions: log-probability that two draws from the policy agree, at each chosen token, without
+            gradient; None unless the module asks for it.
+        rejected_log_collisions: the same at each rejected token.
     """
 
     policy_chosen_logprobs: Tensor
@@ -194,6 +197,8 @@ class PreferenceLogprobs(NamedTuple):
     target: Tensor
     rated_margin: Tensor
     weights: Tensor
+    chosen_log_collisions: Tensor | None = None
+    rejected_log_collisions: Tensor | None = None
 
     @property
     def chosen_lengths(self) -> Tensor:
@@ -206,15 +211,25 @@ class PreferenceLogprobs(NamedTuple):
         return self.rejected_mask.sum(-1)
 
     @property
+    def chosen_sequence_logprobs(self) -> Tensor:
+        """log policy(chosen), shape (pairs,)."""
+        return self.policy_chosen_logprobs.sum(-1)
+
+    @property
+    def rejected_sequence_logprobs(self) -> Tensor:
+        """log policy(rejected), shape (pairs,)."""
+        return self.policy_rejected_logprobs.sum(-1)
+
+    @property
     def chosen_logratio(self) -> Tensor:
         """log policy(chosen) - log reference(chosen), shape (pairs,); without a reference the first term alone."""
-        policy = self.policy_chosen_logprobs.sum(-1)
+        policy = self.chosen_sequence_logprobs
         return policy if self.reference_chosen_logprobs is None else policy - self.reference_chosen_logprobs.sum(-1)
 
     @property
     def rejected_logratio(self) -> Tensor:
         """log policy(rejected) - log reference(rejected), shape (pairs,)."""
-        policy = self.policy_rejected_logprobs.sum(-1)
+        policy = self.rejected_sequence_logprobs
         return policy if self.reference_rejected_logprobs is None else policy - self.reference_rejected_logprobs.sum(-1)
 
     @property

@@ -239,6 +239,35 @@ def chunked_matches(
     return torch.cat([F.linear(h.type_as(weight), weight, bias).argmax(-1) == t for h, t in chunks])
 
 
+@torch.no_grad()
+def chunked_log_collisions(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    r"""Log-probability that two draws from each next-token distribution agree, log \sum_v p_v^2, chunk by chunk.
+
+    Args:
+        hidden: last hidden states, shape (tokens, d).
+        weight: the head's, shape (vocabulary, d).
+        bias: the head's, shape (vocabulary,).
+        temperature: of the softmax; applied last.
+        softcap: bound of the logits; None for no bound.
+        scale: factor on the logits; applied first.
+        chunk_tokens: tokens whose logits are held at a time.
+
+    Returns:
+        Shape (tokens,), float32 or wider, without gradient.
+    """
+    head = _Head(temperature, softcap, scale, chunk_tokens, False, False)
+    chunks = (head.logits(part.type_as(weight), weight, bias).log_softmax(-1) for part in hidden.split(chunk_tokens))
+    return torch.cat([log_softmax.mul_(2).logsumexp(-1) for log_softmax in chunks])
+
+
 class _Head(NamedTuple):
     """Settings of `chunked_logprobs`, and the logits they lead to."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.functional.logprobs import chunked_logprobs, chunked_matches
+from rlhf_lightning.functional.logprobs import chunked_log_collisions, chunked_logprobs, chunked_matches
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -40,12 +40,15 @@ class TokenOutputs(NamedTuple):
         entropy: entropy of the next-token distribution, nats; None unless asked for.
         values: the shared critic's values; None unless the model has a value head and values were asked for.
         matches: 1 where the token is the model's likeliest; None unless asked for.
+        collisions: log-probability that two draws from the next-token distribution agree, without gradient; None unless
+            asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     values: Tensor | None
     matches: Tensor | None
+    collisions: Tensor | None = None
 
 
 class CausalLM(nn.Module):
@@ -79,6 +82,7 @@ class CausalLM(nn.Module):
         with_entropy: bool = False,
         value_layout: Layout | None = None,
         with_matches: bool = False,
+        with_collisions: bool = False,
     ) -> TokenOutputs:
         """Return log-probabilities of the layout's completion tokens, and what else is asked for.
 
@@ -88,10 +92,12 @@ class CausalLM(nn.Module):
             with_entropy: also return the entropy of each next-token distribution.
             value_layout: the same rows with the states to value; None gives no values.
             with_matches: also return whether each token is the likeliest one; costs the head's product again.
+            with_collisions: also return how likely two draws agree at each token; costs the head's product again.
         """
         states = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         hidden = states[layout.predictors]
         head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
+        softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
         logprobs, entropy = chunked_logprobs(
             hidden,
             head.weight,
@@ -99,18 +105,22 @@ class CausalLM(nn.Module):
             bias=head.bias,
             temperature=temperature,
             with_entropy=with_entropy,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=logit_scale(config),
+            softcap=softcap,
+            scale=scale,
         )
         values = None
         if value_layout is not None and self.value_head is not None:
             values = value_layout.scatter(self.value_head(states[value_layout.predictors].float()).squeeze(-1))
         matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
+        collisions = None
+        if with_collisions:
+            collisions = chunked_log_collisions(hidden, head.weight, head.bias, temperature, softcap, scale)
         return TokenOutputs(
             layout.scatter(logprobs),
             None if entropy is None else layout.scatter(entropy),
             values,
             None if matches is None else layout.scatter(matches.float()),
+            None if collisions is None else layout.scatter(collisions),
         )
 
     @contextmanager
@@ -176,6 +186,14 @@ def load_reference(init_from: str, settings: LoadSettings | None = None) -> Caus
     settings = settings or LoadSettings()
     policy = load_policy(init_from, settings=settings_for_inference(settings))
     return policy.requires_grad_(False).eval()
+
+
+def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield each adapted weight merged, under its name in the backbone: base + scaling * B A."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
+            base = layer.base_layer.weight
+            yield f"{name.removeprefix('base_model.model.')}.weight", base + layer.get_delta_weight("default").to(base)
 
 
 def settings_for_inference(settings: LoadSettings) -> LoadSettings:

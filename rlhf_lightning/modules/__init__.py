@@ -1,9 +1,68 @@
-"""The stages as LightningModules. No loss arithmetic here: forward -> functional -> log."""
+"""The stages and objectives as LightningModules. No loss arithmetic here: forward -> functional -> log."""
 
+from rlhf_lightning.modules.adaptive_preference import BetaDPOModule, LDDPOModule, TRDPOModule, WPOModule, WPOWeighting
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.preference import (
+    AlphaDPOModule,
+    AOTModule,
+    APODownModule,
+    APOZeroModule,
+    BCOPairModule,
+    ConservativeDPOModule,
+    DiscoPOPModule,
+    EXOModule,
+    ForwardKLDPOModule,
+    HingeModule,
+    IPOModule,
+    JensenShannonDPOModule,
+    LengthNormalizedDPOModule,
+    NCAModule,
+    RobustDPOModule,
+    RPOModule,
+    SPPOModule,
+    UnpairedAOTModule,
+)
+from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 
-__all__ = ["AlignmentModule", "DPOModule", "PPOModule", "RewardModule", "SFTModule"]
+__all__ = [
+    "AOTModule",
+    "APODownModule",
+    "APOZeroModule",
+    "AlignmentModule",
+    "AlphaDPOModule",
+    "BCOPairModule",
+    "BetaDPOModule",
+    "CPOModule",
+    "ConservativeDPOModule",
+    "DPOModule",
+    "DiscoPOPModule",
+    "EXOModule",
+    "ForwardKLDPOModule",
+    "HingeModule",
+    "IPOModule",
+    "JensenShannonDPOModule",
+    "LDDPOModule",
+    "LengthNormalizedDPOModule",
+    "NCAModule",
+    "ORPOModule",
+    "OfflineModule",
+    "OnPolicyModule",
+    "PPOModule",
+    "RPOModule",
+    "ReferenceFreeDPOModule",
+    "RewardModule",
+    "RobustDPOModule",
+    "SFTModule",
+    "SPPOModule",
+    "SimPOModule",
+    "TRDPOModule",
+    "UnpairedAOTModule",
+    "WPOModule",
+    "WPOWeighting",
+]

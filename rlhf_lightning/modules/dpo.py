@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.modules.base import as_loss, layout_of
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
-from rlhf_lightning.types import Loss, PreferenceBatch, PreferenceLogprobs, Step
+from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
 
 
 class DPOModule(OfflineModule):
@@ -35,8 +35,12 @@ class DPOModule(OfflineModule):
         label_smoothing: share of labels taken to be wrong; p becomes (1 - s) p + s (1 - p).
     """
 
+    paper = "Rafailov et al. 2023, arXiv 2305.18290"
     batch_type = PreferenceBatch
     needs_reference = True
+    needs_collisions: ClassVar[bool] = False
+    """Whether the loss looks at how likely two draws from the policy agree at each token (WPO)."""
+
     headline_metrics = ("val/loss", "val/reward_margin", "val/reward_accuracy")
 
     def __init__(
@@ -71,6 +75,15 @@ class DPOModule(OfflineModule):
         target = logprobs.target * (1 - 2 * self.label_smoothing) + self.label_smoothing
         return dpo_loss(logprobs.margin, self.beta, target)
 
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry of the rewards.
+
+        A subclass with another loss has another optimum, and one that it knows it declares.
+        """
+        if type(self).preference_loss is not DPOModule.preference_loss or self.label_smoothing:
+            return None
+        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
+
     def loss_sum(self, batch: PreferenceBatch, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's pairs."""
         logprobs = self.preference_logprobs(batch)
@@ -88,7 +101,7 @@ class DPOModule(OfflineModule):
     def preference_logprobs(self, batch: PreferenceBatch) -> PreferenceLogprobs:
         """Forward chosen and rejected completions together, through the policy and through the reference."""
         layout = layout_of(batch.sequences, self.device)
-        outputs = self.policy(layout)
+        outputs = self.policy(layout, with_collisions=self.needs_collisions)
         reference = self.reference_logprobs(layout) if self.needs_reference else None
         pairs = len(batch.target)
 
@@ -103,6 +116,8 @@ class DPOModule(OfflineModule):
             target=batch.target.to(self.device),
             rated_margin=batch.margin.to(self.device),
             weights=batch.weights.to(self.device),
+            chosen_log_collisions=None if outputs.collisions is None else outputs.collisions[chosen],
+            rejected_log_collisions=None if outputs.collisions is None else outputs.collisions[rejected],
         )
 
     @torch.no_grad()
@@ -126,14 +141,15 @@ class DPOModule(OfflineModule):
         columns: Any = zip(*mine, strict=True)
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         local = PreferenceLogprobs(*joined)
-        fields: list[Any] = [None if field is None else self._gathered(field) for field in local]
+        counts = self._counts(len(local.target))
+        fields: list[Any] = [None if field is None else self._gathered(field, counts) for field in local]
         whole = PreferenceLogprobs(*fields)
         chosen, rejected = (x.detach().requires_grad_() for x in whole[:2])
         whole = whole._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected)
         loss, meter = as_loss(self.preference_loss(whole)), Meter()
         self._measure(whole, loss, meter)
         gradients = torch.autograd.grad((loss.values * whole.weights).sum(), (chosen, rejected))
-        offset = self.global_rank * len(local.target)
+        offset = sum(counts[: self.global_rank])
         starts = torch.tensor([0] + [len(part.target) for part in parts]).cumsum(0).tolist()
 
         def surrogate(batch: PreferenceBatch, rows: slice) -> Tensor:
@@ -157,17 +173,25 @@ class DPOModule(OfflineModule):
         widest = max(max(part.chosen_mask.shape[1], part.rejected_mask.shape[1]) for part in parts)
         return int(self.trainer.strategy.reduce(torch.tensor(float(widest), device=self.device), reduce_op="max"))
 
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """Concatenate rows of all ranks, in the order of the ranks."""
+    def _counts(self, mine: int) -> list[int]:
+        """Return how many pairs of the step each rank has."""
+        if self.trainer.world_size == 1:
+            return [mine]
+        return cast(Tensor, self.all_gather(torch.tensor(mine, device=self.device))).tolist()
+
+    def _gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Concatenate rows of all ranks, in the order of the ranks; a collective needs equal shapes, so pad and cut."""
         if self.trainer.world_size == 1:
             return rows
-        return cast(Tensor, self.all_gather(rows)).flatten(0, 1)
+        padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+        gathered = cast(Tensor, self.all_gather(padded))
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     def _measure(self, logprobs: PreferenceLogprobs, loss: Loss, meter: Meter) -> None:
         """Add the implicit rewards, margins and accuracy that every preference objective is compared by."""
         chosen, rejected = logprobs.chosen_logratio.detach(), logprobs.rejected_logratio.detach()
         scale = getattr(self, "beta", 1.0)
-        meter.add("loss", loss.values)
+        meter.add_ratio("loss", (loss.values * logprobs.weights).sum(), len(loss.values))
         meter.add("chosen_reward", scale * chosen)
         meter.add("rejected_reward", scale * rejected)
         meter.add("reward_margin", scale * (chosen - rejected))

@@ -1,0 +1,143 @@
+"""Every objective on the quickstart's world: does it raise the gold reward, which it never sees, over SFT?
+
+    rlhf quickstart --out runs/quickstart
+    python experiments/objectives/assistant_world.py [--only SimPOModule ...] [--start runs/quickstart]
+
+Each objective starts from the quickstart's SFT policy and trains through `rlhf fit` with the quickstart's YAML of its
+family and the settings of `settings.py` beside this file. Objectives whose result is there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from settings import FAMILIES  # beside this file
+
+from rlhf_lightning.commands import train
+from rlhf_lightning.commands.quickstart import SAMPLING, gold_of_conversation
+from rlhf_lightning.evaluation.policies import mean_with_interval, sample_and_score
+from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
+from rlhf_lightning.models.causal_lm import load_policy, load_reference
+from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.tokenization import load_tokenizer
+from rlhf_lightning.types import Prompt
+
+HERE = Path(__file__).resolve().parent
+QUICKSTART = HERE.parent / "quickstart"
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=None, help="names of objectives (default: all)")
+    parser.add_argument("--start", type=Path, default=Path("runs/quickstart"), help="folder of a finished quickstart")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--table", type=Path, default=HERE / "assistant_world.md")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rows = [measured(load(arguments.start, "sft"), arguments.start, arguments.seed) | {"objective": "SFTModule"}]
+    for family in FAMILIES:
+        for objective, settings in family.objectives.items():
+            result = arguments.out / objective / "result.json"
+            if not result.is_file() and (arguments.only is None or objective in arguments.only):
+                write_json(result, run(objective, family.config, {**family.settings, **settings}, arguments))
+            if result.is_file():
+                rows.append(json.loads(result.read_text(encoding="utf-8")))
+    write_markdown(arguments.table, page(rows, arguments.seed))
+    print(f"wrote {arguments.table}")
+
+
+def load(start: Path, stage: str) -> str:
+    """Return the model folder of a stage of the quickstart.
+
+    Raises:
+        FileNotFoundError: there is no finished quickstart in ``start``.
+    """
+    folder = start / stage / "version_0" / "model"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: run `rlhf quickstart --out {start}` first")
+    return str(folder)
+
+
+def run(objective: str, config: str, settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one objective through `rlhf fit`; return its figures and settings."""
+    print(f"\n{objective}: {settings}", flush=True)
+    world = arguments.start / "world"
+    flags: dict[str, Any] = {
+        "seed_everything": arguments.seed,
+        "runs_folder": arguments.out,
+        "run_name": objective,
+        "model": objective,
+        "model.init_from": load(arguments.start, "sft"),
+        "model.seed": arguments.seed,
+        "data.seed": arguments.seed,
+    }
+    if config == "ppo":
+        sources = ("prompts_train", "prompts_test")
+        flags["model.scorer"] = load(arguments.start, "reward")
+    else:
+        sources = ("pairs_train", "pairs_test")
+    for name, value in settings.items():
+        flags[name] = value
+    flags["data.source"], flags["data.eval_source"] = (str(world / f"{name}.jsonl") for name in sources)
+    flags["export.every_n_updates"] = "null"
+    parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    started = time.perf_counter()
+    done = train.run(["fit", "--config", str(QUICKSTART / f"{config}.yaml"), *parts])
+    seconds = time.perf_counter() - started
+    figures = measured(str(Path(done.folder) / "model"), arguments.start, arguments.seed)
+    return {"objective": objective, "settings": settings, "config": config, "seconds": round(seconds), **figures}
+
+
+def measured(folder: str, start: Path, seed: int) -> dict[str, Any]:
+    """Answer the held-out prompts and return gold reward, score, KL and length."""
+    lines = (start / "world" / "prompts_test.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts: list[Prompt] = [json.loads(line)["prompt"] for line in lines]
+    scorer, reference = LearnedScorer(load(start, "reward")), load_reference(load(start, "sft"))
+    samples = sample_and_score(
+        load_policy(folder), load_tokenizer(folder), prompts, SAMPLING, seed + 1, 1, reference, scorer,
+        gold_of_conversation,
+    )  # fmt: skip
+    assert samples.gold is not None and samples.scores is not None and samples.kl is not None
+    gold = mean_with_interval(samples.gold, seed)
+
+    def mean(values: torch.Tensor) -> float:
+        return float(values.double().mean())
+
+    return {
+        "gold_reward": gold["mean"],
+        "gold_reward_ci": gold["ci"],
+        "score": mean(samples.scores),
+        "kl": mean(samples.kl),
+        "length": mean(samples.lengths),
+    }
+
+
+def page(rows: list[dict[str, Any]], seed: int) -> str:
+    """Return the page: one row for each objective, with its settings."""
+    start = rows[0]["gold_reward_ci"]
+    cells = []
+    for row in rows:
+        settings = ", ".join(f"{name} {value}" for name, value in row.get("settings", {}).items())
+        raised = "" if row is rows[0] else "yes" if row["gold_reward_ci"][0] > start[1] else "NO"
+        figures = [row["gold_reward"], interval(row["gold_reward_ci"]), raised, row["score"], row["kl"], row["length"]]
+        cells.append([row["objective"], *figures, f"{row.get('seconds', '')}", settings])
+    header = ["objective", "gold reward", "95 % interval", "above SFT", "score", "KL", "length", "s", "settings"]
+    return (
+        "# Objectives on the assistant world\n\n"
+        "`python experiments/objectives/assistant_world.py` after `rlhf quickstart`, seed "
+        f"{seed}. Each objective starts from the quickstart's SFT policy. Gold reward is the world's own, was never "
+        "trained on, and is the mean over the held-out prompts at temperature 1; `above SFT`: the intervals are "
+        "disjoint. Score is the quickstart's reward model's, KL is from the SFT policy in nats per completion. What a "
+        "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data) and ppo.yaml (on-policy).\n\n"
+        f"{markdown_table(header, cells)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

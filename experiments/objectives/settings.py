@@ -1,0 +1,100 @@
+"""Settings of each objective on the quickstart's world, beyond experiments/quickstart/dpo.yaml and ppo.yaml.
+
+Each family names the YAML file it starts from, what all its objectives depart in, and what each one does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """Objectives that start from one YAML file.
+
+    Attributes:
+        config: name of the file in experiments/quickstart.
+        settings: flags of all its objectives.
+        objectives: flags of each objective, by class name.
+    """
+
+    config: str
+    settings: dict[str, Any]
+    objectives: dict[str, dict[str, Any]]
+
+
+FAMILIES = (
+    Family(
+        "dpo",
+        {},
+        {
+            "DPOModule": {"model.beta": 0.5},
+            "ConservativeDPOModule": {"model.beta": 0.5},
+            "RobustDPOModule": {"model.beta": 0.5},
+            "IPOModule": {"model.beta": 1.0},
+            "HingeModule": {"model.beta": 0.5},
+            "EXOModule": {"model.beta": 0.5},
+            "NCAModule": {"model.beta": 0.5},
+            "BCOPairModule": {"model.beta": 0.5},
+            "SPPOModule": {"model.beta": 0.25},
+            "AOTModule": {"model.beta": 0.5},
+            "UnpairedAOTModule": {"model.beta": 0.5},
+            "APOZeroModule": {"model.beta": 0.5},
+            "APODownModule": {"model.beta": 0.5},
+            "DiscoPOPModule": {"model.beta": 0.5},
+            "LengthNormalizedDPOModule": {"model.beta": 10.0},
+            "ForwardKLDPOModule": {"model.beta": 0.5},
+            "JensenShannonDPOModule": {"model.beta": 0.5},
+            "AlphaDPOModule": {"model.beta": 0.5},
+            "ReferenceFreeDPOModule": {"model.beta": 0.5},
+            "RPOModule": {"model.beta": 0.5},
+            "SimPOModule": {"model.beta": 10.0, "model.gamma": 1.0},
+            "ORPOModule": {},
+            "CPOModule": {"model.beta": 0.5},
+            "WPOModule": {"model.beta": 0.5},
+            "BetaDPOModule": {"model.beta": 0.5},
+            "LDDPOModule": {"model.beta": 0.5},
+            "TRDPOModule": {"model.beta": 0.5},
+        },
+    ),
+    Family(
+        "dpo",
+        {"data": "UnpairedDataModule"},
+        {
+            "KTOModule": {"model.beta": 0.5},
+            "BCOModule": {"model.beta": 0.5},
+        },
+    ),
+    Family(
+        "ppo",
+        {"data.samples_per_prompt": 4},
+        {
+            "GRPOModule": {},
+            "DrGRPOModule": {},
+            "DAPOModule": {},
+            "LitePPOModule": {},
+            "GSPOModule": {},
+            "CISPOModule": {},
+            "RLOOModule": {},
+            "ReinforcePlusPlusBaselineModule": {},
+        },
+    ),
+    Family(
+        "ppo",
+        {},
+        {
+            "PPOModule": {},
+            "ReinforcePlusPlusModule": {},
+            "ReMaxModule": {},
+        },
+    ),
+    Family(
+        "ppo",
+        {"data.samples_per_prompt": 2},
+        {
+            "OnlineDPOModule": {"model.beta": 0.5},
+            "IterativeDPOModule": {"model.beta": 0.5},
+            "XPOModule": {"model.beta": 0.5},
+            "NashMDModule": {"model.beta": 0.5},
+        },
+    ),
+)
