@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data import AlignmentDataModule, PreferenceDataModule, PromptDataModule, SFTDataModule
+    from rlhf_lightning.data import (
+        AlignmentDataModule,
+        PreferenceDataModule,
+        PromptDataModule,
+        SFTDataModule,
+        UnpairedDataModule,
+    )
     from rlhf_lightning.models.loading import LoraSettings
     from rlhf_lightning.models.sampling import SamplingSettings
     from rlhf_lightning.modules import (
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
         AOTModule,
         APODownModule,
         APOZeroModule,
+        BCOModule,
         BCOPairModule,
         BetaDPOModule,
         ConservativeDPOModule,
@@ -29,12 +36,14 @@ if TYPE_CHECKING:
         HingeModule,
         IPOModule,
         JensenShannonDPOModule,
+        KTOModule,
         LDDPOModule,
         LengthNormalizedDPOModule,
         NCAModule,
         OfflineModule,
         OnPolicyModule,
         ORPOModule,
+        PlackettLuceModule,
         PPOModule,
         ReferenceFreeDPOModule,
         RewardModule,
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
         SPPOModule,
         TRDPOModule,
         UnpairedAOTModule,
+        UnpairedModule,
         WPOModule,
         WPOWeighting,
     )
@@ -58,6 +68,7 @@ __all__ = [
     "AlignmentDataModule",
     "AlignmentModule",
     "AlphaDPOModule",
+    "BCOModule",
     "BCOPairModule",
     "BetaDPOModule",
     "CPOModule",
@@ -69,6 +80,7 @@ __all__ = [
     "HingeModule",
     "IPOModule",
     "JensenShannonDPOModule",
+    "KTOModule",
     "LDDPOModule",
     "LearnedScorer",
     "LengthNormalizedDPOModule",
@@ -79,6 +91,7 @@ __all__ = [
     "OfflineModule",
     "OnPolicyModule",
     "PPOModule",
+    "PlackettLuceModule",
     "PreferenceDataModule",
     "PromptDataModule",
     "RPOModule",
@@ -93,6 +106,8 @@ __all__ = [
     "SimPOModule",
     "TRDPOModule",
     "UnpairedAOTModule",
+    "UnpairedDataModule",
+    "UnpairedModule",
     "WPOModule",
     "WPOWeighting",
 ]

@@ -31,6 +31,7 @@ GIVERS = {
     "DemonstrationBatch": "SFTDataModule",
     "PreferenceBatch": "PreferenceDataModule",
     "RankedBatch": "PreferenceDataModule",
+    "UnpairedBatch": "UnpairedDataModule",
     "PromptBatch": "PromptDataModule",
 }
 

@@ -46,7 +46,7 @@ class Part(NamedTuple):
         """Hash of everything that decides the encoded rows."""
         encoder = self.encoder
         limits = [encoder.max_length, encoder.max_prompt_length]
-        settings = [encoder.read.__name__, encoder.pairwise, encoder.as_chat, *limits]
+        settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, *limits]
         renames = [encoder.columns if source.columns is None else source.columns for source in self.sources]
         contents = [[content(s), s.rows, columns] for s, columns in zip(self.sources, renames, strict=True)]
         return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)

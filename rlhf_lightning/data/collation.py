@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.data.store import RowStore
-from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Sequences,
+    UnpairedBatch,
+)
 
 
 def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
@@ -37,6 +44,36 @@ def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
     return PreferenceBatch(
         sequences, store.column("target", rows), store.column("margin", rows), store.column("weight", rows)
     )
+
+
+def unpaired(
+    store: RowStore, rows: Sequence[int], partners: Mapping[int, int] | None = None, max_length: int | None = None
+) -> UnpairedBatch:
+    """One judged completion for each prompt, and the completion of another row after it where partners are named.
+
+    Args:
+        store: the rows.
+        rows: rows of the batch.
+        partners: for each row the one whose completion is put after its prompt.
+        max_length: most tokens of prompt and mismatched completion.
+    """
+    found = [store.completions(row)[0] for row in rows]
+    sequences = Sequences(
+        prompts=tuple(store.prompt(row) for row in rows),
+        completions=tuple(ids for ids, _, _ in found),
+        parents=tuple(range(len(rows))),
+        supervised=tuple(mask for _, mask, _ in found),
+    )
+    mismatched = None
+    if partners is not None:
+        others = [store.completions(partners[row])[0] for row in rows]
+        room = [None if max_length is None else max(max_length - len(prompt), 1) for prompt in sequences.prompts]
+        mismatched = sequences._replace(
+            completions=tuple(ids[:most] for (ids, _, _), most in zip(others, room, strict=True)),
+            supervised=tuple(mask[:most] for (_, mask, _), most in zip(others, room, strict=True)),
+        )
+    desirable = torch.tensor([rank == 0 for _, _, rank in found], dtype=torch.bool)
+    return UnpairedBatch(sequences, mismatched, desirable, store.column("weight", rows))
 
 
 def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:

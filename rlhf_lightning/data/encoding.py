@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -74,6 +74,7 @@ class Encoder:
         max_prompt_length: most tokens of the prompt.
         as_chat: whether plain text becomes a user's and an assistant's turn.
         pairwise: whether a list of completions becomes all its pairs of different rank.
+        apart: whether each completion becomes a row of its own.
     """
 
     read: Reader
@@ -83,6 +84,7 @@ class Encoder:
     max_prompt_length: int | None = None
     as_chat: bool = False
     pairwise: bool = False
+    apart: bool = False
 
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
@@ -181,6 +183,8 @@ class Encoder:
             cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns,
             _number(row.completions[0] if row.prompt is None else row.prompt),
         )  # fmt: skip
+        if self.apart:
+            return _apart(one)
         return _pairs(one) if self.pairwise else [one]
 
 
@@ -195,6 +199,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rende
         if not tokenizer.chat_template:
             raise
         raise RowRefused("template_refuses") from None
+
+
+def _apart(row: EncodedRow) -> list[EncodedRow]:
+    """Each completion as a row of its own."""
+    parts = zip(row.completions, row.supervised, row.ranks, strict=True)
+    return [replace(row, completions=[ids], supervised=[flags], ranks=[rank]) for ids, flags, rank in parts]
 
 
 def _pairs(row: EncodedRow) -> list[EncodedRow]:

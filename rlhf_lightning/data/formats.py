@@ -3,7 +3,8 @@
 Demonstrations: ``messages``; ``prompt`` + ``completion``; ``input`` + ``output``; ``instruction`` (+ ``input``) +
 ``output``; ``text`` alone. Preferences: ``prompt`` + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt
 is what both begin with (turns in common, or a transcript of "Human:" and "Assistant:" turns); ``prompt`` +
-``completions`` best first, or with ``ranks``. Prompts: ``prompt``, or what the other forms have before the completion.
+``completions`` best first, or with ``ranks``. Judged alone: a demonstration with ``label``, or a preference, whose two
+completions become two rows. Prompts: ``prompt``, or what the other forms have before the completion.
 Text may be plain or conversational (a list of messages) everywhere.
 
 ``preference`` (probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the
@@ -44,6 +45,7 @@ REASONS = {
     "turns_do_not_alternate": "a transcript's turns do not alternate",
     "inline_role_marker": "a transcript's turn holds another role marker",
     "identical_completions": "chosen equals rejected",
+    "bad_label": "the label is none of true, false, 1, 0 and -1",
     "bad_number": "preference, margin, weight or a rank is no number in its range",
     "single_completion": "a ranked list needs two completions",
     "all_tied": "all completions of a ranked list have the same rank",
@@ -88,6 +90,9 @@ DEMONSTRATION_FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 PREFERENCE_FORMS: tuple[Form, ...] = (
     ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completions"),
+)  # fmt: skip
+UNPAIRED_FORMS: tuple[Form, ...] = (
+    ("prompt", "completion", "label"), ("messages", "label"), *PREFERENCE_FORMS[:2],
 )  # fmt: skip
 PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",), ("chosen", "rejected"), ("instruction",), ("input",))
 
@@ -155,6 +160,24 @@ def preference(row: Row, as_chat: bool = False) -> CanonicalRow:
         weight=_label(row, "weight", 1.0),
         columns=_others(row, used),
     )  # fmt: skip
+
+
+def unpaired(row: Row, as_chat: bool = False) -> CanonicalRow:
+    """A prompt and completions that are good (rank 0) or bad (rank 1): one with its label, or a pair's two."""
+    form = form_of(row, UNPAIRED_FORMS)
+    if "label" not in form:
+        return preference(row, as_chat)
+    demonstrated = demonstration({name: value for name, value in row.items() if name != "label"}, as_chat)
+    demonstrated.ranks = [0 if _judgement(row["label"]) else 1]
+    return demonstrated
+
+
+def _judgement(value: Any) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False, "-1": False}
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
+    if text not in known:
+        raise RowRefused("bad_label")
+    return known[text]
 
 
 def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:

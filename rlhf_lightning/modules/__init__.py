@@ -26,9 +26,11 @@ from rlhf_lightning.modules.preference import (
     SPPOModule,
     UnpairedAOTModule,
 )
+from rlhf_lightning.modules.ranking import PlackettLuceModule
 from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.modules.unpaired import BCOModule, KTOModule, UnpairedModule
 
 __all__ = [
     "AOTModule",
@@ -36,6 +38,7 @@ __all__ = [
     "APOZeroModule",
     "AlignmentModule",
     "AlphaDPOModule",
+    "BCOModule",
     "BCOPairModule",
     "BetaDPOModule",
     "CPOModule",
@@ -47,6 +50,7 @@ __all__ = [
     "HingeModule",
     "IPOModule",
     "JensenShannonDPOModule",
+    "KTOModule",
     "LDDPOModule",
     "LengthNormalizedDPOModule",
     "NCAModule",
@@ -54,6 +58,7 @@ __all__ = [
     "OfflineModule",
     "OnPolicyModule",
     "PPOModule",
+    "PlackettLuceModule",
     "RPOModule",
     "ReferenceFreeDPOModule",
     "RewardModule",
@@ -63,6 +68,7 @@ __all__ = [
     "SimPOModule",
     "TRDPOModule",
     "UnpairedAOTModule",
+    "UnpairedModule",
     "WPOModule",
     "WPOWeighting",
 ]

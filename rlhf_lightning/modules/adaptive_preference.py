@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.functional import adaptive_preference as adaptive
 from rlhf_lightning.functional.preference import dpo_loss
-from rlhf_lightning.models.causal_lm import adapted_weights, load_reference
+from rlhf_lightning.models.causal_lm import adapted_weights, load_policy
+from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
@@ -172,9 +173,8 @@ class TRDPOModule(DPOModule):
 
     def load_models(self) -> None:
         """Load the policy, and a reference of its own in every case: it will move."""
-        super().load_models()
-        if not self._reference:
-            self._reference = (load_reference(self.init_from, self.load_settings),)
+        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+        self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
 
     def training_step(self, step: Step[Any], batch_idx: int) -> None:
         """Take one optimizer step; now and then the reference follows."""
@@ -182,10 +182,16 @@ class TRDPOModule(DPOModule):
         if self.updates % self.reference_every == 0:
             self.move_reference()
 
+    @property
+    def moving_reference(self) -> nn.Module:
+        """The reference's Hugging Face model."""
+        assert self.reference is not None and self.reference.copy is not None
+        return self.reference.copy.model
+
     @torch.no_grad()
     def move_reference(self) -> None:
         """Mix the policy's weights into the reference's."""
-        reference = self._reference[0].model
+        reference = self.moving_reference
         if self.policy.has_adapter:
             for name, weight in adapted_weights(self.policy.model):
                 parameter = reference.get_parameter(name)
@@ -203,10 +209,10 @@ class TRDPOModule(DPOModule):
         """Keep the reference once it has moved: nothing else knows where it is."""
         super().on_save_checkpoint(checkpoint)
         if self.updates >= self.reference_every:
-            checkpoint["reference"] = self._reference[0].model.state_dict()
+            checkpoint["reference"] = self.moving_reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the reference where it was."""
         super().on_load_checkpoint(checkpoint)
         if "reference" in checkpoint:
-            self._reference[0].model.load_state_dict(checkpoint["reference"])
+            self.moving_reference.load_state_dict(checkpoint["reference"])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.preference import dpo_loss
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy, load_reference
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.base import as_loss, layout_of
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
@@ -53,7 +53,7 @@ class DPOModule(OfflineModule):
     ) -> None:
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
         self.beta, self.label_smoothing = beta, label_smoothing
-        self._reference: tuple[CausalLM, ...] = ()
+        self.reference: Reference | None = None
 
     @property
     def model(self) -> CausalLM:
@@ -61,14 +61,14 @@ class DPOModule(OfflineModule):
         return self.policy
 
     def load_models(self) -> None:
-        """Load the policy, and a frozen copy of it where adapters cannot be switched off to recover it."""
+        """Load the policy and its reference."""
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        if self.needs_reference and not self.policy.has_adapter:
-            self._reference = (load_reference(self.init_from, self.load_settings),)
+        if self.needs_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings)
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """The reference, unless it lives in the policy as its backbone."""
-        return self._reference
+        return () if self.reference is None else self.reference.models
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per pair, shape (pairs,). The override point of this family."""
@@ -102,7 +102,7 @@ class DPOModule(OfflineModule):
         """Forward chosen and rejected completions together, through the policy and through the reference."""
         layout = layout_of(batch.sequences, self.device)
         outputs = self.policy(layout, with_collisions=self.needs_collisions)
-        reference = self.reference_logprobs(layout) if self.needs_reference else None
+        reference = None if self.reference is None else self.reference.logprobs(layout)
         pairs = len(batch.target)
 
         chosen, rejected = slice(None, pairs), slice(pairs, None)
@@ -119,14 +119,6 @@ class DPOModule(OfflineModule):
             chosen_log_collisions=None if outputs.collisions is None else outputs.collisions[chosen],
             rejected_log_collisions=None if outputs.collisions is None else outputs.collisions[rejected],
         )
-
-    @torch.no_grad()
-    def reference_logprobs(self, layout: Layout) -> Tensor:
-        """Return the reference's log-probabilities of the layout's completions, without gradient."""
-        if self._reference:
-            return self._reference[0](layout).logprobs
-        with self.policy.as_reference():
-            return self.policy(layout).logprobs
 
     def _coupled_step(self, step: Step[PreferenceBatch]) -> None:
         """Take a step whose loss depends on all pairs at once, in the memory of one micro-batch.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_reference
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
 from rlhf_lightning.modules.meter import Meter
@@ -93,7 +94,7 @@ class OnPolicyModule(AlignmentModule):
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
         self.early_stop_kl = early_stop_kl
-        self._reference: tuple[CausalLM, ...] = ()
+        self.reference: Reference | None = None
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -109,13 +110,13 @@ class OnPolicyModule(AlignmentModule):
 
     def load_reference_and_scorer(self) -> None:
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
-        if self.needs_reference and not self.policy.has_adapter:
-            self._reference = (load_reference(self.init_from, self.load_settings),)
+        if self.needs_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings)
         self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """The reference, unless it lives in the policy as its backbone."""
-        return self._reference
+        return () if self.reference is None else self.reference.models
 
     def _place_frozen_models(self) -> None:
         super()._place_frozen_models()
@@ -189,11 +190,8 @@ class OnPolicyModule(AlignmentModule):
         grids = {"completion_mask": layout.completion_mask, "logprobs": outputs.logprobs, "entropy": outputs.entropy}
         if outputs.values is not None:
             grids["values"] = outputs.values
-        if self._reference:
-            grids["reference_logprobs"] = self._reference[0](layout, temperature).logprobs
-        elif self.needs_reference:
-            with self.policy.as_reference():
-                grids["reference_logprobs"] = self.policy(layout, temperature).logprobs
+        if self.reference is not None:
+            grids["reference_logprobs"] = self.reference.logprobs(layout, temperature)
         return grids
 
     # -- override points ----------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ class PPOModule(OnPolicyModule):
         ValueError: the scorer returns another number of scores than completions, or one that is not finite.
     """
 
+    paper = "Ziegler et al. 2019, arXiv 1909.08593"
+
     def __init__(
         self,
         scorer: Any,

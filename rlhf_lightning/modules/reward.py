@@ -23,7 +23,7 @@ from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss, layout_of
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
-from rlhf_lightning.types import RankedBatch, RankedScores, Step
+from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
 
 
 class RewardModule(OfflineModule):
@@ -44,6 +44,7 @@ class RewardModule(OfflineModule):
             travels in the folder's config.json.
     """
 
+    paper = "Stiennon et al. 2020, arXiv 2009.01325"
     batch_type = RankedBatch
     has_policy = False
     headline_metrics = ("val/loss", "val/accuracy", "val/ece")
@@ -81,6 +82,10 @@ class RewardModule(OfflineModule):
             scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
         )
 
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return the scores that are the log-odds of the preferences: the rewards, each prompt's mean taken off."""
+        return None if self.centering else problem.rewards - problem.rewards.mean(-1, keepdim=True)
+
     def loss_sum(self, batch: RankedBatch, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's groups."""
         scores = self.reward_model(layout_of(batch.sequences, self.device))
@@ -97,7 +102,7 @@ class RewardModule(OfflineModule):
         """Add accuracy (ties count as wrong), margins and calibration over all untied pairs."""
         better, worse = untied_pairs(ranked.group, ranked.ranks)
         margins = (ranked.scores[better] - ranked.scores[worse]).detach()
-        meter.add("loss", losses)
+        meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
         meter.add("accuracy", (margins > 0).double())
         meter.add("score_margin", margins)
         meter.add("score", ranked.scores)

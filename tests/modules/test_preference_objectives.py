@@ -1,4 +1,4 @@
-"""Every objective on pairs, through its module: worked batch means, the value at the reference, labels and gradients."""
+"""Every objective on pairs, through its module: worked batch means, value at the reference, labels, gradients."""
 
 import math
 from typing import Any

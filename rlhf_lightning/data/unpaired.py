@@ -1,0 +1,96 @@
+"""Completions that were judged alone, good or bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_lightning.data import collation, formats
+from rlhf_lightning.data.base import AlignmentDataModule
+from rlhf_lightning.data.batching import shuffled
+from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.steps import Collate
+from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.types import UnpairedBatch
+
+
+class UnpairedDataModule(AlignmentDataModule):
+    """Rows judged alone: ``prompt`` + ``completion`` + ``label`` or ``messages`` + ``label``, the label true or 1 for a
+    good completion, false, 0 or -1 for a bad one. A preference (``chosen`` + ``rejected``) becomes two rows.
+
+    Where the module asks for them (KTO), every prompt also comes with a completion of another row. Who gets whose is
+    fixed with the data and the seed: it depends neither on the epoch nor on how steps are cut, and the completion never
+    answers the same prompt.
+
+    Args:
+        source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (UnpairedBatch,)
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads judged completions."""
+        return Encoder(
+            formats.unpaired, formats.UNPAIRED_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat, apart=True,
+        )  # fmt: skip
+
+    @property
+    def mismatches(self) -> bool:
+        """Whether the module asks for mismatched completions."""
+        return getattr(self.trainer.lightning_module, "needs_mismatched", False) if self.trainer is not None else False
+
+    def setup(self, stage: str) -> None:
+        """Map the encoded rows into memory and fix who gets whose completion, held-out rows apart."""
+        super().setup(stage)
+        self.partners: dict[int, dict[int, int]] = {}
+        if self.mismatches and not self.streaming:
+            for store, rows in ((self.store, self.train_rows), (self.eval_store, self.held_out)):
+                if len(rows):
+                    known = self.partners.setdefault(id(store), {})
+                    known.update(mismatched_rows(store.arrays["group"], rows, self.seed))
+
+    def collator(self) -> Collate:
+        """One judged completion for each prompt."""
+        return self._collate
+
+    def _collate(self, store: RowStore, rows: Sequence[int]) -> UnpairedBatch:
+        if not self.mismatches:
+            return collation.unpaired(store, rows)
+        partners = self.partners.get(id(store))
+        if partners is None:  # a step of a stream knows no other rows than its own
+            partners = mismatched_rows(store.arrays["group"], np.arange(len(store)), self.seed)
+        return collation.unpaired(store, rows, partners, self.max_length)
+
+
+def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int, int]:
+    """Return for each row another one, of another prompt, whose completion is put after its prompt.
+
+    Rows are put in a shuffled ring and look back along it to the first row of another prompt.
+
+    Args:
+        groups: number of each stored row's prompt.
+        rows: the rows to pair.
+        seed: seed of the ring.
+
+    Raises:
+        ValueError: all rows have one prompt.
+    """
+    ring = rows[shuffled(len(rows), seed, 0)]
+    prompts = groups[ring]
+    if (prompts == prompts[0]).all():
+        raise ValueError(
+            f"all {len(rows)} rows have the same prompt: mismatched completions (KTO) need two prompts or more"
+        )
+    pairs = {}
+    for place, row in enumerate(ring.tolist()):
+        back = place - 1
+        while prompts[back] == prompts[place]:
+            back -= 1
+        pairs[row] = int(ring[back])
+    return pairs

@@ -1,0 +1,48 @@
+"""Who plays which part: the reference that a policy is held against, as a model of its own or inside the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.causal_lm import CausalLM, load_reference
+from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.loading import LoadSettings
+
+
+class Reference:
+    """The frozen model that training started from. Where the policy is an adapter, its backbone is the reference.
+
+    Args:
+        policy: the policy in training.
+        init_from: what it started from.
+        settings: how a copy is loaded.
+        own: load a copy in every case, for a reference that will move.
+    """
+
+    def __init__(self, policy: CausalLM, init_from: str, settings: LoadSettings, own: bool = False) -> None:
+        self.policy = policy
+        self.copy = load_reference(init_from, settings) if own or not policy.has_adapter else None
+
+    @property
+    def models(self) -> tuple[CausalLM, ...]:
+        """The copy, if there is one: it moves to the device by hand, and into no checkpoint or optimizer."""
+        return () if self.copy is None else (self.copy,)
+
+    @contextmanager
+    def as_model(self) -> Iterator[CausalLM]:
+        """The reference as a language model, to sample from or to forward."""
+        if self.copy is not None:
+            yield self.copy
+        else:
+            with self.policy.as_reference():
+                yield self.policy
+
+    @torch.no_grad()
+    def logprobs(self, layout: Layout, temperature: float = 1.0) -> Tensor:
+        """Return log-probabilities of the layout's completions, without gradient, shape (completions, length)."""
+        with self.as_model() as model:
+            return model(layout, temperature).logprobs

@@ -1,0 +1,213 @@
+"""Objectives on completions that were each judged alone, good or bad, with no pairing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.types import Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
+
+
+class UnpairedModule(OfflineModule):
+    r"""Base of the objectives on rows judged alone. A subclass overrides ``unpaired_loss`` and ``reference_point``.
+
+    What a reward is compared with is taken over the whole optimizer step and all ranks, in a first pass without
+    gradient, so that how a step is cut changes nothing.
+
+    Args:
+        beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
+    """
+
+    batch_type = UnpairedBatch
+    needs_reference = True
+    needs_mismatched: ClassVar[bool] = False
+    """Whether each prompt also comes with a completion that answers another one."""
+
+    headline_metrics = ("val/loss", "val/reward_margin")
+
+    def __init__(self, beta: float = 0.1, learning_rate: float = 5e-6, warmup: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
+        self.beta = beta
+        self.reference: Reference | None = None
+        self._reference_point: Tensor | None = None
+
+    @property
+    def model(self) -> CausalLM:
+        """The policy."""
+        return self.policy
+
+    def load_models(self) -> None:
+        """Load the policy and its reference."""
+        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+        self.reference = Reference(self.policy, self.init_from, self.load_settings)
+
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """The reference, unless it lives in the policy as its backbone."""
+        return () if self.reference is None else self.reference.models
+
+    # -- override points ----------------------------------------------------------------------------------------------
+
+    def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
+        """Return one loss per row, shape (rows,)."""
+        raise AttributeError(f"{type(self).__name__} must define 'unpaired_loss'")
+
+    def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
+        """Return what a reward is compared with, a scalar.
+
+        Args:
+            matched: log policy - log reference of the step's rows on all ranks, shape (rows,).
+            mismatched: the same of other rows' completions after these prompts; empty unless asked for.
+        """
+        return matched.new_zeros(())
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, step: Step[UnpairedBatch], batch_idx: int) -> None:
+        """Take the reference point over the whole step, then one optimizer step."""
+        self._reference_point = self._point_of(step)
+        super().training_step(step, batch_idx)
+        self._reference_point = None
+
+    def validation_step(self, step: Step[UnpairedBatch], batch_idx: int) -> None:
+        """Add the metrics of held-out rows."""
+        self._reference_point = self._point_of(step)
+        super().validation_step(step, batch_idx)
+        self._reference_point = None
+
+    @torch.no_grad()
+    def _point_of(self, step: Step[UnpairedBatch]) -> Tensor:
+        """Return the reference point of a step: every rank's log-ratios go into it."""
+        batches = [batch for batch in step.micro_batches if len(batch.desirable)]
+        sides: list[list[Sequences]] = [
+            [batch.sequences for batch in batches],
+            [batch.mismatched for batch in batches if batch.mismatched is not None] if self.needs_mismatched else [],
+        ]
+        ratios = [[self._logratios(sequences) for sequences in side] for side in sides]
+        empty = torch.zeros(0, device=self.device)
+        matched, mismatched = (self._over_ranks(torch.cat([empty, *side])) for side in ratios)
+        return self.reference_point(matched, mismatched)
+
+    def _logratios(self, sequences: Sequences) -> Tensor:
+        """Return log policy - log reference of completions, shape (completions,)."""
+        layout = layout_of(sequences, self.device)
+        assert self.reference is not None
+        return self.policy(layout).logprobs.sum(-1) - self.reference.logprobs(layout).sum(-1)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Return the values of all ranks, of which each may have another number."""
+        if self.trainer.world_size == 1:
+            return values
+        counts: Any = self.all_gather(torch.tensor(len(values), device=self.device))
+        padded = torch.nn.functional.pad(values, (0, int(counts.max()) - len(values)))
+        gathered: Any = self.all_gather(padded)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)])
+
+    def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
+        """Forward the completions through the policy and through the reference."""
+        layout = layout_of(batch.sequences, self.device)
+        assert self.reference is not None
+        return UnpairedLogprobs(
+            policy_logprobs=self.policy(layout).logprobs,
+            reference_logprobs=self.reference.logprobs(layout),
+            completion_mask=layout.completion_mask,
+            desirable=batch.desirable.to(self.device),
+            weights=batch.weights.to(self.device),
+            reference_point=reference_point,
+        )
+
+    def loss_sum(self, batch: UnpairedBatch, meter: Meter) -> Tensor:
+        """Return the summed losses of a micro-batch's rows."""
+        point = self._reference_point
+        if point is None:  # a micro-batch on its own is its own step
+            point = self._point_of(Step((batch,), len(batch.desirable), 0))
+        logprobs = self.unpaired_logprobs(batch, point)
+        loss = as_loss(self.unpaired_loss(logprobs))
+        self._measure(logprobs, loss, meter)
+        return (loss.values * logprobs.weights).sum()
+
+    def _measure(self, logprobs: UnpairedLogprobs, loss: Loss, meter: Meter) -> None:
+        """Add the implicit rewards of both kinds of rows, and the point they are compared with."""
+        rewards = self.beta * logprobs.logratio.detach()
+        meter.add_ratio("loss", (loss.values * logprobs.weights).sum(), len(rewards))
+        meter.add("desirable_reward", rewards, logprobs.desirable)
+        meter.add("undesirable_reward", rewards, ~logprobs.desirable)
+        meter.add("reference_point", logprobs.reference_point.expand(len(rewards)))
+        for name, values in loss.metrics.items():
+            meter.add(name, values)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return held-out metrics; the margin is the gap between the mean rewards of good and of bad rows."""
+        means = super().evaluation_metrics()
+        if "desirable_reward" in means:
+            means["reward_margin"] = means["desirable_reward"] - means["undesirable_reward"]
+        return means
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the policy as a Hugging Face folder."""
+        return export_policy(self.policy, self.tokenizer, folder)
+
+
+class KTOModule(UnpairedModule):
+    r"""Kahneman-Tversky optimisation: gains and losses against what the policy earns on average.
+
+    loss = lambda_D (1 - sigmoid(beta (a - z0))) for a desirable row, lambda_U (1 - sigmoid(beta (z0 - a))) for an
+    undesirable one, a the log-ratio of the completion and z0 = max(0, mean log-ratio of mismatched completions) an
+    estimate of KL(policy || reference) (Ethayarajh et al., 2402.01306, Section 4). Policy = reference gives lambda / 2.
+
+    Args:
+        desirable_weight: lambda_D; with n_D good and n_U bad rows choose lambda_D n_D / (lambda_U n_U) in [1, 3/2].
+        undesirable_weight: lambda_U.
+    """
+
+    paper = "Ethayarajh et al. 2024, arXiv 2402.01306"
+    needs_mismatched = True
+
+    def __init__(
+        self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, **kwargs: Any
+    ) -> None:
+        super().__init__(beta=beta, **kwargs)
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+
+    def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
+        """Return z0, nats, at least 0."""
+        return kto_reference_point(mismatched) if len(mismatched) else matched.new_zeros(())
+
+    def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
+        """Return one loss per row, shape (rows,)."""
+        weights = (self.desirable_weight, self.undesirable_weight)
+        return kto_loss(logprobs.logratio, logprobs.desirable, logprobs.reference_point, self.beta, *weights)
+
+
+class BCOModule(UnpairedModule):
+    r"""Binary classifier optimisation: good or bad, with the implicit reward as the logit.
+
+    loss = -log sigmoid(beta a - delta) for a desirable row, -log sigmoid(-(beta a - delta)) for an undesirable one;
+    delta is the mean reward of the rows of the optimizer step, without gradient (Jung et al., 2404.04656,
+    Section 4). Policy = reference gives log 2.
+    """
+
+    paper = "Jung et al. 2024, arXiv 2404.04656"
+
+    def __init__(self, beta: float = 0.01, learning_rate: float = 5e-7, **kwargs: Any) -> None:
+        super().__init__(beta=beta, learning_rate=learning_rate, **kwargs)
+
+    def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
+        """Return delta, the mean reward of the step's rows, reward units."""
+        return self.beta * matched.mean() if len(matched) else matched.new_zeros(())
+
+    def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
+        """Return one loss per row, shape (rows,)."""
+        logits = self.beta * logprobs.logratio - logprobs.reference_point
+        return -logsigmoid(torch.where(logprobs.desirable, logits, -logits))

@@ -1,0 +1,118 @@
+"""Rows judged alone: read, encoded, and paired with another prompt's completion."""
+
+import numpy as np
+import pytest
+from conftest import EOS, spell
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.data import UnpairedDataModule
+from rlhf_lightning.data.formats import RowRefused, unpaired
+from rlhf_lightning.data.unpaired import mismatched_rows
+from rlhf_lightning.types import UnpairedBatch
+
+ROWS = [
+    {"prompt": "p:", "completion": " good", "label": True},
+    {"prompt": "q:", "completion": " b", "label": 0, "weight": 0.5},
+    {"prompt": "r:", "chosen": " yes", "rejected": " n"},
+]
+
+
+class Wants(UnpairedDataModule):
+    mismatches = True
+
+
+def batches(data):
+    return [batch for step in data.train_dataloader() for batch in step.micro_batches]
+
+
+def test_rows_by_value(ready, write_rows):
+    (batch,) = batches(ready(UnpairedDataModule(write_rows(ROWS), shuffle=False)))
+    assert isinstance(batch, UnpairedBatch) and batch.mismatched is None
+    found = {
+        bytes(i - 7 for i in ids.tolist() if i != EOS).decode().strip(): (bool(good), float(weight))
+        for ids, good, weight in zip(batch.sequences.completions, batch.desirable, batch.weights, strict=True)
+    }
+    assert found == {"good": (True, 1.0), "b": (False, 0.5), "yes": (True, 1.0), "n": (False, 1.0)}
+    assert batch.sequences.parents == (0, 1, 2, 3)
+
+
+def test_mismatched_completions_follow_the_prompt_and_fit(ready, write_rows):
+    (batch,) = batches(ready(Wants(write_rows(ROWS), shuffle=False, max_length=6)))
+    own = {tuple(p.tolist()): set() for p in batch.sequences.prompts}
+    for parent, ids in zip(batch.sequences.parents, batch.sequences.completions, strict=True):
+        own[tuple(batch.sequences.prompts[parent].tolist())].add(tuple(ids.tolist()))
+    assert batch.mismatched.prompts == batch.sequences.prompts
+    everything = set().union(*own.values())
+    for prompt, ids in zip(batch.mismatched.prompts, batch.mismatched.completions, strict=True):
+        assert len(prompt) + len(ids) <= 6
+        # Cut to the room there is, but another prompt's.
+        assert any(tuple(ids.tolist()) == full[: len(ids)] for full in everything - own[tuple(prompt.tolist())])
+
+
+def test_partners_do_not_depend_on_how_steps_are_cut(ready, write_rows):
+    rows = [{"prompt": f"{i}:", "completion": f" {i}", "label": i % 2} for i in range(12)]
+
+    def pairs(**changes):
+        found = {}
+        for rank in range(changes.get("ranks", 1)):
+            data = ready(
+                Wants(write_rows(rows), batch_size=4, **changes.get("data", {})), rank, changes.get("ranks", 1)
+            )
+            for batch in batches(data):
+                for prompt, ids in zip(batch.mismatched.prompts, batch.mismatched.completions, strict=True):
+                    found[tuple(prompt.tolist())] = tuple(ids.tolist())
+        return found
+
+    whole = pairs()
+    assert len(whole) == 12
+    assert pairs(ranks=2) == whole
+    assert pairs(data={"micro_batch_size": 1}) == whole
+    assert pairs(data={"seed": 1}) != whole
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 9))
+def test_every_row_gets_another_prompt_s(groups, seed):
+    prompts = np.array(groups)
+    rows = np.arange(len(groups))
+    if len(set(groups)) == 1:
+        with pytest.raises(ValueError, match="have the same prompt"):
+            mismatched_rows(prompts, rows, seed)
+        return
+    pairs = mismatched_rows(prompts, rows, seed)
+    assert sorted(pairs) == rows.tolist()
+    assert all(prompts[row] != prompts[other] for row, other in pairs.items())
+
+
+@given(st.integers(2, 40), st.integers(0, 9))
+def test_with_distinct_prompts_every_completion_is_used_once(count, seed):
+    pairs = mismatched_rows(np.arange(count), np.arange(count), seed)
+    assert sorted(pairs.values()) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("label", "good"),
+    [(True, True), (1, True), (1.0, True), ("1", True), ("True", True), (False, False), (0, False), (-1, False)],
+)
+def test_labels(label, good):
+    row = unpaired({"prompt": "p", "completion": "c", "label": label})
+    assert row.ranks == [0 if good else 1]
+
+
+@pytest.mark.parametrize("label", [None, 2, 0.5, "good", "", float("nan")])
+def test_other_labels_are_refused(label):
+    with pytest.raises(RowRefused, match="bad_label"):
+        unpaired({"prompt": "p", "completion": "c", "label": label})
+
+
+def test_a_conversation_with_a_label(ready, write_rows):
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    row = unpaired({"messages": turns, "label": -1})
+    assert (row.prompt, row.completions, row.ranks) == (turns[:1], [turns[1:]], [1])
+    (batch,) = batches(ready(UnpairedDataModule(write_rows([{"messages": turns, "label": 0}]))))
+    assert batch.desirable.tolist() == [False]
+
+
+def test_plain_ids(ready, write_rows):
+    (batch,) = batches(ready(UnpairedDataModule(write_rows(ROWS[:1]))))
+    assert batch.sequences.completions[0].tolist() == spell(" good", EOS)
