@@ -303,6 +303,9 @@ class Rollout(NamedTuple):
         finished: bool, True where the completion ended by itself (end token), shape (episodes,).
         group: index of the prompt each episode answers, int64, shape (episodes,).
         sampler_logprobs: what the sampling engine itself computed; None where nothing was sampled.
+        episodes: number of each episode in the run, int64, shape (episodes,); None where nothing was sampled.
+        baseline_scores: score that each episode's is compared with (ReMax: the greedy completion's), shape (episodes,);
+            None in methods without.
     """
 
     sequences: Sequences
@@ -314,6 +317,8 @@ class Rollout(NamedTuple):
     finished: Tensor
     group: Tensor
     sampler_logprobs: Tensor | None = None
+    episodes: Tensor | None = None
+    baseline_scores: Tensor | None = None
 
 
 class Advantages(NamedTuple):
@@ -322,10 +327,12 @@ class Advantages(NamedTuple):
     Attributes:
         advantages: shape (episodes, length), 0 under the mask.
         returns: the critic's regression target, shape (episodes, length); None without a critic.
+        learned: bool, True on the tokens that are learned from, shape (episodes, length); None for all.
     """
 
     advantages: Tensor
     returns: Tensor | None
+    learned: Tensor | None = None
 
 
 class PolicyLogprobs(NamedTuple):
@@ -338,6 +345,7 @@ class PolicyLogprobs(NamedTuple):
         entropy: entropy of the policy's next-token distribution in nats, with gradient; None unless asked for.
         advantages: advantage of each token.
         completion_mask: bool, True on completion tokens.
+        sampler_logprobs: what the sampling engine itself computed; None where nothing was sampled.
     """
 
     logprobs: Tensor
@@ -346,6 +354,7 @@ class PolicyLogprobs(NamedTuple):
     entropy: Tensor | None
     advantages: Tensor
     completion_mask: Tensor
+    sampler_logprobs: Tensor | None = None
 
 
 class CriticValues(NamedTuple):

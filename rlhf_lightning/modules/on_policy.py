@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,14 @@ from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.invariants import Invariants
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.rollouts import (
+    Aggregation,
+    Drawn,
     RolloutCollector,
     gather_grids,
+    gathered_numbers,
     measure_samples,
     on_grid,
     with_score_std,
@@ -58,6 +62,8 @@ class OnPolicyModule(AlignmentModule):
         missing_eos_score: score of a completion that did not end by itself, in place of the scorer's; None keeps the
             scorer's.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        on_violation: what happens when a rollout breaks what must hold (a ratio of 1 before the first update, one score
+            a completion ...): "raise", or "warn" and go on.
     """
 
     batch_type = PromptBatch
@@ -84,6 +90,7 @@ class OnPolicyModule(AlignmentModule):
         early_stop_kl: float | None = None,
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
+        on_violation: Literal["raise", "warn"] = "raise",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -95,6 +102,8 @@ class OnPolicyModule(AlignmentModule):
         self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
         self.early_stop_kl = early_stop_kl
         self.reference: Reference | None = None
+        self.invariants = Invariants(on_violation)
+        self._untouched = False
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -132,47 +141,48 @@ class OnPolicyModule(AlignmentModule):
 
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
         """Collect one rollout and take all its updates."""
-        batch, meter = step.micro_batches[0], Meter()
-        rollout, entropy = self.collect(batch)
+        meter = Meter()
+        rollout, entropy = self.collect(*step.micro_batches)
         rewards = self.shape_rewards(rollout)
+        self._check_rollout(rollout, rewards)
         advantages = self.advantages(rollout, rewards)
         self._measure_rollout(rollout, rewards, entropy, meter)
         self._measure_advantages(rollout, advantages, meter)
-        episodes, norm = step.rows, 0.0
-        for epoch in range(self.ppo_epochs):
-            stop = False
-            for rows in self._minibatches(batch.episodes, episodes, epoch):
-                norm = self._learn(rollout, advantages, rows, batch, meter)
-                stop = self._should_stop(meter)
-                if stop:
-                    break
-            if stop:
-                break
+        norm = self._learn_from(rollout, advantages, step.micro_batches[0], meter)
         self.rollouts += 1
-        self.episodes += episodes
+        self.episodes += step.rows
         self.tokens += int(self._over_ranks(rollout.completion_mask.sum()))
-        self._log_rollout(meter, norm, episodes)
+        self._log_rollout(meter, norm, step.rows)
 
-    def collect(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        """Sample a completion for each prompt, score it, and take the statistics that its updates start from.
+    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+        """Sample and score a completion for each prompt. A family that chooses among its samples overrides this.
+
+        Args:
+            batches: prompts of the rollout; further batches are candidates for families that need more.
+        """
+        return self.collector.draw(self.policy, self.tokenizer, batches[0])
+
+    def collect(self, *batches: PromptBatch) -> tuple[Rollout, Tensor]:
+        """Sample completions, score them, and take the statistics that the rollout's updates start from.
 
         Returns:
             The rollout, and the entropy of each token's distribution.
         """
-        samples = self.collector.sample(self.policy, self.tokenizer, batch)
-        scores = self.collector.score(self.tokenizer, samples, batch)
-        grids = self.statistics(samples.sequences)
+        drawn = self.draw(batches)
+        grids = self.statistics(drawn.samples.sequences)
         device = grids["logprobs"].device
         rollout = Rollout(
-            sequences=samples.sequences,
+            sequences=drawn.samples.sequences,
             completion_mask=grids["completion_mask"],
             old_logprobs=grids["logprobs"],
             reference_logprobs=grids.get("reference_logprobs"),
             values=grids.get("values"),
-            scores=scores.to(device),
-            finished=samples.finished.to(device),
-            group=batch.group.to(device),
-            sampler_logprobs=on_grid(samples.logprobs, grids["logprobs"]),
+            scores=drawn.scores.to(device),
+            finished=drawn.samples.finished.to(device),
+            group=drawn.batch.group.to(device),
+            sampler_logprobs=on_grid(drawn.samples.logprobs, grids["logprobs"]),
+            episodes=drawn.batch.episodes,
+            baseline_scores=None if drawn.baseline_scores is None else drawn.baseline_scores.to(device),
         )
         return rollout, grids["entropy"]
 
@@ -218,34 +228,56 @@ class OnPolicyModule(AlignmentModule):
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
-    def _minibatches(self, episodes: Tensor, count: int, epoch: int) -> Iterator[list[int]]:
+    def _learn_from(self, rollout: Rollout, advantages: Advantages, batch: PromptBatch, meter: Meter) -> float:
+        """Take a rollout's updates; return the gradient norm of the last."""
+        norm = 0.0
+        for epoch in range(self.ppo_epochs):
+            for number, rows in enumerate(self._minibatches(rollout, epoch)):
+                self._untouched = epoch == number == 0  # the policy is still the one that sampled
+                norm = self._learn(rollout, advantages, rows, batch, meter)
+                if self._should_stop(meter):
+                    return norm
+        return norm
+
+    def _minibatches(self, rollout: Rollout, epoch: int) -> Iterator[list[int]]:
         """Yield this rank's rows of each minibatch; the permutation is over all ranks' episodes."""
-        # Taken from the data rather than counted: an epoch may have been cut short, a rollout may be smaller.
-        first = int(self.trainer.strategy.reduce(episodes.min().to(self.device), reduce_op="min"))
+        assert rollout.episodes is not None
+        mine = {int(episode): row for row, episode in enumerate(rollout.episodes)}
+        everyone = sorted(gathered_numbers(self, list(mine)))
         generator = torch.Generator().manual_seed(hash((self.seed, self.rollouts, epoch)) % 2**63)
-        order = torch.randperm(count, generator=generator).tolist()
-        mine = {int(episode) - first: row for row, episode in enumerate(episodes)}
-        size = self.mini_batch_size or count
-        for start in range(0, count, size):
-            yield [mine[position] for position in order[start : start + size] if position in mine]
+        order = [everyone[place] for place in torch.randperm(len(everyone), generator=generator).tolist()]
+        size = self.mini_batch_size or len(order)
+        for start in range(0, len(order), size):
+            yield [mine[episode] for episode in order[start : start + size] if episode in mine]
+
+    def aggregation(self, learned: Tensor) -> Aggregation:
+        """Return how token losses become one: a mean over the tokens of the minibatch.
+
+        Args:
+            learned: bool, True on the tokens that are learned from, shape (rows, length).
+        """
+        return Aggregation(learned.float(), learned.sum())
 
     def _learn(
         self, rollout: Rollout, advantages: Advantages, rows: list[int], batch: PromptBatch, meter: Meter
     ) -> float:
         """Take one optimizer step on some episodes of the rollout."""
         sequences = rollout.sequences
-        tokens = float(self._over_ranks(rollout.completion_mask[rows].sum()))
+        learned = rollout.completion_mask if advantages.learned is None else advantages.learned
+        count = float(self._over_ranks(self.aggregation(learned[rows]).count))
         lengths = [sequences.lengths[row] for row in rows]
         cuts = [[rows[i] for i in cut] for cut in cut_rows(lengths, self.micro_batch_size, self.max_tokens)]
         losses = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
-        return self.update(losses + self.further_losses(batch, tokens, meter), tokens)
+        if not rows:  # another rank has them all; without a backward pass here its gradients would wait for ever
+            losses = [lambda: 0.0 * self._loss_sum(rollout, advantages, [0], Meter())]
+        return self.update(losses + self.further_losses(batch, count, meter), count)
 
-    def further_losses(self, batch: PromptBatch, tokens: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return losses on other text than the rollout's, as functions, to be divided by ``tokens`` like the rest."""
+    def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
+        """Return losses on other text than the rollout's, as functions, to be divided by ``count`` like the rest."""
         return []
 
     def _loss_sum(self, rollout: Rollout, advantages: Advantages, cut: list[int], meter: Meter) -> Tensor:
-        """Return the summed token losses of a micro-batch."""
+        """Return the weighted sum of a micro-batch's token losses, to be divided by the minibatch's count."""
         layout = padded_layout(select(rollout.sequences, cut)).to(self.device)
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
         rows = torch.tensor(cut, device=self.device)
@@ -261,19 +293,48 @@ class OnPolicyModule(AlignmentModule):
             entropy=outputs.entropy,
             advantages=part(advantages.advantages),
             completion_mask=mask,
+            sampler_logprobs=part(rollout.sampler_logprobs),
         )
+        if self._untouched:
+            self._check_first_ratio(logprobs)
+        learned = mask if advantages.learned is None else part(advantages.learned)
+        aggregation = self.aggregation(learned)
         policy = as_loss(self.policy_loss(logprobs))
-        total = torch.where(mask, policy.values, 0.0).sum()
+        total = (torch.where(learned, policy.values, 0.0) * aggregation.weights).sum()
         meter.add("policy_loss", policy.values, mask)
         for name, values in policy.metrics.items():
             meter.add(name, values, mask)
         if outputs.entropy is not None and self.entropy_coef:
-            total = total - self.entropy_coef * torch.where(mask, outputs.entropy, 0.0).sum()
+            entropy = torch.where(learned, outputs.entropy, 0.0) * aggregation.weights
+            total = total - self.entropy_coef * entropy.sum()
         further = self.critic_loss(layout, rows, rollout, advantages, outputs)
         self._measure_update(logprobs, meter)
         for name, values in further.metrics.items():
             meter.add(name, values, mask if values.shape == mask.shape else None)
-        return total + further.values.sum()
+        total = total + further.values.sum()
+        meter.add_ratio("loss", total, aggregation.count)
+        return total
+
+    # -- what must hold -----------------------------------------------------------------------------------------------
+
+    def score_slots(self, rollout: Rollout) -> Tensor | None:
+        """Return the slot on which each completion's score must land, shape (episodes,); None where it is spread."""
+        return rollout.completion_mask.sum(-1) - 1
+
+    def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
+        """Check a rollout before anything is learned from it."""
+        self.invariants.check_lengths(rollout)
+        self.invariants.check_sampler(rollout)
+        if self.updates == 0:
+            self.invariants.check_first_kl(rollout)
+        slots = self.score_slots(rollout)
+        if slots is not None:
+            unscored = self.shape_rewards(rollout._replace(scores=torch.zeros_like(rollout.scores)))
+            self.invariants.check_scores(rollout.scores, rewards - unscored, slots)
+
+    def _check_first_ratio(self, logprobs: PolicyLogprobs) -> None:
+        """Check that the policy about to be updated is the one that sampled."""
+        self.invariants.check_ratio(logprobs)
 
     def _should_stop(self, meter: Meter) -> bool:
         """Whether the policy has moved far enough from the one that sampled; all ranks decide alike."""
@@ -316,7 +377,8 @@ class OnPolicyModule(AlignmentModule):
         means = meter.means(self.trainer.strategy)
         rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
-        self.log_training(Meter(), grad_norm=norm, kl_coef=self.kl_coef, **means, **rollout)
+        further = {"kl_coef": self.kl_coef, **self.invariants.take(), **means, **rollout}
+        self.log_training(Meter(), grad_norm=norm, **further)
         if self.kl_target is not None and "rollout/kl" in rollout:
             new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)
             self.kl_coef = float(new)

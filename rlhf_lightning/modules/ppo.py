@@ -162,6 +162,13 @@ class PPOModule(OnPolicyModule):
         """Return the clipped value loss of each state, shape (rows, states)."""
         return clipped_value_loss(values.values, values.old_values, values.returns, self.value_clip)
 
+    def score_slots(self, rollout: Rollout) -> Tensor | None:
+        """Return the slot on which each score must land; whitening spreads every score over all of them."""
+        if self.whiten_rewards:
+            return None
+        lengths = rollout.completion_mask.sum(-1)
+        return lengths if self.reward_slot == "after_eos" else lengths - 1
+
     # -- the critic ---------------------------------------------------------------------------------------------------
 
     def _value_layout(self, layout: Layout) -> Layout:
@@ -232,13 +239,13 @@ class PPOModule(OnPolicyModule):
 
     # -- pretraining mix ----------------------------------------------------------------------------------------------
 
-    def further_losses(self, batch: PromptBatch, tokens: float, meter: Meter) -> list[Callable[[], Tensor]]:
+    def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
         """Return the language-model loss on the pretraining text, its mean over tokens times the coefficient."""
         if not self.pretraining_coef or batch.pretraining is None:
             return []
         sequences = batch.pretraining.sequences
-        count = float(self._over_ranks(torch.tensor(sum(int(mask.sum()) for mask in sequences.supervised))))
-        scale = self.pretraining_coef * tokens / max(count, 1.0)
+        tokens = float(self._over_ranks(torch.tensor(sum(int(mask.sum()) for mask in sequences.supervised))))
+        scale = self.pretraining_coef * count / max(tokens, 1.0)
 
         def loss(rows: list[int]) -> Tensor:
             layout = padded_layout(select(sequences, rows)).to(self.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +37,34 @@ class Samples(NamedTuple):
     def lengths(self) -> Tensor:
         """Tokens of each completion, shape (episodes,)."""
         return torch.tensor([len(ids) for ids in self.sequences.completions])
+
+
+class Drawn(NamedTuple):
+    """Prompts, the completions drawn for them, and their scores.
+
+    Attributes:
+        batch: the prompts, one per completion.
+        samples: the completions.
+        scores: fp32, shape (episodes,); NaN where the scorer had nothing to say.
+        baseline_scores: score that each completion's is compared with, shape (episodes,); None in methods without.
+    """
+
+    batch: PromptBatch
+    samples: Samples
+    scores: Tensor
+    baseline_scores: Tensor | None = None
+
+
+class Aggregation(NamedTuple):
+    """How token losses become the loss of an optimizer step: the weighted sum over the step divided by the count.
+
+    Attributes:
+        weights: of each token, shape (rows, length), 0 under the mask.
+        count: of these rows, summed over micro-batches and ranks before it divides, a scalar.
+    """
+
+    weights: Tensor
+    count: Tensor
 
 
 class RolloutCollector:
@@ -83,6 +112,11 @@ class RolloutCollector:
             self._scorer = load_scorer(self.scorer_spec)
         return self._scorer
 
+    def draw(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> Drawn:
+        """Draw a completion for each prompt and have it scored."""
+        samples = self.sample(policy, tokenizer, batch)
+        return Drawn(batch, samples, self.score(tokenizer, samples, batch))
+
     def sample(
         self,
         policy: CausalLM,
@@ -116,6 +150,58 @@ class RolloutCollector:
             texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
             scores = checked_scores(scorer(list(batch.texts), texts, **batch.columns), count, name)
         return missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+
+
+def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
+    """Return the named rows of a batch; groups are numbered anew."""
+    index = torch.tensor(list(rows), dtype=torch.long)
+    group = batch.group[index]
+    return batch._replace(
+        prompts=tuple(batch.prompts[row] for row in rows),
+        texts=tuple(batch.texts[row] for row in rows),
+        columns={name: [values[row] for row in rows] for name, values in batch.columns.items()},
+        episodes=batch.episodes[index],
+        group=torch.unique(group, return_inverse=True)[1] if len(group) else group,
+    )
+
+
+def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
+    """Put the named rows of several draws together; groups are numbered on."""
+    batches = [select_prompts(drawn.batch, rows) for drawn, rows in parts]
+    groups, first = [], 0
+    for batch in batches:
+        groups.append(batch.group + first)
+        first += int(batch.group.max()) + 1 if len(batch.group) else 0
+    picked = [(drawn, row) for drawn, rows in parts for row in rows]
+    prompts = tuple(prompt for batch in batches for prompt in batch.prompts)
+    sequences = Sequences(
+        prompts=prompts,
+        completions=tuple(drawn.samples.sequences.completions[row] for drawn, row in picked),
+        parents=tuple(range(len(prompts))),
+        supervised=tuple(drawn.samples.sequences.supervised[row] for drawn, row in picked),
+    )
+    names = batches[0].columns
+    batch = batches[0]._replace(
+        prompts=prompts,
+        texts=tuple(text for batch in batches for text in batch.texts),
+        columns={name: [value for batch in batches for value in batch.columns[name]] for name in names},
+        episodes=torch.cat([batch.episodes for batch in batches]),
+        group=torch.cat(groups),
+    )
+    finished = torch.cat([drawn.samples.finished[list(rows)] for drawn, rows in parts])
+    samples = Samples(sequences, finished, tuple(drawn.samples.logprobs[row] for drawn, row in picked))
+    return Drawn(batch, samples, torch.cat([drawn.scores[list(rows)] for drawn, rows in parts]))
+
+
+def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:
+    """Return the numbers of all ranks, of which each may have another count."""
+    if module.trainer.world_size == 1:
+        return list(numbers)
+    mine = torch.tensor(list(numbers), dtype=torch.long, device=module.device)
+    counts: Any = module.all_gather(torch.tensor(len(mine), device=module.device))
+    padded = torch.nn.functional.pad(mine, (0, int(counts.max()) - len(mine)))
+    everyone: Any = module.all_gather(padded)
+    return [n for part, count in zip(everyone, counts.tolist(), strict=True) for n in part[:count].tolist()]
 
 
 def gather_grids(

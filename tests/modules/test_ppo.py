@@ -188,7 +188,7 @@ def test_worked_rewards_and_advantages() -> None:
     module, rollout = unloaded(whiten_advantages=False), worked_rollout([0.3, 0.4, 0.6])
     rewards = module.shape_rewards(rollout)
     torch.testing.assert_close(rewards, torch.tensor([[-0.01, 0.005, 0.9975], [2.0, 0.0, 0.0]]))
-    advantages, returns = module.advantages(rollout, rewards)
+    advantages, returns = module.advantages(rollout, rewards)[:2]
     torch.testing.assert_close(advantages, torch.tensor([[0.64349375, 0.582625, 0.3975], [1.5, 0.0, 0.0]]))
     torch.testing.assert_close(returns, torch.tensor([[0.94349375, 0.982625, 0.9975], [2.0, 0.0, 0.0]]))
 
@@ -198,7 +198,7 @@ def test_after_eos_puts_the_score_on_a_slot_of_its_own() -> None:
     rollout = worked_rollout([0.3, 0.4, 0.6, 0.8], more=1)
     rewards = module.shape_rewards(rollout)
     torch.testing.assert_close(rewards, torch.tensor([[-0.01, 0.005, -0.0025, 1.0], [0.0, 2.0, 0.0, 0.0]]))
-    advantages, returns = module.advantages(rollout, rewards)
+    advantages, returns = module.advantages(rollout, rewards)[:2]
     # One advantage for each token, one value target more.
     alone = 0.0 + 0.25 - 0.5 + 0.95 * (2.0 - 0.25)
     torch.testing.assert_close(advantages, torch.tensor([[0.63446875, 0.573125, 0.3875], [alone, 0.0, 0.0]]))
@@ -211,7 +211,7 @@ def test_whitening_spans_the_rollouts_tokens_and_leaves_returns_alone() -> None:
     tensors = {name: part for name, part in rollout._asdict().items() if isinstance(part, torch.Tensor)}
     rollout = rollout._replace(**{name: part[:1] for name, part in tensors.items()})
     module = unloaded()
-    advantages, returns = module.advantages(rollout, module.shape_rewards(rollout))
+    advantages, returns = module.advantages(rollout, module.shape_rewards(rollout))[:2]
     whitened = torch.tensor([[0.97779841, 0.39593487, -1.37373328]])
     torch.testing.assert_close(advantages, whitened, atol=1e-4, rtol=0)
     torch.testing.assert_close(returns, torch.tensor([[0.94349375, 0.982625, 0.9975]]))

@@ -1,0 +1,110 @@
+"""What must hold in every rollout, whatever the objective: checked while training, and logged as metrics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from rlhf_lightning.types import PolicyLogprobs, Rollout
+
+
+class InvariantError(RuntimeError):
+    """A rollout breaks what must hold; what would be learned from it is wrong."""
+
+
+class Invariants:
+    """Checks of a rollout. Each raises or warns, and leaves its measured value to be logged.
+
+    Bounds are for fp32, where what should be equal differs by rounding alone; lower precisions are held to a mean.
+
+    Args:
+        on_violation: "raise", or "warn" and go on.
+    """
+
+    def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
+        if on_violation not in ("raise", "warn"):
+            raise ValueError(f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
+        self.on_violation = on_violation
+        self._measured: dict[str, float] = {}
+
+    def take(self) -> dict[str, float]:
+        """Return what was measured since the last call, as metrics."""
+        measured, self._measured = self._measured, {}
+        return {f"invariant/{name}": value for name, value in measured.items()}
+
+    def check_ratio(self, logprobs: PolicyLogprobs) -> None:
+        """Before the first update of a rollout the policy is the one that sampled: every ratio is 1."""
+        mask = logprobs.completion_mask
+        moved = torch.expm1((logprobs.logprobs.detach() - logprobs.old_logprobs)[mask]).abs()
+        self._check_difference(
+            "ratio", moved, logprobs.logprobs, 1e-4, 1e-2,
+            "policy and rollout were forwarded differently: dropout, a temperature left out, other padding",
+        )  # fmt: skip
+
+    def check_sampler(self, rollout: Rollout) -> None:
+        """The sampling engine and the trainer's forward give the same log-probabilities."""
+        if rollout.sampler_logprobs is None:
+            return
+        apart = (rollout.sampler_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
+        self._check_difference(
+            "sampler", apart, rollout.old_logprobs, 1e-2, 5e-2,
+            "the sampler used other weights, another temperature, or truncated the distribution (top_p, top_k)",
+        )  # fmt: skip
+
+    def check_lengths(self, rollout: Rollout) -> None:
+        """The mask counts exactly the tokens of each completion, the end token among them."""
+        lengths = torch.tensor([len(ids) for ids in rollout.sequences.completions])
+        wrong = (rollout.completion_mask.sum(-1).cpu() != lengths).sum()
+        self._check("mask", float(wrong), 0.0, "completions whose mask does not count their tokens: look at the layout")
+
+    def check_scores(self, scores: Tensor, difference: Tensor, slots: Tensor) -> None:
+        """Each completion's score is in the rewards once, at its slot.
+
+        Args:
+            scores: of each completion, shape (episodes,); NaN ones count as 0.
+            difference: what the scores change in the rewards, shape (episodes, slots).
+            slots: where each score belongs, shape (episodes,).
+        """
+        expected = torch.zeros_like(difference).scatter(
+            1, slots.unsqueeze(1), torch.nan_to_num(scores).to(difference).unsqueeze(1)
+        )
+        wrong = (torch.nan_to_num(difference) - expected).abs()
+        bound = 1e-5 * (1.0 + float(expected.abs().max())) if expected.numel() else 0.0
+        self._check(
+            "score_slot", float(wrong.max()) if wrong.numel() else 0.0, bound,
+            "shape_rewards puts a score on another slot than score_slots says, more than once, or scaled "
+            "(return None from score_slots where scores are spread on purpose)",
+        )  # fmt: skip
+
+    def check_first_kl(self, rollout: Rollout) -> None:
+        """Before any update the policy is the reference: no completion costs KL."""
+        if rollout.reference_logprobs is None:
+            return
+        apart = (rollout.old_logprobs - rollout.reference_logprobs)[rollout.completion_mask].abs()
+        self._check_difference(
+            "first_kl", apart, rollout.old_logprobs, 1e-3, 5e-2,
+            "the reference is not the model that training started from",
+        )  # fmt: skip
+
+    def _check_difference(
+        self, name: str, values: Tensor, like: Tensor, bound: float, mean_bound: float, cause: str
+    ) -> None:
+        """Hold the largest of the values to a bound, or in a lower precision their mean."""
+        if not values.numel():
+            return
+        if like.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(like.device.type):
+            self._check(name, float(values.max()), bound, cause)
+        else:
+            self._check(name, float(values.mean()), mean_bound, cause)
+
+    def _check(self, name: str, value: float, bound: float, cause: str) -> None:
+        self._measured[name] = max(self._measured.get(name, 0.0), value)
+        if value <= bound:
+            return
+        message = f"invariant {name}: measured {value:.3g}, at most {bound:.3g} is rounding; the usual cause: {cause}"
+        if self.on_violation == "raise":
+            raise InvariantError(f"{message}. on_violation=warn goes on all the same")
+        rank_zero_warn(message)
