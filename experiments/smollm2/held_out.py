@@ -36,9 +36,8 @@ class HeldOutRows(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
         self.passes.append({})
-        for name, read in READERS.items():
-            if hasattr(pl_module, name):
-                setattr(pl_module, name, self._heard(getattr(pl_module, name), read, pl_module))
+        for owner, name, read in points_of(pl_module):
+            setattr(owner, name, self._heard(getattr(owner, name), read, pl_module))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Keep the token ids of each row's prompt, by which a row is known."""
@@ -49,8 +48,8 @@ class HeldOutRows(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was."""
-        for name in READERS:
-            pl_module.__dict__.pop(name, None)
+        for owner, name, _ in points_of(pl_module):
+            vars(owner).pop(name, None)
 
     def _heard(self, method: Callable[..., Any], read: Callable[..., Rows], module: Any) -> Callable[..., Any]:
         def listened(*args: Any) -> Any:
@@ -109,10 +108,23 @@ READERS: dict[str, Callable[..., Rows]] = {
     "token_loss": read_demonstrations,
     "preference_loss": read_pairs,
     "ranking_loss": read_scores,
-    "score": read_raw_scores,
+    "collector.raw_scores": read_raw_scores,
     "collect": read_rollout,
 }
-"""Override point of each family, and what is read there."""
+"""Override point of each family, and what is read there; a point may belong to an object that the module owns."""
+
+
+def points_of(module: Any) -> list[tuple[Any, str, Callable[..., Rows]]]:
+    """Return who owns each point that the module has, its name, and what reads it."""
+    found = []
+    for path, read in READERS.items():
+        *owners, name = path.split(".")
+        owner = module
+        for part in owners:
+            owner = getattr(owner, part, None)
+        if hasattr(owner, name):
+            found.append((owner, name, read))
+    return found
 
 
 def as_list(values: Tensor) -> list[float]:

@@ -34,6 +34,8 @@ class PromptDataModule(AlignmentDataModule):
             counts episodes; prompts have at most ``max_prompt_length`` (else ``max_length``) tokens.
         rollouts: rollouts of an epoch; None takes as many as one pass over the prompts needs.
         samples_per_prompt: completions to sample for each prompt (the size of a group).
+        candidate_rounds: sets of prompts that are handed over for each rollout; a module that keeps some groups alone
+            (DAPO's dynamic sampling) goes on to the next set until its rollout is full, others use the first.
         pretraining_source: demonstrations or plain ``text`` to mix into the updates, if the module has a coefficient
             for it (PPO-ptx); in the same forms as ``source``.
         pretraining_batch_size: its rows for each rollout, over all ranks; None takes ``batch_size``.
@@ -47,6 +49,7 @@ class PromptDataModule(AlignmentDataModule):
         source: str | list[str | dict[str, Any]],
         rollouts: int | None = None,
         samples_per_prompt: int = 1,
+        candidate_rounds: int = 1,
         pretraining_source: str | list[str | dict[str, Any]] | None = None,
         pretraining_batch_size: int | None = None,
         **kwargs: Any,
@@ -63,6 +66,10 @@ class PromptDataModule(AlignmentDataModule):
             )
         if pretraining_batch_size is not None and pretraining_batch_size < 1:
             raise ValueError(f"pretraining_batch_size must be at least 1, not {pretraining_batch_size}.")
+        if candidate_rounds < 1 or (candidate_rounds > 1 and self.streaming):
+            found = f"{candidate_rounds} with streaming" if self.streaming else str(candidate_rounds)
+            raise ValueError(f"candidate_rounds must be at least 1, and 1 with streaming; found {found}.")
+        self.candidate_rounds = candidate_rounds
         self.rollouts = rollouts
         self.samples_per_prompt = samples_per_prompt
         self.pretraining_sources = parse_sources(pretraining_source) if pretraining_source is not None else ()
@@ -111,10 +118,13 @@ class PromptDataModule(AlignmentDataModule):
         return self.pretraining_batch_size if self.pretraining_sources else 0
 
     def _rollouts(self, epoch: int, length: int) -> EpochSteps:
-        size, first = self.prompts_per_rollout, epoch * length
+        size, first = self.prompts_per_rollout * self.candidate_rounds, epoch * length
         rows = endless_rows(self.epoch_rows, first * size, (first + length) * size, self.seed, self.shuffle)
         steps = [rows[start : start + size] for start in range(0, len(rows), size)]
-        prompts = PromptSteps(self.store, steps, first * self.batch_size, *self.ranks, self.samples_per_prompt)
+        episode = first * self.batch_size * self.candidate_rounds
+        prompts = PromptSteps(
+            self.store, steps, episode, *self.ranks, self.samples_per_prompt, rounds=self.candidate_rounds
+        )
         return self._with_pretraining(prompts, first)
 
     def _streamed(self, rows: list[EncodedRow], index: int) -> Step[PromptBatch]:

@@ -42,7 +42,8 @@ class PlannedSteps:
 
 
 class PromptSteps:
-    """Steps of prompts alone, one micro-batch each, dealt to the ranks in turn: all samples of a prompt to one rank.
+    """Steps of prompts alone, one micro-batch each unless there are candidates, dealt to the ranks in turn: all samples
+    of a prompt to one rank.
 
     Args:
         store: the encoded rows.
@@ -51,12 +52,21 @@ class PromptSteps:
         rank: this rank.
         ranks: number of ranks.
         samples: samples of each prompt.
+        rounds: equal parts that a step is cut into, one micro-batch each; all but the first are candidates.
     """
 
     def __init__(
-        self, store: RowStore, rows: Sequence[np.ndarray], first: int, rank: int, ranks: int, samples: int = 1
+        self,
+        store: RowStore,
+        rows: Sequence[np.ndarray],
+        first: int,
+        rank: int,
+        ranks: int,
+        samples: int = 1,
+        rounds: int = 1,
     ) -> None:
         self.store, self.rows, self.rank, self.ranks, self.samples = store, rows, rank, ranks, samples
+        self.rounds = rounds
         self.begins = first + samples * np.cumsum([0, *(len(step) for step in rows)])
 
     def __len__(self) -> int:
@@ -66,7 +76,9 @@ class PromptSteps:
     def __getitem__(self, index: int) -> Step[PromptBatch]:
         """This rank's share of a step."""
         rows = self.rows[index]
-        places = np.arange(self.rank, len(rows), self.ranks)
-        episodes = torch.from_numpy(self.begins[index] + places * self.samples)
-        batch = collation.prompts(self.store, rows[places].tolist(), episodes, self.samples)
-        return Step((batch,), len(rows) * self.samples, 0)
+        batches = []
+        for part in np.split(np.arange(len(rows)), self.rounds):
+            places = part[self.rank :: self.ranks]
+            episodes = torch.from_numpy(self.begins[index] + places * self.samples)
+            batches.append(collation.prompts(self.store, rows[places].tolist(), episodes, self.samples))
+        return Step(tuple(batches), len(rows) * self.samples // self.rounds, 0)

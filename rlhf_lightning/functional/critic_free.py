@@ -55,7 +55,9 @@ def grpo_advantages(scores: Tensor, group: Tensor, epsilon: float = 1e-4, unbias
     return centered / ((squares / (count - int(unbiased)).clamp(min=1)).sqrt() + epsilon)
 
 
-def lite_ppo_advantages(scores: Tensor, group: Tensor, epsilon: float = 1e-4, unbiased: bool = True) -> Tensor:
+def lite_ppo_advantages(
+    scores: Tensor, group: Tensor, epsilon: float = 1e-4, unbiased: bool = True, std: Tensor | None = None
+) -> Tensor:
     r"""Lite PPO: (score - mean of its group) / (deviation of the whole batch + epsilon) (arXiv 2508.08221).
 
     Args:
@@ -63,7 +65,10 @@ def lite_ppo_advantages(scores: Tensor, group: Tensor, epsilon: float = 1e-4, un
         group: index of the prompt each episode answers, int64 from 0, shape (episodes,).
         epsilon: keeps a batch of nearly equal scores from exploding.
         unbiased: divide squares by n - 1 instead of n.
+        std: deviation of the scores of all ranks, a scalar; None for these scores'.
     """
+    if std is not None:
+        return _centered(scores, group)[0] / (std + epsilon)
     scorable = ~scores.isnan()
     spread = scores - masked_mean(scores, scorable)
     variance = masked_sum(spread**2, scorable) / (scorable.sum() - int(unbiased)).clamp(min=1)

@@ -2,7 +2,20 @@
 
 from rlhf_lightning.modules.adaptive_preference import BetaDPOModule, LDDPOModule, TRDPOModule, WPOModule, WPOWeighting
 from rlhf_lightning.modules.base import AlignmentModule
+from rlhf_lightning.modules.critic_free import CriticFreeModule
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.grpo import (
+    CISPOModule,
+    DAPOModule,
+    DrGRPOModule,
+    GRPOModule,
+    GSPOModule,
+    LitePPOModule,
+    ReinforcePlusPlusBaselineModule,
+    ReinforcePlusPlusModule,
+    ReMaxModule,
+    RLOOModule,
+)
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.ppo import PPOModule
@@ -41,26 +54,37 @@ __all__ = [
     "BCOModule",
     "BCOPairModule",
     "BetaDPOModule",
+    "CISPOModule",
     "CPOModule",
     "ConservativeDPOModule",
+    "CriticFreeModule",
+    "DAPOModule",
     "DPOModule",
     "DiscoPOPModule",
+    "DrGRPOModule",
     "EXOModule",
     "ForwardKLDPOModule",
+    "GRPOModule",
+    "GSPOModule",
     "HingeModule",
     "IPOModule",
     "JensenShannonDPOModule",
     "KTOModule",
     "LDDPOModule",
     "LengthNormalizedDPOModule",
+    "LitePPOModule",
     "NCAModule",
     "ORPOModule",
     "OfflineModule",
     "OnPolicyModule",
     "PPOModule",
     "PlackettLuceModule",
+    "RLOOModule",
     "RPOModule",
+    "ReMaxModule",
     "ReferenceFreeDPOModule",
+    "ReinforcePlusPlusBaselineModule",
+    "ReinforcePlusPlusModule",
     "RewardModule",
     "RobustDPOModule",
     "SFTModule",

@@ -136,7 +136,12 @@ class RolloutCollector:
         return Samples(sequences, drawn.finished, drawn.logprobs)
 
     def score(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
-        """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU.
+        """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU."""
+        scores = self.raw_scores(tokenizer, samples, batch)
+        return missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+
+    def raw_scores(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
+        """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU.
 
         Raises:
             ValueError: the scorer returned another number of scores, or one that is not finite.
@@ -145,11 +150,9 @@ class RolloutCollector:
         count = len(sequences.completions)
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
-            scores = checked_scores(scorer.score_sequences(sequences), count, name)
-        else:
-            texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
-            scores = checked_scores(scorer(list(batch.texts), texts, **batch.columns), count, name)
-        return missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+            return checked_scores(scorer.score_sequences(sequences), count, name)
+        texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
+        return checked_scores(scorer(list(batch.texts), texts, **batch.columns), count, name)
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:

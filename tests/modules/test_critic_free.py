@@ -1,0 +1,394 @@
+"""The critic-free family: worked advantages and losses, plain gradients however cut, draws of several rounds."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    MetricsLog,
+    assert_same,
+    fit,
+    gradients_of_step,
+    plain_logprobs,
+    prompt_step,
+    quiet_trainer,
+    random_rows,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning import modules, tokenization
+from rlhf_lightning.modules import CriticFreeModule
+from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.invariants import InvariantError, Invariants
+from rlhf_lightning.modules.rollouts import Aggregation
+from rlhf_lightning.types import Advantages, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
+
+PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]
+GROUPED = [prompt for prompt in PROMPTS for _ in range(2)]
+NAMES = [
+    "CISPOModule", "CriticFreeModule", "DAPOModule", "DrGRPOModule", "GRPOModule", "GSPOModule", "LitePPOModule",
+    "RLOOModule", "ReMaxModule", "ReinforcePlusPlusBaselineModule", "ReinforcePlusPlusModule",
+]  # fmt: skip
+
+
+def low_words(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    words = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
+    return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
+
+
+def module_of(name: str, folder: str = "nowhere", **settings: Any) -> CriticFreeModule:
+    defaults: dict[str, Any] = {"max_new_tokens": 6, "learning_rate": 1e-3, "lr_schedule": "constant"}
+    module = getattr(modules, name)(init_from=folder, scorer=low_words, **defaults | settings)
+    module.trainer = quiet_trainer()
+    return module
+
+
+def grouped(step: Step[PromptBatch], size: int = 2) -> Step[PromptBatch]:
+    batch = step.micro_batches[0]
+    group = torch.arange(len(batch.prompts)) // size
+    return step._replace(micro_batches=(batch._replace(group=group),))
+
+
+def rollout_of(scores: list[float], group: list[int], length: int = 3, greedy: float | None = None) -> Rollout:
+    rows = len(scores)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    grid = torch.full((rows, length), -1.0, dtype=torch.float64)
+    ids = tuple(torch.arange(length) for _ in scores)
+    sequences = Sequences(tuple(torch.ones(1, dtype=torch.long) for _ in scores), ids, tuple(range(rows)), ids)
+    return Rollout(
+        sequences, mask, grid, grid, None, torch.tensor(scores, dtype=torch.float64), mask[:, 0], torch.tensor(group),
+        episodes=torch.arange(rows),
+        baseline_scores=None if greedy is None else torch.full((rows,), greedy, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def advantages(name: str, rollout: Rollout, **settings: Any) -> Tensor:
+    module = module_of(name, **settings)
+    return module.advantages(rollout, module.shape_rewards(rollout)).advantages
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("GRPOModule", {}, [1.30530975, -0.78318585, 0.26106195, -0.78318585]),
+        ("DrGRPOModule", {}, [0.625, -0.375, 0.125, -0.375]),
+        ("RLOOModule", {}, [0.83333333, -0.5, 0.16666667, -0.5]),
+        ("ReMaxModule", {"greedy": 0.4}, [0.6, -0.4, 0.1, -0.4]),
+    ],
+)
+def test_worked_advantages(name: str, settings: dict[str, Any], expected: list[float]) -> None:
+    found = advantages(name, rollout_of([1, 0, 0.5, 0], [0, 0, 0, 0], **settings))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64)[:, None].expand(4, 3))
+
+
+def test_the_baseline_variant_is_whitened_over_all_groups() -> None:
+    found = advantages("ReinforcePlusPlusBaselineModule", rollout_of([1, 0, 0.5, 0, 1, 1, 0, 1], [0] * 4 + [1] * 4))
+    expected = [1.47441952, -0.88465171, 0.29488390, -0.88465171, 0.58976781, 0.58976781, -1.76930342, 0.58976781]
+    torch.testing.assert_close(found[:, 0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_lite_ppo_takes_the_deviation_of_the_batch() -> None:
+    scores = torch.tensor([1, 0, 0.5, 0, 1, 1, 0, 1], dtype=torch.float64)
+    found = advantages("LitePPOModule", rollout_of(scores.tolist(), [0] * 4 + [1] * 4))
+    centred = scores - torch.tensor([0.375] * 4 + [0.75] * 4)
+    torch.testing.assert_close(found[:, 0], centred / (scores.std() + 1e-4))
+
+
+def test_reinforce_plus_plus_goes_by_rewards_to_go() -> None:
+    reference = torch.tensor([[-1.2, -0.4, -2.05]], dtype=torch.float64)
+    old = torch.tensor([[-1.0, -0.5, -2.0]], dtype=torch.float64)
+    rollout = rollout_of([1.0], [0])._replace(old_logprobs=old, reference_logprobs=reference)
+    module = module_of("ReinforcePlusPlusModule", kl_coef=0.05)
+    to_go = torch.tensor([0.9925, 1.0025, 0.9975], dtype=torch.float64)
+    expected = (to_go - to_go.mean()) / (to_go.var(unbiased=False) + 1e-8).sqrt()
+    torch.testing.assert_close(module.advantages(rollout, module.shape_rewards(rollout)).advantages[0], expected)
+
+
+def test_what_could_not_be_scored_teaches_nothing() -> None:
+    for name in ("GRPOModule", "DrGRPOModule", "RLOOModule", "LitePPOModule", "ReinforcePlusPlusBaselineModule"):
+        found = advantages(name, rollout_of([1.0, math.nan, 0.0, 0.5], [0, 0, 0, 0]))
+        without = advantages(name, rollout_of([1.0, 0.0, 0.5], [0, 0, 0]))
+        assert float(found[1].abs().max()) == 0.0
+        torch.testing.assert_close(found[[0, 2, 3]], without)
+
+
+RATIOS = torch.tensor([[0.1, -0.2, 0.3]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [("GRPOModule", {"kl_coef": 0.0}, -1.04130056), ("DAPOModule", {}, -1.06796722), ("GSPOModule", {}, -1.0004)],
+)
+def test_worked_losses(name: str, settings: dict[str, Any], expected: float) -> None:
+    old = torch.full_like(RATIOS, -1.0)
+    mask = torch.ones_like(RATIOS, dtype=torch.bool)
+    logprobs = PolicyLogprobs(old + RATIOS, old, None, None, torch.ones_like(RATIOS), mask)
+    module = module_of(name, **settings)
+    weights, count = module.aggregation(mask)
+    loss = (as_loss(module.policy_loss(logprobs)).values * weights).sum() / count
+    assert float(loss) == pytest.approx(expected, abs=1e-7)
+
+
+def test_cispo_s_worked_loss() -> None:
+    now = torch.tensor([[-1.0, -0.5, -2.0]], dtype=torch.float64)
+    ratios = torch.tensor([[1.0, -0.2, 0.3]], dtype=torch.float64)
+    mask = torch.ones_like(now, dtype=torch.bool)
+    logprobs = PolicyLogprobs(now, now - ratios, None, None, torch.ones_like(now), mask)
+    values = as_loss(module_of("CISPOModule", cap=2.0).policy_loss(logprobs)).values
+    assert float(values.mean()) == pytest.approx(1.70302766, abs=5e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("CriticFreeModule", 7 / 3), ("DAPOModule", 7 / 3), ("GRPOModule", 2.0), ("RLOOModule", 7.0)],
+)
+def test_worked_aggregations(name: str, expected: float) -> None:
+    values = torch.tensor([[1.0, 1, 0, 0], [3, 3, 3, 3]])
+    mask = values > 0
+    weights, count = module_of(name).aggregation(mask)
+    assert float((values * weights).sum() / count) == pytest.approx(expected)
+
+
+def test_dr_grpo_divides_by_a_constant() -> None:
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    weights, count = module_of("DrGRPOModule", max_new_tokens=8).aggregation(mask)
+    assert float((torch.tensor([[1.0, 1, 0, 0], [3, 3, 3, 3]]) * weights).sum() / count) == pytest.approx(0.875)
+
+
+# -- whole steps ------------------------------------------------------------------------------------------------------
+
+
+def gradients(name: str, folder: str, **settings: Any) -> dict[str, Tensor]:
+    module = module_of(name, folder, max_grad_norm=None, **settings)
+    return gradients_of_step(module, grouped(prompt_step(GROUPED)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_do_not_depend_on_the_cut(policy_folder: str, name: str) -> None:
+    whole = gradients(name, policy_folder)
+    assert max(float(g.abs().max()) for g in whole.values()) > 1e-6
+    assert_same(gradients(name, policy_folder, micro_batch_size=1), whole, rtol=1e-4, atol=1e-6)
+    assert_same(gradients(name, policy_folder, max_tokens=30), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None:
+    """RLOO's: the mean over completions of -A * log-probability, from unpadded sequences."""
+    module = module_of("RLOOModule", policy_folder, max_grad_norm=None, kl_coef=0.0)
+    kept: list[Rollout] = []
+    collect = module.collect
+    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found  # type: ignore
+    found = gradients_of_step(module, grouped(prompt_step(GROUPED)))
+    rollout, plain = kept[0], AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    loss = torch.zeros(())
+    for row, score in enumerate(rollout.scores.tolist()):
+        sibling = float(rollout.scores[row ^ 1])
+        prompt, ids = rollout.sequences.prompts[row], rollout.sequences.completions[row]
+        loss = loss - (score - sibling) * plain_logprobs(plain, prompt, ids).sum() / len(GROUPED)
+    loss.backward()
+    expected = {f"policy.model.{n}": p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert_same(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_rise_and_shuffled_scores_teach_nothing(policy_folder: str, name: str) -> None:
+    def last_scores(scorer: Any) -> float:
+        logged = MetricsLog()
+        settings: dict[str, Any] = {"learning_rate": 6e-3, "kl_coef": 0.0, "clip": 0.2, "max_new_tokens": 4}
+        module = getattr(modules, name)(init_from=policy_folder, scorer=scorer, lr_schedule="constant", **settings)
+        prompts = [p for p in PROMPTS for _ in range(8)]
+        steps = [grouped(prompt_step(prompts, first_episode=32 * i), 8) for i in range(14)]
+        fit(module, steps, callbacks=[logged])
+        return sum(row["rollout/score"] for row in logged.rows[-3:])
+
+    gold: list[float] = []
+
+    def shuffled(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        true = low_words(prompts, completions)
+        gold.append(sum(true) / len(true))
+        order = torch.randperm(len(true), generator=torch.Generator().manual_seed(len(gold))).tolist()
+        return [true[i] for i in order]
+
+    rising = last_scores(low_words) / 3
+    last_scores(shuffled)
+    # ReMax scores its greedy completions too: every call counts, the last three rollouts hold either number of them.
+    control = sum(gold[-3:]) / 3
+    assert rising > 0.65, rising
+    assert control < rising - 0.1, (control, rising)
+
+
+def test_a_group_of_one_is_refused_in_words(policy_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.samples_per_prompt to 2 or more"):
+        fit(module_of("GRPOModule", policy_folder), [prompt_step(PROMPTS)])
+    fit(module_of("ReinforcePlusPlusModule", policy_folder), [prompt_step(PROMPTS)])
+
+
+def test_without_a_leash_no_reference_is_loaded(policy_folder: str) -> None:
+    module = module_of("DrGRPOModule", policy_folder)
+    fit(module, [grouped(prompt_step(GROUPED))])
+    assert module.reference is None and module.frozen_models() == ()
+    held = module_of("DrGRPOModule", policy_folder, kl_coef=0.1)
+    fit(held, [grouped(prompt_step(GROUPED))])
+    assert held.reference is not None
+
+
+def candidates(rounds: int, first: int = 0) -> Step[PromptBatch]:
+    parts = [grouped(prompt_step(GROUPED, first_episode=first + 8 * i)).micro_batches[0] for i in range(rounds)]
+    return Step(tuple(parts), len(GROUPED), 0)
+
+
+def scored_after(failures: int) -> Any:
+    """All completions of the first calls score alike, so that no group differs."""
+    calls: list[int] = []
+
+    def scorer(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) <= failures:
+            return [1.0] * len(completions)
+        return [float(i) for i in range(len(completions))]
+
+    return scorer, calls
+
+
+@pytest.mark.parametrize(("failures", "rounds"), [(0, 1), (1, 2), (2, 3), (5, 3)])
+def test_dynamic_sampling_goes_on_until_groups_differ(policy_folder: str, failures: int, rounds: int) -> None:
+    scorer, calls = scored_after(failures)
+    module, logged = modules.DAPOModule(init_from=policy_folder, scorer=scorer, max_new_tokens=4), MetricsLog()
+    fit(module, [candidates(3)], callbacks=[logged])
+    assert len(calls) == rounds
+    assert logged.rows[0]["rollout/sampling_rounds"] == rounds
+    assert logged.rows[0]["rollout/frac_score_zero_std"] == (1.0 if failures > 2 else 0.0)
+    assert module.episodes == len(GROUPED)
+
+
+def test_dynamic_sampling_keeps_groups_in_the_order_of_their_episodes(policy_folder: str) -> None:
+    def scorer(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        return [float(i) if i // 2 % 2 else 0.0 for i in range(len(completions))]  # every other group differs
+
+    module = modules.DAPOModule(init_from=policy_folder, scorer=scorer, max_new_tokens=4)
+    kept: list[Rollout] = []
+    collect = module.collect
+    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found  # type: ignore
+    fit(module, [candidates(3)])
+    assert kept[0].episodes is not None
+    assert kept[0].episodes.tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
+    assert kept[0].group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_overlong_completions_are_punished_or_left_out(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "end_token_ids", lambda tokenizer: tuple(range(20, 70)))
+    logged = MetricsLog()
+
+    def zero(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    module = modules.DAPOModule(
+        init_from=policy_folder, scorer=zero, max_new_tokens=4, overlong_buffer=2, overlong_filter=True
+    )
+    kept: list[Any] = []
+    advantages_of = module.advantages
+
+    def keeping(rollout: Rollout, rewards: Tensor) -> Advantages:
+        kept.append((rollout, found := advantages_of(rollout, rewards)))
+        return found
+
+    module.advantages = keeping  # type: ignore[method-assign]
+    fit(module, [candidates(1)], callbacks=[logged])
+    rollout, found = kept[0]
+    lengths = rollout.completion_mask.sum(-1)
+    expected = torch.where(lengths <= 2, 0.0, torch.where(lengths == 3, -0.5, -1.0))
+    torch.testing.assert_close(rollout.scores, expected)
+    assert bool((found.learned.any(-1) == rollout.finished).all())
+    assert 0 < int(rollout.finished.sum()) < len(GROUPED)
+
+
+def test_remax_compares_with_the_greedy_completion(policy_folder: str) -> None:
+    module = module_of("ReMaxModule", policy_folder)
+    kept: list[Rollout] = []
+    collect = module.collect
+    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found  # type: ignore
+    fit(module, [grouped(prompt_step(GROUPED))])
+    plain = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    baselines = []
+    for prompt in PROMPTS:
+        ids = list(map(int, prompt))
+        for _ in range(6):
+            ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 3:
+                break
+        text = tokenization.completion_text(module.tokenizer, ids[len(prompt) :])
+        baselines += low_words(None, [text]) * 2
+    assert kept[0].baseline_scores is not None
+    torch.testing.assert_close(kept[0].baseline_scores, torch.tensor(baselines))
+
+
+# -- what must hold ---------------------------------------------------------------------------------------------------
+
+
+def test_invariants_are_metrics(policy_folder: str) -> None:
+    logged = MetricsLog()
+    fit(module_of("GRPOModule", policy_folder), [grouped(prompt_step(GROUPED))], callbacks=[logged])
+    row = logged.rows[0]
+    for name, bound in (("ratio", 1e-4), ("sampler", 1e-3), ("mask", 0), ("score_slot", 1e-5), ("first_kl", 1e-4)):
+        assert 0 <= row[f"train/invariant/{name}" if f"train/invariant/{name}" in row else f"invariant/{name}"] <= bound
+
+
+class LateScoreModule(modules.RLOOModule):
+    """Puts the score one token early."""
+
+    def shape_rewards(self, rollout: Rollout) -> Tensor:
+        return super().shape_rewards(rollout).roll(-1, dims=1)
+
+
+class WarmerModule(modules.RLOOModule):
+    """Forwards at another temperature when it learns."""
+
+    def policy_outputs(self, layout: Any, with_entropy: bool) -> Any:
+        return self.policy(layout, 1.0 if torch.is_grad_enabled() is False else 0.7, with_entropy=with_entropy)
+
+
+class WarmSamplerModule(modules.RLOOModule):
+    """Takes all its statistics at another temperature than it samples at."""
+
+    def policy_outputs(self, layout: Any, with_entropy: bool) -> Any:
+        return self.policy(layout, 0.7, with_entropy=with_entropy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(LateScoreModule, "score_slot"), (WarmerModule, "ratio"), (WarmSamplerModule, "sampler")]
+)
+def test_a_broken_invariant_is_named(policy_folder: str, kind: Any, name: str) -> None:
+    settings: dict[str, Any] = {"init_from": policy_folder, "scorer": low_words, "max_new_tokens": 6, "kl_coef": 0.0}
+    with pytest.raises(InvariantError, match=f"invariant {name}: measured"):
+        fit(kind(**settings), [grouped(prompt_step(GROUPED))])
+    with pytest.warns(UserWarning, match=f"invariant {name}"):
+        fit(kind(**settings, on_violation="warn"), [grouped(prompt_step(GROUPED))])
+
+
+def test_another_reference_or_mask_is_noticed() -> None:
+    rollout = rollout_of([1.0, 0.0], [0, 0])
+    checks = Invariants()
+    checks.check_first_kl(rollout)
+    with pytest.raises(InvariantError, match="not the model that training started from"):
+        checks.check_first_kl(rollout._replace(reference_logprobs=rollout.old_logprobs - 0.1))
+    checks.check_lengths(rollout)
+    mask = rollout.completion_mask.clone()
+    mask[0, 2] = False
+    with pytest.raises(InvariantError, match="invariant mask"):
+        checks.check_lengths(rollout._replace(completion_mask=mask))
+    with pytest.raises(ValueError, match="on_violation is 'ignore'"):
+        Invariants("ignore")  # type: ignore[arg-type]
+
+
+def test_an_aggregation_of_one_s_own(policy_folder: str) -> None:
+    class LongestFirstModule(modules.DrGRPOModule):
+        def aggregation(self, learned: Tensor) -> Aggregation:
+            return Aggregation(learned.float() * 2, learned.sum())
+
+    twice = gradients_of_step(
+        LongestFirstModule(init_from=policy_folder, scorer=low_words, max_new_tokens=6, max_grad_norm=None),
+        grouped(prompt_step(GROUPED)),
+    )
+    once = gradients("CriticFreeModule", policy_folder, kl_coef=0.0)
+    assert_same(twice, {name: 2 * g for name, g in once.items()}, rtol=1e-4, atol=1e-6)
