@@ -1,0 +1,189 @@
+"""A causal language model that is a table, one row of next-token logits for every prefix, as transformers sees models.
+
+It can hold any policy over the completions of an `EnumerableWorld`, so that the optimum of an objective is not out of
+its reach, and modules take it unedited, as they take any other folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+
+IMPOSSIBLE = -1e4
+"""Logit of tokens that no completion has: their probability is exactly 0, and so is its gradient."""
+
+
+class TabularConfig(PretrainedConfig):
+    """Sizes of the table.
+
+    Args:
+        prompts: one-token prompts.
+        tokens: tokens of completions, the end token among them.
+        max_new_tokens: longest completion.
+    """
+
+    model_type = "tabular"
+
+    def __init__(self, prompts: int = 2, tokens: int = 3, max_new_tokens: int = 2, **kwargs: Any) -> None:
+        self.prompts, self.tokens, self.max_new_tokens = prompts, tokens, max_new_tokens
+        self.num_hidden_layers, self.num_attention_heads = 1, 1
+        self.vocab_size = self.hidden_size = 1 + tokens + prompts
+        # Ids: 0 pads, 1 ends, 2 .. tokens are the other answer tokens, the rest are prompts.
+        super().__init__(**{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, **kwargs})
+
+    def transitions(self) -> Tensor:
+        """Return the prefix that each prefix and token lead to, int64, shape (prefixes, vocabulary).
+
+        Prefix 0 is nothing read yet, prefix 1 whatever no sampler reaches.
+        """
+        rows: list[list[int]] = [[0] + [1] * (self.vocab_size - 1), [1] * self.vocab_size]
+        level: list[int] = []
+        for prompt in range(self.prompts):
+            rows[0][1 + self.tokens + prompt] = len(rows)
+            level.append(len(rows))
+            rows.append([1] * self.vocab_size)
+        for _ in range(self.max_new_tokens):
+            following: list[int] = []
+            for prefix in level:
+                for token in range(1, self.tokens + 1):
+                    rows[prefix][token] = len(rows)
+                    if token != 1:
+                        following.append(len(rows))
+                    rows.append([1] * self.vocab_size)
+            level = following
+        return torch.tensor(rows)
+
+
+class _IdentityHead(nn.Module):
+    """The table's rows are the logits. A buffer, since a head that trained would be a second table."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.eye(size))
+        self.bias = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight)
+
+
+class TabularPreTrainedModel(PreTrainedModel):
+    """Base of the three classes below."""
+
+    config_class = TabularConfig
+    base_model_prefix = "model"
+    _tied_weights_keys: Any = None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave new tables as their class draws them."""
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+
+
+class TabularModel(TabularPreTrainedModel):
+    """Token ids in, the row of each prefix out."""
+
+    def __init__(self, config: TabularConfig) -> None:
+        super().__init__(config)
+        transitions = config.transitions()
+        self.register_buffer("transitions", transitions)
+        self.table = nn.Embedding(len(transitions), config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table."""
+        return self.table
+
+    def forward(
+        self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """Walk along each row of ids; pads before it change nothing, and the cache holds the prefixes walked."""
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        rows = len(input_ids)
+        if seen:
+            prefix = past_key_values.layers[0].keys[:, 0, -1, 0].round().long()
+        else:
+            prefix = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
+        walked = []
+        for position in range(input_ids.shape[1]):
+            prefix = self.transitions[prefix, input_ids[:, position]]
+            walked.append(prefix)
+        prefixes = torch.stack(walked, dim=1)
+        if past_key_values is not None:
+            keys = prefixes.to(torch.float64)[:, None, :, None]
+            past_key_values.update(keys, keys, 0)
+        return BaseModelOutputWithPast(last_hidden_state=self.table(prefixes), past_key_values=past_key_values)
+
+
+class TabularForCausalLM(TabularPreTrainedModel):
+    """The policy."""
+
+    def __init__(self, config: TabularConfig) -> None:
+        super().__init__(config)
+        self.model = TabularModel(config)
+        self.lm_head = _IdentityHead(config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The identity."""
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Return the logits of each next token."""
+        outputs = self.model(input_ids, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+
+
+class TabularForSequenceClassification(TabularPreTrainedModel):
+    """A reward model or critic: a scalar of each prefix's row."""
+
+    def __init__(self, config: TabularConfig) -> None:
+        super().__init__(config)
+        self.model = TabularModel(config)
+        self.score = nn.Linear(config.vocab_size, 1, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> SequenceClassifierOutputWithPast:
+        """Return the scalar at the last id that is no pad."""
+        outputs = self.model(input_ids, **kwargs)
+        last = (input_ids != 0).long().cumsum(-1).argmax(-1)
+        logits = self.score(outputs.last_hidden_state[torch.arange(len(input_ids)), last])
+        return SequenceClassifierOutputWithPast(logits=logits)
+
+
+def register() -> None:
+    """Make the table known to transformers' Auto classes."""
+    AutoConfig.register("tabular", TabularConfig, exist_ok=True)
+    AutoModel.register(TabularConfig, TabularModel, exist_ok=True)
+    AutoModelForCausalLM.register(TabularConfig, TabularForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(TabularConfig, TabularForSequenceClassification, exist_ok=True)
+
+
+def make_tokenizer(config: TabularConfig) -> Any:
+    """Return a tokenizer whose words are single letters (answers) and p0, p1 ... (prompts)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(ord("a") + index) for index in range(config.tokens - 1)]
+    words = ["<|pad|>", "<|eos|>", *letters, *(f"p{index}" for index in range(config.prompts))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<|pad|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|eos|>")
+
+
+register()
