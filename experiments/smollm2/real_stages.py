@@ -32,7 +32,8 @@ class Budget:
         reward_epochs: passes over the pairs.
         dpo_rows: pairs DPO is trained on, the first of the file that have at most ``dpo_characters``.
         dpo_eval_rows: pairs DPO is evaluated on, likewise from the test file.
-        dpo_characters: longest pair, characters of its prompt and the longer completion.
+        dpo_characters: longest pair to train on, characters of its prompt and the longer completion.
+        dpo_eval_characters: longest pair to evaluate on.
         dpo_prompts: held-out questions that DPO's policy answers, to measure its KL.
         rollouts: rollouts of PPO.
         episodes: completions of a rollout.
@@ -43,19 +44,20 @@ class Budget:
         shown: prompts whose answers the report shows.
     """
 
-    sft_rows: int = 200
+    sft_rows: int = 112
     sft_eval_rows: int = 30
     sft_characters: int = 400
     reward_rows: int = 240
     reward_eval_rows: int = 260
-    reward_epochs: int = 2
-    dpo_rows: int = 240
-    dpo_eval_rows: int = 108
-    dpo_characters: int = 400
+    reward_epochs: int = 3
+    dpo_rows: int = 304
+    dpo_eval_rows: int = 172
+    dpo_characters: int = 300
+    dpo_eval_characters: int = 600
     dpo_prompts: int = 32
-    rollouts: int = 6
+    rollouts: int = 4
     episodes: int = 48
-    ppo_eval_rows: int = 100
+    ppo_eval_rows: int = 80
     max_new_tokens: int = 32
     batch_size: int = 16
     mini_batch_size: int = 16
@@ -73,6 +75,7 @@ SMOKE = Budget(
     dpo_rows=16,
     dpo_eval_rows=8,
     dpo_characters=250,
+    dpo_eval_characters=250,
     dpo_prompts=4,
     rollouts=2,
     episodes=8,
@@ -139,7 +142,7 @@ def write_data(folder: Path, private: Path, data: Path, budget: Budget) -> dict[
         folder / "truthful.jsonl": pairs,
         folder / "truthful_test.jsonl": unseen,
         private / "harmless.jsonl": short("harmless", budget.dpo_rows, budget.dpo_characters),
-        private / "harmless_test.jsonl": short("harmless_test", budget.dpo_eval_rows, budget.dpo_characters),
+        private / "harmless_test.jsonl": short("harmless_test", budget.dpo_eval_rows, budget.dpo_eval_characters),
     }
     for path, rows in parts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,8 @@ def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, 
             "data.source": paths["harmless"],
             "data.eval_source": paths["harmless_test"],
             "data.batch_size": budget.batch_size,
+            # A score of updates is all there is time for.
+            "model.learning_rate": 5e-4,
             # These prompts are offensive: they are trained on, and shown nowhere.
             "samples.prompts": 0,
             # Before training the policy is the reference: every margin is exactly 0.

@@ -78,21 +78,18 @@ def padded_layout(sequences: Sequences) -> Layout:
     length = max((len(completion) for completion in sequences.completions), default=1)
     input_ids = torch.zeros(rows, width, dtype=torch.long)
     completion_mask = torch.zeros(rows, length, dtype=torch.bool)
-    starts = torch.zeros(rows, dtype=torch.long)
-    for row, (parent, completion) in enumerate(zip(sequences.parents, sequences.completions, strict=True)):
-        prompt = sequences.prompts[parent]
-        start, end = len(prompt), len(prompt) + len(completion)
-        starts[row] = start
-        input_ids[row, :start] = prompt
-        input_ids[row, start:end] = completion
-        completion_mask[row, : end - start] = sequences.supervised[row]
-        if start == 0:
-            completion_mask[row, 0] = False
+    prompts = [sequences.prompts[parent] for parent in sequences.parents]
+    starts = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
+    counts = torch.tensor([len(completion) for completion in sequences.completions], dtype=torch.long)
+    if rows:
+        ids = [part for pair in zip(prompts, sequences.completions, strict=True) for part in pair]
+        input_ids[torch.arange(width) < (starts + counts).unsqueeze(-1)] = torch.cat(ids).long()
+        completion_mask[torch.arange(length) < counts.unsqueeze(-1)] = torch.cat(sequences.supervised)
+    completion_mask[:, :1] &= (starts > 0).unsqueeze(-1)
     cells = completion_mask.flatten().nonzero().squeeze(-1)
     rows_of_cells = cells.div(length, rounding_mode="floor")
     positions = rows_of_cells * width + starts[rows_of_cells] + cells % length
-    ends = torch.tensor([len(completion) for completion in sequences.completions], dtype=torch.long)
-    last = torch.arange(rows) * width + starts + ends - 1
+    last = torch.arange(rows) * width + starts + counts - 1
     return Layout(input_ids, positions - 1, input_ids.flatten()[positions], cells, last, completion_mask)
 
 

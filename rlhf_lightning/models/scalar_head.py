@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.models.layout import Layout
 
 
@@ -37,7 +38,7 @@ class ScalarModel(nn.Module):
         hidden = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         wanted = hidden[layout.predictors if per_token else layout.last]
         head = unwrapped(self.model).score
-        scalars = head(wanted.to(head_dtype(head))).float().squeeze(-1)
+        scalars = at_least_float32(head(wanted.to(head_dtype(head)))).squeeze(-1)
         return layout.scatter(scalars) if per_token else scalars
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -119,6 +120,11 @@ class BetaDPOModule(DPOModule):
         super().on_load_checkpoint(checkpoint)
         self.margin_mean, self.margin_std = checkpoint["margins"]
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
+
 
 class LDDPOModule(DPOModule):
     r"""LD-DPO: the tokens that only the longer completion has count less, so that length is not what is learned.
@@ -149,6 +155,11 @@ class LDDPOModule(DPOModule):
         chosen = wide(logprobs.policy_chosen_logprobs - logprobs.reference_chosen_logprobs) * w_chosen
         rejected = wide(logprobs.policy_rejected_logprobs - logprobs.reference_rejected_logprobs) * w_rejected
         return dpo_loss(chosen.sum(-1) - rejected.sum(-1), self.beta, logprobs.target)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
 
 class TRDPOModule(DPOModule):

@@ -72,6 +72,9 @@ class AlignmentModule(LightningModule):
     has_policy: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
+    weighs_rows: ClassVar[bool] = True
+    """Whether the loss of a row can be weighted by row."""
+
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
 
     def __init__(
@@ -181,6 +184,11 @@ class AlignmentModule(LightningModule):
         ``rlhf verify`` trains the module in a world whose completions can all be listed, and compares. A stage without
         a policy returns its scores.
         """
+        return None
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference; None if that depends on the row, or is unknown."""
         return None
 
     # -- optimization -------------------------------------------------------------------------------------------------

@@ -100,6 +100,19 @@ class CriticFreeModule(OnPolicyModule):
         estimate = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[self.kl_place]
         return estimate(logprobs.logprobs, logprobs.reference_logprobs)
 
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(score / kl_coef), normalised, where all that differs from the policy gradient is
+        scale.
+
+        A subclass with other advantages, another aggregation or the KL elsewhere has another optimum, and one that it
+        knows it declares.
+        """
+        changed = any(
+            getattr(type(self), name) is not getattr(CriticFreeModule, name)
+            for name in ("advantages", "episode_advantages", "objective", "aggregation", "shape_rewards", "kl_place")
+        )
+        return None if changed else exact_target(problem, self.kl_coef)
+
     # -- what OnPolicyModule asks for ---------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:

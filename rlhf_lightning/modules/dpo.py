@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,11 @@ class DPOModule(OfflineModule):
         if type(self).preference_loss is not DPOModule.preference_loss or self.label_smoothing:
             return None
         return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each pair loses where the policy is the reference: log 2. A subclass with another loss says its own."""
+        return math.log(2) if type(self).preference_loss is DPOModule.preference_loss else None
 
     def loss_sum(self, batch: PreferenceBatch, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's pairs."""

@@ -29,6 +29,7 @@ from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
+    EnumeratedProblem,
     Loss,
     PolicyLogprobs,
     PromptBatch,
@@ -168,6 +169,11 @@ class PPOModule(OnPolicyModule):
             return None
         lengths = rollout.completion_mask.sum(-1)
         return lengths if self.reward_slot == "after_eos" else lengths - 1
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(score / kl_coef), normalised: what maximises E[score] - kl_coef KL."""
+        discounts = self.gamma != 1 or self.whiten_rewards or not self.kl_coef
+        return None if discounts else torch.softmax(problem.reference.log() + problem.rewards / self.kl_coef, -1)
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,11 @@ class RobustDPOModule(DPOModule):
         consistent = torch.allclose(odds, rewards[:, :, None] - rewards[:, None, :], atol=1e-9)
         return torch.softmax(problem.reference.log() + rewards / self.beta, -1) if consistent else None
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
+
 
 class IPOModule(DPOModule):
     r"""Identity preference optimisation: margins regressed on a constant, so that they cannot run away.
@@ -103,6 +108,11 @@ class IPOModule(DPOModule):
         wins = problem.preference.mean(-1)
         return torch.softmax(problem.reference.log() + wins / self.beta, -1)
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 1 / (4 * self.beta**2)
+
 
 class HingeModule(DPOModule):
     r"""SLiC's hinge on the margin, normalised by the reference as in RSO.
@@ -120,6 +130,11 @@ class HingeModule(DPOModule):
         """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
         p, margin = logprobs.target, logprobs.margin
         return p * losses.hinge_loss(margin, self.beta) + (1 - p) * losses.hinge_loss(-margin, self.beta)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 1.0
 
 
 class EXOModule(DPOModule):
@@ -145,6 +160,11 @@ class EXOModule(DPOModule):
         p, margin = logprobs.target, logprobs.margin
         agrees = losses.exo_pair_loss(margin, self.beta, self.epsilon)
         return p * agrees + (1 - p) * losses.exo_pair_loss(-margin, self.beta, self.epsilon)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return -math.log(2) - (math.log(1 - self.epsilon) + math.log(self.epsilon)) / 2
 
 
 class _SidedModule(DPOModule):
@@ -176,6 +196,11 @@ class NCAModule(_SidedModule):
         """Return the loss of each pair."""
         return losses.nca_pair_loss(chosen_logratio, rejected_logratio, self.beta)
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 2 * math.log(2)
+
 
 class BCOPairModule(_SidedModule):
     r"""BCO on pairs: a binary classifier, good or bad, whose logit is the implicit reward.
@@ -198,6 +223,11 @@ class BCOPairModule(_SidedModule):
         agrees = losses.bco_pair_loss(chosen, rejected, self.beta, delta)
         return p * agrees + (1 - p) * losses.bco_pair_loss(rejected, chosen, self.beta, delta)
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 2 * math.log(2)
+
 
 class SPPOModule(_SidedModule):
     r"""SPPO with hard labels: one step of self-play, each log-ratio regressed on a constant.
@@ -215,6 +245,11 @@ class SPPOModule(_SidedModule):
         """Return the loss of each pair."""
         return losses.sppo_hard_loss(chosen_logratio, rejected_logratio, self.beta)
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 1 / (2 * self.beta**2)
+
 
 class AOTModule(DPOModule):
     r"""AOT on pairs: the whole distribution of margins is made to dominate the reference's.
@@ -226,6 +261,7 @@ class AOTModule(DPOModule):
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"
     batch_coupled = True
+    weighs_rows = False  # a sorted margin belongs to no row
 
     def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
@@ -236,6 +272,11 @@ class AOTModule(DPOModule):
         policy = logprobs.chosen_sequence_logprobs - logprobs.rejected_sequence_logprobs
         reference = logprobs.reference_chosen_logprobs.sum(-1) - logprobs.reference_rejected_logprobs.sum(-1)
         return losses.aot_loss(policy, reference, self.beta)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
 
 class UnpairedAOTModule(AOTModule):
@@ -264,6 +305,11 @@ class APOZeroModule(_SidedModule):
     def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
         """Return the loss of each pair."""
         return losses.apo_zero_loss(chosen_logratio, rejected_logratio, self.beta)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 1.0
 
 
 class APODownModule(APOZeroModule):
@@ -299,6 +345,11 @@ class DiscoPOPModule(DPOModule):
         agrees = losses.discopop_loss(margin, self.beta, self.temperature)
         return p * agrees + (1 - p) * losses.discopop_loss(-margin, self.beta, self.temperature)
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return (1 + math.log(2)) / 2
+
 
 class LengthNormalizedDPOModule(DPOModule):
     r"""DPO on log-ratios per token, so that length earns nothing.
@@ -327,6 +378,11 @@ class LengthNormalizedDPOModule(DPOModule):
 
         lowest, highest = -problem.rewards.amax(-1, keepdim=True), -problem.rewards.amin(-1, keepdim=True)
         return _normalised(problem.reference, ratios, lowest, highest)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
 
 class AlphaDPOModule(_SidedModule):
@@ -360,6 +416,11 @@ class AlphaDPOModule(_SidedModule):
 
         highest = self.beta / self.alpha - problem.rewards.amax(-1, keepdim=True)
         return _normalised(problem.reference, ratios, highest - self.beta / self.alpha * 1e6**self.alpha, highest)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
 
 class ForwardKLDPOModule(AlphaDPOModule):
@@ -395,6 +456,11 @@ class JensenShannonDPOModule(_SidedModule):
 
         highest = self.beta * math.log(2) - problem.rewards.amax(-1, keepdim=True)
         return _normalised(problem.reference, ratios, highest - 100 * self.beta, highest - 1e-12)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
 
 class RPOModule(DPOModule):

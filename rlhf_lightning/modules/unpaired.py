@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,3 +212,8 @@ class BCOModule(UnpairedModule):
         """Return one loss per row, shape (rows,)."""
         logits = self.beta * logprobs.logratio - logprobs.reference_point
         return -logsigmoid(torch.where(logprobs.desirable, logits, -logits))
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)

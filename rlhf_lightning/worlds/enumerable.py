@@ -181,9 +181,20 @@ class EnumerableWorld:
             for first, second in itertools.permutations(range(count), 2)
         ]
 
-    def preferences(self) -> PreferenceBatch:
-        """All ordered pairs, each weighted by the probability of its label; mean weight 1."""
+    def preferences(self, copies: int | None = None, informative: bool = True) -> PreferenceBatch:
+        """All ordered pairs, each weighted by the probability of its label; mean weight 1.
+
+        Args:
+            copies: have each pair in the data so often, times the probability of its label and rounded, and weigh none:
+                for losses that sort, which cannot weigh rows.
+            informative: whether labels follow the rewards; otherwise both orders of a pair are as likely.
+        """
         pairs = self._pairs()
+        if copies is not None:
+            often = [
+                round(2 * copies * (float(self.problem.preference[pair]) if informative else 0.5)) for pair in pairs
+            ]
+            pairs = [pair for pair, count in zip(pairs, often, strict=True) for _ in range(count)]
         chosen = self.sequences([(prompt, first) for prompt, first, _ in pairs])
         rejected = self.sequences([(prompt, second) for prompt, _, second in pairs])
         sequences = Sequences(
@@ -193,6 +204,8 @@ class EnumerableWorld:
             supervised=chosen.supervised + rejected.supervised,
         )
         weights = torch.stack([2 * self.problem.preference[pair] for pair in pairs])
+        if copies is not None or not informative:
+            weights = torch.ones_like(weights)
         return PreferenceBatch(sequences, torch.ones_like(weights), torch.zeros_like(weights), weights)
 
     def rankings(self) -> RankedBatch:

@@ -1,0 +1,298 @@
+"""Where an objective ends up: a module trained in an enumerable world on exact expectations, compared with its target.
+
+The module's own, unedited code gives every loss: fixed data are the whole population, each row weighted by how often it
+is drawn; rollouts are all groups of completions there are, weighted by their probability under the policy. What is left
+is optimisation without noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from rlhf_lightning.evaluation import targets
+from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    PolicyLogprobs,
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Rollout,
+    UnpairedBatch,
+)
+from rlhf_lightning.worlds.enumerable import END, EnumerableWorld
+
+COPIES = 3
+"""How often a pair is in the data of a loss that cannot weigh rows, times the probability of its label."""
+
+
+class Convergence(NamedTuple):
+    """Where training came to rest.
+
+    Attributes:
+        policy: probability of each completion, shape (prompts, completions); for a reward model the softmax of its
+            scores.
+        target: what it should be; None where nothing says so.
+        source: where the target comes from: "declared" by the class, or a "transcription" of its paper.
+        distance: largest total variation distance over prompts; where minimisers are not unique, how far the loss is
+            above its minimum instead; NaN without a target.
+        gold_before: expected reward of the reference.
+        gold_after: expected reward of the policy.
+        kl: KL(policy || reference), nats.
+        seconds: of training.
+    """
+
+    policy: Tensor
+    target: Tensor | None
+    source: str
+    distance: float
+    gold_before: float
+    gold_after: float
+    kl: float
+    seconds: float
+
+
+def small_world(seed: int = 0) -> EnumerableWorld:
+    """The world that objectives are verified in: 2 prompts, 3 tokens, 2 long; 7 completions, 84 labelled pairs."""
+    return EnumerableWorld(prompts=2, tokens=3, max_new_tokens=2, seed=seed)
+
+
+def quiet_trainer() -> Trainer:
+    """Return a trainer that only answers what modules ask of one."""
+    return Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, barebones=False, max_epochs=1,
+    )  # fmt: skip
+
+
+def converge(
+    module: AlignmentModule,
+    world: EnumerableWorld,
+    steps: int = 500,
+    learning_rate: float = 0.2,
+    shuffled: bool = False,
+) -> Convergence:
+    """Train a module to rest on exact expectations and compare with its target.
+
+    Args:
+        module: made with ``init_from`` the world's folder; trained in place, in fp64.
+        world: the world of that folder.
+        steps: updates; the learning rate falls to 0 along a cosine.
+        learning_rate: of Adam at the start.
+        shuffled: take labels or scores that say nothing (all equally likely), as a control.
+
+    Raises:
+        TypeError: no population is known for the batch that the module takes.
+    """
+    started = time.perf_counter()
+    prepare(module)
+    minimise(expected_loss(module, world, shuffled), module, steps, learning_rate)
+    policy = policy_of(module, world)
+    seconds = time.perf_counter() - started
+    target, source, distance = judged(module, world, policy)
+    golds = (world.expected_reward(world.problem.reference), world.expected_reward(policy))
+    return Convergence(policy, target, source, distance, *golds, world.kl(policy), seconds)
+
+
+def prepare(module: AlignmentModule) -> AlignmentModule:
+    """Load a module's models in fp64 and give it a trainer to ask."""
+    module.trainer = quiet_trainer()
+    module.configure_model()
+    module.train()
+    module.double()
+    for model in module.frozen_models():
+        model.double()
+    return module
+
+
+def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, learning_rate: float) -> None:
+    """Run Adam to rest, and where a loss is so flat that it is not there yet, L-BFGS behind it.
+
+    L-BFGS needs a fixed function: losses of samples, or with statistics of the step in them, are left to Adam.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    descend(loss, parameters, steps, learning_rate)
+    left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
+    if left > 1e-5:  # a steep start has thrown it far off
+        descend(loss, parameters, steps, learning_rate / 4)
+    if left < 1e-7 or isinstance(module, OnPolicyModule) or module.batch_coupled:
+        return
+    finisher = torch.optim.LBFGS(
+        parameters,
+        max_iter=500,
+        history_size=50,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        finisher.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    finisher.step(closure)  # type: ignore[arg-type]
+
+
+def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learning_rate: float) -> None:
+    """Run Adam on a function without noise, its learning rate falling to 0 along a cosine."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99), eps=1e-12)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
+    """Return the module's loss over its population as a function of its weights."""
+    if isinstance(module, OnPolicyModule):
+        return PolicyGradient(module, world, shuffled).loss
+    kind = module.batch_type
+    if kind is PromptBatch or not hasattr(module, "loss_sum"):
+        raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
+    batches: dict[type, Callable[[], Any]] = {
+        DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
+        PreferenceBatch: lambda: world.preferences(None if getattr(module, "weighs_rows", True) else COPIES),
+        RankedBatch: world.rankings,
+        UnpairedBatch: world.judgements,
+    }
+    batch = batches[kind]()
+    if shuffled and not getattr(module, "weighs_rows", True):
+        batch = world.preferences(COPIES, informative=False)
+    elif shuffled:
+        batch = batch._replace(weights=torch.full_like(batch.weights, float(batch.weights.mean())))
+    loss_sum: Callable[[Any, Meter], Tensor] = module.loss_sum
+    return lambda: loss_sum(batch, Meter()) / len(batch.weights)
+
+
+def demonstrated(world: EnumerableWorld) -> Tensor:
+    """The policy whose answers are demonstrations: softmax of the mean win rates, shape (prompts, completions)."""
+    return torch.softmax(world.problem.preference.mean(-1), -1)
+
+
+@torch.no_grad()
+def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
+    """Return the probability of each completion, shape (prompts, completions); of scores, their softmax."""
+    rows = [(p, i) for p in range(world.config.prompts) for i in range(len(world.completions))]
+    if isinstance(module, RewardModule):
+        from rlhf_lightning.models.layout import padded_layout
+
+        scores = module.reward_model(padded_layout(world.sequences(rows)))
+        return torch.softmax(scores.double().view(world.config.prompts, -1), -1)
+    return world.probabilities(module.model.model.model.table.weight)  # type: ignore[union-attr, operator]
+
+
+def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> tuple[Tensor | None, str, float]:
+    """Return the policy that the module should find, where that is known from, and how far ``policy`` is from it."""
+    declared = module.target_policy(world.problem)
+    if declared is not None:
+        target = torch.softmax(declared, -1) if isinstance(module, RewardModule) else declared
+        return target, "declared", _distance(policy, target)
+    name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
+    problems = [
+        targets.Population(*(np.asarray(part[prompt], dtype=np.float64) for part in (reference, preference, lengths)))
+        for reference, preference, lengths in [
+            (world.problem.reference, world.problem.preference, world.problem.lengths)
+        ]
+        for prompt in range(world.config.prompts)
+    ]
+    if name == "SFTModule":
+        target = demonstrated(world)
+    elif name in targets.FIXED_POINTS:
+        target = torch.tensor(np.array(targets.fixed_point(targets.FIXED_POINTS[name], problems, module)))
+    elif name in targets.TRANSCRIPTIONS:
+        loss = targets.TRANSCRIPTIONS[name]
+        starts = policy.numpy() if name in targets.MANY_MINIMA else [None] * len(problems)
+        found = [targets.minimiser(loss, p, module, start) for p, start in zip(problems, starts, strict=True)]
+        target = torch.tensor(np.array([best for best, _ in found]))
+        if name in targets.NOT_UNIQUE:
+            reached = [loss(np.log(row), p, module) for row, p in zip(policy.numpy(), problems, strict=True)]
+            return target, "excess loss", max(r - least for r, (_, least) in zip(reached, found, strict=True))
+    else:
+        return None, "", float("nan")
+    return target, "transcription", _distance(policy, target)
+
+
+def _distance(policy: Tensor, target: Tensor) -> float:
+    return float((0.5 * (policy - target).abs().sum(-1)).max())
+
+
+class PolicyGradient:
+    """The exact expectation of an on-policy module's loss, as a function whose gradient is the estimator's mean.
+
+    Every group of ``group_size`` completions of every prompt is one group of a rollout, weighted by its probability
+    under the policy of the moment. Statistics over a whole rollout (whitening) see all groups alike.
+
+    Args:
+        module: the module.
+        world: the world.
+        shuffled: scores that say nothing.
+    """
+
+    def __init__(self, module: OnPolicyModule, world: EnumerableWorld, shuffled: bool = False) -> None:
+        self.module, self.world = module, world
+        self.group_size = 2 if getattr(module, "needs_group", False) else 1
+        count, prompts = len(world.completions), world.config.prompts
+        groups = list(itertools.product(range(count), repeat=self.group_size))
+        self.rows = [(prompt, index) for prompt in range(prompts) for group in groups for index in group]
+        self.group = torch.arange(prompts * len(groups)).repeat_interleave(self.group_size)
+        self.sequences = world.sequences(self.rows)
+        self.index = (torch.tensor([p for p, _ in self.rows]), torch.tensor([i for _, i in self.rows]))
+        rewards = torch.zeros_like(world.rewards) if shuffled else world.rewards
+        self.scores, self.rewards = rewards[self.index], rewards
+        ended = torch.tensor([completion[-1] == END for completion in world.completions])
+        self.finished = ended[self.index[1]]
+
+    def loss(self) -> Tensor:
+        """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
+        from rlhf_lightning.models.layout import padded_layout
+
+        module, layout = self.module, padded_layout(self.sequences)
+        outputs = module.policy_outputs(layout, with_entropy=module.entropy_coef != 0)
+        old, mask = outputs.logprobs.detach(), layout.completion_mask
+        reference = None if module.reference is None else module.reference.logprobs(layout, module.sampling.temperature)
+        rollout = Rollout(
+            self.sequences, mask, old, reference, torch.zeros_like(old), self.scores, self.finished, self.group,
+            sampler_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self._greedy_scores(),
+        )  # fmt: skip
+        rewards = module.shape_rewards(rollout)
+        values = rewards.new_zeros(rewards.shape)
+        advantages = module.advantages(rollout._replace(values=values), rewards)
+        logprobs = PolicyLogprobs(
+            outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, sampler_logprobs=old
+        )
+        loss = as_loss(module.policy_loss(logprobs)).values
+        learned = mask if advantages.learned is None else advantages.learned
+        aggregation = module.aggregation(learned)
+        per_row = (torch.where(learned, loss, 0.0) * aggregation.weights).sum(-1)
+        # The probability of a row's group is that of all its members.
+        likelihood = torch.zeros(int(self.group[-1]) + 1, dtype=old.dtype).index_add(0, self.group, old.sum(-1))
+        return (likelihood.exp()[self.group] * per_row).sum() / (self.group_size * self.world.config.prompts)
+
+    def _greedy_scores(self) -> Tensor:
+        """Score of the likeliest token after token, for each row's prompt."""
+        with torch.no_grad():
+            table = self.module.policy.model.model.table.weight
+        transitions, index = self.world.config.transitions(), {c: i for i, c in enumerate(self.world.completions)}
+        found = []
+        for prompt in range(self.world.config.prompts):
+            prefix, ids = int(transitions[0, 1 + self.world.config.tokens + prompt]), []
+            while len(ids) < self.world.config.max_new_tokens and END not in ids:
+                ids.append(int(table[prefix].argmax()))
+                prefix = int(transitions[prefix, ids[-1]])
+            found.append(self.rewards[prompt, index[tuple(ids)]])
+        return torch.stack(found)[self.index[0]]

@@ -1,0 +1,251 @@
+"""What objectives without a closed form should find: their papers' population losses, transcribed and minimised apart.
+
+Written in NumPy and SciPy from the papers' formulas, in fp64; nothing here is shared with the losses that it judges. A
+policy is a probability for each completion of each prompt, its log-ratio a = log policy - log reference. In a pair loss
+the first index is preferred with probability P, and all pairs are drawn alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit, log_softmax
+
+Array = np.ndarray
+
+
+class Population(NamedTuple):
+    """The enumerated problem of one prompt in NumPy.
+
+    Attributes:
+        reference: shape (completions,).
+        preference: P, shape (completions, completions).
+        lengths: shape (completions,).
+        wins: mean of P over the other completion, itself counted as a half, shape (completions,).
+    """
+
+    reference: Array
+    preference: Array
+    lengths: Array
+
+    @property
+    def wins(self) -> Array:
+        """Mean win rate of each completion."""
+        return self.preference.mean(-1)
+
+
+Loss = Callable[[Array, Population, Any], float]
+"""Population loss of log-probabilities (completions,), the problem, and the module whose settings it takes."""
+
+
+def minimiser(loss: Loss, problem: Population, module: Any, start: Array | None = None) -> tuple[Array, float]:
+    """Return the policy that minimises a population loss, and the loss there.
+
+    Args:
+        loss: the population loss.
+        problem: of one prompt.
+        module: whose settings the loss takes.
+        start: policy to begin at; None begins at the reference.
+    """
+    start = np.log(problem.reference if start is None else np.maximum(start, 1e-300))
+
+    def objective(logits: Array) -> float:
+        return loss(log_softmax(logits), problem, module)
+
+    best = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})
+    best = minimize(objective, best.x, method="BFGS", options={"maxiter": 2000, "gtol": 1e-9})
+    return np.exp(log_softmax(best.x)), float(best.fun)
+
+
+def _pairs(values: Array, problem: Population) -> float:
+    """Mean of a pair's value over all pairs of different completions, weighted by P; values[i, j] for i preferred."""
+    count = len(problem.reference)
+    off_diagonal = 1.0 - np.eye(count)
+    return float((problem.preference * values * off_diagonal).sum() / off_diagonal.sum() * 2)
+
+
+def _a(logp: Array, problem: Population) -> Array:
+    return logp - np.log(problem.reference)
+
+
+def _margins(values: Array) -> Array:
+    return values[:, None] - values[None, :]
+
+
+def conservative_dpo(logp: Array, problem: Population, module: Any) -> float:
+    """Mitchell 2023: labels smoothed by e."""
+    x, e = module.beta * _margins(_a(logp, problem)), module.label_smoothing
+    return _pairs(-(1 - e) * log_expit(x) - e * log_expit(-x), problem)
+
+
+def robust_dpo(logp: Array, problem: Population, module: Any) -> float:
+    """2403.00409: unbiased for labels flipped with rate e."""
+    x, e = module.beta * _margins(_a(logp, problem)), module.flip_rate
+    return _pairs((-(1 - e) * log_expit(x) + e * log_expit(-x)) / (1 - 2 * e), problem)
+
+
+def ipo(logp: Array, problem: Population, module: Any) -> float:
+    """2310.12036, log-ratios averaged over tokens where the module does."""
+    a = _a(logp, problem)
+    a = a / problem.lengths if module.average else a
+    return _pairs((_margins(a) - 1 / (2 * module.beta)) ** 2, problem)
+
+
+def hinge(logp: Array, problem: Population, module: Any) -> float:
+    """2305.10425: not smooth, and its minimiser need not be unique."""
+    return _pairs(np.maximum(0.0, 1 - module.beta * _margins(_a(logp, problem))), problem)
+
+
+def exo(logp: Array, problem: Population, module: Any) -> float:
+    """2402.00856: KL from the policy's preference to the label (1 - e, e)."""
+    x, e = module.beta * _margins(_a(logp, problem)), module.epsilon
+    kl = expit(x) * (log_expit(x) - np.log(1 - e)) + expit(-x) * (log_expit(-x) - np.log(e))
+    return _pairs(kl, problem)
+
+
+def nca(logp: Array, problem: Population, module: Any) -> float:
+    """2402.05369 for pairs."""
+    r = module.beta * _a(logp, problem)
+    u, v = r[:, None], r[None, :]
+    return _pairs(-log_expit(u) - 0.5 * log_expit(-u) - 0.5 * log_expit(-v), problem)
+
+
+def sppo(logp: Array, problem: Population, module: Any) -> float:
+    """2405.00675 with hard labels."""
+    a, half = _a(logp, problem), 1 / (2 * module.beta)
+    return _pairs((a[:, None] - half) ** 2 + (a[None, :] + half) ** 2, problem)
+
+
+def apo_zero(logp: Array, problem: Population, module: Any) -> float:
+    """2408.06266."""
+    r = module.beta * _a(logp, problem)
+    return _pairs(1 - expit(r[:, None]) + expit(r[None, :]), problem)
+
+
+def apo_down(logp: Array, problem: Population, module: Any) -> float:
+    """2408.06266."""
+    r = module.beta * _a(logp, problem)
+    return _pairs(expit(r[:, None]) + 1 - expit(_margins(r)), problem)
+
+
+def discopop(logp: Array, problem: Population, module: Any) -> float:
+    """2406.08414: logistic and exponential loss, blended by a gate."""
+    x = module.beta * _margins(_a(logp, problem))
+    gate = expit(x / module.temperature)
+    return _pairs((1 - gate) * -log_expit(x) + gate * np.exp(-x), problem)
+
+
+def rpo(logp: Array, problem: Population, module: Any) -> float:
+    """2404.19733: DPO and the likelihood of the chosen completion per token."""
+    x = module.beta * _margins(_a(logp, problem))
+    return _pairs(-log_expit(x) - module.alpha * (logp / problem.lengths)[:, None], problem)
+
+
+def simpo(logp: Array, problem: Population, module: Any) -> float:
+    """2405.14734."""
+    return _pairs(-log_expit(module.beta * _margins(logp / problem.lengths) - module.gamma), problem)
+
+
+def orpo(logp: Array, problem: Population, module: Any) -> float:
+    """2403.07691."""
+    mean = logp / problem.lengths
+    odds = mean - np.log1p(-np.exp(np.minimum(mean, -1e-12)))
+    return _pairs(-mean[:, None] - module.weight * log_expit(_margins(odds)), problem)
+
+
+def cpo(logp: Array, problem: Population, module: Any) -> float:
+    """2401.08417."""
+    likelihood = module.alpha * (logp / problem.lengths)[:, None]
+    return _pairs(-log_expit(module.beta * _margins(logp)) - likelihood, problem)
+
+
+def sft(logp: Array, problem: Population, module: Any) -> float:
+    """Cross-entropy with demonstrations drawn from softmax(win rate)."""
+    data = np.exp(log_softmax(problem.wins))
+    return float(-(data * logp).sum())
+
+
+TRANSCRIPTIONS: dict[str, Loss] = {
+    "ConservativeDPOModule": conservative_dpo,
+    "RobustDPOModule": robust_dpo,
+    "IPOModule": ipo,
+    "HingeModule": hinge,
+    "EXOModule": exo,
+    "NCAModule": nca,
+    "SPPOModule": sppo,
+    "APOZeroModule": apo_zero,
+    "APODownModule": apo_down,
+    "DiscoPOPModule": discopop,
+    "RPOModule": rpo,
+    "SimPOModule": simpo,
+    "ORPOModule": orpo,
+    "CPOModule": cpo,
+}
+"""The transcription that judges each shipped class; a class of a user's own declares ``target_policy`` instead."""
+
+
+NOT_UNIQUE = ("HingeModule",)
+"""Classes with flat minima: the loss is compared, not the policy."""
+
+MANY_MINIMA = ("DiscoPOPModule",)
+"""Classes that are not convex in the policy: the minimiser is looked for where training came to rest."""
+
+
+class FixedPoint(NamedTuple):
+    """An objective that compares with a statistic of its own policy, taken without gradient.
+
+    Attributes:
+        loss: of log-probabilities, the problem, the module and the statistic.
+        statistic: of the log-ratios of all prompts, shape (prompts, completions).
+    """
+
+    loss: Callable[[Array, Population, Any, float], float]
+    statistic: Callable[[Array, Any], float]
+
+
+def fixed_point(objective: FixedPoint, problems: list[Population], module: Any) -> list[Array]:
+    """Return where the objective comes to rest: each prompt's minimiser for the statistic that the minimisers have."""
+    statistic, policies = 0.0, [problem.reference for problem in problems]
+    for _ in range(60):
+
+        def loss(logp: Array, problem: Population, module: Any, at: float = statistic) -> float:
+            return objective.loss(logp, problem, module, at)
+
+        policies = [minimiser(loss, problem, module)[0] for problem in problems]
+        ratios = np.array([_a(np.log(q), p) for q, p in zip(policies, problems, strict=True)])
+        new = objective.statistic(ratios, module)
+        if abs(new - statistic) < 1e-9:
+            break
+        statistic = new
+    return policies
+
+
+def _judgement(good: Array, bad: Array, problem: Population) -> float:
+    return float((problem.wins * good + (1 - problem.wins) * bad).mean())
+
+
+def _bco(logp: Array, problem: Population, module: Any, delta: float) -> float:
+    r = module.beta * _a(logp, problem) - delta
+    return _judgement(-log_expit(r), -log_expit(-r), problem)
+
+
+def _bco_pair(logp: Array, problem: Population, module: Any, delta: float) -> float:
+    r = module.beta * _a(logp, problem) - delta
+    return _pairs(-log_expit(r)[:, None] - log_expit(-r)[None, :], problem)
+
+
+def _kto(logp: Array, problem: Population, module: Any, z0: float) -> float:
+    x = module.beta * (_a(logp, problem) - z0)
+    good, bad = module.desirable_weight * (1 - expit(x)), module.undesirable_weight * (1 - expit(-x))
+    return _judgement(good, bad, problem)
+
+
+FIXED_POINTS: dict[str, FixedPoint] = {
+    "BCOModule": FixedPoint(_bco, lambda ratios, module: module.beta * float(ratios.mean())),
+    "BCOPairModule": FixedPoint(_bco_pair, lambda ratios, module: module.beta * float(ratios.mean())),
+    "KTOModule": FixedPoint(_kto, lambda ratios, module: max(0.0, float(ratios.mean()))),
+}
+"""2404.04656 (both) and 2402.01306: delta and z0 as fixed points."""
