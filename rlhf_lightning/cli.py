@@ -35,6 +35,8 @@ TOOL_COMMANDS = {
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
     "export": Command("rlhf_lightning.commands.export", "turn a checkpoint or an adapter into a Hugging Face folder"),
+    "objectives": Command("rlhf_lightning.commands.objectives", "list every objective: paper, data, what it is"),
+    "verify": Command("rlhf_lightning.commands.verify", "prove an objective, shipped or your own, correct"),
 }
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -70,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text())
+        try:
+            print(help_text(), flush=True)
+        except BrokenPipeError:  # `rlhf --help | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
         print(f"rlhf-lightning {importlib.metadata.version('rlhf-lightning')}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.logprobs import at_least_float32, masked_mean, require_shape
+from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, at_least_float32, masked_mean, require_shape
 
 
 def log_collision_probability(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -36,7 +36,8 @@ def wpo_weights(logprobs: Tensor, log_collisions: Tensor, completion_mask: Tenso
         Weights, shape (rows,); 1 where tokens are as likely as ones that the policy samples are on average.
     """
     require_shape("rows length", logprobs=logprobs, log_collisions=log_collisions, completion_mask=completion_mask)
-    return masked_mean(logprobs - log_collisions, completion_mask, dim=-1).exp().detach()
+    closeness = masked_mean(logprobs - log_collisions, completion_mask, dim=-1)
+    return closeness.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().detach()
 
 
 def ld_dpo_token_weights(chosen_mask: Tensor, rejected_mask: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,7 @@ def test_pads_on_either_side_and_the_cache_change_nothing(world: EnumerableWorld
     torch.testing.assert_close(logprobs.exp().double(), world.problem.reference.flatten(), rtol=1e-5, atol=1e-7)
     count = 4000
     prompts = [world.prompt_ids(0), torch.cat([torch.zeros(2, dtype=torch.long), world.prompt_ids(0)])]
-    drawn = sample(
-        policy, [prompts[i % 2] for i in range(count)], torch.arange(count), SamplingSettings(2), 0, (END,)
-    )
+    drawn = sample(policy, [prompts[i % 2] for i in range(count)], torch.arange(count), SamplingSettings(2), 0, (END,))
     index = {ids: place for place, ids in enumerate(world.completions)}
     counts = torch.bincount(torch.tensor([index[tuple(ids.tolist())] for ids in drawn.ids]), minlength=7)
     expected = world.problem.reference[0] * count

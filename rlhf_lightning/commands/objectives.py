@@ -1,0 +1,138 @@
+"""``rlhf objectives``: every objective there is, found by walking the package."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_lightning.commands.parsing import run_function
+
+
+class Objective(NamedTuple):
+    """What a class says about itself.
+
+    Attributes:
+        name: of the class.
+        family: what it is listed under.
+        paper: where it comes from.
+        needs: batch of its DataModule, and whether it needs a reference and a scorer.
+        summary: first line of its docstring.
+    """
+
+    name: str
+    family: str
+    paper: str
+    needs: str
+    summary: str
+
+
+FAMILIES = {
+    "SFTModule": "demonstrations",
+    "DPOModule": "preference pairs",
+    "UnpairedModule": "completions judged alone",
+    "RewardModule": "reward models",
+    "CriticFreeModule": "on-policy, without a critic",
+    "PPOModule": "on-policy, with a critic",
+}
+"""Name of each family, by the class that heads it."""
+
+DATA = {
+    "DemonstrationBatch": "demonstrations",
+    "PreferenceBatch": "pairs",
+    "RankedBatch": "rankings",
+    "UnpairedBatch": "judgements",
+    "PromptBatch": "prompts",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    return run_function(objectives, argv, "rlhf objectives")
+
+
+def objectives(name: str | None = None, json: str | None = None) -> int:
+    """List every objective: its paper, the data it needs, and what it is.
+
+    Args:
+        name: show all that is known of one class instead.
+        json: also write the list to this file.
+    """
+    found = objective_classes()
+    if name is not None:
+        kinds = {kind.__name__: kind for kind in found}
+        if name not in kinds:
+            print(f"rlhf objectives: there is no {name}: `rlhf objectives` lists them all", file=sys.stderr)
+            return 2
+        kind = kinds[name]
+        print(f"{name}  ({kind.paper})\n\n{inspect.getdoc(kind)}\n\n`rlhf fit --model.help {name}` lists its settings.")
+        return 0
+    rows = [described(kind) for kind in found]
+    print(table(rows, shutil.get_terminal_size((100, 24)).columns))
+    if json is not None:
+        _write(rows, Path(json))
+    return 0
+
+
+def _write(rows: Sequence[Objective], path: Path) -> None:
+    path.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+def objective_classes() -> list[type[Any]]:
+    """Return every concrete objective of the package: the classes of the modules room that name a paper."""
+    import rlhf_lightning.modules as room
+
+    found = {}
+    for entry in pkgutil.iter_modules(room.__path__):
+        module = importlib.import_module(f"{room.__name__}.{entry.name}")
+        for kind in vars(module).values():
+            own = isinstance(kind, type) and kind.__module__ == module.__name__
+            if own and issubclass(kind, room.AlignmentModule) and kind.paper and not kind.__name__.startswith("_"):
+                found[kind.__name__] = kind
+    order = list(FAMILIES.values())
+    return sorted(found.values(), key=lambda kind: (order.index(family_of(kind)), len(kind.__mro__), kind.__name__))
+
+
+def family_of(kind: type[Any]) -> str:
+    """Return the family a class belongs to."""
+    return next((FAMILIES[base.__name__] for base in kind.__mro__ if base.__name__ in FAMILIES), "preference pairs")
+
+
+def described(kind: type[Any]) -> Objective:
+    """Return what a class says about itself."""
+    needs = DATA.get(kind.batch_type.__name__, kind.batch_type.__name__)
+    parameters = {name for base in kind.__mro__ if "__init__" in vars(base) for name in _names(base)}
+    needs += ", reference" if kind.needs_reference else ""
+    needs += ", scorer" if "scorer" in parameters else ""
+    summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+    return Objective(kind.__name__, family_of(kind), kind.paper, needs, summary)
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return list(inspect.signature(kind.__init__).parameters)
+
+
+def table(rows: Sequence[Objective], width: int) -> str:
+    """Return the list as text of at most so many columns."""
+    names = max(len(row.name) for row in rows)
+    lines: list[str] = []
+    for family in dict.fromkeys(row.family for row in rows):
+        lines += ["", family]
+        for row in rows:
+            if row.family != family:
+                continue
+            indent = " " * (names + 4)
+            lines += textwrap.wrap(
+                row.summary, width, initial_indent=f"  {row.name:<{names}}  ", subsequent_indent=indent
+            )
+            facts = f"{row.paper}; needs {row.needs}"
+            lines += textwrap.wrap(facts, width, initial_indent=indent, subsequent_indent=indent)
+    count = f"{len(rows)} objectives. `rlhf objectives --name NAME` shows one, `rlhf verify NAME` proves it."
+    return "\n".join([*lines, "", count]).lstrip("\n")
