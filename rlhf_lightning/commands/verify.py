@@ -184,8 +184,8 @@ def page(done: Sequence[Any]) -> str:
     header = ["objective", "checks held", "target", "distance", "gold reward", "control", "s"]
     return (
         "# Verification\n\n"
-        "`rlhf verify --all --markdown experiments/verification.md`. Every objective, unedited, in a world of 2 prompts "
-        "and 7 completions each, in fp64.\n\n"
+        "`rlhf verify --all --markdown experiments/verification.md`. Every objective, unedited, in a world of 2 "
+        "prompts and 7 completions each, in fp64.\n\n"
         "- Target: the policy that minimises the objective, in closed form as the class declares it, or by an "
         "independent optimiser on a transcription of the paper's formula; for losses with flat minima the excess loss "
         "is measured instead.\n"

@@ -143,7 +143,7 @@ def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, le
         value.backward()
         return value
 
-    finisher.step(closure)  # type: ignore[arg-type]
+    finisher.step(closure)
 
 
 def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learning_rate: float) -> None:
@@ -175,7 +175,7 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         batch = world.preferences(COPIES, informative=False)
     elif shuffled:
         batch = batch._replace(weights=torch.full_like(batch.weights, float(batch.weights.mean())))
-    loss_sum: Callable[[Any, Meter], Tensor] = module.loss_sum
+    loss_sum: Any = module.loss_sum
     return lambda: loss_sum(batch, Meter()) / len(batch.weights)
 
 
@@ -193,7 +193,8 @@ def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
 
         scores = module.reward_model(padded_layout(world.sequences(rows)))
         return torch.softmax(scores.double().view(world.config.prompts, -1), -1)
-    return world.probabilities(module.model.model.model.table.weight)  # type: ignore[union-attr, operator]
+    policy: Any = module.model
+    return world.probabilities(policy.model.model.table.weight)
 
 
 def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> tuple[Tensor | None, str, float]:
@@ -286,11 +287,13 @@ class PolicyGradient:
     def _greedy_scores(self) -> Tensor:
         """Score of the likeliest token after token, for each row's prompt."""
         with torch.no_grad():
-            table = self.module.policy.model.model.table.weight
+            policy: Any = self.module.policy
+            table = policy.model.model.table.weight
         transitions, index = self.world.config.transitions(), {c: i for i, c in enumerate(self.world.completions)}
         found = []
         for prompt in range(self.world.config.prompts):
-            prefix, ids = int(transitions[0, 1 + self.world.config.tokens + prompt]), []
+            ids: list[int] = []
+            prefix = int(transitions[0, 1 + self.world.config.tokens + prompt])
             while len(ids) < self.world.config.max_new_tokens and END not in ids:
                 ids.append(int(table[prefix].argmax()))
                 prefix = int(transitions[prefix, ids[-1]])

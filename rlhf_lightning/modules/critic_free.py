@@ -61,7 +61,11 @@ class CriticFreeModule(OnPolicyModule):
     ) -> None:
         super().__init__(scorer=scorer, kl_coef=kl_coef, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs)
         self.clip_high, self.ratio_cap, self.sampler_cap = clip_high, ratio_cap, sampler_cap
-        self.needs_reference = kl_coef != 0 or self.kl_target is not None
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether anything is measured from a reference."""
+        return self.kl_coef != 0 or self.kl_target is not None
 
     def load_models(self) -> None:
         """Load the policy to train, reference and scorer frozen."""

@@ -117,9 +117,14 @@ class OnPolicyModule(AlignmentModule):
         """What scores completions; loaded on first use."""
         return self.collector.scorer
 
+    @property
+    def holds_reference(self) -> bool:
+        """Whether this run measures anything from a reference."""
+        return self.needs_reference
+
     def load_reference_and_scorer(self) -> None:
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
-        if self.needs_reference:
+        if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
         self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
 
@@ -264,10 +269,10 @@ class OnPolicyModule(AlignmentModule):
         """Take one optimizer step on some episodes of the rollout."""
         sequences = rollout.sequences
         learned = rollout.completion_mask if advantages.learned is None else advantages.learned
-        count = float(self._over_ranks(self.aggregation(learned[rows]).count))
+        count = float(self._over_ranks(self.aggregation(learned[rows]).divisor))
         lengths = [sequences.lengths[row] for row in rows]
         cuts = [[rows[i] for i in cut] for cut in cut_rows(lengths, self.micro_batch_size, self.max_tokens)]
-        losses = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
+        losses: list[Callable[[], Tensor]] = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
         if not rows:  # another rank has them all; without a backward pass here its gradients would wait for ever
             losses = [lambda: 0.0 * self._loss_sum(rollout, advantages, [0], Meter())]
         return self.update(losses + self.further_losses(batch, count, meter), count)
@@ -312,7 +317,7 @@ class OnPolicyModule(AlignmentModule):
         for name, values in further.metrics.items():
             meter.add(name, values, mask if values.shape == mask.shape else None)
         total = total + further.values.sum()
-        meter.add_ratio("loss", total, aggregation.count)
+        meter.add_ratio("loss", total, aggregation.divisor)
         return total
 
     # -- what must hold -----------------------------------------------------------------------------------------------

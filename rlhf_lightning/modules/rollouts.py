@@ -56,15 +56,15 @@ class Drawn(NamedTuple):
 
 
 class Aggregation(NamedTuple):
-    """How token losses become the loss of an optimizer step: the weighted sum over the step divided by the count.
+    """How token losses become the loss of an optimizer step: the weighted sum over the step divided by the divisor.
 
     Attributes:
         weights: of each token, shape (rows, length), 0 under the mask.
-        count: of these rows, summed over micro-batches and ranks before it divides, a scalar.
+        divisor: of these rows, summed over micro-batches and ranks before it divides, a scalar.
     """
 
     weights: Tensor
-    count: Tensor
+    divisor: Tensor
 
 
 class RolloutCollector:

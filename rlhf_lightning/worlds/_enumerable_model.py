@@ -74,6 +74,7 @@ class _IdentityHead(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
+        self.weight: Tensor
         self.register_buffer("weight", torch.eye(size))
         self.bias = None
 

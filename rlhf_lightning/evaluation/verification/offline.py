@@ -61,7 +61,9 @@ def cut(batch: Any, sizes: list[int]) -> list[Any]:
         if isinstance(batch, RankedBatch):
             parts.append(_ranked_part(batch, rows))
             continue
-        fields = {name: part[index] for name, part in batch._asdict().items() if isinstance(part, Tensor)}
+        fields: dict[str, Any] = {
+            name: part[index] for name, part in batch._asdict().items() if isinstance(part, Tensor)
+        }
         fields["sequences"] = _part(
             batch.sequences, [row + side * count for side in range(sides) for row in rows], sides
         )
@@ -129,7 +131,8 @@ def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
         masks = torch.cat([given.chosen_mask.sum(-1), given.rejected_mask.sum(-1)])
         policy = torch.cat([given.policy_chosen_logprobs.sum(-1), given.policy_rejected_logprobs.sum(-1)])
         sides = (given.reference_chosen_logprobs, given.reference_rejected_logprobs)
-        reference = None if sides[0] is None or sides[1] is None else torch.cat([side.sum(-1) for side in sides])
+        present = [side for side in sides if side is not None]
+        reference = torch.cat([side.sum(-1) for side in present]) if len(present) == 2 else None
     else:
         masks = given.completion_mask.sum(-1)
         policy = (given.policy_logprobs if isinstance(given, UnpairedLogprobs) else given.logprobs).sum(-1)

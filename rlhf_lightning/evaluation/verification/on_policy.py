@@ -132,7 +132,7 @@ def advantage_checks(case: Case) -> list[Check]:
             "zero advantages behind the end of a completion, after whitening too",
         ),
     ]
-    wide = {
+    wide: dict[str, Any] = {
         name: torch.nn.functional.pad(part, (0, 3))
         for name, part in rollout._asdict().items()
         if isinstance(part, Tensor) and part.dim() == 2

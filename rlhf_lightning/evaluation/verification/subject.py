@@ -183,4 +183,4 @@ def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     if "__init__" not in vars(kind):
         return {}
-    return dict(inspect.signature(kind.__init__).parameters)
+    return dict(inspect.signature(vars(kind)["__init__"]).parameters)
