@@ -1,12 +1,15 @@
-"""A new objective is one small subclass: `rlhf fit --model my_objective.OffsetDPOModule --model.offset 0.7 ...`."""
+"""New objectives are small subclasses: `rlhf fit --model my_objective.OffsetDPOModule --model.offset 0.7 ...`.
+
+`rlhf verify my_objective.OffsetDPOModule` proves them.
+"""
 
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_lightning.modules import DPOModule
-from rlhf_lightning.types import PreferenceLogprobs
+from rlhf_lightning.modules import CriticFreeModule, DPOModule
+from rlhf_lightning.types import PreferenceLogprobs, Rollout
 
 
 class OffsetDPOModule(DPOModule):
@@ -23,3 +26,20 @@ class OffsetDPOModule(DPOModule):
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
         """Return one loss per pair, shape (pairs,)."""
         return -logsigmoid(self.beta * logprobs.margin - self.offset)
+
+
+class BestOfGroupModule(CriticFreeModule):
+    r"""Only the best completion of each group is learned from: A = ``gain`` for the highest score, else 0.
+
+    Args:
+        gain: advantage of the best completion.
+    """
+
+    def __init__(self, scorer: Any, gain: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(scorer=scorer, **kwargs)
+        self.gain = gain
+
+    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return the advantage of each completion, shape (episodes,)."""
+        best = rewards.new_full((len(rewards),), -float("inf")).scatter_reduce(0, rollout.group, rewards, "amax")
+        return self.gain * (rewards == best[rollout.group])

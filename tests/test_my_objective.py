@@ -36,3 +36,22 @@ def test_the_readme_s_objective_trains_from_the_command_line(
     assert metrics["val/reward_margin"] > 0.1
     assert metrics["val/reward_accuracy"] > 0.6
     assert (Path(done.folder) / "model" / "model.safetensors").is_file()
+
+
+def test_the_critic_free_example_trains_too(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scorer is a function in the working directory; it counts the courtesy of an answer's length."""
+    (tmp_path / "short_answers.py").write_text(
+        "def brevity(prompts, completions, **columns):\n    return [-len(text.split()) / 10 for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), str(EXPERIMENTS)])
+    flags = f"""fit --model my_objective.BestOfGroupModule --model.gain 2.0 --model.scorer short_answers.brevity
+        --model.init_from {world}/model --model.from_scratch true --model.learning_rate 0.003 --model.max_new_tokens 8
+        --model.lr_schedule constant --model.kl_coef 0 --data PromptDataModule --data.source {world}/prompts_train.jsonl
+        --data.eval_source {world}/prompts_test.jsonl --data.batch_size 64 --data.samples_per_prompt 8
+        --data.eval_batch_size 64 --data.rollouts 10 --trainer.limit_val_batches 1
+        --trainer.num_sanity_val_steps 0 --data.cache_dir {tmp_path}/cache --runs_folder {tmp_path}/runs
+        --trainer.max_epochs 1"""
+    done = train.run(flags.split())
+    metrics = {name: float(value) for name, value in done.trainer.callback_metrics.items()}
+    assert metrics["val/score"] > -0.7  # 8 words a completion at the start

@@ -74,7 +74,7 @@ class DrGRPOModule(CriticFreeModule):
         return exact_target(problem, self.kl_coef)
 
 
-class DAPOModule(GRPOModule):
+class DAPOModule(CriticFreeModule):
     r"""DAPO: GRPO with a higher upper clip, a mean over tokens, groups that teach something, and no KL.
 
     loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) (Yu et al., 2503.14476, Eq. 8).
@@ -89,6 +89,7 @@ class DAPOModule(GRPOModule):
     """
 
     paper = "Yu et al. 2025, arXiv 2503.14476"
+    kl_place = "k3"
 
     def __init__(
         self,
@@ -110,9 +111,9 @@ class DAPOModule(GRPOModule):
         self.overlong_filter = overlong_filter
         self._rounds = 0
 
-    def aggregation(self, learned: Tensor) -> Aggregation:
-        """Every token weighs the same."""
-        return Aggregation(learned.float(), learned.sum())
+    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return scores standardised within their group, shape (episodes,)."""
+        return functional.grpo_advantages(rewards, rollout.group)
 
     def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
         """Sample until there are as many groups that teach something as the rollout has prompts, or no candidates left.
@@ -197,7 +198,7 @@ class LitePPOModule(CriticFreeModule):
         return functional.lite_ppo_advantages(rewards, rollout.group, self.epsilon, self.unbiased, std)
 
 
-class GSPOModule(GRPOModule):
+class GSPOModule(CriticFreeModule):
     r"""GSPO: GRPO with the ratio of whole completions, the geometric mean of token ratios.
 
     ratio = exp(mean_t(log policy - log old)), clipped within 3e-4 below and 4e-4 above 1 (Zheng et al., 2507.18071,
@@ -205,18 +206,27 @@ class GSPOModule(GRPOModule):
     """
 
     paper = "Zheng et al. 2025, arXiv 2507.18071"
+    kl_place = "k3"
 
     def __init__(
         self, scorer: Any, kl_coef: float = 0.0, clip: float = 3e-4, clip_high: float | None = 4e-4, **kwargs: Any
     ) -> None:
         super().__init__(scorer=scorer, kl_coef=kl_coef, clip=clip, clip_high=clip_high, **kwargs)
 
+    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return scores standardised within their group, shape (episodes,)."""
+        return functional.grpo_advantages(rewards, rollout.group)
+
     def ratio(self, logprobs: PolicyLogprobs) -> Tensor:
         """Return the completion's ratio on each of its tokens, shape (rows, length)."""
         return functional.gspo_token_ratio(logprobs.logprobs, logprobs.old_logprobs, logprobs.completion_mask)
 
+    def aggregation(self, learned: Tensor) -> Aggregation:
+        """Every completion weighs the same."""
+        return sequence_mean_of_token_means(learned)
 
-class CISPOModule(GRPOModule):
+
+class CISPOModule(CriticFreeModule):
     r"""CISPO: REINFORCE weighted by a capped ratio, so that no token loses its gradient.
 
     loss = mean over tokens of -sg(min(ratio, cap)) A log policy (MiniMax, 2506.13585, Eq. 4 and 5). At ratio 1 its
@@ -227,18 +237,19 @@ class CISPOModule(GRPOModule):
     """
 
     paper = "MiniMax 2025, arXiv 2506.13585"
+    kl_place = "k3"
 
     def __init__(self, scorer: Any, kl_coef: float = 0.0, cap: float = 5.0, **kwargs: Any) -> None:
         super().__init__(scorer=scorer, kl_coef=kl_coef, **kwargs)
         self.cap = cap
 
+    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return scores standardised within their group, shape (episodes,)."""
+        return functional.grpo_advantages(rewards, rollout.group)
+
     def objective(self, ratio: Tensor, logprobs: PolicyLogprobs) -> Tensor:
         """Return the loss of each token, shape (rows, length)."""
         return functional.cispo_loss(logprobs.logprobs, logprobs.old_logprobs, logprobs.advantages, self.cap)
-
-    def aggregation(self, learned: Tensor) -> Aggregation:
-        """Every token weighs the same."""
-        return Aggregation(learned.float(), learned.sum())
 
 
 class RLOOModule(CriticFreeModule):

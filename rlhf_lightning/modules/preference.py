@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,20 +168,7 @@ class EXOModule(DPOModule):
         return -math.log(2) - (math.log(1 - self.epsilon) + math.log(self.epsilon)) / 2
 
 
-class _SidedModule(DPOModule):
-    """Losses that look at each side's log-ratio, not at the margin alone."""
-
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return one loss per pair, shape (pairs,), for the label that chosen is better."""
-        raise AttributeError(f"{type(self).__name__} must define 'sided_loss'")
-
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen, rejected, p = logprobs.chosen_logratio, logprobs.rejected_logratio, logprobs.target
-        return p * self.sided_loss(chosen, rejected) + (1 - p) * self.sided_loss(rejected, chosen)
-
-
-class NCAModule(_SidedModule):
+class NCAModule(DPOModule):
     r"""NCA for pairs: noise contrast that holds up the chosen completion's own probability.
 
     loss = -log sigmoid(u) - 1/2 log sigmoid(-u) - 1/2 log sigmoid(-v) (Chen et al., 2402.05369).
@@ -192,9 +180,9 @@ class NCAModule(_SidedModule):
     def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return the loss of each pair."""
-        return losses.nca_pair_loss(chosen_logratio, rejected_logratio, self.beta)
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.nca_pair_loss, beta=self.beta))
 
     @property
     def value_at_reference(self) -> float | None:
@@ -202,7 +190,7 @@ class NCAModule(_SidedModule):
         return 2 * math.log(2)
 
 
-class BCOPairModule(_SidedModule):
+class BCOPairModule(DPOModule):
     r"""BCO on pairs: a binary classifier, good or bad, whose logit is the implicit reward.
 
     loss = -log sigmoid(u - delta) - log sigmoid(-(v - delta)) (Jung et al., 2404.04656), delta the mean of all
@@ -217,11 +205,10 @@ class BCOPairModule(_SidedModule):
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per pair, shape (pairs,)."""
-        chosen, rejected, p = logprobs.chosen_logratio, logprobs.rejected_logratio, logprobs.target
+        chosen, rejected = logprobs.chosen_logratio, logprobs.rejected_logratio
         weights = logprobs.weights / logprobs.weights.sum().clamp_min(1e-12)
         delta = (self.beta * (chosen + rejected) / 2 * weights).sum().detach()
-        agrees = losses.bco_pair_loss(chosen, rejected, self.beta, delta)
-        return p * agrees + (1 - p) * losses.bco_pair_loss(rejected, chosen, self.beta, delta)
+        return _over_orders(logprobs, partial(losses.bco_pair_loss, beta=self.beta, shift=delta))
 
     @property
     def value_at_reference(self) -> float | None:
@@ -229,7 +216,7 @@ class BCOPairModule(_SidedModule):
         return 2 * math.log(2)
 
 
-class SPPOModule(_SidedModule):
+class SPPOModule(DPOModule):
     r"""SPPO with hard labels: one step of self-play, each log-ratio regressed on a constant.
 
     loss = (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2 (Wu et al., 2405.00675). Policy = reference gives
@@ -241,9 +228,9 @@ class SPPOModule(_SidedModule):
     def __init__(self, beta: float = 0.001, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return the loss of each pair."""
-        return losses.sppo_hard_loss(chosen_logratio, rejected_logratio, self.beta)
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.sppo_hard_loss, beta=self.beta))
 
     @property
     def value_at_reference(self) -> float | None:
@@ -279,19 +266,31 @@ class AOTModule(DPOModule):
         return math.log(2)
 
 
-class UnpairedAOTModule(AOTModule):
+class UnpairedAOTModule(DPOModule):
     r"""AOT without pairing: chosen log-ratios dominate rejected ones as distributions.
 
     loss = -log sigmoid(beta (sort(a_w) - sort(a_l))) over all pairs of the optimizer step (Melnyk et al., 2406.05882).
     Policy = reference gives log 2.
     """
 
+    paper = "Melnyk et al. 2024, arXiv 2406.05882"
+    batch_coupled = True
+    weighs_rows = False
+
+    def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(beta=beta, **kwargs)
+
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per rank of the sorted log-ratios, shape (pairs,)."""
         return losses.aot_unpaired_loss(logprobs.chosen_logratio, logprobs.rejected_logratio, self.beta)
 
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
-class APOZeroModule(_SidedModule):
+
+class APOZeroModule(DPOModule):
     r"""APO-zero, for chosen completions better than the policy's own: chosen goes up, rejected down.
 
     loss = 1 - sigmoid(u) + sigmoid(v) (D'Oosterlinck et al., 2408.06266). Policy = reference gives 1.
@@ -302,9 +301,9 @@ class APOZeroModule(_SidedModule):
     def __init__(self, learning_rate: float = 2e-7, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
 
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return the loss of each pair."""
-        return losses.apo_zero_loss(chosen_logratio, rejected_logratio, self.beta)
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.apo_zero_loss, beta=self.beta))
 
     @property
     def value_at_reference(self) -> float | None:
@@ -312,15 +311,25 @@ class APOZeroModule(_SidedModule):
         return 1.0
 
 
-class APODownModule(APOZeroModule):
+class APODownModule(DPOModule):
     r"""APO-down, for chosen completions worse than the policy's own: both go down, rejected further.
 
     loss = sigmoid(u) + 1 - sigmoid(x) (D'Oosterlinck et al., 2408.06266). Policy = reference gives 1.
     """
 
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return the loss of each pair."""
-        return losses.apo_down_loss(chosen_logratio, rejected_logratio, self.beta)
+    paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266"
+
+    def __init__(self, learning_rate: float = 2e-7, **kwargs: Any) -> None:
+        super().__init__(learning_rate=learning_rate, **kwargs)
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.apo_down_loss, beta=self.beta))
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return 1.0
 
 
 class DiscoPOPModule(DPOModule):
@@ -385,7 +394,7 @@ class LengthNormalizedDPOModule(DPOModule):
         return math.log(2)
 
 
-class AlphaDPOModule(_SidedModule):
+class AlphaDPOModule(DPOModule):
     r"""f-DPO with an alpha-divergence as the leash: between the reverse KL (DPO) and the forward KL.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = (1 - e^{-alpha a}) / alpha (Wang et al., 2309.16240).
@@ -403,19 +412,13 @@ class AlphaDPOModule(_SidedModule):
             raise ValueError(f"alpha is {alpha}: it must be positive; its limit 0 is DPOModule")
         self.alpha = alpha
 
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return the loss of each pair."""
-        return losses.alpha_dpo_loss(chosen_logratio, rejected_logratio, self.beta, self.alpha)
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.alpha_dpo_loss, beta=self.beta, alpha=self.alpha))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the policy with beta f(log policy/reference) = reward + c, each prompt's c so that it sums to 1."""
-
-        def ratios(shift: Tensor) -> Tensor:
-            inside = 1 - self.alpha * (problem.rewards + shift) / self.beta
-            return inside.clamp_min(1e-300) ** (-1 / self.alpha)
-
-        highest = self.beta / self.alpha - problem.rewards.amax(-1, keepdim=True)
-        return _normalised(problem.reference, ratios, highest - self.beta / self.alpha * 1e6**self.alpha, highest)
+        return _alpha_target(problem, self.beta, self.alpha)
 
     @property
     def value_at_reference(self) -> float | None:
@@ -423,18 +426,30 @@ class AlphaDPOModule(_SidedModule):
         return math.log(2)
 
 
-class ForwardKLDPOModule(AlphaDPOModule):
+class ForwardKLDPOModule(DPOModule):
     r"""f-DPO with the forward KL as the leash: no completion of the reference is given up.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = 1 - e^{-a} (Wang et al., 2309.16240).
     Policy = reference gives log 2.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(alpha=1.0, **kwargs)
+    paper = "Wang et al. 2023, arXiv 2309.16240"
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.forward_kl_dpo_loss, beta=self.beta))
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return the policy with beta (1 - reference/policy) = reward + c, each prompt's c so that it sums to 1."""
+        return _alpha_target(problem, self.beta, 1.0)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference."""
+        return math.log(2)
 
 
-class JensenShannonDPOModule(_SidedModule):
+class JensenShannonDPOModule(DPOModule):
     r"""f-DPO with the Jensen-Shannon divergence as the leash.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = log 2 + log sigmoid(a) (Wang et al., 2309.16240).
@@ -443,9 +458,9 @@ class JensenShannonDPOModule(_SidedModule):
 
     paper = "Wang et al. 2023, arXiv 2309.16240"
 
-    def sided_loss(self, chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
-        """Return the loss of each pair."""
-        return losses.jensen_shannon_dpo_loss(chosen_logratio, rejected_logratio, self.beta)
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
+        return _over_orders(logprobs, partial(losses.jensen_shannon_dpo_loss, beta=self.beta))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the policy with beta f(log policy/reference) = reward + c, each prompt's c so that it sums to 1."""
@@ -502,3 +517,20 @@ def _normalised(reference: Tensor, ratios: Callable[[Tensor], Tensor], low: Tens
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     policy = reference * ratios(low)
     return policy / policy.sum(-1, keepdim=True)
+
+
+def _alpha_target(problem: EnumeratedProblem, beta: float, alpha: float) -> Tensor:
+    """Return the policy with beta (1 - ratio^-alpha) / alpha = reward + c, ratio = policy / reference."""
+
+    def ratios(shift: Tensor) -> Tensor:
+        inside = 1 - alpha * (problem.rewards + shift) / beta
+        return inside.clamp_min(1e-300) ** (-1 / alpha)
+
+    highest = beta / alpha - problem.rewards.amax(-1, keepdim=True)
+    return _normalised(problem.reference, ratios, highest - beta / alpha * 1e6**alpha, highest)
+
+
+def _over_orders(logprobs: PreferenceLogprobs, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the expectation of a loss of (chosen, rejected) log-ratios over both orders of each pair's label."""
+    chosen, rejected, p = logprobs.chosen_logratio, logprobs.rejected_logratio, logprobs.target
+    return p * loss(chosen, rejected) + (1 - p) * loss(rejected, chosen)

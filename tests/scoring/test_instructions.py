@@ -1,0 +1,59 @@
+"""Instructions by value: texts that keep them, texts that nearly do, and rows that are wrong."""
+
+import json
+
+import pytest
+
+from rlhf_lightning.scoring.instructions import CHECKS, InstructionScorer, kept, with_instruction
+
+CASES = {
+    "at_most_words": ({"count": 3}, ["one two", "don't stop now"], ["one two three four", ""]),
+    "at_least_words": ({"count": 2}, ["one two"], ["one", "- - -"]),
+    "sentences": ({"count": 2}, ["A b. C d!", "Yes? no"], ["A b. C d. E f.", "only one"]),
+    "paragraphs": ({"count": 2}, ["a\n\nb", "a\n \nb\n"], ["a\nb", "a\n\nb\n\nc"]),
+    "keyword": ({"word": "Tea"}, ["I like tea.", "TEA"], ["steam", "teapot"]),
+    "keyword_times": ({"word": "tea", "count": 2}, ["tea, tea"], ["tea and teapot"]),
+    "forbidden": ({"word": "tea"}, ["coffee", "teapot"], ["Tea!", "", "..."]),
+    "lowercase": ({}, ["all small, 3 of them"], ["One", "", "123"]),
+    "uppercase": ({}, ["ALL CAPS!"], ["ALL CAPs"]),
+    "no_commas": ({}, ["none here"], ["one, here", "   "]),
+    "starts_with": ({"phrase": "Well"}, [" well then"], ["Oh well"]),
+    "ends_with": ({"phrase": "the end."}, ["this is THE END", "the end!"], ["the end of it"]),
+    "bullets": ({"count": 2}, ["- a\n- b", "* a\n  - b"], ["- a", "-a\n-b", "- a\n- b\n- c"]),
+    "json": ({}, ['{"a": [1, 2]}', "3"], ["{a: 1}", "Here: {}", "[" * 100_000]),
+    "quoted": ({}, ['"said"'], ['"said', '""', "said"]),
+    "title": ({}, ["<<A title>> text"], ["<< >>", "<A title>", "<<a\nb>>"]),
+    "postscript": ({}, ["Bye. P.S. more"], ["Bye. PS more", "P.S."]),
+    "digits": ({}, ["in 1999"], ["in nineteen"]),
+    "no_digits": ({}, ["in nineteen"], ["in 1999", ""]),
+    "question": ({}, ["Is it?"], ["It is.", "Is it? Yes"]),
+}
+
+
+def test_every_instruction_has_cases():
+    assert set(CASES) == set(CHECKS)
+    assert len(CHECKS) >= 15
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_by_value(name):
+    arguments, right, wrong = CASES[name]
+    assert [text for text in right if not kept(text, name, arguments)] == []
+    assert [text for text in wrong if kept(text, name, arguments)] == []
+
+
+def test_rows_and_scores():
+    row = with_instruction("Name a fruit. ", "at_most_words", count=2)
+    assert row["prompt"][0]["content"] == "Name a fruit.\n\nAnswer in at most 2 words."
+    assert json.loads(row["arguments"]) == {"count": 2}
+    columns = {"instruction": [row["instruction"]] * 2, "arguments": [row["arguments"], {"count": 1}]}
+    assert InstructionScorer()(["p", "p"], ["an apple", "an apple"], **columns) == [1.0, 0.0]
+
+
+def test_rows_that_are_wrong():
+    with pytest.raises(ValueError, match="arguments is missing"):
+        InstructionScorer()(["p"], ["c"], instruction=["json"])
+    with pytest.raises(ValueError, match="there is no instruction 'jsn'"):
+        kept("x", "jsn", {})
+    with pytest.raises(ValueError, match="do not fit"):
+        kept("x", "keyword", {"count": 1})
