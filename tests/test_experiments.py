@@ -80,7 +80,7 @@ def completed_by_the_user(path: Path) -> list[str]:
     for group, values in FROM_THE_USER.items():
         given = config.get(group, {}).get("init_args", {})
         for name, value in values.items():
-            wanted = name != "scorer" or config["model"]["class_path"].endswith("PPOModule")
+            wanted = name != "scorer" or config["model"]["class_path"].split(".")[-1] == "PPOModule"
             if wanted and name not in given:
                 flags += [f"--{group}.{name}", value]
     return flags
