@@ -65,7 +65,7 @@ class CriticFreeModule(OnPolicyModule):
     @property
     def holds_reference(self) -> bool:
         """Whether anything is measured from a reference."""
-        return self.kl_coef != 0 or self.kl_target is not None
+        return self.needs_reference and (self.kl_coef != 0 or self.kl_target is not None)
 
     def load_models(self) -> None:
         """Load the policy to train, reference and scorer frozen."""

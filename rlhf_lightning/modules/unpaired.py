@@ -52,7 +52,8 @@ class UnpairedModule(OfflineModule):
     def load_models(self) -> None:
         """Load the policy and its reference."""
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        self.reference = Reference(self.policy, self.init_from, self.load_settings)
+        if self.needs_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings)
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """The reference, unless it lives in the policy as its backbone."""

@@ -68,7 +68,7 @@ def test_the_best_checkpoint_can_be_asked_for(policy_folder, data, capsys):
 
 def test_dpo_needs_no_reference_to_be_exported(policy_folder, data, monkeypatch):
     folder = fit("DPO", policy_folder)
-    monkeypatch.setattr("rlhf_lightning.modules.dpo.load_reference", None)
+    monkeypatch.setattr("rlhf_lightning.models.roles.load_reference", None)
     assert rlhf(["export", str(folder), "--out", "exported"]) == 0
     assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(folder / "model", AutoModelForCausalLM))
 

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from rlhf_lightning.functional import logprobs as logprobs_module
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
+    chunked_log_collisions,
     chunked_logprobs,
     chunked_matches,
     kl_k1,
@@ -383,3 +384,16 @@ def test_matches_of_nothing_and_across_chunks():
     for chunk_tokens in (1, 3, 100):
         assert torch.equal(chunked_matches(hidden, weight, targets, bias, chunk_tokens), expected)
     assert chunked_matches(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize(("temperature", "softcap", "scale"), [(1.0, None, 1.0), (0.7, 2.0, 1.5)])
+def test_two_draws_agree_as_often_as_squared_probabilities_say(chunk_tokens, temperature, softcap, scale):
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in ((7, 4), (11, 4), (11,)))
+    logits = (hidden @ weight.T + bias) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = (logits / temperature).double().softmax(-1).square().sum(-1).log().float()
+    found = chunked_log_collisions(hidden.requires_grad_(), weight, bias, temperature, softcap, scale, chunk_tokens)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
