@@ -25,7 +25,8 @@ class OffsetDPOModule(DPOModule):
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
         """Return one loss per pair, shape (pairs,)."""
-        return -logsigmoid(self.beta * logprobs.margin - self.offset)
+        reward_margin, p = self.beta * logprobs.margin, logprobs.target
+        return -p * logsigmoid(reward_margin - self.offset) - (1 - p) * logsigmoid(-reward_margin - self.offset)
 
 
 class BestOfGroupModule(CriticFreeModule):
