@@ -21,13 +21,7 @@ from rlhf_lightning.types import (
 
 def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
     """One completion for each prompt."""
-    found = [store.completions(row)[0] for row in rows]
-    sequences = Sequences(
-        prompts=tuple(store.prompt(row) for row in rows),
-        completions=tuple(ids for ids, _, _ in found),
-        parents=tuple(range(len(rows))),
-        supervised=tuple(mask for _, mask, _ in found),
-    )
+    sequences, _ = _single(store, rows)
     return DemonstrationBatch(sequences, store.column("weight", rows))
 
 
@@ -57,13 +51,7 @@ def unpaired(
         partners: for each row the one whose completion is put after its prompt.
         max_length: most tokens of prompt and mismatched completion.
     """
-    found = [store.completions(row)[0] for row in rows]
-    sequences = Sequences(
-        prompts=tuple(store.prompt(row) for row in rows),
-        completions=tuple(ids for ids, _, _ in found),
-        parents=tuple(range(len(rows))),
-        supervised=tuple(mask for _, mask, _ in found),
-    )
+    sequences, ranks = _single(store, rows)
     mismatched = None
     if partners is not None:
         others = [store.completions(partners[row])[0] for row in rows]
@@ -72,7 +60,7 @@ def unpaired(
             completions=tuple(ids[:most] for (ids, _, _), most in zip(others, room, strict=True)),
             supervised=tuple(mask[:most] for (_, mask, _), most in zip(others, room, strict=True)),
         )
-    desirable = torch.tensor([rank == 0 for _, _, rank in found], dtype=torch.bool)
+    desirable = torch.tensor([rank == 0 for rank in ranks], dtype=torch.bool)
     return UnpairedBatch(sequences, mismatched, desirable, store.column("weight", rows))
 
 
@@ -115,3 +103,15 @@ def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int
         episodes=(episodes[:, None] + torch.arange(samples)).flatten(),
         group=torch.arange(len(rows)).repeat_interleave(samples),
     )
+
+
+def _single(store: RowStore, rows: Sequence[int]) -> tuple[Sequences, list[int]]:
+    """Each row's only completion after its prompt, and the completions' ranks."""
+    found = [store.completions(row)[0] for row in rows]
+    sequences = Sequences(
+        prompts=tuple(store.prompt(row) for row in rows),
+        completions=tuple(ids for ids, _, _ in found),
+        parents=tuple(range(len(rows))),
+        supervised=tuple(mask for _, mask, _ in found),
+    )
+    return sequences, [rank for _, _, rank in found]

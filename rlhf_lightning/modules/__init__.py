@@ -20,29 +20,31 @@ from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.preference import (
-    AlphaDPOModule,
     AOTModule,
-    APODownModule,
-    APOZeroModule,
-    BCOPairModule,
     ConservativeDPOModule,
     DiscoPOPModule,
     EXOModule,
-    ForwardKLDPOModule,
     HingeModule,
     IPOModule,
-    JensenShannonDPOModule,
     LengthNormalizedDPOModule,
-    NCAModule,
     RobustDPOModule,
     RPOModule,
-    SPPOModule,
     UnpairedAOTModule,
 )
 from rlhf_lightning.modules.ranking import PlackettLuceModule
 from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.modules.sided_preference import (
+    AlphaDPOModule,
+    APODownModule,
+    APOZeroModule,
+    BCOPairModule,
+    ForwardKLDPOModule,
+    JensenShannonDPOModule,
+    NCAModule,
+    SPPOModule,
+)
 from rlhf_lightning.modules.unpaired import BCOModule, KTOModule, UnpairedModule
 
 __all__ = [

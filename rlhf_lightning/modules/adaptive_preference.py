@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class WPOModule(WPOWeighting, DPOModule):
     r"""WPO: DPO in which pairs count by how likely the policy itself would have written them.
 
     loss = w(y_c) w(y_r) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient (Zhou et al.,
-    2406.11827, Section 3). The optimum is DPO's: both orders of a pair have one weight.
+    2406.11827, Section 3). Policy = reference gives w(y_c) w(y_r) log 2. The optimum is DPO's, reference *
+    exp(reward / beta): both orders of a pair have one weight, so each pair alone is at its best there.
 
     Args:
         max_pair_weight: bound of the weight of a pair; None does not bound it.
@@ -58,6 +60,8 @@ class WPOModule(WPOWeighting, DPOModule):
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return reference * exp(reward / beta), normalised."""
+        if self.label_smoothing:
+            return None
         return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
 
 
@@ -66,7 +70,8 @@ class BetaDPOModule(DPOModule):
 
     beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with d the margin and m its moving mean; the share
     ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s the moving deviation (Wu et al.,
-    2407.08639, Section 4, as released). Policy = reference gives log 2.
+    2407.08639, Section 4, as released). Policy = reference gives log 2. Its beta, and so its optimum, depends on how
+    pairs meet in a step. Held-out pairs are measured at ``beta`` itself.
 
     Args:
         alpha: how strongly beta follows the margins.
@@ -130,7 +135,8 @@ class LDDPOModule(DPOModule):
     r"""LD-DPO: the tokens that only the longer completion has count less, so that length is not what is learned.
 
     DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` behind them (Liu et al.,
-    2409.06411). Policy = reference gives log 2; alpha 1 is DPO.
+    2409.06411). Policy = reference gives log 2; alpha 1 is DPO. A token's weight depends on the other completion, so
+    that no reward of a completion alone gives all margins: the optimum is the population loss's minimiser.
 
     Args:
         alpha: weight of the tokens beyond the shorter completion's length.
@@ -166,8 +172,9 @@ class TRDPOModule(DPOModule):
     r"""TR-DPO: DPO whose reference follows the policy, so that the leash does not hold it at the start for ever.
 
     Every ``reference_every`` updates each reference weight becomes alpha policy + (1 - alpha) reference (Gorbatovski et
-    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. With an adapter the
-    reference is a model of its own, since a mixture of low-rank weights is not of low rank.
+    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. Each stretch between two
+    moves aims at reference * exp(reward / beta) with the reference of the moment: there is no fixed optimum. With an
+    adapter the reference is a model of its own: a mixture of adapters has the rank of all of them together.
 
     Args:
         alpha: share of the policy in the new reference.
@@ -185,7 +192,8 @@ class TRDPOModule(DPOModule):
     def load_models(self) -> None:
         """Load the policy, and a reference of its own in every case: it will move."""
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
+        if self.needs_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
 
     def training_step(self, step: Step[Any], batch_idx: int) -> None:
         """Take one optimizer step; now and then the reference follows."""
@@ -193,37 +201,33 @@ class TRDPOModule(DPOModule):
         if self.updates % self.reference_every == 0:
             self.move_reference()
 
-    @property
-    def moving_reference(self) -> nn.Module:
-        """The reference's Hugging Face model."""
-        assert self.reference is not None and self.reference.copy is not None
-        return self.reference.copy.model
-
     @torch.no_grad()
     def move_reference(self) -> None:
         """Mix the policy's weights into the reference's."""
-        reference = self.moving_reference
-        if self.policy.has_adapter:
-            for name, weight in adapted_weights(self.policy.model):
-                parameter = reference.get_parameter(name)
-                parameter.copy_(adaptive.mixed_reference(parameter, weight.to(parameter), self.alpha))
-            return
-        policy = dict(self.policy.model.named_parameters())
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(adaptive.mixed_reference(parameter, policy[name].to(parameter), self.alpha))
+        for _, reference, policy in self._followed():
+            reference.copy_(adaptive.mixed_reference(reference, policy.to(reference), self.alpha))
+
+    def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
+        assert self.reference is not None and self.reference.copy is not None
+        model, reference = self.policy.model, self.reference.copy.model
+        for name, weight in adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
+            yield name, reference.get_parameter(name), weight
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """A moving reference has no fixed optimum."""
         return None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference once it has moved: nothing else knows where it is."""
+        """Keep the reference's weights once they have moved: nothing else knows where they are."""
         super().on_save_checkpoint(checkpoint)
         if self.updates >= self.reference_every:
-            checkpoint["reference"] = self.moving_reference.state_dict()
+            checkpoint["reference"] = {name: reference.detach() for name, reference, _ in self._followed()}
 
+    @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the reference where it was."""
+        """Put the reference where it was; an export goes without it."""
         super().on_load_checkpoint(checkpoint)
-        if "reference" in checkpoint:
-            self.moving_reference.load_state_dict(checkpoint["reference"])
+        if self.reference is not None and "reference" in checkpoint:
+            for name, reference, _ in self._followed():
+                reference.copy_(checkpoint["reference"][name])

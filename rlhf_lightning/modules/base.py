@@ -18,6 +18,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
+from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.optimization import (
@@ -109,6 +110,7 @@ class AlignmentModule(LightningModule):
         self.updates = self.episodes = self.tokens = self.rollouts = 0
         self._steps_logged, self._learning_rate_used = 0, learning_rate
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.reference: Reference | None = None
         self._evaluation = Meter()
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class AlignmentModule(LightningModule):
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """Models that serve training without being trained; kept off the module, out of checkpoints and optimizers."""
-        return ()
+        return () if self.reference is None else self.reference.models
 
     def configure_model(self) -> None:
         """Load the models when Lightning asks for them; it asks again for validation and testing."""

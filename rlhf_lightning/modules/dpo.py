@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.coupled import WholeStep, whole_step
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
@@ -33,7 +34,10 @@ class DPOModule(OfflineModule):
 
     Args:
         beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
-        label_smoothing: share of labels taken to be wrong; p becomes (1 - s) p + s (1 - p).
+        label_smoothing: share s of the labels taken to be wrong; p becomes (1 - s) p + s (1 - p), whatever the loss.
+
+    Raises:
+        ValueError: ``label_smoothing`` is outside [0, 0.5), or the objective takes labels as certain.
     """
 
     paper = "Rafailov et al. 2023, arXiv 2305.18290"
@@ -53,8 +57,11 @@ class DPOModule(OfflineModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {label_smoothing}: it must lie in [0, 0.5)")
+        if label_smoothing and not self.weighs_rows:
+            raise ValueError(f"label_smoothing is {label_smoothing}, but {type(self).__name__} takes labels as certain")
         self.beta, self.label_smoothing = beta, label_smoothing
-        self.reference: Reference | None = None
 
     @property
     def model(self) -> CausalLM:
@@ -67,14 +74,9 @@ class DPOModule(OfflineModule):
         if self.needs_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
 
-    def frozen_models(self) -> Sequence[nn.Module]:
-        """The reference, unless it lives in the policy as its backbone."""
-        return () if self.reference is None else self.reference.models
-
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per pair, shape (pairs,). The override point of this family."""
-        target = logprobs.target * (1 - 2 * self.label_smoothing) + self.label_smoothing
-        return dpo_loss(logprobs.margin, self.beta, target)
+        return dpo_loss(logprobs.margin, self.beta, logprobs.target)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry of the rewards.
@@ -97,15 +99,18 @@ class DPOModule(OfflineModule):
         self._measure(logprobs, loss, meter)
         return (loss.values * logprobs.weights).sum()
 
-    def training_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
-        """Take one optimizer step; a loss that couples pairs is taken over all of the step's pairs at once."""
-        if self.batch_coupled and len(step.micro_batches) * self.trainer.world_size > 1:
-            self._coupled_step(step)
-        else:
-            super().training_step(step, batch_idx)
+    def smoothed(self, target: Tensor) -> Tensor:
+        """Return labels, probabilities that chosen is better, with the share that is taken to be wrong mixed in."""
+        return target * (1 - 2 * self.label_smoothing) + self.label_smoothing
 
     def preference_logprobs(self, batch: PreferenceBatch) -> PreferenceLogprobs:
-        """Forward chosen and rejected completions together, through the policy and through the reference."""
+        """Forward chosen and rejected completions together, through the policy and through the reference.
+
+        Raises:
+            ValueError: pairs are weighted, and the objective cannot weigh them.
+        """
+        if not self.weighs_rows and bool((batch.weights != 1).any()):
+            raise ValueError(f"{type(self).__name__} matches pairs by rank and cannot weigh them: leave weights at 1")
         layout = layout_of(batch.sequences, self.device)
         outputs = self.policy(layout, with_collisions=self.needs_collisions)
         reference = None if self.reference is None else self.reference.logprobs(layout)
@@ -119,98 +124,75 @@ class DPOModule(OfflineModule):
             reference_rejected_logprobs=None if reference is None else reference[rejected],
             chosen_mask=layout.completion_mask[chosen],
             rejected_mask=layout.completion_mask[rejected],
-            target=batch.target.to(self.device),
+            target=self.smoothed(batch.target.to(self.device)),
             rated_margin=batch.margin.to(self.device),
             weights=batch.weights.to(self.device),
             chosen_log_collisions=None if outputs.collisions is None else outputs.collisions[chosen],
             rejected_log_collisions=None if outputs.collisions is None else outputs.collisions[rejected],
         )
 
-    def _coupled_step(self, step: Step[PreferenceBatch]) -> None:
-        """Take a step whose loss depends on all pairs at once, in the memory of one micro-batch.
+    # -- losses that couple the pairs of a step ------------------------------------------------------------------------
 
-        A first pass without gradient collects the log-probabilities of every pair on every rank; the loss is taken on
-        them as leaves; a second pass pushes each leaf's gradient through its own micro-batch. The gradient is exact.
-        """
-        with torch.no_grad():
-            parts = [self.preference_logprobs(batch) for batch in step.micro_batches]
-        width = self._widest(parts)
-        mine = [_pad_width(part, width) for part in parts]
-        columns: Any = zip(*mine, strict=True)
-        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
-        local = PreferenceLogprobs(*joined)
-        counts = self._counts(len(local.target))
-        fields: list[Any] = [None if field is None else self._gathered(field, counts) for field in local]
-        whole = PreferenceLogprobs(*fields)
-        chosen, rejected = (x.detach().requires_grad_() for x in whole[:2])
-        whole = whole._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected)
-        loss, meter = as_loss(self.preference_loss(whole)), Meter()
-        self._measure(whole, loss, meter)
-        gradients = torch.autograd.grad((loss.values * whole.weights).sum(), (chosen, rejected))
-        offset = sum(counts[: self.global_rank])
-        starts = torch.tensor([0] + [len(part.target) for part in parts]).cumsum(0).tolist()
-
-        def surrogate(batch: PreferenceBatch, rows: slice) -> Tensor:
-            again = self.preference_logprobs(batch)
-            pairs = zip((again.policy_chosen_logprobs, again.policy_rejected_logprobs), gradients, strict=True)
-            return torch.stack([(now * gradient[rows, : now.shape[1]]).sum() for now, gradient in pairs]).sum()
-
-        norm = self.update(
-            [
-                partial(surrogate, batch, slice(offset + start, offset + end))
-                for batch, start, end in zip(step.micro_batches, starts[:-1], starts[1:], strict=True)
-            ],
-            step.rows,
-        )
+    def training_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
+        """Take one optimizer step; a loss that couples pairs is taken over all of the step's pairs at once."""
+        if not self._couples(step):
+            super().training_step(step, batch_idx)
+            return
+        whole, meter = self._whole_step(step), Meter()
+        pairs, leaves = whole.with_leaves()
+        loss = as_loss(self.preference_loss(pairs))
+        self._measure(pairs, loss, meter)
+        gradients = torch.autograd.grad((loss.values * pairs.weights).sum(), leaves)
+        parts = zip(step.micro_batches, whole.rows, strict=True)
+        losses = [partial(self._with_gradient, batch, [side[rows] for side in gradients]) for batch, rows in parts]
+        norm = self.update(losses, step.rows)
         self.episodes += step.rows
         self.tokens += step.tokens
         self.log_training(meter, grad_norm=norm)
 
-    def _widest(self, parts: Sequence[PreferenceLogprobs]) -> int:
-        """Return the longest completion of the step over all ranks."""
-        widest = max(max(part.chosen_mask.shape[1], part.rejected_mask.shape[1]) for part in parts)
-        return int(self.trainer.strategy.reduce(torch.tensor(float(widest), device=self.device), reduce_op="max"))
+    def validation_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
+        """Add the metrics of held-out pairs; coupled ones are judged together, as in training."""
+        if not self._couples(step):
+            super().validation_step(step, batch_idx)
+            return
+        pairs = self._whole_step(step).logprobs
+        self._measure(pairs, as_loss(self.preference_loss(pairs)), self._evaluation)
 
-    def _counts(self, mine: int) -> list[int]:
-        """Return how many pairs of the step each rank has."""
-        if self.trainer.world_size == 1:
-            return [mine]
-        return cast(Tensor, self.all_gather(torch.tensor(mine, device=self.device))).tolist()
+    def _couples(self, step: Step[PreferenceBatch]) -> bool:
+        """Whether the loss of this step needs more pairs than a micro-batch has."""
+        return self.batch_coupled and len(step.micro_batches) * self.trainer.world_size > 1
 
-    def _gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Concatenate rows of all ranks, in the order of the ranks; a collective needs equal shapes, so pad and cut."""
-        if self.trainer.world_size == 1:
-            return rows
-        padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-        gathered = cast(Tensor, self.all_gather(padded))
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    def _whole_step(self, step: Step[PreferenceBatch]) -> WholeStep:
+        """Return the log-probabilities of all pairs of the step, on all ranks, without gradient."""
+        with torch.no_grad():
+            return whole_step(self, [self.preference_logprobs(batch) for batch in step.micro_batches])
+
+    def _with_gradient(self, batch: PreferenceBatch, gradients: Sequence[Tensor]) -> Tensor:
+        """Return a sum over the micro-batch's log-probabilities whose gradient by each is the one given."""
+        again = self.preference_logprobs(batch)
+        sides = zip((again.policy_chosen_logprobs, again.policy_rejected_logprobs), gradients, strict=True)
+        return torch.stack([(side * gradient[:, : side.shape[1]]).sum() for side, gradient in sides]).sum()
+
+    # -- metrics, export -----------------------------------------------------------------------------------------------
 
     def _measure(self, logprobs: PreferenceLogprobs, loss: Loss, meter: Meter) -> None:
         """Add the implicit rewards, margins and accuracy that every preference objective is compared by."""
         chosen, rejected = logprobs.chosen_logratio.detach(), logprobs.rejected_logratio.detach()
-        scale = getattr(self, "beta", 1.0)
-        meter.add_ratio("loss", (loss.values * logprobs.weights).sum(), len(loss.values))
-        meter.add("chosen_reward", scale * chosen)
-        meter.add("rejected_reward", scale * rejected)
-        meter.add("reward_margin", scale * (chosen - rejected))
-        meter.add("reward_accuracy", (chosen > rejected).double())
-        meter.add("chosen_logprob", logprobs.policy_chosen_logprobs.sum(-1))
-        meter.add("rejected_logprob", logprobs.policy_rejected_logprobs.sum(-1))
-        meter.add("length_difference", (logprobs.chosen_lengths - logprobs.rejected_lengths).double())
-        for name, values in loss.metrics.items():
-            meter.add(name, values)
+        scale, weights = getattr(self, "beta", 1.0), logprobs.weights
+        # The loss is what is trained, a sum over the count of pairs; everything else is a mean over the weighted pairs.
+        meter.add_ratio("loss", (loss.values * weights).sum(), len(loss.values))
+        metrics = {
+            "chosen_reward": scale * chosen,
+            "rejected_reward": scale * rejected,
+            "reward_margin": scale * (chosen - rejected),
+            "reward_accuracy": (chosen > rejected).double(),
+            "chosen_logprob": logprobs.chosen_sequence_logprobs,
+            "rejected_logprob": logprobs.rejected_sequence_logprobs,
+            "length_difference": (logprobs.chosen_lengths - logprobs.rejected_lengths).double(),
+        }
+        for name, values in {**metrics, **loss.metrics}.items():
+            meter.add(name, values, weights if values.shape == weights.shape else None)
 
     def export(self, folder: str | Path) -> Path:
         """Write the policy as a Hugging Face folder."""
         return export_policy(self.policy, self.tokenizer, folder)
-
-
-def _pad_width(part: PreferenceLogprobs, width: int) -> PreferenceLogprobs:
-    """Pad every token tensor with zeros to ``width``, so that micro-batches can be stacked."""
-    fields: Any = part
-    per_token = [field is not None and field.dim() == 2 for field in fields]
-    padded = [
-        torch.nn.functional.pad(field, (0, width - field.shape[1])) if wide else field
-        for field, wide in zip(fields, per_token, strict=True)
-    ]
-    return PreferenceLogprobs(*padded)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
@@ -101,7 +101,6 @@ class OnPolicyModule(AlignmentModule):
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
         self.early_stop_kl = early_stop_kl
-        self.reference: Reference | None = None
         self.invariants = Invariants(on_violation)
         self._untouched = False
 
@@ -127,10 +126,6 @@ class OnPolicyModule(AlignmentModule):
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
         self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
-
-    def frozen_models(self) -> Sequence[nn.Module]:
-        """The reference, unless it lives in the policy as its backbone."""
-        return () if self.reference is None else self.reference.models
 
     def _place_frozen_models(self) -> None:
         super()._place_frozen_models()

@@ -16,7 +16,7 @@ class ReferenceFreeDPOModule(DPOModule):
     r"""DPO with a uniform reference: the policy's log-probability is the implicit reward.
 
     loss = -log sigmoid(beta (S_w - S_l)), S the sequence log-probabilities (a special case of Rafailov et al.,
-    2305.18290). Equal log-probabilities give log 2.
+    2305.18290). Equal log-probabilities give log 2. The optimum is exp(reward / beta), normalised.
     """
 
     needs_reference = False
@@ -30,6 +30,8 @@ class ReferenceFreeDPOModule(DPOModule):
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return exp(reward / beta), normalised."""
+        if self.label_smoothing:
+            return None
         return torch.softmax(problem.rewards / self.beta, -1)
 
 
@@ -37,7 +39,7 @@ class SimPOModule(DPOModule):
     r"""SimPO: mean log-probabilities as rewards, and a gap that a pair must clear.
 
     loss = -log sigmoid(beta (S_w / n_w - S_l / n_l) - gamma) (Meng et al., 2405.14734, Eq. 6). Equal means give
-    -log sigmoid(-gamma).
+    -log sigmoid(-gamma). The optimum is the population loss's minimiser: the gap keeps margins from the log-odds.
 
     Args:
         beta: reward units per nat of mean log-probability; 2 to 10.
@@ -64,7 +66,8 @@ class ORPOModule(DPOModule):
     r"""ORPO: fine-tuning on the chosen completion and an odds ratio against the rejected one, in one stage.
 
     loss = -S_w / n_w - weight * log sigmoid(o), o the log odds ratio of the two completions' mean probabilities per
-    token (Hong et al., 2403.07691, Eq. 6 and 7). Equal means m give -m + weight * log 2.
+    token (Hong et al., 2403.07691, Eq. 6 and 7). Equal means m give -m + weight * log 2. The optimum is the population
+    loss's minimiser: as the weight is small, near the chosen completions' frequencies over lengths.
 
     Args:
         weight: lambda, weight of the odds ratio.
@@ -94,7 +97,8 @@ class CPOModule(DPOModule):
     r"""CPO: reference-free DPO with the chosen completion's likelihood.
 
     loss = -log sigmoid(beta (S_w - S_l)) - alpha S_w / n_w (Xu et al., 2401.08417). Equal log-probabilities S of equal
-    lengths n give log 2 - alpha S / n.
+    lengths n give log 2 - alpha S / n. The optimum is the population loss's minimiser, between exp(reward / beta) and
+    the chosen completions' frequencies over lengths.
 
     Args:
         alpha: weight of the likelihood.

@@ -15,6 +15,7 @@ from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
 from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
 from rlhf_lightning.types import PromptBatch, Sequences
@@ -198,13 +199,8 @@ def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
 
 def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:
     """Return the numbers of all ranks, of which each may have another count."""
-    if module.trainer.world_size == 1:
-        return list(numbers)
     mine = torch.tensor(list(numbers), dtype=torch.long, device=module.device)
-    counts: Any = module.all_gather(torch.tensor(len(mine), device=module.device))
-    padded = torch.nn.functional.pad(mine, (0, int(counts.max()) - len(mine)))
-    everyone: Any = module.all_gather(padded)
-    return [n for part, count in zip(everyone, counts.tolist(), strict=True) for n in part[:count].tolist()]
+    return gathered_rows(module, mine).tolist()
 
 
 def gather_grids(

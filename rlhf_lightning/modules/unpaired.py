@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
@@ -16,6 +15,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.types import Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
@@ -41,7 +41,6 @@ class UnpairedModule(OfflineModule):
     def __init__(self, beta: float = 0.1, learning_rate: float = 5e-6, warmup: float = 0.1, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
         self.beta = beta
-        self.reference: Reference | None = None
         self._reference_point: Tensor | None = None
 
     @property
@@ -54,10 +53,6 @@ class UnpairedModule(OfflineModule):
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
         if self.needs_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
-
-    def frozen_models(self) -> Sequence[nn.Module]:
-        """The reference, unless it lives in the policy as its backbone."""
-        return () if self.reference is None else self.reference.models
 
     # -- override points ----------------------------------------------------------------------------------------------
 
@@ -98,7 +93,7 @@ class UnpairedModule(OfflineModule):
         ]
         ratios = [[self._logratios(sequences) for sequences in side] for side in sides]
         empty = torch.zeros(0, device=self.device)
-        matched, mismatched = (self._over_ranks(torch.cat([empty, *side])) for side in ratios)
+        matched, mismatched = (gathered_rows(self, torch.cat([empty, *side])) for side in ratios)
         return self.reference_point(matched, mismatched)
 
     def _logratios(self, sequences: Sequences) -> Tensor:
@@ -106,15 +101,6 @@ class UnpairedModule(OfflineModule):
         layout = layout_of(sequences, self.device)
         assert self.reference is not None
         return self.policy(layout).logprobs.sum(-1) - self.reference.logprobs(layout).sum(-1)
-
-    def _over_ranks(self, values: Tensor) -> Tensor:
-        """Return the values of all ranks, of which each may have another number."""
-        if self.trainer.world_size == 1:
-            return values
-        counts: Any = self.all_gather(torch.tensor(len(values), device=self.device))
-        padded = torch.nn.functional.pad(values, (0, int(counts.max()) - len(values)))
-        gathered: Any = self.all_gather(padded)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)])
 
     def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
         """Forward the completions through the policy and through the reference."""

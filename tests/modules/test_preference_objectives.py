@@ -76,6 +76,7 @@ def unloaded(name: str, **settings: Any) -> DPOModule:
 def values(module: DPOModule, logprobs: PreferenceLogprobs) -> Tensor:
     if not module.needs_reference:
         logprobs = logprobs._replace(reference_chosen_logprobs=None, reference_rejected_logprobs=None)
+    logprobs = logprobs._replace(target=module.smoothed(logprobs.target))  # as the module does with its batches
     return as_loss(module.preference_loss(logprobs)).values
 
 
