@@ -294,7 +294,7 @@ def test_a_logger_of_ones_own_decides_the_folder():
 def test_nothing_but_the_run_is_said(capsys, recwarn):
     run(["fit", *BASIC])
     told = capsys.readouterr()
-    assert re.sub(r"\d+(\.\d+)?", "#", told.out).splitlines() == [
+    assert re.sub(r"\d[\d,]*(\.\d+)?", "#", told.out).splitlines() == [
         "run: runs/slope/version_#",
         "SlopeModule: # parameters, # of them trained",
         "training #/# (# %)  update #  loss #  tokens/s #  left #:#",
