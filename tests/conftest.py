@@ -99,10 +99,13 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
-    """The real tokenizer of SmolLM2-135M-Instruct, or a skip."""
+    """The tokenizer of SmolLM2-135M-Instruct: of the folder that is named, or that a real run converted; or a skip."""
+    from rlhf_lightning.models.loading import cache_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
-    folder = Path(os.environ.get("RLHF_SMOLLM2", "~/.cache/rlhf_lightning/smollm2")).expanduser()
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip(f"no SmolLM2 folder at {folder}; RLHF_SMOLLM2 names it")
-    return load_tokenizer(folder)
+    named = os.environ.get("RLHF_SMOLLM2")
+    folders = [Path(named)] if named else sorted((cache_folder() / "models").glob("SmolLM2-135M-Instruct*"))
+    found = [folder for folder in folders if (folder / "tokenizer.json").is_file()]
+    if not found:
+        pytest.skip("no SmolLM2 folder: `make real-smoke` converts one, or RLHF_SMOLLM2 names it")
+    return load_tokenizer(found[0])

@@ -19,8 +19,21 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences, Step
+
+
+def keep_double(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+    """Root-mean-square norm in float32 or wider. As it comes it narrows a model in double to float32 at every norm, and
+    comparisons to 1e-9 would measure that.
+    """
+    wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return norm.weight * wide.to(hidden.dtype)
+
+
+LlamaRMSNorm.forward = keep_double
 
 SPECIAL = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 PAD, EOS, FIRST_WORD, VOCABULARY = 0, 3, 6, 120

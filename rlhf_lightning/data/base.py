@@ -277,8 +277,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def _plan(self, store: RowStore, rows: np.ndarray, epoch: int = 0, **changes: Any) -> BatchPlan:
         settings: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last}
+        shares = self.trainer is not None and getattr(self.trainer.lightning_module, "shares_prompts", False)
+        lengths = store.shared_lengths if shares else store.lengths
         return BatchPlan(
-            store.lengths[rows], store.tokens[rows], micro_batch_size=self.micro_batch_size, max_tokens=self.max_tokens,
+            lengths[rows], store.tokens[rows], micro_batch_size=self.micro_batch_size, max_tokens=self.max_tokens,
             ranks=self.ranks[1], seed=self.seed, epoch=epoch, **{**settings, **changes},
         )  # fmt: skip
 

@@ -40,7 +40,8 @@ class BatchPlan:
     """The optimizer steps of one epoch.
 
     Args:
-        lengths: padded cost of a row in tokens: for one sequence its length, for a pair twice the longer of its two.
+        lengths: cost of a row in tokens: for one sequence its length, for a pair twice the longer of its two, or prompt
+            and both completions where these share it.
         tokens: supervised tokens of each row.
         batch_size: rows of an optimizer step over all ranks.
         micro_batch_size: most rows of a micro-batch.

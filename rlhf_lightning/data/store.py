@@ -49,6 +49,7 @@ class RowStore:
         longest = np.maximum.reduceat(answers, prompts) if len(prompts) else np.zeros(0, np.int64)
         self.prompt_lengths = sizes[prompts]
         self.lengths = np.maximum(counts, 1) * (self.prompt_lengths + longest)
+        self.shared_lengths = self.prompt_lengths + (np.add.reduceat(answers, prompts) if len(prompts) else 0)
         ends = np.concatenate([[0], np.cumsum(arrays["supervised"], dtype=np.int64)])
         starts = self.bounds[self.first]
         self.tokens = ends[starts[1:]] - ends[starts[:-1]]

@@ -13,7 +13,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.statistics import best_of_n_curve, bootstrap_interval
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
-from rlhf_lightning.models.layout import cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import cut_sequences, lay_out, select
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores
 from rlhf_lightning.types import Prompt, Sequences
@@ -105,8 +105,9 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
     """Return the KL estimate of each completion: log policy - log reference summed over its tokens, nats."""
     device, totals = next(policy.parameters()).device, torch.zeros(len(sequences.completions))
     with inference_mode_of(policy), inference_mode_of(reference):
-        for rows in cut_rows(sequences.lengths, max_tokens=MAX_TOKENS):
-            layout = padded_layout(select(sequences, rows)).to(device)
+        share = policy.reads_trees and reference.reads_trees
+        for rows in cut_sequences(sequences, max_tokens=MAX_TOKENS, share_prompts=share):
+            layout = lay_out(select(sequences, rows), share).to(device)
             tokens = kl_k1(policy(layout, temperature).logprobs, reference(layout, temperature).logprobs)
             totals[rows] = tokens.sum(-1).cpu()
     return totals

@@ -29,7 +29,7 @@ from rlhf_lightning.models.loading import (
     refuse_reward_adapter,
     resolve_folder,
 )
-from rlhf_lightning.models.scalar_head import trunk, unwrapped
+from rlhf_lightning.models.scalar_head import hidden_states, reads_trees, unwrapped
 
 
 class TokenOutputs(NamedTuple):
@@ -71,6 +71,11 @@ class CausalLM(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     @property
+    def reads_trees(self) -> bool:
+        """Whether a prompt can be computed once for all its completions, see `models.layout.shared_layout`."""
+        return reads_trees(self.model)
+
+    @property
     def has_adapter(self) -> bool:
         """Whether the policy is an adapter on a frozen backbone."""
         return hasattr(self.model, "peft_config")
@@ -94,7 +99,7 @@ class CausalLM(nn.Module):
             with_matches: also return whether each token is the likeliest one; costs the head's product again.
             with_collisions: also return how likely two draws agree at each token; costs the head's product again.
         """
-        states = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        states = hidden_states(self.model, layout)
         hidden = states[layout.predictors]
         head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
         softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -25,6 +26,11 @@ class ScalarModel(nn.Module):
         self.model = model
         self.bias = bias
 
+    @property
+    def reads_trees(self) -> bool:
+        """Whether a prompt can be computed once for all its completions, see `models.layout.shared_layout`."""
+        return reads_trees(self.model)
+
     def forward(self, layout: Layout, per_token: bool = False) -> Tensor:
         """Score each completion at its last token, or value the state before each completion token.
 
@@ -35,11 +41,45 @@ class ScalarModel(nn.Module):
         Returns:
             Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values.
         """
-        hidden = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = hidden_states(self.model, layout)
         wanted = hidden[layout.predictors if per_token else layout.last]
         head = unwrapped(self.model).score
         scalars = at_least_float32(head(wanted.to(head_dtype(head)))).squeeze(-1)
         return layout.scatter(scalars) if per_token else scalars
+
+
+def hidden_states(model: Any, layout: Layout) -> Tensor:
+    """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size)."""
+    options: dict[str, Any] = {}
+    if layout.attention is not None:
+        options = {"position_ids": layout.positions, "attention_mask": layout.attention}
+        if model.config._attn_implementation == "eager":  # it adds the mask to the scores
+            dtype = next(model.parameters()).dtype
+            blocked = torch.zeros_like(layout.attention, dtype=dtype)
+            options["attention_mask"] = blocked.masked_fill_(~layout.attention, torch.finfo(dtype).min)
+    return trunk(model)(input_ids=layout.input_ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
+
+
+def reads_trees(model: Any) -> bool:
+    """Whether a model reads a prompt once for several completions: it must take each cell's position and what the cell
+    may look at from outside.
+
+    Kernels that make their own masks (flash, flex), windows that slide over a row, recurrent layers and position biases
+    do not.
+    """
+    config, inner = unwrapped(model).config, unwrapped(model)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    takes_positions = "position_ids" in inspect.signature(trunk(model).forward).parameters
+    return bool(
+        takes_positions
+        and inner._supports_sdpa
+        and config._attn_implementation in ("sdpa", "eager")
+        and kinds == {"full_attention"}
+        and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+        and not getattr(config, "alibi", False)
+        and not getattr(inner, "_is_stateful", False)
+        and not getattr(config, "is_encoder_decoder", False)
+    )
 
 
 def unwrapped(model: Any) -> Any:

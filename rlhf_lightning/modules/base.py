@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
@@ -56,6 +56,8 @@ class AlignmentModule(LightningModule):
         dtype: precision of the weights.
         attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        share_prompts: compute a prompt once for all its completions, where the model can; changes no result beyond
+            rounding.
         learning_rate: peak learning rate of AdamW.
         betas: AdamW's decay rates of the two moments.
         adam_eps: AdamW's epsilon.
@@ -88,6 +90,7 @@ class AlignmentModule(LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         attn_implementation: str | None = None,
         activation_checkpointing: bool = False,
+        share_prompts: bool = True,
         learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
@@ -105,6 +108,7 @@ class AlignmentModule(LightningModule):
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
         self.load_settings = LoadSettings(from_scratch, dtype, attn_implementation, activation_checkpointing, seed)
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        self.share_prompts = share_prompts
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.updates = self.episodes = self.tokens = self.rollouts = 0
@@ -127,6 +131,15 @@ class AlignmentModule(LightningModule):
     def model(self) -> nn.Module:
         """The model this stage trains and hands over."""
         raise AttributeError(f"{type(self).__name__} must define the property 'model'")
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt's completions are laid out behind it in one row: asked for, and the loaded model can."""
+        return self.share_prompts and self._models_loaded and bool(getattr(self.model, "reads_trees", False))
+
+    def lay_out(self, sequences: Sequences) -> Layout:
+        """Lay sequences out for the model, on its device."""
+        return lay_out(sequences, self.shares_prompts).to(self.device)
 
     def load_models(self) -> None:
         """Load the models of the stage and register the trained ones. Called once, before training or evaluation."""
@@ -404,8 +417,3 @@ def plain(value: Any) -> Any:
 def as_loss(returned: Tensor | Loss) -> Loss:
     """Accept an objective's bare values as well as a Loss."""
     return returned if isinstance(returned, Loss) else Loss(returned)
-
-
-def layout_of(sequences: Sequences, device: torch.device) -> Any:
-    """Lay sequences out for the model and move them to the device."""
-    return padded_layout(sequences).to(device)

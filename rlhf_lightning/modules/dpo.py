@@ -15,7 +15,7 @@ from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.coupled import WholeStep, whole_step
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
@@ -111,7 +111,7 @@ class DPOModule(OfflineModule):
         """
         if not self.weighs_rows and bool((batch.weights != 1).any()):
             raise ValueError(f"{type(self).__name__} matches pairs by rank and cannot weigh them: leave weights at 1")
-        layout = layout_of(batch.sequences, self.device)
+        layout = self.lay_out(batch.sequences)
         outputs = self.policy(layout, with_collisions=self.needs_collisions)
         reference = None if self.reference is None else self.reference.logprobs(layout)
         pairs = len(batch.target)

@@ -15,7 +15,7 @@ from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
@@ -189,9 +189,11 @@ class OnPolicyModule(AlignmentModule):
     def statistics(self, sequences: Sequences) -> dict[str, Tensor]:
         """Forward sampled completions as training will, without gradient; one (episodes, length) grid for each name."""
         with inference_mode_of(self):
-            return gather_grids(
-                sequences, self._forward_statistics, self.device, self.micro_batch_size, self.max_tokens
-            )
+            return gather_grids(sequences, self.cut(sequences), self._forward_statistics, self.lay_out)
+
+    def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """Cut episodes into micro-batches, in training as for a rollout's statistics."""
+        return cut_sequences(sequences, rows, self.micro_batch_size, self.max_tokens, self.shares_prompts)
 
     def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
         """Return what one forward of the policy, and one of the reference, say about a micro-batch."""
@@ -265,8 +267,7 @@ class OnPolicyModule(AlignmentModule):
         sequences = rollout.sequences
         learned = rollout.completion_mask if advantages.learned is None else advantages.learned
         count = float(self._over_ranks(self.aggregation(learned[rows]).divisor))
-        lengths = [sequences.lengths[row] for row in rows]
-        cuts = [[rows[i] for i in cut] for cut in cut_rows(lengths, self.micro_batch_size, self.max_tokens)]
+        cuts = self.cut(sequences, rows)
         losses: list[Callable[[], Tensor]] = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
         if not rows:  # another rank has them all; without a backward pass here its gradients would wait for ever
             losses = [lambda: 0.0 * self._loss_sum(rollout, advantages, [0], Meter())]
@@ -278,7 +279,7 @@ class OnPolicyModule(AlignmentModule):
 
     def _loss_sum(self, rollout: Rollout, advantages: Advantages, cut: list[int], meter: Meter) -> Tensor:
         """Return the weighted sum of a micro-batch's token losses, to be divided by the minibatch's count."""
-        layout = padded_layout(select(rollout.sequences, cut)).to(self.device)
+        layout = self.lay_out(select(rollout.sequences, cut))
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
         rows = torch.tensor(cut, device=self.device)
         outputs = self.policy_outputs(layout, with_entropy=self.entropy_coef != 0)

@@ -20,7 +20,7 @@ from rlhf_lightning.functional.policy_gradient import (
     value_clip_fraction,
 )
 from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss
@@ -254,9 +254,9 @@ class PPOModule(OnPolicyModule):
         scale = self.pretraining_coef * count / max(tokens, 1.0)
 
         def loss(rows: list[int]) -> Tensor:
-            layout = padded_layout(select(sequences, rows)).to(self.device)
+            layout = self.lay_out(select(sequences, rows))
             negative = -self.policy(layout).logprobs
             meter.add("pretraining_loss", negative, layout.completion_mask)
             return scale * negative.sum()
 
-        return [partial(loss, cut) for cut in cut_rows(sequences.lengths, self.micro_batch_size, self.max_tokens)]
+        return [partial(loss, cut) for cut in cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)]

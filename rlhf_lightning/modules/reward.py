@@ -20,7 +20,7 @@ from rlhf_lightning.models.loading import (
     resolve_folder,
 )
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
@@ -88,7 +88,7 @@ class RewardModule(OfflineModule):
 
     def loss_sum(self, batch: RankedBatch, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's groups."""
-        scores = self.reward_model(layout_of(batch.sequences, self.device))
+        scores = self.reward_model(self.lay_out(batch.sequences))
         group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)
         parts = (batch.ranks, batch.target, batch.margin, batch.weights)
         ranked = RankedScores(scores, group, *(part.to(self.device) for part in parts))
@@ -147,7 +147,7 @@ class RewardModule(OfflineModule):
         """Score each completion of each group."""
         rows: list[dict[str, Any]] = []
         for batch in step.micro_batches:
-            scores = self.reward_model(layout_of(batch.sequences, self.device)) - self.reward_model.bias
+            scores = self.reward_model(self.lay_out(batch.sequences)) - self.reward_model.bias
             decode = self.tokenizer.decode
             for row, (parent, score) in enumerate(zip(batch.sequences.parents, scores.tolist(), strict=True)):
                 prompt = decode(batch.sequences.prompts[parent].tolist(), skip_special_tokens=True)

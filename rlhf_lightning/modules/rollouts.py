@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.layout import Layout, cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
@@ -205,30 +205,28 @@ def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[in
 
 def gather_grids(
     sequences: Sequences,
+    cuts: Sequence[Sequence[int]],
     forward: Callable[[Layout], Mapping[str, Tensor | None]],
-    device: torch.device,
-    micro_batch_size: int | None = None,
-    max_tokens: int | None = None,
+    lay_out: Callable[[Sequences], Layout],
 ) -> dict[str, Tensor]:
     """Run ``forward`` over micro-batches of the sequences and put what it returns on one (rows, length) grid each.
 
     Args:
         sequences: prompts and completions.
+        cuts: rows of each micro-batch.
         forward: returns per-token tensors of a layout, shape (rows of it, its length or more); None ones are left out.
-        device: where layouts go.
-        micro_batch_size: most rows of one forward pass.
-        max_tokens: most cells of one forward pass.
+        lay_out: arranges a micro-batch for the model.
     """
     rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
     grids: dict[str, Tensor] = {}
-    for cut in cut_rows(sequences.lengths, micro_batch_size, max_tokens):
-        layout = padded_layout(select(sequences, cut)).to(device)
+    for cut in cuts:
+        layout = lay_out(select(sequences, cut))
         for name, part in forward(layout).items():
             if part is None:
                 continue
             if name not in grids:
                 grids[name] = part.new_zeros(rows, length + part.shape[1] - layout.completion_mask.shape[1])
-            grids[name][cut, : part.shape[1]] = part
+            grids[name][list(cut), : part.shape[1]] = part
     return grids
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
@@ -56,7 +56,7 @@ class SFTModule(OfflineModule):
 
     def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:
         """Return the summed token losses of a micro-batch."""
-        layout = layout_of(batch.sequences, self.device)
+        layout = self.lay_out(batch.sequences)
         evaluating = not torch.is_grad_enabled()
         outputs = self.policy(layout, with_entropy=evaluating, with_matches=evaluating)
         mask = layout.completion_mask

@@ -14,7 +14,7 @@ from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.modules.base import as_loss, layout_of
+from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
@@ -98,13 +98,13 @@ class UnpairedModule(OfflineModule):
 
     def _logratios(self, sequences: Sequences) -> Tensor:
         """Return log policy - log reference of completions, shape (completions,)."""
-        layout = layout_of(sequences, self.device)
+        layout = self.lay_out(sequences)
         assert self.reference is not None
         return self.policy(layout).logprobs.sum(-1) - self.reference.logprobs(layout).sum(-1)
 
     def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
         """Forward the completions through the policy and through the reference."""
-        layout = layout_of(batch.sequences, self.device)
+        layout = self.lay_out(batch.sequences)
         assert self.reference is not None
         return UnpairedLogprobs(
             policy_logprobs=self.policy(layout).logprobs,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models.layout import cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import cut_sequences, lay_out, select
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.scoring.base import Scorer
@@ -50,8 +50,9 @@ class LearnedScorer(Scorer):
         """Score tokenized completions, fp32, shape (completions,)."""
         device = next(self.model.parameters()).device
         scores = torch.zeros(len(sequences.completions))
-        for rows in cut_rows(sequences.lengths, max_tokens=self.max_tokens):
-            layout = padded_layout(select(sequences, rows)).to(device)
+        share = self.model.reads_trees
+        for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
+            layout = lay_out(select(sequences, rows), share).to(device)
             scores[rows] = (self.model(layout) - self.model.bias).cpu()
         return scores
 

@@ -1,0 +1,166 @@
+"""A prompt computed once for all its completions gives what each completion gives alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCABULARY, sequences
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_lightning.models import layout as layouts
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.layout import cut_sequences, lay_out, padded_layout, select, shared_layout
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.types import Sequences
+
+PAIR = sequences([([5, 6, 7], [8, 9, 2]), ([4], [3, 2]), ([5, 6, 7], [9])])
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "granite": {},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+    "mistral": {"sliding_window": None},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "gpt_neox": {},
+}
+
+
+def model_of(family: str, kind: Any = AutoModelForCausalLM, attention: str = "sdpa", **changes: Any) -> Any:
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 2, "num_labels": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, **{**size, **heads, **FAMILIES.get(family, {}), **changes}
+    )
+    config.initializer_range = 0.3
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return kind.from_config(config, attn_implementation=attention).eval()
+
+
+def test_a_worked_tree() -> None:
+    tree = shared_layout(PAIR)
+    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 9], [4, 3, 2, 0, 0, 0, 0]]
+    assert tree.positions is not None and tree.attention is not None
+    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3], [0, 1, 2, 0, 0, 0, 0]]
+    # Completions in the order they were given: the third hangs on the first row's prompt.
+    assert tree.predictors.tolist() == [2, 3, 4, 7, 8, 2]
+    assert tree.targets.tolist() == [8, 9, 2, 3, 2, 9]
+    assert tree.cells.tolist() == [0, 1, 2, 3, 4, 6]
+    assert tree.last.tolist() == [5, 9, 6]
+    assert tree.attention[0, 0, 6].tolist() == [True, True, True, False, False, False, True]
+    assert tree.attention[0, 0, 4].tolist() == [True, True, True, True, True, False, False]
+    assert tree.attention[1, 0, 4].tolist() == [False] * 4 + [True] + [False] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gives_what_padded_rows_give(family: str, attention: str) -> None:
+    policy = CausalLM(model_of(family, attention=attention), value_head=True)
+    assert policy.value_head is not None
+    torch.nn.init.normal_(policy.value_head.weight)
+    assert policy.reads_trees
+    found = []
+    for layout in (padded_layout(PAIR), shared_layout(PAIR)):
+        policy.zero_grad()
+        outputs = policy(layout, 0.7, with_entropy=True, value_layout=layout.with_end_state())
+        weights = torch.arange(1.0, outputs.logprobs.numel() + 1).view_as(outputs.logprobs).cos()
+        (outputs.logprobs * weights).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        found.append([outputs.logprobs, outputs.entropy, outputs.values, gradients])
+    for alone, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=2e-5)
+
+
+def test_scores_and_values_alike() -> None:
+    model = ScalarModel(model_of("llama", AutoModelForSequenceClassification))
+    for per_token in (False, True):
+        alone, shared = (model(layout(PAIR), per_token=per_token) for layout in (padded_layout, shared_layout))
+        torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("gemma3_text", {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),
+        ("bloom", {"n_layer": 2, "n_head": 2, "attention": "eager"}),
+        ("mamba", {"state_size": 4}),
+    ],
+)
+def test_models_that_cannot_read_trees_are_known(family: str, changes: dict[str, Any]) -> None:
+    if family == "mamba":
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("mamba", vocab_size=8, hidden_size=8, num_hidden_layers=1)
+        )
+    else:
+        model = model_of(family, **changes)
+    assert not CausalLM(model).reads_trees
+
+
+def test_the_smaller_arrangement_is_taken() -> None:
+    assert lay_out(PAIR, share_prompts=False).attention is None
+    assert lay_out(select(PAIR, [0, 1]), share_prompts=True).attention is None  # no prompt in common
+    long = sequences([(range(6, 66), [7, 8]), (range(6, 66), [9])])
+    assert lay_out(long, share_prompts=True).input_ids.shape == (1, 63)
+    assert lay_out(long, share_prompts=False).input_ids.shape == (2, 62)
+
+
+def test_a_row_is_split_before_its_attention_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "WIDEST", 8)
+    group = sequences([([5, 6, 7], [8, 9, 2])] * 3)
+    tree = shared_layout(group)
+    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 2]] * 3
+    policy = CausalLM(model_of("llama"))
+    torch.testing.assert_close(policy(tree).logprobs, policy(padded_layout(group)).logprobs)
+
+
+def test_unsupervised_tokens_and_empty_prompts_are_treated_as_in_padded_rows() -> None:
+    batch = sequences(
+        [([], [7, 8, 2]), ([], [9, 3]), ([5], [6, 8])], supervised=[[True] * 3, [True] * 2, [False, True]]
+    )
+    padded, shared = padded_layout(batch), shared_layout(batch)
+    assert shared.completion_mask.tolist() == padded.completion_mask.tolist()
+    assert shared.targets.tolist() == padded.targets.tolist()
+    with pytest.raises(ValueError, match="a completion is empty: drop such rows"):
+        shared_layout(sequences([([5], [6]), ([5, 6], [])]))
+
+
+ROWS = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 5), st.lists(st.integers(6, 99), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(ROWS, st.integers(1, 9), st.integers(4, 40))
+def test_any_rows_however_cut_give_the_same_logprobs(rows: Any, micro_batch_size: int, max_tokens: int) -> None:
+    batch = sequences([([6 + prompt] * length, completion) for prompt, length, completion in rows])
+    policy = POLICY
+    with torch.no_grad():
+        alone = policy(padded_layout(batch)).logprobs
+        cuts = cut_sequences(batch, None, micro_batch_size, max_tokens, share_prompts=True)
+        assert sorted(row for cut in cuts for row in cut) == list(range(len(rows)))
+        for cut in cuts:
+            assert len(cut) <= micro_batch_size
+            tree = shared_layout(select(batch, cut))
+            assert tree.input_ids.numel() <= max(max_tokens, max(batch.lengths))
+            found = policy(tree).logprobs
+            torch.testing.assert_close(found, alone[cut, : found.shape[1]], rtol=1e-4, atol=1e-5)
+
+
+POLICY = CausalLM(model_of("llama"))
+
+
+def test_cut_keeps_a_prompt_s_completions_together() -> None:
+    batch: Sequences = sequences([([5, 6], [7]), ([8, 9], [7]), ([5, 6], [7, 7]), ([8, 9], [7, 7, 7])])
+    assert cut_sequences(batch, share_prompts=True) == [[1, 3, 0, 2]]
+    assert cut_sequences(batch, max_tokens=6, share_prompts=True) == [[1, 3], [0, 2]]
+    assert cut_sequences(batch, max_tokens=4, share_prompts=True) == [[3], [2], [0], [1]]
+    assert cut_sequences(batch, [0, 2], micro_batch_size=1, share_prompts=True) == [[2], [0]]
+    assert cut_sequences(batch, max_tokens=6) == [[3], [2], [0, 1]]
