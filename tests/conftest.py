@@ -7,11 +7,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+CACHE = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf_lightning").expanduser()
+"""Where real runs keep what they convert; tests have caches of their own."""
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>")
 PAD, BOS, EOS, USER, ASSISTANT, END, SYSTEM = range(len(SPECIAL))
@@ -62,6 +66,12 @@ def tiny_tokenizer() -> Any:
     return make_tiny_tokenizer()
 
 
+@pytest.fixture(autouse=True)
+def no_shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test keeps in the cache is not there for another, which would then measure nothing."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
@@ -100,11 +110,10 @@ def shared_data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     """The tokenizer of SmolLM2-135M-Instruct: of the folder that is named, or that a real run converted; or a skip."""
-    from rlhf_lightning.models.loading import cache_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
     named = os.environ.get("RLHF_SMOLLM2")
-    folders = [Path(named)] if named else sorted((cache_folder() / "models").glob("SmolLM2-135M-Instruct*"))
+    folders = [Path(named)] if named else sorted((CACHE / "models").glob("SmolLM2-135M-Instruct*"))
     found = [folder for folder in folders if (folder / "tokenizer.json").is_file()]
     if not found:
         pytest.skip("no SmolLM2 folder: `make real-smoke` converts one, or RLHF_SMOLLM2 names it")

@@ -152,9 +152,9 @@ def shared_layout(sequences: Sequences) -> Layout:
             starts[member], roots[member] = row * width + start, row * width + len(prompt) - 1
             completion_mask[member, 0] &= len(prompt) > 0
     cells = completion_mask.flatten().nonzero().squeeze(-1)
-    member, offset = cells.div(length, rounding_mode="floor"), cells % length
-    tokens = starts[member] + offset
-    predictors = torch.where(offset == 0, roots[member], tokens - 1)
+    owner, offset = cells.div(length, rounding_mode="floor"), cells % length
+    tokens = starts[owner] + offset
+    predictors = torch.where(offset == 0, roots[owner], tokens - 1)
     last = starts + torch.tensor([len(ids) for ids in sequences.completions], dtype=torch.long) - 1
     targets = input_ids.flatten()[tokens]
     return Layout(input_ids, predictors, targets, cells, last, completion_mask, positions, _tree_attention(branch))

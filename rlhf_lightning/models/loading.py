@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -104,8 +105,8 @@ def resolve_folder(name: str) -> str:
 
 def converted_gguf(path: Path) -> Path:
     """Convert a .gguf file to a folder of fp32 safetensors in the cache, once, and return the folder."""
-    stat = path.stat()
-    tag = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    with path.open("rb") as file:
+        tag = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = cache_folder() / "models" / f"{path.stem}-{tag}"
     if (folder / "config.json").is_file():
         return folder
@@ -148,6 +149,27 @@ def fingerprint(folder: str) -> str | None:
             digest.update(f"{name}{shape}".encode())
             digest.update(sample.flatten()[:64].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def content_hash(name: str) -> str | None:
+    """Hash all of a model's weights, for what is derived from them and kept; an adapter's with its backbone's.
+
+    Unlike `fingerprint` it reads every byte. None for names whose weights are not on this machine yet.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(name, "config.json")
+        if not isinstance(config, str):
+            return None
+        folder = Path(config).parent
+    files = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if is_adapter(name):
+        digest.update((content_hash(load_base_of_adapter(name)) or "").encode())
+    return digest.hexdigest() if files else None
 
 
 def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:

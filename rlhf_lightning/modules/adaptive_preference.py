@@ -182,6 +182,7 @@ class TRDPOModule(DPOModule):
     """
 
     paper = "Gorbatovski et al. 2024, arXiv 2404.09656"
+    reference_moves = True
 
     def __init__(self, alpha: float = 0.6, reference_every: int = 512, **kwargs: Any) -> None:
         super().__init__(**kwargs)

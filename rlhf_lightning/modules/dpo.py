@@ -35,6 +35,8 @@ class DPOModule(OfflineModule):
     Args:
         beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
         label_smoothing: share s of the labels taken to be wrong; p becomes (1 - s) p + s (1 - p), whatever the loss.
+        cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning), by
+            the content of weights and rows, so that later epochs and runs forward the policy alone.
 
     Raises:
         ValueError: ``label_smoothing`` is outside [0, 0.5), or the objective takes labels as certain.
@@ -52,6 +54,7 @@ class DPOModule(OfflineModule):
         self,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        cache_reference: bool = True,
         learning_rate: float = 1e-6,
         warmup: float = 0.1,
         **kwargs: Any,
@@ -61,7 +64,7 @@ class DPOModule(OfflineModule):
             raise ValueError(f"label_smoothing is {label_smoothing}: it must lie in [0, 0.5)")
         if label_smoothing and not self.weighs_rows:
             raise ValueError(f"label_smoothing is {label_smoothing}, but {type(self).__name__} takes labels as certain")
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.beta, self.label_smoothing, self.cache_reference = beta, label_smoothing, cache_reference
 
     @property
     def model(self) -> CausalLM:
@@ -113,7 +116,7 @@ class DPOModule(OfflineModule):
             raise ValueError(f"{type(self).__name__} matches pairs by rank and cannot weigh them: leave weights at 1")
         layout = self.lay_out(batch.sequences)
         outputs = self.policy(layout, with_collisions=self.needs_collisions)
-        reference = None if self.reference is None else self.reference.logprobs(layout)
+        reference = None if self.reference is None else self.reference_logprobs(batch.sequences, layout)
         pairs = len(batch.target)
 
         chosen, rejected = slice(None, pairs), slice(pairs, None)

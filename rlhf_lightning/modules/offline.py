@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.loading import cache_folder, content_hash, resolve_folder
+from rlhf_lightning.models.reference_cache import ReferenceCache
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.types import Step
+from rlhf_lightning.types import Sequences, Step
 
 
 class OfflineModule(AlignmentModule):
@@ -17,6 +21,42 @@ class OfflineModule(AlignmentModule):
 
     counts_tokens: ClassVar[bool] = False
     """Whether the loss is a mean over tokens (SFT) rather than over rows."""
+
+    reference_moves: ClassVar[bool] = False
+    """Whether the reference changes in the course of a run (TR-DPO), so that what it said is of no use later."""
+
+    cache_reference = False
+    """Whether the reference's log-probabilities are kept on disk; a setting of the families that have one."""
+
+    @cached_property
+    def reference_cache(self) -> ReferenceCache | None:
+        """Where the log-probabilities of this run's reference are kept; None where they are not."""
+        if not self.cache_reference or self.reference_moves or self.load_settings.from_scratch:
+            return None
+        weights = content_hash(resolve_folder(self.init_from))
+        if weights is None:
+            return None
+        computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # products differ, weights may not
+        return ReferenceCache(cache_folder() / "reference" / f"{weights[:32]}_{computed_in}.sqlite")
+
+    def reference_logprobs(self, sequences: Sequences, layout: Layout) -> Tensor:
+        """Return the reference's log-probabilities of completions, shape (completions, length), without gradient.
+
+        Args:
+            sequences: prompts and completions.
+            layout: the same, laid out.
+        """
+        assert self.reference is not None
+        cache = self.reference_cache
+        if cache is None:
+            return self.reference.logprobs(layout)
+        dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+        kept = cache.read(sequences, layout.completion_mask, dtype)
+        if kept is not None:
+            return kept.to(self.device)
+        computed = self.reference.logprobs(layout)
+        cache.write(sequences, computed)
+        return computed
 
     def loss_sum(self, batch: Any, meter: Meter) -> Tensor:
         """Return the sum of a micro-batch's losses, with gradient, and add its metrics to ``meter``."""

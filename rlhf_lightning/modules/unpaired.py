@@ -29,6 +29,8 @@ class UnpairedModule(OfflineModule):
 
     Args:
         beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
+        cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning), by
+            the content of weights and rows, so that later epochs and runs forward the policy alone.
     """
 
     batch_type = UnpairedBatch
@@ -38,9 +40,16 @@ class UnpairedModule(OfflineModule):
 
     headline_metrics = ("val/loss", "val/reward_margin")
 
-    def __init__(self, beta: float = 0.1, learning_rate: float = 5e-6, warmup: float = 0.1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,
+        cache_reference: bool = True,
+        learning_rate: float = 5e-6,
+        warmup: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
-        self.beta = beta
+        self.beta, self.cache_reference = beta, cache_reference
         self._reference_point: Tensor | None = None
 
     @property
@@ -99,16 +108,14 @@ class UnpairedModule(OfflineModule):
     def _logratios(self, sequences: Sequences) -> Tensor:
         """Return log policy - log reference of completions, shape (completions,)."""
         layout = self.lay_out(sequences)
-        assert self.reference is not None
-        return self.policy(layout).logprobs.sum(-1) - self.reference.logprobs(layout).sum(-1)
+        return self.policy(layout).logprobs.sum(-1) - self.reference_logprobs(sequences, layout).sum(-1)
 
     def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
         """Forward the completions through the policy and through the reference."""
         layout = self.lay_out(batch.sequences)
-        assert self.reference is not None
         return UnpairedLogprobs(
             policy_logprobs=self.policy(layout).logprobs,
-            reference_logprobs=self.reference.logprobs(layout),
+            reference_logprobs=self.reference_logprobs(batch.sequences, layout),
             completion_mask=layout.completion_mask,
             desirable=batch.desirable.to(self.device),
             weights=batch.weights.to(self.device),

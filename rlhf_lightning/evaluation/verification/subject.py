@@ -22,6 +22,7 @@ SMALL_WORLD_SETTINGS: dict[str, Any] = {
     "keep": 1.0,
     "lam": 1.0,
     "dynamic_sampling": False,
+    "cache_reference": False,
 }
 """What a class is made with unless told otherwise: the defaults of large models have no optimum within reach here."""
 
