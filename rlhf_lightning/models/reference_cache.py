@@ -105,7 +105,7 @@ class ReferenceCache:
 
 
 def row_keys(sequences: Sequences, dtype: torch.dtype) -> list[bytes]:
-    """Return what names each completion: a hash of its prompt's ids, its own, which of them count, and the precision."""
+    """Return what names each completion: a hash of its prompt, its ids, which of them count, and the precision."""
     keys = []
     prompts = [prompt.numpy().tobytes() for prompt in sequences.prompts]
     for parent, ids, supervised in zip(sequences.parents, sequences.completions, sequences.supervised, strict=True):
