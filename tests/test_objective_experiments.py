@@ -1,4 +1,4 @@
-"""Every objective's YAML trains as it is on real rows: through `rlhf fit`, its weights move and its metrics are there."""
+"""Every objective's YAML trains as it is on real rows, through `rlhf fit`: weights move, metrics and model appear."""
 
 import math
 from pathlib import Path
