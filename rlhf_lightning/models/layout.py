@@ -72,6 +72,8 @@ def padded_layout(sequences: Sequences) -> Layout:
         ValueError: a completion is empty.
     """
     rows = len(sequences.completions)
+    if not sequences.completions:
+        return free_layout()
     if any(len(completion) == 0 for completion in sequences.completions):
         raise ValueError("a completion is empty: drop such rows before they reach the model")
     width = max(sequences.lengths, default=1)
@@ -91,6 +93,13 @@ def padded_layout(sequences: Sequences) -> Layout:
     positions = rows_of_cells * width + starts[rows_of_cells] + cells % length
     last = torch.arange(rows) * width + starts + counts - 1
     return Layout(input_ids, positions - 1, input_ids.flatten()[positions], cells, last, completion_mask)
+
+
+def free_layout() -> Layout:
+    """One free cell and no completion: what a rank forwards that has no rows while others have some."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    cell = torch.zeros(1, 1, dtype=torch.long)
+    return Layout(cell, nothing, nothing, nothing, nothing, torch.zeros(0, 1, dtype=torch.bool))
 
 
 def select(sequences: Sequences, rows: Sequence[int]) -> Sequences:

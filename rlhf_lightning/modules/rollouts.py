@@ -149,6 +149,8 @@ class RolloutCollector:
         """
         scorer, sequences = self.scorer, samples.sequences
         count = len(sequences.completions)
+        if count == 0 and not getattr(scorer, "models", ()):
+            return torch.zeros(0)  # of no rows not even the columns are known that it may ask for
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             return checked_scores(scorer.score_sequences(sequences), count, name)
@@ -219,9 +221,9 @@ def gather_grids(
         micro_batch_size: most rows of one forward pass.
         max_tokens: most cells of one forward pass.
     """
-    rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
+    rows, length = len(sequences.completions), max((len(ids) for ids in sequences.completions), default=1)
     grids: dict[str, Tensor] = {}
-    for cut in cut_rows(sequences.lengths, micro_batch_size, max_tokens):
+    for cut in cut_rows(sequences.lengths, micro_batch_size, max_tokens) or [[]]:  # a rank without rows has grids too
         layout = padded_layout(select(sequences, cut)).to(device)
         for name, part in forward(layout).items():
             if part is None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models.layout import cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import cut_rows, free_layout, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.base import Scorer
 from rlhf_lightning.types import Prompt, Sequences
 
@@ -35,6 +37,11 @@ class LearnedScorer(Scorer):
         self.model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
         self.model.requires_grad_(False).eval()
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The reward model."""
+        return (self.model,)
+
     def to(self, device: torch.device) -> LearnedScorer:
         """Move the reward model."""
         self.model.to(device)
@@ -50,9 +57,11 @@ class LearnedScorer(Scorer):
         """Score tokenized completions, fp32, shape (completions,)."""
         device = next(self.model.parameters()).device
         scores = torch.zeros(len(sequences.completions))
-        for rows in cut_rows(sequences.lengths, max_tokens=self.max_tokens):
-            layout = padded_layout(select(sequences, rows)).to(device)
-            scores[rows] = (self.model(layout) - self.model.bias).cpu()
+        with in_step(self.model, partial(self.model, free_layout().to(device))) as before_pass:
+            for rows in cut_rows(sequences.lengths, max_tokens=self.max_tokens):
+                layout = padded_layout(select(sequences, rows)).to(device)
+                before_pass()
+                scores[rows] = (self.model(layout) - self.model.bias).cpu()
         return scores
 
     def __call__(
