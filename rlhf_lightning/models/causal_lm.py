@@ -29,7 +29,7 @@ from rlhf_lightning.models.loading import (
     refuse_reward_adapter,
     resolve_folder,
 )
-from rlhf_lightning.models.scalar_head import trunk, unwrapped
+from rlhf_lightning.models.scalar_head import head_dtype, trunk, unwrapped
 
 
 class TokenOutputs(NamedTuple):
@@ -148,7 +148,8 @@ class CausalLM(nn.Module):
         )
         values = None
         if value_layout is not None and self.value_head is not None:
-            values = value_layout.scatter(self.value_head(states[value_layout.predictors].float()).squeeze(-1))
+            valued = states[value_layout.predictors]
+            values = value_layout.scatter(self.value_head(valued.to(head_dtype(self.value_head))).squeeze(-1))
         matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
         collisions = None
         if with_collisions:

@@ -33,7 +33,7 @@ def summed_over_ranks(module: LightningModule, value: Tensor) -> Tensor:
 def each_share(module: LightningModule, value: Tensor) -> Tensor:
     """Return the value of each share of the data, shape (shares, ...)."""
     everyone: Any = module.all_gather(value)
-    return everyone.view(-1, *value.shape)[:: ranks_of_a_model(module)]
+    return everyone.view(module.trainer.world_size, *value.shape)[:: ranks_of_a_model(module)]
 
 
 def gathered_rows(module: LightningModule, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:

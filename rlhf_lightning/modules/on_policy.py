@@ -396,7 +396,7 @@ class OnPolicyModule(AlignmentModule):
         means = meter.means(self.trainer.strategy)
         rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
-        further = {"kl_coef": self.kl_coef, **self.invariants.take(), **means, **rollout}
+        further = {"kl_coef": self.kl_coef, **self.invariants.take(self.trainer.strategy), **means, **rollout}
         self.log_training(Meter(), grad_norm=norm, **further)
         if self.kl_target is not None and "rollout/kl" in rollout:
             new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)
