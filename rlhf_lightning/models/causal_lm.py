@@ -29,7 +29,7 @@ from rlhf_lightning.models.loading import (
     refuse_reward_adapter,
     resolve_folder,
 )
-from rlhf_lightning.models.scalar_head import hidden_states, reads_trees, unwrapped
+from rlhf_lightning.models.scalar_head import head_dtype, hidden_states, reads_trees, trunk, unwrapped
 
 
 class TokenOutputs(NamedTuple):
@@ -49,6 +49,22 @@ class TokenOutputs(NamedTuple):
     values: Tensor | None
     matches: Tensor | None
     collisions: Tensor | None = None
+
+
+class DecodingStep(NamedTuple):
+    """What the next token of each row is drawn after.
+
+    Attributes:
+        input_ids: int64, shape (rows, width): prompts padded on the left, or with a filled cache one token a row.
+        attention_mask: int64, shape (rows, cached + width), 0 on padding.
+        positions: position of each token of ``input_ids`` in its text.
+        cache: keys and values of the tokens before, filled further by the forward; None keeps none.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    cache: Any = None
 
 
 class CausalLM(nn.Module):
@@ -80,7 +96,29 @@ class CausalLM(nn.Module):
         """Whether the policy is an adapter on a frozen backbone."""
         return hasattr(self.model, "peft_config")
 
-    def forward(
+    def forward(self, layout: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forward a Layout (see `logprobs`), or a DecodingStep (see `next_token_logits`).
+
+        Both come in here because weights that are cut over ranks are gathered by the call of this module alone.
+        """
+        forward = self.next_token_logits if isinstance(layout, DecodingStep) else self.logprobs
+        return forward(layout, *args, **kwargs)
+
+    def next_token_logits(self, step: DecodingStep) -> Tensor:
+        """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
+        config = self.model.config
+        hidden = trunk(self.model)(
+            input_ids=step.input_ids,
+            attention_mask=step.attention_mask,
+            position_ids=step.positions,
+            past_key_values=step.cache,
+            use_cache=step.cache is not None,
+        ).last_hidden_state[:, -1]
+        logits = unwrapped(self.model).get_output_embeddings()(hidden).float() * logit_scale(config)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def logprobs(
         self,
         layout: Layout,
         temperature: float = 1.0,
@@ -115,7 +153,8 @@ class CausalLM(nn.Module):
         )
         values = None
         if value_layout is not None and self.value_head is not None:
-            values = value_layout.scatter(self.value_head(states[value_layout.predictors].float()).squeeze(-1))
+            valued = states[value_layout.predictors]
+            values = value_layout.scatter(self.value_head(valued.to(head_dtype(self.value_head))).squeeze(-1))
         matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
         collisions = None
         if with_collisions:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, logit_scale
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
 from rlhf_lightning.models.counter_rng import uniform
-from rlhf_lightning.models.scalar_head import trunk, unwrapped
+from rlhf_lightning.models.sharding import in_step
 
 
 @dataclass
@@ -97,10 +98,11 @@ def sample(
     ids: dict[int, Tensor] = {}
     logprobs: dict[int, Tensor] = {}
     finished = torch.zeros(len(prompts), dtype=torch.bool)
-    with inference_mode_of(model):
+    with inference_mode_of(model), in_step(model, partial(_pass_for_nothing, model)) as before_pass:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            decoded = _decode([prompts[row] for row in rows], episodes[rows], model, settings, seed, end_ids)
+            chosen = [prompts[row] for row in rows]
+            decoded = _decode(chosen, episodes[rows], model, settings, seed, end_ids, before_pass)
             for row, tokens, scores, done in zip(rows, *decoded, strict=True):
                 ids[row], logprobs[row], finished[row] = tokens, scores, done
             if on_progress is not None:
@@ -116,6 +118,7 @@ def _decode(
     settings: SamplingSettings,
     seed: int,
     end_ids: Sequence[int],
+    before_pass: Callable[[], None],
 ) -> tuple[list[Tensor], list[Tensor], list[bool]]:
     """Decode some prompts side by side; rows leave the batch once a quarter of it has finished."""
     device = next(model.parameters()).device
@@ -127,7 +130,7 @@ def _decode(
         attention_mask[row, width - len(prompt) :] = 1
     input_ids, attention_mask, episodes = input_ids.to(device), attention_mask.to(device), episodes.to(device)
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    backbone, cache = trunk(model.model), DynamicCache(config=model.model.config)
+    cache = DynamicCache(config=model.model.config)
     ends = torch.tensor(list(end_ids), device=device)
 
     tokens = torch.zeros(len(prompts), settings.max_new_tokens, dtype=torch.long, device=device)
@@ -137,14 +140,9 @@ def _decode(
     alive = torch.arange(len(prompts), device=device)  # rows still in the batch
     active = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of those, the unfinished ones
     for step in range(settings.max_new_tokens):
-        hidden = backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        chosen, logprob = _draw(_logits(model, hidden), settings, seed, episodes[alive], step)
+        before_pass()
+        logits = model(DecodingStep(input_ids, attention_mask, positions, cache))
+        chosen, logprob = _draw(logits, settings, seed, episodes[alive], step)
         tokens[alive, step] = torch.where(active, chosen, 0)
         scores[alive, step] = torch.where(active, logprob, 0.0)
         lengths[alive] += active.long()
@@ -167,12 +165,10 @@ def _decode(
     return [tokens[r, : counts[r]] for r in rows], [scores[r, : counts[r]] for r in rows], ended.tolist()
 
 
-def _logits(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Return next-token logits in fp32, shape (rows, vocabulary)."""
-    config = model.model.config
-    logits = unwrapped(model.model).get_output_embeddings()(hidden).float() * logit_scale(config)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _pass_for_nothing(model: CausalLM) -> None:
+    """Forward one token: other ranks are still decoding, and the weights they gather are cut over all ranks."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    model(DecodingStep(token, torch.ones_like(token), token))
 
 
 def _draw(

@@ -20,6 +20,9 @@ from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules.gathering import data_ranks
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.optimization import (
     clip_by_global_norm,
@@ -154,6 +157,10 @@ class AlignmentModule(LightningModule):
         if not self._models_loaded:
             self.load_models()
             self._models_loaded = True
+        if self.device_mesh is not None:
+            trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
+            for model in (*trained, *self.frozen_models()):
+                shard(model, self.device_mesh, str(self.trainer.precision))
 
     _models_loaded = False
 
@@ -245,8 +252,8 @@ class AlignmentModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        # DDP averages gradients over ranks, so a sum over ranks needs the factor back.
-        scale = self.trainer.world_size / max(count, 1)
+        # Strategies average gradients over the shares of the data, so a sum over them needs the factor back.
+        scale = data_ranks(self)[1] / max(count, 1)
         for index, loss in enumerate(losses):
             last = index == len(losses) - 1
             with contextlib.nullcontext() if last else without_gradient_sync(self.trainer):

@@ -16,6 +16,7 @@ from rlhf_lightning.modules.critic_free import (
     sequence_mean_of_token_means,
     sequence_mean_of_token_sums,
 )
+from rlhf_lightning.modules.gathering import summed_over_ranks
 from rlhf_lightning.modules.meter import moments_over_ranks
 from rlhf_lightning.modules.rollouts import Aggregation, Drawn, gathered_numbers, joined, select_prompts
 from rlhf_lightning.types import Advantages, EnumeratedProblem, PolicyLogprobs, PromptBatch, Rollout
@@ -191,7 +192,7 @@ class LitePPOModule(CriticFreeModule):
         """Return advantages, shape (episodes,); the deviation is over all ranks."""
         scorable = ~rewards.isnan()
         _, variance = moments_over_ranks(self.trainer.strategy, torch.nan_to_num(rewards), scorable)
-        count = self.trainer.strategy.reduce(scorable.sum().double(), reduce_op="sum")
+        count = summed_over_ranks(self, scorable.sum())
         if self.unbiased:
             variance = variance * count / (count - 1).clamp_min(1)
         std = variance.sqrt().to(rewards)

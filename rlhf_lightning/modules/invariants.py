@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.types import PolicyLogprobs, Rollout
+
+
+NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
+"""What is measured."""
 
 
 class InvariantError(RuntimeError):
@@ -30,10 +35,15 @@ class Invariants:
         self.on_violation = on_violation
         self._measured: dict[str, float] = {}
 
-    def take(self) -> dict[str, float]:
-        """Return what was measured since the last call, as metrics."""
-        measured, self._measured = self._measured, {}
-        return {f"invariant/{name}": value for name, value in measured.items()}
+    def take(self, strategy: Strategy) -> dict[str, float]:
+        """Return the largest values on any rank that were measured since the last call, as metrics."""
+        # A rank without rows has measured less than the others: all of them compare the same names.
+        here = [self._measured.get(name, -1.0) for name in NAMES]
+        self._measured = {}
+        precision = torch.float32 if strategy.root_device.type == "mps" else torch.float64
+        table = torch.tensor(here, dtype=precision, device=strategy.root_device)
+        largest = strategy.reduce(table, reduce_op="max")
+        return {f"invariant/{name}": value for name, value in zip(NAMES, largest.tolist(), strict=True) if value >= 0}
 
     def check_ratio(self, logprobs: PolicyLogprobs) -> None:
         """Before the first update of a rollout the policy is the one that sampled: every ratio is 1."""

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.layout import Layout, cut_sequences, select
+from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout, select
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.models.sharding import in_step, most_passes
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.gathering import summed_over_ranks
 from rlhf_lightning.modules.invariants import Invariants
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.rollouts import (
@@ -127,6 +129,10 @@ class OnPolicyModule(AlignmentModule):
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
         self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
 
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """The reference, and the networks that the scorer holds."""
+        return (*super().frozen_models(), *getattr(self.scorer, "models", ()))
+
     def _place_frozen_models(self) -> None:
         super()._place_frozen_models()
         self.scorer.to(self.device)
@@ -188,8 +194,14 @@ class OnPolicyModule(AlignmentModule):
 
     def statistics(self, sequences: Sequences) -> dict[str, Tensor]:
         """Forward sampled completions as training will, without gradient; one (episodes, length) grid for each name."""
-        with inference_mode_of(self):
-            return gather_grids(sequences, self.cut(sequences), self._forward_statistics, self.lay_out)
+        idle = partial(self._forward_statistics, free_layout().to(self.device))
+        with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
+
+            def forward(layout: Layout) -> dict[str, Tensor]:
+                before_pass()
+                return self._forward_statistics(layout)
+
+            return gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut episodes into micro-batches, in training as for a rollout's statistics."""
@@ -269,9 +281,18 @@ class OnPolicyModule(AlignmentModule):
         count = float(self._over_ranks(self.aggregation(learned[rows]).divisor))
         cuts = self.cut(sequences, rows)
         losses: list[Callable[[], Tensor]] = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
-        if not rows:  # another rank has them all; without a backward pass here its gradients would wait for ever
-            losses = [lambda: 0.0 * self._loss_sum(rollout, advantages, [0], Meter())]
-        return self.update(losses + self.further_losses(batch, count, meter), count)
+        # Without a backward pass here the gradients of the ranks that have rows would wait for ever.
+        missing = max(most_passes(self.policy, len(cuts)), 1) - len(cuts)
+        losses += [partial(self._loss_of_nothing, rollout, advantages, meter)] * missing
+        # The rollout's passes go last: where ranks add gradients up after the last one, it must touch every weight.
+        return self.update(self.further_losses(batch, count, meter) + losses, count)
+
+    def _loss_of_nothing(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> Tensor:
+        """Return a loss that changes nothing, for a rank without rows left while others have some."""
+        unused = Meter()
+        loss = 0.0 * self._loss_sum(rollout, advantages, [0], unused)
+        meter.add_nothing(unused)
+        return loss
 
     def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
         """Return losses on other text than the rollout's, as functions, to be divided by ``count`` like the rest."""
@@ -347,7 +368,7 @@ class OnPolicyModule(AlignmentModule):
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         """Sum over all ranks."""
-        return self.trainer.strategy.reduce(value.double(), reduce_op="sum")
+        return summed_over_ranks(self, value)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
@@ -378,7 +399,7 @@ class OnPolicyModule(AlignmentModule):
         means = meter.means(self.trainer.strategy)
         rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
-        further = {"kl_coef": self.kl_coef, **self.invariants.take(), **means, **rollout}
+        further = {"kl_coef": self.kl_coef, **self.invariants.take(self.trainer.strategy), **means, **rollout}
         self.log_training(Meter(), grad_norm=norm, **further)
         if self.kl_target is not None and "rollout/kl" in rollout:
             new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 
@@ -70,8 +71,9 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float | None)
 
 
 def without_gradient_sync(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-    """Keep DDP from averaging the gradients of a micro-batch that is not the step's last."""
-    block = getattr(trainer.strategy, "_backward_sync_control", None)
-    if block is None or trainer.world_size == 1:
-        return contextlib.nullcontext()
-    return block.no_backward_sync(trainer.strategy.model, enabled=True)
+    """Keep DDP from averaging the gradients of a micro-batch that is not the step's last.
+
+    It is not for speed alone: ranks may have other numbers of micro-batches, and each averaging takes all of them.
+    """
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()

@@ -23,6 +23,7 @@ from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.meter import Meter, moments_over_ranks
 from rlhf_lightning.modules.on_policy import OnPolicyModule
@@ -259,4 +260,6 @@ class PPOModule(OnPolicyModule):
             meter.add("pretraining_loss", negative, layout.completion_mask)
             return scale * negative.sum()
 
-        return [partial(loss, cut) for cut in cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)]
+        cuts = cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)
+        cuts += [[]] * (most_passes(self.policy, len(cuts)) - len(cuts))
+        return [partial(loss, cut) for cut in cuts]

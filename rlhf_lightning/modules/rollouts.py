@@ -149,6 +149,8 @@ class RolloutCollector:
         """
         scorer, sequences = self.scorer, samples.sequences
         count = len(sequences.completions)
+        if count == 0 and not getattr(scorer, "models", ()):
+            return torch.zeros(0)  # of no rows not even the columns are known that it may ask for
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             return checked_scores(scorer.score_sequences(sequences), count, name)
@@ -217,9 +219,9 @@ def gather_grids(
         forward: returns per-token tensors of a layout, shape (rows of it, its length or more); None ones are left out.
         lay_out: arranges a micro-batch for the model.
     """
-    rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
+    rows, length = len(sequences.completions), max((len(ids) for ids in sequences.completions), default=1)
     grids: dict[str, Tensor] = {}
-    for cut in cuts:
+    for cut in cuts or [[]]:  # a rank without rows has grids too
         layout = lay_out(select(sequences, cut))
         for name, part in forward(layout).items():
             if part is None:

@@ -95,7 +95,7 @@ class UnpairedModule(OfflineModule):
     @torch.no_grad()
     def _point_of(self, step: Step[UnpairedBatch]) -> Tensor:
         """Return the reference point of a step: every rank's log-ratios go into it."""
-        batches = [batch for batch in step.micro_batches if len(batch.desirable)]
+        batches = step.micro_batches
         sides: list[list[Sequences]] = [
             [batch.sequences for batch in batches],
             [batch.mismatched for batch in batches if batch.mismatched is not None] if self.needs_mismatched else [],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.types import Prompt
 
@@ -14,8 +14,13 @@ from rlhf_lightning.types import Prompt
 class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
-    A subclass that needs a device or weights overrides ``to``.
+    A subclass that needs a device or weights overrides ``to``, and one that holds networks names them in ``models``.
     """
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The networks it scores with, whose weights a sharded run cuts over its ranks."""
+        return ()
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models.layout import cut_sequences, lay_out, select
+from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, select
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.base import Scorer
 from rlhf_lightning.types import Prompt, Sequences
 
@@ -35,6 +37,11 @@ class LearnedScorer(Scorer):
         self.model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
         self.model.requires_grad_(False).eval()
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The reward model."""
+        return (self.model,)
+
     def to(self, device: torch.device) -> LearnedScorer:
         """Move the reward model."""
         self.model.to(device)
@@ -51,9 +58,11 @@ class LearnedScorer(Scorer):
         device = next(self.model.parameters()).device
         scores = torch.zeros(len(sequences.completions))
         share = self.model.reads_trees
-        for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
-            layout = lay_out(select(sequences, rows), share).to(device)
-            scores[rows] = (self.model(layout) - self.model.bias).cpu()
+        with in_step(self.model, partial(self.model, free_layout().to(device))) as before_pass:
+            for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
+                layout = lay_out(select(sequences, rows), share).to(device)
+                before_pass()
+                scores[rows] = (self.model(layout) - self.model.bias).cpu()
         return scores
 
     def __call__(
