@@ -25,6 +25,11 @@ class ScalarModel(nn.Module):
         self.model = model
         self.bias = bias
 
+    @property
+    def head(self) -> nn.Module:
+        """The scalar head."""
+        return unwrapped(self.model).score
+
     def forward(self, layout: Layout, per_token: bool = False) -> Tensor:
         """Score each completion at its last token, or value the state before each completion token.
 
@@ -37,7 +42,7 @@ class ScalarModel(nn.Module):
         """
         hidden = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         wanted = hidden[layout.predictors if per_token else layout.last]
-        head = unwrapped(self.model).score
+        head = self.head
         scalars = at_least_float32(head(wanted.to(head_dtype(head)))).squeeze(-1)
         return layout.scatter(scalars) if per_token else scalars
 

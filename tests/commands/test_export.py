@@ -89,7 +89,11 @@ def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, d
             adapted = PeftModel.from_pretrained(base, folder / "model").eval()(IDS).logits
         difference = (outputs(out, kind) - adapted).abs().max()
         assert difference < 1e-4 and gap < 1e-4
-        assert not Path(out, "adapter_config.json").exists() and not list(Path().glob("*.adapter"))
+        assert not Path(out, "adapter_config.json").exists()
+        kept = folder / "model" if source == folder / "model" else Path(f"{out}.adapter")
+        assert f"the adapter is kept in {kept}" in told
+        assert (kept / "adapter_model.safetensors").is_file()
+    assert [path.name for path in Path().glob("*.adapter")] == ["from_run.adapter"]
 
 
 def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, tmp_path):
