@@ -242,7 +242,7 @@ def test_a_reward_model_does_not_write(policy_folder: str) -> None:
 def test_a_reward_model_trains_the_policys_adapter_on_and_hands_over_an_adapter(
     policy_folder: str, tmp_path: Path
 ) -> None:
-    """SFT with an adapter, then the reward model from it: an adapter on the same backbone, scoring as it was trained."""
+    """SFT with an adapter, then the reward model from it: an adapter on the same backbone, scoring as trained."""
     sft = SFTModule(init_from=policy_folder, lora=LoraSettings(r=4), learning_rate=5e-2)
     fit(sft, [demonstration_step(random_rows(6, seed=1))] * 5)
     start = str(sft.export(tmp_path / "sft"))
