@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.functional.logprobs import chunked_log_collisions, chunked_logprobs, chunked_matches
+from rlhf_lightning.functional.logprobs import (
+    at_least_float32,
+    chunked_log_collisions,
+    chunked_logprobs,
+    chunked_matches,
+)
+from rlhf_lightning.models.adapters import REFERENCE, with_adapter
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -26,6 +32,7 @@ from rlhf_lightning.models.loading import (
     load_hf_model,
     load_weights,
     prepare_for_training,
+    refuse_other_quantization,
     refuse_reward_adapter,
     resolve_folder,
 )
@@ -153,8 +160,8 @@ class CausalLM(nn.Module):
         )
         values = None
         if value_layout is not None and self.value_head is not None:
-            valued = states[value_layout.predictors]
-            values = value_layout.scatter(self.value_head(valued.to(head_dtype(self.value_head))).squeeze(-1))
+            valued = states[value_layout.predictors].to(head_dtype(self.value_head))
+            values = value_layout.scatter(at_least_float32(self.value_head(valued)).squeeze(-1))
         matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
         collisions = None
         if with_collisions:
@@ -176,15 +183,8 @@ class CausalLM(nn.Module):
         """
         if not self.has_adapter:
             raise ValueError("only a model with an adapter holds its own reference")
-        if "reference" in self.model.peft_config:
-            self.model.set_adapter("reference")
-            try:
-                yield
-            finally:
-                self.model.set_adapter("default")
-        else:
-            with self.model.disable_adapter():
-                yield
+        with with_adapter(self.model, REFERENCE if REFERENCE in self.model.peft_config else None):
+            yield
 
 
 def logit_scale(config: Any) -> float:
@@ -208,7 +208,8 @@ def load_policy(
 
     Raises:
         FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: an adapter's backbone is not the one it was trained on, or the adapter is a reward model's.
+        ValueError: an adapter's backbone is not the one it was trained on, or is quantised otherwise; or the adapter is
+            a reward model's.
     """
     settings = settings or LoadSettings()
     name = resolve_folder(init_from)
@@ -216,6 +217,7 @@ def load_policy(
     continued = name if lora is not None and is_adapter(name) else None
     source = load_base_of_adapter(name) if continued else name
     if continued:
+        refuse_other_quantization(continued, settings.quantization)
         model = load_hf_model(source, AutoModelForCausalLM, settings)
     else:
         model = load_weights(name, AutoModelForCausalLM, settings)
@@ -241,8 +243,8 @@ def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def settings_for_inference(settings: LoadSettings) -> LoadSettings:
-    """The same settings without activation checkpointing, which a frozen model never needs."""
-    return replace(settings, activation_checkpointing=False)
+    """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
+    return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)
 
 
 def trainable_fraction(model: nn.Module) -> float:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import BACKBONE_FILE, SCORE_BIAS, fingerprint
+from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
 
 
@@ -51,6 +52,9 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     record = {"source": source, "fingerprint": fingerprint(source), **facts}
+    quantization = quantization_of(unwrapped(model))
+    if quantization is not None:
+        record["quantization"] = quantization
     (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     if folder.exists():
         shutil.rmtree(folder)

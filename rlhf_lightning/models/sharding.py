@@ -73,7 +73,11 @@ def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], 
     if not is_sharded(model):
         yield lambda: None
         return
-    yield lambda: _largest(model, 1) and None
+
+    def before_pass() -> None:
+        _largest(model, 1)
+
+    yield before_pass
     while _largest(model, 0):
         idle()
 

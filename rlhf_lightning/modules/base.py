@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, lay_out
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
+from rlhf_lightning.models.loading import (
+    LoadSettings,
+    LoraSettings,
+    fingerprint,
+    is_adapter,
+    load_base_of_adapter,
+    resolve_folder,
+)
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.models.scalar_head import ScalarModel
@@ -31,6 +39,7 @@ from rlhf_lightning.modules.optimization import (
     updates_of_run,
     without_gradient_sync,
 )
+from rlhf_lightning.modules.precision import settled_precision
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
@@ -56,7 +65,12 @@ class AlignmentModule(LightningModule):
         chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
         from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
         lora: train a low-rank adapter on the frozen backbone; None trains every weight.
-        dtype: precision of the weights.
+        quantization: keep the frozen backbone of an adapter in 4 bits ("nf4", its scales quantised too) or 8 ("int8");
+            None keeps it in ``dtype``, in which 4-bit weights are also multiplied.
+        dtype: precision of the weights. "bfloat16" is for the frozen ones of an adapter: what is trained stays in
+            fp32.
+        frozen_dtype: precision of models that stand beside the trained one (reference, reward model); None takes
+            ``dtype``.
         attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         share_prompts: compute a prompt once for all its completions, where the model can; changes no result beyond
@@ -90,7 +104,9 @@ class AlignmentModule(LightningModule):
         chat_template: str | None = None,
         from_scratch: bool = False,
         lora: LoraSettings | None = None,
+        quantization: Literal["nf4", "int8"] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        frozen_dtype: Literal["float32", "bfloat16"] | None = None,
         attn_implementation: str | None = None,
         activation_checkpointing: bool = False,
         share_prompts: bool = True,
@@ -109,7 +125,9 @@ class AlignmentModule(LightningModule):
         self._set_hparams(plain(dict(self.hparams)))
         self._hparams_initial = plain(dict(self.hparams))
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
-        self.load_settings = LoadSettings(from_scratch, dtype, attn_implementation, activation_checkpointing, seed)
+        self.load_settings = LoadSettings(
+            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
+        )
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         self.share_prompts = share_prompts
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
@@ -157,19 +175,25 @@ class AlignmentModule(LightningModule):
         if not self._models_loaded:
             self.load_models()
             self._models_loaded = True
+            self._started_from = self.started_from()  # now: the folder may be gone when a checkpoint is written
         if self.device_mesh is not None:
             trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
             for model in (*trained, *self.frozen_models()):
                 shard(model, self.device_mesh, str(self.trainer.precision))
 
     _models_loaded = False
+    _started_from: Mapping[str, str | None] = MappingProxyType({})
 
     def setup(self, stage: str) -> None:
-        """Check that the data yields what this objective takes, before any weight is read.
+        """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
 
         Raises:
             TypeError: the DataModule yields another kind of batch.
+            ValueError: trained weights would be kept in bf16 or quantised.
         """
+        self.load_settings = settled_precision(
+            self.trainer, self.load_settings, self.lora is not None, fits=stage == "fit"
+        )
         datamodule = getattr(self.trainer, "datamodule", None)
         offered = getattr(datamodule, "batch_types", None)
         if offered is not None and stage != "predict" and self.batch_type not in offered:
@@ -398,13 +422,37 @@ class AlignmentModule(LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters: they address sampling and give TensorBoard's x-axis."""
+        """Keep the counters, which address sampling and give TensorBoard's x-axis, and what the weights stand on."""
         checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
+        checkpoint["started_from"] = dict(self._started_from)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters up where they were."""
+        """Take the counters up where they were.
+
+        Raises:
+            RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on.
+        """
         for name, value in checkpoint["progress"].items():
             setattr(self, name, value)
+        if self.lora is None and self.reference is None:
+            return
+        before, now = checkpoint["started_from"], self._started_from
+        for part in ("backbone", "adapter", "quantization"):
+            if before[part] != now[part]:
+                raise RuntimeError(
+                    f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
+                    f"{str(now[part])[:8]} ({self.init_from}). Frozen weights are in no checkpoint, so resume from the "
+                    "same init_from"
+                )
+
+    def started_from(self) -> dict[str, str | None]:
+        """Return fingerprints of the weights that training started from: the backbone, and the adapter on it."""
+        name = resolve_folder(self.init_from)
+        return {
+            "backbone": fingerprint(self.backbone_source()),
+            "adapter": fingerprint(name) if is_adapter(name) else None,
+            "quantization": self.load_settings.quantization,
+        }
 
 
 def plain(value: Any) -> Any:

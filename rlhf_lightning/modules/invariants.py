@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_lightning.types import PolicyLogprobs, Rollout
 
-
 NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
 """What is measured."""
 
@@ -23,7 +22,8 @@ class InvariantError(RuntimeError):
 class Invariants:
     """Checks of a rollout. Each raises or warns, and leaves its measured value to be logged.
 
-    Bounds are for fp32, where what should be equal differs by rounding alone; lower precisions are held to a mean.
+    Bounds are for fp32, where what should be equal differs by rounding alone; lower precisions are held to a mean, and
+    so is a model that computes in one although its log-probabilities are fp32 (``exact`` False).
 
     Args:
         on_violation: "raise", or "warn" and go on.
@@ -32,7 +32,7 @@ class Invariants:
     def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
         if on_violation not in ("raise", "warn"):
             raise ValueError(f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
-        self.on_violation = on_violation
+        self.on_violation, self.exact = on_violation, True
         self._measured: dict[str, float] = {}
 
     def take(self, strategy: Strategy) -> dict[str, float]:
@@ -105,7 +105,11 @@ class Invariants:
         """Hold the largest of the values to a bound, or in a lower precision their mean."""
         if not values.numel():
             return
-        if like.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(like.device.type):
+        if (
+            self.exact
+            and like.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled(like.device.type)
+        ):
             self._check(name, float(values.max()), bound, cause)
         else:
             self._check(name, float(values.mean()), mean_bound, cause)

@@ -127,7 +127,9 @@ class OnPolicyModule(AlignmentModule):
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
-        self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
+        # A scorer that cannot be loaded should fail now, not after the first rollout.
+        self.scorer.load_beside(self.policy, self.load_settings)
+        self.invariants.exact = self.load_settings.is_exact
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """The reference, and the networks that the scorer holds."""

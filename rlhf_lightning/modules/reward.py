@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import (
     add_lora,
     is_adapter,
+    load_base_of_adapter,
     load_reward_hf_model,
     prepare_for_training,
+    refuse_other_quantization,
     resolve_folder,
 )
 from rlhf_lightning.models.scalar_head import ScalarModel
@@ -67,12 +68,16 @@ class RewardModule(OfflineModule):
         return self.reward_model
 
     def load_models(self) -> None:
-        """Load the backbone and give it a scalar head where it has none."""
+        """Load the backbone and give it a scalar head where it has none; an adapter is trained on, not stacked upon."""
         name = resolve_folder(self.init_from)
+        continued = name if self.lora is not None and is_adapter(name) else None
+        if continued is not None:
+            refuse_other_quantization(continued, self.load_settings.quantization)
+            name = load_base_of_adapter(continued)
         model = load_reward_hf_model(name, self.load_settings, pad_token_id=self.tokenizer.pad_token_id)
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:
-            model = add_lora(model, self.lora, "SEQ_CLS", seed=self.seed)
+            model = add_lora(model, self.lora, "SEQ_CLS", continued, self.seed)
         self.reward_model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
         self._best_scores = Meter()
 
@@ -156,15 +161,9 @@ class RewardModule(OfflineModule):
         return rows
 
     def export(self, folder: str | Path) -> Path:
-        """Write the reward model as a Hugging Face folder.
-
-        An adapter that was trained on top of another one is written whole: the backbone it hangs on, the other one
-        merged, is in no folder.
-        """
-        trained, start = self.reward_model, resolve_folder(self.init_from)
-        if self.lora is not None and is_adapter(start):
-            trained = ScalarModel(copy.deepcopy(trained.model).merge_and_unload(), trained.bias)
-        return export_reward_model(trained, self.tokenizer, folder, start)
+        """Write the reward model as a Hugging Face folder."""
+        source = self.backbone_source() if self.lora is not None else resolve_folder(self.init_from)
+        return export_reward_model(self.reward_model, self.tokenizer, folder, source)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the bias with the weights."""

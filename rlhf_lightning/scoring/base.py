@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.types import Prompt
 
 
 class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
-    A subclass that needs a device or weights overrides ``to``, and one that holds networks names them in ``models``.
+    A subclass that needs a device or weights overrides ``to`` and ``load_beside``, and one that holds networks names
+    them in ``models``.
     """
 
     @property
@@ -33,6 +36,12 @@ class Scorer:
             columns: further columns of the data, one value per completion.
         """
         raise AttributeError(f"{type(self).__name__} must define '__call__'")
+
+    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+        """Load what scoring needs, beside the policy whose completions are scored.
+
+        A scorer made of others passes this on to them: a learned one may share the policy's backbone.
+        """
 
     def to(self, device: torch.device) -> Scorer:
         """Move what the scorer holds to ``device``."""
