@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_lightning.evaluation.convergence import PolicyGradient
 from rlhf_lightning.functional.online_preference import nash_md_logits
+from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
@@ -51,9 +52,10 @@ class PairPopulation(PolicyGradient):
         drawn = old
         if reference is not None:
             drawn = torch.where(self.module.by_reference(self.group).unsqueeze(-1), reference, old)
+        mask = grids["completion_mask"][self.place]
         return Rollout(
-            self.sequences, grids["completion_mask"][self.place], old, reference, None, self.scores, self.finished, self.group,
-            sampler_logprobs=drawn, episodes=torch.arange(len(self.rows)),
+            self.sequences, mask, old, reference, None, self.scores, self.finished, self.group, sampler_logprobs=drawn,
+            episodes=torch.arange(len(self.rows)),
         )  # fmt: skip
 
     def loss(self) -> Tensor:
