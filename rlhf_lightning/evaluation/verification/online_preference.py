@@ -78,9 +78,19 @@ def texts_of(subject: Subject, sequences: Sequences) -> list[str]:
     return [subject.world.text_of(ids.tolist()) for ids in sequences.completions]
 
 
+def far_from_reference(subject: Subject) -> Any:
+    """Return an instance whose policy answers quite otherwise than its reference, so that few samples tell them."""
+    module, generator = subject.fresh(), torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+    return module
+
+
 def drawing_check(subject: Subject) -> Check:
     """Samples are distributed as the policy, or the model whose turn it is, at the temperature of the run."""
-    module, world = subject.module, subject.world
+    module, world = far_from_reference(subject), subject.world
     questions = world.questions(2 * MANY)
     per_prompt = torch.arange(len(questions.prompts)) // 2
     drawn = module.draw([questions._replace(group=per_prompt)])
@@ -135,7 +145,7 @@ def part_of(rollout: Rollout, rows: list[int]) -> Rollout:
 
 def step_gradient(subject: Subject, rows: list[int] | None = None, over_ranks: Any = None, **changes: Any) -> Tensor:
     """Return the gradient of a rollout's update through the module's own ``learn``, of some of its rows if named."""
-    module = subject.fresh(moved=True, **changes)
+    module = subject.fresh(moved=True, on_violation="warn", **changes)  # each mistake has a check of its own here
     rollout = some_groups(subject, module)
     if rows is not None:
         rollout = part_of(rollout, rows)
@@ -178,7 +188,7 @@ def start_check(subject: Subject, stated: float) -> Check:
 
 def opponent_check(subject: Subject) -> Check:
     """Nash-MD's opponent draws from the mixture, apart from the policy's own random numbers."""
-    module, world = subject.module, subject.world
+    module, world = far_from_reference(subject), subject.world
     questions = world.questions(MANY)
     theirs = module.opponent_scores(questions).double().view(world.config.prompts, -1)
     own = module.collector.draw(module.policy, module.tokenizer, questions).scores.double().view_as(theirs)
