@@ -41,13 +41,16 @@ if TYPE_CHECKING:
         GSPOModule,
         HingeModule,
         IPOModule,
+        IterativeDPOModule,
         JensenShannonDPOModule,
         KTOModule,
         LDDPOModule,
         LengthNormalizedDPOModule,
         LitePPOModule,
+        NashMDModule,
         NCAModule,
         OfflineModule,
+        OnlineDPOModule,
         OnPolicyModule,
         ORPOModule,
         PlackettLuceModule,
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
         UnpairedModule,
         WPOModule,
         WPOWeighting,
+        XPOModule,
     )
     from rlhf_lightning.scoring import LearnedScorer, Scorer
     from rlhf_lightning.types import Loss
@@ -132,6 +136,10 @@ __all__ = [
     "UnpairedModule",
     "WPOModule",
     "WPOWeighting",
+    "IterativeDPOModule",
+    "NashMDModule",
+    "OnlineDPOModule",
+    "XPOModule",
 ]
 
 _ROOMS = ("modules", "data", "scoring", "types", "models.loading", "models.sampling")

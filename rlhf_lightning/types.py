@@ -186,6 +186,8 @@ class PreferenceLogprobs(NamedTuple):
         chosen_log_collisions: log-probability that two draws from the policy agree, at each chosen token, without
             gradient; None unless the module asks for it.
         rejected_log_collisions: the same at each rejected token.
+        chosen_by_reference: bool, True where the chosen completion was sampled from the reference and the rejected one
+            from the policy, shape (pairs,); None where both have one origin.
     """
 
     policy_chosen_logprobs: Tensor
@@ -199,6 +201,7 @@ class PreferenceLogprobs(NamedTuple):
     weights: Tensor
     chosen_log_collisions: Tensor | None = None
     rejected_log_collisions: Tensor | None = None
+    chosen_by_reference: Tensor | None = None
 
     @property
     def chosen_lengths(self) -> Tensor:
@@ -319,6 +322,28 @@ class Rollout(NamedTuple):
     sampler_logprobs: Tensor | None = None
     episodes: Tensor | None = None
     baseline_scores: Tensor | None = None
+
+
+class Pairs(NamedTuple):
+    """Which samples of a rollout are compared. All have shape (pairs,).
+
+    Attributes:
+        chosen: episode that is the better one, int64.
+        rejected: episode of the same prompt that is the worse one, int64.
+        target: probability that chosen is the better one.
+        rated_margin: how much higher chosen scored.
+        weights: weight of each pair.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    target: Tensor
+    rated_margin: Tensor
+    weights: Tensor
+
+    def at(self, index: Tensor) -> Pairs:
+        """Return the pairs at the given places."""
+        return Pairs(*(part[index] for part in self))
 
 
 class Advantages(NamedTuple):

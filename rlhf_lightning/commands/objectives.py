@@ -39,6 +39,8 @@ FAMILIES = {
     "DPOModule": "preference pairs",
     "UnpairedModule": "completions judged alone",
     "RewardModule": "reward models",
+    "OnlineDPOModule": "preferences on-policy",
+    "NashMDModule": "preferences on-policy",
     "CriticFreeModule": "on-policy, without a critic",
     "PPOModule": "on-policy, with a critic",
 }

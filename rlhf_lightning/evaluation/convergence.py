@@ -160,7 +160,9 @@ def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learn
 def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
     """Return the module's loss over its population as a function of its weights."""
     if isinstance(module, OnPolicyModule):
-        return PolicyGradient(module, world, shuffled).loss
+        from rlhf_lightning.evaluation.online_preference import population_of
+
+        return population_of(module)(module, world, shuffled).loss
     kind = module.batch_type
     if kind is PromptBatch or not hasattr(module, "loss_sum"):
         raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
@@ -203,6 +205,11 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     if declared is not None:
         target = torch.softmax(declared, -1) if isinstance(module, RewardModule) else declared
         return target, "declared", _distance(policy, target)
+    from rlhf_lightning.evaluation.online_preference import rest_of
+
+    rest = rest_of(module, world)
+    if rest is not None:
+        return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
     problems = [
         targets.Population(*(np.asarray(part[prompt], dtype=np.float64) for part in (reference, preference, lengths)))
@@ -268,7 +275,7 @@ class PolicyGradient:
         reference = None if module.reference is None else module.reference.logprobs(layout, module.sampling.temperature)
         rollout = Rollout(
             self.sequences, mask, old, reference, torch.zeros_like(old), self.scores, self.finished, self.group,
-            sampler_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self._greedy_scores(),
+            sampler_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self.baseline_scores(),
         )  # fmt: skip
         rewards = module.shape_rewards(rollout)
         values = rewards.new_zeros(rewards.shape)
@@ -280,11 +287,14 @@ class PolicyGradient:
         learned = mask if advantages.learned is None else advantages.learned
         aggregation = module.aggregation(learned)
         per_row = (torch.where(learned, loss, 0.0) * aggregation.weights).sum(-1)
-        # The probability of a row's group is that of all its members.
-        likelihood = torch.zeros(int(self.group[-1]) + 1, dtype=old.dtype).index_add(0, self.group, old.sum(-1))
-        return (likelihood.exp()[self.group] * per_row).sum() / (self.group_size * self.world.config.prompts)
+        return (self.likelihood(old.sum(-1)) * per_row).sum() / (self.group_size * self.world.config.prompts)
 
-    def _greedy_scores(self) -> Tensor:
+    def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
+        """Return the probability of each row's group, that of all its members, shape (rows,)."""
+        total = torch.zeros(int(self.group[-1]) + 1, dtype=sequence_logprobs.dtype)
+        return total.index_add(0, self.group, sequence_logprobs).exp()[self.group]
+
+    def baseline_scores(self) -> Tensor:
         """Score of the likeliest token after token, for each row's prompt."""
         with torch.no_grad():
             policy: Any = self.module.policy

@@ -7,7 +7,7 @@ moves with it and lands in no checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.functional.adaptive_preference import mixed_reference
 from rlhf_lightning.models.adapters import (
     CRITIC,
     POLICY,
@@ -25,7 +26,7 @@ from rlhf_lightning.models.adapters import (
     read_adapter,
     with_adapter,
 )
-from rlhf_lightning.models.causal_lm import CausalLM, load_reference
+from rlhf_lightning.models.causal_lm import CausalLM, adapted_weights, load_reference
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     SCORE_BIAS,
@@ -81,6 +82,31 @@ class Reference:
         """Return log-probabilities of the layout's completions, without gradient, shape (completions, length)."""
         with self.as_model() as model:
             return model(layout, temperature).logprobs
+
+    # -- a reference that moves ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def follow(self, alpha: float = 1.0) -> None:
+        """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
+        for _, reference, policy in self._followed():
+            reference.copy_(mixed_reference(reference, policy.to(reference), alpha))
+
+    def moved_weights(self) -> dict[str, Tensor]:
+        """Return the copy's weights that follow the policy's, for a checkpoint."""
+        return {name: reference.detach() for name, reference, _ in self._followed()}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Put the copy where a checkpoint had it."""
+        for name, reference, _ in self._followed():
+            reference.copy_(weights[name])
+
+    def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
+        assert self.copy is not None, "a reference moves that is a model of its own"
+        model = self.policy.model
+        for name, weight in adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
+            yield name, self.copy.model.get_parameter(name), weight
 
 
 class AdapterScalar(ScalarModel):

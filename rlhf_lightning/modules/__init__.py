@@ -18,6 +18,8 @@ from rlhf_lightning.modules.grpo import (
 )
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.online_opponents import IterativeDPOModule, NashMDModule, XPOModule
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.preference import (
     AOTModule,
@@ -97,4 +99,8 @@ __all__ = [
     "UnpairedModule",
     "WPOModule",
     "WPOWeighting",
+    "IterativeDPOModule",
+    "NashMDModule",
+    "OnlineDPOModule",
+    "XPOModule",
 ]

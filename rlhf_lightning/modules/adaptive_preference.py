@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lightning.functional import adaptive_preference as adaptive
 from rlhf_lightning.functional.preference import dpo_loss
-from rlhf_lightning.models.causal_lm import adapted_weights, load_policy
+from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import DPOModule
@@ -202,18 +201,10 @@ class TRDPOModule(DPOModule):
         if self.updates % self.reference_every == 0:
             self.move_reference()
 
-    @torch.no_grad()
     def move_reference(self) -> None:
         """Mix the policy's weights into the reference's."""
-        for _, reference, policy in self._followed():
-            reference.copy_(adaptive.mixed_reference(reference, policy.to(reference), self.alpha))
-
-    def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
-        assert self.reference is not None and self.reference.copy is not None
-        model, reference = self.policy.model, self.reference.copy.model
-        for name, weight in adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
-            yield name, reference.get_parameter(name), weight
+        assert self.reference is not None
+        self.reference.follow(self.alpha)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """A moving reference has no fixed optimum."""
@@ -223,12 +214,11 @@ class TRDPOModule(DPOModule):
         """Keep the reference's weights once they have moved: nothing else knows where they are."""
         super().on_save_checkpoint(checkpoint)
         if self.updates >= self.reference_every:
-            checkpoint["reference"] = {name: reference.detach() for name, reference, _ in self._followed()}
+            assert self.reference is not None
+            checkpoint["reference"] = self.reference.moved_weights()
 
-    @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the reference where it was; an export goes without it."""
         super().on_load_checkpoint(checkpoint)
         if self.reference is not None and "reference" in checkpoint:
-            for name, reference, _ in self._followed():
-                reference.copy_(checkpoint["reference"][name])
+            self.reference.restore(checkpoint["reference"])

@@ -151,16 +151,20 @@ class OnPolicyModule(AlignmentModule):
         """Collect one rollout and take all its updates."""
         meter = Meter()
         rollout, entropy = self.collect(*step.micro_batches)
+        norm = self.learn(rollout, entropy, step.micro_batches[0], meter)
+        self.rollouts += 1
+        self.episodes += step.rows
+        self.tokens += int(self._over_ranks(rollout.completion_mask.sum()))
+        self._log_rollout(meter, norm, step.rows)
+
+    def learn(self, rollout: Rollout, entropy: Tensor, batch: PromptBatch, meter: Meter) -> float:
+        """Take all updates of a rollout; return the gradient norm of the last."""
         rewards = self.shape_rewards(rollout)
         self._check_rollout(rollout, rewards)
         advantages = self.advantages(rollout, rewards)
         self._measure_rollout(rollout, rewards, entropy, meter)
         self._measure_advantages(rollout, advantages, meter)
-        norm = self._learn_from(rollout, advantages, step.micro_batches[0], meter)
-        self.rollouts += 1
-        self.episodes += step.rows
-        self.tokens += int(self._over_ranks(rollout.completion_mask.sum()))
-        self._log_rollout(meter, norm, step.rows)
+        return self._learn_from(rollout, lambda rows: self._learn(rollout, advantages, rows, batch, meter), meter)
 
     def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
         """Sample and score a completion for each prompt. A family that chooses among its samples overrides this.
@@ -244,27 +248,32 @@ class OnPolicyModule(AlignmentModule):
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
-    def _learn_from(self, rollout: Rollout, advantages: Advantages, batch: PromptBatch, meter: Meter) -> float:
-        """Take a rollout's updates; return the gradient norm of the last."""
+    def _learn_from(self, rollout: Rollout, learn: Callable[[list[int]], float], meter: Meter) -> float:
+        """Call ``learn`` with the rows of each minibatch of each epoch; return the gradient norm of the last."""
         norm = 0.0
         for epoch in range(self.ppo_epochs):
             for number, rows in enumerate(self._minibatches(rollout, epoch)):
                 self._untouched = epoch == number == 0  # the policy is still the one that sampled
-                norm = self._learn(rollout, advantages, rows, batch, meter)
+                norm = learn(rows)
                 if self._should_stop(meter):
                     return norm
         return norm
 
     def _minibatches(self, rollout: Rollout, epoch: int) -> Iterator[list[int]]:
         """Yield this rank's rows of each minibatch; the permutation is over all ranks' episodes."""
-        assert rollout.episodes is not None
-        mine = {int(episode): row for row, episode in enumerate(rollout.episodes)}
+        mine = self._units(rollout)
         everyone = sorted(gathered_numbers(self, list(mine)))
         generator = torch.Generator().manual_seed(hash((self.seed, self.rollouts, epoch)) % 2**63)
         order = [everyone[place] for place in torch.randperm(len(everyone), generator=generator).tolist()]
-        size = self.mini_batch_size or len(order)
+        whole = max((len(rows) for rows in mine.values()), default=1)
+        size = len(order) if self.mini_batch_size is None else max(self.mini_batch_size // whole, 1)
         for start in range(0, len(order), size):
-            yield [mine[episode] for episode in order[start : start + size] if episode in mine]
+            yield [row for unit in order[start : start + size] if unit in mine for row in mine[unit]]
+
+    def _units(self, rollout: Rollout) -> dict[int, list[int]]:
+        """Rows that no minibatch may part, by a number that no other rank has: here each episode is by itself."""
+        assert rollout.episodes is not None
+        return {int(episode): [row] for row, episode in enumerate(rollout.episodes)}
 
     def aggregation(self, learned: Tensor) -> Aggregation:
         """Return how token losses become one: a mean over the tokens of the minibatch.

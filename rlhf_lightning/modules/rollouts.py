@@ -14,7 +14,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
-from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.models.sampling import Mixture, SamplingSettings, sample
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
@@ -124,10 +124,12 @@ class RolloutCollector:
         tokenizer: PreTrainedTokenizerBase,
         batch: PromptBatch,
         sampling: SamplingSettings | None = None,
+        mixture: Mixture | None = None,
     ) -> Samples:
         """Draw one completion for each prompt of the batch, from its episode's random numbers."""
         ends = tokenization.end_token_ids(tokenizer)
-        drawn = sample(policy, batch.prompts, batch.episodes, sampling or self.sampling, self.seed, ends)
+        settings = sampling or self.sampling
+        drawn = sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
         sequences = Sequences(
             prompts=batch.prompts,
             completions=drawn.ids,
@@ -197,6 +199,24 @@ def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
     finished = torch.cat([drawn.samples.finished[list(rows)] for drawn, rows in parts])
     samples = Samples(sequences, finished, tuple(drawn.samples.logprobs[row] for drawn, row in picked))
     return Drawn(batch, samples, torch.cat([drawn.scores[list(rows)] for drawn, rows in parts]))
+
+
+def merged_samples(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
+    """Put samples of several models back in the order of their prompts.
+
+    Args:
+        parts: each model's samples, and the place of each of them.
+    """
+    found = {row: (part, index) for part, rows in parts for index, row in enumerate(rows)}
+    picked = [found[row] for row in range(len(found))]
+    sequences = Sequences(
+        prompts=tuple(part.sequences.prompts[index] for part, index in picked),
+        completions=tuple(part.sequences.completions[index] for part, index in picked),
+        parents=tuple(range(len(picked))),
+        supervised=tuple(part.sequences.supervised[index] for part, index in picked),
+    )
+    finished = torch.stack([part.finished[index] for part, index in picked])
+    return Samples(sequences, finished, tuple(part.logprobs[index] for part, index in picked))
 
 
 def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:

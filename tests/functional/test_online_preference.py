@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits, nash_md_loss, xpo_loss
+from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits, xpo_loss
 
 from .worked import gradient, normal, property_test
 
@@ -35,12 +35,3 @@ def test_nash_md_opponent_is_the_normalised_geometric_mixture(seed, mixture):
     mixed = policy.softmax(-1) ** (1 - mixture) * reference.softmax(-1) ** mixture
     found = nash_md_logits(policy, reference, mixture).softmax(-1)
     torch.testing.assert_close(found, mixed / mixed.sum())
-
-
-def test_nash_md_by_hand():
-    logprobs, reference = torch.tensor([[-1.0, -2.0, 0.0]]).double(), torch.tensor([[-1.5, -1.0, 0.0]]).double()
-    mask, win = torch.tensor([[True, True, False]]), torch.tensor([0.8]).double()
-    found = nash_md_loss(logprobs, reference, mask, win, beta=0.1)
-    torch.testing.assert_close(found.item(), -0.3 * -3.0 + 0.1 * (0.5 * -1.0 + -1.0 * -2.0))
-    (slope,) = gradient(lambda lp: nash_md_loss(lp, reference, mask, win, beta=0.1), logprobs)
-    torch.testing.assert_close(slope, torch.tensor([[-0.3 + 0.05, -0.3 - 0.1, 0.0]]).double())

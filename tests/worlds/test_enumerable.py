@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.sampling import SamplingSettings, sample
-from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules import OnlineDPOModule, PPOModule, XPOModule
 from rlhf_lightning.scoring import LearnedScorer
-from rlhf_lightning.types import Step
+from rlhf_lightning.types import PromptBatch, Step
 from rlhf_lightning.worlds.enumerable import END, EnumerableWorld
 
 
@@ -104,6 +104,27 @@ def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: 
     )  # fmt: skip
     steps = [Step((world.questions(64, 128 * i),), 128, 0) for i in range(60)]
     module.trainer = quiet_trainer()
+    fit(module, steps)
+    reached = world.probabilities(module.policy.model.model.table.weight.detach())
+    distance = 0.5 * (reached - world.optimal_policy(beta)).abs().sum(-1)
+    assert float(distance.max()) < 0.05, distance
+
+
+def paired_questions(world: EnumerableWorld, pairs: int, rollout: int) -> PromptBatch:
+    """Every prompt, ``pairs`` times, each with two samples to compare."""
+    batch = world.questions(2 * pairs, 4 * pairs * rollout)
+    return batch._replace(group=torch.arange(len(batch.prompts)) // 2)
+
+
+@pytest.mark.parametrize("kind", [OnlineDPOModule, XPOModule])
+def test_sampled_online_preferences_come_close_to_the_optimum(world: EnumerableWorld, folder: str, kind: Any) -> None:
+    """128 pairs a rollout with soft labels: sampling, pairing, the module's own updates."""
+    beta = 0.5
+    module = kind(
+        init_from=folder, scorer=world.score, max_new_tokens=2, beta=beta, soft_labels=True, temperature=1.0,
+        learning_rate=5e-2,
+    )  # fmt: skip
+    steps = [Step((paired_questions(world, 64, i),), 256, 0) for i in range(80)]
     fit(module, steps)
     reached = world.probabilities(module.policy.model.model.table.weight.detach())
     distance = 0.5 * (reached - world.optimal_policy(beta)).abs().sum(-1)

@@ -14,10 +14,13 @@ import torch
 from rlhf_lightning.evaluation.convergence import Convergence, converge, small_world
 from rlhf_lightning.evaluation.verification.offline import offline_checks
 from rlhf_lightning.evaluation.verification.on_policy import on_policy_checks
+from rlhf_lightning.evaluation.verification.online_preference import online_checks, opponent_check
 from rlhf_lightning.evaluation.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.online_opponents import NashMDModule
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 
 __all__ = ["Check", "Verification", "verify"]
@@ -81,7 +84,12 @@ def verify(
                 raise TypeError(
                     f"{kind.__name__} has no override point of a known family: there is no contract to verify"
                 )
-            checks = on_policy_checks(subject) if on_policy else offline_checks(subject)
+            if issubclass(kind, OnlineDPOModule):
+                checks = online_checks(subject)
+            else:
+                checks = on_policy_checks(subject) if on_policy else offline_checks(subject)
+            if issubclass(kind, NashMDModule):
+                checks.append(opponent_check(subject))
             control = subject.short_run(False) - subject.short_run(True)
             if control < 1e-4:  # an objective that is not monotone at the reference may need to come to rest
                 ends = (converge(subject.fresh(), world, 300, shuffled=shuffled) for shuffled in (False, True))
@@ -94,7 +102,8 @@ def verify(
             found = None
             if with_convergence:
                 module = subject.fresh()
-                found = converge(module, world, steps=300)
+                # A rare pair counts by the product of two small chances, and takes its time.
+                found = converge(module, world, steps=600 if issubclass(kind, OnlineDPOModule) else 300)
                 if found.target is not None:
                     checks.append(
                         at_most(

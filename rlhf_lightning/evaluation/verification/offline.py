@@ -291,6 +291,8 @@ def swapped(given: PreferenceLogprobs) -> PreferenceLogprobs:
     for name in names:
         changes[name.format("chosen")] = getattr(given, name.format("rejected"))
         changes[name.format("rejected")] = getattr(given, name.format("chosen"))
+    if given.chosen_by_reference is not None:
+        changes["chosen_by_reference"] = ~given.chosen_by_reference
     return given._replace(**changes)
 
 

@@ -82,6 +82,10 @@ class Subject:
         chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
         if "scorer" in known:
             chosen["scorer"] = self.world.score
+            chosen["temperature"] = 1.0  # problems are listed at 1
+        if "soft_labels" in known:  # certain labels have no optimum, and pairs have no KL in a reward
+            chosen["soft_labels"] = True
+            chosen.pop("kl_coef", None)
         beta = next((_parameters(base)["beta"] for base in self.kind.__mro__ if "beta" in _parameters(base)), None)
         if beta is not None and isinstance(beta.default, float) and beta.default < LEAST_BETA:
             chosen["beta"] = LEAST_BETA
