@@ -170,6 +170,22 @@ class TokenLogprobs(NamedTuple):
         return self.logprobs.sum(-1)
 
 
+class DistillationLogits(NamedTuple):
+    """What a divergence of a student from its teacher may look at, for some completion tokens, over the vocabulary that
+    both share.
+
+    Attributes:
+        student_logits: the student's logits of the next token, with gradient, fp32 or wider, shape (tokens,
+            vocabulary).
+        teacher_logits: the teacher's, without gradient, same shape.
+        targets: id of each completion token, int64, shape (tokens,).
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    targets: Tensor
+
+
 class PreferenceLogprobs(NamedTuple):
     """What a loss on preference pairs may look at. Token tensors are (pairs, length) and 0 under the mask.
 
@@ -395,9 +411,11 @@ class EnumeratedProblem(NamedTuple):
         preference: probability that the first completion is preferred to the second, fp64, shape
             (prompts, completions, completions).
         lengths: tokens of each completion, int64, shape (prompts, completions).
+        teacher: the teacher's probability of each completion, for objectives that have one; like ``reference``.
     """
 
     reference: Tensor
     rewards: Tensor
     preference: Tensor
     lengths: Tensor
+    teacher: Tensor

@@ -6,7 +6,7 @@ runs in chunks: [rows, width, vocabulary] never exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import chunked_log_collisions, chunked_logprobs, chunked_matches
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
@@ -51,6 +52,23 @@ class TokenOutputs(NamedTuple):
     collisions: Tensor | None = None
 
 
+class OverLogits(NamedTuple):
+    """What is asked of a forward that needs whole distributions: a function of the logits, a chunk of them at a time.
+
+    Attributes:
+        layout: sequences in rows.
+        function: called with the logits of a chunk of supervised tokens, fp32 or wider, shape (chunk, vocabulary), and
+            the same chunk of each further tensor; returns values per token by name, see `chunked_over_tokens`.
+        further: tensors of shape (tokens, ...) that are cut like the logits.
+        chunk_tokens: tokens whose logits are held at a time.
+    """
+
+    layout: Layout
+    function: Callable[..., Mapping[str, Tensor]]
+    further: tuple[Tensor, ...] = ()
+    chunk_tokens: int = 1024
+
+
 class CausalLM(nn.Module):
     """A causal language model, with an optional value head on the same trunk.
 
@@ -75,7 +93,12 @@ class CausalLM(nn.Module):
         """Whether the policy is an adapter on a frozen backbone."""
         return hasattr(self.model, "peft_config")
 
-    def forward(
+    def forward(self, layout: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forward a Layout (see `logprobs`), or a question about whole distributions (see `over_logits`)."""
+        forward = self.over_logits if isinstance(layout, OverLogits) else self.logprobs
+        return forward(layout, *args, **kwargs)
+
+    def logprobs(
         self,
         layout: Layout,
         temperature: float = 1.0,
@@ -122,6 +145,26 @@ class CausalLM(nn.Module):
             None if matches is None else layout.scatter(matches.float()),
             None if collisions is None else layout.scatter(collisions),
         )
+
+    def over_logits(self, asked: OverLogits) -> dict[str, Tensor]:
+        """Return what a function makes of the logits of each supervised token, by name, each of shape (tokens,)."""
+
+        def of_chunk(hidden: Tensor, *further: Tensor) -> Mapping[str, Tensor]:
+            return asked.function(self.logits(hidden), *further)
+
+        hidden = self.hidden_states(asked.layout)
+        return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=asked.chunk_tokens)
+
+    def hidden_states(self, layout: Layout) -> Tensor:
+        """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
+        states = trunk(self.model)(input_ids=layout.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        return states[layout.predictors]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary)."""
+        head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return head_logits(hidden, head.weight, head.bias, softcap, logit_scale(config))
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from rlhf_lightning.modules.adaptive_preference import BetaDPOModule, LDDPOModule, TRDPOModule, WPOModule, WPOWeighting
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.critic_free import CriticFreeModule
+from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.grpo import (
     CISPOModule,
@@ -66,6 +67,7 @@ __all__ = [
     "DrGRPOModule",
     "EXOModule",
     "ForwardKLDPOModule",
+    "GKDModule",
     "GRPOModule",
     "GSPOModule",
     "HingeModule",
@@ -78,6 +80,7 @@ __all__ = [
     "NCAModule",
     "ORPOModule",
     "OfflineModule",
+    "OnPolicyDistillationModule",
     "OnPolicyModule",
     "PPOModule",
     "PlackettLuceModule",

@@ -107,7 +107,19 @@ class EnumerableWorld:
         """Reference, rewards, Bradley-Terry preferences and lengths."""
         lengths = self.walks[2].sum(-1)
         preference = torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
-        return EnumeratedProblem(self.probabilities(self.reference_table), self.rewards, preference, lengths)
+        reference, teacher = (self.probabilities(table) for table in (self.reference_table, self.teacher_table))
+        return EnumeratedProblem(reference, self.rewards, preference, lengths, teacher)
+
+    @cached_property
+    def teacher_table(self) -> Tensor:
+        """Table of a policy to learn from: what maximises E[reward] - KL(policy || reference)."""
+        prefixes, tokens, mask = self.walks
+        mass = torch.zeros_like(self.reference_table)
+        best = torch.softmax(self.probabilities(self.reference_table).log() + self.rewards, -1)
+        visits = best.unsqueeze(-1).expand_as(mask)[mask]
+        mass.index_put_((prefixes[mask], tokens[mask]), visits, accumulate=True)
+        visited = mass.sum(-1, keepdim=True) > 0
+        return torch.where(visited, mass.log().clamp_min(IMPOSSIBLE), self.reference_table)
 
     def optimal_policy(self, beta: float) -> Tensor:
         """Return what maximises E[reward] - beta KL(policy || reference), shape (prompts, completions)."""
@@ -137,8 +149,15 @@ class EnumerableWorld:
 
     def write(self, folder: str | Path) -> str:
         """Write the reference as a policy's folder, tokenizer included; return the folder."""
+        return self._write_policy(self.reference_table, folder)
+
+    def write_teacher(self, folder: str | Path) -> str:
+        """Write the teacher as a policy's folder, tokenizer included; return the folder."""
+        return self._write_policy(self.teacher_table, folder)
+
+    def _write_policy(self, table: Tensor, folder: str | Path) -> str:
         model = TabularForCausalLM(self.config)
-        model.model.table.weight.data.copy_(self.reference_table)
+        model.model.table.weight.data.copy_(table)
         return self._write(model, folder)
 
     def write_reward_model(self, folder: str | Path) -> str:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import wrong_distillation_objectives
 import wrong_objectives
 
 from rlhf_lightning import cli
@@ -49,6 +50,11 @@ def test_every_mistake_is_caught_by_its_check(kind):
     failed = {check.name for check in found.checks if not check.held}
     assert name in failed, failed
     assert all(check.advice for check in found.checks)
+
+
+def test_distillation_has_mistakes_of_its_own():
+    own = [kind for kind in wrong_objectives.CAUGHT_BY if kind.__module__ == wrong_distillation_objectives.__name__]
+    assert len({wrong_objectives.CAUGHT_BY[kind] for kind in own}) >= 12
 
 
 def test_there_are_many_mistakes_of_many_kinds():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from rlhf_lightning.evaluation.convergence import expected_loss, prepare
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
-from rlhf_lightning.types import PolicyLogprobs, PreferenceLogprobs, RankedScores, TokenLogprobs, UnpairedLogprobs
+from rlhf_lightning.types import (
+    DistillationLogits,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    RankedScores,
+    TokenLogprobs,
+    UnpairedLogprobs,
+)
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 
 SMALL_WORLD_SETTINGS: dict[str, Any] = {
@@ -79,7 +87,10 @@ class Subject:
     def _defaults(self) -> dict[str, Any]:
         known = {name for base in self.kind.__mro__ for name in _parameters(base)}
         chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
-        if "scorer" in known:
+        if "teacher" in known:
+            chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
+            chosen.pop("kl_coef", None)  # the teacher has the reference's place, and no leash
+        elif "scorer" in known:
             chosen["scorer"] = self.world.score
         beta = next((_parameters(base)["beta"] for base in self.kind.__mro__ if "beta" in _parameters(base)), None)
         if beta is not None and isinstance(beta.default, float) and beta.default < LEAST_BETA:
@@ -150,13 +161,16 @@ class Subject:
         return self.world.expected_reward(policy_of(module, self.world))
 
 
-OVERRIDE_POINTS = ("preference_loss", "unpaired_loss", "ranking_loss", "token_loss", "policy_loss")
+OVERRIDE_POINTS = (
+    "preference_loss", "unpaired_loss", "ranking_loss", "token_loss", "policy_loss", "distillation_loss",
+)  # fmt: skip
 DIFFERENTIATED: dict[type, Sequence[str]] = {
     PreferenceLogprobs: ("policy_chosen_logprobs", "policy_rejected_logprobs"),
     UnpairedLogprobs: ("policy_logprobs",),
     RankedScores: ("scores",),
     TokenLogprobs: ("logprobs",),
     PolicyLogprobs: ("logprobs",),
+    DistillationLogits: ("student_logits",),
 }
 """Fields of each override point's input that carry gradient."""
 
