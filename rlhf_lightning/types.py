@@ -31,7 +31,8 @@ class Sequences(NamedTuple):
         completions: token ids of each completion, int64, each of shape (completion tokens,).
         parents: for each completion the index of its prompt.
         supervised: for each completion a bool mask over its tokens: True where a loss may look. False on the user
-            turns inside a multi-turn demonstration; all True for a sampled or compared completion.
+            turns inside a multi-turn demonstration; all True for a sampled or compared completion; True on the ends of
+            judged steps alone.
     """
 
     prompts: tuple[Tensor, ...]
@@ -88,6 +89,21 @@ class RankedBatch(NamedTuple):
     ranks: Tensor
     target: Tensor
     margin: Tensor
+    weights: Tensor
+
+
+class ProcessBatch(NamedTuple):
+    """Completions whose steps were judged one by one, one completion per prompt.
+
+    Attributes:
+        sequences: the completions; ``supervised`` is True on the last token of each judged step and nowhere else.
+        labels: for each completion the probability that each judged step is right, in order, each of shape (judged
+            steps,); 0 or 1 for plain labels.
+        weights: weight of each completion, shape (rows,).
+    """
+
+    sequences: Sequences
+    labels: tuple[Tensor, ...]
     weights: Tensor
 
 
@@ -303,6 +319,25 @@ class RankedScores(NamedTuple):
     ranks: Tensor
     target: Tensor
     margin: Tensor
+    weights: Tensor
+
+
+class ProcessScores(NamedTuple):
+    """What a loss on judged steps may look at.
+
+    Attributes:
+        scores: the reward model's score of each step, read at its last token: log-odds that it is right; shape
+            (steps,).
+        labels: probability that each step is right, shape (steps,).
+        row: index of the completion each step belongs to, int64, shape (steps,).
+        position: number of each step among its completion's judged ones, 0 is the first; int64, shape (steps,).
+        weights: weight of each completion, shape (rows,).
+    """
+
+    scores: Tensor
+    labels: Tensor
+    row: Tensor
+    position: Tensor
     weights: Tensor
 
 

@@ -50,6 +50,7 @@ DATA = {
     "DemonstrationBatch": "demonstrations",
     "PreferenceBatch": "pairs",
     "RankedBatch": "rankings",
+    "ProcessBatch": "judged steps",
     "UnpairedBatch": "judgements",
     "PromptBatch": "prompts",
 }

@@ -27,6 +27,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     PolicyLogprobs,
     PreferenceBatch,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Rollout,
@@ -173,11 +174,14 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
         PreferenceBatch: lambda: world.preferences(None if getattr(module, "weighs_rows", True) else COPIES),
         RankedBatch: world.rankings,
+        ProcessBatch: world.judged_steps,
         UnpairedBatch: world.judgements,
     }
     batch = batches[kind]()
     if shuffled and not getattr(module, "weighs_rows", True):
         batch = world.preferences(COPIES, informative=False)
+    elif shuffled and kind is ProcessBatch:
+        batch = batch._replace(labels=tuple(torch.full_like(labels, 0.5) for labels in batch.labels))
     elif shuffled:
         batch = batch._replace(weights=torch.full_like(batch.weights, float(batch.weights.mean())))
     loss_sum: Any = module.loss_sum

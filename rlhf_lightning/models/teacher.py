@@ -70,6 +70,6 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         first = other[0]
         raise ValueError(
             f"the teacher {name} has another tokenizer than the student: id {first} is {theirs.get(first)!r} to the "
-            f"teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ. Distillation "
-            "compares distributions over the same tokens: take a teacher of the student's family"
+            f"teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ. "
+            "Distillation compares distributions over the same tokens: take a teacher of the student's family"
         )

@@ -32,6 +32,7 @@ from rlhf_lightning.modules.preference import (
     RPOModule,
     UnpairedAOTModule,
 )
+from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.modules.ranking import PlackettLuceModule
 from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
@@ -84,6 +85,7 @@ __all__ = [
     "OnPolicyModule",
     "PPOModule",
     "PlackettLuceModule",
+    "ProcessRewardModule",
     "RLOOModule",
     "RPOModule",
     "ReMaxModule",

@@ -207,9 +207,8 @@ class OnPolicyDistillationModule(CriticFreeModule):
 
     A_t = log teacher(y_t | x, y_{<t}) - log student(y_t | x, y_{<t}), detached, in a policy-gradient loss, mean over
     tokens, without baseline: the k1 estimate of KL(student || teacher) token by token, no token paying for those after
-    it (Lu et al. 2025, "On-Policy Distillation"; the reverse KL on a student's own samples is also MiniLLM's, Gu et al.,
-    arXiv 2306.08543). A vocabulary's width is never formed: one log-probability a token is all that is needed of
-    either model. Where the student is the teacher every advantage is 0.
+    it (Lu et al. 2025, "On-Policy Distillation"). Of either model one log-probability a token is all that is needed,
+    never a whole distribution. Where the student is the teacher every advantage is 0.
 
     The teacher stands where other on-policy modules have their reference: ``rollout/kl`` is KL(student || teacher) of
     whole completions, ``distill/kl_reverse`` the same per token.

@@ -164,7 +164,12 @@ class RewardModule(OfflineModule):
         trained, start = self.reward_model, resolve_folder(self.init_from)
         if self.lora is not None and is_adapter(start):
             trained = ScalarModel(copy.deepcopy(trained.model).merge_and_unload(), trained.bias)
-        return export_reward_model(trained, self.tokenizer, folder, start)
+        return export_reward_model(trained, self.tokenizer, folder, start, **self.facts_of_scores)
+
+    @property
+    def facts_of_scores(self) -> dict[str, Any]:
+        """What whoever scores with the exported folder has to know beside the weights."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the bias with the weights."""

@@ -20,6 +20,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     EnumeratedProblem,
     PreferenceBatch,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Sequences,
@@ -160,14 +161,20 @@ class EnumerableWorld:
         model.model.table.weight.data.copy_(table)
         return self._write(model, folder)
 
-    def write_reward_model(self, folder: str | Path) -> str:
-        """Write a reward model's folder whose score is each completion's reward and 0 of every other prefix."""
+    def write_reward_model(self, folder: str | Path, scores: Tensor | None = None) -> str:
+        """Write a reward model's folder whose score is each completion's reward and 0 of every other prefix.
+
+        Args:
+            folder: where to.
+            scores: other scores than the rewards, shape (prompts, completions).
+        """
+        scores = self.rewards if scores is None else scores
         model = TabularForSequenceClassification(self.config)
         prefixes, tokens, mask = self.walks
         transitions, last = self.config.transitions(), mask.sum(-1, keepdim=True) - 1
         ends = transitions[prefixes.gather(-1, last), tokens.gather(-1, last)].squeeze(-1)
         model.model.table.weight.data.zero_()
-        model.model.table.weight.data[ends.flatten(), 0] = self.rewards.flatten().float()
+        model.model.table.weight.data[ends.flatten(), 0] = scores.flatten().float()
         model.score.weight.data.copy_(torch.eye(self.config.vocab_size)[:1])
         return self._write(model, folder)
 
@@ -249,6 +256,22 @@ class EnumerableWorld:
         sequences = self.sequences(rows * 2)
         desirable = torch.tensor([True] * len(rows) + [False] * len(rows))
         return UnpairedBatch(sequences, sequences, desirable, 2 * torch.cat([wins, 1 - wins]))
+
+    def judged_steps(self) -> ProcessBatch:
+        """Every completion, each token a step: the last is right with log-odds of the reward, one before it with log-
+        odds of the mean reward of the completions that go on from there.
+        """
+        rows = [(p, index) for p in range(self.config.prompts) for index in range(len(self.completions))]
+        labels = []
+        for prompt, index in rows:
+            ids = self.completions[index]
+            onwards = [
+                [float(self.rewards[prompt, i]) for i, other in enumerate(self.completions) if other[:end] == ids[:end]]
+                for end in range(1, len(ids) + 1)
+            ]
+            means = [sum(rewards) / len(rewards) for rewards in onwards]
+            labels.append(torch.sigmoid(torch.tensor(means, dtype=torch.float64)))
+        return ProcessBatch(self.sequences(rows), tuple(labels), torch.ones(len(rows), dtype=torch.float64))
 
     def demonstrations(self, policy: Tensor) -> DemonstrationBatch:
         """Every completion, weighted by its probability under ``policy``, shape (prompts, completions)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import wrong_distillation_objectives
 import wrong_objectives
+import wrong_process_objectives
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
@@ -52,9 +53,10 @@ def test_every_mistake_is_caught_by_its_check(kind):
     assert all(check.advice for check in found.checks)
 
 
-def test_distillation_has_mistakes_of_its_own():
-    own = [kind for kind in wrong_objectives.CAUGHT_BY if kind.__module__ == wrong_distillation_objectives.__name__]
-    assert len({wrong_objectives.CAUGHT_BY[kind] for kind in own}) >= 12
+@pytest.mark.parametrize(("page", "least"), [(wrong_distillation_objectives, 12), (wrong_process_objectives, 8)])
+def test_further_families_have_mistakes_of_their_own(page, least):
+    own = [check for kind, check in wrong_objectives.CAUGHT_BY.items() if kind.__module__ == page.__name__]
+    assert len(set(own)) >= least
 
 
 def test_there_are_many_mistakes_of_many_kinds():

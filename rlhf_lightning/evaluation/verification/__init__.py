@@ -16,11 +16,13 @@ from rlhf_lightning.evaluation.convergence import Convergence, converge, small_w
 from rlhf_lightning.evaluation.verification.distillation import divergence_checks, sampled_distillation_checks
 from rlhf_lightning.evaluation.verification.offline import offline_checks
 from rlhf_lightning.evaluation.verification.on_policy import on_policy_checks
+from rlhf_lightning.evaluation.verification.process import process_checks
 from rlhf_lightning.evaluation.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 
 __all__ = ["Check", "Verification", "verify"]
@@ -118,6 +120,8 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
     """Return the checks of a class's family."""
     if issubclass(kind, GKDModule):
         return divergence_checks
+    if issubclass(kind, ProcessRewardModule):
+        return process_checks
     if issubclass(kind, OnPolicyDistillationModule):
         return sampled_distillation_checks
     return on_policy_checks if issubclass(kind, OnPolicyModule) else offline_checks

@@ -39,14 +39,10 @@ def on_data_alone(subject: Subject) -> Subject:
 def input_checks(subject: Subject, given: DistillationLogits, batch: DemonstrationBatch) -> list[Check]:
     """What reaches the divergence is what both models say at exactly the completions' tokens."""
     world, module = subject.world, subject.module
-    rows = [
-        (
-            int(batch.sequences.prompts[parent][0]) - 1 - world.config.tokens,
-            world.completions.index(tuple(ids.tolist())),
-        )
-        for parent, ids in zip(batch.sequences.parents, batch.sequences.completions, strict=True)
-    ]
-    prefixes, tokens, mask = (part[tuple(zip(*rows, strict=True))] for part in world.walks)
+    sequences = batch.sequences
+    prompts = [int(sequences.prompts[parent][0]) - 1 - world.config.tokens for parent in sequences.parents]
+    completions = [world.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
+    prefixes, tokens, mask = (part[prompts, completions] for part in world.walks)
     student = module.policy.model.model.table.weight.detach()
     teacher = world.teacher_table.float().double()
 
@@ -58,9 +54,7 @@ def input_checks(subject: Subject, given: DistillationLogits, batch: Demonstrati
 
     wrong_ids = len(given.targets) != int(mask.sum()) or bool((given.targets != tokens[mask]).any())
     return [
-        at_most(
-            "tokens", float(wrong_ids), 0, "the targets must be every token of the completions, the end among them"
-        ),
+        at_most("tokens", float(wrong_ids), 0, "the targets must be every token of a completion, the end among them"),
         at_most("student logits", apart(given.student_logits, student), 1e-9, "they must be the student's own"),
         at_most("teacher logits", apart(given.teacher_logits, teacher), 1e-6, "they must be the teacher's own"),
         at_most("teacher detached", float(given.teacher_logits.requires_grad), 0, "the teacher must carry no gradient"),
@@ -117,11 +111,9 @@ def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
         at_most("direction", slope.max(), -1e-12, "a step towards the teacher's logits must lower the loss"),
         at_most("gradient at teacher", left.abs().max(), 1e-9, "where the student is the teacher nothing must pull"),
         at_least(
-            "minimum", (values.detach() - at_teacher.detach()).min(), 1e-12, "no student may lose less than the teacher"
+            "minimum", (values.detach() - at_teacher.detach()).min(), 1e-12, "nobody may lose less than the teacher"
         ),
-        at_most(
-            "shift", (moved - values.detach()).abs().max(), 1e-9, "a constant on all logits changes no distribution"
-        ),
+        at_most("shift", (moved - values.detach()).abs().max(), 1e-9, "a constant on all logits changes nothing"),
     ]
 
 

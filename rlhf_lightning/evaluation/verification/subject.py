@@ -17,6 +17,8 @@ from rlhf_lightning.types import (
     DistillationLogits,
     PolicyLogprobs,
     PreferenceLogprobs,
+    ProcessBatch,
+    ProcessScores,
     RankedScores,
     TokenLogprobs,
     UnpairedLogprobs,
@@ -104,7 +106,7 @@ class Subject:
             moved: with a policy that has left its reference by a fixed random step.
             changes: settings to change.
         """
-        module: Any = prepare(self.kind(init_from=self.folder, **{**self.settings, **changes}))
+        module: Any = prepare(self.kind(init_from=self.start, **{**self.settings, **changes}))
         if moved:
             generator = torch.Generator().manual_seed(7)
             with torch.no_grad():
@@ -113,6 +115,18 @@ class Subject:
                         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                         parameter.add_(0.3 * noise.to(parameter))
         return module
+
+    @cached_property
+    def start(self) -> str:
+        """Folder that instances start from: the policy; where absolute scores matter, a blank reward model.
+
+        A new head on the policy would give every score the huge logits of impossible tokens, which cancel in
+        differences alone.
+        """
+        if self.kind.batch_type is not ProcessBatch:
+            return self.folder
+        blank = torch.zeros_like(self.world.rewards)
+        return self.world.write_reward_model(Path(self.folder).with_name("untaught"), blank)
 
     @cached_property
     def module(self) -> Any:
@@ -162,12 +176,14 @@ class Subject:
 
 
 OVERRIDE_POINTS = (
-    "preference_loss", "unpaired_loss", "ranking_loss", "token_loss", "policy_loss", "distillation_loss",
+    "preference_loss", "unpaired_loss", "process_loss", "ranking_loss", "token_loss", "policy_loss",
+    "distillation_loss",
 )  # fmt: skip
 DIFFERENTIATED: dict[type, Sequence[str]] = {
     PreferenceLogprobs: ("policy_chosen_logprobs", "policy_rejected_logprobs"),
     UnpairedLogprobs: ("policy_logprobs",),
     RankedScores: ("scores",),
+    ProcessScores: ("scores",),
     TokenLogprobs: ("logprobs",),
     PolicyLogprobs: ("logprobs",),
     DistillationLogits: ("student_logits",),
