@@ -31,7 +31,8 @@ class Sequences(NamedTuple):
         completions: token ids of each completion, int64, each of shape (completion tokens,).
         parents: for each completion the index of its prompt.
         supervised: for each completion a bool mask over its tokens: True where a loss may look. False on the user
-            turns inside a multi-turn demonstration; all True for a sampled or compared completion.
+            turns inside a multi-turn demonstration; all True for a sampled or compared completion; True on the ends of
+            judged steps alone.
     """
 
     prompts: tuple[Tensor, ...]
@@ -88,6 +89,21 @@ class RankedBatch(NamedTuple):
     ranks: Tensor
     target: Tensor
     margin: Tensor
+    weights: Tensor
+
+
+class ProcessBatch(NamedTuple):
+    """Completions whose steps were judged one by one, one completion per prompt.
+
+    Attributes:
+        sequences: the completions; ``supervised`` is True on the last token of each judged step and nowhere else.
+        labels: for each completion the probability that each judged step is right, in order, each of shape (judged
+            steps,); 0 or 1 for plain labels.
+        weights: weight of each completion, shape (rows,).
+    """
+
+    sequences: Sequences
+    labels: tuple[Tensor, ...]
     weights: Tensor
 
 
@@ -168,6 +184,22 @@ class TokenLogprobs(NamedTuple):
     def sequence_logprobs(self) -> Tensor:
         """Log-probability of each completion, shape (rows,)."""
         return self.logprobs.sum(-1)
+
+
+class DistillationLogits(NamedTuple):
+    """What a divergence of a student from its teacher may look at, for some completion tokens, over the vocabulary that
+    both share.
+
+    Attributes:
+        student_logits: the student's logits of the next token, with gradient, fp32 or wider, shape (tokens,
+            vocabulary).
+        teacher_logits: the teacher's, without gradient, same shape.
+        targets: id of each completion token, int64, shape (tokens,).
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    targets: Tensor
 
 
 class PreferenceLogprobs(NamedTuple):
@@ -290,6 +322,25 @@ class RankedScores(NamedTuple):
     ranks: Tensor
     target: Tensor
     margin: Tensor
+    weights: Tensor
+
+
+class ProcessScores(NamedTuple):
+    """What a loss on judged steps may look at.
+
+    Attributes:
+        scores: the reward model's score of each step, read at its last token: log-odds that it is right; shape
+            (steps,).
+        labels: probability that each step is right, shape (steps,).
+        row: index of the completion each step belongs to, int64, shape (steps,).
+        position: number of each step among its completion's judged ones, 0 is the first; int64, shape (steps,).
+        weights: weight of each completion, shape (rows,).
+    """
+
+    scores: Tensor
+    labels: Tensor
+    row: Tensor
+    position: Tensor
     weights: Tensor
 
 
@@ -420,9 +471,11 @@ class EnumeratedProblem(NamedTuple):
         preference: probability that the first completion is preferred to the second, fp64, shape
             (prompts, completions, completions).
         lengths: tokens of each completion, int64, shape (prompts, completions).
+        teacher: the teacher's probability of each completion, for objectives that have one; like ``reference``.
     """
 
     reference: Tensor
     rewards: Tensor
     preference: Tensor
     lengths: Tensor
+    teacher: Tensor

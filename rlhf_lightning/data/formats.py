@@ -4,7 +4,8 @@ Demonstrations: ``messages``; ``prompt`` + ``completion``; ``input`` + ``output`
 ``output``; ``text`` alone. Preferences: ``prompt`` + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt
 is what both begin with (turns in common, or a transcript of "Human:" and "Assistant:" turns); ``prompt`` +
 ``completions`` best first, or with ``ranks``. Judged alone: a demonstration with ``label``, or a preference, whose two
-completions become two rows. Prompts: ``prompt``, or what the other forms have before the completion.
+completions become two rows. Judged step by step: ``prompt`` + ``completions``, the steps of one completion, +
+``labels``. Prompts: ``prompt``, or what the other forms have before the completion.
 Text may be plain or conversational (a list of messages) everywhere.
 
 ``preference`` (probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the
@@ -46,6 +47,7 @@ REASONS = {
     "inline_role_marker": "a transcript's turn holds another role marker",
     "identical_completions": "chosen equals rejected",
     "bad_label": "the label is none of true, false, 1, 0 and -1",
+    "bad_step_labels": "the labels are not one number between 0 and 1, or null, for each step",
     "bad_number": "preference, margin, weight or a rank is no number in its range",
     "single_completion": "a ranked list needs two completions",
     "all_tied": "all completions of a ranked list have the same rank",
@@ -67,12 +69,13 @@ class CanonicalRow:
 
     Attributes:
         prompt: plain text or messages; None where the completion is the whole text.
-        completions: answers to the prompt, each plain text or messages; none for a prompt alone.
+        completions: answers to the prompt, each plain text or messages; none for a prompt alone; of a completion that
+            was judged step by step its steps.
         ranks: rank of each completion, 0 is best.
         target: probability that the better ranked of two is better.
         margin: rated strength of the preference, 0 where unrated.
         weight: weight of the row.
-        columns: the columns that are no part of the form.
+        columns: the columns that are no part of the form; and the labels of steps, None where one was not judged.
     """
 
     prompt: Prompt | None
@@ -94,6 +97,7 @@ PREFERENCE_FORMS: tuple[Form, ...] = (
 UNPAIRED_FORMS: tuple[Form, ...] = (
     ("prompt", "completion", "label"), ("messages", "label"), *PREFERENCE_FORMS[:2],
 )  # fmt: skip
+PROCESS_FORMS: tuple[Form, ...] = (("prompt", "completions", "labels"),)
 PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",), ("chosen", "rejected"), ("instruction",), ("input",))
 
 
@@ -178,6 +182,28 @@ def _judgement(value: Any) -> bool:
     if text not in known:
         raise RowRefused("bad_label")
     return known[text]
+
+
+def process(row: Row, as_chat: bool = False) -> CanonicalRow:
+    """A prompt and the steps of one completion, each with its label: right or wrong, or the probability of right."""
+    form = form_of(row, PROCESS_FORMS)
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list | tuple) or not steps:
+        raise RowRefused("empty_completion")
+    if not isinstance(labels, list | tuple) or len(labels) != len(steps):
+        raise RowRefused("bad_step_labels")
+    texts = [_text(step, "empty_completion") for step in steps]
+    found, _ = _one_style(_prompt(row["prompt"]), [], as_chat)
+    columns = {**_others(row, {*form, *LABELS}), "labels": [_step_label(label) for label in labels]}
+    return CanonicalRow(found, list(texts), [0], weight=_label(row, "weight", 1.0), columns=columns)
+
+
+def _step_label(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise RowRefused("bad_step_labels")
+    return float(value)
 
 
 def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_lightning.evaluation import targets
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.reward import RewardModule
@@ -26,6 +27,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     PolicyLogprobs,
     PreferenceBatch,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Rollout,
@@ -126,7 +128,7 @@ def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, le
     left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
     if left > 1e-5:  # a steep start has thrown it far off
         descend(loss, parameters, steps, learning_rate / 4)
-    if left < 1e-7 or isinstance(module, OnPolicyModule) or module.batch_coupled:
+    if left < 1e-7 or isinstance(module, OnPolicyModule | GKDModule) or module.batch_coupled:
         return
     finisher = torch.optim.LBFGS(
         parameters,
@@ -159,6 +161,10 @@ def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learn
 
 def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
     """Return the module's loss over its population as a function of its weights."""
+    if shuffled and hasattr(module, "teacher"):
+        say_nothing(module, world)
+    if isinstance(module, GKDModule):
+        return expected_divergence(module, world)
     if isinstance(module, OnPolicyModule):
         from rlhf_lightning.evaluation.online_preference import population_of
 
@@ -170,15 +176,43 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
         PreferenceBatch: lambda: world.preferences(None if getattr(module, "weighs_rows", True) else COPIES),
         RankedBatch: world.rankings,
+        ProcessBatch: world.judged_steps,
         UnpairedBatch: world.judgements,
     }
     batch = batches[kind]()
     if shuffled and not getattr(module, "weighs_rows", True):
         batch = world.preferences(COPIES, informative=False)
+    elif shuffled and kind is ProcessBatch:
+        batch = batch._replace(labels=tuple(torch.full_like(labels, 0.5) for labels in batch.labels))
     elif shuffled:
         batch = batch._replace(weights=torch.full_like(batch.weights, float(batch.weights.mean())))
     loss_sum: Any = module.loss_sum
     return lambda: loss_sum(batch, Meter()) / len(batch.weights)
+
+
+def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[], Tensor]:
+    """Return the loss over demonstrations and over the student's samples, weighted by how often each is learned from.
+
+    The samples are drawn from the student of the moment, and no gradient goes through that.
+    """
+    data = world.demonstrations(demonstrated(world))
+    student: Any = module.policy
+
+    def loss() -> Tensor:
+        table = student.model.model.table.weight.detach()
+        sampled = world.demonstrations(world.probabilities(table / module.sampling.temperature))
+        shares = ((1 - module.on_policy_fraction, data), (module.on_policy_fraction, sampled))
+        losses = [share * module.loss_sum(batch, Meter()) for share, batch in shares]
+        return torch.stack(losses).sum() / len(data.weights)
+
+    return loss
+
+
+@torch.no_grad()
+def say_nothing(module: Any, world: EnumerableWorld) -> None:
+    """Let a module's teacher say what the reference says, from which nothing can be learned."""
+    table = module.teacher.model.model.model.table.weight
+    table.copy_(world.reference_table.to(table))
 
 
 def demonstrated(world: EnumerableWorld) -> Tensor:

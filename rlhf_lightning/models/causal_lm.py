@@ -6,7 +6,7 @@ runs in chunks: [rows, width, vocabulary] never exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
     chunked_log_collisions,
@@ -74,6 +75,23 @@ class DecodingStep(NamedTuple):
     cache: Any = None
 
 
+class OverLogits(NamedTuple):
+    """What is asked of a forward that needs whole distributions: a function of the logits, a chunk of them at a time.
+
+    Attributes:
+        layout: sequences in rows.
+        function: called with the logits of a chunk of supervised tokens, fp32 or wider, shape (chunk, vocabulary), and
+            the same chunk of each further tensor; returns values per token by name, see `chunked_over_tokens`.
+        further: tensors of shape (tokens, ...) that are cut like the logits.
+        chunk_tokens: tokens whose logits are held at a time.
+    """
+
+    layout: Layout
+    function: Callable[..., Mapping[str, Tensor]]
+    further: tuple[Tensor, ...] = ()
+    chunk_tokens: int = 1024
+
+
 class CausalLM(nn.Module):
     """A causal language model, with an optional value head on the same trunk.
 
@@ -104,16 +122,19 @@ class CausalLM(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def forward(self, layout: Any, *args: Any, **kwargs: Any) -> Any:
-        """Forward a Layout (see `logprobs`), or a DecodingStep (see `next_token_logits`).
+        """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), or a question about whole
+        distributions (see `over_logits`).
 
-        Both come in here because weights that are cut over ranks are gathered by the call of this module alone.
+        All come in here because weights that are cut over ranks are gathered by the call of this module alone.
         """
-        forward = self.next_token_logits if isinstance(layout, DecodingStep) else self.logprobs
-        return forward(layout, *args, **kwargs)
+        if isinstance(layout, DecodingStep):
+            return self.next_token_logits(layout, *args, **kwargs)
+        if isinstance(layout, OverLogits):
+            return self.over_logits(layout, *args, **kwargs)
+        return self.logprobs(layout, *args, **kwargs)
 
     def next_token_logits(self, step: DecodingStep) -> Tensor:
         """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
-        config = self.model.config
         hidden = trunk(self.model)(
             input_ids=step.input_ids,
             attention_mask=step.attention_mask,
@@ -121,9 +142,7 @@ class CausalLM(nn.Module):
             past_key_values=step.cache,
             use_cache=step.cache is not None,
         ).last_hidden_state[:, -1]
-        logits = unwrapped(self.model).get_output_embeddings()(hidden).float() * logit_scale(config)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return self.logits(hidden)
 
     def logprobs(
         self,
@@ -173,6 +192,25 @@ class CausalLM(nn.Module):
             None if matches is None else layout.scatter(matches.float()),
             None if collisions is None else layout.scatter(collisions),
         )
+
+    def over_logits(self, asked: OverLogits) -> dict[str, Tensor]:
+        """Return what a function makes of the logits of each supervised token, by name, each of shape (tokens,)."""
+
+        def of_chunk(hidden: Tensor, *further: Tensor) -> Mapping[str, Tensor]:
+            return asked.function(self.logits(hidden), *further)
+
+        hidden = self.predicting_states(asked.layout)
+        return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=asked.chunk_tokens)
+
+    def predicting_states(self, layout: Layout) -> Tensor:
+        """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
+        return hidden_states(self.model, layout)[layout.predictors]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary)."""
+        head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return head_logits(hidden, head.weight, head.bias, softcap, logit_scale(config))
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

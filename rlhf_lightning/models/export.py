@@ -22,15 +22,16 @@ def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
 
 
 def export_reward_model(
-    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
+    reward_model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str, **facts: Any
 ) -> Path:
     """Write a reward model so that AutoModelForSequenceClassification loads it with the same scores.
 
     That class reads the score at the last token that is not ``pad_token_id``, so the exported pad token must differ
     from the end token. The score bias travels in config.json (an adapter's in backbone.json); ``LearnedScorer``
-    subtracts it.
+    subtracts it. So do
+    further facts that whoever scores with it has to know.
     """
-    return _export(reward_model.model, tokenizer, Path(folder), source, {SCORE_BIAS: reward_model.bias})
+    return _export(reward_model.model, tokenizer, Path(folder), source, {SCORE_BIAS: reward_model.bias, **facts})
 
 
 def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]) -> Path:

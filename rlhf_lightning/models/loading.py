@@ -38,6 +38,8 @@ from rlhf_lightning.models.scalar_head import initialise_head
 BACKBONE_FILE = "backbone.json"
 SCORE_BIAS = "score_bias"
 """What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
+STEP_SEPARATOR = "step_separator"
+"""What stands between two steps of a process reward model's completions: its name in the same files."""
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 

@@ -3,6 +3,7 @@
 from rlhf_lightning.modules.adaptive_preference import BetaDPOModule, LDDPOModule, TRDPOModule, WPOModule, WPOWeighting
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.critic_free import CriticFreeModule
+from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.grpo import (
     CISPOModule,
@@ -33,6 +34,7 @@ from rlhf_lightning.modules.preference import (
     RPOModule,
     UnpairedAOTModule,
 )
+from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.modules.ranking import PlackettLuceModule
 from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
@@ -68,6 +70,7 @@ __all__ = [
     "DrGRPOModule",
     "EXOModule",
     "ForwardKLDPOModule",
+    "GKDModule",
     "GRPOModule",
     "GSPOModule",
     "HingeModule",
@@ -80,9 +83,11 @@ __all__ = [
     "NCAModule",
     "ORPOModule",
     "OfflineModule",
+    "OnPolicyDistillationModule",
     "OnPolicyModule",
     "PPOModule",
     "PlackettLuceModule",
+    "ProcessRewardModule",
     "RLOOModule",
     "RPOModule",
     "ReMaxModule",

@@ -299,8 +299,8 @@ class AlignmentModule(LightningModule):
         They go to the loggers and to ``trainer.callback_metrics`` at once: ``self.log`` would cost a small model a
         sixth of its time, and its x-axis counts batches.
         """
-        metrics = {f"train/{name}": value for name, value in meter.means(self.trainer.strategy).items()}
-        metrics |= {name if "/" in name else f"train/{name}": value for name, value in further.items()}
+        found = {**meter.means(self.trainer.strategy), **further}
+        metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

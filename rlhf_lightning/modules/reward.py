@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class RewardModule(OfflineModule):
     """
 
     paper = "Stiennon et al. 2020, arXiv 2009.01325"
-    batch_type = RankedBatch
+    batch_type: ClassVar[type] = RankedBatch
     has_policy = False
     headline_metrics = ("val/loss", "val/accuracy", "val/ece")
 
@@ -163,7 +163,12 @@ class RewardModule(OfflineModule):
     def export(self, folder: str | Path) -> Path:
         """Write the reward model as a Hugging Face folder."""
         source = self.backbone_source() if self.lora is not None else resolve_folder(self.init_from)
-        return export_reward_model(self.reward_model, self.tokenizer, folder, source)
+        return export_reward_model(self.reward_model, self.tokenizer, folder, source, **self.facts_of_scores)
+
+    @property
+    def facts_of_scores(self) -> dict[str, Any]:
+        """What whoever scores with the exported folder has to know beside the weights."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the bias with the weights."""

@@ -48,6 +48,16 @@ class Scorer:
         return self
 
 
+class ZeroScorer(Scorer):
+    """Scores every completion 0: for objectives that learn from something else than scores."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> Sequence[float] | Tensor:
+        """Return a 0 for each completion."""
+        return [0.0] * len(completions)
+
+
 class FunctionScorer(Scorer):
     """A plain function as a scorer.
 

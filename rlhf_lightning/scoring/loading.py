@@ -8,14 +8,15 @@ from typing import Any
 
 from rlhf_lightning.scoring.base import FunctionScorer, Scorer
 from rlhf_lightning.scoring.learned import LearnedScorer
+from rlhf_lightning.scoring.process import ProcessScorer, stored_separator
 
 
 def load_scorer(spec: Any) -> Scorer:
     """Return the scorer that ``spec`` names.
 
     Args:
-        spec: a Scorer or function; a reward model's folder or hub id; or an import path such as
-            ``my_scores.brevity`` of a function or of a Scorer class without required arguments.
+        spec: a Scorer or function; a reward model's folder or hub id, or a process reward model's folder; or an import
+            path such as ``my_scores.brevity`` of a function or of a Scorer class without required arguments.
 
     Raises:
         ValueError: the import path names nothing callable, or a class that needs arguments.
@@ -26,7 +27,7 @@ def load_scorer(spec: Any) -> Scorer:
     if callable(spec):
         return FunctionScorer(spec)
     if Path(spec).expanduser().is_dir() or "/" in spec:
-        return LearnedScorer(spec)
+        return ProcessScorer(spec) if stored_separator(spec) else LearnedScorer(spec)
     module_name, _, attribute = str(spec).rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), attribute)

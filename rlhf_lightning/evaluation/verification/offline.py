@@ -13,6 +13,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,
     PreferenceLogprobs,
+    ProcessBatch,
     RankedBatch,
     RankedScores,
     Sequences,
@@ -67,6 +68,8 @@ def cut(batch: Any, sizes: list[int]) -> list[Any]:
         fields["sequences"] = _part(
             batch.sequences, [row + side * count for side in range(sides) for row in rows], sides
         )
+        if isinstance(batch, ProcessBatch):
+            fields["labels"] = tuple(batch.labels[row] for row in rows)
         if getattr(batch, "mismatched", None) is not None:
             fields["mismatched"] = _part(batch.mismatched, rows, 1)
         parts.append(batch._replace(**fields))
