@@ -1,7 +1,20 @@
-"""What scores a completion: learned models, functions of the text, and their compositions."""
+"""What scores a completion: learned models, functions of the text, verifiable answers, and their compositions."""
 
 from rlhf_lightning.scoring.base import Scorer, checked_scores
+from rlhf_lightning.scoring.composition import Ensemble, WeightedSum
+from rlhf_lightning.scoring.instructions import InstructionScorer
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.shaping import LengthPenalty, RepetitionPenalty
 
-__all__ = ["LearnedScorer", "Scorer", "checked_scores", "load_scorer"]
+__all__ = [
+    "Ensemble",
+    "InstructionScorer",
+    "LearnedScorer",
+    "LengthPenalty",
+    "RepetitionPenalty",
+    "Scorer",
+    "WeightedSum",
+    "checked_scores",
+    "load_scorer",
+]
