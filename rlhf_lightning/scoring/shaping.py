@@ -30,9 +30,7 @@ class LengthPenalty(Scorer):
         tokenizer: folder or hub id of the tokenizer that counts tokens; None counts words.
     """
 
-    def __init__(
-        self, coef: float = 0.01, target: int = 0, tolerance: int = 0, tokenizer: str | None = None
-    ) -> None:
+    def __init__(self, coef: float = 0.01, target: int = 0, tolerance: int = 0, tokenizer: str | None = None) -> None:
         if target < 0 or tolerance < 0:
             raise ValueError(f"target is {target} and tolerance {tolerance}: lengths are not negative")
         self.coef, self.target, self.tolerance, self.tokenizer_name = coef, target, tolerance, tokenizer
