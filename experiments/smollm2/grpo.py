@@ -35,12 +35,11 @@ INSTRUCTIONS: dict[str, dict[str, Any]] = {
     "no_commas": {},
     "digits": {},
     "title": {},
-    "forbidden": {"word": "the"},
 }
 """What is asked for, with its arguments: instructions that the model keeps now and then before it is trained."""
 
-TRAIN_QUESTIONS = 66
-SMOKE = {"data.rollouts": 2, "data.batch_size": 8}
+TRAIN_QUESTIONS = 80
+SMOKE = {"data.rollouts": 2, "data.batch_size": 8, "model.max_new_tokens": 8}
 
 
 class RolloutScores(Callback):

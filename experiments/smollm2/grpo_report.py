@@ -51,7 +51,7 @@ def document(report: dict[str, Any]) -> str:
         f"threads, at most {report['peak_memory_gib']} GiB. Made by `make real-grpo`.",
         tables(report),
         "The score of a completion is 1 if it keeps its instruction, else 0. Held-out prompts are "
-        f"{report['eval_questions']} questions that training never asks, each with all five instructions "
+        f"{report['eval_questions']} questions that training never asks, each with all of the instructions "
         f"({report['eval_rows']} rows), answered with the same random numbers before and after; the interval of the "
         "paired difference resamples questions. The slope is the least-squares line through the rollouts' mean scores, "
         "its interval from resampling rollouts.",
@@ -78,6 +78,6 @@ CHOICE = (
     "nothing. Twelve instructions were tried on the first 16 training questions, one completion each at temperature 1 "
     "with at most 24 tokens, before any training: sentences (exactly 1) was kept 0.94 of the time, title 0.50, "
     "no_commas 0.38, digits 0.31, at_most_words (10) 0.25, forbidden (the) 0.19, keyword (because) 0.06, and question, "
-    "lowercase, quoted, starts_with and bullets never. The five between 0.1 and 0.6 are trained on. Held-out questions "
+    "lowercase, quoted, starts_with and bullets never. The four between 0.2 and 0.6 are trained on. Held-out questions "
     "are the last of the file's short ones, in its order; nothing that was measured on them chose a setting."
 )

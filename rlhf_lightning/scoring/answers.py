@@ -19,7 +19,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}\{")
 HASHES = re.compile(r"####[ \t]*(?=[-+−–$€£¥(\\.\d*]|[^\s#]+[ \t]*$)([^\n]*)", re.MULTILINE)
 STATED = re.compile(r"\banswer[ \t]{0,9}(?:is|=|:)[ \t]*:?([^\n]*)", re.IGNORECASE)
 NUMERAL = r"(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
-LAST_NUMBER = re.compile(rf"(?<![\w.])[-−–]?[$€£¥]?{NUMERAL}(?:/\d+)?%?")
+LAST_NUMBER = re.compile(r"(?<![\w.])[-−–]?[$€£¥]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
 THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 FRAC = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)")
