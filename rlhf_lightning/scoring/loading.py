@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from rlhf_lightning.scoring.base import FunctionScorer, Scorer
 from rlhf_lightning.scoring.learned import LearnedScorer
 
@@ -19,7 +21,8 @@ def load_scorer(spec: Any) -> Scorer:
     Args:
         spec: a Scorer or function; a reward model's folder or hub id; an import path such as ``my_scores.brevity`` of
             a function or of a class without required arguments; or ``{"class_path": ..., "init_args": {...}}`` as YAML
-            writes a class with arguments. The classes of this room need no path: ``WeightedSum``.
+            writes a class with arguments. The classes of this room need no path: ``MathAnswerScorer``; the outermost
+            class_path of a YAML file is written in full all the same, ``rlhf_lightning.scoring.WeightedSum``.
 
     Raises:
         ValueError: the import path names nothing callable, or a class that its arguments do not fit.
@@ -27,6 +30,8 @@ def load_scorer(spec: Any) -> Scorer:
     """
     if isinstance(spec, Scorer):
         return spec
+    if isinstance(spec, Namespace):  # a mapping as the command line's parser hands it over
+        spec = spec.as_dict()
     if isinstance(spec, Mapping):
         return _from_mapping(spec)
     if callable(spec):
