@@ -247,7 +247,7 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def measure_samples(meter: Meter, scores: Tensor, finished: Tensor, lengths: Tensor) -> None:
-    """Add what every rollout is described by: scores that there are, how many ended by themselves, how long they are."""
+    """Add what every rollout is described by: its scores, how many ended by themselves, how long they are."""
     known = ~scores.isnan()
     meter.add("rollout/score", scores, known)
     meter.add("rollout/score_squared", scores.square(), known)

@@ -79,14 +79,24 @@ def test_predict_writes_the_policys_completions(ppo):
     assert all(row["logprob"] < 0 and isinstance(row["completion"], str) for row in rows)
 
 
+COMPOSED = """
+model:
+  class_path: GRPOModule
+  init_args:
+    scorer:
+      class_path: rlhf_lightning.scoring.WeightedSum
+      init_args:
+        scorers:
+          length:
+            class_path: LengthPenalty
+            init_args: {coef: 0.5, target: 3}
+          repetition: {class_path: rlhf_lightning.scoring.RepetitionPenalty, init_args: {n: 1}}
+        weights: {repetition: 2.0}
+"""
+
+
 def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, monkeypatch):
-    Path("scorer.yaml").write_text(
-        "model:\n  class_path: GRPOModule\n  init_args:\n    scorer:\n      class_path: rlhf_lightning.scoring.WeightedSum\n      init_args:\n"
-        "        scorers:\n          length:\n            class_path: LengthPenalty\n"
-        "            init_args: {coef: 0.5, target: 3}\n"
-        "          repetition: {class_path: rlhf_lightning.scoring.RepetitionPenalty, init_args: {n: 1}}\n"
-        "        weights: {repetition: 2.0}\n"
-    )
+    Path("scorer.yaml").write_text(COMPOSED)
     start = ppo[ppo.index("--model.init_from") + 1]
     argv = [
         "fit", "--config", "scorer.yaml", "--model.init_from", start, "--model.max_new_tokens", "6",

@@ -52,7 +52,9 @@ def test_a_missing_score_is_no_score_of_anything(policy_folder: str, name: str) 
     assert kept["advantages"].advantages.isfinite().all()
     assert row["rollout/score"] == pytest.approx(float(kept["rollout"].scores[~missing].mean()))
     assert row["rollout/score_missing"] == pytest.approx(1 / EIGHT)
-    assert row["rollout/score_std"] == pytest.approx(float(kept["rollout"].scores[~missing].std(correction=0)), abs=1e-6)
+    assert row["rollout/score_std"] == pytest.approx(
+        float(kept["rollout"].scores[~missing].std(correction=0)), abs=1e-6
+    )
     assert all(parameter.isfinite().all() for parameter in module.policy.parameters())
 
 
