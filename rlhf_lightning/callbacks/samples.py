@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.callbacks.run import SAMPLES_FILE, append_rows, run_folder, updates_of, write_text, writes_files
 from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.scoring.base import MissingColumnError
 from rlhf_lightning.types import Prompt
 
 LONGEST_CELL = 600
@@ -135,7 +136,11 @@ class SampleTable(Callback):
             return [None] * len(completions)
         try:
             given = scorer(self.prompts, list(completions))
-        except (TypeError, KeyError):  # it asks for a column of the data, and these are prompts alone
+        except (
+            TypeError,
+            KeyError,
+            MissingColumnError,
+        ):  # it asks for a column of the data, and these are prompts alone
             return [None] * len(completions)
         scores = [None if score is None else float(score) for score in given]
         return [None if score is None or math.isnan(score) else score for score in scores]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class OnPolicyModule(AlignmentModule):
 
     Args:
         scorer: what scores completions: a reward model's folder, an importable function
-            ``(prompts, completions, **columns) -> scores``, or a Scorer.
+            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args.
         max_new_tokens: longest completion, tokens.
         temperature: of sampling and of every log-probability.
         sampling_batch_size: completions decoded side by side; None decodes a whole rollout at once.
@@ -71,11 +71,14 @@ class OnPolicyModule(AlignmentModule):
     batch_type = PromptBatch
     needs_reference = True
     policy: CausalLM
+    allows_missing_scores: ClassVar[bool] = False
+    """Whether a scorer may return None: the advantages of such a family are 0 there, and no baseline counts it."""
+
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
     def __init__(
         self,
-        scorer: Scorer | str,
+        scorer: Scorer | str | dict[str, Any],
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         sampling_batch_size: int | None = None,
@@ -97,7 +100,9 @@ class OnPolicyModule(AlignmentModule):
     ) -> None:
         super().__init__(**kwargs)
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
-        self.collector = RolloutCollector(scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty)
+        self.collector = RolloutCollector(
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, self.allows_missing_scores
+        )
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
@@ -180,6 +185,7 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             The rollout, and the entropy of each token's distribution.
         """
+        self.scorer.take_metrics()  # of completions that are no rollout's, such as a sample table's
         drawn = self.draw(batches)
         grids = self.statistics(drawn.samples.sequences)
         device = grids["logprobs"].device
@@ -398,7 +404,11 @@ class OnPolicyModule(AlignmentModule):
         mask = rollout.completion_mask
         measure_samples(meter, rollout.scores, rollout.finished, mask.sum(-1))
         meter.add("rollout/entropy", entropy, mask)
-        meter.add("rollout/reward", rewards.sum(-1))
+        meter.add("rollout/reward", rewards.sum(-1), ~rollout.scores.isnan())
+        if self.allows_missing_scores:
+            meter.add("rollout/score_missing", rollout.scores.isnan().double())
+        for name, values in self.scorer.take_metrics().items():
+            meter.add(f"rollout/{name}", values, ~values.isnan())
         if rollout.reference_logprobs is not None:
             meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
 

@@ -80,6 +80,7 @@ class RolloutCollector:
         seed: seed of the run.
         missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        allow_missing: whether a completion may have no score.
 
     Raises:
         ValueError: samples are not the policy's own distribution, or both rules for a missing end are given.
@@ -87,11 +88,12 @@ class RolloutCollector:
 
     def __init__(
         self,
-        scorer: Scorer | str,
+        scorer: Scorer | str | dict[str, Any],
         sampling: SamplingSettings,
         seed: int,
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
+        allow_missing: bool = False,
     ) -> None:
         if not sampling.is_pure:
             raise ValueError(
@@ -104,6 +106,7 @@ class RolloutCollector:
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
+        self.allow_missing = allow_missing
         self._scorer: Scorer | None = None
 
     @property
@@ -141,13 +144,15 @@ class RolloutCollector:
     def score(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
         """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU."""
         scores = self.raw_scores(tokenizer, samples, batch)
-        return missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+        ruled = missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+        return torch.where(scores.isnan(), scores, ruled)
 
     def raw_scores(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
-        """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU.
+        """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU; NaN where it has none.
 
         Raises:
-            ValueError: the scorer returned another number of scores, or one that is not finite.
+            ValueError: the scorer returned another number of scores, one that is not finite, or None where every
+                completion needs a score.
         """
         scorer, sequences = self.scorer, samples.sequences
         count = len(sequences.completions)
@@ -157,7 +162,8 @@ class RolloutCollector:
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             return checked_scores(scorer.score_sequences(sequences), count, name)
         texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
-        return checked_scores(scorer(list(batch.texts), texts, **batch.columns), count, name)
+        given = scorer(list(batch.texts), texts, **batch.columns)
+        return checked_scores(given, count, name, self.allow_missing)
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
@@ -261,9 +267,10 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def measure_samples(meter: Meter, scores: Tensor, finished: Tensor, lengths: Tensor) -> None:
-    """Add what every rollout is described by: scores, how many ended by themselves, how long they are."""
-    meter.add("rollout/score", scores)
-    meter.add("rollout/score_squared", scores.square())
+    """Add what every rollout is described by: its scores, how many ended by themselves, how long they are."""
+    known = ~scores.isnan()
+    meter.add("rollout/score", scores, known)
+    meter.add("rollout/score_squared", scores.square(), known)
     meter.add("rollout/eos_rate", finished.double())
     meter.add("rollout/completion_length", lengths.double())
 
