@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.functional.logprobs import chunked_log_collisions, chunked_logprobs, chunked_matches
+from rlhf_lightning.functional.logprobs import (
+    at_least_float32,
+    chunked_log_collisions,
+    chunked_logprobs,
+    chunked_matches,
+)
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -110,7 +115,9 @@ class CausalLM(nn.Module):
         )
         values = None
         if value_layout is not None and self.value_head is not None:
-            values = value_layout.scatter(self.value_head(states[value_layout.predictors].float()).squeeze(-1))
+            values = value_layout.scatter(
+                self.value_head(at_least_float32(states[value_layout.predictors])).squeeze(-1)
+            )
         matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
         collisions = None
         if with_collisions:
