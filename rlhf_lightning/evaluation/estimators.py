@@ -1,4 +1,4 @@
-"""Whether a policy-gradient estimator has the mean that it should: gradients of many rollouts, and a test of their mean.
+"""Whether a policy-gradient estimator has the mean that it should: gradients of many rollouts, a test of their mean.
 
 Every rollout goes through the module's own, unedited code: its sampler and scorer, its statistics, its rewards and
 advantages, its loss. Nothing is averaged but what the module itself averages, so that whatever a rollout's statistics

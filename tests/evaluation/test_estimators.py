@@ -162,7 +162,7 @@ def test_the_mean_gradient_is_the_exact_expectation(name: str, update: str, case
     assert found.degrees >= 12, found  # two prompts, three prefixes, two free logits each
 
 
-# -- power: the same test against expectations with one mistake in them -------------------------------------------------
+# -- power: the same test against expectations with one mistake in them ------------------------------------------------
 
 
 def scaled(formula: Formula) -> Formula:
