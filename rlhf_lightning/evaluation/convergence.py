@@ -245,13 +245,7 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     if rest is not None:
         return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
-    problems = [
-        targets.Population(*(np.asarray(part[prompt], dtype=np.float64) for part in (reference, preference, lengths)))
-        for reference, preference, lengths in [
-            (world.problem.reference, world.problem.preference, world.problem.lengths)
-        ]
-        for prompt in range(world.config.prompts)
-    ]
+    problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
     if name == "SFTModule":
         target = demonstrated(world)
     elif name in targets.FIXED_POINTS:
@@ -267,6 +261,14 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     else:
         return None, "", float("nan")
     return target, "transcription", _distance(policy, target)
+
+
+def population_of(world: EnumerableWorld, prompt: int) -> targets.Population:
+    """Return the problem of one prompt in NumPy, for the transcriptions."""
+    problem, texts = world.problem, world.completions
+    parts = (problem.reference, problem.preference, problem.lengths)
+    alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
+    return targets.Population(*(np.asarray(part[prompt], dtype=np.float64) for part in parts), np.array(alike, float))
 
 
 def _distance(policy: Tensor, target: Tensor) -> float:

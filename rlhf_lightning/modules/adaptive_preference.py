@@ -44,8 +44,10 @@ class WPOModule(WPOWeighting, DPOModule):
     r"""WPO: DPO in which pairs count by how likely the policy itself would have written them.
 
     loss = w(y_c) w(y_r) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient (Zhou et al.,
-    2406.11827, Section 3). Policy = reference gives w(y_c) w(y_r) log 2. The optimum is DPO's, reference *
-    exp(reward / beta): both orders of a pair have one weight, so each pair alone is at its best there.
+    2406.11827, Section 3). Policy = reference gives w(y_c) w(y_r) log 2.
+
+    Target: reference * exp(reward / beta), normalised, as DPO's: both orders of a pair have one weight, so each pair
+    alone is at its best there.
 
     Args:
         max_pair_weight: bound of the weight of a pair; None does not bound it.
@@ -69,8 +71,10 @@ class BetaDPOModule(DPOModule):
 
     beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with d the margin and m its moving mean; the share
     ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s the moving deviation (Wu et al.,
-    2407.08639, Section 4, as released). Policy = reference gives log 2. Its beta, and so its optimum, depends on how
-    pairs meet in a step. Held-out pairs are measured at ``beta`` itself.
+    2407.08639, Section 4, as released). Policy = reference gives log 2. Held-out pairs are measured at ``beta`` itself.
+
+    Target: no closed form; its beta, and so where it comes to rest, depends on how pairs meet in a step. With the whole
+    population in every step and every pair kept it is DPO's.
 
     Args:
         alpha: how strongly beta follows the margins.
@@ -134,8 +138,10 @@ class LDDPOModule(DPOModule):
     r"""LD-DPO: the tokens that only the longer completion has count less, so that length is not what is learned.
 
     DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` behind them (Liu et al.,
-    2409.06411). Policy = reference gives log 2; alpha 1 is DPO. A token's weight depends on the other completion, so
-    that no reward of a completion alone gives all margins: the optimum is the population loss's minimiser.
+    2409.06411). Policy = reference gives log 2; alpha 1 is DPO.
+
+    Target: no closed form; the minimiser of the population loss. A token's weight depends on the other completion, so
+    that no reward of a completion alone gives all margins.
 
     Args:
         alpha: weight of the tokens beyond the shorter completion's length.
@@ -171,9 +177,11 @@ class TRDPOModule(DPOModule):
     r"""TR-DPO: DPO whose reference follows the policy, so that the leash does not hold it at the start for ever.
 
     Every ``reference_every`` updates each reference weight becomes alpha policy + (1 - alpha) reference (Gorbatovski et
-    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. Each stretch between two
-    moves aims at reference * exp(reward / beta) with the reference of the moment: there is no fixed optimum. With an
+    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. With an
     adapter the reference is a model of its own: a mixture of adapters has the rank of all of them together.
+
+    Target: no closed form; each stretch between two moves aims at reference * exp(reward / beta) with the reference of
+    the moment, and there is no fixed one.
 
     Args:
         alpha: share of the policy in the new reference.

@@ -29,6 +29,8 @@ class DPOModule(OfflineModule):
     d = log policy(y_c)/reference(y_c) - log policy(y_r)/reference(y_r) and p is the probability that chosen is better
     (Eq. 7 of Rafailov et al., 2305.18290, for p = 1). Policy = reference gives log 2.
 
+    Target: reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry in the rewards.
+
     A subclass changes the objective by overriding ``preference_loss``; it receives token log-probabilities, masks,
     lengths, labels and weights, and returns one value per pair.
 

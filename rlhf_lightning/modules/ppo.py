@@ -48,6 +48,9 @@ class PPOModule(OnPolicyModule):
     Settings and their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss
     is minus the mean advantage, 0 after whitening.
 
+    Target: reference * exp(score / kl_coef), normalised; discounted, with rewards whitened or without a leash, it has
+    no closed form.
+
     Args:
         critic: "separate" trains a network of its own; "shared" a zero-initialised head on the policy's trunk, one
             forward for both; "adapter" an adapter and head of its own on the policy's backbone, which saves memory and

@@ -15,6 +15,8 @@ class PlackettLuceModule(RewardModule):
     loss = sum_k [logsumexp_{j ranked at or below k} score_j - score_k] (Plackett 1975, Luce 1959; for reward models Zhu
     et al., 2301.11270). K equal scores give log K!. For pairs it is `RewardModule`'s loss; that one counts all pairs of
     a list alike. Soft labels, margins and ``centering`` belong to pairs and are not in it.
+
+    Target: scores that are the rewards up to a constant for each prompt, where rankings are Plackett-Luce in them.
     """
 
     paper = "Zhu et al. 2023, arXiv 2301.11270"

@@ -35,6 +35,9 @@ class RewardModule(OfflineModule):
     2009.01325, margins of Llama 2, 2307.09288). A ranked list counts the mean over its untied pairs, each completion
     forwarded once (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2.
 
+    Target: scores that are the rewards up to a constant for each prompt, where preferences are Bradley-Terry in them;
+    with ``centering`` no closed form.
+
     The score is a linear head on the last completion token's hidden state, drawn from N(0, 1/(hidden size + 1)).
 
     Args:

@@ -44,6 +44,7 @@ WORKED = [
         0.60061977,
     ),
     Worked("centering, as groups", lambda t: pairs_as_groups(t, centering=0.01).mean(), 0.60061977),
+    Worked("accuracy", lambda t: (t(CHOSEN) > t(REJECTED)).double().mean(), 0.5),
     Worked("soft label", lambda t: bradley_terry_loss(t([0.8]), t([0.0]), t([0.7])), [0.61110067]),
     Worked("soft label of a judge", lambda t: bradley_terry_loss(t([0.5]), t([0.0]), t([0.6])), [0.67407698]),
     Worked("pairs of a ranking", pair_losses_of_three, [0.20141328, 0.31326169, 0.47407698]),
