@@ -1,7 +1,6 @@
 """What tests have each rank do. Every function is called on all ranks of a group, or alone, with the same settings."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +21,7 @@ from tiny_models import (
 from torch import Tensor
 
 from rlhf_lightning import modules
+from rlhf_lightning.data.loader import StepLoader
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.sharding import whole
 from rlhf_lightning.types import (
@@ -225,5 +225,64 @@ def train_each(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def file_of(folder: str, name: str) -> Path:
-    return Path(folder) / name
+# -- checkpoints and exports ------------------------------------------------------------------------------------------
+
+
+class Snapshot(pl.Callback):
+    """Saves a checkpoint after some training steps."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.left, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **settings: Any) -> dict[str, Any]:
+    """Train whole, and again from the checkpoint in the middle; return both runs' weights and counters."""
+    sharding = settings.pop("sharding", None)
+    found: dict[str, Any] = {}
+    for kind in ("whole", "resumed"):
+        module = module_of(name, folder, sgd=None, learning_rate=1e-2, **settings)
+        callbacks = [Snapshot(steps // 2, path)] if kind == "whole" else []
+        trainer = trainer_of(strategy, here()[1], sharding, callbacks=callbacks)
+        taken = steps_of(module, steps, 2)
+        trainer.fit(
+            module, ResumableData(taken), ckpt_path=path if kind == "resumed" else None, weights_only=True
+        )
+        found[kind] = weights_of(module)
+        found[f"{kind}_counters"] = module.progress()
+    return found
+
+
+class ResumableData(StepData):
+    """Steps through the package's own loader."""
+
+    def train_dataloader(self) -> StepLoader:  # type: ignore[override]
+        return StepLoader(lambda epoch: self.steps, len(self.steps), "tiny")
+
+
+def export(name: str, folder: str, out: str, strategy: str, **settings: Any) -> dict[str, Tensor]:
+    """Train a little and export; return the weights that should be in the folder."""
+    module = module_of(name, folder, double=False, **settings)
+    trainer = trainer_of(strategy, here()[1])
+    trainer.fit(module, StepData(steps_of(module, 2, 1)))
+    weights = weights_of(module)
+    if trainer.is_global_zero or module.device_mesh is not None:
+        module.export(out)
+    trainer.strategy.barrier()
+    return weights
+
+
+def fails(name: str, folder: str, path: str, strategy: str, **settings: Any) -> str:
+    """Return the error of a resume that must not work."""
+    module = module_of(name, folder, sgd=None, **settings)
+    try:
+        trainer_of(strategy, here()[1]).fit(
+            module, ResumableData(steps_of(module, 4, 2)), ckpt_path=path, weights_only=True
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

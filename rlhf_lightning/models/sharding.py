@@ -7,7 +7,7 @@ rows (decoding, cutting by tokens) asks here how many to make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,11 @@ def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], 
     if not is_sharded(model):
         yield lambda: None
         return
-    yield lambda: _largest(model, 1) and None
+
+    def before_pass() -> None:
+        _largest(model, 1)
+
+    yield before_pass
     while _largest(model, 0):
         idle()
 
@@ -99,13 +103,18 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a cut model, put together on the CPU of rank zero and empty elsewhere; every rank must ask.
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """Return a cut model's weights, put together on the CPU of rank zero and empty elsewhere; every rank must ask.
 
-    Tied weights come as one tensor.
+    Tied weights come as one tensor. Of an adapter's model the frozen backbone is left out. None for a model in one
+    piece.
     """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
     found: dict[int, Tensor] = {}
-    state: Mapping[str, Any] = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = hasattr(model, "peft_config")
+    state = {name: weight for name, weight in model.state_dict(keep_vars=True).items() if not adapter or name in trained}
     for weight in state.values():
         if id(weight) not in found:
             together = whole(weight.detach())

@@ -13,6 +13,7 @@ from rlhf_lightning.functional import adaptive_preference as adaptive
 from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import adapted_weights, load_policy
 from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.models.sharding import cut_like, whole
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
@@ -222,7 +223,7 @@ class TRDPOModule(DPOModule):
         """Keep the reference's weights once they have moved: nothing else knows where they are."""
         super().on_save_checkpoint(checkpoint)
         if self.updates >= self.reference_every:
-            checkpoint["reference"] = {name: reference.detach() for name, reference, _ in self._followed()}
+            checkpoint["reference"] = {name: whole(reference.detach()) for name, reference, _ in self._followed()}
 
     @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -230,4 +231,4 @@ class TRDPOModule(DPOModule):
         super().on_load_checkpoint(checkpoint)
         if self.reference is not None and "reference" in checkpoint:
             for name, reference, _ in self._followed():
-                reference.copy_(checkpoint["reference"][name])
+                reference.copy_(cut_like(checkpoint["reference"][name], reference))

@@ -34,6 +34,12 @@ from rlhf_lightning.modules.optimization import (
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
+ANOTHER_STRATEGY = (
+    "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
+    "strategy it was written under, or start a new run from its exported model (model.init_from)"
+)
+
+
 class Answer(NamedTuple):
     """A sampled completion: its text, its token ids, the log-probability of each, whether it ended by itself."""
 
@@ -145,6 +151,8 @@ class AlignmentModule(LightningModule):
             self.load_models()
             self._models_loaded = True
         if self.device_mesh is not None:
+            # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
+            self.strict_loading = False
             trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
             for model in (*trained, *self.frozen_models()):
                 shard(model, self.device_mesh, str(self.trainer.precision))
@@ -364,7 +372,7 @@ class AlignmentModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trainable weights alone: frozen ones are where they came from."""
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trainable = self.trained_names()
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
@@ -375,21 +383,38 @@ class AlignmentModule(LightningModule):
         Raises:
             RuntimeError: the checkpoint's trainable weights are not this module's.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing, unknown = sorted(trainable - set(state_dict)), sorted(set(state_dict) - trainable)
-        if strict and (missing or unknown):
+        if strict:
+            self._check_names(set(state_dict))
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def trained_names(self) -> set[str]:
+        """Return the names of the weights that training changes, a tied one under its first."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _check_names(self, found: set[str]) -> None:
+        trainable = self.trained_names()
+        missing, unknown = sorted(trainable - found), sorted(found - trainable)
+        if missing or unknown:
             raise RuntimeError(
                 f"the checkpoint does not fit {type(self).__name__}: {len(missing)} trainable weights are missing "
                 f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters: they address sampling and give TensorBoard's x-axis."""
+        """Keep the counters: they address sampling and give TensorBoard's x-axis. And what is in the checkpoint."""
+        checkpoint["sharded"], checkpoint["trained"] = self.device_mesh is not None, sorted(self.trained_names())
         checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters up where they were."""
+        """Take the counters up where they were.
+
+        Raises:
+            RuntimeError: under a strategy that cuts weights, the checkpoint is of another model or another strategy.
+        """
+        if self.device_mesh is not None:
+            if not checkpoint["sharded"]:
+                raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
+            self._check_names(set(checkpoint["trained"]))
         for name, value in checkpoint["progress"].items():
             setattr(self, name, value)
 

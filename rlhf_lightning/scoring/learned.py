@@ -61,7 +61,7 @@ class LearnedScorer(Scorer):
             for rows in cut_rows(sequences.lengths, max_tokens=self.max_tokens):
                 layout = padded_layout(select(sequences, rows)).to(device)
                 before_pass()
-                scores[rows] = (self.model(layout) - self.model.bias).cpu()
+                scores[rows] = (self.model(layout) - self.model.bias).to(scores)
         return scores
 
     def __call__(
