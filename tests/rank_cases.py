@@ -166,12 +166,19 @@ def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0
     return module
 
 
-def steps_of(module: Any, count: int, accumulation: int, first: int = 0) -> list[Step[Any]]:
-    """This rank's share of some steps; on-policy modules cut their rollouts themselves."""
-    rank, ranks = here()
+def steps_of(module: Any, count: int, accumulation: int, together: int = 1) -> list[Step[Any]]:
+    """This rank's share of some steps; on-policy modules cut their rollouts themselves.
+
+    Args:
+        module: what they are for.
+        count: how many steps.
+        accumulation: micro-batches of each.
+        together: ranks that hold one model together, and see the same rows.
+    """
+    rank, ranks = (place // together for place in here())
     if module.batch_type is PromptBatch:
-        return [rollout_step(first + index, rank, ranks) for index in range(count)]
-    return [offline_step(module.batch_type, first + index, accumulation, rank, ranks) for index in range(count)]
+        return [rollout_step(index, rank, ranks) for index in range(count)]
+    return [offline_step(module.batch_type, index, accumulation, rank, ranks) for index in range(count)]
 
 
 def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:
@@ -210,7 +217,7 @@ def train(
         settings["micro_batch_size"] = -(-PROMPTS * SAMPLES // (here()[1] * accumulation))
     module = module_of(name, folder, **settings)
     recorder, drawn = Recorder(), Drawn(module)
-    steps = steps_of(module, updates, accumulation)
+    steps = steps_of(module, updates, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
     trainer = trainer_of(strategy, here()[1], sharding, callbacks=[recorder])
     trainer.fit(module, StepData(steps))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -249,9 +256,7 @@ def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **s
         callbacks = [Snapshot(steps // 2, path)] if kind == "whole" else []
         trainer = trainer_of(strategy, here()[1], sharding, callbacks=callbacks)
         taken = steps_of(module, steps, 2)
-        trainer.fit(
-            module, ResumableData(taken), ckpt_path=path if kind == "resumed" else None, weights_only=True
-        )
+        trainer.fit(module, ResumableData(taken), ckpt_path=path if kind == "resumed" else None, weights_only=True)
         found[kind] = weights_of(module)
         found[f"{kind}_counters"] = module.progress()
     return found

@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
+from rlhf_lightning.modules.base import ANOTHER_STRATEGY
+
 SHARDED_META = "meta.pt"
 """The file of a sharded checkpoint's folder that holds everything but tensors."""
 
@@ -45,6 +47,31 @@ def weights_in(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in state.items()}
 
 
+def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
+    """Return why a checkpoint cannot be loaded under a strategy; None where it can.
+
+    Args:
+        path: the checkpoint.
+        sharded: whether the strategy cuts weights over ranks.
+        resumes: whether training goes on from it, and so its optimizer's state is needed too.
+
+    Raises:
+        ValueError: it is no checkpoint of plain tensors and settings.
+    """
+    if path.is_dir():
+        sharded_metadata(path)
+        return (
+            None
+            if sharded
+            else (
+                f"{path} is a folder of shards, which ModelParallelStrategy alone can load: resume with it "
+                "(experiments/hardware/fsdp.yaml), or write the weights as a model's folder with `rlhf export`"
+            )
+        )
+    written_sharded = read_checkpoint(path).get("sharded", False)
+    return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
+
+
 def sharded_metadata(path: Path) -> Any:
     """Return what a sharded checkpoint says of its tensors.
 
@@ -70,8 +97,13 @@ class _TensorDescriptions(pickle.Unpickler):
     })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module in self.ROOMS or f"{module}.{name}" in self.OTHERS or isinstance(
-            getattr(torch, name, None) if module == "torch" else None, torch.dtype | torch.layout | torch.memory_format
+        known = (
+            module in self.ROOMS
+            or f"{module}.{name}" in self.OTHERS
+            or isinstance(
+                getattr(torch, name, None) if module == "torch" else None,
+                torch.dtype | torch.layout | torch.memory_format,
+            )
         )
         if not known:
             raise pickle.UnpicklingError(f"it names {module}.{name}")

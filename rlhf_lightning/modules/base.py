@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
@@ -22,6 +23,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules.compatibility import check
 from rlhf_lightning.modules.gathering import data_ranks
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.optimization import (
@@ -32,7 +34,6 @@ from rlhf_lightning.modules.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
-
 
 ANOTHER_STRATEGY = (
     "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
@@ -151,11 +152,24 @@ class AlignmentModule(LightningModule):
             self.load_models()
             self._models_loaded = True
         if self.device_mesh is not None:
-            # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
-            self.strict_loading = False
-            trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
-            for model in (*trained, *self.frozen_models()):
-                shard(model, self.device_mesh, str(self.trainer.precision))
+            self._cut_over_ranks(self.device_mesh)
+
+    def _cut_over_ranks(self, mesh: DeviceMesh) -> None:
+        """Cut what is trained and what is frozen over the ranks, under a strategy with a mesh."""
+        trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
+        for model in (*trained, *self.frozen_models()):
+            shard(model, mesh, str(self.trainer.precision))
+        # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
+        self.strict_loading = False
+        # What is gathered for the first time in inference mode could never be trained.
+        trainer = self.trainer
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False
 
     _models_loaded = False
 
@@ -163,9 +177,11 @@ class AlignmentModule(LightningModule):
         """Check that the data yields what this objective takes, before any weight is read.
 
         Raises:
+            IncompatibleError: strategy, precision, devices and batch do not go together.
             TypeError: the DataModule yields another kind of batch.
         """
         datamodule = getattr(self.trainer, "datamodule", None)
+        check(self.trainer, self, datamodule, fits=stage == "fit")
         offered = getattr(datamodule, "batch_types", None)
         if offered is not None and stage != "predict" and self.batch_type not in offered:
             names = " or ".join(sorted(kind.__name__ for kind in offered))
@@ -412,7 +428,7 @@ class AlignmentModule(LightningModule):
             RuntimeError: under a strategy that cuts weights, the checkpoint is of another model or another strategy.
         """
         if self.device_mesh is not None:
-            if not checkpoint["sharded"]:
+            if not checkpoint["sharded"] and self.trainer.state.fn == "fit":
                 raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
             self._check_names(set(checkpoint["trained"]))
         for name, value in checkpoint["progress"].items():

@@ -1,7 +1,7 @@
 """Which combinations of strategy, precision, quantisation, objective and devices work, asked before a weight is loaded.
 
 Each rule is a function of plain values that returns why a combination does not work and the nearest one that does, or
-None. `refusal` asks them all.
+None. `check` asks them all.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from transformers import AutoConfig
+
+from rlhf_lightning.models.loading import is_adapter, resolve_folder
+from rlhf_lightning.models.sharding import tensor_plan
 
 SHARDED = "ModelParallelStrategy"
 
@@ -29,10 +38,10 @@ def refused_strategy(strategy: str) -> str | None:
     name = strategy.lower()
     if "fsdp" in name:
         return (
-            "the strategy fsdp (FSDP1) fails when a module takes its optimizer steps itself, as all do here, and cannot "
-            f"clip by norm: use {SHARDED} (FSDP2), laid over a run by experiments/hardware/fsdp.yaml"
+            "the strategy fsdp (FSDP1) fails when a module takes its optimizer steps itself, as all do here, and it "
+            f"cannot clip by norm: use {SHARDED} (FSDP2), laid over a run by experiments/hardware/fsdp.yaml"
         )
-    if name.startswith("deepspeed"):
+    if "deepspeed" in name:
         return (
             "DeepSpeed's engine counts micro-batches and clips gradients by itself, which the modules here do: use "
             f"{SHARDED} (FSDP2), laid over a run by experiments/hardware/fsdp.yaml"
@@ -57,8 +66,8 @@ def refused_quantization(strategy: str, quantization: str | None) -> str | None:
     if quantization is None or strategy != SHARDED:
         return None
     return (
-        f"{quantization} weights cannot be cut over ranks: a shard would part the blocks that share a scale. Use ddp, or "
-        f"one GPU, with {quantization}, or {SHARDED} with bfloat16 weights"
+        f"{quantization} weights cannot be cut over ranks: a shard would part the blocks that share a scale. Use ddp, "
+        f"or one GPU, with {quantization}, or {SHARDED} with bfloat16 weights"
     )
 
 
@@ -73,8 +82,8 @@ def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: i
     if isinstance(data_parallel, str) or isinstance(tensor_parallel, str):
         given = f"data_parallel_size={data_parallel}, tensor_parallel_size={tensor_parallel}"
         return (
-            f"{SHARDED} with {given} would cut each matrix over all devices of a host: set data_parallel_size={ranks} and "
-            "tensor_parallel_size=1"
+            f"{SHARDED} with {given} would cut each matrix over all devices of a host: set "
+            f"data_parallel_size={ranks} and tensor_parallel_size=1"
         )
     if data_parallel * tensor_parallel == ranks:
         return None
@@ -107,6 +116,35 @@ def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool,
     if heads is not None and heads % tensor_parallel:
         return f"{heads} key and value heads cannot be dealt to tensor_parallel_size={tensor_parallel} ranks: {remedy}"
     return None
+
+
+def refused_roles(strategy: str, critic: str | None) -> str | None:
+    """Refuse a critic that forwards the policy's backbone by itself: only the policy's own call gathers cut weights.
+
+    Args:
+        strategy: kind of the strategy.
+        critic: what the critic is; None in families without one.
+    """
+    if strategy != SHARDED or critic != "adapter":
+        return None
+    return f"critic=adapter forwards the policy's backbone, whose weights {SHARDED} cuts: use critic=shared or separate"
+
+
+def refused_stacked_adapter(strategy: str, has_policy: bool, lora: bool, starts_from_adapter: bool) -> str | None:
+    """Refuse reward adapters on top of an adapter, which an export merges in one piece.
+
+    Args:
+        strategy: kind of the strategy.
+        has_policy: whether the stage trains a policy.
+        lora: whether an adapter is trained.
+        starts_from_adapter: whether it starts from an adapter's folder.
+    """
+    if strategy != SHARDED or has_policy or not lora or not starts_from_adapter:
+        return None
+    return (
+        f"a reward adapter on top of another adapter is merged when it is exported, and {SHARDED} cuts its weights: "
+        "start from a merged model (rlhf export --merge), or use ddp"
+    )
 
 
 def refused_share(rows: int, shares: int, unit: str) -> str | None:
@@ -142,45 +180,57 @@ def refused_division(prompts: int, shares: int, samples: int) -> str | None:
 # -- asked of a trainer -----------------------------------------------------------------------------------------------
 
 
-def refusal(trainer: Trainer, module: LightningModule, datamodule: Any = None) -> str | None:
-    """Return why the trainer cannot run the module on the data, and what would work; None where it can."""
-    return next(refusals(trainer, module, datamodule), None)
+def check(trainer: Trainer, module: LightningModule, datamodule: Any = None, fits: bool = True) -> None:
+    """Refuse a combination that does not work, before anything is read.
 
-
-def check(trainer: Trainer, module: LightningModule, datamodule: Any = None) -> None:
-    """Refuse a combination that does not work.
+    Args:
+        trainer: the trainer.
+        module: the module.
+        datamodule: where its data comes from, if that is a DataModule.
+        fits: whether it is to train, rather than to evaluate.
 
     Raises:
-        IncompatibleError: it does not; the message says why and names the nearest one that does.
+        IncompatibleError: it does not work; the message says why and names the nearest combination that does.
     """
-    found = refusal(trainer, module, datamodule)
-    if found is not None:
-        raise IncompatibleError(found)
+    for reason in refusals(trainer, module, datamodule if fits else None):
+        raise IncompatibleError(reason)
 
 
-def refusals(trainer: Trainer, module: LightningModule, datamodule: Any = None) -> Iterator[str]:
+def refusals(trainer: Trainer, module: Any, datamodule: Any = None) -> Iterator[str]:
     """Yield every reason against a combination."""
     kind, ranks = kind_of(trainer.strategy), trainer.num_devices * trainer.num_nodes
-    settings = getattr(module, "load_settings", None)
-    shares, found = ranks, [
+    lora = getattr(module, "lora", None) is not None
+    found = [
         refused_strategy(kind),
         refused_precision(str(trainer.precision)),
-        refused_quantization(kind, getattr(settings, "quantization", None)),
+        refused_quantization(kind, quantization_of(module)),
+        refused_roles(kind, getattr(module, "critic_kind", None)),
+        refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from)),
     ]
+    shares = ranks
     if isinstance(trainer.strategy, ModelParallelStrategy):
         sizes = (trainer.strategy._data_parallel_size, trainer.strategy._tensor_parallel_size)
         found.append(refused_sizes(*sizes, ranks))
         if isinstance(sizes[1], int) and sizes[1] > 1:
             shares = max(ranks // sizes[1], 1)
-            found.append(refused_tensor_parallelism(sizes[1], getattr(module, "lora", None) is not None, *plan_of(module)))
-    rows = getattr(datamodule, "batch_size", None)
-    if rows is not None and shares > 1:
-        samples = getattr(datamodule, "samples_per_prompt", None)
-        prompts = None if samples is None else rows // samples
-        found.append(refused_share(rows if prompts is None else prompts, shares, "rows" if prompts is None else "prompts"))
-        if prompts is not None and trainer.state.fn in (None, "fit"):
-            found.append(refused_division(prompts, shares, samples))
+            found.append(refused_tensor_parallelism(sizes[1], lora, *plan_of(module)))
+    if shares > 1 and getattr(datamodule, "batch_size", None) is not None:
+        found += refused_shares(datamodule, shares)
     yield from (reason for reason in found if reason is not None)
+
+
+def refused_shares(datamodule: Any, shares: int) -> list[str | None]:
+    """Refuse a batch that ranks cannot share.
+
+    Args:
+        datamodule: gives rows, or where it has ``samples_per_prompt``, prompts.
+        shares: ranks that see other data.
+    """
+    samples = getattr(datamodule, "samples_per_prompt", None)
+    if samples is None:
+        return [refused_share(datamodule.batch_size, shares, "rows")]
+    prompts = datamodule.batch_size // samples
+    return [refused_share(prompts, shares, "prompts"), refused_division(prompts, shares, samples)]
 
 
 def kind_of(strategy: Strategy) -> str:
@@ -189,8 +239,13 @@ def kind_of(strategy: Strategy) -> str:
     return next((name for kind, name in kinds.items() if isinstance(strategy, kind)), type(strategy).__name__)
 
 
-def plan_of(module: LightningModule) -> tuple[bool, int | None]:
-    """Return whether a module's model has a tensor-parallel plan, and its key and value heads; reads config.json alone."""
-    config = AutoConfig.from_pretrained(module.init_from)
+def quantization_of(module: Any) -> str | None:
+    """Return the quantisation that a module's weights are to be loaded in; None for plain weights."""
+    return getattr(module.load_settings, "quantization", None)
+
+
+def plan_of(module: Any) -> tuple[bool, int | None]:
+    """Return whether a module's model has a tensor-parallel plan, and its key and value heads; reads config.json."""
+    config = AutoConfig.from_pretrained(resolve_folder(module.init_from))
     heads = getattr(config, "num_key_value_heads", None)
-    return bool(getattr(config, "base_model_tp_plan", None)), heads
+    return tensor_plan(config) is not None, heads

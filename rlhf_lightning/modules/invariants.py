@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_lightning.types import PolicyLogprobs, Rollout
 
-
 NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
 """What is measured."""
 
