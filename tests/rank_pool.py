@@ -80,7 +80,7 @@ class RankPool:
         self._groups.clear()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
             self._process = None
         if self._listener is not None:
             self._listener.close()
