@@ -106,8 +106,6 @@ def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool,
         has_plan: whether transformers has a plan for the model's family.
         heads: key and value heads of the model, if known.
     """
-    if tensor_parallel == 1:
-        return None
     remedy = "set tensor_parallel_size=1 and data_parallel_size to the number of ranks"
     if lora:
         return f"tensor parallelism cuts the matrices that an adapter hangs on: {remedy}, or train every weight"
@@ -193,30 +191,28 @@ def check(trainer: Trainer, module: LightningModule, datamodule: Any = None, fit
         IncompatibleError: it does not work; the message says why and names the nearest combination that does.
     """
     for reason in refusals(trainer, module, datamodule if fits else None):
-        raise IncompatibleError(reason)
+        if reason is not None:
+            raise IncompatibleError(reason)
 
 
-def refusals(trainer: Trainer, module: Any, datamodule: Any = None) -> Iterator[str]:
-    """Yield every reason against a combination."""
+def refusals(trainer: Trainer, module: Any, datamodule: Any = None) -> Iterator[str | None]:
+    """Yield what each rule says of a combination; later ones lean on what earlier ones found in order."""
     kind, ranks = kind_of(trainer.strategy), trainer.num_devices * trainer.num_nodes
     lora = getattr(module, "lora", None) is not None
-    found = [
-        refused_strategy(kind),
-        refused_precision(str(trainer.precision)),
-        refused_quantization(kind, quantization_of(module)),
-        refused_roles(kind, getattr(module, "critic_kind", None)),
-        refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from)),
-    ]
-    shares = ranks
+    yield refused_strategy(kind)
+    yield refused_precision(str(trainer.precision))
+    yield refused_quantization(kind, quantization_of(module))
+    yield refused_roles(kind, getattr(module, "critic_kind", None))
+    yield refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from))
+    together = 1
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        sizes = (trainer.strategy._data_parallel_size, trainer.strategy._tensor_parallel_size)
-        found.append(refused_sizes(*sizes, ranks))
-        if isinstance(sizes[1], int) and sizes[1] > 1:
-            shares = max(ranks // sizes[1], 1)
-            found.append(refused_tensor_parallelism(sizes[1], lora, *plan_of(module)))
-    if shares > 1 and getattr(datamodule, "batch_size", None) is not None:
-        found += refused_shares(datamodule, shares)
-    yield from (reason for reason in found if reason is not None)
+        width = trainer.strategy._tensor_parallel_size
+        yield refused_sizes(trainer.strategy._data_parallel_size, width, ranks)
+        together = int(width)
+        if together > 1:
+            yield refused_tensor_parallelism(together, lora, *plan_of(module))
+    if ranks > together and getattr(datamodule, "batch_size", None) is not None:
+        yield from refused_shares(datamodule, ranks // together)
 
 
 def refused_shares(datamodule: Any, shares: int) -> list[str | None]:

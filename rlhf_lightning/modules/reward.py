@@ -139,7 +139,8 @@ class RewardModule(OfflineModule):
         means = super().evaluation_metrics()
         judged = gathered_rows(self, torch.cat([torch.zeros(0, 2, device=self.device), *self._judged]))
         if len(judged):
-            means["ece"] = float(binary_calibration_error(*judged.unbind(-1), n_bins=20, norm="l1"))
+            confidence, right = judged.T.contiguous()
+            means["ece"] = float(binary_calibration_error(confidence, right, n_bins=20, norm="l1"))
         if "score_squared" in means:
             means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
         return means

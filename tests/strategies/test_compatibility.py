@@ -104,6 +104,7 @@ def test_a_trainer_in_python_is_checked_before_a_weight_is_read() -> None:
         module.setup("fit")
 
 
+MESH_LEFT_OPEN = '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'
 COMMAND = ["fit", "--model", "DPOModule", "--model.init_from", "no_model", "--data", "PreferenceDataModule",
            "--data.source", "no_rows.jsonl", "--trainer.accelerator", "cpu"]  # fmt: skip
 
@@ -113,7 +114,7 @@ COMMAND = ["fit", "--model", "DPOModule", "--model.init_from", "no_model", "--da
     [
         (["--trainer.strategy", "fsdp"], "ModelParallelStrategy (FSDP2)"),
         (["--trainer.precision", "16-mixed"], "use bf16-mixed"),
-        (["--trainer.strategy", "ModelParallelStrategy"], "set data_parallel_size=1"),
+        (["--trainer.strategy", MESH_LEFT_OPEN], "set data_parallel_size=1"),
         (["--trainer.strategy", "ddp", "--trainer.devices", "4", "--data.batch_size", "2"], "use at most 2 ranks"),
     ],
 )
