@@ -1,7 +1,7 @@
 """Groups of gloo ranks that stay warm: importing the stack takes longer than all that tests have them do.
 
-One process imports everything and forks the ranks of every group; each rank then runs functions of `rank_cases` by
-name, as often as a test asks. Run as a script it is that process.
+One process imports everything and forks the ranks of a group when it is first asked for; each rank then runs functions
+of `rank_cases` by name, as often as a test asks. Run as a script it is that process.
 """
 
 import os
@@ -14,67 +14,77 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120.0
+TIMEOUT = 180.0
 """Seconds after which a case counts as hanging."""
-
-SIZES = (2, 4)
-"""Ranks of each group."""
 
 
 class RankPool:
     """The groups, started on first use."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ranks: dict[tuple[int, int], Connection] = {}
+        self._process: subprocess.Popen[str] | None = None
+        self._groups: dict[int, list[Connection]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._listener: Listener | None = None
 
     def run(self, ranks: int, case: str, **settings: Any) -> list[Any]:
         """Run a case on every rank of a group; return what each returned, rank after rank."""
-        if self._process is None:
-            self._start()
-        mine = [self._ranks[ranks, rank] for rank in range(ranks)]
-        for connection in mine:
-            connection.send_bytes(pickle.dumps((case, settings)))
-        answers: dict[Any, Any] = {}
-        while len(answers) < ranks:
-            ready = wait([connection for connection in mine if connection not in answers], TIMEOUT)
-            if not ready:
-                self.close()
-                missing = [rank for rank, connection in enumerate(mine) if connection not in answers]
-                raise TimeoutError(f"{case}: ranks {missing} of {ranks} are waiting for ever")
-            for connection in ready:
-                failure, answer = pickle.loads(connection.recv_bytes())
-                if failure is not None:  # the others wait for this one in a collective
-                    rank = mine.index(connection)
-                    self.close()
-                    raise AssertionError(f"{case} on rank {rank} of {ranks}:\n{failure}")
-                answers[connection] = answer
-        return [answers[connection] for connection in mine]
+        if ranks not in self._groups:
+            self._start(ranks)
+        try:
+            return self._run(self._groups[ranks], case, settings)
+        except BaseException:  # the other ranks of the group may wait in a collective for ever
+            self.close()
+            raise
 
-    def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        address = str(Path(self._folder.name) / "pool")
-        with Listener(address, "AF_UNIX", backlog=sum(SIZES)) as listener:
+    def _run(self, group: list[Connection], case: str, settings: dict[str, Any]) -> list[Any]:
+        for connection in group:
+            connection.send_bytes(pickle.dumps((case, settings)))
+        answers: dict[Connection, Any] = {}
+        while len(answers) < len(group):
+            ready: Any = wait([connection for connection in group if connection not in answers], TIMEOUT)
+            missing = [rank for rank, connection in enumerate(group) if connection not in answers]
+            if not ready:
+                raise TimeoutError(f"{case}: ranks {missing} of {len(group)} are waiting for ever")
+            for connection in ready:
+                failure, answers[connection] = pickle.loads(connection.recv_bytes())
+                if failure is not None:
+                    raise AssertionError(f"{case} on rank {group.index(connection)} of {len(group)}:\n{failure}")
+        return [answers[connection] for connection in group]
+
+    def _start(self, ranks: int) -> None:
+        if self._process is None:
+            self._folder = tempfile.TemporaryDirectory()
+            address = str(Path(self._folder.name) / "pool")
+            self._listener = Listener(address, "AF_UNIX", backlog=64)
             root = Path(__file__).resolve().parents[1]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-            output = subprocess.DEVNULL  # what a rank has to say of a failure comes back over its connection
+            quiet = subprocess.DEVNULL  # what a rank has to say of a failure comes back over its connection
             self._process = subprocess.Popen(
-                [sys.executable, __file__, address], env=environment, stdout=output, stderr=output
-            )
-            for _ in range(sum(SIZES)):
-                connection = listener.accept()
-                self._ranks[connection.recv()] = connection
+                [sys.executable, __file__, address],
+                env=environment, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True,
+            )  # fmt: skip
+        assert self._process.stdin is not None and self._listener is not None
+        self._process.stdin.write(f"{ranks}\n")
+        self._process.stdin.flush()
+        found = {}
+        for _ in range(ranks):
+            connection = self._listener.accept()
+            found[connection.recv()] = connection
+        self._groups[ranks] = [found[rank] for rank in range(ranks)]
 
     def close(self) -> None:
         """Stop the ranks."""
+        for connection in (connection for group in self._groups.values() for connection in group):
+            connection.close()
+        self._groups.clear()
         if self._process is not None:
-            for connection in self._ranks.values():
-                connection.close()
             self._process.kill()
-            self._process.wait()
-            self._ranks.clear()
+            self._process.communicate()
             self._process = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -91,7 +101,7 @@ def serve(address: str, ranks: int, rank: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{address}.{ranks}", rank=rank, world_size=ranks)
     connection = Client(address, "AF_UNIX")
-    connection.send((ranks, rank))
+    connection.send(rank)
     while True:
         try:
             case, settings = pickle.loads(connection.recv_bytes())
@@ -105,20 +115,18 @@ def serve(address: str, ranks: int, rank: int) -> None:
 
 
 def fork_ranks(address: str) -> None:
-    """Import everything once, and become the ranks of every group."""
+    """Import everything once, and fork the ranks of each group that is asked for."""
     import ctypes
     import signal
 
     import rank_cases  # noqa: F401
 
-    for ranks in SIZES:
-        for rank in range(ranks):
+    for line in sys.stdin:
+        for rank in range(int(line)):
             if os.fork() == 0:
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a rank that hangs in a collective goes with its parent
-                serve(address, ranks, rank)
+                serve(address, int(line), rank)
                 os._exit(0)
-    for _ in range(sum(SIZES)):
-        os.wait()
 
 
 if __name__ == "__main__":

@@ -80,15 +80,16 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     """
     from rlhf_lightning.callbacks.checkpoint import BEST_CHECKPOINT
     from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, find_run, last_checkpoint
+    from rlhf_lightning.commands.checkpoints import SHARDED_META
 
-    if path.is_file():
+    if path.is_file() or (path / SHARDED_META).is_file():
         return path
     if path.suffix == ".ckpt":
         raise FileNotFoundError(f"there is no checkpoint {path}")
     run = find_run(str(path))
     if not best:
         return last_checkpoint(run)
-    if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).is_file():
+    if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).exists():
         raise FileNotFoundError(f"{run} has no best checkpoint: it was not validated")
     return run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT
 
@@ -113,7 +114,7 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     from lightning.pytorch.cli import instantiate_module
 
     import rlhf_lightning.modules  # noqa: F401
-    from rlhf_lightning.commands.checkpoints import read_checkpoint
+    from rlhf_lightning.commands.checkpoints import read_checkpoint, weights_in
     from rlhf_lightning.modules.base import AlignmentModule
 
     state = read_checkpoint(checkpoint)
@@ -133,7 +134,7 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
     module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"])
+    module.load_state_dict(weights_in(checkpoint))
     return module
 
 

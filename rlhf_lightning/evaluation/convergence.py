@@ -267,8 +267,7 @@ def population_of(world: EnumerableWorld, prompt: int) -> targets.Population:
     """Return the problem of one prompt in NumPy, for the transcriptions."""
     problem, texts = world.problem, world.completions
     reference, preference, lengths = (
-        np.asarray(part[prompt], dtype=np.float64)
-        for part in (problem.reference, problem.preference, problem.lengths)
+        np.asarray(part[prompt], dtype=np.float64) for part in (problem.reference, problem.preference, problem.lengths)
     )
     alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
     return targets.Population(reference, preference, lengths, np.array(alike, float))

@@ -14,6 +14,7 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import BACKBONE_FILE, SCORE_BIAS, fingerprint
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+from rlhf_lightning.models.sharding import is_first_rank, whole_weights
 
 
 def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
@@ -35,7 +36,13 @@ def export_reward_model(
 
 
 def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]) -> Path:
-    """Write everything beside the folder first, then swap it in, so that no reader sees half a model."""
+    """Write everything beside the folder first, then swap it in, so that no reader sees half a model.
+
+    Where weights are cut over ranks, every rank must call: the first one writes.
+    """
+    weights = whole_weights(model)
+    if weights is not None and not is_first_rank():
+        return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -48,9 +55,9 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = source
         # No config.json beside it: transformers would take the folder for a whole model and miss its weights.
-        model.save_pretrained(partial, selected_adapters=["default"])
+        model.save_pretrained(partial, selected_adapters=["default"], state_dict=weights)
     else:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     record = {"source": source, "fingerprint": fingerprint(source), **facts}
     quantization = quantization_of(unwrapped(model))

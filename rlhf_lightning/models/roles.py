@@ -40,6 +40,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+from rlhf_lightning.models.sharding import cut_like, whole
 
 
 class Reference:
@@ -93,13 +94,13 @@ class Reference:
 
     def moved_weights(self) -> dict[str, Tensor]:
         """Return the copy's weights that follow the policy's, for a checkpoint."""
-        return {name: reference.detach() for name, reference, _ in self._followed()}
+        return {name: whole(reference.detach()) for name, reference, _ in self._followed()}
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Put the copy where a checkpoint had it."""
         for name, reference, _ in self._followed():
-            reference.copy_(weights[name])
+            reference.copy_(cut_like(weights[name], reference))
 
     def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
@@ -30,6 +31,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules.compatibility import check
 from rlhf_lightning.modules.gathering import data_ranks
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.optimization import (
@@ -41,6 +43,11 @@ from rlhf_lightning.modules.optimization import (
 )
 from rlhf_lightning.modules.precision import settled_precision
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
+
+ANOTHER_STRATEGY = (
+    "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
+    "strategy it was written under, or start a new run from its exported model (model.init_from)"
+)
 
 
 class Answer(NamedTuple):
@@ -177,9 +184,24 @@ class AlignmentModule(LightningModule):
             self._models_loaded = True
             self._started_from = self.started_from()  # now: the folder may be gone when a checkpoint is written
         if self.device_mesh is not None:
-            trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
-            for model in (*trained, *self.frozen_models()):
-                shard(model, self.device_mesh, str(self.trainer.precision))
+            self._cut_over_ranks(self.device_mesh)
+
+    def _cut_over_ranks(self, mesh: DeviceMesh) -> None:
+        """Cut what is trained and what is frozen over the ranks, under a strategy with a mesh."""
+        trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
+        for model in (*trained, *self.frozen_models()):
+            shard(model, mesh, str(self.trainer.precision))
+        # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
+        self.strict_loading = False
+        # What is gathered for the first time in inference mode could never be trained.
+        trainer = self.trainer
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False
 
     _models_loaded = False
     _started_from: Mapping[str, str | None] = MappingProxyType({})
@@ -188,6 +210,7 @@ class AlignmentModule(LightningModule):
         """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
 
         Raises:
+            IncompatibleError: strategy, precision, devices and batch do not go together.
             TypeError: the DataModule yields another kind of batch.
             ValueError: trained weights would be kept in bf16 or quantised.
         """
@@ -195,6 +218,7 @@ class AlignmentModule(LightningModule):
             self.trainer, self.load_settings, self.lora is not None, fits=stage == "fit"
         )
         datamodule = getattr(self.trainer, "datamodule", None)
+        check(self.trainer, self, datamodule, fits=stage == "fit")
         offered = getattr(datamodule, "batch_types", None)
         if offered is not None and stage != "predict" and self.batch_type not in offered:
             names = " or ".join(sorted(kind.__name__ for kind in offered))
@@ -401,7 +425,7 @@ class AlignmentModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trainable weights alone: frozen ones are where they came from."""
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trainable = self.trained_names()
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
@@ -412,17 +436,28 @@ class AlignmentModule(LightningModule):
         Raises:
             RuntimeError: the checkpoint's trainable weights are not this module's.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing, unknown = sorted(trainable - set(state_dict)), sorted(set(state_dict) - trainable)
-        if strict and (missing or unknown):
+        if strict:
+            self._check_names(set(state_dict))
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def trained_names(self) -> set[str]:
+        """Return the names of the weights that training changes, a tied one under its first."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _check_names(self, found: set[str]) -> None:
+        trainable = self.trained_names()
+        missing, unknown = sorted(trainable - found), sorted(found - trainable)
+        if missing or unknown:
             raise RuntimeError(
                 f"the checkpoint does not fit {type(self).__name__}: {len(missing)} trainable weights are missing "
                 f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters, which address sampling and give TensorBoard's x-axis, and what the weights stand on."""
+        """Keep the counters, which address sampling and give TensorBoard's x-axis, what the weights stand on, and their
+        names.
+        """
+        checkpoint["sharded"], checkpoint["trained"] = self.device_mesh is not None, sorted(self.trained_names())
         checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
         checkpoint["started_from"] = dict(self._started_from)
 
@@ -430,8 +465,13 @@ class AlignmentModule(LightningModule):
         """Take the counters up where they were.
 
         Raises:
-            RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on.
+            RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on; or, where weights
+                are cut over ranks, the checkpoint is of another model or another strategy.
         """
+        if self.device_mesh is not None:
+            if not checkpoint["sharded"] and self.trainer.state.fn == "fit":
+                raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
+            self._check_names(set(checkpoint["trained"]))
         for name, value in checkpoint["progress"].items():
             setattr(self, name, value)
         if self.lora is None and self.reference is None:

@@ -281,5 +281,5 @@ class PPOModule(OnPolicyModule):
             return scale * negative.sum()
 
         cuts = cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)
-        cuts += [[]] * (most_passes(self.policy, len(cuts)) - len(cuts))
+        cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text of its own
         return [partial(loss, cut) for cut in cuts]

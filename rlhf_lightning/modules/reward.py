@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics.functional.classification import binary_calibration_error
 
 from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
 from rlhf_lightning.models.export import export_reward_model
@@ -22,6 +22,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
@@ -63,7 +64,7 @@ class RewardModule(OfflineModule):
     ) -> None:
         super().__init__(learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
         self.centering, self.normalise = centering, normalise
-        self.calibration = BinaryCalibrationError(n_bins=20, norm="l1")
+        self._judged: list[Tensor] = []  # confidence in each held-out pair, and whether it was right
 
     @property
     def model(self) -> ScalarModel:
@@ -117,9 +118,8 @@ class RewardModule(OfflineModule):
         meter.add("score_squared", ranked.scores.detach().square())
         if torch.is_grad_enabled():
             self._best_scores.add("score", ranked.scores[ranked.ranks == 0])
-        elif len(margins):
-            confidence = torch.sigmoid(margins.abs())
-            self.calibration.update(confidence, (margins > 0).long())
+        else:
+            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), (margins > 0).to(margins)], -1))
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:
@@ -135,18 +135,20 @@ class RewardModule(OfflineModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation."""
         super().on_validation_epoch_start()
-        self.calibration.reset()
+        self._judged = []
 
     def on_test_epoch_start(self) -> None:
         """Forget the last evaluation."""
         super().on_test_epoch_start()
-        self.calibration.reset()
+        self._judged = []
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Return held-out metrics; ``ece`` bins the confidence max(p, 1-p), since chosen is always the label."""
         means = super().evaluation_metrics()
-        if self.calibration.update_called:
-            means["ece"] = float(self.calibration.compute())
+        judged = gathered_rows(self, torch.cat([torch.zeros(0, 2, device=self.device), *self._judged]))
+        if len(judged):
+            confidence, right = judged.T.contiguous()
+            means["ece"] = float(binary_calibration_error(confidence, right, n_bins=20, norm="l1"))
         if "score_squared" in means:
             means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
         return means

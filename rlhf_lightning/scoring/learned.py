@@ -80,7 +80,7 @@ class LearnedScorer(Scorer):
             for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
                 layout = lay_out(select(sequences, rows), share).to(device)
                 before_pass()
-                scores[rows] = (self.model(layout) - self.model.bias).cpu()
+                scores[rows] = (self.model(layout) - self.model.bias).to(scores)
         return scores
 
     def __call__(
