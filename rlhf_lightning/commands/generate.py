@@ -180,7 +180,7 @@ def completions(
 
     from rlhf_lightning import tokenization
     from rlhf_lightning.models.sampling import sample
-    from rlhf_lightning.scoring import checked_scores
+    from rlhf_lightning.scoring.base import plain_scores
 
     ends = tokenization.end_token_ids(tokenizer)
     at_once = max(settings.batch_size * CHUNKS_AT_ONCE // samples, 1)
@@ -197,7 +197,7 @@ def completions(
             names = set().union(*(columns for _, columns in owners))
             further = {name: [columns.get(name) for _, columns in owners] for name in names}
             given = score([prompt for prompt, _ in owners], texts, **further)
-            scores = list(checked_scores(given, len(texts), f"scorer {scorer_name!r}").tolist())
+            scores = plain_scores(given, len(texts), f"scorer {scorer_name!r}")
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {

@@ -69,7 +69,8 @@ class PPOModule(OnPolicyModule):
             27.8 there.
 
     Raises:
-        ValueError: the scorer returns another number of scores than completions, or one that is not finite.
+        ValueError: the scorer returns another number of scores than completions, or one that is not finite,
+            or None: a critic needs a score of every completion.
     """
 
     paper = "Ziegler et al. 2019, arXiv 1909.08593"

@@ -97,8 +97,8 @@ def number(answer: str) -> Fraction | None:
     """
     if len(answer) > LONGEST_ANSWER:
         return None
-    # Braces and brackets around whole numerals are LaTeX's, and those of a fraction's parts.
-    text = re.sub(r"[({]\s*([-+]?[\d.,]+)\s*[)}]", r"\1", normalized(answer))
+    # Braces around a thousands comma are LaTeX's, and those around a whole numeral; beside another they multiply.
+    text = re.sub(r"(?<![\w.)}])[({]\s*([-+]?[\d.,]+)\s*[)}](?![\w({])", r"\1", normalized(answer).replace("{,}", ","))
     text = re.sub(r"\A([-+]?)\s*\((.*)\)\Z", r"\1\2", text)
     found = NUMBER.match(text)
     if found is None or not _is_unit(found["unit"]):

@@ -117,8 +117,8 @@ class IFEvalScorer(Scorer):
     """The share of a row's instructions that its completion follows (instruction-level accuracy of a row).
 
     The data needs the columns ``instruction_id_list`` and ``kwargs`` of IFEval: a list of ids, and a list of mappings
-    of the same length (each list may be JSON). Instructions of a kind that cannot be checked are left out, and a row of
-    none but those has no score; how many a completion had is the metric ``unchecked_instructions``.
+    of the same length (each may be JSON, and None is none). Instructions of a kind that cannot be checked are left out,
+    and a row of none but those has no score; how many a completion had is the metric ``unchecked_instructions``.
 
     Args:
         strict: 1 where every checked instruction is followed, else 0 (prompt-level accuracy).
@@ -153,4 +153,4 @@ class IFEvalScorer(Scorer):
 
 
 def _read(value: Any) -> list[Any]:
-    return json.loads(value) if isinstance(value, str) else list(value)
+    return json.loads(value) if isinstance(value, str) else list(value or ())

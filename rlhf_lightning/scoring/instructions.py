@@ -95,7 +95,8 @@ def with_instruction(prompt: str, name: str, **arguments: Any) -> dict[str, Any]
 class InstructionScorer(Scorer):
     """1 where a completion keeps its row's instruction, else 0.
 
-    The data needs the columns ``instruction`` (a key of `CHECKS`) and ``arguments`` (a mapping, or one as JSON).
+    The data needs the columns ``instruction`` (a key of `CHECKS`) and ``arguments`` (a mapping, or one as JSON); a
+    row without an instruction has no score.
     """
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
@@ -106,7 +107,7 @@ class InstructionScorer(Scorer):
         """
         names, arguments = (column(columns, name, self) for name in ("instruction", "arguments"))
         rows = zip(completions, names, arguments, strict=True)
-        return [float(kept(text, name, given)) for text, name, given in rows]
+        return [None if name is None else float(kept(text, name, given)) for text, name, given in rows]
 
 
 def kept(completion: str, name: str, arguments: str | Mapping[str, Any] | None) -> bool:

@@ -107,6 +107,10 @@ def test_columns_as_json():
     assert IFEvalScorer()(["p"], ["tea, please"], **rows) == [0.5]
 
 
+def test_a_row_without_instructions_has_no_score():
+    assert IFEvalScorer()(["p"], ["tea"], instruction_id_list=[None], kwargs=[None]) == [None]
+
+
 def test_an_unknown_kind_is_never_guessed():
     assert IFEvalScorer()(["p"], ["tea"], **columns([("startend:rhyme", {})])) == [None]
 

@@ -62,7 +62,8 @@ def test_the_last_number_only_where_it_is_asked_for():
         ("3 or 4", None), ("3, 4", None), ("18 dollars and 50 cents", None), ("1,23", None), ("1/0", None), ("", None),
         ("nan", None), ("inf", None), ("-infinity", None), ("1e9999", None), ("1e999999999999", None), ("5x", None),
         ("10**10**10", None), ("7!", None), ("2^{10}", None), ("\\sqrt{2}", None), ("2\\pi", None), ("5-7", None),
-        ("not 5", None), ("12:30", None), ("9" * 61, None), ("__import__('os')", None),
+        ("not 5", None), ("3(4)", None), ("3{4}", None), ("(4)3", None), ("(3)(4)", None),
+        ("12:30", None), ("9" * 61, None), ("__import__('os')", None),
     ],
 )  # fmt: skip
 def test_what_an_answer_is_worth(text, value):
