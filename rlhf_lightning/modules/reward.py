@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class RewardModule(OfflineModule):
     """
 
     paper = "Stiennon et al. 2020, arXiv 2009.01325"
-    batch_type = RankedBatch
+    batch_type: ClassVar[type] = RankedBatch
     has_policy = False
     headline_metrics = ("val/loss", "val/accuracy", "val/ece")
 
