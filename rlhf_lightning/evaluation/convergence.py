@@ -201,9 +201,8 @@ def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[
     def loss() -> Tensor:
         table = student.model.model.table.weight.detach()
         sampled = world.demonstrations(world.probabilities(table / module.sampling.temperature))
-        shares = ((1 - module.on_policy_fraction, data), (module.on_policy_fraction, sampled))
-        losses = [share * module.loss_sum(batch, Meter()) for share, batch in shares]
-        return torch.stack(losses).sum() / len(data.weights)
+        on_data, on_samples = (module.loss_sum(batch, Meter()) / len(data.weights) for batch in (data, sampled))
+        return (1 - module.on_policy_fraction) * on_data + module.on_policy_fraction * on_samples
 
     return loss
 

@@ -176,6 +176,12 @@ def ld_dpo(logp: Array, problem: Population, module: Any) -> float:
     return _pairs(-log_expit(module.beta * (weighted - weighted.T)), problem)
 
 
+def davidson(logp: Array, problem: Population, module: Any) -> float:
+    """Davidson 1970, on comparisons that never end in a tie; scores as log-probabilities."""
+    d, nu = _margins(logp), 2 * module.tie_share / (1 - module.tie_share)
+    return _pairs(np.log(np.exp(d / 2) + np.exp(-d / 2) + nu) - d / 2, problem)
+
+
 def sft(logp: Array, problem: Population, module: Any) -> float:
     """Cross-entropy with demonstrations drawn from softmax(win rate)."""
     data = np.exp(log_softmax(problem.wins))
@@ -198,6 +204,7 @@ TRANSCRIPTIONS: dict[str, Loss] = {
     "ORPOModule": orpo,
     "CPOModule": cpo,
     "LDDPOModule": ld_dpo,
+    "DavidsonModule": davidson,
 }
 """The transcription that judges each shipped class; a class of a user's own declares ``target_policy`` instead."""
 

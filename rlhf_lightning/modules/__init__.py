@@ -35,7 +35,7 @@ from rlhf_lightning.modules.preference import (
     UnpairedAOTModule,
 )
 from rlhf_lightning.modules.process_reward import ProcessRewardModule
-from rlhf_lightning.modules.ranking import PlackettLuceModule
+from rlhf_lightning.modules.ranking import DavidsonModule, PlackettLuceModule
 from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -66,6 +66,7 @@ __all__ = [
     "CriticFreeModule",
     "DAPOModule",
     "DPOModule",
+    "DavidsonModule",
     "DiscoPOPModule",
     "DrGRPOModule",
     "EXOModule",

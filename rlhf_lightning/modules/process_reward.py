@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class ProcessRewardModule(RewardModule):
     """
 
     paper = "Lightman et al. 2023, arXiv 2305.20050"
-    batch_type = ProcessBatch
+    batch_type: ClassVar[type] = ProcessBatch
     counts_tokens = True
     headline_metrics = ("val/loss", "val/step_accuracy", "val/first_error_f1")
 

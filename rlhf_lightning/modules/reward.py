@@ -108,8 +108,10 @@ class RewardModule(OfflineModule):
         return (loss.values * ranked.weights).sum()
 
     def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
-        """Add accuracy (ties count as wrong), margins and calibration over all untied pairs."""
+        """Add accuracy (equal scores count as wrong), margins and calibration over all pairs that are no ties."""
         better, worse = untied_pairs(ranked.group, ranked.ranks)
+        told_apart = ranked.target[ranked.group[better]] != 0.5
+        better, worse = better[told_apart], worse[told_apart]
         margins = (ranked.scores[better] - ranked.scores[worse]).detach()
         meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
         meter.add("accuracy", (margins > 0).double())

@@ -71,11 +71,11 @@ class ProcessScorer(Scorer):
         for cut in cut_rows(sequences.lengths, max_tokens=self.max_tokens):
             layout = padded_layout(select(sequences, cut)).to(device)
             grid = self.learned.model(layout._replace(predictors=layout.predictors + 1), per_token=True).float().cpu()
-            for place, row in enumerate(cut):
-                scores[row] = grid[place, layout.completion_mask[place].cpu()]
-        ordered = [scores[row] for row in range(len(scores))]
-        rows = torch.repeat_interleave(torch.arange(len(ordered)), torch.tensor([len(part) for part in ordered]))
-        return torch.cat([torch.zeros(0), *ordered]), rows
+            for place, number in enumerate(cut):
+                scores[number] = grid[place, layout.completion_mask[place].cpu()]
+        ordered = [scores[number] for number in range(len(scores))]
+        counts = torch.tensor([len(part) for part in ordered], dtype=torch.long)
+        return torch.cat([torch.zeros(0), *ordered]), torch.arange(len(ordered)).repeat_interleave(counts)
 
     def _encoded(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Sequences:
         """Return the completions with a flag on each step's last token, encoded as they were in training."""

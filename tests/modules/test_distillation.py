@@ -18,6 +18,7 @@ from tiny_models import (
     prompt_step,
     random_rows,
     save_policy,
+    sequences,
     tiny_tokenizer,
     weights_of,
 )
@@ -32,7 +33,7 @@ from rlhf_lightning.models.teacher import check_same_vocabulary
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.distillation import address_of
 from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.types import DistillationLogits, Loss
+from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Loss, Step
 
 ROWS = random_rows(5, seed=31)
 
@@ -237,6 +238,13 @@ def test_a_step_on_samples_counts_their_tokens(policy_folder: str, teacher_folde
     module.with_samples = lambda step: (found := original(step), seen.append(found.tokens))[0]  # type: ignore[method-assign]
     fit(module, [demonstration_step(ROWS, 2)] * 2)
     assert module.tokens == sum(seen) and module.episodes == 2 * len(ROWS)
+
+
+def test_a_rank_without_rows_samples_none(policy_folder: str, teacher_folder: str) -> None:
+    module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0)
+    fit(module, [demonstration_step(ROWS[:1])])
+    none = DemonstrationBatch(sequences([]), torch.zeros(0))
+    assert module.with_samples(Step((none,), 4, 9)) == Step((none,), 4, 0)
 
 
 # -- what stays frozen ------------------------------------------------------------------------------------------------

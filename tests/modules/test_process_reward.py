@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules import ProcessRewardModule
+from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, ProcessScorer, load_scorer
 from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
 
@@ -119,6 +120,14 @@ def test_an_objective_of_ones_own_sees_positions() -> None:
     fit(module, [process_step(rows, 2)], callbacks=[logged])
     assert logged.rows[0]["train/loss"] == pytest.approx((LOSSES[0] + LOSSES[3] + LOSSES[4]) / 6, abs=1e-6)
     assert logged.rows[0]["train/kept"] == pytest.approx(0.5)
+
+
+def test_a_rank_without_rows_takes_part() -> None:
+    module, _ = with_scores(WORKED)
+    module.trainer = quiet_trainer()
+    meter = Meter()
+    assert float(module.loss_sum(ProcessBatch(sequences([]), (), torch.zeros(0)), meter).detach()) == 0.0
+    assert "first_error_found" in meter.means(module.trainer.strategy)
 
 
 # -- with a transformer -----------------------------------------------------------------------------------------------
