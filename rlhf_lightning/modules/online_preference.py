@@ -155,7 +155,8 @@ class OnlineDPOModule(OnPolicyModule):
         self._measure_rollout(rollout, rewards, entropy, meter)
         meter.forget("rollout/reward")  # scores become pairs, not rewards
         pairs = self.pairs(rollout)
-        meter.add_ratio("rollout/frac_ties", 1 - len(pairs.chosen) / len(groups_of(rollout)), 1)
+        prompts = len(groups_of(rollout))
+        meter.add_ratio("rollout/frac_ties", prompts - len(pairs.chosen), prompts)
         return self._learn_from(rollout, lambda rows: self._learn_pairs(rollout, pairs, rows, batch, meter), meter)
 
     def _units(self, rollout: Rollout) -> dict[int, list[int]]:

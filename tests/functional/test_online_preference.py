@@ -26,6 +26,9 @@ def test_xpo_adds_its_bonus_to_dpo():
     torch.testing.assert_close(xpo_loss(margin, explored, 0.1, 1e-3).item(), math.log(2) - 0.03)
     (slope,) = gradient(lambda s: xpo_loss(margin, s, 0.1, 1e-3), explored)
     assert slope.item() == 1e-3
+    soft, even = torch.full_like(margin, 0.3), torch.full_like(margin, 5.0)
+    (pull,) = gradient(lambda m: xpo_loss(m, explored, 0.1, 1e-3, soft), even)
+    torch.testing.assert_close(pull.item(), 0.1 * (1 / (1 + math.exp(-0.5)) - 0.3))
 
 
 @property_test
