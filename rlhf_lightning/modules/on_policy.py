@@ -265,7 +265,8 @@ class OnPolicyModule(AlignmentModule):
         sequences = rollout.sequences
         learned = rollout.completion_mask if advantages.learned is None else advantages.learned
         count = float(self._over_ranks(self.aggregation(learned[rows]).divisor))
-        lengths = [sequences.lengths[row] for row in rows]
+        every_length = sequences.lengths
+        lengths = [every_length[row] for row in rows]
         cuts = [[rows[i] for i in cut] for cut in cut_rows(lengths, self.micro_batch_size, self.max_tokens)]
         losses: list[Callable[[], Tensor]] = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
         if not rows:  # another rank has them all; without a backward pass here its gradients would wait for ever
