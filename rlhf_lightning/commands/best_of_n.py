@@ -42,7 +42,7 @@ def best_of_n(
     A line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct), as
     SFTDataModule reads them: supervised fine-tuning on the file is one round of RAFT (Dong et al., arXiv 2304.06767).
     With --keep random the same samples give the control: what imitating oneself does without any selection.
-    Completions that are empty, or that did not end by themselves, are never kept.
+    Empty completions are never kept, and those that did not end by themselves only on demand.
 
     Args:
         model: folder of a policy (whole or adapter), .gguf file or hub id.

@@ -20,6 +20,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_lightning.data import ProcessDataModule
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules import ProcessRewardModule
@@ -197,6 +198,20 @@ def test_what_is_handed_over_scores_steps_as_what_was_trained(
         assert found.tolist() == pytest.approx([float(reduce(p)) for p in probabilities], abs=1e-4)  # type: ignore
     last = LearnedScorer(folder).score_sequences(batch.sequences)
     assert last.tolist() == pytest.approx([float(trained[row == index][-1]) for index in range(len(ROWS))], abs=1e-4)
+
+
+def test_from_rows_to_predictions(policy_folder: str, write_rows: Any, cache: Any) -> None:
+    """The module says the separator, the DataModule writes it, and predictions give each step its label back."""
+    rows = [{"prompt": f"w{30 + i}", "completions": ["w7", "w8 w9"], "labels": [True, i % 2 == 0]} for i in range(6)]
+    module = ProcessRewardModule(init_from=policy_folder, step_separator=" w20 ", learning_rate=1e-3)
+    data = ProcessDataModule(write_rows(rows), eval_rows=2, batch_size=2, micro_batch_size=1)
+    trainer = quiet_trainer()
+    trainer.fit(module, data)
+    assert module.updates == 2 and module.tokens == 8
+    assert trainer.callback_metrics.keys() >= {"train/step_accuracy", "val/first_error_f1", "val/loss"}
+    found = [row for step in trainer.predict(module, data) or [] for row in step]
+    assert [row["completion"] for row in found] == ["w7 w20 w8 w9"] * 2
+    assert all(len(row["steps"]) == 2 and row["labels"][0] == 1.0 for row in found)
 
 
 def test_it_learns_which_steps_are_right(policy_folder: str) -> None:
