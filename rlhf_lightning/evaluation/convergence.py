@@ -265,11 +265,10 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
 def population_of(world: EnumerableWorld, prompt: int) -> targets.Population:
     """Return the problem of one prompt in NumPy, for the transcriptions."""
     problem, texts = world.problem, world.completions
-    reference, preference, lengths = (
-        np.asarray(part[prompt], dtype=np.float64) for part in (problem.reference, problem.preference, problem.lengths)
-    )
+    parts = (problem.reference, problem.preference, problem.lengths)
+    reference, preference, lengths = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
     alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
-    return targets.Population(reference, preference, lengths, np.array(alike, float))
+    return targets.Population(reference, preference, lengths, np.array(alike, dtype=np.float64))
 
 
 def _distance(policy: Tensor, target: Tensor) -> float:
