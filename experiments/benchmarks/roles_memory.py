@@ -119,8 +119,8 @@ def table(rows: list[tuple[str, dict[str, Any]]]) -> str:
         "",
         f"One rollout of {EPISODES} episodes with up to {NEW_TOKENS} new tokens and {EPOCHS} epochs over it, all "
         f"{EPISODES} in one pass. Peak is the process's largest resident size, the libraries' own included; all sizes "
-        "are MiB. LoRA is r = 16 on all linear layers. The folder is the exported policy's, its tokenizer included; the "
-        "checkpoint holds the critic too. Written by `experiments/benchmarks/roles_memory.py`.",
+        "are MiB. LoRA is r = 16 on all linear layers. The folder is the exported policy's, its tokenizer included; "
+        "the checkpoint holds the critic too. Written by `experiments/benchmarks/roles_memory.py`.",
         "",
         "| arrangement | peak | policy's backbone | exported folder | checkpoint |",
         "|---|---|---|---|---|",
