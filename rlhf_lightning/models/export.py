@@ -59,6 +59,7 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     else:
         model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
+    _pack(partial / "tokenizer.json")
     record = {"source": source, "fingerprint": fingerprint(source), **facts}
     quantization = quantization_of(unwrapped(model))
     if quantization is not None:
@@ -69,3 +70,10 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(folder)
     return folder
+
+
+def _pack(file: Path) -> None:
+    """Write a JSON file without its white space: a tokenizer's is twice the size of its content."""
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")

@@ -37,12 +37,12 @@ def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: 
         trainer.strategy.precision_plugin = FrozenBFloat16()
         settings = replace(settings, dtype="bfloat16")
     if settings.quantization is not None:
-        settings = replace(settings, device=str(trainer.strategy.root_device))
         if any("ModelParallel" in kind.__name__ or "FSDP" in kind.__name__ for kind in type(trainer.strategy).__mro__):
             raise ValueError(
                 f"quantization={settings.quantization} cannot be sharded: use strategy ddp or a single device, or "
                 "quantization=null"
             )
+        settings = replace(settings, device=str(trainer.strategy.root_device))
     if fits and not trains_adapter:
         if settings.quantization is not None:
             raise ValueError(

@@ -33,11 +33,16 @@ from rlhf_lightning.models.loading import (
     load_base_of_adapter,
     load_reward_hf_model,
 )
+from rlhf_lightning.models.loading import load_hf_model as load
 from rlhf_lightning.models.roles import AdapterScalar
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.grpo import GRPOModule
+from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.modules.unpaired import KTOModule
 from rlhf_lightning.scoring import LearnedScorer
 
 LORA = LoraSettings(r=4)
@@ -167,6 +172,23 @@ def test_a_critic_beside_a_reward_model_of_another_backbone_starts_from_the_poli
     fit(module, STEPS[:2], callbacks=[logged])
     assert type(module.scorer.model) is ScalarModel  # type: ignore[attr-defined]
     assert logged.rows[0]["rollout/value"] == 0.0 and logged.rows[1]["rollout/value"] != 0.0
+
+
+@pytest.mark.parametrize("kind", [DPOModule, KTOModule, GRPOModule, PPOModule])
+def test_every_family_loads_one_backbone_and_no_copy(stages: dict[str, str], kind: Any, monkeypatch: Any) -> None:
+    loads = []
+    for place in ("loading", "causal_lm"):
+        name = f"rlhf_lightning.models.{place}.load_hf_model"
+        monkeypatch.setattr(name, lambda *a, **k: loads.append(a) or load(*a, **k))
+    on_policy: dict[str, Any] = {"scorer": stages["reward"], "kl_coef": 0.1}
+    module = kind(init_from=stages["sft"], lora=LORA, **on_policy if issubclass(kind, OnPolicyModule) else {})
+    if kind is PPOModule:
+        module.critic_kind = "adapter"
+    module.configure_model()
+    assert len(loads) == 1 and module.frozen_models() == () and module.reference is not None
+    if issubclass(kind, OnPolicyModule):
+        assert type(module.scorer.model) is AdapterScalar
+    assert all("lora_" in name or name == "critic.score.weight" for name in module.state_dict())
 
 
 # -- checkpoints and folders ------------------------------------------------------------------------------------------

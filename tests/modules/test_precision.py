@@ -1,11 +1,13 @@
 """What is trained is fp32 in every precision, and so is the arithmetic of the losses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from tiny_models import (
     MetricsLog,
     demonstration_step,
@@ -21,9 +23,10 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.precision import settled_precision
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.types import Loss, PreferenceLogprobs
@@ -135,3 +138,12 @@ def test_a_small_update_is_not_lost(policy_folder: str, tmp_path: Path) -> None:
     fit(module, [demonstration_step(ROWS)] * 3, precision="bf16-true")
     drifted = [float((after - before[name]).abs().max()) for name, after in weights_of(module).items()]
     assert all(1e-6 < drift < 1e-4 for drift in drifted)
+
+
+def test_quantised_weights_cannot_be_sharded() -> None:
+    trainer: Any = SimpleNamespace(precision="32-true", strategy=ModelParallelStrategy(data_parallel_size=2))
+    settings = LoadSettings(quantization="nf4")
+    with pytest.raises(ValueError, match="quantization=nf4 cannot be sharded: use strategy ddp or a single device"):
+        settled_precision(trainer, settings, trains_adapter=True, fits=True)
+    trainer.strategy = SingleDeviceStrategy(torch.device("cpu"))
+    assert settled_precision(trainer, settings, trains_adapter=True, fits=True) == settings
