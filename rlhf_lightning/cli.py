@@ -114,6 +114,12 @@ def failure_sentence(error: Exception) -> str | None:
             f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
             "or set model.activation_checkpointing=true or model.lora"
         )
+    if name.startswith("Dist") or "/gloo/" in str(error):
+        first = str(error).strip().splitlines()[0]
+        return (
+            f"another rank does not answer ({first}): it, its host or the network between is gone. Where a checkpoint "
+            "was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
+        )
     # Lightning is not imported here, so its exception goes by name.
     if isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException":
         return str(error).strip() or name

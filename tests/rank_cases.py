@@ -169,7 +169,7 @@ def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0
     """A module in double precision under plain gradient descent, so that ranks can be compared to 1e-9."""
     kind = kind_of(name)
     if issubclass(kind, modules.OnPolicyModule):
-        settings = {"scorer": low_words, "max_new_tokens": 6} | settings
+        settings = {"scorer": low_words, "max_new_tokens": 6, "ppo_epochs": 3} | settings
     settings = {"max_grad_norm": 0.5, "lr_schedule": "constant", "warmup": 0.0} | settings
     if isinstance(settings.get("lora"), dict):
         settings["lora"] = LoraSettings(**settings["lora"])
@@ -236,12 +236,17 @@ def train(
     precision: str = "32-true",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Take some updates; return the first one's gradients, the weights after the last, what was drawn and logged."""
+    """Take some updates, or more where a rollout has several; return the first one's gradients, the weights after the last, what was drawn and logged."""
     if accumulation > 1 and issubclass(kind_of(name), modules.OnPolicyModule):
         settings["micro_batch_size"] = -(-PROMPTS * SAMPLES // (here()[1] * accumulation))
     module = module_of(name, folder, **settings)
     recorder, drawn = Recorder(), Drawn(module)
-    steps = steps_of(module, updates, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
+    steps = steps_of(
+        module,
+        -(-updates // getattr(module, "ppo_epochs", 1)),
+        accumulation,
+        (sharding or {}).get("tensor_parallel_size", 1),
+    )
     trainer = trainer_of(strategy, here()[1], sharding, callbacks=[recorder], precision=precision)
     with patch("rlhf_lightning.tokenization.end_token_ids", short):
         trainer.fit(module, StepData(steps))
