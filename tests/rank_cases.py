@@ -236,7 +236,11 @@ def train(
     precision: str = "32-true",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Take some updates, or more where a rollout has several; return the first one's gradients, the weights after the last, what was drawn and logged."""
+    """Take some updates, or more where a rollout has several.
+
+    Returns:
+        The first update's gradients, the weights after the last, what was drawn and what was logged.
+    """
     if accumulation > 1 and issubclass(kind_of(name), modules.OnPolicyModule):
         settings["micro_batch_size"] = -(-PROMPTS * SAMPLES // (here()[1] * accumulation))
     module = module_of(name, folder, **settings)
