@@ -236,21 +236,13 @@ def train(
     precision: str = "32-true",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Take some updates, or more where a rollout has several.
-
-    Returns:
-        The first update's gradients, the weights after the last, what was drawn and what was logged.
-    """
+    """Take some updates; return the first one's gradients, the weights after the last, what was drawn and logged."""
     if accumulation > 1 and issubclass(kind_of(name), modules.OnPolicyModule):
         settings["micro_batch_size"] = -(-PROMPTS * SAMPLES // (here()[1] * accumulation))
     module = module_of(name, folder, **settings)
     recorder, drawn = Recorder(), Drawn(module)
-    steps = steps_of(
-        module,
-        -(-updates // getattr(module, "ppo_epochs", 1)),
-        accumulation,
-        (sharding or {}).get("tensor_parallel_size", 1),
-    )
+    training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has an update an epoch, or more
+    steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
     trainer = trainer_of(strategy, here()[1], sharding, callbacks=[recorder], precision=precision)
     with patch("rlhf_lightning.tokenization.end_token_ids", short):
         trainer.fit(module, StepData(steps))

@@ -142,7 +142,7 @@ class CausalLM(nn.Module):
             past_key_values=step.cache,
             use_cache=step.cache is not None,
         ).last_hidden_state[:, -1]
-        return self.logits(hidden)
+        return self.logits(hidden).float()
 
     def logprobs(
         self,

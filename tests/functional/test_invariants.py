@@ -283,7 +283,8 @@ def test_at_ratio_one_every_objective_has_reinforces_gradient(kind: type, seed: 
 
 
 def exchanged(given: PreferenceLogprobs) -> PreferenceLogprobs:
-    sides = {name: name.replace("chosen", "rejected") for name in given._fields if "chosen" in name}
+    pairs = ((name, name.replace("chosen", "rejected")) for name in given._fields if "chosen" in name)
+    sides = {name: other for name, other in pairs if other in given._fields}
     both = {**sides, **{second: first for first, second in sides.items()}}
     return given._replace(target=1 - given.target, **{name: getattr(given, other) for name, other in both.items()})
 
