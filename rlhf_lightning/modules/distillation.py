@@ -59,6 +59,8 @@ class GKDModule(OfflineModule):
     seed and update, a sample one of seed, update and its row's own ids: neither sees ranks, micro-batches or where a
     run was resumed. Validation looks at the data's completions.
 
+    Target: the teacher, wherever data or samples lead.
+
     Args:
         teacher: hub id or folder of the policy to learn from. It must have the student's tokenizer.
         beta: the teacher's share of the mixture, in [0, 1]: 0 covers all that the teacher says, 1 keeps to its modes.
@@ -213,6 +215,8 @@ class OnPolicyDistillationModule(CriticFreeModule):
     The teacher stands where other on-policy modules have their reference: ``rollout/kl`` is KL(student || teacher) of
     whole completions, ``distill/kl_reverse`` the same per token.
 
+    Target: the teacher, where every advantage is 0.
+
     Args:
         teacher: hub id or folder of the policy to learn from. It must have the student's tokenizer.
         scorer: measures completions (``rollout/score``), which nothing is learned from; None measures none.
@@ -254,7 +258,7 @@ class OnPolicyDistillationModule(CriticFreeModule):
             "distill/kl_reverse", kl_k1(rollout.old_logprobs, rollout.reference_logprobs), rollout.completion_mask
         )
         if self.scores_nothing:
-            for name in ("score", "score_squared", "reward"):
+            for name in ("score", "score_squared", "score_missing", "reward"):
                 meter.forget(f"rollout/{name}")
 
     def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:

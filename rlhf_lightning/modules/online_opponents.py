@@ -38,8 +38,10 @@ class IterativeDPOModule(OnlineDPOModule):
 
     loss = online DPO's on the best and the worst of ``data.samples_per_prompt`` samples, with the reference of the
     round (Xu et al., 2312.16682; Yuan et al., 2401.10020, Section 2.4). A round starts with fresh optimizer moments.
-    Policy = reference gives log 2. With soft labels each round aims at reference * exp(score / beta) with its own
-    reference; with ``reference_of_round`` "last" there is no fixed optimum.
+    Policy = reference gives log 2.
+
+    Target: no closed form; with soft labels each round aims at reference * exp(score / beta) with its own reference,
+    and where that moves on there is no fixed optimum.
 
     Args:
         rollouts_per_round: rollouts between two rounds.
@@ -111,9 +113,10 @@ class XPOModule(OnlineDPOModule):
     r"""XPO: online DPO of a sample against one of the reference's, with a bonus for leaving what the reference writes.
 
     loss = DPO(y, y') + alpha log policy(y'), y from the policy and y' from the reference, better and worse by score
-    (Xie et al., 2405.21046, Algorithm 1). Policy = reference gives log 2 + alpha log policy(y'). With soft labels and
-    alpha 0 the optimum is reference * exp(score / beta); the bonus moves it in proportion to alpha. The second of each
+    (Xie et al., 2405.21046, Algorithm 1). Policy = reference gives log 2 + alpha log policy(y'). The second of each
     prompt's two samples is the reference's: every sample has an episode number, so random numbers of its own.
+
+    Target: with soft labels reference * exp(score / beta), normalised; the bonus moves it in proportion to alpha.
 
     Args:
         alpha: weight of the bonus.
@@ -161,12 +164,14 @@ class NashMDModule(CriticFreeModule):
 
     loss = -(P(y beats y') - 1/2 - kl_coef log policy(y)/reference(y)) log policy(y), the bracket without gradient; y
     from the policy, y' token by token from policy^{1 - c} reference^c, c = ``mixture``; P = sigmoid(score(y) -
-    score(y')) (Munos et al., 2312.00886, Section 7). It rests where the policy is reference * exp(E P(y beats y') /
-    kl_coef): for c = 0 the Nash equilibrium of the game regularised by the KL, for c = 1 the best answer to the
-    reference. Opponents have random numbers of their own and cost one more decode a completion.
+    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have random numbers of their own and cost one more decode
+    a completion.
 
     Paying the KL token by token, kl_coef sum_t sg(lp_t - lp_ref_t) lp_t (``kl_place = "k2"`` in a subclass), leaves out
     what a token costs later on, and rests elsewhere.
+
+    Target: where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the Nash equilibrium of
+    the game regularised by the KL, for c = 1 the best answer to the reference.
 
     Args:
         scorer: what scores completions; differences of scores are log-odds of winning.

@@ -37,11 +37,13 @@ class OnlineDPOModule(OnPolicyModule):
 
     loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), d = log policy(y_c)/reference(y_c)
     - log policy(y_r)/reference(y_r), both sampled from the policy (Guo et al., 2402.04792, Eq. 4, for p = 1). Policy =
-    reference gives log 2. Samples of one prompt that score alike form no pair. With p = 1 no policy is at rest: a pair
-    whose order is certain asks for ever larger margins. With ``soft_labels`` p = sigmoid(score_c - score_r), and every
-    pair is at its best at reference * exp(score / beta), however it was sampled.
+    reference gives log 2. Samples of one prompt that score alike form no pair; with ``soft_labels`` p = sigmoid(score_c -
+    score_r).
 
     A subclass changes the objective by overriding ``preference_loss``, as it would for a `DPOModule`.
+
+    Target: with ``soft_labels`` reference * exp(score / beta), normalised: every pair is at its best there, however it
+    was sampled. Labels that are certain ask for ever larger margins, and no policy is at rest.
 
     Args:
         scorer: what scores completions: a reward model's folder, an importable function

@@ -32,6 +32,8 @@ class ProcessRewardModule(RewardModule):
     The exported folder is a reward model's whose score at a completion's end is that of its last step, and names the
     separator: as a scorer it splits completions at it and takes the least of their steps, see `ProcessScorer`.
 
+    Target: the log-odds of each step's labels.
+
     Args:
         step_separator: what stands between two steps, in the data's steps and in the completions scored later.
     """

@@ -37,6 +37,9 @@ class DavidsonModule(RewardModule):
     list are ties, and lists that are ties throughout are kept. Each list counts the mean over its pairs. Rated margins
     are not in it. Equal scores give -log((1 - tie_share) / 2) for a win and -log(tie_share) for a tie.
 
+    Target: no closed form; the minimiser of the population loss. Of comparisons drawn from its own model it finds the
+    scores.
+
     Args:
         tie_share: probability that two completions of equal score are called a tie, nu / (2 + nu). It belongs to the
             annotators and is not trained; count it on pairs that nobody could tell apart.

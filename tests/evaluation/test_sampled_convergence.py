@@ -41,7 +41,9 @@ def made(name: str, **settings: Any) -> Any:
 
 
 def test_every_method_without_a_critic_is_here():
-    assert CASES.keys() == {kind.__name__ for kind in objective_classes() if issubclass(kind, CriticFreeModule)}
+    shipped = {kind.__name__ for kind in objective_classes() if issubclass(kind, CriticFreeModule)}
+    elsewhere = {"NashMDModule", "OnPolicyDistillationModule"}  # an opponent or a teacher is part of their rollouts
+    assert CASES.keys() == shipped - elsewhere
 
 
 def rest_of_the_whitened_baseline(world: EnumerableWorld, kl_coef: float) -> Tensor:

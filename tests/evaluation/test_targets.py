@@ -22,7 +22,7 @@ from rlhf_lightning.modules import (
 
 SHIPPED = objective_classes()
 NOWHERE_ELSE = {
-    "AOTModule", "UnpairedAOTModule", "BetaDPOModule", "TRDPOModule",
+    "AOTModule", "UnpairedAOTModule", "BetaDPOModule", "TRDPOModule", "IterativeDPOModule",
     "GRPOModule", "DAPOModule", "GSPOModule", "CISPOModule", "ReinforcePlusPlusBaselineModule",
 }  # fmt: skip
 """Objectives that minimise no loss of a population: where they come to rest depends on steps or is a vanishing mean."""

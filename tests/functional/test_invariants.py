@@ -29,6 +29,7 @@ from rlhf_lightning.modules import (
     SFTModule,
 )
 from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.distillation import OnPolicyDistillationModule
 from rlhf_lightning.modules.unpaired import UnpairedModule
 from rlhf_lightning.types import (
     PolicyLogprobs,
@@ -45,7 +46,11 @@ from .worked import normal, property_test, right_padded_mask
 SHIPPED = objective_classes()
 PAIRED = [kind for kind in SHIPPED if issubclass(kind, DPOModule) and kind.batch_type is PreferenceBatch]
 UNPAIRED = [kind for kind in SHIPPED if issubclass(kind, UnpairedModule)]
-SAMPLED = [kind for kind in SHIPPED if issubclass(kind, (CriticFreeModule, PPOModule))]
+SAMPLED = [
+    kind
+    for kind in SHIPPED
+    if issubclass(kind, (CriticFreeModule, PPOModule)) and kind is not OnPolicyDistillationModule  # it has no rewards
+]
 paired, unpaired, sampled = (
     pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.__name__) for kinds in (PAIRED, UNPAIRED, SAMPLED)
 )
