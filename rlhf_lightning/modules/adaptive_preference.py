@@ -111,11 +111,12 @@ class BetaDPOModule(DPOModule):
         count = max(round(self.keep * len(margin)), 1)
         if count == len(margin) or std <= 0:
             return torch.ones_like(margin, dtype=torch.bool)
-        weights = adaptive.beta_dpo_pair_weights(margin, mean, std).double().clamp_min(1e-300).cpu()
+        order = margin.argsort()  # the pairs come rank after rank: in their own order all numbers of ranks draw alike
+        weights = adaptive.beta_dpo_pair_weights(margin[order], mean, std).double().clamp_min(1e-300).cpu()
         generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**63)
         drawn = torch.multinomial(weights, count, replacement=False, generator=generator)
         kept = torch.zeros(len(margin), dtype=torch.bool)
-        kept[drawn] = True
+        kept[order.cpu()[drawn]] = True
         return kept.to(margin.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

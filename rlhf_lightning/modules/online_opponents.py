@@ -116,7 +116,8 @@ class XPOModule(OnlineDPOModule):
     (Xie et al., 2405.21046, Algorithm 1). Policy = reference gives log 2 + alpha log policy(y'). The second of each
     prompt's two samples is the reference's: every sample has an episode number, so random numbers of its own.
 
-    Target: with soft labels reference * exp(score / beta), normalised; the bonus moves it in proportion to alpha.
+    Target: no closed form; with soft labels near reference * exp(score / beta), which the bonus moves in proportion to
+    alpha.
 
     Args:
         alpha: weight of the bonus.
@@ -164,14 +165,14 @@ class NashMDModule(CriticFreeModule):
 
     loss = -(P(y beats y') - 1/2 - kl_coef log policy(y)/reference(y)) log policy(y), the bracket without gradient; y
     from the policy, y' token by token from policy^{1 - c} reference^c, c = ``mixture``; P = sigmoid(score(y) -
-    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have random numbers of their own and cost one more decode
-    a completion.
+    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have random numbers of their own and cost one more
+    decode a completion.
 
     Paying the KL token by token, kl_coef sum_t sg(lp_t - lp_ref_t) lp_t (``kl_place = "k2"`` in a subclass), leaves out
     what a token costs later on, and rests elsewhere.
 
-    Target: where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the Nash equilibrium of
-    the game regularised by the KL, for c = 1 the best answer to the reference.
+    Target: no closed form; where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the
+    Nash equilibrium of the game regularised by the KL, for c = 1 the best answer to the reference.
 
     Args:
         scorer: what scores completions; differences of scores are log-odds of winning.

