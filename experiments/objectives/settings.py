@@ -92,9 +92,9 @@ FAMILIES = (
         {"data.samples_per_prompt": 2},
         {
             "OnlineDPOModule": {"model.beta": 0.5},
-            "IterativeDPOModule": {"model.beta": 0.5},
+            "IterativeDPOModule": {"model.beta": 0.5, "model.rollouts_per_round": 10},
             "XPOModule": {"model.beta": 0.5},
-            "NashMDModule": {"model.beta": 0.5},
+            "NashMDModule": {"model.kl_coef": 0.02, "model.kl_target": "null"},
         },
     ),
 )

@@ -200,13 +200,14 @@ class RunCheckpoint(Checkpoint):
 
 
 def _link(target: Path, name: Path) -> None:
-    """Make ``name`` the same file as ``target`` in one step; sharded checkpoints are folders and go without."""
-    if not target.is_file():
-        return
+    """Make ``name`` the same file as ``target`` in one step, or for a sharded checkpoint, a folder, point to it."""
     partial = name.with_name(f".{name.name}.partial")
     _remove(partial)
     try:
-        os.link(target, partial)
+        if target.is_dir():
+            partial.symlink_to(target.name)
+        else:
+            os.link(target, partial)
     except OSError:  # a file system without hard links
         shutil.copyfile(target, partial)
     os.replace(partial, name)
@@ -215,7 +216,7 @@ def _link(target: Path, name: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint, file or folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -58,6 +58,6 @@ class ModelExport(Callback):
         if is_rehearsal(trainer):
             return
         assert self.run is not None
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or module.device_mesh is not None:  # weights that are cut over ranks take all of them
             module.export(self.run / name)  # type: ignore[operator]
         trainer.strategy.barrier("export")

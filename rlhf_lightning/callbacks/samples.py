@@ -15,8 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.callbacks.run import SAMPLES_FILE, append_rows, run_folder, updates_of, write_text, writes_files
 from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.scoring.base import MissingColumnError
+from rlhf_lightning.scoring.time_limit import ScorerFailedError
 from rlhf_lightning.types import Prompt
 
+UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError)
 LONGEST_CELL = 600
 """Characters of a prompt or completion that the table shows; samples.jsonl has all of them."""
 
@@ -135,7 +138,7 @@ class SampleTable(Callback):
             return [None] * len(completions)
         try:
             given = scorer(self.prompts, list(completions))
-        except (TypeError, KeyError):  # it asks for a column of the data, and these are prompts alone
+        except UNSCORABLE:  # it asks for a column of the data, and these are prompts alone
             return [None] * len(completions)
         scores = [None if score is None else float(score) for score in given]
         return [None if score is None or math.isnan(score) else score for score in scores]

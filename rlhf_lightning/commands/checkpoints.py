@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
+from torch import Tensor
+
+from rlhf_lightning.modules.base import ANOTHER_STRATEGY
+
+SHARDED_META = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds everything but tensors."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -17,11 +25,89 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no checkpoint, or holds more than plain tensors and settings.
     """
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / SHARDED_META if path.is_dir() else path
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {error}") from error
+
+
+def weights_in(path: Path) -> dict[str, Tensor]:
+    """Return the trained weights in a checkpoint, those of a sharded one put together.
+
+    Raises:
+        ValueError: it is no checkpoint, or holds more than plain tensors and settings.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path)["state_dict"]
+    prefix, parts = "state_dict.", sharded_metadata(path).state_dict_metadata
+    sizes = {name: part for name, part in parts.items() if name.startswith(prefix)}
+    state = {name: torch.empty(part.size, dtype=part.properties.dtype) for name, part in sizes.items()}
+    distributed_checkpoint.load(state, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): weight for name, weight in state.items()}
+
+
+def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
+    """Return why a checkpoint cannot be loaded under a strategy; None where it can.
+
+    Args:
+        path: the checkpoint.
+        sharded: whether the strategy cuts weights over ranks.
+        resumes: whether training goes on from it, and so its optimizer's state is needed too.
+
+    Raises:
+        ValueError: it is no checkpoint of plain tensors and settings.
+    """
+    if path.is_dir():
+        sharded_metadata(path)
+        return (
+            None
+            if sharded
+            else (
+                f"{path} is a folder of shards, which ModelParallelStrategy alone can load: resume with it "
+                "(experiments/hardware/fsdp.yaml), or write the weights as a model's folder with `rlhf export`"
+            )
+        )
+    written_sharded = read_checkpoint(path).get("sharded", False)
+    return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
+
+
+def sharded_metadata(path: Path) -> Any:
+    """Return what a sharded checkpoint says of its tensors.
+
+    The strategy reads that file as a pickle, which may run code: nothing here reads one before this has.
+
+    Raises:
+        ValueError: the file names anything but what describes tensors.
+    """
+    try:
+        with (path / ".metadata").open("rb") as file:
+            return _TensorDescriptions(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is no sharded checkpoint of plain tensors: {error}") from error
+
+
+class _TensorDescriptions(pickle.Unpickler):
+    """Reads the classes that describe tensors and where they lie, and nothing else."""
+
+    ROOMS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    OTHERS = frozenset({
+        "torch.Size", "torch.serialization._get_layout", "torch.storage.UntypedStorage", "collections.OrderedDict",
+        "pathlib.PosixPath", "pathlib.PurePosixPath", "builtins.getattr",
+    })  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (
+            module in self.ROOMS
+            or f"{module}.{name}" in self.OTHERS
+            or isinstance(
+                getattr(torch, name, None) if module == "torch" else None,
+                torch.dtype | torch.layout | torch.memory_format,
+            )
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
 
 
 def import_object(path: str) -> Any:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from rlhf_lightning.modules.base import AlignmentModule
 
-PROBE_TOKENS = 64
-"""Length of the text on which a merged model is compared with its adapter."""
+PROBE_TEXTS, PROBE_TOKENS = 4, 64
+"""How many texts a merged model is compared with its adapter on, and how long they are."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +32,8 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     Args:
         source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge.
         out: folder to write; it must not exist yet.
-        merge: merge a LoRA adapter into its backbone in fp32, and report the largest difference it makes to the logits.
+        merge: merge a LoRA adapter into its backbone in fp32, report the largest difference to the logits of the model
+            that was trained (on a quantised backbone it is the quantisation's), and keep the adapter in OUT.adapter.
         best: of a run, take the best checkpoint instead of the last.
         import_module: also written --import: module or .py file of your own to import first, where the checkpoint's
             class is not to be found from here.
@@ -48,7 +49,7 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     if (path / "adapter_config.json").is_file():
         if not merge:
             raise ValueError(f"{source} is an adapter's folder already; --merge merges it into its backbone")
-        _report(merge_adapter(path, target), target)
+        _report(merge_adapter(path, target), target, path)
         return 0
     if (path / "config.json").is_file():
         raise ValueError(f"{source} is a Hugging Face folder already: there is nothing to export")
@@ -59,18 +60,16 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
         print(f"{checkpoint} -> {target}")
         return 0
     adapter = target.with_name(f"{target.name}.adapter")
-    try:
-        module.export(adapter)
-        _report(merge_adapter(adapter, target), target)
-    finally:
-        import shutil
-
-        shutil.rmtree(adapter, ignore_errors=True)
+    if adapter.exists():
+        raise ValueError(f"{adapter}, where the adapter is kept, exists already: name another folder")
+    module.export(adapter)
+    _report(merge_adapter(adapter, target), target, adapter)
     return 0
 
 
-def _report(difference: float, target: Path) -> None:
+def _report(difference: float, target: Path, adapter: Path) -> None:
     print(f"merged into {target}; the largest difference of a logit to the unmerged adapter is {difference:.2e}")
+    print(f"the adapter is kept in {adapter}")
 
 
 def find_checkpoint(path: Path, best: bool = False) -> Path:
@@ -81,15 +80,16 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     """
     from rlhf_lightning.callbacks.checkpoint import BEST_CHECKPOINT
     from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, find_run, last_checkpoint
+    from rlhf_lightning.commands.checkpoints import SHARDED_META
 
-    if path.is_file():
+    if path.is_file() or (path / SHARDED_META).is_file():
         return path
     if path.suffix == ".ckpt":
         raise FileNotFoundError(f"there is no checkpoint {path}")
     run = find_run(str(path))
     if not best:
         return last_checkpoint(run)
-    if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).is_file():
+    if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).exists():
         raise FileNotFoundError(f"{run} has no best checkpoint: it was not validated")
     return run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT
 
@@ -114,7 +114,7 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     from lightning.pytorch.cli import instantiate_module
 
     import rlhf_lightning.modules  # noqa: F401
-    from rlhf_lightning.commands.checkpoints import read_checkpoint
+    from rlhf_lightning.commands.checkpoints import read_checkpoint, weights_in
     from rlhf_lightning.modules.base import AlignmentModule
 
     state = read_checkpoint(checkpoint)
@@ -134,48 +134,58 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
     module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"])
+    module.load_state_dict(weights_in(checkpoint))
     return module
 
 
 def merge_adapter(adapter: Path, target: Path) -> float:
-    """Merge an adapter into its backbone in fp32 and write the whole; return the largest difference of an output.
+    """Merge an adapter into its full-precision backbone in fp32 and write the whole; return what that changes.
 
-    The difference is between the adapter beside its backbone and the written folder, read back.
+    Returns:
+        The largest difference of a logit between the adapter on its backbone as it was trained, quantised if it was,
+        and the written folder, read back.
     """
     import json
 
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.models.export import SCORE_BIAS, export_policy, export_reward_model
-    from rlhf_lightning.models.loading import BACKBONE_FILE, LoadSettings, load_base_of_adapter, load_hf_model
+    from rlhf_lightning.models.loading import LoadSettings, backbone_record, load_base_of_adapter, load_weights
     from rlhf_lightning.models.scalar_head import ScalarModel
     from rlhf_lightning.tokenization import load_tokenizer
 
     scores = json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    tokenizer, base = load_tokenizer(adapter), load_base_of_adapter(str(adapter))
+    tokenizer, record = load_tokenizer(adapter), backbone_record(adapter)
     changes = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} if scores else {}
-    model = PeftModel.from_pretrained(load_hf_model(base, kind, LoadSettings(), **changes), str(adapter)).eval()
-    before = probe(model)
-    merged = model.merge_and_unload()
+    before = probe(trained(adapter, kind, record.get("quantization"), changes))
+    merged = load_weights(str(adapter), kind, LoadSettings(), **changes)
+    base = load_base_of_adapter(str(adapter))
     if scores:
-        record = adapter / BACKBONE_FILE
-        bias = json.loads(record.read_text()).get(SCORE_BIAS, 0.0) if record.is_file() else 0.0
-        export_reward_model(ScalarModel(merged, bias=bias), tokenizer, target, base)
+        export_reward_model(ScalarModel(merged, bias=record.get(SCORE_BIAS, 0.0)), tokenizer, target, base)
     else:
         export_policy(CausalLM(merged, source=base), tokenizer, target)
-    after = probe(load_hf_model(str(target), kind, LoadSettings(), **changes).eval())
+    after = probe(load_weights(str(target), kind, LoadSettings(), **changes))
     return float((before - after).abs().max())
 
 
+def trained(adapter: Path, kind: Any, quantization: Any, changes: dict[str, Any]) -> Any:
+    """Return the model as it was trained: the adapter beside its backbone, unmerged."""
+    from peft import PeftModel
+
+    from rlhf_lightning.models.loading import LoadSettings, load_base_of_adapter, load_hf_model
+
+    base = load_hf_model(load_base_of_adapter(str(adapter)), kind, LoadSettings(quantization=quantization), **changes)
+    return PeftModel.from_pretrained(base, str(adapter))
+
+
 def probe(model: Any) -> "Tensor":
-    """Return a model's outputs on a fixed text of tokens drawn from its vocabulary."""
+    """Return a model's outputs on a few fixed texts of tokens drawn from its vocabulary."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, (PROBE_TEXTS, PROBE_TOKENS), generator=generator)
+    model.eval()
     with torch.no_grad():
-        return model(input_ids=ids).logits.float()
+        return torch.cat([model(input_ids=row.unsqueeze(0)).logits.float() for row in ids])

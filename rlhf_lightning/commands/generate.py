@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,22 +74,27 @@ def generate(
     settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, batch_size)
     rows = read_prompts(prompts, as_chat)
     policy, tokenizer = load_for_sampling(model, dtype, chat_template)
-    score = None if scorer is None else _scorer(scorer, policy)
-    target = Path(out)
+    score = None if scorer is None else scorer_beside(scorer, policy)
+    speed = Speed(len(rows) * samples)
+    answers = completions(policy, tokenizer, rows, samples, settings, seed, speed, score, scorer or "")
+    write_lines(Path(out), answers)
+    print(f"{out}: {speed.finish()}")
+    return 0
+
+
+def write_lines(target: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON line for each row; the file appears when all is done."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    speed = Speed(len(rows) * samples)
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for row in completions(policy, tokenizer, rows, samples, settings, seed, speed, score, scorer or ""):
+            for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{out}: {speed.finish()}")
-    return 0
 
 
 def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":
@@ -157,7 +162,7 @@ def load_for_sampling(
     return policy.to(accelerator or "cpu"), tokenizer
 
 
-def _scorer(spec: str, policy: "CausalLM") -> Any:
+def scorer_beside(spec: str, policy: "CausalLM") -> Any:
     """Load a scorer onto the policy's device."""
     from rlhf_lightning.scoring import load_scorer
 
@@ -180,7 +185,7 @@ def completions(
 
     from rlhf_lightning import tokenization
     from rlhf_lightning.models.sampling import sample
-    from rlhf_lightning.scoring import checked_scores
+    from rlhf_lightning.scoring.base import plain_scores
 
     ends = tokenization.end_token_ids(tokenizer)
     at_once = max(settings.batch_size * CHUNKS_AT_ONCE // samples, 1)
@@ -197,7 +202,7 @@ def completions(
             names = set().union(*(columns for _, columns in owners))
             further = {name: [columns.get(name) for _, columns in owners] for name in names}
             given = score([prompt for prompt, _ in owners], texts, **further)
-            scores = list(checked_scores(given, len(texts), f"scorer {scorer_name!r}").tolist())
+            scores = plain_scores(given, len(texts), f"scorer {scorer_name!r}")
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {

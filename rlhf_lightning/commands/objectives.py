@@ -39,6 +39,10 @@ FAMILIES = {
     "DPOModule": "preference pairs",
     "UnpairedModule": "completions judged alone",
     "RewardModule": "reward models",
+    "OnlineDPOModule": "preferences on-policy",
+    "NashMDModule": "preferences on-policy",
+    "GKDModule": "distillation",
+    "OnPolicyDistillationModule": "distillation",
     "CriticFreeModule": "on-policy, without a critic",
     "PPOModule": "on-policy, with a critic",
 }
@@ -48,6 +52,7 @@ DATA = {
     "DemonstrationBatch": "demonstrations",
     "PreferenceBatch": "pairs",
     "RankedBatch": "rankings",
+    "ProcessBatch": "judged steps",
     "UnpairedBatch": "judgements",
     "PromptBatch": "prompts",
 }
@@ -108,15 +113,17 @@ def family_of(kind: type[Any]) -> str:
 def described(kind: type[Any]) -> Objective:
     """Return what a class says about itself."""
     needs = DATA.get(kind.batch_type.__name__, kind.batch_type.__name__)
-    parameters = {name for base in kind.__mro__ if "__init__" in vars(base) for name in _names(base)}
     needs += ", reference" if kind.needs_reference else ""
-    needs += ", scorer" if "scorer" in parameters else ""
+    needs += "".join(f", {name}" for name in ("teacher", "scorer") if _requires(kind, name))
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
     return Objective(kind.__name__, family_of(kind), kind.paper, needs, summary)
 
 
-def _names(kind: type[Any]) -> list[str]:
-    return list(inspect.signature(kind.__init__).parameters)
+def _requires(kind: type[Any], name: str) -> bool:
+    """Whether a class cannot be made without an argument: the first class to name it has no default for it."""
+    signatures = (inspect.signature(vars(base)["__init__"]) for base in kind.__mro__ if "__init__" in vars(base))
+    found = next((signature.parameters[name] for signature in signatures if name in signature.parameters), None)
+    return found is not None and found.default is inspect.Parameter.empty
 
 
 def table(rows: Sequence[Objective], width: int) -> str:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from rlhf_lightning.commands.messages import explain
+
+# A scorer written as class_path and init_args stays as it is written: the module makes it, and checkpoints keep it.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 BOOLEANS = ("true", "false", "yes", "no")
 

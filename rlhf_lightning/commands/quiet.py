@@ -16,6 +16,7 @@ SILENCED_MESSAGES = {
         "`Trainer.fit` stopped:",  # every run that ends as asked says so
     ),
     "lightning.fabric.utilities.rank_zero": ("GPU available:", "TPU available:"),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # kernels that training cannot use
     "lightning.fabric.utilities.seed": ("Seed set to",),  # the seed is in config.yaml and in the manifest
 }
 

@@ -44,6 +44,7 @@ from rlhf_lightning.commands.checkpoints import (
     import_object,
     is_same_class,
     merged,
+    refused_checkpoint,
     updates_in,
 )
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
@@ -51,6 +52,7 @@ from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_under
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.modules.base import AlignmentModule
+from rlhf_lightning.modules.compatibility import SHARDED, check, refused_precision, refused_strategy
 
 CALLBACK_GROUPS: dict[str, type[Callback]] = {
     "checkpoint": RunCheckpoint,
@@ -186,16 +188,9 @@ class RlhfCLI(LightningCLI):
                 "trainer.accumulate_grad_batches does not apply: data.batch_size rows make one optimizer step, cut "
                 "into micro-batches by data.micro_batch_size or data.max_tokens"
             )
-        if str(trainer.precision) in ("16", "16-mixed"):
-            refuse(
-                f"trainer.precision={trainer.precision} would clip gradients before they are unscaled; "
-                "use bf16-mixed or 32-true"
-            )
-        if "fsdp" in str(trainer.strategy).lower():
-            refuse(
-                "trainer.strategy=fsdp fails under manual optimization; use class_path ModelParallelStrategy with "
-                "data_parallel_size, or ddp"
-            )
+        for reason in (refused_precision(str(trainer.precision)), refused_strategy(str(trainer.strategy))):
+            if reason is not None:
+                refuse(reason)
         if not hasattr(import_object(model.class_path), "batch_type"):
             known = ", ".join(sorted(subclasses_of(AlignmentModule)))
             refuse(f"model names no objective but its base class; choose one with --model CLASS: {known}")
@@ -205,6 +200,10 @@ class RlhfCLI(LightningCLI):
             refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run's folder; {PLAIN_CHECKPOINT_ERROR}")
         if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
             refuse(f"there is no checkpoint {config.ckpt_path}; {PLAIN_CHECKPOINT_ERROR}")
+        if config.ckpt_path is not None and Path(config.ckpt_path).exists():
+            reason = refused_checkpoint(Path(config.ckpt_path), SHARDED in str(trainer.strategy), command == "fit")
+            if reason is not None:
+                refuse(reason)
 
     def _parse_ckpt_path(self) -> None:
         """Fill in from the checkpoint what nobody gave. Lightning's own lets the checkpoint win, its class even."""
@@ -312,8 +311,9 @@ class RlhfCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True, **further}
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run, and leave no folder behind for a run that failed before it began."""
+        """Run what can be run, and leave no folder behind for a run that failed before it began."""
         try:
+            check(self.trainer, self.model, self.datamodule, fits=subcommand == "fit")
             super()._run_subcommand(subcommand)
         except BaseException:
             if self.is_new_folder and self.folder is not None and not (self.folder / MANIFEST_FILE).exists():

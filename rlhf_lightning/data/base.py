@@ -31,6 +31,7 @@ GIVERS = {
     "DemonstrationBatch": "SFTDataModule",
     "PreferenceBatch": "PreferenceDataModule",
     "RankedBatch": "PreferenceDataModule",
+    "ProcessBatch": "ProcessDataModule",
     "UnpairedBatch": "UnpairedDataModule",
     "PromptBatch": "PromptDataModule",
 }

@@ -47,6 +47,8 @@ class Part(NamedTuple):
         encoder = self.encoder
         limits = [encoder.max_length, encoder.max_prompt_length]
         settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, *limits]
+        if encoder.separator is not None:
+            settings.append(encoder.separator)
         renames = [encoder.columns if source.columns is None else source.columns for source in self.sources]
         contents = [[content(s), s.rows, columns] for s, columns in zip(self.sources, renames, strict=True)]
         return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)

@@ -12,6 +12,7 @@ from rlhf_lightning.data.store import RowStore
 from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Sequences,
@@ -62,6 +63,16 @@ def unpaired(
         )
     desirable = torch.tensor([rank == 0 for rank in ranks], dtype=torch.bool)
     return UnpairedBatch(sequences, mismatched, desirable, store.column("weight", rows))
+
+
+def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
+    """One completion for each prompt, and the labels of its steps that truncation has left."""
+    sequences, _ = _single(store, rows)
+    labels = []
+    for row, ends in zip(rows, sequences.supervised, strict=True):
+        judged = [label for label in store.record(row)["columns"]["labels"] if label is not None]
+        labels.append(torch.tensor(judged[: int(ends.sum())]))
+    return ProcessBatch(sequences, tuple(labels), store.column("weight", rows))
 
 
 def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:

@@ -18,9 +18,11 @@ from rlhf_lightning.tokenization import (
     ChatTemplateError,
     Rendered,
     encode_rendered,
+    joined_steps,
     opening_ids,
     render_completion,
     render_prompt,
+    render_steps,
     truncate,
 )
 from rlhf_lightning.types import Prompt
@@ -75,6 +77,7 @@ class Encoder:
         as_chat: whether plain text becomes a user's and an assistant's turn.
         pairwise: whether a list of completions becomes all its pairs of different rank.
         apart: whether each completion becomes a row of its own.
+        separator: what stands between two steps, where the completions of a row are the steps of one.
     """
 
     read: Reader
@@ -85,6 +88,7 @@ class Encoder:
     as_chat: bool = False
     pairwise: bool = False
     apart: bool = False
+    separator: str | None = None
 
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
@@ -122,7 +126,7 @@ class Encoder:
             report.read += 1
             try:
                 canonical = self._canonical(row)
-                rendered += _render(tokenizer, canonical)
+                rendered += _render(tokenizer, canonical, self.separator)
                 kept.append(canonical)
             except RowRefused as refusal:
                 report.drop(str(refusal))
@@ -164,6 +168,8 @@ class Encoder:
             text: Prompt = tokenizer.decode(prompt, skip_special_tokens=True)
         else:
             prompt, answers, text = parts[0][0], parts[1:], row.prompt
+        if self.separator is not None:
+            answers = [_judged(answers, row.columns["labels"])]
         if not prompt:
             raise RowRefused("empty_prompt")
         opening = opening_ids(tokenizer)
@@ -188,8 +194,20 @@ class Encoder:
         return _pairs(one) if self.pairwise else [one]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rendered]:
+def _judged(steps: list[tuple[list[int], list[bool]]], labels: list[float | None]) -> tuple[list[int], list[bool]]:
+    """One completion of its steps, with a flag on the last token of each step that was judged."""
+    if not all(ids for ids, _ in steps):
+        raise RowRefused("empty_completion")
+    ids, ends = joined_steps(steps)
+    judged = iter(label is not None for label in labels)
+    return ids, [end and next(judged) for end in ends]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, separator: str | None) -> list[Rendered]:
     try:
+        if separator is not None and row.prompt is not None:
+            steps = [str(step) for step in row.completions]
+            return [render_prompt(tokenizer, row.prompt), *render_steps(tokenizer, steps, separator, row.prompt)]
         if row.prompt is None:
             whole = str(row.completions[0])
             return [render_completion(tokenizer, whole, "")._replace(opening=render_prompt(tokenizer, "").opening)]

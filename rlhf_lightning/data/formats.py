@@ -3,8 +3,10 @@
 Demonstrations: ``messages``; ``prompt`` + ``completion``; ``input`` + ``output``; ``instruction`` (+ ``input``) +
 ``output``; ``text`` alone. Preferences: ``prompt`` + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt
 is what both begin with (turns in common, or a transcript of "Human:" and "Assistant:" turns); ``prompt`` +
-``completions`` best first, or with ``ranks``. Judged alone: a demonstration with ``label``, or a preference, whose two
-completions become two rows. Prompts: ``prompt``, or what the other forms have before the completion.
+``completions`` best first, or with ``ranks``; ``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2 for
+the better one, 0 or "tie") or ``labels`` (a list of such votes). Judged alone: a demonstration with ``label``, or a
+preference, whose two completions become two rows. Judged step by step: ``prompt`` + ``completions``, the steps of one
+completion, + ``labels``. Prompts: ``prompt``, or what the other forms have before the completion.
 Text may be plain or conversational (a list of messages) everywhere.
 
 ``preference`` (probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the
@@ -46,6 +48,8 @@ REASONS = {
     "inline_role_marker": "a transcript's turn holds another role marker",
     "identical_completions": "chosen equals rejected",
     "bad_label": "the label is none of true, false, 1, 0 and -1",
+    "bad_vote": "a vote on two completions is none of 1, 2, 0 and tie",
+    "bad_step_labels": "the labels are not one number between 0 and 1, or null, for each step",
     "bad_number": "preference, margin, weight or a rank is no number in its range",
     "single_completion": "a ranked list needs two completions",
     "all_tied": "all completions of a ranked list have the same rank",
@@ -67,12 +71,13 @@ class CanonicalRow:
 
     Attributes:
         prompt: plain text or messages; None where the completion is the whole text.
-        completions: answers to the prompt, each plain text or messages; none for a prompt alone.
+        completions: answers to the prompt, each plain text or messages; none for a prompt alone; of a completion that
+            was judged step by step its steps.
         ranks: rank of each completion, 0 is best.
         target: probability that the better ranked of two is better.
         margin: rated strength of the preference, 0 where unrated.
         weight: weight of the row.
-        columns: the columns that are no part of the form.
+        columns: the columns that are no part of the form; and the labels of steps, None where one was not judged.
     """
 
     prompt: Prompt | None
@@ -90,10 +95,12 @@ DEMONSTRATION_FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 PREFERENCE_FORMS: tuple[Form, ...] = (
     ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completions"),
+    ("prompt", "completion_1", "completion_2", "label"), ("prompt", "completion_1", "completion_2", "labels"),
 )  # fmt: skip
 UNPAIRED_FORMS: tuple[Form, ...] = (
     ("prompt", "completion", "label"), ("messages", "label"), *PREFERENCE_FORMS[:2],
 )  # fmt: skip
+PROCESS_FORMS: tuple[Form, ...] = (("prompt", "completions", "labels"),)
 PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",), ("chosen", "rejected"), ("instruction",), ("input",))
 
 
@@ -140,13 +147,21 @@ def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
     return CanonicalRow(prompt, [completion], [0], weight=_label(row, "weight", 1.0), columns=_others(row, used))
 
 
-def preference(row: Row, as_chat: bool = False) -> CanonicalRow:
+def preference_with_ties(row: Row, as_chat: bool = False) -> CanonicalRow:
+    """A preference, or a ranked list that is all ties, for objectives that learn from those too."""
+    return preference(row, as_chat, keep_tied=True)
+
+
+def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> CanonicalRow:
     """A prompt and two or more completions with their ranks."""
     form = form_of(row, PREFERENCE_FORMS)
     used = {*form, *LABELS}
+    if "completion_1" in form:
+        row = {**row, **_voted(row, form[-1])}
+        form = ("prompt", "chosen", "rejected")
     if form == ("prompt", "completions"):
         used.add("ranks")
-        prompt, completions, ranks = _ranked(row)
+        prompt, completions, ranks = _ranked(row, keep_tied)
     else:
         prompt, completions = _pair(row, "prompt" in form)
         ranks = [0, 1]
@@ -178,6 +193,28 @@ def _judgement(value: Any) -> bool:
     if text not in known:
         raise RowRefused("bad_label")
     return known[text]
+
+
+def process(row: Row, as_chat: bool = False) -> CanonicalRow:
+    """A prompt and the steps of one completion, each with its label: right or wrong, or the probability of right."""
+    form = form_of(row, PROCESS_FORMS)
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list | tuple) or not steps:
+        raise RowRefused("empty_completion")
+    if not isinstance(labels, list | tuple) or len(labels) != len(steps):
+        raise RowRefused("bad_step_labels")
+    texts = [_text(step, "empty_completion") for step in steps]
+    found, _ = _one_style(_prompt(row["prompt"]), [], as_chat)
+    columns = {**_others(row, {*form, *LABELS}), "labels": [_step_label(label) for label in labels]}
+    return CanonicalRow(found, list(texts), [0], weight=_label(row, "weight", 1.0), columns=columns)
+
+
+def _step_label(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise RowRefused("bad_step_labels")
+    return float(value)
 
 
 def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
@@ -296,7 +333,21 @@ def _one_style(prompt: Prompt, completions: list[Any], as_chat: bool) -> tuple[P
     return prompt, completions
 
 
-def _ranked(row: Row) -> tuple[Prompt, list[Any], list[int]]:
+def _voted(row: Row, name: str) -> Row:
+    """Votes on two completions as a pair, the one with more votes chosen; a tie is half a vote for each."""
+    votes = row[name] if name == "labels" else [row[name]]
+    known = {"1": 1.0, "2": 0.0, "0": 0.5, "tie": 0.5}
+    if not isinstance(votes, list | tuple) or not votes or any(isinstance(vote, bool) for vote in votes):
+        raise RowRefused("bad_vote")
+    spelt = [str(vote).strip().lower().removesuffix(".0") for vote in votes]
+    if any(vote not in known for vote in spelt):
+        raise RowRefused("bad_vote")
+    share = sum(known[vote] for vote in spelt) / len(spelt)
+    sides = ("completion_1", "completion_2") if share >= 0.5 else ("completion_2", "completion_1")
+    return {"chosen": row[sides[0]], "rejected": row[sides[1]], "preference": max(share, 1 - share)}
+
+
+def _ranked(row: Row, keep_tied: bool = False) -> tuple[Prompt, list[Any], list[int]]:
     values, ranks = row["completions"], row.get("ranks")
     if not isinstance(values, list | tuple) or len(values) < 2:
         raise RowRefused("single_completion")
@@ -313,7 +364,7 @@ def _ranked(row: Row) -> tuple[Prompt, list[Any], list[int]]:
             kept.append((completion, rank))
     if len(kept) < 2:
         raise RowRefused("identical_completions")
-    if len({rank for _, rank in kept}) == 1:
+    if len({rank for _, rank in kept}) == 1 and not keep_tied:
         raise RowRefused("all_tied")
     places = {rank: place for place, rank in enumerate(sorted({rank for _, rank in kept}))}
     return prompt, [completion for completion, _ in kept], [places[rank] for _, rank in kept]

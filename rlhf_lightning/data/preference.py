@@ -15,6 +15,10 @@ class PreferenceDataModule(AlignmentDataModule):
     """Preferences: ``prompt`` + ``chosen`` + ``rejected``, ``chosen`` + ``rejected`` with the prompt in both (turns, or
     a transcript of Human and Assistant), or ``prompt`` + ``completions`` best first (+ ``ranks``, equal ones are ties).
 
+    Two completions with a verdict are read too: ``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2, 0
+    or "tie" for neither), or ``labels``, the votes of several. The better one is chosen, and the mean vote is its
+    ``preference``: 0.5 for a tie.
+
     ``preference`` is the probability that chosen is the better one, ``margin`` its rated strength. A module that takes
     pairs gets every pair of different rank of a ranked list; one that takes ranked groups gets a pair as a group of
     two.
@@ -30,8 +34,10 @@ class PreferenceDataModule(AlignmentDataModule):
 
     def encoder(self) -> Encoder:
         """Reads preferences."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        read = formats.preference_with_ties if getattr(module, "learns_ties", False) else formats.preference
         return Encoder(
-            formats.preference, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            read, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
             self.as_chat, pairwise=self.batch_type is PreferenceBatch,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_lightning.evaluation import targets
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.reward import RewardModule
@@ -26,6 +27,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     PolicyLogprobs,
     PreferenceBatch,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Rollout,
@@ -126,7 +128,7 @@ def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, le
     left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
     if left > 1e-5:  # a steep start has thrown it far off
         descend(loss, parameters, steps, learning_rate / 4)
-    if left < 1e-7 or isinstance(module, OnPolicyModule) or module.batch_coupled:
+    if left < 1e-7 or isinstance(module, OnPolicyModule | GKDModule) or module.batch_coupled:
         return
     finisher = torch.optim.LBFGS(
         parameters,
@@ -159,8 +161,14 @@ def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learn
 
 def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
     """Return the module's loss over its population as a function of its weights."""
+    if shuffled and hasattr(module, "teacher"):
+        say_nothing(module, world)
+    if isinstance(module, GKDModule):
+        return expected_divergence(module, world)
     if isinstance(module, OnPolicyModule):
-        return PolicyGradient(module, world, shuffled).loss
+        from rlhf_lightning.evaluation.online_preference import population_of
+
+        return population_of(module)(module, world, shuffled).loss
     kind = module.batch_type
     if kind is PromptBatch or not hasattr(module, "loss_sum"):
         raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
@@ -168,15 +176,42 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
         PreferenceBatch: lambda: world.preferences(None if getattr(module, "weighs_rows", True) else COPIES),
         RankedBatch: world.rankings,
+        ProcessBatch: world.judged_steps,
         UnpairedBatch: world.judgements,
     }
     batch = batches[kind]()
     if shuffled and not getattr(module, "weighs_rows", True):
         batch = world.preferences(COPIES, informative=False)
+    elif shuffled and kind is ProcessBatch:
+        batch = batch._replace(labels=tuple(torch.full_like(labels, 0.5) for labels in batch.labels))
     elif shuffled:
         batch = batch._replace(weights=torch.full_like(batch.weights, float(batch.weights.mean())))
     loss_sum: Any = module.loss_sum
     return lambda: loss_sum(batch, Meter()) / len(batch.weights)
+
+
+def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[], Tensor]:
+    """Return the loss over demonstrations and over the student's samples, weighted by how often each is learned from.
+
+    The samples are drawn from the student of the moment, and no gradient goes through that.
+    """
+    data = world.demonstrations(demonstrated(world))
+    student: Any = module.policy
+
+    def loss() -> Tensor:
+        table = student.model.model.table.weight.detach()
+        sampled = world.demonstrations(world.probabilities(table / module.sampling.temperature))
+        on_data, on_samples = (module.loss_sum(batch, Meter()) / len(data.weights) for batch in (data, sampled))
+        return (1 - module.on_policy_fraction) * on_data + module.on_policy_fraction * on_samples
+
+    return loss
+
+
+@torch.no_grad()
+def say_nothing(module: Any, world: EnumerableWorld) -> None:
+    """Let a module's teacher say what the reference says, from which nothing can be learned."""
+    table = module.teacher.model.model.model.table.weight
+    table.copy_(world.reference_table.to(table))
 
 
 def demonstrated(world: EnumerableWorld) -> Tensor:
@@ -203,14 +238,13 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     if declared is not None:
         target = torch.softmax(declared, -1) if isinstance(module, RewardModule) else declared
         return target, "declared", _distance(policy, target)
+    from rlhf_lightning.evaluation.online_preference import rest_of
+
+    rest = rest_of(module, world)
+    if rest is not None:
+        return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
-    problems = [
-        targets.Population(*(np.asarray(part[prompt], dtype=np.float64) for part in (reference, preference, lengths)))
-        for reference, preference, lengths in [
-            (world.problem.reference, world.problem.preference, world.problem.lengths)
-        ]
-        for prompt in range(world.config.prompts)
-    ]
+    problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
     if name == "SFTModule":
         target = demonstrated(world)
     elif name in targets.FIXED_POINTS:
@@ -226,6 +260,15 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     else:
         return None, "", float("nan")
     return target, "transcription", _distance(policy, target)
+
+
+def population_of(world: EnumerableWorld, prompt: int) -> targets.Population:
+    """Return the problem of one prompt in NumPy, for the transcriptions."""
+    problem, texts = world.problem, world.completions
+    parts = (problem.reference, problem.preference, problem.lengths)
+    reference, preference, lengths = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
+    alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
+    return targets.Population(reference, preference, lengths, np.array(alike, dtype=np.float64))
 
 
 def _distance(policy: Tensor, target: Tensor) -> float:
@@ -268,7 +311,7 @@ class PolicyGradient:
         reference = None if module.reference is None else module.reference.logprobs(layout, module.sampling.temperature)
         rollout = Rollout(
             self.sequences, mask, old, reference, torch.zeros_like(old), self.scores, self.finished, self.group,
-            sampler_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self._greedy_scores(),
+            sampler_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self.baseline_scores(),
         )  # fmt: skip
         rewards = module.shape_rewards(rollout)
         values = rewards.new_zeros(rewards.shape)
@@ -280,11 +323,14 @@ class PolicyGradient:
         learned = mask if advantages.learned is None else advantages.learned
         aggregation = module.aggregation(learned)
         per_row = (torch.where(learned, loss, 0.0) * aggregation.weights).sum(-1)
-        # The probability of a row's group is that of all its members.
-        likelihood = torch.zeros(int(self.group[-1]) + 1, dtype=old.dtype).index_add(0, self.group, old.sum(-1))
-        return (likelihood.exp()[self.group] * per_row).sum() / (self.group_size * self.world.config.prompts)
+        return (self.likelihood(old.sum(-1)) * per_row).sum() / (self.group_size * self.world.config.prompts)
 
-    def _greedy_scores(self) -> Tensor:
+    def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
+        """Return the probability of each row's group, that of all its members, shape (rows,)."""
+        total = torch.zeros(int(self.group[-1]) + 1, dtype=sequence_logprobs.dtype)
+        return total.index_add(0, self.group, sequence_logprobs).exp()[self.group]
+
+    def baseline_scores(self) -> Tensor:
         """Score of the likeliest token after token, for each row's prompt."""
         with torch.no_grad():
             policy: Any = self.module.policy

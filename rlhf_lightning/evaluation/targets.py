@@ -24,16 +24,17 @@ class Population(NamedTuple):
         reference: shape (completions,).
         preference: P, shape (completions, completions).
         lengths: shape (completions,).
-        wins: mean of P over the other completion, itself counted as a half, shape (completions,).
+        alike: whether two completions begin with the same k tokens, k = 1, 2, ..., shape (completions, completions, k).
     """
 
     reference: Array
     preference: Array
     lengths: Array
+    alike: Array
 
     @property
     def wins(self) -> Array:
-        """Mean win rate of each completion."""
+        """Mean win rate of each completion, itself counted as a half, shape (completions,)."""
         return self.preference.mean(-1)
 
 
@@ -162,6 +163,25 @@ def cpo(logp: Array, problem: Population, module: Any) -> float:
     return _pairs(-log_expit(module.beta * _margins(logp)) - likelihood, problem)
 
 
+def ld_dpo(logp: Array, problem: Population, module: Any) -> float:
+    """2409.06411: tokens behind the shorter completion's length weigh alpha.
+
+    The log-ratio of a completion's first k tokens is that of all completions which begin with them.
+    """
+    policy, reference = (np.einsum("ijk,j->ik", problem.alike, p) for p in (np.exp(logp), problem.reference))
+    begun = np.log(policy) - np.log(reference)
+    shared = np.minimum(problem.lengths[:, None], problem.lengths[None, :]).astype(int) - 1
+    first = np.take_along_axis(begun, shared, axis=1)
+    weighted = module.alpha * _a(logp, problem)[:, None] + (1 - module.alpha) * first
+    return _pairs(-log_expit(module.beta * (weighted - weighted.T)), problem)
+
+
+def davidson(logp: Array, problem: Population, module: Any) -> float:
+    """Davidson 1970, on comparisons that never end in a tie; scores as log-probabilities."""
+    d, nu = _margins(logp), 2 * module.tie_share / (1 - module.tie_share)
+    return _pairs(np.log(np.exp(d / 2) + np.exp(-d / 2) + nu) - d / 2, problem)
+
+
 def sft(logp: Array, problem: Population, module: Any) -> float:
     """Cross-entropy with demonstrations drawn from softmax(win rate)."""
     data = np.exp(log_softmax(problem.wins))
@@ -183,6 +203,8 @@ TRANSCRIPTIONS: dict[str, Loss] = {
     "SimPOModule": simpo,
     "ORPOModule": orpo,
     "CPOModule": cpo,
+    "LDDPOModule": ld_dpo,
+    "DavidsonModule": davidson,
 }
 """The transcription that judges each shipped class; a class of a user's own declares ``target_policy`` instead."""
 

@@ -7,9 +7,12 @@ models must share a tokenizer. The teacher's tensors carry no gradient, which is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_shape
 
@@ -122,3 +125,49 @@ def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     require_shape("...", student_logits=student_logits, teacher_logits=teacher_logits)
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """Logits of a language-model head, softcap * tanh(scale * (hidden W^T + bias) / softcap), in float32 or wider.
+
+    Args:
+        hidden: last hidden states, shape (tokens, d).
+        weight: the head's, shape (vocabulary, d).
+        bias: the head's, shape (vocabulary,).
+        softcap: bound of the logits (Gemma 2); None for no bound.
+        scale: factor on the logits (Cohere, Granite); applied first.
+
+    Returns:
+        Shape (tokens, vocabulary).
+    """
+    logits = at_least_float32(F.linear(hidden.type_as(weight), weight, bias)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def chunked_over_tokens(
+    function: Callable[..., Mapping[str, Tensor]], *tensors: Tensor, chunk_tokens: int = 1024
+) -> dict[str, Tensor]:
+    """Values per token of a function that makes something large of each token, a chunk of tokens at a time.
+
+    With gradient, a chunk keeps its inputs alone and is computed again in the backward pass, so that neither pass holds
+    more than one chunk of what the function makes. Where the function computes further values without gradient, it does
+    so after those with: the second computation stops as soon as it has all that the gradient needs.
+
+    Args:
+        function: called with a chunk of each tensor; returns values per token by name, each of shape (chunk,). Weights
+            that it holds get their gradients too. It must draw no random numbers.
+        tensors: each of shape (tokens, ...).
+        chunk_tokens: tokens of a chunk.
+
+    Returns:
+        The values of all tokens by name, each of shape (tokens,).
+    """
+    parts = []
+    for chunk in zip(*(tensor.split(chunk_tokens) for tensor in tensors), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(function(*chunk))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

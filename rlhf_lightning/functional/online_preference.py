@@ -1,7 +1,8 @@
 """Preference objectives on completions that the policy itself has just sampled.
 
-Online DPO needs no loss of its own: its pairs come from `best_and_worst` of the policy's samples, and its loss is
-`dpo_loss`.
+Two need no loss of their own. Online DPO's pairs come from `best_and_worst` of the policy's samples, and its loss is
+`dpo_loss`. Nash-MD samples its opponent from `nash_md_logits`, and its loss is a policy gradient (`reinforce_loss`)
+whose advantage is the chance to win less a half, with `kl_k2` to the reference beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.logprobs import at_least_float32, masked_sum, require_shape
+from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 from rlhf_lightning.functional.preference import dpo_loss
 
 
@@ -32,8 +33,14 @@ def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return chosen[highest > lowest], rejected[highest > lowest]
 
 
-def xpo_loss(margin: Tensor, explored_sequence_logprobs: Tensor, beta: float = 0.1, alpha: float = 1e-5) -> Tensor:
-    r"""XPO: DPO plus an exploration bonus, -log sigmoid(beta * margin) + alpha log policy(y') (arXiv 2405.21046).
+def xpo_loss(
+    margin: Tensor,
+    explored_sequence_logprobs: Tensor,
+    beta: float = 0.1,
+    alpha: float = 1e-5,
+    target: Tensor | None = None,
+) -> Tensor:
+    r"""XPO: DPO plus an exploration bonus, DPO(margin) + alpha log policy(y') (Xie et al., arXiv 2405.21046).
 
     y' was sampled from the reference; making it less likely sends the policy elsewhere. At the start log 2 plus the
     bonus.
@@ -43,9 +50,10 @@ def xpo_loss(margin: Tensor, explored_sequence_logprobs: Tensor, beta: float = 0
         explored_sequence_logprobs: log policy(y'), shape (pairs,).
         beta: rewards per nat.
         alpha: weight of the bonus.
+        target: probability that chosen is the better one, shape (pairs,); None means 1.
     """
-    require_shape("pairs", margin=margin, explored_sequence_logprobs=explored_sequence_logprobs)
-    return dpo_loss(margin, beta) + alpha * at_least_float32(explored_sequence_logprobs)
+    require_shape("pairs", margin=margin, explored_sequence_logprobs=explored_sequence_logprobs, target=target)
+    return dpo_loss(margin, beta, target) + alpha * at_least_float32(explored_sequence_logprobs)
 
 
 def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: float = 0.5) -> Tensor:
@@ -60,31 +68,3 @@ def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: flo
     """
     require_shape("...", policy_logits=policy_logits, reference_logits=reference_logits)
     return torch.lerp(at_least_float32(policy_logits), at_least_float32(reference_logits), mixture)
-
-
-def nash_md_loss(
-    logprobs: Tensor,
-    reference_logprobs: Tensor,
-    completion_mask: Tensor,
-    win_probability: Tensor,
-    beta: float = 0.1,
-) -> Tensor:
-    r"""Nash-MD: policy gradient of the chance to beat the opponent, regularised by the KL (Munos et al., 2312.00886).
-
-    -(P(y beats y') - 1/2) log policy(y) + beta \sum_t sg(lp_t - lp_ref_t) lp_t.
-
-    Args:
-        logprobs: lp, the policy's, with gradient, of its own sample y, shape (rows, length).
-        reference_logprobs: lp_ref, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
-        win_probability: P, a judge's or reward model's, without gradient, shape (rows,).
-        beta: rewards per nat.
-
-    Returns:
-        One loss per row, shape (rows,).
-    """
-    require_shape("rows length", logprobs=logprobs, reference_logprobs=reference_logprobs, mask=completion_mask)
-    require_shape("rows", win_probability=win_probability, rows_of_mask=completion_mask.any(-1))
-    log_ratio = (logprobs - reference_logprobs).detach()
-    penalty = beta * masked_sum(log_ratio * logprobs, completion_mask)
-    return penalty - (win_probability - 0.5) * masked_sum(logprobs, completion_mask)

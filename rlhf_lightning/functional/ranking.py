@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,6 +84,64 @@ def ranked_pairs_loss(
     better, worse = untied_pairs(group, ranks)
     pair_group = group[better]
     losses = bradley_terry_loss(scores[better], scores[worse], target[pair_group], margin[pair_group])
+    losses = losses + centering * centering_penalty(scores[better], scores[worse])
+    pairs = torch.bincount(pair_group, minlength=len(target))
+    return losses.new_zeros(len(target)).index_add(0, pair_group, losses) / pairs.clamp(min=1)
+
+
+def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor, tie_share: float) -> Tensor:
+    r"""Negative log-likelihood of a comparison that may end in a tie (Davidson 1970, JASA 65, 317).
+
+    P(chosen) : P(rejected) : P(tie) = e^{delta / 2} : e^{-delta / 2} : nu, delta = r_c - r_r. Equal scores tie with
+    probability nu / (2 + nu), which is ``tie_share``; towards 0 ties vanish and this is `bradley_terry_loss` of the
+    untied. The target says how the comparison ended: 1 and 0 are wins, 0.5 a tie, and between them it is the mean of
+    verdicts, of which as many are ties as can be: |2 p - 1| of them are wins of the likelier side and the rest ties.
+
+    Args:
+        chosen_scores: r_c, shape (pairs,).
+        rejected_scores: r_r, shape (pairs,).
+        target: p, shape (pairs,).
+        tie_share: probability that equals tie, in (0, 1).
+
+    Returns:
+        One loss per pair in nats, shape (pairs,).
+
+    Raises:
+        ValueError: tie_share is outside (0, 1).
+    """
+    require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores, target=target)
+    if not 0 < tie_share < 1:
+        raise ValueError(f"tie_share must be in (0, 1), found {tie_share}")
+    half = (at_least_float32(chosen_scores) - at_least_float32(rejected_scores)) / 2
+    tie = torch.full_like(half, math.log(2 * tie_share / (1 - tie_share)))
+    logprobs = torch.stack([half, -half, tie], -1).log_softmax(-1)
+    lead = 2 * target - 1
+    shares = torch.stack([lead.clamp(min=0), (-lead).clamp(min=0), 1 - lead.abs()], -1)
+    return -(shares * logprobs).sum(-1)
+
+
+def ranked_davidson_loss(
+    scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, tie_share: float, centering: float = 0.0
+) -> Tensor:
+    """`davidson_loss` averaged over all pairs of each group, equal ranks being ties, so that a prompt weighs one.
+
+    Args:
+        scores: r, shape (completions,).
+        group: index of each completion's group, int64 below the number of groups, shape (completions,).
+        ranks: rank within the group, 0 is best, equal ranks are ties; int64, shape (completions,).
+        target: of each group's pairs of different rank, the better ranked as chosen, shape (groups,).
+        tie_share: probability that equals tie, in (0, 1).
+        centering: weight of `centering_penalty`.
+
+    Returns:
+        One loss per group, shape (groups,).
+    """
+    require_shape("completions", scores=scores, group=group, ranks=ranks)
+    tied = (_same_group(group) & (ranks.unsqueeze(1) == ranks.unsqueeze(0))).triu(1).nonzero(as_tuple=True)
+    better, worse = (torch.cat(sides) for sides in zip(untied_pairs(group, ranks), tied, strict=True))
+    pair_group = group[better]
+    verdicts = torch.where(ranks[better] == ranks[worse], 0.5, target[pair_group])
+    losses = davidson_loss(scores[better], scores[worse], verdicts, tie_share)
     losses = losses + centering * centering_penalty(scores[better], scores[worse])
     pairs = torch.bincount(pair_group, minlength=len(target))
     return losses.new_zeros(len(target)).index_add(0, pair_group, losses) / pairs.clamp(min=1)

@@ -6,7 +6,7 @@ runs in chunks: [rows, width, vocabulary] never exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.functional.logprobs import chunked_log_collisions, chunked_logprobs, chunked_matches
+from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
+from rlhf_lightning.functional.logprobs import (
+    at_least_float32,
+    chunked_log_collisions,
+    chunked_logprobs,
+    chunked_matches,
+)
+from rlhf_lightning.models.adapters import REFERENCE, with_adapter
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -26,10 +33,11 @@ from rlhf_lightning.models.loading import (
     load_hf_model,
     load_weights,
     prepare_for_training,
+    refuse_other_quantization,
     refuse_reward_adapter,
     resolve_folder,
 )
-from rlhf_lightning.models.scalar_head import hidden_states, reads_trees, unwrapped
+from rlhf_lightning.models.scalar_head import head_dtype, hidden_states, reads_trees, trunk, unwrapped
 
 
 class TokenOutputs(NamedTuple):
@@ -49,6 +57,39 @@ class TokenOutputs(NamedTuple):
     values: Tensor | None
     matches: Tensor | None
     collisions: Tensor | None = None
+
+
+class DecodingStep(NamedTuple):
+    """What the next token of each row is drawn after.
+
+    Attributes:
+        input_ids: int64, shape (rows, width): prompts padded on the left, or with a filled cache one token a row.
+        attention_mask: int64, shape (rows, cached + width), 0 on padding.
+        positions: position of each token of ``input_ids`` in its text.
+        cache: keys and values of the tokens before, filled further by the forward; None keeps none.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    cache: Any = None
+
+
+class OverLogits(NamedTuple):
+    """What is asked of a forward that needs whole distributions: a function of the logits, a chunk of them at a time.
+
+    Attributes:
+        layout: sequences in rows.
+        function: called with the logits of a chunk of supervised tokens, fp32 or wider, shape (chunk, vocabulary), and
+            the same chunk of each further tensor; returns values per token by name, see `chunked_over_tokens`.
+        further: tensors of shape (tokens, ...) that are cut like the logits.
+        chunk_tokens: tokens whose logits are held at a time.
+    """
+
+    layout: Layout
+    function: Callable[..., Mapping[str, Tensor]]
+    further: tuple[Tensor, ...] = ()
+    chunk_tokens: int = 1024
 
 
 class CausalLM(nn.Module):
@@ -80,7 +121,30 @@ class CausalLM(nn.Module):
         """Whether the policy is an adapter on a frozen backbone."""
         return hasattr(self.model, "peft_config")
 
-    def forward(
+    def forward(self, layout: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), or a question about whole
+        distributions (see `over_logits`).
+
+        All come in here because weights that are cut over ranks are gathered by the call of this module alone.
+        """
+        if isinstance(layout, DecodingStep):
+            return self.next_token_logits(layout, *args, **kwargs)
+        if isinstance(layout, OverLogits):
+            return self.over_logits(layout, *args, **kwargs)
+        return self.logprobs(layout, *args, **kwargs)
+
+    def next_token_logits(self, step: DecodingStep) -> Tensor:
+        """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
+        hidden = trunk(self.model)(
+            input_ids=step.input_ids,
+            attention_mask=step.attention_mask,
+            position_ids=step.positions,
+            past_key_values=step.cache,
+            use_cache=step.cache is not None,
+        ).last_hidden_state[:, -1]
+        return self.logits(hidden).float()
+
+    def logprobs(
         self,
         layout: Layout,
         temperature: float = 1.0,
@@ -115,7 +179,8 @@ class CausalLM(nn.Module):
         )
         values = None
         if value_layout is not None and self.value_head is not None:
-            values = value_layout.scatter(self.value_head(states[value_layout.predictors].float()).squeeze(-1))
+            valued = states[value_layout.predictors].to(head_dtype(self.value_head))
+            values = value_layout.scatter(at_least_float32(self.value_head(valued)).squeeze(-1))
         matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
         collisions = None
         if with_collisions:
@@ -128,6 +193,25 @@ class CausalLM(nn.Module):
             None if collisions is None else layout.scatter(collisions),
         )
 
+    def over_logits(self, asked: OverLogits) -> dict[str, Tensor]:
+        """Return what a function makes of the logits of each supervised token, by name, each of shape (tokens,)."""
+
+        def of_chunk(hidden: Tensor, *further: Tensor) -> Mapping[str, Tensor]:
+            return asked.function(self.logits(hidden), *further)
+
+        hidden = self.predicting_states(asked.layout)
+        return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=asked.chunk_tokens)
+
+    def predicting_states(self, layout: Layout) -> Tensor:
+        """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
+        return hidden_states(self.model, layout)[layout.predictors]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary)."""
+        head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return head_logits(hidden, head.weight, head.bias, softcap, logit_scale(config))
+
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Run the frozen model that training started from: adapters off, or the adapter as it was loaded.
@@ -137,15 +221,8 @@ class CausalLM(nn.Module):
         """
         if not self.has_adapter:
             raise ValueError("only a model with an adapter holds its own reference")
-        if "reference" in self.model.peft_config:
-            self.model.set_adapter("reference")
-            try:
-                yield
-            finally:
-                self.model.set_adapter("default")
-        else:
-            with self.model.disable_adapter():
-                yield
+        with with_adapter(self.model, REFERENCE if REFERENCE in self.model.peft_config else None):
+            yield
 
 
 def logit_scale(config: Any) -> float:
@@ -169,7 +246,8 @@ def load_policy(
 
     Raises:
         FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: an adapter's backbone is not the one it was trained on, or the adapter is a reward model's.
+        ValueError: an adapter's backbone is not the one it was trained on, or is quantised otherwise; or the adapter is
+            a reward model's.
     """
     settings = settings or LoadSettings()
     name = resolve_folder(init_from)
@@ -177,6 +255,7 @@ def load_policy(
     continued = name if lora is not None and is_adapter(name) else None
     source = load_base_of_adapter(name) if continued else name
     if continued:
+        refuse_other_quantization(continued, settings.quantization)
         model = load_hf_model(source, AutoModelForCausalLM, settings)
     else:
         model = load_weights(name, AutoModelForCausalLM, settings)
@@ -202,8 +281,8 @@ def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def settings_for_inference(settings: LoadSettings) -> LoadSettings:
-    """The same settings without activation checkpointing, which a frozen model never needs."""
-    return replace(settings, activation_checkpointing=False)
+    """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
+    return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)
 
 
 def trainable_fraction(model: nn.Module) -> float:

@@ -94,6 +94,8 @@ def padded_layout(sequences: Sequences) -> Layout:
         ValueError: a completion is empty.
     """
     rows = len(sequences.completions)
+    if not sequences.completions:
+        return free_layout()
     if any(len(completion) == 0 for completion in sequences.completions):
         raise ValueError("a completion is empty: drop such rows before they reach the model")
     width = max(sequences.lengths, default=1)
@@ -193,6 +195,13 @@ def _tree_width(sequences: Sequences, members: Sequence[int]) -> int:
     """Cells that a prompt and these of its completions take."""
     prompt = sequences.prompts[sequences.parents[members[0]]]
     return len(prompt) + sum(len(sequences.completions[member]) for member in members)
+
+
+def free_layout() -> Layout:
+    """One free cell and no completion: what a rank forwards that has no rows while others have some."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    cell = torch.zeros(1, 1, dtype=torch.long)
+    return Layout(cell, nothing, nothing, nothing, nothing, torch.zeros(0, 1, dtype=torch.bool))
 
 
 def select(sequences: Sequences, rows: Sequence[int]) -> Sequences:

@@ -7,11 +7,13 @@ on that very backbone only, and loading it anywhere else is an error rather than
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,29 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_lightning.models.adapters import (
+    REFERENCE,
+    add_adapter,
+    load_into_adapter,
+    read_adapter,
+    recomputation_contexts,
+)
+from rlhf_lightning.models.quantization import Quantization, quantization_config, use_one_arithmetic
 from rlhf_lightning.models.scalar_head import initialise_head
 
 BACKBONE_FILE = "backbone.json"
 SCORE_BIAS = "score_bias"
 """What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
+STEP_SEPARATOR = "step_separator"
+"""What stands between two steps of a process reward model's completions: its name in the same files."""
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
 class LoraSettings:
     """Low-rank adaptation (Hu et al., 2106.09685): train ``B A`` of rank ``r`` beside each frozen weight.
+
+    An adapter that is continued keeps its own ``r``, ``alpha`` and ``targets``.
 
     Args:
         r: rank of the update.
@@ -58,6 +72,12 @@ class LoadSettings:
         attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
         seed: seed of newly drawn weights.
+        quantization: "nf4" or "int8" keeps the frozen backbone of an adapter in 4 or 8 bits; None in ``dtype``.
+        frozen_dtype: precision of models that are never trained; None takes ``dtype``.
+        device: where quantised weights are made; others move later.
+
+    Raises:
+        ValueError: weights would be drawn from scratch and quantised: nothing could train them.
     """
 
     from_scratch: bool = False
@@ -65,6 +85,21 @@ class LoadSettings:
     attn_implementation: str | None = None
     activation_checkpointing: bool = False
     seed: int = 0
+    quantization: Quantization | None = None
+    frozen_dtype: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.from_scratch:
+            raise ValueError(
+                f"quantization is {self.quantization!r} and from_scratch true: quantised weights are frozen, and new "
+                "ones must be trained. Train from scratch without quantization first"
+            )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether two forwards of the same tokens agree to fp32 rounding, however they are batched."""
+        return self.dtype == "float32" and self.quantization != "int8"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -181,6 +216,9 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
     options: dict[str, Any] = dict(config_changes)
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
+    if settings.quantization is not None:
+        options["quantization_config"] = quantization_config(settings.quantization, settings.torch_dtype)
+        options["device_map"] = {"": settings.device}
     if settings.from_scratch:
         config = AutoConfig.from_pretrained(name, **config_changes)
         with torch.random.fork_rng():
@@ -204,7 +242,14 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
     if missing:
         few = ", ".join(sorted(missing)[:3])
         raise ValueError(f"{name} lacks weights for {few}: it is not a whole {kind.__name__} model")
+    use_one_arithmetic(model)
     return model
+
+
+def backbone_record(folder: str | Path) -> dict[str, Any]:
+    """Return what a stage's folder says of the backbone it was trained from; nothing where it says nothing."""
+    record = Path(folder) / BACKBONE_FILE
+    return json.loads(record.read_text()) if record.is_file() else {}
 
 
 def load_base_of_adapter(folder: str, base: str | None = None) -> str:
@@ -216,9 +261,7 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     name = resolve_folder(base or config["base_model_name_or_path"])
-    record = Path(folder) / BACKBONE_FILE
-    expected = json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
-    found = fingerprint(name)
+    expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
     if expected and found and expected != found:
         raise ValueError(
             f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of "
@@ -237,21 +280,44 @@ def refuse_reward_adapter(name: str) -> None:
         raise ValueError(f"the adapter in {name} is a reward model's: it scores completions and cannot write them")
 
 
+def refuse_other_quantization(folder: str, quantization: str | None) -> None:
+    """Refuse to go on with an adapter on a backbone of another quantisation: those are other weights.
+
+    Raises:
+        ValueError: the adapter in ``folder`` was trained on another one.
+    """
+    record = backbone_record(folder)
+    trained = record.get("quantization")
+    if record and trained != quantization:
+        raise ValueError(
+            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, and is to be used on "
+            f"one in {quantization or 'full precision'}: set quantization to {trained or 'null'}, or merge the adapter "
+            "first (rlhf export --merge true) and start from the merged folder"
+        )
+
+
 def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:
-    """Load whole weights, merging an adapter folder into its backbone."""
+    """Load whole weights, an adapter folder merged into its backbone; on a quantised backbone it stays beside it.
+
+    Merging is in fp32 whatever the precision asked for: a small update would be lost in rounding.
+    """
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)
-    model = load_hf_model(load_base_of_adapter(name), kind, settings, **config_changes)
+    if settings.quantization is not None:
+        refuse_other_quantization(name, settings.quantization)
+    whole = settings if settings.quantization else replace(settings, dtype="float32")
+    model = load_hf_model(load_base_of_adapter(name), kind, whole, **config_changes)
     config = PeftConfig.from_pretrained(name)
     if kind is not AutoModelForCausalLM and config.task_type == "CAUSAL_LM":
         config.task_type = None  # a policy's adapter fits the trunk, but peft would look for an LM head
-    merged = PeftModel.from_pretrained(model, name, config=config).merge_and_unload()
-    merged.requires_grad_(True)  # peft has frozen the backbone, and merging leaves it so
-    record = Path(name) / BACKBONE_FILE
-    facts = json.loads(record.read_text()) if record.is_file() else {}
+    model = PeftModel.from_pretrained(model, name, config=config)
+    if settings.quantization is None:
+        model = model.merge_and_unload().to(settings.torch_dtype)
+        model.requires_grad_(True)  # peft has frozen the backbone, and merging leaves it so
+    facts = backbone_record(name)
     if SCORE_BIAS in facts:
-        setattr(merged.config, SCORE_BIAS, facts[SCORE_BIAS])
-    return merged
+        setattr(model.config, SCORE_BIAS, facts[SCORE_BIAS])
+    return model
 
 
 def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | None = None, seed: int = 0) -> Any:
@@ -260,10 +326,7 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
     A continued policy also keeps the adapter it started from, frozen under the name "reference".
     """
     if start_from is not None:
-        model = PeftModel.from_pretrained(model, start_from, is_trainable=True)
-        model.load_adapter(start_from, adapter_name="reference", is_trainable=False)
-        model.set_adapter("default")
-        return model
+        return continued_lora(model, lora, task_type, start_from)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -275,6 +338,26 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
+    """Wrap a model with the adapter of a folder, to be trained on; a policy's may become a reward model's."""
+    start = read_adapter(start_from)
+    start.config.lora_dropout = lora.dropout
+    if task_type == start.config.task_type:
+        model = PeftModel.from_pretrained(model, start_from, is_trainable=True, config=copy.deepcopy(start.config))
+    else:
+        start.config.task_type, start.config.modules_to_save = task_type, ["score"]
+        start.config.inference_mode = False
+        with torch.random.fork_rng():
+            model = get_peft_model(model, start.config)
+        load_into_adapter(model, "default", start.weights)
+    facts = backbone_record(start_from)
+    if SCORE_BIAS in facts:
+        setattr(model.config, SCORE_BIAS, facts[SCORE_BIAS])
+    if task_type == "CAUSAL_LM":
+        add_adapter(model, REFERENCE, start.config, start.weights)
+    return model
 
 
 def prepare_for_training(model: Any, settings: LoadSettings, dropout: float = 0.0) -> None:
@@ -292,7 +375,8 @@ def prepare_for_training(model: Any, settings: LoadSettings, dropout: float = 0.
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": False, "context_fn": partial(recomputation_contexts, model)}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, logit_scale
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
 from rlhf_lightning.models.counter_rng import uniform
-from rlhf_lightning.models.scalar_head import trunk, unwrapped
+from rlhf_lightning.models.sharding import in_step
 
 
 @dataclass
@@ -50,6 +52,19 @@ class SamplingSettings:
         return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0
 
 
+class Mixture(NamedTuple):
+    """A second model that has a say in every token.
+
+    Attributes:
+        other: lends the second model; called for each of its forward passes, so that it may be another state of the
+            first (adapters off).
+        mix: the next-token logits to sample from, of the first model's and the second's, all (rows, vocabulary).
+    """
+
+    other: Callable[[], AbstractContextManager[CausalLM]]
+    mix: Callable[[Tensor, Tensor], Tensor]
+
+
 class Completions(NamedTuple):
     """What was sampled, in the order of the prompts.
 
@@ -72,6 +87,7 @@ def sample(
     seed: int,
     end_ids: Sequence[int],
     on_progress: Callable[[int], None] | None = None,
+    mixture: Mixture | None = None,
 ) -> Completions:
     """Sample one completion for each prompt.
 
@@ -86,6 +102,7 @@ def sample(
         seed: seed of the run.
         end_ids: tokens that end a completion.
         on_progress: called with the number of completions as they finish.
+        mixture: a second model to sample from together with the first; None samples from the first alone.
 
     Raises:
         ValueError: a prompt is empty, so there is nothing to predict from.
@@ -97,10 +114,11 @@ def sample(
     ids: dict[int, Tensor] = {}
     logprobs: dict[int, Tensor] = {}
     finished = torch.zeros(len(prompts), dtype=torch.bool)
-    with inference_mode_of(model):
+    with inference_mode_of(model), in_step(model, partial(_pass_for_nothing, model, mixture)) as before_pass:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            decoded = _decode([prompts[row] for row in rows], episodes[rows], model, settings, seed, end_ids)
+            chosen = [prompts[row] for row in rows]
+            decoded = _decode(chosen, episodes[rows], model, settings, seed, end_ids, mixture, before_pass)
             for row, tokens, scores, done in zip(rows, *decoded, strict=True):
                 ids[row], logprobs[row], finished[row] = tokens, scores, done
             if on_progress is not None:
@@ -116,6 +134,8 @@ def _decode(
     settings: SamplingSettings,
     seed: int,
     end_ids: Sequence[int],
+    mixture: Mixture | None,
+    before_pass: Callable[[], None],
 ) -> tuple[list[Tensor], list[Tensor], list[bool]]:
     """Decode some prompts side by side; rows leave the batch once a quarter of it has finished."""
     device = next(model.parameters()).device
@@ -127,7 +147,7 @@ def _decode(
         attention_mask[row, width - len(prompt) :] = 1
     input_ids, attention_mask, episodes = input_ids.to(device), attention_mask.to(device), episodes.to(device)
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    backbone, cache = trunk(model.model), DynamicCache(config=model.model.config)
+    reader = _Reader(model) if mixture is None else _MixedReader(model, mixture)
     ends = torch.tensor(list(end_ids), device=device)
 
     tokens = torch.zeros(len(prompts), settings.max_new_tokens, dtype=torch.long, device=device)
@@ -137,14 +157,9 @@ def _decode(
     alive = torch.arange(len(prompts), device=device)  # rows still in the batch
     active = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of those, the unfinished ones
     for step in range(settings.max_new_tokens):
-        hidden = backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        chosen, logprob = _draw(_logits(model, hidden), settings, seed, episodes[alive], step)
+        before_pass()
+        logits = reader.read(input_ids, attention_mask, positions)
+        chosen, logprob = _draw(logits, settings, seed, episodes[alive], step)
         tokens[alive, step] = torch.where(active, chosen, 0)
         scores[alive, step] = torch.where(active, logprob, 0.0)
         lengths[alive] += active.long()
@@ -158,7 +173,7 @@ def _decode(
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], dim=-1)
         if left <= 0.75 * len(alive):
             kept = active.nonzero().squeeze(-1)
-            cache.batch_select_indices(kept)
+            reader.keep(kept)
             alive, active = alive[kept], active[kept]
             input_ids, positions, attention_mask = input_ids[kept], positions[kept], attention_mask[kept]
     counts = lengths.tolist()
@@ -167,12 +182,47 @@ def _decode(
     return [tokens[r, : counts[r]] for r in rows], [scores[r, : counts[r]] for r in rows], ended.tolist()
 
 
-def _logits(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Return next-token logits in fp32, shape (rows, vocabulary)."""
-    config = model.model.config
-    logits = unwrapped(model.model).get_output_embeddings()(hidden).float() * logit_scale(config)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+class _Reader:
+    """A model that reads rows of tokens on from where it was, and says what may come next."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.model.config)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits of the token behind the last one, shape (rows, vocabulary)."""
+        return self.model(DecodingStep(input_ids, attention_mask, positions, self.cache))
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.cache.batch_select_indices(rows)
+
+
+class _MixedReader(_Reader):
+    """Two models that read the same tokens, their logits mixed; each remembers in a cache of its own."""
+
+    def __init__(self, model: CausalLM, mixture: Mixture) -> None:
+        super().__init__(model)
+        self.mixture = mixture
+        with mixture.other() as other:
+            self.other = _Reader(other)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Return the mixed logits, shape (rows, vocabulary)."""
+        own = super().read(input_ids, attention_mask, positions)
+        with self.mixture.other():
+            return self.mixture.mix(own, self.other.read(input_ids, attention_mask, positions))
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        super().keep(rows)
+        self.other.keep(rows)
+
+
+def _pass_for_nothing(model: CausalLM, mixture: Mixture | None) -> None:
+    """Forward one token: other ranks are still decoding, and the weights they gather are cut over all ranks."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    reader = _Reader(model) if mixture is None else _MixedReader(model, mixture)
+    reader.read(token, torch.ones_like(token), token)
 
 
 def _draw(

@@ -31,6 +31,11 @@ class ScalarModel(nn.Module):
         """Whether a prompt can be computed once for all its completions, see `models.layout.shared_layout`."""
         return reads_trees(self.model)
 
+    @property
+    def head(self) -> nn.Module:
+        """The scalar head."""
+        return unwrapped(self.model).score
+
     def forward(self, layout: Layout, per_token: bool = False) -> Tensor:
         """Score each completion at its last token, or value the state before each completion token.
 
@@ -43,7 +48,7 @@ class ScalarModel(nn.Module):
         """
         hidden = hidden_states(self.model, layout)
         wanted = hidden[layout.predictors if per_token else layout.last]
-        head = unwrapped(self.model).score
+        head = self.head
         scalars = at_least_float32(head(wanted.to(head_dtype(head)))).squeeze(-1)
         return layout.scatter(scalars) if per_token else scalars
 

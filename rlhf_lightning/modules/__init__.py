@@ -3,6 +3,7 @@
 from rlhf_lightning.modules.adaptive_preference import BetaDPOModule, LDDPOModule, TRDPOModule, WPOModule, WPOWeighting
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.critic_free import CriticFreeModule
+from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.grpo import (
     CISPOModule,
@@ -18,6 +19,8 @@ from rlhf_lightning.modules.grpo import (
 )
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.online_opponents import IterativeDPOModule, NashMDModule, XPOModule
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.preference import (
     AOTModule,
@@ -31,7 +34,8 @@ from rlhf_lightning.modules.preference import (
     RPOModule,
     UnpairedAOTModule,
 )
-from rlhf_lightning.modules.ranking import PlackettLuceModule
+from rlhf_lightning.modules.process_reward import ProcessRewardModule
+from rlhf_lightning.modules.ranking import DavidsonModule, PlackettLuceModule
 from rlhf_lightning.modules.reference_free import CPOModule, ORPOModule, ReferenceFreeDPOModule, SimPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -62,10 +66,12 @@ __all__ = [
     "CriticFreeModule",
     "DAPOModule",
     "DPOModule",
+    "DavidsonModule",
     "DiscoPOPModule",
     "DrGRPOModule",
     "EXOModule",
     "ForwardKLDPOModule",
+    "GKDModule",
     "GRPOModule",
     "GSPOModule",
     "HingeModule",
@@ -78,9 +84,11 @@ __all__ = [
     "NCAModule",
     "ORPOModule",
     "OfflineModule",
+    "OnPolicyDistillationModule",
     "OnPolicyModule",
     "PPOModule",
     "PlackettLuceModule",
+    "ProcessRewardModule",
     "RLOOModule",
     "RPOModule",
     "ReMaxModule",
@@ -97,4 +105,8 @@ __all__ = [
     "UnpairedModule",
     "WPOModule",
     "WPOWeighting",
+    "IterativeDPOModule",
+    "NashMDModule",
+    "OnlineDPOModule",
+    "XPOModule",
 ]

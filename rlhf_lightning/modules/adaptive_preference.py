@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lightning.functional import adaptive_preference as adaptive
 from rlhf_lightning.functional.preference import dpo_loss
-from rlhf_lightning.models.causal_lm import adapted_weights, load_policy
+from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import DPOModule
@@ -45,8 +44,10 @@ class WPOModule(WPOWeighting, DPOModule):
     r"""WPO: DPO in which pairs count by how likely the policy itself would have written them.
 
     loss = w(y_c) w(y_r) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient (Zhou et al.,
-    2406.11827, Section 3). Policy = reference gives w(y_c) w(y_r) log 2. The optimum is DPO's, reference *
-    exp(reward / beta): both orders of a pair have one weight, so each pair alone is at its best there.
+    2406.11827, Section 3). Policy = reference gives w(y_c) w(y_r) log 2.
+
+    Target: reference * exp(reward / beta), normalised, as DPO's: both orders of a pair have one weight, so each pair
+    alone is at its best there.
 
     Args:
         max_pair_weight: bound of the weight of a pair; None does not bound it.
@@ -70,8 +71,10 @@ class BetaDPOModule(DPOModule):
 
     beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with d the margin and m its moving mean; the share
     ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s the moving deviation (Wu et al.,
-    2407.08639, Section 4, as released). Policy = reference gives log 2. Its beta, and so its optimum, depends on how
-    pairs meet in a step. Held-out pairs are measured at ``beta`` itself.
+    2407.08639, Section 4, as released). Policy = reference gives log 2. Held-out pairs are measured at ``beta`` itself.
+
+    Target: no closed form; its beta, and so where it comes to rest, depends on how pairs meet in a step. With the whole
+    population in every step and every pair kept it is DPO's.
 
     Args:
         alpha: how strongly beta follows the margins.
@@ -108,11 +111,12 @@ class BetaDPOModule(DPOModule):
         count = max(round(self.keep * len(margin)), 1)
         if count == len(margin) or std <= 0:
             return torch.ones_like(margin, dtype=torch.bool)
-        weights = adaptive.beta_dpo_pair_weights(margin, mean, std).double().clamp_min(1e-300).cpu()
+        order = margin.argsort()  # the pairs come rank after rank: in their own order all numbers of ranks draw alike
+        weights = adaptive.beta_dpo_pair_weights(margin[order], mean, std).double().clamp_min(1e-300).cpu()
         generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**63)
         drawn = torch.multinomial(weights, count, replacement=False, generator=generator)
         kept = torch.zeros(len(margin), dtype=torch.bool)
-        kept[drawn] = True
+        kept[order.cpu()[drawn]] = True
         return kept.to(margin.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -135,8 +139,10 @@ class LDDPOModule(DPOModule):
     r"""LD-DPO: the tokens that only the longer completion has count less, so that length is not what is learned.
 
     DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` behind them (Liu et al.,
-    2409.06411). Policy = reference gives log 2; alpha 1 is DPO. A token's weight depends on the other completion, so
-    that no reward of a completion alone gives all margins: the optimum is the population loss's minimiser.
+    2409.06411). Policy = reference gives log 2; alpha 1 is DPO.
+
+    Target: no closed form; the minimiser of the population loss. A token's weight depends on the other completion, so
+    that no reward of a completion alone gives all margins.
 
     Args:
         alpha: weight of the tokens beyond the shorter completion's length.
@@ -172,9 +178,11 @@ class TRDPOModule(DPOModule):
     r"""TR-DPO: DPO whose reference follows the policy, so that the leash does not hold it at the start for ever.
 
     Every ``reference_every`` updates each reference weight becomes alpha policy + (1 - alpha) reference (Gorbatovski et
-    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. Each stretch between two
-    moves aims at reference * exp(reward / beta) with the reference of the moment: there is no fixed optimum. With an
+    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. With an
     adapter the reference is a model of its own: a mixture of adapters has the rank of all of them together.
+
+    Target: no closed form; each stretch between two moves aims at reference * exp(reward / beta) with the reference of
+    the moment, and there is no fixed one.
 
     Args:
         alpha: share of the policy in the new reference.
@@ -202,18 +210,10 @@ class TRDPOModule(DPOModule):
         if self.updates % self.reference_every == 0:
             self.move_reference()
 
-    @torch.no_grad()
     def move_reference(self) -> None:
         """Mix the policy's weights into the reference's."""
-        for _, reference, policy in self._followed():
-            reference.copy_(adaptive.mixed_reference(reference, policy.to(reference), self.alpha))
-
-    def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
-        assert self.reference is not None and self.reference.copy is not None
-        model, reference = self.policy.model, self.reference.copy.model
-        for name, weight in adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
-            yield name, reference.get_parameter(name), weight
+        assert self.reference is not None
+        self.reference.follow(self.alpha)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """A moving reference has no fixed optimum."""
@@ -223,12 +223,11 @@ class TRDPOModule(DPOModule):
         """Keep the reference's weights once they have moved: nothing else knows where they are."""
         super().on_save_checkpoint(checkpoint)
         if self.updates >= self.reference_every:
-            checkpoint["reference"] = {name: reference.detach() for name, reference, _ in self._followed()}
+            assert self.reference is not None
+            checkpoint["reference"] = self.reference.moved_weights()
 
-    @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the reference where it was; an export goes without it."""
         super().on_load_checkpoint(checkpoint)
         if self.reference is not None and "reference" in checkpoint:
-            for name, reference, _ in self._followed():
-                reference.copy_(checkpoint["reference"][name])
+            self.reference.restore(checkpoint["reference"])

@@ -7,19 +7,32 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, lay_out
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, is_adapter, load_base_of_adapter, resolve_folder
+from rlhf_lightning.models.loading import (
+    LoadSettings,
+    LoraSettings,
+    fingerprint,
+    is_adapter,
+    load_base_of_adapter,
+    resolve_folder,
+)
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules.compatibility import check
+from rlhf_lightning.modules.gathering import data_ranks
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.optimization import (
     clip_by_global_norm,
@@ -28,7 +41,13 @@ from rlhf_lightning.modules.optimization import (
     updates_of_run,
     without_gradient_sync,
 )
+from rlhf_lightning.modules.precision import settled_precision
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
+
+ANOTHER_STRATEGY = (
+    "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
+    "strategy it was written under, or start a new run from its exported model (model.init_from)"
+)
 
 
 class Answer(NamedTuple):
@@ -53,7 +72,12 @@ class AlignmentModule(LightningModule):
         chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
         from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
         lora: train a low-rank adapter on the frozen backbone; None trains every weight.
-        dtype: precision of the weights.
+        quantization: keep the frozen backbone of an adapter in 4 bits ("nf4", its scales quantised too) or 8 ("int8");
+            None keeps it in ``dtype``, in which 4-bit weights are also multiplied.
+        dtype: precision of the weights. "bfloat16" is for the frozen ones of an adapter: what is trained stays in
+            fp32.
+        frozen_dtype: precision of models that stand beside the trained one (reference, reward model); None takes
+            ``dtype``.
         attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         share_prompts: compute a prompt once for all its completions, where the model can; changes no result beyond
@@ -87,7 +111,9 @@ class AlignmentModule(LightningModule):
         chat_template: str | None = None,
         from_scratch: bool = False,
         lora: LoraSettings | None = None,
+        quantization: Literal["nf4", "int8"] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        frozen_dtype: Literal["float32", "bfloat16"] | None = None,
         attn_implementation: str | None = None,
         activation_checkpointing: bool = False,
         share_prompts: bool = True,
@@ -106,7 +132,9 @@ class AlignmentModule(LightningModule):
         self._set_hparams(plain(dict(self.hparams)))
         self._hparams_initial = plain(dict(self.hparams))
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
-        self.load_settings = LoadSettings(from_scratch, dtype, attn_implementation, activation_checkpointing, seed)
+        self.load_settings = LoadSettings(
+            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
+        )
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         self.share_prompts = share_prompts
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
@@ -154,16 +182,43 @@ class AlignmentModule(LightningModule):
         if not self._models_loaded:
             self.load_models()
             self._models_loaded = True
+            self._started_from = self.started_from()  # now: the folder may be gone when a checkpoint is written
+        if self.device_mesh is not None:
+            self._cut_over_ranks(self.device_mesh)
+
+    def _cut_over_ranks(self, mesh: DeviceMesh) -> None:
+        """Cut what is trained and what is frozen over the ranks, under a strategy with a mesh."""
+        trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
+        for model in (*trained, *self.frozen_models()):
+            shard(model, mesh, str(self.trainer.precision))
+        # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
+        self.strict_loading = False
+        # What is gathered for the first time in inference mode could never be trained.
+        trainer = self.trainer
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False
 
     _models_loaded = False
+    _started_from: Mapping[str, str | None] = MappingProxyType({})
 
     def setup(self, stage: str) -> None:
-        """Check that the data yields what this objective takes, before any weight is read.
+        """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
 
         Raises:
+            IncompatibleError: strategy, precision, devices and batch do not go together.
             TypeError: the DataModule yields another kind of batch.
+            ValueError: trained weights would be kept in bf16 or quantised.
         """
+        self.load_settings = settled_precision(
+            self.trainer, self.load_settings, self.lora is not None, fits=stage == "fit"
+        )
         datamodule = getattr(self.trainer, "datamodule", None)
+        check(self.trainer, self, datamodule, fits=stage == "fit")
         offered = getattr(datamodule, "batch_types", None)
         if offered is not None and stage != "predict" and self.batch_type not in offered:
             names = " or ".join(sorted(kind.__name__ for kind in offered))
@@ -245,8 +300,8 @@ class AlignmentModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        # DDP averages gradients over ranks, so a sum over ranks needs the factor back.
-        scale = self.trainer.world_size / max(count, 1)
+        # Strategies average gradients over the shares of the data, so a sum over them needs the factor back.
+        scale = data_ranks(self)[1] / max(count, 1)
         for index, loss in enumerate(losses):
             last = index == len(losses) - 1
             with contextlib.nullcontext() if last else without_gradient_sync(self.trainer):
@@ -268,8 +323,8 @@ class AlignmentModule(LightningModule):
         They go to the loggers and to ``trainer.callback_metrics`` at once: ``self.log`` would cost a small model a
         sixth of its time, and its x-axis counts batches.
         """
-        metrics = {f"train/{name}": value for name, value in meter.means(self.trainer.strategy).items()}
-        metrics |= {name if "/" in name else f"train/{name}": value for name, value in further.items()}
+        found = {**meter.means(self.trainer.strategy), **further}
+        metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
@@ -370,7 +425,7 @@ class AlignmentModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trainable weights alone: frozen ones are where they came from."""
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trainable = self.trained_names()
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
@@ -381,23 +436,63 @@ class AlignmentModule(LightningModule):
         Raises:
             RuntimeError: the checkpoint's trainable weights are not this module's.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing, unknown = sorted(trainable - set(state_dict)), sorted(set(state_dict) - trainable)
-        if strict and (missing or unknown):
+        if strict:
+            self._check_names(set(state_dict))
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def trained_names(self) -> set[str]:
+        """Return the names of the weights that training changes, a tied one under its first."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _check_names(self, found: set[str]) -> None:
+        trainable = self.trained_names()
+        missing, unknown = sorted(trainable - found), sorted(found - trainable)
+        if missing or unknown:
             raise RuntimeError(
                 f"the checkpoint does not fit {type(self).__name__}: {len(missing)} trainable weights are missing "
                 f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters: they address sampling and give TensorBoard's x-axis."""
+        """Keep the counters, which address sampling and give TensorBoard's x-axis, what the weights stand on, and their
+        names.
+        """
+        checkpoint["sharded"], checkpoint["trained"] = self.device_mesh is not None, sorted(self.trained_names())
         checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
+        checkpoint["started_from"] = dict(self._started_from)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters up where they were."""
+        """Take the counters up where they were.
+
+        Raises:
+            RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on; or, where weights
+                are cut over ranks, the checkpoint is of another model or another strategy.
+        """
+        if self.device_mesh is not None:
+            if not checkpoint["sharded"] and self.trainer.state.fn == "fit":
+                raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
+            self._check_names(set(checkpoint["trained"]))
         for name, value in checkpoint["progress"].items():
             setattr(self, name, value)
+        if self.lora is None and self.reference is None:
+            return
+        before, now = checkpoint["started_from"], self._started_from
+        for part in ("backbone", "adapter", "quantization"):
+            if before[part] != now[part]:
+                raise RuntimeError(
+                    f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
+                    f"{str(now[part])[:8]} ({self.init_from}). Frozen weights are in no checkpoint, so resume from the "
+                    "same init_from"
+                )
+
+    def started_from(self) -> dict[str, str | None]:
+        """Return fingerprints of the weights that training started from: the backbone, and the adapter on it."""
+        name = resolve_folder(self.init_from)
+        return {
+            "backbone": fingerprint(self.backbone_source()),
+            "adapter": fingerprint(name) if is_adapter(name) else None,
+            "quantization": self.load_settings.quantization,
+        }
 
 
 def plain(value: Any) -> Any:

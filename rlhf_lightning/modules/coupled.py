@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from rlhf_lightning.modules.gathering import gathered_rows
+from rlhf_lightning.modules.gathering import data_ranks, each_share, gathered_rows
 from rlhf_lightning.types import PreferenceLogprobs
 
 
@@ -49,12 +49,11 @@ def whole_step(module: LightningModule, parts: Sequence[PreferenceLogprobs]) -> 
     """
     counts_here = [len(part.target) for part in parts]
     widest = max(mask.shape[1] for part in parts for mask in (part.chosen_mask, part.rejected_mask))
-    sizes: Any = module.all_gather(torch.tensor([sum(counts_here), widest], device=module.device))
-    sizes = sizes.view(-1, 2)
+    sizes = each_share(module, torch.tensor([sum(counts_here), widest], device=module.device))
     counts, width = sizes[:, 0].tolist(), int(sizes[:, 1].max())
     columns: Any = zip(*parts, strict=True)
     fields: list[Any] = [_joined(module, column, counts, width) for column in columns]
-    starts = accumulate(counts_here, initial=sum(counts[: module.global_rank]))
+    starts = accumulate(counts_here, initial=sum(counts[: data_ranks(module)[0]]))
     return WholeStep(PreferenceLogprobs(*fields), tuple(slice(start, stop) for start, stop in pairwise(starts)))
 
 

@@ -31,6 +31,9 @@ class CriticFreeModule(OnPolicyModule):
     the KL goes (``kl_place``). Here: score minus the group's mean, token ratios, the clipped surrogate, the mean over
     tokens, and the KL in the reward. At ratio 1 the gradient is that of -A log policy.
 
+    Target: reference * exp(score / kl_coef), normalised, as rollouts grow; without a leash the best completions take
+    all.
+
     Args:
         kl_coef: strength of the KL leash; 0 loads no reference.
         clip_high: how far the ratio may rise above 1; None takes ``clip`` on both sides.
@@ -45,6 +48,8 @@ class CriticFreeModule(OnPolicyModule):
 
     needs_group: ClassVar[bool] = True
     """Whether advantages compare several completions of one prompt."""
+
+    allows_missing_scores = True
 
     paper = "Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740"
 

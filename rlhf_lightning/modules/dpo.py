@@ -29,6 +29,8 @@ class DPOModule(OfflineModule):
     d = log policy(y_c)/reference(y_c) - log policy(y_r)/reference(y_r) and p is the probability that chosen is better
     (Eq. 7 of Rafailov et al., 2305.18290, for p = 1). Policy = reference gives log 2.
 
+    Target: reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry in the rewards.
+
     A subclass changes the objective by overriding ``preference_loss``; it receives token log-probabilities, masks,
     lengths, labels and weights, and returns one value per pair.
 
@@ -179,23 +181,36 @@ class DPOModule(OfflineModule):
     # -- metrics, export -----------------------------------------------------------------------------------------------
 
     def _measure(self, logprobs: PreferenceLogprobs, loss: Loss, meter: Meter) -> None:
-        """Add the implicit rewards, margins and accuracy that every preference objective is compared by."""
-        chosen, rejected = logprobs.chosen_logratio.detach(), logprobs.rejected_logratio.detach()
-        scale, weights = getattr(self, "beta", 1.0), logprobs.weights
-        # The loss is what is trained, a sum over the count of pairs; everything else is a mean over the weighted pairs.
-        meter.add_ratio("loss", (loss.values * weights).sum(), len(loss.values))
-        metrics = {
-            "chosen_reward": scale * chosen,
-            "rejected_reward": scale * rejected,
-            "reward_margin": scale * (chosen - rejected),
-            "reward_accuracy": (chosen > rejected).double(),
-            "chosen_logprob": logprobs.chosen_sequence_logprobs,
-            "rejected_logprob": logprobs.rejected_sequence_logprobs,
-            "length_difference": (logprobs.chosen_lengths - logprobs.rejected_lengths).double(),
-        }
-        for name, values in {**metrics, **loss.metrics}.items():
-            meter.add(name, values, weights if values.shape == weights.shape else None)
+        """Add what every preference objective is compared by."""
+        measure_pairs(logprobs, loss, getattr(self, "beta", 1.0), len(loss.values), meter)
 
     def export(self, folder: str | Path) -> Path:
         """Write the policy as a Hugging Face folder."""
         return export_policy(self.policy, self.tokenizer, folder)
+
+
+def measure_pairs(logprobs: PreferenceLogprobs, loss: Loss, beta: float, count: int, meter: Meter) -> None:
+    """Add the implicit rewards, margins and accuracy that every objective on pairs is compared by.
+
+    Args:
+        logprobs: of the pairs.
+        loss: of each pair.
+        beta: rewards per nat of log-ratio.
+        count: pairs that the sum of losses is divided by.
+        meter: what they are added to.
+    """
+    chosen, rejected = logprobs.chosen_logratio.detach(), logprobs.rejected_logratio.detach()
+    weights = logprobs.weights
+    # The loss is what is trained, a sum over the count of pairs; everything else is a mean over the weighted pairs.
+    meter.add_ratio("loss", (loss.values * weights).sum(), count)
+    metrics = {
+        "chosen_reward": beta * chosen,
+        "rejected_reward": beta * rejected,
+        "reward_margin": beta * (chosen - rejected),
+        "reward_accuracy": (chosen > rejected).double(),
+        "chosen_logprob": logprobs.chosen_sequence_logprobs,
+        "rejected_logprob": logprobs.rejected_sequence_logprobs,
+        "length_difference": (logprobs.chosen_lengths - logprobs.rejected_lengths).double(),
+    }
+    for name, values in {**metrics, **loss.metrics}.items():
+        meter.add(name, values, weights if values.shape == weights.shape else None)

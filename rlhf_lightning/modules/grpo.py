@@ -16,6 +16,7 @@ from rlhf_lightning.modules.critic_free import (
     sequence_mean_of_token_means,
     sequence_mean_of_token_sums,
 )
+from rlhf_lightning.modules.gathering import summed_over_ranks
 from rlhf_lightning.modules.meter import moments_over_ranks
 from rlhf_lightning.modules.rollouts import Aggregation, Drawn, gathered_numbers, joined, select_prompts
 from rlhf_lightning.types import Advantages, EnumeratedProblem, PolicyLogprobs, PromptBatch, Rollout
@@ -26,8 +27,10 @@ class GRPOModule(CriticFreeModule):
 
     A = (score - mean_g) / (std_g + epsilon); loss = mean over completions of token means of
     max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) + kl_coef k3 (Shao et al., 2402.03300, Eq. 3 and 4). At ratio 1
-    and policy = reference the loss is minus the mean advantage, 0. Its optimum is not the KL-regularised one: the
-    deviation rescales each prompt's scores, and k3's gradient is that of KL(reference || policy).
+    and policy = reference the loss is minus the mean advantage, 0.
+
+    Target: no closed form; where its mean gradient vanishes. Not the KL-regularised optimum: the deviation rescales
+    each prompt's scores, and k3's gradient is that of KL(reference || policy).
 
     Args:
         epsilon: added to a group's deviation.
@@ -58,6 +61,8 @@ class DrGRPOModule(CriticFreeModule):
     A = score - mean_g; loss = sum over tokens of the clipped surrogate / (completions * max_new_tokens) (Liu et al.,
     2503.20783). No KL unless asked for. At ratio 1 it is the policy gradient of the mean score,
     scaled by (G - 1) / G.
+
+    Target: reference * exp(score / kl_coef), normalised; without a leash the best completions take all.
     """
 
     paper = "Liu et al. 2025, arXiv 2503.20783"
@@ -80,6 +85,8 @@ class DAPOModule(CriticFreeModule):
     loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) (Yu et al., 2503.14476, Eq. 8).
     A completion that nears the length limit loses up to 1 of its score (Eq. 13). At ratio 1 the loss is minus the mean
     advantage over tokens.
+
+    Target: no closed form; where its mean gradient vanishes. Without a leash the best completions take all.
 
     Args:
         dynamic_sampling: keep only groups whose scores differ; needs candidate prompts, see
@@ -174,6 +181,9 @@ class LitePPOModule(CriticFreeModule):
     A = (score - mean_g) / (std of all scores of the rollout + epsilon) (Liu et al., 2508.08221). At ratio 1 the
     gradient is that of -A log policy.
 
+    Target: reference * exp(score / kl_coef), normalised, as rollouts grow: one deviation for all prompts is a matter of
+    step size. Without a leash the best completions take all.
+
     Args:
         epsilon: added to the deviation.
         unbiased: divide by n - 1 in the deviation.
@@ -191,11 +201,15 @@ class LitePPOModule(CriticFreeModule):
         """Return advantages, shape (episodes,); the deviation is over all ranks."""
         scorable = ~rewards.isnan()
         _, variance = moments_over_ranks(self.trainer.strategy, torch.nan_to_num(rewards), scorable)
-        count = self.trainer.strategy.reduce(scorable.sum().double(), reduce_op="sum")
+        count = summed_over_ranks(self, scorable.sum())
         if self.unbiased:
             variance = variance * count / (count - 1).clamp_min(1)
         std = variance.sqrt().to(rewards)
         return functional.lite_ppo_advantages(rewards, rollout.group, self.epsilon, self.unbiased, std)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(score / kl_coef), normalised: the deviation is one number for all prompts."""
+        return exact_target(problem, self.kl_coef)
 
 
 class GSPOModule(CriticFreeModule):
@@ -203,6 +217,9 @@ class GSPOModule(CriticFreeModule):
 
     ratio = exp(mean_t(log policy - log old)), clipped within 3e-4 below and 4e-4 above 1 (Zheng et al., 2507.18071,
     Eq. 5 to 7), each token with its own gradient. At ratio 1 its gradient is GRPO's.
+
+    Target: no closed form; where its mean gradient vanishes, which is GRPO's place at the same kl_coef. Without a leash
+    the best completions take all.
     """
 
     paper = "Zheng et al. 2025, arXiv 2507.18071"
@@ -232,6 +249,9 @@ class CISPOModule(CriticFreeModule):
     loss = mean over tokens of -sg(min(ratio, cap)) A log policy (MiniMax, 2506.13585, Eq. 4 and 5). At ratio 1 its
     gradient is the clipped surrogate's.
 
+    Target: no closed form; where its mean gradient vanishes, which is DAPO's place at the same kl_coef. Without a leash
+    the best completions take all.
+
     Args:
         cap: largest weight; 5 in ScaleRL (2510.13786).
     """
@@ -256,7 +276,9 @@ class RLOOModule(CriticFreeModule):
     r"""RLOO: each completion is compared with the mean of its siblings, the KL in its reward.
 
     A = r - mean of the other G - 1 rewards, r = score - kl_coef * sum_t(log policy - log reference); the ratio is the
-    whole completion's (Ahmadian et al., 2402.14740). Unbiased: its optimum is reference * exp(score / kl_coef).
+    whole completion's (Ahmadian et al., 2402.14740). Unbiased.
+
+    Target: reference * exp(score / kl_coef), normalised.
     """
 
     paper = "Ahmadian et al. 2024, arXiv 2402.14740"
@@ -289,6 +311,9 @@ class ReinforcePlusPlusModule(CriticFreeModule):
 
     A_t = whitened sum_{s >= t} gamma^(s-t) reward_s (Hu et al., 2501.03262). At ratio 1 the loss is 0.
 
+    Target: reference * exp(score / kl_coef), normalised, as rollouts grow: whitening shifts and scales all tokens
+    alike. Discounted it has no closed form.
+
     Args:
         gamma: discount per token.
     """
@@ -310,11 +335,18 @@ class ReinforcePlusPlusModule(CriticFreeModule):
             functional.reinforce_plus_plus_advantages(rewards, mask, self.gamma, mean=mean, var=variance), None
         )
 
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(score / kl_coef), normalised: whitening shifts and scales all tokens alike."""
+        return exact_target(problem, self.kl_coef) if self.gamma == 1 else None
+
 
 class ReinforcePlusPlusBaselineModule(CriticFreeModule):
     r"""REINFORCE++-baseline: score minus the group's mean, whitened over all tokens; the KL (k2) as a loss.
 
     A = whitened (score - mean_g) (Hu et al., 2501.03262). At ratio 1 and policy = reference the loss is 0.
+
+    Target: no closed form; where its mean gradient vanishes. Not the KL-regularised optimum: k2 holds each token to the
+    reference, whatever it leads to.
     """
 
     paper = "Hu et al. 2025, arXiv 2501.03262"
@@ -340,7 +372,9 @@ class ReMaxModule(CriticFreeModule):
     r"""ReMax: the baseline is the score of the greedy completion of the same prompt, one more decode a prompt.
 
     loss = mean over completions of -(r - score of greedy) log policy, r = score - kl_coef * sum_t KL (Li et al.,
-    2310.10505, Algorithm 1). Unbiased: its optimum is reference * exp(score / kl_coef).
+    2310.10505, Algorithm 1). Unbiased.
+
+    Target: reference * exp(score / kl_coef), normalised.
     """
 
     paper = "Li et al. 2023, arXiv 2310.10505"

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.types import PolicyLogprobs, Rollout
+
+NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
+"""What is measured."""
 
 
 class InvariantError(RuntimeError):
@@ -18,7 +22,8 @@ class InvariantError(RuntimeError):
 class Invariants:
     """Checks of a rollout. Each raises or warns, and leaves its measured value to be logged.
 
-    Bounds are for fp32, where what should be equal differs by rounding alone; lower precisions are held to a mean.
+    Bounds are for fp32, where what should be equal differs by rounding alone; lower precisions are held to a mean, and
+    so is a model that computes in one although its log-probabilities are fp32 (``exact`` False).
 
     Args:
         on_violation: "raise", or "warn" and go on.
@@ -27,13 +32,18 @@ class Invariants:
     def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
         if on_violation not in ("raise", "warn"):
             raise ValueError(f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
-        self.on_violation = on_violation
+        self.on_violation, self.exact = on_violation, True
         self._measured: dict[str, float] = {}
 
-    def take(self) -> dict[str, float]:
-        """Return what was measured since the last call, as metrics."""
-        measured, self._measured = self._measured, {}
-        return {f"invariant/{name}": value for name, value in measured.items()}
+    def take(self, strategy: Strategy) -> dict[str, float]:
+        """Return the largest values on any rank that were measured since the last call, as metrics."""
+        # A rank without rows has measured less than the others: all of them compare the same names.
+        here = [self._measured.get(name, -1.0) for name in NAMES]
+        self._measured = {}
+        precision = torch.float32 if strategy.root_device.type == "mps" else torch.float64
+        table = torch.tensor(here, dtype=precision, device=strategy.root_device)
+        largest = strategy.reduce(table, reduce_op="max")
+        return {f"invariant/{name}": value for name, value in zip(NAMES, largest.tolist(), strict=True) if value >= 0}
 
     def check_ratio(self, logprobs: PolicyLogprobs) -> None:
         """Before the first update of a rollout the policy is the one that sampled: every ratio is 1."""
@@ -95,7 +105,11 @@ class Invariants:
         """Hold the largest of the values to a bound, or in a lower precision their mean."""
         if not values.numel():
             return
-        if like.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(like.device.type):
+        if (
+            self.exact
+            and like.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled(like.device.type)
+        ):
             self._check(name, float(values.max()), bound, cause)
         else:
             self._check(name, float(values.mean()), mean_bound, cause)

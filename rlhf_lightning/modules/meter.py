@@ -37,6 +37,11 @@ class Meter:
         """Drop what was added under ``name``."""
         self._sums.pop(name, None)
 
+    def add_nothing(self, like: Meter) -> None:
+        """Add every name of another meter with no weight: a rank without rows must know the names too."""
+        for name in like._sums:
+            self._add(name, torch.zeros(2, dtype=torch.float64))
+
     def means(self, strategy: Strategy) -> dict[str, float]:
         """Return the mean of each name over all that was added on all ranks. One collective for all of them."""
         if not self._sums:

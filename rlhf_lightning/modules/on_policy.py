@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.layout import Layout, cut_sequences, select
+from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout, select
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.models.sharding import in_step, most_passes
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.gathering import summed_over_ranks
 from rlhf_lightning.modules.invariants import Invariants
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.rollouts import (
@@ -43,7 +45,7 @@ class OnPolicyModule(AlignmentModule):
 
     Args:
         scorer: what scores completions: a reward model's folder, an importable function
-            ``(prompts, completions, **columns) -> scores``, or a Scorer.
+            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args.
         max_new_tokens: longest completion, tokens.
         temperature: of sampling and of every log-probability.
         sampling_batch_size: completions decoded side by side; None decodes a whole rollout at once.
@@ -69,11 +71,14 @@ class OnPolicyModule(AlignmentModule):
     batch_type = PromptBatch
     needs_reference = True
     policy: CausalLM
+    allows_missing_scores: ClassVar[bool] = False
+    """Whether a scorer may return None: the advantages of such a family are 0 there, and no baseline counts it."""
+
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
     def __init__(
         self,
-        scorer: Scorer | str,
+        scorer: Scorer | str | dict[str, Any],
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         sampling_batch_size: int | None = None,
@@ -95,7 +100,9 @@ class OnPolicyModule(AlignmentModule):
     ) -> None:
         super().__init__(**kwargs)
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
-        self.collector = RolloutCollector(scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty)
+        self.collector = RolloutCollector(
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, self.allows_missing_scores
+        )
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
@@ -125,7 +132,13 @@ class OnPolicyModule(AlignmentModule):
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
-        self.scorer  # noqa: B018 - a scorer that cannot be loaded should fail now, not after the first rollout
+        # A scorer that cannot be loaded should fail now, not after the first rollout.
+        self.scorer.load_beside(self.policy, self.load_settings)
+        self.invariants.exact = self.load_settings.is_exact
+
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """The reference, and the networks that the scorer holds."""
+        return (*super().frozen_models(), *getattr(self.scorer, "models", ()))
 
     def _place_frozen_models(self) -> None:
         super()._place_frozen_models()
@@ -143,16 +156,20 @@ class OnPolicyModule(AlignmentModule):
         """Collect one rollout and take all its updates."""
         meter = Meter()
         rollout, entropy = self.collect(*step.micro_batches)
+        norm = self.learn(rollout, entropy, step.micro_batches[0], meter)
+        self.rollouts += 1
+        self.episodes += step.rows
+        self.tokens += int(self._over_ranks(rollout.completion_mask.sum()))
+        self._log_rollout(meter, norm, step.rows)
+
+    def learn(self, rollout: Rollout, entropy: Tensor, batch: PromptBatch, meter: Meter) -> float:
+        """Take all updates of a rollout; return the gradient norm of the last."""
         rewards = self.shape_rewards(rollout)
         self._check_rollout(rollout, rewards)
         advantages = self.advantages(rollout, rewards)
         self._measure_rollout(rollout, rewards, entropy, meter)
         self._measure_advantages(rollout, advantages, meter)
-        norm = self._learn_from(rollout, advantages, step.micro_batches[0], meter)
-        self.rollouts += 1
-        self.episodes += step.rows
-        self.tokens += int(self._over_ranks(rollout.completion_mask.sum()))
-        self._log_rollout(meter, norm, step.rows)
+        return self._learn_from(rollout, lambda rows: self._learn(rollout, advantages, rows, batch, meter), meter)
 
     def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
         """Sample and score a completion for each prompt. A family that chooses among its samples overrides this.
@@ -168,6 +185,7 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             The rollout, and the entropy of each token's distribution.
         """
+        self.scorer.take_metrics()  # of completions that are no rollout's, such as a sample table's
         drawn = self.draw(batches)
         grids = self.statistics(drawn.samples.sequences)
         device = grids["logprobs"].device
@@ -188,8 +206,14 @@ class OnPolicyModule(AlignmentModule):
 
     def statistics(self, sequences: Sequences) -> dict[str, Tensor]:
         """Forward sampled completions as training will, without gradient; one (episodes, length) grid for each name."""
-        with inference_mode_of(self):
-            return gather_grids(sequences, self.cut(sequences), self._forward_statistics, self.lay_out)
+        idle = partial(self._forward_statistics, free_layout().to(self.device))
+        with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
+
+            def forward(layout: Layout) -> dict[str, Tensor]:
+                before_pass()
+                return self._forward_statistics(layout)
+
+            return gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut episodes into micro-batches, in training as for a rollout's statistics."""
@@ -230,27 +254,32 @@ class OnPolicyModule(AlignmentModule):
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
-    def _learn_from(self, rollout: Rollout, advantages: Advantages, batch: PromptBatch, meter: Meter) -> float:
-        """Take a rollout's updates; return the gradient norm of the last."""
+    def _learn_from(self, rollout: Rollout, learn: Callable[[list[int]], float], meter: Meter) -> float:
+        """Call ``learn`` with the rows of each minibatch of each epoch; return the gradient norm of the last."""
         norm = 0.0
         for epoch in range(self.ppo_epochs):
             for number, rows in enumerate(self._minibatches(rollout, epoch)):
                 self._untouched = epoch == number == 0  # the policy is still the one that sampled
-                norm = self._learn(rollout, advantages, rows, batch, meter)
+                norm = learn(rows)
                 if self._should_stop(meter):
                     return norm
         return norm
 
     def _minibatches(self, rollout: Rollout, epoch: int) -> Iterator[list[int]]:
         """Yield this rank's rows of each minibatch; the permutation is over all ranks' episodes."""
-        assert rollout.episodes is not None
-        mine = {int(episode): row for row, episode in enumerate(rollout.episodes)}
+        mine = self._units(rollout)
         everyone = sorted(gathered_numbers(self, list(mine)))
         generator = torch.Generator().manual_seed(hash((self.seed, self.rollouts, epoch)) % 2**63)
         order = [everyone[place] for place in torch.randperm(len(everyone), generator=generator).tolist()]
-        size = self.mini_batch_size or len(order)
+        whole = max((len(rows) for rows in mine.values()), default=1)
+        size = len(order) if self.mini_batch_size is None else max(self.mini_batch_size // whole, 1)
         for start in range(0, len(order), size):
-            yield [mine[episode] for episode in order[start : start + size] if episode in mine]
+            yield [row for unit in order[start : start + size] if unit in mine for row in mine[unit]]
+
+    def _units(self, rollout: Rollout) -> dict[int, list[int]]:
+        """Rows that no minibatch may part, by a number that no other rank has: here each episode is by itself."""
+        assert rollout.episodes is not None
+        return {int(episode): [row] for row, episode in enumerate(rollout.episodes)}
 
     def aggregation(self, learned: Tensor) -> Aggregation:
         """Return how token losses become one: a mean over the tokens of the minibatch.
@@ -269,9 +298,18 @@ class OnPolicyModule(AlignmentModule):
         count = float(self._over_ranks(self.aggregation(learned[rows]).divisor))
         cuts = self.cut(sequences, rows)
         losses: list[Callable[[], Tensor]] = [partial(self._loss_sum, rollout, advantages, cut, meter) for cut in cuts]
-        if not rows:  # another rank has them all; without a backward pass here its gradients would wait for ever
-            losses = [lambda: 0.0 * self._loss_sum(rollout, advantages, [0], Meter())]
-        return self.update(losses + self.further_losses(batch, count, meter), count)
+        # Without a backward pass here the gradients of the ranks that have rows would wait for ever.
+        missing = max(most_passes(self.policy, len(cuts)), 1) - len(cuts)
+        losses += [partial(self._loss_of_nothing, rollout, advantages, meter)] * missing
+        # The rollout's passes go last: where ranks add gradients up after the last one, it must touch every weight.
+        return self.update(self.further_losses(batch, count, meter) + losses, count)
+
+    def _loss_of_nothing(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> Tensor:
+        """Return a loss that changes nothing, for a rank without rows left while others have some."""
+        unused = Meter()
+        loss = 0.0 * self._loss_sum(rollout, advantages, [0], unused)
+        meter.add_nothing(unused)
+        return loss
 
     def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
         """Return losses on other text than the rollout's, as functions, to be divided by ``count`` like the rest."""
@@ -347,7 +385,7 @@ class OnPolicyModule(AlignmentModule):
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         """Sum over all ranks."""
-        return self.trainer.strategy.reduce(value.double(), reduce_op="sum")
+        return summed_over_ranks(self, value)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
@@ -366,7 +404,11 @@ class OnPolicyModule(AlignmentModule):
         mask = rollout.completion_mask
         measure_samples(meter, rollout.scores, rollout.finished, mask.sum(-1))
         meter.add("rollout/entropy", entropy, mask)
-        meter.add("rollout/reward", rewards.sum(-1))
+        meter.add("rollout/reward", rewards.sum(-1), ~rollout.scores.isnan())
+        if self.allows_missing_scores:
+            meter.add("rollout/score_missing", rollout.scores.isnan().double())
+        for name, values in self.scorer.take_metrics().items():
+            meter.add(f"rollout/{name}", values, ~values.isnan())
         if rollout.reference_logprobs is not None:
             meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
 
@@ -378,7 +420,7 @@ class OnPolicyModule(AlignmentModule):
         means = meter.means(self.trainer.strategy)
         rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
-        further = {"kl_coef": self.kl_coef, **self.invariants.take(), **means, **rollout}
+        further = {"kl_coef": self.kl_coef, **self.invariants.take(self.trainer.strategy), **means, **rollout}
         self.log_training(Meter(), grad_norm=norm, **further)
         if self.kl_target is not None and "rollout/kl" in rollout:
             new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 
@@ -65,13 +66,24 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
     """Clip gradients to a global norm, sharded ones too, and return the norm before; None measures only."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm: Any = torch.nn.utils.clip_grad_norm_(with_gradient, math.inf if limit is None else limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    meshes: dict[Any, list[nn.Parameter]] = {}
+    for parameter in with_gradient:
+        meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    if len(meshes) > 1:  # torch cannot put the norms of matrices cut over other ranks into one
+        norm = math.hypot(*(clip_by_global_norm(group, None) for group in meshes.values()))
+        if limit is not None and norm > limit:
+            for parameter in with_gradient:
+                assert parameter.grad is not None
+                parameter.grad.mul_(limit / (norm + 1e-6))
+        return norm
+    found: Any = torch.nn.utils.clip_grad_norm_(with_gradient, math.inf if limit is None else limit)
+    return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
 
 def without_gradient_sync(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-    """Keep DDP from averaging the gradients of a micro-batch that is not the step's last."""
-    block = getattr(trainer.strategy, "_backward_sync_control", None)
-    if block is None or trainer.world_size == 1:
-        return contextlib.nullcontext()
-    return block.no_backward_sync(trainer.strategy.model, enabled=True)
+    """Keep DDP from averaging the gradients of a micro-batch that is not the step's last.
+
+    It is not for speed alone: ranks may have other numbers of micro-batches, and each averaging takes all of them.
+    """
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()

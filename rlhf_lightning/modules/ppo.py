@@ -22,7 +22,9 @@ from rlhf_lightning.functional.policy_gradient import (
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
+from rlhf_lightning.models.roles import add_critic, belongs_to
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.meter import Meter, moments_over_ranks
 from rlhf_lightning.modules.on_policy import OnPolicyModule
@@ -46,11 +48,15 @@ class PPOModule(OnPolicyModule):
     Settings and their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss
     is minus the mean advantage, 0 after whitening.
 
+    Target: reference * exp(score / kl_coef), normalised; discounted, with rewards whitened or without a leash, it has
+    no closed form.
+
     Args:
-        critic: "separate" trains a network of its own, "shared" a zero-initialised head on the policy's trunk: one
-            forward for both.
-        critic_init: folder a separate critic starts from; None takes the reward model's folder where the scorer is one,
-            else the policy's.
+        critic: "separate" trains a network of its own; "shared" a zero-initialised head on the policy's trunk, one
+            forward for both; "adapter" an adapter and head of its own on the policy's backbone, which saves memory and
+            not time.
+        critic_init: folder a critic of its own starts from; None takes the reward model's folder where the scorer is
+            one (for "adapter": one on the policy's backbone), else the policy's.
         value_coef: weight of the value loss.
         value_clip: how far values may move from the rollout's before the larger loss counts; None does not clip.
         gamma: discount per token.
@@ -63,7 +69,8 @@ class PPOModule(OnPolicyModule):
             27.8 there.
 
     Raises:
-        ValueError: the scorer returns another number of scores than completions, or one that is not finite.
+        ValueError: the scorer returns another number of scores than completions, or one that is not finite,
+            or None: a critic needs a score of every completion.
     """
 
     paper = "Ziegler et al. 2019, arXiv 1909.08593"
@@ -71,7 +78,7 @@ class PPOModule(OnPolicyModule):
     def __init__(
         self,
         scorer: Any,
-        critic: Literal["separate", "shared"] = "separate",
+        critic: Literal["separate", "adapter", "shared"] = "separate",
         critic_init: str | None = None,
         value_coef: float = 0.1,
         value_clip: float | None = 0.2,
@@ -93,8 +100,10 @@ class PPOModule(OnPolicyModule):
             adam_eps=adam_eps,
             **kwargs,
         )
-        if critic not in ("separate", "shared"):
-            raise ValueError(f"critic is {critic!r}: it must be 'separate' or 'shared'")
+        if critic not in ("separate", "adapter", "shared"):
+            raise ValueError(f"critic is {critic!r}: it must be 'separate', 'adapter' or 'shared'")
+        if critic == "adapter" and self.lora is None:
+            raise ValueError("critic is 'adapter', but the policy trains every weight: set lora, or critic='separate'")
         if reward_slot not in ("end", "after_eos"):
             raise ValueError(f"reward_slot is {reward_slot!r}: it must be 'end' or 'after_eos'")
         self.critic_kind, self.critic_init, self.reward_slot = critic, critic_init, reward_slot
@@ -111,6 +120,17 @@ class PPOModule(OnPolicyModule):
         self.load_reference_and_scorer()
         if self.critic_kind == "separate":
             self.critic = self._load_critic()
+        if self.critic_kind == "adapter":
+            self.critic = self._add_critic()
+
+    def _add_critic(self) -> ScalarModel:
+        """Put the critic on the policy's backbone, from the reward model where that is an adapter on it too."""
+        assert self.lora is not None
+        start = None if self.critic_init is None else resolve_folder(self.critic_init)
+        folder = getattr(self.scorer, "folder", None)
+        if start is None and folder is not None and belongs_to(self.policy, folder):
+            start = folder
+        return add_critic(self.policy, self.lora, None if start == resolve_folder(self.init_from) else start)
 
     def _load_critic(self) -> ScalarModel:
         """Load the critic from the reward model, its head included; from the policy it gets a head of zeros."""
@@ -118,11 +138,13 @@ class PPOModule(OnPolicyModule):
         if start is None:
             start = getattr(self.scorer, "folder", None) or self.init_from
         own = start == self.init_from
-        settings = self.load_settings if own else replace(self.load_settings, from_scratch=False)
+        # Every weight of it is trained, so they are whole and in fp32 whatever the policy's backbone is in.
+        whole = replace(self.load_settings, quantization=None, dtype="float32")
+        settings = whole if own else replace(whole, from_scratch=False)
         model = load_reward_hf_model(resolve_folder(start), settings)
         if own:
             torch.nn.init.zeros_(model.score.weight)
-        prepare_for_training(model, self.load_settings)
+        prepare_for_training(model, settings)
         return ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
 
     # -- override points ----------------------------------------------------------------------------------------------
@@ -259,4 +281,6 @@ class PPOModule(OnPolicyModule):
             meter.add("pretraining_loss", negative, layout.completion_mask)
             return scale * negative.sum()
 
-        return [partial(loss, cut) for cut in cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)]
+        cuts = cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)
+        cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text of its own
+        return [partial(loss, cut) for cut in cuts]

@@ -24,7 +24,9 @@ class ConservativeDPOModule(DPOModule):
 
     loss = -(1 - s) log sigmoid(x) - s log sigmoid(-x), s = ``label_smoothing`` (Mitchell 2023, a note on DPO with noisy
     preferences). Policy = reference gives log 2. The margin of a certain label is pulled towards logit(1 - s), never
-    beyond. The optimum is the population loss's minimiser; where labels are noisy already, DPO itself finds the
+    beyond.
+
+    Target: no closed form; the minimiser of the population loss. Where labels are noisy already, DPO itself finds the
     rewards and this does not.
 
     Args:
@@ -41,8 +43,10 @@ class RobustDPOModule(DPOModule):
     r"""Robust DPO: unbiased for the clean labels when each was flipped with a known rate.
 
     loss = [-(1 - e) log sigmoid(x) + e log sigmoid(-x)] / (1 - 2e), e = ``flip_rate`` (Chowdhury et al., 2403.00409).
-    Policy = reference gives log 2. On labels flipped with rate e its optimum is DPO's on clean ones. A pair preferred
-    with probability below e has no finite one.
+    Policy = reference gives log 2. A pair preferred with probability below e has no finite optimum.
+
+    Target: reference * exp(reward / beta), normalised, where the labels are Bradley-Terry ones of the rewards, flipped
+    with rate e; of other labels no closed form; the minimiser of the population loss.
 
     Args:
         flip_rate: share of the labels that were flipped, below 0.5.
@@ -82,9 +86,10 @@ class IPOModule(DPOModule):
     r"""Identity preference optimisation: margins regressed on a constant, so that they cannot run away.
 
     loss = (d - 1 / (2 beta))^2, with a_w and a_l averaged over tokens (Azar et al., 2310.12036, Eq. 17; the average is
-    the authors' practice) or summed as in the paper. Policy = reference gives 1 / (4 beta^2). With sums the optimum is
-    reference * exp(E p / beta), E p a completion's mean win rate; with averages over n tokens it is
-    reference * exp(n (E p / beta + c)), each prompt's c so that it sums to 1.
+    the authors' practice) or summed as in the paper. Policy = reference gives 1 / (4 beta^2).
+
+    Target: with sums reference * exp(E p / beta), normalised, E p a completion's mean win rate; with averages over n
+    tokens reference * exp(n (E p / beta + c)), each prompt's c so that it sums to 1.
 
     Args:
         beta: the paper's tau: strength of the pull towards the reference.
@@ -124,7 +129,10 @@ class HingeModule(DPOModule):
     r"""SLiC's hinge on the margin, normalised by the reference as in RSO.
 
     loss = max(0, 1 - x) (Zhao et al., 2305.10425; Liu et al., 2309.06657). Policy = reference gives 1. Beyond
-    x = 1 a pair teaches nothing; the optimum is the median label's, not the probability's, and need not be unique.
+    x = 1 a pair teaches nothing.
+
+    Target: no closed form; any minimiser of the population loss. It follows each pair's likelier label, not how likely
+    that is, and need not be unique.
     """
 
     paper = "Zhao et al. 2023, arXiv 2305.10425"
@@ -148,7 +156,9 @@ class EXOModule(DPOModule):
 
     loss = sigmoid(x) [log sigmoid(x) - log(1 - e)] + sigmoid(-x) [log sigmoid(-x) - log e], e = ``epsilon``
     (Ji et al., 2402.00856). Policy = reference gives 2.7612 for e = 1e-3. A pair alone is at its best at
-    x = (2 p - 1) logit(1 - e); the optimum is the population loss's minimiser.
+    x = (2 p - 1) logit(1 - e).
+
+    Target: no closed form; the minimiser of the population loss.
 
     Args:
         epsilon: smoothing of the label, above 0.
@@ -179,7 +189,9 @@ class AOTModule(DPOModule):
 
     loss = -log sigmoid(beta (sort(policy margins) - sort(reference margins))) over all pairs of the optimizer step
     (Melnyk et al., 2406.05882). Policy = reference gives log 2. Labels are taken as certain and pairs as equal:
-    sorting breaks the pairing that a label or a weight belongs to. The optimum depends on which pairs meet in a step.
+    sorting breaks the pairing that a label or a weight belongs to.
+
+    Target: no closed form; the minimiser of the loss over the pairs that meet in a step, so it depends on the steps.
     """
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"
@@ -206,8 +218,9 @@ class UnpairedAOTModule(DPOModule):
     r"""AOT without pairing: chosen log-ratios dominate rejected ones as distributions.
 
     loss = -log sigmoid(beta (sort(a_w) - sort(a_l))) over all pairs of the optimizer step (Melnyk et al., 2406.05882).
-    Policy = reference gives log 2. Labels are taken as certain and pairs as equal, and the optimum depends on which
-    pairs meet in a step.
+    Policy = reference gives log 2. Labels are taken as certain and pairs as equal.
+
+    Target: no closed form; the minimiser of the loss over the pairs that meet in a step, so it depends on the steps.
     """
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"
@@ -231,8 +244,9 @@ class DiscoPOPModule(DPOModule):
     r"""DiscoPOP: a blend of the logistic and the exponential loss that a language model discovered.
 
     loss = (1 - g)(-log sigmoid(x)) + g e^{-x}, g = sigmoid(x / temperature) (Lu et al., 2406.08414).
-    Policy = reference gives (1 + log 2) / 2. Not monotone: about x = 0 its gradient shrinks the margin. Not convex
-    either: the population loss has several minima.
+    Policy = reference gives (1 + log 2) / 2. Not monotone: about x = 0 its gradient shrinks the margin.
+
+    Target: no closed form; a minimiser of the population loss, which is not convex and has several.
 
     Args:
         temperature: of the gate g.
@@ -260,8 +274,9 @@ class LengthNormalizedDPOModule(DPOModule):
     r"""DPO on log-ratios per token, so that length earns nothing.
 
     loss = -log sigmoid(beta (a_w / n_w - a_l / n_l)), n the lengths in tokens (Lambert et al., 2411.15124).
-    Policy = reference gives log 2. The optimum is reference * exp(n (reward + c) / beta), each prompt's c so that it
-    sums to 1.
+    Policy = reference gives log 2.
+
+    Target: reference * exp(n (reward + c) / beta), each prompt's c so that it sums to 1.
     """
 
     paper = "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124"
@@ -297,8 +312,10 @@ class RPOModule(DPOModule):
     r"""DPO with the chosen completion's likelihood, so that its probability cannot fall with the rejected one's.
 
     loss = DPO - alpha S_w / n_w, S_w the policy's log-probability of the chosen completion of n_w tokens (Pang et al.,
-    2404.19733; Liu et al., 2405.16436, use alpha 0.005). Policy = reference gives log 2 + alpha * NLL per token. The
-    optimum is the population loss's minimiser, between DPO's and the chosen completions' frequencies over lengths.
+    2404.19733; Liu et al., 2405.16436, use alpha 0.005). Policy = reference gives log 2 + alpha * NLL per token.
+
+    Target: no closed form; the minimiser of the population loss, between DPO's and the chosen completions' frequencies
+    over lengths.
 
     Args:
         alpha: weight of the likelihood.

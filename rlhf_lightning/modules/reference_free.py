@@ -16,7 +16,9 @@ class ReferenceFreeDPOModule(DPOModule):
     r"""DPO with a uniform reference: the policy's log-probability is the implicit reward.
 
     loss = -log sigmoid(beta (S_w - S_l)), S the sequence log-probabilities (a special case of Rafailov et al.,
-    2305.18290). Equal log-probabilities give log 2. The optimum is exp(reward / beta), normalised.
+    2305.18290). Equal log-probabilities give log 2.
+
+    Target: exp(reward / beta), normalised.
     """
 
     needs_reference = False
@@ -39,7 +41,9 @@ class SimPOModule(DPOModule):
     r"""SimPO: mean log-probabilities as rewards, and a gap that a pair must clear.
 
     loss = -log sigmoid(beta (S_w / n_w - S_l / n_l) - gamma) (Meng et al., 2405.14734, Eq. 6). Equal means give
-    -log sigmoid(-gamma). The optimum is the population loss's minimiser: the gap keeps margins from the log-odds.
+    -log sigmoid(-gamma).
+
+    Target: no closed form; the minimiser of the population loss. The gap keeps margins from the log-odds.
 
     Args:
         beta: reward units per nat of mean log-probability; 2 to 10.
@@ -66,8 +70,10 @@ class ORPOModule(DPOModule):
     r"""ORPO: fine-tuning on the chosen completion and an odds ratio against the rejected one, in one stage.
 
     loss = -S_w / n_w - weight * log sigmoid(o), o the log odds ratio of the two completions' mean probabilities per
-    token (Hong et al., 2403.07691, Eq. 6 and 7). Equal means m give -m + weight * log 2. The optimum is the population
-    loss's minimiser: as the weight is small, near the chosen completions' frequencies over lengths.
+    token (Hong et al., 2403.07691, Eq. 6 and 7). Equal means m give -m + weight * log 2.
+
+    Target: no closed form; the minimiser of the population loss. As the weight is small, it is near the chosen
+    completions' frequencies over lengths.
 
     Args:
         weight: lambda, weight of the odds ratio.
@@ -97,8 +103,10 @@ class CPOModule(DPOModule):
     r"""CPO: reference-free DPO with the chosen completion's likelihood.
 
     loss = -log sigmoid(beta (S_w - S_l)) - alpha S_w / n_w (Xu et al., 2401.08417). Equal log-probabilities S of equal
-    lengths n give log 2 - alpha S / n. The optimum is the population loss's minimiser, between exp(reward / beta) and
-    the chosen completions' frequencies over lengths.
+    lengths n give log 2 - alpha S / n.
+
+    Target: no closed form; the minimiser of the population loss, between exp(reward / beta) and the chosen completions'
+    frequencies over lengths.
 
     Args:
         alpha: weight of the likelihood.

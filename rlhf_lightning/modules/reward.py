@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics.functional.classification import binary_calibration_error
 
 from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import (
     add_lora,
     is_adapter,
+    load_base_of_adapter,
     load_reward_hf_model,
     prepare_for_training,
+    refuse_other_quantization,
     resolve_folder,
 )
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
 from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
@@ -34,6 +36,9 @@ class RewardModule(OfflineModule):
     2009.01325, margins of Llama 2, 2307.09288). A ranked list counts the mean over its untied pairs, each completion
     forwarded once (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2.
 
+    Target: scores that are the rewards up to a constant for each prompt, where preferences are Bradley-Terry in them;
+    with ``centering`` no closed form.
+
     The score is a linear head on the last completion token's hidden state, drawn from N(0, 1/(hidden size + 1)).
 
     Args:
@@ -45,7 +50,7 @@ class RewardModule(OfflineModule):
     """
 
     paper = "Stiennon et al. 2020, arXiv 2009.01325"
-    batch_type = RankedBatch
+    batch_type: ClassVar[type] = RankedBatch
     has_policy = False
     headline_metrics = ("val/loss", "val/accuracy", "val/ece")
 
@@ -59,7 +64,7 @@ class RewardModule(OfflineModule):
     ) -> None:
         super().__init__(learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
         self.centering, self.normalise = centering, normalise
-        self.calibration = BinaryCalibrationError(n_bins=20, norm="l1")
+        self._judged: list[Tensor] = []  # confidence in each held-out pair, and whether it was right
 
     @property
     def model(self) -> ScalarModel:
@@ -67,12 +72,16 @@ class RewardModule(OfflineModule):
         return self.reward_model
 
     def load_models(self) -> None:
-        """Load the backbone and give it a scalar head where it has none."""
+        """Load the backbone and give it a scalar head where it has none; an adapter is trained on, not stacked upon."""
         name = resolve_folder(self.init_from)
+        continued = name if self.lora is not None and is_adapter(name) else None
+        if continued is not None:
+            refuse_other_quantization(continued, self.load_settings.quantization)
+            name = load_base_of_adapter(continued)
         model = load_reward_hf_model(name, self.load_settings, pad_token_id=self.tokenizer.pad_token_id)
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:
-            model = add_lora(model, self.lora, "SEQ_CLS", seed=self.seed)
+            model = add_lora(model, self.lora, "SEQ_CLS", continued, self.seed)
         self.reward_model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
         self._best_scores = Meter()
 
@@ -99,8 +108,10 @@ class RewardModule(OfflineModule):
         return (loss.values * ranked.weights).sum()
 
     def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
-        """Add accuracy (ties count as wrong), margins and calibration over all untied pairs."""
+        """Add accuracy (equal scores count as wrong), margins and calibration over all pairs that are no ties."""
         better, worse = untied_pairs(ranked.group, ranked.ranks)
+        told_apart = ranked.target[ranked.group[better]] != 0.5
+        better, worse = better[told_apart], worse[told_apart]
         margins = (ranked.scores[better] - ranked.scores[worse]).detach()
         meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
         meter.add("accuracy", (margins > 0).double())
@@ -109,9 +120,8 @@ class RewardModule(OfflineModule):
         meter.add("score_squared", ranked.scores.detach().square())
         if torch.is_grad_enabled():
             self._best_scores.add("score", ranked.scores[ranked.ranks == 0])
-        elif len(margins):
-            confidence = torch.sigmoid(margins.abs())
-            self.calibration.update(confidence, (margins > 0).long())
+        else:
+            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), (margins > 0).to(margins)], -1))
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:
@@ -127,18 +137,20 @@ class RewardModule(OfflineModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation."""
         super().on_validation_epoch_start()
-        self.calibration.reset()
+        self._judged = []
 
     def on_test_epoch_start(self) -> None:
         """Forget the last evaluation."""
         super().on_test_epoch_start()
-        self.calibration.reset()
+        self._judged = []
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Return held-out metrics; ``ece`` bins the confidence max(p, 1-p), since chosen is always the label."""
         means = super().evaluation_metrics()
-        if self.calibration.update_called:
-            means["ece"] = float(self.calibration.compute())
+        judged = gathered_rows(self, torch.cat([torch.zeros(0, 2, device=self.device), *self._judged]))
+        if len(judged):
+            confidence, right = judged.T.contiguous()
+            means["ece"] = float(binary_calibration_error(confidence, right, n_bins=20, norm="l1"))
         if "score_squared" in means:
             means["score_std"] = max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
         return means
@@ -156,15 +168,14 @@ class RewardModule(OfflineModule):
         return rows
 
     def export(self, folder: str | Path) -> Path:
-        """Write the reward model as a Hugging Face folder.
+        """Write the reward model as a Hugging Face folder."""
+        source = self.backbone_source() if self.lora is not None else resolve_folder(self.init_from)
+        return export_reward_model(self.reward_model, self.tokenizer, folder, source, **self.facts_of_scores)
 
-        An adapter that was trained on top of another one is written whole: the backbone it hangs on, the other one
-        merged, is in no folder.
-        """
-        trained, start = self.reward_model, resolve_folder(self.init_from)
-        if self.lora is not None and is_adapter(start):
-            trained = ScalarModel(copy.deepcopy(trained.model).merge_and_unload(), trained.bias)
-        return export_reward_model(trained, self.tokenizer, folder, start)
+    @property
+    def facts_of_scores(self) -> dict[str, Any]:
+        """What whoever scores with the exported folder has to know beside the weights."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the bias with the weights."""

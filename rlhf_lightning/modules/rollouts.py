@@ -14,7 +14,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
-from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.models.sampling import Mixture, SamplingSettings, sample
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
@@ -80,6 +80,7 @@ class RolloutCollector:
         seed: seed of the run.
         missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        allow_missing: whether a completion may have no score.
 
     Raises:
         ValueError: samples are not the policy's own distribution, or both rules for a missing end are given.
@@ -87,11 +88,12 @@ class RolloutCollector:
 
     def __init__(
         self,
-        scorer: Scorer | str,
+        scorer: Scorer | str | dict[str, Any],
         sampling: SamplingSettings,
         seed: int,
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
+        allow_missing: bool = False,
     ) -> None:
         if not sampling.is_pure:
             raise ValueError(
@@ -104,6 +106,7 @@ class RolloutCollector:
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
+        self.allow_missing = allow_missing
         self._scorer: Scorer | None = None
 
     @property
@@ -124,10 +127,12 @@ class RolloutCollector:
         tokenizer: PreTrainedTokenizerBase,
         batch: PromptBatch,
         sampling: SamplingSettings | None = None,
+        mixture: Mixture | None = None,
     ) -> Samples:
         """Draw one completion for each prompt of the batch, from its episode's random numbers."""
         ends = tokenization.end_token_ids(tokenizer)
-        drawn = sample(policy, batch.prompts, batch.episodes, sampling or self.sampling, self.seed, ends)
+        settings = sampling or self.sampling
+        drawn = sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
         sequences = Sequences(
             prompts=batch.prompts,
             completions=drawn.ids,
@@ -139,21 +144,26 @@ class RolloutCollector:
     def score(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
         """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU."""
         scores = self.raw_scores(tokenizer, samples, batch)
-        return missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+        ruled = missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
+        return torch.where(scores.isnan(), scores, ruled)
 
     def raw_scores(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
-        """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU.
+        """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU; NaN where it has none.
 
         Raises:
-            ValueError: the scorer returned another number of scores, or one that is not finite.
+            ValueError: the scorer returned another number of scores, one that is not finite, or None where every
+                completion needs a score.
         """
         scorer, sequences = self.scorer, samples.sequences
         count = len(sequences.completions)
+        if count == 0 and not getattr(scorer, "models", ()):
+            return torch.zeros(0)  # of no rows not even the columns are known that it may ask for
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             return checked_scores(scorer.score_sequences(sequences), count, name)
         texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
-        return checked_scores(scorer(list(batch.texts), texts, **batch.columns), count, name)
+        given = scorer(list(batch.texts), texts, **batch.columns)
+        return checked_scores(given, count, name, self.allow_missing)
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
@@ -197,6 +207,24 @@ def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
     return Drawn(batch, samples, torch.cat([drawn.scores[list(rows)] for drawn, rows in parts]))
 
 
+def merged_samples(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
+    """Put samples of several models back in the order of their prompts.
+
+    Args:
+        parts: each model's samples, and the place of each of them.
+    """
+    found = {row: (part, index) for part, rows in parts for index, row in enumerate(rows)}
+    picked = [found[row] for row in range(len(found))]
+    sequences = Sequences(
+        prompts=tuple(part.sequences.prompts[index] for part, index in picked),
+        completions=tuple(part.sequences.completions[index] for part, index in picked),
+        parents=tuple(range(len(picked))),
+        supervised=tuple(part.sequences.supervised[index] for part, index in picked),
+    )
+    finished = torch.stack([part.finished[index] for part, index in picked])
+    return Samples(sequences, finished, tuple(part.logprobs[index] for part, index in picked))
+
+
 def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:
     """Return the numbers of all ranks, of which each may have another count."""
     mine = torch.tensor(list(numbers), dtype=torch.long, device=module.device)
@@ -217,9 +245,9 @@ def gather_grids(
         forward: returns per-token tensors of a layout, shape (rows of it, its length or more); None ones are left out.
         lay_out: arranges a micro-batch for the model.
     """
-    rows, length = len(sequences.completions), max(len(ids) for ids in sequences.completions)
+    rows, length = len(sequences.completions), max((len(ids) for ids in sequences.completions), default=1)
     grids: dict[str, Tensor] = {}
-    for cut in cuts:
+    for cut in cuts or [[]]:  # a rank without rows has grids too
         layout = lay_out(select(sequences, cut))
         for name, part in forward(layout).items():
             if part is None:
@@ -239,9 +267,10 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def measure_samples(meter: Meter, scores: Tensor, finished: Tensor, lengths: Tensor) -> None:
-    """Add what every rollout is described by: scores, how many ended by themselves, how long they are."""
-    meter.add("rollout/score", scores)
-    meter.add("rollout/score_squared", scores.square())
+    """Add what every rollout is described by: its scores, how many ended by themselves, how long they are."""
+    known = ~scores.isnan()
+    meter.add("rollout/score", scores, known)
+    meter.add("rollout/score_squared", scores.square(), known)
     meter.add("rollout/eos_rate", finished.double())
     meter.add("rollout/completion_length", lengths.double())
 

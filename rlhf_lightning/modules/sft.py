@@ -23,6 +23,8 @@ class SFTModule(OfflineModule):
     loss = -(1/N) \sum_{rows} w \sum_t log policy(y_t | x, y_{<t}), N the supervised tokens of the whole optimizer step
     (InstructGPT, 2203.02155, Section 3.5). Only completion tokens count, the end token among them.
 
+    Target: the distribution that the demonstrations were drawn from.
+
     Raises:
         TypeError: the DataModule does not yield demonstrations.
     """

@@ -23,7 +23,9 @@ class NCAModule(DPOModule):
     r"""NCA for pairs: noise contrast that holds up the chosen completion's own probability.
 
     loss = -log sigmoid(u) - 1/2 log sigmoid(-u) - 1/2 log sigmoid(-v) (Chen et al., 2402.05369).
-    Policy = reference gives 2 log 2. The optimum is the population loss's minimiser.
+    Policy = reference gives 2 log 2.
+
+    Target: no closed form; the minimiser of the population loss.
     """
 
     paper = "Chen et al. 2024, arXiv 2402.05369"
@@ -45,8 +47,9 @@ class BCOPairModule(DPOModule):
     r"""BCO on pairs: a binary classifier, good or bad, whose logit is the implicit reward.
 
     loss = -log sigmoid(u - delta) - log sigmoid(-(v - delta)) (Jung et al., 2404.04656), delta the mean of all
-    u and v of the optimizer step, without gradient. Policy = reference gives 2 log 2. It comes to rest where the
-    policy minimises the population loss for the delta that it itself has.
+    u and v of the optimizer step, without gradient. Policy = reference gives 2 log 2.
+
+    Target: no closed form; the policy that minimises the population loss for the delta that it itself has.
     """
 
     paper = "Jung et al. 2024, arXiv 2404.04656"
@@ -72,7 +75,9 @@ class SPPOModule(DPOModule):
     r"""SPPO with hard labels: one step of self-play, each log-ratio regressed on a constant.
 
     loss = (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2 (Wu et al., 2405.00675). Policy = reference gives
-    1 / (2 beta^2). The optimum is the population loss's minimiser.
+    1 / (2 beta^2).
+
+    Target: no closed form; the minimiser of the population loss.
     """
 
     paper = "Wu et al. 2024, arXiv 2405.00675"
@@ -94,7 +99,9 @@ class APOZeroModule(DPOModule):
     r"""APO-zero, for chosen completions better than the policy's own: chosen goes up, rejected down.
 
     loss = 1 - sigmoid(u) + sigmoid(v) (D'Oosterlinck et al., 2408.06266). Policy = reference gives 1.
-    The optimum is the population loss's minimiser; as the loss is bounded, it may give up poor completions altogether.
+
+    Target: no closed form; the minimiser of the population loss. As the loss is bounded, it may give up poor
+    completions altogether.
     """
 
     paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266"
@@ -116,8 +123,9 @@ class APODownModule(DPOModule):
     r"""APO-down, for chosen completions worse than the policy's own: both go down, rejected further.
 
     loss = sigmoid(u) + 1 - sigmoid(x) (D'Oosterlinck et al., 2408.06266). Policy = reference gives 1.
-    The optimum is the population loss's minimiser; u is pushed down on every chosen completion, so it may leave a
-    prompt a single one.
+
+    Target: no closed form; the minimiser of the population loss. u is pushed down on every chosen completion, so it may
+    leave a prompt a single one.
     """
 
     paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266"
@@ -139,8 +147,9 @@ class AlphaDPOModule(DPOModule):
     r"""f-DPO with an alpha-divergence as the leash: between the reverse KL (DPO) and the forward KL.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = (1 - e^{-alpha a}) / alpha (Wang et al., 2309.16240).
-    Policy = reference gives log 2. The optimum has beta f(log policy/reference) = reward + c, each prompt's c so that
-    it sums to 1.
+    Policy = reference gives log 2.
+
+    Target: beta f(log policy/reference) = reward + c, each prompt's c so that the policy sums to 1.
 
     Args:
         alpha: towards 0 the reverse KL, 1 the forward KL; above 0.
@@ -172,7 +181,9 @@ class ForwardKLDPOModule(DPOModule):
     r"""f-DPO with the forward KL as the leash: no completion of the reference is given up.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = 1 - e^{-a} (Wang et al., 2309.16240).
-    Policy = reference gives log 2. The optimum has beta (1 - reference/policy) = reward + c.
+    Policy = reference gives log 2.
+
+    Target: beta (1 - reference/policy) = reward + c, each prompt's c so that the policy sums to 1.
     """
 
     paper = "Wang et al. 2023, arXiv 2309.16240"
@@ -195,7 +206,9 @@ class JensenShannonDPOModule(DPOModule):
     r"""f-DPO with the Jensen-Shannon divergence as the leash.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = log 2 + log sigmoid(a) (Wang et al., 2309.16240).
-    Policy = reference gives log 2. The optimum has beta f(log policy/reference) = reward + c.
+    Policy = reference gives log 2.
+
+    Target: beta f(log policy/reference) = reward + c, each prompt's c so that the policy sums to 1.
     """
 
     paper = "Wang et al. 2023, arXiv 2309.16240"

@@ -95,7 +95,7 @@ class UnpairedModule(OfflineModule):
     @torch.no_grad()
     def _point_of(self, step: Step[UnpairedBatch]) -> Tensor:
         """Return the reference point of a step: every rank's log-ratios go into it."""
-        batches = [batch for batch in step.micro_batches if len(batch.desirable)]
+        batches = step.micro_batches
         sides: list[list[Sequences]] = [
             [batch.sequences for batch in batches],
             [batch.mismatched for batch in batches if batch.mismatched is not None] if self.needs_mismatched else [],
@@ -161,6 +161,8 @@ class KTOModule(UnpairedModule):
     undesirable one, a the log-ratio of the completion and z0 = max(0, mean log-ratio of mismatched completions) an
     estimate of KL(policy || reference) (Ethayarajh et al., 2402.01306, Section 4). Policy = reference gives lambda / 2.
 
+    Target: no closed form; the policy that minimises the population loss for the z0 that it itself has.
+
     Args:
         desirable_weight: lambda_D; with n_D good and n_U bad rows choose lambda_D n_D / (lambda_U n_U) in [1, 3/2].
         undesirable_weight: lambda_U.
@@ -191,6 +193,8 @@ class BCOModule(UnpairedModule):
     loss = -log sigmoid(beta a - delta) for a desirable row, -log sigmoid(-(beta a - delta)) for an undesirable one;
     delta is the mean reward of the rows of the optimizer step, without gradient (Jung et al., 2404.04656,
     Section 4). Policy = reference gives log 2.
+
+    Target: no closed form; the policy that minimises the population loss for the delta that it itself has.
     """
 
     paper = "Jung et al. 2024, arXiv 2404.04656"

@@ -1,7 +1,28 @@
-"""What scores a completion: learned models, functions of the text, and their compositions."""
+"""What scores a completion: learned models, functions of the text, verifiable answers, and their compositions."""
 
 from rlhf_lightning.scoring.base import Scorer, checked_scores
+from rlhf_lightning.scoring.composition import Ensemble, WeightedSum
+from rlhf_lightning.scoring.ifeval import IFEvalScorer
+from rlhf_lightning.scoring.instructions import InstructionScorer
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.maths import MathAnswerScorer
+from rlhf_lightning.scoring.process import ProcessScorer
+from rlhf_lightning.scoring.shaping import LengthPenalty, RepetitionPenalty
+from rlhf_lightning.scoring.time_limit import TimeLimit
 
-__all__ = ["LearnedScorer", "Scorer", "checked_scores", "load_scorer"]
+__all__ = [
+    "Ensemble",
+    "IFEvalScorer",
+    "InstructionScorer",
+    "LearnedScorer",
+    "LengthPenalty",
+    "MathAnswerScorer",
+    "ProcessScorer",
+    "RepetitionPenalty",
+    "Scorer",
+    "TimeLimit",
+    "WeightedSum",
+    "checked_scores",
+    "load_scorer",
+]

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.types import Prompt
+
+Scores = Sequence[float | None] | Tensor
+"""One number per completion; None where the scorer has nothing to say of it."""
 
 
 class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
-    A subclass that needs a device or weights overrides ``to``.
+    A subclass that needs a device or weights overrides ``to`` and ``load_beside``, and one that holds networks names
+    them in ``models``; one that has more to tell than a score overrides ``take_metrics``.
     """
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-    ) -> Sequence[float] | Tensor:
-        """Return one score per completion.
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The networks it scores with, whose weights a sharded run cuts over its ranks."""
+        return ()
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        """Return one score per completion; None where the completion cannot be judged (not: where it is bad).
 
         Args:
             prompts: each prompt as the data gave it.
@@ -29,9 +39,54 @@ class Scorer:
         """
         raise AttributeError(f"{type(self).__name__} must define '__call__'")
 
+    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+        """Load what scoring needs, beside the policy whose completions are scored.
+
+        A scorer made of others passes this on to them: a learned one may share the policy's backbone.
+        """
+
     def to(self, device: torch.device) -> Scorer:
         """Move what the scorer holds to ``device``."""
         return self
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        """Return what was measured since the last call, one value per scored completion; NaN ones do not count.
+
+        On-policy modules log the mean of each as ``rollout/<name>``. A scorer always returns the same names, with no
+        values where it scored nothing: every rank must log the same.
+        """
+        return {}
+
+
+class Measured:
+    """Values per completion under names that never change, kept until they are taken.
+
+    Args:
+        names: of the metrics.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._values: dict[str, list[float]] = {name: [] for name in names}
+
+    def add(self, name: str, values: Sequence[float | None]) -> None:
+        """Add one value per completion; None ones do not count."""
+        self._values[name] += [math.nan if value is None else float(value) for value in values]
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the values since the last call, fp64, shape (completions,) each."""
+        taken = {name: torch.tensor(values, dtype=torch.float64) for name, values in self._values.items()}
+        self._values = {name: [] for name in self._values}
+        return taken
+
+
+class ZeroScorer(Scorer):
+    """Scores every completion 0: for objectives that learn from something else than scores."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> Sequence[float] | Tensor:
+        """Return a 0 for each completion."""
+        return [0.0] * len(completions)
 
 
 class FunctionScorer(Scorer):
@@ -44,21 +99,30 @@ class FunctionScorer(Scorer):
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-    ) -> Sequence[float] | Tensor:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         """Return the function's scores."""
         return self.function(prompts, completions, **columns)
 
 
-def checked_scores(scores: Sequence[float] | Tensor, count: int, name: str) -> Tensor:
-    """Return scores as fp32, shape (count,), on the CPU.
+def checked_scores(scores: Scores, count: int, name: str, allow_missing: bool = False) -> Tensor:
+    """Return scores as fp32, shape (count,), on the CPU; None becomes NaN where missing scores are allowed.
+
+    A scorer that returns NaN itself is always refused: it is a number that went wrong, not a completion that cannot be
+    judged.
 
     Raises:
-        ValueError: there are more or fewer scores than completions, or one is NaN or infinite.
+        ValueError: there are more or fewer scores than completions, one is NaN or infinite, or one is None where every
+            completion needs a score.
     """
+    missing = [] if isinstance(scores, Tensor) else [row for row, score in enumerate(scores) if score is None]
+    if missing and not allow_missing:
+        raise ValueError(
+            f"{name} must return one number for each completion: it returned None for completion {missing[0]}, and "
+            "here each needs a score"
+        )
     try:
-        values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu().flatten()
+        given = [0.0 if score is None else score for score in scores] if missing else scores
+        values = torch.as_tensor(given, dtype=torch.float32).detach().cpu().flatten()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must return one number for each completion: {error}") from error
     if len(values) != count:
@@ -67,4 +131,30 @@ def checked_scores(scores: Sequence[float] | Tensor, count: int, name: str) -> T
     if bad:
         value = values[bad[0]].item()
         raise ValueError(f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite")
+    if missing:
+        values = values.index_fill(0, torch.tensor(missing), math.nan)
     return values
+
+
+def plain_scores(scores: Scores, count: int, name: str) -> list[float | None]:
+    """Return checked scores as numbers and None: what a scorer made of other scorers reckons with."""
+    values = checked_scores(scores, count, name, allow_missing=True).tolist()
+    return [None if math.isnan(value) else value for value in values]
+
+
+class MissingColumnError(ValueError):
+    """A scorer needs a column that the data does not have."""
+
+
+def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> Sequence[Any]:
+    """Return a column of the data.
+
+    Raises:
+        MissingColumnError: the data has none of that name.
+    """
+    if name not in columns:
+        found = ", ".join(columns) or "none"
+        raise MissingColumnError(
+            f"{type(scorer).__name__} needs the column {name} of the data; {name} is missing (further columns: {found})"
+        )
+    return columns[name]

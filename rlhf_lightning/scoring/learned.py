@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models.layout import cut_sequences, lay_out, select
-from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training, resolve_folder
+from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
+from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, select
+from rlhf_lightning.models.loading import LoadSettings, resolve_folder
+from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.base import Scorer
 from rlhf_lightning.types import Prompt, Sequences
 
@@ -20,20 +25,40 @@ from rlhf_lightning.types import Prompt, Sequences
 class LearnedScorer(Scorer):
     """Scores completions with a reward model's folder, relative to the demonstrations' mean score stored in it.
 
+    An adapter's folder is scored on its backbone, quantised as it was trained; beside a policy on the very same
+    backbone it needs none of its own.
+
     Args:
         folder: Hugging Face folder with a scalar head, whole or an adapter on its backbone.
         max_tokens: cells of one forward pass, rows times the longest row.
-        dtype: precision of the weights.
+        dtype: precision of the weights; None takes that of the run it scores for, and fp32 on its own.
     """
 
-    def __init__(self, folder: str, max_tokens: int = 16_384, dtype: str = "float32") -> None:
-        self.folder, self.max_tokens = resolve_folder(folder), max_tokens
+    def __init__(self, folder: str, max_tokens: int = 16_384, dtype: str | None = None) -> None:
+        self.folder, self.max_tokens, self.dtype = resolve_folder(folder), max_tokens, dtype
         self.tokenizer = tokenization.load_tokenizer(self.folder)
-        settings = LoadSettings(dtype=dtype)
-        model = load_reward_hf_model(self.folder, settings, pad_token_id=self.tokenizer.pad_token_id)
-        prepare_for_training(model, settings)
-        self.model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
-        self.model.requires_grad_(False).eval()
+        self._model: ScalarModel | None = None
+
+    @property
+    def model(self) -> ScalarModel:
+        """The reward model, frozen; loaded on first use."""
+        if self._model is None:
+            self._model = self._load(LoadSettings())
+        return self._model
+
+    def _load(self, settings: LoadSettings, policy: CausalLM | None = None) -> ScalarModel:
+        settings = replace(settings, dtype=self.dtype or settings.dtype)
+        return load_reward_model(self.folder, settings, policy, pad_token_id=self.tokenizer.pad_token_id)
+
+    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+        """Load the reward model, on the policy's backbone where it was trained on that."""
+        if self._model is None or isinstance(self._model, AdapterScalar):
+            self._model = self._load(settings_for_inference(settings), policy)
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The reward model, unless it is an adapter on the policy's backbone and cut with that."""
+        return () if isinstance(self.model, AdapterScalar) else (self.model,)
 
     def to(self, device: torch.device) -> LearnedScorer:
         """Move the reward model."""
@@ -51,9 +76,11 @@ class LearnedScorer(Scorer):
         device = next(self.model.parameters()).device
         scores = torch.zeros(len(sequences.completions))
         share = self.model.reads_trees
-        for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
-            layout = lay_out(select(sequences, rows), share).to(device)
-            scores[rows] = (self.model(layout) - self.model.bias).cpu()
+        with in_step(self.model, partial(self.model, free_layout().to(device))) as before_pass:
+            for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
+                layout = lay_out(select(sequences, rows), share).to(device)
+                before_pass()
+                scores[rows] = (self.model(layout) - self.model.bias).to(scores)
         return scores
 
     def __call__(

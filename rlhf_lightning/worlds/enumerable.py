@@ -20,6 +20,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     EnumeratedProblem,
     PreferenceBatch,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Sequences,
@@ -107,7 +108,19 @@ class EnumerableWorld:
         """Reference, rewards, Bradley-Terry preferences and lengths."""
         lengths = self.walks[2].sum(-1)
         preference = torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
-        return EnumeratedProblem(self.probabilities(self.reference_table), self.rewards, preference, lengths)
+        reference, teacher = (self.probabilities(table) for table in (self.reference_table, self.teacher_table))
+        return EnumeratedProblem(reference, self.rewards, preference, lengths, teacher)
+
+    @cached_property
+    def teacher_table(self) -> Tensor:
+        """Table of a policy to learn from: what maximises E[reward] - KL(policy || reference)."""
+        prefixes, tokens, mask = self.walks
+        mass = torch.zeros_like(self.reference_table)
+        best = torch.softmax(self.probabilities(self.reference_table).log() + self.rewards, -1)
+        visits = best.unsqueeze(-1).expand_as(mask)[mask]
+        mass.index_put_((prefixes[mask], tokens[mask]), visits, accumulate=True)
+        visited = mass.sum(-1, keepdim=True) > 0
+        return torch.where(visited, mass.log().clamp_min(IMPOSSIBLE), self.reference_table)
 
     def optimal_policy(self, beta: float) -> Tensor:
         """Return what maximises E[reward] - beta KL(policy || reference), shape (prompts, completions)."""
@@ -137,18 +150,31 @@ class EnumerableWorld:
 
     def write(self, folder: str | Path) -> str:
         """Write the reference as a policy's folder, tokenizer included; return the folder."""
+        return self._write_policy(self.reference_table, folder)
+
+    def write_teacher(self, folder: str | Path) -> str:
+        """Write the teacher as a policy's folder, tokenizer included; return the folder."""
+        return self._write_policy(self.teacher_table, folder)
+
+    def _write_policy(self, table: Tensor, folder: str | Path) -> str:
         model = TabularForCausalLM(self.config)
-        model.model.table.weight.data.copy_(self.reference_table)
+        model.model.table.weight.data.copy_(table)
         return self._write(model, folder)
 
-    def write_reward_model(self, folder: str | Path) -> str:
-        """Write a reward model's folder whose score is each completion's reward and 0 of every other prefix."""
+    def write_reward_model(self, folder: str | Path, scores: Tensor | None = None) -> str:
+        """Write a reward model's folder whose score is each completion's reward and 0 of every other prefix.
+
+        Args:
+            folder: where to.
+            scores: other scores than the rewards, shape (prompts, completions).
+        """
+        scores = self.rewards if scores is None else scores
         model = TabularForSequenceClassification(self.config)
         prefixes, tokens, mask = self.walks
         transitions, last = self.config.transitions(), mask.sum(-1, keepdim=True) - 1
         ends = transitions[prefixes.gather(-1, last), tokens.gather(-1, last)].squeeze(-1)
         model.model.table.weight.data.zero_()
-        model.model.table.weight.data[ends.flatten(), 0] = self.rewards.flatten().float()
+        model.model.table.weight.data[ends.flatten(), 0] = scores.flatten().float()
         model.score.weight.data.copy_(torch.eye(self.config.vocab_size)[:1])
         return self._write(model, folder)
 
@@ -230,6 +256,22 @@ class EnumerableWorld:
         sequences = self.sequences(rows * 2)
         desirable = torch.tensor([True] * len(rows) + [False] * len(rows))
         return UnpairedBatch(sequences, sequences, desirable, 2 * torch.cat([wins, 1 - wins]))
+
+    def judged_steps(self) -> ProcessBatch:
+        """Every completion, each token a step: the last is right with log-odds of the reward, one before it with log-
+        odds of the mean reward of the completions that go on from there.
+        """
+        rows = [(p, index) for p in range(self.config.prompts) for index in range(len(self.completions))]
+        labels = []
+        for prompt, index in rows:
+            ids = self.completions[index]
+            onwards = [
+                [float(self.rewards[prompt, i]) for i, other in enumerate(self.completions) if other[:end] == ids[:end]]
+                for end in range(1, len(ids) + 1)
+            ]
+            means = [sum(rewards) / len(rewards) for rewards in onwards]
+            labels.append(torch.sigmoid(torch.tensor(means, dtype=torch.float64)))
+        return ProcessBatch(self.sequences(rows), tuple(labels), torch.ones(len(rows), dtype=torch.float64))
 
     def demonstrations(self, policy: Tensor) -> DemonstrationBatch:
         """Every completion, weighted by its probability under ``policy``, shape (prompts, completions)."""

@@ -11,6 +11,7 @@ from tiny_run import BASIC, UPDATES, events_of, rows_of
 from rlhf_lightning.callbacks import SampleTable
 from rlhf_lightning.callbacks.samples import LONGEST_CELL, as_table, cell, cut_back
 from rlhf_lightning.commands.train import run
+from rlhf_lightning.scoring import InstructionScorer
 
 
 def texts_of(folder):
@@ -56,10 +57,12 @@ def test_scores_are_the_scorers_and_what_cannot_be_scored_is_left_open(monkeypat
 _load = tiny_run.SlopeModule.load_models
 
 
-def test_a_scorer_that_needs_a_column_leaves_the_scores_open(monkeypatch):
-    def scorer(prompts, completions, answer):
-        return [1.0] * len(prompts)
+def needs_answer(prompts, completions, answer):
+    return [1.0] * len(prompts)
 
+
+@pytest.mark.parametrize("scorer", [needs_answer, InstructionScorer()])
+def test_a_scorer_that_needs_a_column_leaves_the_scores_open(monkeypatch, scorer):
     monkeypatch.setattr(
         tiny_run.SlopeModule, "load_models", lambda self: (_load(self), setattr(self, "scorer", scorer))
     )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from commands.conftest import save
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.export import probe, trained
 from rlhf_lightning.commands.train import run
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n} " + "x" * n} for n in range(12)]
@@ -89,7 +90,34 @@ def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, d
             adapted = PeftModel.from_pretrained(base, folder / "model").eval()(IDS).logits
         difference = (outputs(out, kind) - adapted).abs().max()
         assert difference < 1e-4 and gap < 1e-4
-        assert not Path(out, "adapter_config.json").exists() and not list(Path().glob("*.adapter"))
+        assert not Path(out, "adapter_config.json").exists()
+        kept = folder / "model" if source == folder / "model" else Path(f"{out}.adapter")
+        assert f"the adapter is kept in {kept}" in told
+        assert (kept / "adapter_model.safetensors").is_file()
+    assert [path.name for path in Path().glob("*.adapter")] == ["from_run.adapter"]
+
+
+def test_an_adapter_from_four_bits_is_merged_into_full_precision_and_the_gap_is_told(policy_folder, data, capsys):
+    folder = fit("SFT", policy_folder, "--model.lora.r", "4", "--model.quantization", "nf4")
+    assert rlhf(["export", str(folder), "--out", "merged", "--merge", "true"]) == 0
+    told = capsys.readouterr().out
+    gap = float(re.search(r"unmerged adapter is ([\d.e+-]+)", told).group(1))
+    stored = json.loads((folder / "model" / "backbone.json").read_text())
+    assert stored["quantization"] == "nf4" and json.loads(Path("merged/config.json").read_text())
+    assert "quantization_config" not in Path("merged/config.json").read_text()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy_folder), folder / "model").eval()
+    four_bits = trained(folder / "model", AutoModelForCausalLM, "nf4", {})
+    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert gap == pytest.approx(float((probe(four_bits) - probe(merged)).abs().max()), rel=1e-2)
+    assert gap > 1e-2, "four bits are not full precision"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (Path("merged.adapter") / name).read_bytes()
+    assert rlhf(["export", str(folder), "--out", "again", "--merge", "true"]) == 0
+    Path("taken.adapter").mkdir()
+    assert rlhf(["export", str(folder), "--out", "taken", "--merge", "true"]) == 1
+    assert "taken.adapter, where the adapter is kept, exists already" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, tmp_path):

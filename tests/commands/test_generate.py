@@ -104,6 +104,13 @@ def test_a_function_of_ones_own_scores_with_the_columns(policy_folder, prompts):
     assert [row["score"] for row in rows] == [5.0, 4.0, 4.0]
 
 
+def test_a_completion_that_cannot_be_judged_has_no_score(policy_folder, prompts):
+    Path("some_scores.py").write_text("def some(prompts, completions, **columns):\n    return [1.0, None, 0.0]\n")
+    rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer",
+                    "some_scores.some", "--max-new-tokens", "2")  # fmt: skip
+    assert [row["score"] for row in rows] == [1.0, None, 0.0]
+
+
 def test_a_scorer_that_answers_wrongly_is_named_and_leaves_no_file(policy_folder, prompts, capsys):
     Path("bad_scores.py").write_text("def few(prompts, completions, **columns):\n    return [1.0]\n")
     assert rlhf(["generate", "--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer",

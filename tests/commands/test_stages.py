@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from commands.conftest import save
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules import GRPOModule, PPOModule
 
 PROMPTS = [f"ask for thing {number}" for number in range(20)]
 
@@ -77,3 +77,50 @@ def test_predict_writes_the_policys_completions(ppo):
     rows = rows_of(predicted.folder / "predictions.jsonl")
     assert len(rows) == 4 and {row["prompt"] for row in rows} <= set(PROMPTS)
     assert all(row["logprob"] < 0 and isinstance(row["completion"], str) for row in rows)
+
+
+COMPOSED = """
+model:
+  class_path: GRPOModule
+  init_args:
+    scorer:
+      class_path: rlhf_lightning.scoring.WeightedSum
+      init_args:
+        scorers:
+          length:
+            class_path: LengthPenalty
+            init_args: {coef: 0.5, target: 3}
+          repetition: {class_path: rlhf_lightning.scoring.RepetitionPenalty, init_args: {n: 1}}
+        weights: {repetition: 2.0}
+"""
+
+
+def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, monkeypatch):
+    Path("scorer.yaml").write_text(COMPOSED)
+    start = ppo[ppo.index("--model.init_from") + 1]
+    argv = [
+        "fit", "--config", "scorer.yaml", "--model.init_from", start, "--model.max_new_tokens", "6",
+        *ppo[ppo.index("--data") :], "--data.samples_per_prompt", "2",
+    ]  # fmt: skip
+    whole = run([*argv, "--run_name", "whole"])
+    assert whole.model.scorer.weights == {"length": 1.0, "repetition": 2.0}
+    assert whole.model.scorer.scorers["length"].target == 3
+    checkpoint = torch.load(whole.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    kept = checkpoint["hyper_parameters"]["scorer"]
+    assert kept["init_args"]["scorers"]["length"]["init_args"] == {"coef": 0.5, "target": 3} and len(kept) == 2
+    length = scalars_of(whole.folder, "rollout/score/length")
+    assert len(length) == 8 and all(value <= 0 for _, value in length)
+    real = GRPOModule.collect
+
+    def dies(self, *args, **kwargs):
+        if self.rollouts == 4:
+            raise RuntimeError("the machine is gone")
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GRPOModule, "collect", dies)
+        with pytest.raises(RuntimeError, match="machine"):
+            run([*argv, "--run_name", "cut"])
+    resumed = run(["fit", "--resume", "runs/cut"])
+    assert resumed.model.scorer.scorers["repetition"].n == 1
+    assert scalars_of(resumed.folder, "rollout/score/length") == length

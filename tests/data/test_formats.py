@@ -92,11 +92,27 @@ def test_demonstrations(row, wanted):
         ({"prompt": "p", "completions": ["a", "b", "c"]}, ("p", ["a", "b", "c"], [0, 1, 2])),
         ({"prompt": "p", "completions": ["a", "b", "c"], "ranks": [7, 2, 7]}, ("p", ["b", "a", "c"], [0, 1, 1])),
         ({"prompt": "p", "completions": ["a", "b", "a"]}, ("p", ["a", "b"], [0, 1])),
+        ({"prompt": "p", "completion_1": "a", "completion_2": "b", "label": 1}, ("p", ["a", "b"], [0, 1])),
+        ({"prompt": "p", "completion_1": "a", "completion_2": "b", "labels": [2, 1, 2]}, ("p", ["b", "a"], [0, 1])),
     ],
 )
 def test_preferences(row, wanted):
     found = preference(row)
     assert (found.prompt, found.completions, found.ranks) == wanted
+
+
+@pytest.mark.parametrize(
+    ("votes", "share"),
+    [("tie", 0.5), (0, 0.5), ("2", 1.0), (1.0, 1.0), ([0, 0, 0], 0.5), ([1, 1, 0, 0], 0.75), ([2, 2, 1, 2], 0.75)],
+)
+def test_votes_on_two_completions(votes, share):
+    row = {
+        "prompt": "p",
+        "completion_1": "a",
+        "completion_2": "b",
+        "labels" if isinstance(votes, list) else "label": votes,
+    }
+    assert preference(row).target == share
 
 
 def test_labels_of_a_pair():
@@ -178,6 +194,10 @@ REFUSED = [
     (preference, {"chosen": "abc", "rejected": "xyz"}, "empty_prompt"),
     (preference, {"chosen": "abc", "rejected": "abcd"}, "empty_completion"),
     (preference, {"prompt": "p", "completions": ["a"]}, "single_completion"),
+    (preference, {"prompt": "p", "completion_1": "a", "completion_2": "b", "label": 3}, "bad_vote"),
+    (preference, {"prompt": "p", "completion_1": "a", "completion_2": "b", "label": True}, "bad_vote"),
+    (preference, {"prompt": "p", "completion_1": "a", "completion_2": "b", "labels": []}, "bad_vote"),
+    (preference, {"prompt": "p", "completion_1": "a", "completion_2": "a", "label": 0}, "identical_completions"),
     (preference, {"prompt": "p", "completions": "ab"}, "single_completion"),
     (preference, {"prompt": "p", "completions": ["a", "a"]}, "identical_completions"),
     (preference, {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}, "all_tied"),

@@ -5,7 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+import wrong_distillation_objectives
 import wrong_objectives
+import wrong_online_objectives  # noqa: F401 - adds its own
+import wrong_process_objectives
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
@@ -26,9 +29,8 @@ def test_every_shipped_objective_keeps_its_contract(kind):
 def test_known_targets_are_reached():
     """Most objectives have a target that is known from elsewhere; those without one are named here."""
     without = {
-        "AOTModule", "UnpairedAOTModule", "LDDPOModule", "BetaDPOModule", "TRDPOModule",
-        "GRPOModule", "DAPOModule", "GSPOModule", "CISPOModule", "LitePPOModule",
-        "ReinforcePlusPlusModule", "ReinforcePlusPlusBaselineModule",
+        "AOTModule", "UnpairedAOTModule", "BetaDPOModule", "TRDPOModule", "IterativeDPOModule",
+        "GRPOModule", "DAPOModule", "GSPOModule", "CISPOModule", "ReinforcePlusPlusBaselineModule",
     }  # fmt: skip
     from rlhf_lightning.evaluation.convergence import judged, policy_of
     from rlhf_lightning.evaluation.verification import Subject, world_and_folder
@@ -49,6 +51,12 @@ def test_every_mistake_is_caught_by_its_check(kind):
     failed = {check.name for check in found.checks if not check.held}
     assert name in failed, failed
     assert all(check.advice for check in found.checks)
+
+
+@pytest.mark.parametrize(("page", "least"), [(wrong_distillation_objectives, 12), (wrong_process_objectives, 8)])
+def test_further_families_have_mistakes_of_their_own(page, least):
+    own = [check for kind, check in wrong_objectives.CAUGHT_BY.items() if kind.__module__ == page.__name__]
+    assert len(set(own)) >= least
 
 
 def test_there_are_many_mistakes_of_many_kinds():

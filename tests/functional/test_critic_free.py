@@ -74,6 +74,11 @@ def accumulated(t):
     return torch.stack([token_mean(t(losses), mask, tokens=8) for losses, mask in parts])
 
 
+def mean_of_means(t):
+    parts = zip(ACCUMULATED, ACCUMULATED_MASKS, strict=True)
+    return torch.stack([token_mean(t(losses), mask) for losses, mask in parts]).mean()
+
+
 REINFORCE_REWARDS, TO_GO = [[-0.01, 0.005, 0.9975]], [[0.9925, 1.0025, 0.9975]]
 WORKED = [
     Worked("grpo", lambda t: grpo_advantages(t(SCORES), GROUP), [1.30530975, -0.78318585, 0.26106195, -0.78318585]),
@@ -99,6 +104,7 @@ WORKED = [
     Worked("constant length", lambda t: constant_length_mean(t(TOKEN_LOSSES), TOKEN_MASK, 8), 0.875),
     Worked("overlong", lambda t: overlong_penalty(t([79, 80, 90, 100, 130]), 100, 20), [0.0, 0.0, -0.5, -1.0, -1.0]),
     Worked("token mean over an accumulated step", lambda t: accumulated(t).sum(), 0.875),
+    Worked("its mean of micro-batch means, which is another number", mean_of_means, 1.25),
     Worked("its two micro-batches as two accumulated losses", lambda t: 2 * accumulated(t), [1.0, 0.75]),
 ]
 

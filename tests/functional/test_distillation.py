@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.functional.distillation import (
+    chunked_over_tokens,
     common_vocabulary,
     distillation_advantages,
     forward_kl,
     generalized_jsd,
+    head_logits,
     reverse_kl,
     top1_agreement,
 )
@@ -115,3 +117,64 @@ def test_agreement_compares_the_likeliest_ids():
 def test_beta_outside_the_unit_interval_is_refused():
     with pytest.raises(ValueError, match="beta must be in .0, 1., found 1.5"):
         generalized_jsd(torch.zeros(3), torch.zeros(3), 1.5)
+
+
+def test_the_head_s_logits_by_hand():
+    hidden, weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.5, 1.0]]), torch.tensor([0.0, -0.5])
+    torch.testing.assert_close(head_logits(hidden, weight, bias), torch.tensor([[1.0, 2.0]]))
+    torch.testing.assert_close(head_logits(hidden, weight, bias, scale=0.5), torch.tensor([[0.5, 1.0]]))
+    capped = head_logits(hidden, weight, bias, softcap=2.0, scale=0.5)
+    torch.testing.assert_close(capped, 2 * torch.tensor([[0.25, 0.5]]).tanh())
+    assert head_logits(hidden.bfloat16(), weight.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 100])
+def test_chunks_change_neither_values_nor_gradients(chunk_tokens):
+    hidden, teacher = normal(0, 7, 4), normal(1, 7, 6)
+    weight = normal(2, 6, 4).requires_grad_()
+    upstream = normal(3, 7)
+    calls = []
+
+    def function(h, t):
+        calls.append(len(h))
+        student = head_logits(h, weight)
+        with torch.no_grad():
+            agreement = top1_agreement(student, t)
+        return {"loss": generalized_jsd(student, t), "agreement": agreement}
+
+    def run(size):
+        leaf = hidden.clone().requires_grad_()
+        found = chunked_over_tokens(function, leaf, teacher, chunk_tokens=size)
+        return found, torch.autograd.grad((found["loss"] * upstream).sum(), (leaf, weight))
+
+    whole, whole_grads = run(7)
+    calls.clear()
+    parts, grads = run(chunk_tokens)
+    assert max(calls) == min(chunk_tokens, 7) and sum(calls) == 2 * 7, "once forward, once again backward"
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(grads, whole_grads)
+    plain = generalized_jsd(hidden @ weight.T, teacher)
+    torch.testing.assert_close(parts["loss"], plain)
+    with torch.no_grad():
+        calls.clear()
+        chunked_over_tokens(function, hidden, teacher, chunk_tokens=chunk_tokens)
+    assert sum(calls) == 7
+
+
+def test_what_comes_after_the_loss_is_not_computed_again():
+    leaf, after = normal(0, 4, 3).requires_grad_(), []
+
+    def function(h):
+        loss = (h * h).sum(-1)
+        with torch.no_grad():
+            after.append(len(h))
+        return {"loss": loss}
+
+    chunked_over_tokens(function, leaf, chunk_tokens=2)["loss"].sum().backward()
+    assert after == [2, 2]
+    torch.testing.assert_close(leaf.grad, 2 * leaf.detach())
+
+
+def test_no_tokens_make_no_values():
+    found = chunked_over_tokens(lambda h: {"loss": h.sum(-1)}, torch.zeros(0, 3))
+    assert found["loss"].shape == (0,)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits, nash_md_loss, xpo_loss
+from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits, xpo_loss
 
 from .worked import gradient, normal, property_test
 
@@ -26,6 +26,9 @@ def test_xpo_adds_its_bonus_to_dpo():
     torch.testing.assert_close(xpo_loss(margin, explored, 0.1, 1e-3).item(), math.log(2) - 0.03)
     (slope,) = gradient(lambda s: xpo_loss(margin, s, 0.1, 1e-3), explored)
     assert slope.item() == 1e-3
+    soft, even = torch.full_like(margin, 0.3), torch.full_like(margin, 5.0)
+    (pull,) = gradient(lambda m: xpo_loss(m, explored, 0.1, 1e-3, soft), even)
+    torch.testing.assert_close(pull.item(), 0.1 * (1 / (1 + math.exp(-0.5)) - 0.3))
 
 
 @property_test
@@ -35,12 +38,3 @@ def test_nash_md_opponent_is_the_normalised_geometric_mixture(seed, mixture):
     mixed = policy.softmax(-1) ** (1 - mixture) * reference.softmax(-1) ** mixture
     found = nash_md_logits(policy, reference, mixture).softmax(-1)
     torch.testing.assert_close(found, mixed / mixed.sum())
-
-
-def test_nash_md_by_hand():
-    logprobs, reference = torch.tensor([[-1.0, -2.0, 0.0]]).double(), torch.tensor([[-1.5, -1.0, 0.0]]).double()
-    mask, win = torch.tensor([[True, True, False]]), torch.tensor([0.8]).double()
-    found = nash_md_loss(logprobs, reference, mask, win, beta=0.1)
-    torch.testing.assert_close(found.item(), -0.3 * -3.0 + 0.1 * (0.5 * -1.0 + -1.0 * -2.0))
-    (slope,) = gradient(lambda lp: nash_md_loss(lp, reference, mask, win, beta=0.1), logprobs)
-    torch.testing.assert_close(slope, torch.tensor([[-0.3 + 0.05, -0.3 - 0.1, 0.0]]).double())

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from rlhf_lightning.functional.ranking import (
     bradley_terry_loss,
     centering_penalty,
+    davidson_loss,
     plackett_luce_loss,
+    ranked_davidson_loss,
     ranked_pairs_loss,
     untied_pairs,
 )
@@ -44,6 +46,7 @@ WORKED = [
         0.60061977,
     ),
     Worked("centering, as groups", lambda t: pairs_as_groups(t, centering=0.01).mean(), 0.60061977),
+    Worked("accuracy", lambda t: (t(CHOSEN) > t(REJECTED)).double().mean(), 0.5),
     Worked("soft label", lambda t: bradley_terry_loss(t([0.8]), t([0.0]), t([0.7])), [0.61110067]),
     Worked("soft label of a judge", lambda t: bradley_terry_loss(t([0.5]), t([0.0]), t([0.6])), [0.67407698]),
     Worked("pairs of a ranking", pair_losses_of_three, [0.20141328, 0.31326169, 0.47407698]),
@@ -51,6 +54,27 @@ WORKED = [
         "mean over pairs of a ranking",
         lambda t: ranked_pairs_loss(t([2, 1, 0.5]), ONE_GROUP, ONE_RANKING, t([1.0]), t([0.0])),
         [0.32958398],
+    ),
+    # nu = 1: log(e^0.4 + e^-0.4 + 1) = 1.15125051, less 0.4, plus 0.4, less 0; then half of each of the first and last
+    Worked(
+        "davidson",
+        lambda t: davidson_loss(t([0.8, 0.8, 0.8, 0.8]), t([0, 0, 0, 0]), t([1, 0, 0.5, 0.75]), 1 / 3),
+        [0.75125051, 1.55125051, 1.15125051, 0.95125051],
+    ),
+    # nu = 2: log(e^0.4 + e^-0.4 + 2) = 1.42603050, less 0.4, less log 2
+    Worked(
+        "davidson, more ties",
+        lambda t: davidson_loss(t([0.8, 0.8]), t([0, 0]), t([1, 0.5]), 0.5),
+        [1.02603050, 0.73288332],
+    ),
+    Worked(
+        "davidson of equals", lambda t: davidson_loss(t([2, 2]), t([2, 2]), t([1, 0.5]), 0.5), [1.38629436, 0.69314718]
+    ),
+    # a tie of 0.8, and two wins by 1 and by 0.2: 1.15125051, log(e^.5 + e^-.5 + 1) - .5, log(e^.1 + e^-.1 + 1) - .1
+    Worked(
+        "davidson of a list",
+        lambda t: ranked_davidson_loss(t([1, 0.2, 0]), ONE_GROUP, torch.tensor([0, 0, 1]), t([1.0]), 1 / 3),
+        [(1.15125051 + 0.68026979 + 1.00194285) / 3],
     ),
     Worked("plackett-luce", lambda t: plackett_luce_loss(t([2, 1, 0.5]), ONE_GROUP, ONE_RANKING), [0.93844577]),
 ]
@@ -159,3 +183,30 @@ def test_a_soft_label_of_a_pair_reaches_its_group_only():
     group, ranks = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     found = ranked_pairs_loss(scores, group, ranks, target, torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(found, torch.tensor([0.61110067, 0.37110067]).double(), rtol=1e-6, atol=1e-8)
+
+
+@property_test
+@given(seed=st.integers(0, 2**31), share=st.floats(0.01, 0.99))
+def test_davidson_s_three_outcomes_are_all_there_is(seed, share):
+    chosen, rejected = normal(seed, 4), normal(seed + 1, 4)
+    win, loss, tie = (
+        davidson_loss(chosen, rejected, torch.full((4,), p, dtype=torch.float64), share) for p in (1.0, 0.0, 0.5)
+    )
+    torch.testing.assert_close((-win).exp() + (-loss).exp() + (-tie).exp(), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(loss - win, chosen - rejected)  # the odds of winning are Bradley-Terry's
+    (pull,) = gradient(lambda s: davidson_loss(s, rejected, torch.full((4,), 0.5).double(), share).sum(), chosen)
+    assert (pull * (chosen - rejected) > 0).all()  # a tie draws scores together
+    swapped = davidson_loss(rejected, chosen, torch.zeros(4, dtype=torch.float64), share)
+    torch.testing.assert_close(swapped, win)
+
+
+def test_without_ties_davidson_is_bradley_terry():
+    chosen, rejected = normal(0, 5), normal(1, 5)
+    found = davidson_loss(chosen, rejected, torch.ones(5, dtype=torch.float64), 1e-12)
+    torch.testing.assert_close(found, bradley_terry_loss(chosen, rejected))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_ties_that_nothing_or_everything_is_is_refused(share):
+    with pytest.raises(ValueError, match="tie_share must be in"):
+        davidson_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), share)

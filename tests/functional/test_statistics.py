@@ -44,6 +44,10 @@ def soft_verdicts(t):
     return torch.sigmoid(0.2 + 0.5 * length_terms(t(LENGTHS)))
 
 
+def fit(t):
+    return length_controlled_fit(soft_verdicts(t), t(LENGTHS), ridge=1e-12)
+
+
 WORKED = [
     Worked("calibration error", lambda t: calibration_error(t(DELTA), bins=5), 0.21664205),
     Worked("accuracy", lambda t: (t(DELTA) > 0).double().mean(), 0.6),
@@ -60,6 +64,7 @@ WORKED = [
     Worked("wilson 3 of 4", lambda t: torch.stack(wilson_interval(0.75, 4)), [0.30064184, 0.95441274]),
     Worked("wilson 0 of 10", lambda t: torch.stack(wilson_interval(0.0, 10)), [0, 0.27753280]),
     Worked("raw win rate", lambda t: soft_verdicts(t)[:3].mean(), 0.57301687),
+    Worked("controlled win rate", lambda t: torch.sigmoid(fit(t)[0]), 0.54983400),
     Worked("best-of-n overoptimization", lambda t: best_of_n_overoptimization(t(1.5), 1, 0.2), 1.05),
     Worked("best-of-n peak", lambda t: torch.stack(best_of_n_peak(1, 0.2)), [2.5, 1.25]),
     Worked("rl overoptimization", lambda t: rl_overoptimization(t(3.0), 1, 0.4), 1.68166525),

@@ -20,6 +20,7 @@ WORKED = [
     Worked("kto", lambda t: losses(t).mean(), 0.49583462),
     Worked("kto desirable", lambda t: losses(t)[:3].mean(), 0.49916647),
     Worked("kto undesirable", lambda t: losses(t)[3:].mean(), 0.49250277),
+    Worked("kto at the reference", lambda t: kto_loss(t([0.0] * 6), LABELS, t(0.0), 0.1).mean(), 0.5),
     Worked("kto with weight 1.33", lambda t: losses(t, desirable_weight=1.33).mean(), 0.57819708),
 ]
 

@@ -3,11 +3,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FIRST_WORD, VOCABULARY, plain_logprobs, random_rows, sequences
+from tiny_models import FIRST_WORD, VOCABULARY, plain_logprobs, random_rows, save_policy, sequences
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
 
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_policy, load_reference, trainable_fraction
+from rlhf_lightning.models.causal_lm import (
+    CausalLM,
+    OverLogits,
+    inference_mode_of,
+    load_policy,
+    load_reference,
+    trainable_fraction,
+)
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings
@@ -261,3 +268,17 @@ def test_inference_mode_puts_every_submodule_back_as_it_was() -> None:
 
 def test_first_word_is_no_special_token(tokenizer: Any) -> None:
     assert tokenizer.eos_token_id == 3 and max(tokenizer.all_special_ids) == FIRST_WORD - 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}])
+def test_whole_distributions_are_those_of_the_log_probabilities(tmp_path: Path, changes: dict[str, float]) -> None:
+    model = load_policy(save_policy(tmp_path / "policy", **changes))
+    rows = random_rows(4, seed=2)
+    layout = padded_layout(sequences(rows))
+
+    def chosen(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        assert len(logits) <= 5
+        return {"logprob": logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)}
+
+    found = model(OverLogits(layout, chosen, (layout.targets,), chunk_tokens=5))["logprob"]
+    torch.testing.assert_close(layout.scatter(found), model(layout).logprobs)

@@ -139,6 +139,8 @@ def test_the_tokenizer_travels_with_its_template(policy_folder: str, tmp_path: P
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.pad_token_id == tokenizer.pad_token_id
     rendered = [t.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] for t in (loaded, tokenizer)]
     assert rendered[0] == rendered[1]
+    stored = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(stored) == json.loads(tokenizer.backend_tokenizer.to_str()) and "\n" not in stored
 
 
 def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(

@@ -1,4 +1,5 @@
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings
-from rlhf_lightning.models.sampling import Completions, SamplingSettings, sample
+from rlhf_lightning.models.sampling import Completions, Mixture, SamplingSettings, sample
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(12, seed=21, prompt=10)]
 EPISODES = torch.arange(100, 112)
@@ -265,3 +266,24 @@ def test_pure_sampling_is_untruncated_and_not_greedy() -> None:
     assert not SamplingSettings(temperature=0).is_pure
     assert not SamplingSettings(top_p=0.9).is_pure
     assert not SamplingSettings(top_k=3).is_pure
+
+
+# -- two models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_mixture_is_sampled_token_by_token(
+    policy: CausalLM, other_folder: str, share: float, batch_size: int | None
+) -> None:
+    other = load_policy(other_folder)
+    mixture = Mixture(lambda: nullcontext(other), lambda own, theirs: (1 - share) * own + share * theirs)
+    settings = SamplingSettings(16, 0.9, batch_size=batch_size)
+    drawn = sample(policy, PROMPTS, EPISODES, settings, 7, ENDS, mixture=mixture)
+    if share in (0.0, 1.0):
+        assert as_lists(drawn) == as_lists(draw(other if share else policy))
+    for prompt, ids, found in zip(PROMPTS, drawn.ids, drawn.logprobs, strict=True):
+        whole = torch.cat([prompt, ids])[None]
+        logits = (1 - share) * policy.model(whole).logits[0] + share * other.model(whole).logits[0]
+        mixed = torch.log_softmax(logits / 0.9, -1)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(found, mixed.gather(-1, ids[:, None])[:, 0].detach(), rtol=1e-4, atol=1e-4)

@@ -1,3 +1,3 @@
-from tiny_folders import one_thread, policy_folder, reward_folder
+from tiny_folders import one_thread, other_folder, policy_folder, reward_folder
 
-__all__ = ["one_thread", "policy_folder", "reward_folder"]
+__all__ = ["one_thread", "other_folder", "policy_folder", "reward_folder"]

@@ -522,7 +522,8 @@ def test_an_objective_of_ones_own_trains(policy_folder: str, many_ends: tuple[in
     ("settings", "message"),
     [
         ({"temperature": 0.0}, "temperature is 0.0: a policy gradient needs samples, so it must be positive"),
-        ({"critic": "none"}, "critic is 'none': it must be 'separate' or 'shared'"),
+        ({"critic": "none"}, "critic is 'none': it must be 'separate', 'adapter' or 'shared'"),
+        ({"critic": "adapter"}, "critic is 'adapter', but the policy trains every weight: set lora"),
         ({"reward_slot": "start"}, "reward_slot is 'start': it must be 'end' or 'after_eos'"),
         ({"missing_eos_score": -1.0, "missing_eos_penalty": 1.0}, "one of them must be null"),
     ],

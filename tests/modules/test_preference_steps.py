@@ -122,7 +122,9 @@ def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
             return both
 
         trainer = SimpleNamespace(world_size=2)
-        module: Any = SimpleNamespace(trainer=trainer, global_rank=rank, device="cpu", all_gather=all_gather)
+        module: Any = SimpleNamespace(
+            trainer=trainer, global_rank=rank, device="cpu", device_mesh=None, all_gather=all_gather
+        )
         return whole_step(module, parts[rank])
 
     with ThreadPoolExecutor(2) as pool:

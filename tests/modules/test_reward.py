@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -238,18 +239,31 @@ def test_a_reward_model_does_not_write(policy_folder: str) -> None:
         module.complete([torch.tensor([7])], torch.arange(1), SamplingSettings(), 0)
 
 
-def test_an_adapter_trained_on_another_adapter_is_handed_over_whole(policy_folder: str, tmp_path: Path) -> None:
-    """SFT with an adapter, then a reward adapter on top: what is handed over scores as what was trained."""
+def test_a_reward_model_trains_the_policys_adapter_on_and_hands_over_an_adapter(
+    policy_folder: str, tmp_path: Path
+) -> None:
+    """SFT with an adapter, then the reward model from it: an adapter on the same backbone, scoring as trained."""
     sft = SFTModule(init_from=policy_folder, lora=LoraSettings(r=4), learning_rate=5e-2)
-
     fit(sft, [demonstration_step(random_rows(6, seed=1))] * 5)
     start = str(sft.export(tmp_path / "sft"))
     module = RewardModule(init_from=start, lora=LoraSettings(r=4), learning_rate=1e-2)
-    fit(module, [ranked_step(GROUPS)] * 3)
-    scorer = LearnedScorer(str(module.export(tmp_path / "reward")))
+    module.configure_model()
     (batch,) = ranked_step(GROUPS).micro_batches
+    layout = padded_layout(batch.sequences)
     with torch.no_grad():
-        raw = module.reward_model(padded_layout(batch.sequences))
-    torch.testing.assert_close(
-        scorer.score_sequences(batch.sequences), raw - module.reward_model.bias, atol=1e-4, rtol=0
-    )
+        found = module.reward_model.model.base_model.model.model(layout.input_ids).last_hidden_state
+        expected = sft.policy.model.base_model.model.model(layout.input_ids).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    fit(module, [ranked_step(GROUPS)] * 3)
+    for folder in (module.export(tmp_path / "reward"), tmp_path / "again"):
+        if not folder.exists():  # continued once more, without a step: the head and the zero of its scores come along
+            module = RewardModule(init_from=str(tmp_path / "reward"), lora=LoraSettings(r=4))
+            module.configure_model()
+            module.export(folder)
+        record = json.loads((folder / "backbone.json").read_text())
+        assert record["source"] == policy_folder and record["score_bias"] == module.reward_model.bias != 0.0
+        assert not (folder / "model.safetensors").exists()
+        with torch.no_grad():
+            raw = module.reward_model(layout)
+        scores = LearnedScorer(str(folder)).score_sequences(batch.sequences)
+        torch.testing.assert_close(scores, raw - module.reward_model.bias, atol=1e-4, rtol=0)

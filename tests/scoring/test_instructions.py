@@ -46,8 +46,8 @@ def test_rows_and_scores():
     row = with_instruction("Name a fruit. ", "at_most_words", count=2)
     assert row["prompt"][0]["content"] == "Name a fruit.\n\nAnswer in at most 2 words."
     assert json.loads(row["arguments"]) == {"count": 2}
-    columns = {"instruction": [row["instruction"]] * 2, "arguments": [row["arguments"], {"count": 1}]}
-    assert InstructionScorer()(["p", "p"], ["an apple", "an apple"], **columns) == [1.0, 0.0]
+    columns = {"instruction": [row["instruction"]] * 2 + [None], "arguments": [row["arguments"], {"count": 1}, None]}
+    assert InstructionScorer()(["p"] * 3, ["an apple"] * 3, **columns) == [1.0, 0.0, None]
 
 
 def test_rows_that_are_wrong():

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.sampling import SamplingSettings, sample
-from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules import OnlineDPOModule, PPOModule, XPOModule
 from rlhf_lightning.scoring import LearnedScorer
-from rlhf_lightning.types import Step
+from rlhf_lightning.types import PromptBatch, Step
 from rlhf_lightning.worlds.enumerable import END, EnumerableWorld
 
 
@@ -108,3 +108,46 @@ def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: 
     reached = world.probabilities(module.policy.model.model.table.weight.detach())
     distance = 0.5 * (reached - world.optimal_policy(beta)).abs().sum(-1)
     assert float(distance.max()) < 0.05, distance
+
+
+def paired_questions(world: EnumerableWorld, pairs: int, rollout: int) -> PromptBatch:
+    """Every prompt, ``pairs`` times, each with two samples to compare."""
+    batch = world.questions(2 * pairs, 4 * pairs * rollout)
+    return batch._replace(group=torch.arange(len(batch.prompts)) // 2)
+
+
+@pytest.mark.parametrize("kind", [OnlineDPOModule, XPOModule])
+def test_sampled_online_preferences_come_close_to_the_optimum(world: EnumerableWorld, folder: str, kind: Any) -> None:
+    """128 pairs a rollout with soft labels: sampling, pairing, the module's own updates."""
+    beta = 0.5
+    module = kind(
+        init_from=folder, scorer=world.score, max_new_tokens=2, beta=beta, soft_labels=True, temperature=1.0,
+        learning_rate=5e-2,
+    )  # fmt: skip
+    steps = [Step((paired_questions(world, 64, i),), 256, 0) for i in range(80)]
+    fit(module, steps)
+    reached = world.probabilities(module.policy.model.model.table.weight.detach())
+    distance = 0.5 * (reached - world.optimal_policy(beta)).abs().sum(-1)
+    assert float(distance.max()) < 0.05, distance
+
+
+def test_the_teacher_is_what_its_table_and_its_folder_say(tmp_path):
+    world = EnumerableWorld(prompts=2, tokens=4, max_new_tokens=3, seed=1)
+    torch.testing.assert_close(world.problem.teacher, world.optimal_policy(1.0))
+    assert world.expected_reward(world.problem.teacher) > world.expected_reward(world.problem.reference)
+    model = load_policy(world.write_teacher(tmp_path / "teacher"))
+    rows = [(prompt, index) for prompt in range(2) for index in range(len(world.completions))]
+    with torch.no_grad():
+        logprobs = model(padded_layout(world.sequences(rows))).logprobs.sum(-1)
+    torch.testing.assert_close(logprobs.exp().view(2, -1).double(), world.problem.teacher, atol=1e-5, rtol=0)
+
+
+def test_judged_steps_end_in_the_rewards():
+    world = EnumerableWorld(prompts=2, tokens=3, max_new_tokens=2, seed=1)
+    batch = world.judged_steps()
+    last = torch.stack([labels[-1] for labels in batch.labels])
+    torch.testing.assert_close(torch.logit(last), world.rewards.flatten())
+    row = world.completions.index((2, 3))  # its first step is shared with whatever else begins with 2
+    alike = [i for i, ids in enumerate(world.completions) if ids[0] == 2]
+    torch.testing.assert_close(torch.logit(batch.labels[row][0]), world.rewards[0, alike].mean())
+    assert [len(labels) for labels in batch.labels] == [int(flags.sum()) for flags in batch.sequences.supervised]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,19 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_lightning.evaluation.convergence import Convergence, converge, small_world
+from rlhf_lightning.evaluation.verification.distillation import divergence_checks, sampled_distillation_checks
 from rlhf_lightning.evaluation.verification.offline import offline_checks
 from rlhf_lightning.evaluation.verification.on_policy import on_policy_checks
+from rlhf_lightning.evaluation.verification.online_preference import online_checks, opponent_check
+from rlhf_lightning.evaluation.verification.process import process_checks
 from rlhf_lightning.evaluation.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.modules.base import AlignmentModule
+from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.online_opponents import NashMDModule
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 
 __all__ = ["Check", "Verification", "verify"]
@@ -81,7 +89,7 @@ def verify(
                 raise TypeError(
                     f"{kind.__name__} has no override point of a known family: there is no contract to verify"
                 )
-            checks = on_policy_checks(subject) if on_policy else offline_checks(subject)
+            checks = contract_of(kind)(subject)
             control = subject.short_run(False) - subject.short_run(True)
             if control < 1e-4:  # an objective that is not monotone at the reference may need to come to rest
                 ends = (converge(subject.fresh(), world, 300, shuffled=shuffled) for shuffled in (False, True))
@@ -94,7 +102,8 @@ def verify(
             found = None
             if with_convergence:
                 module = subject.fresh()
-                found = converge(module, world, steps=300)
+                # A rare pair counts by the product of two small chances, and takes its time.
+                found = converge(module, world, steps=600 if issubclass(kind, OnlineDPOModule) else 300)
                 if found.target is not None:
                     checks.append(
                         at_most(
@@ -109,6 +118,21 @@ def verify(
     finally:
         torch.set_num_threads(threads)
     return Verification(kind.__name__, subject.settings, checks, found, control, time.perf_counter() - started)
+
+
+def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]:
+    """Return the checks of a class's family."""
+    if issubclass(kind, GKDModule):
+        return divergence_checks
+    if issubclass(kind, ProcessRewardModule):
+        return process_checks
+    if issubclass(kind, OnPolicyDistillationModule):
+        return sampled_distillation_checks
+    if issubclass(kind, OnlineDPOModule):
+        return online_checks
+    if issubclass(kind, NashMDModule):
+        return lambda subject: [*on_policy_checks(subject), opponent_check(subject)]
+    return on_policy_checks if issubclass(kind, OnPolicyModule) else offline_checks
 
 
 def export_check(module: Any, world: EnumerableWorld) -> Check:

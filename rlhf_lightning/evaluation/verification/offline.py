@@ -13,6 +13,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,
     PreferenceLogprobs,
+    ProcessBatch,
     RankedBatch,
     RankedScores,
     Sequences,
@@ -67,6 +68,8 @@ def cut(batch: Any, sizes: list[int]) -> list[Any]:
         fields["sequences"] = _part(
             batch.sequences, [row + side * count for side in range(sides) for row in rows], sides
         )
+        if isinstance(batch, ProcessBatch):
+            fields["labels"] = tuple(batch.labels[row] for row in rows)
         if getattr(batch, "mismatched", None) is not None:
             fields["mismatched"] = _part(batch.mismatched, rows, 1)
         parts.append(batch._replace(**fields))
@@ -291,6 +294,8 @@ def swapped(given: PreferenceLogprobs) -> PreferenceLogprobs:
     for name in names:
         changes[name.format("chosen")] = getattr(given, name.format("rejected"))
         changes[name.format("rejected")] = getattr(given, name.format("chosen"))
+    if given.chosen_by_reference is not None:
+        changes["chosen_by_reference"] = ~given.chosen_by_reference
     return given._replace(**changes)
 
 

@@ -121,6 +121,17 @@ def reward_checks(case: Case) -> list[Check]:
 
 
 def advantage_checks(case: Case) -> list[Check]:
+    """Advantages are zero under the mask and do not see it, and follow the scores."""
+    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
+    better = rollout.scores + (torch.arange(len(rollout.scores)) % max(case.expected.group_size, 2) == 0)
+    lifted = rollout._replace(scores=better.double())
+    gain = module.advantages(lifted, module.shape_rewards(lifted)).advantages - case.advantages.advantages
+    raised = (gain.sum(-1) / mask.sum(-1))[::2].mean() - (gain.sum(-1) / mask.sum(-1))[1::2].mean()
+    sign = at_least("advantage sign", raised, 1e-9, "a higher score must give a higher advantage")
+    return [*mask_checks(case), sign]
+
+
+def mask_checks(case: Case) -> list[Check]:
     """Advantages are zero under the mask and do not see it."""
     module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
     outside = case.advantages.advantages.masked_select(~mask).abs()
@@ -147,11 +158,6 @@ def advantage_checks(case: Case) -> list[Check]:
             "means, deviations and lengths count completion tokens alone, not the cells of the grid",
         )
     )
-    better = rollout.scores + (torch.arange(len(rollout.scores)) % max(case.expected.group_size, 2) == 0)
-    lifted = rollout._replace(scores=better.double())
-    gain = module.advantages(lifted, module.shape_rewards(lifted)).advantages - case.advantages.advantages
-    raised = (gain.sum(-1) / mask.sum(-1))[::2].mean() - (gain.sum(-1) / mask.sum(-1))[1::2].mean()
-    checks.append(at_least("advantage sign", raised, 1e-9, "a higher score must give a higher advantage"))
     return checks
 
 

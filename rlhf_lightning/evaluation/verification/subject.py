@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from rlhf_lightning.evaluation.convergence import expected_loss, prepare
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
-from rlhf_lightning.types import PolicyLogprobs, PreferenceLogprobs, RankedScores, TokenLogprobs, UnpairedLogprobs
+from rlhf_lightning.types import (
+    DistillationLogits,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    ProcessBatch,
+    ProcessScores,
+    RankedScores,
+    TokenLogprobs,
+    UnpairedLogprobs,
+)
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 
 SMALL_WORLD_SETTINGS: dict[str, Any] = {
@@ -80,8 +90,15 @@ class Subject:
     def _defaults(self) -> dict[str, Any]:
         known = {name for base in self.kind.__mro__ for name in _parameters(base)}
         chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
-        if "scorer" in known:
+        if "teacher" in known:
+            chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
+            chosen.pop("kl_coef", None)  # the teacher has the reference's place, and no leash
+        elif "scorer" in known:
             chosen["scorer"] = self.world.score
+            chosen["temperature"] = 1.0  # problems are listed at 1
+        if "soft_labels" in known:  # certain labels have no optimum, and pairs have no KL in a reward
+            chosen["soft_labels"] = True
+            chosen.pop("kl_coef", None)
         beta = next((_parameters(base)["beta"] for base in self.kind.__mro__ if "beta" in _parameters(base)), None)
         if beta is not None and isinstance(beta.default, float) and beta.default < LEAST_BETA:
             chosen["beta"] = LEAST_BETA
@@ -94,7 +111,7 @@ class Subject:
             moved: with a policy that has left its reference by a fixed random step.
             changes: settings to change.
         """
-        module: Any = prepare(self.kind(init_from=self.folder, **{**self.settings, **changes}))
+        module: Any = prepare(self.kind(init_from=self.start, **{**self.settings, **changes}))
         if moved:
             generator = torch.Generator().manual_seed(7)
             with torch.no_grad():
@@ -103,6 +120,18 @@ class Subject:
                         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                         parameter.add_(0.3 * noise.to(parameter))
         return module
+
+    @cached_property
+    def start(self) -> str:
+        """Folder that instances start from: the policy; where absolute scores matter, a blank reward model.
+
+        A new head on the policy would give every score the huge logits of impossible tokens, which cancel in
+        differences alone.
+        """
+        if self.kind.batch_type is not ProcessBatch:
+            return self.folder
+        blank = torch.zeros_like(self.world.rewards)
+        return self.world.write_reward_model(Path(self.folder).with_name("untaught"), blank)
 
     @cached_property
     def module(self) -> Any:
@@ -151,13 +180,18 @@ class Subject:
         return self.world.expected_reward(policy_of(module, self.world))
 
 
-OVERRIDE_POINTS = ("preference_loss", "unpaired_loss", "ranking_loss", "token_loss", "policy_loss")
+OVERRIDE_POINTS = (
+    "preference_loss", "unpaired_loss", "process_loss", "ranking_loss", "token_loss", "policy_loss",
+    "distillation_loss",
+)  # fmt: skip
 DIFFERENTIATED: dict[type, Sequence[str]] = {
     PreferenceLogprobs: ("policy_chosen_logprobs", "policy_rejected_logprobs"),
     UnpairedLogprobs: ("policy_logprobs",),
     RankedScores: ("scores",),
+    ProcessScores: ("scores",),
     TokenLogprobs: ("logprobs",),
     PolicyLogprobs: ("logprobs",),
+    DistillationLogits: ("student_logits",),
 }
 """Fields of each override point's input that carry gradient."""
 

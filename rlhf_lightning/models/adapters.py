@@ -1,0 +1,140 @@
+"""Several adapters on one backbone, of which one, or none, is in use at a time.
+
+peft's own switch also decides what is trainable: it freezes every adapter but the one that it turns on. A critic that
+shares the policy's backbone would stop learning at the first look at the reference. Here a switch changes which adapter
+the layers read and nothing else, and puts it back whatever happens in between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+
+POLICY, REFERENCE, REWARD, CRITIC = "default", "reference", "reward", "critic"
+"""Names of the adapters on a policy's backbone. The first is peft's own name for a model's only adapter."""
+
+
+class AdapterWeights(NamedTuple):
+    """An adapter as its folder holds it.
+
+    Attributes:
+        config: peft's settings of it.
+        weights: low-rank matrices by their name in the folder.
+        head: weight of the scalar head, shape (1, hidden size); None for a policy's adapter.
+    """
+
+    config: PeftConfig
+    weights: dict[str, Tensor]
+    head: Tensor | None
+
+
+def read_adapter(folder: str | Path) -> AdapterWeights:
+    """Read an adapter's folder, a reward model's head apart from the matrices on its trunk."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    heads = [name for name in weights if name.endswith("score.weight")]
+    head = weights.pop(heads[0]) if heads else None
+    return AdapterWeights(PeftConfig.from_pretrained(str(folder)), weights, head)
+
+
+def add_adapter(
+    model: Any,
+    name: str,
+    config: PeftConfig,
+    weights: Mapping[str, Tensor] | None = None,
+    trainable: bool = False,
+    seed: int = 0,
+) -> None:
+    """Put a further adapter on a model that has one. What was trainable stays so, and the active adapter stays active.
+
+    Args:
+        model: the peft model.
+        name: the new adapter's.
+        config: its settings. A frozen adapter gets no dropout: the model around it may be in train mode.
+        weights: its matrices by name, as in a folder; None draws A from ``seed`` and leaves B at 0.
+        trainable: whether training changes it.
+        seed: seed of newly drawn weights.
+
+    Raises:
+        ValueError: the weights are those of another architecture or rank.
+    """
+    before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    config = copy.deepcopy(config)
+    # On the policy's backbone there is no module "score": the head of a scalar role stands beside it.
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
+    if not trainable:
+        config.lora_dropout = 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(name, config)
+    if weights is not None:
+        load_into_adapter(model, name, weights)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(before.get(key, trainable))
+
+
+def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Give an adapter the matrices of a folder; a head of its own stays as it is.
+
+    Raises:
+        ValueError: the weights are those of another architecture or rank.
+    """
+    expected = get_peft_model_state_dict(model, adapter_name=name)
+    wrong = set(weights) ^ {key for key in expected if "lora_" in key}
+    wrong |= {key for key in weights if key in expected and weights[key].shape != expected[key].shape}
+    if wrong:
+        few = ", ".join(sorted(wrong)[:2])
+        raise ValueError(f"an adapter does not fit the backbone: {len(wrong)} weights differ in name or shape ({few})")
+    set_peft_model_state_dict(model, {**expected, **weights}, adapter_name=name)
+
+
+def adapter_weights(model: Any, name: str) -> dict[str, Tensor]:
+    """Return a copy of an adapter's matrices, named as in a folder."""
+    return {key: value.detach().clone() for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+
+
+Switch = tuple[str | list[str], bool]
+"""Which adapter layers read, and whether they read none."""
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+@contextmanager
+def switched(model: nn.Module, switch: Switch) -> Iterator[None]:
+    """Set every adapted layer's switch, and each back to what it was, whatever happens in between."""
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(model)]
+    try:
+        for layer, _, _ in before:
+            layer._active_adapter, layer._disable_adapters = switch
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def with_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+    """Run a model with one of its adapters; None runs the bare backbone. No parameter's ``requires_grad`` changes."""
+    return switched(model, ([name or POLICY], name is None))
+
+
+def recomputation_contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a checkpointed block's forward and of its recomputation in the backward pass.
+
+    The backward pass runs long after a switch has been put back, so the block must be recomputed with the adapter that
+    was active in its forward.
+    """
+    first = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+    if first is None:
+        return nullcontext(), nullcontext()
+    return nullcontext(), switched(model, (first._active_adapter, first._disable_adapters))

@@ -1,0 +1,60 @@
+"""Frozen weights in 4 or 8 bits, for an adapter to be trained on."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+Quantization = Literal["nf4", "int8"]
+KINDS = ("nf4", "int8")
+
+
+def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return transformers' settings of a quantised backbone. Embeddings, norms and heads keep their precision.
+
+    Args:
+        kind: "nf4", 4-bit normal floats in blocks of 64, their scales quantised too (QLoRA, 2305.14314): 0.52 bytes a
+            weight; or "int8", absolute maxima of rows and columns with outliers apart (LLM.int8(), 2208.07339).
+        compute_dtype: 4-bit weights are expanded to it for each product.
+
+    Raises:
+        ValueError: there is no such kind.
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantization is {kind!r}: it must be 'nf4' or 'int8'")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(f"quantization={kind} needs bitsandbytes, which is not installed here")
+    if kind == "int8":
+        # It says at every product that inputs are cast to half precision, which is what was asked for.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def use_one_arithmetic(model: nn.Module) -> None:
+    """Keep 4-bit layers from computing otherwise in eval mode than in train mode.
+
+    On CPUs with bf16 instructions bitsandbytes repacks a layer's weights when it first runs without gradient and then
+    multiplies in bf16: the policy that sampled would not be the one that is updated, and its ratios not 1.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that nn.Module declares
+
+
+def quantization_of(model: Any) -> Quantization | None:
+    """Return how a Hugging Face model's weights are quantised; None in full precision."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "nf4"
+    return "int8" if getattr(model, "is_loaded_in_8bit", False) else None

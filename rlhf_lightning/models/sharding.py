@@ -1,0 +1,148 @@
+"""Weights cut over ranks (FSDP2): which modules are cut, and forward passes that all ranks make together.
+
+A cut module gathers its weights when it is called and lets them go when it returns, which takes every rank: one that
+makes a pass less than the others leaves them waiting. Whatever makes a number of passes that depends on the rank's own
+rows (decoding, cutting by tokens) asks here how many to make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from rlhf_lightning.models.scalar_head import trunk
+
+
+def shard(model: Any, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Cut a CausalLM or ScalarModel over the data-parallel ranks: each decoder layer, then the rest with the root.
+
+    Where several ranks hold one model together, its matrices are cut over those first.
+
+    Between two passes every weight is in shards, so that checkpoints, exports, norms and moved references never meet a
+    gathered one that has gone stale.
+
+    Args:
+        model: the model; heads on it are cut with its root. One that is cut already stays as it is.
+        mesh: the mesh of the strategy, with the dimensions "data_parallel" and "tensor_parallel".
+        precision: the trainer's; "bf16-mixed" gathers and computes in bf16 and sums gradients in fp32.
+    """
+    if is_sharded(model):
+        return
+    if mesh["tensor_parallel"].size() > 1:
+        plan = tensor_plan(model.model.config)
+        assert plan is not None
+        parallelize_module(trunk(model.model), mesh["tensor_parallel"], plan)
+    low = torch.bfloat16 if precision == "bf16-mixed" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
+    for part in (*decoder_layers(model), model):
+        fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a model's transformer: its largest list of modules. None where it has no such list."""
+    lists = [part for part in trunk(model.model).modules() if isinstance(part, nn.ModuleList)]
+    return list(max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=()))
+
+
+def tensor_plan(config: Any) -> dict[str, ParallelStyle] | None:
+    """Return how transformers' plan for a family cuts its matrices over ranks that hold a model together.
+
+    None where there is no plan, or one that asks for more than matrices cut by rows and by columns.
+    """
+    plan = getattr(config, "base_model_tp_plan", None)
+    styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+    if not plan or not set(plan.values()) <= set(styles):
+        return None
+    return {name: styles[style] for name, style in plan.items()}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are cut over ranks."""
+    return isinstance(model, FSDPModule)
+
+
+# -- passes that all ranks make together ------------------------------------------------------------------------------
+
+
+def most_passes(model: nn.Module, count: int) -> int:
+    """Return how many passes each rank must make through a model: ``count``, or for a cut one the most of any rank."""
+    return _largest(model, count) if is_sharded(model) else count
+
+
+@contextmanager
+def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], None]]:
+    """Let ranks make other numbers of passes through a cut model: those that are done idle until all are.
+
+    Args:
+        model: the model.
+        idle: makes a pass for nothing.
+
+    Yields:
+        What to call before each pass.
+    """
+    if not is_sharded(model):
+        yield lambda: None
+        return
+
+    def before_pass() -> None:
+        _largest(model, 1)
+
+    yield before_pass
+    while _largest(model, 0):
+        idle()
+
+
+def _largest(model: nn.Module, count: int) -> int:
+    """Return the largest count of any rank."""
+    found = torch.tensor(count, device=next(model.parameters()).device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+# -- whole tensors ----------------------------------------------------------------------------------------------------
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with the shards of all ranks put together; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that every rank holds whole, cut as ``other`` is."""
+    tensor = tensor.to(other.device, other.dtype)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """Return a cut model's weights, put together on the CPU of rank zero and empty elsewhere; every rank must ask.
+
+    Tied weights come as one tensor. Of an adapter's model the frozen backbone is left out. None for a model in one
+    piece.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    found: dict[int, Tensor] = {}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = hasattr(model, "peft_config")
+    state = {
+        name: weight for name, weight in model.state_dict(keep_vars=True).items() if not adapter or name in trained
+    }
+    for weight in state.values():
+        if id(weight) not in found:
+            together = whole(weight.detach())
+            found[id(weight)] = together.cpu() if is_first_rank() else weight.new_empty(0)
+    return {name: found[id(weight)] for name, weight in state.items()} if is_first_rank() else {}
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes for all of them."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,264 @@
+"""Online preference objectives whose samples meet another player: the last round's policy, the reference, a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional import critic_free
+from rlhf_lightning.functional.online_preference import nash_md_logits, xpo_loss
+from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.models.sampling import Mixture
+from rlhf_lightning.modules.critic_free import CriticFreeModule, sequence_mean_of_token_sums
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.modules.rollouts import Aggregation, Drawn
+from rlhf_lightning.types import (
+    Advantages,
+    EnumeratedProblem,
+    Loss,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    PromptBatch,
+    Rollout,
+    Step,
+)
+
+OPPONENTS = 2**62
+"""Added to an episode's number for its opponent's random numbers: a run counts its own up from 0 and validation's down
+from -1, and neither gets here."""
+
+
+class IterativeDPOModule(OnlineDPOModule):
+    r"""Iterative DPO: rounds of sampling and training, each held against the policy that the last one ended with.
+
+    loss = online DPO's on the best and the worst of ``data.samples_per_prompt`` samples, with the reference of the
+    round (Xu et al., 2312.16682; Yuan et al., 2401.10020, Section 2.4). A round starts with fresh optimizer moments.
+    Policy = reference gives log 2.
+
+    Target: no closed form; with soft labels each round aims at reference * exp(score / beta) with its own reference,
+    and where that moves on there is no fixed optimum.
+
+    Args:
+        rollouts_per_round: rollouts between two rounds.
+        reference_of_round: "last": the reference becomes the policy that the last round ended with; "start": it stays
+            what training started from. With an adapter, a reference that moves is a model of its own.
+    """
+
+    paper = "Xu et al. 2023, arXiv 2312.16682"
+
+    def __init__(
+        self, rollouts_per_round: int = 50, reference_of_round: Literal["last", "start"] = "last", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if rollouts_per_round < 1:
+            raise ValueError(f"rollouts_per_round is {rollouts_per_round}: a round has one or more rollouts")
+        if reference_of_round not in ("last", "start"):
+            raise ValueError(f"reference_of_round is {reference_of_round!r}: it must be 'last' or 'start'")
+        self.rollouts_per_round, self.reference_of_round = rollouts_per_round, reference_of_round
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether rounds have references of their own."""
+        return self.reference_of_round == "last"
+
+    def load_reference_and_scorer(self) -> None:
+        """Load what is not trained; a reference that will move is a model of its own in every case."""
+        super().load_reference_and_scorer()
+        if self.reference is not None and self.reference.copy is None and self.moves_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
+
+    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Collect one rollout and take all its updates; now and then a new round begins first."""
+        if self.rollouts and self.rollouts % self.rollouts_per_round == 0:
+            self.begin_round()
+        super().training_step(step, batch_idx)
+
+    def begin_round(self) -> None:
+        """Make the policy the reference, and forget the optimizer's moments: they belong to the last round's loss."""
+        if self.moves_reference:
+            assert self.reference is not None
+            self.reference.follow()
+        optimizer: Any = self.optimizers()
+        optimizer.optimizer.state.clear()
+
+    def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
+        super()._check_rollout(rollout, rewards)
+        if self.rollouts and self.moves_reference and self.rollouts % self.rollouts_per_round == 0:
+            self.invariants.check_first_kl(rollout)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return online DPO's optimum, unless the reference moves."""
+        return None if self.moves_reference else super().target_policy(problem)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference's weights once they have moved: nothing else knows where they are."""
+        super().on_save_checkpoint(checkpoint)
+        if self.moves_reference and self.rollouts > self.rollouts_per_round:
+            assert self.reference is not None
+            checkpoint["reference"] = self.reference.moved_weights()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the reference where it was; an export goes without it."""
+        super().on_load_checkpoint(checkpoint)
+        if self.reference is not None and "reference" in checkpoint:
+            self.reference.restore(checkpoint["reference"])
+
+
+class XPOModule(OnlineDPOModule):
+    r"""XPO: online DPO of a sample against one of the reference's, with a bonus for leaving what the reference writes.
+
+    loss = DPO(y, y') + alpha log policy(y'), y from the policy and y' from the reference, better and worse by score
+    (Xie et al., 2405.21046, Algorithm 1). Policy = reference gives log 2 + alpha log policy(y'). The second of each
+    prompt's two samples is the reference's: every sample has an episode number, so random numbers of its own.
+
+    Target: no closed form; with soft labels near reference * exp(score / beta), which the bonus moves in proportion to
+    alpha.
+
+    Args:
+        alpha: weight of the bonus.
+    """
+
+    paper = "Xie et al. 2024, arXiv 2405.21046"
+
+    def __init__(self, alpha: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.alpha = alpha
+
+    def by_reference(self, group: Tensor) -> Tensor:
+        """Return True for the second sample of each prompt, shape (episodes,); a single sample is the policy's."""
+        rows = torch.arange(len(group), device=group.device)
+        first = torch.full_like(group, len(group)).scatter_reduce(0, group, rows, "amin")
+        return rows != first[group]
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,)."""
+        assert logprobs.chosen_by_reference is not None
+        sides = (logprobs.chosen_sequence_logprobs, logprobs.rejected_sequence_logprobs)
+        explored = torch.where(logprobs.chosen_by_reference, *sides)
+        values = xpo_loss(logprobs.margin, explored, self.beta, self.alpha, logprobs.target)
+        return Loss(values, {"explored_logprob": explored})
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return online DPO's optimum where there is no bonus: a pair is at its best there whoever sampled it."""
+        known = type(self).preference_loss is XPOModule.preference_loss and not self.alpha
+        if not known or not self.soft_labels or self.sampling.temperature != 1:
+            return None
+        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
+
+    def _check_groups(self, rollout: Rollout) -> None:
+        super()._check_groups(rollout)
+        most = int(torch.bincount(rollout.group).max())
+        if most != 2:
+            raise ValueError(
+                f"{type(self).__name__} compares a sample of the policy with one of the reference, and a prompt has "
+                f"{most}: set data.samples_per_prompt to 2"
+            )
+
+
+class NashMDModule(CriticFreeModule):
+    r"""Nash-MD: policy gradient of the chance to beat an opponent that is drawn between the policy and its reference.
+
+    loss = -(P(y beats y') - 1/2 - kl_coef log policy(y)/reference(y)) log policy(y), the bracket without gradient; y
+    from the policy, y' token by token from policy^{1 - c} reference^c, c = ``mixture``; P = sigmoid(score(y) -
+    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have random numbers of their own and cost one more
+    decode a completion.
+
+    Paying the KL token by token, kl_coef sum_t sg(lp_t - lp_ref_t) lp_t (``kl_place = "k2"`` in a subclass), leaves out
+    what a token costs later on, and rests elsewhere.
+
+    Target: no closed form; where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the
+    Nash equilibrium of the game regularised by the KL, for c = 1 the best answer to the reference.
+
+    Args:
+        scorer: what scores completions; differences of scores are log-odds of winning.
+        kl_coef: strength of the KL leash, chances to win per nat.
+        mixture: c, the reference's share in the opponent.
+        temperature: of sampling, the opponent's too, and of every log-probability.
+
+    Raises:
+        ValueError: ``mixture`` is outside [0, 1].
+    """
+
+    paper = "Munos et al. 2023, arXiv 2312.00886"
+    needs_group = False
+
+    def __init__(
+        self, scorer: Any, kl_coef: float = 0.1, mixture: float = 0.5, temperature: float = 0.9, **kwargs: Any
+    ) -> None:
+        super().__init__(scorer=scorer, kl_coef=kl_coef, temperature=temperature, **kwargs)
+        if not 0 <= mixture <= 1:
+            raise ValueError(f"mixture is {mixture}: the reference's share in the opponent must lie in [0, 1]")
+        self.mixture = mixture
+
+    @property
+    def holds_reference(self) -> bool:
+        """The opponent is made of it."""
+        return self.needs_reference
+
+    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+        """Sample and score; while training, an opponent of each sample is scored beside it."""
+        drawn = super().draw(batches)
+        if not self.trainer.training:
+            return drawn
+        return drawn._replace(baseline_scores=self.opponent_scores(drawn.batch))
+
+    def opponent_scores(self, batch: PromptBatch) -> Tensor:
+        """Return the score of one completion of the opponent for each prompt, shape (episodes,)."""
+        assert self.reference is not None
+        mixture = Mixture(self.reference.as_model, partial(nash_md_logits, mixture=self.mixture))
+        theirs = batch._replace(episodes=batch.episodes + OPPONENTS)
+        opponents = self.collector.sample(self.policy, self.tokenizer, theirs, mixture=mixture)
+        return self.collector.score(self.tokenizer, opponents, batch)
+
+    def win_probability(self, rollout: Rollout) -> Tensor:
+        """Return P(y beats y'), shape (episodes,); NaN where either has no score."""
+        assert rollout.baseline_scores is not None
+        return torch.sigmoid(rollout.scores - rollout.baseline_scores)
+
+    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return the chance to win less a half, and less what the rewards pay for KL, shape (episodes,)."""
+        return torch.nan_to_num(self.win_probability(rollout) - 0.5 + rewards - rollout.scores)
+
+    def objective(self, ratio: Tensor, logprobs: PolicyLogprobs) -> Tensor:
+        """Return -A log policy of each token, shape (rows, length)."""
+        return critic_free.reinforce_loss(logprobs.logprobs, logprobs.advantages)
+
+    def aggregation(self, learned: Tensor) -> Aggregation:
+        """The mean over completions of sums over tokens: the policy gradient of whole completions."""
+        return sequence_mean_of_token_sums(learned)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return the best answer to the reference for c = 1, and the game's equilibrium for c = 0, at temperature 1.
+
+        Between them the opponent is made token by token, which a list of completions does not say.
+        """
+        changed = type(self).objective is not NashMDModule.objective or self.kl_place != "reward"
+        if changed or not self.kl_coef or self.sampling.temperature != 1 or self.mixture not in (0, 1):
+            return None
+        if self.mixture:
+            return self.best_answer(problem, problem.reference)
+        policy = problem.reference
+        for _ in range(10_000):
+            policy = (policy + self.best_answer(problem, policy)) / 2
+        found = bool((policy - self.best_answer(problem, policy)).abs().max() < 1e-9)
+        return policy if found else None  # there always is one, but by half-steps a weak leash circles it
+
+    def best_answer(self, problem: EnumeratedProblem, opponent: Tensor) -> Tensor:
+        """Return what maximises E P(y beats y') - kl_coef KL(policy || reference) for a fixed opponent's y'.
+
+        Args:
+            problem: the enumerated problem.
+            opponent: probability of each completion, shape (prompts, completions).
+        """
+        wins = (problem.preference * opponent.unsqueeze(1)).sum(-1)
+        return torch.softmax(problem.reference.log() + wins / self.kl_coef, -1)
+
+    def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
+        """Add how often the policy beats its opponent."""
+        wins = self.win_probability(rollout)
+        meter.add("rollout/win_rate", wins, ~wins.isnan())

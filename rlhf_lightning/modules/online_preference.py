@@ -1,0 +1,282 @@
+"""Preference objectives on pairs that the policy samples itself and a scorer judges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.online_preference import best_and_worst
+from rlhf_lightning.functional.policy_gradient import approx_kl
+from rlhf_lightning.functional.preference import dpo_loss
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.layout import cut_rows, select
+from rlhf_lightning.models.sharding import most_passes
+from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.dpo import measure_pairs
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.rollouts import Drawn, merged_samples, select_prompts
+from rlhf_lightning.types import (
+    EnumeratedProblem,
+    Loss,
+    Pairs,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    PromptBatch,
+    Rollout,
+)
+
+
+class OnlineDPOModule(OnPolicyModule):
+    r"""Online DPO: the policy's own samples are the pairs; of each prompt's, the best is chosen and the worst rejected.
+
+    loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), d = log policy(y_c)/reference(y_c)
+    - log policy(y_r)/reference(y_r), both sampled from the policy (Guo et al., 2402.04792, Eq. 4, for p = 1). Policy =
+    reference gives log 2. Samples of one prompt that score alike form no pair; with ``soft_labels`` p =
+    sigmoid(score_c - score_r).
+
+    A subclass changes the objective by overriding ``preference_loss``, as it would for a `DPOModule`.
+
+    Target: with ``soft_labels`` reference * exp(score / beta), normalised: every pair is at its best there, however it
+    was sampled. Labels that are certain ask for ever larger margins, and no policy is at rest.
+
+    Args:
+        scorer: what scores completions: a reward model's folder, an importable function
+            ``(prompts, completions, **columns) -> scores``, or a Scorer. It takes the place of the annotator.
+        beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
+        soft_labels: take scores as log-odds: chosen is better with probability sigmoid(score difference), not for sure.
+        temperature: of sampling and of every log-probability.
+        ppo_epochs: passes over each rollout.
+        mini_batch_size: episodes of one optimizer step over all ranks, a multiple of the samples of a prompt; None
+            takes the whole rollout.
+
+    Raises:
+        ValueError: a prompt has a single sample, or a minibatch would part the samples of one.
+    """
+
+    paper = "Guo et al. 2024, arXiv 2402.04792"
+    needs_group: ClassVar[bool] = True
+    """Whether completions of one prompt are compared."""
+
+    needs_collisions: ClassVar[bool] = False
+    """Whether the loss looks at how likely two draws from the policy agree at each token (WPO)."""
+
+    def __init__(
+        self,
+        scorer: Any,
+        beta: float = 0.1,
+        soft_labels: bool = False,
+        temperature: float = 0.9,
+        ppo_epochs: int = 1,
+        learning_rate: float = 5e-7,
+        **kwargs: Any,
+    ) -> None:
+        # What a policy gradient has beyond samples and updates is named here, so that nobody can set it in vain.
+        super().__init__(
+            scorer=scorer,
+            temperature=temperature,
+            ppo_epochs=ppo_epochs,
+            learning_rate=learning_rate,
+            kl_coef=0.0,
+            kl_target=None,
+            kl_horizon=1,
+            clip=0.0,
+            dual_clip=None,
+            entropy_coef=0.0,
+            **kwargs,
+        )
+        self.beta, self.soft_labels = beta, soft_labels
+
+    def load_models(self) -> None:
+        """Load the policy to train, reference and scorer frozen."""
+        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+        self.load_reference_and_scorer()
+
+    # -- override points ----------------------------------------------------------------------------------------------
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,). The override point of this family."""
+        return dpo_loss(logprobs.margin, self.beta, logprobs.target)
+
+    def pairs(self, rollout: Rollout) -> Pairs:
+        """Return the pairs of a rollout: of each prompt the best against the worst sample, unless they score alike."""
+        chosen, rejected = best_and_worst(rollout.scores, rollout.group)
+        gap = rollout.scores[chosen] - rollout.scores[rejected]
+        ones = torch.ones_like(gap)
+        return Pairs(chosen, rejected, torch.sigmoid(gap) if self.soft_labels else ones, gap, ones)
+
+    def by_reference(self, group: Tensor) -> Tensor:
+        """Return which samples the reference draws in place of the policy, bool, shape (episodes,): here none.
+
+        Args:
+            group: index of the prompt each sample answers, int64, shape (episodes,).
+        """
+        return torch.zeros_like(group, dtype=torch.bool)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(score / beta), normalised, with soft labels at temperature 1.
+
+        There beta d = score difference for every pair, where its gradient is 0; and nowhere else: the completion of the
+        largest beta log(policy / reference) - score is pushed down by every other one.
+        """
+        own = type(self).preference_loss is not OnlineDPOModule.preference_loss
+        if own or not self.soft_labels or self.sampling.temperature != 1:
+            return None
+        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each pair loses where the policy is the reference: log 2. A subclass with another loss says its own."""
+        return math.log(2) if type(self).preference_loss is OnlineDPOModule.preference_loss else None
+
+    # -- one rollout --------------------------------------------------------------------------------------------------
+
+    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+        """Sample and score a completion for each prompt, from the model whose turn it is."""
+        batch = batches[0]
+        explores = self.by_reference(batch.group)
+        if self.reference is None or not bool(explores.any()):
+            return super().draw(batches)
+        own, theirs = (turn.nonzero().squeeze(-1).tolist() for turn in (~explores, explores))
+        with self.reference.as_model() as reference:
+            explored = self.collector.sample(reference, self.tokenizer, select_prompts(batch, theirs))
+        sampled = self.collector.sample(self.policy, self.tokenizer, select_prompts(batch, own))
+        samples = merged_samples([(sampled, own), (explored, theirs)])
+        return Drawn(batch, samples, self.collector.score(self.tokenizer, samples, batch))
+
+    def learn(self, rollout: Rollout, entropy: Tensor, batch: PromptBatch, meter: Meter) -> float:
+        """Pair the samples and take all updates; return the gradient norm of the last."""
+        self._check_groups(rollout)
+        rewards = torch.zeros_like(rollout.old_logprobs)
+        self._check_rollout(rollout, rewards)
+        self._measure_rollout(rollout, rewards, entropy, meter)
+        meter.forget("rollout/reward")  # scores become pairs, not rewards
+        pairs = self.pairs(rollout)
+        prompts = len(groups_of(rollout))
+        meter.add_ratio("rollout/frac_ties", prompts - len(pairs.chosen), prompts)
+        return self._learn_from(rollout, lambda rows: self._learn_pairs(rollout, pairs, rows, batch, meter), meter)
+
+    def _units(self, rollout: Rollout) -> dict[int, list[int]]:
+        """Rows of each prompt, by the number of its first episode: no minibatch parts them."""
+        return groups_of(rollout)
+
+    def _learn_pairs(self, rollout: Rollout, pairs: Pairs, rows: list[int], batch: PromptBatch, meter: Meter) -> float:
+        """Take one optimizer step on the pairs among some episodes of the rollout."""
+        mine = torch.isin(pairs.chosen, torch.tensor(rows, device=pairs.chosen.device)).nonzero().squeeze(-1)
+        count = float(self._over_ranks(torch.tensor(float(len(mine)), device=self.device)))
+        lengths = rollout.sequences.lengths
+        sides = zip(pairs.chosen[mine].tolist(), pairs.rejected[mine].tolist(), strict=True)
+        cells = [2 * max(lengths[chosen], lengths[rejected]) for chosen, rejected in sides]
+        size = None if self.micro_batch_size is None else max(self.micro_batch_size // 2, 1)
+        parts = [pairs.at(mine[torch.tensor(cut)]) for cut in cut_rows(cells, size, self.max_tokens)]
+        # Without a backward pass, and without metrics, this rank would keep the others waiting.
+        parts += [no_pair(rollout)] * (max(most_passes(self.policy, len(parts)), 1) - len(parts))
+        losses: list[Callable[[], Tensor]] = [partial(self._pair_loss_sum, rollout, part, meter) for part in parts]
+        return self.update(losses + self.further_losses(batch, count, meter), count)
+
+    def preference_logprobs(self, rollout: Rollout, pairs: Pairs) -> PreferenceLogprobs:
+        """Forward the completions of some pairs together through the policy; the rollout has the reference's."""
+        rows = torch.cat([pairs.chosen, pairs.rejected])
+        layout = self.lay_out(select(rollout.sequences, rows.tolist()))
+        outputs = self.policy(layout, self.sampling.temperature, with_collisions=self.needs_collisions)
+        mask, count = layout.completion_mask, len(pairs.chosen)
+        chosen, rejected = slice(None, count), slice(count, None)
+        reference = None if rollout.reference_logprobs is None else rollout.reference_logprobs[rows, : mask.shape[1]]
+        return PreferenceLogprobs(
+            policy_chosen_logprobs=outputs.logprobs[chosen],
+            policy_rejected_logprobs=outputs.logprobs[rejected],
+            reference_chosen_logprobs=None if reference is None else reference[chosen],
+            reference_rejected_logprobs=None if reference is None else reference[rejected],
+            chosen_mask=mask[chosen],
+            rejected_mask=mask[rejected],
+            target=pairs.target,
+            rated_margin=pairs.rated_margin,
+            weights=pairs.weights,
+            chosen_log_collisions=None if outputs.collisions is None else outputs.collisions[chosen],
+            rejected_log_collisions=None if outputs.collisions is None else outputs.collisions[rejected],
+            chosen_by_reference=self.by_reference(rollout.group)[pairs.chosen],
+        )
+
+    def _pair_loss_sum(self, rollout: Rollout, pairs: Pairs, meter: Meter) -> Tensor:
+        """Return the summed losses of a micro-batch's pairs, to be divided by the minibatch's count."""
+        logprobs = self.preference_logprobs(rollout, pairs)
+        moved = _moved(rollout, pairs, logprobs)
+        if self._untouched:
+            self._check_first_ratio(moved)
+        loss = as_loss(self.preference_loss(logprobs))
+        measure_pairs(logprobs, loss, self.beta, int((pairs.weights > 0).sum()), meter)
+        self._measure_update(moved, meter)
+        return (loss.values * logprobs.weights).sum()
+
+    # -- what must hold, and what is measured -------------------------------------------------------------------------
+
+    def _check_groups(self, rollout: Rollout) -> None:
+        samples = int(torch.bincount(rollout.group).min())
+        if samples < 2:
+            raise ValueError(
+                f"{type(self).__name__} compares completions of one prompt, and a prompt has one: set "
+                "data.samples_per_prompt to 2 or more"
+            )
+        if self.mini_batch_size is not None and self.mini_batch_size % samples:
+            raise ValueError(
+                f"mini_batch_size is {self.mini_batch_size} and would part the {samples} samples of a prompt: set it "
+                "to a multiple of data.samples_per_prompt"
+            )
+
+    def score_slots(self, rollout: Rollout) -> Tensor | None:
+        """Scores are on no token."""
+        return None
+
+    def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
+        """Check a rollout before anything is learned from it, each sample against the model that drew it."""
+        explored = self.by_reference(rollout.group).unsqueeze(-1)
+        if rollout.reference_logprobs is not None:
+            drawn = torch.where(explored, rollout.reference_logprobs, rollout.old_logprobs)
+            rollout = rollout._replace(old_logprobs=drawn)
+        super()._check_rollout(rollout, rewards)
+
+    def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
+        """Add what describes the policy's own samples, before any update."""
+        own = ~self.by_reference(rollout.group)
+        parts: dict[str, Any] = {
+            n: part[own.to(part.device)] for n, part in rollout._asdict().items() if isinstance(part, Tensor)
+        }
+        super()._measure_rollout(rollout._replace(**parts), rewards[own], entropy[own], meter)
+
+    def _measure_update(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
+        """Add how far the update has moved the policy from the one that sampled."""
+        now, old, mask = logprobs.logprobs.detach(), logprobs.old_logprobs, logprobs.completion_mask
+        for name in ("approx_kl",) if self.early_stop_kl is None else ("approx_kl", "last_approx_kl"):
+            meter.add(name, approx_kl(now, old), mask)
+        meter.add("ratio", (now - old).exp(), mask)
+
+
+def groups_of(rollout: Rollout) -> dict[int, list[int]]:
+    """Return the rows of each prompt's samples, by the number of its first episode."""
+    assert rollout.episodes is not None
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(rollout.group.tolist()):
+        rows.setdefault(group, []).append(row)
+    episodes = rollout.episodes.tolist()
+    return {min(episodes[row] for row in members): members for members in rows.values()}
+
+
+def no_pair(rollout: Rollout) -> Pairs:
+    """Return a pair of weight 0, for a rank that has none: its loss and its share of every metric are 0."""
+    row = torch.zeros(1, dtype=torch.long, device=rollout.scores.device)
+    nothing = torch.zeros_like(rollout.scores[row])
+    return Pairs(row, row, torch.ones_like(nothing), nothing, nothing)
+
+
+def _moved(rollout: Rollout, pairs: Pairs, logprobs: PreferenceLogprobs) -> PolicyLogprobs:
+    """Return both sides of the pairs beside what they were when they were sampled."""
+    rows = torch.cat([pairs.chosen, pairs.rejected])
+    now = torch.cat([logprobs.policy_chosen_logprobs, logprobs.policy_rejected_logprobs])
+    mask = torch.cat([logprobs.chosen_mask, logprobs.rejected_mask]) & (pairs.weights > 0).repeat(2).unsqueeze(-1)
+    old = rollout.old_logprobs[rows, : mask.shape[1]]
+    return PolicyLogprobs(now, old, None, None, torch.zeros_like(old), mask)

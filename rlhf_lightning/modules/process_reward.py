@@ -1,0 +1,123 @@
+"""Process reward models: a score for each step of a completion."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.process import first_errors, step_loss
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import STEP_SEPARATOR
+from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
+
+
+class ProcessRewardModule(RewardModule):
+    r"""A reward model of reasoning: the log-odds that each step of a completion is right.
+
+    loss = (1/N) \sum_{rows} w \sum_{steps} [-y log sigmoid(s) - (1 - y) log sigmoid(-s)], y the step's label and s the
+    scalar head's value at the step's last token, so that a step is judged on all that stands before it and on nothing
+    behind it (Lightman et al., arXiv 2305.20050, Section 2.6, with one logit for their two tokens). N are the judged
+    steps of the whole optimizer step: every step weighs the same, whether its completion has many or few. Soft labels
+    (Math-Shepherd, arXiv 2312.08935) are probabilities. Scores of 0 give log 2.
+
+    ``step_accuracy`` counts steps on the right side of 0. ``first_error_f1`` is ProcessBench's (arXiv 2412.06559): the
+    harmonic mean of the share of wrong completions whose first wrong step is found, and of right ones all of whose
+    steps pass. Labels of exactly 0.5 count for neither side in the first and as right in the second.
+
+    The exported folder is a reward model's whose score at a completion's end is that of its last step, and names the
+    separator: as a scorer it splits completions at it and takes the least of their steps, see `ProcessScorer`.
+
+    Target: the log-odds of each step's labels.
+
+    Args:
+        step_separator: what stands between two steps, in the data's steps and in the completions scored later.
+    """
+
+    paper = "Lightman et al. 2023, arXiv 2305.20050"
+    batch_type: ClassVar[type] = ProcessBatch
+    counts_tokens = True
+    headline_metrics = ("val/loss", "val/step_accuracy", "val/first_error_f1")
+
+    def __init__(self, step_separator: str = "\n", **kwargs: Any) -> None:
+        super().__init__(centering=0.0, normalise=False, **kwargs)
+        if not step_separator:
+            raise ValueError("step_separator is empty: steps could not be told apart")
+        self.step_separator = step_separator
+
+    def load_models(self) -> None:
+        """Load the backbone and give it a scalar head where it has none; log-odds are relative to nothing."""
+        super().load_models()
+        self.reward_model.bias = 0.0
+
+    def process_loss(self, scores: ProcessScores) -> Tensor | Loss:
+        """Return one loss per step, shape (steps,). The override point of this family."""
+        return step_loss(scores.scores, scores.labels)
+
+    def step_scores(self, batch: ProcessBatch) -> ProcessScores:
+        """Return the score of each judged step, from one forward."""
+        layout = padded_layout(batch.sequences).to(self.device)
+        ends = layout._replace(predictors=layout.predictors + 1)  # not what predicts a step's last token, but the token
+        mask = layout.completion_mask
+        grid = self.reward_model(ends, per_token=True)
+        row = layout.cells.div(mask.shape[1], rounding_mode="floor")
+        labels = torch.cat([torch.zeros(0), *batch.labels]).to(grid)
+        if len(labels) != len(row):
+            raise ValueError(f"{len(labels)} labels for {len(row)} judged steps: a batch needs one of each")
+        position = (mask.cumsum(-1) - 1)[mask]
+        return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device))
+
+    def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]
+        """Return the summed losses of a micro-batch's judged steps."""
+        scores = self.step_scores(batch)
+        loss = as_loss(self.process_loss(scores))
+        losses = loss.values * scores.weights[scores.row]
+        meter.add("loss", losses)
+        self._measure_steps(scores, meter)
+        for name, values in loss.metrics.items():
+            meter.add(name, values)
+        return losses.sum()
+
+    def _measure_steps(self, scores: ProcessScores, meter: Meter) -> None:
+        """Add how many steps, and how many completions, are judged right."""
+        said, labelled = scores.scores.detach() > 0, scores.labels
+        meter.add("step_accuracy", ((said == (labelled > 0.5)) & (scores.scores != 0)).double(), labelled != 0.5)
+        meter.add("score", scores.scores)
+        rows = len(scores.weights)
+        found = first_errors(said, scores.row, scores.position, rows)
+        true = first_errors(labelled >= 0.5, scores.row, scores.position, rows)
+        meter.add("first_error_found", (found == true).double(), true >= 0)
+        meter.add("right_accepted", (found == true).double(), true < 0)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return held-out metrics, and the F1 of first errors."""
+        means = super().evaluation_metrics()
+        if "first_error_found" in means:
+            found, accepted = means["first_error_found"], means["right_accepted"]
+            means["first_error_f1"] = 2 * found * accepted / max(found + accepted, 1e-12)
+        return means
+
+    def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Return each completion with the probabilities that its judged steps are right, and their labels."""
+        found: list[dict[str, Any]] = []
+        for batch in step.micro_batches:
+            scores, sequences = self.step_scores(batch), batch.sequences
+            for row, (parent, ids) in enumerate(zip(sequences.parents, sequences.completions, strict=True)):
+                prompt, completion = (
+                    self.tokenizer.decode(part.tolist(), skip_special_tokens=True)
+                    for part in (sequences.prompts[parent], ids)
+                )
+                mine = scores.row == row
+                right = torch.sigmoid(scores.scores[mine]).tolist()
+                labels = scores.labels[mine].tolist()
+                found.append({"prompt": prompt, "completion": completion, "steps": right, "labels": labels})
+        return found
+
+    @property
+    def facts_of_scores(self) -> dict[str, Any]:
+        """The separator, at which a scorer splits."""
+        return {STEP_SEPARATOR: self.step_separator}

@@ -1,0 +1,153 @@
+"""The final answer of a solution: where it is stated, and what number it is.
+
+Completions are untrusted text. Everything here takes time linear in their length, whatever they hold, and numbers are
+compared exactly: a numeral too long or an exponent too large to be an answer is no number.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+LONGEST_ANSWER = 300
+"""Characters of an answer; a longer one is none."""
+
+LONGEST_NUMERAL, LARGEST_EXPONENT = 60, 60
+
+BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}\{")
+# A heading may begin with #### too: an answer begins like a number, or is one word.
+HASHES = re.compile(r"####[ \t]*(?=[-+−–$€£¥(\\.\d*]|[^\s#]+[ \t]*$)([^\n]*)", re.MULTILINE)
+STATED = re.compile(r"\banswer[ \t]{0,9}(?:is|=|:)[ \t]*:?([^\n]*)", re.IGNORECASE)
+NUMERAL = r"(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
+LAST_NUMBER = re.compile(r"(?<![\w.])[-−–]?[$€£¥]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
+
+THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?")
+FRAC = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)")
+WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|mbox|operatorname)\{([^{}]*)\}")
+NOTHING = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:|quad|qquad)(?![A-Za-z])|\^\{?\\circ\}?|\\?[$%]|[°€£¥~]")
+VARIABLE = re.compile(r"\A[A-Za-z](?:_\w+)?\s*=\s*")
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+NO_UNIT = {"or", "and", "to", "not", "plus", "minus", "times", "pi", "x", "y", "z", "n", "i", *SCALES}
+NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<parts>\d+)"
+    rf"|(?P<top>{NUMERAL})\s*/\s*(?P<bottom>{NUMERAL})"
+    rf"|(?P<plain>{NUMERAL})(?:\s*(?:[eE]|[x×*]\s*10\s*\^)\s*\{{?(?P<exponent>[-+]?\d+)\}}?)?)"
+    rf"\s*(?P<scale>{'|'.join(SCALES)})?(?P<unit>[^\d=<>]*)\Z"
+)
+
+
+def final_answer(text: str, last_number: bool = False) -> str | None:
+    r"""Return the answer that a solution ends with, as it is written; None where it states none.
+
+    It is stated in the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``: a solution that changes its
+    mind is taken at its last word, and one that names several in one place has named none of them alone.
+
+    Args:
+        text: the solution.
+        last_number: take the last number of a solution that states no answer.
+    """
+    stated = [found for pattern in (BOX, HASHES, STATED) if (found := _last(pattern, text))]
+    if stated:
+        last = max(stated, key=lambda found: found.start())
+        answer = _braced(text, last.end()) if last.re is BOX else _sentence(last.group(1))
+        return answer.strip() or None if answer else None
+    found = _last(LAST_NUMBER, text) if last_number else None
+    return found.group() if found and len(found.group()) <= LONGEST_ANSWER else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    last = None
+    for last in pattern.finditer(text):  # noqa: B007 - the last of them is wanted
+        pass
+    return last
+
+
+def _braced(text: str, start: int) -> str | None:
+    """Return what stands before the brace that closes the one before ``start``; None if none does, or far off."""
+    depth = 1
+    for place in range(start, min(len(text), start + LONGEST_ANSWER + 1)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if not depth:
+            return text[start:place]
+    return None
+
+
+def _sentence(line: str) -> str | None:
+    """Return the first sentence of a line without its full stop; a point within a number ends none."""
+    answer = re.split(r"(?<=[^\s.])\.(?=\s|$)|\.\Z", line[: LONGEST_ANSWER + 1].strip(" \t*:"), maxsplit=1)[0]
+    return answer.strip(" \t*`\"'") if len(answer) <= LONGEST_ANSWER else None
+
+
+def normalized(answer: str) -> str:
+    """Return an answer without what does not change it: LaTeX around it, currency, percent and degree signs, spaces."""
+    answer = answer[: LONGEST_ANSWER + 1].replace("−", "-").replace("–", "-").replace("\u00a0", " ")
+    answer = WRAPPED.sub(r" \1 ", re.sub(r"\\[dtc]frac", r"\\frac", answer))
+    answer = FRAC.sub(lambda m: f" ({m[1]})/({m[2]})" if m[1] is not None else f" {m[3]}/{m[4]}", answer)
+    answer = answer.replace("\\(", "").replace("\\)", "").replace("\\[", "").replace("\\]", "")
+    answer = VARIABLE.sub("", NOTHING.sub("", answer).strip())
+    answer = answer.replace("\\times", "x").replace("\\cdot", "*")
+    return re.sub(r"\s+", " ", answer).rstrip(" .*`\"'").lstrip(" *`\"'").lower()
+
+
+def number(answer: str) -> Fraction | None:
+    """Return the number that an answer is; None where it is none, or more than one.
+
+    Units and currency do not count, nor does a percent sign: ``50%`` is 50. Thousands may have commas, fractions may
+    be written ``3/4``, ``1 1/2`` or with LaTeX, and ``2 million`` and ``3e8`` are what they say.
+    """
+    if len(answer) > LONGEST_ANSWER:
+        return None
+    # Braces around a thousands comma are LaTeX's, and those around a whole numeral; beside another they multiply.
+    text = re.sub(r"(?<![\w.)}])[({]\s*([-+]?[\d.,]+)\s*[)}](?![\w({])", r"\1", normalized(answer).replace("{,}", ","))
+    text = re.sub(r"\A([-+]?)\s*\((.*)\)\Z", r"\1\2", text)
+    found = NUMBER.match(text)
+    if found is None or not _is_unit(found["unit"]):
+        return None
+    value = _value(found)
+    if value is None:
+        return None
+    value *= 10 ** SCALES[found["scale"]] if found["scale"] else 1
+    return -value if found["sign"] == "-" else value
+
+
+def _is_unit(text: str) -> bool:
+    """Whether what follows a number is a unit and changes nothing: words, but none that joins or scales."""
+    if NO_UNIT & set(re.findall(r"[^\W\d_]+", text)):
+        return False
+    return not re.search(r"[-+*!√π,;|&(){}\\]", re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", "", text))
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    names = [name for name in ("whole", "part", "parts", "top", "bottom", "plain") if found[name] is not None]
+    parts = {name: value for name in names if (value := _numeral(found[name])) is not None}
+    if len(parts) < len(names):
+        return None
+    if "whole" in parts:
+        return parts["whole"] + parts["part"] / parts["parts"] if parts["parts"] else None
+    if "top" in parts:
+        return parts["top"] / parts["bottom"] if parts["bottom"] else None
+    exponent = found["exponent"] or "0"
+    if len(exponent) > 4 or abs(int(exponent)) > LARGEST_EXPONENT:
+        return None
+    return parts["plain"] * Fraction(10) ** int(exponent)
+
+
+def _numeral(text: str) -> Fraction | None:
+    if len(text) > LONGEST_NUMERAL:
+        return None
+    if "," in text:
+        if not THOUSANDS.fullmatch(text):
+            return None
+        text = text.replace(",", "")
+    return Fraction(text.rstrip(".") or "0")
+
+
+def same_answer(given: str, reference: str) -> bool:
+    """Return whether two answers are equal: as numbers, exactly, where both are; else as normalised text."""
+    if len(given) > LONGEST_ANSWER:
+        return False
+    numbers = number(given), number(reference)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    texts = [re.sub(r"\s", "", normalized(text)) for text in (given, reference)]
+    return numbers == (None, None) and bool(texts[0]) and texts[0] == texts[1]

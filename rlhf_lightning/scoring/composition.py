@@ -1,0 +1,160 @@
+"""Scores made of scores: weighted sums, and ensembles that distrust what their members disagree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.scoring.base import Measured, Scorer, Scores, plain_scores
+from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.types import Prompt
+
+
+class ScorerGroup(Scorer):
+    """Base of scorers that ask other scorers: each one's raw score is the metric ``score/<name>``.
+
+    Metrics of the members come along: their own scores as ``score/<name>/...``, and shares such as ``score_failed`` as
+    the share of completions on which any member failed.
+
+    Args:
+        scorers: each a Scorer or what `load_scorer` takes, by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, scorers: Mapping[str, Any]) -> None:
+        if not scorers:
+            raise ValueError(f"{type(self).__name__} needs at least one scorer")
+        self.scorers = {str(name): load_scorer(spec) for name, spec in scorers.items()}
+        self._measured = Measured(*(f"score/{name}" for name in self.scorers))
+
+    def member_scores(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[float | None]]:
+        """Return every member's scores, and keep them as metrics.
+
+        Raises:
+            ValueError: a member returned another number of scores than completions, or one that is not finite.
+        """
+        scores = {
+            name: plain_scores(scorer(prompts, completions, **columns), len(completions), f"scorer {name!r}")
+            for name, scorer in self.scorers.items()
+        }
+        for name, values in scores.items():
+            self._measured.add(f"score/{name}", values)
+        return scores
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The networks of all members."""
+        return [model for scorer in self.scorers.values() for model in scorer.models]
+
+    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+        """Load every member, each on the policy's backbone where it was trained on that."""
+        for scorer in self.scorers.values():
+            scorer.load_beside(policy, settings)
+
+    def to(self, device: torch.device) -> Scorer:
+        """Move every member."""
+        self.scorers = {name: scorer.to(device) for name, scorer in self.scorers.items()}
+        return self
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        """Return each member's raw scores, and what the members measured themselves."""
+        taken = self._measured.take()
+        for name, scorer in self.scorers.items():
+            for key, values in scorer.take_metrics().items():
+                part = key.removeprefix("score/")
+                if part != key:
+                    taken[f"score/{name}/{part}"] = values
+                else:
+                    taken[key] = torch.fmax(taken[key], values) if key in taken else values
+        return taken
+
+
+class WeightedSum(ScorerGroup):
+    r"""The weighted sum of scores: sum_k weights_k * score_k.
+
+    Args:
+        scorers: each a Scorer or what `load_scorer` takes, by name.
+        weights: of each, by name; those left out, and None, weigh 1.
+        missing: what the sum is where a scorer has no score: "drop" gives no score either, since siblings could not be
+            compared with it; "skip" leaves the term out, for mixtures in which each scorer judges its own rows.
+
+    Raises:
+        ValueError: a weight belongs to no scorer.
+    """
+
+    def __init__(
+        self,
+        scorers: Mapping[str, Any],
+        weights: Mapping[str, float] | None = None,
+        missing: Literal["drop", "skip"] = "drop",
+    ) -> None:
+        super().__init__(scorers)
+        unknown = sorted(set(weights or {}) - set(self.scorers))
+        if unknown:
+            raise ValueError(f"weights names {', '.join(unknown)}, but the scorers are {', '.join(self.scorers)}")
+        if missing not in ("drop", "skip"):
+            raise ValueError(f"missing is {missing!r}: it must be 'drop' or 'skip'")
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in self.scorers}
+        self.missing = missing
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        """Return the sum for each completion."""
+        scores = self.member_scores(prompts, completions, columns)
+        rows = zip(*scores.values(), strict=True)
+        return [self._sum(row) for row in rows]
+
+    def _sum(self, row: Sequence[float | None]) -> float | None:
+        terms = [w * score for w, score in zip(self.weights.values(), row, strict=True) if score is not None]
+        lacking = len(terms) < len(row) if self.missing == "drop" else not terms
+        return None if lacking else sum(terms)
+
+
+class Ensemble(ScorerGroup):
+    r"""A lower confidence bound: mean_k score_k - penalty * std_k score_k over the members.
+
+    Where reward models that were trained alike disagree, they are guessing, and a policy that is trained against their
+    mean finds out where; the deviation charges for it (Coste et al., 2310.02743, subtract the variance; Eisenstein et
+    al., 2312.09244). The deviation divides by the number of members and is the metric ``score/std``. With ``penalty``
+    0, or members that agree, this is the mean.
+
+    Args:
+        scorers: the members by name, or a list of them; each a Scorer or what `load_scorer` takes.
+        penalty: deviations below the mean.
+
+    Raises:
+        ValueError: there are fewer than two members, or one is called std.
+    """
+
+    def __init__(self, scorers: Mapping[str, Any] | Sequence[Any], penalty: float = 1.0) -> None:
+        named = scorers if isinstance(scorers, Mapping) else {str(index): spec for index, spec in enumerate(scorers)}
+        if len(named) < 2 or "std" in named:
+            raise ValueError(f"an ensemble needs two members or more, none of them called std; found {list(named)}")
+        super().__init__(named)
+        self.penalty = penalty
+        self._deviations = Measured("score/std")
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        """Return the bound for each completion; None where a member has no score."""
+        scores = self.member_scores(prompts, completions, columns)
+        rows = [row if None not in row else None for row in zip(*scores.values(), strict=True)]
+        moments = [None if row is None else _mean_and_std(row) for row in rows]
+        self._deviations.add("score/std", [None if found is None else found[1] for found in moments])
+        return [None if found is None else found[0] - self.penalty * found[1] for found in moments]
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        """Return each member's scores and their deviation."""
+        return {**super().take_metrics(), **self._deviations.take()}
+
+
+def _mean_and_std(row: Sequence[Any]) -> tuple[float, float]:
+    values = torch.tensor(row, dtype=torch.float64)
+    return float(values.mean()), float(values.std(correction=0))

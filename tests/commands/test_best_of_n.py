@@ -1,0 +1,143 @@
+"""`rlhf best-of-n`: what is kept of worked samples, and a whole round through to supervised fine-tuning."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import rows_of
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.best_of_n import demonstration, report_of, selected
+from rlhf_lightning.data import SFTDataModule
+from rlhf_lightning.tokenization import load_tokenizer
+
+
+def sample(prompt, completion, score, finished=True, length=None):
+    length = len(completion) + 1 if length is None else length
+    return {"prompt": prompt, "completion": completion, "score": score, "finished": finished, "length": length}
+
+
+GROUPS = [
+    [sample("p", "a", 1.0), sample("p", "bb", 3.0, finished=False), sample("p", "cc", 2.0), sample("p", "a", 1.0)],
+    [sample("q", "x", 5.0), sample("q", "yyyy", 4.0), sample("q", " ", 9.0), sample("q", "zzz", -1.0)],
+    [sample("r", "m", 0.5, finished=False)] * 4,
+]
+
+
+def kept(keep, top=None, threshold=None, keep_unfinished=False, seed=0, groups=GROUPS):
+    found = selected(groups, keep, top, threshold, keep_unfinished, seed)
+    assert all(row in groups[place] for place, row in found)
+    return [(row["prompt"], row["completion"]) for _, row in found]
+
+
+def test_the_best_of_each_prompt():
+    assert kept("best") == [("p", "cc"), ("q", "x")]
+    assert kept("best", keep_unfinished=True) == [("p", "bb"), ("q", "x"), ("r", "m")]
+
+
+def test_top_k_is_over_all_prompts_and_takes_no_completion_twice():
+    assert kept("top-k", top=2) == [("q", "x"), ("q", "yyyy")]
+    assert kept("top-k", top=5) == [("p", "cc"), ("p", "a"), ("q", "x"), ("q", "yyyy"), ("q", "zzz")]
+    assert kept("top-k", top=9) == kept("top-k", top=5)
+
+
+def test_a_threshold_may_keep_several_of_one_prompt_and_none_of_another():
+    assert kept("threshold", threshold=2.0) == [("p", "cc"), ("q", "x"), ("q", "yyyy")]
+    assert kept("threshold", threshold=6.0) == []
+
+
+def test_the_control_draws_as_the_policy_does():
+    drawn = [kept("random", seed=seed) for seed in range(300)]
+    assert all([prompt for prompt, _ in found] == ["p", "q"] for found in drawn)
+    twice = sum(found[0] == ("p", "a") for found in drawn) / 300
+    assert abs(twice - 2 / 3) < 0.1, "a was sampled twice and cc once"
+    assert kept("random", seed=3) == kept("random", seed=3)
+
+
+def test_equals_are_decided_by_lot_and_not_by_their_place():
+    equals = [[sample("p", letter, 1.0) for letter in "abcd"]]
+    found = {kept("best", seed=seed, groups=equals)[0][1] for seed in range(40)}
+    assert found == set("abcd")
+
+
+def test_a_prompt_that_is_asked_twice_gives_no_line_twice():
+    assert kept("best", groups=[GROUPS[1], GROUPS[1]]) == [("q", "x")]
+
+
+def test_the_report_in_numbers():
+    chosen = [row for _, row in selected(GROUPS, "best", None, None, False, 0)]
+    found = report_of(GROUPS, chosen)
+    assert (found.kept, found.acceptance, found.answered) == (2, 2 / 12, 2 / 3)
+    assert found.unique == pytest.approx((3 / 4 + 1 + 1 / 4) / 3) and found.finished == pytest.approx(7 / 12)
+    assert found.mean_score == pytest.approx((7 + 17 + 2) / 12) and found.kept_score == 3.5
+    assert found.best_score == pytest.approx((3 + 9 + 0.5) / 3)
+    lengths = [2, 3, 3, 2, 2, 5, 2, 4, 2, 2, 2, 2]
+    assert found.length_shift == pytest.approx((3 + 2) / 2 - sum(lengths) / 12)
+    assert demonstration(chosen[0], GROUPS[0]) == {
+        "prompt": "p", "completion": "cc", "score": 2.0, "n": 4, "unique": 3 / 4,
+    }  # fmt: skip
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+PROMPTS = [{"prompt": "ab", "messages": "no part of the form"}, {"prompt": [{"role": "user", "content": "hello"}]}]
+
+
+@pytest.fixture
+def given(policy_folder):
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    Path("my_scores.py").write_text(
+        "def lengths(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )
+    return ["--model", policy_folder, "--prompts", "prompts.jsonl", "--scorer", "my_scores.lengths",
+            "--max-new-tokens", "6", "--keep-unfinished"]  # fmt: skip
+
+
+def test_the_best_of_the_very_samples_that_generate_draws(given, policy_folder, capsys):
+    assert rlhf(["generate", *given[:-1], "--out", "all.jsonl", "--samples", "5"]) == 0
+    assert rlhf(["best-of-n", *given, "--out", "out/demos.jsonl", "--n", "5"]) == 0
+    samples, found = rows_of(Path("all.jsonl")), rows_of(Path("out/demos.jsonl"))
+    groups = [samples[:5], samples[5:]]
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in PROMPTS]
+    for row, group in zip(found, groups, strict=True):
+        assert row["score"] == max(one["score"] for one in group if one["completion"].strip())
+        assert row["completion"] in [one["completion"] for one in group]
+        assert set(row) == {"prompt", "completion", "score", "n", "unique"} and row["n"] == 5
+    told = capsys.readouterr().out
+    assert "kept 2 completions: 20.0% of the samples, 100.0% of the prompts have one" in told
+    assert f"{sum(row['score'] for row in samples) / 10:.4g} on average" in told
+
+
+def test_what_is_written_is_read_as_demonstrations(given, policy_folder, cache):
+    assert rlhf(["best-of-n", *given, "--out", "demos.jsonl", "--n", "3", "--keep", "random"]) == 0
+    data = SFTDataModule("demos.jsonl")
+    data.tokenizer = load_tokenizer(policy_folder)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.report.read == data.report.kept == 2
+    config = ["--model", "SFTModule", "--model.init_from", policy_folder, "--data", "SFTDataModule", "--data.source",
+              "demos.jsonl", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]  # fmt: skip
+    assert rlhf(["fit", *config]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--keep", "top-k"], "keep=top-k needs top"),
+        (["--keep", "threshold"], "keep=threshold needs threshold"),
+        (["--top", "3"], "top belongs to keep=top-k: keep=best does not take it"),
+        (["--keep", "top-k", "--top", "0"], "top is 0: it must be at least 1"),
+        (["--n", "0"], "n is 0 and batch_size 16: both must be at least 1"),
+        (["--keep", "threshold", "--threshold", "1e9"], "completions is kept"),
+    ],
+)
+def test_wrong_settings_are_said_and_leave_no_file(given, flags, sentence, capsys):
+    assert rlhf(["best-of-n", *given, "--out", "demos.jsonl", *flags]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not list(Path().glob("*demos*"))
+
+
+def test_an_unknown_rule_is_a_wrong_command_line(given):
+    with pytest.raises(SystemExit) as ended:
+        rlhf(["best-of-n", *given, "--out", "demos.jsonl", "--keep", "worst"])
+    assert ended.value.code == 2

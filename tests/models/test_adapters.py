@@ -1,0 +1,117 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_rows, save_policy, sequences
+
+from rlhf_lightning.models.adapters import CRITIC, POLICY, adapter_weights, add_adapter, read_adapter, with_adapter
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.tokenization import load_tokenizer
+
+LAYOUT = padded_layout(sequences(random_rows(4, seed=31)))
+
+
+def with_critic(folder: str, settings: LoadSettings | None = None, dropout: float = 0.0) -> CausalLM:
+    """A policy with a second trainable adapter, both moved from where they start."""
+    policy = load_policy(folder, settings, LoraSettings(r=4, dropout=dropout))
+    add_adapter(policy.model, CRITIC, policy.model.peft_config[POLICY], trainable=True, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+def trainable(policy: CausalLM) -> set[str]:
+    return {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def outputs(policy: CausalLM) -> Any:
+    with torch.no_grad():
+        return policy(LAYOUT).logprobs
+
+
+@pytest.mark.parametrize("name", [CRITIC, POLICY, None])
+def test_a_switch_is_put_back_and_changes_nothing_that_is_trained(policy_folder: str, name: str | None) -> None:
+    policy = with_critic(policy_folder)
+    before, trained = outputs(policy), trainable(policy)
+    assert {key.split(".")[-2] for key in trained} == {POLICY, CRITIC}
+    with pytest.raises(RuntimeError, match="stop"), with_adapter(policy.model, name):
+        assert trainable(policy) == trained
+        inside = outputs(policy)
+        raise RuntimeError("stop")
+    assert torch.equal(outputs(policy), before) and trainable(policy) == trained
+    assert torch.equal(inside, before) == (name == POLICY)
+    bare = outputs(load_policy(policy_folder))
+    assert torch.equal(inside, bare) == (name is None)
+
+
+def test_switches_nest(policy_folder: str) -> None:
+    policy = with_critic(policy_folder)
+    with with_adapter(policy.model, CRITIC):
+        critic = outputs(policy)
+        with policy.as_reference():
+            assert torch.equal(outputs(policy), outputs(load_policy(policy_folder)))
+        assert torch.equal(outputs(policy), critic)
+
+
+def test_pefts_own_switch_would_stop_the_critic_from_learning(policy_folder: str) -> None:
+    """The reason for a switch of one's own; when this fails, peft has learnt to leave requires_grad alone."""
+    policy = with_critic(policy_folder)
+    trained = trainable(policy)
+    with policy.model.disable_adapter():
+        pass
+    assert trainable(policy) < trained and not any(CRITIC in name for name in trainable(policy))
+
+
+def test_a_new_adapter_changes_nothing_and_draws_from_its_seed(policy_folder: str) -> None:
+    policy = load_policy(policy_folder, lora=LoraSettings(r=4))
+    before, trained, state = outputs(policy), trainable(policy), torch.get_rng_state()
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        add_adapter(policy.model, name, policy.model.peft_config[POLICY], seed=seed)
+    assert torch.equal(outputs(policy), before) and trainable(policy) == trained
+    assert torch.equal(torch.get_rng_state(), state)
+    one, same, other = (adapter_weights(policy.model, name) for name in ("one", "same", "other"))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one if "lora_A" in key)
+
+
+def test_frozen_adapters_drop_nothing_though_the_model_trains(policy_folder: str, tmp_path: Path) -> None:
+    first = with_critic(policy_folder, dropout=0.4)
+    folder = str(export_policy(first, load_tokenizer(policy_folder), tmp_path / "adapter"))
+    policy = load_policy(folder, lora=LoraSettings(r=4, dropout=0.4)).train()
+    assert not torch.equal(outputs(policy), outputs(policy))
+    with policy.as_reference():
+        assert torch.equal(outputs(policy), outputs(policy))
+        torch.testing.assert_close(outputs(policy), outputs(first.eval()), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_architecture_is_refused(policy_folder: str, tmp_path: Path) -> None:
+    for name, changes in (("deeper", {"num_hidden_layers": 3}), ("wider", {"hidden_size": 64})):
+        other = load_policy(save_policy(tmp_path / name, **changes), lora=LoraSettings(r=4))
+        start = read_adapter(export_policy(other, load_tokenizer(policy_folder), tmp_path / f"{name}_adapter"))
+        policy = load_policy(policy_folder, lora=LoraSettings(r=4))
+        with pytest.raises(ValueError, match="an adapter does not fit the backbone: .* differ in name or shape"):
+            add_adapter(policy.model, "foreign", start.config, start.weights)
+
+
+def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_forward(policy_folder: str) -> None:
+    """One backward pass through three forwards, each with another adapter, long after the switches are back."""
+    found = []
+    for checkpointing in (False, True):
+        policy = with_critic(policy_folder, LoadSettings(activation_checkpointing=checkpointing)).train()
+        with with_adapter(policy.model, CRITIC):
+            total = policy(LAYOUT).logprobs.sum()
+        total = total + 0.3 * policy(LAYOUT).logprobs.square().sum()
+        with with_adapter(policy.model, CRITIC):
+            total = total + 0.1 * policy(LAYOUT).logprobs.pow(3).sum()
+        total.backward()
+        found.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,343 @@
+"""Distillation: divergences by an independent formula, a bound on memory, whose completions, and what stays frozen."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    EOS,
+    MetricsLog,
+    assert_same,
+    demonstration_step,
+    evaluate,
+    fit,
+    gradients_of_step,
+    plain_logprobs,
+    prompt_step,
+    random_rows,
+    save_policy,
+    sequences,
+    tiny_tokenizer,
+    weights_of,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.teacher import check_same_vocabulary
+from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
+from rlhf_lightning.modules.distillation import address_of
+from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Loss, Step
+
+ROWS = random_rows(5, seed=31)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A wider teacher with other weights and a vocabulary padded to a rounder size."""
+    return save_policy(
+        tmp_path_factory.mktemp("teacher") / "model", seed=9, hidden_size=48, vocab_size=128, intermediate_size=64
+    )
+
+
+def gkd(folder: str, teacher: str, kind: type[GKDModule] = GKDModule, **settings: Any) -> GKDModule:
+    defaults: dict[str, Any] = {"on_policy_fraction": 0.0, "max_new_tokens": 6, "lr_schedule": "constant", "warmup": 0}
+    return kind(init_from=folder, teacher=teacher, **defaults | settings)
+
+
+def distributions(folder: str, rows: Any = ROWS) -> list[Tensor]:
+    """Log-probabilities over the common vocabulary at each completion token, one unpadded row at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for prompt, completion in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1, :120]
+        found.append(logits.double().log_softmax(-1))
+    return found
+
+
+def divergences(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward KL, reverse KL and Jensen-Shannon divergence of each token, from probabilities."""
+    q, p = student.exp(), teacher.exp()
+    m = 0.5 * (p + q)
+    forward, reverse = (p * (p / q).log()).sum(-1), (q * (q / p).log()).sum(-1)
+    return forward, reverse, 0.5 * (p * (p / m).log()).sum(-1) + 0.5 * (q * (q / m).log()).sum(-1)
+
+
+# -- generalized knowledge distillation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("micro", "chunk_tokens"), [(None, 1024), (2, 3)])
+def test_loss_and_metrics_are_means_over_all_tokens(
+    policy_folder: str, teacher_folder: str, micro: int | None, chunk_tokens: int
+) -> None:
+    rows = zip(distributions(policy_folder), distributions(teacher_folder), strict=True)
+    forward, reverse, jsd = (torch.cat(part) for part in zip(*(divergences(*row) for row in rows), strict=True))
+    module = gkd(policy_folder, teacher_folder, chunk_tokens=chunk_tokens)
+    logged = MetricsLog()
+    fit(module, [demonstration_step(ROWS, micro)], callbacks=[logged])
+    found = logged.rows[0]
+    assert found["train/loss"] == pytest.approx(float(jsd.mean()), rel=1e-4)
+    assert found["distill/kl_forward"] == pytest.approx(float(forward.mean()), rel=1e-4)
+    assert found["distill/kl_reverse"] == pytest.approx(float(reverse.mean()), rel=1e-4)
+    held_out = evaluate(gkd(policy_folder, teacher_folder, beta=0.0), [demonstration_step(ROWS, micro)])
+    assert held_out["val/loss"] == pytest.approx(float(forward.mean()), rel=1e-4)
+    assert held_out["val/distill/kl_reverse"] == pytest.approx(float(reverse.mean()), rel=1e-4)
+    agreed = [
+        (s.argmax(-1) == t.argmax(-1)).float()
+        for s, t in zip(distributions(policy_folder), distributions(teacher_folder), strict=True)
+    ]
+    assert held_out["val/distill/top1_agreement"] == pytest.approx(float(torch.cat(agreed).mean()))
+
+
+def test_row_weights_multiply_losses_and_not_their_count(policy_folder: str, teacher_folder: str) -> None:
+    weights = [2.0, 0.0, 1.0, 0.5, 3.0]
+    rows = zip(distributions(policy_folder), distributions(teacher_folder), strict=True)
+    sums = [float(divergences(*row)[1].sum()) for row in rows]
+    expected = sum(w * s for w, s in zip(weights, sums, strict=True)) / sum(len(c) for _, c in ROWS)
+    logged = MetricsLog()
+    fit(gkd(policy_folder, teacher_folder, beta=1.0), [demonstration_step(ROWS, 2, weights)], callbacks=[logged])
+    loss = logged.rows[0]["train/loss"]
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
+def test_the_gradient_is_that_of_the_plain_mean(
+    policy_folder: str, teacher_folder: str, lora: LoraSettings | None
+) -> None:
+    def gradients(micro: int | None, chunk_tokens: int) -> dict[str, Tensor]:
+        module = gkd(policy_folder, teacher_folder, chunk_tokens=chunk_tokens, lora=lora, max_grad_norm=None)
+        return gradients_of_step(module, demonstration_step(ROWS, micro))
+
+    whole = gradients(None, 1024)
+    assert_same(gradients(2, 3), whole, rtol=1e-3, atol=1e-6)
+    if lora is not None:
+        return
+    model = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    total: Tensor = torch.zeros(())
+    for (prompt, completion), teacher in zip(ROWS, distributions(teacher_folder), strict=True):
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        total = total + divergences(logits.log_softmax(-1), teacher.float())[2].sum()
+    (total / sum(len(completion) for _, completion in ROWS)).backward()
+    expected = {f"policy.model.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(whole, expected, rtol=1e-3, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most rows of any tensor of a vocabulary's width, a head's own weight left out."""
+
+    def __init__(self, *heads: tuple[int, int]) -> None:
+        super().__init__()
+        self.heads, self.rows = heads, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            wide = isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[-1] in (120, 128)
+            if wide and tuple(tensor.shape) not in self.heads:
+                self.rows = max(self.rows, tensor.numel() // tensor.shape[-1])
+        return made
+
+
+def test_no_more_than_a_chunk_of_either_vocabulary_is_ever_made(policy_folder: str, teacher_folder: str) -> None:
+    module = gkd(policy_folder, teacher_folder, chunk_tokens=4)
+    module.configure_model()
+    (batch,) = demonstration_step(random_rows(12, seed=3)).micro_batches
+    assert sum(len(ids) for ids in batch.sequences.completions) > 40
+    with Largest((32, 120), (48, 128)) as seen:
+        module.loss_sum(batch, Meter()).backward()
+    assert seen.rows == 4
+
+
+def test_the_student_becomes_the_teacher(policy_folder: str, other_folder: str) -> None:
+    module = gkd(policy_folder, other_folder, learning_rate=3e-3)
+    steps = [demonstration_step(ROWS)]
+    before = evaluate(module, steps)
+    fit(module, steps * 40)
+    after = evaluate(module, steps)
+    assert after["val/distill/kl_forward"] < 0.2 * before["val/distill/kl_forward"]
+    assert after["val/distill/top1_agreement"] > before["val/distill/top1_agreement"]
+
+
+def test_equals_have_nothing_to_learn(policy_folder: str) -> None:
+    gradients = gradients_of_step(gkd(policy_folder, policy_folder), demonstration_step(ROWS))
+    assert max(float(g.abs().max()) for g in gradients.values()) < 1e-6
+
+
+class Crossed(GKDModule):
+    """Cross-entropy with the teacher's likeliest token, and a metric."""
+
+    def distillation_loss(self, logits: DistillationLogits) -> Loss:
+        best = logits.teacher_logits.argmax(-1, keepdim=True)
+        values = -logits.student_logits.log_softmax(-1).gather(-1, best).squeeze(-1)
+        return Loss(values, {"seen": (logits.targets == EOS).float()})
+
+
+def test_an_objective_of_ones_own(policy_folder: str, teacher_folder: str) -> None:
+    rows = zip(distributions(policy_folder), distributions(teacher_folder), strict=True)
+    expected = torch.cat([-s.gather(-1, t.argmax(-1, keepdim=True)) for s, t in rows]).mean()
+    logged = MetricsLog()
+    fit(gkd(policy_folder, teacher_folder, Crossed), [demonstration_step(ROWS, 2)], callbacks=[logged])
+    assert logged.rows[0]["train/loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert logged.rows[0]["train/seen"] == pytest.approx(len(ROWS) / sum(len(c) for _, c in ROWS))
+
+
+# -- whose completions ------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_the_student_s_and_do_not_see_the_batch(policy_folder: str, teacher_folder: str) -> None:
+    module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0)
+    module.configure_model()
+    fit(module, [demonstration_step(ROWS[:1])])  # a trainer to ask
+    module.updates = 7
+
+    def drawn(order: list[int], micro: int | None) -> dict[int, list[int]]:
+        step = module.with_samples(demonstration_step([ROWS[i] for i in order], micro))
+        ids = [ids.tolist() for batch in step.micro_batches for ids in batch.sequences.completions]
+        assert step.tokens == sum(map(len, ids)) and step.rows == len(order)
+        return dict(zip(order, ids, strict=True))
+
+    whole = drawn([0, 1, 2, 3, 4], None)
+    assert drawn([4, 2, 0, 1, 3], 2) == whole
+    assert any(whole[i] != ROWS[i][1] for i in whole)
+    module.updates = 8
+    assert drawn([0, 1, 2, 3, 4], None) != whole
+
+
+def test_a_row_s_address_says_all_that_the_row_says() -> None:
+    prompt, completion = torch.tensor([5, 6]), torch.tensor([7])
+    here = address_of(3, prompt, completion)
+    others = [(4, prompt, completion), (3, prompt, torch.tensor([8])), (3, torch.tensor([5]), torch.tensor([6, 7]))]
+    assert 0 <= here < 2**63 and address_of(3, prompt, completion) == here
+    assert len({here, *(address_of(*other) for other in others)}) == 4
+
+
+def test_the_coin_is_the_update_s(policy_folder: str, teacher_folder: str) -> None:
+    def coins(**settings: Any) -> list[bool]:
+        module = gkd(policy_folder, teacher_folder, **settings)
+        return [module.learns_from_samples(update) for update in range(200)]
+
+    half = coins(on_policy_fraction=0.5)
+    assert coins(on_policy_fraction=0.5) == half != coins(on_policy_fraction=0.5, seed=1)
+    assert 70 < sum(half) < 130
+    assert all(often for often, rare in zip(half, coins(on_policy_fraction=0.2), strict=True) if rare)
+    assert not any(coins(on_policy_fraction=0.0)) and all(coins(on_policy_fraction=1.0))
+
+
+def test_a_step_on_samples_counts_their_tokens(policy_folder: str, teacher_folder: str) -> None:
+    module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0, learning_rate=0.0)
+    module.configure_model()
+    seen: list[int] = []
+    original = module.with_samples
+    module.with_samples = lambda step: (found := original(step), seen.append(found.tokens))[0]  # type: ignore[method-assign]
+    fit(module, [demonstration_step(ROWS, 2)] * 2)
+    assert module.tokens == sum(seen) and module.episodes == 2 * len(ROWS)
+
+
+def test_a_rank_without_rows_samples_none(policy_folder: str, teacher_folder: str) -> None:
+    module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0)
+    fit(module, [demonstration_step(ROWS[:1])])
+    none = DemonstrationBatch(sequences([]), torch.zeros(0))
+    assert module.with_samples(Step((none,), 4, 9)) == Step((none,), 4, 0)
+
+
+# -- what stays frozen ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [GKDModule, OnPolicyDistillationModule])
+def test_the_teacher_is_frozen_and_in_no_checkpoint(
+    kind: Any, policy_folder: str, teacher_folder: str, tmp_path: Path
+) -> None:
+    module = kind(init_from=policy_folder, teacher=teacher_folder, max_new_tokens=4, learning_rate=1e-2)
+    module.configure_model()
+    (teacher,) = module.frozen_models()
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    step = demonstration_step(ROWS) if kind is GKDModule else prompt_step([prompt for prompt, _ in ROWS])
+    fit(module, [step] * 2)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert_same(dict(teacher.named_parameters()), before, rtol=0, atol=0)
+    assert (
+        set(module.state_dict())
+        == set(weights_of(module))
+        == {f"policy.{n}" for n, _ in module.policy.named_parameters()}
+    )
+    student = load_policy(str(module.export(tmp_path / "student")))
+    layout = padded_layout(demonstration_step(ROWS).micro_batches[0].sequences)
+    torch.testing.assert_close(student(layout).logprobs, module.policy(layout).logprobs)
+
+
+def test_another_tokenizer_is_refused_by_name(policy_folder: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_policy(other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w17"', '"z17"'))
+    module = gkd(policy_folder, str(other))
+    with pytest.raises(ValueError, match="id 17 is 'z17' to the teacher and 'w17' to the student, and 1 of 120 ids"):
+        module.configure_model()
+    longer = tiny_tokenizer()
+    longer.add_tokens(["w120"])
+    check_same_vocabulary(tiny_tokenizer(), longer, "longer")  # what goes on behind the end is cut off
+
+
+@pytest.mark.parametrize("name", ["beta", "on_policy_fraction"])
+def test_shares_outside_the_unit_interval_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is 1.5: it must lie in \[0, 1\]"):
+        gkd("unread", "unread", **{name: 1.5})
+
+
+# -- on-policy distillation -------------------------------------------------------------------------------------------
+
+
+def sampled_distillation(folder: str, teacher: str, **settings: Any) -> OnPolicyDistillationModule:
+    defaults: dict[str, Any] = {"max_new_tokens": 6, "learning_rate": 1e-3, "lr_schedule": "constant"}
+    return OnPolicyDistillationModule(init_from=folder, teacher=teacher, **defaults | settings)
+
+
+PROMPTS = [prompt for prompt, _ in random_rows(6, seed=41)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_advantages_are_what_the_teacher_thinks_beyond_the_student(
+    policy_folder: str, teacher_folder: str, temperature: float
+) -> None:
+    module = sampled_distillation(policy_folder, teacher_folder, temperature=temperature)
+    fit(module, [prompt_step(PROMPTS)])
+    module.updates = 0
+    module.configure_model()
+    rollout, _ = module.collect(*prompt_step(PROMPTS).micro_batches)
+    found = module.advantages(rollout, module.shape_rewards(rollout)).advantages
+    student, teacher = module.policy.model, AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for row, (prompt, ids) in enumerate(zip(PROMPTS, rollout.sequences.completions, strict=True)):
+            expected = plain_logprobs(teacher, prompt, ids, temperature) - plain_logprobs(
+                student, prompt, ids, temperature
+            )
+            torch.testing.assert_close(found[row, : len(ids)], expected, rtol=1e-4, atol=1e-4)
+            assert not found[row, len(ids) :].any()
+
+
+def test_scores_are_measured_or_left_out(policy_folder: str, teacher_folder: str) -> None:
+    logged = MetricsLog()
+    fit(sampled_distillation(policy_folder, teacher_folder), [prompt_step(PROMPTS)], callbacks=[logged])
+    assert not [name for name in logged.rows[0] if "score" in name and "invariant" not in name]
+    assert logged.rows[0]["rollout/kl"] != 0 and not math.isnan(logged.rows[0]["distill/kl_reverse"])
+    logged = MetricsLog()
+    ones = sampled_distillation(policy_folder, teacher_folder, scorer=lambda prompts, texts, **_: [2.5] * len(texts))
+    fit(ones, [prompt_step(PROMPTS)], callbacks=[logged])
+    assert logged.rows[0]["rollout/score"] == 2.5
+    held_out = evaluate(sampled_distillation(policy_folder, teacher_folder), [prompt_step(PROMPTS)])
+    assert {"val/kl", "val/distill/kl_reverse"} <= set(held_out) and "val/score" not in held_out
+
+
+def test_samples_alone_bring_the_student_to_the_teacher(policy_folder: str, other_folder: str) -> None:
+    module = sampled_distillation(policy_folder, other_folder, learning_rate=2e-3)
+    logged = MetricsLog()
+    fit(module, [prompt_step(PROMPTS * 8, first_episode=48 * i) for i in range(40)], callbacks=[logged])
+    kl = logged.column("distill/kl_reverse")
+    assert sum(kl[-5:]) < 0.65 * sum(kl[:5])

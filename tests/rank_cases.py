@@ -1,0 +1,355 @@
+"""What tests have each rank do. Every function is called on all ranks of a group, or alone, with the same settings."""
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from tiny_models import (
+    EOS,
+    FIRST_WORD,
+    StepData,
+    demonstration_step,
+    pair_sequences,
+    preference_step,
+    prompt_step,
+    quiet_trainer,
+    random_pairs,
+    random_rows,
+    ranked_pairs,
+    ranked_step,
+    sequences,
+)
+from torch import Tensor
+
+from rlhf_lightning import modules
+from rlhf_lightning.data.loader import StepLoader
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.models.sharding import whole
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    PreferenceBatch,
+    PreferenceLogprobs,
+    PromptBatch,
+    RankedBatch,
+    Step,
+    UnpairedBatch,
+)
+
+ROWS = 7
+"""Rows of an optimizer step: neither 2 nor 4 ranks get equal shares."""
+
+
+def here() -> tuple[int, int]:
+    """This rank and how many there are."""
+    distributed = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def shares(count: int, accumulation: int, rank: int, ranks: int) -> list[list[int]]:
+    """This rank's micro-batches of rows ``0 .. count - 1``: as many on every rank, some of them empty."""
+    size = -(-count // (ranks * accumulation))
+    cuts = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    cuts += [[]] * (ranks * accumulation - len(cuts))
+    return cuts[rank::ranks]
+
+
+def offline_step(kind: type, seed: int, accumulation: int, rank: int, ranks: int) -> Step[Any]:
+    """This rank's share of a step of random rows."""
+    pairs = random_pairs(ROWS, seed)
+    rows = [(prompt, chosen) for prompt, chosen, _ in pairs]
+    weights = [1.0 + 0.25 * (index % 3) for index in range(ROWS)]
+    targets = [1.0, 0.75, 1.0, 0.5, 1.0, 1.0, 0.25]
+    batches: list[Any] = []
+    for share in shares(ROWS, accumulation, rank, ranks):
+        weight, mine = [weights[i] for i in share], [pairs[i] for i in share]
+        target = [targets[i] for i in share]
+        if kind is DemonstrationBatch:
+            made = demonstration_step([rows[i] for i in share], weights=weight)
+        elif kind is PreferenceBatch:
+            made = preference_step(mine, target=target)
+        elif kind is RankedBatch:
+            made = ranked_step(ranked_pairs(mine), target=target, weights=weight)
+        else:
+            others = sequences([(rows[i][0], rows[i - 1][1]) for i in share])
+            desirable = torch.tensor([i % 3 != 1 for i in share], dtype=torch.bool)
+            batches.append(UnpairedBatch(sequences([rows[i] for i in share]), others, desirable, torch.tensor(weight)))
+            continue
+        batches.append(made.micro_batches[0] if made.micro_batches else empty(kind))
+    tokens = sum(len(completion) for _, completion in rows)
+    return Step(tuple(batches), ROWS, tokens)
+
+
+def empty(kind: type) -> Any:
+    none = torch.zeros(0)
+    if kind is DemonstrationBatch:
+        return DemonstrationBatch(sequences([]), none)
+    if kind is PreferenceBatch:
+        return PreferenceBatch(pair_sequences([]), none, none, none)
+    return RankedBatch(sequences([]), torch.zeros(0, dtype=torch.long), none, none, none)
+
+
+PROMPTS, SAMPLES = 4, 2
+
+
+def rollout_step(index: int, rank: int, ranks: int) -> Step[PromptBatch]:
+    """This rank's prompts of a rollout, all samples of a prompt on one rank, with some text to pretrain on."""
+    prompts = [prompt for prompt, _ in random_rows(PROMPTS, seed=300 + index)]
+    mine = list(range(PROMPTS))[rank::ranks]
+    episodes = [index * PROMPTS * SAMPLES + i * SAMPLES + k for i in mine for k in range(SAMPLES)]
+    text = random_rows(3, seed=400 + index)[rank::ranks]
+    batch = PromptBatch(
+        prompts=tuple(torch.tensor(prompts[i]) for i in mine for _ in range(SAMPLES)),
+        texts=tuple(f"prompt {i}" for i in mine for _ in range(SAMPLES)),
+        columns={},
+        episodes=torch.tensor(episodes, dtype=torch.long),
+        group=torch.arange(len(mine)).repeat_interleave(SAMPLES),
+        pretraining=DemonstrationBatch(sequences(text), torch.ones(len(text))),
+    )
+    return Step((batch,), PROMPTS * SAMPLES, 0)
+
+
+def low_words(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    """Score a completion by the share of its words below 60."""
+    words = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
+    return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+class Recorder(pl.Callback):
+    """Keeps the first update's gradients, whole, and what was drawn."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        if not self.gradients:
+            named = module.named_parameters()
+            self.gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+
+
+def strategy_of(name: str, ranks: int, **settings: Any) -> Any:
+    if name == "fsdp":
+        return ModelParallelStrategy(**{"data_parallel_size": ranks, "tensor_parallel_size": 1} | settings)
+    return name if ranks > 1 else "auto"
+
+
+def trainer_of(strategy: str, ranks: int, sharding: dict[str, Any] | None = None, **settings: Any) -> pl.Trainer:
+    return quiet_trainer(
+        devices=ranks, strategy=strategy_of(strategy, ranks, **sharding or {}), **{"limit_val_batches": 0} | settings
+    )
+
+
+class ForgetfulModule(modules.DPOModule):
+    """A loss of the whole batch by a class that does not declare that it couples pairs."""
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+        margin = logprobs.margin
+        return -torch.nn.functional.logsigmoid(margin - margin.detach().mean() + torch.arange(len(margin)))
+
+
+def kind_of(name: str) -> Any:
+    return ForgetfulModule if name == "ForgetfulModule" else getattr(modules, name)
+
+
+def short(tokenizer: Any) -> tuple[int, ...]:
+    """Ends of a completion that are drawn often: completions of a rollout have other lengths on every rank."""
+    return (EOS, *range(FIRST_WORD, FIRST_WORD + 30))
+
+
+def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0.05, **settings: Any) -> Any:
+    """A module in double precision under plain gradient descent, so that ranks can be compared to 1e-9."""
+    kind = kind_of(name)
+    if issubclass(kind, modules.OnPolicyModule):
+        settings = {"scorer": low_words, "max_new_tokens": 6, "ppo_epochs": 3} | settings
+    settings = {"max_grad_norm": 0.5, "lr_schedule": "constant", "warmup": 0.0} | settings
+    if isinstance(settings.get("lora"), dict):
+        settings["lora"] = LoraSettings(**settings["lora"])
+    module = kind(init_from=folder, **settings)
+    load = module.load_models
+
+    def load_in_double() -> None:
+        load()
+        module.double()
+        for frozen in module.frozen_models():
+            frozen.double()
+
+    if double:
+        module.load_models = load_in_double
+    if sgd is not None:
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=sgd)
+    return module
+
+
+def steps_of(module: Any, count: int, accumulation: int, together: int = 1) -> list[Step[Any]]:
+    """This rank's share of some steps; on-policy modules cut their rollouts themselves.
+
+    Args:
+        module: what they are for.
+        count: how many steps.
+        accumulation: micro-batches of each.
+        together: ranks that hold one model together, and see the same rows.
+    """
+    rank, ranks = (place // together for place in here())
+    if module.batch_type is PromptBatch:
+        return [rollout_step(index, rank, ranks) for index in range(count)]
+    return [offline_step(module.batch_type, index, accumulation, rank, ranks) for index in range(count)]
+
+
+def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Drawn(pl.Callback):
+    """Keeps the completions of each episode that this rank draws."""
+
+    def __init__(self, module: Any) -> None:
+        self.completions: dict[int, list[int]] = {}
+        collect = getattr(module, "collect", None)
+
+        def kept(*batches: PromptBatch) -> Any:
+            assert collect is not None
+            rollout, entropy = collect(*batches)
+            for episode, ids in zip(rollout.episodes.tolist(), rollout.sequences.completions, strict=True):
+                self.completions[episode] = ids.tolist()
+            return rollout, entropy
+
+        if collect is not None:
+            module.collect = kept
+
+
+def train(
+    name: str,
+    folder: str,
+    strategy: str,
+    accumulation: int = 1,
+    updates: int = 5,
+    sharding: dict[str, Any] | None = None,
+    precision: str = "32-true",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Take some updates; return the first one's gradients, the weights after the last, what was drawn and logged."""
+    if accumulation > 1 and issubclass(kind_of(name), modules.OnPolicyModule):
+        settings["micro_batch_size"] = -(-PROMPTS * SAMPLES // (here()[1] * accumulation))
+    module = module_of(name, folder, **settings)
+    recorder, drawn = Recorder(), Drawn(module)
+    training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has an update an epoch, or more
+    steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
+    trainer = trainer_of(strategy, here()[1], sharding, callbacks=[recorder], precision=precision)
+    with patch("rlhf_lightning.tokenization.end_token_ids", short):
+        trainer.fit(module, StepData(steps))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}
+
+
+def validate(name: str, folder: str, strategy: str, prompts: int = 3, **settings: Any) -> dict[str, float]:
+    """Return the metrics of held-out rows; of prompts there may be fewer than ranks."""
+    module = module_of(name, folder, **settings)
+    rank, ranks = here()
+    if module.batch_type is PromptBatch:
+        mine = random_rows(prompts, seed=500)[rank::ranks]
+        batch = prompt_step([prompt for prompt, _ in mine], first_episode=0).micro_batches[0]
+        steps = [Step((batch._replace(episodes=torch.arange(prompts)[rank::ranks]),), prompts, 0)]
+    else:
+        steps = steps_of(module, 1, 4)
+    with patch("rlhf_lightning.tokenization.end_token_ids", short):
+        trainer = trainer_of(strategy, ranks, limit_val_batches=1.0)
+        return trainer.validate(module, StepData(steps, steps), verbose=False)[0]
+
+
+def answer(folder: str, strategy: str, prompts: Sequence[Sequence[str]]) -> list[Any]:
+    """Return what the policy answers to this rank's prompts, in single precision."""
+    answers: list[Any] = []
+
+    class Asks(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+            if (
+                module.device_mesh is None
+            ):  # as read from a file they lie at odd addresses, where products round otherwise
+                for weight in module.parameters():
+                    weight.data = weight.data.clone()
+            sampling = SamplingSettings(max_new_tokens=12, batch_size=2)
+            with patch("rlhf_lightning.tokenization.end_token_ids", short):
+                answers.extend(module.answer(prompts[here()[0]], sampling, seed=3))
+
+    module = module_of("SFTModule", folder, double=False)
+    trainer_of(strategy, here()[1], callbacks=[Asks()]).fit(module, StepData(steps_of(module, 1, 1)))
+    return answers
+
+
+def reference_left(folder: str, strategy: str) -> tuple[int, int]:
+    """Return how many weights of the reference this rank holds, and how many there are."""
+    module = module_of("DPOModule", folder, double=False)
+    trainer_of(strategy, here()[1]).fit(module, StepData(steps_of(module, 1, 1)))
+    weights = list(module.reference.copy.parameters())
+    local = sum(w.to_local().numel() if hasattr(w, "to_local") else w.numel() for w in weights)
+    return local, sum(weight.numel() for weight in weights)
+
+
+# -- checkpoints and exports ------------------------------------------------------------------------------------------
+
+
+class Snapshot(pl.Callback):
+    """Saves a checkpoint after some training steps."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.left, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **settings: Any) -> dict[str, Any]:
+    """Train whole, and again from the checkpoint in the middle; return both runs' weights and counters."""
+    sharding = settings.pop("sharding", None)
+    found: dict[str, Any] = {}
+    for kind in ("whole", "resumed"):
+        module = module_of(name, folder, sgd=None, learning_rate=1e-2, **settings)
+        callbacks = [Snapshot(steps // 2, path)] if kind == "whole" else []
+        trainer = trainer_of(strategy, here()[1], sharding, callbacks=callbacks)
+        taken = steps_of(module, steps, 2)
+        trainer.fit(module, ResumableData(taken), ckpt_path=path if kind == "resumed" else None, weights_only=True)
+        found[kind] = weights_of(module)
+        found[f"{kind}_counters"] = module.progress()
+    return found
+
+
+class ResumableData(StepData):
+    """Steps through the package's own loader."""
+
+    def train_dataloader(self) -> StepLoader:  # type: ignore[override]
+        return StepLoader(lambda epoch: self.steps, len(self.steps), "tiny")
+
+
+def export(name: str, folder: str, out: str, strategy: str, **settings: Any) -> dict[str, Tensor]:
+    """Train a little and export; return the weights that should be in the folder."""
+    module = module_of(name, folder, double=False, **settings)
+    trainer = trainer_of(strategy, here()[1])
+    trainer.fit(module, StepData(steps_of(module, 2, 1)))
+    weights = weights_of(module)
+    if trainer.is_global_zero or module.device_mesh is not None:
+        module.export(out)
+    trainer.strategy.barrier()
+    return weights
+
+
+def fails(name: str, folder: str, path: str, strategy: str, **settings: Any) -> str:
+    """Return the error of a resume that must not work."""
+    module = module_of(name, folder, sgd=None, **settings)
+    try:
+        trainer_of(strategy, here()[1]).fit(
+            module, ResumableData(steps_of(module, 4, 2)), ckpt_path=path, weights_only=True
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,133 @@
+"""Groups of gloo ranks that stay warm: importing the stack takes longer than all that tests have them do.
+
+One process imports everything and forks the ranks of a group when it is first asked for; each rank then runs functions
+of `rank_cases` by name, as often as a test asks. Run as a script it is that process.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 180.0
+"""Seconds after which a case counts as hanging."""
+
+
+class RankPool:
+    """The groups, started on first use."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._groups: dict[int, list[Connection]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._listener: Listener | None = None
+
+    def run(self, ranks: int, case: str, **settings: Any) -> list[Any]:
+        """Run a case on every rank of a group; return what each returned, rank after rank."""
+        if ranks not in self._groups:
+            self._start(ranks)
+        try:
+            return self._run(self._groups[ranks], case, settings)
+        except BaseException:  # the other ranks of the group may wait in a collective for ever
+            self.close()
+            raise
+
+    def _run(self, group: list[Connection], case: str, settings: dict[str, Any]) -> list[Any]:
+        for connection in group:
+            connection.send_bytes(pickle.dumps((case, settings)))
+        answers: dict[Connection, Any] = {}
+        while len(answers) < len(group):
+            ready: Any = wait([connection for connection in group if connection not in answers], TIMEOUT)
+            missing = [rank for rank, connection in enumerate(group) if connection not in answers]
+            if not ready:
+                raise TimeoutError(f"{case}: ranks {missing} of {len(group)} are waiting for ever")
+            for connection in ready:
+                failure, answers[connection] = pickle.loads(connection.recv_bytes())
+                if failure is not None:
+                    raise AssertionError(f"{case} on rank {group.index(connection)} of {len(group)}:\n{failure}")
+        return [answers[connection] for connection in group]
+
+    def _start(self, ranks: int) -> None:
+        if self._process is None:
+            self._folder = tempfile.TemporaryDirectory()
+            address = str(Path(self._folder.name) / "pool")
+            self._listener = Listener(address, "AF_UNIX", backlog=64)
+            root = Path(__file__).resolve().parents[1]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
+            quiet = subprocess.DEVNULL  # what a rank has to say of a failure comes back over its connection
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, address],
+                env=environment, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True,
+            )  # fmt: skip
+        assert self._process.stdin is not None and self._listener is not None
+        self._process.stdin.write(f"{ranks}\n")
+        self._process.stdin.flush()
+        found = {}
+        for _ in range(ranks):
+            connection = self._listener.accept()
+            found[connection.recv()] = connection
+        self._groups[ranks] = [found[rank] for rank in range(ranks)]
+
+    def close(self) -> None:
+        """Stop the ranks."""
+        for connection in (connection for group in self._groups.values() for connection in group):
+            connection.close()
+        self._groups.clear()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def serve(address: str, ranks: int, rank: int) -> None:
+    """Be one rank until the pool goes."""
+    import rank_cases
+    import torch
+
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{address}.{ranks}", rank=rank, world_size=ranks)
+    connection = Client(address, "AF_UNIX")
+    connection.send(rank)
+    while True:
+        try:
+            case, settings = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = (None, getattr(rank_cases, case)(**settings))
+        except BaseException:
+            answer = (traceback.format_exc(), None)
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def fork_ranks(address: str) -> None:
+    """Import everything once, and fork the ranks of each group that is asked for."""
+    import ctypes
+    import signal
+
+    import rank_cases  # noqa: F401
+
+    for line in sys.stdin:
+        for rank in range(int(line)):
+            if os.fork() == 0:
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a rank that hangs in a collective goes with its parent
+                serve(address, int(line), rank)
+                os._exit(0)
+
+
+if __name__ == "__main__":
+    fork_ranks(sys.argv[1])

@@ -1,0 +1,129 @@
+"""Sums and ensembles by value, what each part measures, and how YAML writes them."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_lightning.scoring import Ensemble, Scorer, WeightedSum, load_scorer
+
+TEXTS = ["one", "two words", "now three words"]
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
+
+def constant(prompts, completions, **columns):
+    return torch.full((len(completions),), 2.0)
+
+
+def odd_lengths_only(prompts, completions, **columns):
+    return [value if value % 2 else None for value in length(prompts, completions)]
+
+
+def score(scorer, texts=TEXTS):
+    return scorer(["p"] * len(texts), texts)
+
+
+def taken(scorer):
+    return {name: values.tolist() for name, values in scorer.take_metrics().items()}
+
+
+def test_a_weighted_sum_and_each_parts_raw_score():
+    total = WeightedSum({"length": length, "constant": constant}, weights={"length": -0.5})
+    assert score(total) == [1.5, 1.0, 0.5]
+    assert taken(total) == {"score/length": [1.0, 2.0, 3.0], "score/constant": [2.0, 2.0, 2.0]}
+    assert taken(total) == {"score/length": [], "score/constant": []}
+
+
+def test_metrics_gather_over_calls():
+    total = WeightedSum({"length": length})
+    score(total), score(total, ["x"])
+    assert taken(total) == {"score/length": [1.0, 2.0, 3.0, 1.0]}
+
+
+def test_a_part_without_a_score():
+    parts = {"length": length, "odd": odd_lengths_only}
+    dropping, skipping = WeightedSum(parts), WeightedSum(parts, missing="skip")
+    assert score(dropping) == [2.0, None, 6.0]
+    assert score(skipping) == [2.0, 2.0, 6.0]
+    assert score(WeightedSum({"odd": odd_lengths_only}, missing="skip")) == [1.0, None, 3.0]
+    odd = taken(dropping)["score/odd"]
+    assert odd[::2] == [1.0, 3.0] and math.isnan(odd[1])
+
+
+def test_sums_of_sums_name_their_parts_by_path():
+    inner = WeightedSum({"length": length, "odd": odd_lengths_only}, missing="skip")
+    outer = WeightedSum({"inner": inner, "constant": constant}, weights={"inner": 10.0})
+    assert score(outer) == [22.0, 22.0, 62.0]
+    assert set(taken(outer)) == {"score/inner", "score/inner/length", "score/inner/odd", "score/constant"}
+
+
+def test_an_ensemble_is_its_mean_less_deviations():
+    def members(*values):
+        return [lambda p, c, value=value, **columns: [value] * len(c) for value in values]
+
+    pessimist = Ensemble(members(1.0, 2.0, 6.0), penalty=0.5)  # mean 3, deviation sqrt(14 / 3)
+    assert score(pessimist, ["x"]) == [pytest.approx(3 - 0.5 * math.sqrt(14 / 3))]
+    assert taken(pessimist) == {
+        "score/0": [1.0], "score/1": [2.0], "score/2": [6.0], "score/std": [pytest.approx(math.sqrt(14 / 3))],
+    }  # fmt: skip
+    assert score(Ensemble(members(1.0, 2.0, 6.0), penalty=0.0), ["x"]) == [3.0]
+    assert score(Ensemble(members(0.3, 0.3)), ["x"]) == [pytest.approx(0.3)]
+    assert score(Ensemble({"a": length, "b": odd_lengths_only}), ["x", "x y"]) == [1.0, None]
+
+
+def test_as_yaml_writes_them():
+    spec = {
+        "class_path": "WeightedSum",
+        "init_args": {
+            "scorers": {
+                "short": {"class_path": "LengthPenalty", "init_args": {"coef": 1.0}},
+                "members": {
+                    "class_path": "rlhf_lightning.scoring.composition.Ensemble",
+                    "init_args": {"scorers": [{"class_path": "RepetitionPenalty", "init_args": {"n": 1}}] * 2},
+                },
+            },
+            "weights": {"members": 4.0},
+        },
+    }
+    assert score(load_scorer(spec), ["a a", "a b c"]) == [-4.0, -3.0]
+
+
+class Movable(Scorer):
+    device = None
+
+    def __call__(self, prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    def to(self, device):
+        self.device = device
+        return self
+
+
+def test_members_move_together():
+    inner = Movable()
+    total = WeightedSum({"a": WeightedSum({"b": inner})})
+    assert total.to(torch.device("meta")) is total and inner.device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WeightedSum({}), "WeightedSum needs at least one scorer"),
+        (lambda: WeightedSum({"a": length}, weights={"b": 1.0}), "weights names b, but the scorers are a"),
+        (lambda: WeightedSum({"a": length}, missing="zero"), "missing is 'zero'"),
+        (lambda: Ensemble([length]), "needs two members or more"),
+        (lambda: score(WeightedSum({"a": lambda p, c, **k: [math.nan] * 3})), "scorer 'a' returned nan"),
+        (lambda: score(WeightedSum({"a": lambda p, c, **k: [1.0]})), "scorer 'a' returned 1 scores for 3"),
+        (lambda: load_scorer({"class_path": "WeightedSum"}), "cannot be made without arguments"),
+        (lambda: load_scorer({"class_path": "LengthPenalty", "init_args": {"cof": 1}}), "with the arguments cof"),
+        (lambda: load_scorer({"class": "LengthPenalty"}), "a scorer is written {class_path"),
+        (lambda: load_scorer({"class_path": "math.sqrt", "init_args": {"a": 1}}), "is no class"),
+        (lambda: load_scorer("WeightedSums"), "neither a reward model's folder nor an importable function"),
+    ],
+)
+def test_what_is_wrong_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,231 @@
+"""Ranks never change the answer: gradients, weights, drawn episodes and metrics on 1, 2 and 4 of them, however cut."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+from rank_pool import RankPool
+from safetensors.torch import load_file
+
+from rlhf_lightning import modules
+from rlhf_lightning.commands.checkpoints import refused_checkpoint, sharded_metadata, weights_in
+
+BASES = {"AlignmentModule", "OfflineModule", "OnPolicyModule", "UnpairedModule"}
+ALONE = {"GKDModule", "OnPolicyDistillationModule", "ProcessRewardModule"}
+"""Objectives whose teacher or whose batch is not among these cases yet: nothing is claimed of them on several ranks."""
+
+OBJECTIVES = sorted(name for name in modules.__all__ if name.endswith("Module") and name not in BASES | ALONE)
+LORA = {"r": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft-lora": ("SFTModule", {"lora": LORA}),
+    "sft-checkpointing": ("SFTModule", {"activation_checkpointing": True}),
+    "reward-lora": ("RewardModule", {"lora": LORA}),
+    "dpo": ("DPOModule", {}),
+    "dpo-lora": ("DPOModule", {"lora": LORA}),
+    "coupled": ("AOTModule", {}),
+    "moving-reference": ("TRDPOModule", {"reference_every": 2, "lora": LORA}),
+    "kto": ("KTOModule", {}),
+    "ppo": ("PPOModule", {"whiten_rewards": True, "reward_slot": "after_eos", "missing_eos_score": None}),
+    "ppo-shared": (
+        "PPOModule",
+        {"critic": "shared", "mini_batch_size": 3, "early_stop_kl": 1e-4, "kl_target": 0.1, "kl_horizon": 50},
+    ),
+    "ppo-pretraining": ("PPOModule", {"pretraining_coef": 2.0, "mini_batch_size": 3, "ppo_epochs": 1}),
+    "ppo-lora": ("PPOModule", {"critic": "shared", "lora": LORA}),
+    "grpo": ("GRPOModule", {"mini_batch_size": 3}),
+    "whole-deviation": ("LitePPOModule", {}),
+}
+
+
+@functools.cache
+def alone(name: str, folder: str, settings: str) -> dict[str, Any]:
+    """The same training on one rank in one micro-batch."""
+    return rank_cases.train(name, folder, "auto", **eval(settings))
+
+
+def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any], bound: float = 1e-9) -> None:
+    """Hold every gradient and weight to a relative bound, and what was drawn to equality."""
+    for part in ("gradients", "weights"):
+        assert found[0][part].keys() == expected[part].keys() and expected[part]
+        for name, value in expected[part].items():
+            difference = float((found[0][part][name] - value).norm())
+            assert difference <= bound * float(value.norm()), f"{part} of {name}: {difference / float(value.norm())}"
+    drawn: dict[int, list[int]] = {}
+    for rank in found:
+        drawn |= rank["drawn"]
+    assert drawn == expected["drawn"]
+    assert found[0]["log"] == pytest.approx(expected["log"], rel=1e-6, abs=1e-6)
+
+
+def compare(
+    pool: RankPool, name: str, folder: str, ranks: int, strategy: str, accumulation: int, **settings: Any
+) -> None:
+    expected = alone(name, folder, repr(settings))
+    found = pool.run(ranks, "train", name=name, folder=folder, strategy=strategy, accumulation=accumulation, **settings)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_learns_the_same_on_two_ranks(
+    pool: RankPool, policy_folder: str, name: str, strategy: str, accumulation: int
+) -> None:
+    compare(pool, name, policy_folder, 2, strategy, accumulation)
+
+
+FOUR = [("ddp", 1), ("fsdp", 4)]
+REST = [(2, "ddp", 4), (2, "fsdp", 1), (4, "ddp", 4), (4, "fsdp", 1)]
+
+
+@pytest.mark.parametrize(("strategy", "accumulation"), FOUR)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_the_same_on_four_ranks(
+    pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
+) -> None:
+    name, settings = FAMILIES[family]
+    compare(pool, name, policy_folder, 4, strategy, accumulation, **settings)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("ranks", "strategy", "accumulation"), REST)
+@pytest.mark.parametrize("family", [*FAMILIES, *OBJECTIVES])
+def test_the_rest_of_the_table(
+    pool: RankPool, policy_folder: str, family: str, ranks: int, strategy: str, accumulation: int
+) -> None:
+    name, settings = FAMILIES.get(family, (family, {}))
+    compare(pool, name, policy_folder, ranks, strategy, accumulation, **settings)
+
+
+@pytest.mark.parametrize("family", ["dpo", "coupled", "ppo-shared"])
+@pytest.mark.parametrize(("ranks", "shares"), [(2, 1), (4, 2)])
+def test_tensor_parallel_ranks_see_the_same_rows_once(
+    pool: RankPool, policy_folder: str, family: str, ranks: int, shares: int
+) -> None:
+    name, settings = FAMILIES[family]
+    sizes = {"data_parallel_size": shares, "tensor_parallel_size": ranks // shares}
+    expected = alone(name, policy_folder, repr(settings))
+    run = {"name": name, "folder": policy_folder, "strategy": "fsdp", "sharding": sizes, **settings}
+    assert_equal(pool.run(ranks, "train", **run), expected)
+
+
+def test_a_reward_model_that_is_cut_over_ranks_scores_the_same(
+    pool: RankPool, policy_folder: str, reward_folder: str
+) -> None:
+    settings = {"scorer": reward_folder, "max_tokens": 24, "missing_eos_score": None, "updates": 2}
+    compare(pool, "PPOModule", policy_folder, 2, "fsdp", 1, **settings)
+
+
+def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_ranks(pool: RankPool, policy_folder: str) -> None:
+    """The comparison above is no formality."""
+    with pytest.raises(AssertionError, match="gradients of"):
+        compare(pool, "ForgetfulModule", policy_folder, 2, "ddp", 1)
+
+
+def test_completions_are_uneven_over_the_ranks(pool: RankPool, policy_folder: str) -> None:
+    found = pool.run(2, "train", name="GRPOModule", folder=policy_folder, strategy="fsdp", updates=1)
+    lengths = [sorted(len(ids) for ids in rank["drawn"].values()) for rank in found]
+    assert lengths[0][-1] > lengths[0][0] and lengths[0] != lengths[1]
+
+
+@pytest.mark.parametrize("counts", [(1, 5), (0, 3)])
+def test_cut_weights_sample_what_whole_ones_do_bit_for_bit(
+    pool: RankPool, policy_folder: str, counts: tuple[int, int]
+) -> None:
+    prompts = [[f"w{20 + n} w{30 + rank}" for n in range(count)] for rank, count in enumerate(counts)]
+    found = pool.run(2, "answer", folder=policy_folder, strategy="fsdp", prompts=prompts)
+    for rank in (0, 1):
+        assert found[rank] == rank_cases.answer(policy_folder, "auto", [prompts[rank]])
+
+
+def test_the_reference_is_cut_too(pool: RankPool, policy_folder: str) -> None:
+    found = pool.run(2, "reference_left", folder=policy_folder, strategy="fsdp")
+    total = found[0][1]
+    assert sum(local for local, _ in found) == total and all(local < 0.6 * total for local, _ in found)
+
+
+@pytest.mark.parametrize("name", ["SFTModule", "RewardModule", "DPOModule", "AOTModule", "KTOModule", "PPOModule"])
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp"), (4, "ddp")])
+def test_held_out_metrics_are_over_all_ranks(
+    pool: RankPool, policy_folder: str, name: str, ranks: int, strategy: str
+) -> None:
+    expected = rank_cases.validate(name, policy_folder, "auto")
+    for found in pool.run(ranks, "validate", name=name, folder=policy_folder, strategy=strategy):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["SFTModule", "PPOModule"])
+def test_bf16_products_stay_close_to_fp32(pool: RankPool, policy_folder: str, name: str) -> None:
+    settings = {"double": False, "updates": 2}
+    expected = alone(name, policy_folder, repr(settings))
+    found = pool.run(2, "train", name=name, folder=policy_folder, strategy="fsdp", precision="bf16-mixed", **settings)
+    weights = found[0]["weights"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(weights[key], value, rtol=0.05, atol=0.02)
+
+
+# -- checkpoints and exports ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["full", "distributed"])
+@pytest.mark.parametrize("family", ["sft-lora", "dpo", "moving-reference", "ppo-shared"])
+def test_a_resumed_run_ends_where_the_whole_one_does(
+    pool: RankPool, policy_folder: str, tmp_path: Path, family: str, distributed: bool
+) -> None:
+    name, settings = FAMILIES[family]
+    path = tmp_path / "middle.ckpt"
+    run = {"name": name, "folder": policy_folder, "strategy": "fsdp", "path": str(path), **settings}
+    found = pool.run(2, "resume", sharding={"save_distributed_checkpoint": distributed}, **run)[0]
+    assert path.is_dir() == distributed
+    assert found["whole_counters"] == found["resumed_counters"]
+    for weight, expected in found["whole"].items():
+        assert torch.equal(found["resumed"][weight], expected)
+    inside = weights_in(path)
+    assert inside.keys() == found["whole"].keys()
+    assert all(inside[weight].shape == found["whole"][weight].shape for weight in inside)
+
+
+def test_a_sharded_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
+    import pickle
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Path.cwd))
+    with pytest.raises(ValueError, match="no sharded checkpoint of plain tensors: it names"):
+        sharded_metadata(tmp_path)
+
+
+def test_a_checkpoint_of_another_strategy_or_adapter_is_refused(
+    pool: RankPool, policy_folder: str, tmp_path: Path
+) -> None:
+    run = {"name": "SFTModule", "folder": policy_folder, "strategy": "fsdp"}
+    alone_path = str(tmp_path / "alone.ckpt")
+    rank_cases.resume("SFTModule", policy_folder, alone_path, "auto")
+    assert pool.run(2, "fails", path=alone_path, **run)[0].startswith("RuntimeError")
+    message = refused_checkpoint(Path(alone_path), sharded=True, resumes=True)
+    assert message is not None and "not written under ModelParallelStrategy" in message
+    assert refused_checkpoint(Path(alone_path), sharded=False, resumes=True) is None
+    path = str(tmp_path / "adapter.ckpt")
+    sharding = {"save_distributed_checkpoint": False}
+    pool.run(2, "resume", path=path, sharding=sharding, lora={"r": 2, "targets": ["q_proj"]}, **run)
+    message = pool.run(2, "fails", path=path, lora={"r": 2, "targets": ["q_proj", "v_proj"]}, **run)[0]
+    assert "4 trainable weights are missing" in message or "does not exist in the loaded checkpoint" in message
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("family", ["dpo", "sft-lora", "reward-lora"])
+def test_what_a_run_on_several_ranks_exports_is_what_it_trained(
+    pool: RankPool, policy_folder: str, tmp_path: Path, family: str, strategy: str
+) -> None:
+    name, settings = FAMILIES[family]
+    out = tmp_path / "model"
+    run = {"name": name, "folder": policy_folder, "strategy": strategy, "out": str(out), **settings}
+    trained = pool.run(2, "export", **run)[0]
+    (file,) = out.glob("*.safetensors")
+    written = load_file(file)
+    assert len(written) == len(trained) and (out / "backbone.json").is_file()
+    assert not list(tmp_path.glob("*.partial"))
+    for key, weight in trained.items():
+        inside = key.partition(".model.")[2].replace(".default", "").replace("modules_to_save.", "")
+        assert torch.equal(written[inside], weight), key
