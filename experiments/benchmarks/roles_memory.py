@@ -88,7 +88,7 @@ def in_a_process(model: str, root: Path, reward: str, flags: list[str]) -> dict[
     command = [sys.executable, __file__, "--model", model, "--out", os.devnull, "--measure", "fit", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+        raise RuntimeError(f"exit {done.returncode}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
