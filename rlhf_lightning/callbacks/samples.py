@@ -71,9 +71,10 @@ class SampleTable(Callback):
             return
         self.prompts = list(datamodule.example_prompts(self.count))
         updates = updates_of(pl_module)
-        if updates > 0 and writes_files(trainer) and self.path is not None:
-            cut_back(self.path, updates)
-            self._sampled_at = updates
+        if updates > 0 and self.path is not None:
+            self._sampled_at = updates  # on every rank: they sample together or not at all
+            if writes_files(trainer):
+                cut_back(self.path, updates)
         self.sample(trainer, pl_module)
 
     def on_train_batch_end(

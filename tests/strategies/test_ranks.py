@@ -76,12 +76,11 @@ def test_every_objective_learns_the_same_on_two_ranks(
     compare(pool, name, policy_folder, 2, strategy, accumulation)
 
 
-FOUR = [("ddp", 1), ("fsdp", 4)]
-REST = [(2, "ddp", 4), (2, "fsdp", 1), (4, "ddp", 4), (4, "fsdp", 1)]
+FOUR = [*((family, "fsdp", 4) for family in FAMILIES), *((family, "ddp", 1) for family in ("coupled", "kto", "grpo"))]
+REST = [(2, "ddp", 4), (2, "fsdp", 1), (4, "ddp", 1), (4, "ddp", 4), (4, "fsdp", 1), (4, "fsdp", 4)]
 
 
-@pytest.mark.parametrize(("strategy", "accumulation"), FOUR)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy", "accumulation"), FOUR)
 def test_every_family_learns_the_same_on_four_ranks(
     pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
 ) -> None:
