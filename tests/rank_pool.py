@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ class RankPool:
             self._folder = tempfile.TemporaryDirectory()
             address = str(Path(self._folder.name) / "pool")
             self._listener = Listener(address, "AF_UNIX", backlog=64)
+            self._listener._listener._socket.settimeout(TIMEOUT)  # type: ignore[attr-defined]  # accept() has no other
             root = Path(__file__).resolve().parents[1]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
+            if sys.platform == "linux":  # whatever else the machine's network does
+                environment["GLOO_SOCKET_IFNAME"] = "lo"
             quiet = subprocess.DEVNULL  # what a rank has to say of a failure comes back over its connection
             self._process = subprocess.Popen(
                 [sys.executable, __file__, address],
@@ -99,7 +103,9 @@ def serve(address: str, ranks: int, rank: int) -> None:
         "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
     }  # fmt: skip
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{address}.{ranks}", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{address}.{ranks}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
+    )
     connection = Client(address, "AF_UNIX")
     connection.send(rank)
     while True:

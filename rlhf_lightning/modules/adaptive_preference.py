@@ -16,6 +16,9 @@ from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
 
+ROUNDING = 1e-4
+"""Nats within which margins are alike: where the policy is still the reference, all their deviation is noise."""
+
 
 class WPOWeighting:
     r"""Mixin that weights the pairs of any objective by how much they look like the policy's own samples.
@@ -109,7 +112,7 @@ class BetaDPOModule(DPOModule):
     def _kept(self, margin: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Draw the pairs to keep, bool, shape (pairs,): addressed by the update, so that every rank draws alike."""
         count = max(round(self.keep * len(margin)), 1)
-        if count == len(margin) or std <= 0:
+        if count == len(margin) or std <= ROUNDING:
             return torch.ones_like(margin, dtype=torch.bool)
         order = margin.argsort()  # the pairs come rank after rank: in their own order all numbers of ranks draw alike
         weights = adaptive.beta_dpo_pair_weights(margin[order], mean, std).double().clamp_min(1e-300).cpu()

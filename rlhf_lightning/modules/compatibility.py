@@ -237,7 +237,7 @@ def kind_of(strategy: Strategy) -> str:
 
 def quantization_of(module: Any) -> str | None:
     """Return the quantisation that a module's weights are to be loaded in; None for plain weights."""
-    return getattr(module.load_settings, "quantization", None)
+    return module.load_settings.quantization
 
 
 def plan_of(module: Any) -> tuple[bool, int | None]:

@@ -33,6 +33,8 @@ class OfflineModule(AlignmentModule):
         """Where the log-probabilities of this run's reference are kept; None where they are not."""
         if not self.cache_reference or self.reference_moves or self.load_settings.from_scratch:
             return None
+        if self.device_mesh is not None:  # a rank that finds a row would make a pass less than one that does not
+            return None
         weights = content_hash(resolve_folder(self.init_from))
         if weights is None:
             return None
