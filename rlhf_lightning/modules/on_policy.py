@@ -133,7 +133,7 @@ class OnPolicyModule(AlignmentModule):
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
         # A scorer that cannot be loaded should fail now, not after the first rollout.
-        self.scorer.load_beside(self.policy, self.load_settings)
+        self.scorer.load_beside(self.policy if self.device_mesh is None else None, self.load_settings)
         self.invariants.exact = self.load_settings.is_exact
 
     def frozen_models(self) -> Sequence[nn.Module]:

@@ -39,10 +39,14 @@ class Scorer:
         """
         raise AttributeError(f"{type(self).__name__} must define '__call__'")
 
-    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+    def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
         """Load what scoring needs, beside the policy whose completions are scored.
 
         A scorer made of others passes this on to them: a learned one may share the policy's backbone.
+
+        Args:
+            policy: whose backbone may be shared; None where its weights are cut over ranks.
+            settings: precision of what stands beside it.
         """
 
     def to(self, device: torch.device) -> Scorer:

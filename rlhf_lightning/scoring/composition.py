@@ -55,7 +55,7 @@ class ScorerGroup(Scorer):
         """The networks of all members."""
         return [model for scorer in self.scorers.values() for model in scorer.models]
 
-    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+    def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
         """Load every member, each on the policy's backbone where it was trained on that."""
         for scorer in self.scorers.values():
             scorer.load_beside(policy, settings)

@@ -50,7 +50,7 @@ class LearnedScorer(Scorer):
         settings = replace(settings, dtype=self.dtype or settings.dtype)
         return load_reward_model(self.folder, settings, policy, pad_token_id=self.tokenizer.pad_token_id)
 
-    def load_beside(self, policy: CausalLM, settings: LoadSettings) -> None:
+    def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
         """Load the reward model, on the policy's backbone where it was trained on that."""
         if self._model is None or isinstance(self._model, AdapterScalar):
             self._model = self._load(settings_for_inference(settings), policy)
