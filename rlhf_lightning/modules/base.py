@@ -162,8 +162,8 @@ class AlignmentModule(LightningModule):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt's completions are laid out behind it in one row: asked for, and the loaded model can."""
-        return self.share_prompts and self._models_loaded and bool(getattr(self.model, "reads_trees", False))
+        """Whether a prompt's completions are laid out behind it in one row: asked for, and all loaded models can."""
+        return self.share_prompts and self._reads_trees
 
     def lay_out(self, sequences: Sequences) -> Layout:
         """Lay sequences out for the model, on its device."""
@@ -183,6 +183,10 @@ class AlignmentModule(LightningModule):
             self.load_models()
             self._models_loaded = True
             self._started_from = self.started_from()  # now: the folder may be gone when a checkpoint is written
+            # One layout goes to all of them: policy and critic, reference or teacher.
+            parts = (*self.children(), *self.frozen_models())
+            readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
+            self._reads_trees = bool(readers) and all(readers)
         if self.device_mesh is not None:
             self._cut_over_ranks(self.device_mesh)
 
@@ -204,6 +208,7 @@ class AlignmentModule(LightningModule):
             loop.inference_mode = False
 
     _models_loaded = False
+    _reads_trees = False
     _started_from: Mapping[str, str | None] = MappingProxyType({})
 
     def setup(self, stage: str) -> None:

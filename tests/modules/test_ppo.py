@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.types import Loss, PolicyLogprobs, PromptBatch, Rollout
 
@@ -543,3 +544,18 @@ def test_predictions_of_a_policy_come_with_their_logprobs(policy_folder: str) ->
             with torch.no_grad():
                 expected = float(plain_logprobs(module.policy.model, prompt, ids, 0.7).sum())
             assert row["logprob"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
+    policy_folder: str, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """A critic of another architecture than the policy's may need rows of its own."""
+    module = ppo(policy_folder, share_prompts=asked)
+    assert not module.shares_prompts  # nothing is loaded, so nothing is known
+    module.configure_model()
+    assert module.shares_prompts == asked
+    monkeypatch.setattr(ScalarModel, "reads_trees", False)
+    module = ppo(policy_folder, share_prompts=asked)
+    module.configure_model()
+    assert not module.shares_prompts
