@@ -4,7 +4,7 @@
 
 Drives the command that users type, with its defaults except for what the flags name, and prints ``OURS {json}``:
 seconds of each optimizer step (on-policy: of each rollout with its updates), cumulative tokens as a user counts them
-(prompts unshared, no pads), losses, and the peak of resident memory.
+(prompts unshared, no pads; on-policy: those that were sampled), losses, and the peak of resident memory.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="passes over a rollout (ppo) or over the rows (dpo)")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--critic", default="separate", help="PPO's: separate, shared")
+    parser.add_argument("--critic", default="separate", help="PPO's: separate, shared, adapter")
     parser.add_argument("--max-tokens", type=int, default=None, help="cells of a micro-batch (default: the whole step)")
     parser.add_argument("--no-sharing", action="store_true", help="forward a prompt again for each completion")
     args = parser.parse_args()

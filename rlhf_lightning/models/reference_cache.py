@@ -32,15 +32,8 @@ class ReferenceCache:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.hits = self.misses = 0
         self._connection: sqlite3.Connection | None = None
         self._broken = False
-
-    @property
-    def holds_rows(self) -> bool:
-        """Whether an earlier epoch or run has left anything here."""
-        found = self._execute("SELECT 1 FROM logprobs LIMIT 1")
-        return bool(found)
 
     def read(self, sequences: Sequences, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return the log-probabilities of all completions, shape (completions, length); None if one is not there.
@@ -60,10 +53,8 @@ class ReferenceCache:
         for index, (key, completion) in enumerate(zip(keys, sequences.completions, strict=True)):
             row = found.get(key)
             if row is None or len(row) != len(completion) * dtype.itemsize:
-                self.misses += len(keys)
                 return None
             grid[index, : len(completion)] = torch.frombuffer(bytearray(row), dtype=dtype)
-        self.hits += len(keys)
         return grid
 
     def write(self, sequences: Sequences, logprobs: Tensor) -> None:
