@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+TOP_LEVEL = set(
+    ".ci .github .gitignore CITATION.cff LICENSE Makefile README.md experiments pyproject.toml requirements.lock "
+    "rlhf_lightning tests".split()
+)
 
 # What each room may import besides itself, written from the ground up.
 GROUND = {"types", "functional"}
@@ -137,6 +143,13 @@ def test_types_compute_nothing_past_a_subtraction():
     tree = ast.parse((PACKAGE / "types.py").read_text())
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert not [name for name in calls if name.startswith(("torch.", "F."))]
+
+
+def test_nothing_lies_about():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("this is no git checkout: what belongs to the project is not known")
+    assert {path.split("/")[0] for path in tracked} <= TOP_LEVEL
 
 
 def test_the_front_door_starts_fast():
