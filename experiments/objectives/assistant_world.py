@@ -29,6 +29,8 @@ from rlhf_lightning.types import Prompt
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
+SOURCES = {"dpo": ("pairs_train", "pairs_test"), "ppo": ("prompts_train", "prompts_test"), "sft": ("demonstrations",)}
+"""Rows to train and to evaluate on, by the YAML file; without the latter the file's own share of the rows."""
 
 
 def main() -> None:
@@ -77,14 +79,10 @@ def run(objective: str, config: str, settings: dict[str, Any], arguments: argpar
         "model.seed": arguments.seed,
         "data.seed": arguments.seed,
     }
-    if config == "ppo":
-        sources = ("prompts_train", "prompts_test")
-        flags["model.scorer"] = load(arguments.start, "reward")
-    else:
-        sources = ("pairs_train", "pairs_test")
     for name, value in settings.items():
-        flags[name] = value
-    flags["data.source"], flags["data.eval_source"] = (str(world / f"{name}.jsonl") for name in sources)
+        flags[name] = load(arguments.start, value) if name in ("model.scorer", "model.teacher") else value
+    for name, source in zip(("data.source", "data.eval_source"), SOURCES[config], strict=False):
+        flags[name] = world / f"{source}.jsonl"
     flags["export.every_n_updates"] = "null"
     parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     started = time.perf_counter()
@@ -134,7 +132,8 @@ def page(rows: list[dict[str, Any]], seed: int) -> str:
         f"{seed}. Each objective starts from the quickstart's SFT policy. Gold reward is the world's own, was never "
         "trained on, and is the mean over the held-out prompts at temperature 1; `above SFT`: the intervals are "
         "disjoint. Score is the quickstart's reward model's, KL is from the SFT policy in nats per completion. What a "
-        "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data) and ppo.yaml (on-policy).\n\n"
+        "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data), ppo.yaml (on-policy) and sft.yaml "
+        "(GKD). Students are taught by the quickstart's DPO policy.\n\n"
         f"{markdown_table(header, cells)}\n"
     )
 

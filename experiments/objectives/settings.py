@@ -1,4 +1,4 @@
-"""Settings of each objective on the quickstart's world, beyond experiments/quickstart/dpo.yaml and ppo.yaml.
+"""Settings of each objective on the quickstart's world, beyond the files of experiments/quickstart.
 
 Each family names the YAML file it starts from, what all its objectives depart in, and what each one does.
 """
@@ -13,7 +13,7 @@ class Family(NamedTuple):
 
     Attributes:
         config: name of the file in experiments/quickstart.
-        settings: flags of all its objectives.
+        settings: flags of all its objectives. ``model.scorer`` and ``model.teacher`` name a stage of the quickstart.
         objectives: flags of each objective, by class name.
     """
 
@@ -66,7 +66,7 @@ FAMILIES = (
     ),
     Family(
         "ppo",
-        {"data.samples_per_prompt": 4},
+        {"model.scorer": "reward", "data.samples_per_prompt": 4},
         {
             "GRPOModule": {},
             "DrGRPOModule": {},
@@ -80,7 +80,7 @@ FAMILIES = (
     ),
     Family(
         "ppo",
-        {},
+        {"model.scorer": "reward"},
         {
             "PPOModule": {},
             "ReinforcePlusPlusModule": {},
@@ -89,12 +89,18 @@ FAMILIES = (
     ),
     Family(
         "ppo",
-        {"data.samples_per_prompt": 2},
+        {"model.scorer": "reward", "data.samples_per_prompt": 2},
         {
             "OnlineDPOModule": {"model.beta": 0.5},
             "IterativeDPOModule": {"model.beta": 0.5, "model.rollouts_per_round": 10},
             "XPOModule": {"model.beta": 0.5},
             "NashMDModule": {"model.kl_coef": 0.02, "model.kl_target": "null"},
         },
+    ),
+    Family("ppo", {"model.teacher": "dpo"}, {"OnPolicyDistillationModule": {"model.scorer": "reward"}}),
+    Family(
+        "sft",
+        {"model.teacher": "dpo", "model.from_scratch": "false"},
+        {"GKDModule": {"model.learning_rate": 1e-3, "model.max_new_tokens": 48, "trainer.max_epochs": 1}},
     ),
 )
