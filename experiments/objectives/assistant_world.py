@@ -132,8 +132,8 @@ def page(rows: list[dict[str, Any]], seed: int) -> str:
         f"{seed}. Each objective starts from the quickstart's SFT policy. Gold reward is the world's own, was never "
         "trained on, and is the mean over the held-out prompts at temperature 1; `above SFT`: the intervals are "
         "disjoint. Score is the quickstart's reward model's, KL is from the SFT policy in nats per completion. What a "
-        "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data), ppo.yaml (on-policy) and sft.yaml "
-        "(GKD). Students are taught by the quickstart's DPO policy.\n\n"
+        "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data), ppo.yaml (on-policy) and "
+        "sft.yaml (GKD). Students are taught by the quickstart's DPO policy.\n\n"
         f"{markdown_table(header, cells)}\n"
     )
 

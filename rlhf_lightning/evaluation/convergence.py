@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from rlhf_lightning.evaluation import targets
+from rlhf_lightning.evaluation import coupled_targets, estimator_targets, targets
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
 from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.meter import Meter
@@ -34,9 +34,6 @@ from rlhf_lightning.types import (
     UnpairedBatch,
 )
 from rlhf_lightning.worlds.enumerable import END, EnumerableWorld
-
-COPIES = 3
-"""How often a pair is in the data of a loss that cannot weigh rows, times the probability of its label."""
 
 
 class Convergence(NamedTuple):
@@ -172,16 +169,19 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
     kind = module.batch_type
     if kind is PromptBatch or not hasattr(module, "loss_sum"):
         raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
+    copies = None if getattr(module, "weighs_rows", True) else coupled_targets.COPIES
     batches: dict[type, Callable[[], Any]] = {
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
-        PreferenceBatch: lambda: world.preferences(None if getattr(module, "weighs_rows", True) else COPIES),
+        PreferenceBatch: lambda: world.preferences(
+            None if getattr(module, "weighs_rows", True) else coupled_targets.COPIES
+        ),
         RankedBatch: world.rankings,
         ProcessBatch: world.judged_steps,
         UnpairedBatch: world.judgements,
     }
     batch = batches[kind]()
-    if shuffled and not getattr(module, "weighs_rows", True):
-        batch = world.preferences(COPIES, informative=False)
+    if shuffled and copies is not None:
+        batch = world.preferences(copies, informative=False)
     elif shuffled and kind is ProcessBatch:
         batch = batch._replace(labels=tuple(torch.full_like(labels, 0.5) for labels in batch.labels))
     elif shuffled:
@@ -245,8 +245,13 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
         return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
     problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
+    resting = estimator_targets.rests(name, problems, module)
     if name == "SFTModule":
         target = demonstrated(world)
+    elif resting is not None:
+        target = torch.tensor(np.array(resting))
+    elif name in coupled_targets.LOSSES:
+        return _judged_together(name, problems, module, policy)
     elif name in targets.FIXED_POINTS:
         target = torch.tensor(np.array(targets.fixed_point(targets.FIXED_POINTS[name], problems, module)))
     elif name in targets.TRANSCRIPTIONS:
@@ -262,13 +267,23 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     return target, "transcription", _distance(policy, target)
 
 
+def _judged_together(
+    name: str, problems: list[targets.Population], module: Any, policy: Tensor
+) -> tuple[Tensor, str, float]:
+    """Compare the losses: minimisers of sorted values are neither unique nor all found from one start."""
+    pairs, loss = coupled_targets.pairs_of(problems), coupled_targets.LOSSES[name]
+    best = coupled_targets.minimiser(loss, pairs, module.beta, policy.numpy())
+    reached, least = (coupled_targets.value(name, at, pairs, module) for at in (policy.numpy(), best))
+    return torch.tensor(best), "excess loss", reached - least
+
+
 def population_of(world: EnumerableWorld, prompt: int) -> targets.Population:
     """Return the problem of one prompt in NumPy, for the transcriptions."""
     problem, texts = world.problem, world.completions
-    parts = (problem.reference, problem.preference, problem.lengths)
-    reference, preference, lengths = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
+    parts = (problem.reference, problem.preference, problem.lengths, problem.rewards)
+    reference, preference, lengths, rewards = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
     alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
-    return targets.Population(reference, preference, lengths, np.array(alike, dtype=np.float64))
+    return targets.Population(reference, preference, lengths, np.array(alike, dtype=np.float64), rewards)
 
 
 def _distance(policy: Tensor, target: Tensor) -> float:

@@ -5,7 +5,7 @@ methods minimise nothing. What they do have is a mean update, here written in Nu
 sharing nothing with the modules, and a policy at which it is zero.
 
 A policy is a table of next-token probabilities, so a mean update sum_i p_i sum_t c_it grad log pi(y_it | y_i<t) is zero
-where, at every prefix, each token's share of the c that pass the prefix is the token's probability.
+where c, averaged over the completions that pass a prefix, is the same whatever token comes next.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def rest(coefficients: Coefficients, problem: Population, module: Any) -> Array 
 
     def update(logits: Array) -> Array:
         policy = np.exp(log_softmax(logits))
-        step = _steps(policy, problem)
-        weighted = policy[:, None] * coefficients(policy, np.log(step / reference), problem, module)
-        weighted = np.where(reached, weighted, 0.0)
-        here = np.einsum("ijk,jk->ik", problem.alike, weighted)
-        passing = np.einsum("ijk,jk->ik", _before(problem), weighted)
-        return np.append(np.where(reached, here - step * passing, 0.0).ravel(), logits.mean())
+        ratios = np.log(_steps(policy, problem) / reference)
+        weighted = np.where(reached, policy[:, None] * coefficients(policy, ratios, problem, module), 0.0)
+        here, at_prefix = (
+            np.einsum("ijk,jk->ik", alike, weighted) / np.einsum("ijk,j->ik", alike, policy)
+            for alike in (problem.alike, _before(problem))
+        )
+        return np.append(np.where(reached, here - at_prefix, 0.0).ravel(), logits.mean())
 
     found = least_squares(update, np.log(problem.reference), xtol=1e-15, ftol=1e-15, gtol=1e-15)
     return np.exp(log_softmax(found.x)) if np.abs(found.fun).max() < STILL else None
@@ -57,16 +58,15 @@ def _before(problem: Population) -> Array:
 
 
 def _steps(policy: Array, problem: Population) -> Array:
-    """Probability of each completion's k-th token behind those before it, shape (completions, length); 1 past its end."""
+    """Probability of each completion's k-th token given those before, shape (completions, length); 1 past its end."""
     return np.einsum("ijk,j->ik", problem.alike, policy) / np.einsum("ijk,j->ik", _before(problem), policy)
 
 
 def _standardised(policy: Array, problem: Population, module: Any) -> Array:
     """Mean of (r - mean_g) / (std_g + epsilon) over groups of two that a completion is in."""
-    rewards, count = problem.rewards, 2
+    rewards = problem.rewards
     groups = np.stack(np.broadcast_arrays(rewards[:, None], rewards[None, :]))
-    unbiased = getattr(module, "unbiased", True)
-    deviation = groups.std(0, ddof=1 if unbiased and count > 1 else 0)
+    deviation = groups.std(0, ddof=1 if getattr(module, "unbiased", True) else 0)
     return ((rewards[:, None] - groups.mean(0)) / (deviation + getattr(module, "epsilon", 1e-4)) * policy).sum(-1)
 
 

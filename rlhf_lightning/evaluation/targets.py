@@ -25,12 +25,14 @@ class Population(NamedTuple):
         preference: P, shape (completions, completions).
         lengths: shape (completions,).
         alike: whether two completions begin with the same k tokens, k = 1, 2, ..., shape (completions, completions, k).
+        rewards: shape (completions,).
     """
 
     reference: Array
     preference: Array
     lengths: Array
     alike: Array
+    rewards: Array
 
     @property
     def wins(self) -> Array:
@@ -74,6 +76,11 @@ def _a(logp: Array, problem: Population) -> Array:
 
 def _margins(values: Array) -> Array:
     return values[:, None] - values[None, :]
+
+
+def beta_dpo(logp: Array, problem: Population, module: Any) -> float:
+    """2407.08639 where every step is the population: the moving mean comes to rest at the mean, and beta at its own."""
+    return _pairs(-log_expit(module.beta * _margins(_a(logp, problem))), problem)
 
 
 def conservative_dpo(logp: Array, problem: Population, module: Any) -> float:
@@ -189,6 +196,7 @@ def sft(logp: Array, problem: Population, module: Any) -> float:
 
 
 TRANSCRIPTIONS: dict[str, Loss] = {
+    "BetaDPOModule": beta_dpo,
     "ConservativeDPOModule": conservative_dpo,
     "RobustDPOModule": robust_dpo,
     "IPOModule": ipo,

@@ -76,8 +76,8 @@ class BetaDPOModule(DPOModule):
     ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s the moving deviation (Wu et al.,
     2407.08639, Section 4, as released). Policy = reference gives log 2. Held-out pairs are measured at ``beta`` itself.
 
-    Target: no closed form; its beta, and so where it comes to rest, depends on how pairs meet in a step. With the whole
-    population in every step and every pair kept it is DPO's.
+    Target: no closed form; the minimiser of the population loss where every step is the population: the moving mean is
+    then at rest at the mean, which leaves beta, and so DPO's place. How pairs meet in smaller steps moves it.
 
     Args:
         alpha: how strongly beta follows the margins.
@@ -184,8 +184,8 @@ class TRDPOModule(DPOModule):
     al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. With an
     adapter the reference is a model of its own: a mixture of adapters has the rank of all of them together.
 
-    Target: no closed form; each stretch between two moves aims at reference * exp(reward / beta) with the reference of
-    the moment, and there is no fixed one.
+    Target: reference * exp(reward / beta), normalised, with the reference of the moment. Each move makes it another: at
+    rest between hard moves (alpha 1), the k-th leads to start * exp((k + 1) reward / beta).
 
     Args:
         alpha: share of the policy in the new reference.
@@ -217,10 +217,6 @@ class TRDPOModule(DPOModule):
         """Mix the policy's weights into the reference's."""
         assert self.reference is not None
         self.reference.follow(self.alpha)
-
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """A moving reference has no fixed optimum."""
-        return None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's weights once they have moved: nothing else knows where they are."""

@@ -29,8 +29,8 @@ class GRPOModule(CriticFreeModule):
     max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) + kl_coef k3 (Shao et al., 2402.03300, Eq. 3 and 4). At ratio 1
     and policy = reference the loss is minus the mean advantage, 0.
 
-    Target: no closed form; where its mean gradient vanishes. Not the KL-regularised optimum: the deviation rescales
-    each prompt's scores, and k3's gradient is that of KL(reference || policy).
+    Target: no closed form; where its mean update vanishes, found by a solver. Not the KL-regularised optimum: the
+    deviation rescales each prompt's scores, and k3's gradient is that of KL(reference || policy).
 
     Args:
         epsilon: added to a group's deviation.
@@ -86,7 +86,8 @@ class DAPOModule(CriticFreeModule):
     A completion that nears the length limit loses up to 1 of its score (Eq. 13). At ratio 1 the loss is minus the mean
     advantage over tokens.
 
-    Target: no closed form; where its mean gradient vanishes. Without a leash the best completions take all.
+    Target: no closed form; where its mean update vanishes, found by a solver. Without a leash the best completions take
+    all.
 
     Args:
         dynamic_sampling: keep only groups whose scores differ; needs candidate prompts, see
@@ -218,8 +219,8 @@ class GSPOModule(CriticFreeModule):
     ratio = exp(mean_t(log policy - log old)), clipped within 3e-4 below and 4e-4 above 1 (Zheng et al., 2507.18071,
     Eq. 5 to 7), each token with its own gradient. At ratio 1 its gradient is GRPO's.
 
-    Target: no closed form; where its mean gradient vanishes, which is GRPO's place at the same kl_coef. Without a leash
-    the best completions take all.
+    Target: no closed form; where its mean update vanishes, found by a solver: GRPO's place at the same kl_coef. Without
+    a leash the best completions take all.
     """
 
     paper = "Zheng et al. 2025, arXiv 2507.18071"
@@ -249,8 +250,8 @@ class CISPOModule(CriticFreeModule):
     loss = mean over tokens of -sg(min(ratio, cap)) A log policy (MiniMax, 2506.13585, Eq. 4 and 5). At ratio 1 its
     gradient is the clipped surrogate's.
 
-    Target: no closed form; where its mean gradient vanishes, which is DAPO's place at the same kl_coef. Without a leash
-    the best completions take all.
+    Target: no closed form; where its mean update vanishes, found by a solver: DAPO's place at the same kl_coef. Without
+    a leash the best completions take all.
 
     Args:
         cap: largest weight; 5 in ScaleRL (2510.13786).
@@ -345,8 +346,8 @@ class ReinforcePlusPlusBaselineModule(CriticFreeModule):
 
     A = whitened (score - mean_g) (Hu et al., 2501.03262). At ratio 1 and policy = reference the loss is 0.
 
-    Target: no closed form; where its mean gradient vanishes. Not the KL-regularised optimum: k2 holds each token to the
-    reference, whatever it leads to.
+    Target: no closed form; where its mean update vanishes, found by a solver. Not the KL-regularised optimum: k2 holds
+    each token to the reference, whatever it leads to.
     """
 
     paper = "Hu et al. 2025, arXiv 2501.03262"

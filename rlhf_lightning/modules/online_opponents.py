@@ -40,8 +40,8 @@ class IterativeDPOModule(OnlineDPOModule):
     round (Xu et al., 2312.16682; Yuan et al., 2401.10020, Section 2.4). A round starts with fresh optimizer moments.
     Policy = reference gives log 2.
 
-    Target: no closed form; with soft labels each round aims at reference * exp(score / beta) with its own reference,
-    and where that moves on there is no fixed optimum.
+    Target: with soft labels reference * exp(score / beta), normalised, with the reference of the round. Where rounds
+    come to rest, the k-th leads to start * exp(k score / beta).
 
     Args:
         rollouts_per_round: rollouts between two rounds.
@@ -90,10 +90,6 @@ class IterativeDPOModule(OnlineDPOModule):
         super()._check_rollout(rollout, rewards)
         if self.rollouts and self.moves_reference and self.rollouts % self.rollouts_per_round == 0:
             self.invariants.check_first_kl(rollout)
-
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return online DPO's optimum, unless the reference moves."""
-        return None if self.moves_reference else super().target_policy(problem)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's weights once they have moved: nothing else knows where they are."""

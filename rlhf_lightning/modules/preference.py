@@ -191,7 +191,8 @@ class AOTModule(DPOModule):
     (Melnyk et al., 2406.05882). Policy = reference gives log 2. Labels are taken as certain and pairs as equal:
     sorting breaks the pairing that a label or a weight belongs to.
 
-    Target: no closed form; the minimiser of the loss over the pairs that meet in a step, so it depends on the steps.
+    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
+    several. How pairs meet in smaller steps moves it.
     """
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"
@@ -220,7 +221,8 @@ class UnpairedAOTModule(DPOModule):
     loss = -log sigmoid(beta (sort(a_w) - sort(a_l))) over all pairs of the optimizer step (Melnyk et al., 2406.05882).
     Policy = reference gives log 2. Labels are taken as certain and pairs as equal.
 
-    Target: no closed form; the minimiser of the loss over the pairs that meet in a step, so it depends on the steps.
+    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
+    several. How pairs meet in smaller steps moves it.
     """
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"

@@ -1,7 +1,6 @@
 """`rlhf verify`: every shipped objective passes, every wrong one is caught by the check made for its mistake."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -22,26 +21,9 @@ def test_every_shipped_objective_keeps_its_contract(kind):
     found = verify(kind)
     assert [check for check in found.checks if not check.held] == []
     assert found.convergence is not None
-    assert found.convergence.source or math.isnan(found.convergence.distance)
+    assert found.convergence.source, "its target is known from elsewhere"
+    assert found.convergence.distance < 1e-3
     assert len(found.checks) >= 10
-
-
-def test_known_targets_are_reached():
-    """Most objectives have a target that is known from elsewhere; those without one are named here."""
-    without = {
-        "AOTModule", "UnpairedAOTModule", "BetaDPOModule", "TRDPOModule", "IterativeDPOModule",
-        "GRPOModule", "DAPOModule", "GSPOModule", "CISPOModule", "ReinforcePlusPlusBaselineModule",
-    }  # fmt: skip
-    from rlhf_lightning.evaluation.convergence import judged, policy_of
-    from rlhf_lightning.evaluation.verification import Subject, world_and_folder
-
-    world, folder = world_and_folder()
-    found = set()
-    for kind in SHIPPED:
-        module = Subject(kind, world, folder).fresh()
-        if not judged(module, world, policy_of(module, world))[1]:
-            found.add(kind.__name__)
-    assert found == without
 
 
 @pytest.mark.parametrize("kind", wrong_objectives.CAUGHT_BY, ids=lambda kind: kind.__name__)
