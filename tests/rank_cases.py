@@ -33,6 +33,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,
     PreferenceLogprobs,
+    ProcessBatch,
     PromptBatch,
     RankedBatch,
     Step,
@@ -74,6 +75,9 @@ def offline_step(kind: type, seed: int, accumulation: int, rank: int, ranks: int
             made = demonstration_step([rows[i] for i in share], weights=weight)
         elif kind is PreferenceBatch:
             made = preference_step(mine, target=target)
+        elif kind is ProcessBatch:
+            batches.append(judged_steps([rows[i] for i in share], weight))
+            continue
         elif kind is RankedBatch:
             made = ranked_step(ranked_pairs(mine), target=target, weights=weight)
         else:
@@ -84,6 +88,17 @@ def offline_step(kind: type, seed: int, accumulation: int, rank: int, ranks: int
         batches.append(made.micro_batches[0] if made.micro_batches else empty(kind))
     tokens = sum(len(completion) for _, completion in rows)
     return Step(tuple(batches), ROWS, tokens)
+
+
+def judged_steps(rows: Sequence[Any], weights: list[float]) -> ProcessBatch:
+    """Every second token and the last one ends a step, right where the token's number is even."""
+    made, labels, supervised = sequences(rows), [], []
+    for completion in made.completions:
+        ends = torch.arange(len(completion)) % 2 == 1
+        ends[-1] = True
+        supervised.append(ends)
+        labels.append((completion[ends] % 2 == 0).float())
+    return ProcessBatch(made._replace(supervised=tuple(supervised)), tuple(labels), torch.tensor(weights))
 
 
 def empty(kind: type) -> Any:

@@ -92,6 +92,12 @@ class OverLogits(NamedTuple):
     chunk_tokens: int = 1024
 
 
+class PredictingStates(NamedTuple):
+    """What is asked of a forward whose states meet the head elsewhere: the states that predict supervised tokens."""
+
+    layout: Layout
+
+
 class CausalLM(nn.Module):
     """A causal language model, with an optional value head on the same trunk.
 
@@ -122,8 +128,8 @@ class CausalLM(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def forward(self, layout: Any, *args: Any, **kwargs: Any) -> Any:
-        """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), or a question about whole
-        distributions (see `over_logits`).
+        """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), a question about whole
+        distributions (see `over_logits`) or for states (see `predicting_states`).
 
         All come in here because weights that are cut over ranks are gathered by the call of this module alone.
         """
@@ -131,6 +137,8 @@ class CausalLM(nn.Module):
             return self.next_token_logits(layout, *args, **kwargs)
         if isinstance(layout, OverLogits):
             return self.over_logits(layout, *args, **kwargs)
+        if isinstance(layout, PredictingStates):
+            return self.predicting_states(layout.layout)
         return self.logprobs(layout, *args, **kwargs)
 
     def next_token_logits(self, step: DecodingStep) -> Tensor:
@@ -206,11 +214,20 @@ class CausalLM(nn.Module):
         """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
         return hidden_states(self.model, layout)[layout.predictors]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary)."""
-        head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return head_logits(hidden, head.weight, head.bias, softcap, logit_scale(config))
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the LM head."""
+        head = unwrapped(self.model).get_output_embeddings()
+        return head.weight, head.bias
+
+    def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary).
+
+        Args:
+            hidden: last hidden states, shape (tokens, hidden size).
+            head: weight and bias of the head, where the model's own are cut over ranks.
+        """
+        (weight, bias), config = head or self.head(), self.model.config
+        return head_logits(hidden, weight, bias, getattr(config, "final_logit_softcapping", None), logit_scale(config))
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

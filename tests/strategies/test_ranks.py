@@ -14,10 +14,8 @@ from rlhf_lightning import modules
 from rlhf_lightning.commands.checkpoints import refused_checkpoint, sharded_metadata, weights_in
 
 BASES = {"AlignmentModule", "OfflineModule", "OnPolicyModule", "UnpairedModule"}
-ALONE = {"GKDModule", "OnPolicyDistillationModule", "ProcessRewardModule"}
-"""Objectives whose teacher or whose batch is not among these cases yet: nothing is claimed of them on several ranks."""
-
-OBJECTIVES = sorted(name for name in modules.__all__ if name.endswith("Module") and name not in BASES | ALONE)
+TAUGHT = {"GKDModule", "OnPolicyDistillationModule"}
+OBJECTIVES = sorted(name for name in modules.__all__ if name.endswith("Module") and name not in BASES | TAUGHT)
 LORA = {"r": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft-lora": ("SFTModule", {"lora": LORA}),
@@ -74,6 +72,14 @@ def test_every_objective_learns_the_same_on_two_ranks(
     pool: RankPool, policy_folder: str, name: str, strategy: str, accumulation: int
 ) -> None:
     compare(pool, name, policy_folder, 2, strategy, accumulation)
+
+
+@pytest.mark.parametrize(("ranks", "strategy", "accumulation"), [(2, "fsdp", 4), (2, "ddp", 1), (4, "fsdp", 1)])
+@pytest.mark.parametrize("name", sorted(TAUGHT))
+def test_students_of_a_teacher_learn_the_same_on_all_ranks(
+    pool: RankPool, policy_folder: str, other_folder: str, name: str, ranks: int, strategy: str, accumulation: int
+) -> None:
+    compare(pool, name, policy_folder, ranks, strategy, accumulation, teacher=other_folder)
 
 
 FOUR = [*((family, "fsdp", 4) for family in FAMILIES), *((family, "ddp", 1) for family in ("coupled", "kto", "grpo"))]
