@@ -1,6 +1,7 @@
 """What tests have each rank do. Every function is called on all ranks of a group, or alone, with the same settings."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from rlhf_lightning import modules
 from rlhf_lightning.data.loader import StepLoader
+from rlhf_lightning.functional.logprobs import chunked_logprobs
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.models.sharding import whole
@@ -337,6 +339,61 @@ def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **s
         found[kind] = weights_of(module)
         found[f"{kind}_counters"] = module.progress()
     return found
+
+
+class Killed(Exception):
+    """What ends a run in its middle."""
+
+
+class Dies(Snapshot):
+    """Saves a checkpoint after some training steps and ends the run one later."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_batch_end(trainer)
+        if self.left == -1:
+            raise Killed
+
+
+def together(
+    name: str,
+    folder: str,
+    strategy: str,
+    path: str | None,
+    chunk_tokens: int | None = None,
+    accumulation: int = 1,
+    steps: int = 4,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Train with everything at once; return the weights.
+
+    Args:
+        name: the class.
+        folder: the policy it starts from.
+        strategy: over the ranks that call this.
+        path: where to keep the checkpoint of a run that dies and goes on; None lives.
+        chunk_tokens: tokens whose logits are held at a time.
+        accumulation: micro-batches of a step, or on-policy as many as ``max_tokens`` make.
+        steps: how many.
+        settings: arguments of the class.
+    """
+
+    def fit(callbacks: list[pl.Callback], checkpoint: str | None) -> dict[str, Tensor]:
+        module = module_of(name, folder, sgd=None, learning_rate=1e-3, **settings)
+        trainer = trainer_of(strategy, here()[1], callbacks=callbacks)
+        data = ResumableData(steps_of(module, steps, accumulation))
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return weights_of(module)
+
+    forward = "rlhf_lightning.models.causal_lm.chunked_logprobs"
+    chunked = partial(chunked_logprobs, **{} if chunk_tokens is None else {"chunk_tokens": chunk_tokens})
+    with patch("rlhf_lightning.tokenization.end_token_ids", short), patch(forward, chunked):
+        if path is None:
+            return fit([], None)
+        try:
+            fit([Dies(steps // 2, path)], None)
+        except Killed:
+            return fit([], path)
+        raise AssertionError("the run did not die")
 
 
 class ResumableData(StepData):

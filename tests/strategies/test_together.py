@@ -1,0 +1,58 @@
+"""Everything at once: an adapter, ranks, layouts, ways to save memory and interruptions end where the plain run does."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+from rank_pool import RankPool
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "DPOModule": {},
+    "PPOModule": {"critic": "shared", "mini_batch_size": 4, "ppo_epochs": 2},
+    "GRPOModule": {"mini_batch_size": 4, "ppo_epochs": 2},
+}
+SAVINGS: dict[str, dict[str, Any]] = {"chunked-head": {"chunk_tokens": 3}, "token-budget": {}}
+BUDGET: dict[str, dict[str, Any]] = {
+    "DPOModule": {"accumulation": 4},  # its rows were cut by the DataModule
+    "PPOModule": {"max_tokens": 24},
+    "GRPOModule": {"max_tokens": 24},
+}
+LORA = {"r": 2}
+
+
+@functools.cache
+def plain(name: str, folder: str) -> dict[str, torch.Tensor]:
+    """One process, one micro-batch, each row with its prompt, never interrupted."""
+    return rank_cases.together(name, folder, "auto", None, lora=LORA, share_prompts=False, **OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["straight", "resumed"])
+@pytest.mark.parametrize("saving", SAVINGS)
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["padded", "shared"])
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_all_of_it_together_is_the_plain_run(
+    pool: RankPool, policy_folder: str, tmp_path: Path, name: str, strategy: str, share_prompts: bool, saving: str,
+    interrupted: bool,
+) -> None:  # fmt: skip
+    settings = {**OBJECTIVES[name], **SAVINGS[saving], **(BUDGET[name] if saving == "token-budget" else {})}
+    found = pool.run(
+        2, "together", name=name, folder=policy_folder, strategy=strategy, lora=LORA, share_prompts=share_prompts,
+        path=str(tmp_path / "middle.ckpt") if interrupted else None, **settings,
+    )  # fmt: skip
+    expected = plain(name, policy_folder)
+    assert found[0].keys() == expected.keys() and any("lora" in weight for weight in expected)
+    for weight, value in expected.items():
+        difference = float((found[0][weight] - value).norm())
+        assert difference <= 1e-6 * float(value.norm()), f"{weight}: {difference / float(value.norm())}"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_plain_run_moves(policy_folder: str, name: str) -> None:
+    """A comparison of weights that stay where they are would say nothing."""
+    begun = rank_cases.together(name, policy_folder, "auto", None, steps=1, lora=LORA, **OBJECTIVES[name])
+    for weight, value in plain(name, policy_folder).items():
+        assert float((value - begun[weight]).norm()) > 1e-4, weight
