@@ -1,4 +1,4 @@
-"""Everything at once: an adapter, ranks, layouts, ways to save memory and interruptions end where the plain run does."""
+"""All at once: an adapter, ranks, layouts, ways to save memory and interruptions end where the plain run does."""
 
 import functools
 from pathlib import Path
