@@ -68,6 +68,7 @@ FAMILIES = (
         "ppo",
         {"model.scorer": "reward", "data.samples_per_prompt": 4},
         {
+            "CriticFreeModule": {},
             "GRPOModule": {},
             "DrGRPOModule": {},
             "DAPOModule": {},
