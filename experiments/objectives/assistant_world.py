@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import FAMILIES  # beside this file
+from settings import FAMILIES, REASONS  # beside this file
 
 from rlhf_lightning.commands import train
 from rlhf_lightning.commands.quickstart import SAMPLING, gold_of_conversation
@@ -134,8 +134,18 @@ def page(rows: list[dict[str, Any]], seed: int) -> str:
         "disjoint. Score is the quickstart's reward model's, KL is from the SFT policy in nats per completion. What a "
         "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data), ppo.yaml (on-policy) and "
         "sft.yaml (GKD). Students are taught by the quickstart's DPO policy.\n\n"
-        f"{markdown_table(header, cells)}\n"
+        f"{markdown_table(header, cells)}\n{explained(rows, start)}"
     )
+
+
+def explained(rows: list[dict[str, Any]], start: list[float]) -> str:
+    """Return why some objectives do not raise the gold reward.
+
+    Raises:
+        KeyError: one does not, and `settings.REASONS` does not say why.
+    """
+    names = [row["objective"] for row in rows[1:] if row["gold_reward_ci"][0] <= start[1]]
+    return "".join(f"\n{name} does not raise it. {REASONS[name]}\n" for name in names)
 
 
 if __name__ == "__main__":
