@@ -2,15 +2,27 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+from tiny_models import save_policy
+
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.roles import AdapterScalar
+from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.types import Sequences
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"))
 import compare
+import folders
 import results
+import scaling
 from cases import CASES, LIMIT, PEER, Case, Goal
 
 CASE = Case(
@@ -197,3 +209,66 @@ def test_scripts_get_the_flags_they_know(bench, tmp_path, monkeypatch):
     assert "--quantization nf4" in quantised and quantised.endswith("reward_adapter_base_nf4")
     assert "scored" in " ".join(bench.command("reward_full", "ours"))
     assert "scored" not in " ".join(bench.command("reward_full", LIMIT))
+
+
+# -- our side ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_reward_adapter_shares_the_policys_backbone(tmp_path):
+    """It scores as the whole reward model does: an adapter that was never trained changes nothing."""
+    source = save_policy(tmp_path / "policy")
+    folders.reward(tmp_path / "whole", Path(source))
+    folders.reward(tmp_path / "adapter", Path(source), adapter=True)
+    policy = load_policy(source, lora=LoraSettings(r=4))
+    scorers = [LearnedScorer(str(tmp_path / kind)) for kind in ("whole", "adapter")]
+    for scorer in scorers:
+        scorer.load_beside(policy, LoadSettings())
+    assert isinstance(scorers[1].model, AdapterScalar) and not isinstance(scorers[0].model, AdapterScalar)
+    words = Sequences((torch.tensor([6, 7]),), (torch.tensor([8, 9, 10]),), (0,), (torch.ones(3, dtype=torch.bool),))
+    whole, adapter = (scorer.score_sequences(words) for scorer in scorers)
+    torch.testing.assert_close(adapter, whole)
+
+
+def test_a_stage_prints_figures_of_each_rollout(tmp_path):
+    """PPO with everything on one backbone, through the command that users type."""
+    small = folders.written("small", tmp_path / "small")
+    weights = safetensors.torch.load_file(small / "model.safetensors")
+    assert 0.9e6 < sum(weight.numel() for weight in weights.values()) < 1.1e6
+    command = f"stage.py ppo --model {small} --data {small / 'prompts.jsonl'} --rows 16 --batch 4 --completion 5"
+    command += " --steps 2 --epochs 1 --lora --critic shared --set model.fused_optimizer=true"
+    path = os.pathsep.join([str(compare.HERE), str(compare.ROOT)])
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=compare.HERE, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    found = compare.record_of(done.stdout)
+    assert found is not None, done.stderr[-2000:]
+    assert len(found["seconds"]) == len(found["loss"]) == len(found["score"]) == 2
+    assert 4 <= found["tokens"][0] <= 20 and 0 < found["tokens"][1] - found["tokens"][0] <= 20
+    assert found["peak_rss_gb"] > 0.1
+
+
+# -- how cost grows ---------------------------------------------------------------------------------------------------
+
+
+def test_points_have_the_tokens_that_their_axis_says():
+    points = scaling.SWEEPS["length"].points
+    assert [point.tokens for point in points.values()] == [4 * length for length in points]
+    spreads = [point.tokens for point in scaling.SWEEPS["spread"].points.values()]
+    assert max(spreads) - min(spreads) <= 8  # the same work, spread otherwise
+    assert scaling.spread(0.5, 3, 100) == (50, 100, 150)
+
+
+def test_a_group_is_cut_and_laid_out_as_one_tree():
+    step = scaling.update(scaling.Point(8, (3, 4, 5, 6), group=2))
+    sequences = step.micro_batches[0].sequences
+    assert len(step.micro_batches) == 1 and step.tokens == 18
+    assert [len(prompt) for prompt in sequences.prompts] == [8, 8] and sorted(sequences.parents) == [0, 0, 1, 1]
+    rows = scaling.update(scaling.Point(4, (4,) * 8, max_tokens=16))
+    assert [len(part.sequences.completions) for part in rows.micro_batches] == [2, 2, 2, 2]
+
+
+def test_growth_is_the_exponent_of_the_curve():
+    assert scaling.growth([1, 2, 4, 8, 16], [9, 9, 1, 2, 4]) == "1.00"
+    assert scaling.growth([1, 2, 4], [5, 5, 5]) == "0.00"
+    assert scaling.growth([1, 2, 4], [5, 0, 5]) == ""
