@@ -268,6 +268,11 @@ def test_a_group_is_cut_and_laid_out_as_one_tree():
     assert [len(part.sequences.completions) for part in rows.micro_batches] == [2, 2, 2, 2]
 
 
+def test_a_point_is_measured():
+    found = scaling.measured(scaling.Point(4, (3, 4), vocabulary=300))
+    assert found["seconds"] > 0 and found["resident"] > 50
+
+
 def test_growth_is_the_exponent_of_the_curve():
     assert scaling.growth([1, 2, 4, 8, 16], [9, 9, 1, 2, 4]) == "1.00"
     assert scaling.growth([1, 2, 4], [5, 5, 5]) == "0.00"

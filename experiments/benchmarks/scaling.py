@@ -130,7 +130,7 @@ def measured(point: Point) -> dict[str, float]:
         source, lora = write_config(Path(folder), point.vocabulary), LoraSettings() if point.lora else None
         module = SFTModule(init_from=source, from_scratch=True, lora=lora)
         trainer = Trainer(
-            max_steps=WARM + TIMED, accelerator="cpu", logger=False, enable_checkpointing=False,
+            max_steps=WARM + TIMED, callbacks=[clock], accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
         steps: Any = [update(point)] * (WARM + TIMED)
