@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from folders import written
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 HERE = Path(__file__).resolve().parent
@@ -145,25 +146,6 @@ def completed(command: list[Any], what: str) -> str:
     return done.stdout
 
 
-def scored_folder(model: Path, out: Path) -> Path:
-    """Write the model with a fresh score head, and with a pad token that ends no completion, as both sides load it."""
-    if (out / "config.json").exists():
-        return out
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from rlhf_lightning.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    torch.manual_seed(0)
-    scored = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
-    )
-    scored.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
-
-
 def same_tokens(ours: list[Rows], peers: list[Rows]) -> bool:
     """Whether every step saw the same rows with the same tokens supervised; the order within a step is free.
 
@@ -260,7 +242,7 @@ def main() -> int:
         scratch = (args.records or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         scratch.mkdir(parents=True, exist_ok=True)
         for stage in args.stages:
-            start = scored_folder(folder, scratch / "scored") if stage == "reward" else folder
+            start = written("scored", scratch / "scored", folder) if stage == "reward" else folder
             peers = peer_record(stage, start, args, scratch)
             records[stage] = (our_record(stage, start, args, scratch), peers)
             print(report({stage: records[stage]}, args)[0], flush=True)

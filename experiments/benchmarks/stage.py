@@ -20,9 +20,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from folders import written
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-HERE = Path(__file__).resolve().parent
 STAGES = {
     "sft": ("SFTModule", "SFTDataModule"),
     "reward": ("RewardModule", "PreferenceDataModule"),
@@ -94,19 +94,12 @@ def rows_of(args: argparse.Namespace, scratch: Path) -> Path:
     return file
 
 
-def fresh_reward_model(model: Path, scratch: Path) -> Path:
-    """Write the model with a new score head: what PPO is scored by, and where its critic starts."""
-    import torch
-
-    from rlhf_lightning.models.export import export_reward_model
-    from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
-    from rlhf_lightning.models.scalar_head import ScalarModel
-    from rlhf_lightning.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(str(model))
-    scored = load_reward_hf_model(str(model), LoadSettings(), pad_token_id=tokenizer.pad_token_id)
-    with torch.no_grad():
-        return export_reward_model(ScalarModel(scored), tokenizer, scratch / "reward", str(model))
+def reward_folder(args: argparse.Namespace, scratch: Path) -> Path:
+    """Return what PPO is scored by and where a critic of its own starts; with LoRA an adapter on the one backbone."""
+    if args.reward is not None:
+        return args.reward.resolve()
+    kind = "reward_adapter" if args.lora else "reward"
+    return written(kind, scratch / "reward", args.model, args.quantization if args.lora else None)
 
 
 def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -131,6 +124,8 @@ def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     if args.lora:
         chosen |= {"model.lora.r": 16, "model.lora.alpha": 32}
+    if args.quantization:
+        chosen["model.quantization"] = args.quantization
     if args.stage in ("grpo", "ppo"):
         chosen |= {
             "data.rollouts": args.steps,
@@ -152,14 +147,14 @@ def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         chosen |= {
             "model.ppo_epochs": args.epochs,
             "model.critic": args.critic,
-            "model.scorer": fresh_reward_model(args.model, scratch),
+            "model.scorer": reward_folder(args, scratch),
             "model.missing_eos_score": "null",
         }
     if args.no_sharing:
         chosen["model.share_prompts"] = "false"
     if args.stage == "dpo":
         chosen["model.cache_reference"] = "true"
-    return chosen
+    return chosen | dict(further.split("=", 1) for further in args.set)
 
 
 def main() -> None:
@@ -180,6 +175,9 @@ def main() -> None:
     parser.add_argument("--critic", default="separate", help="PPO's: separate, shared, adapter")
     parser.add_argument("--max-tokens", type=int, default=None, help="cells of a micro-batch (default: the whole step)")
     parser.add_argument("--no-sharing", action="store_true", help="forward a prompt again for each completion")
+    parser.add_argument("--reward", type=Path, default=None, help="PPO's reward model (default: an untrained one)")
+    parser.add_argument("--quantization", default=None, help="of a LoRA's backbone: nf4, int8")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FLAG=VALUE", help="further flags of `rlhf fit`")
     args = parser.parse_args()
     args.model, args.data = args.model.resolve(), args.data.resolve()
 

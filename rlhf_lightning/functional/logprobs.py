@@ -23,6 +23,22 @@ KEPT_LOGITS = 2**24
 """`chunked_logprobs` keeps its logits for the backward pass up to this many elements (64 MiB in float32)."""
 
 
+CHUNK_LOGITS = 2**26
+"""A chunk of logits has at most so many elements (256 MiB in float32), however large the vocabulary."""
+
+
+def chunk_size(chunk_tokens: int, vocabulary: int) -> int:
+    """Return the tokens of a chunk of logits: at most ``chunk_tokens``, and `CHUNK_LOGITS` elements, but one token.
+
+    Up to 65,536 words that is 1,024 tokens; from there on what a chunk takes no longer grows with the vocabulary.
+
+    Args:
+        chunk_tokens: most tokens.
+        vocabulary: logits of each token.
+    """
+    return max(min(chunk_tokens, CHUNK_LOGITS // vocabulary), 1)
+
+
 def require_shape(shape: str, **tensors: Tensor | None) -> None:
     """Require that all given tensors share one shape, written like ``"rows length"``; ``"..."`` allows any rank.
 
@@ -198,7 +214,7 @@ def chunked_logprobs(
         bias: the head's, shape (vocabulary,).
         temperature: of the softmax; applied last.
         with_entropy: also return the entropy of each distribution, with gradient.
-        chunk_tokens: tokens whose logits are held at a time.
+        chunk_tokens: most tokens whose logits are held at a time, see `chunk_size`.
         softcap: bound of the logits (Gemma 2); None for no bound.
         scale: factor on the logits (Cohere, Granite); applied first.
 
@@ -211,7 +227,8 @@ def chunked_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):  # cast here: inside the Function autocast ends with the forward
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.type(dtype), weight.type(dtype), None if bias is None else bias.type(dtype)
-    head = _Head(temperature, softcap, scale, chunk_tokens, with_entropy, torch.is_grad_enabled())
+    size = chunk_size(chunk_tokens, len(weight))
+    head = _Head(temperature, softcap, scale, size, with_entropy, torch.is_grad_enabled())
     logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head)
     return logprobs, entropy if with_entropy else None
 
@@ -229,13 +246,14 @@ def chunked_matches(
         weight: the head's, shape (vocabulary, d).
         targets: int64, shape (tokens,).
         bias: the head's, shape (vocabulary,).
-        chunk_tokens: tokens whose logits are held at a time.
+        chunk_tokens: most tokens whose logits are held at a time, see `chunk_size`.
 
     Returns:
         bool, shape (tokens,).
     """
     require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
-    chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    size = chunk_size(chunk_tokens, len(weight))
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([F.linear(h.type_as(weight), weight, bias).argmax(-1) == t for h, t in chunks])
 
 
@@ -258,13 +276,14 @@ def chunked_log_collisions(
         temperature: of the softmax; applied last.
         softcap: bound of the logits; None for no bound.
         scale: factor on the logits; applied first.
-        chunk_tokens: tokens whose logits are held at a time.
+        chunk_tokens: most tokens whose logits are held at a time, see `chunk_size`.
 
     Returns:
         Shape (tokens,), float32 or wider, without gradient.
     """
-    head = _Head(temperature, softcap, scale, chunk_tokens, False, False)
-    chunks = (head.logits(part.type_as(weight), weight, bias).log_softmax(-1) for part in hidden.split(chunk_tokens))
+    head = _Head(temperature, softcap, scale, chunk_size(chunk_tokens, len(weight)), False, False)
+    parts = hidden.split(head.chunk_tokens)
+    chunks = (head.logits(part.type_as(weight), weight, bias).log_softmax(-1) for part in parts)
     return torch.cat([log_softmax.mul_(2).logsumexp(-1) for log_softmax in chunks])
 
 

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
+    chunk_size,
     chunked_log_collisions,
     chunked_logprobs,
     chunked_matches,
 )
 from rlhf_lightning.models.adapters import REFERENCE, with_adapter
+from rlhf_lightning.models.compiling import uncompiled
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -83,7 +85,7 @@ class OverLogits(NamedTuple):
         function: called with the logits of a chunk of supervised tokens, fp32 or wider, shape (chunk, vocabulary), and
             the same chunk of each further tensor; returns values per token by name, see `chunked_over_tokens`.
         further: tensors of shape (tokens, ...) that are cut like the logits.
-        chunk_tokens: tokens whose logits are held at a time.
+        chunk_tokens: most tokens whose logits are held at a time, see `functional.logprobs.chunk_size`.
     """
 
     layout: Layout
@@ -143,13 +145,14 @@ class CausalLM(nn.Module):
 
     def next_token_logits(self, step: DecodingStep) -> Tensor:
         """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
-        hidden = trunk(self.model)(
-            input_ids=step.input_ids,
-            attention_mask=step.attention_mask,
-            position_ids=step.positions,
-            past_key_values=step.cache,
-            use_cache=step.cache is not None,
-        ).last_hidden_state[:, -1]
+        with uncompiled(self):
+            hidden = trunk(self.model)(
+                input_ids=step.input_ids,
+                attention_mask=step.attention_mask,
+                position_ids=step.positions,
+                past_key_values=step.cache,
+                use_cache=step.cache is not None,
+            ).last_hidden_state[:, -1]
         return self.logits(hidden).float()
 
     def logprobs(
@@ -208,7 +211,8 @@ class CausalLM(nn.Module):
             return asked.function(self.logits(hidden), *further)
 
         hidden = self.predicting_states(asked.layout)
-        return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=asked.chunk_tokens)
+        size = chunk_size(asked.chunk_tokens, unwrapped(self.model).get_output_embeddings().weight.shape[0])
+        return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=size)
 
     def predicting_states(self, layout: Layout) -> Tensor:
         """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size)."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.compiling import compile_layers
 from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -79,6 +80,9 @@ class AlignmentModule(LightningModule):
         frozen_dtype: precision of models that stand beside the trained one (reference, reward model); None takes
             ``dtype``.
         attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
+        compile_layers: compile the decoder layers with torch.compile for training, which takes a C++ compiler on the
+            CPU and Triton on a GPU. The first pass of each kind is slow, whatever the shapes that follow; sampling runs
+            as it is. Changes no result beyond rounding.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         share_prompts: compute a prompt once for all its completions, where the model can; changes no result beyond
             rounding.
@@ -88,6 +92,7 @@ class AlignmentModule(LightningModule):
         weight_decay: AdamW's decoupled weight decay, on matrices alone.
         lr_schedule: shape of the learning rate after warm-up, over the updates of the whole run.
         warmup: updates of linear warm-up, or below 1 the share of all updates.
+        fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
         seed: seed of new weights and of sampling.
     """
@@ -115,6 +120,7 @@ class AlignmentModule(LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         frozen_dtype: Literal["float32", "bfloat16"] | None = None,
         attn_implementation: str | None = None,
+        compile_layers: bool = False,
         activation_checkpointing: bool = False,
         share_prompts: bool = True,
         learning_rate: float = 1e-5,
@@ -123,6 +129,7 @@ class AlignmentModule(LightningModule):
         weight_decay: float = 0.0,
         lr_schedule: Literal["constant", "linear", "cosine"] = "linear",
         warmup: float = 0.0,
+        fused_optimizer: bool = False,
         max_grad_norm: float | None = 1.0,
         seed: int = 0,
     ) -> None:
@@ -136,7 +143,8 @@ class AlignmentModule(LightningModule):
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
         )
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
-        self.share_prompts = share_prompts
+        self.share_prompts, self.compile_layers = share_prompts, compile_layers
+        self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.updates = self.episodes = self.tokens = self.rollouts = 0
@@ -234,6 +242,10 @@ class AlignmentModule(LightningModule):
         """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
         self.train()
         self._place_frozen_models()
+        if self.compile_layers:
+            for model in (*self.children(), *self.frozen_models()):
+                if isinstance(model, CausalLM | ScalarModel):
+                    compile_layers(model)
 
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""
@@ -287,7 +299,9 @@ class AlignmentModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on the trainable weights, and the schedule stepped once per update."""
         groups = parameter_groups(self, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps, fused=self.fused_optimizer or None
+        )
         total = self.total_updates()
         factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from transformers import AutoConfig
 
+from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.loading import is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
 
@@ -69,6 +70,19 @@ def refused_quantization(strategy: str, quantization: str | None) -> str | None:
         f"{quantization} weights cannot be cut over ranks: a shard would part the blocks that share a scale. Use ddp, "
         f"or one GPU, with {quantization}, or {SHARDED} with bfloat16 weights"
     )
+
+
+def refused_compilation(strategy: str, device: str) -> str | None:
+    """Refuse to compile layers where that cannot work.
+
+    Args:
+        strategy: kind of the strategy.
+        device: kind of device that the model runs on.
+    """
+    if strategy == SHARDED:
+        return f"compile_layers does not go with {SHARDED}, which cuts each layer: set model.compile_layers to false"
+    missing = missing_compiler(device)
+    return None if missing is None else f"{missing}: install one, or set model.compile_layers to false"
 
 
 def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: int) -> str | None:
@@ -202,6 +216,8 @@ def refusals(trainer: Trainer, module: Any, datamodule: Any = None) -> Iterator[
     yield refused_strategy(kind)
     yield refused_precision(str(trainer.precision))
     yield refused_quantization(kind, quantization_of(module))
+    if getattr(module, "compile_layers", False):
+        yield refused_compilation(kind, trainer.strategy.root_device.type)
     yield refused_roles(kind, getattr(module, "critic_kind", None))
     yield refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from))
     together = 1

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from rlhf_lightning.functional import logprobs as logprobs_module
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
+    chunk_size,
     chunked_log_collisions,
     chunked_logprobs,
     chunked_matches,
@@ -292,6 +293,20 @@ def test_chunked_head_passes_gradcheck(monkeypatch, kept_logits, with_entropy):
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     assert torch.autograd.gradcheck(outputs, leaves)
     assert torch.autograd.gradcheck(lambda h: outputs(h, weight.detach(), bias.detach()), leaves[:1])
+
+
+def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary(monkeypatch):
+    assert [chunk_size(1024, vocabulary) for vocabulary in (49_152, 65_536, 131_072, 262_144)] == [1024, 1024, 512, 256]
+    assert chunk_size(1024, 2**30) == 1 and chunk_size(3, 11) == 3
+    hidden, weight, bias, targets = head_inputs()
+    expected = plain_head(hidden, weight, bias, targets, 1.0, None, 1.0)
+    monkeypatch.setattr(logprobs_module, "CHUNK_LOGITS", 2 * VOCABULARY)
+    shapes = []
+    monkeypatch.setattr(logprobs_module.F, "linear", lambda x, *rest: shapes.append(len(x)) or x @ rest[0].T + rest[1])
+    torch.testing.assert_close(chunked_logprobs(hidden, weight, targets, bias, with_entropy=True), expected)
+    chunked_matches(hidden, weight, targets, bias)
+    chunked_log_collisions(hidden, weight, bias)
+    assert max(shapes) == 2
 
 
 @pytest.mark.parametrize("head_trains", [True, False])

@@ -261,3 +261,16 @@ def test_counters_count_updates_rows_and_tokens(policy_folder: str) -> None:
     assert trainer.global_step == 4
     logged = {name: float(trainer.callback_metrics[f"progress/{name}"]) for name in ("updates", "episodes", "tokens")}
     assert logged == {"updates": 4, "episodes": 28, "tokens": tokens}
+
+
+# -- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fused_optimizer_takes_the_same_steps(policy_folder: str) -> None:
+    steps = [demonstration_step(rows, 3, WEIGHTS, flags) for rows, flags in zip(ROWS, FLAGS, strict=True)]
+    modules = [SFTModule(init_from=policy_folder, fused_optimizer=fused, **OPTIMIZER) for fused in (False, True)]
+    for module in modules:
+        fit(module, steps)
+    plain, fused = (module.optimizers().optimizer for module in modules)  # type: ignore[union-attr]
+    assert fused.defaults["fused"] is True and not plain.defaults["fused"]
+    assert_same(weights_of(modules[1]), weights_of(modules[0]), 1e-5, 1e-7)

@@ -1,0 +1,138 @@
+"""What is compared with the peer: one training each, who runs it with which flags, and what is asked of the figures.
+
+A case is trained by several sides: ``peer`` and ``limit`` by their scripts, and ours under one or more names. A goal
+reads some of the steps of one of our sides against the same steps of the peer, and says what must come out.
+"""
+
+from typing import NamedTuple
+
+PEER, LIMIT = "peer", "limit"
+BUDGET = ("--max-tokens", "512")
+"""Cells of a micro-batch: the longest row alone, shorter ones together. It bounds activations and wastes few pads."""
+
+
+class Goal(NamedTuple):
+    """What one line of the results is about.
+
+    Attributes:
+        name: what the line is called, behind the case's name.
+        side: whose steps of ours are read.
+        steps: first and last step that count, as a slice; the first step of a run warms up.
+        speed: least ratio of our speed to the peer's; None asks nothing.
+        share: least share of the limit's speed.
+        memory: largest ratio of our peak of resident memory to that of ``memory_of``.
+        memory_of: the side that memory is held against.
+    """
+
+    name: str
+    side: str = "ours"
+    steps: slice = slice(1, None)
+    speed: float | None = None
+    share: float | None = None
+    memory: float | None = None
+    memory_of: str = PEER
+
+
+class Case(NamedTuple):
+    """One training, run by several sides in turn.
+
+    Attributes:
+        stage: sft, reward, dpo, grpo or ppo.
+        goals: what is asked of it.
+        flags: those that every side gets but the limit.
+        ours: further flags of each of our sides.
+        limit: flags of the limit; None where there is none.
+        model: "base", "scored" (with a score head, for reward models) or "small" (about a million parameters).
+        same_losses: how far losses may be apart where the algorithms are the same: of the first update, and of later
+            ones; an adapter's later losses depend on how it was drawn. None where each side samples for itself.
+    """
+
+    stage: str
+    goals: tuple[Goal, ...]
+    flags: tuple[str, ...]
+    ours: dict[str, tuple[str, ...]]
+    limit: tuple[str, ...] | None = None
+    model: str = "base"
+    same_losses: tuple[float, float] | None = None
+
+    @property
+    def sides(self) -> list[str]:
+        """Who runs it, in turn."""
+        return [*self.ours, PEER] + ([LIMIT] if self.limit is not None else [])
+
+
+ROWS = ("--batch", "4", "--max-length", "512")
+ROLLOUTS = ("--batch", "8", "--completion", "48", "--max-length", "512")
+EXACT, ADAPTER = (1e-3, 1e-3), (1e-3, 1e-2)
+PASS = 6
+"""Steps of each of the two passes of ``dpo_lora``."""
+
+
+def offline(*further: str, steps: int = 8) -> tuple[str, ...]:
+    """Flags of a stage on fixed rows in file order."""
+    return (*ROWS, "--steps", str(steps), *further)
+
+
+def peer_only(case: Case) -> tuple[str, ...]:
+    """Flags that the peer's script needs for the same rows in the same order."""
+    return ("--in-order",) if case.same_losses is not None else ()
+
+
+CASES = {
+    "sft_full": Case(
+        "sft", (Goal("", speed=2.1, share=0.8, memory=0.65),), offline(), {"ours": BUDGET}, (), "base", EXACT
+    ),
+    "sft_lora": Case(
+        "sft", (Goal("", speed=2.8, share=0.8),), offline("--lora"), {"ours": BUDGET}, ("--lora",), "base", ADAPTER
+    ),
+    "reward_full": Case(
+        "reward",
+        (Goal("", speed=2.0, share=0.8, memory=0.65),),
+        offline(),
+        {"ours": BUDGET},
+        ("--shared-prompt",),
+        "scored",
+        EXACT,
+    ),
+    "dpo_lora": Case(
+        "dpo",
+        (
+            Goal("first epoch", steps=slice(1, PASS), speed=3.0, share=0.75, memory=0.35),
+            # The limit forwards the reference in every epoch, so it is none where that is remembered.
+            Goal("later epochs", steps=slice(PASS, None), speed=4.0),
+        ),
+        offline("--lora", "--rows", str(4 * PASS), steps=2 * PASS),
+        {"ours": (*BUDGET, "--epochs", "2")},
+        ("--lora", "--shared-prompt"),
+        "base",
+        ADAPTER,
+    ),
+    "grpo_full": Case(
+        "grpo", (Goal("", speed=1.5),), (*ROLLOUTS, "--group", "4", "--steps", "5"), {"ours": ()}
+    ),
+    "ppo_full": Case(
+        "ppo",
+        (
+            Goal("separate critic", "separate", speed=1.05, memory=0.8),
+            Goal("shared trunk", "shared", speed=1.4, memory=0.8),
+        ),
+        (*ROLLOUTS, "--epochs", "4", "--steps", "4"),
+        {"separate": ("--critic", "separate"), "shared": ("--critic", "shared")},
+    ),
+    "ppo_lora": Case(
+        "ppo",
+        (
+            Goal("shared trunk", "shared", speed=1.5, memory=0.45),
+            Goal("shared trunk, 4 bits", "nf4", memory=1.0, memory_of="shared"),
+        ),
+        (*ROLLOUTS, "--epochs", "4", "--steps", "4", "--lora"),
+        {"shared": ("--critic", "shared"), "nf4": ("--critic", "shared", "--quantization", "nf4")},
+    ),
+    "ppo_small": Case(
+        "ppo",
+        (Goal("separate critic", "separate", speed=2.0), Goal("shared trunk", "shared", speed=2.0)),
+        ("--batch", "64", "--completion", "64", "--epochs", "4", "--steps", "8", "--rows", "512"),
+        {"separate": ("--critic", "separate"), "shared": ("--critic", "shared")},
+        model="small",
+    ),
+}  # fmt: skip

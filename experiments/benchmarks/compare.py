@@ -1,0 +1,289 @@
+"""Our stages, the peer's and the limit, run in turn on the same rows: how fast, how close, how much memory.
+
+    python experiments/benchmarks/compare.py --model DIR --data PAIRS.jsonl --peer-python PEER/bin/python \
+        --peer-script trl_stages.py --limit-script limit.py [--only dpo_lora ...] [--repeats 3]
+
+Runs every case of cases.py as A B C A B C, each run a process of its own with a time limit. What has run is kept under
+``runs/benchmarks`` and not run again, as long as code, commands and versions of that side stay what they were; so a
+call that was interrupted goes on, and ``results.md`` is written from what is there.
+
+The peer's script prints ``PEER {json}``, the limit's ``LIMIT {json}`` and ours ``OURS {json}``, with the seconds and
+tokens of each step, losses, and the peak of resident memory.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Nothing heavy is imported here: a process begins with its parent's peak of resident memory.
+from cases import CASES, LIMIT, PEER, Case, peer_only
+from folders import written
+from results import Runs, page
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+OURS = "ours"
+OUR_PACKAGES = ("torch", "transformers", "lightning", "peft", "tokenizers")
+PEER_PACKAGES = ("trl", "torch", "transformers", "peft", "accelerate")
+
+
+class Bench:
+    """Runs sides of cases and keeps their records.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder: Path = args.runs
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.code = code_hash([ROOT / "rlhf_lightning", HERE / "stage.py", HERE / "folders.py"])
+        self._versions: dict[Path, dict[str, str]] = {}
+
+    # -- what is run --------------------------------------------------------------------------------------------------
+
+    def model_of(self, case: Case, side: str) -> Path:
+        """Return the folder that a side starts from."""
+        if case.model == "small":
+            return written("small", self.folder / "folders" / "small")
+        if case.model == "scored" and side != LIMIT:  # the limit brings a head of its own
+            return written("scored", self.folder / "folders" / "scored", self.args.model)
+        return self.args.model
+
+    def command(self, name: str, side: str) -> list[str]:
+        """Return the command line of a side of a case."""
+        case = CASES[name]
+        model = self.model_of(case, side)
+        data = model / "prompts.jsonl" if case.model == "small" else self.args.data
+        shared = [case.stage, "--model", str(model), "--data", str(data)]
+        if side == LIMIT:
+            assert case.limit is not None
+            kept = flags_named(case.flags, ("--batch", "--max-length", "--steps"))
+            return [sys.executable, str(self.args.limit_script), *shared, *kept, *case.limit]
+        if side == PEER:
+            return [str(self.python_of(case)), str(self.args.peer_script), *shared, *case.flags, *peer_only(case)]
+        further = case.ours[side]
+        if case.stage == "ppo":
+            quantization = dict(zip(further, further[1:], strict=False)).get("--quantization")
+            kind = "reward_adapter" if "--lora" in case.flags else "reward"
+            place = self.folder / "folders" / "_".join([kind, case.model, quantization or "whole"])
+            further = (*further, "--reward", str(written(kind, place.resolve(), model.resolve(), quantization)))
+        return [sys.executable, str(HERE / "stage.py"), *shared, *case.flags, *further]
+
+    def python_of(self, case: Case) -> Path:
+        """Return the interpreter of the peer's environment that has the stage."""
+        return self.args.ppo_python if case.stage == "ppo" and self.args.ppo_python else self.args.peer_python
+
+    def versions(self, python: Path) -> dict[str, str]:
+        """Return the versions that a peer's environment has."""
+        if python not in self._versions:
+            program = (
+                "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+            )
+            done = subprocess.run([str(python), "-c", program, *PEER_PACKAGES], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{python} has not what the peer's script needs:\n{done.stderr[-1000:]}")
+            self._versions[python] = json.loads(done.stdout)
+        return self._versions[python]
+
+    def identity(self, name: str, side: str, command: list[str]) -> str:
+        """Return what a run's figures depend on: when it changes, older runs of the side no longer count."""
+        if side == PEER:
+            code = [code_hash([self.args.peer_script]), self.versions(self.python_of(CASES[name]))]
+        elif side == LIMIT:
+            code = [code_hash([self.args.limit_script]), our_versions()]
+        else:
+            code = [self.code, our_versions()]
+        settings = [command[1:], self.args.threads, code]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, name: str) -> None:
+        """Run the sides of a case in turn until each has as many runs as asked for."""
+        for repeat in range(1, self.args.repeats + 1):
+            for side in CASES[name].sides:
+                if len(self.kept(name).get(side, [])) < repeat:
+                    self.run_once(name, side)
+
+    def run_once(self, name: str, side: str) -> None:
+        """Run one side once and keep its record, a failure's too, which is tried again by the next call."""
+        command = self.command(name, side)
+        print(f"{time.strftime('%H:%M:%S')} {name}: {side} ...", flush=True)
+        began, load = time.time(), os.getloadavg()[0]
+        output, failure = self.output_of(command)
+        record = None if failure else record_of(output)
+        kept = {
+            "side": side,
+            "identity": self.identity(name, side, command),
+            "began": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)),
+            "wall_seconds": round(time.time() - began, 1),
+            "load_before": round(load, 2),
+            "record": record,
+        }
+        if record is None:
+            kept["failure"] = failure or "it printed no line of figures"
+            log = self.folder / f"{name}_{side}.failed.log"
+            log.write_text(output, encoding="utf-8")
+            print(f"  {kept['failure']}; what it printed is in {log}", flush=True)
+        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(kept) + "\n")
+
+    def output_of(self, command: list[str]) -> tuple[str, str | None]:
+        """Return what a command printed, and why it failed if it did."""
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(self.args.threads),
+        }
+        if Path(command[1]).parent == HERE:
+            environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(ROOT)])
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False,
+                timeout=self.args.time_limit, errors="replace",
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as late:
+            printed = late.stdout or b""
+            text = printed if isinstance(printed, str) else printed.decode(errors="replace")
+            return text, f"it took longer than {self.args.time_limit} s"
+        return done.stdout, f"exit status {done.returncode}" if done.returncode else None
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def kept(self, name: str) -> Runs:
+        """Return the records of a case that still count, the oldest first, at most as many of a side as asked for."""
+        file, found = self.folder / f"{name}.jsonl", dict[str, list[dict[str, Any]]]()
+        if not file.exists():
+            return {}
+        current = {side: self.identity(name, side, self.command(name, side)) for side in CASES[name].sides}
+        for line in file.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            if kept["record"] is not None and current.get(kept["side"]) == kept["identity"]:
+                found.setdefault(kept["side"], []).append(kept["record"] | {"load": kept["load_before"]})
+        return {side: records[: self.args.repeats] for side, records in found.items()}
+
+    def write(self) -> None:
+        """Write the page from what is there."""
+        found = {name: self.kept(name) for name in CASES}
+        commands = {
+            name: [short(self.command(name, side)) for side in case.sides]
+            for name, case in CASES.items()
+            if found[name]
+        }
+        loads = [record["load"] for runs in found.values() for records in runs.values() for record in records]
+        made_with = [f"- ours and the limit: {spelled(our_versions())}"]
+        made_with += [f"- the peer: {spelled(self.versions(python))}" for python in self.pythons()]
+        made_with += [f"- {machine(self.args.threads)}"]
+        if loads:
+            made_with += [f"- load of the machine before a run: median {sorted(loads)[len(loads) // 2]:.1f}"]
+        self.args.out.write_text(page(found, self.args.repeats, made_with, commands), encoding="utf-8")
+        print(f"written: {self.args.out}", flush=True)
+
+    def pythons(self) -> Iterator[Path]:
+        """Yield the interpreters of the peer's environments."""
+        yield self.args.peer_python
+        if self.args.ppo_python:
+            yield self.args.ppo_python
+
+
+def flags_named(flags: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
+    """Return the named flags with their values."""
+    return [part for flag, value in zip(flags, flags[1:], strict=False) if flag in names for part in (flag, value)]
+
+
+def record_of(output: str) -> dict[str, Any] | None:
+    """Return the figures that a script printed; None if it printed none."""
+    for line in output.splitlines():
+        head, _, figures = line.partition(" ")
+        if head in ("OURS", "PEER", "LIMIT") and figures.startswith("{"):
+            return json.loads(figures)
+    return None
+
+
+def code_hash(paths: list[Path]) -> str:
+    """Hash files, and the Python files of folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def our_versions() -> dict[str, str]:
+    """Return the versions of this environment."""
+    return {name: version(name) for name in OUR_PACKAGES}
+
+
+def spelled(versions: dict[str, str]) -> str:
+    """Return versions as text."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def short(command: list[str]) -> str:
+    """Return a command line without the folders of this machine."""
+    return " ".join(["python", *(Path(part).name if part.startswith("/") else part for part in command[1:])])
+
+
+def machine(threads: int) -> str:
+    """Describe the machine: processor, threads, memory, system."""
+    cpu, memory = platform.processor() or platform.machine(), ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+        kilobytes = int(Path("/proc/meminfo").read_text().split()[1])
+        memory = f", {kilobytes / 1e6:.0f} GB of memory"
+    return f"{cpu}, {os.cpu_count()} processors, {threads} threads a run{memory}, Python {platform.python_version()}"
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="model folder that all sides start from")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL with prompt, chosen and rejected")
+    parser.add_argument("--peer-python", type=Path, required=True, help="Python of the peer's environment")
+    parser.add_argument("--ppo-python", type=Path, default=None, help="the same for PPO, where it is another")
+    parser.add_argument("--peer-script", type=Path, required=True, help="the peer's stages as one script")
+    parser.add_argument("--limit-script", type=Path, required=True, help="bare PyTorch on as many tokens")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    parser.add_argument("--time-limit", type=int, default=1800, help="seconds that a run may take")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="where runs are kept")
+    parser.add_argument("--out", type=Path, default=HERE / "results.md")
+    parser.add_argument("--write-only", action="store_true", help="run nothing, write the page from what is kept")
+    args = parser.parse_args()
+    for name in ("model", "data", "peer_python", "ppo_python", "peer_script", "limit_script"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            parser.error(f"there is no {path}")
+        if path is not None:  # not resolved: an environment's Python is a link to the system's
+            setattr(args, name, path.absolute())
+    args.runs = args.runs.absolute()
+    return args
+
+
+def main() -> None:
+    """Run what is missing, case after case, and write the page after each."""
+    args = parsed()
+    bench = Bench(args)
+    if not args.write_only:
+        for name in args.only:
+            bench.run(name)
+            bench.write()
+    bench.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Compiled layers compute what they computed, from few graphs; where they cannot be compiled, that is said."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_models import (
+    assert_same,
+    demonstration_step,
+    fit,
+    gradients_of_step,
+    preference_step,
+    prompt_step,
+    random_pairs,
+    random_rows,
+    save_policy,
+    weights_of,
+)
+from torch._dynamo.utils import counters
+
+from rlhf_lightning.models import compiling
+from rlhf_lightning.models.compiling import MOST_GRAPHS, missing_compiler
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.modules import DPOModule, PPOModule, SFTModule
+from rlhf_lightning.modules.compatibility import IncompatibleError, check, refused_compilation
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_others() -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced, and their backward passes derived, but no kernels are written: that takes most of the time."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+
+def test_kernels_give_the_same_gradients(folder: str) -> None:
+    step = demonstration_step(random_rows(5, seed=3), None)
+    expected = gradients_of_step(SFTModule(init_from=folder), step)
+    assert graphs() == 0
+    assert_same(gradients_of_step(SFTModule(init_from=folder, compile_layers=True), step), expected, 1e-4, 1e-6)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
+def test_graphs_are_as_many_as_kinds_of_pass_and_not_as_shapes(folder: str, lora: Any, quick: None) -> None:
+    """What makes a kind: gradient or none, one row or several, a mask or none, adapters on or off."""
+    sizes = [(1, None), (2, 1), (3, None), (4, 2)]
+    steps = [preference_step(random_pairs(count, seed=count), micro) for count, micro in sizes]
+    assert len({tuple(step.micro_batches[0].sequences.lengths) for step in steps}) == len(steps)
+    settings: dict[str, Any] = {"init_from": folder, "lora": lora, "learning_rate": 1e-2, "adam_eps": 1e-3}
+    compiled = DPOModule(compile_layers=True, **settings)
+    plain = DPOModule(**settings)
+    fit(compiled, steps)
+    first = graphs()
+    assert 0 < first <= 16 < MOST_GRAPHS
+    fit(plain, steps)
+    assert_same(weights_of(compiled), weights_of(plain), 1e-4, 1e-5)
+
+    more = [preference_step(random_pairs(count, seed=count), None) for count in (5, 6, 7, 8)]
+    fit(DPOModule(compile_layers=True, **settings), more)
+    assert graphs() == first  # new shapes, and another model of the same kind
+
+
+def test_sampling_runs_as_it_is(folder: str, quick: None) -> None:
+    """Each token would be a shape of its own; and rollouts must be those of the model that is not compiled."""
+    prompts = [[6, 7, 8], [9, 10], [11, 12, 13, 14]]
+    rollouts = []
+    for compiled in (False, True):
+        module = PPOModule(
+            init_from=folder, scorer=lengths, compile_layers=compiled, max_new_tokens=12, learning_rate=1e-2,
+            missing_eos_score=None, critic="shared", ppo_epochs=2,
+        )  # fmt: skip
+        fit(module, [prompt_step(prompts), prompt_step(prompts, first_episode=3)])
+        rollouts.append(weights_of(module))
+    assert_same(rollouts[1], rollouts[0], 1e-3, 1e-4)
+    assert 0 < graphs() <= 8
+
+
+def lengths(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    message = str(missing_compiler("cpu"))
+    assert "no C++ compiler was found" in message
+    module = DPOModule(init_from="none", compile_layers=True)
+    assert "set model.compile_layers to false" in refusal(SingleDeviceStrategy("cpu"), module)
+
+
+def test_layers_that_are_cut_over_ranks_are_not_compiled() -> None:
+    reason = refused_compilation("ModelParallelStrategy", "cpu")
+    assert reason is not None and "does not go with ModelParallelStrategy" in reason
+
+
+def refusal(strategy: Any, module: Any) -> str:
+    trainer: Any = SimpleNamespace(strategy=strategy, num_devices=1, num_nodes=1, precision="32-true")
+    with pytest.raises(IncompatibleError) as error:
+        check(trainer, module)
+    return str(error.value)

@@ -1,0 +1,279 @@
+"""The comparison of speed and memory counts, compares and remembers as it says."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_models import save_policy
+
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.roles import AdapterScalar
+from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.types import Sequences
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"))
+import compare
+import folders
+import results
+import scaling
+from cases import CASES, LIMIT, PEER, Case, Goal
+
+CASE = Case(
+    "dpo",
+    (
+        Goal("first", steps=slice(1, 3), speed=2.0, share=0.5, memory=0.5),
+        Goal("later", steps=slice(3, None), speed=4.0),
+    ),
+    ("--steps", "5"),
+    {"ours": ()},
+    (),
+    same_losses=(1e-3, 1e-2),
+)
+
+
+def record(seconds, tokens=(), loss=(0.5,) * 5, peak=1.0, **more):
+    return {"seconds": list(seconds), "tokens": list(tokens), "loss": list(loss), "peak_rss_gb": peak, **more}
+
+
+RUNS = {
+    "ours": [record([9, 1, 1, 0.5, 0.5], [10, 30, 70, 90, 130])],
+    PEER: [record([9, 4, 4, 4, 4], peak=4.0)],  # it does not say its tokens, and read the same rows
+    LIMIT: [record([9, 0.5, 0.5, 0.5, 0.5], [10, 30, 70, 90, 130], shared_prompt=True)],
+}
+
+
+def test_speeds_are_those_of_the_steps_that_a_goal_reads():
+    first, later = (results.findings(CASE, goal, RUNS) for goal in CASE.goals)
+    assert first["ours"].value == pytest.approx(60 / 2)  # 20 and 40 tokens in two seconds
+    assert first["peer"].value == pytest.approx(60 / 8)
+    assert first["speed"].value == pytest.approx(4.0)
+    assert later["speed"].value == pytest.approx(8.0)
+    assert first["share"].value == pytest.approx(30 / 60)  # of the limit all warm steps: 120 tokens in two seconds
+    assert later["share"].value is None
+    assert first["memory"].value == pytest.approx(0.25)
+
+
+def test_a_figure_meets_what_is_asked_or_says_that_it_does_not():
+    assert "(>= 2: met)" in results.Finding(2.0, 2.0).written()
+    assert "(>= 2: NOT met)" in results.Finding(1.99, 2.0).written()
+    assert "(<= 0.5: met)" in results.Finding(0.5, 0.5, at_most=True).written()
+    assert "(<= 0.5: NOT met)" in results.Finding(0.51, 0.5, at_most=True).written()
+    assert results.Finding(None, 2.0).written() == "missing"
+    assert results.Finding(None).written() == ""
+
+
+def test_a_median_is_not_moved_by_one_slow_run():
+    slow = record([9, 100, 100, 100, 100], [10, 30, 70, 90, 130])
+    runs = {**RUNS, "ours": [RUNS["ours"][0], slow, RUNS["ours"][0]]}
+    assert results.findings(CASE, CASE.goals[0], runs) == results.findings(CASE, CASE.goals[0], RUNS)
+
+
+def test_rollouts_are_counted_in_episodes():
+    case = CASE._replace(same_losses=None, stage="ppo")
+    own = record([9, 2, 2], [5, 6, 7], batch=8)
+    assert results.speed(case, [own], slice(1, None), [own]) == pytest.approx(16 / 4)
+
+
+@pytest.mark.parametrize(
+    ("peers", "agree"),
+    [
+        ([0.5, 0.5, 0.5, 0.5, 0.5], True),
+        ([0.5009, 0.509, 0.5, 0.5, 0.5], True),
+        ([0.502, 0.5, 0.5, 0.5, 0.5], False),
+        ([0.5, 0.52, 0.5, 0.5, 0.5], False),
+        ([0.5, 0.5], False),
+        ([0.5, float("nan"), 0.5, 0.5, 0.5], False),
+    ],
+)
+def test_losses_agree_over_every_update_or_not(peers, agree):
+    runs = {**RUNS, PEER: [record([9, 4, 4, 4, 4], loss=peers)]}
+    assert results.losses_agree(CASE, runs) is agree
+
+
+def test_losses_of_sides_that_sample_for_themselves_are_not_compared():
+    assert results.losses_agree(CASE._replace(same_losses=None), RUNS) is None
+    assert results.losses_agree(CASE, {"ours": RUNS["ours"]}) is None
+
+
+def test_the_page_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(results, "CASES", {"one": CASE, "other": CASE})
+    written = results.page({"one": {k: v for k, v in RUNS.items() if k != PEER}}, 1, ["- here"], {})
+    assert "- one: peer (0 of 1)" in written
+    assert "- other: ours (0 of 1), peer (0 of 1), limit (0 of 1)" in written
+    assert "| one, first | 30.0 |  | missing |" in written
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_goals_read_sides_and_steps_that_their_case_has(name):
+    case = CASES[name]
+    steps = int(dict(zip(case.flags, case.flags[1:], strict=False))["--steps"])
+    for goal in case.goals:
+        assert goal.side in case.ours
+        assert goal.memory_of in case.sides
+        assert goal.share is None or case.limit is not None
+        assert len(range(steps)[goal.steps]) >= 3
+    assert {goal.side for goal in case.goals} == set(case.ours)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+STAGE = "import json\nprint('some words')\nprint('PEER ' + json.dumps({}))\n"
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A comparison of two sides that are scripts of one line."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    for name, seconds in (("peer", [3, 2]), ("limit", [2, 1])):
+        figures = record(seconds, [1, 2], [0.5, 0.4])
+        (tmp_path / f"{name}.py").write_text(STAGE.format(repr(figures)))
+    case = Case("sft", (Goal(""),), ("--steps", "2", "--batch", "4"), {}, (), same_losses=(1e-3, 1e-3))
+    for module in (compare, results):
+        monkeypatch.setattr(module, "CASES", {"one": case})
+    monkeypatch.setattr(compare.Bench, "versions", lambda self, python: {"peer": "1"})
+    args = argparse.Namespace(
+        model=tmp_path, data=data, peer_python=Path(sys.executable), ppo_python=None, repeats=2, time_limit=60,
+        peer_script=tmp_path / "peer.py", limit_script=tmp_path / "limit.py", threads=1, runs=tmp_path / "runs",
+        out=tmp_path / "results.md",
+    )  # fmt: skip
+    return compare.Bench(args)
+
+
+def sides_run(bench):
+    return [json.loads(line)["side"] for line in (bench.folder / "one.jsonl").read_text().splitlines()]
+
+
+def test_sides_take_turns_and_are_not_run_again(bench):
+    bench.run("one")
+    assert sides_run(bench) == [PEER, LIMIT, PEER, LIMIT]
+    bench.run("one")
+    assert len(sides_run(bench)) == 4
+    bench.args.repeats = 3
+    bench.run("one")
+    assert sides_run(bench)[4:] == [PEER, LIMIT]
+    assert [len(records) for records in bench.kept("one").values()] == [3, 3]
+
+
+def test_a_side_whose_code_has_changed_runs_again(bench):
+    bench.run("one")
+    bench.args.limit_script.write_text(STAGE.format(repr(record([5, 5]))))
+    assert list(bench.kept("one")) == [PEER]
+    bench.run("one")
+    assert sides_run(bench)[4:] == [LIMIT, LIMIT]
+
+
+def test_a_failure_is_told_and_tried_again(bench, capsys):
+    script = bench.args.limit_script
+    good = script.read_text()
+    script.write_text("raise SystemExit('no memory')")
+    bench.run("one")
+    assert "exit status 1" in capsys.readouterr().out
+    assert "no memory" in (bench.folder / "one_limit.failed.log").read_text()
+    assert list(bench.kept("one")) == [PEER]
+    script.write_text(good)
+    bench.run("one")
+    assert [len(records) for records in bench.kept("one").values()] == [2, 2]
+
+
+def test_a_run_that_takes_too_long_is_ended(bench):
+    bench.args.time_limit = 1
+    bench.args.limit_script.write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
+    output, failure = bench.output_of(bench.command("one", LIMIT))
+    assert "longer than 1 s" in failure
+    assert "begun" in output
+
+
+def test_the_process_that_starts_the_others_stays_small():
+    """A process begins with the peak of resident memory of its parent, which would count as its own."""
+    program = "import sys, compare; print(sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=compare.HERE, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_scripts_get_the_flags_they_know(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "CASES", CASES)
+    monkeypatch.setattr(compare, "written", lambda kind, place, *_: place)
+    limit = " ".join(bench.command("dpo_lora", LIMIT))
+    assert limit.endswith("--batch 4 --max-length 512 --steps 12 --lora --shared-prompt")
+    assert "--in-order" in bench.command("dpo_lora", PEER)
+    assert "--in-order" not in bench.command("ppo_full", PEER)
+    quantised = " ".join(bench.command("ppo_lora", "nf4"))
+    assert "--quantization nf4" in quantised and quantised.endswith("reward_adapter_base_nf4")
+    assert "scored" in " ".join(bench.command("reward_full", "ours"))
+    assert "scored" not in " ".join(bench.command("reward_full", LIMIT))
+
+
+# -- our side ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_reward_adapter_shares_the_policys_backbone(tmp_path):
+    """It scores as the whole reward model does: an adapter that was never trained changes nothing."""
+    source = save_policy(tmp_path / "policy")
+    folders.reward(tmp_path / "whole", Path(source))
+    folders.reward(tmp_path / "adapter", Path(source), adapter=True)
+    policy = load_policy(source, lora=LoraSettings(r=4))
+    scorers = [LearnedScorer(str(tmp_path / kind)) for kind in ("whole", "adapter")]
+    for scorer in scorers:
+        scorer.load_beside(policy, LoadSettings())
+    assert isinstance(scorers[1].model, AdapterScalar) and not isinstance(scorers[0].model, AdapterScalar)
+    words = Sequences((torch.tensor([6, 7]),), (torch.tensor([8, 9, 10]),), (0,), (torch.ones(3, dtype=torch.bool),))
+    whole, adapter = (scorer.score_sequences(words) for scorer in scorers)
+    torch.testing.assert_close(adapter, whole)
+
+
+def test_a_stage_prints_figures_of_each_rollout(tmp_path):
+    """PPO with everything on one backbone, through the command that users type."""
+    small = folders.written("small", tmp_path / "small")
+    weights = safetensors.torch.load_file(small / "model.safetensors")
+    assert 0.9e6 < sum(weight.numel() for weight in weights.values()) < 1.1e6
+    command = f"stage.py ppo --model {small} --data {small / 'prompts.jsonl'} --rows 16 --batch 4 --completion 5"
+    command += " --steps 2 --epochs 1 --lora --critic shared --set model.fused_optimizer=true"
+    path = os.pathsep.join([str(compare.HERE), str(compare.ROOT)])
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=compare.HERE, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    found = compare.record_of(done.stdout)
+    assert found is not None, done.stderr[-2000:]
+    assert len(found["seconds"]) == len(found["loss"]) == len(found["score"]) == 2
+    assert 4 <= found["tokens"][0] <= 20 and 0 < found["tokens"][1] - found["tokens"][0] <= 20
+    assert found["peak_rss_gb"] > 0.1
+
+
+# -- how cost grows ---------------------------------------------------------------------------------------------------
+
+
+def test_points_have_the_tokens_that_their_axis_says():
+    points = scaling.SWEEPS["length"].points
+    assert [point.tokens for point in points.values()] == [4 * length for length in points]
+    spreads = [point.tokens for point in scaling.SWEEPS["spread"].points.values()]
+    assert max(spreads) - min(spreads) <= 8  # the same work, spread otherwise
+    assert scaling.spread(0.5, 3, 100) == (50, 100, 150)
+
+
+def test_a_group_is_cut_and_laid_out_as_one_tree():
+    step = scaling.update(scaling.Point(8, (3, 4, 5, 6), group=2))
+    sequences = step.micro_batches[0].sequences
+    assert len(step.micro_batches) == 1 and step.tokens == 18
+    assert [len(prompt) for prompt in sequences.prompts] == [8, 8] and sorted(sequences.parents) == [0, 0, 1, 1]
+    rows = scaling.update(scaling.Point(4, (4,) * 8, max_tokens=16))
+    assert [len(part.sequences.completions) for part in rows.micro_batches] == [2, 2, 2, 2]
+
+
+def test_a_point_is_measured():
+    found = scaling.measured(scaling.Point(4, (3, 4), vocabulary=300))
+    assert found["seconds"] > 0 and found["resident"] > 50
+
+
+def test_growth_is_the_exponent_of_the_curve():
+    assert scaling.growth([1, 2, 4, 8, 16], [9, 9, 1, 2, 4]) == "1.00"
+    assert scaling.growth([1, 2, 4], [5, 5, 5]) == "0.00"
+    assert scaling.growth([1, 2, 4], [5, 0, 5]) == ""
