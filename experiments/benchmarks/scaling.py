@@ -117,7 +117,8 @@ def measured(point: Point) -> dict[str, float]:
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             with torch.no_grad():  # what the libraries keep for themselves is not the update's
-                module.policy(module.lay_out(update(Point(1, (1,))).micro_batches[0].sequences))
+                (one,) = update(Point(1, (1,), vocabulary=point.vocabulary)).micro_batches
+                module.policy(module.lay_out(one.sequences))
             self.resident, self.begun = resident(), time.perf_counter()
 
         def on_train_batch_end(self, *args: Any) -> None:
