@@ -124,8 +124,8 @@ def page(rows: list[dict[str, Any]], seed: int) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in row.get("settings", {}).items())
         raised = "" if row is rows[0] else "yes" if row["gold_reward_ci"][0] > start[1] else "NO"
         figures = [row["gold_reward"], interval(row["gold_reward_ci"]), raised, row["score"], row["kl"], row["length"]]
-        cells.append([row["objective"], *figures, f"{row.get('seconds', '')}", settings])
-    header = ["objective", "gold reward", "95 % interval", "above SFT", "score", "KL", "length", "s", "settings"]
+        cells.append([row["objective"], *figures, settings])
+    header = ["objective", "gold reward", "95 % interval", "above SFT", "score", "KL", "length", "settings"]
     return (
         "# Objectives on the assistant world\n\n"
         "`python experiments/objectives/assistant_world.py` after `rlhf quickstart`, seed "
