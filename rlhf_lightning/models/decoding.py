@@ -1,4 +1,4 @@
-"""Reading on token by token: prompts enter slots of a running batch, rows leave it, keys and values stay where they are.
+"""Reading on token by token: prompts enter slots of a running batch, rows leave it, keys and values stay in place.
 
 All rows share their columns and end at the same one. A prompt that enters is laid so that its last token stands at the
 batch's last column, so one step writes one column for every row, whatever their lengths, and the batch is never wider
@@ -61,9 +61,9 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the next columns of all rows in use; return the rows' keys and values, shape (rows, heads, width, size).
+        """Write the next columns of all rows in use; return views of the rows' keys and values.
 
-        The results are views of the buffers.
+        Both have the shape (rows, heads, width, head size).
         """
         columns = key_states.shape[-2]
         self.make_room(self.stop - self.start, columns)
@@ -90,7 +90,7 @@ class SlotLayer(CacheLayerMixin):
         self.rows = max(self.rows, int(slots.max()) + 1)
 
     def make_room(self, width: int, ahead: int) -> None:
-        """Have at least ``width`` columns in use and ``ahead`` free ones behind them: move them, or double the buffer."""
+        """Have ``width`` columns or more in use and ``ahead`` free ones behind: move them, or double the buffer."""
         used, capacity = self.stop - self.start, self.keys.shape[-2]
         width = max(width, used)
         lead = width - used

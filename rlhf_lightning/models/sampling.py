@@ -5,14 +5,16 @@ The same engine serves rollouts, evaluation, best-of-n, chat and generate; anoth
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor
 
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
@@ -154,6 +156,29 @@ def sample(
 ) -> Completions:
     """Sample one completion for each prompt with the engine of this process, see `SlotEngine`."""
     return SlotEngine().sample(model, prompts, episodes, settings, seed, end_ids, on_progress, mixture)
+
+
+def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngine:
+    """Return the engine that ``spec`` describes.
+
+    Args:
+        spec: an engine; ``{"class_path": ..., "init_args": {...}}`` as YAML writes one; or None for a `SlotEngine`.
+
+    Raises:
+        ValueError: the class cannot be imported, is no engine, or does not take the arguments.
+    """
+    if spec is None or isinstance(spec, SamplingEngine):
+        return spec or SlotEngine()
+    given = spec.as_dict() if isinstance(spec, Namespace) else dict(spec)
+    path = str(given.get("class_path"))
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)(**given.get("init_args") or {})
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"engine {path!r} cannot be made: {error}") from error
+    if not isinstance(made, SamplingEngine):
+        raise ValueError(f"engine {path!r} is a {type(made).__name__}, and no SamplingEngine")
+    return made
 
 
 def refuse_empty(prompts: Sequence[Tensor]) -> None:
