@@ -163,12 +163,13 @@ class RemoteEngine(SamplingEngine):
             "temperature": settings.temperature,
             "seed": seed,
         }
+        if self.tokenizer is not None:
+            config = _generation_config(settings, end_ids)
+            return body | {"prompt": _text_of(self.tokenizer, prompt), "generation_config": json.dumps(config)}
         if settings.top_p < 1:
             body["top_p"] = settings.top_p
         if settings.top_k > 0:
             body["top_k"] = settings.top_k
-        if self.tokenizer is not None:
-            return body | {"prompt": _text_of(self.tokenizer, prompt)}
         further = {"logprobs": 1, "stop_token_ids": list(end_ids), "ignore_eos": True, "skip_special_tokens": False}
         return (
             body | further | {"prompt": prompt.tolist(), "return_token_ids": True, "return_tokens_as_token_ids": True}
@@ -318,6 +319,14 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 def _seed_of(seed: int, episode: int) -> int:
     """Return the server's seed of an episode, in [0, 2^31)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:4], "big") >> 1
+
+
+def _generation_config(settings: SamplingSettings, end_ids: Sequence[int]) -> dict[str, Any]:
+    """Return how ``transformers serve`` is to draw, which would follow the model's own generation config otherwise."""
+    config = {"do_sample": settings.temperature > 0, "eos_token_id": list(end_ids), "pad_token_id": end_ids[0]}
+    if settings.temperature > 0:
+        config |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return config
 
 
 def _read_ids(choice: Mapping[str, Any]) -> list[int]:
