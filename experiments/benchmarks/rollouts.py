@@ -3,8 +3,11 @@
     python experiments/benchmarks/rollouts.py --model DIR [--slots N] [--samples N] ...
 
 Completion lengths are geometric: the end token has the same probability at every position, whatever the model says, so
-lengths are addressed like the tokens and both engines draw the same. Prompts are random tokens of mixed lengths. Both
-run in turns; figures are completion tokens a second, medians over the turns.
+lengths are addressed like the tokens and both engines draw the same. Both run in turns; figures are completion tokens a
+second of wall time and of processor time (the steadier one on a machine that others use), medians over the turns.
+
+Where a distribution is flat, the last bits of the arithmetic can decide between two tokens whatever the engine, so the
+same episodes are asserted of a model that writes text.
 """
 
 import argparse
@@ -20,11 +23,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from rlhf_lightning import tokenization
 from rlhf_lightning.models import generate_engine, sampling
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.generate_engine import GenerateEngine
 from rlhf_lightning.models.sampling import Completions, SamplingEngine, SamplingSettings, SlotEngine
+
+QUESTIONS = (
+    "What is {}?",
+    "Write one sentence about {} for a child.",
+    "I have to give a short talk about {} tomorrow morning. What should I say first, and what can I leave out?",
+    "Name three facts about {}, and say of each in a few words why it matters to those who work with it every day.",
+)
+TOPICS = (
+    "the moon", "bread", "a bicycle", "the sea", "photosynthesis", "chess", "a volcano", "rice", "the printing press",
+    "a violin", "winter", "paper", "bees", "the Nile", "a magnet", "glass",
+)  # fmt: skip
 
 
 def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -40,23 +56,27 @@ def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return draw
 
 
-def timed(engine: SamplingEngine, model: CausalLM, args: argparse.Namespace, slots: int | None) -> tuple[Any, float]:
-    """Return what an engine draws for the prompts, and the completion tokens it makes in a second."""
-    generator = torch.Generator().manual_seed(args.seed)
-    lengths = torch.randint(args.shortest, args.longest + 1, (args.prompts // args.samples,), generator=generator)
-    vocabulary = model.model.config.vocab_size
-    prompts = [torch.randint(vocabulary, (int(length),), generator=generator) for length in lengths]
-    repeated = [prompt for prompt in prompts for _ in range(args.samples)]
+def prompts_of(tokenizer: Any, count: int, samples: int) -> list[Tensor]:
+    """Return the token ids of questions of mixed lengths, ``samples`` times each."""
+    asked = [question.format(topic) for topic in TOPICS for question in QUESTIONS][: count // samples]
+    messages = [[{"role": "user", "content": text}] for text in asked]
+    return [torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in messages for _ in range(samples)]
+
+
+def timed(
+    engine: SamplingEngine, model: CausalLM, prompts: list[Tensor], args: argparse.Namespace, slots: int | None
+) -> tuple[Completions, list[float]]:
+    """Return what an engine draws, and the completion tokens it makes in a second of wall and of processor time."""
     settings = SamplingSettings(args.cap, batch_size=slots)
-    begun = time.perf_counter()
-    drawn = engine.sample(model, repeated, torch.arange(len(repeated)), settings, args.seed, [args.end])
-    return drawn, sum(len(ids) for ids in drawn.ids) / (time.perf_counter() - begun)
+    begun, worked = time.perf_counter(), time.process_time()
+    drawn = engine.sample(model, prompts, torch.arange(len(prompts)), settings, args.seed, [args.end])
+    spent = time.perf_counter() - begun, time.process_time() - worked
+    return drawn, [round(sum(len(ids) for ids in drawn.ids) / seconds, 1) for seconds in spent]
 
 
-def same(one: Completions, other: Completions) -> bool:
-    """Whether two engines drew the same episodes."""
-    pairs = zip(one.ids, other.ids, strict=True)
-    return torch.equal(one.finished, other.finished) and all(torch.equal(a, b) for a, b in pairs)
+def different(one: Completions, other: Completions) -> int:
+    """Return how many episodes two engines drew differently."""
+    return sum(not torch.equal(a, b) for a, b in zip(one.ids, other.ids, strict=True))
 
 
 def main() -> None:
@@ -68,29 +88,29 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=None, help="slots of our engine; as many as completions if unset")
     parser.add_argument("--mean", type=float, default=24, help="mean completion length, tokens")
     parser.add_argument("--cap", type=int, default=96, help="longest completion, tokens")
-    parser.add_argument("--shortest", type=int, default=16, help="shortest prompt, tokens")
-    parser.add_argument("--longest", type=int, default=48, help="longest prompt, tokens")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model = load_policy(args.model).eval()
-    args.end = model.model.config.eos_token_id
+    model, tokenizer = load_policy(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
+    args.end = tokenization.end_token_ids(tokenizer)[0]
     sampling.draw = generate_engine.draw = ending_at(1 / args.mean, args.end)
-    rates: dict[str, list[float]] = {"slots": [], "generate": []}
+    prompts = prompts_of(tokenizer, args.prompts, args.samples)
+    rates: dict[str, list[list[float]]] = {"slots": [], "generate": []}
     for _ in range(args.turns):
-        ours, rate = timed(SlotEngine(), model, args, args.slots)
-        rates["slots"].append(round(rate, 1))
-        theirs, rate = timed(GenerateEngine(), model, args, None)
-        rates["generate"].append(round(rate, 1))
-        assert same(ours, theirs), "the engines drew different episodes"
+        ours, rate = timed(SlotEngine(), model, prompts, args, args.slots)
+        rates["slots"].append(rate)
+        theirs, rate = timed(GenerateEngine(), model, prompts, args, None)
+        rates["generate"].append(rate)
+        assert not different(ours, theirs), f"{different(ours, theirs)} episodes differ"
     lengths = [len(ids) for ids in ours.ids]
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    ours_per, theirs_per = ([statistics.median(turn) for turn in zip(*found, strict=True)] for found in rates.values())
     figures = {
         "completions": len(lengths),
         "mean_length": round(statistics.mean(lengths), 1),
         "longest": max(lengths),
-        "tokens_per_second": rates,
-        "ratio": round(medians["slots"] / medians["generate"], 2),
+        "tokens_per_second_wall_cpu": rates,
+        "ratio_wall": round(ours_per[0] / theirs_per[0], 2),
+        "ratio_cpu": round(ours_per[1] / theirs_per[1], 2),
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(figures))

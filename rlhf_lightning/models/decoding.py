@@ -7,6 +7,7 @@ than its longest row.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
+from rlhf_lightning.models.scalar_head import trunk
 
 ROOM = 256
 """Columns allocated beyond the prompts at first; a batch that outgrows them doubles."""
@@ -174,9 +176,10 @@ class Reader:
     def __init__(self, model: CausalLM, slots: int, room: int) -> None:
         self.model, self.config = model, model.model.config
         layers = DynamicCache(config=self.config).layers
-        self.refills = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+        takes_positions = "position_ids" in inspect.signature(trunk(model.model).forward).parameters
+        self.refills = takes_positions and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
         """Whether rows may enter beside running ones. Windows and recurrent states belong to rows that started
-        together."""
+        together, and a model that is not told positions may count them from its cache."""
         self.cache: Cache | None = None
         if self.refills:
             self.cache = Cache(layers=[SlotLayer(slots, min(room, ROOM)) for _ in layers])
