@@ -6,8 +6,8 @@ Completion lengths are geometric: the end token has the same probability at ever
 lengths are addressed like the tokens and both engines draw the same. Both run in turns; figures are completion tokens a
 second of wall time and of processor time (the steadier one on a machine that others use), medians over the turns.
 
-Where a distribution is flat, the last bits of the arithmetic can decide between two tokens whatever the engine, so the
-same episodes are asserted of a model that writes text.
+A random number that falls within rounding of the border between two tokens may draw either, so an episode in a hundred
+may part from there on; the episodes must be the same otherwise, and log-probabilities up to there.
 """
 
 import argparse
@@ -75,8 +75,15 @@ def timed(
 
 
 def different(one: Completions, other: Completions) -> int:
-    """Return how many episodes two engines drew differently."""
-    return sum(not torch.equal(a, b) for a, b in zip(one.ids, other.ids, strict=True))
+    """Return how many episodes two engines drew differently; up to there their log-probabilities must agree."""
+    count = 0
+    for ours, theirs, ours_said, theirs_said in zip(one.ids, other.ids, one.logprobs, other.logprobs, strict=True):
+        shared = min(len(ours), len(theirs))
+        parted = (ours[:shared] != theirs[:shared]).nonzero().flatten().tolist()
+        upto = parted[0] if parted else shared
+        torch.testing.assert_close(ours_said[:upto], theirs_said[:upto], atol=1e-3, rtol=0)
+        count += bool(parted) or len(ours) != len(theirs)
+    return count
 
 
 def main() -> None:
@@ -101,13 +108,14 @@ def main() -> None:
         rates["slots"].append(rate)
         theirs, rate = timed(GenerateEngine(), model, prompts, args, None)
         rates["generate"].append(rate)
-        assert not different(ours, theirs), f"{different(ours, theirs)} episodes differ"
+        assert different(ours, theirs) <= len(prompts) / 32, f"{different(ours, theirs)} episodes differ"
     lengths = [len(ids) for ids in ours.ids]
     ours_per, theirs_per = ([statistics.median(turn) for turn in zip(*found, strict=True)] for found in rates.values())
     figures = {
         "completions": len(lengths),
         "mean_length": round(statistics.mean(lengths), 1),
         "longest": max(lengths),
+        "different": different(ours, theirs),
         "tokens_per_second_wall_cpu": rates,
         "ratio_wall": round(ours_per[0] / theirs_per[0], 2),
         "ratio_cpu": round(ours_per[1] / theirs_per[1], 2),
