@@ -128,6 +128,15 @@ def with_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[N
     return switched(model, ([name or POLICY], name is None))
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """Return the name of the adapter that a model's layers read; None where they read the bare backbone."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None or layer._disable_adapters:
+        return None
+    active = layer._active_adapter
+    return active if isinstance(active, str) else active[0]
+
+
 def recomputation_contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a checkpointed block's forward and of its recomputation in the backward pass.
 

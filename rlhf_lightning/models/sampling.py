@@ -1,20 +1,29 @@
-"""Sampling completions from the policy: pure sampling at a temperature, addressed random numbers, no wasted rows."""
+"""Sampling completions from the policy: pure sampling at a temperature, addressed random numbers, no idle slots.
+
+The same engine serves rollouts, evaluation, best-of-n, chat and generate; another takes its place by one method.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import importlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor
-from transformers import DynamicCache
 
-from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.counter_rng import uniform
+from rlhf_lightning.models.decoding import Mixture, Prefix, pass_for_nothing, reader_of
 from rlhf_lightning.models.sharding import in_step
+
+FULL_ENOUGH = 0.75
+"""Share of the rows below which it pays to fill the batch up, or to make it smaller: both cost about one step."""
 
 
 @dataclass
@@ -27,7 +36,8 @@ class SamplingSettings:
         top_p: keep the smallest set of tokens with this probability. Training needs 1: log-probabilities of a
             truncated distribution are not the policy's.
         top_k: keep this many likeliest tokens; 0 keeps all.
-        batch_size: completions decoded side by side; None takes all at once.
+        batch_size: slots, the completions decoded side by side; a waiting prompt takes the place of a finished
+            completion. None takes all at once.
     """
 
     max_new_tokens: int = 64
@@ -52,19 +62,6 @@ class SamplingSettings:
         return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0
 
 
-class Mixture(NamedTuple):
-    """A second model that has a say in every token.
-
-    Attributes:
-        other: lends the second model; called for each of its forward passes, so that it may be another state of the
-            first (adapters off).
-        mix: the next-token logits to sample from, of the first model's and the second's, all (rows, vocabulary).
-    """
-
-    other: Callable[[], AbstractContextManager[CausalLM]]
-    mix: Callable[[Tensor, Tensor], Tensor]
-
-
 class Completions(NamedTuple):
     """What was sampled, in the order of the prompts.
 
@@ -79,6 +76,74 @@ class Completions(NamedTuple):
     finished: Tensor
 
 
+class SamplingEngine(ABC):
+    """What draws completions from a policy.
+
+    An engine may compute on other kernels, in another process or on other machines; a subclass says by ``exact`` and
+    ``reports_logprobs`` what that means for learning from its samples.
+    """
+
+    exact: bool = True
+    """Whether log-probabilities are those of the trainer's forward up to rounding. Learning from samples of an engine
+    that is not exact takes importance correction."""
+
+    reports_logprobs: bool = True
+    """Whether log-probabilities are the ones that the engine drew with; importance correction needs them."""
+
+    @abstractmethod
+    def sample(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Tensor],
+        episodes: Tensor,
+        settings: SamplingSettings,
+        seed: int,
+        end_ids: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+        mixture: Mixture | None = None,
+    ) -> Completions:
+        """Sample one completion for each prompt.
+
+        Args:
+            model: the policy; put in eval mode for the while.
+            prompts: token ids of each prompt, int64.
+            episodes: number of each episode, int64, shape (rows,).
+            settings: temperature, length limit.
+            seed: seed of the run.
+            end_ids: tokens that end a completion.
+            on_progress: called with the number of completions that have just finished.
+            mixture: a second model to sample from together with the first; None samples from the first alone.
+
+        Raises:
+            ValueError: a prompt is empty, so there is nothing to predict from.
+        """
+
+
+class SlotEngine(SamplingEngine):
+    """Decodes in slots: finished completions leave, waiting prompts enter, and equal prompts are read once.
+
+    The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
+    addressed by (seed, e, t), so the episodes do not depend on the slots, their order or the ranks.
+    """
+
+    def sample(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Tensor],
+        episodes: Tensor,
+        settings: SamplingSettings,
+        seed: int,
+        end_ids: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+        mixture: Mixture | None = None,
+    ) -> Completions:
+        """Sample one completion for each prompt, see `SamplingEngine.sample`."""
+        refuse_empty(prompts)
+        run = _Run(model, prompts, episodes, settings, seed, end_ids, on_progress, mixture)
+        with inference_mode_of(model), in_step(model, partial(pass_for_nothing, model, mixture)) as before_pass:
+            return run.finish(before_pass)
+
+
 def sample(
     model: CausalLM,
     prompts: Sequence[Tensor],
@@ -89,153 +154,212 @@ def sample(
     on_progress: Callable[[int], None] | None = None,
     mixture: Mixture | None = None,
 ) -> Completions:
-    """Sample one completion for each prompt.
+    """Sample one completion for each prompt with the engine of this process, see `SlotEngine`."""
+    return SlotEngine().sample(model, prompts, episodes, settings, seed, end_ids, on_progress, mixture)
 
-    The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
-    addressed by (seed, e, t). Prompts of like length are decoded together; finished completions leave the batch.
+
+def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngine:
+    """Return the engine that ``spec`` describes.
 
     Args:
-        model: the policy; put in eval mode for the while.
-        prompts: token ids of each prompt, int64.
-        episodes: number of each episode, int64, shape (rows,).
-        settings: temperature, length limit.
-        seed: seed of the run.
-        end_ids: tokens that end a completion.
-        on_progress: called with the number of completions as they finish.
-        mixture: a second model to sample from together with the first; None samples from the first alone.
+        spec: an engine; ``{"class_path": ..., "init_args": {...}}`` as YAML writes one; or None for a `SlotEngine`.
 
     Raises:
-        ValueError: a prompt is empty, so there is nothing to predict from.
+        ValueError: the class cannot be imported, is no engine, or does not take the arguments.
     """
+    if spec is None or isinstance(spec, SamplingEngine):
+        return spec or SlotEngine()
+    given = spec.as_dict() if isinstance(spec, Namespace) else dict(spec)
+    path = str(given.get("class_path"))
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)(**given.get("init_args") or {})
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"engine {path!r} cannot be made: {error}") from error
+    if not isinstance(made, SamplingEngine):
+        raise ValueError(f"engine {path!r} is a {type(made).__name__}, and no SamplingEngine")
+    return made
+
+
+def refuse_empty(prompts: Sequence[Tensor]) -> None:
+    """Raise a ValueError if a prompt is empty."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty: the first token of a completion is predicted from the prompt's last one")
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    size = settings.batch_size or max(len(order), 1)
-    ids: dict[int, Tensor] = {}
-    logprobs: dict[int, Tensor] = {}
-    finished = torch.zeros(len(prompts), dtype=torch.bool)
-    with inference_mode_of(model), in_step(model, partial(_pass_for_nothing, model, mixture)) as before_pass:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            chosen = [prompts[row] for row in rows]
-            decoded = _decode(chosen, episodes[rows], model, settings, seed, end_ids, mixture, before_pass)
-            for row, tokens, scores, done in zip(rows, *decoded, strict=True):
-                ids[row], logprobs[row], finished[row] = tokens, scores, done
-            if on_progress is not None:
-                on_progress(len(rows))
-    indices = range(len(prompts))
-    return Completions(tuple(ids[i] for i in indices), tuple(logprobs[i] for i in indices), finished)
 
 
-def _decode(
-    prompts: Sequence[Tensor],
-    episodes: Tensor,
-    model: CausalLM,
-    settings: SamplingSettings,
-    seed: int,
-    end_ids: Sequence[int],
-    mixture: Mixture | None,
-    before_pass: Callable[[], None],
-) -> tuple[list[Tensor], list[Tensor], list[bool]]:
-    """Decode some prompts side by side; rows leave the batch once a quarter of it has finished."""
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    attention_mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        attention_mask[row, width - len(prompt) :] = 1
-    input_ids, attention_mask, episodes = input_ids.to(device), attention_mask.to(device), episodes.to(device)
-    positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    reader = _Reader(model) if mixture is None else _MixedReader(model, mixture)
-    ends = torch.tensor(list(end_ids), device=device)
+class _Run:
+    """Prompts on their way through the slots of a batch.
 
-    tokens = torch.zeros(len(prompts), settings.max_new_tokens, dtype=torch.long, device=device)
-    scores = torch.zeros(len(prompts), settings.max_new_tokens, device=device)
-    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    alive = torch.arange(len(prompts), device=device)  # rows still in the batch
-    active = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of those, the unfinished ones
-    for step in range(settings.max_new_tokens):
-        before_pass()
-        logits = reader.read(input_ids, attention_mask, positions)
-        chosen, logprob = _draw(logits, settings, seed, episodes[alive], step)
-        tokens[alive, step] = torch.where(active, chosen, 0)
-        scores[alive, step] = torch.where(active, logprob, 0.0)
-        lengths[alive] += active.long()
-        stops = active & torch.isin(chosen, ends)
-        ended[alive] |= stops
-        active = active & ~stops
-        left = int(active.sum())
-        if left == 0:
-            break
-        input_ids, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], dim=-1)
-        if left <= 0.75 * len(alive):
-            kept = active.nonzero().squeeze(-1)
-            reader.keep(kept)
-            alive, active = alive[kept], active[kept]
-            input_ids, positions, attention_mask = input_ids[kept], positions[kept], attention_mask[kept]
-    counts = lengths.tolist()
-    tokens, scores = tokens.cpu(), scores.cpu()
-    rows = range(len(prompts))
-    return [tokens[r, : counts[r]] for r in rows], [scores[r, : counts[r]] for r in rows], ended.tolist()
+    What decides who stays is kept on the CPU, and one tensor comes back from the device for each step: which rows drew
+    an end token. Drawn tokens stay on the device until all are done.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Tensor],
+        episodes: Tensor,
+        settings: SamplingSettings,
+        seed: int,
+        end_ids: Sequence[int],
+        on_progress: Callable[[int], None] | None,
+        mixture: Mixture | None,
+    ) -> None:
+        self.prompts, self.settings, self.seed, self.on_progress = prompts, settings, seed, on_progress
+        self.device = next(model.parameters()).device
+        self.episodes, self.ends = episodes.to(self.device), torch.tensor(list(end_ids), device=self.device)
+        self.keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
+        first: dict[bytes, int] = {}
+        for row, key in enumerate(self.keys):
+            first.setdefault(key, row)
+        # Prompts of like length go together, and equal ones after each other.
+        order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), first[self.keys[row]], row))
+        self.waiting = deque(order)
+        self.slots = min(settings.batch_size or len(prompts), len(prompts))
+        self.reader = reader_of(model, self.slots, settings.max_new_tokens, mixture)
+        self.held: dict[bytes, tuple[Prefix, int]] = {}  # prompts that have been read and are still waited for
+        self._clear()
+        # Of each completion:
+        shape = (len(prompts), settings.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.scores = torch.zeros(shape, device=self.device)
+        self.counts = torch.zeros(len(prompts), dtype=torch.long)
+        self.ended = torch.zeros(len(prompts), dtype=torch.bool)
+
+    def _clear(self) -> None:
+        """Have all slots free."""
+        slots = min(self.slots, len(self.waiting))
+        self.owners = torch.zeros(slots, dtype=torch.long)  # whose completion each holds
+        self.active = torch.zeros(slots, dtype=torch.bool)
+        self.drawn = torch.zeros(slots, dtype=torch.long)  # tokens of the completion
+        self.lengths = torch.zeros(slots, dtype=torch.long)  # tokens of prompt and completion
+        self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # the token drawn last
+
+    def finish(self, before_pass: Callable[[], None]) -> Completions:
+        """Decode until every prompt has its completion.
+
+        Args:
+            before_pass: called before each forward pass.
+        """
+        while self.waiting or bool(self.active.any()):
+            left = int(self.active.sum())
+            if left <= FULL_ENOUGH * len(self.active):
+                if self.waiting and (left == 0 or self.reader.refills):
+                    self._fill(before_pass)
+                elif left:
+                    self._shrink()
+            if bool(self.active.any()):
+                self._trim()
+                before_pass()
+                self._record(torch.arange(len(self.active)), self.reader.step(self.last, self.lengths.to(self.device)))
+        counts, tokens, scores = self.counts.tolist(), self.tokens.cpu(), self.scores.cpu()
+        return Completions(
+            tuple(row[:count] for row, count in zip(tokens, counts, strict=True)),
+            tuple(row[:count] for row, count in zip(scores, counts, strict=True)),
+            self.ended,
+        )
+
+    def _fill(self, before_pass: Callable[[], None]) -> None:
+        """Let waiting prompts enter the free slots, and draw their first tokens."""
+        if not self.reader.refills:
+            self._clear()
+        free = (~self.active).nonzero().squeeze(-1).tolist()[: len(self.waiting)]
+        rows = [self.waiting.popleft() for _ in free]
+        fresh = {self.keys[row]: row for row in reversed(rows) if self.keys[row] not in self.held}
+        distinct = [row for row in rows if fresh.get(self.keys[row]) == row]
+        if distinct:
+            before_pass()
+            prefix = self.reader.read([self.prompts[row] for row in distinct])
+            self.held |= {self.keys[row]: (prefix, place) for place, row in enumerate(distinct)}
+        places = [self.held[self.keys[row]] for row in rows]
+        for prefix in {id(prefix): prefix for prefix, _ in places}.values():
+            members = [index for index, (of, _) in enumerate(places) if of is prefix]
+            slots = torch.tensor([free[index] for index in members])
+            self._enter(prefix, [places[index][1] for index in members], slots, [rows[index] for index in members])
+        self._let_go(rows[-1])
+
+    def _enter(self, prefix: Prefix, places: list[int], slots: Tensor, rows: list[int]) -> None:
+        """Put prompts that have been read into slots."""
+        place = torch.tensor(places, device=self.device)
+        logits = prefix.logits
+        if places != list(range(len(logits))):
+            logits = logits[place]
+        self.reader.enter(prefix, place, slots.to(self.device))
+        self.owners[slots] = torch.tensor(rows)
+        self.lengths[slots] = torch.tensor([len(self.prompts[row]) for row in rows])
+        self.drawn[slots] = 0
+        self.active[slots] = True
+        self._record(slots, logits)
+
+    def _let_go(self, row: int) -> None:
+        """Forget the prompts that have been read, but for one whose group did not enter whole."""
+        key = self.keys[row]
+        split = self.reader.refills and bool(self.waiting) and self.keys[self.waiting[0]] == key
+        prefix, place = self.held[key]
+        self.held = {}
+        if split:
+            self.held[key] = (prefix if len(prefix.logits) == 1 else prefix.select(place), 0)
+
+    def _shrink(self) -> None:
+        """Drop the slots of finished completions: nothing takes them."""
+        kept = self.active.nonzero().squeeze(-1)
+        self.reader.keep(kept.to(self.device))
+        self.owners, self.active, self.drawn = self.owners[kept], self.active[kept], self.drawn[kept]
+        self.lengths, self.last = self.lengths[kept], self.last[kept.to(self.device)]
+
+    def _trim(self) -> None:
+        """Make the batch as wide as its longest row.
+
+        Not where all prompts started together: there the widths, and with them the last bits of the numbers, stay what
+        they would be in a batch that nothing enters.
+        """
+        if self.slots < len(self.prompts):
+            self.reader.trim(max((self.lengths - 1)[self.active].tolist(), default=0))
+
+    def _record(self, slots: Tensor, logits: Tensor) -> None:
+        """Draw the next token of each slot, and note which completions it ends."""
+        owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
+        owned, places = owners.to(self.device), drawn.to(self.device)
+        chosen, logprobs = draw(logits, self.settings, self.seed, self.episodes[owned], places)
+        stops = torch.isin(chosen, self.ends).cpu() & active
+        self.last[slots.to(self.device)] = chosen
+        if bool(active.all()):
+            self.tokens[owned, places], self.scores[owned, places] = chosen, logprobs
+        else:
+            index = active.nonzero().squeeze(-1).to(self.device)
+            self.tokens[owned[index], places[index]] = chosen[index]
+            self.scores[owned[index], places[index]] = logprobs[index]
+        drawn = drawn + active
+        # A finished row goes on until its slot is taken, at a position that the model still knows.
+        longest = torch.tensor([len(self.prompts[row]) for row in owners.tolist()]) + self.settings.max_new_tokens
+        self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, longest)
+        done = active & (stops | (drawn >= self.settings.max_new_tokens))
+        self.counts[owners[done]] = drawn[done]
+        self.ended[owners[stops]] = True
+        self.active[slots] = active & ~done
+        if self.on_progress is not None and bool(done.any()):
+            self.on_progress(int(done.sum()))
 
 
-class _Reader:
-    """A model that reads rows of tokens on from where it was, and says what may come next."""
-
-    def __init__(self, model: CausalLM) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.model.config)
-
-    def read(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Return the logits of the token behind the last one, shape (rows, vocabulary)."""
-        return self.model(DecodingStep(input_ids, attention_mask, positions, self.cache))
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
-        self.cache.batch_select_indices(rows)
-
-
-class _MixedReader(_Reader):
-    """Two models that read the same tokens, their logits mixed; each remembers in a cache of its own."""
-
-    def __init__(self, model: CausalLM, mixture: Mixture) -> None:
-        super().__init__(model)
-        self.mixture = mixture
-        with mixture.other() as other:
-            self.other = _Reader(other)
-
-    def read(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Return the mixed logits, shape (rows, vocabulary)."""
-        own = super().read(input_ids, attention_mask, positions)
-        with self.mixture.other():
-            return self.mixture.mix(own, self.other.read(input_ids, attention_mask, positions))
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
-        super().keep(rows)
-        self.other.keep(rows)
-
-
-def _pass_for_nothing(model: CausalLM, mixture: Mixture | None) -> None:
-    """Forward one token: other ranks are still decoding, and the weights they gather are cut over all ranks."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    reader = _Reader(model) if mixture is None else _MixedReader(model, mixture)
-    reader.read(token, torch.ones_like(token), token)
-
-
-def _draw(
-    logits: Tensor, settings: SamplingSettings, seed: int, episodes: Tensor, position: int
+def draw(
+    logits: Tensor, settings: SamplingSettings, seed: int, episodes: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the token drawn for each row, and its log-probability at the temperature."""
+    """Return the token drawn for each row, and its log-probability at the temperature.
+
+    Args:
+        logits: of the next token, fp32, shape (rows, vocabulary).
+        settings: temperature and truncation.
+        seed: seed of the run.
+        episodes: number of each row's episode, int64, shape (rows,).
+        positions: index of the token within each completion, int64, shape (rows,).
+    """
     if settings.temperature == 0:
         best = logits.argmax(-1)
         return best, logits.log_softmax(-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
     logprobs = (logits / settings.temperature).log_softmax(-1)
     kept = _truncate(logprobs, settings)
     cumulative = kept.double().exp().cumsum(-1)
-    numbers = uniform(seed, episodes, torch.full_like(episodes, position))
+    numbers = uniform(seed, episodes, positions)
     drawn = torch.searchsorted(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
     drawn = drawn.clamp_max(logits.shape[-1] - 1)
     return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)

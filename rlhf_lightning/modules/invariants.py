@@ -32,7 +32,7 @@ class Invariants:
     def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
         if on_violation not in ("raise", "warn"):
             raise ValueError(f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
-        self.on_violation, self.exact = on_violation, True
+        self.on_violation, self.exact, self.own_sampler = on_violation, True, True
         self._measured: dict[str, float] = {}
 
     def take(self, strategy: Strategy) -> dict[str, float]:
@@ -55,10 +55,16 @@ class Invariants:
         )  # fmt: skip
 
     def check_sampler(self, rollout: Rollout) -> None:
-        """The sampling engine and the trainer's forward give the same log-probabilities."""
+        """The sampling engine and the trainer's forward give the same log-probabilities.
+
+        Where the engine computes elsewhere (``own_sampler`` False) it is measured, and left to importance correction.
+        """
         if rollout.sampler_logprobs is None:
             return
         apart = (rollout.sampler_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
+        if not self.own_sampler:
+            self._check("sampler", float(apart.mean()) if apart.numel() else 0.0, float("inf"), "")
+            return
         self._check_difference(
             "sampler", apart, rollout.old_logprobs, 1e-2, 5e-2,
             "the sampler used other weights, another temperature, or truncated the distribution (top_p, top_k)",

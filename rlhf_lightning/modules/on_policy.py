@@ -17,7 +17,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout, select
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.models.sampling import SamplingEngine, SamplingSettings
 from rlhf_lightning.models.sharding import in_step, most_passes
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
 from rlhf_lightning.modules.gathering import summed_over_ranks
@@ -48,7 +48,9 @@ class OnPolicyModule(AlignmentModule):
             ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args.
         max_new_tokens: longest completion, tokens.
         temperature: of sampling and of every log-probability.
-        sampling_batch_size: completions decoded side by side; None decodes a whole rollout at once.
+        sampling_batch_size: completions decoded side by side, waiting prompts taking the place of finished ones; None
+            decodes a whole rollout at once.
+        engine: what draws the completions, by class_path and init_args; None draws in this process.
         ppo_epochs: passes over each rollout.
         mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
         micro_batch_size: episodes of one forward and backward pass on a rank; None takes the whole minibatch.
@@ -76,12 +78,16 @@ class OnPolicyModule(AlignmentModule):
 
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
+    sampler_cap: float | None = None
+    """Bound of the importance correction for a sampling engine with numbers of its own; None where there is none."""
+
     def __init__(
         self,
         scorer: Scorer | str | dict[str, Any],
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         sampling_batch_size: int | None = None,
+        engine: SamplingEngine | dict[str, Any] | None = None,
         ppo_epochs: int = 4,
         mini_batch_size: int | None = None,
         micro_batch_size: int | None = None,
@@ -101,7 +107,7 @@ class OnPolicyModule(AlignmentModule):
         super().__init__(**kwargs)
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
         self.collector = RolloutCollector(
-            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, self.allows_missing_scores
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, self.allows_missing_scores, engine
         )
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
@@ -130,11 +136,29 @@ class OnPolicyModule(AlignmentModule):
 
     def load_reference_and_scorer(self) -> None:
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
+        self._check_engine()
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
         # A scorer that cannot be loaded should fail now, not after the first rollout.
         self.scorer.load_beside(self.policy if self.device_mesh is None else None, self.load_settings)
         self.invariants.exact = self.load_settings.is_exact
+
+    def _check_engine(self) -> None:
+        """Refuse an engine with numbers of its own where nothing corrects for them."""
+        engine = self.collector.engine
+        self.invariants.own_sampler = engine.exact
+        if engine.exact:
+            return
+        if not engine.reports_logprobs:
+            raise ValueError(
+                f"{type(engine).__name__} does not say how likely its own draws were: it serves evaluation, but there "
+                "is nothing to correct a gradient by"
+            )
+        if self.sampler_cap is None:
+            raise ValueError(
+                f"{type(engine).__name__} draws with other numbers than the trainer's, and {type(self).__name__} does "
+                "not correct for them: set model.sampler_cap (2 is usual) in a critic-free method, or leave engine out"
+            )
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """The reference, and the networks that the scorer holds."""

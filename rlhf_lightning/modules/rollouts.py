@@ -14,7 +14,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
-from rlhf_lightning.models.sampling import Mixture, SamplingSettings, sample
+from rlhf_lightning.models.sampling import Mixture, SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
@@ -81,6 +81,7 @@ class RolloutCollector:
         missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         allow_missing: whether a completion may have no score.
+        engine: what draws, or what `load_engine` makes one of.
 
     Raises:
         ValueError: samples are not the policy's own distribution, or both rules for a missing end are given.
@@ -94,6 +95,7 @@ class RolloutCollector:
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
         allow_missing: bool = False,
+        engine: SamplingEngine | Mapping[str, Any] | None = None,
     ) -> None:
         if not sampling.is_pure:
             raise ValueError(
@@ -106,7 +108,7 @@ class RolloutCollector:
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
-        self.allow_missing = allow_missing
+        self.allow_missing, self.engine = allow_missing, load_engine(engine)
         self._scorer: Scorer | None = None
 
     @property
@@ -132,7 +134,7 @@ class RolloutCollector:
         """Draw one completion for each prompt of the batch, from its episode's random numbers."""
         ends = tokenization.end_token_ids(tokenizer)
         settings = sampling or self.sampling
-        drawn = sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
+        drawn = self.engine.sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
         sequences = Sequences(
             prompts=batch.prompts,
             completions=drawn.ids,

@@ -7,9 +7,10 @@ import torch
 from scipy import stats
 from tiny_models import plain_logprobs, random_rows, sequences
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.decoding import Reader
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.models.sampling import Completions, Mixture, SamplingSettings, sample
@@ -57,13 +58,13 @@ def test_the_order_of_prompts_and_which_others_are_there_change_no_episode(polic
 def test_finished_rows_leave_the_batch_without_a_trace(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [as_lists(draw(policy, [row]))[0] for row in range(12)]
     kept: list[int] = []
-    select = DynamicCache.batch_select_indices
+    keep = Reader.keep
 
-    def counted(cache: DynamicCache, indices: torch.Tensor) -> None:
-        kept.append(len(indices))
-        select(cache, indices)
+    def counted(reader: Reader, rows: torch.Tensor) -> None:
+        kept.append(len(rows))
+        keep(reader, rows)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
+    monkeypatch.setattr(Reader, "keep", counted)
     assert as_lists(draw(policy)) == alone
     assert len(kept) >= 3 and kept == sorted(kept, reverse=True)
 
@@ -199,7 +200,7 @@ def test_a_longer_limit_continues_the_same_episodes(policy: CausalLM) -> None:
 def test_progress_counts_every_completion(policy: CausalLM) -> None:
     seen: list[int] = []
     sample(policy, PROMPTS, EPISODES, SamplingSettings(2, batch_size=5), 0, ENDS, on_progress=seen.append)
-    assert seen == [5, 5, 2]
+    assert sum(seen) == 12 and len(seen) > 1 and min(seen) > 0
 
 
 # -- training beside it -----------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""Rollouts, timed: the slots of `SlotEngine` against transformers' ``generate`` on the static batch, same episodes.
+
+    python experiments/benchmarks/rollouts.py --model DIR [--slots N] [--samples N] ...
+
+Completion lengths are geometric: the end token has the same probability at every position, whatever the model says, so
+lengths are addressed like the tokens and both engines draw the same. Both run in turns; figures are completion tokens a
+second of wall time and of processor time (the steadier one on a machine that others use), medians over the turns.
+
+A random number that falls within rounding of the border between two tokens may draw either, so an episode in a hundred
+may part from there on; the episodes must be the same otherwise, and log-probabilities up to there.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.models import generate_engine, sampling
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.generate_engine import GenerateEngine
+from rlhf_lightning.models.sampling import Completions, SamplingEngine, SamplingSettings, SlotEngine
+
+QUESTIONS = (
+    "What is {}?",
+    "Write one sentence about {} for a child.",
+    "I have to give a short talk about {} tomorrow morning. What should I say first, and what can I leave out?",
+    "Name three facts about {}, and say of each in a few words why it matters to those who work with it every day.",
+)
+TOPICS = (
+    "the moon", "bread", "a bicycle", "the sea", "photosynthesis", "chess", "a volcano", "rice", "the printing press",
+    "a violin", "winter", "paper", "bees", "the Nile", "a magnet", "glass",
+)  # fmt: skip
+
+
+def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `sampling.draw` with an end token whose probability is ``rate`` at every position."""
+    drawn_by = sampling.draw
+
+    def draw(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        logits = logits.clone()
+        logits[:, end] = -torch.inf
+        logits[:, end] = logits.logsumexp(-1) + math.log(rate / (1 - rate))
+        return drawn_by(logits, *args)
+
+    return draw
+
+
+def prompts_of(tokenizer: Any, count: int, samples: int) -> list[Tensor]:
+    """Return the token ids of questions of mixed lengths, ``samples`` times each."""
+    asked = [question.format(topic) for topic in TOPICS for question in QUESTIONS][: count // samples]
+    messages = [[{"role": "user", "content": text}] for text in asked]
+    return [torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in messages for _ in range(samples)]
+
+
+def timed(
+    engine: SamplingEngine, model: CausalLM, prompts: list[Tensor], args: argparse.Namespace, slots: int | None
+) -> tuple[Completions, list[float]]:
+    """Return what an engine draws, and the completion tokens it makes in a second of wall and of processor time."""
+    settings = SamplingSettings(args.cap, batch_size=slots)
+    begun, worked = time.perf_counter(), time.process_time()
+    drawn = engine.sample(model, prompts, torch.arange(len(prompts)), settings, args.seed, [args.end])
+    spent = time.perf_counter() - begun, time.process_time() - worked
+    return drawn, [round(sum(len(ids) for ids in drawn.ids) / seconds, 1) for seconds in spent]
+
+
+def different(one: Completions, other: Completions) -> int:
+    """Return how many episodes two engines drew differently; up to there their log-probabilities must agree."""
+    count = 0
+    for ours, theirs, ours_said, theirs_said in zip(one.ids, other.ids, one.logprobs, other.logprobs, strict=True):
+        shared = min(len(ours), len(theirs))
+        parted = (ours[:shared] != theirs[:shared]).nonzero().flatten().tolist()
+        upto = parted[0] if parted else shared
+        torch.testing.assert_close(ours_said[:upto], theirs_said[:upto], atol=1e-3, rtol=0)
+        count += bool(parted) or len(ours) != len(theirs)
+    return count
+
+
+def main() -> None:
+    """Print one line of JSON: tokens per second of both engines in each turn, and the ratio of the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", type=int, default=64, help="completions in all")
+    parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
+    parser.add_argument("--slots", type=int, default=None, help="slots of our engine; as many as completions if unset")
+    parser.add_argument("--mean", type=float, default=24, help="mean completion length, tokens")
+    parser.add_argument("--cap", type=int, default=96, help="longest completion, tokens")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, tokenizer = load_policy(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
+    args.end = tokenization.end_token_ids(tokenizer)[0]
+    sampling.draw = generate_engine.draw = ending_at(1 / args.mean, args.end)
+    prompts = prompts_of(tokenizer, args.prompts, args.samples)
+    rates: dict[str, list[list[float]]] = {"slots": [], "generate": []}
+    for _ in range(args.turns):
+        ours, rate = timed(SlotEngine(), model, prompts, args, args.slots)
+        rates["slots"].append(rate)
+        theirs, rate = timed(GenerateEngine(), model, prompts, args, None)
+        rates["generate"].append(rate)
+        assert different(ours, theirs) <= len(prompts) / 32, f"{different(ours, theirs)} episodes differ"
+    lengths = [len(ids) for ids in ours.ids]
+    ours_per, theirs_per = ([statistics.median(turn) for turn in zip(*found, strict=True)] for found in rates.values())
+    figures = {
+        "completions": len(lengths),
+        "mean_length": round(statistics.mean(lengths), 1),
+        "longest": max(lengths),
+        "different": different(ours, theirs),
+        "tokens_per_second_wall_cpu": rates,
+        "ratio_wall": round(ours_per[0] / theirs_per[0], 2),
+        "ratio_cpu": round(ours_per[1] / theirs_per[1], 2),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

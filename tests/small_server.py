@@ -1,0 +1,120 @@
+"""A server on this machine that speaks vLLM's routes, or those of a server that knows text alone, over a tiny model."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.sampling import SamplingSettings, SlotEngine
+
+BASE = "base"
+"""Name of the backbone on the server."""
+
+
+class SmallServer:
+    """Answers completion requests by a tiny model of its own.
+
+    Args:
+        folder: the model's.
+        noise: standard deviation of what is added to its weights, so that it computes other numbers than the trainer.
+        text: take and return text alone.
+    """
+
+    def __init__(self, folder: str, noise: float = 0.0, text: bool = False) -> None:
+        self.folder, self.noise, self.text = folder, noise, text
+        self.models = {BASE: CausalLM(self.backbone())}
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.busy = 0  # requests to turn away before the next is answered
+        self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def backbone(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(self.noise * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    def bodies(self, route: str = "/v1/completions") -> list[dict[str, Any]]:
+        return [body for found, body in self.requests if found == route]
+
+    def answer(self, route: str, body: dict[str, Any]) -> tuple[int, Any]:
+        with self.lock:
+            self.requests.append((route, body))
+            if self.busy:
+                self.busy -= 1
+                return 503, {"error": "overloaded"}
+            if route == "/v1/load_lora_adapter":
+                adapter = PeftModel.from_pretrained(self.backbone(), body["lora_path"]).eval()
+                self.models[body["lora_name"]] = CausalLM(adapter)
+                return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+            if route == "/v1/unload_lora_adapter":
+                del self.models[body["lora_name"]]
+                return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
+            if body["model"] not in self.models:
+                return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+            return 200, self.spoil(self.in_text(body) if self.text else self.in_tokens(body))
+
+    def draw(self, body: dict[str, Any], prompt: list[int], ends: list[int]) -> tuple[list[int], list[float], str]:
+        settings = SamplingSettings(
+            body["max_tokens"], body["temperature"], body.get("top_p", 1.0), body.get("top_k", 0)
+        )
+        model, episode = self.models[body["model"]], torch.tensor([0])
+        drawn = SlotEngine().sample(model, [torch.tensor(prompt)], episode, settings, body["seed"], ends)
+        return drawn.ids[0].tolist(), drawn.logprobs[0].tolist(), "stop" if bool(drawn.finished[0]) else "length"
+
+    def in_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
+        ids, logprobs, reason = self.draw(body, body["prompt"], body["stop_token_ids"])
+        tokens = [f"token_id:{token}" for token in ids]
+        table = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": []}
+        choice = {"index": 0, "text": "", "logprobs": table, "finish_reason": reason, "token_ids": ids}
+        return {"object": "text_completion", "model": body["model"], "choices": [choice]}
+
+    def in_text(self, body: dict[str, Any]) -> dict[str, Any]:
+        unknown = set(body) - {"model", "prompt", "max_tokens", "temperature", "seed", "generation_config"}
+        assert not unknown and isinstance(body["prompt"], str)
+        ends = json.loads(body["generation_config"])["eos_token_id"]
+        ids, _, reason = self.draw(body, self.tokenizer(body["prompt"])["input_ids"], ends)
+        choice = {"index": 0, "text": self.tokenizer.decode(ids, skip_special_tokens=True), "finish_reason": reason}
+        return {"object": "text_completion", "model": body["model"], "choices": [choice]}
+
+
+@contextmanager
+def serving(folder: str, **settings: Any) -> Iterator[SmallServer]:
+    """Run a small server for the while."""
+    small = SmallServer(folder, **settings)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # noqa: N802
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            small.authorization = self.headers.get("Authorization")  # type: ignore[attr-defined]
+            status, answer = small.answer(self.path, body)
+            sent = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    small.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield small
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
