@@ -33,8 +33,10 @@ FP32, BF16 = 4, 2
 CHUNK_TOKENS = 1024
 """Tokens whose logits the head holds at a time, see `functional.logprobs.chunked_logprobs`."""
 
-Q, K, V, O, GATE, UP, DOWN = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-PROJECTIONS = (Q, K, V, O, GATE, UP, DOWN)
+QKV, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+"""The block's projections, those together that read the same tensor."""
+
+PROJECTIONS = (*QKV, *OUT, *GATE_UP, *DOWN)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,13 @@ class Block:
 
     def width_in(self, projection: str) -> int:
         """Elements that a projection reads of each token."""
-        return {O: self.queries, DOWN: self.intermediate}.get(projection, self.hidden)
+        return {"o_proj": self.queries, "down_proj": self.intermediate}.get(projection, self.hidden)
 
     def width_out(self, projection: str) -> int:
         """Elements that a projection gives of each token."""
-        widths = {Q: self.queries, K: self.keys, V: self.keys, GATE: self.intermediate, UP: self.intermediate}
-        return widths.get(projection, self.hidden)
+        if projection in GATE_UP:
+            return self.intermediate
+        return {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}.get(projection, self.hidden)
 
     @property
     def matrices(self) -> int:
@@ -104,6 +107,7 @@ class Pass:
         masked: whether a mask says which cells look at which (prompt-sharing rows): it is kept, and the kernels then
             want as many key heads as query heads.
         eager: whether attention is written out, with its length x length probabilities.
+        quantized: whether the frozen matrices are in 4 or 8 bits: they are expanded for each product, one at a time.
     """
 
     weight_bytes: int = FP32
@@ -114,6 +118,7 @@ class Pass:
     checkpointing: bool = False
     masked: bool = False
     eager: bool = False
+    quantized: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -175,9 +180,9 @@ def _input_bytes(block: Block, how: Pass) -> int:
         count = len(read & set(names))
         return block.width_in(names[0]) * (count if how.copies_inputs else min(count, 1))
 
-    kept = of((Q, K, V)) + of((GATE, UP)) + of((DOWN,))
+    kept = of(QKV) + of(GATE_UP) + of(DOWN)
     if how.rank is not None:
-        kept += how.rank * len(read) + (of((O,)) if how.copies_inputs else 0)
+        kept += how.rank * len(read) + (of(OUT) if how.copies_inputs else 0)
     return how.input_bytes * kept
 
 
@@ -185,7 +190,7 @@ def cast_bytes(block: Block, how: Pass) -> int:
     """Bytes of the bf16 copies of one block's fp32 weights that autocast makes, and backward needs, in every pass."""
     if not how.autocast:
         return 0
-    whole = block.matrices if how.weight_bytes == FP32 else 0
+    whole = block.matrices if how.weight_bytes == FP32 and not how.quantized else 0
     return BF16 * (whole + (adapter_size(block, how) if how.adapter_bytes == FP32 else 0))
 
 
@@ -221,8 +226,9 @@ def _spared_bytes(block: Block, how: Pass) -> int:
     """Bytes of the first block's casts that nobody needs: behind it is a frozen embedding, which has no gradient."""
     if how.rank is None or not how.autocast:
         return 0
-    whole = block.hidden * (block.queries + 2 * block.keys) if how.weight_bytes == FP32 else 0
-    adapted = how.rank * block.hidden * len(how.targets & {Q, K, V}) if how.adapter_bytes == FP32 else 0
+    casts = how.weight_bytes == FP32 and not how.quantized
+    whole = block.hidden * (block.queries + 2 * block.keys) if casts else 0
+    adapted = how.rank * block.hidden * len(how.targets & set(QKV)) if how.adapter_bytes == FP32 else 0
     return BF16 * (whole + adapted)
 
 
@@ -231,13 +237,19 @@ def backward_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
     ones, and with checkpointing the block's own activations, recomputed.
     """
     again = rows * width * block_bytes(block, how, width) + cast_bytes(block, how) if how.checkpointing else 0
-    return again + rows * width * how.compute_bytes * (3 * block.intermediate + 2 * block.hidden)
+    elements = rows * width * (3 * block.intermediate + 2 * block.hidden)
+    return again + how.compute_bytes * (elements + _expanded(block, how))
 
 
 def forward_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
     """Bytes in flight in one block's forward pass without gradient: the MLP's inner tensors and the residual stream."""
-    elements = 3 * block.intermediate + 3 * block.hidden
-    return rows * width * how.compute_bytes * elements + (rows * width * width if how.masked else 0)
+    elements = rows * width * (3 * block.intermediate + 3 * block.hidden) + _expanded(block, how)
+    return how.compute_bytes * elements + (rows * width * width if how.masked else 0)
+
+
+def _expanded(block: Block, how: Pass) -> int:
+    """Weights of the largest matrix, which stands beside its quantised form while it is multiplied."""
+    return block.hidden * block.intermediate if how.quantized else 0
 
 
 # -- logits and cache -------------------------------------------------------------------------------------------------
@@ -319,7 +331,7 @@ class Parameter(NamedTuple):
     matrix: bool
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
 
@@ -419,7 +431,7 @@ def weight_bytes(
     total = 0
     for part in parameters:
         if quantization is not None and part.matrix and not part.trained:
-            total += quantized_bytes(part.count, quantization, part.shape[0])
+            total += quantized_bytes(part.size, quantization, part.shape[0])
         else:
             total += part.share(ranks) * (FP32 if part.trained else frozen_bytes)
     return total

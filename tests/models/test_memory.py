@@ -11,7 +11,6 @@ from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, 
 from rlhf_lightning.models.memory import (
     BF16,
     FP32,
-    PROJECTIONS,
     Block,
     Parameter,
     Pass,
@@ -133,7 +132,7 @@ def real(scalar: bool, lora: LoraSettings | None, **changes) -> torch.nn.Module:
 def test_a_skeleton_has_the_real_models_weights(scalar, lora, tied):
     found = skeleton(tiny_config(tie_word_embeddings=tied), lora, scalar)
     model = real(scalar, lora, tie_word_embeddings=tied)
-    assert sum(part.count for part in found.parameters) == sum(p.numel() for p in model.parameters())
+    assert sum(part.size for part in found.parameters) == sum(p.numel() for p in model.parameters())
     assert trained_share(found.parameters) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sorted(part.shape for part in found.parameters) == sorted(tuple(p.shape) for p in model.parameters())
 
@@ -145,7 +144,7 @@ def test_a_shared_critic_adds_a_head_with_its_bias_and_a_kept_start_another_adap
     assert trained_share(valued.parameters) - trained_share(plain.parameters) == 33
     lora = LoraSettings(r=3)
     one, two = (skeleton(tiny_config(), lora, adapters=count) for count in (0, 1))
-    assert sum(p.count for p in two.parameters) - sum(p.count for p in one.parameters) == trained_share(one.parameters)
+    assert sum(p.size for p in two.parameters) - sum(p.size for p in one.parameters) == trained_share(one.parameters)
 
 
 def test_an_adapters_size_is_that_of_the_real_one():
@@ -157,7 +156,7 @@ def test_an_adapters_size_is_that_of_the_real_one():
 def test_nothing_is_allocated_for_a_skeleton_and_quantisation_takes_the_blocks_matrices():
     found = skeleton(tiny_config(), LoraSettings(r=3))
     block = Block.of(tiny_config())
-    assert sum(part.count for part in found.parameters if part.matrix) == block.layers * block.matrices
+    assert sum(part.size for part in found.parameters if part.matrix) == block.layers * block.matrices
     assert found.outside == 120 * 32 + 32  # the tied embedding and the last norm
     assert found.shares_prompts
 
