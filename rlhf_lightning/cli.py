@@ -32,6 +32,7 @@ TRAINING_COMMANDS = {
 }
 TOOL_COMMANDS = {
     "quickstart": Command("rlhf_lightning.commands.quickstart", "the whole pipeline on the embedded world, in minutes"),
+    "plan": Command("rlhf_lightning.commands.plan", "what memory and work a run would take, before it starts"),
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
     "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),

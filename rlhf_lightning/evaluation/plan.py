@@ -35,6 +35,14 @@ ADAM_BYTES = 2 * FP32
 SCORED_CELLS = 16_384
 """Cells of a reward model's forward pass, see `scoring.LearnedScorer`."""
 
+HOLES_FULL, HOLES_ADAPTER = 0.2, 0.7
+"""What glibc's heap holds beside activations in freed pieces too small for the next tensor, as a share of them.
+
+Measured on SmolLM2-135M (experiments/benchmarks/plan.md). An adapter's product makes and frees three tensors for each
+that is kept, so its holes are larger. With MALLOC_MMAP_THRESHOLD_=131072 in the environment there are none. GPUs have
+an allocator of their own, which rounds blocks up and whose holes are not counted here.
+"""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -47,6 +55,7 @@ class Machine:
         strategy: "single", "ddp", or "sharded" (FSDP2).
         precision: the trainer's.
         process_bytes: what a process holds beside tensors.
+        holes: whether the allocator keeps freed pieces between activations.
     """
 
     gpu: bool = False
@@ -55,6 +64,7 @@ class Machine:
     strategy: str = "single"
     precision: str = "32-true"
     process_bytes: int = 0
+    holes: bool = False
 
     @property
     def cuts(self) -> int:
@@ -392,7 +402,11 @@ def _moments(
     block = Block.of(config_of(setup.config))
     passes = trained_passes(setup, batch)
     tensor = setup.machine.tensor_ranks
-    kept = sum(memory.kept_bytes(block, how, batch.rows, batch.width) for how in passes) // tensor
+    parts = [memory.kept_bytes(block, how, batch.rows, batch.width) // tensor for how in passes]
+    kept, holes = sum(parts), 0
+    if setup.machine.holes:
+        shares = [HOLES_FULL if how.rank is None else HOLES_ADAPTER for how in passes]
+        holes = int(sum(share * part for share, part in zip(shares, parts, strict=True)))
     flight = max(memory.backward_bytes(block, how, batch.rows, batch.width) for how in passes) // tensor
     language = 0 if setup.scalar else 1
     states = language * batch.tokens * block.hidden * passes[0].compute_bytes
@@ -403,14 +417,14 @@ def _moments(
     before = gradients if batch.passes > 1 else 0
     begins = [{"activations": kept + states + flight, "logits": head}]
     begins += [{"activations": kept + states + part, "logits": logits} for part, logits in asides]
-    fullest = max(begins, key=lambda parts: sum(parts.values()))
+    fullest = max(begins, key=lambda held: sum(held.values()))
     one_block = kept // block.layers if not setup.checkpointing else 0
     tied = FP32 * block.vocabulary * block.hidden if setup.lora is None else 0
     largest = max((part.share(setup.machine.cuts) for _, one, _, _ in roles for part in one.parameters if part.trained))
     trained = gradients // FP32
     moments = {} if setup.rollout is None else _rollout_moments(setup, block, passes[0], gradients)
     return moments | {
-        "backward begins": {"gradients": before, **fullest},
+        "backward begins": {"gradients": before, **fullest, "allocator": holes},
         "backward ends": {"gradients": gradients + tied // setup.machine.cuts, "activations": one_block + flight},
         "update": {"gradients": gradients, "temporaries": FP32 * (trained if setup.machine.gpu else 2 * largest)},
     }

@@ -1,0 +1,404 @@
+"""``rlhf plan``: what a run would take on each rank, from the command line that would start it; nothing is loaded."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.parsing import usage_error, with_underscores
+from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.train import RlhfCLI, flags
+from rlhf_lightning.evaluation.plan import Frozen, Machine, Plan, Rollout, Rows, Setup, plan, trained_skeleton
+from rlhf_lightning.evaluation.remedies import Remedy, remedies
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings, backbone_record, fingerprint, is_adapter
+from rlhf_lightning.models.memory import BF16, FP32
+from rlhf_lightning.models.published import config_text
+from rlhf_lightning.modules.base import AlignmentModule
+from rlhf_lightning.modules.compatibility import check
+from rlhf_lightning.modules.precision import settled_precision
+
+FITS, DOES_NOT_FIT = 0, 1
+GB = 1e9
+CONTEXT_BYTES = int(0.6e9)
+"""What a CUDA process holds on its GPU beside tensors: context, kernels, cuBLAS and NCCL workspaces. Not measured."""
+
+PLACEHOLDERS = {"model.init_from": "model", "data.source": "rows.jsonl", "model.scorer": "model"}
+"""What a run must be given and a plan can do without."""
+
+
+@dataclass
+class Assumed:
+    """What a plan cannot know from a run's settings.
+
+    Args:
+        config: the trained model's sizes, where ``model.init_from`` is not here: a config.json, its text, as
+            '{"hidden_size": 4096, ...}', or a published architecture such as Llama-3.1-8B.
+        prompt_length: tokens of a prompt; None takes data.max_prompt_length, else half of data.max_length.
+        completion_length: tokens of a completion; None takes what the prompt leaves of data.max_length, of rollouts
+            model.max_new_tokens.
+    """
+
+    config: str | None = None
+    prompt_length: int | None = None
+    completion_length: int | None = None
+
+
+class PlanCLI(RlhfCLI):
+    """Reads a command line as ``rlhf fit`` does, and makes module, data and strategy, but no trainer and no folder."""
+
+    shown = "plan"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a plan is asked beside a run's settings."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--memory", type=float | None, default=None, help="GB that each device has")
+        parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
+        parser.add_class_arguments(Assumed, "plan")
+
+    def instantiate_classes(self) -> None:
+        """Make the module, the data and the strategy alone."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    quieten()
+    argv = with_underscores(argv)
+    cli = contextvars.copy_context().run(PlanCLI, ["fit", *argv, *placeholders(argv)])
+    settings = cli.config_init.fit
+    setup = setup_of(cli.model, cli.datamodule, settings.trainer, settings.plan)
+    found = plan(setup)
+    limit = None if settings.memory is None else int(settings.memory * GB)
+    helpful = remedies(setup, limit) if limit is not None and found.peak > limit else []
+    print(described(type(cli.model).__name__, setup, found, limit, helpful))
+    if settings.json is not None:
+        record = as_record(type(cli.model).__name__, setup, found, limit, helpful)
+        Path(settings.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return DOES_NOT_FIT if helpful else FITS
+
+
+# -- what was asked ---------------------------------------------------------------------------------------------------
+
+
+def placeholders(argv: Sequence[str]) -> list[str]:
+    """Return flags for what a run needs and nobody gave: a plan needs neither data nor, with --plan.config, a model."""
+    given, files = flags(argv), [value for name, value in _pairs(argv) if name in ("--config", "-c")]
+    known = {name.removeprefix("--").replace(".init_args", "") for name in given}
+    kind = given.get("--model", given.get("--model.class_path", ""))
+    for file in files:
+        if Path(file).is_file():
+            read = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            known |= set(_keys(read))
+            model = read.get("model") if isinstance(read, dict) else None
+            kind = kind or (model.get("class_path", "") if isinstance(model, dict) else "")
+    takes = parameters_of(_full_path(kind)) if kind else []
+    if any(name.endswith(".help") or name in ("help", "print_config") for name in known):
+        return []
+    return [
+        part
+        for name, value in PLACEHOLDERS.items()
+        if name not in known and (name != "model.scorer" or "scorer" in takes)
+        for part in (f"--{name}", value)
+    ]
+
+
+def _full_path(kind: str) -> str:
+    found = subclasses_of(AlignmentModule).get(kind)
+    return kind if found is None else f"{found.__module__}.{found.__qualname__}"
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Options with their values, repeated ones too."""
+    found = []
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        found.append((name, value if equals else "".join(argv[position + 1 : position + 2])))
+    return found
+
+
+def _keys(settings: Any, prefix: str = "") -> list[str]:
+    """Dotted names of a config file's settings, written as on the command line."""
+    if not isinstance(settings, dict):
+        return [prefix]
+    inner = [
+        key
+        for name, value in settings.items()
+        for key in _keys(value, prefix if name == "init_args" else f"{prefix}.{name}".lstrip("."))
+    ]
+    return [prefix, *inner]
+
+
+def setup_of(module: Any, datamodule: Any, trainer: Namespace, assumed: Assumed | Namespace) -> Setup:
+    """Return a run as far as memory and work depend on it.
+
+    Args:
+        module: the module, nothing loaded.
+        datamodule: where its rows come from.
+        trainer: the trainer's arguments.
+        assumed: what settings do not say.
+
+    Raises:
+        ValueError: the combination does not work, as `rlhf fit` would say before it loads weights.
+    """
+    if module.batch_type not in datamodule.batch_types:
+        names = " or ".join(sorted(kind.__name__ for kind in datamodule.batch_types))
+        wanted = f"{type(module).__name__} takes {module.batch_type.__name__}"
+        usage_error("rlhf plan", f"{wanted}, but {type(datamodule).__name__} yields {names}")
+    machine, stand_in = machine_of(trainer)
+    check(cast(Trainer, stand_in), module, datamodule)
+    settings = settled_precision(cast(Trainer, stand_in), module.load_settings, module.lora is not None, fits=True)
+    config = config_text(assumed.config or module.init_from)
+    lora, adapters = module.lora, 0
+    if lora is not None and is_adapter(module.init_from):
+        lora, adapters = _continued(module.init_from, lora), int(module.has_policy)
+    size = BF16 if settings.dtype == "bfloat16" else FP32
+    rows, rollout = rows_of(module, datamodule, assumed)
+    setup = Setup(
+        config=config,
+        rows=rows,
+        machine=machine,
+        scalar=not module.has_policy,
+        lora=lora,
+        quantization=settings.quantization,
+        bytes=size if lora is not None else FP32,
+        checkpointing=settings.activation_checkpointing,
+        eager=settings.attn_implementation == "eager",
+        critic=getattr(module, "critic_kind", None),
+        adapters=adapters,
+        rollout=rollout,
+    )
+    setup = with_frozen(setup, module, settings)
+    return replace(setup, shares_prompts=module.share_prompts and trained_skeleton(setup).shares_prompts)
+
+
+def _continued(folder: str, lora: LoraSettings) -> LoraSettings:
+    """The sizes of an adapter that is trained on."""
+    record = json.loads((Path(folder) / "adapter_config.json").read_text())
+    targets = record["target_modules"]
+    return replace(lora, r=record["r"], targets=targets if isinstance(targets, str) else sorted(targets))
+
+
+def machine_of(trainer: Namespace) -> tuple[Machine, Any]:
+    """Return where a run would run, and what stands in for its trainer where combinations are checked."""
+    gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
+    ranks = _devices(trainer.devices, gpu) * trainer.num_nodes
+    precision = str(trainer.precision or "32-true")
+    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)
+    given, kind, tensor = trainer.strategy, "single", 1
+    if isinstance(given, ModelParallelStrategy):
+        kind = "sharded"
+    elif ranks > 1 or "ddp" in str(given):
+        kind, given = "ddp", DDPStrategy(parallel_devices=[torch.device("cpu")])
+    else:
+        given = SingleDeviceStrategy("cpu")
+    stand_in = SimpleNamespace(
+        strategy=given, precision=precision, num_devices=ranks // trainer.num_nodes, num_nodes=trainer.num_nodes
+    )
+    if kind == "sharded" and isinstance(given._tensor_parallel_size, int):
+        tensor = given._tensor_parallel_size
+    process = CONTEXT_BYTES if gpu else _own_bytes()
+    holes = not gpu and sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+    return Machine(gpu, max(ranks // tensor, 1), tensor, kind, precision, process, holes), stand_in
+
+
+def _own_bytes() -> int:
+    """What this process has held at most: it has imported what a run imports, and no weight."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _devices(given: Any, gpu: bool) -> int:
+    """Devices of a host; "auto" means those of this one."""
+    if isinstance(given, list):
+        return len(given)
+    if str(given) in ("auto", "-1"):
+        return max(torch.cuda.device_count(), 1) if gpu else 1
+    text = str(given)
+    return len(text.split(",")) if "," in text else int(text)
+
+
+def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, Rollout | None]:
+    """Return what an optimizer step learns from and what is sampled before it, all rows as long as settings allow."""
+    longest = datamodule.max_length or 1024
+    if not hasattr(module, "collector"):
+        prompt = assumed.prompt_length or (
+            longest - assumed.completion_length if assumed.completion_length else datamodule.max_prompt_length
+        )
+        prompt = prompt or longest // 2
+        completion = assumed.completion_length or max(longest - prompt, 1)
+        each = 2 if module.batch_type.__name__ in ("PreferenceBatch", "RankedBatch") else 1
+        most = datamodule.micro_batch_size
+        most = None if most is None else most * each
+        return Rows(datamodule.batch_size, each, prompt, completion, most, datamodule.max_tokens), None
+    each = datamodule.samples_per_prompt
+    episodes = datamodule.batch_size
+    mini = min(getattr(module, "mini_batch_size", None) or episodes, episodes)
+    rows = Rows(
+        groups=max(mini // each, 1),
+        completions=each,
+        prompt=assumed.prompt_length or datamodule.max_prompt_length or longest,
+        completion=assumed.completion_length or module.sampling.max_new_tokens,
+        micro_batch_size=getattr(module, "micro_batch_size", None),
+        max_tokens=getattr(module, "max_tokens", None),
+        parts_groups=True,
+    )
+    updates = getattr(module, "ppo_epochs", 1) * math.ceil(episodes / mini)
+    return rows, Rollout(datamodule.prompts_per_rollout, module.sampling.batch_size, updates)
+
+
+def with_frozen(setup: Setup, module: Any, settings: LoadSettings) -> Setup:
+    """Add the models that stand beside the trained one, or the adapters on its backbone that play their parts."""
+    size = BF16 if (settings.frozen_dtype or settings.dtype) == "bfloat16" else FP32
+    frozen: list[Frozen] = []
+    moves = getattr(module, "reference_moves", False)
+    refers = getattr(module, "holds_reference", module.needs_reference)
+    teacher = getattr(module, "teacher_name", None)
+    if teacher is not None:
+        frozen.append(Frozen("teacher", config_text(teacher), False, size))
+    elif refers and (moves or setup.lora is None):
+        frozen.append(Frozen("reference", setup.config, False, FP32 if moves else size))
+    adapters = setup.adapters
+    for folder in reward_models(getattr(getattr(module, "collector", None), "scorer_spec", None)):
+        record = backbone_record(folder) if is_adapter(folder) else {}
+        kind = record.get("quantization")
+        mine = record.get("fingerprint") is not None and record["fingerprint"] == fingerprint(module.backbone_source())
+        if mine and setup.lora is not None and kind == setup.quantization and setup.machine.strategy != "sharded":
+            adapters += 1
+        else:
+            here = Path(folder).is_dir()
+            config = config_text(folder) if here else setup.config
+            frozen.append(Frozen("reward model", config, True, size, kind, judges=False))
+    shared = refers and teacher is None and not moves and setup.lora is not None
+    return replace(setup, adapters=adapters, frozen=tuple(frozen), adapter_reference=shared)
+
+
+def reward_models(scorer: Any) -> list[str]:
+    """Return the folders that a scorer, or the scorers it is composed of, would load; functions load none."""
+    if isinstance(scorer, Namespace):
+        scorer = scorer.as_dict()
+    if isinstance(scorer, dict):
+        inner = scorer.get("init_args") or {}
+        return [folder for value in (*inner.values(), *_others(scorer)) for folder in reward_models(value)]
+    if isinstance(scorer, (list, tuple)):
+        return [folder for value in scorer for folder in reward_models(value)]
+    named = isinstance(scorer, str) and (scorer == PLACEHOLDERS["model.scorer"] or "/" in scorer or _is_dir(scorer))
+    return [scorer] if named else []
+
+
+def _others(scorer: dict[str, Any]) -> list[Any]:
+    return [value for name, value in scorer.items() if name not in ("class_path", "init_args")]
+
+
+def _is_dir(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+# -- what is answered -------------------------------------------------------------------------------------------------
+
+
+def described(name: str, setup: Setup, found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> str:
+    """Return the plan as text."""
+    machine, batch, rows = setup.machine, found.micro_batch, setup.rows
+    trains = "every weight" if setup.lora is None else f"an adapter of rank {setup.lora.r}"
+    trains += f" on {setup.quantization}" if setup.quantization else ""
+    kind = {"single": "", "ddp": ", ddp", "sharded": ", cut over ranks"}[machine.strategy]
+    ranks = machine.data_ranks * machine.tensor_ranks
+    where = f"{ranks} {'GPU' if machine.gpu else 'CPU process'}{'' if ranks == 1 else 's' if machine.gpu else 'es'}"
+    lines = [f"{name}: {trains}, {machine.precision}, {where}{kind}", ""]
+    lines.append(f"{'model':<16}{'parameters':>17}{'trained':>17}{'GB a rank':>12}")
+    for role in found.roles:
+        lines.append(f"{role.name:<16}{role.parameters:>17,}{role.trained:>17,}{role.bytes / GB:>12.2f}")
+    shared = " that share their prompt" if batch.masked else ""
+    each = f" x {rows.completions} completions{shared}" if rows.completions > 1 else ""
+    what = "rollout" if setup.rollout is not None else "step"
+    lines += [
+        "",
+        f"an update: {rows.groups} prompts of {rows.prompt} tokens{each} of {rows.completion}; "
+        f"{_times(batch.passes, 'micro-batch')} a rank of {batch.rows} x {batch.width} cells",
+        f"a {what}:  {found.tokens:,} tokens, {_flops(sum(found.flops.values()))} "
+        f"({', '.join(f'{part} {_flops(count)}' for part, count in found.flops.items())})",
+        "",
+        *_table(found),
+        "",
+        f"peak: {found.peak / GB:.2f} GB a rank, {found.fullest}",
+    ]
+    return "\n".join([*lines, *_verdict(found, limit, helpful)])
+
+
+def _table(found: Plan) -> list[str]:
+    """Bytes by holder and moment."""
+    holders = list(dict.fromkeys(holder for parts in found.moments.values() for holder in parts))
+    lines = ["GB a rank         " + "".join(f"{moment:>17}" for moment in found.moments)]
+    for holder in holders:
+        cells = (parts.get(holder) for parts in found.moments.values())
+        lines.append(f"{holder:<18}" + "".join(f"{'' if b is None else f'{b / GB:.2f}':>17}" for b in cells))
+    total = "".join(f"{sum(parts.values()) / GB:>17.2f}" for parts in found.moments.values())
+    return [*lines, f"{'together':<18}{total}"]
+
+
+def _verdict(found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> list[str]:
+    """Whether it fits, and what would help."""
+    if limit is None:
+        return []
+    if not helpful:
+        return [f"fits {limit / GB:g} GB; {(limit - found.peak) / GB:.2f} GB to spare"]
+    lines = [f"does not fit {limit / GB:g} GB; {(found.peak - limit) / GB:.2f} GB too much", ""]
+    if helpful[0].peak > limit:
+        lines.append("not even all of these together would do:" if helpful[0].flags else "no setting would help")
+    else:
+        lines.append("each of these would do:" if len(helpful[0].flags) == 1 else "these together would do:")
+    for remedy in helpful:
+        lines += [f"  {flag}" for flag in remedy.flags[:-1]]
+        lines += [f"  {flag:<72}{remedy.peak / GB:>8.2f} GB" for flag in remedy.flags[-1:]]
+    return lines
+
+
+def as_record(name: str, setup: Setup, found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> dict[str, Any]:
+    """Return the plan as plain values."""
+    return {
+        "module": name,
+        "machine": asdict(setup.machine),
+        "rows": asdict(setup.rows),
+        "roles": [role._asdict() for role in found.roles],
+        "micro_batch": found.micro_batch._asdict(),
+        "bytes": found.moments,
+        "peak_bytes": found.peak,
+        "peak_moment": found.fullest,
+        "tokens_per_step": found.tokens,
+        "flops_per_step": found.flops,
+        "memory_bytes": limit,
+        "fits": None if limit is None else found.peak <= limit,
+        "remedies": [{"flags": list(one.flags), "peak_bytes": one.peak} for one in helpful],
+    }
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 'es'}"
+
+
+def _flops(count: float) -> str:
+    """Floating-point operations in the largest unit that leaves digits before the point."""
+    power = min(int(math.log10(max(count, 1))) // 3, 6)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"
