@@ -25,8 +25,9 @@ from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import usage_error, with_underscores
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.train import RlhfCLI, flags
-from rlhf_lightning.evaluation.plan import Frozen, Machine, Plan, Rollout, Rows, Setup, plan, trained_skeleton
+from rlhf_lightning.evaluation.plan import Plan, plan, trained_skeleton
 from rlhf_lightning.evaluation.remedies import Remedy, remedies
+from rlhf_lightning.evaluation.setup import Frozen, Machine, Rollout, Rows, Setup
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, backbone_record, fingerprint, is_adapter
 from rlhf_lightning.models.memory import BF16, FP32
 from rlhf_lightning.models.published import config_text

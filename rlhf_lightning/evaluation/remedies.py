@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from rlhf_lightning.evaluation.plan import Setup, micro_batch, plan
+from rlhf_lightning.evaluation.plan import plan
+from rlhf_lightning.evaluation.setup import Setup, micro_batch
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.memory import BF16, FP32
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from rlhf_lightning.data.batching import BatchPlan
-from rlhf_lightning.evaluation.plan import Frozen, Machine, Rollout, Rows, Setup, micro_batch, plan
+from rlhf_lightning.evaluation.plan import plan
 from rlhf_lightning.evaluation.remedies import remedies
+from rlhf_lightning.evaluation.setup import Frozen, Machine, Rollout, Rows, Setup, micro_batch
 from rlhf_lightning.models.layout import cut_rows
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.memory import BF16, FP32
@@ -164,8 +165,8 @@ def test_a_cut_is_that_of_the_real_strategy():
     from transformers import AutoModelForCausalLM
 
     from rlhf_lightning.models.causal_lm import CausalLM
-    from rlhf_lightning.models.memory import skeleton, trained_share
     from rlhf_lightning.models.sharding import shard
+    from rlhf_lightning.models.skeleton import skeleton, trained_share
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
     try:
