@@ -12,6 +12,9 @@ While a rollout is collected the gradients are those of the last update.
 
 Activations fall while gradients rise, both block by block, so between beginning and end of a backward pass nothing
 larger occurs than at one of them.
+
+Rows are all alike and as long as asked. Families that are not built like Llama are counted as if they were; tensor
+parallelism as if it cut every weight; what GPUs' allocators round up, and NCCL holds, not at all.
 """
 
 from __future__ import annotations

@@ -39,8 +39,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "SmolLM2-1.7B": _SMOLLM2
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
     | {"num_key_value_heads": 32},
+    # Qwen team 2025 (2412.15115) and the model's card.
+    "Qwen2.5-1.5B": _SMALL
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    | {"num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072, "model_type": "qwen2"},
 }
-"""Architectures by the name of their base model; all are of transformers' "llama" family."""
+"""Architectures by the name of their base model, of transformers' "llama" family unless they say otherwise."""
 
 
 def published(name: str) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands.plan import placeholders
+from rlhf_lightning.commands.run_setup import reward_models
 
 ROOT = Path(__file__).resolve().parents[2]
 HARDWARE = ROOT / "experiments" / "hardware"
@@ -62,6 +63,40 @@ def test_experiments_and_hardware_overlays_are_planned_without_model_or_data():
     assert [role["name"] for role in found["roles"]] == ["policy", "reward model"]
     assert found["roles"][1]["parameters"] == 134_515_584
     assert list(found["bytes"])[:2] == ["sampling", "statistics"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "roles"),
+    [
+        ("kto", ["policy"]),
+        ("gkd", ["policy", "teacher"]),
+        ("tr_dpo", ["policy", "reference"]),
+        ("online_dpo", ["policy", "reward model"]),
+        ("on_policy_distillation", ["policy", "teacher", "reward model"]),
+        ("process_reward", ["reward model"]),
+        ("dapo", ["policy", "reward model"]),
+    ],
+)
+def test_every_family_has_the_models_that_it_loads(experiment, roles):
+    found = planned("--config", str(ROOT / "experiments" / "objectives" / f"{experiment}.yaml"))
+    assert [role["name"] for role in found["roles"]] == roles
+
+
+@pytest.mark.parametrize(
+    ("scorer", "expected"),
+    [
+        (
+            {"class_path": "WeightedSum", "init_args": {"scorers": ["a/model", "my.score"], "weights": [1, 2]}},
+            ["a/model"],
+        ),
+        ({"class_path": "LearnedScorer", "init_args": {"folder": "runs/reward/model"}}, ["runs/reward/model"]),
+        ("my_scores.brevity", []),
+        (len, []),
+        (None, []),
+    ],
+)
+def test_reward_models_are_found_in_what_a_scorer_is_made_of(scorer, expected):
+    assert reward_models(scorer) == expected
 
 
 def test_eight_billion_weights_are_planned_on_one_gpu_in_four_bits():

@@ -235,6 +235,7 @@ def test_what_can_never_fit_is_said_with_what_remains():
         ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
         ("HuggingFaceTB/SmolLM2-360M", 361_821_120),
         ("HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
     ],
 )
 def test_published_architectures_have_their_published_numbers_of_weights(name, count):
@@ -242,7 +243,7 @@ def test_published_architectures_have_their_published_numbers_of_weights(name, c
 
 
 def test_names_that_nobody_published_are_no_architecture():
-    assert published("somebody/else") is None and len(PUBLISHED) == 7
+    assert published("somebody/else") is None and len(PUBLISHED) == 8
 
 
 def test_a_config_is_read_from_text_file_and_folder(tmp_path):
