@@ -113,7 +113,7 @@ def failure_sentence(error: Exception) -> str | None:
         first = str(error).strip().splitlines()[0]
         return (
             f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
-            "or set model.activation_checkpointing=true or model.lora; `rlhf plan` with the same flags shows what takes it"
+            "or set model.activation_checkpointing=true or model.lora; `rlhf plan` shows what takes how much"
         )
     if name.startswith("Dist") or "/gloo/" in str(error):
         first = str(error).strip().splitlines()[0]

@@ -85,14 +85,20 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         cut = replace(machine, data_ranks=count, strategy="sharded", precision="bf16-mixed")
         yield f"--config experiments/hardware/fsdp.yaml --trainer.devices {count}", replace(setup, machine=cut)
     if machine.strategy == "sharded":
-        more = replace(machine, data_ranks=2 * machine.data_ranks)
-        flag = f"--trainer.strategy.data_parallel_size {more.data_ranks} on as many GPUs"
-        yield flag, replace(setup, machine=more)
+        for times in (2, 4, 8):
+            more = replace(machine, data_ranks=times * machine.data_ranks)
+            yield _on_ranks(more.data_ranks * more.tensor_ranks, more.data_ranks), replace(setup, machine=more)
     yield from _fewer_weights(setup)
     rows = setup.rows
     if setup.rollout is None and rows.length >= 512:
         shorter = replace(rows, prompt=rows.prompt // 2, completion=rows.completion // 2)
         yield f"--data.max_length {shorter.length}", replace(setup, rows=shorter)
+
+
+def _on_ranks(ranks: int, data_ranks: int) -> str:
+    """Flags of a run on so many GPUs, over several hosts where one has too few."""
+    hosts = f"{NODE} --trainer.num_nodes {math.ceil(ranks / NODE)}" if ranks > NODE else f"{ranks}"
+    return f"--trainer.devices {hosts} --trainer.strategy.data_parallel_size {data_ranks}"
 
 
 def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:

@@ -217,6 +217,15 @@ def test_where_no_single_change_does_several_are_put_together():
     assert len(found.flags) > 1 and found.peak <= 24 * 10**9
 
 
+def test_more_ranks_are_named_with_hosts_devices_and_mesh():
+    setup = replace(LLAMA, machine=Machine(gpu=True, data_ranks=8, strategy="sharded", precision="bf16-mixed"))
+    flags = [one.flags[0] for one in remedies(setup, plan(setup).peak - 1)]
+    assert "--trainer.devices 8 --trainer.num_nodes 2 --trainer.strategy.data_parallel_size 16" in flags
+    four = replace(setup, machine=replace(setup.machine, data_ranks=2))
+    flags = [one.flags[0] for one in remedies(four, plan(four).peak - 1)]
+    assert "--trainer.devices 4 --trainer.strategy.data_parallel_size 4" in flags
+
+
 def test_what_can_never_fit_is_said_with_what_remains():
     (found,) = remedies(replace(LLAMA, machine=Machine(gpu=True)), 10**9)
     assert found.peak > 10**9
