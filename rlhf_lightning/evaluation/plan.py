@@ -173,8 +173,7 @@ def plan(setup: Setup) -> Plan:
     gradients = FP32 * trained
     if machine.strategy == "ddp":
         always["gradient buckets"] = gradients
-    if machine.strategy == "sharded":
-        always["gathered weights"] = _gathered_bytes(setup, roles)
+    gathered = {"gathered weights": _gathered_bytes(setup, roles)} if machine.strategy == "sharded" else {}
     moments = _moments(setup, batch, roles, gradients)
     rows = setup.rows
     count = rows.groups * rows.completions
@@ -186,7 +185,10 @@ def plan(setup: Setup) -> Plan:
         Role(name, sum(p.size for p in one.parameters), trained_share(one.parameters), size)
         for (name, one, _, _), size in zip(roles, held, strict=True)
     )
-    whole = {name: {**always, **{k: v for k, v in parts.items() if v}} for name, parts in moments.items()}
+    passing = {name: {} if name == "update" else gathered for name in moments}  # the optimizer works on shards
+    whole = {
+        name: {**always, **passing[name], **{k: v for k, v in parts.items() if v}} for name, parts in moments.items()
+    }
     return Plan(tuple(described), batch, whole, tokens, _flops(setup, batch))
 
 
