@@ -32,6 +32,7 @@ TRAINING_COMMANDS = {
 }
 TOOL_COMMANDS = {
     "quickstart": Command("rlhf_lightning.commands.quickstart", "the whole pipeline on the embedded world, in minutes"),
+    "plan": Command("rlhf_lightning.commands.plan", "what memory and work a run would take, before it starts"),
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
     "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),
@@ -112,7 +113,7 @@ def failure_sentence(error: Exception) -> str | None:
         first = str(error).strip().splitlines()[0]
         return (
             f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
-            "or set model.activation_checkpointing=true or model.lora"
+            "or set model.activation_checkpointing=true or model.lora; `rlhf plan` shows what takes how much"
         )
     if name.startswith("Dist") or "/gloo/" in str(error):
         first = str(error).strip().splitlines()[0]

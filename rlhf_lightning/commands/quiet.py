@@ -37,6 +37,8 @@ SILENCED_WARNINGS = (
     r"You called `self.log\('step', .*",
     # Only some operations have a deterministic form; the default asks for it where it exists.
     r".*does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms.*",
+    # What peft asks transformers under a former name.
+    r"`is_gradient_checkpointing` is deprecated.*",
     # Internal to Lightning and torch, nothing a user could change.
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`LeafSpec`.*",

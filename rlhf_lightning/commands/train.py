@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -83,6 +83,7 @@ DESCRIPTIONS = {
     "validate": "Compute the metrics of the held-out rows, under val/.",
     "test": "Compute the metrics of the held-out rows, under test/.",
     "predict": "Write completions (policies) or scores (reward models) of the held-out prompts to predictions.jsonl.",
+    "plan": "Say what memory and work `rlhf fit` with these settings takes on each rank, and what would make it fit.",
 }
 
 PLAIN_CHECKPOINT_ERROR = "name the checkpoint's file, or continue a run with --resume RUN"
@@ -126,8 +127,12 @@ class RlhfCLI(LightningCLI):
         args: the command line, the command's name first.
     """
 
+    shown: ClassVar[str | None] = None
+    """What the command is called where that is not its name: `rlhf plan` reads the settings of `fit`."""
+
     def __init__(self, args: Sequence[str]) -> None:
         self.argv, name = list(args), args[0]
+        shown = self.shown or name
         self.folder: Path | None = None
         self.is_new_folder = False
         command = ["rlhf", *self.argv]
@@ -139,7 +144,7 @@ class RlhfCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=TrainParser,
             parser_kwargs=cast(
-                Any, {"prog": "rlhf", name: {"description": DESCRIPTIONS[name], "usage": usage_of(name)}}
+                Any, {"prog": "rlhf", name: {"description": DESCRIPTIONS[shown], "usage": usage_of(shown)}}
             ),
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -148,6 +153,12 @@ class RlhfCLI(LightningCLI):
         )
 
     # -- parsing ------------------------------------------------------------------------------------------------------
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Make the parser, which calls itself what the user called the command."""
+        super().setup_parser(*args, **kwargs)
+        for name, parser in self._subcommand_parsers.items():
+            parser.prog = f"rlhf {self.shown or name}"
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the command with the arguments of the trainer's method that are not for the command line.
@@ -172,7 +183,7 @@ class RlhfCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and check what can be checked before anything is loaded."""
         self.config = parser.parse_args(cast(Sequence[str], args))
-        self.refuse_clashes(self.config.subcommand, self.config[self.config.subcommand])
+        self.refuse_clashes(self.shown or self.config.subcommand, self.config[self.config.subcommand])
 
     def refuse_clashes(self, command: str, config: Namespace) -> None:
         """Refuse settings that Lightning would refuse later, or that would train wrongly without an error."""
