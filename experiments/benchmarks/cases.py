@@ -108,7 +108,7 @@ CASES = {
         ADAPTER,
     ),
     "grpo_full": Case(
-        "grpo", (Goal("", speed=1.5),), (*ROLLOUTS, "--group", "4", "--steps", "5"), {"ours": ()}
+        "grpo", (Goal("", speed=1.5),), (*ROLLOUTS, "--group", "4", "--steps", "5"), {"ours": BUDGET}
     ),
     "ppo_full": Case(
         "ppo",
@@ -117,7 +117,7 @@ CASES = {
             Goal("shared trunk", "shared", speed=1.4, memory=0.8),
         ),
         (*ROLLOUTS, "--epochs", "4", "--steps", "4"),
-        {"separate": ("--critic", "separate"), "shared": ("--critic", "shared")},
+        {"separate": (*BUDGET, "--critic", "separate"), "shared": (*BUDGET, "--critic", "shared")},
     ),
     "ppo_lora": Case(
         "ppo",
@@ -126,7 +126,10 @@ CASES = {
             Goal("shared trunk, 4 bits", "nf4", memory=1.0, memory_of="shared"),
         ),
         (*ROLLOUTS, "--epochs", "4", "--steps", "4", "--lora"),
-        {"shared": ("--critic", "shared"), "nf4": ("--critic", "shared", "--quantization", "nf4")},
+        {
+            "shared": (*BUDGET, "--critic", "shared"),
+            "nf4": (*BUDGET, "--critic", "shared", "--quantization", "nf4"),
+        },
     ),
     "ppo_small": Case(
         "ppo",
