@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_lightning import modules
 from rlhf_lightning.commands.objectives import objective_classes
-from rlhf_lightning.evaluation.convergence import converge, descend, policy_of
+from rlhf_lightning.evaluation.convergence import converge, descend, judged, policy_of
 from rlhf_lightning.evaluation.estimators import questions_of
 from rlhf_lightning.evaluation.verification import world_and_folder
 from rlhf_lightning.modules import CriticFreeModule
@@ -92,3 +92,51 @@ def test_sampled_training_comes_to_rest_where_exact_gradients_do(name: str):
     start = 0.5 * (world.problem.reference - target).abs().sum(-1)
     assert float(distance.max()) < 0.05, distance
     assert float(start.max()) > 0.2, "a target that is near the start would say nothing"
+
+
+def sampled(module: Any, rollouts: int, samples: int, groups: int = GROUPS) -> Tensor:
+    """Train on rollouts of every prompt and return the policy."""
+    world, _ = world_and_folder()
+    size = world.config.prompts * samples * groups
+    batches = [questions_of(world, groups, samples, size * number) for number in range(rollouts)]
+    module.trainer = quiet_trainer()
+    fit(module, [Step((batch,), size, 0) for batch in batches])
+    return policy_of(module, world)
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.5, 1.0])
+def test_nash_md_comes_to_rest_at_the_best_answer_to_its_opponent(mixture: float):
+    """The opponent of the policy reached: for 0 that policy itself, the equilibrium; for 1 the reference."""
+    world, folder = world_and_folder()
+    settings = {"temperature": 1.0, "max_new_tokens": 2, "kl_coef": 0.2, "learning_rate": 0.06, "lr_schedule": "linear"}
+    module = modules.NashMDModule(world.score, init_from=folder, mixture=mixture, **settings)
+    reached = sampled(module, ROLLOUTS, 1, 2 * GROUPS)
+    _, source, distance = judged(module, world, reached)
+    assert source == ("transcription" if mixture == 0.5 else "declared")
+    assert distance < 0.05
+    start = 0.5 * (world.problem.reference - reached).abs().sum(-1)
+    assert float(start.max()) > 0.1
+
+
+def test_distillation_on_samples_comes_to_rest_at_the_teacher(tmp_path: Any):
+    world, folder = world_and_folder()
+    teacher = world.write_teacher(tmp_path / "teacher")
+    module = modules.OnPolicyDistillationModule(
+        teacher, init_from=folder, max_new_tokens=2, learning_rate=0.06, lr_schedule="linear"
+    )
+    reached = sampled(module, ROLLOUTS, 1, 2 * GROUPS)
+    assert float((0.5 * (reached - world.problem.teacher).abs().sum(-1)).max()) < 0.05
+    assert float((0.5 * (world.problem.reference - world.problem.teacher).abs().sum(-1)).max()) > 0.1
+
+
+def test_gkd_on_samples_alone_comes_to_rest_at_the_teacher(tmp_path: Any):
+    world, folder = world_and_folder()
+    teacher = world.write_teacher(tmp_path / "teacher")
+    module = modules.GKDModule(
+        teacher, init_from=folder, on_policy_fraction=1.0, max_new_tokens=2, learning_rate=0.05, lr_schedule="linear"
+    )
+    module.trainer = quiet_trainer()
+    batch = world.demonstrations(world.problem.reference)
+    fit(module, [Step((batch,), len(batch.weights), 2 * len(batch.weights))] * ROLLOUTS)
+    distance = 0.5 * (policy_of(module, world) - world.problem.teacher).abs().sum(-1)
+    assert float(distance.max()) < 0.05, distance

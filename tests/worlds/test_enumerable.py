@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.sampling import SamplingSettings, sample
-from rlhf_lightning.modules import OnlineDPOModule, PPOModule, XPOModule
+from rlhf_lightning.modules import IterativeDPOModule, OnlineDPOModule, PPOModule, XPOModule
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.types import PromptBatch, Step
 from rlhf_lightning.worlds.enumerable import END, EnumerableWorld
@@ -116,13 +116,20 @@ def paired_questions(world: EnumerableWorld, pairs: int, rollout: int) -> Prompt
     return batch._replace(group=torch.arange(len(batch.prompts)) // 2)
 
 
-@pytest.mark.parametrize("kind", [OnlineDPOModule, XPOModule])
-def test_sampled_online_preferences_come_close_to_the_optimum(world: EnumerableWorld, folder: str, kind: Any) -> None:
+ONE_ROUND = {"rollouts_per_round": 1000}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(OnlineDPOModule, {}), (IterativeDPOModule, ONE_ROUND), (XPOModule, {})]
+)
+def test_sampled_online_preferences_come_close_to_the_optimum(
+    world: EnumerableWorld, folder: str, kind: Any, settings: dict[str, Any]
+) -> None:
     """128 pairs a rollout with soft labels: sampling, pairing, the module's own updates."""
     beta = 0.5
     module = kind(
         init_from=folder, scorer=world.score, max_new_tokens=2, beta=beta, soft_labels=True, temperature=1.0,
-        learning_rate=5e-2,
+        learning_rate=5e-2, **settings,
     )  # fmt: skip
     steps = [Step((paired_questions(world, 64, i),), 256, 0) for i in range(80)]
     fit(module, steps)
