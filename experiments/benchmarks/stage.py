@@ -110,6 +110,7 @@ def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "model.lr_schedule": "linear",
         "model.warmup": 0,
         "model.max_grad_norm": 1.0,
+        "model.adam_eps": 1e-8,
         "data.source": rows_of(args, scratch),
         "data.batch_size": args.batch,
         "data.shuffle": "false",
