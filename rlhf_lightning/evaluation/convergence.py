@@ -172,9 +172,7 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
     copies = None if getattr(module, "weighs_rows", True) else coupled_targets.COPIES
     batches: dict[type, Callable[[], Any]] = {
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
-        PreferenceBatch: lambda: world.preferences(
-            None if getattr(module, "weighs_rows", True) else coupled_targets.COPIES
-        ),
+        PreferenceBatch: lambda: world.preferences(copies),
         RankedBatch: world.rankings,
         ProcessBatch: world.judged_steps,
         UnpairedBatch: world.judgements,

@@ -16,7 +16,7 @@ from scipy.special import log_expit, log_softmax
 from rlhf_lightning.evaluation.targets import Array, Population
 
 COPIES = 3
-"""How often a pair is in the data, both its orders together and halved: times the probability of its label."""
+"""A pair is in the data 2 * COPIES times, dealt to its two orders by the probability of either, rounded."""
 
 
 class Pairs(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
-from rlhf_lightning.models.decoding import Mixture
-from rlhf_lightning.models.sampling import Completions, SamplingEngine, SamplingSettings, draw, refuse_empty
+from rlhf_lightning.models.sampling import Completions, Request, SamplingEngine, SamplingSettings, draw
 from rlhf_lightning.models.sharding import is_sharded
 
 
@@ -23,24 +22,14 @@ class GenerateEngine(SamplingEngine):
     family overrides ``generate``, and to compare with.
     """
 
-    def sample(
-        self,
-        model: CausalLM,
-        prompts: Sequence[Tensor],
-        episodes: Tensor,
-        settings: SamplingSettings,
-        seed: int,
-        end_ids: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
-        mixture: Mixture | None = None,
-    ) -> Completions:
-        """Sample one completion for each prompt, see `SamplingEngine.sample`.
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw the completions.
 
         Raises:
-            ValueError: a prompt is empty; a mixture is asked for, or weights are cut over ranks.
+            ValueError: a mixture is asked for, or weights are cut over ranks.
         """
-        refuse_empty(prompts)
-        if mixture is not None:
+        prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
+        if request.mixture is not None:
             raise ValueError("generate reads with one model: a mixture needs the SlotEngine")
         if is_sharded(model):
             raise ValueError("generate calls a model without its root, which gathers cut weights: use the SlotEngine")
@@ -51,7 +40,7 @@ class GenerateEngine(SamplingEngine):
         with inference_mode_of(model), _own_generation_config(model.model):
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
-                drawer = _Drawer(settings, seed, episodes[rows].to(next(model.parameters()).device))
+                drawer = _Drawer(settings, request.seed, request.episodes[rows].to(next(model.parameters()).device))
                 tokens = _generate(model, [prompts[row] for row in rows], settings, end_ids, drawer)
                 scores = torch.stack(drawer.logprobs, -1).cpu()
                 stops = torch.isin(tokens, torch.tensor(list(end_ids)))
@@ -59,8 +48,8 @@ class GenerateEngine(SamplingEngine):
                     finished[row] = stop.any()
                     count = int(stop.int().argmax()) + 1 if finished[row] else len(drawn)
                     ids[row], logprobs[row] = drawn[:count], score[:count]
-                if on_progress is not None:
-                    on_progress(len(rows))
+                if request.on_progress is not None:
+                    request.on_progress(len(rows))
         return Completions(tuple(ids), tuple(logprobs), finished)
 
 

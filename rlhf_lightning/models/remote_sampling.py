@@ -16,7 +16,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.models.adapters import POLICY, active_adapter, adapter_weights
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
-from rlhf_lightning.models.decoding import Mixture
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
-from rlhf_lightning.models.sampling import Completions, SamplingEngine, SamplingSettings, refuse_empty
+from rlhf_lightning.models.sampling import Completions, Request, SamplingEngine, SamplingSettings
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.types import Sequences
 
@@ -103,38 +102,28 @@ class RemoteEngine(SamplingEngine):
             self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
         return self._tokenizer
 
-    def sample(
-        self,
-        model: CausalLM,
-        prompts: Sequence[Tensor],
-        episodes: Tensor,
-        settings: SamplingSettings,
-        seed: int,
-        end_ids: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
-        mixture: Mixture | None = None,
-    ) -> Completions:
-        """Sample one completion for each prompt, see `SamplingEngine.sample`.
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw the completions.
 
         Raises:
-            ValueError: a prompt is empty or no text that the server would read as the same tokens; a mixture is asked
-                for; or the server cannot have the policy's weights.
+            ValueError: a prompt is no text that the server would read as the same tokens; a mixture is asked for; or
+                the server cannot have the policy's weights.
             ServerError: the server cannot be reached, or its answer is no completion.
         """
-        refuse_empty(prompts)
-        if mixture is not None:
+        prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
+        if request.mixture is not None:
             raise ValueError("a server samples from one model: a mixture needs the SlotEngine")
         name = self._name_of(model)
         bodies = [
-            self._request(name, prompt, settings, _seed_of(seed, int(episode)), end_ids)
-            for prompt, episode in zip(prompts, episodes, strict=True)
+            self._request(name, prompt, settings, _seed_of(request.seed, int(episode)), end_ids)
+            for prompt, episode in zip(prompts, request.episodes, strict=True)
         ]
         drawn: list[_Drawn] = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
             for answer in pool.map(lambda body: self.server.post("/v1/completions", body), bodies):
                 drawn.append(self._completion(answer, settings, end_ids))
-                if on_progress is not None:
-                    on_progress(1)
+                if request.on_progress is not None:
+                    request.on_progress(1)
         ids = tuple(one.ids for one in drawn)
         finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
         if not self.reports_logprobs:

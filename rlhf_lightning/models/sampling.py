@@ -76,8 +76,30 @@ class Completions(NamedTuple):
     finished: Tensor
 
 
+class Request(NamedTuple):
+    """What an engine is asked for, see `SamplingEngine.sample`.
+
+    Attributes:
+        prompts: token ids of each prompt, int64; none is empty.
+        episodes: number of each episode, int64, shape (rows,).
+        settings: temperature, length limit.
+        seed: seed of the run.
+        end_ids: tokens that end a completion.
+        on_progress: called with the number of completions that have just finished.
+        mixture: a second model to sample from together with the first; None samples from the first alone.
+    """
+
+    prompts: Sequence[Tensor]
+    episodes: Tensor
+    settings: SamplingSettings
+    seed: int
+    end_ids: Sequence[int]
+    on_progress: Callable[[int], None] | None
+    mixture: Mixture | None
+
+
 class SamplingEngine(ABC):
-    """What draws completions from a policy.
+    """What draws completions from a policy; an engine defines `complete`.
 
     An engine may compute on other kernels, in another process or on other machines; a subclass says by ``exact`` and
     ``reports_logprobs`` what that means for learning from its samples.
@@ -90,7 +112,6 @@ class SamplingEngine(ABC):
     reports_logprobs: bool = True
     """Whether log-probabilities are the ones that the engine drew with; importance correction needs them."""
 
-    @abstractmethod
     def sample(
         self,
         model: CausalLM,
@@ -117,6 +138,15 @@ class SamplingEngine(ABC):
         Raises:
             ValueError: a prompt is empty, so there is nothing to predict from.
         """
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError(
+                "a prompt is empty: the first token of a completion is predicted from the prompt's last one"
+            )
+        return self.complete(model, Request(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
+
+    @abstractmethod
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw what `sample` asks for."""
 
 
 class SlotEngine(SamplingEngine):
@@ -126,36 +156,16 @@ class SlotEngine(SamplingEngine):
     addressed by (seed, e, t), so the episodes do not depend on the slots, their order or the ranks.
     """
 
-    def sample(
-        self,
-        model: CausalLM,
-        prompts: Sequence[Tensor],
-        episodes: Tensor,
-        settings: SamplingSettings,
-        seed: int,
-        end_ids: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
-        mixture: Mixture | None = None,
-    ) -> Completions:
-        """Sample one completion for each prompt, see `SamplingEngine.sample`."""
-        refuse_empty(prompts)
-        run = _Run(model, prompts, episodes, settings, seed, end_ids, on_progress, mixture)
-        with inference_mode_of(model), in_step(model, partial(pass_for_nothing, model, mixture)) as before_pass:
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw the completions, all ranks making their passes together where weights are cut over them."""
+        run = _Run(model, request)
+        idle = partial(pass_for_nothing, model, request.mixture)
+        with inference_mode_of(model), in_step(model, idle) as before_pass:
             return run.finish(before_pass)
 
 
-def sample(
-    model: CausalLM,
-    prompts: Sequence[Tensor],
-    episodes: Tensor,
-    settings: SamplingSettings,
-    seed: int,
-    end_ids: Sequence[int],
-    on_progress: Callable[[int], None] | None = None,
-    mixture: Mixture | None = None,
-) -> Completions:
-    """Sample one completion for each prompt with the engine of this process, see `SlotEngine`."""
-    return SlotEngine().sample(model, prompts, episodes, settings, seed, end_ids, on_progress, mixture)
+sample = SlotEngine().sample
+"""Sample one completion for each prompt with the engine of this process."""
 
 
 def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngine:
@@ -181,12 +191,6 @@ def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngi
     return made
 
 
-def refuse_empty(prompts: Sequence[Tensor]) -> None:
-    """Raise a ValueError if a prompt is empty."""
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt is empty: the first token of a completion is predicted from the prompt's last one")
-
-
 class _Run:
     """Prompts on their way through the slots of a batch.
 
@@ -194,20 +198,13 @@ class _Run:
     an end token. Drawn tokens stay on the device until all are done.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        prompts: Sequence[Tensor],
-        episodes: Tensor,
-        settings: SamplingSettings,
-        seed: int,
-        end_ids: Sequence[int],
-        on_progress: Callable[[int], None] | None,
-        mixture: Mixture | None,
-    ) -> None:
-        self.prompts, self.settings, self.seed, self.on_progress = prompts, settings, seed, on_progress
+    def __init__(self, model: CausalLM, request: Request) -> None:
+        prompts, settings = request.prompts, request.settings
+        self.prompts, self.settings, self.seed = prompts, settings, request.seed
+        self.on_progress = request.on_progress
         self.device = next(model.parameters()).device
-        self.episodes, self.ends = episodes.to(self.device), torch.tensor(list(end_ids), device=self.device)
+        self.episodes = request.episodes.to(self.device)
+        self.ends = torch.tensor(list(request.end_ids), device=self.device)
         self.keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
         first: dict[bytes, int] = {}
         for row, key in enumerate(self.keys):
@@ -216,7 +213,7 @@ class _Run:
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), first[self.keys[row]], row))
         self.waiting = deque(order)
         self.slots = min(settings.batch_size or len(prompts), len(prompts))
-        self.reader = reader_of(model, self.slots, settings.max_new_tokens, mixture)
+        self.reader = reader_of(model, self.slots, settings.max_new_tokens, request.mixture)
         self.held: dict[bytes, tuple[Prefix, int]] = {}  # prompts that have been read and are still waited for
         self._clear()
         # Of each completion:
