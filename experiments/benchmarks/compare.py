@@ -1,7 +1,7 @@
 """Our stages, the peer's and the limit, run in turn on the same rows: how fast, how close, how much memory.
 
-    python experiments/benchmarks/compare.py --model DIR --data PAIRS.jsonl --peer-python PEER/bin/python \
-        --peer-script trl_stages.py --limit-script limit.py [--only dpo_lora ...] [--repeats 3]
+    python experiments/benchmarks/compare.py --model DIR --data PAIRS.jsonl --conversations PAIRS.jsonl \
+        --peer-python PEER/bin/python --peer-script trl_stages.py --limit-script limit.py [--only CASE ...] [--repeats 3]
 
 Runs every case of cases.py as A B C A B C, each run a process of its own with a time limit. What has run is kept under
 ``runs/benchmarks`` and not run again, as long as code, commands and versions of that side stay what they were; so a
@@ -60,11 +60,15 @@ class Bench:
             return written("scored", self.folder / "folders" / "scored", self.args.model)
         return self.args.model
 
+    def data_of(self, case: Case) -> Path:
+        """Return the rows of a case: the peer's PPO reads conversations alone."""
+        return self.args.conversations if case.stage == "ppo" and self.args.conversations else self.args.data
+
     def command(self, name: str, side: str) -> list[str]:
         """Return the command line of a side of a case."""
         case = CASES[name]
         model = self.model_of(case, side)
-        data = model / "prompts.jsonl" if case.model == "small" else self.args.data
+        data = model / "prompts.jsonl" if case.model == "small" else self.data_of(case)
         shared = [case.stage, "--model", str(model), "--data", str(data)]
         if side == LIMIT:
             assert case.limit is not None
@@ -252,6 +256,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder that all sides start from")
     parser.add_argument("--data", type=Path, required=True, help="JSONL with prompt, chosen and rejected")
+    parser.add_argument("--conversations", type=Path, default=None, help="the same for PPO, whose prompts are messages")
     parser.add_argument("--peer-python", type=Path, required=True, help="Python of the peer's environment")
     parser.add_argument("--ppo-python", type=Path, default=None, help="the same for PPO, where it is another")
     parser.add_argument("--peer-script", type=Path, required=True, help="the peer's stages as one script")
@@ -264,7 +269,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "results.md")
     parser.add_argument("--write-only", action="store_true", help="run nothing, write the page from what is kept")
     args = parser.parse_args()
-    for name in ("model", "data", "peer_python", "ppo_python", "peer_script", "limit_script"):
+    for name in ("model", "data", "conversations", "peer_python", "ppo_python", "peer_script", "limit_script"):
         path = getattr(args, name)
         if path is not None and not path.exists():
             parser.error(f"there is no {path}")

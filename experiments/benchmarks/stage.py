@@ -152,7 +152,7 @@ def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "model.missing_eos_score": "null",
         }
     if args.no_sharing:
-        chosen["model.share_prompts"] = "false"
+        chosen["model.pack_rows"] = "false"
     if args.stage == "dpo":
         chosen["model.cache_reference"] = "true"
     return chosen | dict(further.split("=", 1) for further in args.set)

@@ -73,7 +73,7 @@ def setup_of(module: Any, datamodule: Any, trainer: Namespace, assumed: Any) -> 
         rollout=rollout,
     )
     setup = with_frozen(setup, module, settings)
-    return replace(setup, shares_prompts=module.share_prompts and trained_skeleton(setup).shares_prompts)
+    return replace(setup, packs_rows=module.pack_rows and trained_skeleton(setup).packs_rows)
 
 
 def _continued(folder: str, lora: LoraSettings) -> LoraSettings:

@@ -51,7 +51,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         as_chat: make plain text a user's turn and an assistant's turn of the chat template.
         batch_size: rows of an optimizer step, over all ranks.
         micro_batch_size: most rows of one forward pass on one rank; None for no bound.
-        max_tokens: most tokens of one forward pass on one rank, pads included; None for no bound.
+        max_tokens: most tokens of one forward pass on one rank, pads included where the module packs no rows; None for
+            no bound.
         max_length: most tokens of prompt and completion; longer rows are truncated, see `tokenization.truncate`.
         max_prompt_length: most tokens of the prompt; None leaves it to ``max_length``.
         shuffle: whether each epoch has an order of its own; otherwise rows come as the source has them.
@@ -278,11 +279,11 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def _plan(self, store: RowStore, rows: np.ndarray, epoch: int = 0, **changes: Any) -> BatchPlan:
         settings: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last}
-        shares = self.trainer is not None and getattr(self.trainer.lightning_module, "shares_prompts", False)
-        lengths = store.shared_lengths if shares else store.lengths
+        packed = self.trainer is not None and getattr(self.trainer.lightning_module, "packs_rows", False)
+        lengths = store.shared_lengths if packed else store.lengths
         return BatchPlan(
             lengths[rows], store.tokens[rows], micro_batch_size=self.micro_batch_size, max_tokens=self.max_tokens,
-            ranks=self.ranks[1], seed=self.seed, epoch=epoch, **{**settings, **changes},
+            ranks=self.ranks[1], seed=self.seed, epoch=epoch, packed=packed, **{**settings, **changes},
         )  # fmt: skip
 
     def train_dataloader(self) -> StepLoader:

@@ -45,13 +45,14 @@ class BatchPlan:
         tokens: supervised tokens of each row.
         batch_size: rows of an optimizer step over all ranks.
         micro_batch_size: most rows of a micro-batch.
-        max_tokens: most tokens of a micro-batch, pads included (rows times the longest); a row longer than that alone
-            makes a micro-batch of its own.
+        max_tokens: most tokens of a micro-batch, pads included (rows times the longest) unless rows are packed; a row
+            longer than that alone makes a micro-batch of its own.
         ranks: number of data-parallel ranks.
         seed: seed of the order.
         epoch: number of the epoch; each has an order of its own.
         shuffle: whether rows are shuffled; otherwise steps take them as they come.
         drop_last: whether a last step with fewer than ``batch_size`` rows is left out.
+        packed: whether the model reads rows laid end to end, see `models.layout.packed_layout`, so that none is padded.
 
     Raises:
         ValueError: if a size is not positive, or there is no row.
@@ -70,6 +71,7 @@ class BatchPlan:
         epoch: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        packed: bool = False,
     ) -> None:
         for name, size in (("batch_size", batch_size), ("ranks", ranks)):
             if size < 1:
@@ -90,6 +92,7 @@ class BatchPlan:
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens
         self.ranks = ranks
+        self.packed = packed
         self.steps = count // batch_size if drop_last else -(-count // batch_size)
         self.order = shuffled(count, seed, epoch) if shuffle else np.arange(count)
 
@@ -109,49 +112,53 @@ class BatchPlan:
         by_length = rows[np.argsort(-self.lengths[rows], kind="stable")]
         cuts = self._cut(self.lengths[by_length].tolist())
         groups = [tuple(by_length[start:stop].tolist()) for start, stop in cuts]
-        mine = _dealt([self._cost(group) for group in groups], self.ranks)[rank]
+        costs = [self._cells(self.lengths[list(group)].tolist()) for group in groups]
+        mine = _dealt(costs, self.ranks)[rank]
         return PlannedStep(tuple(groups[i] for i in mine), len(rows), int(self.tokens[rows].sum()))
 
-    def _cost(self, group: tuple[int, ...]) -> int:
-        return len(group) * int(self.lengths[group[0]]) if group else 0
+    def _cells(self, lengths: list[int]) -> int:
+        """Cells that a micro-batch takes, by its lengths in falling order."""
+        if self.packed or not lengths:
+            return sum(lengths)
+        return len(lengths) * lengths[0]
 
     def _cut(self, lengths: list[int]) -> list[tuple[int, int]]:
         """Cut lengths in falling order into micro-batches, as few as the limits allow and a multiple of the ranks."""
-        most = self.micro_batch_size or len(lengths)
         limit = self.max_tokens or sum(lengths) + lengths[0] * len(lengths)
-        wanted = self.ranks * -(-len(_filled(lengths, limit, most)) // self.ranks)
+        wanted = self.ranks * -(-len(self._filled(lengths, limit)) // self.ranks)
         if wanted == 1:
             return [(0, len(lengths))]
-        low, high = lengths[0], max(limit, lengths[0])
+        low, high = 1, limit
         while low < high:  # the smallest token limit that needs no more micro-batches
             middle = (low + high) // 2
-            if len(_filled(lengths, middle, most)) <= wanted:
+            if len(self._filled(lengths, middle)) <= wanted:
                 high = middle
             else:
                 low = middle + 1
-        cuts = _filled(lengths, low, most)
+        cuts = self._filled(lengths, low)
         while len(cuts) < wanted:
-            widest = max(range(len(cuts)), key=lambda i: (cuts[i][1] - cuts[i][0] > 1, _width(lengths, cuts[i])))
-            start, stop = cuts[widest]
+            sizes = [(stop - start > 1, self._cells(lengths[start:stop])) for start, stop in cuts]
+            largest = sizes.index(max(sizes))
+            start, stop = cuts[largest]
             middle = (start + stop) // 2 if stop - start > 1 else stop
-            cuts[widest : widest + 1] = [(start, middle), (middle, stop)]
+            cuts[largest : largest + 1] = [(start, middle), (middle, stop)]
         return cuts
 
-
-def _width(lengths: list[int], cut: tuple[int, int]) -> int:
-    start, stop = cut
-    return (stop - start) * lengths[start] if stop > start else 0
-
-
-def _filled(lengths: list[int], limit: int, most: int) -> list[tuple[int, int]]:
-    """Fill micro-batches one after the other, longest rows first: the fewest that the limits allow."""
-    cuts, start = [], 0
-    while start < len(lengths):
-        fit = max(1, min(most, limit // max(lengths[start], 1)))
-        stop = min(start + fit, len(lengths))
-        cuts.append((start, stop))
-        start = stop
-    return cuts
+    def _filled(self, lengths: list[int], limit: int) -> list[tuple[int, int]]:
+        """Fill micro-batches one after the other, longest rows first: the fewest that the limits allow."""
+        most = self.micro_batch_size or len(lengths)
+        cuts, start = [], 0
+        while start < len(lengths):
+            stop = start + 1
+            cells = lengths[start]
+            while stop < len(lengths) and stop - start < most:
+                cells = cells + lengths[stop] if self.packed else (stop - start + 1) * lengths[start]
+                if cells > limit:
+                    break
+                stop += 1
+            cuts.append((start, stop))
+            start = stop
+        return cuts
 
 
 def _dealt(costs: list[int], ranks: int) -> list[list[int]]:

@@ -164,7 +164,7 @@ def _targets(lora: LoraSettings | None) -> frozenset[str]:
 
 def plan(setup: Setup) -> Plan:
     """Return what a run would take."""
-    batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.shares_prompts)
+    batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
     machine, roles = setup.machine, _roles(setup)
     tensor = machine.tensor_ranks
     held = [weight_bytes(one.parameters, size, kind, machine.cuts) // tensor for _, one, size, kind in roles]
@@ -269,7 +269,7 @@ def _rollout_moments(setup: Setup, block: Block, how: Pass, gradients: int) -> d
     mine = math.ceil(setup.rollout.prompts * rows.completions / machine.data_ranks)
     slots = min(setup.rollout.slots or mine, mine)
     whole = replace(rows, groups=setup.rollout.prompts)
-    batch = micro_batch(whole, machine.data_ranks, setup.shares_prompts)
+    batch = micro_batch(whole, machine.data_ranks, setup.packs_rows)
     judged = [_forward(block, how, batch, not setup.scalar)]
     judged += [_aside(setup, batch, frozen) for frozen in setup.frozen if frozen.judges]
     scored = max(min(mine, SCORED_CELLS // rows.length), 1)

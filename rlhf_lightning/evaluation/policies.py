@@ -106,7 +106,7 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
     device, totals = next(policy.parameters()).device, torch.zeros(len(sequences.completions))
     with inference_mode_of(policy), inference_mode_of(reference):
         share = policy.reads_trees and reference.reads_trees
-        for rows in cut_sequences(sequences, max_tokens=MAX_TOKENS, share_prompts=share):
+        for rows in cut_sequences(sequences, max_tokens=MAX_TOKENS, pack_rows=share):
             layout = lay_out(select(sequences, rows), share).to(device)
             tokens = kl_k1(policy(layout, temperature).logprobs, reference(layout, temperature).logprobs)
             totals[rows] = tokens.sum(-1).cpu()

@@ -103,7 +103,7 @@ def _on_ranks(ranks: int, data_ranks: int) -> str:
 
 def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Yield bounds of a half, a quarter ... of the micro-batch's cells, down to one row."""
-    batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.shares_prompts)
+    batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
     owner = "data" if setup.rollout is None else "model"
     for halvings in range(1, 1 + math.floor(math.log2(max(batch.rows, 1)))):
         cells = batch.width * max(batch.rows >> halvings, 1)

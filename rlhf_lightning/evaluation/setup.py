@@ -122,7 +122,7 @@ class Setup:
         bytes: of an element of the adapter's backbone.
         checkpointing: whether activations are recomputed.
         eager: whether attention is written out.
-        shares_prompts: whether a prompt is computed once for its completions.
+        packs_rows: whether a prompt is computed once for its completions.
         critic: "separate", "shared", "adapter" or None.
         adapters: further frozen adapters on the backbone.
         adapter_reference: whether the policy without its adapter forwards every micro-batch too.
@@ -139,7 +139,7 @@ class Setup:
     bytes: int = FP32
     checkpointing: bool = False
     eager: bool = False
-    shares_prompts: bool = True
+    packs_rows: bool = True
     critic: str | None = None
     adapters: int = 0
     adapter_reference: bool = False
@@ -170,17 +170,17 @@ class MicroBatch(NamedTuple):
         return self.rows * self.width
 
 
-def micro_batch(rows: Rows, ranks: int, shares_prompts: bool) -> MicroBatch:
+def micro_batch(rows: Rows, ranks: int, packs_rows: bool) -> MicroBatch:
     """Cut an optimizer step of equal rows as the data's plan and the rollouts' do.
 
     Args:
         rows: what the step learns from.
         ranks: ranks that share it.
-        shares_prompts: whether a prompt may be computed once for its completions.
+        packs_rows: whether a prompt may be computed once for its completions.
     """
     most, limit = rows.micro_batch_size or math.inf, rows.max_tokens or math.inf
     members = 1
-    if shares_prompts and rows.completions > 1:
+    if packs_rows and rows.completions > 1:
         members = min(rows.completions, max((WIDEST - rows.prompt) // rows.completion, 1))
         if rows.parts_groups:
             members = int(min(members, most, max((limit - rows.prompt) // rows.completion, 1)))

@@ -121,7 +121,7 @@ class CausalLM(nn.Module):
 
     @property
     def reads_trees(self) -> bool:
-        """Whether a prompt can be computed once for all its completions, see `models.layout.shared_layout`."""
+        """Whether the model can read rows of several sequences, see `models.layout.packed_layout`."""
         return reads_trees(self.model)
 
     @property

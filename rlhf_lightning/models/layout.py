@@ -2,17 +2,19 @@
 
 A layout is the token ids to feed and three index vectors that say where each supervised completion token is predicted.
 Everything downstream (log-probabilities, values, scores) uses the indices alone, so that a padded layout can be
-exchanged for a prompt-sharing one without another line changing.
+exchanged for a packed one without another line changing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_lightning.models.attention import Block
+from rlhf_lightning.models.packing import blocks_of, tree_width, trees_of
 from rlhf_lightning.types import Sequences
 
 
@@ -28,8 +30,8 @@ class Layout(NamedTuple):
         completion_mask: bool, shape (completions, length), True on supervised tokens.
         positions: position of each cell in its own sequence, int64, shape (rows, width); None where cells count on from
             the start of their row.
-        attention: bool, True where a cell may look at another, shape (rows, 1, width, width); None where each looks at
-            all cells before it.
+        blocks: of the one row that all sequences are laid in, each of which attends within itself; None where each cell
+            looks at all cells of its row before it.
     """
 
     input_ids: Tensor
@@ -39,12 +41,19 @@ class Layout(NamedTuple):
     last: Tensor
     completion_mask: Tensor
     positions: Tensor | None = None
-    attention: Tensor | None = None
+    blocks: tuple[Block, ...] | None = None
 
     def to(self, device: torch.device) -> Layout:
         """Return the same layout on ``device``."""
-        moved = {name: part.to(device, non_blocking=True) for name, part in self._asdict().items() if part is not None}
-        return Layout(**moved)
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        parts = {name: moved(part) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        if self.blocks is not None:
+            masks = [None if block.mask is None else moved(block.mask) for block in self.blocks]
+            parts["blocks"] = tuple(block._replace(mask=mask) for block, mask in zip(self.blocks, masks, strict=True))
+        return self._replace(**parts)
 
     def with_end_state(self) -> Layout:
         """Add a slot after each completion for the state whose input is its last token: length grows by one."""
@@ -69,19 +78,23 @@ class Layout(NamedTuple):
         return grid.index_put((self.cells,), values).view(self.completion_mask.shape)
 
 
-def lay_out(sequences: Sequences, share_prompts: bool) -> Layout:
-    """Lay sequences out in the arrangement that feeds the model less.
+def lay_out(sequences: Sequences, pack_rows: bool) -> Layout:
+    """Lay sequences out in the arrangement that costs the model less.
 
     Args:
         sequences: prompts and completions.
-        share_prompts: whether the model can read a prompt once for all its completions, see `shared_layout`.
+        pack_rows: whether the model can read packed rows, see `packed_layout`.
     """
-    if share_prompts and len(sequences.completions) > 1:
-        trees = list(_trees(sequences))
-        shared = len(trees) * max(_tree_width(sequences, members) for members in trees)
-        if shared < len(sequences.completions) * max(sequences.lengths):
-            return shared_layout(sequences)
+    if pack_rows and sequences.completions:
+        trees = list(trees_of(sequences))
+        cells = len(sequences.completions) * max(sequences.lengths)
+        if sum(tree_width(sequences, members) for members in trees) < (1 - FEW_PADS) * cells:
+            return packed_layout(sequences, trees)
     return padded_layout(sequences)
+
+
+FEW_PADS = 1 / 16
+"""Share of a padded layout's cells that pads may take before packing pays: it attends in more, smaller pieces."""
 
 
 def padded_layout(sequences: Sequences) -> Layout:
@@ -117,84 +130,67 @@ def padded_layout(sequences: Sequences) -> Layout:
     return Layout(input_ids, positions - 1, input_ids.flatten()[positions], cells, last, completion_mask)
 
 
-def shared_layout(sequences: Sequences) -> Layout:
-    """Lay each prompt in a row once, its completions behind it one after the other: a tree of depth two.
+def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layout:
+    """Lay trees end to end in one row: each a prompt once, its completions behind it one after the other.
 
     A completion's tokens look at the prompt and at their own completion up to themselves, and their positions count on
-    from the prompt, so that each completion is computed as if it stood alone. Equal prompts are one, however the
-    sequences name them. Where a row would grow wider than `WIDEST`, whose attention would cost more than it saves, the
-    prompt is written again for the rest of its completions.
+    from the prompt, so that each completion is computed as if it stood alone.
+
+    Args:
+        sequences: prompts and completions.
+        trees: the completions of each tree, see `models.packing.trees_of`.
 
     Raises:
         ValueError: a completion is empty.
     """
     if any(len(completion) == 0 for completion in sequences.completions):
         raise ValueError("a completion is empty: drop such rows before they reach the model")
-    trees = list(_trees(sequences))
-    width = max((_tree_width(sequences, members) for members in trees), default=1)
-    length = max((len(completion) for completion in sequences.completions), default=1)
-    input_ids = torch.zeros(len(trees), width, dtype=torch.long)
-    positions = torch.zeros(len(trees), width, dtype=torch.long)
-    branch = torch.full((len(trees), width), FREE)  # which completion a cell belongs to
-    completion_mask = torch.zeros(len(sequences.completions), length, dtype=torch.bool)
-    starts = torch.zeros(len(sequences.completions), dtype=torch.long)  # flat index of each completion's first token
-    roots = torch.zeros(len(sequences.completions), dtype=torch.long)  # and of the prompt's last, which predicts it
-    for row, members in enumerate(trees):
+    count = len(sequences.completions)
+    ids: list[Tensor] = []  # of prompts and completions as they stand in the row: the pieces
+    first: list[int] = []  # the position of each piece's first token
+    piece_of = torch.zeros(count, dtype=torch.long)
+    prompt_of = torch.zeros(count, dtype=torch.long)
+    for members in trees:
         prompt = sequences.prompts[sequences.parents[members[0]]]
-        stop = len(prompt)
-        input_ids[row, :stop], positions[row, :stop] = prompt, torch.arange(stop)
-        branch[row, :stop] = PROMPT
-        for member in members:
-            ids, start = sequences.completions[member], stop
-            stop = start + len(ids)
-            input_ids[row, start:stop] = ids
-            branch[row, start:stop] = member
-            positions[row, start:stop] = torch.arange(len(prompt), len(prompt) + len(ids))
-            completion_mask[member, : len(ids)] = sequences.supervised[member]
-            starts[member], roots[member] = row * width + start, row * width + len(prompt) - 1
-            completion_mask[member, 0] &= len(prompt) > 0
+        prompt_of[list(members)] = len(ids)
+        piece_of[list(members)] = torch.arange(len(ids) + 1, len(ids) + 1 + len(members))
+        ids += [prompt, *(sequences.completions[member] for member in members)]
+        first += [0, *[len(prompt)] * len(members)]
+    sizes = torch.tensor([len(piece) for piece in ids])
+    starts = sizes.cumsum(0) - sizes
+    input_ids = torch.cat(ids).long()
+    positions = torch.arange(len(input_ids)) - (starts - torch.tensor(first)).repeat_interleave(sizes)
+
+    lengths = sizes[piece_of]
+    length = int(lengths.max())
+    completion_mask = torch.zeros(count, length, dtype=torch.bool)
+    completion_mask[torch.arange(length) < lengths.unsqueeze(-1)] = torch.cat(sequences.supervised)
+    completion_mask[:, :1] &= (sizes[prompt_of] > 0).unsqueeze(-1)
     cells = completion_mask.flatten().nonzero().squeeze(-1)
-    owner, offset = cells.div(length, rounding_mode="floor"), cells % length
-    tokens = starts[owner] + offset
-    predictors = torch.where(offset == 0, roots[owner], tokens - 1)
-    last = starts + torch.tensor([len(ids) for ids in sequences.completions], dtype=torch.long) - 1
-    targets = input_ids.flatten()[tokens]
-    return Layout(input_ids, predictors, targets, cells, last, completion_mask, positions, _tree_attention(branch))
+    member, token = cells.div(length, rounding_mode="floor"), cells % length
+    tokens = starts[piece_of][member] + token
+    before_first = (starts + sizes)[prompt_of] - 1
+    predictors = torch.where(token == 0, before_first[member], tokens - 1)
+    last = starts[piece_of] + lengths - 1
+    blocks = tuple(blocks_of([[len(piece) for piece in tree] for tree in _split(ids, trees)]))
+    return Layout(
+        input_ids.unsqueeze(0),
+        predictors,
+        input_ids[tokens],
+        cells,
+        last,
+        completion_mask,
+        positions.unsqueeze(0),
+        blocks,
+    )
 
 
-PROMPT, FREE = -1, -2
-"""What a cell belongs to if not to a completion."""
-
-WIDEST = 2048
-"""Cells of a prompt-sharing row beyond which it is split: attention over a row costs its width squared."""
-
-
-def _tree_attention(branch: Tensor) -> Tensor:
-    """Return which cells each cell may look at, bool, shape (rows, 1, width, width); a free one sees itself alone."""
-    key, query = branch.unsqueeze(-2), branch.unsqueeze(-1)
-    seen = ((key == PROMPT) | (key == query)).tril_() & (query != FREE)
-    return (seen | torch.eye(branch.shape[-1], dtype=torch.bool)).unsqueeze(1)
-
-
-def _trees(sequences: Sequences, rows: Iterable[int] | None = None) -> Iterable[list[int]]:
-    """Yield the completions that share a row, in the order of their first; equal prompts are one."""
-    trees: dict[bytes, list[list[int]]] = {}
-    widths: dict[bytes, int] = {}
-    for member in range(len(sequences.completions)) if rows is None else rows:
-        prompt, size = sequences.prompts[sequences.parents[member]], len(sequences.completions[member])
-        key = prompt.numpy().tobytes()
-        if key not in trees or widths[key] + size > WIDEST:
-            trees.setdefault(key, []).append([])
-            widths[key] = len(prompt)
-        trees[key][-1].append(member)
-        widths[key] += size
-    return (members for split in trees.values() for members in split)
-
-
-def _tree_width(sequences: Sequences, members: Sequence[int]) -> int:
-    """Cells that a prompt and these of its completions take."""
-    prompt = sequences.prompts[sequences.parents[members[0]]]
-    return len(prompt) + sum(len(sequences.completions[member]) for member in members)
+def _split(pieces: Sequence[Tensor], trees: Sequence[Sequence[int]]) -> Iterator[Sequence[Tensor]]:
+    """Yield the pieces of each tree: its prompt and its completions."""
+    start = 0
+    for members in trees:
+        yield pieces[start : start + 1 + len(members)]
+        start += 1 + len(members)
 
 
 def free_layout() -> Layout:
@@ -221,47 +217,47 @@ def cut_sequences(
     rows: Sequence[int] | None = None,
     micro_batch_size: int | None = None,
     max_tokens: int | None = None,
-    share_prompts: bool = False,
+    pack_rows: bool = False,
 ) -> list[list[int]]:
-    """Cut completions into micro-batches; those that share a prompt stay together where it is shared.
+    """Cut completions into micro-batches; those of a prompt stay together where it is computed once for them.
 
     Args:
         sequences: prompts and completions.
         rows: completions to take; None takes all.
         micro_batch_size: most completions of a micro-batch; a prompt's completions may be parted for it.
-        max_tokens: most cells of a micro-batch.
-        share_prompts: whether `lay_out` may share prompts.
+        max_tokens: most tokens of a micro-batch, with the pads if `lay_out` may not pack rows.
+        pack_rows: whether `lay_out` may pack rows.
 
     Returns:
-        Completions of each micro-batch, the widest first; together every one once.
+        Completions of each micro-batch, the longest first; together every one once.
     """
     rows = list(range(len(sequences.completions))) if rows is None else list(rows)
     lengths = sequences.lengths
-    if not share_prompts:
+    if not pack_rows:
         return [
             [rows[i] for i in cut] for cut in cut_rows([lengths[row] for row in rows], micro_batch_size, max_tokens)
         ]
     parts: list[list[int]] = []
-    for tree in _trees(sequences, rows):
+    for tree in trees_of(sequences, rows):
         prompt, part = len(sequences.prompts[sequences.parents[tree[0]]]), list[int]()
         for row in tree:
-            wide = max_tokens is not None and _tree_width(sequences, [*part, row]) > max(max_tokens, prompt)
+            wide = max_tokens is not None and tree_width(sequences, [*part, row]) > max(max_tokens, prompt)
             if part and (wide or len(part) == micro_batch_size):
                 parts.append(part)
                 part = []
             part.append(row)
         parts.append(part)
-    widths = [_tree_width(sequences, part) for part in parts]
+    widths = [tree_width(sequences, part) for part in parts]
     cuts: list[list[int]] = []
-    widest = trees = 0
+    tokens = 0
     for index in sorted(range(len(parts)), key=lambda index: (-widths[index], index)):
         size = len(cuts[-1]) + len(parts[index]) if cuts else 0
         many = micro_batch_size is not None and size > micro_batch_size
-        if not cuts or many or (max_tokens is not None and (trees + 1) * widest > max_tokens):
+        if not cuts or many or (max_tokens is not None and tokens + widths[index] > max_tokens):
             cuts.append([])
-            widest, trees = widths[index], 0
+            tokens = 0
         cuts[-1] += parts[index]
-        trees += 1
+        tokens += widths[index]
     return cuts
 
 

@@ -32,6 +32,7 @@ from rlhf_lightning.models.adapters import (
     read_adapter,
     recomputation_contexts,
 )
+from rlhf_lightning.models.low_rank import use_low_rank_products
 from rlhf_lightning.models.quantization import Quantization, quantization_config, use_one_arithmetic
 from rlhf_lightning.models.scalar_head import initialise_head
 
@@ -337,7 +338,9 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    use_low_rank_products(adapted)
+    return adapted
 
 
 def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
@@ -352,6 +355,7 @@ def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: s
         with torch.random.fork_rng():
             model = get_peft_model(model, start.config)
         load_into_adapter(model, "default", start.weights)
+    use_low_rank_products(model)
     facts = backbone_record(start_from)
     if SCORE_BIAS in facts:
         setattr(model.config, SCORE_BIAS, facts[SCORE_BIAS])

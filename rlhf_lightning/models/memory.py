@@ -95,8 +95,8 @@ class Pass:
         targets: projections that the adapter hangs on.
         adapter_bytes: of an element of the adapter.
         checkpointing: keep each block's input alone and recompute the rest.
-        masked: whether a mask says which cells look at which (prompt-sharing rows): it is kept, and the kernels then
-            want as many key heads as query heads.
+        masked: whether completions share their prompt: attention runs in blocks whose masks are kept, and the kernels
+            then want as many key heads as query heads.
         eager: whether attention is written out, with its length x length probabilities.
         quantized: whether the frozen matrices are in 4 or 8 bits: they are expanded for each product, one at a time.
     """
@@ -174,6 +174,8 @@ def _input_bytes(block: Block, how: Pass) -> int:
     kept = of(QKV) + of(GATE_UP) + of(DOWN)
     if how.rank is not None:
         kept += how.rank * len(read) + (of(OUT) if how.copies_inputs else 0)
+    if how.masked and not how.eager and (how.rank is None or not how.copies_inputs):
+        kept += of(OUT)  # the blocks' outputs put together again
     return how.input_bytes * kept
 
 

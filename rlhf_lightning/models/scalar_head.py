@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.logprobs import at_least_float32
+from rlhf_lightning.models.attention import SEES_NOTHING
 from rlhf_lightning.models.layout import Layout
 
 
@@ -28,7 +29,7 @@ class ScalarModel(nn.Module):
 
     @property
     def reads_trees(self) -> bool:
-        """Whether a prompt can be computed once for all its completions, see `models.layout.shared_layout`."""
+        """Whether the model can read rows of several sequences, see `models.layout.packed_layout`."""
         return reads_trees(self.model)
 
     @property
@@ -56,18 +57,15 @@ class ScalarModel(nn.Module):
 def hidden_states(model: Any, layout: Layout) -> Tensor:
     """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size)."""
     options: dict[str, Any] = {}
-    if layout.attention is not None:
-        options = {"position_ids": layout.positions, "attention_mask": layout.attention}
-        if model.config._attn_implementation == "eager":  # it adds the mask to the scores
-            dtype = next(model.parameters()).dtype
-            blocked = torch.zeros_like(layout.attention, dtype=dtype)
-            options["attention_mask"] = blocked.masked_fill_(~layout.attention, torch.finfo(dtype).min)
+    if layout.blocks is not None:
+        nothing = SEES_NOTHING.to(layout.input_ids.device)
+        options = {"position_ids": layout.positions, "attention_mask": nothing, "blocks": layout.blocks}
     return trunk(model)(input_ids=layout.input_ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
 
 
 def reads_trees(model: Any) -> bool:
-    """Whether a model reads a prompt once for several completions: it must take each cell's position and what the cell
-    may look at from outside.
+    """Whether a model reads several sequences in a row, and a prompt once for several completions: it must take each
+    cell's position from outside, and hand on to its attention which cells attend to each other.
 
     Kernels that make their own masks (flash, flex), windows that slide over a row, recurrent layers and position biases
     do not.
@@ -78,13 +76,20 @@ def reads_trees(model: Any) -> bool:
     return bool(
         takes_positions
         and inner._supports_sdpa
-        and config._attn_implementation in ("sdpa", "eager")
+        and config._attn_implementation == "sdpa"
+        and all(_hands_on(module) for module in inner.modules() if type(module).__name__.endswith("Attention"))
         and kinds == {"full_attention"}
         and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
         and not getattr(config, "alibi", False)
         and not getattr(inner, "_is_stateful", False)
         and not getattr(config, "is_encoder_decoder", False)
     )
+
+
+def _hands_on(module: nn.Module) -> bool:
+    """Whether a module takes arguments that it does not know."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def unwrapped(model: Any) -> Any:

@@ -48,12 +48,12 @@ class Skeleton(NamedTuple):
     Attributes:
         parameters: its weights, tied ones once.
         outside: weights that belong to no decoder layer, as elements.
-        shares_prompts: whether it can read a prompt once for several completions.
+        packs_rows: whether it can read a prompt once for several completions.
     """
 
     parameters: tuple[Parameter, ...]
     outside: int
-    shares_prompts: bool
+    packs_rows: bool
 
 
 def skeleton(

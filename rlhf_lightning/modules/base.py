@@ -84,8 +84,8 @@ class AlignmentModule(LightningModule):
             CPU and Triton on a GPU. The first pass of each kind is slow, whatever the shapes that follow; sampling runs
             as it is. Changes no result beyond rounding.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        share_prompts: compute a prompt once for all its completions, where the model can; changes no result beyond
-            rounding.
+        pack_rows: lay sequences end to end in a row and compute a prompt once for all its completions, where the model
+            can and it costs less than padding each; changes no result beyond rounding.
         learning_rate: peak learning rate of AdamW.
         betas: AdamW's decay rates of the two moments.
         adam_eps: AdamW's epsilon.
@@ -122,14 +122,14 @@ class AlignmentModule(LightningModule):
         attn_implementation: str | None = None,
         compile_layers: bool = False,
         activation_checkpointing: bool = False,
-        share_prompts: bool = True,
+        pack_rows: bool = True,
         learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
         lr_schedule: Literal["constant", "linear", "cosine"] = "linear",
         warmup: float = 0.0,
-        fused_optimizer: bool = False,
+        fused_optimizer: bool = True,
         max_grad_norm: float | None = 1.0,
         seed: int = 0,
     ) -> None:
@@ -143,7 +143,7 @@ class AlignmentModule(LightningModule):
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
         )
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
-        self.share_prompts, self.compile_layers = share_prompts, compile_layers
+        self.pack_rows, self.compile_layers = pack_rows, compile_layers
         self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
@@ -169,13 +169,16 @@ class AlignmentModule(LightningModule):
         raise AttributeError(f"{type(self).__name__} must define the property 'model'")
 
     @property
-    def shares_prompts(self) -> bool:
-        """Whether a prompt's completions are laid out behind it in one row: asked for, and all loaded models can."""
-        return self.share_prompts and self._reads_trees
+    def packs_rows(self) -> bool:
+        """Whether sequences may share rows, and completions their prompt: asked for, and all loaded models can.
+
+        Not where layers are compiled: the blocks of each row would make a graph of their own.
+        """
+        return self.pack_rows and self._reads_trees and not self.compile_layers
 
     def lay_out(self, sequences: Sequences) -> Layout:
         """Lay sequences out for the model, on its device."""
-        return lay_out(sequences, self.shares_prompts).to(self.device)
+        return lay_out(sequences, self.packs_rows).to(self.device)
 
     def load_models(self) -> None:
         """Load the models of the stage and register the trained ones. Called once, before training or evaluation."""

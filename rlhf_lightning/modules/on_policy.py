@@ -54,7 +54,8 @@ class OnPolicyModule(AlignmentModule):
         ppo_epochs: passes over each rollout.
         mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
         micro_batch_size: episodes of one forward and backward pass on a rank; None takes the whole minibatch.
-        max_tokens: cells of one forward and backward pass, rows times the longest row; None does not bound them.
+        max_tokens: most tokens of one forward and backward pass, pads included where no rows are packed; None for no
+            bound.
         kl_coef: strength of the KL leash, reward units per nat.
         kl_target: sequence KL that the coefficient is steered towards, nats; None keeps the coefficient fixed.
         kl_horizon: episodes over which the coefficient may change by a fifth.
@@ -241,7 +242,7 @@ class OnPolicyModule(AlignmentModule):
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut episodes into micro-batches, in training as for a rollout's statistics."""
-        return cut_sequences(sequences, rows, self.micro_batch_size, self.max_tokens, self.shares_prompts)
+        return cut_sequences(sequences, rows, self.micro_batch_size, self.max_tokens, self.packs_rows)
 
     def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
         """Return what one forward of the policy, and one of the reference, say about a micro-batch."""

@@ -77,7 +77,7 @@ class LearnedScorer(Scorer):
         scores = torch.zeros(len(sequences.completions))
         share = self.model.reads_trees
         with in_step(self.model, partial(self.model, free_layout().to(device))) as before_pass:
-            for rows in cut_sequences(sequences, max_tokens=self.max_tokens, share_prompts=share):
+            for rows in cut_sequences(sequences, max_tokens=self.max_tokens, pack_rows=share):
                 layout = lay_out(select(sequences, rows), share).to(device)
                 before_pass()
                 scores[rows] = (self.model(layout) - self.model.bias).to(scores)

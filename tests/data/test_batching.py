@@ -72,8 +72,14 @@ CASES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**40),
         "epoch": st.integers(0, 9),
         "shuffle": st.booleans(),
+        "packed": st.booleans(),
     }
 )
+
+
+def cells_of(lengths, packed):
+    """Cells of a micro-batch: rows are laid end to end, or each is padded to the longest."""
+    return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
 @settings(max_examples=80, deadline=None)
@@ -97,7 +103,7 @@ def test_whatever_the_cut(case):
                 if case["micro_batch_size"]:
                     assert len(group) <= case["micro_batch_size"]
                 if case["max_tokens"] and len(group) > 1:
-                    assert len(group) * max(lengths[row] for row in group) <= case["max_tokens"]
+                    assert cells_of([lengths[row] for row in group], case["packed"]) <= case["max_tokens"]
         groups = sum(len(share.micro_batches) for share in found)
         if len(rows) >= groups:
             assert all(group for share in found for group in share.micro_batches), "a rank idles without need"
@@ -108,11 +114,13 @@ def test_whatever_the_cut(case):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 200), min_size=16, max_size=64), st.integers(2, 4), st.integers(300, 1000))
-def test_work_is_balanced(lengths, ranks, max_tokens):
-    found = plan(lengths, batch_size=len(lengths), ranks=ranks, max_tokens=max_tokens)
+@given(
+    st.lists(st.integers(1, 200), min_size=16, max_size=64), st.integers(2, 4), st.integers(300, 1000), st.booleans()
+)
+def test_work_is_balanced(lengths, ranks, max_tokens, packed):
+    found = plan(lengths, batch_size=len(lengths), ranks=ranks, max_tokens=max_tokens, packed=packed)
     costs = [
-        sum(len(group) * max(lengths[row] for row in group) for group in share.micro_batches if group)
+        sum(cells_of([lengths[row] for row in group], packed) for group in share.micro_batches if group)
         for share in shares(found, 0)
     ]
     assert max(costs) - min(costs) <= max_tokens

@@ -53,7 +53,7 @@ def roles(setup: Setup) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("bounds", [{}, {"micro_batch_size": 3}, {"max_tokens": 95}, {"max_tokens": 10}])
 def test_fixed_data_is_cut_as_the_datas_plan_cuts_it(bounds, ranks):
     rows = Rows(groups=11, completions=1, prompt=20, completion=10, **bounds)
-    batch = micro_batch(rows, ranks, shares_prompts=True)
+    batch = micro_batch(rows, ranks, packs_rows=True)
     real = BatchPlan([30] * 11, [10] * 11, batch_size=11, ranks=ranks, shuffle=False, **bounds)
     shares = [real.step(0, rank).micro_batches for rank in range(ranks)]
     assert batch.passes == len(shares[0])
@@ -63,7 +63,7 @@ def test_fixed_data_is_cut_as_the_datas_plan_cuts_it(bounds, ranks):
 
 @pytest.mark.parametrize("bounds", [{}, {"micro_batch_size": 3}, {"max_tokens": 95}, {"max_tokens": 10}])
 def test_rollouts_are_cut_as_the_modules_cut_them(bounds):
-    batch = micro_batch(replace(EPISODES, groups=11, **bounds), 1, shares_prompts=True)
+    batch = micro_batch(replace(EPISODES, groups=11, **bounds), 1, packs_rows=True)
     cuts = cut_rows([30] * 11, **bounds)
     assert (batch.passes, batch.rows) == (len(cuts), max(map(len, cuts)))
 

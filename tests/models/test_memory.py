@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rlhf_lightning.models import packing
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.layout import padded_layout, shared_layout
+from rlhf_lightning.models.layout import packed_layout, padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, prepare_for_training
 from rlhf_lightning.models.memory import (
     BF16,
@@ -55,8 +56,13 @@ def kept_by_autograd(how: Pass, targets: str | list[str], layers: int = 3) -> in
         if how.adapter_bytes == BF16:
             model = model.to(torch.bfloat16)
     policy = CausalLM(model).train()
-    layout = (shared_layout if how.masked else padded_layout)(sequences(how.masked))
-    assert layout.input_ids.shape == (ROWS, WIDTH)
+    rows = sequences(how.masked)
+    each = len(rows.completions) // ROWS
+    trees = [range(row * each, (row + 1) * each) for row in range(ROWS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SMALL", WIDTH)  # a block for each tree, as for trees of usual size
+        layout = packed_layout(rows, trees) if how.masked else padded_layout(rows)
+    assert layout.input_ids.numel() == ROWS * WIDTH
     own = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
     found: dict[int, int] = {}
 

@@ -49,7 +49,7 @@ def test_nothing_is_allocated_for_a_skeleton_and_quantisation_takes_the_blocks_m
     block = Block.of(tiny_config())
     assert sum(part.size for part in found.parameters if part.matrix) == block.layers * block.matrices
     assert found.outside == 120 * 32 + 32  # the tied embedding and the last norm
-    assert found.shares_prompts
+    assert found.packs_rows
 
 
 @pytest.mark.parametrize(("ranks", "share"), [(1, 10 * 7), (2, 5 * 7), (3, 4 * 7), (8, 2 * 7), (16, 7)])

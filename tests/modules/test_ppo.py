@@ -551,11 +551,11 @@ def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
     policy_folder: str, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     """A critic of another architecture than the policy's may need rows of its own."""
-    module = ppo(policy_folder, share_prompts=asked)
-    assert not module.shares_prompts  # nothing is loaded, so nothing is known
+    module = ppo(policy_folder, pack_rows=asked)
+    assert not module.packs_rows  # nothing is loaded, so nothing is known
     module.configure_model()
-    assert module.shares_prompts == asked
+    assert module.packs_rows == asked
     monkeypatch.setattr(ScalarModel, "reads_trees", False)
-    module = ppo(policy_folder, share_prompts=asked)
+    module = ppo(policy_folder, pack_rows=asked)
     module.configure_model()
-    assert not module.shares_prompts
+    assert not module.packs_rows

@@ -102,7 +102,12 @@ def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> No
     assert type(one.critic) is AdapterScalar and type(one.scorer.model) is AdapterScalar
     assert one.reference.models == () and type(copies.scorer.model) is ScalarModel
     for row, expected in zip(rows, expected_rows, strict=True):
-        assert row == pytest.approx(expected, abs=2e-6, rel=1e-5)
+        assert row.keys() == expected.keys()
+        for name in row:
+            if name.startswith("invariant/"):  # they measure rounding itself
+                assert max(row[name], expected[name]) < 1e-5
+            else:
+                assert row[name] == pytest.approx(expected[name], abs=2e-6, rel=1e-5), name
     assert rows[0]["train/value_loss"] > 1e-3 and rows[2]["rollout/kl"] > 1e-3
     # The same weights under the names that each arrangement gives them.
     renamed = {}

@@ -26,21 +26,21 @@ LORA = {"r": 2}
 @functools.cache
 def plain(name: str, folder: str) -> dict[str, torch.Tensor]:
     """One process, one micro-batch, each row with its prompt, never interrupted."""
-    return rank_cases.together(name, folder, "auto", None, lora=LORA, share_prompts=False, **OBJECTIVES[name])
+    return rank_cases.together(name, folder, "auto", None, lora=LORA, pack_rows=False, **OBJECTIVES[name])
 
 
 @pytest.mark.parametrize("interrupted", [False, True], ids=["straight", "resumed"])
 @pytest.mark.parametrize("saving", SAVINGS)
-@pytest.mark.parametrize("share_prompts", [False, True], ids=["padded", "shared"])
+@pytest.mark.parametrize("pack_rows", [False, True], ids=["padded", "shared"])
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_all_of_it_together_is_the_plain_run(
-    pool: RankPool, policy_folder: str, tmp_path: Path, name: str, strategy: str, share_prompts: bool, saving: str,
+    pool: RankPool, policy_folder: str, tmp_path: Path, name: str, strategy: str, pack_rows: bool, saving: str,
     interrupted: bool,
 ) -> None:  # fmt: skip
     settings = {**OBJECTIVES[name], **SAVINGS[saving], **(BUDGET[name] if saving == "token-budget" else {})}
     found = pool.run(
-        2, "together", name=name, folder=policy_folder, strategy=strategy, lora=LORA, share_prompts=share_prompts,
+        2, "together", name=name, folder=policy_folder, strategy=strategy, lora=LORA, pack_rows=pack_rows,
         path=str(tmp_path / "middle.ckpt") if interrupted else None, **settings,
     )  # fmt: skip
     expected = plain(name, policy_folder)

@@ -1,4 +1,4 @@
-"""A prompt computed once for all its completions gives what each completion gives alone."""
+"""Sequences that share a row, and completions that share a prompt, give what each gives alone."""
 
 from typing import Any
 
@@ -9,11 +9,23 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, sequences
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_lightning.models import layout as layouts
+from rlhf_lightning.models import packing
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.layout import cut_sequences, lay_out, padded_layout, select, shared_layout
+from rlhf_lightning.models.layout import FEW_PADS, Layout, cut_sequences, lay_out, packed_layout, padded_layout, select
+from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.types import Sequences
+
+
+def shared_layout(batch: Sequences) -> Layout:
+    """Each prompt once, its completions behind it."""
+    return packed_layout(batch, list(trees_of(batch)))
+
+
+def apart(batch: Sequences) -> Layout:
+    """Each prompt once for each of its completions."""
+    return packed_layout(batch, [[member] for member in range(len(batch.completions))])
+
 
 PAIR = sequences([([5, 6, 7], [8, 9, 2]), ([4], [3, 2]), ([5, 6, 7], [9])])
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -42,38 +54,51 @@ def model_of(family: str, kind: Any = AutoModelForCausalLM, attention: str = "sd
         return kind.from_config(config, attn_implementation=attention).eval()
 
 
-def test_a_worked_tree() -> None:
-    tree = shared_layout(PAIR)
-    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 9], [4, 3, 2, 0, 0, 0, 0]]
-    assert tree.positions is not None and tree.attention is not None
-    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3], [0, 1, 2, 0, 0, 0, 0]]
-    # Completions in the order they were given: the third hangs on the first row's prompt.
-    assert tree.predictors.tolist() == [2, 3, 4, 7, 8, 2]
-    assert tree.targets.tolist() == [8, 9, 2, 3, 2, 9]
-    assert tree.cells.tolist() == [0, 1, 2, 3, 4, 6]
-    assert tree.last.tolist() == [5, 9, 6]
-    assert tree.attention[0, 0, 6].tolist() == [True, True, True, False, False, False, True]
-    assert tree.attention[0, 0, 4].tolist() == [True, True, True, True, True, False, False]
-    assert tree.attention[1, 0, 4].tolist() == [False] * 4 + [True] + [False] * 2
+def test_a_worked_row_of_two_trees() -> None:
+    row = shared_layout(PAIR)
+    assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 9, 4, 3, 2]]
+    assert row.positions is not None and row.blocks is not None
+    assert row.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 0, 1, 2]]
+    # Completions in the order they were given: the third hangs on the first prompt.
+    assert row.predictors.tolist() == [2, 3, 4, 7, 8, 2]
+    assert row.targets.tolist() == [8, 9, 2, 3, 2, 9]
+    assert row.cells.tolist() == [0, 1, 2, 3, 4, 6]
+    assert row.last.tolist() == [5, 9, 6]
+    (block,) = row.blocks
+    assert block.width == 10 and block.mask is not None
+    assert block.mask[0, 0, 6].tolist() == [True] * 3 + [False] * 3 + [True] + [False] * 3
+    assert block.mask[0, 0, 4].tolist() == [True] * 5 + [False] * 5
+    assert block.mask[0, 0, 8].tolist() == [False] * 7 + [True] * 2 + [False]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_small_trees_share_a_block_and_a_lone_sequence_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SMALL", 7)
+    batch = sequences(
+        [([5], [6, 7]), ([6], [6, 7]), ([7], [6, 7]), ([8], [6] * 9), ([9, 9, 9], [6] * 4), ([7], [8] * 7)]
+    )
+    row = shared_layout(batch)
+    assert row.blocks is not None
+    assert [block.width for block in row.blocks] == [6, 10, 10, 7]
+    assert [block.mask is None for block in row.blocks] == [False, False, True, True]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_gives_what_padded_rows_give(family: str, attention: str) -> None:
-    policy = CausalLM(model_of(family, attention=attention), value_head=True)
+def test_each_family_gives_what_padded_rows_give(family: str) -> None:
+    policy = CausalLM(model_of(family), value_head=True)
     assert policy.value_head is not None
     torch.nn.init.normal_(policy.value_head.weight)
     assert policy.reads_trees
     found = []
-    for layout in (padded_layout(PAIR), shared_layout(PAIR)):
+    for layout in (padded_layout(PAIR), shared_layout(PAIR), apart(PAIR)):
         policy.zero_grad()
         outputs = policy(layout, 0.7, with_entropy=True, value_layout=layout.with_end_state())
         weights = torch.arange(1.0, outputs.logprobs.numel() + 1).view_as(outputs.logprobs).cos()
         (outputs.logprobs * weights).sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
         found.append([outputs.logprobs, outputs.entropy, outputs.values, gradients])
-    for alone, shared in zip(*found, strict=True):
-        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=2e-5)
+    for alone, *packed_ones in zip(*found, strict=True):
+        for together in packed_ones:
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=2e-5)
 
 
 def test_scores_and_values_alike() -> None:
@@ -86,6 +111,7 @@ def test_scores_and_values_alike() -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("llama", {"attention": "eager"}),
         ("mistral", {"sliding_window": 8}),
         ("gemma3_text", {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),
         ("bloom", {"n_layer": 2, "n_head": 2, "attention": "eager"}),
@@ -102,19 +128,23 @@ def test_models_that_cannot_read_trees_are_known(family: str, changes: dict[str,
     assert not CausalLM(model).reads_trees
 
 
-def test_the_smaller_arrangement_is_taken() -> None:
-    assert lay_out(PAIR, share_prompts=False).attention is None
-    assert lay_out(select(PAIR, [0, 1]), share_prompts=True).attention is None  # no prompt in common
+def test_the_cheaper_arrangement_is_taken() -> None:
+    assert lay_out(PAIR, pack_rows=False).blocks is None
+    assert lay_out(PAIR, pack_rows=True).input_ids.shape == (1, 10)
+    equal = sequences([([5, 6], [7, 8]), ([6, 6], [7, 9])])
+    assert lay_out(equal, pack_rows=True).blocks is None  # nothing would be padded
+    few = sequences([(range(6, 36), [7]), (range(8, 37), [8])])
+    assert lay_out(few, pack_rows=True).blocks is None  # one cell of 62
     long = sequences([(range(6, 66), [7, 8]), (range(6, 66), [9])])
-    assert lay_out(long, share_prompts=True).input_ids.shape == (1, 63)
-    assert lay_out(long, share_prompts=False).input_ids.shape == (2, 62)
+    assert lay_out(long, pack_rows=True).input_ids.shape == (1, 63)
+    assert lay_out(long, pack_rows=False).input_ids.shape == (2, 62)
 
 
-def test_a_row_is_split_before_its_attention_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "WIDEST", 8)
+def test_a_tree_is_split_before_its_attention_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WIDEST", 8)
     group = sequences([([5, 6, 7], [8, 9, 2])] * 3)
     tree = shared_layout(group)
-    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 2]] * 3
+    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 2] * 3]
     policy = CausalLM(model_of("llama"))
     torch.testing.assert_close(policy(tree).logprobs, policy(padded_layout(group)).logprobs)
 
@@ -138,20 +168,26 @@ ROWS = st.lists(
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
-@given(ROWS, st.integers(1, 9), st.integers(4, 40))
-def test_any_rows_however_cut_give_the_same_logprobs(rows: Any, micro_batch_size: int, max_tokens: int) -> None:
+@given(ROWS, st.integers(1, 9), st.integers(4, 40), st.integers(1, 30))
+def test_any_rows_however_cut_give_the_same_logprobs(
+    rows: Any, micro_batch_size: int, max_tokens: int, small: int
+) -> None:
     batch = sequences([([6 + prompt] * length, completion) for prompt, length, completion in rows])
     policy = POLICY
     with torch.no_grad():
         alone = policy(padded_layout(batch)).logprobs
-        cuts = cut_sequences(batch, None, micro_batch_size, max_tokens, share_prompts=True)
+        cuts = cut_sequences(batch, None, micro_batch_size, max_tokens, pack_rows=True)
         assert sorted(row for cut in cuts for row in cut) == list(range(len(rows)))
         for cut in cuts:
             assert len(cut) <= micro_batch_size
-            tree = shared_layout(select(batch, cut))
-            assert tree.input_ids.numel() <= max(max_tokens, max(batch.lengths))
-            found = policy(tree).logprobs
-            torch.testing.assert_close(found, alone[cut, : found.shape[1]], rtol=1e-4, atol=1e-5)
+            chosen = lay_out(select(batch, cut), pack_rows=True)
+            assert chosen.input_ids.numel() * (1 - FEW_PADS) <= max(max_tokens, max(batch.lengths))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(packing, "SMALL", small)
+                others = (shared_layout(select(batch, cut)), apart(select(batch, cut)))
+            for layout in (chosen, *others):
+                found = policy(layout).logprobs
+                torch.testing.assert_close(found, alone[cut, : found.shape[1]], rtol=1e-4, atol=1e-5)
 
 
 POLICY = CausalLM(model_of("llama"))
@@ -159,8 +195,8 @@ POLICY = CausalLM(model_of("llama"))
 
 def test_cut_keeps_a_prompt_s_completions_together() -> None:
     batch: Sequences = sequences([([5, 6], [7]), ([8, 9], [7]), ([5, 6], [7, 7]), ([8, 9], [7, 7, 7])])
-    assert cut_sequences(batch, share_prompts=True) == [[1, 3, 0, 2]]
-    assert cut_sequences(batch, max_tokens=6, share_prompts=True) == [[1, 3], [0, 2]]
-    assert cut_sequences(batch, max_tokens=4, share_prompts=True) == [[3], [2], [0], [1]]
-    assert cut_sequences(batch, [0, 2], micro_batch_size=1, share_prompts=True) == [[2], [0]]
+    assert cut_sequences(batch, pack_rows=True) == [[1, 3, 0, 2]]
+    assert cut_sequences(batch, max_tokens=6, pack_rows=True) == [[1, 3], [0, 2]]
+    assert cut_sequences(batch, max_tokens=4, pack_rows=True) == [[3], [2], [0], [1]]
+    assert cut_sequences(batch, [0, 2], micro_batch_size=1, pack_rows=True) == [[2], [0]]
     assert cut_sequences(batch, max_tokens=6) == [[3], [2], [0, 1]]

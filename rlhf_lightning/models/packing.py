@@ -1,0 +1,80 @@
+"""Which sequences share a prompt, and which cells of a row attend to each other.
+
+A tree is a prompt with completions behind it. A packed row holds trees end to end, and attention over it runs in blocks
+of one or several trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.attention import Block
+from rlhf_lightning.types import Sequences
+
+WIDEST = 2048
+"""Cells of a tree beyond which its prompt is written again for the rest of its completions: attention over a tree costs
+its width squared, whatever its mask hides."""
+
+SMALL = 128
+"""Cells up to which trees share a block: for so few, calling a kernel once more costs more than what a mask hides."""
+
+
+def blocks_of(trees: Sequence[Sequence[int]]) -> Iterator[Block]:
+    """Yield the blocks that a row of trees attends in.
+
+    Args:
+        trees: of each tree the tokens of its prompt and of each completion.
+    """
+    together: list[Sequence[int]] = []
+    for tree in trees:
+        if together and sum(map(sum, together)) + sum(tree) > SMALL:
+            yield _block(together)
+            together = []
+        together.append(tree)
+    if together:
+        yield _block(together)
+
+
+def _block(trees: Sequence[Sequence[int]]) -> Block:
+    width = sum(map(sum, trees))
+    if len(trees) == 1 and len(trees[0]) == 2:
+        return Block(width, None)
+    return Block(width, _mask(trees).unsqueeze(0).unsqueeze(0))
+
+
+def _mask(trees: Sequence[Sequence[int]]) -> Tensor:
+    """Return which cells each cell may look at: its prompt's and its own piece's before it; bool, (width, width)."""
+    pieces = torch.tensor([size for tree in trees for size in tree])
+    number = torch.arange(len(pieces))
+    prompt = number - torch.tensor([place for tree in trees for place in range(len(tree))])
+    owner, root = number.repeat_interleave(pieces), prompt.repeat_interleave(pieces)
+    return ((owner == owner.unsqueeze(-1)) | (owner == root.unsqueeze(-1))).tril_()
+
+
+def trees_of(sequences: Sequences, rows: Iterable[int] | None = None) -> Iterator[list[int]]:
+    """Yield the completions that share a prompt, in the order of their first; equal prompts are one.
+
+    Args:
+        sequences: prompts and completions.
+        rows: completions to take; None takes all.
+    """
+    trees: dict[bytes, list[list[int]]] = {}
+    widths: dict[bytes, int] = {}
+    for member in range(len(sequences.completions)) if rows is None else rows:
+        prompt, size = sequences.prompts[sequences.parents[member]], len(sequences.completions[member])
+        key = prompt.numpy().tobytes()
+        if key not in trees or widths[key] + size > WIDEST:
+            trees.setdefault(key, []).append([])
+            widths[key] = len(prompt)
+        trees[key][-1].append(member)
+        widths[key] += size
+    return (members for split in trees.values() for members in split)
+
+
+def tree_width(sequences: Sequences, members: Sequence[int]) -> int:
+    """Cells that a prompt and these of its completions take."""
+    prompt = sequences.prompts[sequences.parents[members[0]]]
+    return len(prompt) + sum(len(sequences.completions[member]) for member in members)
