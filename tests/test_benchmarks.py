@@ -140,7 +140,8 @@ def bench(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CASES", {"one": case})
     monkeypatch.setattr(compare.Bench, "versions", lambda self, python: {"peer": "1"})
     args = argparse.Namespace(
-        model=tmp_path, data=data, peer_python=Path(sys.executable), ppo_python=None, repeats=2, time_limit=60,
+        model=tmp_path, data=data, conversations=None, peer_python=Path(sys.executable), ppo_python=None,
+        repeats=2, time_limit=60,
         peer_script=tmp_path / "peer.py", limit_script=tmp_path / "limit.py", threads=1, runs=tmp_path / "runs",
         out=tmp_path / "results.md",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Our stages, the peer's and the limit, run in turn on the same rows: how fast, how close, how much memory.
 
     python experiments/benchmarks/compare.py --model DIR --data PAIRS.jsonl --conversations PAIRS.jsonl \
-        --peer-python PEER/bin/python --peer-script trl_stages.py --limit-script limit.py [--only CASE ...] [--repeats 3]
+        --peer-python PEER/bin/python --peer-script trl_stages.py --limit-script limit.py [--only CASE ...]
 
 Runs every case of cases.py as A B C A B C, each run a process of its own with a time limit. What has run is kept under
 ``runs/benchmarks`` and not run again, as long as code, commands and versions of that side stay what they were; so a

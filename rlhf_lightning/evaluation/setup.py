@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlhf_lightning.models.layout import WIDEST
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.memory import FP32
+from rlhf_lightning.models.packing import WIDEST
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ class Layout(NamedTuple):
         def moved(part: Tensor) -> Tensor:
             return part.to(device, non_blocking=True)
 
-        parts = {name: moved(part) for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        if self.blocks is not None:
-            masks = [None if block.mask is None else moved(block.mask) for block in self.blocks]
-            parts["blocks"] = tuple(block._replace(mask=mask) for block, mask in zip(self.blocks, masks, strict=True))
-        return self._replace(**parts)
+        tensors = {name: moved(part) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        blocks = self.blocks and tuple(
+            block._replace(mask=None if block.mask is None else moved(block.mask)) for block in self.blocks
+        )
+        return Layout(**tensors, blocks=blocks)
 
     def with_end_state(self) -> Layout:
         """Add a slot after each completion for the state whose input is its last token: length grows by one."""
@@ -173,16 +173,8 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
     predictors = torch.where(token == 0, before_first[member], tokens - 1)
     last = starts[piece_of] + lengths - 1
     blocks = tuple(blocks_of([[len(piece) for piece in tree] for tree in _split(ids, trees)]))
-    return Layout(
-        input_ids.unsqueeze(0),
-        predictors,
-        input_ids[tokens],
-        cells,
-        last,
-        completion_mask,
-        positions.unsqueeze(0),
-        blocks,
-    )
+    row, targets = input_ids.unsqueeze(0), input_ids[tokens]
+    return Layout(row, predictors, targets, cells, last, completion_mask, positions.unsqueeze(0), blocks)
 
 
 def _split(pieces: Sequence[Tensor], trees: Sequence[Sequence[int]]) -> Iterator[Sequence[Tensor]]:

@@ -33,7 +33,7 @@ from rlhf_lightning.models.adapters import (
     recomputation_contexts,
 )
 from rlhf_lightning.models.low_rank import use_low_rank_products
-from rlhf_lightning.models.quantization import Quantization, quantization_config, use_one_arithmetic
+from rlhf_lightning.models.quantization import Quantization, leave_the_file, quantization_config, use_one_arithmetic
 from rlhf_lightning.models.scalar_head import initialise_head
 
 BACKBONE_FILE = "backbone.json"
@@ -244,6 +244,8 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
         few = ", ".join(sorted(missing)[:3])
         raise ValueError(f"{name} lacks weights for {few}: it is not a whole {kind.__name__} model")
     use_one_arithmetic(model)
+    if settings.quantization is not None:
+        leave_the_file(model)
     return model
 
 

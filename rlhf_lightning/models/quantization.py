@@ -53,6 +53,17 @@ def use_one_arithmetic(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that nn.Module declares
 
 
+def leave_the_file(model: nn.Module) -> None:
+    """Copy what was not quantised out of the file that it was read from.
+
+    On the CPU such weights are the file's own pages, and one of them keeps all of it in memory, the full-precision
+    matrices included that have been quantised since.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu":  # others are quantised
+            tensor.data = tensor.data.clone()
+
+
 def quantization_of(model: Any) -> Quantization | None:
     """Return how a Hugging Face model's weights are quantised; None in full precision."""
     if getattr(model, "is_loaded_in_4bit", False):

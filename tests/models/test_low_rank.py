@@ -106,3 +106,32 @@ def test_the_layers_stay_peft_s_in_name_weights_and_merging() -> None:
     merged = model.merge_and_unload()
     assert type(merged.first) is nn.Linear
     torch.testing.assert_close(merged(x), before)
+
+
+def test_a_matrix_in_four_bits_gives_what_bitsandbytes_gives(counted: list[int]) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            settings = {"compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": True}
+            self.first = bitsandbytes.nn.Linear4bit(64, 128, bias=True, **settings)
+            self.second = bitsandbytes.nn.Linear4bit(128, 64, bias=False, **settings)
+            self.is_loaded_in_4bit = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+    torch.manual_seed(0)
+    base = Four().to("cpu")
+    model: Any = get_peft_model(base, LoraConfig(r=3, lora_alpha=7, target_modules=["first", "second"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(5, 64)
+    expected = outcome(model, x)
+    use_low_rank_products(model)
+    found = outcome(model, x)
+    assert len(counted) == 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
