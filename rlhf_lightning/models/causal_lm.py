@@ -153,7 +153,7 @@ class CausalLM(nn.Module):
                 past_key_values=step.cache,
                 use_cache=step.cache is not None,
             ).last_hidden_state[:, -1]
-        return self.logits(hidden).float()
+        return self.logits(hidden)
 
     def logprobs(
         self,

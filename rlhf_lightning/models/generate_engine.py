@@ -63,7 +63,7 @@ class _Drawer(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores of which one is finite, that of the token drawn."""
         positions = torch.full_like(self.episodes, len(self.logprobs))
-        chosen, logprobs = draw(scores.float(), self.settings, self.seed, self.episodes, positions)
+        chosen, logprobs, _ = draw(scores.float(), self.settings, self.seed, self.episodes, positions)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)
 

@@ -17,6 +17,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.counter_rng import uniform
 from rlhf_lightning.models.decoding import Mixture, Prefix, pass_for_nothing, reader_of
@@ -67,13 +68,15 @@ class Completions(NamedTuple):
 
     Attributes:
         ids: token ids of each completion, the end token included where it was reached; int64.
-        logprobs: log-probability of each sampled token at the temperature; fp32.
+        logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
         finished: bool, True where the end token was reached, shape (rows,).
+        entropies: entropy of the distribution that each token was drawn from, nats; None from engines that do not say.
     """
 
     ids: tuple[Tensor, ...]
     logprobs: tuple[Tensor, ...]
     finished: Tensor
+    entropies: tuple[Tensor, ...] | None = None
 
 
 class Request(NamedTuple):
@@ -202,7 +205,8 @@ class _Run:
         prompts, settings = request.prompts, request.settings
         self.prompts, self.settings, self.seed = prompts, settings, request.seed
         self.on_progress = request.on_progress
-        self.device = next(model.parameters()).device
+        like = next(model.parameters())[:0]
+        self.device = like.device
         self.episodes = request.episodes.to(self.device)
         self.ends = torch.tensor(list(request.end_ids), device=self.device)
         self.keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
@@ -212,6 +216,7 @@ class _Run:
         # Prompts of like length go together, and equal ones after each other.
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), first[self.keys[row]], row))
         self.waiting = deque(order)
+        self.own = request.mixture is None  # whether what is drawn from is the model's own distribution
         self.slots = min(settings.batch_size or len(prompts), len(prompts))
         self.reader = reader_of(model, self.slots, settings.max_new_tokens, request.mixture)
         self.held: dict[bytes, tuple[Prefix, int]] = {}  # prompts that have been read and are still waited for
@@ -219,7 +224,7 @@ class _Run:
         # Of each completion:
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
-        self.scores = torch.zeros(shape, device=self.device)
+        self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
         self.counts = torch.zeros(len(prompts), dtype=torch.long)
         self.ended = torch.zeros(len(prompts), dtype=torch.bool)
 
@@ -249,12 +254,12 @@ class _Run:
                 self._trim()
                 before_pass()
                 self._record(torch.arange(len(self.active)), self.reader.step(self.last, self.lengths.to(self.device)))
-        counts, tokens, scores = self.counts.tolist(), self.tokens.cpu(), self.scores.cpu()
-        return Completions(
-            tuple(row[:count] for row, count in zip(tokens, counts, strict=True)),
-            tuple(row[:count] for row, count in zip(scores, counts, strict=True)),
-            self.ended,
+        counts = self.counts.tolist()
+        ids, logprobs, entropies = (
+            tuple(row[:count] for row, count in zip(grid.cpu(), counts, strict=True))
+            for grid in (self.tokens, self.scores, self.entropies)
         )
+        return Completions(ids, logprobs, self.ended, entropies if self.own else None)
 
     def _fill(self, before_pass: Callable[[], None]) -> None:
         """Let waiting prompts enter the free slots, and draw their first tokens."""
@@ -317,15 +322,17 @@ class _Run:
         """Draw the next token of each slot, and note which completions it ends."""
         owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
         owned, places = owners.to(self.device), drawn.to(self.device)
-        chosen, logprobs = draw(logits, self.settings, self.seed, self.episodes[owned], places)
+        chosen, logprobs, entropies = draw(logits, self.settings, self.seed, self.episodes[owned], places)
         stops = torch.isin(chosen, self.ends).cpu() & active
         self.last[slots.to(self.device)] = chosen
         if bool(active.all()):
             self.tokens[owned, places], self.scores[owned, places] = chosen, logprobs
+            self.entropies[owned, places] = entropies
         else:
             index = active.nonzero().squeeze(-1).to(self.device)
             self.tokens[owned[index], places[index]] = chosen[index]
             self.scores[owned[index], places[index]] = logprobs[index]
+            self.entropies[owned[index], places[index]] = entropies[index]
         drawn = drawn + active
         # A finished row goes on until its slot is taken, at a position that the model still knows.
         longest = torch.tensor([len(self.prompts[row]) for row in owners.tolist()]) + self.settings.max_new_tokens
@@ -340,26 +347,31 @@ class _Run:
 
 def draw(
     logits: Tensor, settings: SamplingSettings, seed: int, episodes: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the token drawn for each row, and its log-probability at the temperature.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the token drawn for each row, its log-probability at the temperature, and the entropy it was drawn at.
 
     Args:
-        logits: of the next token, fp32, shape (rows, vocabulary).
+        logits: of the next token, fp32 or wider, shape (rows, vocabulary).
         settings: temperature and truncation.
         seed: seed of the run.
         episodes: number of each row's episode, int64, shape (rows,).
         positions: index of the token within each completion, int64, shape (rows,).
     """
     if settings.temperature == 0:
-        best = logits.argmax(-1)
-        return best, logits.log_softmax(-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        best, logprobs = logits.argmax(-1), logits.log_softmax(-1)
+        return best, logprobs.gather(-1, best.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
     logprobs = (logits / settings.temperature).log_softmax(-1)
     kept = _truncate(logprobs, settings)
     cumulative = kept.double().exp().cumsum(-1)
     numbers = uniform(seed, episodes, positions)
     drawn = torch.searchsorted(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
     drawn = drawn.clamp_max(logits.shape[-1] - 1)
-    return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+    return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Return the entropy of each row's distribution, nats, of log-probabilities of shape (rows, vocabulary)."""
+    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # a token that is ruled out adds nothing
 
 
 def _truncate(logprobs: Tensor, settings: SamplingSettings) -> Tensor:

@@ -27,6 +27,7 @@ from rlhf_lightning.modules.rollouts import (
     Aggregation,
     Drawn,
     RolloutCollector,
+    Samples,
     gather_grids,
     gathered_numbers,
     measure_samples,
@@ -51,6 +52,8 @@ class OnPolicyModule(AlignmentModule):
         sampling_batch_size: completions decoded side by side, waiting prompts taking the place of finished ones; None
             decodes a whole rollout at once.
         engine: what draws the completions, by class_path and init_args; None draws in this process.
+        reuse_sampler_logprobs: take log-probabilities and entropies as sampling found them and spare a forward of the
+            policy, in fp32 and on whole weights; the ratio before the first update is then 1 up to rounding.
         ppo_epochs: passes over each rollout.
         mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
         micro_batch_size: episodes of one forward and backward pass on a rank; None takes the whole minibatch.
@@ -89,6 +92,7 @@ class OnPolicyModule(AlignmentModule):
         temperature: float = 1.0,
         sampling_batch_size: int | None = None,
         engine: SamplingEngine | dict[str, Any] | None = None,
+        reuse_sampler_logprobs: bool = False,
         ppo_epochs: int = 4,
         mini_batch_size: int | None = None,
         micro_batch_size: int | None = None,
@@ -110,6 +114,7 @@ class OnPolicyModule(AlignmentModule):
         self.collector = RolloutCollector(
             scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, self.allows_missing_scores, engine
         )
+        self.reuse_sampler_logprobs = reuse_sampler_logprobs
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
@@ -212,7 +217,7 @@ class OnPolicyModule(AlignmentModule):
         """
         self.scorer.take_metrics()  # of completions that are no rollout's, such as a sample table's
         drawn = self.draw(batches)
-        grids = self.statistics(drawn.samples.sequences)
+        grids = self.statistics(drawn.samples)
         device = grids["logprobs"].device
         rollout = Rollout(
             sequences=drawn.samples.sequences,
@@ -229,30 +234,49 @@ class OnPolicyModule(AlignmentModule):
         )
         return rollout, grids["entropy"]
 
-    def statistics(self, sequences: Sequences) -> dict[str, Tensor]:
-        """Forward sampled completions as training will, without gradient; one (episodes, length) grid for each name."""
-        idle = partial(self._forward_statistics, free_layout().to(self.device))
+    def statistics(self, samples: Samples) -> dict[str, Tensor]:
+        """Return what is to be known of sampled completions, one (episodes, length) grid for each name.
+
+        The models forward them as training will, without gradient; the policy unless sampling has said it all.
+        """
+        sequences, known = samples.sequences, self._says_all(samples)
+        idle = partial(self._forward_statistics, free_layout().to(self.device), not known)
         with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
 
             def forward(layout: Layout) -> dict[str, Tensor]:
                 before_pass()
-                return self._forward_statistics(layout)
+                return self._forward_statistics(layout, not known)
 
-            return gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
+            grids = gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
+        if known:
+            grids["logprobs"] = on_grid(samples.logprobs, grids["completion_mask"])
+            grids["entropy"] = on_grid(samples.entropies or (), grids["completion_mask"])
+        return grids
+
+    def _says_all(self, samples: Samples) -> bool:
+        """Whether what sampling found is taken for what a forward of the policy would find.
+
+        Not in lower precisions, whose rounding would move the ratio from 1; nor where weights are cut over ranks, which
+        make their passes together.
+        """
+        exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
+        known = samples.entropies is not None and self.device_mesh is None
+        return self.reuse_sampler_logprobs and known and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut episodes into micro-batches, in training as for a rollout's statistics."""
         return cut_sequences(sequences, rows, self.micro_batch_size, self.max_tokens, self.packs_rows)
 
-    def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
-        """Return what one forward of the policy, and one of the reference, say about a micro-batch."""
-        temperature = self.sampling.temperature
-        outputs = self.policy_outputs(layout, with_entropy=True)
-        grids = {"completion_mask": layout.completion_mask, "logprobs": outputs.logprobs, "entropy": outputs.entropy}
-        if outputs.values is not None:
-            grids["values"] = outputs.values
+    def _forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
+        """Return what one forward of the reference, and one of the policy, say about a micro-batch."""
+        grids = {"completion_mask": layout.completion_mask}
+        if with_policy:
+            outputs = self.policy_outputs(layout, with_entropy=True)
+            grids |= {"logprobs": outputs.logprobs, "entropy": outputs.entropy}
+            if outputs.values is not None:
+                grids["values"] = outputs.values
         if self.reference is not None:
-            grids["reference_logprobs"] = self.reference.logprobs(layout, temperature)
+            grids["reference_logprobs"] = self.reference.logprobs(layout, self.sampling.temperature)
         return grids
 
     # -- override points ----------------------------------------------------------------------------------------------

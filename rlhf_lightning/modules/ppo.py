@@ -28,6 +28,7 @@ from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.meter import Meter, moments_over_ranks
 from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.modules.rollouts import Samples
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
@@ -225,8 +226,11 @@ class PPOModule(OnPolicyModule):
         # Scores are reported relative to the reward model's bias, so the values of a critic made from it are too.
         return self.critic(states, per_token=True) - self.critic.bias * states.completion_mask
 
-    def _forward_statistics(self, layout: Layout) -> dict[str, Tensor]:
-        grids = super()._forward_statistics(layout)
+    def _says_all(self, samples: Samples) -> bool:
+        return self.critic is not None and super()._says_all(samples)  # a shared trunk has values to give too
+
+    def _forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
+        grids = super()._forward_statistics(layout, with_policy)
         if self.critic is not None:
             grids["values"] = self._values(layout, None)
         return grids

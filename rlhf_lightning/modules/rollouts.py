@@ -28,11 +28,14 @@ class Samples(NamedTuple):
         sequences: prompts and completions, one prompt per completion.
         finished: bool, True where the end token was reached, shape (episodes,).
         logprobs: the sampler's log-probability of each drawn token at its temperature, one tensor per completion.
+        entropies: entropy that each token was drawn at, nats, where all were drawn from the policy in this process;
+            then it is known what a forward pass of the policy would say. None otherwise.
     """
 
     sequences: Sequences
     finished: Tensor
     logprobs: tuple[Tensor, ...]
+    entropies: tuple[Tensor, ...] | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -141,7 +144,7 @@ class RolloutCollector:
             parents=tuple(range(len(drawn.ids))),
             supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn.ids),
         )
-        return Samples(sequences, drawn.finished, drawn.logprobs)
+        return Samples(sequences, drawn.finished, drawn.logprobs, drawn.entropies)
 
     def score(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
         """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU."""
@@ -205,7 +208,10 @@ def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
         group=torch.cat(groups),
     )
     finished = torch.cat([drawn.samples.finished[list(rows)] for drawn, rows in parts])
-    samples = Samples(sequences, finished, tuple(drawn.samples.logprobs[row] for drawn, row in picked))
+    logprobs = tuple(drawn.samples.logprobs[row] for drawn, row in picked)
+    known = all(drawn.samples.entropies is not None for drawn, _ in picked)
+    entropies = tuple(drawn.samples.entropies[row] for drawn, row in picked if drawn.samples.entropies is not None)
+    samples = Samples(sequences, finished, logprobs, entropies if known else None)
     return Drawn(batch, samples, torch.cat([drawn.scores[list(rows)] for drawn, rows in parts]))
 
 
@@ -262,7 +268,7 @@ def gather_grids(
 
 def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     """Put one tensor per row on the grid of ``like``, shape (rows, length), 0 behind each row's end."""
-    grid = torch.zeros(like.shape, dtype=like.dtype)
+    grid = torch.zeros(like.shape, dtype=rows[0].dtype if rows else torch.float32)
     for index, values in enumerate(rows):
         grid[index, : len(values)] = values
     return grid.to(like.device)

@@ -1,6 +1,7 @@
 """The critic-free family: worked advantages and losses, plain gradients however cut, draws of several rounds."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import (
     prompt_step,
     quiet_trainer,
     random_rows,
+    weights_of,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -392,3 +394,32 @@ def test_an_aggregation_of_one_s_own(policy_folder: str) -> None:
     )
     once = gradients("CriticFreeModule", policy_folder, kl_coef=0.0)
     assert_same(twice, {name: 2 * g for name, g in once.items()}, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["GRPOModule", "RLOOModule", "OnlineDPOModule"])
+def test_what_sampling_found_spares_a_forward_of_the_policy(policy_folder: str, name: str) -> None:
+    """The same rollouts, losses and weights up to rounding, with one forward less for each rollout."""
+    found = []
+    for reuse in (False, True):
+        module = getattr(modules, name)(
+            init_from=policy_folder, scorer=low_words, max_new_tokens=6, learning_rate=1e-2, adam_eps=1e-3,
+            lr_schedule="constant", reuse_sampler_logprobs=reuse, ppo_epochs=2,
+        )  # fmt: skip
+        forwards: list[int] = []
+        logged = MetricsLog()
+        module.policy_outputs = partial(counting, forwards, module.policy_outputs)
+        fit(module, [grouped(prompt_step(GROUPED, first_episode=8 * i)) for i in range(2)], callbacks=[logged])
+        found.append((weights_of(module), logged.rows, sum(forwards)))
+    (weights, rows, forwards_all), (spared_weights, spared_rows, forwards_spared) = found
+    assert forwards_all - forwards_spared == 2
+    assert_same(spared_weights, weights, rtol=1e-3, atol=1e-4)
+    for row, spared in zip(rows, spared_rows, strict=True):
+        assert row.keys() == spared.keys()
+        for metric in ("rollout/score", "rollout/entropy", "rollout/kl", "train/loss"):
+            if metric in row:
+                assert spared[metric] == pytest.approx(row[metric], rel=1e-3, abs=1e-5), metric
+
+
+def counting(calls: list[int], function: Any, *args: Any, **kwargs: Any) -> Any:
+    calls.append(1)
+    return function(*args, **kwargs)

@@ -559,3 +559,21 @@ def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
     module = ppo(policy_folder, pack_rows=asked)
     module.configure_model()
     assert not module.packs_rows
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_shared_trunk_is_forwarded_for_its_values_whatever_sampling_found(policy_folder: str, critic: Any) -> None:
+    found = []
+    for reuse in (False, True):
+        module = ppo(policy_folder, critic=critic, reuse_sampler_logprobs=reuse, learning_rate=1e-2, adam_eps=1e-3)
+        forwards: list[bool] = []
+        outputs = module.policy_outputs
+        module.policy_outputs = lambda *args, f=forwards, o=outputs, **kwargs: (
+            f.append(torch.is_grad_enabled()) or o(*args, **kwargs)
+        )
+        fit(module, rollouts(2))
+        assert forwards.count(True) == 2
+        assert forwards.count(False) == (0 if reuse and critic == "separate" else 2)
+        found.append(weights_of(module))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-3, atol=1e-4)
