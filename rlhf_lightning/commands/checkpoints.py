@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
-from rlhf_lightning.modules.base import ANOTHER_STRATEGY
+from rlhf_lightning.modules.checkpoints import ANOTHER_STRATEGY
 
 SHARDED_META = "meta.pt"
 """The file of a sharded checkpoint's folder that holds everything but tensors."""
