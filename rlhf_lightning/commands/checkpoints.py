@@ -131,12 +131,6 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
     return hparams
 
 
-def updates_in(path: Path) -> int:
-    """Return how many updates a checkpoint is old."""
-    checkpoint = read_checkpoint(path)
-    return int(checkpoint.get("progress", {}).get("updates", checkpoint.get("global_step", 0)))
-
-
 def as_plain(value: Any) -> Any:
     """Return parsed settings as dicts, lists and values."""
     if isinstance(value, Namespace):

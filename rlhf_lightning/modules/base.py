@@ -143,7 +143,8 @@ class AlignmentModule(LightningModule):
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.updates = self.episodes = self.tokens = self.rollouts = 0
-        self._steps_logged, self._learning_rate_used = 0, learning_rate
+        self.steps, self._learning_rate_used = 0, learning_rate
+        self.resumed_random: list[Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
@@ -242,6 +243,10 @@ class AlignmentModule(LightningModule):
             for model in (*self.children(), *self.frozen_models()):
                 if isinstance(model, CausalLM | ScalarModel):
                     compile_layers(model)
+
+    def on_train_start(self) -> None:
+        """Take up where data and random numbers stood in the checkpoint that the run is resumed from."""
+        checkpoints.begin(self)
 
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""
@@ -343,9 +348,9 @@ class AlignmentModule(LightningModule):
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        self._steps_logged += 1
+        self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._steps_logged % max(every, 1) == 0:
+        if self.steps % max(every, 1) == 0:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.updates)
             self._log_over_work(metrics)
