@@ -20,7 +20,7 @@ def differences(whole: Path, cut: Path) -> list[str]:
     found = unequal("checkpoint", contents(whole / last), contents(cut / last))
     found += unequal("model", weights(whole / "model"), weights(cut / "model"))
     found += unequal("TensorBoard", curves(whole), curves(cut))
-    found += unequal("samples.jsonl", *((run / "samples.jsonl").read_bytes() for run in (whole, cut)))
+    found += unequal("samples.jsonl", samples(whole), samples(cut))
     leftovers = [path.name for path in (cut / "checkpoints").iterdir() if path.name.startswith(".")]
     return [*found, *(f"{name} was left behind" for name in leftovers)]
 
@@ -43,6 +43,12 @@ def contents(checkpoint: Path) -> dict[str, Any]:
 def weights(model: Path) -> dict[str, Any]:
     """Return the weights in a model's folder."""
     return {f"{file.name}: {name}": w for file in model.glob("*.safetensors") for name, w in load_file(file).items()}
+
+
+def samples(run: Path) -> bytes:
+    """Return what the policy answered; nothing of a stage without one."""
+    file = run / "samples.jsonl"
+    return file.read_bytes() if file.is_file() else b""
 
 
 def curves(run: Path) -> dict[str, Any]:

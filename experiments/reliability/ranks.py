@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loops import _EvaluationLoop
 
 from rlhf_lightning import cli
@@ -127,6 +128,7 @@ class Ranks:
                     "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "drill", "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
                 }  # fmt: skip
+            rank_zero_only.rank = rank  # read from the environment when it was imported
             if rank == 0:
                 self._observe()
             status = cli.main(argv)
