@@ -28,6 +28,7 @@ from rlhf_lightning.callbacks.checkpoint_files import (
 )
 from rlhf_lightning.callbacks.preemption import PreemptedError, StopSignal, exit_status, requeue
 from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, is_rehearsal, run_folder, updates_of
+from rlhf_lightning.modules.checkpoints import random_state, set_random_state
 
 DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
 
@@ -37,6 +38,9 @@ VALIDATION_TO_COME = {
     "is_last_batch": False,
 }
 """Progress of Lightning's validation loop as after a kill in its first batch: it runs anew, from the first."""
+
+Place = Literal["step", "before validation", "epoch's end"]
+"""Where in Lightning's loops a checkpoint is written."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -91,6 +95,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at: int | None = None
         self._due = self._stopping = False  # a checkpoint, or the end, waits for what belongs to this step
         self._started = False
+        self._random: dict[str, Any] = {}  # where random numbers stood when validation began
         self._signal = StopSignal()
 
     @property
@@ -135,15 +140,21 @@ class RunCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop before a validation; it runs when the run is resumed."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._stopping:
-            self.save(trainer, pl_module, before_validation=True)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._random = random_state(pl_module.device)
+            self._stop_before_validation(trainer, pl_module)
+
+    def _stop_before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stopping:
+            set_random_state(self._random, pl_module.device)
+            self.save(trainer, pl_module, place="before validation")
             self._stop_if_told(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Stop in the middle of a validation, which may be long; all of it runs when the run is resumed."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._stopping |= self._signal.asked(trainer)
-            self.on_validation_start(trainer, pl_module)
+            self._stop_before_validation(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the score of the validation that just ended."""
@@ -152,7 +163,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where training stands, unless validation just did."""
-        self.save(trainer, pl_module)
+        self._stopping |= self._signal.asked(trainer)
+        self.save(trainer, pl_module, place="epoch's end")
         self._stop_if_told(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,7 +197,7 @@ class RunCheckpoint(Checkpoint):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def save(
-        self, trainer: Trainer, module: LightningModule, score: float | None = None, before_validation: bool = False
+        self, trainer: Trainer, module: LightningModule, score: float | None = None, place: Place = "step"
     ) -> None:
         """Write a checkpoint of now; all ranks call it together.
 
@@ -193,7 +205,8 @@ class RunCheckpoint(Checkpoint):
             trainer: the trainer.
             module: the module.
             score: value of ``monitor`` for these weights; None where they were not validated.
-            before_validation: a run that resumes from it begins with this step's validation.
+            place: where a run that resumes from it goes on: behind this step, with its validation, or with the next
+                epoch.
 
         Raises:
             CheckpointFailedError: it could not be written. The ones before are as they were.
@@ -209,7 +222,7 @@ class RunCheckpoint(Checkpoint):
         half = self.folder / f".{name}.partial"
         steps = (
             partial(self._prepare, trainer, half),
-            partial(self._write, trainer, half, before_validation),
+            partial(self._write, trainer, half, place),
             partial(self._seal, trainer, half),
             partial(self._place, trainer, half, name),
         )
@@ -231,12 +244,11 @@ class RunCheckpoint(Checkpoint):
             for logger in trainer.loggers:
                 logger.save()
 
-    def _write(self, trainer: Trainer, half: Path, before_validation: bool) -> None:
+    def _write(self, trainer: Trainer, half: Path, place: Place) -> None:
         """Write the files of a checkpoint under another name."""
         # Not trainer.save_checkpoint, whose barrier is another collective than the one that follows a failure.
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        if before_validation:
-            state["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = VALIDATION_TO_COME
+        go_on(state["loops"]["fit_loop"], place)
         trainer.strategy.save_checkpoint(state, half)
 
     def _seal(self, trainer: Trainer, half: Path) -> None:
@@ -319,6 +331,21 @@ class RunCheckpoint(Checkpoint):
         kept = {*self.saved[-self.keep_last :], *self._best(self.keep_best)}
         self.saved = [name for name in self.saved if name in kept]
         self.scores = {name: score for name, score in self.scores.items() if name in kept}
+
+
+def go_on(loop: dict[str, Any], place: Place) -> None:
+    """Change the state of Lightning's loops, as it is in a checkpoint, so that a resumed run goes on where it should.
+
+    Of itself Lightning leaves out a validation that was to come, and where ``max_steps`` bounds a run it takes the end
+    of an epoch for its middle and trains on one more batch of it.
+    """
+    if place == "before validation":
+        loop["epoch_loop.val_loop.batch_progress"] = VALIDATION_TO_COME
+    elif place == "epoch's end":
+        for count in loop["epoch_progress"].values():
+            count["completed"] = count["processed"]
+        batches = loop["epoch_loop.batch_progress"]
+        batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False
 
 
 def attempted(step: Callable[[], None]) -> str | None:
