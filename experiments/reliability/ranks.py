@@ -27,7 +27,12 @@ from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 
 PHASES = ("starting", "between", "rollout", "update", "validation", "saving")
-TIMEOUT = 300.0
+TIMEOUT = 1800.0
+"""Seconds after which a run counts as hanging."""
+
+FAREWELL = 120.0
+"""Seconds that the other ranks have to end when one has died."""
+
 PIPE_BYTES = 1 << 20
 
 
@@ -159,7 +164,7 @@ class Ranks:
         end = time.monotonic() + TIMEOUT
         while self.alive():
             if any(status != 0 for status in self.statuses.values()):
-                end = min(end, time.monotonic() + 20.0)  # the others notice, or are killed
+                end = min(end, time.monotonic() + FAREWELL)
             if time.monotonic() > end:
                 self.kill()
             time.sleep(0.002)

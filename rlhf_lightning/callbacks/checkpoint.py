@@ -116,6 +116,9 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where training starts, which after a resume is not zero."""
         self._at, self._started = self._counters(pl_module), True
+        updates = updates_of(pl_module)
+        # Of the checkpoint that is resumed from nothing is to be written anew, least of all without its score.
+        self._saved_at = updates if updates and checkpoint_name(updates) in self.saved else None
         self._signal.listen(trainer)
 
     def on_train_batch_end(
