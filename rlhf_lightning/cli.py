@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -109,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def failure_sentence(error: Exception) -> str | None:
     """Say a failure in a sentence, or None for one that nobody foresaw and whose traceback is needed."""
     name = type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error.__context__, OSError):  # what was tried last was to say what went wrong first
+            return failure_sentence(error.__context__)
+        return f"the disk is full ({error}): make room, and `rlhf fit --resume RUN` goes on from the last checkpoint"
     if "OutOfMemory" in name or "can't allocate memory" in str(error):
         first = str(error).strip().splitlines()[0]
         return (

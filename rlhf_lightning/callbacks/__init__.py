@@ -1,6 +1,7 @@
 """What happens beside training: checkpoints, exports, samples, the run's folder. Nothing here alters a gradient."""
 
 from rlhf_lightning.callbacks.checkpoint import RunCheckpoint
+from rlhf_lightning.callbacks.curves import RunCurves
 from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.hparams import RunHparams
 from rlhf_lightning.callbacks.manifest import RunManifest
@@ -12,6 +13,7 @@ __all__ = [
     "ModelExport",
     "PredictionWriter",
     "RunCheckpoint",
+    "RunCurves",
     "RunHparams",
     "RunManifest",
     "RunProgress",

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
-from rlhf_lightning.callbacks.run import (
-    CHECKPOINTS_FOLDER,
+from rlhf_lightning.callbacks.checkpoint_files import (
+    BEST_CHECKPOINT,
     LAST_CHECKPOINT,
-    is_rehearsal,
-    move_into_place,
-    run_folder,
-    updates_of,
+    CheckpointFailedError,
+    Checksum,
+    checkpoint_name,
+    checksum,
+    link,
+    remove,
+    remove_others,
+    replace_checkpoint,
+    seal,
 )
+from rlhf_lightning.callbacks.preemption import PreemptedError, StopSignal, exit_status, requeue
+from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, is_rehearsal, run_folder, updates_of
+from rlhf_lightning.modules.checkpoints import random_state, set_random_state
 
-BEST_CHECKPOINT = "best.ckpt"
 DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
+
+VALIDATION_TO_COME = {
+    "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
+    "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
+    "is_last_batch": False,
+}
+"""Progress of Lightning's validation loop as after a kill in its first batch: it runs anew, from the first."""
+
+Place = Literal["step", "before validation", "epoch's end"]
+"""Where in Lightning's loops a checkpoint is written."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -31,6 +50,9 @@ class RunCheckpoint(Checkpoint):
     manual optimization. Here a training step is whole when it ends (all updates of a rollout, no gradient left over),
     so a checkpoint between two steps needs nothing else. ``checkpoints/`` holds ``update_<n>.ckpt``, ``last.ckpt`` and
     ``best.ckpt`` (links to two of them). A file appears under its name only when it is complete and on the disk.
+
+    On SIGTERM, and under SLURM on the signal before the end of its time, the run finishes its step, saves and ends with
+    exit status 75; a second signal ends it at once.
 
     Args:
         every_n_updates: save once this many further optimizer updates are done.
@@ -71,6 +93,10 @@ class RunCheckpoint(Checkpoint):
         self.scores: dict[str, float] = {}  # of those, the ones that were validated
         self._at: dict[str, int] = {"updates": 0, "rollouts": 0}  # the counters at the last save
         self._saved_at: int | None = None
+        self._due = self._stopping = False  # a checkpoint, or the end, waits for what belongs to this step
+        self._started = False
+        self._random: dict[str, Any] = {}  # where random numbers stood when validation began
+        self._signal = StopSignal()
 
     @property
     def best_model_path(self) -> str:
@@ -89,64 +115,170 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where training starts, which after a resume is not zero."""
-        self._at = self._counters(pl_module)
+        self._at, self._started = self._counters(pl_module), True
+        updates = updates_of(pl_module)
+        # Of the checkpoint that is resumed from nothing is to be written anew, least of all without its score.
+        self._saved_at = updates if updates and checkpoint_name(updates) in self.saved else None
+        self._signal.listen(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when a multiple of the period was reached or passed."""
+        """Save when a multiple of the period was reached or passed, or the run was told to stop.
+
+        Where validation follows it belongs to this step, and so does what an epoch does at its end: a run that resumed
+        from a checkpoint before them would leave them out. So the checkpoint waits.
+        """
         now = self._counters(pl_module)
         for name, period in (("updates", self.every_n_updates), ("rollouts", self.every_n_rollouts)):
-            if period is not None and now[name] // period > self._at[name] // period:
-                self.save(trainer, pl_module)
-                return
+            self._due |= period is not None and now[name] // period > self._at[name] // period
+        self._stopping |= self._signal.asked(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
+        if validates or loop._is_training_done:
+            return
+        if self._due or self._stopping:
+            self.save(trainer, pl_module)
+        self._stop_if_told(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop before a validation; it runs when the run is resumed."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._random = random_state(pl_module.device)
+            self._stop_before_validation(trainer, pl_module)
+
+    def _stop_before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stopping:
+            set_random_state(self._random, pl_module.device)
+            self.save(trainer, pl_module, place="before validation")
+            self._stop_if_told(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Stop in the middle of a validation, which may be long; all of it runs when the run is resumed."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stopping |= self._signal.asked(trainer)
+            self._stop_before_validation(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the score of the validation that just ended."""
-        if self.after_validation and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (self.after_validation or self._due):
             self.save(trainer, pl_module, self._score(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where training stands, unless validation just did."""
-        self.save(trainer, pl_module)
+        self._stopping |= self._signal.asked(trainer)
+        self.save(trainer, pl_module, place="epoch's end")
+        self._stop_if_told(trainer, pl_module)
 
-    def save(self, trainer: Trainer, module: LightningModule, score: float | None = None) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give a run that was killed behind its last step the end that it did not get: Lightning leaves that out."""
+        if not self._started and trainer.ckpt_path is not None:
+            pl_module.to(trainer.strategy.root_device)
+            for callback in trainer.callbacks:
+                callback.on_train_start(trainer, pl_module)
+            for callback in trainer.callbacks:
+                callback.on_train_end(trainer, pl_module)
+
+    def _stop_if_told(self, trainer: Trainer, module: LightningModule) -> None:
+        """End the run if it was told to; its checkpoint is written.
+
+        Raises:
+            PreemptedError: it was.
+        """
+        if not self._stopping:
+            return
+        received = self._signal.received
+        sentence = (
+            f"{self._signal.name()}: stopped after {updates_of(module)} updates, {self.last_model_path} is written; "
+            f"`rlhf fit --resume {self.folder and self.folder.parent}` goes on from it"
+        )
+        if trainer.is_global_zero:
+            print(sentence, flush=True)
+        requeue(trainer, received)
+        raise PreemptedError(sentence, exit_status(trainer))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, trainer: Trainer, module: LightningModule, score: float | None = None, place: Place = "step"
+    ) -> None:
         """Write a checkpoint of now; all ranks call it together.
 
         Args:
             trainer: the trainer.
             module: the module.
             score: value of ``monitor`` for these weights; None where they were not validated.
+            place: where a run that resumes from it goes on: behind this step, with its validation, or with the next
+                epoch.
+
+        Raises:
+            CheckpointFailedError: it could not be written. The ones before are as they were.
         """
         updates = updates_of(module)
         if is_rehearsal(trainer) or (updates == self._saved_at and score is None):
             return
         assert self.folder is not None
-        self._saved_at, self._at = updates, self._counters(module)
-        name = f"update_{updates:06d}.ckpt"
-        self.saved = [*(kept for kept in self.saved if kept != name), name]
-        self.scores.pop(name, None)
-        if score is not None and not math.isnan(score):
-            self.scores[name] = score
+        before = (list(self.saved), dict(self.scores))
+        name = checkpoint_name(updates)
         # The lists are part of the checkpoint, so they change before it is written and files go only afterwards.
-        dropped = self._forget()
-        partial = self.folder / f".{name}.partial"
+        self._remember(name, score)
+        half = self.folder / f".{name}.partial"
+        steps = (
+            partial(self._prepare, trainer, half),
+            partial(self._write, trainer, half, place),
+            partial(self._seal, trainer, half),
+            partial(self._place, trainer, half, name),
+        )
+        for step in steps:
+            reason = attempted(step)
+            # After each, so that no rank waits in the next one's collectives for another whose disk is full.
+            if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
+                self.saved, self.scores = before
+                if trainer.is_global_zero:
+                    remove(half)
+                raise CheckpointFailedError(self._lament(name, reason or "another rank says why"))
+        self._saved_at, self._at, self._due = updates, self._counters(module), False
+
+    def _prepare(self, trainer: Trainer, half: Path) -> None:
+        """Make room, and write out what was logged before: the checkpoint says how much that is."""
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove(partial)
-        try:
-            trainer.save_checkpoint(partial, weights_only=False)
-        except BaseException:
-            _remove(partial)
-            raise
+            half.parent.mkdir(parents=True, exist_ok=True)
+            remove(half)
+            for logger in trainer.loggers:
+                logger.save()
+
+    def _write(self, trainer: Trainer, half: Path, place: Place) -> None:
+        """Write the files of a checkpoint under another name."""
+        # Not trainer.save_checkpoint, whose barrier is another collective than the one that follows a failure.
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        go_on(state["loops"]["fit_loop"], place)
+        trainer.strategy.save_checkpoint(state, half)
+
+    def _seal(self, trainer: Trainer, half: Path) -> None:
+        """Put checksums into a sharded checkpoint's folder."""
+        if half.is_dir():
+            checksums = gathered_checksums(half, trainer.global_rank)
+            if trainer.is_global_zero:
+                seal(half, checksums)
+
+    def _place(self, trainer: Trainer, half: Path, name: str) -> None:
+        """Give a checkpoint its name, point the links to it, and delete those that are not kept."""
+        assert self.folder is not None
         if trainer.is_global_zero:
-            move_into_place(partial, self.folder / name)
-            _link(self.folder / name, self.folder / LAST_CHECKPOINT)
+            replace_checkpoint(half, self.folder / name)
+            link(self.folder / name, self.folder / LAST_CHECKPOINT)
             for best in self._best(1):
-                _link(self.folder / best, self.folder / BEST_CHECKPOINT)
-            for old in dropped:
-                _remove(self.folder / old)
-        trainer.strategy.barrier("checkpoint")
+                link(self.folder / best, self.folder / BEST_CHECKPOINT)
+            remove_others(self.folder, self.saved)
+
+    def _lament(self, name: str, reason: str) -> str:
+        """Say that a checkpoint was not written, and what there is instead."""
+        assert self.folder is not None
+        failed = f"the checkpoint {self.folder / name} could not be written ({reason})"
+        if not self.saved:
+            return f"{failed}, and there is none before it"
+        resume = f"`rlhf fit --resume {self.folder.parent}`"
+        return f"{failed}; {self.last_model_path} is whole: make room, and {resume} goes on from it"
 
     def state_dict(self) -> dict[str, Any]:
         """Return names and scores of the checkpoints, plain so that they load without unpickling."""
@@ -155,6 +287,9 @@ class RunCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the bookkeeping of the run that is continued."""
         self.saved, self.scores = list(state_dict["saved"]), dict(state_dict["scores"])
+        if self.folder is not None:  # somebody may have tidied up
+            self.saved = [name for name in self.saved if (self.folder / name).exists()]
+            self.scores = {name: score for name, score in self.scores.items() if name in self.saved}
         if self.monitor is None:
             self.monitor, self.mode = state_dict["monitor"], state_dict["mode"]
         elif self.monitor != state_dict["monitor"]:
@@ -188,35 +323,55 @@ class RunCheckpoint(Checkpoint):
         ranked = sorted((name for name in self.saved if name in self.scores), key=lambda name: sign * self.scores[name])
         return ranked[:count]
 
-    def _forget(self) -> list[str]:
-        """Drop what is neither among the newest nor the best from the lists, and return it."""
+    def _remember(self, name: str, score: float | None) -> None:
+        """Put a checkpoint on the lists, and drop from them what is neither among the newest nor the best."""
+        self.saved = [*(kept for kept in self.saved if kept != name), name]
+        self.scores.pop(name, None)
+        if score is not None and not math.isnan(score):
+            self.scores[name] = score
         if self.keep_last is None:
-            return []
+            return
         kept = {*self.saved[-self.keep_last :], *self._best(self.keep_best)}
-        dropped = [name for name in self.saved if name not in kept]
         self.saved = [name for name in self.saved if name in kept]
         self.scores = {name: score for name, score in self.scores.items() if name in kept}
-        return dropped
 
 
-def _link(target: Path, name: Path) -> None:
-    """Make ``name`` the same file as ``target`` in one step, or for a sharded checkpoint, a folder, point to it."""
-    partial = name.with_name(f".{name.name}.partial")
-    _remove(partial)
+def go_on(loop: dict[str, Any], place: Place) -> None:
+    """Change the state of Lightning's loops, as it is in a checkpoint, so that a resumed run goes on where it should.
+
+    Of itself Lightning leaves out a validation that was to come, and where ``max_steps`` bounds a run it takes the end
+    of an epoch for its middle and trains on one more batch of it.
+    """
+    if place == "before validation":
+        loop["epoch_loop.val_loop.batch_progress"] = VALIDATION_TO_COME
+    elif place == "epoch's end":
+        for count in loop["epoch_progress"].values():
+            count["completed"] = count["processed"]
+        batches = loop["epoch_loop.batch_progress"]
+        batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False
+
+
+def attempted(step: Callable[[], None]) -> str | None:
+    """Do a step of writing a checkpoint; return why it did not work, None where it did.
+
+    torch says of a full disk what it says of everything, and a failure on any rank by an exception of its own.
+    """
     try:
-        if target.is_dir():
-            partial.symlink_to(target.name)
-        else:
-            os.link(target, partial)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(target, partial)
-    os.replace(partial, name)
-    _remove(partial)  # renaming between two names of one file leaves both
+        step()
+    except (OSError, CheckpointException) as error:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except RuntimeError as error:
+        if "write" not in str(error):
+            raise
+        return str(error).strip().splitlines()[0]
+    return None
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint, file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def gathered_checksums(folder: Path, rank: int) -> dict[str, Checksum]:
+    """Return the checksums of all ranks' shards: each rank reads what it wrote, which is in memory still."""
+    mine = {file.name: checksum(file) for file in folder.glob(f"__{rank}_*.distcp")}
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return {name: found for part in everyone for name, found in part.items()}

@@ -58,6 +58,7 @@ class RunHparams(Callback):
     def __init__(self, data_settings: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.data_settings = data_settings
+        self._earlier: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write settings and the names of the metrics."""
@@ -75,8 +76,20 @@ class RunHparams(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final value of each headline metric."""
-        values = trainer.callback_metrics
-        final = {tag: float(values[tag]) for tag in getattr(pl_module, "headline_metrics", ()) if tag in values}
+        final = self._headlines(trainer, pl_module)
         if trainer.is_global_zero and final:
             for logger in trainer.loggers:
                 logger.log_metrics(final, updates_of(pl_module))
+
+    def _headlines(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """Return the latest value of each headline metric, in this session or those before it."""
+        values, tags = trainer.callback_metrics, getattr(module, "headline_metrics", ())
+        return self._earlier | {tag: float(values[tag]) for tag in tags if tag in values}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the latest values: a run may be resumed behind its last validation."""
+        checkpoint["headlines"] = self._headlines(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._earlier = checkpoint.get("headlines", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -95,8 +96,9 @@ class RunManifest(Callback):
         self._end(pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Record why the run ended."""
-        self._end(pl_module, f"{type(exception).__name__}: {exception}"[:500])
+        """Record why the run ended, if the disk has room for it: the reason itself is what must be said."""
+        with contextlib.suppress(OSError):
+            self._end(pl_module, f"{type(exception).__name__}: {exception}"[:500])
 
     def _end(self, module: LightningModule, status: str) -> None:
         if self.path is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ SAMPLES_FILE = "samples.jsonl"
 PREDICTIONS_FILE = "predictions.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
-LAST_CHECKPOINT = "last.ckpt"
-CHECKPOINT_NAME = re.compile(r"update_(\d+)\.ckpt")
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -53,27 +50,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, sync it and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    move_into_place(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        move_into_place(partial, path)
+    except OSError:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def move_into_place(partial: Path, path: Path) -> None:
     """Sync a finished file or folder to the disk and rename it over ``path``; readers see the old or the new, whole."""
     for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
         if file.is_file():
-            _sync(file)
-    if path.is_dir():
-        # A folder cannot be renamed over a full one: the old one steps aside first.
-        aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(aside)
-        partial.rename(path)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, path)
-    _sync(path.parent)
+            sync(file)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -158,18 +152,3 @@ def _was_trained(folder: Path) -> bool:
         return True
     manifest = folder / MANIFEST_FILE
     return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("subcommand") == "fit"
-
-
-def last_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint of a run.
-
-    Raises:
-        FileNotFoundError: the run has none. Starting afresh would not be resuming.
-    """
-    folder = run / CHECKPOINTS_FOLDER
-    if (folder / LAST_CHECKPOINT).exists():
-        return folder / LAST_CHECKPOINT
-    numbered = [path for path in folder.glob("update_*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
-    if not numbered:
-        raise FileNotFoundError(f"{run} has no checkpoint to resume from: {folder} holds no .ckpt file")
-    return max(numbered, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name).group(1)))  # type: ignore[union-attr]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from rlhf_lightning.callbacks.run import SAMPLES_FILE, append_rows, run_folder, updates_of, write_text, writes_files
+from rlhf_lightning.callbacks.run import SAMPLES_FILE, append_rows, run_folder, updates_of, writes_files
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.scoring.base import MissingColumnError
 from rlhf_lightning.scoring.time_limit import ScorerFailedError
@@ -59,23 +59,36 @@ class SampleTable(Callback):
         self.prompts: list[Prompt] = []
         self.path: Path | None = None
         self._sampled_at: int | None = None
+        self._resumed: tuple[int | None, int] | None = None  # what a checkpoint that is resumed from says of both
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the file; choosing prompts waits until the data is there."""
         self.path = run_folder(trainer) / SAMPLES_FILE
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample before the first update; after a resume, forget rows that are about to be sampled again."""
+        """Sample before the first update; after a resume, drop rows that the checkpoint does not know of."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.count == 0 or not getattr(pl_module, "has_policy", False) or not hasattr(datamodule, "example_prompts"):
             return
         self.prompts = list(datamodule.example_prompts(self.count))
-        updates = updates_of(pl_module)
-        if updates > 0 and self.path is not None:
-            self._sampled_at = updates  # on every rank: they sample together or not at all
-            if writes_files(trainer):
-                cut_back(self.path, updates)
-        self.sample(trainer, pl_module)
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            self.sample(trainer, pl_module)
+            return
+        self._sampled_at, length = resumed  # on every rank: they sample together or not at all
+        if writes_files(trainer) and self.path is not None and self.path.is_file():
+            os.truncate(self.path, min(length, self.path.stat().st_size))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep when the policy last answered, and how long the file was."""
+        if self.prompts:
+            length = self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
+            checkpoint["samples"] = {"sampled_at": self._sampled_at, "length": length}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember it until training starts."""
+        if "samples" in checkpoint:
+            self._resumed = checkpoint["samples"]["sampled_at"], checkpoint["samples"]["length"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -143,21 +156,6 @@ class SampleTable(Callback):
             return [None] * len(completions)
         scores = [None if score is None else float(score) for score in given]
         return [None if score is None or math.isnan(score) else score for score in scores]
-
-
-def cut_back(path: Path, updates: int) -> None:
-    """Drop the rows of a samples file that lie after ``updates``: the run that wrote them was cut off there."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            continue
-        if row["update"] <= updates:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

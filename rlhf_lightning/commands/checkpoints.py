@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
-from rlhf_lightning.modules.base import ANOTHER_STRATEGY
+from rlhf_lightning.modules.checkpoints import ANOTHER_STRATEGY
 
 SHARDED_META = "meta.pt"
 """The file of a sharded checkpoint's folder that holds everything but tensors."""
@@ -129,12 +129,6 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
     hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
     return hparams
-
-
-def updates_in(path: Path) -> int:
-    """Return how many updates a checkpoint is old."""
-    checkpoint = read_checkpoint(path)
-    return int(checkpoint.get("progress", {}).get("updates", checkpoint.get("global_step", 0)))
 
 
 def as_plain(value: Any) -> Any:

@@ -78,8 +78,8 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    from rlhf_lightning.callbacks.checkpoint import BEST_CHECKPOINT
-    from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, find_run, last_checkpoint
+    from rlhf_lightning.callbacks.checkpoint_files import BEST_CHECKPOINT, last_checkpoint
+    from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, find_run
     from rlhf_lightning.commands.checkpoints import SHARDED_META
 
     if path.is_file() or (path / SHARDED_META).is_file():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+import traceback
 import warnings
 
 SILENCED_MESSAGES = {
@@ -73,6 +75,15 @@ def quieten() -> None:
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     _quieten_transformers()
+    threading.excepthook = _without_events_writer
+
+
+def _without_events_writer(failure: threading.ExceptHookArgs) -> None:
+    """Say nothing of TensorBoard's writing thread: whoever logs next is handed its exception."""
+    trace = failure.exc_traceback
+    files = [] if trace is None else [frame.filename for frame in traceback.extract_tb(trace)]
+    if not any(file.endswith("event_file_writer.py") for file in files):
+        threading.__excepthook__(failure)
 
 
 def _quieten_transformers() -> None:

@@ -21,18 +21,19 @@ from rlhf_lightning.callbacks import (
     ModelExport,
     PredictionWriter,
     RunCheckpoint,
+    RunCurves,
     RunHparams,
     RunManifest,
     RunProgress,
     SampleTable,
 )
+from rlhf_lightning.callbacks.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.callbacks.run import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     MANIFEST_FILE,
     checked_run_name,
     find_run,
-    last_checkpoint,
     reserve_version,
     run_folder,
     write_text,
@@ -45,7 +46,6 @@ from rlhf_lightning.commands.checkpoints import (
     is_same_class,
     merged,
     refused_checkpoint,
-    updates_in,
 )
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
@@ -135,12 +135,12 @@ class RlhfCLI(LightningCLI):
         shown = self.shown or name
         self.folder: Path | None = None
         self.is_new_folder = False
-        command = ["rlhf", *self.argv]
+        always = [RunManifest(["rlhf", *self.argv]), RunCurves(), RunHparams(), RunProgress()]
         super().__init__(
             AlignmentModule,
             AlignmentDataModule,
             save_config_callback=RunConfig,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [RunManifest(command), RunHparams(), RunProgress()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": always},
             seed_everything_default=0,
             parser_class=TrainParser,
             parser_kwargs=cast(
@@ -212,6 +212,8 @@ class RlhfCLI(LightningCLI):
         if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
             refuse(f"there is no checkpoint {config.ckpt_path}; {PLAIN_CHECKPOINT_ERROR}")
         if config.ckpt_path is not None and Path(config.ckpt_path).exists():
+            if not config.resume and (reason := damage(Path(config.ckpt_path))) is not None:
+                refuse(f"{config.ckpt_path} is damaged: {reason}; `--resume RUN` takes the newest whole one of a run")
             reason = refused_checkpoint(Path(config.ckpt_path), SHARDED in str(trainer.strategy), command == "fit")
             if reason is not None:
                 refuse(reason)
@@ -287,20 +289,15 @@ class RlhfCLI(LightningCLI):
         return None
 
     def run_logger(self) -> TensorBoardLogger:
-        """Return a TensorBoard logger that writes into the run's folder.
-
-        After a resume, points that the killed run logged past its checkpoint are purged: curves join without overlap.
-        """
+        """Return a TensorBoard logger that writes into the run's folder."""
         config = self.config[self.subcommand]
         if self.folder is None:
             return TensorBoardLogger(config.runs_folder, config.run_name, default_hp_metric=False)
-        purge = None if self.is_new_folder else updates_in(Path(config.ckpt_path)) + 1
         return TensorBoardLogger(
             self.folder.parent.parent,
             self.folder.parent.name,
             version=self.folder.name,
             default_hp_metric=False,
-            purge_step=purge,
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

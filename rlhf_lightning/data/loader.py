@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlhf_lightning.types import Step
@@ -77,8 +78,8 @@ class StepLoader:
             return (steps[index] for index in range(start, self.length))
         loader = DataLoader(
             _AsDataset(steps), sampler=range(start, self.length), batch_size=None, collate_fn=_unchanged,
-            num_workers=self.num_workers,
-        )  # fmt: skip
+            num_workers=self.num_workers, generator=torch.Generator(),
+        )  # fmt: skip  # of its own: from the global one it would draw a seed for its workers, and a resumed run twice
         return iter(loader)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules import checkpoints
 from rlhf_lightning.modules.compatibility import check
 from rlhf_lightning.modules.gathering import data_ranks
 from rlhf_lightning.modules.meter import Meter
@@ -44,11 +44,6 @@ from rlhf_lightning.modules.optimization import (
 )
 from rlhf_lightning.modules.precision import settled_precision
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
-
-ANOTHER_STRATEGY = (
-    "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
-    "strategy it was written under, or start a new run from its exported model (model.init_from)"
-)
 
 
 class Answer(NamedTuple):
@@ -136,8 +131,8 @@ class AlignmentModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.save_hyperparameters()
-        self._set_hparams(plain(dict(self.hparams)))
-        self._hparams_initial = plain(dict(self.hparams))
+        self._set_hparams(checkpoints.plain(dict(self.hparams)))
+        self._hparams_initial = checkpoints.plain(dict(self.hparams))
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
         self.load_settings = LoadSettings(
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
@@ -148,7 +143,8 @@ class AlignmentModule(LightningModule):
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.updates = self.episodes = self.tokens = self.rollouts = 0
-        self._steps_logged, self._learning_rate_used = 0, learning_rate
+        self.steps, self._learning_rate_used = 0, learning_rate
+        self.resumed_random: list[Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
@@ -193,7 +189,7 @@ class AlignmentModule(LightningModule):
         if not self._models_loaded:
             self.load_models()
             self._models_loaded = True
-            self._started_from = self.started_from()  # now: the folder may be gone when a checkpoint is written
+            self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
             # One layout goes to all of them: policy and critic, reference or teacher.
             parts = (*self.children(), *self.frozen_models())
             readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
@@ -220,7 +216,8 @@ class AlignmentModule(LightningModule):
 
     _models_loaded = False
     _reads_trees = False
-    _started_from: Mapping[str, str | None] = MappingProxyType({})
+    fingerprints: Mapping[str, str | None] = MappingProxyType({})
+    """Fingerprints of the weights that training started from, taken when they were read."""
 
     def setup(self, stage: str) -> None:
         """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
@@ -249,6 +246,10 @@ class AlignmentModule(LightningModule):
             for model in (*self.children(), *self.frozen_models()):
                 if isinstance(model, CausalLM | ScalarModel):
                     compile_layers(model)
+
+    def on_train_start(self) -> None:
+        """Take up where data and random numbers stood in the checkpoint that the run is resumed from."""
+        checkpoints.begin(self)
 
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""
@@ -350,9 +351,9 @@ class AlignmentModule(LightningModule):
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        self._steps_logged += 1
+        self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._steps_logged % max(every, 1) == 0:
+        if self.steps % max(every, 1) == 0:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.updates)
             self._log_over_work(metrics)
@@ -447,7 +448,7 @@ class AlignmentModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trainable weights alone: frozen ones are where they came from."""
-        trainable = self.trained_names()
+        trainable = checkpoints.trained_names(self)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
@@ -459,53 +460,20 @@ class AlignmentModule(LightningModule):
             RuntimeError: the checkpoint's trainable weights are not this module's.
         """
         if strict:
-            self._check_names(set(state_dict))
+            checkpoints.check_names(self, set(state_dict))
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def trained_names(self) -> set[str]:
-        """Return the names of the weights that training changes, a tied one under its first."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def _check_names(self, found: set[str]) -> None:
-        trainable = self.trained_names()
-        missing, unknown = sorted(trainable - found), sorted(found - trainable)
-        if missing or unknown:
-            raise RuntimeError(
-                f"the checkpoint does not fit {type(self).__name__}: {len(missing)} trainable weights are missing "
-                f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters, which address sampling and give TensorBoard's x-axis, what the weights stand on, and their
-        names.
-        """
-        checkpoint["sharded"], checkpoint["trained"] = self.device_mesh is not None, sorted(self.trained_names())
-        checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
-        checkpoint["started_from"] = dict(self._started_from)
+        """Keep what a module is beside its weights. A family with further state calls this and adds to it."""
+        checkpoint.update(checkpoints.saved(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters up where they were.
+        """Take it up again.
 
         Raises:
-            RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on; or, where weights
-                are cut over ranks, the checkpoint is of another model or another strategy.
+            RuntimeError: the checkpoint is of another model, of other frozen weights, or of another strategy.
         """
-        if self.device_mesh is not None:
-            if not checkpoint["sharded"] and self.trainer.state.fn == "fit":
-                raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
-            self._check_names(set(checkpoint["trained"]))
-        for name, value in checkpoint["progress"].items():
-            setattr(self, name, value)
-        if self.lora is None and self.reference is None:
-            return
-        before, now = checkpoint["started_from"], self._started_from
-        for part in ("backbone", "adapter", "quantization"):
-            if before[part] != now[part]:
-                raise RuntimeError(
-                    f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
-                    f"{str(now[part])[:8]} ({self.init_from}). Frozen weights are in no checkpoint, so resume from the "
-                    "same init_from"
-                )
+        checkpoints.restore(self, checkpoint)
 
     def started_from(self) -> dict[str, str | None]:
         """Return fingerprints of the weights that training started from: the backbone, and the adapter on it."""
@@ -515,20 +483,6 @@ class AlignmentModule(LightningModule):
             "adapter": fingerprint(name) if is_adapter(name) else None,
             "quantization": self.load_settings.quantization,
         }
-
-
-def plain(value: Any) -> Any:
-    """Return hyper-parameters as plain types, which a checkpoint can hold and load without running code."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    kind = value if hasattr(value, "__qualname__") else type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def as_loss(returned: Tensor | Loss) -> Loss:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -41,6 +43,24 @@ class Meter:
         """Add every name of another meter with no weight: a rank without rows must know the names too."""
         for name in like._sums:
             self._add(name, torch.zeros(2, dtype=torch.float64))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the numerator and denominator of each name that this rank has added."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, list[float]]], rank: int, ranks: int) -> None:
+        """Take up this rank's share of what all ranks had added; where their number is another, the first has it all.
+
+        Args:
+            states: each rank's ``state_dict``.
+            rank: this rank.
+            ranks: how many there are now.
+        """
+        self._sums = {}
+        for owner, state in enumerate(states):
+            mine = owner == rank if len(states) == ranks else rank == 0
+            for name, pair in state.items():  # the names are known everywhere
+                self._add(name, torch.tensor(pair if mine else [0.0, 0.0], dtype=torch.float64))
 
     def means(self, strategy: Strategy) -> dict[str, float]:
         """Return the mean of each name over all that was added on all ranks. One collective for all of them."""

@@ -39,6 +39,8 @@ class OfflineModule(AlignmentModule):
         if weights is None:
             return None
         computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # products differ, weights may not
+        if self.trainer.world_size > 1:  # else chance would say which rank computes a row that two of them have
+            computed_in += f"_{self.global_rank}_of_{self.trainer.world_size}"
         return ReferenceCache(cache_folder() / "reference" / f"{weights[:32]}_{computed_in}.sqlite")
 
     def reference_logprobs(self, sequences: Sequences, layout: Layout) -> Tensor:
@@ -58,7 +60,10 @@ class OfflineModule(AlignmentModule):
             return kept.to(self.device)
         computed = self.reference.logprobs(layout)
         cache.write(sequences, computed)
-        return computed
+        # Rows that were there before are taken from there, although just computed anew in other company, which rounds
+        # otherwise: a run that is resumed finds the whole batch, and has to learn from the same numbers.
+        kept = cache.read(sequences, layout.completion_mask, dtype)
+        return computed if kept is None else kept.to(computed)
 
     def loss_sum(self, batch: Any, meter: Meter) -> Tensor:
         """Return the sum of a micro-batch's losses, with gradient, and add its metrics to ``meter``."""

@@ -20,6 +20,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sampling import SamplingEngine, SamplingSettings
 from rlhf_lightning.models.sharding import in_step, most_passes
 from rlhf_lightning.modules.base import AlignmentModule, as_loss
+from rlhf_lightning.modules.checkpoints import of_all_ranks, rank_of
 from rlhf_lightning.modules.gathering import summed_over_ranks
 from rlhf_lightning.modules.invariants import Invariants
 from rlhf_lightning.modules.meter import Meter
@@ -498,11 +499,15 @@ class OnPolicyModule(AlignmentModule):
         return export_policy(self.policy, self.tokenizer, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the KL coefficient with the counters."""
+        """Keep the KL coefficient with the counters, and what a scorer has learned."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coef"] = self.kl_coef
+        checkpoint["scorer"] = of_all_ranks(self, self.scorer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the KL coefficient up again."""
+        """Take them up again; an export goes without the scorer."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
+        (rank, ranks), states = rank_of(self), checkpoint["scorer"]
+        if any(states):
+            self.scorer.load_state_dict(states[rank if len(states) == ranks else 0])

@@ -22,6 +22,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.base import as_loss
+from rlhf_lightning.modules.checkpoints import of_all_ranks, rank_of
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.offline import OfflineModule
@@ -178,11 +179,13 @@ class RewardModule(OfflineModule):
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the bias with the weights."""
+        """Keep the bias with the weights, and the mean that is being taken for the next one."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["score_bias"] = self.reward_model.bias
+        checkpoint["best_scores"] = of_all_ranks(self, self._best_scores.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the bias up again."""
+        """Take them up again."""
         super().on_load_checkpoint(checkpoint)
         self.reward_model.bias = checkpoint["score_bias"]
+        self._best_scores.load_state_dict(checkpoint["best_scores"], *rank_of(self))

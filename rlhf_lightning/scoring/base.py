@@ -21,7 +21,8 @@ class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
     A subclass that needs a device or weights overrides ``to`` and ``load_beside``, and one that holds networks names
-    them in ``models``; one that has more to tell than a score overrides ``take_metrics``.
+    them in ``models``; one that has more to tell than a score overrides ``take_metrics``. One that learns while it
+    scores (a running mean ...) overrides ``state_dict`` and ``load_state_dict``, or a resumed run is another one.
     """
 
     @property
@@ -60,6 +61,17 @@ class Scorer:
         values where it scored nothing: every rank must log the same.
         """
         return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later scores depend on beside the scorer's arguments, in plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` returned.
+
+        Args:
+            state: this rank's; of a run on another number of ranks, the first one's.
+        """
 
 
 class Measured:

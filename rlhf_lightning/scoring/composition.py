@@ -65,6 +65,16 @@ class ScorerGroup(Scorer):
         self.scorers = {name: scorer.to(device) for name, scorer in self.scorers.items()}
         return self
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what members that learn while they score have learned."""
+        states = {name: scorer.state_dict() for name, scorer in self.scorers.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hand it back to them."""
+        for name, mine in state.items():
+            self.scorers[name].load_state_dict(mine)
+
     def take_metrics(self) -> dict[str, Tensor]:
         """Return each member's raw scores, and what the members measured themselves."""
         taken = self._measured.take()

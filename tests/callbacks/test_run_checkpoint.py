@@ -1,25 +1,30 @@
 """Which checkpoints are kept, when they are written, and that a name always stands for a whole file."""
 
 import os
+import resource
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from tiny_run import BASIC, UPDATES, NumbersDataModule, RolloutModule, SlopeModule
 
 from rlhf_lightning.callbacks import RunCheckpoint
-from rlhf_lightning.callbacks.run import last_checkpoint, move_into_place, write_text
+from rlhf_lightning.callbacks.checkpoint_files import CheckpointFailedError, last_checkpoint, replace_checkpoint
+from rlhf_lightning.callbacks.run import write_text
 from rlhf_lightning.commands.train import run
 
 
-def fit(callback: RunCheckpoint, module: SlopeModule | None = None, epochs: int = 1) -> list[str]:
+def fit(
+    callback: RunCheckpoint, module: SlopeModule | None = None, epochs: int = 1, callbacks: Sequence[Callback] = ()
+) -> list[str]:
     """Train and return the names in the checkpoint folder, but for the links."""
     module = module or SlopeModule(learning_rate=0.1)
     trainer = Trainer(
-        max_epochs=epochs, logger=False, callbacks=[callback], enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, accelerator="cpu",
+        max_epochs=epochs, logger=False, callbacks=[callback, *callbacks], enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, accelerator="cpu",
     )  # fmt: skip
     trainer.fit(module, datamodule=NumbersDataModule())
     return sorted(path.name for path in Path("checkpoints").iterdir() if path.name.startswith("update"))
@@ -126,22 +131,28 @@ def test_the_bookkeeping_survives_a_resume():
     assert again.monitor == "val/loss"
 
 
-def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_file(monkeypatch):
-    """A disk that is full while the second checkpoint is written."""
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_file():
+    """No file may grow beyond the first checkpoint's size while the second is written."""
     callback = RunCheckpoint(every_n_updates=3)
-    real = Trainer.save_checkpoint
 
-    def full(self, path, *args, **kwargs):
-        if "000006" in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(self, path, *args, **kwargs)
+    class Fills(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if module.updates == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
 
-    monkeypatch.setattr(Trainer, "save_checkpoint", full)
-    with pytest.raises(OSError, match="No space left"):
-        fit(callback)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointFailedError) as failure:
+            fit(callback, callbacks=[Fills()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert str(failure.value).replace(str(Path.cwd()), ".").replace("./", "") == (
+        "the checkpoint checkpoints/update_000006.ckpt could not be written ([Errno 27] File too large); "
+        "checkpoints/update_000003.ckpt is whole: make room, and `rlhf fit --resume .` goes on from it"
+    )
     assert [path.name for path in sorted(Path("checkpoints").iterdir())] == ["last.ckpt", "update_000003.ckpt"]
     assert updates_in("last.ckpt") == 3 and last_checkpoint(Path()).name == "last.ckpt"
+    assert callback.saved == ["update_000003.ckpt"]
 
 
 def test_weights_load_without_unpickling():
@@ -179,7 +190,7 @@ def test_a_sharded_checkpoint_replaces_the_folder_before():
         partial = Path(f"part{number}")
         partial.mkdir()
         (partial / "shard").write_text(str(number))
-        move_into_place(partial, Path("checkpoint"))
+        replace_checkpoint(partial, Path("checkpoint"))
     assert (Path("checkpoint") / "shard").read_text() == "2"
     assert [path.name for path in Path().iterdir()] == ["checkpoint"]
 
@@ -187,6 +198,6 @@ def test_a_sharded_checkpoint_replaces_the_folder_before():
 def test_the_newest_checkpoint_is_found_by_number_without_the_link():
     Path("checkpoints").mkdir()
     for number in (9, 10, 100):
-        (Path("checkpoints") / f"update_{number:06d}.ckpt").touch()
+        torch.save({"updates": number}, Path("checkpoints") / f"update_{number:06d}.ckpt")
     (Path("checkpoints") / ".update_000200.ckpt.partial").touch()
     assert last_checkpoint(Path()).name == "update_000100.ckpt"

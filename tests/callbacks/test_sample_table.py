@@ -1,15 +1,13 @@
 """Sampled answers: what is asked when, what reaches samples.jsonl and TensorBoard's text tab."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import tiny_run
 from tiny_run import BASIC, UPDATES, events_of, rows_of
 
 from rlhf_lightning.callbacks import SampleTable
-from rlhf_lightning.callbacks.samples import LONGEST_CELL, as_table, cell, cut_back
+from rlhf_lightning.callbacks.samples import LONGEST_CELL, as_table, cell
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.scoring import InstructionScorer
 
@@ -77,14 +75,6 @@ def test_a_stage_without_a_policy_samples_nothing():
 
 def test_no_prompts_no_samples():
     assert not (run(["fit", *BASIC, "--samples.prompts", "0"]).folder / "samples.jsonl").exists()
-
-
-def test_rows_after_the_checkpoint_are_cut_back_and_a_torn_line_goes_too():
-    path = Path("samples.jsonl")
-    path.write_text("".join(json.dumps({"update": n}) + "\n" for n in (0, 4, 8, 12)) + '{"update": 3, "pro')
-    cut_back(path, 8)
-    assert [row["update"] for row in rows_of(path)] == [0, 4, 8]
-    cut_back(Path("absent.jsonl"), 8)
 
 
 def test_what_was_asked_for_wins_over_the_modules_own_sampling():

@@ -1,0 +1,210 @@
+"""Runs that are killed end in the same bits as runs that are left alone.
+
+    python experiments/reliability/drill.py --module ppo --kills 20 --strategy fsdp2 --lora
+    python experiments/reliability/drill.py --module all
+
+One run is left alone; further ones are cut short, resumed and cut short again, until the kills have hit: SIGKILL in a
+rollout, an update, a validation or while a checkpoint is written, SIGTERM, a disk that is full when a checkpoint is
+due, and files that are torn or altered afterwards, as by a machine that loses its power. In the end checkpoint
+(weights, optimizer, random states, counters), exported model, TensorBoard curves and samples.jsonl have to be equal
+bit for bit. The last line says what was lost; the exit status is 1 if anything was.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compare import differences
+from page import render
+from ranks import Ranks
+from world import RANKS, STAGES, STRATEGIES, command, make_world
+
+from rlhf_lightning.callbacks.preemption import PREEMPTED
+
+HERE = Path(__file__).resolve().parent
+
+
+class Drill:
+    """One stage under one strategy.
+
+    Args:
+        name: of the stage.
+        strategy: over how many processes, and how.
+        lora: train an adapter.
+        folder: where the runs go.
+        world: the rows and models.
+        seed: of what befalls the runs.
+    """
+
+    def __init__(self, name: str, strategy: str, lora: bool, folder: Path, world: Path, seed: int = 0) -> None:
+        self.name, self.strategy, self.lora = name, strategy, lora
+        self.folder, self.count = folder, RANKS[strategy]
+        self.argv = command(name, world, strategy, lora)
+        self.chance = random.Random(f"{seed}/{name}/{strategy}/{lora}")
+        phases = ("saving", "rollout", "update", "validation")
+        self.phases = cycle(phases if STAGES[name].on_policy else (phases[0], *phases[2:]))
+        self.counts = Counter[str]()
+        self.lost: list[str] = []
+        self.runs = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, kills: int, further: bool = True) -> dict[str, Any]:
+        """Cut runs short until ``kills`` were killed; return what hit where, and what was lost.
+
+        Args:
+            kills: how many.
+            further: also have runs terminated, disks filled and checkpoints torn.
+        """
+        began = time.perf_counter()
+        whole = self.whole()
+        planned = ["kill"] * kills
+        if further:
+            for blow, every in (("terminate", 5), ("disk full", 10), ("tear", 5)):
+                planned += [blow] * -(-kills // every)
+        self.chance.shuffle(planned)
+        while planned and not self.lost:
+            planned = self.one_run(whole, planned)
+        return {
+            "module": self.name, "strategy": self.strategy, "lora": self.lora, "runs": self.runs, "counts": self.counts,
+            "lost": self.lost, "seconds": round(time.perf_counter() - began, 1),
+        }  # fmt: skip
+
+    def whole(self, name: str = "whole") -> Path:
+        """Run once without a mishap; return the run's folder."""
+        ranks = Ranks([*self.argv, "--run_name", name], self.folder, self.count)
+        status, said = ranks.wait()
+        if status != 0:
+            raise RuntimeError(f"the run that was left alone ended with {status}:\n{said}")
+        self.durations = {phase: ranks.watch.longest(phase) for phase in ("saving", "rollout", "update", "validation")}
+        return self.folder / "runs" / name / "version_0"
+
+    def one_run(self, whole: Path, planned: list[str]) -> list[str]:
+        """Carry out some of what is planned on one run, until it ends; return what is left of the plan."""
+        self.runs += 1
+        name = f"cut_{self.runs}"
+        run = self.folder / "runs" / name / "version_0"
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+        while not self.lost:
+            checkpoints = list((run / "checkpoints").glob("update_*.ckpt"))
+            if not checkpoints:  # nothing to resume from yet
+                shutil.rmtree(run.parent, ignore_errors=True)
+            argv = ["fit", "--resume", f"runs/{name}"] if checkpoints else [*self.argv, "--run_name", name]
+            # A checkpoint is torn where there is one before it; until then the run is cut short once more.
+            blow = next((b for b in planned if b != "tear" or len(checkpoints) > 1), None)
+            torn = self.tear(run) if blow == "tear" else None
+            ended = self.attempt(argv, "kill" if torn or (planned and blow is None) else blow, torn)
+            if blow is not None and (torn or not ended):
+                planned.remove(blow)
+            if ended and not self.lost:
+                self.lost += [f"{name}: {line}" for line in differences(whole, run)[:5]]
+                shutil.rmtree(run.parent)
+                return planned
+        return []
+
+    def attempt(self, argv: list[str], blow: str | None, torn: str | None = None) -> bool:
+        """Start or resume a run and deal it a blow; return whether it came to its end.
+
+        Args:
+            argv: the command.
+            blow: what befalls it; None leaves it alone.
+            torn: what is wrong with its newest checkpoint.
+        """
+        ranks = Ranks(argv, self.folder, self.count, self.chance.randint(1, 2) if blow == "disk full" else None)
+        hit = ""
+        if blow in ("kill", "terminate"):
+            phase = next(self.phases) if blow == "kill" else "update"
+            if ranks.reach(phase, self.chance.randint(1, 3)):
+                time.sleep(self.chance.random() * 1.2 * self.durations[phase])
+                hit = ranks.watch.phase
+                ranks.kill(signal.SIGKILL if blow == "kill" else signal.SIGTERM)
+        status, said = ranks.wait()
+        if torn is not None:
+            self.count_if("torn", "damaged in" in said, f"{torn} was not noticed: {said}")
+        last = (said.strip().splitlines() or [""])[-1]
+        if status == 0:
+            return True
+        if blow == "kill":
+            self.count_if(f"killed: {hit}", status == -signal.SIGKILL, said)
+        elif blow == "terminate":
+            self.count_if("terminated", status == PREEMPTED, f"status {status} after SIGTERM: {said}")
+        else:
+            plain = "could not be written" in last or "disk is full" in last
+            told = blow is not None and status == 1 and plain and "Traceback" not in said
+            self.count_if("disk full", told, f"status {status} after {blow}: {said}")
+        return False
+
+    def count_if(self, name: str, holds: bool, otherwise: str) -> None:
+        """Count what was survived, or note what was lost."""
+        if holds:
+            self.counts[name] += 1
+        else:
+            self.lost.append(otherwise[-3000:])
+
+    def tear(self, run: Path) -> str:
+        """Cut the newest checkpoint short, or alter a byte of it; return which."""
+        target = (run / "checkpoints" / "last.ckpt").resolve()
+        if target.is_dir():
+            target = self.chance.choice(sorted(path for path in target.iterdir() if path.stat().st_size > 100))
+        size = target.stat().st_size
+        if self.chance.random() < 0.5:
+            os.truncate(target, self.chance.randrange(size))
+            return f"{target.name} cut short"
+        # In the middle of the largest part of a file: its zip format has gaps between the parts, which hold nothing.
+        place = self.chance.randrange(size // 4, size // 2)
+        with target.open("r+b") as file:
+            file.seek(place)
+            bits = file.read(64)
+            file.seek(place)
+            file.write(bytes(bit ^ 0xFF for bit in bits))
+        return f"{target.name} altered"
+
+
+def main() -> int:
+    """Run the drills that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--module", choices=[*STAGES, "all"], required=True, help="the stage; all writes results.md")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each stage (default 20)")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="default single; all takes every one")
+    parser.add_argument("--lora", action="store_true", help="train an adapter; all does both")
+    parser.add_argument("--seed", type=int, default=0, help="of what befalls the runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the drills' JSON files")
+    parser.add_argument("--page", type=Path, default=HERE / "results.md", help="the page that all of them make")
+    arguments = parser.parse_args()
+    everything = arguments.module == "all"
+    names = list(STAGES) if everything else [arguments.module]
+    strategies = [arguments.strategy or "single"] if not everything or arguments.strategy else list(STRATEGIES)
+    lost = []
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder) / "world")
+        for name in names:
+            for strategy in strategies:
+                for lora in (False, True) if everything else (arguments.lora,):
+                    place = Path(folder) / f"{name}_{strategy}_{'lora' if lora else 'full'}"
+                    record = Drill(name, strategy, lora, place, world, arguments.seed).run(arguments.kills)
+                    shutil.rmtree(place)
+                    lost += record["lost"]
+                    arguments.results.mkdir(parents=True, exist_ok=True)
+                    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+                    (arguments.results / f"kills_{place.name}.json").write_text(text)
+                    print(place.name, dict(record["counts"]), f"{record['seconds']:.0f} s", *record["lost"], flush=True)
+    if everything:
+        render(arguments.results, arguments.page)
+    print(f"lost: {'; '.join(lost) if lost else 'nothing'}")
+    return int(bool(lost))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The page of all drills. Each drill writes JSON files of its own; a section is made of one kind of them."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+Records = Sequence[dict[str, Any]]
+
+
+def kills(records: Records) -> list[str]:
+    """Return the section of runs that were cut short."""
+    columns = ("rollout", "update", "validation", "saving", "between", "starting")
+    lines = [
+        "## Runs cut short",
+        "",
+        "`drill.py`: each row is one run that was left alone, and others that were cut short and resumed until all of",
+        "this had hit them. Checkpoint (weights, optimizer, random states, counters), exported model, TensorBoard",
+        "curves and samples were then compared bit for bit. Columns: SIGKILL by what the run was doing; SIGTERM; a",
+        "disk that was full when a checkpoint was due; the newest checkpoint cut short or altered before the run was",
+        "resumed.",
+        "",
+        f"| stage | strategy | weights | {' | '.join(columns)} | SIGTERM | disk full | torn | lost |",
+        f"|---|---|---|{'---|' * len(columns)}---|---|---|---|",
+    ]
+    total = [0] * (len(columns) + 3)
+    for record in records:
+        counts = record["counts"]
+        cells = [counts.get(f"killed: {column}", 0) for column in columns]
+        cells += [counts.get(name, 0) for name in ("terminated", "disk full", "torn")]
+        total = [before + now for before, now in zip(total, cells, strict=True)]
+        lost = "nothing" if not record["lost"] else f"{len(record['lost'])} differences"
+        kind = "LoRA" if record["lora"] else "all"
+        lines.append(f"| {record['module']} | {record['strategy']} | {kind} | {' | '.join(map(str, cells))} | {lost} |")
+    lost = sum(len(record["lost"]) for record in records)
+    lines.append(f"| **total** | | | {' | '.join(map(str, total))} | {lost or 'nothing'} |")
+    return lines
+
+
+SECTIONS: dict[str, Callable[[Records], list[str]]] = {"kills": kills}
+"""By the beginning of the files' names: ``kills_ppo_ddp_full.json``."""
+
+
+def render(results: Path, page: Path) -> None:
+    """Write the page of all that lies in the results' folder."""
+    lines = ["# Reliability", "", "Written by `page.py` from the drills' results; nothing here is mocked.", ""]
+    for name, section in SECTIONS.items():
+        records = [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}_*.json"))]
+        if records:
+            lines += [*section(records), ""]
+    page.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    render(HERE / "results", HERE / "results.md")
+    sys.exit(0)

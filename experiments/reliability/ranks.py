@@ -1,0 +1,205 @@
+"""A run as processes forked from this one, so that the stack is imported once, and what can befall it.
+
+This process must have no threads and no process group when it forks. Each run gets processes of its own, as many as it
+has ranks, which see what torchrun would tell them; when one dies the others are killed, as torchrun would do.
+"""
+
+import mmap
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loops import _EvaluationLoop
+
+from rlhf_lightning import cli
+from rlhf_lightning.callbacks import RunCheckpoint
+from rlhf_lightning.modules.base import AlignmentModule
+from rlhf_lightning.modules.on_policy import OnPolicyModule
+
+PHASES = ("starting", "between", "rollout", "update", "validation", "saving")
+TIMEOUT = 1800.0
+"""Seconds after which a run counts as hanging."""
+
+FAREWELL = 120.0
+"""Seconds that the other ranks have to end when one has died."""
+
+PIPE_BYTES = 1 << 20
+
+
+class Watch:
+    """What a process is doing, in memory that it shares with whoever forked it.
+
+    Per phase: how often it was entered, and how long it took at most, in seconds.
+    """
+
+    LAYOUT = struct.Struct(f"i{len(PHASES)}i{len(PHASES)}d")
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, self.LAYOUT.size)
+        self._write(0, [0] * len(PHASES), [0.0] * len(PHASES))
+
+    def _read(self) -> tuple[int, list[int], list[float]]:
+        current, *rest = self.LAYOUT.unpack(self._memory[:])
+        return current, rest[: len(PHASES)], rest[len(PHASES) :]
+
+    def _write(self, current: int, counts: Sequence[int], seconds: Sequence[float]) -> None:
+        self._memory[:] = self.LAYOUT.pack(current, *counts, *seconds)
+
+    @property
+    def phase(self) -> str:
+        """What the process does now."""
+        return PHASES[self._read()[0]]
+
+    def entered(self, phase: str) -> int:
+        """How often it has begun that."""
+        return self._read()[1][PHASES.index(phase)]
+
+    def longest(self, phase: str) -> float:
+        """How long that took at most."""
+        return self._read()[2][PHASES.index(phase)]
+
+    def watched(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that says when it runs."""
+        index = PHASES.index(phase)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before, counts, seconds = self._read()
+            counts[index] += 1
+            self._write(index, counts, seconds)
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _, counts, seconds = self._read()
+                seconds[index] = max(seconds[index], time.perf_counter() - began)
+                self._write(max(before, 1), counts, seconds)
+
+        return wrapped
+
+
+class Ranks:
+    """The processes of one command.
+
+    Args:
+        argv: arguments of ``rlhf``.
+        folder: working directory.
+        count: ranks.
+        disk_full_at: save at whose beginning the disk of rank 0 is full; None has room for all.
+    """
+
+    def __init__(self, argv: Sequence[str], folder: Path, count: int = 1, disk_full_at: int | None = None) -> None:
+        self.watch = Watch()
+        self._disk_full_at = disk_full_at
+        self._output, pipe = os.pipe()
+        if sys.platform == "linux":
+            import fcntl
+
+            fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        port = _free_port()
+        self.statuses: dict[int, int] = {}
+        self.processes: list[int] = []
+        for rank in range(count):
+            sys.stdout.flush()
+            process = os.fork()
+            if process == 0:
+                self._be(rank, count, port, list(argv), folder, pipe)
+            self.processes.append(process)
+        os.close(pipe)
+
+    def _be(self, rank: int, count: int, port: int, argv: list[str], folder: Path, pipe: int) -> None:
+        """Run the command as one rank, and end the process."""
+        status = 70
+        try:
+            os.dup2(pipe, 1)
+            os.dup2(pipe, 2)
+            sys.stdout, sys.stderr = (os.fdopen(os.dup(pipe), "w", buffering=1) for _ in range(2))
+            os.chdir(folder)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            torch.set_num_threads(1)
+            os.environ |= {"RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+            if count > 1:
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(count),
+                    "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "drill", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+                }  # fmt: skip
+            rank_zero_only.rank = rank  # read from the environment when it was imported
+            if rank == 0:
+                self._observe()
+            status = cli.main(argv)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def _observe(self) -> None:
+        """Have the stack say what it does. Nothing is changed but for the disk that fills."""
+        watch, save = self.watch, RunCheckpoint.save
+
+        def saving(callback: RunCheckpoint, *args: Any, **kwargs: Any) -> None:
+            if self._disk_full_at is not None and watch.entered("saving") >= self._disk_full_at:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+            save(callback, *args, **kwargs)
+
+        RunCheckpoint.save = watch.watched("saving", saving)  # type: ignore[method-assign]
+        AlignmentModule.update = watch.watched("update", AlignmentModule.update)  # type: ignore[method-assign]
+        OnPolicyModule.collect = watch.watched("rollout", OnPolicyModule.collect)  # type: ignore[method-assign]
+        _EvaluationLoop.run = watch.watched("validation", _EvaluationLoop.run)  # type: ignore[method-assign]
+
+    # -- what befalls it ----------------------------------------------------------------------------------------------
+
+    def wait(self) -> tuple[int, str]:
+        """Wait until all ranks have ended; return the exit status, rank 0's first, and what was said."""
+        end = time.monotonic() + TIMEOUT
+        while self.alive():
+            if any(status != 0 for status in self.statuses.values()):
+                end = min(end, time.monotonic() + FAREWELL)
+            if time.monotonic() > end:
+                self.kill()
+            time.sleep(0.002)
+        said = b""
+        while part := os.read(self._output, PIPE_BYTES):
+            said += part
+        os.close(self._output)
+        statuses = [self.statuses[process] for process in self.processes]
+        return next((status for status in statuses if status != 0), 0), said.decode(errors="replace")
+
+    def alive(self) -> list[int]:
+        """Return the processes that still run."""
+        for process in self.processes:
+            if process not in self.statuses:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    self.statuses[process] = os.waitstatus_to_exitcode(status)
+        return [process for process in self.processes if process not in self.statuses]
+
+    def reach(self, phase: str, times: int) -> bool:
+        """Wait until a phase has begun so many times; False where the run ends before."""
+        end = time.monotonic() + TIMEOUT
+        while self.watch.entered(phase) < times and time.monotonic() < end:
+            if len(self.alive()) < len(self.processes):
+                return self.watch.entered(phase) >= times
+            time.sleep(0.0003)
+        return self.watch.entered(phase) >= times
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send all ranks a signal, in an order of chance."""
+        for process in random.sample(self.alive(), len(self.alive())):
+            os.kill(process, number)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

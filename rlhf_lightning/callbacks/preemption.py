@@ -1,0 +1,104 @@
+"""What happens when a scheduler takes the machine away: the step is finished, a checkpoint written, the run says so.
+
+Lightning's own handler broadcasts from inside the signal, where a rank may be in another collective, and stops without
+a checkpoint and with exit status 0, which a scheduler reads as success. This one only takes a note.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from types import FrameType
+from typing import Any
+
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch import Trainer
+
+PREEMPTED = 75
+"""Exit status of a run that was told to stop and has written a checkpoint: EX_TEMPFAIL, "try again"."""
+
+
+class PreemptedError(SystemExit):
+    """The run ends here because it was told to; everything is in its checkpoint.
+
+    Args:
+        sentence: what was done.
+        status: exit status of the process.
+    """
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(status)
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+class StopSignal:
+    """Takes note of SIGTERM, and under SLURM of the signal that announces the end of the job's time.
+
+    After the first one the signals have their usual effect again: a second SIGTERM or Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def listen(self, trainer: Trainer) -> None:
+        """Put the handlers in place of Lightning's, which puts back those before when the trainer is torn down."""
+        self.received = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGTERM, self._note)
+        announced = slurm_signal(trainer)
+        if announced is not None:
+            signal.signal(announced, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for usual in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(usual, signal.SIG_DFL)
+
+    def asked(self, trainer: Trainer) -> bool:
+        """Whether any rank was told to stop; with several ranks one collective, and all of them ask together."""
+        return not trainer.strategy.reduce_boolean_decision(self.received is None, all=True)
+
+    def name(self) -> str:
+        """What this rank received."""
+        return "told to stop" if self.received is None else signal.Signals(self.received).name
+
+
+def slurm_signal(trainer: Trainer) -> int | None:
+    """Return the signal by which SLURM announces the end of a job's time, where Lightning would requeue the job."""
+    environment: Any = _environment(trainer)
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal or signal.SIGUSR1
+    return None
+
+
+def requeue(trainer: Trainer, received: int | None) -> None:
+    """Have SLURM run the job again, where the signal was the announced one: it knows nothing of exit statuses then."""
+    if received is None or received != slurm_signal(trainer) or not trainer.is_global_zero:
+        return
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+    name = job if array is None else f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    if re.fullmatch(r"[0-9_]+", name):
+        try:
+            subprocess.run(["scontrol", "requeue", name], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"the job {name} was not requeued: {error}", flush=True)
+
+
+def exit_status(trainer: Trainer) -> int:
+    """Return the exit status of this rank.
+
+    Processes that the trainer itself started end with 0: it kills the run when one of them ends with anything else.
+    """
+    started_here = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
+    return 0 if started_here else PREEMPTED
+
+
+def _environment(trainer: Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None) or trainer._accelerator_connector.cluster_environment

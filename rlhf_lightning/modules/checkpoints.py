@@ -1,0 +1,181 @@
+"""What a checkpoint holds of a module beside Lightning's own, and whether it fits the module that takes it up."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+ANOTHER_STRATEGY = (
+    "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
+    "strategy it was written under, or start a new run from its exported model (model.init_from)"
+)
+
+COUNTERS = ("updates", "episodes", "tokens", "rollouts", "steps")
+"""They address sampling, give TensorBoard's x-axes, and say which training steps are logged."""
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """Return the names of the weights that training changes, a tied one under its first."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_names(module: nn.Module, found: set[str]) -> None:
+    """Compare the names of trained weights with those in a checkpoint.
+
+    Raises:
+        RuntimeError: they are not the same.
+    """
+    trainable = trained_names(module)
+    missing, unknown = sorted(trainable - found), sorted(found - trainable)
+    if missing or unknown:
+        raise RuntimeError(
+            f"the checkpoint does not fit {type(module).__name__}: {len(missing)} trainable weights are missing "
+            f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
+        )
+
+
+def saved(module: Any) -> dict[str, Any]:
+    """Return the counters, the names of the trained weights, and the fingerprints of what these stand on."""
+    return {
+        "sharded": module.device_mesh is not None,
+        "trained": sorted(trained_names(module)),
+        "progress": {name: getattr(module, name) for name in COUNTERS},
+        "started_from": dict(module.fingerprints),
+        "random": of_all_ranks(module, random_state(module.device)),
+    }
+
+
+def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Take up what ``saved`` returned.
+
+    Raises:
+        RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on; or, where weights are
+            cut over ranks, the checkpoint is of another model or another strategy.
+    """
+    if module.device_mesh is not None:
+        if not checkpoint["sharded"] and module.trainer.state.fn == "fit":
+            raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
+        check_names(module, set(checkpoint["trained"]))
+    for name in COUNTERS:
+        setattr(module, name, checkpoint["progress"][name])
+    module.resumed_random = checkpoint["random"]
+    if module.lora is not None or module.reference is not None:
+        _check_backbone(module, checkpoint["started_from"])
+
+
+def begin(module: Any) -> None:
+    """Take up, when everything is built and training begins, where the data and all random numbers stood.
+
+    Raises:
+        ValueError: the run has another number of ranks, and draws masks of dropout, of which each rank has its own.
+    """
+    states, module.resumed_random = module.resumed_random, None
+    if states is None:
+        return
+    _find_position(module.trainer)
+    ranks = module.trainer.world_size
+    if len(states) == ranks:
+        set_random_state(states[module.global_rank], module.device)
+        return
+    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
+        raise ValueError(
+            f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: masks of dropout belong to a "
+            f"rank, so the run would be another one; resume on {len(states)}, or with model.lora.dropout 0"
+        )
+    # Nothing here draws from these, and what a user's own code draws should at least differ from rank to rank.
+    seed_rank(module.seed, module.updates, module.global_rank)
+
+
+def _find_position(trainer: Any) -> None:
+    """Put the data where the checkpoint had it, if the trainer has thrown that away.
+
+    It does so where anybody reads ``trainer.estimated_stepping_batches`` before the checkpoint is loaded, as many a
+    ``configure_optimizers`` does: the loaders are made then, and what comes later is never given to them.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
+
+
+# -- random numbers ---------------------------------------------------------------------------------------------------
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return where the random numbers of this process stand: Python's, NumPy's, torch's, the device's."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [str(name), [int(key) for key in keys], *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put random numbers where ``random_state`` found them."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_rank(*numbers: int) -> None:
+    """Seed everything from some numbers."""
+    words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def rank_of(module: Any) -> tuple[int, int]:
+    """Return which rank this is and how many there are; one without a trainer, as where weights are exported."""
+    trainer = module._trainer
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+def of_all_ranks(module: Any, value: Any) -> list[Any]:
+    """Return every rank's value, rank after rank; all ranks call it together."""
+    if module.trainer.world_size == 1:
+        return [value]
+    everyone: list[Any] = [None] * module.trainer.world_size
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _check_backbone(module: Any, before: Mapping[str, Any]) -> None:
+    """Hold the frozen weights to those that the checkpoint was trained on."""
+    now = module.fingerprints
+    for part in ("backbone", "adapter", "quantization"):
+        if before[part] != now[part]:
+            raise RuntimeError(
+                f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
+                f"{str(now[part])[:8]} ({module.init_from}). Frozen weights are in no checkpoint, so resume from the "
+                "same init_from"
+            )
+
+
+def plain(value: Any) -> Any:
+    """Return hyper-parameters as plain types, which a checkpoint can hold and load without running code."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"

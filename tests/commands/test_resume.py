@@ -1,0 +1,261 @@
+"""A run that is cut off anywhere and resumed is the run that was not: whatever it draws, logs and does at its ends."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import BASIC, UPDATES, SlopeModule, events_of, scalars_of
+
+from rlhf_lightning.callbacks import ModelExport
+from rlhf_lightning.callbacks.checkpoint_files import last_checkpoint
+from rlhf_lightning.callbacks.preemption import PREEMPTED
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.train import run
+from rlhf_lightning.modules import checkpoints
+
+
+class Gone(Exception):
+    """What ends a run in its middle."""
+
+
+class DrawingModule(SlopeModule):
+    """Adds to each gradient what every generator draws, and reads what makes Lightning forget where the data stands."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+    def loss_sum(self, batch: Any, meter: Any) -> torch.Tensor:
+        drawn = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        return super().loss_sum(batch, meter) + drawn * self.line.weight.sum()
+
+
+def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> bool:
+    """Start a run that dies when a hook is called for the ``times``-th time; return whether it got so far."""
+    original, left = getattr(ModelExport, hook), [times]
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Gone
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelExport, hook, counted)
+        try:
+            run(argv)
+        except Gone:
+            return True
+    return False
+
+
+def assert_same(whole: Path, resumed: Path) -> None:
+    states = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, resumed)]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress"):
+        assert repr(states[0][part]) == repr(states[1][part]), part
+    assert (whole / "model" / "weight.json").read_text() == (resumed / "model" / "weight.json").read_text()
+    one, other = events_of(whole).Tags(), events_of(resumed).Tags()
+    assert one["scalars"] == other["scalars"] and "by_tokens/train/loss" in one["scalars"]
+    for tag in one["scalars"]:
+        assert scalars_of(whole, tag) == scalars_of(resumed, tag), tag
+    assert (whole / "samples.jsonl").read_bytes() == (resumed / "samples.jsonl").read_bytes()
+
+
+DRAWING = ["fit", *BASIC, "--model", f"{__name__}.DrawingModule"]
+OFTEN = ["--checkpoint.every_n_updates", "1", "--samples.every_n_updates", "3", "--trainer.log_every_n_steps", "3"]
+BLIND = ["--trainer.limit_val_batches", "0"]
+RUNS = {
+    "validated": ["--trainer.max_epochs", "2"],
+    "validated within epochs": ["--trainer.max_epochs", "2", "--trainer.val_check_interval", "3"],
+    "not validated": ["--trainer.max_epochs", "3", *BLIND],
+    "bounded by steps": ["--trainer.max_epochs", "-1", "--trainer.max_steps", str(UPDATES + 3), *BLIND],
+    "rarely saved": [
+        "--trainer.max_epochs", "2", "--checkpoint.every_n_updates", "5", "--checkpoint.after_validation", "false",
+    ],
+}  # fmt: skip
+PLACES = [
+    ("on_train_batch_end", 6), ("on_train_batch_end", UPDATES), ("on_train_batch_end", UPDATES + 1),
+    ("on_validation_batch_end", 3), ("on_validation_end", 1), ("on_train_epoch_end", 1), ("on_train_epoch_start", 2),
+    ("on_train_end", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_that_is_cut_off_anywhere_ends_in_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [*DRAWING, *OFTEN, *RUNS[kind]]
+    whole, cut = run([*argv, "--run_name", "whole"]).folder, 0
+    for number, (hook, times) in enumerate(PLACES):
+        name = f"cut{number}"
+        if ends_before(monkeypatch, hook, times, [*argv, "--run_name", name]):
+            assert_same(whole, run(["fit", "--resume", f"runs/{name}"]).folder)
+            cut += 1
+    assert cut >= 4
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others() -> None:
+    folders = [run([*DRAWING, *OFTEN, "--run_name", name]).folder for name in ("one", "two")]
+    assert_same(*folders)
+    other = run([*DRAWING, *OFTEN, "--run_name", "other", "--seed_everything", "1"]).folder
+    assert (other / "model" / "weight.json").read_text() != (folders[0] / "model" / "weight.json").read_text()
+
+
+# -- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def altered(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    place = content.index(b"learning_rate") if b"learning_rate" in content else len(content) // 3
+    content[place : place + 4] = b"\0\0\0\0"
+    file.write_bytes(content)
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("harm", [altered, cut_short, emptied])
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(harm: Any, monkeypatch: Any, capsys: Any) -> None:
+    argv = [*DRAWING, *OFTEN, "--trainer.max_epochs", "2"]
+    whole = run([*argv, "--run_name", "whole"]).folder
+    assert ends_before(monkeypatch, "on_train_batch_end", 6, [*argv, "--run_name", "cut"])
+    folder = Path("runs/cut/version_0/checkpoints")
+    harm(folder / "update_000005.ckpt")  # last.ckpt is the same file
+    with pytest.raises(SystemExit) as status:
+        rlhf(["fit", *argv[1:], "--ckpt_path", str(folder / "update_000005.ckpt")])
+    assert status.value.code == 2 and "update_000005.ckpt is damaged: it" in capsys.readouterr().err
+    resumed = run(["fit", "--resume", "runs/cut"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(told) == 1 and told[0].startswith(f"damaged in {folder}: last.ckpt (it")
+    assert told[0].endswith("; update_000004.ckpt is the newest whole checkpoint")
+    assert_same(whole, resumed.folder)
+
+
+def test_where_none_is_whole_the_run_is_not_started_anew(monkeypatch: Any, capsys: Any) -> None:
+    assert ends_before(monkeypatch, "on_train_batch_end", 6, [*DRAWING, *OFTEN, "--run_name", "cut"])
+    for file in Path("runs/cut/version_0/checkpoints").glob("update*"):
+        cut_short(file)
+    assert rlhf(["fit", "--resume", "runs/cut"]) == 1
+    assert "runs/cut/version_0 has no whole checkpoint to resume from: last.ckpt" in capsys.readouterr().err
+    assert [path.name for path in Path("runs/cut").iterdir()] == ["version_0"]
+
+
+def test_an_earlier_checkpoint_gives_up_the_later_ones() -> None:
+    first = run([*DRAWING, *OFTEN, "--checkpoint.keep_last", "null"]).folder
+    earlier = str(first / "checkpoints" / "update_000003.ckpt")
+    again = run(["fit", "--resume", str(first), "--ckpt_path", earlier, "--trainer.max_steps", "5"])
+    names = sorted(path.name for path in (first / "checkpoints").glob("update*"))
+    assert names == [f"update_00000{n}.ckpt" for n in range(1, 6)] and again.model.updates == 5
+    assert [step for step, _ in scalars_of(first, "by_episodes/train/loss")] == [6]
+    assert (first / "checkpoints" / "last.ckpt").samefile(first / "checkpoints" / "update_000005.ckpt")
+
+
+# -- told to stop -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hook", "times", "updates"),
+    [("on_train_batch_end", 3, 3), ("on_train_batch_end", UPDATES, UPDATES), ("on_validation_batch_end", 2, UPDATES),
+     ("on_validation_end", 1, UPDATES)],
+)  # fmt: skip
+def test_a_run_that_is_told_to_stop_saves_and_says_so(
+    hook: str, times: int, updates: int, monkeypatch: Any, capsys: Any
+) -> None:
+    argv = [*DRAWING, "--trainer.max_epochs", "2", "--samples.every_n_updates", "3"]
+    whole = run([*argv, "--run_name", "whole"]).folder
+    original, left = getattr(ModelExport, hook), [times]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelExport, hook, told)
+        with pytest.raises(SystemExit) as status:
+            rlhf([*argv, "--run_name", "cut"])
+    assert status.value.code == PREEMPTED == 75
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        f"SIGTERM: stopped after {updates} updates, runs/cut/version_0/checkpoints/update_{updates:06d}.ckpt is "
+        "written; `rlhf fit --resume runs/cut/version_0` goes on from it"
+    )
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    manifest = json.loads(Path("runs/cut/version_0/manifest.json").read_text())
+    assert manifest["sessions"][-1]["status"].startswith("PreemptedError: SIGTERM")
+    assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
+
+
+def in_a_child(work: Any) -> int:
+    """Fork, have the child do something, and return how it ended."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_run_at_once(second: signal.Signals, monkeypatch: Any) -> None:
+    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), second)
+
+    monkeypatch.setattr(ModelExport, "on_train_batch_end", told)
+    assert in_a_child(lambda: run(DRAWING)) == -second
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(monkeypatch: Any) -> None:
+    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ModelExport, "on_save_checkpoint", told)
+    with pytest.raises(SystemExit):
+        run([*DRAWING, *OFTEN])
+    folder = Path("runs/drawing/version_0/checkpoints")
+    assert last_checkpoint(folder.parent).samefile(folder / "update_000002.ckpt")
+    assert not list(folder.glob(".*"))
+
+
+# -- another number of ranks ------------------------------------------------------------------------------------------
+
+
+class Module(torch.nn.Module):
+    """As much of a module as random numbers need."""
+
+    def __init__(self, ranks: int, rank: int, dropout: float) -> None:
+        super().__init__()
+        self.seed, self.updates, self.global_rank, self.device = 0, 7, rank, torch.device("cpu")
+        self.drop = torch.nn.Dropout(dropout)
+        self.resumed_random: Any = [checkpoints.random_state(self.device) for _ in range(2)]
+        self.trainer = SimpleNamespace(world_size=ranks, fit_loop=SimpleNamespace(_combined_loader_states_to_load=[]))
+
+
+def test_random_numbers_of_other_ranks_are_drawn_anew_and_differ() -> None:
+    drawn = set()
+    for rank in range(4):
+        checkpoints.begin(Module(4, rank, 0.0))
+        drawn.add((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert len({numbers[0] for numbers in drawn}) == len({numbers[2] for numbers in drawn}) == 4
+
+
+def test_where_masks_of_dropout_belong_to_ranks_another_number_of_them_is_refused() -> None:
+    with pytest.raises(ValueError, match="was written by 2 ranks and this run has 4: masks of dropout"):
+        checkpoints.begin(Module(4, 0, 0.1))
+    checkpoints.begin(Module(2, 0, 0.1))

@@ -1,0 +1,79 @@
+"""The drill of experiments/reliability, shortened: runs that are really killed, filled up and torn end in the same bits."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "reliability"
+STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The drill's own module, and its world in a folder."""
+    sys.path.insert(0, str(FOLDER))
+    import drill
+    from world import make_world
+
+    drill.WORLD = make_world(tmp_path_factory.mktemp("world"))
+    yield drill
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def drilled(drill: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a drill and asserts that nothing was lost."""
+
+    def run(name: str, strategy: str, lora: bool, kills: int, further: bool = True) -> dict[str, Any]:
+        record = drill.Drill(name, strategy, lora, tmp_path, drill.WORLD).run(kills, further)
+        assert record["lost"] == []
+        assert sum(record["counts"].values()) >= kills
+        return record
+
+    return run
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_killed_run_ends_in_the_same_bits(drilled: Any, name: str) -> None:
+    drilled(name, "single", lora=name in ("dpo", "grpo"), kills=2, further=name == "sft")
+
+
+@pytest.mark.parametrize(("name", "strategy", "lora"), [("sft", "ddp", True), ("ppo", "fsdp2", False)])
+def test_a_run_on_two_ranks_does_too(drilled: Any, name: str, strategy: str, lora: bool) -> None:
+    drilled(name, strategy, lora, kills=2, further=False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_give_the_same_bits_twice(drill: Any, tmp_path: Path, strategy: str) -> None:
+    subject = drill.Drill("dpo", strategy, True, tmp_path, drill.WORLD)
+    assert drill.differences(subject.whole("one"), subject.whole("two")) == []
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("name", STAGES)
+def test_the_whole_drill(drilled: Any, name: str, strategy: str, lora: bool) -> None:
+    record = drilled(name, strategy, lora, kills=20)
+    assert {"torn", "terminated", "disk full"} <= set(record["counts"])
+
+
+def test_a_difference_is_seen(drill: Any, tmp_path: Path) -> None:
+    """The comparison is no formality: another seed of the samples is another run."""
+    subject = drill.Drill("sft", "single", False, tmp_path, drill.WORLD)
+    whole = subject.whole("one")
+    subject.argv += ["--samples.seed", "1", "--model.betas", "[0.9, 0.998]"]
+    found = " ".join(drill.differences(whole, subject.whole("two")))
+    assert "checkpoint.state_dict" in found and "model" in found and "TensorBoard" in found and "samples" in found
+
+
+def test_the_page_has_a_row_for_each_drill(drill: Any, tmp_path: Path) -> None:
+    record = {"module": "ppo", "strategy": "ddp", "lora": True, "counts": {"killed: saving": 3, "torn": 1}, "lost": []}
+    (tmp_path / "kills_ppo_ddp_lora.json").write_text(json.dumps(record))
+    drill.render(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| ppo | ddp | LoRA | 0 | 0 | 0 | 3 | 0 | 0 | 0 | 0 | 1 | nothing |" in page
