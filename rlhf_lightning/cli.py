@@ -100,31 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
-        sentence = failure_sentence(error)
+        sentence = importlib.import_module("rlhf_lightning.commands.failures").failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
         return _fail(sentence, FAILURE)
-
-
-def failure_sentence(error: Exception) -> str | None:
-    """Say a failure in a sentence, or None for one that nobody foresaw and whose traceback is needed."""
-    name = type(error).__name__
-    if "OutOfMemory" in name or "can't allocate memory" in str(error):
-        first = str(error).strip().splitlines()[0]
-        return (
-            f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
-            "or set model.activation_checkpointing=true or model.lora; `rlhf plan` shows what takes how much"
-        )
-    if name.startswith("Dist") or "/gloo/" in str(error):
-        first = str(error).strip().splitlines()[0]
-        return (
-            f"another rank does not answer ({first}): it, its host or the network between is gone. Where a checkpoint "
-            "was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
-        )
-    # Lightning is not imported here, so its exception goes by name.
-    if isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException":
-        return str(error).strip() or name
-    return None
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -267,6 +267,31 @@ def train(
     return {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}
 
 
+class Poisoned(modules.DPOModule):
+    """The loss of the last rank's pairs is no number at some updates."""
+
+    poison: tuple[int, ...] = ()
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+        loss = super().preference_loss(logprobs)
+        rank, ranks = here()
+        assert isinstance(loss, Tensor)
+        return loss * float("nan") if rank == ranks - 1 and self.updates in self.poison else loss
+
+
+def skip(folder: str, strategy: str, poison: Sequence[int], updates: int = 6) -> dict[str, Any]:
+    """Take updates of which one rank spoils some; return the weights, what was skipped, and why the run ended."""
+    module = Poisoned(init_from=folder, learning_rate=1e-3, lr_schedule="constant")
+    module.poison = tuple(poison)
+    failure = ""
+    try:
+        trainer_of(strategy, here()[1]).fit(module, StepData(steps_of(module, updates, 1)))
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    weights = {} if failure else weights_of(module)
+    return {"weights": weights, "skipped": module.skipped_updates, "updates": module.updates, "failure": failure}
+
+
 def validate(name: str, folder: str, strategy: str, prompts: int = 3, **settings: Any) -> dict[str, float]:
     """Return the metrics of held-out rows; of prompts there may be fewer than ranks."""
     module = module_of(name, folder, **settings)

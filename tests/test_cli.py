@@ -9,7 +9,8 @@ import types
 import pytest
 
 from rlhf_lightning import cli
-from rlhf_lightning.cli import Command, failure_sentence, main
+from rlhf_lightning.cli import Command, main
+from rlhf_lightning.commands.failures import failure_sentence
 
 ALL = {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
 

@@ -20,11 +20,13 @@ import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModu
 from rlhf_lightning.callbacks import (
     ModelExport,
     PredictionWriter,
+    RankWatch,
     RunCheckpoint,
     RunHparams,
     RunManifest,
     RunProgress,
     SampleTable,
+    SkippedUpdates,
 )
 from rlhf_lightning.callbacks.run import (
     CHECKPOINTS_FOLDER,
@@ -140,7 +142,10 @@ class RlhfCLI(LightningCLI):
             AlignmentModule,
             AlignmentDataModule,
             save_config_callback=RunConfig,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [RunManifest(command), RunHparams(), RunProgress()]},
+            trainer_defaults={
+                **TRAINER_DEFAULTS,
+                "callbacks": [RankWatch(), RunManifest(command), RunHparams(), RunProgress(), SkippedUpdates()],
+            },
             seed_everything_default=0,
             parser_class=TrainParser,
             parser_kwargs=cast(

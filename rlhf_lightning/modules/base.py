@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from rlhf_lightning.modules.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.modules.precision import settled_precision
+from rlhf_lightning.modules.skips import Skips
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 ANOTHER_STRATEGY = (
@@ -94,6 +96,8 @@ class AlignmentModule(LightningModule):
         warmup: updates of linear warm-up, or below 1 the share of all updates.
         fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
+        max_skipped_updates: an update whose gradient is NaN or infinite is skipped; after so many in a row the run
+            stops.
         seed: seed of new weights and of sampling.
     """
 
@@ -131,6 +135,7 @@ class AlignmentModule(LightningModule):
         warmup: float = 0.0,
         fused_optimizer: bool = False,
         max_grad_norm: float | None = 1.0,
+        max_skipped_updates: int = 3,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -147,7 +152,8 @@ class AlignmentModule(LightningModule):
         self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
-        self.updates = self.episodes = self.tokens = self.rollouts = 0
+        self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
+        self.skips = Skips(max_skipped_updates)
         self._steps_logged, self._learning_rate_used = 0, learning_rate
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
@@ -307,7 +313,10 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
-        """Take one optimizer step.
+        """Take one optimizer step, or none where the gradient is not finite.
+
+        A loss that is NaN or infinite has such a gradient. The update counts all the same, so that the schedule and
+        what is keyed on updates stay where they would be; weights and the optimizer's moments do not change.
 
         Args:
             losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
@@ -316,6 +325,9 @@ class AlignmentModule(LightningModule):
 
         Returns:
             Norm of the gradient before clipping.
+
+        Raises:
+            DivergenceError: this is the last of ``max_skipped_updates`` in a row.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -327,11 +339,16 @@ class AlignmentModule(LightningModule):
                 self.manual_backward(loss() * scale)
         norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
+        finite = math.isfinite(norm)  # the norm is of all ranks' gradients, so they decide alike
+        if not finite:
+            optimizer.zero_grad()  # a weight without a gradient is left alone, and every counter of steps goes on
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
         self.updates += 1
+        self.skipped_updates += not finite
+        self.skips.check(self, finite)
         return norm
 
     # -- logging ------------------------------------------------------------------------------------------------------
@@ -345,6 +362,7 @@ class AlignmentModule(LightningModule):
         found = {**meter.means(self.trainer.strategy), **further}
         metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
+        metrics["train/skipped_updates"] = float(self.skipped_updates)
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self._steps_logged += 1
@@ -477,7 +495,8 @@ class AlignmentModule(LightningModule):
         names.
         """
         checkpoint["sharded"], checkpoint["trained"] = self.device_mesh is not None, sorted(self.trained_names())
-        checkpoint["progress"] = {name: getattr(self, name) for name in ("updates", "episodes", "tokens", "rollouts")}
+        counters = ("updates", "episodes", "tokens", "rollouts", "skipped_updates")
+        checkpoint["progress"] = {name: getattr(self, name) for name in counters}
         checkpoint["started_from"] = dict(self._started_from)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
