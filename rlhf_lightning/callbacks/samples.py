@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rlhf_lightning.callbacks.run import SAMPLES_FILE, append_rows, run_folder, updates_of, write_text, writes_files
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.scoring.base import MissingColumnError
-from rlhf_lightning.scoring.time_limit import ScorerFailedError
+from rlhf_lightning.scoring.faults import ScorerFailedError
 from rlhf_lightning.types import Prompt
 
 UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError)

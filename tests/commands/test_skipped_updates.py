@@ -10,8 +10,10 @@ from tiny_run import UPDATES, rows_of, scalars_of
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.train import run
 
-POISONED = ["--model", "tiny_run.PoisonedModule", "--data", "tiny_run.NumbersDataModule", "--model.learning_rate", "0.1",
-            "--model.lr_schedule", "constant", "--samples.prompts", "0"]  # fmt: skip
+POISONED = [
+    "--model", "tiny_run.PoisonedModule", "--data", "tiny_run.NumbersDataModule", "--model.learning_rate", "0.1",
+    "--model.lr_schedule", "constant", "--samples.prompts", "0",
+]  # fmt: skip
 
 
 def optimizer_of(folder: Path, update: int) -> dict[str, torch.Tensor]:
