@@ -109,8 +109,14 @@ def checked_run_name(name: str) -> str:
 
 
 def reserve_version(runs: Path, name: str) -> Path:
-    """Create and return the next ``version_<n>`` folder of a run's name; two runs that start together get two."""
+    """Create and return the next ``version_<n>`` folder of a run's name; two runs that start together get two.
+
+    Raises:
+        ValueError: the name leaves the runs folder, by itself or through a link.
+    """
     parent = runs / checked_run_name(name)
+    if not parent.resolve().is_relative_to(runs.resolve()):
+        raise ValueError(f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name")
     parent.mkdir(parents=True, exist_ok=True)
     version = max((number for number, _ in versions(parent)), default=-1) + 1
     while True:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
+from rlhf_lightning.commands.shards import sharded_metadata
 from rlhf_lightning.modules.base import ANOTHER_STRATEGY
 
 SHARDED_META = "meta.pt"
@@ -72,44 +72,6 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
     return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
 
 
-def sharded_metadata(path: Path) -> Any:
-    """Return what a sharded checkpoint says of its tensors.
-
-    The strategy reads that file as a pickle, which may run code: nothing here reads one before this has.
-
-    Raises:
-        ValueError: the file names anything but what describes tensors.
-    """
-    try:
-        with (path / ".metadata").open("rb") as file:
-            return _TensorDescriptions(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is no sharded checkpoint of plain tensors: {error}") from error
-
-
-class _TensorDescriptions(pickle.Unpickler):
-    """Reads the classes that describe tensors and where they lie, and nothing else."""
-
-    ROOMS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    OTHERS = frozenset({
-        "torch.Size", "torch.serialization._get_layout", "torch.storage.UntypedStorage", "collections.OrderedDict",
-        "pathlib.PosixPath", "pathlib.PurePosixPath", "builtins.getattr",
-    })  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = (
-            module in self.ROOMS
-            or f"{module}.{name}" in self.OTHERS
-            or isinstance(
-                getattr(torch, name, None) if module == "torch" else None,
-                torch.dtype | torch.layout | torch.memory_format,
-            )
-        )
-        if not known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
 def import_object(path: str) -> Any:
     """Return the class that a dotted path names."""
     module, _, name = path.rpartition(".")
@@ -128,7 +90,52 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
     """Return the hyper-parameters in a checkpoint, with the class that had them under ``_class_path``."""
     hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
+    hparams.pop("trust_remote_code", None)  # whose code may be run is for the user to say, each time
     return hparams
+
+
+def inside_run(checkpoint: Path, run: Path) -> Path:
+    """Return a run's checkpoint if it lies in the run's folder.
+
+    Raises:
+        ValueError: it is a link to somewhere else: whoever can write there decides what is loaded.
+    """
+    if not checkpoint.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"{checkpoint} is a link that leaves its run, to {checkpoint.resolve()}: name that checkpoint itself with "
+            "--ckpt_path if you trust it"
+        )
+    return checkpoint
+
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def own_code(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what in a checkpoint's settings names code outside this package: the setting, and the path of the code.
+
+    Weights are data, and following such a name would import whatever module the file asks for.
+    """
+    for setting, value in settings.items():
+        for path in _paths(value, spec=setting in ("scorer", "scorers", "engine", "class_path")):
+            if "." in path and path.partition(".")[0] != PACKAGE:
+                yield setting, path
+
+
+def _paths(value: Any, spec: bool) -> Iterator[str]:
+    """Yield the dotted paths in a setting: of a class_path, and where ``spec`` a scorer's or an engine's text too."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _paths(item, spec=key in ("scorer", "class_path") or (spec and key != "init_args"))
+            if key == "init_args" and isinstance(item, Mapping):
+                yield from (path for _, path in own_code(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _paths(item, spec)
+    elif spec and isinstance(value, str) and not (Path(value).expanduser().is_dir() or "/" in value):
+        yield value
 
 
 def updates_in(path: Path) -> int:

@@ -44,8 +44,10 @@ from rlhf_lightning.commands.checkpoints import (
     as_plain,
     checkpoint_hparams,
     import_object,
+    inside_run,
     is_same_class,
     merged,
+    own_code,
     refused_checkpoint,
     updates_in,
 )
@@ -240,6 +242,11 @@ class RlhfCLI(LightningCLI):
         given = given.get("init_args", {}) if isinstance(given, Mapping) else {}
         known = set(parameters_of(asked))
         kept = {name: value for name, value in hparams.items() if name in known}
+        for name, code in own_code({name: value for name, value in kept.items() if name not in given}):
+            usage_error(
+                f"rlhf {command}",
+                f"{path} asks for the code {code} as model.{name}, and a checkpoint is data: give --model.{name} again",
+            )
         for name, value in given.items():
             if name in kept and as_plain(kept[name]) != value and not isinstance(value, Mapping):
                 announce(f"model.{name} is {value} as given here; the checkpoint was trained with {kept[name]}")
@@ -361,7 +368,7 @@ def resumed(argv: Sequence[str]) -> list[str]:
     if argv[:1] != ["fit"] or "--resume" not in given:
         return list(argv)
     run = find_run(given["--resume"], given.get("--runs_folder", "runs"))
-    checkpoint = given.get("--ckpt_path") or str(last_checkpoint(run))
+    checkpoint = given.get("--ckpt_path") or str(inside_run(last_checkpoint(run), run))
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} cannot be resumed: it has no {CONFIG_FILE}")
     return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[1:]]

@@ -85,7 +85,7 @@ class RemoteEngine(SamplingEngine):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """What turns ids into text for a server that knows no ids; loaded on first use."""
         if self._tokenizer is None and self.tokenizer_name is not None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: Request) -> Completions:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.compiling import compile_layers
+from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -74,6 +75,8 @@ class AlignmentModule(LightningModule):
         tokenizer: hub id or folder of another tokenizer than the model's own.
         chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
         from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
+        trust_remote_code: hub ids or folders of models, those very ones, whose own Python code may be run; None runs
+            none. Others are refused if they need any.
         lora: train a low-rank adapter on the frozen backbone; None trains every weight.
         quantization: keep the frozen backbone of an adapter in 4 bits ("nf4", its scales quantised too) or 8 ("int8");
             None keeps it in ``dtype``, in which 4-bit weights are also multiplied.
@@ -119,6 +122,7 @@ class AlignmentModule(LightningModule):
         tokenizer: str | None = None,
         chat_template: str | None = None,
         from_scratch: bool = False,
+        trust_remote_code: list[str] | None = None,
         lora: LoraSettings | None = None,
         quantization: Literal["nf4", "int8"] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
@@ -144,9 +148,11 @@ class AlignmentModule(LightningModule):
         self._set_hparams(plain(dict(self.hparams)))
         self._hparams_initial = plain(dict(self.hparams))
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
+        trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(
-            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
-        )
+            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
+            trust_remote_code=trusted,
+        )  # fmt: skip
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         self.share_prompts, self.compile_layers = share_prompts, compile_layers
         self.fused_optimizer = fused_optimizer
@@ -166,7 +172,8 @@ class AlignmentModule(LightningModule):
         """The tokenizer that every part of the run uses, read on first use."""
         if self._tokenizer is None:
             name = self.tokenizer_name or resolve_folder(self.init_from)
-            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template)
+            trusted = trusts(name, self.load_settings.trust_remote_code)
+            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template, trusted)
         return self._tokenizer
 
     @property

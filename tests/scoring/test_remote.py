@@ -86,7 +86,7 @@ def test_fewer_scores_than_completions_are_no_scores(server: ScoreServer) -> Non
 def test_the_key_is_sent_and_never_said(server: ScoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", CANARY)
     scorer = RemoteScorer(server.url, retries=0, api_key="JUDGE_API_KEY")
-    with pytest.raises(ServerError, match=r"no such key: Bearer \*\*\*") as error:  # the server repeats what it was sent
+    with pytest.raises(ServerError, match=r"no such key: Bearer \*\*\*") as error:
         score(scorer, ["refuse"])
     assert CANARY not in repr(error.value) and error.value.__cause__ is None
     monkeypatch.delenv("JUDGE_API_KEY")
