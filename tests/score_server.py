@@ -15,7 +15,9 @@ from typing import Any
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:  # noqa: N802
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        words = {word for text in body["completions"] for word in text.split()}
+        words = {word for text in body["completions"] for word in text.split()} | set(
+            self.path.partition("?")[2].split("&")
+        )
         status, answer = 200, self.answer(words, body)
         if "refuse" in words:
             status, answer = 401, {"error": f"no such key: {self.headers.get('Authorization')}"}

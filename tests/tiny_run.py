@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -106,6 +107,24 @@ class PoisonedModule(SlopeModule):
     def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
         loss = super().loss_sum(batch, meter)
         return loss * self.value if self.trainer.training and self.updates in self.poison else loss
+
+
+class HungryModule(SlopeModule):
+    """A SlopeModule whose fourth update asks for a gigabyte.
+
+    Args:
+        kind: who asks.
+    """
+
+    def __init__(self, kind: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind = kind
+
+    def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
+        if self.updates == 3:
+            size = 2**30  # bytes or more
+            {"torch": torch.ones, "numpy": np.ones, "python": bytearray}[self.kind](size)
+        return super().loss_sum(batch, meter)
 
 
 class RolloutModule(SlopeModule):

@@ -78,10 +78,15 @@ def import_object(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def is_same_class(one: str, other: str) -> bool:
-    """Whether two paths name one class; a package may offer a class under a shorter path as well."""
+def is_same_class(written: str, asked: str) -> bool:
+    """Whether a checkpoint's class is the one that was asked for; a package may offer it under a shorter path as well.
+
+    What the checkpoint names is imported from the package of the one that was asked for, and from nowhere else.
+    """
+    if written == asked or written.partition(".")[0] != asked.partition(".")[0]:
+        return written == asked
     try:
-        return one == other or import_object(one) is import_object(other)
+        return import_object(written) is import_object(asked)
     except (ImportError, AttributeError, ValueError):
         return False
 
@@ -109,31 +114,41 @@ def inside_run(checkpoint: Path, run: Path) -> Path:
 
 
 PACKAGE = __name__.partition(".")[0]
+SPECS = ("scorer", "scorers", "engine", "class_path")
+"""Settings that name a class or a function."""
 
 
-def own_code(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what in a checkpoint's settings names code outside this package: the setting, and the path of the code.
+def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tuple[str, str]]:
+    """Yield what in a checkpoint's settings names code that nobody asked for: the setting, and the path of the code.
 
     Weights are data, and following such a name would import whatever module the file asks for.
+
+    Args:
+        settings: of the checkpoint.
+        named: class or module that the user named, whose package may be imported beside this one.
     """
     for setting, value in settings.items():
-        for path in _paths(value, spec=setting in ("scorer", "scorers", "engine", "class_path")):
-            if "." in path and path.partition(".")[0] != PACKAGE:
+        for path in _paths(value, setting in SPECS):
+            if "." in path and path.partition(".")[0] not in (PACKAGE, named.partition(".")[0]):
                 yield setting, path
 
 
 def _paths(value: Any, spec: bool) -> Iterator[str]:
-    """Yield the dotted paths in a setting: of a class_path, and where ``spec`` a scorer's or an engine's text too."""
+    """Yield the texts in a setting that name code; where ``spec``, the setting is a scorer, an engine or some of them.
+
+    Folders and hub ids are left out: what they hold is weights.
+    """
     if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _paths(item, spec=key in ("scorer", "class_path") or (spec and key != "init_args"))
-            if key == "init_args" and isinstance(item, Mapping):
-                yield from (path for _, path in own_code(item))
+            arguments = item if key == "init_args" and isinstance(item, Mapping) else None
+            if arguments is None:
+                yield from _paths(item, spec or key in SPECS)
+            else:
+                yield from (path for name, one in arguments.items() for path in _paths(one, name in SPECS))
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _paths(item, spec)
+        yield from (path for item in value for path in _paths(item, spec))
     elif spec and isinstance(value, str) and not (Path(value).expanduser().is_dir() or "/" in value):
         yield value
 

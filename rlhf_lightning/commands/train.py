@@ -242,7 +242,7 @@ class RlhfCLI(LightningCLI):
         given = given.get("init_args", {}) if isinstance(given, Mapping) else {}
         known = set(parameters_of(asked))
         kept = {name: value for name, value in hparams.items() if name in known}
-        for name, code in own_code({name: value for name, value in kept.items() if name not in given}):
+        for name, code in own_code({name: value for name, value in kept.items() if name not in given}, asked):
             usage_error(
                 f"rlhf {command}",
                 f"{path} asks for the code {code} as model.{name}, and a checkpoint is data: give --model.{name} again",
