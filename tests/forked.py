@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def forked(work: Callable[[], int | None], output: Path) -> tuple[int, str]:
-    """Run ``work`` in a fork; return its exit status (what it returns; negative the signal it died of) and what it said.
+    """Run ``work`` in a fork; return its exit status (negative: the signal it died of) and what it said.
 
     Args:
         work: what to do there.

@@ -183,7 +183,7 @@ def scorer_faults() -> list[Result]:
         results.append(
             Result(
                 f"a scorer that {fault}", "the completions are dropped and counted, the run finishes",
-                ended.status == 0 and 0 < dropped < 1, ended.seconds, f"{100 * dropped:.0f} % of the completions dropped",
+                ended.status == 0 and 0 < dropped < 1, ended.seconds, f"{100 * dropped:.0f} % dropped",
             )
         )  # fmt: skip
     ended = run([*PPO, *scorer("FaultTolerant", scorer="injected.raises")], "fails")
