@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A failure is said in one sentence; the variable RLHF_DEBUG=1 shows the traceback instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Before anything is imported that reads them; what is trained on here is often private.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         try:
             print(help_text(), flush=True)

@@ -129,7 +129,7 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     if name is None:
         raise ValueError(f"{checkpoint} does not say which class wrote it: it was not made by `rlhf fit`")
     module_name, _, short = name.rpartition(".")
-    if module_name != own and name.partition(".")[0] != PACKAGE:
+    if name.partition(".")[0] not in (PACKAGE, (own or "").partition(".")[0]):
         raise ValueError(
             f"{checkpoint} was written by {name}: name its module with --import {module_name} to export it"
         )
@@ -139,7 +139,7 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
         raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, AlignmentModule)):
         raise ValueError(f"{checkpoint} names {name}, which is no AlignmentModule")
-    module = instantiate_module(AlignmentModule, without_code(settings))
+    module = instantiate_module(AlignmentModule, without_code(settings, own or PACKAGE))
     # The frozen copy would take memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
@@ -148,12 +148,20 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     return module
 
 
-def without_code(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's settings without the code that they name, which an export needs none of."""
+def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
+    """Return a checkpoint's settings without the code that they name, of which an export needs none.
+
+    Args:
+        settings: of the checkpoint.
+        named: module that the user named; its own code stays.
+
+    Raises:
+        ValueError: they name code elsewhere than as the scorer or the engine.
+    """
     from rlhf_lightning.commands.checkpoints import PACKAGE, own_code
 
     kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
-    named = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")})}
+    named = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}
     if "scorer" in named:
         kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.base.ZeroScorer"}
     unknown = sorted(named - {"scorer"})

@@ -30,6 +30,10 @@ def failure_sentence(error: Exception) -> str | None:
             f"another rank does not answer{who} ({first}). It, its host or the network between is gone; where a "
             "checkpoint was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
         )
+    if type(error).__module__.split(".")[0] == "yaml":
+        return f"this is no YAML of plain values: {' '.join(text.split())}"
+    if text.startswith("Does not validate against any of the Union subtypes"):  # a class that refused its arguments
+        return text.partition("Errors:\n")[2].strip().splitlines()[0].removeprefix("- ") or text
     # What this package defines itself it raises for the sentence; Lightning's goes by name, as it is not imported here.
     own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
     foreseen = own or isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException"

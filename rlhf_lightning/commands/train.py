@@ -54,6 +54,7 @@ from rlhf_lightning.commands.checkpoints import (
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
 from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.secrets import written_secret
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.compatibility import SHARDED, check, refused_precision, refused_strategy
@@ -199,6 +200,9 @@ class RlhfCLI(LightningCLI):
             usage_error(f"rlhf {command}", sentence)
 
         trainer, model = config.trainer, config.model
+        secret = written_secret(as_plain(config))
+        if secret is not None:
+            refuse(secret)
         if trainer.gradient_clip_val is not None:
             refuse("trainer.gradient_clip_val does not work with manual optimization; set model.max_grad_norm")
         if trainer.accumulate_grad_batches != 1:

@@ -23,6 +23,13 @@ LONGEST_QUOTE = 500
 """Characters of a server's words that an error repeats."""
 
 
+NO_VARIABLE = "is no name of an environment variable that is set: put the key into one and give its name"
+IN_AN_ADDRESS = (
+    "has a user or a password in it, and would be written down with the run's settings: put the key into an "
+    "environment variable and name that in api_key"
+)
+
+
 class ServerError(RuntimeError):
     """The server cannot be reached, refuses a request, or answers with what is no answer to it."""
 
@@ -60,11 +67,8 @@ class JSONServer:
                 "others not negative"
             )
         parts = urllib.parse.urlsplit(url)
-        if parts.username is not None or parts.password is not None:
-            raise ValueError(
-                "the url of a server has a user or a password in it, and would be written down with the run's "
-                "settings: put the key into an environment variable and name that in api_key"
-            )
+        if has_password(url):
+            raise ValueError(f"url {IN_AN_ADDRESS}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"the url {url!r} is no address such as http://host:8000")
         self.url, self.timeout, self.retries, self.wait = url.rstrip("/"), timeout, retries, wait
@@ -109,7 +113,7 @@ class JSONServer:
                 parts.append(part)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the answer was not whole after {self.timeout:g} s")
-        return b"".join(parts).decode()
+        return b"".join(parts).decode(errors="replace")
 
     def shown(self, said: Any) -> str:
         """Return some words of a server for an error message, in one line and without the key."""
@@ -123,10 +127,22 @@ def _key_in(variable: str) -> str:
     Raises:
         ValueError: it is not set, or is no name of one: somebody put the key itself there.
     """
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) or len(variable) > 64:
-        raise ValueError("api_key is no name of an environment variable: put the key into one and give its name")
+    if not names_variable(variable):
+        raise ValueError(f"api_key {NO_VARIABLE}")
     if not os.environ.get(variable):
-        looks_like_a_key = variable != variable.upper()
-        named = "a variable" if looks_like_a_key else f"the environment variable {variable}"
-        raise ValueError(f"api_key names {named}, which is not set")
+        raise ValueError(f"api_key names the environment variable {variable}, which is not set")
     return os.environ[variable]
+
+
+def names_variable(text: str) -> bool:
+    """Whether a text is the name of an environment variable, one that is set or that looks like one: no key does."""
+    return text in os.environ or re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", text) is not None
+
+
+def has_password(url: str) -> bool:
+    """Whether an address has a user or a password in it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return False
+    return bool(parts.netloc) and (parts.username is not None or parts.password is not None)

@@ -450,7 +450,8 @@ class OnPolicyModule(AlignmentModule):
         means.pop("last_approx_kl", None)
         further = {"kl_coef": self.kl_coef, **self.invariants.take(self.trainer.strategy), **means, **rollout}
         self.log_training(Meter(), grad_norm=norm, **further)
-        if self.kl_target is not None and "rollout/kl" in rollout:
+        # A KL that is no number would stay in the coefficient, and a skipped update would not have been the last.
+        if self.kl_target is not None and math.isfinite(rollout.get("rollout/kl", math.nan)):
             new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)
             self.kl_coef = float(new)
 

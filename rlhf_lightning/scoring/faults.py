@@ -73,6 +73,7 @@ class FaultTolerant(Scorer):
         self._pool = None if seconds is None else WorkerPool(scorer, seconds, workers)
         self._measured = Measured("score_failed", "score_timed_out", "score_retried")
         self._in_a_row = 0
+        self._last_fault: Outcome = ("failed", "")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         """Return one score per completion; of faults what ``on_fault`` says.
@@ -104,8 +105,7 @@ class FaultTolerant(Scorer):
 
     def _outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
         """Return what became of each row after all attempts."""
-        outcomes, left = self._attempt(rows), []
-        retried = [0.0] * len(rows)
+        outcomes, retried = self._attempt(rows), [0.0] * len(rows)
         for attempt in range(self.retries):
             left = [row for row, (kind, _) in enumerate(outcomes) if kind != "scored"]
             if not left:
@@ -136,7 +136,7 @@ class FaultTolerant(Scorer):
         except ServerError as error:  # it was asked often enough, and is gone for all of them
             return [("failed", str(error))] * len(rows)
         except Exception as error:  # noqa: BLE001 - of a user's function, which may raise anything
-            self._last_fault: Outcome = ("failed", f"{type(error).__name__}: {error}")
+            self._last_fault = ("failed", f"{type(error).__name__}: {error}")
             return None
         if len(scores) != len(rows):
             self._last_fault = miscounted(len(scores), len(rows))
