@@ -85,6 +85,8 @@ class Run:
                 os.dup2(target, 2)
                 prepare()
                 status = rlhf([*argv, "--run_name", name])
+            except SystemExit as end:
+                status = int(end.code or 0)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

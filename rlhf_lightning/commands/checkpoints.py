@@ -29,7 +29,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {error}") from error
+        # torch says at length how to believe the file all the same; what is wrong with it is one line of that.
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
+        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {reason}") from error
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:

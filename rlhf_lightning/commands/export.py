@@ -161,10 +161,10 @@ def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
     from rlhf_lightning.commands.checkpoints import PACKAGE, own_code
 
     kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
-    named = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}
-    if "scorer" in named:
+    coded = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}
+    if "scorer" in coded:
         kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.base.ZeroScorer"}
-    unknown = sorted(named - {"scorer"})
+    unknown = sorted(coded - {"scorer"})
     if unknown:
         raise ValueError(f"the checkpoint names code of its own in {', '.join(unknown)}: it cannot be exported")
     return kept
