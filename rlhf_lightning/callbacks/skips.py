@@ -19,7 +19,7 @@ class SkippedUpdates(Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rows: list[int] = []
+        self._rows: list[int] | None = None  # of the step that is being taken
         self._before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -42,9 +42,10 @@ class SkippedUpdates(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        skipped, self._before = skipped_by(module) - self._before, skipped_by(module)
-        if skipped > 0 and writes_files(trainer):
-            append_rows(self.path, [{"update": updates_of(module), "skipped": skipped, "rows": self._rows}])
+        rows, self._rows = self._rows, None
+        skipped = skipped_by(module) - self._before
+        if rows is not None and skipped and writes_files(trainer):
+            append_rows(self.path, [{"update": updates_of(module), "skipped": skipped, "rows": rows}])
 
 
 def skipped_by(module: LightningModule) -> int:
