@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import importlib.metadata
 import os
@@ -74,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A failure is said in one sentence; the variable RLHF_DEBUG=1 shows the traceback instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Before anything is imported that reads them; what is trained on here is often private.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         try:
             print(help_text(), flush=True)
@@ -101,35 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
-        sentence = failure_sentence(error)
+        sentence = importlib.import_module("rlhf_lightning.commands.failures").failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
         return _fail(sentence, FAILURE)
-
-
-def failure_sentence(error: Exception) -> str | None:
-    """Say a failure in a sentence, or None for one that nobody foresaw and whose traceback is needed."""
-    name = type(error).__name__
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if isinstance(error.__context__, OSError):  # what was tried last was to say what went wrong first
-            return failure_sentence(error.__context__)
-        return f"the disk is full ({error}): make room, and `rlhf fit --resume RUN` goes on from the last checkpoint"
-    if "OutOfMemory" in name or "can't allocate memory" in str(error):
-        first = str(error).strip().splitlines()[0]
-        return (
-            f"out of memory ({first}): lower data.micro_batch_size, data.max_tokens or data.max_length, "
-            "or set model.activation_checkpointing=true or model.lora; `rlhf plan` shows what takes how much"
-        )
-    if name.startswith("Dist") or "/gloo/" in str(error):
-        first = str(error).strip().splitlines()[0]
-        return (
-            f"another rank does not answer ({first}): it, its host or the network between is gone. Where a checkpoint "
-            "was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
-        )
-    # Lightning is not imported here, so its exception goes by name.
-    if isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException":
-        return str(error).strip() or name
-    return None
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -126,7 +126,9 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
     return facts
 
 
-def load_tokenizer(name_or_folder: str | Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_folder: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
 
     The pad token is the tokenizer's own unless a completion may end with it; else the first of ``<pad>``, ``<|pad|>``,
@@ -138,14 +140,20 @@ def load_tokenizer(name_or_folder: str | Path, chat_template: str | None = None)
         chat_template: text of a Jinja template, path of a ``.jinja`` file, or the name of a shipped one: ``chatml``,
             ``plain``, or ``default``, which is the first of those two that the vocabulary allows. None keeps the
             tokenizer's own.
+        trust_remote_code: run the Python code that the tokenizer brings along, if any.
 
     Raises:
         FileNotFoundError: if there is no tokenizer under that name.
         ValueError: if the template is not found, or there is no EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The tokenizer {str(name_or_folder)!r} needs Python code of its own, which is run only where it is "
+                f"named: --model.trust_remote_code {name_or_folder}"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"No tokenizer in {str(name_or_folder)!r} ({reason}); give a Hub name or a folder with tokenizer.json."

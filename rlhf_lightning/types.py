@@ -155,11 +155,14 @@ class Step(NamedTuple, Generic[Batch]):
         micro_batches: batches that each fit in memory; every rank gets the same number.
         rows: rows (pairs, groups, prompts) of this step over all ranks and micro-batches.
         tokens: supervised completion tokens of this step over all ranks and micro-batches.
+        row_ids: numbers of those rows, counted from 0 among the ones that the data kept; of prompts once each, however
+            many samples they get; empty for a stream, which numbers nothing.
     """
 
     micro_batches: tuple[Batch, ...]
     rows: int
     tokens: int
+    row_ids: tuple[int, ...] = ()
 
 
 class TokenLogprobs(NamedTuple):

@@ -1,5 +1,7 @@
 """What tests have each rank do. Every function is called on all ranks of a group, or alone, with the same settings."""
 
+import os
+import signal
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +28,8 @@ from tiny_models import (
 from torch import Tensor
 
 from rlhf_lightning import modules
+from rlhf_lightning.callbacks import RankWatch
+from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.data.loader import StepLoader
 from rlhf_lightning.functional.logprobs import chunked_logprobs
 from rlhf_lightning.models.loading import LoraSettings
@@ -265,6 +269,53 @@ def train(
         trainer.fit(module, StepData(steps))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}
+
+
+class Poisoned(modules.DPOModule):
+    """The loss of the last rank's pairs is no number at some updates."""
+
+    poison: tuple[int, ...] = ()
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+        loss = super().preference_loss(logprobs)
+        rank, ranks = here()
+        assert isinstance(loss, Tensor)
+        return loss * float("nan") if rank == ranks - 1 and self.updates in self.poison else loss
+
+
+def skip(folder: str, strategy: str, poison: Sequence[int], updates: int = 6) -> dict[str, Any]:
+    """Take updates of which one rank spoils some; return the weights, what was skipped, and why the run ended."""
+    module = Poisoned(init_from=folder, learning_rate=1e-3, lr_schedule="constant")
+    module.poison = tuple(poison)
+    failure = ""
+    try:
+        trainer_of(strategy, here()[1]).fit(module, StepData(steps_of(module, updates, 1)))
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    weights = {} if failure else weights_of(module)
+    return {"weights": weights, "skipped": module.skipped_updates, "updates": module.updates, "failure": failure}
+
+
+class Killing(pl.Callback):
+    """Kills one rank before a step."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.step and here()[0] == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose(name: str, folder: str, strategy: str, rank: int) -> str:
+    """Train until a rank is killed; return what a survivor says."""
+    module = module_of(name, folder, double=False)
+    callbacks: list[pl.Callback] = [RankWatch(), Killing(rank, 1)]
+    try:
+        trainer_of(strategy, here()[1], callbacks=callbacks).fit(module, StepData(steps_of(module, 4, 1)))
+    except Exception as error:
+        return failure_sentence(error) or f"{type(error).__name__}: {error}"
+    return "nothing was missed"
 
 
 def validate(name: str, folder: str, strategy: str, prompts: int = 3, **settings: Any) -> dict[str, float]:

@@ -38,20 +38,30 @@ class RankPool:
             self.close()
             raise
 
-    def _run(self, group: list[Connection], case: str, settings: dict[str, Any]) -> list[Any]:
+    def lose(self, ranks: int, case: str, rank: int, **settings: Any) -> list[Any]:
+        """Run a case in which a rank is killed; return what the others returned. The pool is closed then."""
+        if ranks not in self._groups:
+            self._start(ranks)
+        try:
+            return self._run(self._groups[ranks], case, {"rank": rank, **settings}, lost=rank)
+        finally:
+            self.close()
+
+    def _run(self, group: list[Connection], case: str, settings: dict[str, Any], lost: int | None = None) -> list[Any]:
         for connection in group:
             connection.send_bytes(pickle.dumps((case, settings)))
         answers: dict[Connection, Any] = {}
-        while len(answers) < len(group):
-            ready: Any = wait([connection for connection in group if connection not in answers], TIMEOUT)
-            missing = [rank for rank, connection in enumerate(group) if connection not in answers]
+        asked = [connection for rank, connection in enumerate(group) if rank != lost]
+        while len(answers) < len(asked):
+            ready: Any = wait([connection for connection in asked if connection not in answers], TIMEOUT)
+            missing = [group.index(connection) for connection in asked if connection not in answers]
             if not ready:
                 raise TimeoutError(f"{case}: ranks {missing} of {len(group)} are waiting for ever")
             for connection in ready:
                 failure, answers[connection] = pickle.loads(connection.recv_bytes())
                 if failure is not None:
                     raise AssertionError(f"{case} on rank {group.index(connection)} of {len(group)}:\n{failure}")
-        return [answers[connection] for connection in group]
+        return [answers[connection] for connection in asked]
 
     def _start(self, ranks: int) -> None:
         if self._process is None:

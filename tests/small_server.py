@@ -90,8 +90,8 @@ class SmallServer:
 
 
 @contextmanager
-def serving(folder: str, **settings: Any) -> Iterator[SmallServer]:
-    """Run a small server for the while."""
+def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer]:
+    """Run a small server for the while, on a port that is free or on the one given."""
     small = SmallServer(folder, **settings)
 
     class Handler(BaseHTTPRequestHandler):
@@ -108,7 +108,7 @@ def serving(folder: str, **settings: Any) -> Iterator[SmallServer]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     small.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -9,7 +9,8 @@ import types
 import pytest
 
 from rlhf_lightning import cli
-from rlhf_lightning.cli import Command, failure_sentence, main
+from rlhf_lightning.cli import Command, main
+from rlhf_lightning.commands.failures import failure_sentence
 
 ALL = {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
 
@@ -112,18 +113,21 @@ def test_out_of_memory_names_what_to_lower():
     sentence = failure_sentence(error)
     assert "lower data.micro_batch_size, data.max_tokens or data.max_length" in sentence and "more" not in sentence
     assert "out of memory" in failure_sentence(type("OutOfMemoryError", (RuntimeError,), {})("CUDA"))
+    assert failure_sentence(MemoryError()).startswith("out of memory (MemoryError): lower")
+    assert "out of memory" in failure_sentence(OSError(12, "Cannot allocate memory"))
 
 
 def test_help_imports_neither_torch_nor_lightning_and_the_package_runs_as_a_module(tmp_path):
     """In a process of its own: what this one has imported would hide it."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = (
-        "import sys; from rlhf_lightning.cli import main; status = main(['--help']); "
-        "print(status, sorted({'torch', 'lightning', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules)))"
+        "import os, sys; from rlhf_lightning.cli import main; status = main(['--help']); "
+        "heavy = {'torch', 'lightning', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules); "
+        "print(status, os.environ['HF_HUB_DISABLE_TELEMETRY'], sorted(heavy))"
     )
     environment = {**os.environ, "PYTHONPATH": root}
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert shown.stdout.splitlines()[-1] == "0 []"
+    assert shown.stdout.splitlines()[-1] == "0 1 []"
     result = subprocess.run(
         [sys.executable, "-m", "rlhf_lightning", "nonsense"],
         capture_output=True,

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -91,6 +92,41 @@ class OtherModule(SlopeModule):
     """Another class with the same arguments."""
 
 
+class PoisonedModule(SlopeModule):
+    """A SlopeModule whose loss is no number at some updates.
+
+    Args:
+        poison: the updates, from 0.
+        value: what the loss is multiplied with there.
+    """
+
+    def __init__(self, poison: list[int], value: str = "nan", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.poison, self.value = poison, float(value)
+
+    def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
+        loss = super().loss_sum(batch, meter)
+        return loss * self.value if self.trainer.training and self.updates in self.poison else loss
+
+
+class HungryModule(SlopeModule):
+    """A SlopeModule whose fourth update asks for a gigabyte.
+
+    Args:
+        kind: who asks.
+    """
+
+    def __init__(self, kind: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind = kind
+
+    def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
+        if self.updates == 3:
+            size = 2**30  # bytes or more
+            {"torch": torch.ones, "numpy": np.ones, "python": bytearray}[self.kind](size)
+        return super().loss_sum(batch, meter)
+
+
 class RolloutModule(SlopeModule):
     """Three updates in each training step, as on-policy modules take."""
 
@@ -101,6 +137,10 @@ class RolloutModule(SlopeModule):
         self.rollouts += 1
         self.tokens += step.tokens
         self.log_training(meter, grad_norm=norm)
+
+
+class PoisonedRollouts(RolloutModule, PoisonedModule):
+    """Three updates in each training step, some of them spoilt."""
 
 
 class NumbersDataModule(AlignmentDataModule):
@@ -133,7 +173,10 @@ class NumbersDataModule(AlignmentDataModule):
     def steps(self, epoch: int) -> list[Step[Any]]:
         generator = torch.Generator().manual_seed(100 + epoch)
         numbers = torch.rand(self.count, generator=generator) + 0.5
-        return [Step((TinyBatch(pair),), 2, 2) for pair in numbers.split(2)]
+        ids = torch.arange(self.count).split(2)
+        return [
+            Step((TinyBatch(pair),), 2, 2, tuple(i.tolist())) for pair, i in zip(numbers.split(2), ids, strict=True)
+        ]
 
     def train_dataloader(self) -> StepLoader:
         return StepLoader(self.steps, self.count // 2, self.fingerprint)

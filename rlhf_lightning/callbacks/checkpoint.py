@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -133,7 +133,7 @@ class RunCheckpoint(Checkpoint):
         for name, period in (("updates", self.every_n_updates), ("rollouts", self.every_n_rollouts)):
             self._due |= period is not None and now[name] // period > self._at[name] // period
         self._stopping |= self._signal.asked(trainer)
-        loop = trainer.fit_loop.epoch_loop
+        loop: Any = trainer.fit_loop.epoch_loop
         validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
         if validates or loop._is_training_done:
             return
@@ -174,9 +174,10 @@ class RunCheckpoint(Checkpoint):
         """Give a run that was killed behind its last step the end that it did not get: Lightning leaves that out."""
         if not self._started and trainer.ckpt_path is not None:
             pl_module.to(trainer.strategy.root_device)
-            for callback in trainer.callbacks:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            for callback in callbacks:
                 callback.on_train_start(trainer, pl_module)
-            for callback in trainer.callbacks:
+            for callback in callbacks:
                 callback.on_train_end(trainer, pl_module)
 
     def _stop_if_told(self, trainer: Trainer, module: LightningModule) -> None:

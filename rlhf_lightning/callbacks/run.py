@@ -19,6 +19,7 @@ CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 SAMPLES_FILE = "samples.jsonl"
 PREDICTIONS_FILE = "predictions.jsonl"
+SKIPPED_FILE = "skipped_updates.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
 
@@ -102,8 +103,14 @@ def checked_run_name(name: str) -> str:
 
 
 def reserve_version(runs: Path, name: str) -> Path:
-    """Create and return the next ``version_<n>`` folder of a run's name; two runs that start together get two."""
+    """Create and return the next ``version_<n>`` folder of a run's name; two runs that start together get two.
+
+    Raises:
+        ValueError: the name leaves the runs folder, by itself or through a link.
+    """
     parent = runs / checked_run_name(name)
+    if not parent.resolve().is_relative_to(runs.resolve()):
+        raise ValueError(f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name")
     parent.mkdir(parents=True, exist_ok=True)
     version = max((number for number, _ in versions(parent)), default=-1) + 1
     while True:

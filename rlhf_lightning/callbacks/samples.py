@@ -14,12 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.callbacks.run import SAMPLES_FILE, append_rows, run_folder, updates_of, writes_files
+from rlhf_lightning.models.remote import ServerError
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.scoring.base import MissingColumnError
-from rlhf_lightning.scoring.time_limit import ScorerFailedError
+from rlhf_lightning.scoring.faults import ScorerFailedError
 from rlhf_lightning.types import Prompt
 
-UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError)
+UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
 """Characters of a prompt or completion that the table shows; samples.jsonl has all of them."""
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
+from rlhf_lightning.commands.shards import sharded_metadata
 from rlhf_lightning.modules.checkpoints import ANOTHER_STRATEGY
 
 SHARDED_META = "meta.pt"
@@ -29,7 +29,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {error}") from error
+        # torch says at length how to believe the file all the same; what is wrong with it is one line of that.
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
+        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {reason}") from error
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
@@ -72,54 +75,21 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
     return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
 
 
-def sharded_metadata(path: Path) -> Any:
-    """Return what a sharded checkpoint says of its tensors.
-
-    The strategy reads that file as a pickle, which may run code: nothing here reads one before this has.
-
-    Raises:
-        ValueError: the file names anything but what describes tensors.
-    """
-    try:
-        with (path / ".metadata").open("rb") as file:
-            return _TensorDescriptions(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is no sharded checkpoint of plain tensors: {error}") from error
-
-
-class _TensorDescriptions(pickle.Unpickler):
-    """Reads the classes that describe tensors and where they lie, and nothing else."""
-
-    ROOMS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    OTHERS = frozenset({
-        "torch.Size", "torch.serialization._get_layout", "torch.storage.UntypedStorage", "collections.OrderedDict",
-        "pathlib.PosixPath", "pathlib.PurePosixPath", "builtins.getattr",
-    })  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = (
-            module in self.ROOMS
-            or f"{module}.{name}" in self.OTHERS
-            or isinstance(
-                getattr(torch, name, None) if module == "torch" else None,
-                torch.dtype | torch.layout | torch.memory_format,
-            )
-        )
-        if not known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
 def import_object(path: str) -> Any:
     """Return the class that a dotted path names."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def is_same_class(one: str, other: str) -> bool:
-    """Whether two paths name one class; a package may offer a class under a shorter path as well."""
+def is_same_class(written: str, asked: str) -> bool:
+    """Whether a checkpoint's class is the one that was asked for; a package may offer it under a shorter path as well.
+
+    What the checkpoint names is imported from the package of the one that was asked for, and from nowhere else.
+    """
+    if written == asked or written.partition(".")[0] != asked.partition(".")[0]:
+        return written == asked
     try:
-        return one == other or import_object(one) is import_object(other)
+        return import_object(written) is import_object(asked)
     except (ImportError, AttributeError, ValueError):
         return False
 
@@ -128,7 +98,62 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
     """Return the hyper-parameters in a checkpoint, with the class that had them under ``_class_path``."""
     hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
+    hparams.pop("trust_remote_code", None)  # whose code may be run is for the user to say, each time
     return hparams
+
+
+def inside_run(checkpoint: Path, run: Path) -> Path:
+    """Return a run's checkpoint if it lies in the run's folder.
+
+    Raises:
+        ValueError: it is a link to somewhere else: whoever can write there decides what is loaded.
+    """
+    if not checkpoint.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"{checkpoint} is a link that leaves its run, to {checkpoint.resolve()}: name that checkpoint itself with "
+            "--ckpt_path if you trust it"
+        )
+    return checkpoint
+
+
+PACKAGE = __name__.partition(".")[0]
+SPECS = ("scorer", "scorers", "engine", "class_path")
+"""Settings that name a class or a function."""
+
+
+def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tuple[str, str]]:
+    """Yield what in a checkpoint's settings names code that nobody asked for: the setting, and the path of the code.
+
+    Weights are data, and following such a name would import whatever module the file asks for.
+
+    Args:
+        settings: of the checkpoint.
+        named: class or module that the user named, whose package may be imported beside this one.
+    """
+    for setting, value in settings.items():
+        for path in _paths(value, setting in SPECS):
+            if "." in path and path.partition(".")[0] not in (PACKAGE, named.partition(".")[0]):
+                yield setting, path
+
+
+def _paths(value: Any, spec: bool) -> Iterator[str]:
+    """Yield the texts in a setting that name code; where ``spec``, the setting is a scorer, an engine or some of them.
+
+    Folders and hub ids are left out: what they hold is weights.
+    """
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            arguments = item if key == "init_args" and isinstance(item, Mapping) else None
+            if arguments is None:
+                yield from _paths(item, spec or key in SPECS)
+            else:
+                yield from (path for name, one in arguments.items() for path in _paths(one, name in SPECS))
+    elif isinstance(value, list | tuple):
+        yield from (path for item in value for path in _paths(item, spec))
+    elif spec and isinstance(value, str) and not (Path(value).expanduser().is_dir() or "/" in value):
+        yield value
 
 
 def as_plain(value: Any) -> Any:

@@ -35,8 +35,8 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
         merge: merge a LoRA adapter into its backbone in fp32, report the largest difference to the logits of the model
             that was trained (on a quantised backbone it is the quantisation's), and keep the adapter in OUT.adapter.
         best: of a run, take the best checkpoint instead of the last.
-        import_module: also written --import: module or .py file of your own to import first, where the checkpoint's
-            class is not to be found from here.
+        import_module: also written --import: module or .py file of your own with the class that wrote the checkpoint; a
+            checkpoint alone has nothing imported but what is shipped here.
     """
     from rlhf_lightning.commands.quiet import quieten
 
@@ -44,8 +44,7 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     target, path = Path(out), Path(source)
     if target.exists():
         raise ValueError(f"{out} exists already: name a folder that does not, so that nothing is overwritten")
-    if import_module is not None:
-        import_own(import_module)
+    own = None if import_module is None else import_own(import_module)
     if (path / "adapter_config.json").is_file():
         if not merge:
             raise ValueError(f"{source} is an adapter's folder already; --merge merges it into its backbone")
@@ -54,7 +53,7 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     if (path / "config.json").is_file():
         raise ValueError(f"{source} is a Hugging Face folder already: there is nothing to export")
     checkpoint = find_checkpoint(path, best)
-    module = module_from(checkpoint)
+    module = module_from(checkpoint, own)
     if not merge or module.lora is None:
         module.export(target)
         print(f"{checkpoint} -> {target}")
@@ -86,16 +85,18 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
         return path
     if path.suffix == ".ckpt":
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    from rlhf_lightning.commands.checkpoints import inside_run
+
     run = find_run(str(path))
     if not best:
-        return last_checkpoint(run)
+        return inside_run(last_checkpoint(run), run)
     if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).exists():
         raise FileNotFoundError(f"{run} has no best checkpoint: it was not validated")
-    return run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT
+    return inside_run(run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT, run)
 
 
-def import_own(name: str) -> None:
-    """Import a user's module by name or file, so that its classes can be found."""
+def import_own(name: str) -> str:
+    """Import a user's module by name or file, so that its classes can be found; return its name."""
     path = Path(name)
     if path.suffix == ".py":
         if not path.is_file():
@@ -103,10 +104,15 @@ def import_own(name: str) -> None:
         sys.path.append(str(path.parent.resolve()))
         name = path.stem
     importlib.import_module(name)
+    return name
 
 
-def module_from(checkpoint: Path) -> "AlignmentModule":
-    """Build the module that wrote a checkpoint and load its weights; no code is run from the file.
+def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
+    """Build the module that wrote a checkpoint and load its weights; no code is run that the file names.
+
+    Args:
+        checkpoint: the file, or the folder of shards.
+        own: module that the user named, whose classes may be made beside this package's.
 
     Raises:
         ValueError: the file is no checkpoint of an AlignmentModule, or its class cannot be found.
@@ -114,7 +120,7 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     from lightning.pytorch.cli import instantiate_module
 
     import rlhf_lightning.modules  # noqa: F401
-    from rlhf_lightning.commands.checkpoints import read_checkpoint, weights_in
+    from rlhf_lightning.commands.checkpoints import PACKAGE, read_checkpoint, weights_in
     from rlhf_lightning.modules.base import AlignmentModule
 
     state = read_checkpoint(checkpoint)
@@ -123,19 +129,45 @@ def module_from(checkpoint: Path) -> "AlignmentModule":
     if name is None:
         raise ValueError(f"{checkpoint} does not say which class wrote it: it was not made by `rlhf fit`")
     module_name, _, short = name.rpartition(".")
+    if name.partition(".")[0] not in (PACKAGE, (own or "").partition(".")[0]):
+        raise ValueError(
+            f"{checkpoint} was written by {name}: name its module with --import {module_name} to export it"
+        )
     try:
         kind = getattr(importlib.import_module(module_name), short)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported ({error}): use --import") from error
+        raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, AlignmentModule)):
         raise ValueError(f"{checkpoint} names {name}, which is no AlignmentModule")
-    module = instantiate_module(AlignmentModule, settings)
+    module = instantiate_module(AlignmentModule, without_code(settings, own or PACKAGE))
     # The frozen copy would take memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
     module.on_load_checkpoint(state)
     module.load_state_dict(weights_in(checkpoint))
     return module
+
+
+def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
+    """Return a checkpoint's settings without the code that they name, of which an export needs none.
+
+    Args:
+        settings: of the checkpoint.
+        named: module that the user named; its own code stays.
+
+    Raises:
+        ValueError: they name code elsewhere than as the scorer or the engine.
+    """
+    from rlhf_lightning.commands.checkpoints import PACKAGE, own_code
+
+    kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
+    coded = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}
+    if "scorer" in coded:
+        kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.base.ZeroScorer"}
+    unknown = sorted(coded - {"scorer"})
+    if unknown:
+        raise ValueError(f"the checkpoint names code of its own in {', '.join(unknown)}: it cannot be exported")
+    return kept
 
 
 def merge_adapter(adapter: Path, target: Path) -> float:

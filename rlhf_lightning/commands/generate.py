@@ -153,7 +153,7 @@ def load_for_sampling(
     if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{model} is no model folder: it has no config.json")
     if Path(name).is_dir() and (Path(name) / "config.json").is_file():
-        kinds = AutoConfig.from_pretrained(name).architectures or []
+        kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
         if any("SequenceClassification" in kind for kind in kinds):
             raise ValueError(f"{model} is a reward model: it scores completions and writes none")
     tokenizer = load_tokenizer(name, chat_template)

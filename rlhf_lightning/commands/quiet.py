@@ -60,10 +60,7 @@ class _Silence(logging.Filter):
 
 
 def quieten() -> None:
-    """Silence adverts, telemetry and warnings that ask for nothing. RLHF_DEBUG=1 leaves everything as it is."""
-    # Telemetry is off in any case, debugging or not: what is trained on here is often private.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
+    """Silence adverts and warnings that ask for nothing. RLHF_DEBUG=1 leaves everything as it is."""
     # The tokenizers' thread pool and forked workers exclude each other, and warn about it at length.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RLHF_DEBUG"):

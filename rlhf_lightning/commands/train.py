@@ -20,12 +20,14 @@ import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModu
 from rlhf_lightning.callbacks import (
     ModelExport,
     PredictionWriter,
+    RankWatch,
     RunCheckpoint,
     RunCurves,
     RunHparams,
     RunManifest,
     RunProgress,
     SampleTable,
+    SkippedUpdates,
 )
 from rlhf_lightning.callbacks.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.callbacks.run import (
@@ -43,13 +45,16 @@ from rlhf_lightning.commands.checkpoints import (
     as_plain,
     checkpoint_hparams,
     import_object,
+    inside_run,
     is_same_class,
     merged,
+    own_code,
     refused_checkpoint,
 )
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
 from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.secrets import written_secret
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.compatibility import SHARDED, check, refused_precision, refused_strategy
@@ -135,7 +140,9 @@ class RlhfCLI(LightningCLI):
         shown = self.shown or name
         self.folder: Path | None = None
         self.is_new_folder = False
-        always = [RunManifest(["rlhf", *self.argv]), RunCurves(), RunHparams(), RunProgress()]
+        always = [
+            RankWatch(), RunManifest(["rlhf", *self.argv]), RunCurves(), RunHparams(), RunProgress(), SkippedUpdates()
+        ]  # fmt: skip
         super().__init__(
             AlignmentModule,
             AlignmentDataModule,
@@ -192,6 +199,9 @@ class RlhfCLI(LightningCLI):
             usage_error(f"rlhf {command}", sentence)
 
         trainer, model = config.trainer, config.model
+        secret = written_secret(as_plain(config))
+        if secret is not None:
+            refuse(secret)
         if trainer.gradient_clip_val is not None:
             refuse("trainer.gradient_clip_val does not work with manual optimization; set model.max_grad_norm")
         if trainer.accumulate_grad_batches != 1:
@@ -237,6 +247,11 @@ class RlhfCLI(LightningCLI):
         given = given.get("init_args", {}) if isinstance(given, Mapping) else {}
         known = set(parameters_of(asked))
         kept = {name: value for name, value in hparams.items() if name in known}
+        for name, code in own_code({name: value for name, value in kept.items() if name not in given}, asked):
+            usage_error(
+                f"rlhf {command}",
+                f"{path} asks for the code {code} as model.{name}, and a checkpoint is data: give --model.{name} again",
+            )
         for name, value in given.items():
             if name in kept and as_plain(kept[name]) != value and not isinstance(value, Mapping):
                 announce(f"model.{name} is {value} as given here; the checkpoint was trained with {kept[name]}")
@@ -353,7 +368,7 @@ def resumed(argv: Sequence[str]) -> list[str]:
     if argv[:1] != ["fit"] or "--resume" not in given:
         return list(argv)
     run = find_run(given["--resume"], given.get("--runs_folder", "runs"))
-    checkpoint = given.get("--ckpt_path") or str(last_checkpoint(run))
+    checkpoint = given.get("--ckpt_path") or str(inside_run(last_checkpoint(run), run))
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} cannot be resumed: it has no {CONFIG_FILE}")
     return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[1:]]

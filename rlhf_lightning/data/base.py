@@ -301,7 +301,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         store = RowStore.build(rows, Report())
         places = np.arange(len(store))
         plan = self._plan(store, places, shuffle=False, drop_last=False)
-        return PlannedSteps(plan, store, places, self.ranks[0], self.collator())[0]
+        return PlannedSteps(plan, store, places, self.ranks[0], self.collator())[0]._replace(row_ids=())
 
     def _in_order(self, store: RowStore, rows: np.ndarray, collate: Collate) -> StepLoader:
         plan = self._plan(store, rows, batch_size=self.eval_batch_size, shuffle=False, drop_last=False)

@@ -38,7 +38,7 @@ class PlannedSteps:
         """This rank's share of a step."""
         planned = self.plan.step(index, self.rank)
         batches = (self.collate(self.store, self.rows[list(group)].tolist()) for group in planned.micro_batches)
-        return Step(tuple(batches), planned.rows, planned.tokens)
+        return Step(tuple(batches), planned.rows, planned.tokens, tuple(self.rows[self.plan.rows_of(index)].tolist()))
 
 
 class PromptSteps:
@@ -81,4 +81,4 @@ class PromptSteps:
             places = part[self.rank :: self.ranks]
             episodes = torch.from_numpy(self.begins[index] + places * self.samples)
             batches.append(collation.prompts(self.store, rows[places].tolist(), episodes, self.samples))
-        return Step(tuple(batches), len(rows) * self.samples // self.rounds, 0)
+        return Step(tuple(batches), len(rows) * self.samples // self.rounds, 0, tuple(rows.tolist()))

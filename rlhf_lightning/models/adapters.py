@@ -20,6 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
+from rlhf_lightning.models.folders import require_safetensors
+
 POLICY, REFERENCE, REWARD, CRITIC = "default", "reference", "reward", "critic"
 """Names of the adapters on a policy's backbone. The first is peft's own name for a model's only adapter."""
 
@@ -40,6 +42,7 @@ class AdapterWeights(NamedTuple):
 
 def read_adapter(folder: str | Path) -> AdapterWeights:
     """Read an adapter's folder, a reward model's head apart from the matrices on its trunk."""
+    require_safetensors(str(folder))
     weights = load_peft_weights(str(folder), device="cpu")
     heads = [name for name in weights if name.endswith("score.weight")]
     head = weights.pop(heads[0]) if heads else None

@@ -32,6 +32,7 @@ from rlhf_lightning.models.adapters import (
     read_adapter,
     recomputation_contexts,
 )
+from rlhf_lightning.models.folders import SAFETENSORS, explained, require_safetensors, trusts
 from rlhf_lightning.models.low_rank import use_low_rank_products
 from rlhf_lightning.models.quantization import Quantization, leave_the_file, quantization_config, use_one_arithmetic
 from rlhf_lightning.models.scalar_head import initialise_head
@@ -41,7 +42,6 @@ SCORE_BIAS = "score_bias"
 """What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
 STEP_SEPARATOR = "step_separator"
 """What stands between two steps of a process reward model's completions: its name in the same files."""
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
@@ -76,6 +76,7 @@ class LoadSettings:
         quantization: "nf4" or "int8" keeps the frozen backbone of an adapter in 4 or 8 bits; None in ``dtype``.
         frozen_dtype: precision of models that are never trained; None takes ``dtype``.
         device: where quantised weights are made; others move later.
+        trust_remote_code: names of the models whose own Python code may be run.
 
     Raises:
         ValueError: weights would be drawn from scratch and quantised: nothing could train them.
@@ -89,6 +90,7 @@ class LoadSettings:
     quantization: Quantization | None = None
     frozen_dtype: str | None = None
     device: str = "cpu"
+    trust_remote_code: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.from_scratch:
@@ -146,8 +148,9 @@ def converted_gguf(path: Path) -> Path:
     folder = cache_folder() / "models" / f"{path.stem}-{tag}"
     if (folder / "config.json").is_file():
         return folder
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     # The weights are dequantised now; what remains of the quantisation would make save_pretrained refuse them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -198,7 +201,7 @@ def content_hash(name: str) -> str | None:
         if not isinstance(config, str):
             return None
         folder = Path(config).parent
-    files = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+    files = sorted(folder.glob(SAFETENSORS))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -213,29 +216,43 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
 
     Raises:
         FileNotFoundError: the folder has no weights and ``from_scratch`` was not asked for.
+        ValueError: its weights are pickles, or it needs code of its own that nobody named.
     """
-    options: dict[str, Any] = dict(config_changes)
+    trusted = trusts(name, settings.trust_remote_code)
+    options: dict[str, Any] = {**config_changes, "trust_remote_code": trusted}
+    try:
+        return _load_hf_model(name, kind, settings, options)
+    except ValueError as error:
+        refusal = explained(name, error)
+        if refusal is None:
+            raise
+        raise ValueError(refusal) from error
+
+
+def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[str, Any]) -> Any:
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
     if settings.quantization is not None:
         options["quantization_config"] = quantization_config(settings.quantization, settings.torch_dtype)
         options["device_map"] = {"": settings.device}
     if settings.from_scratch:
-        config = AutoConfig.from_pretrained(name, **config_changes)
+        config = AutoConfig.from_pretrained(name, **options)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            attention = {k: v for k, v in options.items() if k == "attn_implementation"}
-            model = kind.from_config(config, dtype=settings.torch_dtype, **attention)
+            further = {k: v for k, v in options.items() if k in ("attn_implementation", "trust_remote_code")}
+            model = kind.from_config(config, dtype=settings.torch_dtype, **further)
         if hasattr(model, "score"):
             initialise_head(model.score, model.config.hidden_size, settings.seed)
         return model
-    folder = Path(name)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+    require_safetensors(name)
+    if Path(name).is_dir() and not any(Path(name).glob(SAFETENSORS)):
         raise FileNotFoundError(
             f"{name} has no weights (no .safetensors file): name a trained model's folder, or set from_scratch=true to "
             "draw new weights from its config.json"
         )
-    model, report = kind.from_pretrained(name, dtype=settings.torch_dtype, output_loading_info=True, **options)
+    model, report = kind.from_pretrained(
+        name, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True, **options
+    )
     missing = set(report["missing_keys"]) if report["missing_keys"] else set()
     if any(key.startswith("score.") for key in missing):
         initialise_head(model.score, model.config.hidden_size, settings.seed)
@@ -262,6 +279,7 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
         FileNotFoundError: the backbone is not where it was when the adapter was trained.
         ValueError: the backbone's weights are not those the adapter was trained on.
     """
+    require_safetensors(folder)
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     name = resolve_folder(base or config["base_model_name_or_path"])
     expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)

@@ -75,7 +75,7 @@ def config_text(name: str) -> str:
     if path.suffix == ".json" or (path / "config.json").is_file():
         return _as_text(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
     if path.suffix == ".gguf" and path.is_file():
-        return _as_text(AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict())
+        return _as_text(AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).to_dict())
     known = published(name)
     if known is not None:
         return _as_text(known)

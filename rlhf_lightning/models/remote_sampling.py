@@ -8,14 +8,10 @@ machines see, by the routes that vLLM documents for it.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import math
 import os
 import shutil
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,19 +25,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf_lightning.models.adapters import POLICY, active_adapter, adapter_weights
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
+from rlhf_lightning.models.remote import JSONServer, ServerError
 from rlhf_lightning.models.sampling import Completions, Request, SamplingEngine, SamplingSettings
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.types import Sequences
 
 MAX_TOKENS = 8192
 """Cells of a forward pass that scores what a server wrote."""
-
-BUSY = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses after which the same request may succeed."""
-
-
-class ServerError(RuntimeError):
-    """The server cannot be reached, refuses a request, or answers with what is no completion of it."""
 
 
 class RemoteEngine(SamplingEngine):
@@ -63,9 +53,8 @@ class RemoteEngine(SamplingEngine):
             correct by, so they are for evaluation and not to learn from.
         requests: requests in flight at a time.
         timeout: of one request, seconds.
-        retries: how often a request is made again after a lost connection, a time-out or a busy server; waits double
-            from ``wait`` on.
-        wait: before the first repetition, seconds.
+        retries: how often a request is made again after a lost connection, a time-out or a busy server.
+        wait: before the first repetition, seconds; doubles up to a minute.
         api_key: name of the environment variable that holds the server's key; None sends none.
     """
 
@@ -83,13 +72,10 @@ class RemoteEngine(SamplingEngine):
         wait: float = 1.0,
         api_key: str | None = None,
     ) -> None:
-        if requests < 1 or retries < 0 or timeout <= 0:
-            raise ValueError(
-                f"requests is {requests}, retries {retries} and timeout {timeout}: there must be one request or more, "
-                "no negative number of retries, and a positive time-out"
-            )
+        if requests < 1:
+            raise ValueError(f"requests is {requests}: there must be one request or more at a time")
         self.model, self.requests = model, requests
-        self.server = _Server(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
+        self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
         self.adapters = None if adapter_folder is None else _Adapters(self.server, Path(adapter_folder))
         self.tokenizer_name = tokenizer
         self.reports_logprobs = tokenizer is None
@@ -99,7 +85,7 @@ class RemoteEngine(SamplingEngine):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """What turns ids into text for a server that knows no ids; loaded on first use."""
         if self._tokenizer is None and self.tokenizer_name is not None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: Request) -> Completions:
@@ -120,10 +106,15 @@ class RemoteEngine(SamplingEngine):
         ]
         drawn: list[_Drawn] = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            for answer in pool.map(lambda body: self.server.post("/v1/completions", body), bodies):
-                drawn.append(self._completion(answer, settings, end_ids))
-                if request.on_progress is not None:
-                    request.on_progress(1)
+            answers = [pool.submit(self.server.post, "/v1/completions", body) for body in bodies]
+            try:
+                for answer in answers:
+                    drawn.append(self._completion(answer.result(), settings, end_ids))
+                    if request.on_progress is not None:
+                        request.on_progress(1)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what is not on its way yet would wait in vain
+                raise
         ids = tuple(one.ids for one in drawn)
         finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
         if not self.reports_logprobs:
@@ -174,7 +165,7 @@ class RemoteEngine(SamplingEngine):
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerError(
                 f"{self.server.url} answered without the token ids and log-probabilities of a completion ({error!r}): "
-                f"{json.dumps(answer)[:300]}. For a server that knows text alone, set tokenizer"
+                f"{self.server.shown(answer)}. For a server that knows text alone, set tokenizer"
             ) from error
         if len(ids) != len(logprobs) or not 0 < len(ids) <= settings.max_new_tokens:
             raise ServerError(
@@ -213,54 +204,6 @@ def scored(
 # -- what is said over the wire ---------------------------------------------------------------------------------------
 
 
-class _Server:
-    """Sends JSON and reads JSON, again where that may help.
-
-    Args:
-        url: address without a route.
-        timeout: of one request, seconds.
-        retries: repetitions of a request.
-        wait: before the first repetition, seconds.
-        api_key: name of the environment variable with the key.
-    """
-
-    def __init__(self, url: str, timeout: float, retries: int, wait: float, api_key: str | None) -> None:
-        self.url, self.timeout, self.retries, self.wait = url, timeout, retries, wait
-        self.headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            if api_key not in os.environ:
-                raise ValueError(f"api_key names the environment variable {api_key}, which is not set")
-            self.headers["Authorization"] = f"Bearer {os.environ[api_key]}"
-
-    def post(self, route: str, body: Mapping[str, Any]) -> Any:
-        """Return what the server answers; a text that is no JSON as it is.
-
-        Raises:
-            ServerError: it refuses, or cannot be reached however often it is tried.
-        """
-        request = urllib.request.Request(self.url + route, json.dumps(body).encode(), self.headers)
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.wait * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    text = response.read().decode()
-                break
-            except urllib.error.HTTPError as error:
-                said = error.read().decode(errors="replace")[:500]
-                if error.code not in BUSY:
-                    raise ServerError(f"{self.url}{route} refused with status {error.code}: {said}") from error
-                cause = f"status {error.code}: {said}"
-            except (OSError, http.client.HTTPException) as error:
-                cause = str(error)
-        else:
-            raise ServerError(f"{self.url}{route} gave no answer in {self.retries + 1} attempts; the last: {cause}")
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-
-
 class _Adapters:
     """Hands adapters over to a server: a folder and a name for each state, the one before unloaded.
 
@@ -269,7 +212,7 @@ class _Adapters:
         folder: seen by both sides under the same path.
     """
 
-    def __init__(self, server: _Server, folder: Path) -> None:
+    def __init__(self, server: JSONServer, folder: Path) -> None:
         self.server, self.folder = server, folder.expanduser().absolute()
         self.loaded: dict[str, tuple[str, str]] = {}  # adapter -> digest of its weights, name on the server
         self.count = 0

@@ -186,12 +186,13 @@ def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngi
     path = str(given.get("class_path"))
     module, _, name = path.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module), name)(**given.get("init_args") or {})
+        kind = getattr(importlib.import_module(module), name)
+        # Looked at before it is called: what is no engine may do anything.
+        if not (isinstance(kind, type) and issubclass(kind, SamplingEngine)):
+            raise TypeError("it is no SamplingEngine")
+        return kind(**given.get("init_args") or {})
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"engine {path!r} cannot be made: {error}") from error
-    if not isinstance(made, SamplingEngine):
-        raise ValueError(f"engine {path!r} is a {type(made).__name__}, and no SamplingEngine")
-    return made
 
 
 class _Run:

@@ -101,6 +101,8 @@ class BetaDPOModule(DPOModule):
         if not torch.is_grad_enabled():  # held-out pairs are measured at the given beta, and move nothing
             return dpo_loss(margin, self.beta, logprobs.target)
         mean, std = margin.new_tensor(self.margin_mean), margin.new_tensor(self.margin_std)
+        if not bool(margin.isfinite().all()):  # the update will be skipped; the moving values must not keep this
+            return Loss(dpo_loss(margin, self.beta, logprobs.target), {"step_beta": torch.full_like(margin, self.beta)})
         if len(margin) > 1:
             mean, std = adaptive.beta_dpo_statistics(margin, mean, std, self.momentum)
             self.margin_mean, self.margin_std = float(mean), float(std)

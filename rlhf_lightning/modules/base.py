@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.compiling import compile_layers
+from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -43,6 +45,7 @@ from rlhf_lightning.modules.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.modules.precision import settled_precision
+from rlhf_lightning.modules.skips import Skips
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
@@ -67,6 +70,8 @@ class AlignmentModule(LightningModule):
         tokenizer: hub id or folder of another tokenizer than the model's own.
         chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
         from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
+        trust_remote_code: hub ids or folders of models, those very ones, whose own Python code may be run; None runs
+            none. Others are refused if they need any.
         lora: train a low-rank adapter on the frozen backbone; None trains every weight.
         quantization: keep the frozen backbone of an adapter in 4 bits ("nf4", its scales quantised too) or 8 ("int8");
             None keeps it in ``dtype``, in which 4-bit weights are also multiplied.
@@ -89,6 +94,8 @@ class AlignmentModule(LightningModule):
         warmup: updates of linear warm-up, or below 1 the share of all updates.
         fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
+        max_skipped_updates: an update whose gradient is NaN or infinite is skipped; after so many in a row the run
+            stops.
         seed: seed of new weights and of sampling.
     """
 
@@ -110,6 +117,7 @@ class AlignmentModule(LightningModule):
         tokenizer: str | None = None,
         chat_template: str | None = None,
         from_scratch: bool = False,
+        trust_remote_code: list[str] | None = None,
         lora: LoraSettings | None = None,
         quantization: Literal["nf4", "int8"] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
@@ -126,6 +134,7 @@ class AlignmentModule(LightningModule):
         warmup: float = 0.0,
         fused_optimizer: bool = True,
         max_grad_norm: float | None = 1.0,
+        max_skipped_updates: int = 3,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -134,15 +143,18 @@ class AlignmentModule(LightningModule):
         self._set_hparams(checkpoints.plain(dict(self.hparams)))
         self._hparams_initial = checkpoints.plain(dict(self.hparams))
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
+        trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(
-            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype
-        )
+            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
+            trust_remote_code=trusted,
+        )  # fmt: skip
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         self.pack_rows, self.compile_layers = pack_rows, compile_layers
         self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
-        self.updates = self.episodes = self.tokens = self.rollouts = 0
+        self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
+        self.skips = Skips(max_skipped_updates)
         self.steps, self._learning_rate_used = 0, learning_rate
         self.resumed_random: list[Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -156,7 +168,8 @@ class AlignmentModule(LightningModule):
         """The tokenizer that every part of the run uses, read on first use."""
         if self._tokenizer is None:
             name = self.tokenizer_name or resolve_folder(self.init_from)
-            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template)
+            trusted = trusts(name, self.load_settings.trust_remote_code)
+            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template, trusted)
         return self._tokenizer
 
     @property
@@ -311,7 +324,10 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
-        """Take one optimizer step.
+        """Take one optimizer step, or none where the gradient is not finite.
+
+        A loss that is NaN or infinite has such a gradient. The update counts all the same, so that the schedule and
+        what is keyed on updates stay where they would be; weights and the optimizer's moments do not change.
 
         Args:
             losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
@@ -320,6 +336,9 @@ class AlignmentModule(LightningModule):
 
         Returns:
             Norm of the gradient before clipping.
+
+        Raises:
+            DivergenceError: this is the last of ``max_skipped_updates`` in a row.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -331,11 +350,16 @@ class AlignmentModule(LightningModule):
                 self.manual_backward(loss() * scale)
         norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
+        finite = math.isfinite(norm)  # the norm is of all ranks' gradients, so they decide alike
+        if not finite:
+            optimizer.zero_grad()  # a weight without a gradient is left alone, and every counter of steps goes on
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
         self.updates += 1
+        self.skipped_updates += not finite
+        self.skips.check(self, finite)
         return norm
 
     # -- logging ------------------------------------------------------------------------------------------------------
@@ -349,6 +373,7 @@ class AlignmentModule(LightningModule):
         found = {**meter.means(self.trainer.strategy), **further}
         metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
+        metrics["train/skipped_updates"] = float(self.skipped_updates)
         metrics |= self.progress()
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self.steps += 1

@@ -17,7 +17,7 @@ ANOTHER_STRATEGY = (
     "strategy it was written under, or start a new run from its exported model (model.init_from)"
 )
 
-COUNTERS = ("updates", "episodes", "tokens", "rollouts", "steps")
+COUNTERS = ("updates", "episodes", "tokens", "rollouts", "steps", "skipped_updates")
 """They address sampling, give TensorBoard's x-axes, and say which training steps are logged."""
 
 
@@ -47,6 +47,7 @@ def saved(module: Any) -> dict[str, Any]:
         "sharded": module.device_mesh is not None,
         "trained": sorted(trained_names(module)),
         "progress": {name: getattr(module, name) for name in COUNTERS},
+        "skipped_in_a_row": module.skips.in_a_row,
         "started_from": dict(module.fingerprints),
         "random": of_all_ranks(module, random_state(module.device)),
     }
@@ -65,6 +66,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         check_names(module, set(checkpoint["trained"]))
     for name in COUNTERS:
         setattr(module, name, checkpoint["progress"][name])
+    module.skips.in_a_row = checkpoint["skipped_in_a_row"]
     module.resumed_random = checkpoint["random"]
     if module.lora is not None or module.reference is not None:
         _check_backbone(module, checkpoint["started_from"])

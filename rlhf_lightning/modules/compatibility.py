@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
 from transformers import AutoConfig
 
 from rlhf_lightning.models.compiling import missing_compiler
+from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
 
@@ -258,6 +259,7 @@ def quantization_of(module: Any) -> str | None:
 
 def plan_of(module: Any) -> tuple[bool, int | None]:
     """Return whether a module's model has a tensor-parallel plan, and its key and value heads; reads config.json."""
-    config = AutoConfig.from_pretrained(resolve_folder(module.init_from))
+    name = resolve_folder(module.init_from)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code))
     heads = getattr(config, "num_key_value_heads", None)
     return tensor_plan(config) is not None, heads

@@ -49,8 +49,6 @@ class CriticFreeModule(OnPolicyModule):
     needs_group: ClassVar[bool] = True
     """Whether advantages compare several completions of one prompt."""
 
-    allows_missing_scores = True
-
     paper = "Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740"
 
     def __init__(

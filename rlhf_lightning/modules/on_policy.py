@@ -34,6 +34,7 @@ from rlhf_lightning.modules.rollouts import (
     measure_samples,
     on_grid,
     with_score_std,
+    without_unscored,
 )
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.types import Advantages, Loss, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
@@ -47,7 +48,8 @@ class OnPolicyModule(AlignmentModule):
 
     Args:
         scorer: what scores completions: a reward model's folder, an importable function
-            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args.
+            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args. A completion
+            whose score is None teaches nothing; ``FaultTolerant`` makes one of a scorer's faults.
         max_new_tokens: longest completion, tokens.
         temperature: of sampling and of every log-probability.
         sampling_batch_size: completions decoded side by side, waiting prompts taking the place of finished ones; None
@@ -78,8 +80,9 @@ class OnPolicyModule(AlignmentModule):
     batch_type = PromptBatch
     needs_reference = True
     policy: CausalLM
-    allows_missing_scores: ClassVar[bool] = False
-    """Whether a scorer may return None: the advantages of such a family are 0 there, and no baseline counts it."""
+    learns_unscored: ClassVar[bool] = True
+    """Whether a completion without a score, whose advantage is 0, takes part in updates all the same: in the KL that is
+    a loss, and in what lengths are averaged over."""
 
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
@@ -113,7 +116,7 @@ class OnPolicyModule(AlignmentModule):
         super().__init__(**kwargs)
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
         self.collector = RolloutCollector(
-            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, self.allows_missing_scores, engine
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine
         )
         self.reuse_sampler_logprobs = reuse_sampler_logprobs
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
@@ -198,6 +201,8 @@ class OnPolicyModule(AlignmentModule):
         rewards = self.shape_rewards(rollout)
         self._check_rollout(rollout, rewards)
         advantages = self.advantages(rollout, rewards)
+        if not self.learns_unscored:
+            advantages = without_unscored(rollout, advantages)
         self._measure_rollout(rollout, rewards, entropy, meter)
         self._measure_advantages(rollout, advantages, meter)
         return self._learn_from(rollout, lambda rows: self._learn(rollout, advantages, rows, batch, meter), meter)
@@ -455,8 +460,7 @@ class OnPolicyModule(AlignmentModule):
         measure_samples(meter, rollout.scores, rollout.finished, mask.sum(-1))
         meter.add("rollout/entropy", entropy, mask)
         meter.add("rollout/reward", rewards.sum(-1), ~rollout.scores.isnan())
-        if self.allows_missing_scores:
-            meter.add("rollout/score_missing", rollout.scores.isnan().double())
+        meter.add("rollout/score_missing", rollout.scores.isnan().double())
         for name, values in self.scorer.take_metrics().items():
             meter.add(f"rollout/{name}", values, ~values.isnan())
         if rollout.reference_logprobs is not None:
@@ -472,7 +476,8 @@ class OnPolicyModule(AlignmentModule):
         means.pop("last_approx_kl", None)
         further = {"kl_coef": self.kl_coef, **self.invariants.take(self.trainer.strategy), **means, **rollout}
         self.log_training(Meter(), grad_norm=norm, **further)
-        if self.kl_target is not None and "rollout/kl" in rollout:
+        # A KL that is no number would stay in the coefficient, and a skipped update would not have been the last.
+        if self.kl_target is not None and math.isfinite(rollout.get("rollout/kl", math.nan)):
             new = adapted_kl_coef(self.kl_coef, rollout["rollout/kl"], self.kl_target, self.kl_horizon, episodes)
             self.kl_coef = float(new)
 

@@ -70,10 +70,10 @@ class PPOModule(OnPolicyModule):
             27.8 there.
 
     Raises:
-        ValueError: the scorer returns another number of scores than completions, or one that is not finite,
-            or None: a critic needs a score of every completion.
+        ValueError: the scorer returns another number of scores than completions, or one that is not finite.
     """
 
+    learns_unscored = False
     paper = "Ziegler et al. 2019, arXiv 1909.08593"
 
     def __init__(
@@ -161,6 +161,7 @@ class PPOModule(OnPolicyModule):
             rewards = token_rewards(rollout.scores, kl, mask, self.kl_coef)
         if not self.whiten_rewards:
             return rewards
+        mask = mask & _scored(rollout)
         mean, variance = moments_over_ranks(self.trainer.strategy, rewards, mask)
         return masked_whiten(rewards, mask, shift_mean=False, mean=mean, var=variance)
 
@@ -169,11 +170,11 @@ class PPOModule(OnPolicyModule):
         mask, values = self._value_mask(rollout), rollout.values
         assert values is not None
         advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
-        tokens = rollout.completion_mask
+        tokens = rollout.completion_mask & _scored(rollout)
         advantages = torch.where(tokens, advantages[:, : tokens.shape[1]], 0.0)  # no action is taken after the end
         if self.whiten_advantages:
-            mean, variance = moments_over_ranks(self.trainer.strategy, advantages, rollout.completion_mask)
-            advantages = masked_whiten(advantages, rollout.completion_mask, mean=mean, var=variance)
+            mean, variance = moments_over_ranks(self.trainer.strategy, advantages, tokens)
+            advantages = masked_whiten(advantages, tokens, mean=mean, var=variance)
         return Advantages(advantages, returns)
 
     def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
@@ -238,7 +239,7 @@ class PPOModule(OnPolicyModule):
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
         """Return the value loss of each state, weighted."""
         states = self._value_layout(layout)
-        mask, count = states.completion_mask, states.completion_mask.shape[1]
+        mask, count = states.completion_mask & _scored(rollout)[rows], states.completion_mask.shape[1]
         now = self._values(layout, outputs.values)
         assert rollout.values is not None and advantages.returns is not None
         values = CriticValues(
@@ -262,7 +263,7 @@ class PPOModule(OnPolicyModule):
 
     def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
         """Add the share of the returns' variance that the critic foresaw: 1 is perfect, 0 no better than their mean."""
-        mask = self._value_mask(rollout)
+        mask = self._value_mask(rollout) & _scored(rollout)
         assert rollout.values is not None and advantages.returns is not None
         mean, _ = moments_over_ranks(self.trainer.strategy, advantages.returns, mask)
         missed = torch.where(mask, advantages.returns - rollout.values, 0.0).square().sum()
@@ -288,3 +289,8 @@ class PPOModule(OnPolicyModule):
         cuts = cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)
         cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text of its own
         return [partial(loss, cut) for cut in cuts]
+
+
+def _scored(rollout: Rollout) -> Tensor:
+    """True on completions that have a score, shape (episodes, 1)."""
+    return ~rollout.scores.isnan().unsqueeze(-1)

@@ -18,7 +18,7 @@ from rlhf_lightning.models.sampling import Mixture, SamplingEngine, SamplingSett
 from rlhf_lightning.modules.gathering import gathered_rows
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
-from rlhf_lightning.types import PromptBatch, Sequences
+from rlhf_lightning.types import Advantages, PromptBatch, Rollout, Sequences
 
 
 class Samples(NamedTuple):
@@ -83,7 +83,6 @@ class RolloutCollector:
         seed: seed of the run.
         missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
-        allow_missing: whether a completion may have no score.
         engine: what draws, or what `load_engine` makes one of.
 
     Raises:
@@ -97,7 +96,6 @@ class RolloutCollector:
         seed: int,
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
-        allow_missing: bool = False,
         engine: SamplingEngine | Mapping[str, Any] | None = None,
     ) -> None:
         if not sampling.is_pure:
@@ -111,7 +109,7 @@ class RolloutCollector:
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
-        self.allow_missing, self.engine = allow_missing, load_engine(engine)
+        self.engine = load_engine(engine)
         self._scorer: Scorer | None = None
 
     @property
@@ -156,8 +154,7 @@ class RolloutCollector:
         """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU; NaN where it has none.
 
         Raises:
-            ValueError: the scorer returned another number of scores, one that is not finite, or None where every
-                completion needs a score.
+            ValueError: the scorer returned another number of scores, or one that is not finite.
         """
         scorer, sequences = self.scorer, samples.sequences
         count = len(sequences.completions)
@@ -168,7 +165,7 @@ class RolloutCollector:
             return checked_scores(scorer.score_sequences(sequences), count, name)
         texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
         given = scorer(list(batch.texts), texts, **batch.columns)
-        return checked_scores(given, count, name, self.allow_missing)
+        return checked_scores(given, count, name)
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
@@ -231,6 +228,14 @@ def merged_samples(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
     )
     finished = torch.stack([part.finished[index] for part, index in picked])
     return Samples(sequences, finished, tuple(part.logprobs[index] for part, index in picked))
+
+
+def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
+    """Leave completions without a score out of all that is learned."""
+    scored = ~rollout.scores.isnan().unsqueeze(-1)
+    learned = rollout.completion_mask if advantages.learned is None else advantages.learned
+    returns = None if advantages.returns is None else torch.where(scored, advantages.returns, 0.0)
+    return Advantages(torch.where(scored, advantages.advantages, 0.0), returns, learned & scored)
 
 
 def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:

@@ -120,33 +120,35 @@ class FunctionScorer(Scorer):
         return self.function(prompts, completions, **columns)
 
 
-def checked_scores(scores: Scores, count: int, name: str, allow_missing: bool = False) -> Tensor:
-    """Return scores as fp32, shape (count,), on the CPU; None becomes NaN where missing scores are allowed.
+def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
+    """Return scores as fp32, shape (count,), on the CPU; None becomes NaN.
 
-    A scorer that returns NaN itself is always refused: it is a number that went wrong, not a completion that cannot be
-    judged.
+    A scorer that returns NaN itself is refused: it is a number that went wrong, not a completion that cannot be judged.
 
     Raises:
-        ValueError: there are more or fewer scores than completions, one is NaN or infinite, or one is None where every
-            completion needs a score.
+        ValueError: there are more or fewer scores than completions, or one is no number, NaN or infinite.
     """
+    wanted = f"{name} must return one number for each completion"
+    if not isinstance(scores, Tensor | Sequence) or isinstance(scores, str):
+        try:
+            scores = list(scores)
+        except TypeError as error:
+            raise ValueError(f"{wanted}: it returned {scores!r}") from error
     missing = [] if isinstance(scores, Tensor) else [row for row, score in enumerate(scores) if score is None]
-    if missing and not allow_missing:
-        raise ValueError(
-            f"{name} must return one number for each completion: it returned None for completion {missing[0]}, and "
-            "here each needs a score"
-        )
     try:
         given = [0.0 if score is None else score for score in scores] if missing else scores
         values = torch.as_tensor(given, dtype=torch.float32).detach().cpu().flatten()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must return one number for each completion: {error}") from error
+        raise ValueError(f"{wanted}: {error}") from error
     if len(values) != count:
         raise ValueError(f"{name} returned {len(values)} scores for {count} completions: it must return one for each")
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         value = values[bad[0]].item()
-        raise ValueError(f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite")
+        raise ValueError(
+            f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite. "
+            "rlhf_lightning.scoring.FaultTolerant with on_fault: drop leaves them out"
+        )
     if missing:
         values = values.index_fill(0, torch.tensor(missing), math.nan)
     return values
@@ -154,7 +156,7 @@ def checked_scores(scores: Scores, count: int, name: str, allow_missing: bool = 
 
 def plain_scores(scores: Scores, count: int, name: str) -> list[float | None]:
     """Return checked scores as numbers and None: what a scorer made of other scorers reckons with."""
-    values = checked_scores(scores, count, name, allow_missing=True).tolist()
+    values = checked_scores(scores, count, name).tolist()
     return [None if math.isnan(value) else value for value in values]
 
 

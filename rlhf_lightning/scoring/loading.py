@@ -56,6 +56,9 @@ def _made(path: str, arguments: Mapping[str, Any]) -> Scorer:
     found = _imported(path)
     if arguments and not isinstance(found, type):
         raise ValueError(f"scorer {path!r} is no class: init_args {sorted(arguments)} have nowhere to go")
+    # Looked at before it is made: a class that scores nothing may do anything.
+    if isinstance(found, type) and not any("__call__" in vars(kind) for kind in found.__mro__):
+        raise ValueError(f"scorer {path!r} is a class whose objects cannot be called with (prompts, completions)")
     try:
         made = found(**arguments) if isinstance(found, type) else found
     except TypeError as error:

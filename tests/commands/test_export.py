@@ -158,7 +158,7 @@ def test_a_class_of_ones_own_is_imported_from_where_it_lies(policy_folder, data,
         ).folder  # fmt: skip
     monkeypatch.delitem(__import__("sys").modules, "own_stage")
     assert rlhf(["export", str(trained), "--out", "exported"]) == 1
-    assert "own_stage.OwnModule, which wrote" in capsys.readouterr().err
+    assert "was written by own_stage.OwnModule: name its module with --import own_stage" in capsys.readouterr().err
     assert rlhf(["export", str(trained), "--out", "exported", "--import", "elsewhere/own_stage.py"]) == 0
     assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(trained / "model", AutoModelForCausalLM))
 
@@ -178,7 +178,7 @@ def test_what_cannot_be_exported_is_said(policy_folder, capsys):
         (policy_folder, "out", "is a Hugging Face folder already"),
         ("adapter", "out", "is an adapter's folder already; --merge merges it"),
         ("foreign.ckpt", "out", "does not say which class wrote it"),
-        ("class.ckpt", "out", "names collections.OrderedDict, which is no AlignmentModule"),
+        ("class.ckpt", "out", "was written by collections.OrderedDict: name its module"),
         ("text.ckpt", "out", "is no checkpoint of plain tensors and settings"),
     ):
         assert rlhf(["export", source, "--out", out]) == 1, source

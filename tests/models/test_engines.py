@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -162,6 +163,34 @@ def test_a_key_comes_from_the_environment(
     monkeypatch.delenv("SMALL_SERVER_KEY")
     with pytest.raises(ValueError, match="SMALL_SERVER_KEY, which is not set"):
         RemoteEngine(server.url, BASE, api_key="SMALL_SERVER_KEY")
+
+
+def test_a_server_that_goes_and_comes_back_costs_time_alone(policy: CausalLM, policy_folder: str) -> None:
+    def again() -> None:
+        time.sleep(0.5)
+        with serving(policy_folder, port=port):
+            back.wait(60)
+
+    with serving(policy_folder) as small:
+        port = int(small.url.rpartition(":")[2])
+        engine = RemoteEngine(small.url, BASE, retries=8, wait=0.1)
+        before = draw(engine, policy)
+    back = threading.Event()
+    thread = threading.Thread(target=again)
+    thread.start()
+    after = draw(engine, policy)
+    back.set()
+    thread.join()
+    assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
+
+
+def test_a_server_that_is_gone_is_given_up_in_bounded_time(policy: CausalLM, policy_folder: str) -> None:
+    with serving(policy_folder) as small:
+        url = small.url
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="gave no answer in 3 attempts; the last: .*refused"):
+        draw(RemoteEngine(url, BASE, requests=2, retries=2, wait=0.05), policy)
+    assert time.monotonic() - started < 2
 
 
 def spoilt(**changes: Any) -> Callable[[dict[str, Any]], Any]:

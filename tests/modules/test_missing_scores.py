@@ -1,5 +1,6 @@
 """Completions that cannot be judged: nothing is learned from them, and they are counted apart from wrong answers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from tiny_models import MetricsLog, evaluate, fit, gradients_of_step, prompt_ste
 
 from modules.test_critic_free import GROUPED, NAMES, grouped, low_words
 from rlhf_lightning import modules
-from rlhf_lightning.scoring import WeightedSum
+from rlhf_lightning.modules.rollouts import select_prompts
+from rlhf_lightning.scoring import FaultTolerant, WeightedSum
 
 EIGHT = len(GROUPED)
 
@@ -85,9 +87,49 @@ def test_the_rule_for_a_missing_end_brings_no_score_back(policy_folder: str, rul
     assert row["rollout/score_missing"] == pytest.approx(2 / EIGHT)
 
 
-def test_a_critic_needs_every_score(policy_folder: str) -> None:
-    with pytest.raises(ValueError, match="returned None for completion 3, and here each needs a score"):
-        fit(made("PPOModule", policy_folder, gap(3)), [prompt_step(GROUPED)])
+def dropped(module: Any, *rows: int) -> dict[str, torch.Tensor]:
+    """The gradient of a rollout without some of its prompts."""
+    step = prompt_step(GROUPED)
+    (batch,) = step.micro_batches
+    kept = [row for row in range(EIGHT) if row not in rows]
+    return gradients_of_step(module, step._replace(micro_batches=(select_prompts(batch, kept),), rows=len(kept)))
+
+
+def ppo(folder: str, scorer: Any, **settings: Any) -> Any:
+    return made("PPOModule", folder, scorer, max_grad_norm=None, ppo_epochs=1, **settings)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("slot", ["end", "after_eos"])
+def test_ppo_learns_nothing_from_a_completion_without_a_score(policy_folder: str, critic: str, slot: str) -> None:
+    """Neither policy nor critic, nor what whitening measures: as if the completion had never been drawn."""
+    settings: dict[str, Any] = {"critic": critic, "reward_slot": slot, "whiten_rewards": True, "entropy_coef": 0.1}
+    found = gradients_of_step(ppo(policy_folder, gap(3, 6), **settings), prompt_step(GROUPED))
+    expected = dropped(ppo(policy_folder, low_words, **settings), 3, 6)
+    assert any(gradient.any() for gradient in found.values()) and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_ppo_counts_what_it_leaves_out_and_goes_on_where_nothing_is_left(policy_folder: str) -> None:
+    module = ppo(policy_folder, FaultTolerant(sometimes, on_fault="drop"), mini_batch_size=3)
+    metrics = MetricsLog()
+    fit(module, [prompt_step(GROUPED)], [prompt_step(GROUPED)], callbacks=[metrics])
+    row = metrics.rows[-1]
+    assert row["rollout/score_missing"] == row["rollout/score_failed"] == pytest.approx(2 / EIGHT)
+    assert all(math.isfinite(value) for value in row.values())
+    module = ppo(policy_folder, gap(*range(EIGHT)), mini_batch_size=3)
+    row = logged(module)
+    assert row["rollout/score_missing"] == 1 and row["train/grad_norm"] == 0 and row["train/skipped_updates"] == 0
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def sometimes(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    """Fails wherever a rollout's completions 2 and 5 are among the asked."""
+    if len(completions) == EIGHT:
+        scores = low_words(prompts, completions)
+        return [float("nan") if row in (2, 5) else score for row, score in enumerate(scores)]
+    raise RuntimeError("never again")
 
 
 def test_a_scorer_that_returns_nan_is_refused_everywhere(policy_folder: str) -> None:

@@ -459,7 +459,7 @@ def test_the_scorer_sees_prompts_texts_and_columns(policy_folder: str, many_ends
         ([1.0], "returned 1 scores for 8 completions: it must return one for each"),
         ([1.0, math.nan] + [0.0] * 6, "returned nan for completion 1; 1 of 8 are not finite"),
         ([math.inf] * 8, "returned inf for completion 0; 8 of 8 are not finite"),
-        ([None] * 8, "must return one number for each completion"),
+        (None, "must return one number for each completion: it returned None"),
     ],
 )
 def test_a_scorer_that_answers_wrongly_is_named(policy_folder: str, returned: Any, message: str) -> None:

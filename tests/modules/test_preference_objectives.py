@@ -205,6 +205,17 @@ def test_beta_dpo_follows_the_margins() -> None:
     assert float(losses.values.mean()) == pytest.approx(0.67595370, rel=1e-6)
 
 
+def test_beta_dpo_forgets_margins_that_are_no_numbers() -> None:
+    """The update is skipped for its gradient; what moves with the margins must not be NaN from then on."""
+    module = unloaded("BetaDPOModule", keep=0.67)
+    module.margin_mean, module.margin_std = 0.2, 0.3
+    spoilt = fixture()
+    spoilt.policy_chosen_logprobs[1, 0] = torch.nan
+    with torch.enable_grad():
+        losses = as_loss(module.preference_loss(spoilt))
+    assert losses.values.isnan().any() and (module.margin_mean, module.margin_std) == (0.2, 0.3)
+
+
 def test_beta_dpo_drops_pairs_and_measures_without_moving() -> None:
     module = unloaded("BetaDPOModule", keep=0.67)
     with torch.no_grad():

@@ -103,7 +103,7 @@ def test_scores_carry_no_gradient() -> None:
         (torch.zeros(3, 2), "scorer 'x' returned 6 scores for 3 completions"),
         ([0.0, 1.0, math.nan], "scorer 'x' returned nan for completion 2; 1 of 3 are not finite"),
         ([-math.inf, 1.0, math.nan], "scorer 'x' returned -inf for completion 0; 2 of 3 are not finite"),
-        ([0.0, None, 1.0], "scorer 'x' must return one number for each completion"),
+        (None, "scorer 'x' must return one number for each completion: it returned None"),
         (["good", "bad", "good"], "scorer 'x' must return one number for each completion"),
     ],
 )

@@ -11,7 +11,8 @@ from rank_pool import RankPool
 from safetensors.torch import load_file
 
 from rlhf_lightning import modules
-from rlhf_lightning.commands.checkpoints import refused_checkpoint, sharded_metadata, weights_in
+from rlhf_lightning.commands.checkpoints import refused_checkpoint, weights_in
+from rlhf_lightning.commands.shards import sharded_metadata
 
 BASES = {"AlignmentModule", "OfflineModule", "OnPolicyModule", "UnpairedModule"}
 TAUGHT = {"GKDModule", "OnPolicyDistillationModule"}

@@ -1,8 +1,9 @@
-"""Scorers that may hang or die: each completion is scored in another process, which is killed when its time is up."""
+"""Processes that score completions one at a time, and are killed when their time is up."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -12,10 +13,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
-from torch import Tensor
-
-from rlhf_lightning.scoring.base import Measured, Scorer, Scores
-from rlhf_lightning.scoring.learned import LearnedScorer
+from rlhf_lightning.scoring.base import Scorer
 from rlhf_lightning.scoring.loading import load_scorer
 from rlhf_lightning.types import Prompt
 
@@ -23,74 +21,39 @@ START_SECONDS = 120.0
 """What a process may take to import the scorer before it counts as failed."""
 
 Outcome = tuple[Literal["scored", "failed", "timed_out"], Any]
+"""What became of a completion, and its score (a number, or None where it cannot be judged) or what went wrong."""
+
+Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
+"""Prompt, completion and further columns of one completion, as a scorer takes them."""
 
 
-class ScorerFailedError(RuntimeError):
-    """A scorer raised an error, died, or took longer than it may."""
+class WorkerFailedError(RuntimeError):
+    """A process cannot be started."""
 
 
-class TimeLimit(Scorer):
-    """Another scorer, one completion at a time in processes of their own, each call with a limit that is kept.
+class WorkerPool:
+    """Scores completions one by one in processes of their own, each with a limit that is kept.
 
     A process that is over its time is killed with all that it started, so a loop without end or a C extension that
-    never returns cost ``seconds`` and no more. What went wrong is told apart from a wrong answer: the metrics
-    ``score_failed`` (the scorer raised an error or its process died) and ``score_timed_out`` are shares of the
-    completions. A scorer that returns NaN is refused as everywhere.
-
-    Processes are fresh interpreters that import the scorer anew, never copies of this one, so a function must be
-    importable; they start with the first completions and serve until the run ends.
+    never returns cost ``seconds`` and no more. Processes are fresh interpreters that import the scorer anew, never
+    copies of this one; they start with the first completions and serve until the pool is closed.
 
     Args:
         scorer: what `load_scorer` takes, or a Scorer or function that can be pickled.
         seconds: what one completion may take, without the start of the process.
         workers: processes side by side.
-        on_failure: "raise" stops the run with the scorer's own message; "drop" gives no score, so that a critic-free
-            module learns nothing from the completion; "zero" scores it 0, where the completion itself is to blame.
     """
 
-    def __init__(
-        self,
-        scorer: Any,
-        seconds: float = 5.0,
-        workers: int = 2,
-        on_failure: Literal["raise", "drop", "zero"] = "raise",
-    ) -> None:
-        if on_failure not in ("raise", "drop", "zero"):
-            raise ValueError(f"on_failure is {on_failure!r}: it must be 'raise', 'drop' or 'zero'")
-        if seconds <= 0 or workers < 1:
-            raise ValueError(f"seconds is {seconds} and workers {workers}: both must be positive")
-        if isinstance(load_scorer(scorer), LearnedScorer):  # what cannot be loaded should fail now
-            raise ValueError("a reward model neither hangs nor fails on one completion alone: use it without TimeLimit")
-        self.scorer, self.seconds, self.workers, self.on_failure = scorer, seconds, workers, on_failure
-        self._measured = Measured("score_failed", "score_timed_out")
+    def __init__(self, scorer: Any, seconds: float, workers: int) -> None:
+        self.scorer, self.seconds, self.workers = scorer, seconds, workers
         self._pool: list[Worker] = []
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion; of failures what ``on_failure`` says.
+    def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
+        """Hand the rows to the processes as these become free; return what became of each row.
 
         Raises:
-            ScorerFailedError: a completion could not be scored, and ``on_failure`` is "raise".
+            WorkerFailedError: the scorer cannot be handed to another process.
         """
-        rows = [
-            ([prompt], [text], {name: [values[row]] for name, values in columns.items()})
-            for row, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        outcomes = self._outcomes(rows)
-        self._measured.add("score_failed", [float(kind == "failed") for kind, _ in outcomes])
-        self._measured.add("score_timed_out", [float(kind == "timed_out") for kind, _ in outcomes])
-        return [self._score(row, *outcome) for row, outcome in enumerate(outcomes)]
-
-    def _score(self, row: int, kind: str, value: Any) -> float | None:
-        if kind == "scored":
-            return value
-        if self.on_failure == "raise":
-            raise ScorerFailedError(
-                f"completion {row} could not be scored: {value}. on_failure: drop goes on without it"
-            )
-        return 0.0 if self.on_failure == "zero" else None
-
-    def _outcomes(self, rows: Sequence[Any]) -> list[Outcome]:
-        """Hand the rows to the processes as these become free; return what became of each row."""
         outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(rows)))
         while len(outcomes) < len(rows):
@@ -111,10 +74,6 @@ class TimeLimit(Scorer):
         if free is None and len(self._pool) < self.workers:
             self._pool.append(free := Worker(self.scorer))
         return free
-
-    def take_metrics(self) -> dict[str, Tensor]:
-        """Return 1 for each completion that failed or timed out, and 0 for the others."""
-        return self._measured.take()
 
     def close(self) -> None:
         """End the processes; the next completion starts new ones."""
@@ -144,7 +103,7 @@ class Worker:
         try:
             self.process.start()
         except (AttributeError, TypeError, ValueError, OSError) as error:
-            raise ScorerFailedError(
+            raise WorkerFailedError(
                 f"{scorer!r} cannot be handed to another process ({error}); name an importable function or class"
             ) from error
         theirs.close()
@@ -219,9 +178,23 @@ def serve(connection: Connection, spec: Any) -> None:
 def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], columns: Mapping[str, Any]) -> Outcome:
     """Return the score of one row, or what went wrong."""
     try:
-        score = list(scorer(prompts, completions, **columns))
-        if len(score) != 1:
-            return "failed", f"it returned {len(score)} scores for one completion"
-        return "scored", None if score[0] is None else float(score[0])
+        scores = list(scorer(prompts, completions, **columns))
+        return judged(scores[0]) if len(scores) == 1 else miscounted(len(scores), 1)
     except Exception as error:  # noqa: BLE001 - of a user's function, which may raise anything
         return "failed", f"{type(error).__name__}: {error}"
+
+
+def judged(score: Any) -> Outcome:
+    """Return a score as a number, or as None where the scorer cannot judge; one that is no finite number has failed."""
+    if score is None:
+        return "scored", None
+    try:
+        value = float(score)
+    except (TypeError, ValueError, RuntimeError):
+        return "failed", f"it returned {score!r}, which is no number"
+    return ("scored", value) if math.isfinite(value) else ("failed", f"it returned {value}")
+
+
+def miscounted(found: int, asked: int) -> Outcome:
+    """Return what went wrong where a scorer returned another number of scores than it was asked for."""
+    return "failed", f"it returned {found} scores for {'one completion' if asked == 1 else f'{asked} completions'}"

@@ -1,0 +1,59 @@
+"""A failure in one sentence: what is wrong, what to do. Nothing heavy is imported, so that it is said at once."""
+
+from __future__ import annotations
+
+import errno
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's allocator on the CPU
+    "out of memory",  # CUDA outside torch's own allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",  # mapping a file of weights
+    "std::bad_alloc",
+)
+LOWER = (
+    "lower data.micro_batch_size, data.max_tokens or data.max_length (on-policy: model.micro_batch_size, "
+    "model.max_tokens, model.max_new_tokens or model.sampling_batch_size), or set model.activation_checkpointing=true "
+    "or model.lora; `rlhf plan` shows what takes how much"
+)
+
+
+def failure_sentence(error: Exception) -> str | None:
+    """Say a failure in a sentence, or None for one that nobody foresaw and whose traceback is needed."""
+    name, text = type(error).__name__, str(error).strip()
+    first = text.splitlines()[0] if text else name
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error.__context__, OSError):  # what was tried last was to say what went wrong first
+            return failure_sentence(error.__context__)
+        return f"the disk is full ({error}): make room, and `rlhf fit --resume RUN` goes on from the last checkpoint"
+    if is_out_of_memory(error):
+        return f"out of memory ({first}): {LOWER}"
+    if is_lost_rank(error):
+        who = "".join(f": {note}" for note in getattr(error, "__notes__", ()))
+        return (
+            f"another rank does not answer{who} ({first}). It, its host or the network between is gone; where a "
+            "checkpoint was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
+        )
+    if type(error).__module__.split(".")[0] == "yaml":
+        return f"this is no YAML of plain values: {' '.join(text.split())}"
+    if text.startswith("Does not validate against any of the Union subtypes"):  # a class that refused its arguments
+        return text.partition("Errors:\n")[2].strip().splitlines()[0].removeprefix("- ") or text
+    # What this package defines itself it raises for the sentence; Lightning's goes by name, as it is not imported here.
+    own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
+    foreseen = own or isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException"
+    return text or name if foreseen else None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whoever noticed it."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or does not come."""
+    text = str(error)
+    return type(error).__name__.startswith("Dist") or "/gloo/" in text or "NCCL" in text

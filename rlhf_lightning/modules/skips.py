@@ -1,0 +1,59 @@
+"""Updates whose gradient is not finite: skipped one by one, until there are so many in a row that the run is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+
+class DivergenceError(RuntimeError):
+    """Update after update has a gradient that is NaN or infinite."""
+
+
+class Skips:
+    """Counts skipped updates in a row, and stops the run at a limit.
+
+    Args:
+        most: updates in a row that may be skipped; the last of them stops the run.
+
+    Raises:
+        ValueError: ``most`` is below 1.
+    """
+
+    def __init__(self, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"max_skipped_updates is {most}: at least 1 update must be skipped before a run stops")
+        self.most, self.in_a_row = most, 0
+
+    def check(self, module: LightningModule, finite: bool) -> None:
+        """Count an update.
+
+        Args:
+            module: whose update it was, its counter moved on.
+            finite: whether its gradient was.
+
+        Raises:
+            DivergenceError: it is the last in a row that may be skipped.
+        """
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if self.in_a_row >= self.most:
+            raise DivergenceError(_sentence(module, self.most))
+
+
+def _sentence(module: Any, count: int) -> str:
+    """Say what happened, what is still good and what to do."""
+    weights = all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+    checkpoint = str(getattr(module.trainer.checkpoint_callback, "last_model_path", "") or "")
+    said = f"the gradients of {count} updates in a row, the last of them update {module.updates}, are NaN or infinite"
+    if not weights:
+        said += ", and so are weights: resume from a checkpoint that is older than that"
+    elif checkpoint:
+        said += f"; nothing was learned from them, and the last good checkpoint is {checkpoint}"
+    else:
+        said += "; nothing was learned from them, and no checkpoint was written yet"
+    return (
+        f"{said}. Look at the rows that skipped_updates.jsonl in the run's folder names, lower model.learning_rate, or "
+        "raise model.max_skipped_updates"
+    )

@@ -1,0 +1,110 @@
+"""A scorer behind an address: away, back again, gone for good, talking nonsense, asking for the key."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from score_server import ScoreServer
+
+from rlhf_lightning.models.remote import ServerError
+from rlhf_lightning.scoring import FaultTolerant, RemoteScorer, checked_scores
+
+CANARY = "hf_canary0123456789"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ScoreServer]:
+    server = ScoreServer()
+    server.start()
+    yield server
+    server.kill()
+
+
+def score(scorer: Any, texts: list[str], **columns: list[Any]) -> Any:
+    return scorer(["p"] * len(texts), texts, **columns)
+
+
+def test_scores_come_in_order_batch_after_batch(server: ScoreServer) -> None:
+    texts = ["a " * (row % 7 + 1) for row in range(23)]
+    scorer = RemoteScorer(server.url, batch_size=4, requests=3)
+    assert score(scorer, texts) == [row % 7 + 1 for row in range(23)]
+    assert score(scorer, []) == []
+    assert score(RemoteScorer(server.url, batch_size=1), ["a", "b c"], bonus=[10, 20]) == [11, 22]
+    assert score(RemoteScorer(server.url), ["none"]) == [None]
+    messages = [{"role": "user", "content": "hello"}]
+    assert scorer([messages], ["a b"]) == [2]
+
+
+def test_a_server_that_is_killed_and_started_again_costs_time_alone() -> None:
+    server = ScoreServer()
+    server.start()
+    scorer = RemoteScorer(server.url, retries=8, wait=0.1)
+    assert score(scorer, ["a b"]) == [2]
+    server.kill()
+    timer = threading.Timer(0.5, server.start, kwargs={"wait": False})
+    timer.start()
+    assert score(scorer, ["a b c"]) == [3]
+    timer.join()
+    server.kill()
+
+
+def test_a_server_that_is_gone_is_given_up_in_bounded_time() -> None:
+    scorer = RemoteScorer(ScoreServer().url, batch_size=1, requests=2, retries=2, wait=0.05)
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="gave no answer in 3 attempts; the last: .*refused"):
+        score(scorer, ["a"] * 50)
+    assert time.monotonic() - started < 2
+    dropping = FaultTolerant(scorer, on_fault="drop", most_in_a_row=20)
+    assert score(dropping, ["a"] * 10) == [None] * 10
+    assert dropping.take_metrics()["score_failed"].tolist() == [1.0] * 10
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("busy", "in 1 attempts; the last: status 503"),
+        ("refuse", "refused with status 401"),
+        ("elsewhere", "refused with status 302"),
+        ("nonsense", 'answered without {"scores": ...}: {"answer": 42}'.replace("...", "[...]")),
+        ("trickle", "not whole after 0.3 s"),
+    ],
+)
+def test_what_a_server_may_say_instead(server: ScoreServer, word: str, message: str) -> None:
+    with pytest.raises(ServerError) as error:
+        score(RemoteScorer(server.url, retries=0, timeout=0.3), [word])
+    assert message in str(error.value)
+
+
+def test_fewer_scores_than_completions_are_no_scores(server: ScoreServer) -> None:
+    with pytest.raises(ValueError, match="returned 1 scores for 2 completions"):
+        checked_scores(score(RemoteScorer(server.url), ["a", "fewer"]), 2, "x")
+    assert score(FaultTolerant(RemoteScorer(server.url), on_fault="drop"), ["a b", "fewer"]) == [2, None]
+
+
+def test_the_key_is_sent_and_never_said(server: ScoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", CANARY)
+    scorer = RemoteScorer(server.url, retries=0, api_key="JUDGE_API_KEY")
+    with pytest.raises(ServerError, match=r"no such key: Bearer \*\*\*") as error:
+        score(scorer, ["refuse"])
+    assert CANARY not in repr(error.value) and error.value.__cause__ is None
+    monkeypatch.delenv("JUDGE_API_KEY")
+    for name in (CANARY, "sk-" + CANARY, "JUDGE_API_KEY"):
+        with pytest.raises(ValueError, match="api_key") as refused:
+            RemoteScorer(server.url, api_key=name)
+        assert CANARY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("host:8000", "no address such as"),
+        ("file:///etc/passwd", "no address such as"),
+        ("http://user:canary@host/score", "put the key into an environment variable"),
+    ],
+)
+def test_addresses_that_are_none(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        RemoteScorer(url)
+    assert "canary" not in str(error.value)

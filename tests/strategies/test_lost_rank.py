@@ -1,0 +1,30 @@
+"""A rank that is killed: the others end soon, and say which one is gone."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="module")
+def own_pool() -> Iterator[RankPool]:
+    """What a rank is killed in serves nobody afterwards."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(
+    ("name", "strategy", "rank"), [("DPOModule", "ddp", 1), ("DPOModule", "ddp", 0), ("PPOModule", "fsdp", 1)]
+)
+def test_the_others_end_and_name_it(
+    own_pool: RankPool, policy_folder: str, name: str, strategy: str, rank: int
+) -> None:
+    own_pool.run(2, "here")  # started, so that what follows is the run alone
+    began = time.monotonic()
+    (said,) = own_pool.lose(2, "lose", rank=rank, name=name, folder=policy_folder, strategy=strategy)
+    print(f"{name}, {strategy}: ended {time.monotonic() - began:.1f} s after the start")
+    assert said.startswith(f"another rank does not answer: rank {rank} (process ")
+    assert "on this host) has ended" in said and "--resume" in said and "\n" not in said
