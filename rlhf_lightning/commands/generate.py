@@ -104,7 +104,8 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
         FileNotFoundError: there is no such file.
         ValueError: no row has a prompt.
     """
-    from rlhf_lightning.data.formats import REASONS, RowRefused, prompt
+    from rlhf_lightning.data.canonical import REASONS, RowRefused
+    from rlhf_lightning.data.formats import prompt
     from rlhf_lightning.data.sources import Source, Unreadable, read_rows
 
     if not Path(path).exists():

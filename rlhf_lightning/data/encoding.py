@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.formats import CanonicalRow, Form, Reader, Row, RowRefused, check_columns
+from rlhf_lightning.data.canonical import CanonicalRow, Row, RowRefused
+from rlhf_lightning.data.formats import Form, Reader, check_columns
 from rlhf_lightning.data.report import Report
 from rlhf_lightning.data.sources import Unreadable
 from rlhf_lightning.tokenization import (

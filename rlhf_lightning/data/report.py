@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.formats import REASONS
+from rlhf_lightning.data.canonical import REASONS
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Report:
     Attributes:
         read: rows read.
         kept: rows kept.
-        dropped: rows dropped, by reason (see `formats.REASONS`).
+        dropped: rows dropped, by reason (see `canonical.REASONS`).
         truncated: kept rows whose ``prompt`` or ``completion`` lost tokens.
         tokens: supervised tokens of the kept rows.
     """

@@ -10,7 +10,7 @@ import torch
 from conftest import ASSISTANT, END, EOS, SPECIAL, USER, make_tiny_tokenizer, spell
 
 from rlhf_lightning.data import SFTDataModule
-from rlhf_lightning.data.formats import REASONS
+from rlhf_lightning.data.canonical import REASONS
 from rlhf_lightning.data.store import RowStore
 from rlhf_lightning.types import DemonstrationBatch
 
