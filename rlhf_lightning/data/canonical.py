@@ -17,11 +17,13 @@ ROLES = {
 """Roles known, and the role each is read as. No other passes: a role becomes part of the template's own text."""
 
 REASONS = {
-    "unreadable_line": "the line is not a JSON object in UTF-8",
-    "broken_text": "the text holds half a surrogate pair, which no encoding can write",
+    "unreadable_line": "the line is not a JSON object in UTF-8, nor a row of its table",
+    "duplicate_key": "an object has a key twice",
+    "too_deep": "lists or objects are nested deeper than 64 levels",
+    "broken_text": "it is no valid Unicode: broken UTF-8, or half a surrogate pair",
     "missing_columns": "a column of its form is missing",
-    "empty_prompt": "the prompt is empty or None",
-    "empty_completion": "a completion is empty or None",
+    "empty_prompt": "the prompt is empty, or no text",
+    "empty_completion": "a completion is empty, or no text",
     "empty_turn": "a turn says nothing",
     "malformed_messages": "the messages are not a list of {role, content}",
     "unknown_role": "a role is none of " + ", ".join(sorted(set(ROLES.values()))),
@@ -36,6 +38,7 @@ REASONS = {
     "bad_step_labels": "the labels are not one number between 0 and 1, or null, for each step",
     "bad_number": "preference, margin, weight or a rank is no number in its range",
     "single_completion": "a ranked list needs two completions",
+    "too_many_completions": "a ranked list has more than 256 completions",
     "all_tied": "all completions of a ranked list have the same rank",
     "template_refuses": "the chat template refuses the turns",
     "nothing_supervised": "no supervised token is left after truncation",

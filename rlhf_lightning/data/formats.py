@@ -27,6 +27,12 @@ from rlhf_lightning.types import Message, Prompt
 
 LABELS = ("preference", "margin", "weight")
 
+LARGEST = 1e6
+"""Largest weight, and largest margin either way: beyond it a loss in single precision has no finite value."""
+
+MOST_COMPLETIONS = 256
+"""Completions of a ranked list: every two of them can become a pair."""
+
 Form = tuple[str, ...]
 DEMONSTRATION_FORMS: tuple[Form, ...] = (
     ("messages",), ("prompt", "completion"), ("instruction", "output"), ("input", "output"), ("text",),
@@ -109,7 +115,7 @@ def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> Cano
     return CanonicalRow(
         prompt, completions, ranks,
         target=_label(row, "preference", 1.0, most=1.0) if len(completions) == 2 else 1.0,
-        margin=_label(row, "margin", 0.0, least=-math.inf),
+        margin=_label(row, "margin", 0.0, least=-LARGEST),
         weight=_label(row, "weight", 1.0),
         columns=_others(row, used),
     )  # fmt: skip
@@ -127,6 +133,8 @@ def unpaired(row: Row, as_chat: bool = False) -> CanonicalRow:
 
 def _judgement(value: Any) -> bool:
     known = {"true": True, "1": True, "false": False, "0": False, "-1": False}
+    if not isinstance(value, str | bool | int | float):
+        raise RowRefused("bad_label")
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
     if text not in known:
         raise RowRefused("bad_label")
@@ -183,13 +191,13 @@ def _others(row: Row, used: set[str]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in used}
 
 
-def _label(row: Row, name: str, default: float, least: float = 0.0, most: float = math.inf) -> float:
+def _label(row: Row, name: str, default: float, least: float = 0.0, most: float = LARGEST) -> float:
     value = row.get(name)
     if value is None or value == "":
         return default
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RowRefused("bad_number") from None
     if not (math.isfinite(number) and least <= number <= most):
         raise RowRefused("bad_number")
@@ -205,7 +213,11 @@ def _voted(row: Row, name: str) -> Row:
     """Votes on two completions as a pair, the one with more votes chosen; a tie is half a vote for each."""
     votes = row[name] if name == "labels" else [row[name]]
     known = {"1": 1.0, "2": 0.0, "0": 0.5, "tie": 0.5}
-    if not isinstance(votes, list | tuple) or not votes or any(isinstance(vote, bool) for vote in votes):
+    if (
+        not isinstance(votes, list | tuple)
+        or not votes
+        or not all(isinstance(vote, str | int | float) and not isinstance(vote, bool) for vote in votes)
+    ):
         raise RowRefused("bad_vote")
     spelt = [str(vote).strip().lower().removesuffix(".0") for vote in votes]
     if any(vote not in known for vote in spelt):
@@ -219,10 +231,12 @@ def _ranked(row: Row, keep_tied: bool = False) -> tuple[Prompt, list[Any], list[
     values, ranks = row["completions"], row.get("ranks")
     if not isinstance(values, list | tuple) or len(values) < 2:
         raise RowRefused("single_completion")
+    if len(values) > MOST_COMPLETIONS:
+        raise RowRefused("too_many_completions")
     ranks = list(range(len(values))) if ranks is None else ranks
     if not isinstance(ranks, list | tuple) or len(ranks) != len(values):
         raise RowRefused("bad_number")
-    if any(isinstance(r, bool) or not isinstance(r, int | float) or not math.isfinite(r) for r in ranks):
+    if any(isinstance(r, bool) or not isinstance(r, int | float) or not abs(r) < math.inf for r in ranks):
         raise RowRefused("bad_number")
     prompt = prompt_of(row["prompt"])
     kept: list[tuple[Any, float]] = []

@@ -7,11 +7,14 @@ tokenizer's chat template; its text already carries the BOS token, so nothing is
 What a completion ends with: the template's end-of-turn token for messages, EOS for plain text. Whatever a template
 writes after it (often a line break) is no part of the completion, since a sampled completion stops at its end token.
 
-Text is data, never control: a special-token string inside a message is encoded as the plain characters it is made of.
-Plain-text prompts and completions stand as they are, since they may have been rendered by a template before.
+Text is data, never control: what spells a control token, in a message, a plain prompt or a completion, is encoded as
+the characters it is made of. So who speaks, and what a loss looks at, never depends on what is said. Only where a
+template has written plain text before, and the caller says so (``rendered``), are its control tokens control. A
+template itself is a stranger's program, and runs within the bounds of `sandbox`.
 """
 
 from rlhf_lightning.tokenization.encoding import (
+    Encoded,
     completion_text,
     encode_completion,
     encode_prompt,
@@ -29,10 +32,11 @@ from rlhf_lightning.tokenization.rendering import (
     render_prompt,
     render_steps,
 )
-from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, ChatTemplateError
+from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, ChatTemplateError, TurnsRefused
 
 __all__ = [
-    "CHAT_TEMPLATES", "ChatTemplateError", "Rendered", "Span", "completion_text", "encode_completion",
-    "encode_prompt", "encode_rendered", "encode_steps", "end_token_ids", "joined_steps", "load_tokenizer",
-    "opening_ids", "render_completion", "render_prompt", "render_steps", "tokenizer_fingerprint", "truncate",
+    "CHAT_TEMPLATES", "ChatTemplateError", "Encoded", "Rendered", "Span", "TurnsRefused", "completion_text",
+    "encode_completion", "encode_prompt", "encode_rendered", "encode_steps", "end_token_ids", "joined_steps",
+    "load_tokenizer", "opening_ids", "render_completion", "render_prompt", "render_steps", "tokenizer_fingerprint",
+    "truncate",
 ]  # fmt: skip

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.tokenization.facts import Facts, end_token_ids, facts_of
-from rlhf_lightning.tokenization.rendering import Rendered, render_completion, render_prompt, render_steps
+from rlhf_lightning.tokenization.facts import MOST_KEPT, Facts, end_token_ids, facts_of
+from rlhf_lightning.tokenization.rendering import Rendered, Span, render_completion, render_prompt, render_steps
 from rlhf_lightning.types import Message, Prompt
 
 
+class Encoded(NamedTuple):
+    """Ids of a rendered text.
+
+    Attributes:
+        ids: token ids.
+        supervised: for each id whether a loss may look at it.
+        escaped: whether a content spelt a control token, and was encoded as the characters it is made of.
+    """
+
+    ids: list[int]
+    supervised: list[bool]
+    escaped: bool = False
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: messages with the template's generation prompt; text as it stands, after BOS if there is one.
+    """Ids of a prompt: messages with the template's generation prompt; plain text after BOS, if there is one.
 
     A prompt whose last turn is the assistant's is left open, to be continued.
     """
-    return encode_rendered(tokenizer, [render_prompt(tokenizer, prompt)])[0][0]
+    return encode_rendered(tokenizer, [render_prompt(tokenizer, prompt)])[0].ids
 
 
 def encode_completion(
@@ -33,7 +48,7 @@ def encode_completion(
     Returns:
         ids, and a flag for each: True on the assistant's turns and their end tokens.
     """
-    return encode_rendered(tokenizer, [render_completion(tokenizer, completion, prompt)])[0]
+    return encode_rendered(tokenizer, [render_completion(tokenizer, completion, prompt)])[0][:2]
 
 
 def encode_steps(
@@ -43,39 +58,32 @@ def encode_steps(
     return joined_steps(encode_rendered(tokenizer, render_steps(tokenizer, steps, separator, prompt)))
 
 
-def joined_steps(pieces: Sequence[tuple[list[int], list[bool]]]) -> tuple[list[int], list[bool]]:
+def joined_steps(pieces: Sequence[Encoded]) -> tuple[list[int], list[bool]]:
     """Ids of a completion from those of its steps, and for each id whether a step ends with it."""
-    ids = [index for piece, _ in pieces for index in piece]
-    return ids, [place == len(piece) - 1 for piece, _ in pieces for place in range(len(piece))]
+    ids = [index for piece in pieces for index in piece.ids]
+    return ids, [place == len(piece.ids) - 1 for piece in pieces for place in range(len(piece.ids))]
 
 
-def encode_rendered(
-    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]
-) -> list[tuple[list[int], list[bool]]]:
-    """Encode many rendered texts at once.
-
-    Returns:
-        for each text its ids, and for each id whether a loss may look at it.
-    """
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> list[Encoded]:
+    """Encode many rendered texts at once."""
     facts = facts_of(tokenizer)
     texts = [span.text for one in rendered for span in one.spans]
     encoded = iter(_encode(tokenizer, texts) if texts else [])
-    rows = []
-    for one in rendered:
-        parts = [(next(encoded), span.supervised) for span in one.spans]
-        if one.careful and not _as_written(tokenizer, facts, one, parts):
-            parts = [
-                (_literal(tokenizer, facts, s.text) if s.literal else _known(tokenizer, facts, s.text), s.supervised)
-                for s in one.careful
-            ]
-        ids = [index for part, _ in parts for index in part]
-        supervised = [flag for part, flag in parts for _ in part]
-        if one.opening and tuple(ids[: len(one.opening)]) != one.opening:
-            ids, supervised = [*one.opening, *ids], [False] * len(one.opening) + supervised
-        if one.closing and tuple(ids[-len(one.closing) :]) != one.closing:
-            ids, supervised = [*ids, *one.closing], supervised + [True] * len(one.closing)
-        rows.append((ids, supervised))
-    return rows
+    return [_encoded(tokenizer, facts, one, [next(encoded) for _ in one.spans]) for one in rendered]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, facts: Facts, one: Rendered, parts: list[list[int]]) -> Encoded:
+    spans, escaped = one.spans, False
+    if one.careful and not _as_written(tokenizer, facts, one, parts):
+        spans, escaped = one.careful, True
+        parts = [_literal(tokenizer, facts, s) if s.literal else _known(tokenizer, facts, s.text) for s in spans]
+    ids = [index for part in parts for index in part]
+    supervised = [span.supervised for part, span in zip(parts, spans, strict=True) for _ in part]
+    if one.opening and tuple(ids[: len(one.opening)]) != one.opening:
+        ids, supervised = [*one.opening, *ids], [False] * len(one.opening) + supervised
+    if one.closing and tuple(ids[-len(one.closing) :]) != one.closing:
+        ids, supervised = [*ids, *one.closing], supervised + [True] * len(one.closing)
+    return Encoded(ids, supervised, escaped)
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -127,35 +135,39 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 def _known(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str) -> list[int]:
     if text not in facts.encoded:
-        if len(facts.encoded) > 4096:  # a template that counts its turns writes ever new texts
+        if len(facts.encoded) >= MOST_KEPT:
             facts.encoded.clear()
         facts.encoded[text] = _encode(tokenizer, [text])[0] if text else []
     return facts.encoded[text]
 
 
-def _as_written(
-    tokenizer: PreTrainedTokenizerBase, facts: Facts, rendered: Rendered, parts: list[tuple[list[int], bool]]
-) -> bool:
+def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, rendered: Rendered, parts: list[list[int]]) -> bool:
     """Whether the control tokens found are those the template wrote, so that no content was taken for one."""
     control = facts.control_ids
-    found = [i for ids, _ in parts for i in ids if i in control]
+    found = [i for ids in parts for i in ids if i in control]
     written = [s.text for s in rendered.careful if not s.literal]
     return found == [i for text in written for i in _known(tokenizer, facts, text) if i in control]
 
 
-def _literal(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str) -> list[int]:
-    """Ids of a content, none of them a control token."""
-    marks = "|".join(re.escape(c) for c in sorted(facts.control, key=len, reverse=True))
-    pieces = [piece for piece in re.split(f"({marks})", text) if piece] if marks else [text]
-    control = facts.control_ids
+def _literal(tokenizer: PreTrainedTokenizerBase, facts: Facts, span: Span) -> list[int]:
+    """Ids of a content, none of them a control token that its speaker may not say."""
+    control = facts.guarded_ids if span.spoken else facts.control_ids
+    (whole,) = _plainly(tokenizer, [span.text])
+    if control.isdisjoint(whole):
+        return whole
+    # The tokenizer recognises a token that is not marked special, or has it as a word: but not its two parts.
+    names = sorted((name for name, index in facts.control.items() if index in control), key=len, reverse=True)
+    pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, names))})", span.text) if piece]
+    parts = [part for piece in pieces for part in ((piece[:1], piece[1:]) if piece in facts.control else (piece,))]
     ids: list[int] = []
-    for piece in pieces:
-        found = _plainly(tokenizer, piece)
-        if piece in facts.control and not control.isdisjoint(found):
-            found = _plainly(tokenizer, piece[:1]) + _plainly(tokenizer, piece[1:])  # its halves are not recognised
-        ids += [i for i in found if i not in control]
+    for part, found in zip(parts, _plainly(tokenizer, parts), strict=True):
+        if not control.isdisjoint(found):  # a spelling that is made equal to a token's, by case or by Unicode's forms
+            found = [index for letter in _plainly(tokenizer, list(part)) for index in letter]
+        ids += [index for index in found if index not in control]
     return ids
 
 
-def _plainly(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+def _plainly(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+    )["input_ids"]

@@ -11,11 +11,25 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.tokenization.templates import ChatTemplateError, apply_template
+from rlhf_lightning.tokenization.sandbox import literal_text
+from rlhf_lightning.tokenization.templates import ChatTemplateError, apply_template, template_of
+
+MOST_KEPT = 4096
+"""Scaffolds, and encoded pieces of them, that are kept: data may have ever new sequences of roles."""
 
 
 class Facts:
-    """What has been found out about one tokenizer and its chat template. Holds no reference to the tokenizer."""
+    """What has been found out about one tokenizer and its chat template. Holds no reference to the tokenizer.
+
+    Attributes:
+        control: the control tokens and their ids: those marked special, and those that the chat template writes. No
+            content is ever encoded as one. The unknown token is none: it stands for text.
+        speakable: control tokens that only the assistant's own turn may hold, such as ``<think>``: written by the
+            template, but neither marked special nor part of what stands around a turn.
+        end_of_turn: control token that ends a turn of the assistant's.
+        kept_space: by role, whether the template keeps space at the left and at the right of a content.
+        opening: ids that the tokenizer puts in front of a text.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.key = _identity(tokenizer)
@@ -25,7 +39,11 @@ class Facts:
         self.end_of_turn: str | None = None
         self.kept_space: dict[str, tuple[bool, bool]] = {}
         added = tokenizer.added_tokens_decoder
-        self.control = {token.content: index for index, token in added.items() if token.special}
+        unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in (self.eos, tokenizer.bos_token_id) else None
+        special = {token.content: index for index, token in added.items() if token.special and index != unknown}
+        named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self.control: dict[str, int] = {**{token: index for token, index in named if index != unknown}, **special}
+        self.speakable: dict[str, int] = {}
         begin = tokenizer.bos_token_id
         plain = tokenizer("").input_ids
         self.opening: tuple[int, ...] = (begin,) if begin is not None and plain[:1] == [begin] else ()
@@ -34,6 +52,11 @@ class Facts:
     def control_ids(self) -> frozenset[int]:
         """Ids of the control tokens."""
         return frozenset(self.control.values())
+
+    @cached_property
+    def guarded_ids(self) -> frozenset[int]:
+        """Ids of the control tokens that the assistant's own turn may not hold either."""
+        return self.control_ids - frozenset(self.speakable.values())
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -44,11 +67,15 @@ class Facts:
     def read_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find the template's turn markers, its end of turn, and where it trims contents."""
         roles = ("user", "assistant")
-        pieces = [p for p in scaffold(tokenizer, self, (*roles, "user")) if isinstance(p, str)]
-        for token in tokenizer.added_tokens_decoder.values():
-            if any(token.content in piece for piece in pieces):
-                self.control.setdefault(token.content, tokenizer.convert_tokens_to_ids(token.content))
+        written = _written(scaffold(tokenizer, self, (*roles, "user"))) + literal_text(template_of(tokenizer))
+        around = _written(scaffold(tokenizer, self, ("user",), generation=True))
         last = scaffold(tokenizer, self, roles)[-1]
+        for index, token in tokenizer.added_tokens_decoder.items():
+            if token.content in self.control or token.content not in written or not _MARK.search(token.content):
+                continue
+            self.control[token.content] = index
+            if token.content not in around and token.content not in str(last):
+                self.speakable[token.content] = index
         found = [(last.find(c), c) for c in self.control if c in last] if isinstance(last, str) else []
         self.end_of_turn = min(found, default=(0, None), key=lambda place: (place[0], -len(place[1] or "")))[1]
         padded = [{"role": role, "content": f" \n\ue000{role}\ue001\n "} for role in roles]
@@ -58,6 +85,14 @@ class Facts:
 
 
 _FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, Facts] = WeakKeyDictionary()
+
+
+_MARK = re.compile(r"[^\w\s]")
+"""What an added token holds that is more than a word or a line break, and so may mark something."""
+
+
+def _written(pieces: tuple[str | int, ...]) -> str:
+    return "\0".join(piece for piece in pieces if isinstance(piece, str))
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
@@ -86,6 +121,8 @@ def scaffold(
         pieces = re.split("\ue000([0-9]+)\ue001", apply_template(tokenizer, marked, generation))
         known = tuple(int(piece) if i % 2 else piece for i, piece in enumerate(pieces))
         if len(roles) <= 16:  # longer conversations rarely share their roles with another
+            if len(facts.scaffolds) >= MOST_KEPT:
+                facts.scaffolds.clear()
             facts.scaffolds[(roles, generation)] = known
     return known
 
