@@ -59,7 +59,7 @@ def audit(
         max_prompt_length: most tokens of the prompt, as in training; needs a tokenizer.
         chat_template: template to use instead of the tokenizer's own.
         as_chat: make plain text a user's turn and an assistant's turn.
-        columns: new names of columns, as {name in the data: name expected here}.
+        columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
         split: split of a Hub name or of a folder with several.
         rows: read only the first so many rows.
         json: file for everything found, with the numbers of all rows.
@@ -105,25 +105,19 @@ def audited(
     """
     from rlhf_lightning.data.audit import Audit
     from rlhf_lightning.data.files import Unreadable
-    from rlhf_lightning.data.formats import check_columns
-    from rlhf_lightning.data.kinds import KINDS, kind_of
+    from rlhf_lightning.data.kinds import kind_of
     from rlhf_lightning.data.sources import Source, read_rows
 
     rows: Iterator[RawRow] = read_rows(Source(data, rows=most, split=split))
     first = list(islice(rows, FIRST))
-    renames = settings["columns"] or {}
-    names = [renames.get(name, name) for row in first if not isinstance(row, Unreadable) for name in row]
+    names = [name for row in first if not isinstance(row, Unreadable) for name in row]
     if not first:
         raise ValueError(f"{data} is empty: it holds no row.")
     if not names:
-        raise ValueError(
-            f"{data}: none of the first {len(first)} rows can be read; each must be a JSON object in UTF-8."
-        )
-    if kind is None:
-        kind = kind_of(names, data)
-    else:
-        check_columns(names, KINDS[kind].forms, data)
-    found = Audit(kind, **settings)
+        raise ValueError(f"{data}: none of its first {len(first)} rows can be read; a row is a JSON object in UTF-8.")
+    renames = settings["columns"] or {}
+    found = Audit(kind or kind_of([renames.get(name, name) for name in names], data), **settings)
+    found.encoder.check_names(names, data)
     for row in chain(first, rows):
         keys = found.add(row)
         if train is not None:

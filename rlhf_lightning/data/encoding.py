@@ -107,19 +107,23 @@ class Encoder:
         first = list(islice(rows, PEEK))
         readable = [row for row in first if not isinstance(row, Unreadable)]
         if readable:
-            names = [name for row in readable for name in row if isinstance(name, str)]
-            self._check_renames(names, where)
-            check_columns((self.columns.get(name, name) for name in names), self.forms, where)
+            self.check_names([name for row in readable for name in row if isinstance(name, str)], where)
         chunk: list[Row | Unreadable] = first
         while chunk:
             yield from self.chunk(tokenizer, chunk, report)
             chunk = list(islice(rows, CHUNK))
 
-    def _check_renames(self, names: list[str], where: str) -> None:
+    def check_names(self, names: list[str], where: str) -> None:
+        """Check the names of columns, before they are renamed.
+
+        Raises:
+            ValueError: they hold none of the forms, or one that is to be renamed is not among them.
+        """
         missing = [name for name in self.columns if name not in names]
         if missing:
             found = ", ".join(map(repr, dict.fromkeys(names)))
             raise ValueError(f"columns renames {', '.join(map(repr, missing))}, but {where} has the columns {found}.")
+        check_columns((self.columns.get(name, name) for name in names), self.forms, where)
 
     def chunk(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report

@@ -146,7 +146,11 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, rendered: Rend
     control = facts.control_ids
     found = [i for ids in parts for i in ids if i in control]
     written = [s.text for s in rendered.careful if not s.literal]
-    return found == [i for text in written for i in _known(tokenizer, facts, text) if i in control]
+    if found != [i for text in written for i in _known(tokenizer, facts, text) if i in control]:
+        return False
+    if facts.unknown is None or not any(facts.unknown[1] in ids for ids in parts):
+        return True
+    return not any(facts.unknown[0] in span.text for span in rendered.careful if span.literal)
 
 
 def _literal(tokenizer: PreTrainedTokenizerBase, facts: Facts, span: Span) -> list[int]:

@@ -23,7 +23,9 @@ class Facts:
 
     Attributes:
         control: the control tokens and their ids: those marked special, and those that the chat template writes. No
-            content is ever encoded as one. The unknown token is none: it stands for text.
+            content is ever encoded as one.
+        unknown: the unknown token and its id, unless a control token is in its place. It stands for text, and is no
+            control token where a text does not spell it.
         speakable: control tokens that only the assistant's own turn may hold, such as ``<think>``: written by the
             template, but neither marked special nor part of what stands around a turn.
         end_of_turn: control token that ends a turn of the assistant's.
@@ -40,6 +42,7 @@ class Facts:
         self.kept_space: dict[str, tuple[bool, bool]] = {}
         added = tokenizer.added_tokens_decoder
         unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in (self.eos, tokenizer.bos_token_id) else None
+        self.unknown = None if unknown is None else (tokenizer.unk_token, unknown)
         special = {token.content: index for index, token in added.items() if token.special and index != unknown}
         named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self.control: dict[str, int] = {**{token: index for token, index in named if index != unknown}, **special}

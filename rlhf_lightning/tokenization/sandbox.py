@@ -37,6 +37,8 @@ TICKS = 64
 """Steps between two looks at the clock."""
 TEMPLATE_CHARACTERS = 1 << 20
 LARGEST_POWER = 256
+ITEMS = 200_000
+"""Items of a list, those of the lists in it included."""
 
 FILTERS = (
     "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
@@ -97,11 +99,12 @@ class Budget:
 
     def measure(self, value: Any) -> None:
         """Refuse a value that is too large to be printed: a short list may hold one list many times."""
-        count, left = 0, [value]
+        items, characters, left = 0, 0, [value]
         while left:
             one = left.pop()
-            count += len(one) if isinstance(one, str) else 1
-            if count + len(left) > self.whole:
+            items += 1
+            characters += len(one) if isinstance(one, str) else 1
+            if items + len(left) > ITEMS or characters > self.whole:
                 raise OutOfBounds("it makes too large a list")
             if isinstance(one, dict):
                 left += one.values()
@@ -228,7 +231,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise OutOfBounds("it makes too large a number")
         elif operator == "%" and isinstance(left, str):
             self._measure_format(left, "%", right if isinstance(right, tuple) else (right,))
-        return self.budget.made(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, list | tuple):  # holds what the two held, so it needs no measuring
+            self.budget.spend(len(result))
+            return result
+        return self.budget.made(result)
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function of the template, measuring first what texts' methods would make."""
