@@ -17,7 +17,7 @@ def run(capsys, *arguments):
     status = main(["audit", *arguments])
     told = capsys.readouterr()
     assert "SECRET" not in told.out + told.err
-    return status, told.out, told.err
+    return status, " ".join(told.out.split()), told.err
 
 
 def test_findings_are_counted_and_numbered(write_rows, capsys, tmp_path):
@@ -26,9 +26,9 @@ def test_findings_are_counted_and_numbered(write_rows, capsys, tmp_path):
     status, told, _ = run(capsys, source, "--eval", other, "--json", str(report))
     assert status == 0
     assert "preference data, 3 rows, 2 of them usable" in told
-    assert "1   33.3%  identical_completions: chosen equals rejected [3]" in told
-    assert "1   33.3%  duplicate: repeats an earlier row [2]" in told
-    assert "1  100.0%  leaked_row: the whole row is in the training data [1]" in told
+    assert "1 33.3% identical_completions: chosen equals rejected [3]" in told
+    assert "1 33.3% duplicate: repeats an earlier row [2]" in told
+    assert "1 100.0% leaked_row: the whole row is in the training data [1]" in told
     train, held_out = json.loads(report.read_text())
     assert (train["read"], train["usable"], held_out["findings"][0]["rows"]) == (3, 2, [1])
     assert {"check": "duplicate", "meaning": "repeats an earlier row", "count": 1, "rows": [2], "first": [1]} in train[
@@ -44,9 +44,7 @@ def test_strict_is_for_pipelines(write_rows, capsys):
 
 def test_many_rows_are_shortened(write_rows, capsys):
     _, told, _ = run(capsys, write_rows(ROWS[:1] * 14))
-    assert (
-        "[2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in told.replace("\n" + " " * 20, " ") and "..." in told and "12" not in told
-    )
+    assert "[2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in told and "11 ...]" in told and "12" not in told
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_turns_out_of_order():
         {"prompt": [rule, ask], "completion": "c"},
     ]
     assert audited("sft", rows)[1] == {
-        "open_prompt": [1], "no_question": [2], "repeated_role": [1, 3], "late_system": [2], "second_speaker": [4],
+        "open_prompt": [1], "no_question": [2], "repeated_role": [3], "late_system": [2], "second_speaker": [4],
     }  # fmt: skip
 
 
@@ -148,8 +148,9 @@ def test_what_is_in_both_has_leaked():
 @pytest.mark.parametrize(
     ("columns", "kind"),
     [
-        ("prompt completions labels", "process"), ("prompt completions", "preference"), ("chosen rejected", "preference"),
-        ("prompt completion label", "unpaired"), ("prompt completion", "sft"), ("messages id", "sft"), ("prompt", "prompt"),
+        ("prompt completions labels", "process"), ("prompt completions", "preference"),
+        ("chosen rejected", "preference"), ("prompt completion label", "unpaired"), ("prompt completion", "sft"),
+        ("messages id", "sft"), ("prompt", "prompt"),
     ],
 )  # fmt: skip
 def test_columns_say_what_rows_are_for(columns, kind):
