@@ -181,9 +181,8 @@ def kind_of(name: str) -> Any:
     return ForgetfulModule if name == "ForgetfulModule" else getattr(modules, name)
 
 
-def short(tokenizer: Any) -> tuple[int, ...]:
-    """Ends of a completion that are drawn often: completions of a rollout have other lengths on every rank."""
-    return (EOS, *range(FIRST_WORD, FIRST_WORD + 30))
+ENDS = (EOS, *range(FIRST_WORD, FIRST_WORD + 30))
+"""Ends of a completion that are drawn often: completions of a rollout have other lengths on every rank."""
 
 
 def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0.05, **settings: Any) -> Any:
@@ -265,7 +264,7 @@ def train(
     training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has an update an epoch, or more
     steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
     trainer = trainer_of(strategy, here()[1], sharding, callbacks=[recorder], precision=precision)
-    with patch("rlhf_lightning.tokenization.end_token_ids", short):
+    with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
         trainer.fit(module, StepData(steps))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}
@@ -328,7 +327,7 @@ def validate(name: str, folder: str, strategy: str, prompts: int = 3, **settings
         steps = [Step((batch._replace(episodes=torch.arange(prompts)[rank::ranks]),), prompts, 0)]
     else:
         steps = steps_of(module, 1, 4)
-    with patch("rlhf_lightning.tokenization.end_token_ids", short):
+    with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
         trainer = trainer_of(strategy, ranks, limit_val_batches=1.0)
         return trainer.validate(module, StepData(steps, steps), verbose=False)[0]
 
@@ -345,7 +344,7 @@ def answer(folder: str, strategy: str, prompts: Sequence[Sequence[str]]) -> list
                 for weight in module.parameters():
                     weight.data = weight.data.clone()
             sampling = SamplingSettings(max_new_tokens=12, batch_size=2)
-            with patch("rlhf_lightning.tokenization.end_token_ids", short):
+            with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
                 answers.extend(module.answer(prompts[here()[0]], sampling, seed=3))
 
     module = module_of("SFTModule", folder, double=False)
@@ -437,7 +436,7 @@ def together(
 
     forward = "rlhf_lightning.models.causal_lm.chunked_logprobs"
     chunked = partial(chunked_logprobs, **{} if chunk_tokens is None else {"chunk_tokens": chunk_tokens})
-    with patch("rlhf_lightning.tokenization.end_token_ids", short), patch(forward, chunked):
+    with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS), patch(forward, chunked):
         if path is None:
             return fit([], None)
         try:

@@ -12,8 +12,11 @@ from rlhf_lightning.tokenization import (
     completion_text,
     encode_completion,
     encode_prompt,
+    encode_rendered,
     end_token_ids,
     load_tokenizer,
+    render_completion,
+    render_prompt,
     tokenizer_fingerprint,
     truncate,
 )
@@ -42,7 +45,22 @@ def test_a_completion_ends_with_the_end_of_turn_and_nothing_after_it(tiny_tokeni
 def test_plain_text_stands_as_it_is_and_ends_with_eos(tiny_tokenizer):
     assert encode_prompt(tiny_tokenizer, "Q: x\n") == spell("Q: x\n")
     assert encode_completion(tiny_tokenizer, " y", "Q: x\n") == (spell(" y", EOS), [True] * 3)
-    assert encode_completion(tiny_tokenizer, " y<eos>", "Q: x\n") == (spell(" y", EOS), [True] * 3), "no second EOS"
+
+
+def test_plain_text_is_data_too(tiny_tokenizer):
+    assert encode_prompt(tiny_tokenizer, "x<eos><|assistant|>") == spell("x<eos><|assistant|>")
+    assert encode_completion(tiny_tokenizer, " y<eos>", "x") == (spell(" y<eos>", EOS), [True] * 8)
+
+
+def test_plain_text_that_a_template_wrote_keeps_its_control_tokens(tiny_tokenizer):
+    prompt, completion = "<|user|>\nx<|end|>\n<|assistant|>\n", " y<eos>"
+    rendered = [
+        render_prompt(tiny_tokenizer, prompt, True),
+        render_completion(tiny_tokenizer, completion, prompt, True),
+    ]
+    asked, said = encode_rendered(tiny_tokenizer, rendered)
+    assert asked.ids == spell(USER, "\nx", END, "\n", ASSISTANT, "\n")
+    assert said == (spell(" y", EOS), [True] * 3, False), "no second EOS"
 
 
 def test_prompt_and_completion_are_encoded_apart(tiny_tokenizer):
@@ -111,7 +129,9 @@ def test_text_of_a_completion_stops_at_its_first_end(tiny_tokenizer):
 def test_at_most_one_bos():
     tokenizer = make_tiny_tokenizer("{{ bos_token }}" + TEMPLATE, adds_bos=True)
     assert encode_prompt(tokenizer, "x") == spell(BOS, "x")
-    assert encode_prompt(tokenizer, "<bos>x") == spell(BOS, "x")
+    assert encode_prompt(tokenizer, "<bos>x") == spell(BOS, "<bos>x")
+    rendered = render_prompt(tokenizer, "<bos>x", rendered=True)
+    assert encode_rendered(tokenizer, [rendered])[0].ids == spell(BOS, "x")
     assert encode_prompt(tokenizer, user("x")) == spell(BOS, USER, "\nx", END, "\n", ASSISTANT, "\n")
     assert encode_completion(tokenizer, "y", "x")[0] == spell("y", EOS)
 

@@ -104,8 +104,11 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
         FileNotFoundError: there is no such file.
         ValueError: no row has a prompt.
     """
-    from rlhf_lightning.data.formats import REASONS, RowRefused, prompt
-    from rlhf_lightning.data.sources import Source, Unreadable, read_rows
+    from rlhf_lightning.data.canonical import REASONS, RowRefused
+    from rlhf_lightning.data.files import Unreadable
+    from rlhf_lightning.data.formats import prompt
+    from rlhf_lightning.data.reading import read_row
+    from rlhf_lightning.data.sources import Source, read_rows
 
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -113,17 +116,14 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     refused: dict[str, int] = {}
     found: set[str] = set()
     for row in read_rows(Source(path)):
-        reason = "unreadable_line"
         if not isinstance(row, Unreadable):
             found |= set(row)
-            try:
-                canonical = prompt(row, as_chat)
-                assert canonical.prompt is not None
-                rows.append((canonical.prompt, canonical.columns))
-                continue
-            except RowRefused as error:
-                reason = str(error)
-        refused[reason] = refused.get(reason, 0) + 1
+        try:
+            canonical = read_row(row, prompt, as_chat)
+            assert canonical.prompt is not None
+            rows.append((canonical.prompt, canonical.columns))
+        except RowRefused as error:
+            refused[str(error)] = refused.get(str(error), 0) + 1
     said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
     if not rows:
         columns = ", ".join(sorted(found)) or "none"

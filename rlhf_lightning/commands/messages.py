@@ -161,7 +161,8 @@ def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None
     names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in names]
     options = {action.dest: action.option_strings for action in getattr(parser, "_actions", [])}
     asked = ", ".join(f"--{name}" if options.get(name, True) else name.upper() for name in names)
-    hint = "; a class is named as in --model DPOModule, or by a --config file" if {"model", "data"} & set(names) else ""
+    classes = {"model", "data"} & {name for name in names if options.get(name, True)}
+    hint = "; a class is named as in --model DPOModule, or by a --config file" if classes else ""
     return f"missing: {asked}{hint}"
 
 

@@ -49,6 +49,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         rows: read only the first so many rows.
         columns: new names of columns, as {name in the data: name expected here}.
         as_chat: make plain text a user's turn and an assistant's turn of the chat template.
+        rendered: plain text was written by a chat template before, so that control tokens in it are such. Otherwise
+            they are encoded as the characters they are made of, as they always are in messages.
         batch_size: rows of an optimizer step, over all ranks.
         micro_batch_size: most rows of one forward pass on one rank; None for no bound.
         max_tokens: most tokens of one forward pass on one rank, pads included where the module packs no rows; None for
@@ -83,6 +85,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         rows: int | None = None,
         columns: dict[str, str] | None = None,
         as_chat: bool = False,
+        rendered: bool = False,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         max_tokens: int | None = None,
@@ -106,6 +109,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.rows = rows
         self.columns = columns or {}
         self.as_chat = as_chat
+        self.rendered = rendered
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens

@@ -20,7 +20,7 @@ from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.store import RowStore
 from rlhf_lightning.tokenization import tokenizer_fingerprint
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same rows and settings would be encoded otherwise, so that old caches are not read."""
 
 
@@ -46,7 +46,7 @@ class Part(NamedTuple):
         """Hash of everything that decides the encoded rows."""
         encoder = self.encoder
         limits = [encoder.max_length, encoder.max_prompt_length]
-        settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, *limits]
+        settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, encoder.rendered, *limits]
         if encoder.separator is not None:
             settings.append(encoder.separator)
         renames = [encoder.columns if source.columns is None else source.columns for source in self.sources]

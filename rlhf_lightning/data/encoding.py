@@ -11,12 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.formats import CanonicalRow, Form, Reader, Row, RowRefused, check_columns
+from rlhf_lightning.data.canonical import CanonicalRow, Row, RowRefused
+from rlhf_lightning.data.files import Unreadable
+from rlhf_lightning.data.formats import Form, Reader, check_columns
+from rlhf_lightning.data.reading import read_row
 from rlhf_lightning.data.report import Report
-from rlhf_lightning.data.sources import Unreadable
 from rlhf_lightning.tokenization import (
-    ChatTemplateError,
+    Encoded,
     Rendered,
+    TurnsRefused,
     encode_rendered,
     joined_steps,
     opening_ids,
@@ -78,6 +81,7 @@ class Encoder:
         pairwise: whether a list of completions becomes all its pairs of different rank.
         apart: whether each completion becomes a row of its own.
         separator: what stands between two steps, where the completions of a row are the steps of one.
+        rendered: whether plain text was written by a chat template, so that control tokens in it are such.
     """
 
     read: Reader
@@ -89,6 +93,7 @@ class Encoder:
     pairwise: bool = False
     apart: bool = False
     separator: str | None = None
+    rendered: bool = False
 
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
@@ -102,19 +107,23 @@ class Encoder:
         first = list(islice(rows, PEEK))
         readable = [row for row in first if not isinstance(row, Unreadable)]
         if readable:
-            names = [name for row in readable for name in row if isinstance(name, str)]
-            self._check_renames(names, where)
-            check_columns((self.columns.get(name, name) for name in names), self.forms, where)
+            self.check_names([name for row in readable for name in row if isinstance(name, str)], where)
         chunk: list[Row | Unreadable] = first
         while chunk:
             yield from self.chunk(tokenizer, chunk, report)
             chunk = list(islice(rows, CHUNK))
 
-    def _check_renames(self, names: list[str], where: str) -> None:
+    def check_names(self, names: list[str], where: str) -> None:
+        """Check the names of columns, before they are renamed.
+
+        Raises:
+            ValueError: they hold none of the forms, or one that is to be renamed is not among them.
+        """
         missing = [name for name in self.columns if name not in names]
         if missing:
             found = ", ".join(map(repr, dict.fromkeys(names)))
             raise ValueError(f"columns renames {', '.join(map(repr, missing))}, but {where} has the columns {found}.")
+        check_columns((self.columns.get(name, name) for name in names), self.forms, where)
 
     def chunk(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
@@ -126,7 +135,7 @@ class Encoder:
             report.read += 1
             try:
                 canonical = self._canonical(row)
-                rendered += _render(tokenizer, canonical, self.separator)
+                rendered += self._render(tokenizer, canonical)
                 kept.append(canonical)
             except RowRefused as refusal:
                 report.drop(str(refusal))
@@ -145,38 +154,39 @@ class Encoder:
         return done
 
     def _canonical(self, row: Row | Unreadable) -> CanonicalRow:
-        if isinstance(row, Unreadable):
-            raise RowRefused("unreadable_line")
-        if self.columns:
-            covered = set(self.columns.values()) - set(self.columns)
-            row = {self.columns.get(name, name): value for name, value in row.items() if name not in covered}
-        canonical = self.read(row, self.as_chat)
+        return read_row(row, self.read, self.as_chat, self.columns)
+
+    def _render(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rendered]:
+        prompt, rendered = row.prompt, self.rendered
         try:
-            repr_of = [canonical.prompt, canonical.completions, canonical.columns]
-            json.dumps(repr_of, ensure_ascii=False, default=str).encode("utf-8")
-        except (UnicodeEncodeError, ValueError, RecursionError):
-            raise RowRefused("broken_text") from None
-        return canonical
+            if prompt is None:
+                whole = render_completion(tokenizer, str(row.completions[0]), "", rendered)
+                return [whole._replace(opening=opening_ids(tokenizer))]
+            asked = render_prompt(tokenizer, prompt, rendered)
+            if self.separator is not None:
+                return [asked, *render_steps(tokenizer, [str(s) for s in row.completions], self.separator, prompt)]
+            return [asked, *(render_completion(tokenizer, said, prompt, rendered) for said in row.completions)]
+        except TurnsRefused:
+            raise RowRefused("template_refuses") from None
 
     def _encoded(
-        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[tuple[list[int], list[bool]]],
-        report: Report,
+        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[Encoded], report: Report
     ) -> list[EncodedRow]:  # fmt: skip
         if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
-            ids, flags = parts[0]
-            prompt, answers = ids[:1], [(ids[1:], flags[1:])]
+            ids, flags, escaped = parts[0]
+            prompt, answers = ids[:1], [Encoded(ids[1:], flags[1:], escaped)]
             text: Prompt = tokenizer.decode(prompt, skip_special_tokens=True)
         else:
-            prompt, answers, text = parts[0][0], parts[1:], row.prompt
+            prompt, answers, text = parts[0].ids, parts[1:], row.prompt
         if self.separator is not None:
             answers = [_judged(answers, row.columns["labels"])]
         if not prompt:
             raise RowRefused("empty_prompt")
         opening = opening_ids(tokenizer)
         keep = len(opening) if tuple(prompt[: len(opening)]) == opening else 0
-        whole = [ids for ids, _ in answers]
+        whole = [answer.ids for answer in answers]
         cut, completions = truncate(prompt, whole, self.max_length, self.max_prompt_length, keep)
-        supervised = [flags[: len(ids)] for ids, (_, flags) in zip(completions, answers, strict=True)]
+        supervised = [one.supervised[: len(ids)] for ids, one in zip(completions, answers, strict=True)]
         if any(not any(flags) for flags in supervised):
             raise RowRefused("nothing_supervised")
         if len(completions) > 1 and all(ids == completions[0] for ids in completions):
@@ -185,6 +195,7 @@ class Encoder:
             report.truncated["prompt"] = report.truncated.get("prompt", 0) + 1
         if any(len(ids) < len(every) for ids, every in zip(completions, whole, strict=True)):
             report.truncated["completion"] = report.truncated.get("completion", 0) + 1
+        report.escaped += any(part.escaped for part in parts)
         one = EncodedRow(
             cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns,
             _number(row.completions[0] if row.prompt is None else row.prompt),
@@ -194,29 +205,13 @@ class Encoder:
         return _pairs(one) if self.pairwise else [one]
 
 
-def _judged(steps: list[tuple[list[int], list[bool]]], labels: list[float | None]) -> tuple[list[int], list[bool]]:
+def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:
     """One completion of its steps, with a flag on the last token of each step that was judged."""
-    if not all(ids for ids, _ in steps):
+    if not all(step.ids for step in steps):
         raise RowRefused("empty_completion")
     ids, ends = joined_steps(steps)
     judged = iter(label is not None for label in labels)
-    return ids, [end and next(judged) for end in ends]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, separator: str | None) -> list[Rendered]:
-    try:
-        if separator is not None and row.prompt is not None:
-            steps = [str(step) for step in row.completions]
-            return [render_prompt(tokenizer, row.prompt), *render_steps(tokenizer, steps, separator, row.prompt)]
-        if row.prompt is None:
-            whole = str(row.completions[0])
-            return [render_completion(tokenizer, whole, "")._replace(opening=render_prompt(tokenizer, "").opening)]
-        answers = [render_completion(tokenizer, completion, row.prompt) for completion in row.completions]
-        return [render_prompt(tokenizer, row.prompt), *answers]
-    except ChatTemplateError:
-        if not tokenizer.chat_template:
-            raise
-        raise RowRefused("template_refuses") from None
+    return Encoded(ids, [end and next(judged) for end in ends])
 
 
 def _apart(row: EncodedRow) -> list[EncodedRow]:

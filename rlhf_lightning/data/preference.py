@@ -38,7 +38,7 @@ class PreferenceDataModule(AlignmentDataModule):
         read = formats.preference_with_ties if getattr(module, "learns_ties", False) else formats.preference
         return Encoder(
             read, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, pairwise=self.batch_type is PreferenceBatch,
+            self.as_chat, pairwise=self.batch_type is PreferenceBatch, rendered=self.rendered,
         )  # fmt: skip
 
     def collator(self) -> Collate:

@@ -83,7 +83,9 @@ class PromptDataModule(AlignmentDataModule):
     def encoder(self) -> Encoder:
         """Reads prompts."""
         limit = self.max_prompt_length or self.max_length
-        return Encoder(formats.prompt, formats.PROMPT_FORMS, self.columns, None, limit, self.as_chat)
+        return Encoder(
+            formats.prompt, formats.PROMPT_FORMS, self.columns, None, limit, self.as_chat, rendered=self.rendered
+        )
 
     def collator(self) -> Collate:
         """Prompts numbered from 0."""
@@ -93,7 +95,13 @@ class PromptDataModule(AlignmentDataModule):
         parts = super()._parts()
         if self.pretraining_sources:
             encoder = Encoder(
-                formats.demonstration, formats.DEMONSTRATION_FORMS, {}, self.max_length, None, self.as_chat
+                formats.demonstration,
+                formats.DEMONSTRATION_FORMS,
+                {},
+                self.max_length,
+                None,
+                self.as_chat,
+                rendered=self.rendered,
             )
             parts["pretraining"] = Part(self.pretraining_sources, None, encoder)
         return parts

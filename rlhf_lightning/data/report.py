@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.formats import REASONS
+from rlhf_lightning.data.canonical import REASONS
 
 
 @dataclass
@@ -16,9 +16,10 @@ class Report:
     Attributes:
         read: rows read.
         kept: rows kept.
-        dropped: rows dropped, by reason (see `formats.REASONS`).
+        dropped: rows dropped, by reason (see `canonical.REASONS`).
         truncated: kept rows whose ``prompt`` or ``completion`` lost tokens.
         tokens: supervised tokens of the kept rows.
+        escaped: kept rows whose text spells a control token, which is encoded as the characters it is made of.
     """
 
     read: int = 0
@@ -26,6 +27,7 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
+    escaped: int = 0
 
     def drop(self, reason: str) -> None:
         """Count a row that is dropped."""
@@ -39,12 +41,14 @@ class Report:
             dict(Counter(self.dropped) + Counter(other.dropped)),
             dict(Counter(self.truncated) + Counter(other.truncated)),
             self.tokens + other.tokens,
+            self.escaped + other.escaped,
         )
 
     @property
     def metrics(self) -> dict[str, float]:
         """The counts as ``data/...`` metrics."""
         counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens}
+        counts |= {"escaped": self.escaped} if self.escaped else {}
         counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         counts |= {f"truncated_{part}": count for part, count in self.truncated.items()}
         return {f"data/{name}": float(count) for name, count in counts.items()}
@@ -57,6 +61,11 @@ class Report:
             text += ", dropped: " + ", ".join(f"{count:,} {reason} ({REASONS[reason]})" for reason, count in reasons)
         if self.truncated:
             text += "; truncated: " + ", ".join(f"{count:,} {part}s" for part, count in sorted(self.truncated.items()))
+        if self.escaped:
+            text += (
+                f"; {self.escaped:,} spell control tokens, which stay plain text (rendered: true if a chat template "
+                "wrote the data)"
+            )
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class SFTDataModule(AlignmentDataModule):
         """Reads demonstrations."""
         return Encoder(
             formats.demonstration, formats.DEMONSTRATION_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat,
+            self.as_chat, rendered=self.rendered,
         )  # fmt: skip
 
     def collator(self) -> Collate:

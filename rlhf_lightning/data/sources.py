@@ -6,7 +6,6 @@ A source is written as a string (a Hub name, a file, a glob or a folder), or as 
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
@@ -16,17 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-WRAPPERS = ("data", "rows", "examples", "instances", "train")
-"""Names under which a .json file may hold its list of rows."""
-
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".txt")
-
-
-class Unreadable:
-    """Stands for a line that holds no row."""
-
-
-UNREADABLE = Unreadable()
+from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
 
 
 @dataclass(frozen=True)
@@ -157,72 +146,14 @@ def source_stamp(source: Source) -> str:
     return json.dumps([source.path, source.split, source.name, sizes])
 
 
-def read_rows(source: Source) -> Iterator[dict[str, Any] | Unreadable]:
-    """Rows of a source in order; `UNREADABLE` for a line that holds none, so that every line is counted."""
+def read_rows(source: Source) -> Iterator[RawRow]:
+    """Rows of a source in order; `files.Unreadable` for a line that holds none, so that every line is counted."""
     files = files_of(source)
     if files is None:
-        rows: Iterator[dict[str, Any] | Unreadable] = iter(load_hub(source))
+        rows: Iterator[RawRow] = iter(load_hub(source))
     else:
         rows = (row for file in files for row in read_file(file))
     for count, row in enumerate(rows):
         if source.rows is not None and count >= source.rows:
             return
         yield row
-
-
-def read_file(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
-    """Rows of one file, by its suffix: Parquet, CSV with a header, JSON (a list of objects), else one JSON a line.
-
-    A ``.txt`` file is one row with the column ``text`` for each paragraph (texts between empty lines).
-    """
-    if file.suffix == ".parquet":
-        yield from _parquet(file)
-    elif file.suffix == ".csv":
-        yield from _csv(file)
-    elif file.suffix == ".txt":
-        for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
-            if paragraph.strip():
-                yield {"text": paragraph.strip("\n")}
-    elif file.suffix == ".json":
-        yield from _json(file)
-    else:
-        with file.open("rb") as stream:
-            for line in stream:
-                if line.strip():
-                    yield parse_line(line)
-
-
-def parse_line(line: bytes) -> dict[str, Any] | Unreadable:
-    """The JSON object of a line, or `UNREADABLE`."""
-    try:
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-    except (ValueError, RecursionError):
-        return UNREADABLE
-    return row if isinstance(row, dict) else UNREADABLE
-
-
-def _json(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        whole = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
-        yield from (parse_line(line) for line in content.splitlines() if line.strip())
-        return
-    if isinstance(whole, dict):
-        wrapped = next((value for key, value in whole.items() if key in WRAPPERS and isinstance(value, list)), None)
-        whole = [whole] if wrapped is None or len(whole) > 1 else wrapped
-    yield from (row if isinstance(row, dict) else UNREADABLE for row in (whole if isinstance(whole, list) else [whole]))
-
-
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
-        yield from batch.to_pylist()
-
-
-def _csv(file: Path) -> Iterator[dict[str, Any] | Unreadable]:
-    csv.field_size_limit(1 << 30)
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        for row in csv.DictReader(stream):
-            yield UNREADABLE if None in row else row

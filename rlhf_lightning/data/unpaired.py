@@ -37,7 +37,7 @@ class UnpairedDataModule(AlignmentDataModule):
         """Reads judged completions."""
         return Encoder(
             formats.unpaired, formats.UNPAIRED_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, apart=True,
+            self.as_chat, apart=True, rendered=self.rendered,
         )  # fmt: skip
 
     @property

@@ -4,15 +4,8 @@ import json
 
 import pytest
 
-from rlhf_lightning.data.formats import (
-    PREFERENCE_FORMS,
-    REASONS,
-    RowRefused,
-    check_columns,
-    demonstration,
-    preference,
-    prompt,
-)
+from rlhf_lightning.data.canonical import REASONS, RowRefused
+from rlhf_lightning.data.formats import PREFERENCE_FORMS, check_columns, demonstration, preference, prompt
 
 
 def user(content):

@@ -5,7 +5,8 @@ import torch
 from conftest import ASSISTANT, END, EOS, USER, make_tiny_tokenizer, spell
 
 from rlhf_lightning.data import ProcessDataModule
-from rlhf_lightning.data.formats import RowRefused, process
+from rlhf_lightning.data.canonical import RowRefused
+from rlhf_lightning.data.formats import process
 from rlhf_lightning.types import ProcessBatch
 
 ROW = {"prompt": "p", "completions": ["ab", "cd", "e"], "labels": [True, 0.25, False]}

@@ -10,7 +10,7 @@ import torch
 from conftest import ASSISTANT, END, EOS, SPECIAL, USER, make_tiny_tokenizer, spell
 
 from rlhf_lightning.data import SFTDataModule
-from rlhf_lightning.data.formats import REASONS
+from rlhf_lightning.data.canonical import REASONS
 from rlhf_lightning.data.store import RowStore
 from rlhf_lightning.types import DemonstrationBatch
 
@@ -165,8 +165,8 @@ def test_the_report_is_read_aloud(ready, write_rows, caplog):
     data = ready(SFTDataModule(source))
     said = data.report.describe("rows")
     assert said == (
-        "rows: 4 rows read, 2 kept, dropped: 1 empty_prompt (the prompt is empty or None), "
-        "1 empty_completion (a completion is empty or None)."
+        "rows: 4 rows read, 2 kept, dropped: 1 empty_prompt (the prompt is empty, or no text), "
+        "1 empty_completion (a completion is empty, or no text)."
     )
     assert data.report.metrics["data/dropped_empty_prompt"] == 1.0
     assert said.removeprefix("rows") in caplog.text

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from rlhf_lightning.data.sources import UNREADABLE, Source, files_of, parse_sources, read_rows, source_fingerprint
+from rlhf_lightning.data.files import UNREADABLE
+from rlhf_lightning.data.sources import Source, files_of, parse_sources, read_rows, source_fingerprint
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "ü\u2028b", "n": 2}, {"prompt": "c", "n": 3}]
 

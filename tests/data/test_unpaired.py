@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.data import UnpairedDataModule
-from rlhf_lightning.data.formats import RowRefused, unpaired
+from rlhf_lightning.data.canonical import RowRefused
+from rlhf_lightning.data.formats import unpaired
 from rlhf_lightning.data.unpaired import mismatched_rows
 from rlhf_lightning.types import UnpairedBatch
 

@@ -25,6 +25,7 @@ from rlhf_lightning.modules import CriticFreeModule
 from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.invariants import InvariantError, Invariants
 from rlhf_lightning.modules.rollouts import Aggregation
+from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.types import Advantages, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]
@@ -279,7 +280,7 @@ def test_dynamic_sampling_keeps_groups_in_the_order_of_their_episodes(policy_fol
 
 
 def test_overlong_completions_are_punished_or_left_out(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "end_token_ids", lambda tokenizer: tuple(range(20, 70)))
+    monkeypatch.setattr(Facts, "ends", tuple(range(20, 70)))
     logged = MetricsLog()
 
     def zero(prompts: Any, completions: list[str], **columns: Any) -> list[float]:

@@ -27,6 +27,7 @@ from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.sampling import Mixture, sample
 from rlhf_lightning.modules import OnlineDPOModule
 from rlhf_lightning.modules.online_opponents import OPPONENTS
+from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.types import PreferenceLogprobs, PromptBatch, Rollout, Sequences, Step
 
 from .test_module_checkpoints import Snapshot
@@ -220,7 +221,7 @@ def test_xpo_takes_two_samples_and_no_more(policy_folder: str) -> None:
 
 
 def test_an_unfinished_completion_is_penalised(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modules.rollouts.tokenization, "end_token_ids", lambda tokenizer: tuple(range(20, 35)))
+    monkeypatch.setattr(Facts, "ends", tuple(range(20, 35)))
     rollout = kept_rollout(made("OnlineDPOModule", policy_folder, missing_eos_penalty=5.0), questions())
     assert 0 < int(rollout.finished.sum()) < 8
     assert bool(((rollout.scores < 0) == ~rollout.finished).all())

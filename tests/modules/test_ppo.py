@@ -24,10 +24,10 @@ from tiny_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_lightning import tokenization
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.types import Loss, PolicyLogprobs, PromptBatch, Rollout
 
 PROMPTS = [prompt for prompt, _ in random_rows(8, seed=61)]
@@ -71,7 +71,7 @@ def rollouts(count: int, size: int = 8) -> list[Any]:
 def many_ends(monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
     """Let a twelfth of all tokens end a completion."""
     ends = (EOS, *range(20, 28))
-    monkeypatch.setattr(tokenization, "end_token_ids", lambda tokenizer: ends)
+    monkeypatch.setattr(Facts, "ends", ends)
     return ends
 
 

@@ -1,0 +1,157 @@
+"""``rlhf audit``: what is wrong with a data set, before anything is trained on it."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+import json as writer
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_lightning.commands.parsing import run_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_lightning.data.audit import Audit
+    from rlhf_lightning.data.files import RawRow
+
+SHOWN = 10
+"""Row numbers of a finding that are printed."""
+FIRST = 100
+"""Rows whose columns decide the kind."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf audit``."""
+    return run_function(audit, argv, "rlhf audit", positional=["data"])
+
+
+def audit(
+    data: str,
+    eval: str | None = None,
+    kind: Literal["sft", "preference", "unpaired", "process", "prompt"] | None = None,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    chat_template: str | None = None,
+    as_chat: bool = False,
+    columns: dict[str, str] | None = None,
+    split: str = "train",
+    rows: int | None = None,
+    json: str | None = None,
+    strict: bool = False,
+) -> int:
+    """Say what is wrong with a data set: rows that training would drop, duplicates, leaks into the evaluation data,
+    contradicting labels, a length that gives the answer away, truncation, turns out of order, damaged text.
+
+    Texts are never printed, only counts and the numbers of rows, from 1 in the order of the data. Memory does not grow
+    with the length of texts.
+
+    Args:
+        data: a .jsonl, .json, .parquet, .csv or .txt file, a glob, a folder written by save_to_disk, or a Hub name.
+        eval: data that models will be evaluated on, in the same forms: audited too, and searched for what is in both.
+        kind: what the rows are for; by default their columns say.
+        tokenizer: folder or Hub name of a tokenizer or model: lengths are then tokens, and control tokens its own.
+        max_length: most tokens of prompt and completion, as in training; needs a tokenizer.
+        max_prompt_length: most tokens of the prompt, as in training; needs a tokenizer.
+        chat_template: template to use instead of the tokenizer's own.
+        as_chat: make plain text a user's turn and an assistant's turn.
+        columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
+        split: split of a Hub name or of a folder with several.
+        rows: read only the first so many rows.
+        json: file for everything found, with the numbers of all rows.
+        strict: exit with status 1 if anything was found.
+    """
+    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.data.audit import summary
+
+    quieten()
+    if tokenizer is None and (max_length or max_prompt_length or chat_template):
+        raise ValueError("max_length, max_prompt_length and chat_template are about tokens: name a --tokenizer too")
+    settings = {
+        "columns": columns, "as_chat": as_chat, "max_length": max_length, "max_prompt_length": max_prompt_length,
+        "tokenizer": None if tokenizer is None else load(tokenizer, chat_template),
+    }  # fmt: skip
+    train = audited(data, split, rows, kind, settings)
+    reports = [summary(train, data)]
+    if eval is not None:
+        reports.append(summary(audited(eval, split, rows, kind, settings, train), eval))
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    print("\n\n".join(page(report, width) for report in reports))
+    if json is not None:
+        Path(json).write_text(writer.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    found = sum(len(report["findings"]) for report in reports)
+    return 1 if strict and found else 0
+
+
+def load(tokenizer: str, chat_template: str | None) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a folder, Hub name or .gguf file."""
+    from rlhf_lightning.models.loading import resolve_folder
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    return load_tokenizer(resolve_folder(tokenizer), chat_template)
+
+
+def audited(
+    data: str, split: str, most: int | None, kind: str | None, settings: dict[str, Any], train: "Audit | None" = None
+) -> "Audit":
+    """Audit one source, against the training data if that is given.
+
+    Raises:
+        ValueError: it is empty, or its columns are of no known form.
+    """
+    from rlhf_lightning.data.audit import Audit
+    from rlhf_lightning.data.files import Unreadable
+    from rlhf_lightning.data.kinds import kind_of
+    from rlhf_lightning.data.sources import Source, read_rows
+
+    rows: Iterator[RawRow] = read_rows(Source(data, rows=most, split=split))
+    first = list(islice(rows, FIRST))
+    names = [name for row in first if not isinstance(row, Unreadable) for name in row]
+    if not first:
+        raise ValueError(f"{data} is empty: it holds no row.")
+    if not names:
+        raise ValueError(f"{data}: none of its first {len(first)} rows can be read; a row is a JSON object in UTF-8.")
+    renames = settings["columns"] or {}
+    found = Audit(kind or kind_of([renames.get(name, name) for name in names], data), **settings)
+    found.encoder.check_names(names, data)
+    for row in chain(first, rows):
+        keys = found.add(row)
+        if train is not None:
+            found.compare(keys, train)
+    return found
+
+
+def page(report: dict[str, Any], width: int) -> str:
+    """A report as text, at most ``width`` columns wide."""
+    read = report["read"]
+    head = f"{report['source']}: {report['kind']} data, {read:,} rows, {report['usable']:,} of them usable"
+    lines = [*textwrap.wrap(head, width, subsequent_indent="  ")]
+    facts = [f"{report['distinct_prompts']:,} distinct prompts"] if report["distinct_prompts"] else []
+    if report["lengths"]:
+        sizes = ", ".join(f"{name} {size:,}" for name, size in report["lengths"].items())
+        facts.append(f"{report['unit']} of prompt and completion: {sizes}")
+    if (shortcut := report["length_shortcut"]) is not None:
+        facts.append(
+            f"picking the longer completion is right in {100 * shortcut['accuracy']:.1f} % "
+            f"(95 % interval {100 * shortcut['low']:.1f} to {100 * shortcut['high']:.1f}) of {shortcut['rows']:,} rows"
+        )
+    for fact in facts:
+        lines += textwrap.wrap(fact, width, initial_indent="  ", subsequent_indent="    ")
+    if not report["findings"]:
+        return "\n".join([*lines, "", "  nothing found"])
+    lines += ["", f"  {'rows':>8} {'share':>7}  finding"]
+    for one in report["findings"]:
+        lines += _finding(one, read, width)
+    return "\n".join(lines)
+
+
+def _finding(one: dict[str, Any], read: int, width: int) -> list[str]:
+    counted = f"  {one['count']:>8,} {100 * one['count'] / read:>6.1f}%  " if one["rows"] else f"  {'all':>8} {'':>7}  "
+    indent = " " * len(counted)
+    numbers = ", ".join(map(str, one["rows"][:SHOWN])) + (" ..." if len(one["rows"]) > SHOWN else "")
+    text = f"{one['check']}: {one['meaning']}" + (f" [{numbers}]" if numbers else "")
+    return textwrap.wrap(text, width, initial_indent=counted, subsequent_indent=indent)

@@ -1,0 +1,83 @@
+"""A tokenizer with what training needs: a pad token of its own, an end, and the chat template that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_lightning.tokenization.facts import end_token_ids
+from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES
+
+PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+
+def load_tokenizer(
+    name_or_folder: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
+
+    The pad token is the tokenizer's own unless a completion may end with it; else the first of ``<pad>``, ``<|pad|>``,
+    ``[PAD]``, ``<|finetune_right_pad_id|>``, ``<|endoftext|>`` and the unknown token that is in the vocabulary and ends
+    no completion; else ``<|pad|>`` is added. Masks come from lengths, so its id never reaches a loss.
+
+    Args:
+        name_or_folder: name on the Hugging Face Hub, or a folder.
+        chat_template: text of a Jinja template, path of a ``.jinja`` file, or the name of a shipped one: ``chatml``,
+            ``plain``, or ``default``, which is the first of those two that the vocabulary allows. None keeps the
+            tokenizer's own.
+        trust_remote_code: run the Python code that the tokenizer brings along, if any.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer under that name.
+        ValueError: if the template is not found, or there is no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The tokenizer {str(name_or_folder)!r} needs Python code of its own, which is run only where it is "
+                f"named: --model.trust_remote_code {name_or_folder}"
+            ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"No tokenizer in {str(name_or_folder)!r} ({reason}); give a Hub name or a folder with tokenizer.json."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {str(name_or_folder)!r} has no EOS token, so a completion could not end.")
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(tokenizer, chat_template)
+    _ensure_pad(tokenizer)
+    return tokenizer
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+    vocabulary = tokenizer.get_vocab()
+    if chat_template == "default":
+        chat_template = "chatml" if {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys() else "plain"
+    if chat_template in CHAT_TEMPLATES:
+        if chat_template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
+            raise ValueError("chat_template 'chatml' needs <|im_start|> and <|im_end|> in the vocabulary: use 'plain'.")
+        text = CHAT_TEMPLATES[chat_template]
+        return text if tokenizer.bos_token else text.replace("{{ bos_token }}", "")
+    if "{" in chat_template:
+        return chat_template
+    if not Path(chat_template).is_file():
+        raise ValueError(
+            f"chat_template {chat_template!r} is neither a Jinja text, nor a file, nor one of "
+            f"{', '.join(['default', *CHAT_TEMPLATES])}."
+        )
+    return Path(chat_template).read_text(encoding="utf-8")
+
+
+def _ensure_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    ends = set(end_token_ids(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for candidate in (*PAD_CANDIDATES, tokenizer.unk_token):
+        if candidate is not None and vocabulary.get(candidate, tokenizer.eos_token_id) not in ends:
+            tokenizer.pad_token = candidate
+            return
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

@@ -1,0 +1,76 @@
+"""``rlhf audit`` on a terminal: numbers, never texts."""
+
+import json
+
+import pytest
+
+from rlhf_lightning.cli import main
+
+ROWS = [
+    {"prompt": "SECRET one", "chosen": "SECRET yes", "rejected": "SECRET no"},
+    {"prompt": "SECRET one", "chosen": "SECRET yes", "rejected": "SECRET no"},
+    {"prompt": "SECRET two", "chosen": "SECRET", "rejected": "SECRET"},
+]
+
+
+def run(capsys, *arguments):
+    status = main(["audit", *arguments])
+    told = capsys.readouterr()
+    assert "SECRET" not in told.out + told.err
+    return status, " ".join(told.out.split()), told.err
+
+
+def test_findings_are_counted_and_numbered(write_rows, capsys, tmp_path):
+    source, other = write_rows(ROWS), write_rows(ROWS[:1], "eval.jsonl")
+    report = tmp_path / "report.json"
+    status, told, _ = run(capsys, source, "--eval", other, "--json", str(report))
+    assert status == 0
+    assert "preference data, 3 rows, 2 of them usable" in told
+    assert "1 33.3% identical_completions: chosen equals rejected [3]" in told
+    assert "1 33.3% duplicate: repeats an earlier row [2]" in told
+    assert "1 100.0% leaked_row: the whole row is in the training data [1]" in told
+    train, held_out = json.loads(report.read_text())
+    assert (train["read"], train["usable"], held_out["findings"][0]["rows"]) == (3, 2, [1])
+    assert {"check": "duplicate", "meaning": "repeats an earlier row", "count": 1, "rows": [2], "first": [1]} in train[
+        "findings"
+    ]
+
+
+def test_strict_is_for_pipelines(write_rows, capsys):
+    assert run(capsys, write_rows(ROWS), "--strict")[0] == 1
+    status, told, _ = run(capsys, write_rows(ROWS[:1]), "--strict")
+    assert status == 0 and "nothing found" in told
+
+
+def test_many_rows_are_shortened(write_rows, capsys):
+    _, told, _ = run(capsys, write_rows(ROWS[:1] * 14))
+    assert "[2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in told and "11 ...]" in told and "12" not in told
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "said"),
+    [
+        ("", [], "is empty: it holds no row"),
+        ("nonsense\n", [], "none of its first 1 rows can be read"),
+        ('{"promt": 1, "choosen": 2}\n', [], "Did you mean 'prompt' by 'promt'?"),
+        ('{"prompt": "x"}\n', ["--columns", "{question: prompt}"], "columns renames 'question'"),
+        ('{"prompt": "x"}\n', ["--kind", "preference"], "none of the accepted forms"),
+        ('{"prompt": "x"}\n', ["--max-length", "9"], "name a --tokenizer too"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong(tmp_path, capsys, content, arguments, said):
+    (tmp_path / "rows.jsonl").write_text(content)
+    status, _, told = run(capsys, str(tmp_path / "rows.jsonl"), *arguments)
+    assert status == 1 and said in told and told.count("\n") == 1
+
+
+def test_a_file_that_is_not_there(capsys):
+    assert "There is no file 'nowhere.jsonl'" in run(capsys, "nowhere.jsonl")[2]
+
+
+@pytest.mark.real
+def test_real_rows_hold_what_is_known_of_them(shared_data, capsys, tmp_path):
+    run(capsys, str(shared_data("pandalm_pref_standard.jsonl")), "--json", str(tmp_path / "report.json"))
+    (report,) = json.loads((tmp_path / "report.json").read_text())
+    counts = {one["check"]: one["count"] for one in report["findings"]}
+    assert counts == {"duplicate": 57, "circle": 3, "longer_wins": 0}

@@ -1,0 +1,162 @@
+"""What an audit finds in rows where it was put, and that it finds nothing where nothing is."""
+
+import pytest
+
+from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
+from rlhf_lightning.data.canonical import REASONS
+from rlhf_lightning.data.contradictions import Preferences
+from rlhf_lightning.data.files import UNREADABLE
+from rlhf_lightning.data.kinds import kind_of
+
+
+def pair(prompt, chosen, rejected, **columns):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def audited(kind, rows, **settings):
+    audit = Audit(kind, **settings)
+    for row in rows:
+        audit.add(row)
+    return audit, {found.check: found.rows for found in audit.findings()}
+
+
+def test_every_finding_has_a_meaning_of_its_own():
+    assert not set(CHECKS) & set(REASONS)
+
+
+def test_clean_rows_have_no_finding():
+    rows = [pair(f"p{i}", "good"[: i % 3 + 1], "bad"[: (i + 1) % 3 + 1]) for i in range(30)]
+    audit, found = audited("preference", rows)
+    assert found == {} and (audit.read, audit.usable, audit.repeated_prompts) == (30, 30, 0)
+
+
+def test_duplicates_are_exact_or_nearly_so():
+    rows = [
+        pair("p", "a b", "c"),
+        pair("p", "a b", "c"),
+        pair("P ", "A  b", "ｃ"),
+        pair("p", "c", "a b"),
+        pair("q", "a", "c"),
+    ]
+    audit, found = audited("preference", rows)
+    assert found["duplicate"] == [2] and found["near_duplicate"] == [3] and audit.repeated_prompts == 3
+    assert audit.found["duplicate"].first == [1]
+    assert found["both_ways"] == [1, 2, 3, 4]
+
+
+def test_rows_that_training_drops_are_named_by_reason():
+    audit, found = audited("preference", [pair("p", "a", "a"), UNREADABLE, pair("p", "a", "A"), pair("", "a", "b")])
+    assert found == {
+        "unreadable_line": [2], "empty_prompt": [4], "identical_completions": [1], "near_identical": [3],
+    }  # fmt: skip
+    assert audit.usable == 1
+
+
+def test_preferences_in_a_circle():
+    rows = [pair("p", "a", "b"), pair("p", "b", "c"), pair("p", "c", "a"), pair("p", "a", "d"), pair("q", "c", "a")]
+    assert audited("preference", rows)[1]["circle"] == [1, 2, 3]
+    ranked = [{"prompt": "p", "completions": ["a", "b", "c"]}, {"prompt": "p", "completions": ["c", "d", "a"]}]
+    found = audited("preference", ranked)[1]
+    assert found["both_ways"] == [1, 2] and found["circle"] == [1, 2]
+    tie = [pair("p", "a", "b", preference=0.5), pair("p", "b", "a")]
+    assert "both_ways" not in audited("preference", tie)[1]
+    soft = [pair("p", "a", "b", preference=0.2), pair("p", "b", "a")]
+    assert "both_ways" not in audited("preference", soft)[1], "both say that b is better"
+
+
+def test_long_lists_are_compared_between_neighbours_alone():
+    preferences = Preferences()
+    preferences.add(1, 0, range(100), range(100))
+    assert len(preferences.rows) == 99
+    preferences.add(2, 0, [50, 49], [0, 1])
+    assert preferences.contradictions() == ([1, 2], [])
+
+
+def test_one_completion_judged_good_and_bad():
+    rows = [{"prompt": "p", "completion": "c", "label": label} for label in (True, True, False)]
+    found = audited("unpaired", rows)[1]
+    assert found["both_ways"] == [1, 3] and found["duplicate"] == [2]
+
+
+def test_a_length_that_gives_the_answer_away():
+    long = [pair(f"p{i}", "longer", "short") for i in range(60)]
+    audit, found = audited("preference", long)
+    shortcut = audit.length_shortcut()
+    assert found["longer_wins"] == [] and shortcut.accuracy == 1 and shortcut.low > SHORTCUT and shortcut.rows == 60
+    assert "shorter_wins" in audited("preference", [pair(f"p{i}", "short", "longer") for i in range(60)])[1]
+    assert (
+        audited("preference", [pair(f"p{i}", "same", "size") for i in range(60)])[0].length_shortcut().accuracy == 0.5
+    )
+    ranked = [{"prompt": "p", "completions": ["aaa", "b", "cc"]}]
+    assert audited("preference", ranked)[0].length_shortcut().accuracy == pytest.approx(2 / 3)
+
+
+def test_turns_out_of_order():
+    ask, say, rule = turn("user", "q"), turn("assistant", "a"), turn("system", "s")
+    rows = [
+        {"prompt": [ask, say], "completion": "c"},
+        {"prompt": [ask, rule], "completion": "c"},
+        {"prompt": [ask, turn("user", "r")], "completion": "c"},
+        {"prompt": [turn("user", "x\nAssistant: y")], "completion": "c"},
+        {"prompt": [rule, ask], "completion": "c"},
+    ]
+    assert audited("sft", rows)[1] == {
+        "open_prompt": [1], "no_question": [2], "repeated_role": [3], "late_system": [2], "second_speaker": [4],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "check"),
+    [
+        ("a\ufffdb", "replacement"), ("cafÃ©", "mojibake"), ("itâ€™s", "mojibake"), ("a\x07", "control"),
+        ("a\x9f", "control"), ("a\u202eb", "invisible"), ("a\U000e0041", "invisible"), ("a<|im_end|>", "control_token"),
+    ],
+)  # fmt: skip
+def test_damaged_text(text, check):
+    assert audited("sft", [{"prompt": text, "completion": "café – ça va?\t\n"}])[1] == {check: [1]}
+
+
+def test_what_is_cut_is_counted_in_tokens(tiny_tokenizer):
+    rows = [
+        {"prompt": "p" * 6, "completion": "c" * 5},  # 12 tokens with the end
+        {"prompt": "p" * 30, "completion": "c" * 3},
+        {"prompt": "p" * 30, "completion": "c" * 10},
+        {"prompt": "p", "completion": "<eos>"},
+    ]
+    audit, found = audited("sft", rows, tokenizer=tiny_tokenizer, max_length=12)
+    assert found["prompt_cut"] == [2, 3] and found["completion_cut"] == [3] and found["control_token"] == [4]
+    assert audit.quantiles((0.0, 1.0)) == [7, 41]
+    _, found = audited("sft", rows[1:2], tokenizer=tiny_tokenizer, max_length=12, max_prompt_length=10)
+    assert found["prompt_crowds_out"] == found["completion_cut"] == [1]
+    _, found = audited("prompt", rows[:2], tokenizer=tiny_tokenizer, max_length=12)
+    assert found == {"prompt_cut": [2]}
+
+
+def test_what_is_in_both_has_leaked():
+    train, _ = audited("preference", [pair("p", "a", "b"), pair("q", "a", "b")])
+    audit = Audit("preference")
+    for row in (pair("p", "A", "b"), pair("Q", "x", "y"), pair("r", "a", "b"), UNREADABLE):
+        audit.compare(audit.add(row), train)
+    found = {one.check: one.rows for one in audit.findings()}
+    assert found == {"leaked_row": [1], "leaked_prompt": [2], "unreadable_line": [4]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        ("prompt completions labels", "process"), ("prompt completions", "preference"),
+        ("chosen rejected", "preference"), ("prompt completion label", "unpaired"), ("prompt completion", "sft"),
+        ("messages id", "sft"), ("prompt", "prompt"),
+    ],
+)  # fmt: skip
+def test_columns_say_what_rows_are_for(columns, kind):
+    assert kind_of(columns.split(), "rows") == kind
+
+
+def test_unknown_columns_are_named():
+    with pytest.raises(ValueError, match=r"rows has the columns 'promt'.*Did you mean 'prompt' by 'promt'\?"):
+        kind_of(["promt"], "rows")

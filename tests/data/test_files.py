@@ -1,0 +1,66 @@
+"""A row that cannot be read is counted; a file that cannot be is an error that names it, and the place."""
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rlhf_lightning.data.files import DUPLICATE_KEY, UNREADABLE, parse_line, read_file
+
+
+def written(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+@pytest.mark.parametrize(
+    ("line", "row"),
+    [
+        (b'{"a": 1, "a": 2}', DUPLICATE_KEY),
+        (b'{"m": [{"role": "user", "role": "assistant"}]}', DUPLICATE_KEY),
+        (b'{"a": "\xff"}', UNREADABLE),
+        (b'{"a": "\x00"}', UNREADABLE),
+        (b'{"a": 1' + b"0" * 5000 + b"}", UNREADABLE),
+        (b"[" * 100_000, UNREADABLE),
+        (b"NaN", UNREADABLE),
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        (b'{"a": Infinity, "b": "\\u0000"}', {"a": float("inf"), "b": "\x00"}),
+        (b'{"a": "\\ud800"}', {"a": "\ud800"}),
+    ],
+)
+def test_lines_of_json(line, row):
+    assert parse_line(line) == row
+
+
+def test_a_json_file_that_is_cut_off_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.json is no JSON in UTF-8: .*line 1 column"):
+        list(read_file(written(tmp_path, "rows.json", '[{"a": 1}, {"a":')))
+    with pytest.raises(ValueError, match="an object has a key twice"):
+        list(read_file(written(tmp_path, "rows.json", '[{"a": 1, "a": 2}]')))
+    assert list(read_file(written(tmp_path, "rows.json", ""))) == []
+
+
+def test_csv_loses_no_row_in_a_quote(tmp_path):
+    content = 'prompt,n\na,1\n"b"x,2\n\nc\nd,3,4\n'
+    wanted = [{"prompt": "a", "n": "1"}, UNREADABLE, {"prompt": "c", "n": None}, UNREADABLE]
+    assert list(read_file(written(tmp_path, "rows.csv", content))) == wanted
+    with pytest.raises(ValueError, match=r"rows\.csv: a quote that opens in the row .* line 3 is never closed"):
+        list(read_file(written(tmp_path, "rows.csv", 'prompt,n\na,1\n"b,2\nc,3\n')))
+    with pytest.raises(ValueError, match="has the column 'n' twice in its header"):
+        list(read_file(written(tmp_path, "rows.csv", "n,n\na,1\n")))
+
+
+def test_broken_utf8_is_kept_apart_from_what_it_is_not(tmp_path):
+    assert list(read_file(written(tmp_path, "rows.csv", b"\xef\xbb\xbfprompt\na\xff\n"))) == [{"prompt": "a\udcff"}]
+    assert list(read_file(written(tmp_path, "t.txt", b"\xef\xbb\xbfa\xff\n\nb"))) == [
+        {"text": "a\udcff"},
+        {"text": "b"},
+    ]
+
+
+def test_parquet_loses_the_broken_rows_alone(tmp_path):
+    texts = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    assert list(read_file(tmp_path / "rows.parquet")) == [{"text": "a"}, UNREADABLE, {"text": "c"}]
+    with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as Parquet after 0 rows"):
+        list(read_file(written(tmp_path, "broken.parquet", "hello")))

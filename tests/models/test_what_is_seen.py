@@ -1,0 +1,58 @@
+"""Whatever the arrangement of rows, a token is predicted from its prompt and its completion so far, nothing else."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_lightning.functional.packing import cumulative_lengths, packed_positions
+from rlhf_lightning.models.layout import padded_layout, shared_layout
+from rlhf_lightning.types import Sequences
+
+IDS = st.lists(st.integers(1, 9), max_size=5)
+COMPLETION = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=5)
+
+
+def seen(layout, predictor):
+    """Ids that a cell looks at, in the order of their positions."""
+    row, place = divmod(predictor, layout.input_ids.shape[1])
+    if layout.attention is None:
+        return layout.input_ids[row, : place + 1].tolist()
+    cells = layout.attention[row, 0, place].nonzero().squeeze(-1)
+    order = layout.positions[row, cells].argsort()
+    assert layout.positions[row, cells][order].tolist() == list(range(len(cells)))
+    return layout.input_ids[row, cells][order].tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(IDS, min_size=1, max_size=3), st.lists(st.tuples(st.integers(0, 2), COMPLETION), min_size=1, max_size=5)
+)
+def test_every_token_is_predicted_from_all_before_it(prompts, completions):
+    parents = [parent % len(prompts) for parent, _ in completions]
+    sequences = Sequences(
+        prompts=tuple(torch.tensor(prompt, dtype=torch.long) for prompt in prompts),
+        completions=tuple(torch.tensor([index for index, _ in said]) for _, said in completions),
+        parents=tuple(parents),
+        supervised=tuple(torch.tensor([flag for _, flag in said]) for _, said in completions),
+    )
+    for lay in (padded_layout, shared_layout):
+        layout = lay(sequences)
+        found = {}
+        length = layout.completion_mask.shape[1]
+        for cell, predictor, target in zip(layout.cells, layout.predictors, layout.targets, strict=True):
+            found[divmod(int(cell), length)] = (seen(layout, int(predictor)), int(target))
+        wanted = {}
+        for number, (_, said) in enumerate(completions):
+            ids, prompt = [index for index, _ in said], prompts[parents[number]]
+            for offset, (index, flag) in enumerate(said):
+                if flag and (prompt or offset):
+                    wanted[number, offset] = ([*prompt, *ids[:offset]], index)
+        assert found == wanted, lay.__name__
+
+
+@given(st.lists(st.integers(0, 6), max_size=8))
+def test_packed_documents_count_from_nought(lengths):
+    counts = torch.tensor(lengths, dtype=torch.long)
+    assert packed_positions(counts).tolist() == [place for length in lengths for place in range(length)]
+    bounds = cumulative_lengths(counts).tolist()
+    assert bounds == [sum(lengths[:number]) for number in range(len(lengths) + 1)]
