@@ -1,4 +1,4 @@
-"""The drill of experiments/reliability, shortened: runs really killed, filled up and torn end in the same bits."""
+"""The drill of experiments/reliability, shortened: runs that are killed and torn for real end in the same bits."""
 
 import json
 import sys
