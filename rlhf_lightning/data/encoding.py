@@ -164,7 +164,8 @@ class Encoder:
                 return [whole._replace(opening=opening_ids(tokenizer))]
             asked = render_prompt(tokenizer, prompt, rendered)
             if self.separator is not None:
-                return [asked, *render_steps(tokenizer, [str(s) for s in row.completions], self.separator, prompt)]
+                steps = [str(step) for step in row.completions]
+                return [asked, *render_steps(tokenizer, steps, self.separator, prompt, rendered)]
             return [asked, *(render_completion(tokenizer, said, prompt, rendered) for said in row.completions)]
         except TurnsRefused:
             raise RowRefused("template_refuses") from None
