@@ -122,7 +122,7 @@ class BatchPlan:
         wanted = self.ranks * -(-len(_filled(lengths, limit, most)) // self.ranks)
         if wanted == 1:
             return [(0, len(lengths))]
-        low, high = lengths[0], max(limit, lengths[0])
+        low, high = min(lengths[0], limit), limit  # a row longer than the limit stands alone, and widens no other
         while low < high:  # the smallest token limit that needs no more micro-batches
             middle = (low + high) // 2
             if len(_filled(lengths, middle, most)) <= wanted:
