@@ -5,6 +5,7 @@
 import json as writer
 import shutil
 import textwrap
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -118,10 +119,10 @@ def audited(
     renames = settings["columns"] or {}
     found = Audit(kind or kind_of([renames.get(name, name) for name in names], data), **settings)
     found.encoder.check_names(names, data)
-    for row in chain(first, rows):
-        keys = found.add(row)
-        if train is not None:
-            found.compare(keys, train)
+    if train is None:
+        deque(found.add(chain(first, rows)), maxlen=0)
+    else:
+        found.compare(chain(first, rows), train)
     return found
 
 

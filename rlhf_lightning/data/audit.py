@@ -7,8 +7,9 @@ was found. Rows are numbered from 1 in the order in which the source gives them.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,10 @@ from rlhf_lightning.data.damage import (
     key_of,
     normalised,
 )
-from rlhf_lightning.data.encoding import EncodedRow, Encoder
+from rlhf_lightning.data.encoding import CHUNK, EncodedRow, Encoder, Outcome
 from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.kinds import KINDS
 from rlhf_lightning.data.reading import read_row
-from rlhf_lightning.data.report import Report
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.tokenization import truncate
 
@@ -55,6 +55,8 @@ CHECKS = {
     "shorter_wins": "the shorter completion is mostly the better one",
 }
 """What each check finds. Reasons to drop a row (`canonical.REASONS`) are checks too."""
+
+Keys = tuple[int | None, int]
 
 SHORTCUT = 0.55
 """A length decides too often where the interval of its accuracy lies beyond this, either way."""
@@ -98,7 +100,7 @@ class LengthShortcut:
 
 
 class Audit:
-    """Takes in rows one by one, then says what was found.
+    """Takes in rows, then says what was found.
 
     Args:
         kind: key of `kinds.KINDS`.
@@ -130,42 +132,56 @@ class Audit:
         self.longer_wins = array("f")
         self.lengths = array("q")
 
-    def add(self, row: Row | Unreadable) -> tuple[int | None, int] | None:
-        """Take in the next row.
+    def add(self, rows: Iterable[Row | Unreadable]) -> Iterator[Keys | None]:
+        """Take in rows.
 
-        Returns:
-            hashes of its prompt and of all of it, as a reader sees them; None of a row that cannot be used.
+        Yields:
+            for each row the hashes of its prompt (None of a whole text) and of all of it, as a reader sees them; None
+            of a row that cannot be used.
         """
-        self.read += 1
+        rows = iter(rows)
+        while chunk := list(islice(rows, CHUNK)):
+            tokenizer = self.tokenizer
+            outcomes = map(self._read, chunk) if tokenizer is None else self.encoder.outcomes(tokenizer, chunk)
+            yield from map(self._take_in, outcomes)
+
+    def _read(self, row: Row | Unreadable) -> Outcome:
         try:
-            canonical = read_row(row, self.encoder.read, self.as_chat, self.columns)
-            encoded = self._encoded(row)
+            return Outcome(read_row(row, self.encoder.read, self.as_chat, self.columns))
         except RowRefused as refusal:
-            self._find(str(refusal))
+            return Outcome(reason=str(refusal))
+
+    def _take_in(self, outcome: Outcome) -> Keys | None:
+        self.read += 1
+        row = outcome.row
+        if row is None:
+            self._find(str(outcome.reason))
             return None
-        self._check_texts(canonical)
-        self._check_turns(canonical)
-        keys = [key_of(map(normalised, contents_of(one))) for one in canonical.completions]
-        whole = canonical.prompt is None
-        asked = None if whole else key_of(map(normalised, contents_of(canonical.prompt)))
-        loose = hash((asked, *keys, *canonical.ranks))
-        self._check_duplicates(canonical, loose)
+        if outcome.escaped:
+            self._find("control_token")
+        self._check_texts(row)
+        self._check_turns(row)
+        said = [key_of(map(normalised, contents_of(one))) for one in row.completions]
+        asked = None if row.prompt is None else key_of(map(normalised, contents_of(row.prompt)))
+        loose = hash((asked, *said, *row.ranks))
+        self._check_duplicates(row, loose)
         if asked is not None:
             self.repeated_prompts += asked in self.prompts
             self.prompts.setdefault(asked, self.read)
-            self._check_judgements(canonical, asked, keys)
-        self._measure(canonical, encoded)
+            self._check_judgements(row, asked, said)
+        self._measure(row, next(iter(outcome.encoded), None))
         return asked, loose
 
-    def compare(self, keys: tuple[int | None, int] | None, train: Audit) -> None:
-        """Look for the row taken in last in the data that is trained on."""
-        if keys is None:
-            return
-        asked, loose = keys
-        if loose in train.loose:
-            self._find("leaked_row")
-        elif asked in train.prompts:
-            self._find("leaked_prompt")
+    def compare(self, rows: Iterable[Row | Unreadable], train: Audit) -> None:
+        """Take in rows, and look for each in the data that is trained on."""
+        for keys in self.add(rows):
+            if keys is None:
+                continue
+            asked, loose = keys
+            if loose in train.loose:
+                self._find("leaked_row")
+            elif asked in train.prompts:
+                self._find("leaked_prompt")
 
     def findings(self) -> list[Finding]:
         """What was found, in the order of `canonical.REASONS` and `CHECKS`."""
@@ -207,17 +223,6 @@ class Audit:
         if not found.rows or found.rows[-1] != self.read:
             found.rows.append(self.read)
             found.first += [] if first is None else [first]
-
-    def _encoded(self, row: Row | Unreadable) -> EncodedRow | None:
-        if self.tokenizer is None:
-            return None
-        report = Report()
-        encoded = self.encoder.chunk(self.tokenizer, [row], report)
-        for reason in report.dropped:
-            raise RowRefused(reason)
-        if report.escaped:
-            self._find("control_token")
-        return encoded[0]
 
     def _check_texts(self, row: CanonicalRow) -> None:
         for part in (row.prompt, *row.completions):

@@ -128,7 +128,7 @@ class BatchPlan:
         wanted = self.ranks * -(-len(self._filled(lengths, limit)) // self.ranks)
         if wanted == 1:
             return [(0, len(lengths))]
-        low, high = 1, limit
+        low, high = min(lengths[0], limit), limit  # a row longer than the limit stands alone, and widens no other
         while low < high:  # the smallest token limit that needs no more micro-batches
             middle = (low + high) // 2
             if len(self._filled(lengths, middle)) <= wanted:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,6 +65,24 @@ class EncodedRow:
     def record(self) -> str:
         """Prompt and columns as JSON."""
         return json.dumps({"prompt": self.text, "columns": self.columns}, ensure_ascii=False, default=str)
+
+
+class Outcome(NamedTuple):
+    """What became of one row.
+
+    Attributes:
+        row: as it was read; None if it is dropped.
+        encoded: the rows it was made; none if it is dropped.
+        reason: why it is dropped, a key of `canonical.REASONS`; None if it is kept.
+        truncated: which of ``prompt`` and ``completion`` lost tokens.
+        escaped: whether a text of it spells a control token.
+    """
+
+    row: CanonicalRow | None = None
+    encoded: Sequence[EncodedRow] = ()
+    reason: str | None = None
+    truncated: tuple[str, ...] = ()
+    escaped: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,32 +147,42 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
     ) -> list[EncodedRow]:
         """Encode some rows at once, counting in ``report``."""
-        kept: list[CanonicalRow] = []
-        rendered: list[Rendered] = []
-        for row in rows:
+        done: list[EncodedRow] = []
+        for outcome in self.outcomes(tokenizer, rows):
             report.read += 1
-            try:
-                canonical = self._canonical(row)
-                rendered += self._render(tokenizer, canonical)
-                kept.append(canonical)
-            except RowRefused as refusal:
-                report.drop(str(refusal))
-        encoded = iter(encode_rendered(tokenizer, rendered))
-        done = []
-        for canonical in kept:
-            parts = [next(encoded) for _ in range(len(canonical.completions) + (canonical.prompt is not None))]
-            try:
-                pieces = self._encoded(tokenizer, canonical, parts, report)
-            except RowRefused as refusal:
-                report.drop(str(refusal))
+            if outcome.reason is not None:
+                report.drop(outcome.reason)
                 continue
             report.kept += 1
-            report.tokens += sum(sum(flags) for piece in pieces for flags in piece.supervised)
-            done += pieces
+            report.escaped += outcome.escaped
+            report.tokens += sum(sum(flags) for piece in outcome.encoded for flags in piece.supervised)
+            for part in outcome.truncated:
+                report.truncated[part] = report.truncated.get(part, 0) + 1
+            done += outcome.encoded
         return done
 
-    def _canonical(self, row: Row | Unreadable) -> CanonicalRow:
-        return read_row(row, self.read, self.as_chat, self.columns)
+    def outcomes(self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable]) -> list[Outcome]:
+        """Encode some rows at once; one outcome for each."""
+        read: list[CanonicalRow | RowRefused] = []
+        rendered: list[Rendered] = []
+        for row in rows:
+            try:
+                canonical = read_row(row, self.read, self.as_chat, self.columns)
+                rendered += self._render(tokenizer, canonical)
+                read.append(canonical)
+            except RowRefused as refusal:
+                read.append(refusal)
+        encoded = iter(encode_rendered(tokenizer, rendered))
+        done: list[Outcome] = []
+        for one in read:
+            try:
+                if isinstance(one, RowRefused):
+                    raise one
+                parts = [next(encoded) for _ in range(len(one.completions) + (one.prompt is not None))]
+                done.append(self._encoded(tokenizer, one, parts))
+            except RowRefused as refusal:
+                done.append(Outcome(reason=str(refusal)))
+        return done
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rendered]:
         prompt, rendered = row.prompt, self.rendered
@@ -164,14 +192,13 @@ class Encoder:
                 return [whole._replace(opening=opening_ids(tokenizer))]
             asked = render_prompt(tokenizer, prompt, rendered)
             if self.separator is not None:
-                return [asked, *render_steps(tokenizer, [str(s) for s in row.completions], self.separator, prompt)]
+                steps = [str(step) for step in row.completions]
+                return [asked, *render_steps(tokenizer, steps, self.separator, prompt, rendered)]
             return [asked, *(render_completion(tokenizer, said, prompt, rendered) for said in row.completions)]
         except TurnsRefused:
             raise RowRefused("template_refuses") from None
 
-    def _encoded(
-        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[Encoded], report: Report
-    ) -> list[EncodedRow]:  # fmt: skip
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[Encoded]) -> Outcome:
         if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
             ids, flags, escaped = parts[0]
             prompt, answers = ids[:1], [Encoded(ids[1:], flags[1:], escaped)]
@@ -191,18 +218,14 @@ class Encoder:
             raise RowRefused("nothing_supervised")
         if len(completions) > 1 and all(ids == completions[0] for ids in completions):
             raise RowRefused("identical_completions")
-        if len(cut) < len(prompt):
-            report.truncated["prompt"] = report.truncated.get("prompt", 0) + 1
-        if any(len(ids) < len(every) for ids, every in zip(completions, whole, strict=True)):
-            report.truncated["completion"] = report.truncated.get("completion", 0) + 1
-        report.escaped += any(part.escaped for part in parts)
+        cuts = ["prompt"] if len(cut) < len(prompt) else []
+        cuts += ["completion"] if any(len(a) < len(b) for a, b in zip(completions, whole, strict=True)) else []
         one = EncodedRow(
             cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns,
             _number(row.completions[0] if row.prompt is None else row.prompt),
         )  # fmt: skip
-        if self.apart:
-            return _apart(one)
-        return _pairs(one) if self.pairwise else [one]
+        made = _apart(one) if self.apart else _pairs(one) if self.pairwise else [one]
+        return Outcome(row, made, None, tuple(cuts), any(part.escaped for part in parts))
 
 
 def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:

@@ -39,7 +39,7 @@ class ProcessDataModule(AlignmentDataModule):
         """Reads judged steps."""
         return Encoder(
             formats.process, formats.PROCESS_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, separator=self.separator,
+            self.as_chat, separator=self.separator, rendered=self.rendered,
         )  # fmt: skip
 
     def collator(self) -> Collate:

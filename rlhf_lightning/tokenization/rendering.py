@@ -121,7 +121,7 @@ def render_completion(
 
 
 def render_steps(
-    tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt
+    tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt, rendered: bool = False
 ) -> list[Rendered]:
     """Text of a completion in steps, one piece a step, ready for `encode_rendered`.
 
@@ -133,6 +133,7 @@ def render_steps(
         steps: text of each step; one that ends with the separator already gets no second.
         separator: what stands between two steps.
         prompt: what the completion answers.
+        rendered: whether plain text was written by a chat template, so that control tokens in it are such.
 
     Raises:
         ChatTemplateError: if the template is missing or refuses the messages.
@@ -149,8 +150,9 @@ def render_steps(
     pieces = [[careful[place]._replace(text=text)] for text in texts]
     pieces[0] = [*careful[:place], *pieces[0]]
     pieces[-1] = [*pieces[-1], *careful[place + 1 :]]
-    rendered = [Rendered(tuple(spans), tuple(spans)) for spans in pieces]
-    return [*rendered[:-1], rendered[-1]._replace(closing=whole.closing)]
+    literal = not (rendered and isinstance(prompt, str))
+    done = [Rendered(tuple(spans), tuple(spans) if literal else ()) for spans in pieces]
+    return [*done[:-1], done[-1]._replace(closing=whole.closing)]
 
 
 def _content(facts: Facts, message: Message) -> Span:

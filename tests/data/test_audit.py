@@ -19,8 +19,7 @@ def turn(role, content):
 
 def audited(kind, rows, **settings):
     audit = Audit(kind, **settings)
-    for row in rows:
-        audit.add(row)
+    list(audit.add(rows))
     return audit, {found.check: found.rows for found in audit.findings()}
 
 
@@ -139,8 +138,7 @@ def test_what_is_cut_is_counted_in_tokens(tiny_tokenizer):
 def test_what_is_in_both_has_leaked():
     train, _ = audited("preference", [pair("p", "a", "b"), pair("q", "a", "b")])
     audit = Audit("preference")
-    for row in (pair("p", "A", "b"), pair("Q", "x", "y"), pair("r", "a", "b"), UNREADABLE):
-        audit.compare(audit.add(row), train)
+    audit.compare([pair("p", "A", "b"), pair("Q", "x", "y"), pair("r", "a", "b"), UNREADABLE], train)
     found = {one.check: one.rows for one in audit.findings()}
     assert found == {"leaked_row": [1], "leaked_prompt": [2], "unreadable_line": [4]}
 

@@ -146,3 +146,8 @@ def test_wrong_sizes_are_refused(changes, message):
 def test_a_step_outside_the_epoch_is_refused():
     with pytest.raises(IndexError, match="Step 1 of an epoch of 1"):
         plan([1, 2]).step(1, 0)
+
+
+def test_a_row_over_the_limit_stands_alone_and_widens_no_other():
+    (share,) = shares(plan([1, 1, 2, 4], shuffle=False, max_tokens=2), 0)
+    assert sorted(map(sorted, share.micro_batches)) == [[0, 1], [2], [3]]

@@ -138,3 +138,12 @@ def test_dropped_rows_are_counted(ready, write_rows):
     data = ready(ProcessDataModule(write_rows([ROW, {**ROW, "labels": [1]}, {"prompt": "p"}])))
     assert data.report.read == 3 and data.report.kept == 1
     assert data.report.dropped == {"bad_step_labels": 1, "missing_columns": 1}
+
+
+def test_steps_that_a_template_wrote_keep_their_control_tokens(ready, write_rows):
+    row = {"prompt": "<|user|>p<|end|>", "completions": ["a<|end|>", "b"], "labels": [1, 0]}
+    (batch,) = batches(ready(ProcessDataModule(write_rows([row]), rendered=True)))
+    assert batch.sequences.prompts[0].tolist() == spell(USER, "p", END)
+    assert batch.sequences.completions[0].tolist() == spell("a", END, "\nb", EOS)
+    (batch,) = batches(ready(ProcessDataModule(write_rows([row]))))
+    assert batch.sequences.completions[0].tolist() == spell("a<|end|>\nb", EOS)

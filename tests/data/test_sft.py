@@ -328,3 +328,12 @@ def test_nothing_in_the_cache_is_code(ready, write_rows, cache):
     assert {file.suffix for file in folder.iterdir()} == {".npy", ".json"}
     for file in folder.glob("*.npy"):
         np.load(file, allow_pickle=False)
+
+
+def test_text_that_spells_control_tokens_is_encoded_as_it_is_and_said_so(ready, write_rows):
+    rows = [{"text": "a<|end|>b"}, {"text": "ab"}]
+    data = ready(SFTDataModule(write_rows(rows)))
+    assert data.store.lengths.tolist() == [len("a<|end|>b") + 1, 3]
+    assert "; 1 spell control tokens, which stay plain text (rendered: true if" in data.report.describe("rows")
+    data = ready(SFTDataModule(write_rows(rows), rendered=True))
+    assert data.store.lengths.tolist() == [4, 3] and data.report.escaped == 0
