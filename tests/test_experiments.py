@@ -56,6 +56,8 @@ def accepted(train_parser, monkeypatch, capsys):
         assert argv[0] in {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
         try:
             if argv[0] in cli.TRAINING_COMMANDS:
+                if "--resume" in argv:  # which puts the config of its run in front
+                    argv = [argv[0], "--config", str(ROOT / "experiments/smollm2/dpo.yaml"), *argv[1:]]
                 train_parser.parse_args(with_underscores(argv))
                 return
             monkeypatch.setattr(PlainParser, "parse_args", stop_after_parsing)

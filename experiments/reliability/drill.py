@@ -27,7 +27,7 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from compare import differences
+from differences import differences
 from page import render
 from ranks import Ranks
 from world import RANKS, STAGES, STRATEGIES, command, make_world

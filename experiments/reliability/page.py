@@ -39,7 +39,38 @@ def kills(records: Records) -> list[str]:
     return lines
 
 
-SECTIONS: dict[str, Callable[[Records], list[str]]] = {"kills": kills}
+def faults(records: Records) -> list[str]:
+    """Return the section of faults in the loop."""
+    lines = ["## Faults in the loop", "", "`faults.py`: each is injected into a tiny run of its own.", ""]
+    for record in records:
+        lines += ["| fault | held | what was seen |", "|---|---|---|"]
+        for fault in record["faults"]:
+            held = "yes" if fault["held"] else "**no**"
+            lines.append(f"| {fault['fault']} | {held} | {str(fault['seen']).replace('|', '/')} |")
+        lines += ["", f"{record['held']} of {record['injected']} held."]
+    return lines
+
+
+def fuzz(records: Records) -> list[str]:
+    """Return the section of rows that nobody vetted."""
+    lines = [
+        "## Rows that nobody vetted",
+        "",
+        "`fuzz.py`: of every row read it is known what became of it, and control tokens and supervision of every row kept",
+        "are those of the same turns with harmless contents.",
+        "",
+        "| format | rows written | kept | dropped with a reason | lost |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        for name, count in record["counts"].items():
+            cells = " | ".join(f"{count.get(part, 0):,}" for part in ("written", "kept", "dropped", "lost"))
+            lines.append(f"| {name} | {cells} |")
+        lines += ["", f"{record['rows']:,} rows, seed {record['seed']}; wrong: {len(record['wrong'])}."]
+    return lines
+
+
+SECTIONS: dict[str, Callable[[Records], list[str]]] = {"kills": kills, "faults": faults, "fuzz": fuzz}
 """By the beginning of the files' names: ``kills_ppo_ddp_full.json``."""
 
 

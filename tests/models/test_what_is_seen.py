@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.functional.packing import cumulative_lengths, packed_positions
-from rlhf_lightning.models.layout import padded_layout, shared_layout
+from rlhf_lightning.models.layout import packed_layout, padded_layout
+from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.types import Sequences
 
 IDS = st.lists(st.integers(1, 9), max_size=5)
@@ -15,9 +16,16 @@ COMPLETION = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, m
 def seen(layout, predictor):
     """Ids that a cell looks at, in the order of their positions."""
     row, place = divmod(predictor, layout.input_ids.shape[1])
-    if layout.attention is None:
+    if layout.blocks is None:
         return layout.input_ids[row, : place + 1].tolist()
-    cells = layout.attention[row, 0, place].nonzero().squeeze(-1)
+    start = 0
+    for block in layout.blocks:
+        if place < start + block.width:
+            break
+        start += block.width
+    cells = torch.arange(start, place + 1)
+    if block.mask is not None:
+        cells = start + block.mask[0, 0, place - start].nonzero().squeeze(-1)
     order = layout.positions[row, cells].argsort()
     assert layout.positions[row, cells][order].tolist() == list(range(len(cells)))
     return layout.input_ids[row, cells][order].tolist()
@@ -35,8 +43,8 @@ def test_every_token_is_predicted_from_all_before_it(prompts, completions):
         parents=tuple(parents),
         supervised=tuple(torch.tensor([flag for _, flag in said]) for _, said in completions),
     )
-    for lay in (padded_layout, shared_layout):
-        layout = lay(sequences)
+    trees = list(trees_of(sequences))
+    for layout in (padded_layout(sequences), packed_layout(sequences, trees), packed_layout(sequences, trees[::-1])):
         found = {}
         length = layout.completion_mask.shape[1]
         for cell, predictor, target in zip(layout.cells, layout.predictors, layout.targets, strict=True):
@@ -47,7 +55,7 @@ def test_every_token_is_predicted_from_all_before_it(prompts, completions):
             for offset, (index, flag) in enumerate(said):
                 if flag and (prompt or offset):
                     wanted[number, offset] = ([*prompt, *ids[:offset]], index)
-        assert found == wanted, lay.__name__
+        assert found == wanted
 
 
 @given(st.lists(st.integers(0, 6), max_size=8))

@@ -21,6 +21,12 @@ class Needy:
     def __init__(self, threshold):
         self.threshold = threshold
 
+    def __call__(self, prompts, completions, **columns):
+        return [self.threshold] * len(completions)
+
+class Silent:
+    pass
+
 PI = 3.14
 '''
 
@@ -61,6 +67,7 @@ def test_functions_and_scorers_serve_as_they_are() -> None:
         ("brevity", "scorer 'brevity' is neither a reward model's folder nor an importable function"),
         ("own_scores.PI", r"scorer 'own_scores.PI' is a float: it cannot be called with \(prompts, completions\)"),
         ("own_scores.Needy", "'own_scores.Needy' is a class that cannot be made without arguments: .*'threshold'"),
+        ("own_scores.Silent", r"'own_scores.Silent' is a class whose objects cannot be called with \(prompts, compl"),
     ],
 )
 def test_a_path_that_names_no_scorer_is_refused(spec: str, message: str) -> None:
