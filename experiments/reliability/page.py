@@ -56,8 +56,8 @@ def fuzz(records: Records) -> list[str]:
     lines = [
         "## Rows that nobody vetted",
         "",
-        "`fuzz.py`: of every row read it is known what became of it, and control tokens and supervision of every row kept",
-        "are those of the same turns with harmless contents.",
+        "`fuzz.py`: of every row read it is known what became of it, and control tokens and supervision of every row",
+        "kept are those of the same turns with harmless contents.",
         "",
         "| format | rows written | kept | dropped with a reason | lost |",
         "|---|---|---|---|---|",
