@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "scoring": MODELS,
     "modules": MODELS | {"scoring"},
     "callbacks": MODULES,
-    "data": GROUND | {"tokenization"},
+    "feedback": GROUND,
+    "data": GROUND | {"tokenization", "feedback"},
     "worlds": GROUND | {"data"},
     "evaluation": MODULES | {"callbacks", "worlds"},
-    "commands": MODULES | {"callbacks", "evaluation", "data", "worlds"},
-    "cli": MODULES | {"callbacks", "evaluation", "data", "worlds", "commands"},
+    "commands": MODULES | {"callbacks", "evaluation", "feedback", "data", "worlds"},
+    "cli": MODULES | {"callbacks", "evaluation", "feedback", "data", "worlds", "commands"},
     "__main__": {"cli"},
 }
 

@@ -144,7 +144,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_data(datamodule: Any) -> dict[str, Any] | None:
-    """Return the DataModule's fingerprint and what it kept, dropped and truncated."""
+    """Return the DataModule's fingerprint, its feedback stores', and what it kept, dropped and truncated."""
     if datamodule is None:
         return None
     report = getattr(datamodule, "report", None)
@@ -152,6 +152,7 @@ def describe_data(datamodule: Any) -> dict[str, Any] | None:
     return {
         "class": f"{type(datamodule).__module__}.{type(datamodule).__name__}",
         "fingerprint": getattr(datamodule, "fingerprint", None),
+        "snapshots": getattr(datamodule, "snapshots", {}),
         "report": as_dict() if callable(as_dict) else report,
     }
 

@@ -56,6 +56,7 @@ from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_under
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.secrets import written_secret
 from rlhf_lightning.data import AlignmentDataModule
+from rlhf_lightning.data.sources import at_snapshot
 from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.compatibility import SHARDED, check, refused_precision, refused_strategy
 
@@ -190,6 +191,11 @@ class RlhfCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and check what can be checked before anything is loaded."""
         self.config = parser.parse_args(cast(Sequence[str], args))
+        data = self.config[self.config.subcommand].data.get("init_args") or {}
+        # In config.yaml a feedback store has its row number: run again or resumed, it is the same data.
+        for name in ("source", "eval_source"):
+            if data.get(name) is not None:
+                data[name] = at_snapshot(data[name])
         self.refuse_clashes(self.shown or self.config.subcommand, self.config[self.config.subcommand])
 
     def refuse_clashes(self, command: str, config: Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -21,10 +22,12 @@ from rlhf_lightning.data.encoding import EncodedRow, Encoder
 from rlhf_lightning.data.loader import EpochSteps, StepLoader
 from rlhf_lightning.data.report import Report
 from rlhf_lightning.data.selection import held_out_rows, weighted_rows
-from rlhf_lightning.data.sources import parse_sources, source_fingerprint, source_stamp
+from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, source_fingerprint, source_stamp
 from rlhf_lightning.data.steps import Collate, PlannedSteps, PromptSteps
 from rlhf_lightning.data.store import RowStore
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
+from rlhf_lightning.feedback.reading import is_store
+from rlhf_lightning.feedback.rows import RowKind
 from rlhf_lightning.types import Prompt, RankedBatch, Step
 
 GIVERS = {
@@ -42,8 +45,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     Args:
         source: where the rows come from: a name on the Hugging Face Hub, a .jsonl, .json, .parquet or .csv file, a
-            glob, a folder written by ``save_to_disk``; or a list of those, each a path or a mapping with ``path`` and
-            any of ``weight`` (how often its rows are seen in an epoch), ``rows``, ``split``, ``name`` and ``columns``.
+            glob, a folder written by ``save_to_disk``, a store of `rlhf annotate` (``feedback.db``, or
+            ``feedback.db@1200`` for its first 1200 rows); or a list of those, each a path or a mapping with ``path``
+            and any of ``weight`` (how often its rows are seen in an epoch), ``rows``, ``split``, ``name``, ``columns``
+            and ``labels`` (of a store: ``mean`` or ``reliability``).
         eval_source: where the rows of validation and test come from, in the same forms.
         eval_rows: hold out so many rows of ``source`` instead, chosen by ``seed``; rows of one prompt stay together.
         rows: read only the first so many rows.
@@ -77,6 +82,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     completes: ClassVar[bool] = True
     """Whether its rows have completions."""
 
+    judgements: ClassVar[RowKind] = "preference"
+    """What the judgements of a feedback store are read as."""
+
     def __init__(
         self,
         source: str | list[str | dict[str, Any]],
@@ -103,8 +111,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         super().__init__()
         # Colliding names (seed) would be an error if both the module's and these went to the logger.
         self.save_hyperparameters(logger=False)
-        self.sources = parse_sources(source)
-        self.eval_sources = parse_sources(eval_source) if eval_source is not None else ()
+        self.sources = parse_sources(source, self.judgements)
+        self.eval_sources = parse_sources(eval_source, self.judgements) if eval_source is not None else ()
         self.eval_rows = eval_rows
         self.rows = rows
         self.columns = columns or {}
@@ -155,6 +163,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             raise ValueError("streaming needs steps_per_epoch, at least 1: nobody knows the length of a stream.")
         if self.eval_rows:
             raise ValueError("A stream cannot hold out eval_rows: name an eval_source.")
+        if any(is_store(source.path) for source in self.sources):
+            raise ValueError("A feedback store is read whole: leave streaming off.")
         if self.rows is not None or any(source.rows is not None for source in self.sources):
             raise ValueError("rows does not go with streaming: steps_per_epoch and max_epochs bound a stream.")
 
@@ -227,6 +237,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Map the encoded rows into memory, and say what became of the data."""
+        self._agree_on_snapshots()
         parts = self._parts()
         self.stores = {name: part.store(self.tokenizer, self.cache_dir) for name, part in parts.items()}
         self.store = self.stores.get("train") or RowStore.build([], Report())
@@ -245,6 +256,18 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if stage == "fit":
             self.steps_per_epoch = len(self.train_dataloader())
             self._announce(parts)
+
+    def _agree_on_snapshots(self) -> None:
+        """Take rank zero's row numbers of feedback stores: labels may have come in between two ranks' starts."""
+
+        def agreed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+            paths = [source.path for source in sources]
+            if self.trainer is not None and self.trainer.world_size > 1 and any(map(is_store, paths)):
+                paths = self.trainer.strategy.broadcast(paths)
+            return tuple(replace(source, path=path) for source, path in zip(sources, paths, strict=True))
+
+        self.sources, self.eval_sources = agreed(self.sources), agreed(self.eval_sources)
+        self.snapshots = snapshots_of([*self.sources, *self.eval_sources])
 
     def _announce(self, parts: dict[str, Part]) -> None:
         if self.streaming:

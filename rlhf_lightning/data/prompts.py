@@ -42,6 +42,7 @@ class PromptDataModule(AlignmentDataModule):
     """
 
     batch_types = (PromptBatch,)
+    judgements = "prompt"
     completes = False
 
     def __init__(

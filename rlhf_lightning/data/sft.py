@@ -22,6 +22,7 @@ class SFTDataModule(AlignmentDataModule):
     """
 
     batch_types = (DemonstrationBatch,)
+    judgements = "demonstration"
 
     def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(source, **kwargs)

@@ -1,7 +1,11 @@
 """Where rows come from: the Hub, files, folders written by ``save_to_disk``, and weighted mixtures of those.
 
 A source is written as a string (a Hub name, a file, a glob or a folder), or as a mapping with ``path`` and any of
-``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub) and ``columns``, or as a list of either.
+``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns`` and ``labels``, or as a list of
+either.
+
+``feedback.db`` is a store of judgements, and ``feedback.db@1200`` what it held at row 1200. The former becomes the
+latter when it is first read, so that what comes in later changes nothing for a run.
 """
 
 from __future__ import annotations
@@ -9,13 +13,15 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
+from rlhf_lightning.feedback.reading import is_store, reading, snapshot_of, split_name
+from rlhf_lightning.feedback.rows import Labels, RowKind, rows_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Source:
         split: split of a Hub name or of a folder with several.
         name: configuration of a Hub name.
         columns: new name of each of its columns to be renamed, in place of the DataModule's ``columns``.
+        labels: of a feedback store: how several judgements of a pair become its label, ``mean`` or ``reliability``.
+        kind: of a feedback store: what its judgements are read as; the DataModule says.
     """
 
     path: str
@@ -37,13 +45,19 @@ class Source:
     split: str = "train"
     name: str | None = None
     columns: dict[str, str] | None = None
+    labels: Labels = "mean"
+    kind: RowKind = "preference"
 
     def __str__(self) -> str:
         return self.path
 
 
-def parse_sources(source: Any) -> tuple[Source, ...]:
+def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ...]:
     """Read the argument ``source`` of a DataModule.
+
+    Args:
+        source: the argument.
+        kind: what the judgements of a feedback store are read as.
 
     Raises:
         ValueError: if it is neither a path, nor a mapping with known keys, nor a list of those.
@@ -51,7 +65,25 @@ def parse_sources(source: Any) -> tuple[Source, ...]:
     items = source if isinstance(source, list | tuple) else [source]
     if not items:
         raise ValueError("source is an empty list: name at least one file, folder or Hub name.")
-    return tuple(_one(item) for item in items)
+    sources = [_one(item) for item in items]
+    return tuple(replace(one, path=at_snapshot(one.path), kind=kind) if is_store(one.path) else one for one in sources)
+
+
+def at_snapshot(source: Any) -> Any:
+    """The argument ``source`` with the row number of now on every feedback store that has none.
+
+    Raises:
+        FileNotFoundError: there is no such store.
+        ValueError: the file is no feedback store.
+    """
+    if isinstance(source, list | tuple):
+        return [at_snapshot(item) for item in source]
+    if isinstance(source, dict):
+        return {**source, "path": at_snapshot(source["path"])} if "path" in source else source
+    if not isinstance(source, str) or not is_store(source) or split_name(source)[1] is not None:
+        return source
+    with reading(split_name(source)[0]) as connection:
+        return f"{source}@{snapshot_of(connection).upto}"
 
 
 def _one(item: Any) -> Source:
@@ -63,12 +95,14 @@ def _one(item: Any) -> Source:
         return Source(str(item))
     if not isinstance(item, dict):
         raise ValueError(f"A source is a path or a mapping with 'path', not {type(item).__name__}: {item!r}.")
-    known = list(Source.__dataclass_fields__)
+    known = [name for name in Source.__dataclass_fields__ if name != "kind"]
     unknown = [key for key in item if key not in known]
     if unknown or "path" not in item:
         found = ", ".join(map(str, item))
         raise ValueError(f"A source has the keys {', '.join(known)} ('path' is needed); found {found}.")
     one = Source(**{**item, "path": str(item["path"])})
+    if one.labels not in get_args(Labels):
+        raise ValueError(f"labels of {one.path} are one of {', '.join(get_args(Labels))}, not {one.labels!r}.")
     if one.weight <= 0:
         raise ValueError(f"The weight of {one.path} must be above 0, not {one.weight}.")
     if one.rows is not None and one.rows < 1:
@@ -123,6 +157,11 @@ def load_hub(source: Source, streaming: bool = False) -> Any:
 def source_fingerprint(source: Source) -> str:
     """Hash of what a source holds: the bytes of its files, or the fingerprint of its dataset."""
     digest = hashlib.blake2b(digest_size=16)
+    if is_store(source.path):
+        file, upto = split_name(source.path)
+        with reading(file) as connection:
+            digest.update(json.dumps([snapshot_of(connection, upto).fingerprint, source.kind, source.labels]).encode())
+        return digest.hexdigest()
     files = files_of(source)
     if files is None:
         digest.update(load_hub(source)._fingerprint.encode())
@@ -148,12 +187,31 @@ def source_stamp(source: Source) -> str:
 
 def read_rows(source: Source) -> Iterator[RawRow]:
     """Rows of a source in order; `files.Unreadable` for a line that holds none, so that every line is counted."""
-    files = files_of(source)
-    if files is None:
-        rows: Iterator[RawRow] = iter(load_hub(source))
+    rows: Iterator[RawRow]
+    if is_store(source.path):
+        rows = _judged_rows(source)
+    elif (files := files_of(source)) is None:
+        rows = iter(load_hub(source))
     else:
         rows = (row for file in files for row in read_file(file))
     for count, row in enumerate(rows):
         if source.rows is not None and count >= source.rows:
             return
         yield row
+
+
+def _judged_rows(source: Source) -> Iterator[RawRow]:
+    file, upto = split_name(source.path)
+    with reading(file) as connection:
+        yield from rows_of(connection, source.kind, snapshot_of(connection, upto).upto, source.labels)
+
+
+def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:
+    """Fingerprint of the judgements in each feedback store, by its name with the row number."""
+    found = {}
+    for source in sources:
+        if is_store(source.path):
+            file, upto = split_name(source.path)
+            with reading(file) as connection:
+                found[source.path] = snapshot_of(connection, upto).fingerprint
+    return found

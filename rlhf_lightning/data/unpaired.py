@@ -29,6 +29,7 @@ class UnpairedDataModule(AlignmentDataModule):
     """
 
     batch_types = (UnpairedBatch,)
+    judgements = "unpaired"
 
     def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(source, **kwargs)

@@ -1,0 +1,96 @@
+"""Who is given what: as many annotators for each item as asked, sides at random, hidden repeats with sides swapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from dataclasses import dataclass
+
+COUNTED = "('ranking', 'tie', 'both_bad')"
+"""Verdicts that say something of an item."""
+
+Row = tuple[int, int, int, str]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How items are given out.
+
+    Args:
+        annotators: how many people judge each item.
+        repeats: share of hidden repeats among what an annotator is given.
+        distance: judgements between an item and its repeat, so that nobody remembers it.
+        lease: seconds for which an item that was given out counts as being judged.
+        seed: seed of sides and repeats.
+    """
+
+    annotators: int = 1
+    repeats: float = 0.05
+    distance: int = 10
+    lease: float = 900.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.annotators < 1:
+            raise ValueError(f"annotators is {self.annotators}: each item is judged by 1 or more")
+        if not 0 <= self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}: it must be 0 or more, and below 1")
+
+
+def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
+    """What the annotator was given first of all that stands open: after an undo, what was taken back."""
+    row: Row | None = db.execute(
+        "SELECT id, item, repeat, shown FROM assignments a WHERE annotator = ? "
+        "AND NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id) ORDER BY id LIMIT 1",
+        [annotator],
+    ).fetchone()
+    return row
+
+
+def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: float) -> int | None:
+    """The first item that wants a judgement, that the annotator has not had, and that not enough others are judging."""
+    row = db.execute(
+        "SELECT i.id FROM items i WHERE "
+        "NOT EXISTS (SELECT 1 FROM assignments WHERE item = i.id AND annotator = :annotator) AND "
+        "(SELECT count(*) FROM assignments a WHERE a.item = i.id AND a.repeat = 0 AND ("
+        f"    EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id AND l.verdict IN {COUNTED}) OR "
+        "    (a.given > :since AND NOT EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id)))) < :wanted "
+        "ORDER BY i.id LIMIT 1",
+        {"annotator": annotator, "since": now - policy.lease, "wanted": policy.annotators},
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy) -> int | None:
+    """An item that the annotator has judged some time ago and is to judge again; mostly None."""
+    if policy.repeats == 0:
+        return None
+    (done,) = db.execute("SELECT count(*) FROM live WHERE annotator = ?", [annotator]).fetchone()
+    if chance(policy.seed, "repeat", annotator, done) >= policy.repeats:
+        return None
+    rows = db.execute(
+        "SELECT item FROM live l WHERE annotator = ? AND repeat = 0 AND verdict IN ('ranking', 'tie') AND "
+        "NOT EXISTS (SELECT 1 FROM assignments WHERE annotator = l.annotator AND item = l.item AND repeat = 1) "
+        "ORDER BY id",
+        [annotator],
+    ).fetchall()
+    able = rows[: max(len(rows) - policy.distance, 0)]
+    return int(able[int(chance(policy.seed, "which", annotator, done) * len(able))][0]) if able else None
+
+
+def sides(db: sqlite3.Connection, annotator: str, item: int, repeat: bool, policy: Policy) -> tuple[int, ...]:
+    """The order in which the item's completions are shown; a repeat's is the reverse of the first time's."""
+    if repeat:
+        (shown,) = db.execute(
+            "SELECT shown FROM assignments WHERE annotator = ? AND item = ? AND repeat = 0", [annotator, item]
+        ).fetchone()
+        return tuple(reversed(json.loads(shown)))
+    (count,) = db.execute("SELECT count(*) FROM candidates WHERE item = ?", [item]).fetchone()
+    return tuple(sorted(range(count), key=lambda place: chance(policy.seed, "side", annotator, item, place)))
+
+
+def chance(*values: object) -> float:
+    """A number in [0, 1) that the values decide: the same labelling gives the same sides, whatever is restarted."""
+    key = json.dumps(values).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "big") / 2**48

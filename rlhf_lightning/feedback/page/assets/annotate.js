@@ -1,0 +1,320 @@
+"use strict";
+
+// Texts of models arrive as HTML that the server has made harmless, and as plain text. Nothing else is ever set as HTML.
+
+const at = (id) => document.getElementById(id);
+const work = { item: null, chosen: null, ranking: [], tiesNext: false, edits: null, plain: false, busy: false };
+const clock = { spent: 0, since: null };
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+// ---- time: only while the page is looked at ----
+
+function startClock() {
+  clock.spent = 0;
+  clock.since = document.hidden ? null : performance.now();
+}
+
+function seconds() {
+  const running = clock.since === null ? 0 : performance.now() - clock.since;
+  return Math.round((clock.spent + running) / 100) / 10;
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden && clock.since !== null) {
+    clock.spent += performance.now() - clock.since;
+    clock.since = null;
+  } else if (!document.hidden) {
+    clock.since = performance.now();
+  }
+});
+
+setInterval(() => {
+  if (work.item) at("clock").textContent = `${Math.floor(seconds())} s`;
+}, 500);
+
+// ---- talking to the server ----
+
+async function ask(path, body) {
+  const settings = body === undefined ? {} : {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify(body),
+  };
+  // A judgement that may not have arrived is sent again with the same key until it is confirmed: it counts once.
+  for (let wait = 500; ; wait = Math.min(wait * 2, 15000)) {
+    let answer = null;
+    try {
+      answer = await fetch(path, settings);
+    } catch {
+      answer = null;
+    }
+    if (answer && answer.status < 500) return answer;
+    say("Not saved yet: the server does not answer. Trying again …", true);
+    await new Promise((resolve) => setTimeout(resolve, wait));
+  }
+}
+
+async function load() {
+  const answer = await ask("/api/item");
+  if (answer.status === 401) location.assign("/enter");
+  else show(await answer.json());
+}
+
+async function send(path, body) {
+  if (work.busy) return;
+  work.busy = true;
+  document.body.classList.add("busy");
+  try {
+    const answer = await ask(path, { key: newKey(), ...body });
+    if (answer.ok) {
+      const told = await answer.json();
+      show(told.next);
+      if (path === "/api/undo") say(told.id === null ? "There is nothing to undo." : "Undone: judge it again.");
+      else say("Saved.");
+    } else if (answer.status === 401) {
+      location.assign("/enter");
+    } else if (answer.status === 409) {
+      await load();
+      say("That one had been judged already; here is the next.");
+    } else {
+      say(await answer.text(), true);
+    }
+  } finally {
+    work.busy = false;
+    document.body.classList.remove("busy");
+  }
+}
+
+function say(text, isProblem) {
+  at("status").textContent = text;
+  at("status").classList.toggle("problem", Boolean(isProblem));
+}
+
+// ---- showing an item ----
+
+function show({ item, progress, state }) {
+  Object.assign(work, { item, chosen: null, ranking: [], tiesNext: false, edits: null });
+  const all = progress.judged + progress.left;
+  at("done").style.width = `${all ? (100 * progress.judged) / all : 0}%`;
+  const pace = progress.seconds ? ` · ${Math.round(progress.seconds)} s each` : "";
+  at("progress").textContent = `${progress.judged} judged · ${progress.left} left${pace}`;
+  at("work").hidden = !item;
+  at("message").hidden = Boolean(item);
+  at("actions").hidden = false;
+  document.body.classList.toggle("idle", !item);
+  if (!item) {
+    at("clock").textContent = "";
+    at("message").replaceChildren(
+      element("h1", "", state ? "One moment" : "Nothing left to judge"),
+      element("p", "", state || "Every item that wants your judgement has it. Thank you."),
+    );
+    if (state) setTimeout(load, 1500);
+    return;
+  }
+  document.body.classList.toggle("pair", item.candidates.length === 2);
+  at("prompt").replaceChildren(...item.prompt.map(turn));
+  at("candidates").replaceChildren(...item.candidates.map(card));
+  at("candidates").classList.toggle("many", item.candidates.length > 2);
+  for (const box of at("more").querySelectorAll("input")) box.checked = false;
+  at("more").open = false;
+  window.scrollTo(0, 0);
+  at("prompt").scrollTop = at("prompt").scrollHeight;
+  say("");
+  refresh();
+  startClock();
+}
+
+function text({ html, text: plain }) {
+  const made = element("div", "text");
+  made.dir = "auto";
+  made.dataset.plain = plain;
+  if (work.plain) {
+    made.append(element("pre", "plain", plain));
+  } else {
+    made.innerHTML = html;
+    made.rendered = html;
+  }
+  made.rendered = html;
+  return made;
+}
+
+function turn(one) {
+  const made = element("article", `turn ${one.role}`);
+  if (one.role) made.append(element("h2", "", one.role));
+  made.append(text(one));
+  return made;
+}
+
+function card(candidate, place) {
+  const made = element("article", "candidate");
+  made.dataset.place = place;
+  const head = element("h2");
+  head.append(element("span", "name", work.item.candidates.length === 2 ? ["Left", "Right"][place] : `${place + 1}`));
+  head.append(element("span", "rank"));
+  made.append(head, text(candidate));
+  made.addEventListener("click", () => {
+    if (!window.getSelection().toString() && !made.querySelector("textarea")) choose(place);
+  });
+  return made;
+}
+
+function cardOf(place) {
+  return at("candidates").querySelector(`[data-place="${place}"]`);
+}
+
+function refresh() {
+  const pair = work.item.candidates.length === 2;
+  work.item.candidates.forEach((_, place) => {
+    const made = cardOf(place);
+    const level = work.ranking.findIndex((tied) => tied.includes(place));
+    made.classList.toggle("chosen", pair ? work.chosen === place : level === 0);
+    made.classList.toggle("ranked", !pair && level > 0);
+    made.querySelector(".rank").textContent = pair ? (work.chosen === place ? "chosen" : "") : level < 0 ? "" : `rank ${level + 1}`;
+  });
+  const ready = pair ? work.chosen !== null : work.ranking.flat().length === work.item.candidates.length;
+  at("actions").querySelector("[data-do=save]").disabled = !ready;
+  for (const button of at("strengths").children) button.disabled = work.chosen === null;
+  const order = work.ranking.map((tied) => tied.map((place) => place + 1).join(" = ")).join("  >  ");
+  at("ranking").textContent = order ? order + (work.tiesNext ? "  =" : "") : "Press the numbers, best first.";
+}
+
+function redraw() {
+  for (const made of document.querySelectorAll(".text")) {
+    if (work.plain) made.replaceChildren(element("pre", "plain", made.dataset.plain));
+    else made.innerHTML = made.rendered;
+  }
+}
+
+// ---- judging ----
+
+function choose(place) {
+  if (!work.item || place >= work.item.candidates.length) return;
+  if (work.item.candidates.length === 2) {
+    work.chosen = place;
+  } else if (!work.ranking.flat().includes(place)) {
+    if (work.tiesNext && work.ranking.length) work.ranking.at(-1).push(place);
+    else work.ranking.push([place]);
+    work.tiesNext = false;
+    const left = work.item.candidates.map((_, other) => other).filter((other) => !work.ranking.flat().includes(other));
+    if (left.length === 1 && work.item.candidates.length > 2 && work.ranking.flat().length > 1) say("One left: = first if it is as good as the last.");
+  }
+  refresh();
+}
+
+function unrank() {
+  work.tiesNext = false;
+  if (work.ranking.length && work.ranking.at(-1).length > 1) work.ranking.at(-1).pop();
+  else work.ranking.pop();
+  refresh();
+}
+
+function ticked(name) {
+  return Array.from(at("more").querySelectorAll(`input[name=${name}]:checked`), (box) => box.value);
+}
+
+function judge(verdict, strength) {
+  if (!work.item) return;
+  const count = work.item.candidates.length;
+  const body = { assignment: work.item.assignment, verdict, seconds: seconds(), reasons: ticked("reasons"), flags: ticked("flags") };
+  if (verdict === "ranking" && count === 2) {
+    if (work.chosen === null) return say("Choose one first: ← or →.", true);
+    body.ranks = work.chosen === 0 ? [0, 1] : [1, 0];
+    if (strength) body.strength = strength;
+  } else if (verdict === "ranking") {
+    if (work.ranking.flat().length < count) return say("Rank all of them first.", true);
+    if (work.ranking.length === 1) return judge("tie");
+    body.ranks = work.item.candidates.map((_, place) => work.ranking.findIndex((tied) => tied.includes(place)));
+  }
+  const area = document.querySelector(".candidate textarea");
+  if (area) keepEdit(area);
+  if (work.edits) Object.assign(body, { edited: work.edits.text, edited_place: work.edits.place });
+  send("/api/judgements", body);
+}
+
+// ---- writing how it should have been ----
+
+function edit() {
+  if (!work.item || document.querySelector(".candidate textarea")) return;
+  const best = work.item.candidates.length === 2 ? work.chosen : (work.ranking[0] ?? [null])[0];
+  const place = work.edits ? work.edits.place : best;
+  if (place === null) return say("Choose the completion to edit first.", true);
+  const made = cardOf(place);
+  const area = element("textarea");
+  area.value = work.edits ? work.edits.text : work.item.candidates[place].raw;
+  area.rows = Math.min(Math.max(area.value.split("\n").length + 2, 8), 24);
+  area.setAttribute("aria-label", "The completion as it should have been");
+  made.append(area, element("p", "hint", "Esc or Ctrl+Enter closes; it is saved with your judgement."));
+  made.classList.add("editing");
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" || (event.key === "Enter" && (event.ctrlKey || event.metaKey))) {
+      event.preventDefault();
+      keepEdit(area);
+    }
+    event.stopPropagation();
+  });
+  area.focus();
+}
+
+function keepEdit(area) {
+  const made = area.closest(".candidate");
+  const place = Number(made.dataset.place);
+  const isNew = area.value.trim() && area.value !== work.item.candidates[place].raw;
+  work.edits = isNew ? { place, text: area.value } : null;
+  made.querySelector(".hint").remove();
+  area.remove();
+  made.classList.remove("editing");
+  made.classList.toggle("edited", Boolean(isNew));
+}
+
+// ---- keys and buttons ----
+
+const doing = {
+  save: () => judge("ranking"),
+  tie: () => judge("tie"),
+  both_bad: () => judge("both_bad"),
+  skip: () => judge("skip"),
+  undo: () => send("/api/undo", {}),
+  edit,
+  plain: () => { work.plain = !work.plain; redraw(); },
+  help: () => { at("help").hidden = !at("help").hidden; at("help-button").setAttribute("aria-expanded", String(!at("help").hidden)); },
+};
+const keys = { t: "tie", b: "both_bad", s: "skip", u: "undo", e: "edit", m: "plain", "?": "help" };
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  const onControl = event.target.closest?.("button, summary, input, a");
+  if (onControl && (event.key === "Enter" || event.key === " ")) return;
+  const pair = work.item && work.item.candidates.length === 2;
+  const digit = /^[1-9]$/.test(event.key) ? Number(event.key) : 0;
+  if (event.key === "ArrowLeft" && pair) choose(0);
+  else if (event.key === "ArrowRight" && pair) choose(1);
+  else if (event.key === "Enter" && work.item) doing.save();
+  else if (digit && pair && digit <= 4) judge("ranking", digit);
+  else if (digit && work.item && !pair) choose(digit - 1);
+  else if (event.key === "=" && work.item && !pair) { work.tiesNext = work.ranking.length > 0; refresh(); }
+  else if (event.key === "Backspace" && work.item && !pair) unrank();
+  else if (keys[event.key]) doing[keys[event.key]]();
+  else return;
+  event.preventDefault();
+});
+
+for (const button of document.querySelectorAll("[data-do]")) {
+  button.addEventListener("click", () => { button.blur(); doing[button.dataset.do](); });
+}
+for (const button of document.querySelectorAll("[data-strength]")) {
+  button.addEventListener("click", () => { button.blur(); judge("ranking", Number(button.dataset.strength)); });
+}
+at("help-button").addEventListener("click", () => { at("help-button").blur(); doing.help(); });
+
+load();
