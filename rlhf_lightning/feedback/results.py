@@ -77,15 +77,19 @@ def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
 def agreement(judgements: Iterable[Judgement]) -> tuple[float, int] | None:
     """Krippendorff's alpha of choices between two completions, and the pairs that two or more judged; None of none.
 
-    First is 1, second -1, neither 0, so that a tie is half as far from a choice as its opposite.
+    A tie is half as far from a choice as its opposite. Each pair counts in both orders: which of its completions comes
+    first means nothing, and where that is always the better model's, agreeing would otherwise pass for chance.
     """
+    import torch
+
     from rlhf_lightning.feedback.reliability import pair_votes, vote_table
     from rlhf_lightning.functional.agreement import krippendorff_alpha
 
     shared = {pair: votes for pair, votes in pair_votes(judgements).items() if len(votes) > 1}
     if not shared:
         return None
-    alpha = float(krippendorff_alpha(vote_table(shared)[1], "interval"))
+    _, table = vote_table(shared)
+    alpha = float(krippendorff_alpha(torch.cat([table, 1 - table], -1), "interval"))
     return None if math.isnan(alpha) else (alpha, len(shared))
 
 

@@ -215,12 +215,15 @@ def test_a_store_of_plain_pairs_is_a_table(make_store, tmp_path):
         export(str(store.path), "pairs.csv")
 
 
-def test_reward_model_and_dpo_train_from_the_store(labelled, policy_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_reward_model_and_dpo_train_from_the_store(make_store, policy_folder, tmp_path, monkeypatch):  # noqa: F811
     """config.yaml has the row number and the manifest its fingerprint; run again later, it is the same run."""
     from rlhf_lightning.commands.train import run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    labelled = make_store([pair(n, "w10", "w11") for n in range(6)])  # words that the tiny model knows
+    for _ in range(6):
+        label(labelled, "bob", prefer(0, strength=4))
     upto, fingerprint = labelled.snapshot()
     common = ["--model.init_from", policy_folder, "--data", "PreferenceDataModule", "--data.source", "feedback.db",
               "--data.batch_size", "4", "--samples.prompts", "0", "--trainer.accelerator", "cpu"]  # fmt: skip

@@ -160,7 +160,9 @@ function card(candidate, place) {
   const made = element("article", "candidate");
   made.dataset.place = place;
   const head = element("h2");
-  head.append(element("span", "name", work.item.candidates.length === 2 ? ["Left", "Right"][place] : `${place + 1}`));
+  const name = element("span", "name", work.item.candidates.length === 2 ? ["Left", "Right"][place] : `${place + 1}`);
+  name.dataset.stacked = ["First", "Second"][place];
+  head.append(name);
   head.append(element("span", "rank"));
   made.append(head, text(candidate));
   made.addEventListener("click", () => {
@@ -206,8 +208,6 @@ function choose(place) {
     if (work.tiesNext && work.ranking.length) work.ranking.at(-1).push(place);
     else work.ranking.push([place]);
     work.tiesNext = false;
-    const left = work.item.candidates.map((_, other) => other).filter((other) => !work.ranking.flat().includes(other));
-    if (left.length === 1 && work.item.candidates.length > 2 && work.ranking.flat().length > 1) say("One left: = first if it is as good as the last.");
   }
   refresh();
 }
