@@ -203,7 +203,7 @@ def test_scripts_get_the_flags_they_know(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "CASES", CASES)
     monkeypatch.setattr(compare, "written", lambda kind, place, *_: place)
     limit = " ".join(bench.command("dpo_lora", LIMIT))
-    assert limit.endswith("--batch 4 --max-length 512 --steps 12 --lora --shared-prompt")
+    assert limit.endswith("--batch 4 --max-length 512 --steps 10 --lora --shared-prompt")
     assert "--in-order" in bench.command("dpo_lora", PEER)
     assert "--in-order" not in bench.command("ppo_full", PEER)
     quantised = " ".join(bench.command("ppo_lora", "nf4"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ class RunCurves(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the lengths until training starts."""
         self.lengths = checkpoint.get("event_files")
+
+
+def wait_for_a_later_name(folder: Path) -> None:
+    """Wait, a second at most, until a new event file is read after those in the folder: TensorBoard reads them in the
+    order of their names, which begin with the second they were made in.
+    """
+    made = [int(part) for file in folder.glob(EVENTS) if (part := file.name.split(".")[3]).isdecimal()]
+    while made and int(time.time()) <= max(made) <= int(time.time()) + 1:
+        time.sleep(0.02)
 
 
 def _loggers(trainer: Trainer) -> list[TensorBoardLogger]:

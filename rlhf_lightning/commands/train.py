@@ -30,6 +30,7 @@ from rlhf_lightning.callbacks import (
     SkippedUpdates,
 )
 from rlhf_lightning.callbacks.checkpoint_files import damage, last_checkpoint
+from rlhf_lightning.callbacks.curves import wait_for_a_later_name
 from rlhf_lightning.callbacks.run import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -314,6 +315,7 @@ class RlhfCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.folder is None:
             return TensorBoardLogger(config.runs_folder, config.run_name, default_hp_metric=False)
+        wait_for_a_later_name(self.folder)
         return TensorBoardLogger(
             self.folder.parent.parent,
             self.folder.parent.name,
