@@ -152,8 +152,8 @@ def describe_data(datamodule: Any) -> dict[str, Any] | None:
     return {
         "class": f"{type(datamodule).__module__}.{type(datamodule).__name__}",
         "fingerprint": getattr(datamodule, "fingerprint", None),
-        "snapshots": getattr(datamodule, "snapshots", {}),
         "report": as_dict() if callable(as_dict) else report,
+        **({"snapshots": snapshots} if (snapshots := getattr(datamodule, "snapshots", None)) else {}),
     }
 
 
