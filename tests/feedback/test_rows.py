@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_folders import policy_folder, reward_folder  # noqa: F401
+from commands.conftest import save
+from transformers import LlamaForCausalLM
 
 from rlhf_lightning.commands.annotate import export
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
@@ -215,14 +216,15 @@ def test_a_store_of_plain_pairs_is_a_table(make_store, tmp_path):
         export(str(store.path), "pairs.csv")
 
 
-def test_reward_model_and_dpo_train_from_the_store(labelled, policy_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_reward_model_and_dpo_train_from_the_store(labelled, tmp_path, monkeypatch):
     """config.yaml has the row number and the manifest its fingerprint; run again later, it is the same run."""
     from rlhf_lightning.commands.train import run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     upto, fingerprint = labelled.snapshot()
-    common = ["--model.init_from", policy_folder, "--data", "PreferenceDataModule", "--data.source", "feedback.db",
+    policy = save(tmp_path / "policy", LlamaForCausalLM)
+    common = ["--model.init_from", policy, "--data", "PreferenceDataModule", "--data.source", "feedback.db",
               "--data.batch_size", "4", "--samples.prompts", "0", "--trainer.accelerator", "cpu"]  # fmt: skip
     losses = []
     for model in ("DPOModule", "RewardModule"):
