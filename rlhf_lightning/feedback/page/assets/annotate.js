@@ -293,8 +293,8 @@ const keys = { t: "tie", b: "both_bad", s: "skip", u: "undo", e: "edit", m: "pla
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-  const onControl = event.target.closest?.("button, summary, input, a");
-  if (onControl && (event.key === "Enter" || event.key === " ")) return;
+  // What has the focus keeps the keys that it answers to; Enter does nothing to a box that can be ticked.
+  if (event.key === " " || (event.key === "Enter" && event.target.closest?.("button, summary, a"))) return;
   const pair = work.item && work.item.candidates.length === 2;
   const digit = /^[1-9]$/.test(event.key) ? Number(event.key) : 0;
   if (event.key === "ArrowLeft" && pair) choose(0);
