@@ -154,7 +154,7 @@ class Recorder(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         if not self.gradients:
             named = module.named_parameters()
-            self.gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+            self.gradients = {name: whole(p.grad).cpu().clone() for name, p in named if p.grad is not None}
 
 
 def strategy_of(name: str, ranks: int, **settings: Any) -> Any:
@@ -225,7 +225,7 @@ def steps_of(module: Any, count: int, accumulation: int, together: int = 1) -> l
 
 
 def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:
-    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()).cpu().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 class Drawn(pl.Callback):
@@ -254,6 +254,7 @@ def train(
     updates: int = 5,
     sharding: dict[str, Any] | None = None,
     precision: str = "32-true",
+    accelerator: str = "cpu",
     **settings: Any,
 ) -> dict[str, Any]:
     """Take some updates; return the first one's gradients, the weights after the last, what was drawn and logged."""
@@ -263,7 +264,9 @@ def train(
     recorder, drawn = Recorder(), Drawn(module)
     training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has an update an epoch, or more
     steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
-    trainer = trainer_of(strategy, here()[1], sharding, callbacks=[recorder], precision=precision)
+    trainer = trainer_of(
+        strategy, here()[1], sharding, callbacks=[recorder], precision=precision, accelerator=accelerator
+    )
     with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
         trainer.fit(module, StepData(steps))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -19,7 +19,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences, Step
 
@@ -34,6 +34,22 @@ def keep_double(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
 
 
 LlamaRMSNorm.forward = keep_double
+
+
+def rotated_in_double(rotary: LlamaRotaryEmbedding, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions, in the precision of a model in double; as they come they are float32, and of
+    that the last bit is another on a GPU.
+    """
+    if hidden.dtype != torch.float64:
+        return in_single(rotary, hidden, position_ids)
+    size, base = rotary.config.head_dim, rotary.config.rope_parameters["rope_theta"]
+    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=hidden.device) / size)
+    angles = (position_ids.double().unsqueeze(-1) * frequencies).repeat(1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+in_single = LlamaRotaryEmbedding.forward
+LlamaRotaryEmbedding.forward = rotated_in_double
 
 SPECIAL = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 PAD, EOS, FIRST_WORD, VOCABULARY = 0, 3, 6, 120

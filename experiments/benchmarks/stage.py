@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from folders import written
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -205,6 +206,8 @@ def main() -> None:
         "score": record["score"],
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
     }
+    if torch.cuda.is_available():
+        line["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     print("OURS " + json.dumps(line))
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.attention import Block
-from rlhf_lightning.models.packing import blocks_of, tree_width, trees_of
+from rlhf_lightning.models.attention import PackedRow
+from rlhf_lightning.models.packing import packed_row, tree_width, trees_of
 from rlhf_lightning.types import Sequences
 
 
@@ -30,8 +30,8 @@ class Layout(NamedTuple):
         completion_mask: bool, shape (completions, length), True on supervised tokens.
         positions: position of each cell in its own sequence, int64, shape (rows, width); None where cells count on from
             the start of their row.
-        blocks: of the one row that all sequences are laid in, each of which attends within itself; None where each cell
-            looks at all cells of its row before it.
+        packed: how the cells of the one row attend that all sequences are laid in; None where each cell looks at all
+            cells of its row before it.
     """
 
     input_ids: Tensor
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     last: Tensor
     completion_mask: Tensor
     positions: Tensor | None = None
-    blocks: tuple[Block, ...] | None = None
+    packed: PackedRow | None = None
 
     def to(self, device: torch.device) -> Layout:
         """Return the same layout on ``device``."""
@@ -50,10 +50,7 @@ class Layout(NamedTuple):
             return part.to(device, non_blocking=True)
 
         tensors = {name: moved(part) for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        blocks = self.blocks and tuple(
-            block._replace(mask=None if block.mask is None else moved(block.mask)) for block in self.blocks
-        )
-        return Layout(**tensors, blocks=blocks)
+        return Layout(**tensors, packed=None if self.packed is None else self.packed.to(device))
 
     def with_end_state(self) -> Layout:
         """Add a slot after each completion for the state whose input is its last token: length grows by one."""
@@ -172,9 +169,9 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
     before_first = (starts + sizes)[prompt_of] - 1
     predictors = torch.where(token == 0, before_first[member], tokens - 1)
     last = starts[piece_of] + lengths - 1
-    blocks = tuple(blocks_of([[len(piece) for piece in tree] for tree in _split(ids, trees)]))
+    packed = packed_row([[len(piece) for piece in tree] for tree in _split(ids, trees)])
     row, targets = input_ids.unsqueeze(0), input_ids[tokens]
-    return Layout(row, predictors, targets, cells, last, completion_mask, positions.unsqueeze(0), blocks)
+    return Layout(row, predictors, targets, cells, last, completion_mask, positions.unsqueeze(0), packed)
 
 
 def _split(pieces: Sequence[Tensor], trees: Sequence[Sequence[int]]) -> Iterator[Sequence[Tensor]]:

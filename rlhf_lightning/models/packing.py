@@ -1,7 +1,7 @@
 """Which sequences share a prompt, and which cells of a row attend to each other.
 
-A tree is a prompt with completions behind it. A packed row holds trees end to end, and attention over it runs in blocks
-of one or several trees.
+A tree is a prompt with completions behind it. A packed row holds trees end to end. Attention over it runs in blocks of
+one or several trees, or piece by piece: a prompt, a completion, or both together where there is but one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.attention import Block
+from rlhf_lightning.models.attention import Block, PackedRow, Pieces
 from rlhf_lightning.types import Sequences
 
 WIDEST = 2048
@@ -20,6 +20,46 @@ its width squared, whatever its mask hides."""
 
 SMALL = 128
 """Cells up to which trees share a block: for so few, calling a kernel once more costs more than what a mask hides."""
+
+
+def packed_row(trees: Sequence[Sequence[int]]) -> PackedRow:
+    """Return how the cells of a row of trees attend.
+
+    Args:
+        trees: of each tree the tokens of its prompt and of each completion.
+    """
+    return PackedRow(tuple(blocks_of(trees)), pieces_of(trees))
+
+
+def pieces_of(trees: Sequence[Sequence[int]]) -> Pieces:
+    """Cut a row of trees into pieces; a prompt without tokens is none."""
+    asking: list[int] = []
+    seen: list[Tensor] = []
+    start, shared = 0, False
+    for prompt, *completions in trees:
+        behind = start + prompt
+        if len(completions) == 1:
+            asking.append(prompt + completions[0])
+            seen.append(torch.arange(start, behind + completions[0]))
+            start = behind + completions[0]
+            continue
+        shared = True
+        root = torch.arange(start, behind)
+        if prompt:
+            asking.append(prompt)
+            seen.append(root)
+        for size in completions:
+            asking.append(size)
+            seen.append(torch.cat([root, torch.arange(behind, behind + size)]))
+            behind += size
+        start = behind
+    looked_at = [len(cells) for cells in seen]
+    cells = torch.cat(seen) if shared else None
+    return Pieces(_ends(asking), _ends(looked_at), cells, max(asking), max(looked_at))
+
+
+def _ends(sizes: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def blocks_of(trees: Sequence[Sequence[int]]) -> Iterator[Block]:

@@ -57,9 +57,9 @@ class ScalarModel(nn.Module):
 def hidden_states(model: Any, layout: Layout) -> Tensor:
     """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size)."""
     options: dict[str, Any] = {}
-    if layout.blocks is not None:
+    if layout.packed is not None:
         nothing = SEES_NOTHING.to(layout.input_ids.device)
-        options = {"position_ids": layout.positions, "attention_mask": nothing, "blocks": layout.blocks}
+        options = {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
     return trunk(model)(input_ids=layout.input_ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
 
 

@@ -200,15 +200,20 @@ class AlignmentModule(LightningModule):
     def configure_model(self) -> None:
         """Load the models when Lightning asks for them; it asks again for validation and testing."""
         if not self._models_loaded:
-            self.load_models()
-            self._models_loaded = True
-            self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
-            # One layout goes to all of them: policy and critic, reference or teacher.
-            parts = (*self.children(), *self.frozen_models())
-            readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
-            self._reads_trees = bool(readers) and all(readers)
+            # Lightning would have every new tensor on the accelerator, where heads and adapters are drawn otherwise.
+            with torch.device("cpu"):
+                self._load_once()
         if self.device_mesh is not None:
             self._cut_over_ranks(self.device_mesh)
+
+    def _load_once(self) -> None:
+        self.load_models()
+        self._models_loaded = True
+        self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
+        # One layout goes to all of them: policy and critic, reference or teacher.
+        parts = (*self.children(), *self.frozen_models())
+        readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
+        self._reads_trees = bool(readers) and all(readers)
 
     def _cut_over_ranks(self, mesh: DeviceMesh) -> None:
         """Cut what is trained and what is frozen over the ranks, under a strategy with a mesh."""

@@ -57,14 +57,14 @@ def model_of(family: str, kind: Any = AutoModelForCausalLM, attention: str = "sd
 def test_a_worked_row_of_two_trees() -> None:
     row = shared_layout(PAIR)
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 9, 4, 3, 2]]
-    assert row.positions is not None and row.blocks is not None
+    assert row.positions is not None and row.packed is not None
     assert row.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 0, 1, 2]]
     # Completions in the order they were given: the third hangs on the first prompt.
     assert row.predictors.tolist() == [2, 3, 4, 7, 8, 2]
     assert row.targets.tolist() == [8, 9, 2, 3, 2, 9]
     assert row.cells.tolist() == [0, 1, 2, 3, 4, 6]
     assert row.last.tolist() == [5, 9, 6]
-    (block,) = row.blocks
+    (block,) = row.packed.blocks
     assert block.width == 10 and block.mask is not None
     assert block.mask[0, 0, 6].tolist() == [True] * 3 + [False] * 3 + [True] + [False] * 3
     assert block.mask[0, 0, 4].tolist() == [True] * 5 + [False] * 5
@@ -77,9 +77,9 @@ def test_small_trees_share_a_block_and_a_lone_sequence_needs_no_mask(monkeypatch
         [([5], [6, 7]), ([6], [6, 7]), ([7], [6, 7]), ([8], [6] * 9), ([9, 9, 9], [6] * 4), ([7], [8] * 7)]
     )
     row = shared_layout(batch)
-    assert row.blocks is not None
-    assert [block.width for block in row.blocks] == [6, 10, 10, 7]
-    assert [block.mask is None for block in row.blocks] == [False, False, True, True]
+    assert row.packed is not None
+    assert [block.width for block in row.packed.blocks] == [6, 10, 10, 7]
+    assert [block.mask is None for block in row.packed.blocks] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,12 +129,12 @@ def test_models_that_cannot_read_trees_are_known(family: str, changes: dict[str,
 
 
 def test_the_cheaper_arrangement_is_taken() -> None:
-    assert lay_out(PAIR, pack_rows=False).blocks is None
+    assert lay_out(PAIR, pack_rows=False).packed is None
     assert lay_out(PAIR, pack_rows=True).input_ids.shape == (1, 10)
     equal = sequences([([5, 6], [7, 8]), ([6, 6], [7, 9])])
-    assert lay_out(equal, pack_rows=True).blocks is None  # nothing would be padded
+    assert lay_out(equal, pack_rows=True).packed is None  # nothing would be padded
     few = sequences([(range(6, 36), [7]), (range(8, 37), [8])])
-    assert lay_out(few, pack_rows=True).blocks is None  # one cell of 62
+    assert lay_out(few, pack_rows=True).packed is None  # one cell of 62
     long = sequences([(range(6, 66), [7, 8]), (range(6, 66), [9])])
     assert lay_out(long, pack_rows=True).input_ids.shape == (1, 63)
     assert lay_out(long, pack_rows=False).input_ids.shape == (2, 62)

@@ -16,19 +16,30 @@ COMPLETION = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, m
 def seen(layout, predictor):
     """Ids that a cell looks at, in the order of their positions."""
     row, place = divmod(predictor, layout.input_ids.shape[1])
-    if layout.blocks is None:
+    if layout.packed is None:
         return layout.input_ids[row, : place + 1].tolist()
     start = 0
-    for block in layout.blocks:
+    for block in layout.packed.blocks:
         if place < start + block.width:
             break
         start += block.width
     cells = torch.arange(start, place + 1)
     if block.mask is not None:
         cells = start + block.mask[0, 0, place - start].nonzero().squeeze(-1)
+    assert cells.tolist() == by_length(layout.packed.pieces, place)
     order = layout.positions[row, cells].argsort()
     assert layout.positions[row, cells][order].tolist() == list(range(len(cells)))
     return layout.input_ids[row, cells][order].tolist()
+
+
+def by_length(pieces, place):
+    """Cells that a cell looks at, as kernels read it that take lengths."""
+    piece = int((pieces.asking <= place).sum()) - 1
+    first, last = pieces.seen[piece : piece + 2].tolist()
+    cells = torch.arange(first, last) if pieces.cells is None else pieces.cells[first:last]
+    assert last - first <= pieces.longest_seen
+    assert pieces.asking[piece + 1] - pieces.asking[piece] <= pieces.longest_asking
+    return cells[: len(cells) - (int(pieces.asking[piece + 1]) - 1 - place)].tolist()
 
 
 @settings(max_examples=150, deadline=None)

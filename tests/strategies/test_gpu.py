@@ -1,0 +1,225 @@
+"""What needs a GPU: that it takes the steps a CPU takes, and what only it has (4-bit kernels, memory, generators).
+
+    make test ARGS="-m gpu -n 0"
+
+Everywhere else these tests are left out; asked for by name on a machine without a GPU, they skip and say so.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+from tiny_models import (
+    MetricsLog,
+    demonstration_step,
+    fit,
+    preference_step,
+    prompt_step,
+    random_pairs,
+    random_rows,
+    save_policy,
+    weights_of,
+)
+from tiny_run import BASIC, SlopeModule
+
+from rlhf_lightning import modules
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.models.attention import attend_by_block, half_precision_of
+from rlhf_lightning.models.compiling import missing_compiler
+from rlhf_lightning.models.counter_rng import uniform
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.packing import packed_row
+from rlhf_lightning.models.quantization import quantization_of
+from rlhf_lightning.models.scalar_head import unwrapped
+from strategies.test_ranks import FAMILIES, OBJECTIVES, TAUGHT, assert_equal
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch sees"),
+]
+
+GPU = "gpu"
+ROWS, PAIRS = random_rows(6, seed=1), random_pairs(6, seed=2)
+PROMPTS = [prompt for prompt, _ in ROWS]
+
+
+def train(name: str, folder: str, **settings: Any) -> dict[str, Any]:
+    return rank_cases.train(name, folder, settings.pop("strategy", "auto"), **settings)
+
+
+# -- the same answer as on a CPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_takes_the_steps_of_a_cpu(policy_folder: str, name: str) -> None:
+    """In double precision: gradients, weights after five updates, drawn completions and what is logged."""
+    assert_equal([train(name, policy_folder, accelerator=GPU)], train(name, policy_folder))
+
+
+@pytest.mark.parametrize("name", sorted(TAUGHT))
+def test_students_of_a_teacher_take_the_steps_of_a_cpu(policy_folder: str, other_folder: str, name: str) -> None:
+    found = train(name, policy_folder, accelerator=GPU, teacher=other_folder)
+    assert_equal([found], train(name, policy_folder, teacher=other_folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_the_steps_of_a_cpu(policy_folder: str, family: str) -> None:
+    name, settings = FAMILIES[family]
+    found = train(name, policy_folder, accelerator=GPU, accumulation=4, **settings)
+    assert_equal([found], train(name, policy_folder, **settings))
+
+
+@pytest.mark.parametrize("family", ["dpo", "ppo", "grpo", "ppo-lora"])
+def test_padded_and_packed_rows_give_one_gradient(policy_folder: str, family: str) -> None:
+    name, settings = FAMILIES[family]
+    padded = train(name, policy_folder, accelerator=GPU, pack_rows=False, **settings)
+    packed = train(name, policy_folder, accelerator=GPU, pack_rows=True, **settings)
+    for part in ("gradients", "weights"):
+        for weight, value in padded[part].items():
+            assert float((packed[part][weight] - value).norm()) <= 1e-9 * float(value.norm()), weight
+    assert packed["drawn"] == padded["drawn"]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["as many keys", "grouped keys"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_call_by_lengths_attends_as_blocks_do(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    trees = [[5, 9, 3, 40], [130, 70], [0, 12], [1, 1], [200, 30, 31], [0, 4, 5]]
+    row, width = packed_row(trees).to(torch.device("cuda")), sum(map(sum, trees))
+    draws = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, count, width, 64) for count in (heads[0], heads[1], heads[1])]
+    exact = [torch.randn(shape, device="cuda", dtype=torch.float64, generator=draws) for shape in shapes]
+    exact = [states.to(dtype).double().requires_grad_() for states in exact]
+    half = [states.detach().to(dtype).requires_grad_() for states in exact]
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = heads[0] // heads[1]  # type: ignore[assignment]
+    weights = torch.randn(1, width, heads[0], 64, device="cuda", generator=draws)
+    assert half_precision_of(exact[0]) is None
+    if half_precision_of(half[0]) is None:
+        pytest.skip("this PyTorch has no kernel that takes lengths on this device")
+    found = []
+    for states in (exact, half):
+        output, _ = attend_by_block(layer, *states, None, row, scaling=0.2, is_causal=True)
+        (output * weights).sum().backward()
+        found.append([output.detach(), *(part.grad for part in states)])
+    for one, other in zip(*found, strict=True):
+        assert float((other.double() - one).norm()) < 1e-2 * float(one.norm())
+
+
+@pytest.mark.parametrize("family", ["sft-lora", "dpo", "ppo-shared", "grpo"])
+def test_cut_weights_on_one_gpu_give_the_same(policy_folder: str, family: str) -> None:
+    """FSDP2 and its NCCL group, as far as one device shows them."""
+    name, settings = FAMILIES[family]
+    found = train(name, policy_folder, strategy="fsdp", accelerator=GPU, **settings)
+    assert_equal([found], train(name, policy_folder, **settings))
+
+
+def test_a_random_number_is_the_same_by_its_address() -> None:
+    episodes, positions = torch.arange(4096) * 2**33 + 7, torch.arange(4096) % 61
+    on_gpu = uniform(11, episodes.cuda(), positions.cuda())
+    assert torch.equal(on_gpu.cpu(), uniform(11, episodes, positions))
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+HALF = [(family, "bf16-mixed") for family in ("sft-lora", "reward-lora", "dpo", "ppo", "grpo")]
+HALF += [(family, "bf16-true") for family in ("sft-lora", "reward-lora", "dpo-lora", "ppo-lora")]
+
+
+@pytest.mark.parametrize(("family", "precision"), HALF)
+def test_half_the_bits_train_close_to_single_precision(policy_folder: str, family: str, precision: str) -> None:
+    name, settings = FAMILIES[family]
+    settings = settings | {"double": False, "updates": 1, "accelerator": GPU}
+    half, single = (train(name, policy_folder, precision=p, **settings) for p in (precision, "32-true"))
+    assert {value.dtype for value in half["weights"].values()} == {torch.float32}
+    if single["drawn"] != half["drawn"]:  # rounding may draw another token, and then these are other episodes
+        assert all(torch.isfinite(value).all() for value in half["gradients"].values())
+        return
+    for weight, value in single["gradients"].items():
+        if float(value.norm()) > 1e-4:
+            assert torch.nn.functional.cosine_similarity(value.flatten(), half["gradients"][weight].flatten(), 0) > 0.95
+
+
+# -- 4 and 8 bits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose matrices are whole blocks of 64."""
+    folder = tmp_path_factory.mktemp("blocks") / "policy"
+    return save_policy(folder, hidden_size=64, intermediate_size=128, initializer_range=0.08)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_stages_train_on_a_quantised_backbone(blocks: str, quantization: Any, precision: str) -> None:
+    settings: dict[str, Any] = {
+        "init_from": blocks, "lora": LoraSettings(r=4), "quantization": quantization, "lr_schedule": "constant",
+        "warmup": 0, "learning_rate": 1e-2,
+    }  # fmt: skip
+    dpo, log = modules.DPOModule(**settings), MetricsLog()
+    fit(dpo, [preference_step(PAIRS)] * 5, callbacks=[log], accelerator=GPU, precision=precision)
+    assert quantization_of(unwrapped(dpo.policy.model)) == quantization
+    losses = log.column("train/loss")
+    assert losses[0] == pytest.approx(0.6931, abs=2e-2) and losses[-1] < 0.9 * losses[0]
+    ppo, log = (
+        modules.PPOModule(scorer=rank_cases.low_words, critic="shared", max_new_tokens=5, **settings),
+        MetricsLog(),
+    )
+    steps = [prompt_step(PROMPTS, first_episode=6 * index) for index in range(2)]
+    fit(ppo, steps, callbacks=[log], accelerator=GPU, precision=precision)
+    assert log.rows[0]["train/ratio"] == pytest.approx(1.0, abs=0.1)
+    assert {p.dtype for p in ppo.parameters() if p.requires_grad} == {torch.float32}
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(policy_folder: str, tmp_path: Path) -> None:
+    """Dropout draws from the GPU's own generator."""
+    from modules.test_module_checkpoints import Snapshot, run
+
+    settings: dict[str, Any] = {"learning_rate": 5e-3, "lora": LoraSettings(r=2, dropout=0.5)}
+    steps, path = [demonstration_step(random_rows(4, seed=90 + index), 2) for index in range(3)], tmp_path / "m.ckpt"
+    whole = modules.SFTModule(init_from=policy_folder, **settings)
+    run(whole, steps, callbacks=[Snapshot(4, path)], max_epochs=2, accelerator=GPU)
+    torch.cuda.manual_seed(999)
+    resumed = modules.SFTModule(init_from=policy_folder, **settings)
+    run(resumed, steps, path, max_epochs=2, accelerator=GPU)
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weights_of(resumed)[name], weight), name
+
+
+@pytest.mark.parametrize("family", ["sft-lora", "dpo", "ppo-shared"])
+def test_compiled_layers_take_the_same_steps(policy_folder: str, family: str) -> None:
+    if lacking := missing_compiler("cuda"):
+        pytest.skip(lacking)
+    name, settings = FAMILIES[family]
+    settings = settings | {"double": False, "updates": 2, "accelerator": GPU}
+    plain, compiled = (train(name, policy_folder, compile_layers=on, **settings) for on in (False, True))
+    for weight, value in plain["gradients"].items():
+        assert float((compiled["gradients"][weight] - value).norm()) <= 1e-3 * float(value.norm()) + 1e-6, weight
+
+
+class GreedyModule(SlopeModule):
+    """Asks the GPU for more than it may have."""
+
+    def loss_sum(self, batch: Any, meter: Any) -> torch.Tensor:
+        torch.cuda.set_per_process_memory_fraction(1e-3)
+        try:
+            torch.ones(2**30, device=self.line.weight.device)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return super().loss_sum(batch, meter)
+
+
+def test_one_line_says_what_to_lower_when_memory_runs_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", f"{__name__}.GreedyModule"]
+    where = ["--trainer.accelerator", GPU, "--trainer.devices", "1", "--runs_folder", str(tmp_path)]
+    assert rlhf(["fit", *model, *BASIC[2:], *where]) == 1
+    said = capfd.readouterr().err
+    line = said.strip().splitlines()[-1]
+    assert "Traceback" not in said
+    assert line.startswith("rlhf: out of memory (") and "data.max_tokens" in line
