@@ -1,9 +1,13 @@
 """From the runs of a comparison to the page that shows it: medians, ratios, shares, memory, and what is missing."""
 
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from cases import CASES, LIMIT, PEER, Case, Goal
+
+BOUNDS = Path(__file__).resolve().parent / "bounds.md"
+"""What is said by hand: why a figure is what it is."""
 
 Runs = dict[str, list[dict[str, Any]]]
 """Records of the runs of one case, by side."""
@@ -161,6 +165,8 @@ def page(found: dict[str, Runs], repeats: int, made_with: list[str], commands: d
             *table(found),
             "",
             f"Runs of a side: {', '.join(map(str, sorted(counts))) or 'none'}.",
+            "",
+            *BOUNDS.read_text(encoding="utf-8").splitlines(),
             "",
             "## The same losses",
             "",
