@@ -84,6 +84,10 @@ FOREVER = "".join(
 """What people said cannot be changed, by this package or by a slip in a database shell."""
 
 
+VALUES = "CREATE TEMP TABLE item_values (item INTEGER PRIMARY KEY, value REAL NOT NULL) STRICT"
+"""What a selector said of items: this process's opinion, and no part of the file."""
+
+
 def open_for_writing(path: Path) -> sqlite3.Connection:
     """Open a store, made now if there is none.
 
@@ -111,6 +115,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
                 f"BEGIN IMMEDIATE;\n{TABLES}\n{FOREVER}\nPRAGMA application_id = {MARK};\n"
                 f"PRAGMA user_version = {VERSION};\nCOMMIT;"
             )
+        connection.execute(VALUES)
     except BaseException:
         connection.close()
         raise
