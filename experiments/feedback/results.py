@@ -84,9 +84,8 @@ def loop_section(found: dict[str, Any]) -> str:
         "`rlhf loop --config experiments/feedback/loop.yaml` in the assistant world, one round: pairs of the SFT "
         "policy are labelled by four simulated annotators over the page's HTTP routes, with Bradley-Terry noise in the "
         "gold reward; one of them does not read. DPO learns from the labels, PPO from a reward model trained on them. "
-        "Gold reward is of held-out prompts; `apart`: the interval lies above that of sft; `minutes` are from the first "
-        "label to the evaluated policy, and no annotator's time for reading is in them.\n\n"
-        + markdown_table(header, rows)
+        "Gold reward is of held-out prompts; `apart`: the interval lies above that of sft; `minutes`: from the first "
+        "label to the evaluated policy; no annotator's time for reading is in it.\n\n" + markdown_table(header, rows)
     )
 
 

@@ -121,11 +121,11 @@ KILLS = [
     (ModelExport, "on_train_end", 1),  # it is there, and nobody knows
     (loop_state, "write_text", 1),  # between two steps
     (ModelExport, "on_train_batch_end", 2),  # in the middle of the policy
-    (loop_steps, "win_rate", 1),
+    (loop_rounds, "win_rate", 1),
     (loop_rounds, "write_report", 1),
     (FeedbackStore, "judge", 2),  # and the second round
     (ModelExport, "on_train_batch_end", 3),
-    (ModelExport, "on_train_end", 2),
+    (ModelExport, "on_train_end", 1),
 ]
 
 
@@ -137,7 +137,9 @@ def test_a_loop_that_is_killed_anywhere_ends_in_the_same_bits(flags):
     for holder, name, times in KILLS:
         status, said = cut(argv, signal.SIGKILL, holder, name, times)
         assert status == -signal.SIGKILL, f"{name} was not called {times} times: {said}"
-    assert cut(argv, signal.SIGTERM, ModelExport, "on_train_batch_end", 1)[0] == 75, "told to stop: try again"
+    status, said = cut(argv, signal.SIGTERM, ModelExport, "on_train_batch_end", 1)
+    assert status == 75, f"told to stop: try again; {said}"
+    assert cut(argv, signal.SIGKILL, ModelExport, "on_train_end", 1)[0] == -signal.SIGKILL
     status, said = forked(lambda: rlhf(argv), Path("said.txt"))
     assert status == 0, said
     whole, ended = Path("whole/tiny"), Path("cut/tiny")
