@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the settings; flags win over it")
     parser.add_class_arguments(LoopSettings, as_group=False)
     given = parser.parse_args(with_underscores(argv))
-    made = parser.instantiate_classes(given).as_dict()
+    made = parser.instantiate(given).as_dict()
     plain, made = ({name: value for name, value in one.items() if name != "config"} for one in (given.as_dict(), made))
 
     from rlhf_lightning.commands.loop_rounds import run_loop

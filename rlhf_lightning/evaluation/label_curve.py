@@ -44,7 +44,7 @@ def draw_label_curves(
         axis.set_xlabel("labels")
         axis.set_ylabel(merit)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="lower right")
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -69,10 +69,11 @@ CREATE TABLE judgements (
 CREATE INDEX judgements_of_an_assignment ON judgements (assignment);
 CREATE INDEX judgements_of_an_annotator ON judgements (annotator);
 
+-- Judgements that stand. The plus keeps the planner from the index of undoes, which it takes to be unique for NULL too.
 CREATE VIEW live AS
     SELECT j.*, a.item, a.repeat, a.shown
     FROM judgements j JOIN assignments a ON a.id = j.assignment
-    WHERE j.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id);
+    WHERE +j.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id);
 """
 
 FOREVER = "".join(
