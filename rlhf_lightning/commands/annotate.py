@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 AHEAD, POOL = 16, 256
 """Items sampled ahead where nothing chooses among them, and where something does."""
 
-MISSING = "rlhf annotate needs a web server: pip install 'rlhf-lightning[annotate]'"
-
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf annotate``, or ``rlhf annotate export``."""
@@ -109,11 +107,9 @@ def annotate(
         port: port to listen on; 0 takes a free one.
         seed: seed of sampling, sides and repeats.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    from rlhf_lightning.feedback.labelling import require_web_server
+
+    require_web_server()
     from rlhf_lightning.feedback.handing_out import Policy
     from rlhf_lightning.feedback.reading import SUFFIX
     from rlhf_lightning.feedback.server import FLAGS, REASONS, PageSettings, make_app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -13,6 +14,17 @@ PAUSE = 0.5
 
 NOTICE = 60.0
 """Seconds between two lines that say so."""
+
+
+def require_web_server() -> None:
+    """Raise where what the page needs is not installed, before anything else is done.
+
+    Raises:
+        ImportError: it is not.
+    """
+    missing = [name for name in ("starlette", "uvicorn", "markdown_it") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the page needs {', '.join(missing)}: pip install 'rlhf-lightning[annotate]'")
 
 
 class Labeller(ABC):
@@ -51,6 +63,7 @@ class PeopleLabeller(Labeller):
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8765, annotators: str | None = None) -> None:
+        require_web_server()
         self.host, self.port, self.annotators = host, port, annotators
 
     def label(self, store: FeedbackStore, count: int) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_lightning.feedback.labelling import Labeller
+from rlhf_lightning.feedback.labelling import Labeller, require_web_server
 from rlhf_lightning.feedback.records import STRENGTHS
 from rlhf_lightning.feedback.store import FeedbackStore
 from rlhf_lightning.types import Prompt
@@ -179,6 +179,7 @@ class SimulatedAnnotators(Labeller):
         position_bias: float = 0.0,
         seed: int = 0,
     ) -> None:
+        require_web_server()
         if annotators < 1 or not 0 <= careless <= 1:
             raise ValueError(f"annotators is {annotators} and careless {careless}: 1 or more, and a share of them")
         gold = imported_gold_reward(gold_reward)

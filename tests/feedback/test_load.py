@@ -19,10 +19,13 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("load")
 
 
-@pytest.mark.drill
 @pytest.mark.parametrize(
     ("labels", "kills"),
-    [(160, 2), pytest.param(5000, 0, marks=pytest.mark.slow), pytest.param(5000, 5, marks=pytest.mark.slow)],
+    [
+        pytest.param(160, 2, marks=pytest.mark.drill),
+        pytest.param(5000, 0, marks=pytest.mark.slow),
+        pytest.param(5000, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_that_was_confirmed_is_lost_or_doubled(load: Any, tmp_path: Path, labels: int, kills: int) -> None:
     found = load.run(tmp_path, load.Work(labels=labels), kills)

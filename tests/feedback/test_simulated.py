@@ -92,6 +92,12 @@ def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
     assert kept(cut) == kept(whole)
 
 
+def test_a_missing_web_server_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(ImportError, match=r"the page needs uvicorn: pip install 'rlhf-lightning\[annotate\]'"):
+        SimulatedAnnotators(GOLD)
+
+
 def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="temperature is 0"):
         SimulatedAnnotators(GOLD, temperature=0)
