@@ -187,7 +187,7 @@ def write_page(cells: Sequence[dict[str, Any]], page: Path) -> None:
         "budget; its mean score orders held-out pairs of the SFT policy. DPO is trained on the same labels. All start "
         "from the SFT policy; settings are in reward.yaml and dpo.yaml beside this file. The first budget is spent at "
         "random where reward models are asked: there are none before. Means over "
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}) with 95 % intervals by Student's t.\n\n"
+        f"the seeds {', '.join(map(str, seeds))} with 95 % intervals by Student's t.\n\n"
         + "\n\n".join(parts)
         + f"\n\n![curves]({picture.name})\n"
     )
@@ -204,12 +204,18 @@ def curve(cells: Sequence[dict[str, Any]], selector: str, merit: str) -> list[La
     ]
 
 
+def shown(point: LabelPoint, digits: int, sign: str = "") -> str:
+    """A mean with its interval; one seed has none."""
+    ends = "" if np.isnan(point.low) else f" {interval([point.low, point.high], digits)}"
+    return f"{point.value:{sign}.{digits}f}{ends}"
+
+
 def table(curves: dict[str, list[LabelPoint]]) -> str:
     """A row for each selector, a column for each budget."""
     budgets = sorted({point.labels for points in curves.values() for point in points})
     rows = []
     for name, points in curves.items():
-        known = {point.labels: f"{point.value:.3f} {interval([point.low, point.high])}" for point in points}
+        known = {point.labels: shown(point, 3) for point in points}
         rows.append([name, *(known.get(budget, "") for budget in budgets)])
     return markdown_table(["selector", *(f"{budget} labels" for budget in budgets)], rows)
 
@@ -227,10 +233,8 @@ def differences(cells: Sequence[dict[str, Any]], selectors: Sequence[str], merit
         if name == "random" or not gains:
             continue
         found = t_interval([float(np.mean(one)) for one in gains.values()])
-        verdict = (
-            "better than chance" if found.low > 0 else "worse than chance" if found.high < 0 else "no difference shown"
-        )
-        lines.append(f"- {name}: {found.value:+.4f} {interval([found.low, found.high], 4)}, {verdict}")
+        verdict = "better than chance" if found.low > 0 else "worse than chance" if found.high < 0 else "not told apart"
+        lines.append(f"- {name}: {shown(found, 4, '+')}, {verdict}")
     said = "Gain over random, mean of the budgets above the first, paired by seed:\n\n"
     return said + "\n".join(lines) if lines else ""
 
