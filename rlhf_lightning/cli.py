@@ -35,6 +35,7 @@ TOOL_COMMANDS = {
     "audit": Command("rlhf_lightning.commands.audit", "what is wrong with a data set, before it is trained on"),
     "plan": Command("rlhf_lightning.commands.plan", "what memory and work a run would take, before it starts"),
     "annotate": Command("rlhf_lightning.commands.annotate", "people compare completions in the browser; export"),
+    "loop": Command("rlhf_lightning.commands.loop", "rounds of sampling, labelling, training and evaluation"),
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
     "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),

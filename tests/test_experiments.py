@@ -14,7 +14,8 @@ from rlhf_lightning.commands.train import RlhfCLI
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "experiments"
 OVERLAYS = sorted((EXPERIMENTS / "hardware").glob("*.yaml"))
-CONFIGS = [path for path in sorted(EXPERIMENTS.rglob("*.yaml")) if path not in OVERLAYS]
+LOOPS = sorted(EXPERIMENTS.rglob("loop*.yaml"))
+CONFIGS = [path for path in sorted(EXPERIMENTS.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
 README = ROOT / "README.md"
 # What a stage takes from the one before it, or from the user: a file may leave these to the command line.
 FROM_THE_USER = {"model": {"init_from": "a_model", "scorer": "a_reward_model"}, "data": {"source": "rows.jsonl"}}
@@ -103,7 +104,14 @@ def test_hardware_overlay_fits_on_a_config(path, accepted):
     accepted(["fit", "--config", str(base), "--config", str(path), *completed_by_the_user(base)])
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *OVERLAYS], ids=relative)
+@pytest.mark.parametrize("path", LOOPS, ids=relative)
+def test_loop_fits_the_signature_and_names_files_that_are_there(path, accepted):
+    accepted(["loop", "--config", str(path)])
+    settings = yaml.safe_load(path.read_text())
+    assert all((ROOT / settings[f"{stage}_config"]).is_file() for stage in ("reward", "policy"))
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *OVERLAYS, *LOOPS], ids=relative)
 def test_config_is_short(path):
     assert len(path.read_text().splitlines()) < 40
 

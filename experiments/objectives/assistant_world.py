@@ -19,13 +19,14 @@ import torch
 from settings import FAMILIES, REASONS  # beside this file
 
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.quickstart import SAMPLING, gold_of_conversation
+from rlhf_lightning.commands.quickstart import SAMPLING
 from rlhf_lightning.evaluation.policies import mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.models.causal_lm import load_policy, load_reference
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Prompt
+from rlhf_lightning.worlds.assistant import gold_of_conversation
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"

@@ -4,7 +4,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,32 +12,39 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_lightning.commands.parsing import run_function
 
 if TYPE_CHECKING:
-    from rlhf_lightning.feedback.access import Door
+    from rlhf_lightning.feedback.selection import Selector
     from rlhf_lightning.feedback.store import FeedbackStore
 
-MISSING = "rlhf annotate needs a web server: pip install 'rlhf-lightning[annotate]'"
+AHEAD, POOL = 16, 256
+"""Items sampled ahead where nothing chooses among them, and where something does."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf annotate``, or ``rlhf annotate export``."""
     if argv[:1] == ["export"]:
         return run_function(export, argv[1:], "rlhf annotate export")
-    return run_function(annotate, gathered(argv, "--model"), "rlhf annotate")
+    return run_function(annotate, gathered(gathered(argv, "--model"), "--ensemble"), "rlhf annotate")
 
 
 def gathered(argv: Sequence[str], option: str) -> list[str]:
-    """The command line with an option that is given several times written as one list."""
-    values, rest, following = [], [], False
+    """The command line with an option that has several values, or is given several times, written as one list."""
+    values, rest, empty, following = [], [], False, False
     for argument in argv:
-        if following:
-            values.append(argument)
+        if argument == option:
+            empty, following = True, True
         elif argument.startswith(f"{option}="):
             values.append(argument.partition("=")[2])
-        elif argument != option:
+            following = False
+        elif following and not argument.startswith("--"):
+            values.append(argument)
+            empty = False
+        elif empty:
+            break
+        else:
             rest.append(argument)
-        following = not following and argument == option
-    if following:
-        return list(argv)  # the last one has no value, which the parser says
+            following = False
+    if empty:
+        return list(argv)  # one has no value, which the parser says
     return [*rest, option, json.dumps(values)] if values else rest
 
 
@@ -48,7 +54,9 @@ def annotate(
     model: list[str] | None = None,
     pairs: str | None = None,
     candidates: int = 2,
-    ahead: int = 16,
+    select: str | None = None,
+    ensemble: list[str] | None = None,
+    ahead: int | None = None,
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     top_p: float = 1.0,
@@ -76,7 +84,13 @@ def annotate(
         model: folder of a policy, whole or adapter; once more for each further one.
         pairs: file of preferences in any form that training reads; their labels are not shown.
         candidates: completions of each item; more than two are ranked.
-        ahead: items that are sampled ahead of the annotators.
+        select: which item is shown next: random; uncertainty (the reward models' mean preference is nearest to a
+            coin's), disagreement (it varies most between them), diversity (the least like what was shown), or the
+            import path of a Selector of your own. By default they are shown as they come.
+        ensemble: folders of reward models trained on labels made before: one or more for uncertainty, two or more for
+            disagreement.
+        ahead: items that are sampled ahead of the annotators, and from which --select chooses; 16 where it is not
+            given, and 256 with --select.
         temperature: logits are divided by it; 0 takes the likeliest token.
         max_new_tokens: longest completion, tokens.
         top_p: keep the smallest set of tokens with this probability.
@@ -93,14 +107,13 @@ def annotate(
         port: port to listen on; 0 takes a free one.
         seed: seed of sampling, sides and repeats.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    from rlhf_lightning.feedback.labelling import require_web_server
+
+    require_web_server()
     from rlhf_lightning.feedback.handing_out import Policy
     from rlhf_lightning.feedback.reading import SUFFIX
     from rlhf_lightning.feedback.server import FLAGS, REASONS, PageSettings, make_app
+    from rlhf_lightning.feedback.serving import door_of, listen, make_server, say_where
     from rlhf_lightning.feedback.store import FeedbackStore
 
     path = Path(store)
@@ -109,6 +122,7 @@ def annotate(
     if (prompts is None) != (model is None):
         raise ValueError("--prompts and --model go together: the models answer the prompts")
     door = door_of(path, host, annotators)
+    selector = selector_of(select, ensemble, seed)
     with ExitStack() as stack:
         listening = stack.enter_context(closing(listen(host, port)))
         opened = stack.enter_context(FeedbackStore(path, Policy(annotators_per_item, repeats, seed=seed)))
@@ -116,25 +130,37 @@ def annotate(
             from rlhf_lightning.commands.candidates import given_items
 
             print(f"{pairs}: {opened.add(given_items(pairs)):,} items are new")
+        if selector is not None:
+            opened.rank(selector)
         state: Callable[[], str] = str
         if prompts is not None and model is not None:
             from rlhf_lightning.models.sampling import SamplingSettings
 
             settings = SamplingSettings(max_new_tokens, temperature, top_p, 0, batch_size)
             state = stack.enter_context(
-                sampling_ahead(opened, prompts, model, candidates, settings, seed, ahead, dtype, as_chat)
+                sampling_ahead(
+                    opened,
+                    prompts,
+                    model,
+                    candidates,
+                    settings,
+                    seed,
+                    ahead or (AHEAD if selector is None else POOL),
+                    dtype,
+                    as_chat,
+                    selector,
+                )
             ).state
         page = PageSettings(tuple(reasons or REASONS), tuple(flags or FLAGS), state)
         app = make_app(opened, door, page)
         say_where(listening, host, door)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
-        uvicorn.Server(config).run(sockets=[listening])
+        make_server(app).run(sockets=[listening])
     return 0
 
 
 def sampling_ahead(
     store: "FeedbackStore", prompts: str, models: list[str], candidates: int, settings: Any, seed: int, ahead: int,
-    dtype: str, as_chat: bool,
+    dtype: str, as_chat: bool, selector: "Selector | None",
 ) -> Any:  # fmt: skip
     """Load the models, and return what samples from them in a thread.
 
@@ -156,57 +182,22 @@ def sampling_ahead(
     policies = load_policies(models, dtype)
     at_once = max(min(ahead, settings.batch_size or ahead), 1)
     batches = sampled_items(policies, rows, candidates, settings, seed, at_once, store.has_prompt)
-    return SamplingAhead(store, batches, ahead)
+    return SamplingAhead(store, batches, ahead, selector)
 
 
-def door_of(store: Path, host: str, annotators: str | None) -> "Door":
-    """Who may come in: anybody on this machine, or who has a token.
-
-    Raises:
-        ValueError: other machines could reach the page, and nobody is named.
-    """
-    from rlhf_lightning.feedback.access import Door, is_loopback, tokens_beside
-
-    names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
-    if not names and not is_loopback(host):
-        raise ValueError(
-            f"--host {host} lets other machines in: name who may label, --annotators ann,bob; each gets a link"
-        )
-    return Door(tokens_beside(store, names) if names else None)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "Selector | None":
+    """What --select names; None without it.
 
     Raises:
-        OSError: the address cannot be had.
+        ValueError: it names no selector, it lacks reward models, or they are given to none.
     """
-    bare = host.strip("[]")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((bare, port))
-        made.listen(128)
-    except OSError as error:
-        made.close()
-        raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}): name another --port") from error
-    return made
+    if select is None:
+        if ensemble:
+            raise ValueError("--ensemble serves --select uncertainty or disagreement: say which")
+        return None
+    from rlhf_lightning.commands.selection import load_selector
 
-
-def say_where(listening: socket.socket, host: str, door: "Door") -> None:
-    """Print the address, or each annotator's."""
-    port = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    if shown in ("0.0.0.0", "[::]"):
-        shown = socket.gethostname()
-    base = f"http://{shown}:{port}"
-    if door.tokens is None:
-        print(f"label at {base}/   results at {base}/results   Ctrl+C stops; every label is kept", flush=True)
-        return
-    for name, token in door.tokens.items():
-        print(f"{name:<16}{base}/enter?token={token}", flush=True)
-    print(f"the owner's results: {base}/results   Ctrl+C stops; every label is kept", flush=True)
+    return load_selector(select, ensemble or [], seed)
 
 
 def export(

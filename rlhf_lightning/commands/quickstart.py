@@ -28,7 +28,7 @@ from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Prompt
-from rlhf_lightning.worlds.assistant import gold_reward, write_world
+from rlhf_lightning.worlds.assistant import gold_of_conversation, write_world
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 BEST_OF = (1, 2, 4, 8, 16)
@@ -162,11 +162,6 @@ def evaluate(
 
 def _read_prompts(path: Path) -> list[Prompt]:
     return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def gold_of_conversation(prompt: Prompt, completion: str) -> float:
-    """Return the gold reward of a completion to a conversational prompt."""
-    return gold_reward(prompt if isinstance(prompt, str) else prompt[-1]["content"], completion)
 
 
 def _point(method: str, samples: Samples, label: str = "") -> FrontierPoint:

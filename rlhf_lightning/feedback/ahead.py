@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.feedback.records import Item
 from rlhf_lightning.feedback.store import FeedbackStore
+
+if TYPE_CHECKING:
+    from rlhf_lightning.feedback.selection import Selector
 
 PAUSE = 0.25
 """Seconds between two looks at how many items wait."""
@@ -20,12 +24,15 @@ class SamplingAhead:
         store: where they go.
         batches: draws the next few items; sampling takes place in its ``next``.
         ahead: items that nobody has been given yet; sampling rests while there are as many.
+        selector: says which of them is given out next; None gives them out as they came.
     """
 
-    def __init__(self, store: FeedbackStore, batches: Iterator[Sequence[Item]], ahead: int) -> None:
+    def __init__(
+        self, store: FeedbackStore, batches: Iterator[Sequence[Item]], ahead: int, selector: Selector | None = None
+    ) -> None:
         if ahead < 1:
             raise ValueError(f"ahead is {ahead}: at least one item must wait for the next annotator")
-        self.store, self.batches, self.ahead = store, batches, ahead
+        self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
         self.failure: str | None = None
         self._done, self._stop = False, threading.Event()
         self._thread = threading.Thread(target=self._fill, name="sampling ahead", daemon=True)
@@ -56,6 +63,8 @@ class SamplingAhead:
                     return
                 if not self._stop.is_set():
                     self.store.add(batch)
+                    if self.selector is not None:
+                        self.store.rank(self.selector)
         except Exception as error:  # people go on with what is there, and whoever runs the server sees why
             self.failure = str(error).strip() or type(error).__name__
             traceback.print_exc()

@@ -69,10 +69,11 @@ CREATE TABLE judgements (
 CREATE INDEX judgements_of_an_assignment ON judgements (assignment);
 CREATE INDEX judgements_of_an_annotator ON judgements (annotator);
 
+-- Judgements that stand. The plus keeps the planner from the index of undoes, which it takes to be unique for NULL too.
 CREATE VIEW live AS
     SELECT j.*, a.item, a.repeat, a.shown
     FROM judgements j JOIN assignments a ON a.id = j.assignment
-    WHERE j.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id);
+    WHERE +j.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id);
 """
 
 FOREVER = "".join(
@@ -82,6 +83,10 @@ FOREVER = "".join(
     for verb in ("UPDATE", "DELETE")
 )
 """What people said cannot be changed, by this package or by a slip in a database shell."""
+
+
+VALUES = "CREATE TEMP TABLE item_values (item INTEGER PRIMARY KEY, value REAL NOT NULL) STRICT"
+"""What a selector said of items: this process's opinion, and no part of the file."""
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
@@ -111,6 +116,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
                 f"BEGIN IMMEDIATE;\n{TABLES}\n{FOREVER}\nPRAGMA application_id = {MARK};\n"
                 f"PRAGMA user_version = {VERSION};\nCOMMIT;"
             )
+        connection.execute(VALUES)
     except BaseException:
         connection.close()
         raise

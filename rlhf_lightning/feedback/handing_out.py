@@ -49,14 +49,19 @@ def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
 
 
 def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: float) -> int | None:
-    """The first item that wants a judgement, that the annotator has not had, and that not enough others are judging."""
+    """An item that wants a judgement, that the annotator has not had, and that not enough others are judging.
+
+    Items that somebody has been given come first, then those of the highest value, then the others, equals in the order
+    in which they came.
+    """
     row = db.execute(
-        "SELECT i.id FROM items i WHERE "
+        "SELECT i.id, EXISTS (SELECT 1 FROM assignments WHERE item = i.id) AS begun "
+        "FROM items i LEFT JOIN item_values v ON v.item = i.id WHERE "
         "NOT EXISTS (SELECT 1 FROM assignments WHERE item = i.id AND annotator = :annotator) AND "
         "(SELECT count(*) FROM assignments a WHERE a.item = i.id AND a.repeat = 0 AND ("
         f"    EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id AND l.verdict IN {COUNTED}) OR "
         "    (a.given > :since AND NOT EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id)))) < :wanted "
-        "ORDER BY i.id LIMIT 1",
+        "ORDER BY begun DESC, iif(begun, NULL, v.value) DESC, i.id LIMIT 1",
         {"annotator": annotator, "since": now - policy.lease, "wanted": policy.annotators},
     ).fetchone()
     return None if row is None else int(row[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +30,9 @@ from rlhf_lightning.feedback.records import (
     in_item_order,
 )
 from rlhf_lightning.types import Prompt
+
+if TYPE_CHECKING:
+    from rlhf_lightning.feedback.selection import Selector
 
 
 class Progress(NamedTuple):
@@ -145,6 +149,26 @@ class FeedbackStore:
                 "SELECT count(*) FROM items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id)"
             ).fetchone()
             return int(count)
+
+    def rank(self, selector: Selector) -> None:
+        """Ask a selector which of the items that wait are to be given out first; annotators go on meanwhile."""
+        given, waiting = (
+            "SELECT item FROM assignments WHERE repeat = 0 GROUP BY item ORDER BY min(id)",
+            "SELECT id FROM items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id) ORDER BY id",
+        )
+        with self._turn:
+            known, asked = (
+                [item_of(self._connection, number) for (number,) in self._connection.execute(which).fetchall()]
+                for which in (given, waiting)
+            )
+        values = [float(value) for value in selector.values(asked, known)]
+        if len(values) != len(asked):
+            raise ValueError(f"{type(selector).__name__} returned {len(values)} values for {len(asked)} items")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{type(selector).__name__} returned a value that is no finite number")
+        with self._transaction() as db:
+            rows = [(item.id, value) for item, value in zip(asked, values, strict=True)]
+            db.executemany("INSERT OR REPLACE INTO item_values VALUES (?, ?)", rows)
 
     # ---- what annotators do -----------------------------------------------------------------------------------------
 
@@ -265,6 +289,20 @@ class FeedbackStore:
                 {"annotator": annotator, "wanted": self.policy.annotators},
             ).fetchone()
         return Progress(judged, left, seconds or 0.0)
+
+    def labels(self) -> int:
+        """Judgements that training learns from: hidden repeats and skipped items are none."""
+        with self._turn:
+            (count,) = self._connection.execute(
+                f"SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN {COUNTED}"
+            ).fetchone()
+            return int(count)
+
+    def last(self) -> tuple[int, str]:
+        """Number of the last row of judgements, and whose it is; 0 and an empty name where there is none."""
+        with self._turn:
+            row = self._connection.execute("SELECT id, annotator FROM judgements ORDER BY id DESC LIMIT 1").fetchone()
+            return (0, "") if row is None else (int(row[0]), str(row[1]))
 
     def snapshot(self) -> Snapshot:
         """All judgements there are now."""

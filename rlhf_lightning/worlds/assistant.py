@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds import _assistant_text as text
 from rlhf_lightning.worlds._assistant_gold import gold_parts, gold_reward, read_request
 from rlhf_lightning.worlds._assistant_model import make_config, make_tokenizer, vocabulary
@@ -38,6 +39,7 @@ from rlhf_lightning.worlds._assistant_model import make_config, make_tokenizer, 
 __all__ = [
     "ANNOTATOR_SCALE",
     "AssistantWorld",
+    "gold_of_conversation",
     "gold_parts",
     "gold_reward",
     "make_config",
@@ -186,6 +188,11 @@ class AssistantWorld:
         """Return the mean gold reward of ``demonstrations``."""
         golds = [gold_reward(row["prompt"][-1]["content"], row["completion"][-1]["content"]) for row in demonstrations]
         return sum(golds) / len(golds)
+
+
+def gold_of_conversation(prompt: Prompt, completion: str) -> float:
+    """Return the gold reward of a completion to a prompt, which may be a conversation: its last turn is the request."""
+    return gold_reward(prompt if isinstance(prompt, str) else prompt[-1]["content"], completion)
 
 
 def _sigmoid(x: float) -> float:

@@ -13,6 +13,7 @@ from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.annotate import gathered
 from rlhf_lightning.commands.candidates import given_items, load_policies, sampled_items
 from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.scoring import LearnedScorer
 
 PROMPTS = [("ab", {"topic": "short"}), ("cde", {}), ([{"role": "user", "content": "hello"}], {})]
 SETTINGS = SamplingSettings(max_new_tokens=6, batch_size=4)
@@ -59,6 +60,8 @@ def test_given_pairs_keep_no_label(tmp_path):
 def test_models_are_named_one_after_the_other():
     assert gathered(["--model", "a", "--port", "1", "--model=b"], "--model") == ["--port", "1", "--model", '["a", "b"]']
     assert gathered(["--port", "1"], "--model") == ["--port", "1"]
+    assert gathered(["--model", "a", "b", "--port", "1"], "--model") == ["--port", "1", "--model", '["a", "b"]']
+    assert gathered(["--model", "--port", "1"], "--model") == ["--model", "--port", "1"], "which the parser refuses"
 
 
 def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys):
@@ -85,6 +88,30 @@ def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys)
     rows = rows_of(Path("pairs.jsonl"))
     assert sorted(row["prompt"] for row in rows) == ["ab", "cd", "ef"]
     assert all((row["preference"], row["margin"], row["models"]) == (1.0, 1.0, [policy_folder] * 2) for row in rows)
+
+
+def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
+    """The order in which items are given out is that of the reward model's doubt."""
+    rows = [{"prompt": f"q {n}", "chosen": "yes" * (n + 1), "rejected": "no" * (5 - n)} for n in range(5)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scorer, doubts = LearnedScorer(reward_folder), {}
+    for row in rows:
+        first, second = scorer([row["prompt"]] * 2, [row["chosen"], row["rejected"]]).tolist()
+        doubts[row["prompt"]] = -abs(first - second)
+    seen = []
+
+    def look_through(server, sockets):
+        client = TestClient(server.config.app, base_url="http://localhost:1")
+        client.post("/api/enter", json={"name": "ann"})
+        while (item := client.get("/api/item").json()["item"]) is not None:
+            seen.append(item["prompt"][0]["text"])
+            body = {"key": f"a key of its own {len(seen)}", "assignment": item["assignment"], "verdict": "tie"}
+            client.post("/api/judgements", json=body)
+
+    monkeypatch.setattr(uvicorn.Server, "run", look_through)
+    flags = ["--store", "f.db", "--port", "0", "--pairs", "pairs.jsonl", "--repeats", "0"]
+    assert rlhf(["annotate", *flags, "--ensemble", reward_folder, "--select", "uncertainty"]) == 0
+    assert seen == sorted(doubts, key=lambda prompt: -doubts[prompt])
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.commands.annotate import listen
 from rlhf_lightning.feedback.reading import judgements_of
 from rlhf_lightning.feedback.records import Candidate, Item
 from rlhf_lightning.feedback.server import make_app
+from rlhf_lightning.feedback.serving import listen
 
 from .conftest import pair, ranked_item
 
