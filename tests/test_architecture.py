@@ -29,11 +29,12 @@ MAY_IMPORT = {
     "modules": MODELS | {"scoring"},
     "callbacks": MODULES,
     "feedback": GROUND,
+    "judging": MODELS | {"feedback"},
     "data": GROUND | {"tokenization", "feedback"},
     "worlds": GROUND | {"data"},
     "evaluation": MODULES | {"callbacks", "worlds"},
-    "commands": MODULES | {"callbacks", "evaluation", "feedback", "data", "worlds"},
-    "cli": MODULES | {"callbacks", "evaluation", "feedback", "data", "worlds", "commands"},
+    "commands": MODULES | {"callbacks", "evaluation", "feedback", "judging", "data", "worlds"},
+    "cli": MODULES | {"callbacks", "evaluation", "feedback", "judging", "data", "worlds", "commands"},
     "__main__": {"cli"},
 }
 

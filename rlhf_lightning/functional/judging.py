@@ -91,3 +91,25 @@ def expected_rating(rating_logprobs: Tensor, ratings: Tensor) -> Tensor:
         ratings: the ratings that the tokens stand for, shape (ratings,).
     """
     return (at_least_float32(rating_logprobs).softmax(-1) * ratings).sum(-1)
+
+
+def label_entropy(probability: Tensor) -> Tensor:
+    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 of one that cannot tell, 0 of a sure one.
+
+    Args:
+        probability: p, shape (comparisons,).
+    """
+    require_shape("comparisons", probability=probability)
+    p = at_least_float32(probability)
+    return torch.special.entr(p) + torch.special.entr(1 - p)
+
+
+def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:
+    """1 where a judge prefers what people prefer, 0 where it prefers the other, 0.5 where it cannot tell.
+
+    Args:
+        preference: the judge's probability that the first completion is better, shape (comparisons,).
+        human_preference: people's, same shape; none is 0.5.
+    """
+    require_shape("comparisons", preference=preference, human_preference=human_preference)
+    return ((preference - 0.5).sign() * (human_preference - 0.5).sign() + 1) / 2
