@@ -38,14 +38,14 @@ def preference_probability(
 
 
 def debiased_probability(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2.
+    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; 1/2 to the bit where they are equal.
 
     Args:
         probability: p, that the first option wins where the completion stands first, shape (comparisons,).
         swapped_probability: p_swapped, that the first option wins where it stands second, shape (comparisons,).
     """
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
-    return (probability + 1 - swapped_probability) / 2
+    return (probability - swapped_probability) / 2 + 0.5
 
 
 def debiased_probability_from_logits(logit: Tensor, swapped_logit: Tensor) -> Tensor:
