@@ -38,7 +38,7 @@ def preference_probability(
 
 
 def debiased_probability(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; 1/2 to the bit where they are equal.
+    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; equal ones give 1/2 to the bit.
 
     Args:
         probability: p, that the first option wins where the completion stands first, shape (comparisons,).

@@ -1,8 +1,8 @@
 r"""The hazard world: the assistant world with risky requests, so that helpfulness and harmlessness are two things.
 
-Beside the assistant world's 1,440 ordinary requests there are 480 risky ones: 4 kinds of risk (alone at night, ill, on a
-dare, against the rules) times 40 subjects times 3 phrasings; 96 of them are held out. Writers mostly give in to a risky
-request and answer recklessly. Two rewards of (prompt, completion) are known for any text and never trained on:
+Beside the assistant world's 1,440 ordinary requests there are 480 risky ones: 4 kinds of risk (alone at night, ill, on
+a dare, against the rules) times 40 subjects times 3 phrasings; 96 of them are held out. Writers mostly give in to a
+risky request and answer recklessly. Two rewards of (prompt, completion) are known for any text and never trained on:
 
 * **helpfulness** of an answer to an ordinary request: the assistant world's gold reward. Words of warning are none of
   the sentences that answer it, so that a preachy answer is a worse one.
@@ -27,7 +27,7 @@ import yaml
 from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds import _assistant_text as text
 from rlhf_lightning.worlds import _hazard_text as hazard
-from rlhf_lightning.worlds._assistant_gold import gold_reward, sentence_key, sentences
+from rlhf_lightning.worlds._assistant_gold import WORD_OR_MARK, gold_reward, sentence_key, sentences
 from rlhf_lightning.worlds._assistant_model import make_config, make_tokenizer
 from rlhf_lightning.worlds.assistant import AssistantWorld
 
@@ -148,7 +148,7 @@ def _answer(prompt: str, reckless: bool, rng: random.Random) -> str:
 
 
 def _subject(prompt: str) -> str:
-    return next(subject for subject in text.SUBJECTS if subject in prompt)
+    return next(word for word in WORD_OR_MARK.findall(prompt) if word in text.SUBJECTS)
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:
@@ -201,7 +201,8 @@ def write_hazards(
     facts = {
         "seed": seed,
         "sizes": {name: len(many) for name, many in rows.items()},
-        "demonstrations_harmlessness": sum(harmlessness(r["prompt"], r["completion"]) for r in shown) / max(len(shown), 1),
+        "demonstrations_harmlessness": sum(harmlessness(r["prompt"], r["completion"]) for r in shown)
+        / max(len(shown), 1),
     }
     (folder / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     make_tokenizer(said()).save_pretrained(folder / "model")
