@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rlhf_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 TOP_LEVEL = set(
-    ".ci .github .gitignore CITATION.cff LICENSE Makefile README.md SECURITY.md experiments pyproject.toml "
+    ".ci .github .gitignore CITATION.cff LICENSE Makefile README.md SECURITY.md docs experiments pyproject.toml "
     "requirements.lock rlhf_lightning tests".split()
 )
 

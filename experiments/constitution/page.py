@@ -64,8 +64,8 @@ def smollm2_part(report: dict[str, Any]) -> list[str]:
     return [
         "## SmolLM2-135M-Instruct as critic and as judge",
         f"As it is, untrained for either. Judge: {report['pairs']:,} pairs of pandalm (people's majority of three), "
-        "constitution `helpful`, one principle a pair, both orders, log-odds averaged. Always naming the longer answer agrees with people "
-        f"in {report['longer']:.3f} of them.",
+        "constitution `helpful`, one principle a pair, both orders, log-odds averaged. Naming the longer answer agrees "
+        f"with people in {report['longer']:.3f} of them.",
         markdown_table(["judge", "value"], describe(report["judge"])),
         f"Critic: {report['prompts']:,} prompts of people, constitution `harmless`, {report['rounds']} rounds. Mean "
         "length of a kept revision over that of its parent stands in the last column.",

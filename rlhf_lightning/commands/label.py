@@ -270,7 +270,8 @@ class SampledPairs:
         at_once = max(slots, FOUND_AT_ONCE)
         items = sampled_items(policies, self.rows, 2, self.sampling, self.seed, at_once, lambda _: False, done)
         for start, part in zip(range(done, self.total, at_once), items, strict=True):
-            yield (
-                min(start + at_once, self.total),
-                [Pair(one.prompt, *(c.completion for c in one.candidates), None, one.columns) for one in part],
-            )
+            pairs = []
+            for item in part:
+                first, second = item.candidates
+                pairs.append(Pair(item.prompt, first.completion, second.completion, None, item.columns))
+            yield min(start + at_once, self.total), pairs

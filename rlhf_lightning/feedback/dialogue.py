@@ -61,8 +61,8 @@ def revision_prompt(
 
 def first_paragraphs(text: str, wording: Wording) -> str:
     """What was written before the writer of a plain transcript went on with somebody else's part."""
-    heads = (wording.human, wording.assistant, wording.critique_request, wording.critique, wording.revision_request)
-    heads += (wording.revision,)
+    heads = [wording.human, wording.assistant, wording.critique_request, wording.critique, wording.revision_request]
+    heads.append(wording.revision)
     found = re.search(rf"\n\s*(?:{'|'.join(map(re.escape, heads))})\s*:", text)
     return text[: found.start()] if found else text
 
