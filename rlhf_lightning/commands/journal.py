@@ -10,7 +10,8 @@ from typing import Any
 class Journal:
     """A file beside the one to be written: what is being done, then a line for each part that is done.
 
-    A line is one write that is flushed to the disk; one that was torn is left out, and done again.
+    It is there once a part is done. A line is one write that is flushed to the disk; one that was torn is left out, and
+    done again.
 
     Args:
         target: the file that all of it becomes.
@@ -23,13 +24,10 @@ class Journal:
     def __init__(self, target: Path, task: Mapping[str, Any]) -> None:
         self.path = target.with_name(f"{target.name}.partial")
         self.task = json.loads(json.dumps(task, default=str))
-        target.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[Any] = []
         self.done = 0
         if self.path.exists():
             self._take_up()
-        else:
-            self.path.write_text(json.dumps({"task": self.task}) + "\n", encoding="utf-8")
 
     def _take_up(self) -> None:
         whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -44,10 +42,8 @@ class Journal:
             part = json.loads(line)
             self.records += part["records"]
             self.done = part["done"]
-        kept = whole or [json.dumps({"task": self.task}).encode() + b"\n"]
         with self.path.open("r+b") as file:
-            file.truncate(0)
-            file.write(b"".join(kept))
+            file.truncate(sum(map(len, whole)))
 
     def add(self, done: int, records: list[Any]) -> None:
         """Keep the records of a part.
@@ -58,14 +54,18 @@ class Journal:
         """
         self.records += json.loads(json.dumps(records))
         self.done = done
+        lines = [{"done": done, "records": records}]
+        if not self.path.exists() or not self.path.stat().st_size:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines.insert(0, {"task": self.task})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"done": done, "records": records}) + "\n")
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Forget it: what it led to is written."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
 
 def model_stamp(name: str) -> Any:

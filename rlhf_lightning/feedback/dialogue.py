@@ -18,13 +18,17 @@ from rlhf_lightning.types import Message, Prompt
 def answered(prompt: Prompt, completion: str | list[Message]) -> Prompt:
     """A prompt and an answer to it as one text or conversation, in the prompt's own form."""
     if isinstance(prompt, str):
-        said = text_of(completion)
-        between = "" if not prompt or prompt[-1].isspace() or said[:1].isspace() else " "
-        return f"{prompt}{between}{said}"
+        return prompt + spaced(prompt, text_of(completion))
     turns = completion if isinstance(completion, list) else [_turn("assistant", completion)]
     if prompt and prompt[-1]["role"] == "assistant":  # left open, to be continued
         return [*prompt[:-1], _turn("assistant", prompt[-1]["content"] + turns[0]["content"]), *turns[1:]]
     return [*prompt, *turns]
+
+
+def spaced(prompt: Prompt, completion: str) -> str:
+    """A completion with the space that parts it from a plain prompt, where neither has one."""
+    apart = not isinstance(prompt, str) or not prompt or prompt[-1].isspace() or completion[:1].isspace()
+    return completion if apart else f" {completion}"
 
 
 def text_of(completion: str | list[Message]) -> str:
@@ -92,16 +96,21 @@ def as_text(messages: Sequence[Message], wording: Wording) -> str:
 
 def _question(wording: Wording, principle: ComparingPrinciple, prompt: Prompt, first: str, second: str) -> str:
     """The question with its places filled; what is filled in is never read for places itself."""
-    if isinstance(prompt, str):
-        prompt = [_turn("user", prompt)]
-    asked = [turn for turn in prompt if turn["content"].strip()]
     values = {
-        "conversation": as_text(asked, wording).removesuffix(f"\n\n{wording.assistant}:"),
+        "conversation": _transcript(wording, prompt),
         "question": principle.question,
         "first": first.strip(),
         "second": second.strip(),
     }
     return re.sub(r"\{(\w+)\}", lambda place: values[place.group(1)], wording.comparison)
+
+
+def _transcript(wording: Wording, prompt: Prompt) -> str:
+    """A prompt as a transcript; plain text that is one already stays as it is."""
+    if isinstance(prompt, str):
+        told = re.search(rf"^\s*(?:Human|{re.escape(wording.human)}):", prompt)
+        return prompt.strip() if told else f"{wording.human}: {prompt.strip()}"
+    return as_text(prompt, wording).removesuffix(f"\n\n{wording.assistant}:")
 
 
 def _verdict(wording: Wording, example: ComparisonExample) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rlhf_lightning.feedback.constitution import Constitution, RevisingPrinciple
-from rlhf_lightning.feedback.dialogue import critique_prompt, first_paragraphs, revision_prompt
+from rlhf_lightning.feedback.dialogue import critique_prompt, first_paragraphs, revision_prompt, spaced
 from rlhf_lightning.types import Prompt
 
 MOST_ROUNDS = 31
@@ -260,12 +260,13 @@ Mix = Literal["last", "all"]
 def demonstrations(chain: Chain, mix: Mix) -> Iterator[dict[str, Any]]:
     """Yield the rows of a prompt: its last revision, or those of all rounds; none where every one was kept out.
 
-    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent and critique.
+    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent and critique. A plain
+    text's completion begins with the space that parts it from the prompt.
     """
     kept = [(turn, one) for turn, one in enumerate(chain.rounds, start=1) if not one.refused]
     for turn, one in kept if mix == "all" else kept[-1:]:
         about = {"principle": one.principle, "round": turn, "parent": one.parent, "critique": one.critique}
-        yield {"prompt": chain.prompt, "completion": one.revision, **about}
+        yield {"prompt": chain.prompt, "completion": spaced(chain.prompt, one.revision), **about}
 
 
 def revision_report(chains: Sequence[Chain]) -> dict[str, Any]:

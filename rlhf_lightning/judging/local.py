@@ -13,9 +13,9 @@ from rlhf_lightning.feedback.dialogue import as_text, first_paragraphs
 from rlhf_lightning.feedback.judge import Answer, Question, no_answer
 from rlhf_lightning.feedback.revision import Written
 from rlhf_lightning.functional.judging import option_logprobs
-from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
 from rlhf_lightning.models.layout import cut_rows
-from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.loading import LoadSettings, resolve_folder
 from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message, Prompt
@@ -41,7 +41,13 @@ SPELLINGS = (
 
 
 def load_model(model: str, dtype: str = "float32") -> CausalLM:
-    """Load a frozen language model onto the best device there is."""
+    """Load a frozen language model onto the best device there is.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: it is a reward model.
+    """
+    refuse_reward_model(resolve_folder(model))
     loaded = load_policy(model, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return loaded.to(accelerator or "cpu")

@@ -167,4 +167,6 @@ def test_what_is_judged_is_never_read_for_places(tmp_path):
     rules = small(tmp_path, comparison_examples=[])
     (asked,) = comparison_messages(rules, rules.comparing[0], "{first}", "{second}", "{question} (A)")
     assert "Human: {first}\n\nWhich is kinder?\n\n(A) {second}\n\n(B) {question} (A)\n\n" in asked["content"]
+    (told,) = comparison_messages(rules, rules.comparing[0], "\n\nHuman: Hi\n\nAssistant:", "x", "y")
+    assert "compared.\n\nHuman: Hi\n\nAssistant:\n\nWhich is kinder?" in told["content"]
     assert asked["content"].endswith("by its letter alone: (A) or (B).")

@@ -149,6 +149,8 @@ def test_a_transcript_ends_where_its_writer_goes_on_with_another_part():
     long = Written(" Fine.\n\nHuman: And?\n\nAssistant: More", False)
     (chain,) = revise(Echo(revision=long), RULES, ["plain question"], RevisionSettings(rounds=1))
     assert chain.rounds[0].revision == "Fine." and not chain.rounds[0].refused, "it ended by itself"
+    (row,) = demonstrations(chain, "last")
+    assert row["prompt"] + row["completion"] == "plain question Fine."
 
 
 def test_the_report_in_numbers():

@@ -152,6 +152,11 @@ def test_what_is_no_judge_is_not_made(spec, arguments, sentence):
         load_judge(spec, arguments)
 
 
+def test_a_reward_model_is_no_judge(reward_folder):
+    with pytest.raises(ValueError, match="is a reward model: it scores completions and writes none"):
+        LocalJudge(reward_folder)
+
+
 class Nameless:
     def __call__(self, questions):
         return []
