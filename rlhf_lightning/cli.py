@@ -39,6 +39,8 @@ TOOL_COMMANDS = {
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
     "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),
+    "critique": Command("rlhf_lightning.commands.critique", "answer, criticise and revise under a constitution"),
+    "label": Command("rlhf_lightning.commands.label", "a judge compares pairs under a constitution: AI feedback"),
     "export": Command("rlhf_lightning.commands.export", "turn a checkpoint or an adapter into a Hugging Face folder"),
     "objectives": Command("rlhf_lightning.commands.objectives", "list every objective: paper, data, what it is"),
     "verify": Command("rlhf_lightning.commands.verify", "prove an objective, shipped or your own, correct"),

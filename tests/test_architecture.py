@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rlhf_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 TOP_LEVEL = set(
-    ".ci .github .gitignore CITATION.cff LICENSE Makefile README.md SECURITY.md experiments pyproject.toml "
+    ".ci .github .gitignore CITATION.cff LICENSE Makefile README.md SECURITY.md docs experiments pyproject.toml "
     "requirements.lock rlhf_lightning tests".split()
 )
 
@@ -29,11 +29,12 @@ MAY_IMPORT = {
     "modules": MODELS | {"scoring"},
     "callbacks": MODULES,
     "feedback": GROUND,
+    "judging": MODELS | {"feedback"},
     "data": GROUND | {"tokenization", "feedback"},
     "worlds": GROUND | {"data"},
     "evaluation": MODULES | {"callbacks", "worlds"},
-    "commands": MODULES | {"callbacks", "evaluation", "feedback", "data", "worlds"},
-    "cli": MODULES | {"callbacks", "evaluation", "feedback", "data", "worlds", "commands"},
+    "commands": MODULES | {"callbacks", "evaluation", "feedback", "judging", "data", "worlds"},
+    "cli": MODULES | {"callbacks", "evaluation", "feedback", "judging", "data", "worlds", "commands"},
     "__main__": {"cli"},
 }
 

@@ -17,6 +17,7 @@ OVERLAYS = sorted((EXPERIMENTS / "hardware").glob("*.yaml"))
 LOOPS = sorted(EXPERIMENTS.rglob("loop*.yaml"))
 CONFIGS = [path for path in sorted(EXPERIMENTS.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
 README = ROOT / "README.md"
+GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # What a stage takes from the one before it, or from the user: a file may leave these to the command line.
 FROM_THE_USER = {"model": {"init_from": "a_model", "scorer": "a_reward_model"}, "data": {"source": "rows.jsonl"}}
 
@@ -127,8 +128,9 @@ def test_a_misspelt_setting_in_a_config_is_seen(tmp_path, accepted):
 
 
 def readme_commands() -> list[str]:
-    """Every command in README's bash blocks: continued lines joined, comments and output left out."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    """Every command in the bash blocks of README and docs: continued lines joined, comments and output left out."""
+    said = "\n".join(guide.read_text() for guide in GUIDES)
+    blocks = re.findall(r"^```bash\n(.*?)^```", said, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [command for line in lines if (command := re.sub(r"\s+#.*| *^#.*", "", line).strip())]
 
@@ -167,6 +169,7 @@ def without_placeholders(arguments: list[str]) -> list[str]:
     return [argument.replace("...", "version_0") for argument in arguments]
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README.read_text()))))
-def test_readme_link_leads_somewhere(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("guide", GUIDES, ids=relative)
+def test_links_lead_somewhere(guide):
+    missing = [path for path in re.findall(r"\]\(([^)#:]+)\)", guide.read_text()) if not (guide.parent / path).exists()]
+    assert not missing

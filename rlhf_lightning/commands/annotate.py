@@ -107,7 +107,7 @@ def annotate(
         port: port to listen on; 0 takes a free one.
         seed: seed of sampling, sides and repeats.
     """
-    from rlhf_lightning.feedback.labelling import require_web_server
+    from rlhf_lightning.feedback.labeller import require_web_server
 
     require_web_server()
     from rlhf_lightning.feedback.handing_out import Policy

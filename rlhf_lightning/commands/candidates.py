@@ -42,6 +42,7 @@ def sampled_items(
     seed: int,
     at_once: int,
     skip: Any,
+    start: int = 0,
 ) -> "Iterator[list[Item]]":
     """Yield items, some prompts at a time. Completion c of prompt p is of policy c modulo the number of policies.
 
@@ -56,10 +57,11 @@ def sampled_items(
         seed: of the sampling.
         at_once: prompts sampled together.
         skip: says of a prompt whether it has been sampled before.
+        start: number of the first prompt that is sampled.
     """
     numbered = list(enumerate(rows))
-    for start in range(0, len(numbered), at_once):
-        chunk = [(number, row) for number, row in numbered[start : start + at_once] if not skip(row[0])]
+    for begin in range(start, len(numbered), at_once):
+        chunk = [(number, row) for number, row in numbered[begin : begin + at_once] if not skip(row[0])]
         if chunk:
             yield _items(policies, chunk, count, settings, seed)
 

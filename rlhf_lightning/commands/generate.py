@@ -143,19 +143,15 @@ def load_for_sampling(
         ValueError: it is a reward model.
     """
     import torch
-    from transformers import AutoConfig
 
-    from rlhf_lightning.models.causal_lm import load_policy
+    from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
     from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
     name = resolve_folder(model)
     if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{model} is no model folder: it has no config.json")
-    if Path(name).is_dir() and (Path(name) / "config.json").is_file():
-        kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
-        if any("SequenceClassification" in kind for kind in kinds):
-            raise ValueError(f"{model} is a reward model: it scores completions and writes none")
+    refuse_reward_model(name)
     tokenizer = load_tokenizer(name, chat_template)
     policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

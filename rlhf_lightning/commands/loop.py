@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile
 
 import rlhf_lightning.feedback.simulated  # noqa: F401  labellers by their short names
 from rlhf_lightning.commands.parsing import PlainParser, with_underscores
-from rlhf_lightning.feedback.labelling import Labeller
+from rlhf_lightning.feedback.labeller import Labeller
 
 
 @dataclass

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_lightning.feedback.labelling import Labeller, require_web_server
+from rlhf_lightning.feedback.labeller import Labeller, require_web_server
 from rlhf_lightning.feedback.records import STRENGTHS
 from rlhf_lightning.feedback.store import FeedbackStore
 from rlhf_lightning.types import Prompt

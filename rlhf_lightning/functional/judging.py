@@ -38,14 +38,14 @@ def preference_probability(
 
 
 def debiased_probability(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2.
+    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; equal ones give 1/2 to the bit.
 
     Args:
         probability: p, that the first option wins where the completion stands first, shape (comparisons,).
         swapped_probability: p_swapped, that the first option wins where it stands second, shape (comparisons,).
     """
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
-    return (probability + 1 - swapped_probability) / 2
+    return (probability - swapped_probability) / 2 + 0.5
 
 
 def debiased_probability_from_logits(logit: Tensor, swapped_logit: Tensor) -> Tensor:
@@ -91,3 +91,25 @@ def expected_rating(rating_logprobs: Tensor, ratings: Tensor) -> Tensor:
         ratings: the ratings that the tokens stand for, shape (ratings,).
     """
     return (at_least_float32(rating_logprobs).softmax(-1) * ratings).sum(-1)
+
+
+def label_entropy(probability: Tensor) -> Tensor:
+    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 of one that cannot tell, 0 of a sure one.
+
+    Args:
+        probability: p, shape (comparisons,).
+    """
+    require_shape("comparisons", probability=probability)
+    p = at_least_float32(probability)
+    return torch.special.entr(p) + torch.special.entr(1 - p)
+
+
+def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:
+    """1 where a judge prefers what people prefer, 0 where it prefers the other, 0.5 where it cannot tell.
+
+    Args:
+        preference: the judge's probability that the first completion is better, shape (comparisons,).
+        human_preference: people's, same shape; none is 0.5.
+    """
+    require_shape("comparisons", preference=preference, human_preference=human_preference)
+    return ((preference - 0.5).sign() * (human_preference - 0.5).sign() + 1) / 2

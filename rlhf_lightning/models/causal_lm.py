@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
@@ -284,6 +285,19 @@ def load_policy(
     if lora is not None:
         model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
     return CausalLM(model, value_head, source)
+
+
+def refuse_reward_model(name: str) -> None:
+    """Refuse to sample from a reward model, whole or adapter: loaded as a policy it would get a head of random weights.
+
+    Raises:
+        ValueError: ``name`` is the folder of one.
+    """
+    refuse_reward_adapter(name)
+    if not is_adapter(name) and (Path(name) / "config.json").is_file():
+        kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
+        if any("SequenceClassification" in kind for kind in kinds):
+            raise ValueError(f"{name} is a reward model: it scores completions and writes none")
 
 
 def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:

@@ -54,6 +54,26 @@ def _key(tokens: Iterable[str]) -> tuple[str, ...]:
     return tuple("{s}" if token in _SUBJECTS else token for token in tokens)
 
 
+def sentence_key(sentence: str) -> tuple[str, ...]:
+    """Return what two spellings of a sentence have in common: its words and marks, whatever the subject."""
+    return _key(_tokens(sentence))
+
+
+def sentences(completion: str) -> list[tuple[str, ...]]:
+    """Return the keys of a text's sentences."""
+    return [_key(sentence) for sentence in _parted(_tokens(completion)) if sentence]
+
+
+def _parted(tokens: Iterable[str]) -> list[list[str]]:
+    """Words and marks by sentence; what follows the last mark is one too."""
+    parts: list[list[str]] = [[]]
+    for token in tokens:
+        parts[-1].append(token)
+        if token in ".!?":
+            parts.append([])
+    return parts
+
+
 def _tokens(words: str) -> list[str]:
     return WORD_OR_MARK.findall(words.lower())
 
@@ -99,15 +119,10 @@ def read_request(prompt: str) -> Request:
 def read_completion(completion: str) -> Facts:
     """Return what the grader sees in any text: recognised sentences by part, subjects, words."""
     tokens = _tokens(completion)
-    sentences: list[list[str]] = [[]]
-    for token in tokens:
-        sentences[-1].append(token)
-        if token in ".!?":
-            sentences.append([])
     seen: set[tuple[str, ...]] = set()
     parts: Counter[tuple[str, str]] = Counter()
     recognised = 0
-    for sentence in sentences:
+    for sentence in _parted(tokens):
         key = _key(sentence)
         if key in _SENTENCES and key not in seen:
             seen.add(key)

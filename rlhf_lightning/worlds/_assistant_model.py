@@ -1,5 +1,6 @@
 """The tokenizer, chat template and model configuration of the assistant world: a small Llama to train from scratch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.worlds import _assistant_text as text
@@ -17,9 +18,13 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
-def vocabulary() -> list[str]:
-    """Return every word and mark of the world, sorted, after the special tokens."""
-    said = [*text.SUBJECTS, *text.COURTEOUS_OPENINGS, *text.CURT_OPENINGS, *text.FILLERS]
+def vocabulary(further: Sequence[str] = ()) -> list[str]:
+    """Return every word and mark of the world, sorted, after the special tokens.
+
+    Args:
+        further: what a world that builds on this one says besides.
+    """
+    said = [*further, *text.SUBJECTS, *text.COURTEOUS_OPENINGS, *text.CURT_OPENINGS, *text.FILLERS]
     said += [*text.COURTEOUS_CLOSINGS, *text.CURT_CLOSINGS]
     for kind in text.KINDS.values():
         said += [*kind.requests, *kind.cores, *kind.details]
@@ -27,15 +32,18 @@ def vocabulary() -> list[str]:
     return [*SPECIAL_TOKENS, *sorted(words)]
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(further: Sequence[str] = ()) -> Any:
     """Return the world's word-level tokenizer, a ``PreTrainedTokenizerFast`` with a chat template.
 
     Words outside the world become ``<|unk|>``; text of the world survives encoding and decoding unchanged.
+
+    Args:
+        further: what a world that builds on this one says besides.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<|unk|>"))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary(further))}, unk_token="<|unk|>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
@@ -53,11 +61,21 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_config(hidden_size: int = 96, layers: int = 2, heads: int = 4, intermediate_size: int = 256) -> Any:
-    """Return a Llama configuration for training from scratch on this world."""
+def make_config(
+    hidden_size: int = 96, layers: int = 2, heads: int = 4, intermediate_size: int = 256, further: Sequence[str] = ()
+) -> Any:
+    """Return a Llama configuration for training from scratch on this world.
+
+    Args:
+        hidden_size: width.
+        layers: decoder layers.
+        heads: attention heads.
+        intermediate_size: width of the feed-forward layers.
+        further: what a world that builds on this one says besides.
+    """
     from transformers import LlamaConfig
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(further)
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

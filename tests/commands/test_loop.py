@@ -17,7 +17,7 @@ from rlhf_lightning.callbacks import ModelExport
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands import loop_rounds, loop_state, loop_steps
 from rlhf_lightning.feedback.handing_out import Policy
-from rlhf_lightning.feedback.labelling import Labeller, PeopleLabeller
+from rlhf_lightning.feedback.labeller import Labeller, PeopleLabeller
 from rlhf_lightning.feedback.reading import judgements_of, reading
 from rlhf_lightning.feedback.records import Answer, Candidate, Item
 from rlhf_lightning.feedback.serving import listen

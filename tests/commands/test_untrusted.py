@@ -235,6 +235,7 @@ def test_shards_lie_in_the_checkpoints_folder() -> None:
 
 def fit_on(folder: str) -> list[str]:
     Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     return ["fit", "--model", "SFTModule", "--model.init_from", folder, "--data", "SFTDataModule",
             "--data.source", "rows.jsonl", "--data.batch_size", "4", "--samples.prompts", "0"]  # fmt: skip
 
@@ -242,7 +243,9 @@ def fit_on(folder: str) -> list[str]:
 def commands_on(folder: str) -> list[list[str]]:
     asked = ["--prompts", "rows.jsonl", "--out", "out.jsonl"]
     return [fit_on(folder), ["chat", folder], ["generate", "--model", folder, *asked],
-            ["best-of-n", "--model", folder, "--scorer", "RepetitionPenalty", *asked]]  # fmt: skip
+            ["best-of-n", "--model", folder, "--scorer", "RepetitionPenalty", *asked],
+            ["critique", "--model", folder, *asked],
+            ["label", "--judge", folder, "--pairs", "pairs.jsonl", "--out", "out.jsonl"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "training.pt"])

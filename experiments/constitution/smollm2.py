@@ -1,0 +1,66 @@
+"""A small real model as critic and as judge: the machinery on people's prompts and pairs, its agreement as it is."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.cli import main as rlhf
+
+PAIRS, PROMPTS, ROUNDS = 150, 24, 2
+"""Pairs to judge and prompts to revise: minutes on two cores."""
+
+
+def smollm2(
+    model: str, data: Path, out: Path, seed: int = 0, pairs: int = PAIRS, prompts: int = PROMPTS, tokens: int = 96
+) -> dict[str, Any]:
+    """Judge pandalm's pairs, and criticise and revise answers to people's prompts.
+
+    Args:
+        model: folder or .gguf file.
+        data: folder of the human data.
+        out: folder for the rows.
+        seed: of everything drawn.
+        pairs: how many pairs are judged.
+        prompts: how many prompts are answered.
+        tokens: longest answer, critique or revision.
+    """
+    started = time.perf_counter()
+    rows = _first(data / "pandalm_pref_standard.jsonl", pairs)
+    asked = [row for row in _first(data / "prompts.jsonl", None) if row["source"] == "oasst_lottery"][:prompts]
+    given, questions = _written(out / "pairs.jsonl", rows), _written(out / "prompts.jsonl", asked)
+    labels = out / "labels.jsonl"
+    _run("label", judge=model, pairs=given, constitution="helpful", average="logit", out=labels, seed=seed)
+    revised = out / "revisions.jsonl"
+    _run(
+        "critique", model=model, prompts=questions, constitution="harmless", rounds=ROUNDS, max_new_tokens=tokens,
+        out=revised, seed=seed,
+    )  # fmt: skip
+    longer = [len(row["chosen"]) > len(row["rejected"]) for row in rows]
+    return {
+        "judge": json.loads(labels.with_suffix(".report.json").read_text(encoding="utf-8")),
+        "pairs": len(rows),
+        "longer": sum(longer) / len(longer),
+        "prompts": len(asked),
+        "rounds": ROUNDS,
+        "revisions": json.loads(revised.with_suffix(".report.json").read_text(encoding="utf-8")),
+        "seconds": round(time.perf_counter() - started),
+    }
+
+
+def _first(path: Path, count: int | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+
+
+def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _run(command: str, **flags: Any) -> None:
+    status = rlhf([command, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
+    if status:
+        raise SystemExit(status)

@@ -1,0 +1,68 @@
+"""A small ASGI server that speaks the chat protocol of OpenAI's, over answers that a test gives."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+
+class ChatServer:
+    """Keeps what it is asked, and answers with what ``reply`` makes of it."""
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
+        self.reply = reply
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.busy = 0
+        self.url = ""
+
+    async def answer(self, request: Request) -> JSONResponse:
+        body = await request.json()
+        self.keys.append(request.headers.get("Authorization"))
+        if self.busy:
+            self.busy -= 1
+            return JSONResponse({"error": "overloaded"}, 503)
+        self.bodies.append(body)
+        choice = self.reply(body)
+        return JSONResponse({"object": "chat.completion", "model": body["model"], "choices": [choice]})
+
+
+def place(token: str, logprob: float, **likely: float) -> dict[str, Any]:
+    """A token of an answer; the likely ones by name, ``_`` for a space and ``p`` for a bracket that opens."""
+    named = [{"token": name, "logprob": value} for name, value in likely.items()] or [
+        {"token": token, "logprob": logprob}
+    ]
+    return {"token": token, "logprob": logprob, "top_logprobs": named}
+
+
+def said(text: str, places: list[dict[str, Any]] | None = None, reason: str = "stop") -> dict[str, Any]:
+    """A choice of a chat."""
+    logprobs = None if places is None else {"content": places}
+    message = {"role": "assistant", "content": text}
+    return {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+@contextmanager
+def serving(reply: Callable[[dict[str, Any]], Any]) -> Iterator[ChatServer]:
+    """Run a server in a thread of this process for the while."""
+    chat = ChatServer(reply)
+    routes = [Route(path, chat.answer, methods=["POST"]) for path in ("/v1/chat/completions", "/v1/completions")]
+    config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    chat.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield chat
+    finally:
+        server.should_exit = True
+        thread.join()
