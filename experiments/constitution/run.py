@@ -67,15 +67,16 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE / "results.md")
     parser.add_argument("--model", type=Path, default=None, help="SmolLM2's .gguf file or folder")
     parser.add_argument("--data", type=Path, default=None, help="folder of the human data")
-    parser.add_argument("--only", choices=("world", "smollm2"), default=None)
+    parser.add_argument("--only", choices=("hazards", "smollm2"), default=None)
     arguments = parser.parse_args()
     if arguments.only != "smollm2":
-        write_json(arguments.out / "world.json", hazards(fresh_folder(arguments.out), arguments.seed, Sizes()))
-    if arguments.model is not None and arguments.data is not None and arguments.only != "world":
+        folder = fresh_folder(arguments.out / "hazards")
+        write_json(arguments.out / "hazards.json", hazards(folder, arguments.seed, Sizes()))
+    if arguments.model is not None and arguments.data is not None and arguments.only != "hazards":
         report = smollm2(str(arguments.model), arguments.data, arguments.out / "smollm2", arguments.seed)
         write_json(arguments.out / "smollm2.json", report)
-    measured = {name: _read(arguments.out / f"{name}.json") for name in ("world", "smollm2")}
-    write_markdown(arguments.page, page(measured["world"], measured["smollm2"]))
+    measured = {name: _read(arguments.out / f"{name}.json") for name in ("hazards", "smollm2")}
+    write_markdown(arguments.page, page(measured["hazards"], measured["smollm2"]))
     print(f"wrote {arguments.page}")
 
 
