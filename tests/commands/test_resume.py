@@ -198,6 +198,24 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
 
+def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: Any) -> None:
+    """Told to stop before a validation, resumed, and cut off behind it: it is in the checkpoint, so it does not recur."""
+    argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "3"]
+    whole = run([*argv, "--run_name", "whole"]).folder
+    original = ModelExport.on_validation_batch_end
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelExport, "on_validation_batch_end", told)
+        with pytest.raises(SystemExit):
+            rlhf([*argv, "--run_name", "cut"])
+    assert ends_before(monkeypatch, "on_train_batch_end", 1, ["fit", "--resume", "runs/cut"])
+    assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
+
+
 def in_a_child(work: Any) -> int:
     """Fork, have the child do something, and return how it ended."""
     child = os.fork()
