@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_lightning.cli import main as rlhf
 
-PAIRS, PROMPTS, ROUNDS = 150, 24, 2
+PAIRS, PROMPTS, ROUNDS = 100, 12, 2
 """Pairs to judge and prompts to revise: minutes on two cores."""
 
 
