@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import time
@@ -25,6 +26,9 @@ from rlhf_lightning.feedback.server import make_app
 from rlhf_lightning.feedback.serving import listen, make_server
 from rlhf_lightning.feedback.simulated import Page, SimulatedAnnotator
 from rlhf_lightning.feedback.store import FeedbackStore
+
+PATIENCE = 600.0
+"""Seconds for which an annotator asks a server again that does not answer: it may be starved, not gone."""
 
 WORDS = "the page keeps what was said and gives each item to whoever has not seen it yet".split()
 
@@ -67,7 +71,7 @@ def annotate(name: str, port: int, confirmed: Any) -> None:
     """Judge until nothing is left; hands over (row number, seconds) of each judgement that was confirmed."""
     annotator = SimulatedAnnotator(name, lambda prompt, completion: len(completion) / 1000, seed=1)
     found = []
-    with closing(Page(f"http://127.0.0.1:{port}", patience=120)) as page:
+    with closing(Page(f"http://127.0.0.1:{port}", patience=PATIENCE)) as page:
         page.enter(name)
         item = page.ask("/api/item")["item"]
         while item is not None:
@@ -110,13 +114,29 @@ def run(folder: Path, work: Work, kills: int = 0) -> dict[str, Any]:
         os.kill(server.pid, signal.SIGKILL)
         server.join()
         server = started()
-    answers = [answer for _ in people for answer in confirmed.get(timeout=3600)]
+    answers: list[tuple[int, float]] = []
+    for _ in people:
+        answers += next_of(confirmed, people)
     seconds = time.perf_counter() - began
     for person in people:
         person.join()
     server.terminate()
     server.join()
     return counted(path, answers, work, seconds) | {"kills": kills}
+
+
+def next_of(confirmed: Any, people: list[Any]) -> list[tuple[int, float]]:
+    """What the next annotator who is done hands over.
+
+    Raises:
+        RuntimeError: an annotator has died.
+    """
+    while True:
+        try:
+            return confirmed.get(timeout=1)
+        except queue.Empty:
+            if any(person.exitcode for person in people):
+                raise RuntimeError("an annotator has died; what it said stands above") from None
 
 
 def judged(path: Path) -> int:
