@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import stage
+from folders import written
 
 from rlhf_lightning.commands import plan
 from rlhf_lightning.evaluation.report import markdown_table
@@ -52,7 +53,7 @@ STAGES = {
 
 
 class Lengths(NamedTuple):
-    """The widest of the measured steps, as rows all alike."""
+    """The largest of the measured steps, as rows all alike."""
 
     prompt: int
     completion: int
@@ -67,7 +68,7 @@ def planned(flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def lengths(name: str, model: Path, data: Path, folder: Path) -> Lengths:
-    """Return the widest step's row, and what is supervised in it, spread evenly over its rows."""
+    """Return the largest step's cells and what is supervised of them, spread evenly over its rows: none is padded."""
     from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
     from rlhf_lightning.tokenization import load_tokenizer
 
@@ -86,12 +87,12 @@ def lengths(name: str, model: Path, data: Path, folder: Path) -> Lengths:
         supervised = sum(int(mask.sum()) for many in completions for _, mask, _ in many)
         each = max(len(completions[0]), 1)
         completion = -(-supervised // (size * each)) if supervised else NEW
-        found.append(Lengths(max(widths) - (each * completion if supervised else 0), completion))
+        found.append(Lengths(-(-sum(widths) // size) - (each * completion if supervised else 0), completion))
     return max(found, key=sum)
 
 
-def run_flags(case: list[str], model: Path) -> list[str]:
-    """Return the flags of `rlhf plan` for a case of stage.py."""
+def run_flags(case: list[str], model: Path, folder: Path) -> list[str]:
+    """Return the flags of `rlhf plan` for a case of stage.py; with LoRA the reward model is an adapter too."""
     name, options = case[0], case[1:]
     module, datamodule = stage.STAGES[name]
     size = options[options.index("--batch") + 1]
@@ -101,7 +102,8 @@ def run_flags(case: list[str], model: Path) -> list[str]:
         chosen += ["--model.lora.r", "16"]
     if name == "ppo":
         critic = options[options.index("--critic") + 1] if "--critic" in options else "separate"
-        chosen += ["--model.scorer", str(model), "--model.critic", critic, "--model.max_new_tokens", str(NEW)]
+        scorer = written("reward_adapter", folder / "reward", model) if "--lora" in options else model
+        chosen += ["--model.scorer", str(scorer), "--model.critic", critic, "--model.max_new_tokens", str(NEW)]
     return chosen
 
 
@@ -135,7 +137,7 @@ def compared(args: argparse.Namespace, folder: Path) -> str:
             widest[case[0]] = lengths(case[0], args.model, args.data, folder)
         shape = widest[case[0]]
         flags = ["--plan.prompt_length", str(shape.prompt), "--plan.completion_length", str(shape.completion)]
-        found = planned([*run_flags(case, args.model), *flags], folder)
+        found = planned([*run_flags(case, args.model, folder), *flags], folder)
         parts = found["bytes"][found["peak_moment"]]
         most = found["peak_bytes"] / 1e9
         without = most - parts["allocator"] / 1e9
@@ -208,7 +210,7 @@ Every peak is where the backward pass begins.
 {compared}
 
 `process` is an interpreter that has imported the stack. `allocator` is no tensor: it is what glibc's heap keeps in
-freed pieces that are too small for the next tensor, 0.2 of the activations where every weight trains and 0.7 with an
+freed pieces that are too small for the next tensor, 0.2 of the activations where every weight trains and 0.3 with an
 adapter. These two shares were fitted to the first columns. Nothing was fitted to those under "no holes": there
 MALLOC_MMAP_THRESHOLD_=131072 is in the environment of run and plan, which takes the holes away from both.
 

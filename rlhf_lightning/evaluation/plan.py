@@ -39,7 +39,7 @@ ADAM_BYTES = 2 * FP32
 SCORED_CELLS = 16_384
 """Cells of a reward model's forward pass, see `scoring.LearnedScorer`."""
 
-HOLES_FULL, HOLES_ADAPTER = 0.2, 0.7
+HOLES_FULL, HOLES_ADAPTER = 0.2, 0.3
 """What glibc's heap holds beside activations in freed pieces too small for the next tensor, as a share of them.
 
 Measured on SmolLM2-135M (experiments/benchmarks/plan.md). An adapter's product makes and frees three tensors for each
