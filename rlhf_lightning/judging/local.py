@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.feedback.dialogue import as_text, first_paragraphs
@@ -38,6 +38,9 @@ SPELLINGS = (
     "**{}",
 )
 """Ways to write a letter as one token; each that the tokenizer has counts."""
+
+SHARED_AT_LEAST = 16
+"""Tokens that rows must have in common before a pass for them alone pays."""
 
 
 def load_model(model: str, dtype: str = "float32") -> CausalLM:
@@ -95,7 +98,8 @@ class LocalJudge:
     """A language model on this machine that is asked for a letter; its probabilities are read, and nothing is sampled.
 
     The answer is begun for it ("The better answer is ("), and the probabilities of the next token being a spelling of A
-    or of B are each summed. Only the last position of a question meets the LM head. With reasoning the model first
+    or of B are each summed. Only the last position of a question meets the LM head, and what all questions of a batch
+    begin with, the examples, is read once. With reasoning the model first
     writes that, greedily. A model without a chat template reads a transcript.
 
     Args:
@@ -167,21 +171,44 @@ class LocalJudge:
 
     def _letters(self, rows: list[Tensor]) -> list[tuple[float, float]]:
         """Log-probabilities of the two letters after each row of token ids."""
-        step = left_padded(rows, next(self.model.parameters()).device)
-        logprobs = self.model(step).log_softmax(-1)
+        logprobs = next_logits(self.model, rows).log_softmax(-1)
         first, second = (option_logprobs(logprobs[:, ids.to(logprobs.device)]) for ids in self.letters)
         return list(zip(first.tolist(), second.tolist(), strict=True))
 
 
-def left_padded(rows: Sequence[Tensor], device: torch.device) -> DecodingStep:
-    """Rows of unequal length whose last tokens stand side by side, so that one position predicts for all."""
-    width = max(len(ids) for ids in rows)
-    lengths = torch.tensor([len(ids) for ids in rows]).unsqueeze(-1)
+def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
+    """Return the logits of the token after each row, shape (rows, vocabulary).
+
+    What all rows begin with (a judge's examples) is read once. The rest is padded on the left, so that the last tokens
+    stand side by side and one position predicts for all.
+
+    Args:
+        model: the model.
+        rows: token ids of each row, int64; none is empty.
+    """
+    device = next(model.parameters()).device
+    shared, cache = shared_length(rows), None
+    if shared >= SHARED_AT_LEAST:
+        cache = DynamicCache(config=model.model.config)
+        prefix = rows[0][:shared].unsqueeze(0).to(device)
+        model(DecodingStep(prefix, torch.ones_like(prefix), torch.arange(shared, device=device).unsqueeze(0), cache))
+        cache.batch_repeat_interleave(len(rows))
+    start = shared if cache is not None else 0
+    lengths = torch.tensor([len(ids) - start for ids in rows]).unsqueeze(-1)
+    width = int(lengths.max())
     mask = torch.arange(width) >= width - lengths
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    input_ids[mask] = torch.cat(list(rows)).long()
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return DecodingStep(input_ids.to(device), mask.long().to(device), positions.to(device))
+    input_ids[mask] = torch.cat([ids[start:] for ids in rows]).long()
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + start
+    attended = torch.cat([torch.ones(len(rows), start, dtype=torch.long), mask.long()], -1)
+    return model(DecodingStep(input_ids.to(device), attended.to(device), positions.to(device), cache))
+
+
+def shared_length(rows: Sequence[Tensor]) -> int:
+    """How many tokens all rows begin with; each keeps one of its own."""
+    shortest = min(len(ids) for ids in rows) - 1
+    grid = torch.stack([ids[:shortest] for ids in rows])
+    return int((grid == grid[0]).all(0).long().cumprod(0).sum())
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase, letter: str) -> Tensor:

@@ -12,7 +12,7 @@ from rlhf_lightning.feedback.judge import Judge, Pair, Question
 from rlhf_lightning.feedback.labelling import LabelSettings, label_pairs
 from rlhf_lightning.feedback.revision import RevisionSettings, revise
 from rlhf_lightning.judging import LocalJudge, LocalWriter, load_judge
-from rlhf_lightning.judging.local import letter_ids
+from rlhf_lightning.judging.local import letter_ids, next_logits, shared_length
 from rlhf_lightning.models.sampling import SamplingSettings
 
 RULES = Constitution(
@@ -69,7 +69,19 @@ def test_only_the_last_position_meets_the_head(judge, monkeypatch):
     logits = type(judge.model).logits
     monkeypatch.setattr(type(judge.model), "logits", lambda *a: seen.append(a[1].shape) or logits(*a))
     judge(QUESTIONS)
-    assert sum(shape[0] for shape in seen) == len(QUESTIONS) and all(len(shape) == 2 for shape in seen)
+    assert [len(shape) for shape in seen] == [2, 2], "one pass for what they share, one for the rest"
+    assert sum(shape[0] for shape in seen) == 1 + len(QUESTIONS)
+
+
+def test_what_rows_begin_with_is_read_once(judge, monkeypatch):
+    rows = [torch.tensor([9] * 40 + rest) for rest in ([5, 6, 7], [5, 6], [8])]
+    assert shared_length(rows) == 40 and shared_length(rows[:2]) == 41 and shared_length(rows[2:]) == 40
+    with torch.no_grad():
+        found = next_logits(judge.model, rows)
+        monkeypatch.setattr("rlhf_lightning.judging.local.SHARED_AT_LEAST", 10**6)
+        torch.testing.assert_close(found, next_logits(judge.model, rows), rtol=1e-5, atol=1e-5)
+        alone = [judge.model.model(input_ids=ids.unsqueeze(0)).logits[0, -1] for ids in rows]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_questions_that_do_not_fit_get_no_answer(judge):
