@@ -341,8 +341,8 @@ def go_on(loop: dict[str, Any], place: Place) -> None:
     """Change the state of Lightning's loops, as it is in a checkpoint, so that a resumed run goes on where it should.
 
     Of itself Lightning leaves out a validation that was to come, and where ``max_steps`` bounds a run it takes the end
-    of an epoch for its middle and trains on one more batch of it. A validation that was to come leaves a mark that never
-    goes: it is taken for the next one's too, unless what was begun is counted as done.
+    of an epoch for its middle and trains on one more batch of it. A validation that was to come leaves a mark that
+    never goes: it is taken for the next one's too, unless what was begun is counted as done.
     """
     if place == "before validation":
         loop["epoch_loop.val_loop.batch_progress"] = VALIDATION_TO_COME

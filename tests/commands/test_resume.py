@@ -199,7 +199,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
 
 
 def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: Any) -> None:
-    """Told to stop before a validation, resumed, and cut off behind it: it is in the checkpoint, so it does not recur."""
+    """Told to stop before a validation, resumed, and cut off behind it: the checkpoint has it, so it does not recur."""
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "3"]
     whole = run([*argv, "--run_name", "whole"]).folder
     original = ModelExport.on_validation_batch_end
