@@ -28,8 +28,9 @@ def smollm2(
         tokens: longest answer, critique or revision.
     """
     started = time.perf_counter()
-    rows = _first(data / "pandalm_pref_standard.jsonl", pairs)
-    asked = [row for row in _first(data / "prompts.jsonl", None) if row["source"] == "oasst_lottery"][:prompts]
+    judged = _rows(data / "pandalm_pref_standard.jsonl")
+    rows = judged[:: max(len(judged) // pairs, 1)][:pairs]  # over the whole file, whose neighbours answer one prompt
+    asked = [row for row in _rows(data / "prompts.jsonl") if row["source"] == "oasst_lottery"][:prompts]
     given, questions = _written(out / "pairs.jsonl", rows), _written(out / "prompts.jsonl", asked)
     labels = out / "labels.jsonl"
     _run("label", judge=model, pairs=given, constitution="helpful", average="logit", out=labels, seed=seed)
@@ -50,8 +51,8 @@ def smollm2(
     }
 
 
-def _first(path: Path, count: int | None) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
