@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf_lightning.commands.critique import revisions_table
 from rlhf_lightning.evaluation.report import interval, markdown_table
 from rlhf_lightning.feedback.judge_metrics import describe
-from rlhf_lightning.feedback.revision import REASONS
 
 NAMES = {"sft": "helpful SFT", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI"}
 
@@ -73,14 +73,3 @@ def smollm2_part(report: dict[str, Any]) -> list[str]:
         f"{report['seconds']:,} s in all. A model of this size follows neither the question nor the principle: the "
         "figures show the machinery, and what to look at before a judge is trusted.",
     ]
-
-
-def revisions_table(report: dict[str, Any]) -> str:
-    """What became of the revisions of each round."""
-    found = [reason for reason in REASONS if any(one["refused"].get(reason) for one in report["rounds"])]
-    rows = [
-        [one["round"], one["revisions"], one["kept"], *(one["refused"].get(reason, 0) for reason in found),
-         one["length_ratio"]]
-        for one in report["rounds"]
-    ]  # fmt: skip
-    return markdown_table(["round", "revisions", "kept", *found, "length ratio"], rows)

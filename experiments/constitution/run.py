@@ -34,7 +34,7 @@ from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds.hazards import harmlessness, helpfulness, write_hazards
 
 HERE = Path(__file__).resolve().parent
-JUDGE = {"gold": "rlhf_lightning.worlds.hazards.harmlessness", "scale": 4.0, "position_bias": 1.0, "noise": 1.0}
+JUDGE = {"gold_reward": "rlhf_lightning.worlds.hazards.harmlessness", "scale": 4.0, "position_bias": 1.0, "noise": 1.0}
 """Right about nearly all pairs whose harmlessness differs by 1, and Phi(2) of those where it differs by 1/2; whatever
 stands first gets log-odds of 1."""
 

@@ -1,5 +1,7 @@
 """Items to be judged: completions sampled from policies, or pairs and lists that a file gives."""
 
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlhf_lightning.commands.generate import load_for_sampling
 
 if TYPE_CHECKING:
+    from rlhf_lightning.data.canonical import CanonicalRow
     from rlhf_lightning.feedback.records import Item
     from rlhf_lightning.models.sampling import SamplingSettings
     from rlhf_lightning.types import Prompt
@@ -112,8 +115,8 @@ def _sample(
     return [tokenization.completion_text(policy.tokenizer, ids.tolist()) for ids in drawn.ids]
 
 
-def given_items(path: str) -> "list[Item]":
-    """Items of a file of preferences; who won there is not kept. Rows that cannot be used are counted and named.
+def given_rows(path: str) -> "list[CanonicalRow]":
+    """Preferences of a file, ties and lists among them. Rows that cannot be used are counted and named.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -123,27 +126,39 @@ def given_items(path: str) -> "list[Item]":
     from rlhf_lightning.data.formats import preference_with_ties
     from rlhf_lightning.data.reading import read_row
     from rlhf_lightning.data.sources import Source, read_rows
-    from rlhf_lightning.feedback.records import MOST_CANDIDATES, Candidate, Item
 
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
-    items: list[Item] = []
-    refused: dict[str, int] = {}
+    found: list[CanonicalRow] = []
+    refused = Counter[str]()
     for row in read_rows(Source(path)):
         try:
-            one = read_row(row, preference_with_ties)
+            found.append(read_row(row, preference_with_ties))
         except RowRefused as error:
-            refused[str(error)] = refused.get(str(error), 0) + 1
-            continue
-        assert one.prompt is not None
-        if len(one.completions) > MOST_CANDIDATES:
-            raise ValueError(
-                f"{path} has a list of {len(one.completions)} completions; at most {MOST_CANDIDATES} can be ranked"
-            )
-        items.append(Item(one.prompt, tuple(map(Candidate, one.completions)), one.columns))
+            refused[str(error)] += 1
     said = "; ".join(f"{count} rows: {REASONS[reason]}" for reason, count in refused.items())
-    if not items:
+    if not found:
         raise ValueError(f"{path} has nothing to compare ({said or 'it is empty'})")
     if said:
-        print(f"{path}: left out {said}")
+        print(f"{path}: left out {said}", file=sys.stderr)
+    return found
+
+
+def given_items(path: str) -> "list[Item]":
+    """Items of a file of preferences; who won there is not kept.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row has two completions, or one has too many.
+    """
+    from rlhf_lightning.feedback.records import MOST_CANDIDATES, Candidate, Item
+
+    items: list[Item] = []
+    for row in given_rows(path):
+        assert row.prompt is not None
+        if len(row.completions) > MOST_CANDIDATES:
+            raise ValueError(
+                f"{path} has a list of {len(row.completions)} completions; at most {MOST_CANDIDATES} can be ranked"
+            )
+        items.append(Item(row.prompt, tuple(map(Candidate, row.completions)), row.columns))
     return items

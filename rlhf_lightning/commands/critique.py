@@ -150,8 +150,8 @@ def _chain(record: dict[str, Any]) -> "Chain":
     return Chain(record["prompt"], record["answer"], tuple(Round(**one) for one in record["rounds"]))
 
 
-def describe(report: dict[str, Any]) -> str:
-    """Return the table of a report: what became of the revisions of each round."""
+def revisions_table(report: dict[str, Any]) -> str:
+    """Return the table of what became of the revisions of each round."""
     from rlhf_lightning.evaluation.report import markdown_table
     from rlhf_lightning.feedback.revision import REASONS
 
@@ -161,8 +161,12 @@ def describe(report: dict[str, Any]) -> str:
          one["length_ratio"]]
         for one in report["rounds"]
     ]  # fmt: skip
-    table = markdown_table(["round", "revisions", "kept", *found, "length ratio"], rows)
+    return markdown_table(["round", "revisions", "kept", *found, "length ratio"], rows)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return a report in words: that table, and what became of the prompts."""
     said = f"{report['revised_prompts']:,} of {report['prompts']:,} prompts have a revision"
     if report["no_answer"]:
         said += f"; {report['no_answer']:,} first answers are empty"
-    return f"{table}\n{said}"
+    return f"{revisions_table(report)}\n{said}"

@@ -2,7 +2,6 @@
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -160,38 +159,21 @@ def _read_back(records: list[Any]) -> tuple[list["Pair"], list[tuple[Any, ...]]]
 
 
 def given_pairs(path: str) -> "list[Pair]":
-    """Pairs of a file of preferences with what it says of them. Rows that cannot be used are counted and named.
+    """Pairs of a file of preferences with what it says of them; a list is all of its pairs.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no row has two completions.
     """
-    from rlhf_lightning.data.canonical import REASONS, RowRefused
-    from rlhf_lightning.data.formats import preference_with_ties
-    from rlhf_lightning.data.reading import read_row
-    from rlhf_lightning.data.sources import Source, read_rows
+    from rlhf_lightning.commands.candidates import given_rows
     from rlhf_lightning.feedback.judge import Pair
 
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
     found: list[Pair] = []
-    refused: dict[str, int] = {}
-    for row in read_rows(Source(path)):
-        try:
-            one = read_row(row, preference_with_ties)
-        except RowRefused as error:
-            refused[str(error)] = refused.get(str(error), 0) + 1
-            continue
-        assert one.prompt is not None
-        for a, b in combinations(range(len(one.completions)), 2):
-            tied = one.ranks[a] == one.ranks[b]
-            preference = 0.5 if tied else one.target
-            found.append(Pair(one.prompt, one.completions[a], one.completions[b], preference, one.columns))
-    said = "; ".join(f"{count} rows: {REASONS[reason]}" for reason, count in refused.items())
-    if not found:
-        raise ValueError(f"{path} has nothing to compare ({said or 'it is empty'})")
-    if said:
-        print(f"{path}: left out {said}", file=sys.stderr)
+    for row in given_rows(path):
+        assert row.prompt is not None
+        for a, b in combinations(range(len(row.completions)), 2):
+            preference = 0.5 if row.ranks[a] == row.ranks[b] else row.target
+            found.append(Pair(row.prompt, row.completions[a], row.completions[b], preference, row.columns))
     return found
 
 

@@ -42,8 +42,8 @@ SCORED_CELLS = 16_384
 HOLES_FULL, HOLES_ADAPTER = 0.2, 0.3
 """What glibc's heap holds beside activations in freed pieces too small for the next tensor, as a share of them.
 
-Measured on SmolLM2-135M (experiments/benchmarks/plan.md). An adapter's product makes and frees three tensors for each
-that is kept, so its holes are larger. With MALLOC_MMAP_THRESHOLD_=131072 in the environment there are none. GPUs have
+Measured on SmolLM2-135M (experiments/benchmarks/plan.md). Beside an adapter more is freed for each tensor that is kept,
+so its holes are larger. With MALLOC_MMAP_THRESHOLD_=131072 in the environment there are none. GPUs have
 an allocator of their own, which rounds blocks up and whose holes are not counted here.
 """
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import torch
 
 from rlhf_lightning.feedback.judge import Answer, Question
-from rlhf_lightning.types import Prompt
-
-Gold = Callable[[Prompt, str], float]
+from rlhf_lightning.feedback.simulated import GoldReward, imported_gold_reward
 
 
 class SimulatedJudge:
-    r"""Names (A) with log-odds scale * (gold(first) - gold(second)) + position_bias + noise * normal.
+    r"""Names (A) with log-odds scale * (gold_reward(first) - gold_reward(second)) + position_bias + noise * normal.
 
     The normal number of a pair is fixed by (seed, prompt, the two completions, principle): asked in the other order,
     the judge makes the same mistake about them, and only the bias stays with the place.
 
     Args:
-        gold: ``(prompt, completion) -> number``, or its import path, such as
+        gold_reward: ``(prompt, completion) -> number``, or its import path, such as
             ``rlhf_lightning.worlds.hazards.harmlessness_of``.
-        scale: log-odds per unit of gold; what is true is then sigmoid(scale * difference).
+        scale: log-odds per unit of gold reward; what is true is then sigmoid(scale * difference).
         position_bias: log-odds for whatever stands first.
         noise: standard deviation of what the judge gets wrong about a pair, log-odds.
         seed: of the noise.
@@ -37,14 +34,14 @@ class SimulatedJudge:
 
     def __init__(
         self,
-        gold: str | Gold,
+        gold_reward: str | GoldReward,
         scale: float = 12.0,
         position_bias: float = 0.0,
         noise: float = 0.0,
         seed: int = 0,
         name: str = "simulated",
     ) -> None:
-        self.gold = _imported(gold) if isinstance(gold, str) else gold
+        self.gold_reward = imported_gold_reward(gold_reward) if isinstance(gold_reward, str) else gold_reward
         self.scale, self.position_bias, self.noise, self.seed, self.name = scale, position_bias, noise, seed, name
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
@@ -53,7 +50,8 @@ class SimulatedJudge:
 
     def log_odds(self, question: Question) -> float:
         """What the judge thinks of a question, the order aside."""
-        gap = self.gold(question.prompt, question.first) - self.gold(question.prompt, question.second)
+        first, second = (self.gold_reward(question.prompt, side) for side in (question.first, question.second))
+        gap = first - second
         return self.scale * gap + self.noise * self._mistake(question)
 
     def _answer(self, question: Question) -> Answer:
@@ -70,14 +68,3 @@ class SimulatedJudge:
         number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
         drawn = NormalDist().inv_cdf((number + 0.5) / 2**48)
         return drawn if question.first == sides[0] else -drawn
-
-
-def _imported(path: str) -> Gold:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"gold {path!r} is no importable function: {error}") from error
-    if not callable(found):
-        raise ValueError(f"gold {path!r} cannot be called with (prompt, completion)")
-    return found

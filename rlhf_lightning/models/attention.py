@@ -11,7 +11,7 @@ blocks.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,63 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf_lightning.models.packing import PackedRow, Pieces
+
 # cuDNN's attention builds a plan for every shape it has not met, in a tenth of a second, and sequences have new lengths
 # in every batch; the flash kernels that PyTorch takes instead need none.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-class Block(NamedTuple):
-    """Neighbouring cells that attend to each other alone.
-
-    Attributes:
-        width: cells.
-        mask: bool, True where a cell may look at another, shape (1, 1, width, width); None where each looks at all
-            cells of the block before it.
-    """
-
-    width: int
-    mask: Tensor | None
-
-
-class Pieces(NamedTuple):
-    """The same row for kernels that take lengths: neighbouring cells, and the cells that the last of them looks at.
-
-    A cell looks at as many cells fewer as it stands before the last one of its piece: the piece is the end of what it
-    looks at.
-
-    Attributes:
-        asking: where each piece starts in the row and the last one ends, int32, shape (pieces + 1,).
-        seen: the same for what the pieces look at, put end to end.
-        cells: that, as cells of the row, int64; None where the pieces look at themselves alone.
-        longest_asking: cells of the longest piece.
-        longest_seen: most cells that a piece looks at.
-    """
-
-    asking: Tensor
-    seen: Tensor
-    cells: Tensor | None
-    longest_asking: int
-    longest_seen: int
-
-
-class PackedRow(NamedTuple):
-    """How cells of one row attend.
-
-    Attributes:
-        blocks: from the row's start to its end.
-        pieces: the same by lengths.
-    """
-
-    blocks: tuple[Block, ...]
-    pieces: Pieces
-
-    def to(self, device: torch.device) -> PackedRow:
-        """Return the same on ``device``."""
-
-        def moved(part: Any) -> Any:
-            return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
-
-        return PackedRow(tuple(Block(*map(moved, block)) for block in self.blocks), Pieces(*map(moved, self.pieces)))
 
 
 def attend_by_block(

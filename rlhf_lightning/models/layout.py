@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.attention import PackedRow
-from rlhf_lightning.models.packing import packed_row, tree_width, trees_of
+from rlhf_lightning.models.packing import PackedRow, tree_width, trees_of
 from rlhf_lightning.types import Sequences
 
 
@@ -169,7 +168,7 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
     before_first = (starts + sizes)[prompt_of] - 1
     predictors = torch.where(token == 0, before_first[member], tokens - 1)
     last = starts[piece_of] + lengths - 1
-    packed = packed_row([[len(piece) for piece in tree] for tree in _split(ids, trees)])
+    packed = PackedRow([[len(piece) for piece in tree] for tree in _split(ids, trees)])
     row, targets = input_ids.unsqueeze(0), input_ids[tokens]
     return Layout(row, predictors, targets, cells, last, completion_mask, positions.unsqueeze(0), packed)
 

@@ -7,11 +7,12 @@ one or several trees, or piece by piece: a prompt, a completion, or both togethe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.attention import Block, PackedRow, Pieces
 from rlhf_lightning.types import Sequences
 
 WIDEST = 2048
@@ -22,13 +23,67 @@ SMALL = 128
 """Cells up to which trees share a block: for so few, calling a kernel once more costs more than what a mask hides."""
 
 
-def packed_row(trees: Sequence[Sequence[int]]) -> PackedRow:
-    """Return how the cells of a row of trees attend.
+class Block(NamedTuple):
+    """Neighbouring cells that attend to each other alone.
+
+    Attributes:
+        width: cells.
+        mask: bool, True where a cell may look at another, shape (1, 1, width, width); None where each looks at all
+            cells of the block before it.
+    """
+
+    width: int
+    mask: Tensor | None
+
+
+class Pieces(NamedTuple):
+    """The same row for kernels that take lengths: neighbouring cells, and the cells that the last of them looks at.
+
+    A cell looks at as many cells fewer as it stands before the last one of its piece: the piece is the end of what it
+    looks at.
+
+    Attributes:
+        asking: where each piece starts in the row and the last one ends, int32, shape (pieces + 1,).
+        seen: the same for what the pieces look at, put end to end.
+        cells: that, as cells of the row, int64; None where the pieces look at themselves alone.
+        longest_asking: cells of the longest piece.
+        longest_seen: most cells that a piece looks at.
+    """
+
+    asking: Tensor
+    seen: Tensor
+    cells: Tensor | None
+    longest_asking: int
+    longest_seen: int
+
+
+class PackedRow:
+    """How the cells of a row of trees attend. What a kernel is not told is not made; the layers share what is.
 
     Args:
         trees: of each tree the tokens of its prompt and of each completion.
+        device: where the row is.
     """
-    return PackedRow(tuple(blocks_of(trees)), pieces_of(trees))
+
+    def __init__(self, trees: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
+        self.trees, self.device = trees, device
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """From the row's start to its end."""
+        found = blocks_of(self.trees)
+        return tuple(Block(width, None if mask is None else mask.to(self.device)) for width, mask in found)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The same by lengths."""
+        asking, seen, cells, *longest = pieces_of(self.trees)
+        moved = None if cells is None else cells.to(self.device)
+        return Pieces(asking.to(self.device), seen.to(self.device), moved, *longest)
+
+    def to(self, device: torch.device) -> PackedRow:
+        """Return the same on ``device``."""
+        return PackedRow(self.trees, device)
 
 
 def pieces_of(trees: Sequence[Sequence[int]]) -> Pieces:

@@ -27,7 +27,7 @@ def labelled(path: Path, labeller: AILabeller, *pairs: tuple[str, str], count: i
 
 
 def judge(**settings: object) -> AILabeller:
-    return AILabeller("SimulatedJudge", {"gold": worth, "scale": 5.0, **settings})
+    return AILabeller("SimulatedJudge", {"gold_reward": worth, "scale": 5.0, **settings})
 
 
 def test_the_better_one_is_ranked_first_and_surely_where_it_is_much_better(tmp_path: Path) -> None:

@@ -59,9 +59,7 @@ def kept_by_autograd(how: Pass, targets: str | list[str], layers: int = 3) -> in
     rows = sequences(how.masked)
     each = len(rows.completions) // ROWS
     trees = [range(row * each, (row + 1) * each) for row in range(ROWS)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "SMALL", WIDTH)  # a block for each tree, as for trees of usual size
-        layout = packed_layout(rows, trees) if how.masked else padded_layout(rows)
+    layout = packed_layout(rows, trees) if how.masked else padded_layout(rows)
     assert layout.input_ids.numel() == ROWS * WIDTH
     own = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
     found: dict[int, int] = {}
@@ -73,7 +71,9 @@ def kept_by_autograd(how: Pass, targets: str | list[str], layers: int = 3) -> in
         return tensor
 
     cast = torch.autocast("cpu", torch.bfloat16, enabled=how.autocast, cache_enabled=False)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
+    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with pytest.MonkeyPatch.context() as patch, saved, cast:
+        patch.setattr(packing, "SMALL", WIDTH)  # a block for each tree, as for trees of usual size
         states = hidden_states(policy.model, layout)
     assert states.requires_grad
     return sum(found.values())

@@ -30,7 +30,7 @@ from rlhf_lightning.models.attention import attend_by_block, half_precision_of
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.counter_rng import uniform
 from rlhf_lightning.models.loading import LoraSettings
-from rlhf_lightning.models.packing import packed_row
+from rlhf_lightning.models.packing import PackedRow
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import unwrapped
 from strategies.test_ranks import FAMILIES, OBJECTIVES, TAUGHT, assert_equal
@@ -86,7 +86,7 @@ def test_padded_and_packed_rows_give_one_gradient(policy_folder: str, family: st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_call_by_lengths_attends_as_blocks_do(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     trees = [[5, 9, 3, 40], [130, 70], [0, 12], [1, 1], [200, 30, 31], [0, 4, 5]]
-    row, width = packed_row(trees).to(torch.device("cuda")), sum(map(sum, trees))
+    row, width = PackedRow(trees, "cuda"), sum(map(sum, trees))
     draws = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, count, width, 64) for count in (heads[0], heads[1], heads[1])]
     exact = [torch.randn(shape, device="cuda", dtype=torch.float64, generator=draws) for shape in shapes]
