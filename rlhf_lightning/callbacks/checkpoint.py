@@ -91,6 +91,7 @@ class RunCheckpoint(Checkpoint):
         self.folder: Path | None = None
         self.saved: list[str] = []  # names of the files kept, oldest first
         self.scores: dict[str, float] = {}  # of those, the ones that were validated
+        self.interim: str | None = None  # the one that only an end before its time has made
         self._at: dict[str, int] = {"updates": 0, "rollouts": 0}  # the counters at the last save
         self._saved_at: int | None = None
         self._due = self._stopping = False  # a checkpoint, or the end, waits for what belongs to this step
@@ -219,10 +220,10 @@ class RunCheckpoint(Checkpoint):
         if is_rehearsal(trainer) or (updates == self._saved_at and score is None):
             return
         assert self.folder is not None
-        before = (list(self.saved), dict(self.scores))
+        before = (list(self.saved), dict(self.scores), self.interim)
         name = checkpoint_name(updates)
         # The lists are part of the checkpoint, so they change before it is written and files go only afterwards.
-        self._remember(name, score)
+        self._remember(name, score, interim=self._stopping and not self._due and place != "epoch's end")
         half = self.folder / f".{name}.partial"
         steps = (
             partial(self._prepare, trainer, half),
@@ -234,7 +235,7 @@ class RunCheckpoint(Checkpoint):
             reason = attempted(step)
             # After each, so that no rank waits in the next one's collectives for another whose disk is full.
             if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-                self.saved, self.scores = before
+                self.saved, self.scores, self.interim = before
                 if trainer.is_global_zero:
                     remove(half)
                 raise CheckpointFailedError(self._lament(name, reason or "another rank says why"))
@@ -283,11 +284,15 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return names and scores of the checkpoints, plain so that they load without unpickling."""
-        return {"saved": list(self.saved), "scores": dict(self.scores), "monitor": self.monitor, "mode": self.mode}
+        return {
+            "saved": list(self.saved), "scores": dict(self.scores), "interim": self.interim, "monitor": self.monitor,
+            "mode": self.mode,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the bookkeeping of the run that is continued."""
         self.saved, self.scores = list(state_dict["saved"]), dict(state_dict["scores"])
+        self.interim = state_dict["interim"]
         if self.folder is not None:  # somebody may have tidied up
             self.saved = [name for name in self.saved if (self.folder / name).exists()]
             self.scores = {name: score for name, score in self.scores.items() if name in self.saved}
@@ -324,15 +329,21 @@ class RunCheckpoint(Checkpoint):
         ranked = sorted((name for name in self.saved if name in self.scores), key=lambda name: sign * self.scores[name])
         return ranked[:count]
 
-    def _remember(self, name: str, score: float | None) -> None:
-        """Put a checkpoint on the lists, and drop from them what is neither among the newest nor the best."""
-        self.saved = [*(kept for kept in self.saved if kept != name), name]
-        self.scores.pop(name, None)
+    def _remember(self, name: str, score: float | None, interim: bool) -> None:
+        """Put a checkpoint on the lists, and drop from them what is neither among the newest nor the best.
+
+        One that only an end before its time has made drives out none and goes with the next: which are kept in the end
+        does not depend on when a run was told to stop.
+        """
+        self.saved = [*(kept for kept in self.saved if kept not in (name, self.interim)), name]
+        self.scores = {kept: score for kept, score in self.scores.items() if kept in self.saved and kept != name}
+        self.interim = name if interim else None
         if score is not None and not math.isnan(score):
             self.scores[name] = score
         if self.keep_last is None:
             return
-        kept = {*self.saved[-self.keep_last :], *self._best(self.keep_best)}
+        lasting = [kept for kept in self.saved if kept != self.interim]
+        kept = {*lasting[-self.keep_last :], *self._best(self.keep_best), name}
         self.saved = [name for name in self.saved if name in kept]
         self.scores = {name: score for name, score in self.scores.items() if name in kept}
 

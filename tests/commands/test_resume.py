@@ -58,7 +58,7 @@ def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: li
 
 def assert_same(whole: Path, resumed: Path) -> None:
     states = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, resumed)]
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress"):
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress", "callbacks"):
         assert repr(states[0][part]) == repr(states[1][part]), part
     assert (whole / "model" / "weight.json").read_text() == (resumed / "model" / "weight.json").read_text()
     one, other = events_of(whole).Tags(), events_of(resumed).Tags()
@@ -196,6 +196,35 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
     manifest = json.loads(Path("runs/cut/version_0/manifest.json").read_text())
     assert manifest["sessions"][-1]["status"].startswith("PreemptedError: SIGTERM")
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
+
+
+@pytest.mark.parametrize("further", [[], ["--checkpoint.after_validation", "false"]])
+@pytest.mark.parametrize("updates", [1, 3, UPDATES - 1, UPDATES, UPDATES + 1, 2 * UPDATES - 1])
+def test_which_checkpoints_are_kept_does_not_depend_on_an_end_before_its_time(
+    updates: int, further: list[str], monkeypatch: Any
+) -> None:
+    argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "4", *further]
+    argv += ["--checkpoint.every_n_updates", "2"]
+    whole = run([*argv, "--run_name", "whole"]).folder
+    original, left = ModelExport.on_train_batch_end, [updates]
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelExport, "on_train_batch_end", told)
+        with pytest.raises(SystemExit):
+            rlhf([*argv, "--run_name", "cut"])
+    stopped = Path("runs/cut/version_0/checkpoints")
+    before = sorted(file.name for file in stopped.glob("update_*.ckpt"))
+    assert f"update_{updates:06d}.ckpt" in before
+    resumed = run(["fit", "--resume", "runs/cut"]).folder
+    assert_same(whole, resumed)
+    names = [sorted(file.name for file in (folder / "checkpoints").iterdir()) for folder in (whole, resumed)]
+    assert names[0] == names[1]
 
 
 def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: Any) -> None:
