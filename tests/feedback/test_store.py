@@ -245,3 +245,28 @@ def test_what_was_confirmed_outlives_a_kill(make_store, tmp_path):
     label(store, "ann", LEFT)
     assert store.progress("ann").judged == len(kept) + 1, "and the next process goes on"
     store.close()
+
+
+@pytest.mark.parametrize("asked", [FeedbackStore.next, FeedbackStore.progress, FeedbackStore.labels])
+def test_what_each_request_costs_grows_no_faster_than_the_labels(asked, make_store):
+    """In steps of SQLite's machine, which no other process disturbs."""
+
+    def steps(labels: int) -> int:
+        store = make_store(labels + 1, annotators=2)
+        for _ in range(labels):
+            label(store, "ann", LEFT)
+        taken = [0]
+
+        def count() -> int:
+            taken[0] += 1
+            return 0
+
+        with store.reading() as connection:
+            connection.set_progress_handler(count, 10)
+            asked(store, "ann") if asked is not FeedbackStore.labels else asked(store)
+            connection.set_progress_handler(None, 0)
+        store.close()
+        store.path.unlink()
+        return taken[0]
+
+    assert steps(400) < 5 * max(steps(100), 20)
