@@ -46,9 +46,7 @@ def _sentence(module: Any, count: int) -> str:
     """Say what happened, what is still good and what to do."""
     weights = all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
     checkpoint = str(getattr(module.trainer.checkpoint_callback, "last_model_path", "") or "")
-    said = (
-        f"loss or gradient of {count} updates in a row, the last of them update {module.updates}, is NaN or infinite"
-    )
+    said = f"loss or gradient of {count} updates in a row, the last of them update {module.updates}, is NaN or infinite"
     if not weights:
         said += ", and so are weights: resume from a checkpoint that is older than that"
     elif checkpoint:

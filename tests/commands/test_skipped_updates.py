@@ -25,7 +25,16 @@ def optimizer_of(folder: Path, update: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("masked", ["false", "true"])  # where it is masked the gradient is a good one
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_spoilt_update_changes_neither_weights_nor_moments(value, masked):
-    settings = ["--model.poison", "[3]", "--model.value", value, "--model.masked", masked, "--model.weight_decay", "0.1"]
+    settings = [
+        "--model.poison",
+        "[3]",
+        "--model.value",
+        value,
+        "--model.masked",
+        masked,
+        "--model.weight_decay",
+        "0.1",
+    ]
     cli = run(["fit", *POISONED, *settings, "--checkpoint.every_n_updates", "1", "--checkpoint.keep_last", "null"])
     assert (cli.model.updates, cli.model.skipped_updates) == (UPDATES, 1)
     before, after, next_one = (optimizer_of(cli.folder, update) for update in (3, 4, 5))
@@ -41,7 +50,9 @@ def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, 
     settings = ["--model.poison", "[0, 4, 5, 6]", "--model.masked", masked, "--checkpoint.every_n_updates", "2"]
     assert rlhf(["fit", *POISONED, *settings]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("rlhf: loss or gradient of 3 updates in a row, the last of them update 7, is NaN or infinite")
+    assert said.startswith(
+        "rlhf: loss or gradient of 3 updates in a row, the last of them update 7, is NaN or infinite"
+    )
     assert "the last good checkpoint is runs/poisoned/version_0/checkpoints/update_000006.ckpt" in said
     folder = Path("runs/poisoned/version_0")
     assert [row["rows"] for row in rows_of(folder / "skipped_updates.jsonl")] == [[0, 1], [8, 9], [10, 11], [12, 13]]
