@@ -277,18 +277,22 @@ class Poisoned(modules.DPOModule):
     """The loss of the last rank's pairs is no number at some updates."""
 
     poison: tuple[int, ...] = ()
+    masked = False
+    """Whether the gradient is a good one all the same."""
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
         loss = super().preference_loss(logprobs)
         rank, ranks = here()
         assert isinstance(loss, Tensor)
-        return loss * float("nan") if rank == ranks - 1 and self.updates in self.poison else loss
+        if rank != ranks - 1 or self.updates not in self.poison:
+            return loss
+        return loss + float("nan") if self.masked else loss * float("nan")
 
 
-def skip(folder: str, strategy: str, poison: Sequence[int], updates: int = 6) -> dict[str, Any]:
+def skip(folder: str, strategy: str, poison: Sequence[int], masked: bool, updates: int = 6) -> dict[str, Any]:
     """Take updates of which one rank spoils some; return the weights, what was skipped, and why the run ended."""
     module = Poisoned(init_from=folder, learning_rate=1e-3, lr_schedule="constant")
-    module.poison = tuple(poison)
+    module.poison, module.masked = tuple(poison), masked
     failure = ""
     try:
         trainer_of(strategy, here()[1]).fit(module, StepData(steps_of(module, updates, 1)))

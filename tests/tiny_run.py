@@ -98,15 +98,18 @@ class PoisonedModule(SlopeModule):
     Args:
         poison: the updates, from 0.
         value: what the loss is multiplied with there.
+        masked: add the value instead, which leaves the gradient as it is.
     """
 
-    def __init__(self, poison: list[int], value: str = "nan", **kwargs: Any) -> None:
+    def __init__(self, poison: list[int], value: str = "nan", masked: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.poison, self.value = poison, float(value)
+        self.poison, self.value, self.masked = poison, float(value), masked
 
     def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
         loss = super().loss_sum(batch, meter)
-        return loss * self.value if self.trainer.training and self.updates in self.poison else loss
+        if not self.trainer.training or self.updates not in self.poison:
+            return loss
+        return loss + self.value if self.masked else loss * self.value
 
 
 class HungryModule(SlopeModule):

@@ -7,6 +7,7 @@ Either appears under its name by one renaming, checksums included, so that no ki
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 import shutil
@@ -143,7 +144,8 @@ def _damage_of_file(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as parts:
             broken = parts.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
+    # A flipped bit may also turn a part into one that is compressed, encrypted or of another size than it has.
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, OSError):
         return "it is cut short, or no checkpoint"
     return None if broken is None else f"its part {broken} is damaged"
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -22,6 +24,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 SKIPPED_FILE = "skipped_updates.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
+LOCK_FILE = ".training"
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -121,6 +124,26 @@ def reserve_version(runs: Path, name: str) -> Path:
             version += 1
         else:
             return folder
+
+
+def hold(folder: Path) -> IO[bytes]:
+    """Keep other processes from training in a run's folder, until the file returned is closed or this process ends.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    lock = (folder / LOCK_FILE).open("wb")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by the workers of a killed run
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return lock  # a file system without locks
+        lock.close()
+        raise ValueError(
+            f"another process trains in {folder}, and two would write the same files: wait until it has ended, or "
+            "start a new run"
+        ) from None
+    return lock
 
 
 def versions(parent: Path) -> list[tuple[int, Path]]:

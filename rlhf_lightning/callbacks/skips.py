@@ -1,4 +1,4 @@
-"""Which rows were in the steps whose gradient was not finite."""
+"""Which rows were in the steps whose loss or gradient was not finite."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import IO, Any, ClassVar, cast
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -37,6 +37,7 @@ from rlhf_lightning.callbacks.run import (
     MANIFEST_FILE,
     checked_run_name,
     find_run,
+    hold,
     reserve_version,
     run_folder,
     write_text,
@@ -142,6 +143,7 @@ class RlhfCLI(LightningCLI):
         shown = self.shown or name
         self.folder: Path | None = None
         self.is_new_folder = False
+        self.lock: IO[bytes] | None = None
         always = [
             RankWatch(), RunManifest(["rlhf", *self.argv]), RunCurves(), RunHparams(), RunProgress(), SkippedUpdates()
         ]  # fmt: skip
@@ -287,6 +289,8 @@ class RlhfCLI(LightningCLI):
         config = self.config[self.subcommand]
         continued = self.continued_run()
         if continued is not None:
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                self.lock = hold(continued)
             announce(f"continuing {continued} from {config.ckpt_path}")
             return continued
         name = checked_run_name(config.run_name or default_run_name(self.argv, config))
@@ -295,6 +299,8 @@ class RlhfCLI(LightningCLI):
             return None
         self.is_new_folder = True
         folder = reserve_version(Path(config.runs_folder), name)
+        if self.subcommand == "fit":
+            self.lock = hold(folder)
         announce(f"run: {folder}")
         return folder
 
@@ -350,6 +356,9 @@ class RlhfCLI(LightningCLI):
             if self.is_new_folder and self.folder is not None and not (self.folder / MANIFEST_FILE).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
 
 def main(argv: Sequence[str]) -> int:

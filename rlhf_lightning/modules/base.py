@@ -35,7 +35,7 @@ from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.modules import checkpoints
 from rlhf_lightning.modules.compatibility import check
-from rlhf_lightning.modules.gathering import data_ranks
+from rlhf_lightning.modules.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.optimization import (
     clip_by_global_norm,
@@ -94,8 +94,8 @@ class AlignmentModule(LightningModule):
         warmup: updates of linear warm-up, or below 1 the share of all updates.
         fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
-        max_skipped_updates: an update whose gradient is NaN or infinite is skipped; after so many in a row the run
-            stops.
+        max_skipped_updates: an update whose loss or gradient is NaN or infinite is skipped; after so many in a row the
+            run stops.
         seed: seed of new weights and of sampling.
     """
 
@@ -329,10 +329,11 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
-        """Take one optimizer step, or none where the gradient is not finite.
+        """Take one optimizer step, or none where the loss or its gradient is not finite on any rank.
 
-        A loss that is NaN or infinite has such a gradient. The update counts all the same, so that the schedule and
-        what is keyed on updates stay where they would be; weights and the optimizer's moments do not change.
+        Either may be without the other: a term that is no number may have no gradient, or have it masked away. The
+        update counts all the same, so that the schedule and what is keyed on updates stay where they would be; weights
+        and the optimizer's moments do not change.
 
         Args:
             losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
@@ -349,13 +350,17 @@ class AlignmentModule(LightningModule):
         optimizer.zero_grad()
         # Strategies average gradients over the shares of the data, so a sum over them needs the factor back.
         scale = data_ranks(self)[1] / max(count, 1)
+        total = torch.zeros((), device=self.device)
         for index, loss in enumerate(losses):
             last = index == len(losses) - 1
             with contextlib.nullcontext() if last else without_gradient_sync(self.trainer):
-                self.manual_backward(loss() * scale)
+                value = loss() * scale
+                total += value.detach()
+                self.manual_backward(value)
         norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
-        finite = math.isfinite(norm)  # the norm is of all ranks' gradients, so they decide alike
+        # The norm is of all ranks' gradients, and so is the sum of their losses: all decide alike.
+        finite = math.isfinite(float(summed_over_ranks(self, total))) and math.isfinite(norm)
         if not finite:
             optimizer.zero_grad()  # a weight without a gradient is left alone, and every counter of steps goes on
         optimizer.step()

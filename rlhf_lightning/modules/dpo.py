@@ -149,7 +149,11 @@ class DPOModule(OfflineModule):
         self._measure(pairs, loss, meter)
         gradients = torch.autograd.grad((loss.values * pairs.weights).sum(), leaves)
         parts = zip(step.micro_batches, whole.rows, strict=True)
-        losses = [partial(self._with_gradient, batch, [side[rows] for side in gradients]) for batch, rows in parts]
+        values = (loss.values * pairs.weights).detach()
+        losses = [
+            partial(self._with_gradient, batch, [side[rows] for side in gradients], values[rows].sum())
+            for batch, rows in parts
+        ]
         norm = self.update(losses, step.rows)
         self.episodes += step.rows
         self.tokens += step.tokens
@@ -172,11 +176,12 @@ class DPOModule(OfflineModule):
         with torch.no_grad():
             return whole_step(self, [self.preference_logprobs(batch) for batch in step.micro_batches])
 
-    def _with_gradient(self, batch: PreferenceBatch, gradients: Sequence[Tensor]) -> Tensor:
-        """Return a sum over the micro-batch's log-probabilities whose gradient by each is the one given."""
+    def _with_gradient(self, batch: PreferenceBatch, gradients: Sequence[Tensor], value: Tensor) -> Tensor:
+        """Return ``value``, with the gradient by each of the micro-batch's log-probabilities that is given."""
         again = self.preference_logprobs(batch)
         sides = zip((again.policy_chosen_logprobs, again.policy_rejected_logprobs), gradients, strict=True)
-        return torch.stack([(side * gradient[:, : side.shape[1]]).sum() for side, gradient in sides]).sum()
+        carrier = torch.stack([(side * gradient[:, : side.shape[1]]).sum() for side, gradient in sides]).sum()
+        return value + carrier - carrier.detach()
 
     # -- metrics, export -----------------------------------------------------------------------------------------------
 

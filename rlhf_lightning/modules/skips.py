@@ -1,4 +1,4 @@
-"""Updates whose gradient is not finite: skipped one by one, until there are so many in a row that the run is lost."""
+"""Updates whose loss or gradient is not finite: skipped one by one; so many in a row end the run, which is lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 
 
 class DivergenceError(RuntimeError):
-    """Update after update has a gradient that is NaN or infinite."""
+    """Update after update has a loss or a gradient that is NaN or infinite."""
 
 
 class Skips:
@@ -32,7 +32,7 @@ class Skips:
 
         Args:
             module: whose update it was, its counter moved on.
-            finite: whether its gradient was.
+            finite: whether its loss and its gradient were.
 
         Raises:
             DivergenceError: it is the last in a row that may be skipped.
@@ -46,7 +46,7 @@ def _sentence(module: Any, count: int) -> str:
     """Say what happened, what is still good and what to do."""
     weights = all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
     checkpoint = str(getattr(module.trainer.checkpoint_callback, "last_model_path", "") or "")
-    said = f"the gradients of {count} updates in a row, the last of them update {module.updates}, are NaN or infinite"
+    said = f"loss or gradient of {count} updates in a row, the last of them update {module.updates}, is NaN or infinite"
     if not weights:
         said += ", and so are weights: resume from a checkpoint that is older than that"
     elif checkpoint:

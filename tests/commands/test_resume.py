@@ -14,8 +14,9 @@ import torch
 from tiny_run import BASIC, UPDATES, SlopeModule, events_of, scalars_of
 
 from rlhf_lightning.callbacks import ModelExport
-from rlhf_lightning.callbacks.checkpoint_files import last_checkpoint
+from rlhf_lightning.callbacks.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.callbacks.preemption import PREEMPTED
+from rlhf_lightning.callbacks.run import hold
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.modules import checkpoints
@@ -158,6 +159,50 @@ def test_an_earlier_checkpoint_gives_up_the_later_ones() -> None:
     assert names == [f"update_00000{n}.ckpt" for n in range(1, 6)] and again.model.updates == 5
     assert [step for step, _ in scalars_of(first, "by_episodes/train/loss")] == [6]
     assert (first / "checkpoints" / "last.ckpt").samefile(first / "checkpoints" / "update_000005.ckpt")
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) -> None:
+    """Bits of headers say how a part is packed: whatever they claim, it is damage, and never an error of its own."""
+    assert ends_before(monkeypatch, "on_train_batch_end", 2, [*DRAWING, *OFTEN, "--run_name", "cut"])
+    file = last_checkpoint(Path("runs/cut/version_0"))
+    content, places = file.read_bytes(), []
+    for mark in (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"):
+        start = content.index(mark)
+        places += range(start, start + 46)
+    told = set()
+    for place in places:
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            file.write_bytes(changed)
+            told.add(damage(file))
+    assert "it is cut short, or no checkpoint" in told
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(monkeypatch: Any, capsys: Any) -> None:
+    assert ends_before(monkeypatch, "on_train_batch_end", 3, [*DRAWING, *OFTEN, "--run_name", "cut"])
+    folder = Path("runs/cut/version_0")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    ready, wait = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            _lock = hold(folder)
+            os.write(ready[1], b"1")
+            os.read(wait[0], 1)
+        finally:
+            os._exit(0)
+    os.close(ready[1])
+    assert os.read(ready[0], 1) == b"1"
+    try:
+        assert rlhf(["fit", "--resume", "runs/cut"]) == 1
+    finally:
+        os.write(wait[1], b"1")
+        os.waitpid(child, 0)
+    assert "another process trains in runs/cut/version_0" in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".training"}
+    assert after == {path: time for path, time in before.items() if path.name != ".training"}
+    assert run(["fit", "--resume", "runs/cut/"]).model.updates == UPDATES
 
 
 # -- told to stop -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A gradient that is NaN or infinite costs an update and no more; update after update of them ends the run."""
+"""A loss or gradient that is NaN or infinite costs an update and no more; update after update of them ends the run."""
 
 import json
 from pathlib import Path
@@ -22,9 +22,19 @@ def optimizer_of(folder: Path, update: int) -> dict[str, torch.Tensor]:
     return {**checkpoint["optimizer_states"][0]["state"][0], "weight": checkpoint["state_dict"]["line.weight"]}
 
 
+@pytest.mark.parametrize("masked", ["false", "true"])  # where it is masked the gradient is a good one
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_spoilt_update_changes_neither_weights_nor_moments(value):
-    settings = ["--model.poison", "[3]", "--model.value", value, "--model.weight_decay", "0.1"]
+def test_a_spoilt_update_changes_neither_weights_nor_moments(value, masked):
+    settings = [
+        "--model.poison",
+        "[3]",
+        "--model.value",
+        value,
+        "--model.masked",
+        masked,
+        "--model.weight_decay",
+        "0.1",
+    ]
     cli = run(["fit", *POISONED, *settings, "--checkpoint.every_n_updates", "1", "--checkpoint.keep_last", "null"])
     assert (cli.model.updates, cli.model.skipped_updates) == (UPDATES, 1)
     before, after, next_one = (optimizer_of(cli.folder, update) for update in (3, 4, 5))
@@ -35,11 +45,14 @@ def test_a_spoilt_update_changes_neither_weights_nor_moments(value):
     assert row == {"update": 4, "skipped": 1, "rows": [6, 7]}
 
 
-def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(capsys):
-    settings = ["--model.poison", "[0, 4, 5, 6]", "--checkpoint.every_n_updates", "2"]
+@pytest.mark.parametrize("masked", ["false", "true"])
+def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, capsys):
+    settings = ["--model.poison", "[0, 4, 5, 6]", "--model.masked", masked, "--checkpoint.every_n_updates", "2"]
     assert rlhf(["fit", *POISONED, *settings]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("rlhf: the gradients of 3 updates in a row, the last of them update 7, are NaN or infinite")
+    assert said.startswith(
+        "rlhf: loss or gradient of 3 updates in a row, the last of them update 7, is NaN or infinite"
+    )
     assert "the last good checkpoint is runs/poisoned/version_0/checkpoints/update_000006.ckpt" in said
     folder = Path("runs/poisoned/version_0")
     assert [row["rows"] for row in rows_of(folder / "skipped_updates.jsonl")] == [[0, 1], [8, 9], [10, 11], [12, 13]]

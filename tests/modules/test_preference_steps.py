@@ -94,6 +94,19 @@ def test_held_out_pairs_of_a_coupled_loss_are_judged_together(name: str, policy_
     assert found[0]["val/reward_margin"] != 0
 
 
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_coupled_loss_that_is_no_number_is_seen_though_its_gradient_is(micro: int | None, policy_folder: str) -> None:
+    class Masked(modules.AOTModule):
+        def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+            loss = super().preference_loss(logprobs)
+            assert isinstance(loss, Tensor)
+            return loss + math.nan if self.updates == 1 else loss
+
+    module = Masked(init_from=policy_folder, **LEARNING)
+    fit(module, [preference_step(PAIRS, micro)] * 3)
+    assert (module.updates, module.skipped_updates) == (3, 1)
+
+
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""One rank's gradient is NaN: all ranks skip the update, and all stop together."""
+"""One rank's loss or gradient is NaN: all ranks skip the update, and all stop together."""
 
 from typing import Any
 
@@ -7,15 +7,17 @@ import torch
 from rank_pool import RankPool
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_skip_and_stop_alike(pool: RankPool, policy_folder: str, strategy: str) -> None:
-    answers: list[dict[str, Any]] = pool.run(2, "skip", folder=policy_folder, strategy=strategy, poison=[1, 3, 4])
+def test_ranks_skip_and_stop_alike(pool: RankPool, policy_folder: str, strategy: str, masked: bool) -> None:
+    case = {"folder": policy_folder, "strategy": strategy, "masked": masked}
+    answers: list[dict[str, Any]] = pool.run(2, "skip", **case, poison=[1, 3, 4])
     for answer in answers:
         assert (answer["failure"], answer["skipped"], answer["updates"]) == ("", 3, 6)
         assert all(bool(weight.isfinite().all()) for weight in answer["weights"].values())
     first, second = (answer["weights"] for answer in answers)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    answers = pool.run(2, "skip", folder=policy_folder, strategy=strategy, poison=[1, 2, 3])
+    answers = pool.run(2, "skip", **case, poison=[1, 2, 3])
     for answer in answers:
-        assert answer["failure"].startswith("DivergenceError: the gradients of 3 updates in a row")
+        assert answer["failure"].startswith("DivergenceError: loss or gradient of 3 updates in a row")
         assert (answer["skipped"], answer["updates"]) == (3, 4)
