@@ -114,6 +114,20 @@ class RunCheckpoint(Checkpoint):
         """Find the folder."""
         self.folder = run_folder(trainer) / CHECKPOINTS_FOLDER
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give up what lies behind the checkpoint that is resumed from, before curves and samples are cut back to it.
+
+        A kill while the last checkpoint was put in place, or the user's wish, may have left later ones; resumed from
+        after that, they would lack what was cut off.
+        """
+        assert self.folder is not None
+        mine = Path(str(trainer.ckpt_path)).resolve().parent == self.folder.resolve()
+        if not mine or not trainer.is_global_zero or self.state_key not in checkpoint["callbacks"]:
+            return
+        self.load_state_dict(checkpoint["callbacks"][self.state_key])
+        if self.saved:
+            self._point(self.saved[-1])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where training starts, which after a resume is not zero."""
         self._at, self._started = self._counters(pl_module), True
@@ -264,14 +278,22 @@ class RunCheckpoint(Checkpoint):
                 seal(half, checksums)
 
     def _place(self, trainer: Trainer, half: Path, name: str) -> None:
-        """Give a checkpoint its name, point the links to it, and delete those that are not kept."""
+        """Give a checkpoint its name, and put the folder in order."""
         assert self.folder is not None
         if trainer.is_global_zero:
             replace_checkpoint(half, self.folder / name)
-            link(self.folder / name, self.folder / LAST_CHECKPOINT)
-            for best in self._best(1):
-                link(self.folder / best, self.folder / BEST_CHECKPOINT)
-            remove_others(self.folder, self.saved)
+            self._point(name)
+
+    def _point(self, last: str) -> None:
+        """Point the links to the newest and the best, and delete what is not kept."""
+        assert self.folder is not None
+        link(self.folder / last, self.folder / LAST_CHECKPOINT)
+        best = self._best(1)
+        if best:
+            link(self.folder / best[0], self.folder / BEST_CHECKPOINT)
+        else:
+            remove(self.folder / BEST_CHECKPOINT)
+        remove_others(self.folder, self.saved)
 
     def _lament(self, name: str, reason: str) -> str:
         """Say that a checkpoint was not written, and what there is instead."""

@@ -103,7 +103,7 @@ def remove(path: Path) -> None:
 def remove_others(folder: Path, kept: Iterable[str]) -> None:
     """Delete what lies in a checkpoint folder and is not kept: dropped ones, halves, and those of an abandoned future.
 
-    Whoever resumes from an earlier checkpoint gives up the later ones as soon as the run has one of its own again.
+    Whoever resumes from an earlier checkpoint gives up the later ones.
     """
     names = {*kept, LAST_CHECKPOINT, BEST_CHECKPOINT}
     for path in folder.iterdir():

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -133,6 +133,10 @@ def hold(folder: Path) -> IO[bytes]:
         ValueError: another process trains there.
     """
     lock = (folder / LOCK_FILE).open("wb")
+    if sys.platform == "win32":
+        return lock
+    import fcntl
+
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by the workers of a killed run
     except OSError as error:
