@@ -119,7 +119,7 @@ def spend(
     with FeedbackStore(path, Policy(repeats=0.0, lease=people.lease, seed=seed)) as store:
         fill(store, seed, arguments)
         store.rank(load_selector(chooses, list(models) if selector_class(chooses).members else [], seed))
-        people.label(store, budget)
+        people.label(store, budget, lambda: False)
         return f"{path}@{store.snapshot().upto}"
 
 
