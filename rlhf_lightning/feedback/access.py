@@ -92,7 +92,7 @@ def named(host: str, annotators: str | None) -> list[str]:
     names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
     if not names and not is_loopback(host):
         raise ValueError(
-            f"host {host} lets other machines in: name who may label, annotators ann,bob; each gets a link"
+            f"host {host} lets other machines in: name who may label (annotators ann,bob), and each gets a link"
         )
     for name in names:
         if not is_name(name) or name == OWNER:

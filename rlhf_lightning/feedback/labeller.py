@@ -44,9 +44,9 @@ class Labeller(ABC):
 
     @abstractmethod
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
-        """Return when the store has ``count`` labels, those counted that were there before, or nothing is left to judge.
+        """Return when the store has ``count`` labels, those counted that were there before.
 
-        It may be killed anywhere and is then called anew: what was judged is in the store.
+        Or when nothing is left to judge, and ``more`` has nothing to add. It may be killed anywhere and is then called anew: what was judged is in the store.
 
         Args:
             store: opened for labelling, with items that wait.
