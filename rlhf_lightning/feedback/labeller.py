@@ -46,7 +46,8 @@ class Labeller(ABC):
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Return when the store has ``count`` labels, those counted that were there before.
 
-        Or when nothing is left to judge, and ``more`` has nothing to add. It may be killed anywhere and is then called anew: what was judged is in the store.
+        Or when nothing is left to judge and ``more`` has nothing to add. It may be killed anywhere and is then called
+        anew: what was judged is in the store.
 
         Args:
             store: opened for labelling, with items that wait.
