@@ -85,7 +85,10 @@ def fill(store: FeedbackStore, seed: int, arguments: argparse.Namespace) -> None
     with FeedbackStore(path) as pool:
         if pool.waiting() < arguments.pool:
             prompts = str(arguments.start / "world" / "prompts_train.jsonl")
-            sample_pairs(pool, sft_model(arguments.start), prompts, arguments.pool, SAMPLING, seed_of(seed, "pool"))
+            model = sft_model(arguments.start)
+            there = sample_pairs(pool, model, prompts, arguments.pool, SAMPLING, seed_of(seed, "pool"))
+            if there < arguments.pool:
+                raise ValueError(f"{model} gave {there} pairs of different answers, and --pool is {arguments.pool}")
         with pool.reading() as connection:
             store.add(list(items_of(connection))[: arguments.pool])
 
@@ -119,7 +122,7 @@ def spend(
     with FeedbackStore(path, Policy(repeats=0.0, lease=people.lease, seed=seed)) as store:
         fill(store, seed, arguments)
         store.rank(load_selector(chooses, list(models) if selector_class(chooses).members else [], seed))
-        people.label(store, budget)
+        people.label(store, budget, lambda: False)
         return f"{path}@{store.snapshot().upto}"
 
 

@@ -205,6 +205,7 @@ def export(
     out: str,
     kind: Literal["preference", "unpaired", "demonstration", "prompt", "judgement"] = "preference",
     labels: Literal["mean", "reliability"] = "mean",
+    annotators: str | None = None,
     snapshot: int | None = None,
 ) -> int:
     """Write the labels of a store to a file that training reads.
@@ -216,6 +217,7 @@ def export(
             demonstration (what annotators rewrote), prompt, or judgement (each as it was made).
         labels: how several judgements of one pair become a label: their mean, or by the annotators' estimated
             reliability.
+        annotators: names, with commas between, of those whose judgements count; by default everybody's.
         snapshot: number of the last row of judgements; by default all there are.
     """
     from rlhf_lightning.commands.generate import write_lines
@@ -227,7 +229,8 @@ def export(
         raise ValueError(f"{out} ends in neither .jsonl nor .parquet")
     with reading(Path(store)) as connection:
         taken = snapshot_of(connection, snapshot)
-        rows = list(rows_of(connection, kind, taken.upto, labels))
+        names = None if annotators is None else [name.strip() for name in annotators.split(",")]
+        rows = list(rows_of(connection, kind, taken.upto, labels, names))
     if not rows:
         raise ValueError(f"{store} holds nothing of kind {kind} up to row {taken.upto}")
     if target.suffix == ".jsonl":

@@ -21,6 +21,8 @@ class LoopSettings:
 
     A round is the folder ``RUNS_FOLDER/NAME/round_<k>``: its store of labels, the run folders of its stages, and its
     completions on held-out prompts. What is done is in ``state.json``: the same command goes on where it was cut off.
+    Where more pairs are skipped than there are to spare, further ones are sampled; where the policy has none, the round
+    goes on with the labels it has.
 
     Args:
         name: of the loop, and of its folder.
@@ -88,8 +90,12 @@ class LoopSettings:
     @property
     def pairs(self) -> int:
         """Pairs sampled in each round."""
-        items = -(-self.labels // self.annotators_per_item)
-        return items + -(-items // 4) if self.pool is None else self.pool
+        return self.pairs_for(self.labels) if self.pool is None else self.pool
+
+    def pairs_for(self, labels: int) -> int:
+        """Pairs that so many labels want, and a quarter more: some are skipped."""
+        items = -(-labels // self.annotators_per_item)
+        return items + -(-items // 4)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from rlhf_lightning.callbacks.run import checked_run_name
 from rlhf_lightning.commands.loop import LoopSettings
 from rlhf_lightning.commands.loop_report import REPORT, write_report
-from rlhf_lightning.commands.loop_state import LoopState, seed_of
+from rlhf_lightning.commands.loop_state import LoopState, fingerprints, seed_of
 from rlhf_lightning.commands.loop_steps import (
     ensemble_of,
     evaluate,
@@ -27,7 +27,7 @@ from rlhf_lightning.commands.selection import load_selector, selector_class
 from rlhf_lightning.feedback.handing_out import Policy
 from rlhf_lightning.feedback.selection import Selector
 from rlhf_lightning.feedback.simulated import imported_gold_reward
-from rlhf_lightning.feedback.store import FeedbackStore
+from rlhf_lightning.feedback.store import FeedbackStore, counts
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.scoring import Scorer, load_scorer
 from rlhf_lightning.types import Prompt
@@ -48,7 +48,7 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "loop.lock", blocking=False):
-            Loop(settings, folder, LoopState(folder, plain)).run()
+            Loop(settings, folder, LoopState(folder, plain, fingerprints(plain))).run()
     except Timeout:
         raise ValueError(f"another process runs the loop in {folder}") from None
 
@@ -136,8 +136,18 @@ class Loop:
         """Sample the round's pairs from the latest policy."""
         one = self.settings
         with self.open_store(number) as store:
-            seed = self.seed("sample", number)
-            return {"pairs": sample_pairs(store, self.latest(number), one.prompts, one.pairs, self.sampling, seed)}
+            pairs = self._sampled(store, number, one.pairs)
+        if pairs < one.pairs:
+            raise ValueError(
+                f"{self.latest(number)} gave {pairs} pairs of different answers to the prompts of {one.prompts}, and "
+                f"{one.pairs} are wanted: more prompts, or a higher temperature"
+            )
+        return {"pairs": pairs}
+
+    def _sampled(self, store: FeedbackStore, number: int, count: int) -> int:
+        """Bring a round's store to so many pairs; return how many it has."""
+        policy, seed = self.latest(number), self.seed("sample", number)
+        return sample_pairs(store, policy, self.settings.prompts, count, self.sampling, seed)
 
     def label(self, number: int) -> dict[str, Any]:
         """Have them labelled."""
@@ -145,8 +155,24 @@ class Loop:
             selector = self.selector(number)
             if selector is not None:
                 store.rank(selector)
-            self.settings.labeller.label(store, self.settings.labels)
+            self.settings.labeller.label(store, self.settings.labels, partial(self._more, store, number, selector))
+            found, wanted = store.labels(), self.settings.labels
+            if found == 0:
+                raise ValueError(f"round {number} has no label: every pair was skipped, or nothing was said of it")
+            if found < wanted:
+                print(f"round {number} has {found} of {wanted} labels and goes on: there are no further pairs to judge")
             return labels_of(store)
+
+    def _more(self, store: FeedbackStore, number: int, selector: Selector | None) -> bool:
+        """Sample the pairs that labels are still wanted of, and some to spare."""
+        with store.reading() as connection:
+            held = counts(connection)["items"]
+        wanted = self.settings.pairs_for(self.settings.labels - store.labels())
+        print(f"loop: {wanted} further pairs, since {store.labels()} of {self.settings.labels} labels are there")
+        found = self._sampled(store, number, held + wanted)
+        if selector is not None:
+            store.rank(selector)
+        return found > held
 
     def selector(self, number: int) -> Selector | None:
         """What chooses a round's pairs; in the first one chance stands in where reward models are needed."""

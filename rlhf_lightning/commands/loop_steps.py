@@ -18,12 +18,12 @@ import rlhf_lightning.modules  # noqa: F401  objectives by their short names
 from rlhf_lightning.callbacks.checkpoint_files import last_checkpoint
 from rlhf_lightning.callbacks.run import CONFIG_FILE, MODEL_FOLDER, versions
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.candidates import load_policies, sampled_items
+from rlhf_lightning.commands.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.commands.checkpoints import import_object
 from rlhf_lightning.commands.generate import load_for_sampling, read_prompts, write_lines
 from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.evaluation.policies import Samples, mean_with_interval, sample_and_score
-from rlhf_lightning.feedback.reading import judgements_of
+from rlhf_lightning.feedback.reading import items_of, judgements_of
 from rlhf_lightning.feedback.records import Item
 from rlhf_lightning.feedback.store import FeedbackStore
 from rlhf_lightning.models.causal_lm import load_reference
@@ -42,26 +42,36 @@ COMPLETIONS_FILE = "completions.jsonl"
 def sample_pairs(
     store: FeedbackStore, policy: str, prompts: str, count: int, settings: SamplingSettings, seed: int
 ) -> int:
-    """Put pairs of two completions of the policy into a store; return how many it holds.
+    """Put pairs of two completions of the policy into a store until it holds ``count``, and return how many it holds.
 
-    Prompts are taken in random order, and again from the start where there are fewer than pairs.
-
-    Raises:
-        ValueError: the policy gives too few prompts two different answers.
+    Prompts are taken in random order, and again from the start where there are fewer than pairs; what the store holds
+    is gone on with. Fewer than ``count`` are what the policy gives two different answers to.
     """
     rows = read_prompts(prompts, as_chat=False)
     random.Random(seed).shuffle(rows)
-    policies, items = load_policies([policy], "float32"), dict[str, Item]()
-    for turn in range(1 + -(-count // len(rows))):
-        for batch in sampled_items(policies, rows, 2, settings, seed + turn, AT_ONCE, lambda prompt: False):
-            items |= {item.key: item for item in batch}
+    with store.reading() as connection:
+        items = {item.key: item for item in items_of(connection)}
+    begin, start = _after(list(items.values()), seed)
+    policies = load_policies([policy], "float32") if len(items) < count else []
+    for turn in range(begin, 1 + -(-count // len(rows))):
+        if len(items) >= count:
+            break
+        for batch in sampled_items(policies, rows, 2, settings, seed + turn, AT_ONCE, lambda prompt: False, start):
+            items |= {item.key: item for item in batch if item.key not in items}
             if len(items) >= count:
-                store.add(list(items.values())[:count])
-                return count
-    raise ValueError(
-        f"{policy} gave two different answers to {len(items)} prompts of {prompts} only, and {count} pairs are wanted: "
-        "more prompts, or a higher temperature"
-    )
+                break
+        start = 0
+    store.add(list(items.values())[:count])
+    return min(len(items), count)
+
+
+def _after(items: Sequence[Item], seed: int) -> tuple[int, int]:
+    """Where sampling goes on after these: turn through the prompts, and number of the prompt in it."""
+    if not items:
+        return 0, 0
+    last = items[-1].candidates[0]
+    assert last.seed is not None and last.episode is not None
+    return last.seed - seed, last.episode // (2 * TRIES) + 1
 
 
 def labels_of(store: FeedbackStore) -> dict[str, Any]:

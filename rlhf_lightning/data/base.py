@@ -47,8 +47,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         source: where the rows come from: a name on the Hugging Face Hub, a .jsonl, .json, .parquet or .csv file, a
             glob, a folder written by ``save_to_disk``, a store of `rlhf annotate` (``feedback.db``, or
             ``feedback.db@1200`` for its first 1200 rows); or a list of those, each a path or a mapping with ``path``
-            and any of ``weight`` (how often its rows are seen in an epoch), ``rows``, ``split``, ``name``, ``columns``
-            and ``labels`` (of a store: ``mean`` or ``reliability``).
+            and any of ``weight`` (how often its rows are seen in an epoch), ``rows``, ``split``, ``name``, ``columns``,
+            ``labels`` and ``annotators`` (of a store: ``mean`` or ``reliability``; whose judgements count).
         eval_source: where the rows of validation and test come from, in the same forms.
         eval_rows: hold out so many rows of ``source`` instead, chosen by ``seed``; rows of one prompt stay together.
         rows: read only the first so many rows.

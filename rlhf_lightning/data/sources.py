@@ -1,8 +1,8 @@
 """Where rows come from: the Hub, files, folders written by ``save_to_disk``, and weighted mixtures of those.
 
 A source is written as a string (a Hub name, a file, a glob or a folder), or as a mapping with ``path`` and any of
-``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns`` and ``labels``, or as a list of
-either.
+``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns``, ``labels`` and ``annotators``, or as
+a list of either.
 
 ``feedback.db`` is a store of judgements, and ``feedback.db@1200`` what it held at row 1200. The former becomes the
 latter when it is first read, so that what comes in later changes nothing for a run.
@@ -36,6 +36,8 @@ class Source:
         name: configuration of a Hub name.
         columns: new name of each of its columns to be renamed, in place of the DataModule's ``columns``.
         labels: of a feedback store: how several judgements of a pair become its label, ``mean`` or ``reliability``.
+        annotators: of a feedback store: whose judgements count, everybody's by default. Training on some people and
+            evaluating on others tells whether what was learned is more than their taste.
         kind: of a feedback store: what its judgements are read as; the DataModule says.
     """
 
@@ -46,6 +48,7 @@ class Source:
     name: str | None = None
     columns: dict[str, str] | None = None
     labels: Labels = "mean"
+    annotators: list[str] | None = None
     kind: RowKind = "preference"
 
     def __str__(self) -> str:
@@ -103,6 +106,8 @@ def _one(item: Any) -> Source:
     one = Source(**{**item, "path": str(item["path"])})
     if one.labels not in get_args(Labels):
         raise ValueError(f"labels of {one.path} are one of {', '.join(get_args(Labels))}, not {one.labels!r}.")
+    if one.annotators is not None and not is_store(one.path):
+        raise ValueError(f"annotators are chosen of a feedback store (*.db), and {one.path} is none.")
     if one.weight <= 0:
         raise ValueError(f"The weight of {one.path} must be above 0, not {one.weight}.")
     if one.rows is not None and one.rows < 1:
@@ -160,7 +165,8 @@ def source_fingerprint(source: Source) -> str:
     if is_store(source.path):
         file, upto = split_name(source.path)
         with reading(file) as connection:
-            digest.update(json.dumps([snapshot_of(connection, upto).fingerprint, source.kind, source.labels]).encode())
+            taken = snapshot_of(connection, upto).fingerprint
+            digest.update(json.dumps([taken, source.kind, source.labels, source.annotators]).encode())
         return digest.hexdigest()
     files = files_of(source)
     if files is None:
@@ -203,7 +209,8 @@ def read_rows(source: Source) -> Iterator[RawRow]:
 def _judged_rows(source: Source) -> Iterator[RawRow]:
     file, upto = split_name(source.path)
     with reading(file) as connection:
-        yield from rows_of(connection, source.kind, snapshot_of(connection, upto).upto, source.labels)
+        upto = snapshot_of(connection, upto).upto
+        yield from rows_of(connection, source.kind, upto, source.labels, source.annotators)
 
 
 def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:

@@ -79,19 +79,34 @@ def is_loopback(host: str) -> bool:
     return host in LOOPBACK or host.startswith("127.")
 
 
-def tokens_beside(store: Path, names: Sequence[str]) -> dict[str, str]:
-    """Tokens of the annotators and of the owner, kept in a file beside the store so that links stay good.
+def named(host: str, annotators: str | None) -> list[str]:
+    """The annotators who may come in; none where everybody on this machine may.
 
-    The store itself, which is handed on as data, holds none.
+    Args:
+        host: address that a server listens on.
+        annotators: names, with commas between.
 
     Raises:
-        ValueError: a name cannot be one.
+        ValueError: other machines could reach the page and nobody is named, or a name cannot be one.
     """
+    names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
+    if not names and not is_loopback(host):
+        raise ValueError(
+            f"host {host} lets other machines in: name who may label (annotators ann,bob), and each gets a link"
+        )
     for name in names:
         if not is_name(name) or name == OWNER:
             raise ValueError(
                 f"an annotator cannot be called {name!r}: letters, digits and _.@- are good, {OWNER} is taken"
             )
+    return names
+
+
+def tokens_beside(store: Path, names: Sequence[str]) -> dict[str, str]:
+    """Tokens of the annotators and of the owner, kept in a file beside the store so that links stay good.
+
+    The store itself, which is handed on as data, holds none.
+    """
     file = store.with_name(f"{store.name}.tokens")
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known |= {name: secrets.token_urlsafe(24) for name in (OWNER, *names) if name not in known}

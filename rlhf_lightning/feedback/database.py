@@ -102,6 +102,8 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and no feedback store")
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
     try:
         if not new:

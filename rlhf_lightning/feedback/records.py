@@ -31,6 +31,10 @@ class Conflict(ValueError):
     """A judgement of something that has been judged already."""
 
 
+class NotAsked(ValueError):
+    """A judgement of something that was never asked: a page that was left open shows another store's."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A completion to be judged, and where it comes from.

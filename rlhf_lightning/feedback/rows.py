@@ -6,7 +6,7 @@ Hidden repeats measure an annotator and are no labels; neither is what was skipp
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf_lightning.feedback.reading import FOREVER, item_of, judgements_of
@@ -19,7 +19,11 @@ Reliabilities = Mapping[str, float] | None
 
 
 def rows_of(
-    connection: sqlite3.Connection, kind: RowKind = "preference", upto: int = FOREVER, labels: Labels = "mean"
+    connection: sqlite3.Connection,
+    kind: RowKind = "preference",
+    upto: int = FOREVER,
+    labels: Labels = "mean",
+    annotators: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Rows of one kind from the judgements that stood at row ``upto``, in the order of the items.
 
@@ -29,11 +33,15 @@ def rows_of(
         upto: number of the last row.
         labels: how several judgements of an item become one: their plain ``mean``, or by the annotators' estimated
             ``reliability``.
+        annotators: whose judgements count; None for everybody's.
+
+    Raises:
+        ValueError: one of them has judged nothing.
     """
+    judged = _of(judgements_of(connection, upto), annotators)
     if kind == "prompt":
-        yield from prompts(connection, judgements_of(connection, upto))
+        yield from prompts(connection, judged)
         return
-    judged = judgements_of(connection, upto)
     grouped: dict[int, list[Judgement]] = {}
     for one in judged:
         if kind in ("judgement", "demonstration") or not (one.repeat or one.verdict == "skip"):
@@ -48,6 +56,16 @@ def rows_of(
     }  # fmt: skip
     for number in sorted(grouped):
         yield from of_kind[kind](item_of(connection, number), grouped[number], known)
+
+
+def _of(judgements: list[Judgement], annotators: Sequence[str] | None) -> list[Judgement]:
+    if annotators is None:
+        return judgements
+    known = {one.annotator for one in judgements}
+    strangers = [name for name in annotators if name not in known]
+    if strangers:
+        raise ValueError(f"{', '.join(strangers)} judged nothing; who did: {', '.join(sorted(known)) or 'nobody'}")
+    return [one for one in judgements if one.annotator in annotators]
 
 
 def prompts(connection: sqlite3.Connection, judgements: list[Judgement]) -> Iterator[Row]:

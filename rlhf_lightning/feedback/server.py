@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 
 from rlhf_lightning.feedback.access import COOKIE, Door, Guard, is_name
 from rlhf_lightning.feedback.hostile_text import shown_text, to_html, turns_of
-from rlhf_lightning.feedback.records import Answer, Assignment, Conflict, JudgementRefused, encoded
+from rlhf_lightning.feedback.records import Answer, Assignment, Conflict, JudgementRefused, NotAsked, encoded
 from rlhf_lightning.feedback.results import results_of
 from rlhf_lightning.feedback.store import FeedbackStore
 
@@ -144,7 +144,7 @@ class _Pages:
         try:
             answer = self._answer(body)
             number = await run_in_threadpool(self.store.judge, name, _whole(body, "assignment"), _key(body), answer)
-        except Conflict as error:
+        except (Conflict, NotAsked) as error:
             raise HTTPException(409, str(error)) from error
         except JudgementRefused as error:
             raise HTTPException(400, str(error)) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
-from rlhf_lightning.feedback.access import Door, is_loopback, tokens_beside
+from rlhf_lightning.feedback.access import Door, named, tokens_beside
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -27,13 +27,9 @@ def door_of(store: Path, host: str, annotators: str | None) -> Door:
         annotators: names, with commas between; None where everybody on this machine may.
 
     Raises:
-        ValueError: other machines could reach the page, and nobody is named.
+        ValueError: other machines could reach the page and nobody is named, or a name cannot be one.
     """
-    names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
-    if not names and not is_loopback(host):
-        raise ValueError(
-            f"--host {host} lets other machines in: name who may label, --annotators ann,bob; each gets a link"
-        )
+    names = named(host, annotators)
     return Door(tokens_beside(store, names) if names else None)
 
 

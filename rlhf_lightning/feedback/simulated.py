@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_lightning.feedback.labeller import Labeller, require_web_server
+from rlhf_lightning.feedback.labeller import Labeller, More, require_web_server
 from rlhf_lightning.feedback.records import STRENGTHS
 from rlhf_lightning.feedback.store import FeedbackStore
 from rlhf_lightning.types import Prompt
@@ -190,7 +190,7 @@ class SimulatedAnnotators(Labeller):
             for n in range(annotators)
         ]
 
-    def label(self, store: FeedbackStore, count: int) -> None:
+    def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Serve the page on a free port of this machine, and judge on it."""
         from rlhf_lightning.feedback.server import make_app
         from rlhf_lightning.feedback.serving import listen, served
@@ -202,19 +202,19 @@ class SimulatedAnnotators(Labeller):
                 page.enter(annotator.name)
                 if annotator.name == store.last()[1]:
                     page.ask("/api/item")  # comes with the receipt of a judgement, unless a kill was between the two
-            while store.labels() < count:
-                self._judge_one(store, pages, count)
+            while store.labels() < count and (self._judge_one(store, pages) or more()):
+                pass
 
-    def _judge_one(self, store: FeedbackStore, pages: Sequence[Page], count: int) -> None:
-        """Have one judgement made, by whose turn it is or the next one who has something to judge."""
+    def _judge_one(self, store: FeedbackStore, pages: Sequence[Page]) -> bool:
+        """Have one judgement made, by whose turn it is or the next one who has something to judge; False if nobody."""
         turn, _ = store.last()
         for number in range(turn, turn + len(pages)):
             page, annotator = pages[number % len(pages)], self.annotators[number % len(pages)]
             item = page.ask("/api/item")["item"]
             if item is not None:
                 page.ask("/api/judgements", annotator.answer(item))
-                return
-        raise ValueError(f"nothing is left to judge after {store.labels()} of {count} labels: more pairs are needed")
+                return True
+        return False
 
 
 def imported_gold_reward(path: str) -> GoldReward:

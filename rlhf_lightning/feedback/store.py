@@ -24,6 +24,7 @@ from rlhf_lightning.feedback.records import (
     Conflict,
     Item,
     JudgementRefused,
+    NotAsked,
     Snapshot,
     digest,
     encoded,
@@ -205,7 +206,8 @@ class FeedbackStore:
 
         Raises:
             Conflict: it has been judged already, under another key.
-            JudgementRefused: the assignment is not this annotator's, or the answer does not fit it.
+            NotAsked: the assignment is not this annotator's, or another store's.
+            JudgementRefused: the answer does not fit it.
         """
         with self._transaction() as db:
             if (known := self._known(db, annotator, key, assignment)) is not None:
@@ -214,7 +216,7 @@ class FeedbackStore:
                 "SELECT shown FROM assignments WHERE id = ? AND annotator = ?", [assignment, annotator]
             ).fetchone()
             if row is None:
-                raise JudgementRefused("this was never asked of you")
+                raise NotAsked("this is not asked of you here")
             shown = json.loads(row[0])
             answer.check(len(shown))
             if db.execute("SELECT 1 FROM live WHERE assignment = ?", [assignment]).fetchone():
@@ -296,6 +298,16 @@ class FeedbackStore:
         with self._turn:
             (count,) = self._connection.execute(
                 f"SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN {COUNTED}"
+            ).fetchone()
+            return int(count)
+
+    def being_judged(self) -> int:
+        """Items that are in somebody's hands: labels that may come in without anything being given out."""
+        with self._turn:
+            (count,) = self._connection.execute(
+                "SELECT count(*) FROM assignments a WHERE repeat = 0 AND given > ? AND "
+                "NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id)",
+                [self.clock() - self.policy.lease],
             ).fetchone()
             return int(count)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from rlhf_lightning.feedback.constitution import load_constitution
 from rlhf_lightning.feedback.judge import Pair
-from rlhf_lightning.feedback.labeller import Labeller
+from rlhf_lightning.feedback.labeller import Labeller, More
 from rlhf_lightning.feedback.labelling import LabelSettings, label_pairs
 from rlhf_lightning.feedback.labels import LabelledPair
 from rlhf_lightning.feedback.records import Answer, Assignment
@@ -43,14 +43,14 @@ class AILabeller(Labeller):
         self.constitution = load_constitution(constitution)
         self.settings = settings or LabelSettings()
 
-    def label(self, store: FeedbackStore, count: int) -> None:
+    def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Judge what the store asks, until it has ``count`` labels."""
-        while (done := store.labels()) < count:
+        while store.labels() < count:
             asked = store.next(self.judge.name)
-            if asked is None:
-                raise ValueError(f"nothing is left to judge after {done} of {count} labels: more pairs are needed")
-            answer = self.answer(asked)
-            store.judge(self.judge.name, asked.id, f"{self.judge.name}/{asked.id}", answer)
+            if asked is not None:
+                store.judge(self.judge.name, asked.id, f"{self.judge.name}/{asked.id}", self.answer(asked))
+            elif not more():
+                return
 
     def answer(self, asked: Assignment) -> Answer:
         """What the judge says of two completions, in the order in which they were shown."""

@@ -119,13 +119,17 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
     [
         (["--store", "labels.sqlite"], "name it with the ending .db"),
         (["--store", "f.db", "--prompts", "p.jsonl"], "--prompts and --model go together"),
-        (["--store", "f.db", "--host", "0.0.0.0"], "name who may label, --annotators ann,bob"),
+        (["--store", "f.db", "--host", "0.0.0.0"], "name who may label (annotators ann,bob)"),
         (["--store", "f.db", "--annotators", "ann,<b>"], "an annotator cannot be called '<b>'"),
         (["--store", "f.db", "--pairs", "absent.jsonl", "--port", "0"], "there is no file absent.jsonl"),
         (["--store", "f.db", "--port", "0", "--repeats", "1"], "repeats is 1"),
+        (["--store", "folder.db", "--port", "0"], "folder.db is a folder, and no feedback store"),
+        (["--store", "text.db", "--port", "0"], "text.db is no feedback store: file is not a database"),
     ],
 )
 def test_what_cannot_be_is_said(flags, sentence, capsys):
+    Path("folder.db").mkdir()
+    Path("text.db").write_text("no labels, but a text that is long enough to have a header of its own" * 4)
     assert rlhf(["annotate", *flags]) == 1
     assert sentence in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands import loop_rounds, loop_state, loop_steps
 from rlhf_lightning.feedback.handing_out import Policy
 from rlhf_lightning.feedback.labeller import Labeller, PeopleLabeller
-from rlhf_lightning.feedback.reading import judgements_of, reading
+from rlhf_lightning.feedback.reading import items_of, judgements_of, reading
 from rlhf_lightning.feedback.records import Answer, Candidate, Item
 from rlhf_lightning.feedback.serving import listen
 from rlhf_lightning.feedback.simulated import Page
@@ -36,6 +37,9 @@ data: {class_path: PromptDataModule, init_args: {batch_size: 4, rollouts: 2}}
 """
 
 
+PAIR = (Candidate("a"), Candidate("b"))
+
+
 def gold(prompt, completion):
     """Vowels are what is wanted."""
     return sum(letter in "aeiou" for letter in completion) / 6
@@ -44,7 +48,7 @@ def gold(prompt, completion):
 class LaterLabeller(Labeller):
     """Prefers what comes later in the alphabet; an AI that is asked once for each pair would look like this."""
 
-    def label(self, store, count):
+    def label(self, store, count, more):
         while store.labels() < count:
             asked = store.next("alphabet")
             texts = [asked.item.candidates[place].text for place in asked.shown]
@@ -176,6 +180,64 @@ def test_rounds_learn_from_all_labels_so_far(flags, capsys):
     assert "another process runs the loop" in capsys.readouterr().err
 
 
+class HastyLabeller(Labeller):
+    """Skips all but every third pair."""
+
+    def label(self, store, count, more):
+        while store.labels() < count:
+            asked = store.next("hasty")
+            if asked is None:
+                if not more():
+                    return
+                continue
+            answer = Answer("tie") if asked.id % 3 == 0 else Answer("skip")
+            store.judge("hasty", asked.id, f"hasty-{asked.id:010}", answer)
+
+
+def test_more_is_sampled_where_much_is_skipped(flags, capsys):
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
+    assert rlhf([*flags, "--name", "more"]) == 0
+    folder = Path("runs/loop/more")
+    assert steps_of(folder)["round_0/label"]["labels"] == 8
+    with reading(folder / "round_0" / "feedback.db") as connection:
+        items = list(items_of(connection))
+    assert len(items) > 24 and len({item.key for item in items}) == len(items)
+    places = [(item.candidates[0].seed, item.candidates[0].episode) for item in items]
+    assert places == sorted(set(places)), "sampling goes on where it stood, also after the last prompt"
+    assert "further pairs, since 3 of 8 labels are there" in capsys.readouterr().out
+
+
+def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flags, monkeypatch, capsys):
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
+    monkeypatch.setattr(loop_rounds.Loop, "_more", lambda *_: False)
+    assert rlhf(flags) == 0
+    assert "round 0 has 3 of 8 labels and goes on" in capsys.readouterr().out
+    assert steps_of(Path("runs/loop/tiny"))["round_0/evaluate"]["labels"] == 3
+
+
+def test_edited_files_are_refused(tmp_path):
+    """By what they hold: a comment changes nothing."""
+    settings = {}
+    for name in loop_state.FILES:
+        settings[name] = str(tmp_path / f"{name}.{'yaml' if 'config' in name else 'jsonl'}")
+        Path(settings[name]).write_text("a: 1\nb: 2\n")
+    begun = loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+    begun.step("first", dict)
+    Path(settings["reward_config"]).write_text("# the same\nb: 2\na: 1\n")
+    again = loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+    assert "first" in again.steps
+    for name, held in (("reward_config", "a: 1\nb: 3\n"), ("prompts", "a: 1\nb: 2\n\n")):
+        before = Path(settings[name]).read_text()
+        Path(settings[name]).write_text(held)
+        with pytest.raises(
+            ValueError, match=rf"was begun when \S*{name}\.\w+ held something else: give another --name"
+        ):
+            loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+        Path(settings[name]).write_text(before)
+
+
 def test_on_policy_against_an_ensemble_where_no_gold_reward_is_known(flags, policy_folder):
     """A labeller of one's own, PPO, two reward models that say what to ask next, each round from the one before."""
     at = flags.index("--labeller")
@@ -238,7 +300,63 @@ def test_people_are_waited_for(tmp_path, capsys):
 
     person = threading.Thread(target=work)
     person.start()
-    PeopleLabeller(port=port).label(store, 2)
+    PeopleLabeller(port=port).label(store, 2, lambda: False)
     person.join()
     assert store.labels() == 2 and "label at http://127.0.0.1" in capsys.readouterr().out
     store.close()
+
+
+def skipper(port, skips, count):
+    """Somebody who skips so many pairs and then judges; in a thread."""
+
+    def work():
+        page = Page(f"http://127.0.0.1:{port}")
+        page.enter("ann")
+        done = 0
+        while done < skips + count:
+            told = page.ask("/api/item")
+            if told["item"] is None:
+                if not told["state"]:
+                    break
+                time.sleep(0.05)
+                continue
+            verdict = {"verdict": "skip"} if done < skips else {"verdict": "tie"}
+            done += 1
+            body = {"key": f"a key of its own {done}", "assignment": told["item"]["assignment"], **verdict}
+            page.ask("/api/judgements", body)
+        page.close()
+
+    made = threading.Thread(target=work)
+    made.start()
+    return made
+
+
+def test_people_who_skip_all_there_is_are_given_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_lightning.feedback.labeller.PAUSE", 0.05)
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    asked = []
+
+    def more():
+        asked.append(store.labels())
+        first = 4 * len(asked)
+        return len(asked) < 3 and store.add(Item(f"q {n}", PAIR) for n in range(first, first + 4)) > 0
+
+    with FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0)) as store:
+        store.add(Item(f"q {n}", PAIR) for n in range(4))
+        person = skipper(port, 6, 3)
+        PeopleLabeller(port=port).label(store, 3, more)
+        person.join()
+        assert store.labels() == 3 and len(asked) == 2, "once when all four were skipped, once for the third label"
+        person = skipper(port, 20, 1)
+        PeopleLabeller(port=port).label(store, 20, more)
+        person.join()
+        assert store.labels() < 20 and len(asked) == 3, "nothing is left, and nobody is waited for"
+
+
+def test_where_other_machines_could_come_in_is_said_before_anything_is_sampled(flags, capsys):
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", "PeopleLabeller", "--labeller.host", "0.0.0.0", *flags[at + 4 :]]
+    assert rlhf(flags) != 0
+    assert "name who may label (annotators ann,bob)" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -114,6 +114,28 @@ def test_reliability_discounts_who_answers_at_random(make_store):
     assert min(row["preference"] for row in aware) > 0.99
 
 
+def test_the_labels_of_some_annotators_alone(make_store, ready, tmp_path):
+    """Trained on some and evaluated on others: a split by annotators."""
+    store = make_store(2, annotators=3)
+    for _ in range(2):
+        for name, answer in (("ann", prefer(0)), ("bob", prefer(1)), ("cat", prefer(1))):
+            label(store, name, answer)
+    assert [row["chosen"] for row in rows(store, annotators=["ann"])] == ["good 0", "good 1"]
+    assert [row["judgements"] for row in rows(store, annotators=["bob", "cat"])] == [2, 2]
+    with pytest.raises(ValueError, match="dan judged nothing; who did: ann, bob, cat"):
+        rows(store, annotators=["dan"])
+    path = str(store.path)
+    data = ready(PreferenceDataModule([{"path": path, "annotators": ["ann"]}],
+                                      eval_source=[{"path": path, "annotators": ["bob", "cat"]}]))  # fmt: skip
+    other = ready(PreferenceDataModule([{"path": path, "annotators": ["bob"]}]))
+    assert data.fingerprint != other.fingerprint
+    with pytest.raises(ValueError, match="annotators are chosen of a feedback store"):
+        PreferenceDataModule([{"path": "pairs.jsonl", "annotators": ["ann"]}])
+    out = tmp_path / "bob.jsonl"
+    assert export(path, str(out), annotators="bob, cat") == 0
+    assert {json.loads(line)["chosen"] for line in out.read_text().splitlines()} == {"poor 0", "poor 1"}
+
+
 def test_consistency_and_side_bias_are_measured(make_store):
     store = make_store(60, repeats=0.4, distance=2)
     while store.next("left") is not None:

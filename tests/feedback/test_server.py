@@ -81,7 +81,7 @@ def test_a_page_waits_where_completions_are_being_written(make_client):
         ({"verdict": ["tie"]}, 400),
         ({"key": "short"}, 400),
         ({"key": None}, 400),
-        ({"assignment": 99}, 400),
+        ({"assignment": 99}, 409),
         ({"assignment": 2**70}, 400),
         ({"reasons": ["<b>"]}, 400),
         ({"flags": {"harmful": 1}}, 400),

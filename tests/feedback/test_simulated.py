@@ -16,6 +16,11 @@ from .conftest import pair, ranked_item
 GOLD = f"{__name__}.gold"
 
 
+def no_more():
+    """There are no further items."""
+    return False
+
+
 def gold(prompt, completion):
     """Good completions are worth a tenth more."""
     return 0.6 if completion.startswith("good") else 0.5
@@ -53,13 +58,13 @@ def kept(store):
 
 def test_they_label_through_the_page(make_store):
     store = make_store([*(pair(n) for n in range(30)), ranked_item(30)], repeats=0.2, distance=2)
-    SimulatedAnnotators(GOLD, annotators=3, temperature=1e-3).label(store, 31)
+    SimulatedAnnotators(GOLD, annotators=3, temperature=1e-3).label(store, 31, no_more)
     made = kept(store)
     assert store.labels() == 31 and len(made) > 31, "hidden repeats are no labels"
     assert {name for _, name, *_ in made} == {"simulated-0", "simulated-1", "simulated-2"}
     assert all(ranks[0] == 0 for _, _, _, _, _, ranks, _ in made if len(ranks) == 2), "the good one, wherever it was"
-    with pytest.raises(ValueError, match="nothing is left to judge after 31 of 40 labels"):
-        SimulatedAnnotators(GOLD).label(store, 40)
+    SimulatedAnnotators(GOLD).label(store, 40, lambda: store.add(pair(n) for n in range(31, 36)) > 0)
+    assert store.labels() == 36, "further items were judged, and when there were none it was the end"
 
 
 def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
@@ -68,7 +73,7 @@ def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
     settings = {"repeats": 0.2, "distance": 2, "annotators": 2, "lease": math.inf}
     whole = make_store(items, **settings)
     people = SimulatedAnnotators(GOLD, annotators=3, temperature=0.1)
-    people.label(whole, 40)
+    people.label(whole, 40, no_more)
     make_store(items, name="cut.db", **settings).close()
     for count in (5, 11, 12, 26):
         child = os.fork()
@@ -83,12 +88,12 @@ def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
                 return number
 
             store.judge = killed
-            people.label(store, 40)
+            people.label(store, 40, no_more)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     cut = make_store(0, name="cut.db", **settings)
     assert len(kept(cut)) >= 26
-    people.label(cut, 40)
+    people.label(cut, 40, no_more)
     assert kept(cut) == kept(whole)
 
 
@@ -121,5 +126,5 @@ def test_conversations_and_plain_prompts_reach_the_gold_reward(make_store):
         store = make_store([Item(prompt, (Candidate("a"), Candidate("b")))], name=f"{len(asked)}.db")
         people = SimulatedAnnotators(GOLD, annotators=1)
         people.annotators[0].gold_reward = annotator.gold_reward
-        people.label(store, 1)
+        people.label(store, 1, no_more)
         assert asked[-1] == prompt

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_lightning.feedback.handing_out import Policy
 from rlhf_lightning.feedback.reading import is_store, judgements_of, reading, snapshot_of, split_name
-from rlhf_lightning.feedback.records import Answer, Conflict, Item, JudgementRefused
+from rlhf_lightning.feedback.records import Answer, Conflict, Item, JudgementRefused, NotAsked
 from rlhf_lightning.feedback.store import FeedbackStore
 
 from .conftest import LEFT, RIGHT, label, pair, prefer, ranked_item
@@ -85,7 +85,7 @@ def test_a_request_that_comes_twice_counts_once(make_store):
     assert len(standing(store)) == 1
     with pytest.raises(Conflict, match="judged this one already"):
         store.judge("ann", asked.id, "other key 1234567", RIGHT)
-    with pytest.raises(JudgementRefused, match="never asked of you"):
+    with pytest.raises(NotAsked, match="not asked of you"):
         store.judge("bob", asked.id, "third key 12345678", LEFT)
     with pytest.raises(JudgementRefused, match="another judgement"):
         store.judge("bob", asked.id, "k" * 16, LEFT)

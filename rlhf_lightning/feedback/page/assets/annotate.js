@@ -86,7 +86,7 @@ async function send(path, body) {
       location.assign("/enter");
     } else if (answer.status === 409) {
       await load();
-      say("That one had been judged already; here is the next.");
+      say("That one is judged already, or no longer asked; here is the next.");
     } else {
       say(await answer.text(), true);
     }
