@@ -128,7 +128,7 @@ def kills_section(found: dict[str, Any]) -> str:
 
 def counts_table(found: dict[str, Any]) -> str:
     """One column of names, one of numbers."""
-    return markdown_table(["", ""], [[name, found[key]] for key, name in COUNTS.items()])
+    return markdown_table(["", ""], [[name, f"{found[key]:,}"] for key, name in COUNTS.items()])
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
