@@ -322,7 +322,7 @@ def skipper(port, skips, count):
                 continue
             verdict = {"verdict": "skip"} if done < skips else {"verdict": "tie"}
             done += 1
-            body = {"key": f"a key of its own {done}", "assignment": told["item"]["assignment"], **verdict}
+            body = {"key": f"a key of its own {skips} {done}", "assignment": told["item"]["assignment"], **verdict}
             page.ask("/api/judgements", body)
         page.close()
 
