@@ -123,13 +123,16 @@ def annotate(
         raise ValueError("--prompts and --model go together: the models answer the prompts")
     door = door_of(path, host, annotators)
     selector = selector_of(select, ensemble, seed)
+    given = None
+    if pairs is not None:
+        from rlhf_lightning.commands.candidates import given_items
+
+        given = list(given_items(pairs))  # before a store is made for them
     with ExitStack() as stack:
         listening = stack.enter_context(closing(listen(host, port)))
         opened = stack.enter_context(FeedbackStore(path, Policy(annotators_per_item, repeats, seed=seed)))
-        if pairs is not None:
-            from rlhf_lightning.commands.candidates import given_items
-
-            print(f"{pairs}: {opened.add(given_items(pairs)):,} items are new")
+        if given is not None:
+            print(f"{pairs}: {opened.add(given):,} items are new")
         if selector is not None:
             opened.rank(selector)
         state: Callable[[], str] = str

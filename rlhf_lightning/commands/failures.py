@@ -34,6 +34,8 @@ def failure_sentence(error: Exception) -> str | None:
             f"another rank does not answer{who} ({first}). It, its host or the network between is gone; where a "
             "checkpoint was written, `rlhf fit --resume RUN` goes on from it once all ranks are back"
         )
+    if type(error).__module__ == "sqlite3":
+        return f"the feedback store cannot be read or written ({first}): may this user write the file and its folder?"
     if type(error).__module__.split(".")[0] == "yaml":
         return f"this is no YAML of plain values: {' '.join(text.split())}"
     if text.startswith("Does not validate against any of the Union subtypes"):  # a class that refused its arguments

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_run import rows_of
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.annotate import gathered
 from rlhf_lightning.commands.candidates import given_items, load_policies, sampled_items
+from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
 
@@ -148,3 +150,14 @@ def test_links_are_printed_for_each_annotator(monkeypatch, capsys):
     told = capsys.readouterr().out
     tokens = json.loads(Path("f.db.tokens").read_text())
     assert all(f"/enter?token={tokens[name]}" in told for name in ("ann", "bob", "owner"))
+
+
+def test_pairs_that_are_not_there_leave_no_store_behind(tmp_path, capsys):
+    store = tmp_path / "feedback.db"
+    assert rlhf(["annotate", "--store", str(store), "--pairs", str(tmp_path / "absent.jsonl"), "--port", "0"]) == 1
+    assert "absent.jsonl" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_store_that_may_not_be_written_is_one_sentence():
+    sentence = failure_sentence(sqlite3.OperationalError("attempt to write a readonly database"))
+    assert sentence is not None and sentence.startswith("the feedback store cannot be read or written (attempt to")

@@ -96,8 +96,8 @@ def test_a_session_by_keyboard(browser, serve):
     press(page, "ArrowRight", "3")
     (one,) = judged(store, 1)
     assert (one.picked_left, one.strength) == (False, 3) and one.seconds < 60
-    press(page, "t")
-    assert judged(store, 2)[1].verdict == "tie"
+    press(page, "T")
+    assert judged(store, 2)[1].verdict == "tie", "Caps Lock makes no other key of it"
     press(page, "u")
     judged(store, 1)
     assert "question 1" in page.inner_text("#prompt") and "judge it again" in page.inner_text("#status")

@@ -7,7 +7,7 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
-from rlhf_lightning.feedback.access import LARGEST_BODY, Door, is_loopback, is_name, tokens_beside
+from rlhf_lightning.feedback.access import LARGEST_BODY, Door, is_loopback, is_name, named, tokens_beside
 from rlhf_lightning.feedback.hostile_text import shown_text, to_html
 from rlhf_lightning.feedback.reading import judgements_of
 from rlhf_lightning.feedback.records import Candidate, Item
@@ -165,7 +165,7 @@ def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
     client.cookies.set("annotator", tokens["owner"])
     assert client.get("/results").status_code == 200
     with pytest.raises(ValueError, match="an annotator cannot be called 'owner'"):
-        tokens_beside(tmp_path / "feedback.db", ["owner"])
+        named("0.0.0.0", "owner")
 
 
 def test_names_and_hosts():

@@ -304,7 +304,7 @@ document.addEventListener("keydown", (event) => {
   else if (digit && work.item && !pair) choose(digit - 1);
   else if (event.key === "=" && work.item && !pair) { work.tiesNext = work.ranking.length > 0; refresh(); }
   else if (event.key === "Backspace" && work.item && !pair) unrank();
-  else if (keys[event.key]) doing[keys[event.key]]();
+  else if (keys[event.key.toLowerCase()]) doing[keys[event.key.toLowerCase()]]();
   else return;
   event.preventDefault();
 });
