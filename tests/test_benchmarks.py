@@ -118,7 +118,7 @@ def test_goals_read_sides_and_steps_that_their_case_has(name):
         assert goal.side in case.ours
         assert goal.memory_of in case.sides
         assert goal.share is None or case.limit is not None
-        assert len(range(steps)[goal.steps]) >= 3
+        assert len(range(steps)[goal.steps]) >= 2  # and medians are over the steps of three runs
     assert {goal.side for goal in case.goals} == set(case.ours)
 
 

@@ -120,7 +120,7 @@ CASES = {
             Goal("separate critic", "separate", speed=1.05, memory=0.8),
             Goal("shared trunk", "shared", speed=1.4, memory=0.8),
         ),
-        (*ROLLOUTS, "--epochs", "4", "--steps", "4"),
+        (*ROLLOUTS, "--epochs", "4", "--steps", "3"),
         {"separate": (*BUDGET, "--critic", "separate"), "shared": (*BUDGET, "--critic", "shared")},
     ),
     "ppo_lora": Case(
@@ -129,7 +129,7 @@ CASES = {
             Goal("shared trunk", "shared", speed=1.5, memory=0.45),
             Goal("shared trunk, 4 bits", "nf4", memory=1.0, memory_of="shared"),
         ),
-        (*ROLLOUTS, "--epochs", "4", "--steps", "4", "--lora"),
+        (*ROLLOUTS, "--epochs", "4", "--steps", "3", "--lora"),
         {
             "shared": (*BUDGET, "--critic", "shared"),
             "nf4": (*BUDGET, "--critic", "shared", "--quantization", "nf4"),
