@@ -121,12 +121,19 @@ class RunCheckpoint(Checkpoint):
         after that, they would lack what was cut off.
         """
         assert self.folder is not None
-        mine = Path(str(trainer.ckpt_path)).resolve().parent == self.folder.resolve()
-        if not mine or not trainer.is_global_zero or self.state_key not in checkpoint["callbacks"]:
+        loaded = Path(str(trainer.ckpt_path)).resolve()
+        if loaded.parent != self.folder.resolve() or not trainer.is_global_zero:
             return
-        self.load_state_dict(checkpoint["callbacks"][self.state_key])
-        if self.saved:
-            self._point(self.saved[-1])
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None:
+            return
+        own = self.folder / state["saved"][-1]
+        if loaded.is_file() and not (own.exists() and own.samefile(loaded)):
+            # Saved twice at the same update, the second time behind a validation: what is under the name now is later.
+            # Other ranks may still be reading what was loaded, so its own name is left as it is.
+            link(loaded, own)
+        self.load_state_dict(state)
+        self._point(own.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where training starts, which after a resume is not zero."""
@@ -316,7 +323,8 @@ class RunCheckpoint(Checkpoint):
         self.saved, self.scores = list(state_dict["saved"]), dict(state_dict["scores"])
         self.interim = state_dict["interim"]
         if self.folder is not None:  # somebody may have tidied up
-            self.saved = [name for name in self.saved if (self.folder / name).exists()]
+            # The last one is this checkpoint, which rank zero may be giving back its name just now.
+            self.saved = [name for name in self.saved if name == self.saved[-1] or (self.folder / name).exists()]
             self.scores = {name: score for name, score in self.scores.items() if name in self.saved}
         if self.monitor is None:
             self.monitor, self.mode = state_dict["monitor"], state_dict["mode"]

@@ -179,6 +179,39 @@ def test_later_checkpoints_are_given_up_before_anything_is_cut_back(chosen: bool
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
 
+def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch: Any) -> None:
+    """Told to stop before a validation, then killed between saving behind it and pointing the link there."""
+    argv = [*DRAWING, "--trainer.max_epochs", "2"]
+    whole = run([*argv, "--run_name", "whole"]).folder
+    original = ModelExport.on_validation_batch_end
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelExport, "on_validation_batch_end", told)
+        with pytest.raises(SystemExit):
+            rlhf([*argv, "--run_name", "cut"])
+    folder = Path("runs/cut/version_0/checkpoints")
+    with monkeypatch.context() as patched:
+        resumed = []
+
+        def gone(target: Path, name: Path) -> None:
+            if resumed:
+                raise Gone
+            resumed.append(link(target, name))
+
+        patched.setattr("rlhf_lightning.callbacks.checkpoint.link", gone)
+        with pytest.raises(Gone):
+            run(["fit", "--resume", "runs/cut"])
+    update = folder / f"update_{UPDATES:06d}.ckpt"
+    assert not update.samefile(folder / "last.ckpt")
+    assert ends_before(monkeypatch, "on_validation_batch_end", 1, ["fit", "--resume", "runs/cut"])
+    assert update.samefile(folder / "last.ckpt")
+    assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
+
+
 def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) -> None:
     """Bits of headers say how a part is packed: whatever they claim, it is damage, and never an error of its own."""
     assert ends_before(monkeypatch, "on_train_batch_end", 2, [*DRAWING, *OFTEN, "--run_name", "cut"])
