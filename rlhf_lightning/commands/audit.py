@@ -3,7 +3,6 @@
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import json as writer
-import os
 import shutil
 import textwrap
 from collections import deque
@@ -70,7 +69,6 @@ def audit(
     from rlhf_lightning.commands.quiet import quieten
     from rlhf_lightning.data.audit import summary
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # half the work is the tokenizer's, and nothing forks here
     quieten()
     if tokenizer is None and (max_length or max_prompt_length or chat_template):
         raise ValueError("max_length, max_prompt_length and chat_template are about tokens: name a --tokenizer too")
