@@ -127,12 +127,13 @@ def reserve_version(runs: Path, name: str) -> Path:
 
 
 def hold(folder: Path) -> IO[bytes]:
-    """Keep other processes from training in a run's folder, until the file returned is closed or this process ends.
+    """Keep other processes from training in a run's folder, until `let_go` or the end of this process.
 
     Raises:
         ValueError: another process trains there.
     """
-    lock = (folder / LOCK_FILE).open("wb")
+    path = folder / LOCK_FILE
+    lock = path.open("wb")
     if sys.platform == "win32":
         return lock
     import fcntl
@@ -147,7 +148,17 @@ def hold(folder: Path) -> IO[bytes]:
             f"another process trains in {folder}, and two would write the same files: wait until it has ended, or "
             "start a new run"
         ) from None
+    if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+        lock.close()  # who held it has just let it go, and its file is no longer the one that others find
+        return hold(folder)
     return lock
+
+
+def let_go(lock: IO[bytes]) -> None:
+    """Let other processes train in the folder that `hold` has kept."""
+    if sys.platform != "win32":  # where a file that is open cannot be deleted
+        Path(lock.name).unlink(missing_ok=True)
+    lock.close()
 
 
 def versions(parent: Path) -> list[tuple[int, Path]]:

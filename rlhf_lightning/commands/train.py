@@ -38,6 +38,7 @@ from rlhf_lightning.callbacks.run import (
     checked_run_name,
     find_run,
     hold,
+    let_go,
     reserve_version,
     run_folder,
     write_text,
@@ -358,7 +359,7 @@ class RlhfCLI(LightningCLI):
             raise
         finally:
             if self.lock is not None:
-                self.lock.close()
+                let_go(self.lock)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -131,7 +131,7 @@ def test_sources_as_they_are_written():
         ([], "empty list"),
         ("", "empty text"),
         (3, "a path or a mapping with 'path', not int"),
-        ({"file": "a"}, "has the keys path, weight, rows, split, name, columns, labels .*; found file"),
+        ({"file": "a"}, "has the keys path, weight, rows, split, name, columns, labels, annotators .*; found file"),
         ({"path": "a", "wieght": 2}, "found path, wieght"),
         ({"path": "a", "weight": 0}, "must be above 0, not 0"),
         ({"path": "a", "rows": 0}, "rows of a must be at least 1, not 0"),
