@@ -4,6 +4,9 @@ import json
 import os
 import random
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,23 +41,42 @@ class DrawingModule(SlopeModule):
         return super().loss_sum(batch, meter) + drawn * self.line.weight.sum()
 
 
-def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> bool:
-    """Start a run that dies when a hook is called for the ``times``-th time; return whether it got so far."""
+@contextmanager
+def at_call(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, befalls: Callable[[], None]) -> Iterator[None]:
+    """Have something befall runs when a hook is called for the ``times``-th time, before it does anything."""
     original, left = getattr(ModelExport, hook), [times]
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
-            raise Gone
+            befalls()
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(ModelExport, hook, counted)
+        yield
+
+
+def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> bool:
+    """Start a run that dies when a hook is called for the ``times``-th time; return whether it got so far."""
+
+    def die() -> None:
+        raise Gone
+
+    with at_call(monkeypatch, hook, times, die):
         try:
             run(argv)
         except Gone:
             return True
     return False
+
+
+def told_to_stop(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> Any:
+    """Start a run that gets SIGTERM when a hook is called for the ``times``-th time; return its exit status."""
+    befalls = partial(os.kill, os.getpid(), signal.SIGTERM)
+    with at_call(monkeypatch, hook, times, befalls), pytest.raises(SystemExit) as status:
+        rlhf(argv)
+    return status.value.code
 
 
 def assert_same(whole: Path, resumed: Path) -> None:
@@ -183,16 +205,7 @@ def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch:
     """Told to stop before a validation, then killed between saving behind it and pointing the link there."""
     argv = [*DRAWING, "--trainer.max_epochs", "2"]
     whole = run([*argv, "--run_name", "whole"]).folder
-    original = ModelExport.on_validation_batch_end
-
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ModelExport, "on_validation_batch_end", told)
-        with pytest.raises(SystemExit):
-            rlhf([*argv, "--run_name", "cut"])
+    told_to_stop(monkeypatch, "on_validation_batch_end", 1, [*argv, "--run_name", "cut"])
     folder = Path("runs/cut/version_0/checkpoints")
     with monkeypatch.context() as patched:
         resumed = []
@@ -269,20 +282,8 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
 ) -> None:
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--samples.every_n_updates", "3"]
     whole = run([*argv, "--run_name", "whole"]).folder
-    original, left = getattr(ModelExport, hook), [times]
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ModelExport, hook, told)
-        with pytest.raises(SystemExit) as status:
-            rlhf([*argv, "--run_name", "cut"])
-    assert status.value.code == PREEMPTED == 75
+    assert told_to_stop(monkeypatch, hook, times, [*argv, "--run_name", "cut"]) == PREEMPTED == 75
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         f"SIGTERM: stopped after {updates} updates, runs/cut/version_0/checkpoints/update_{updates:06d}.ckpt is "
@@ -302,18 +303,7 @@ def test_which_checkpoints_are_kept_does_not_depend_on_an_end_before_its_time(
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "4", *further]
     argv += ["--checkpoint.every_n_updates", "2"]
     whole = run([*argv, "--run_name", "whole"]).folder
-    original, left = ModelExport.on_train_batch_end, [updates]
-
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ModelExport, "on_train_batch_end", told)
-        with pytest.raises(SystemExit):
-            rlhf([*argv, "--run_name", "cut"])
+    told_to_stop(monkeypatch, "on_train_batch_end", updates, [*argv, "--run_name", "cut"])
     stopped = Path("runs/cut/version_0/checkpoints")
     before = sorted(file.name for file in stopped.glob("update_*.ckpt"))
     assert f"update_{updates:06d}.ckpt" in before
@@ -327,16 +317,7 @@ def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: A
     """Told to stop before a validation, resumed, and cut off behind it: the checkpoint has it, so it does not recur."""
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "3"]
     whole = run([*argv, "--run_name", "whole"]).folder
-    original = ModelExport.on_validation_batch_end
-
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ModelExport, "on_validation_batch_end", told)
-        with pytest.raises(SystemExit):
-            rlhf([*argv, "--run_name", "cut"])
+    told_to_stop(monkeypatch, "on_validation_batch_end", 1, [*argv, "--run_name", "cut"])
     assert ends_before(monkeypatch, "on_train_batch_end", 1, ["fit", "--resume", "runs/cut"])
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
