@@ -11,6 +11,7 @@ blocks.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ def takes_lengths(device: torch.device, dtype: torch.dtype) -> bool:
     except (ImportError, TypeError, ValueError, RuntimeError):
         return False
     q, k, v = (part.float().transpose(0, 1) for part in (query, key, value))
-    expected = scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), attn_mask=mask).transpose(0, 1)
+    with torch.autocast(device.type, enabled=False):
+        expected = scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), attn_mask=mask).transpose(0, 1)
     return torch.allclose(found.float(), expected, atol=0.05)
 
 
@@ -116,12 +118,24 @@ def attend_by_length(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, 
 
     if pieces.cells is not None:
         key, value = key.index_select(0, pieces.cells), value.index_select(0, pieces.cells)
+    options: dict[str, Any] = {}
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        if shares_keys(varlen_attn):
+            options["enable_gqa"] = True
+        else:
+            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     output = varlen_attn(
         query, key, value, pieces.asking, pieces.seen, pieces.longest_asking, pieces.longest_seen,
-        scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        scale=scaling, window_size=(-1, 0), **options,
     )  # fmt: skip
     assert isinstance(output, Tensor)
     return output
+
+
+@functools.cache
+def shares_keys(kernel: Any) -> bool:
+    """Whether a kernel by lengths takes fewer heads of keys than of queries, which PyTorch 2.11's does not."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_block

@@ -23,7 +23,7 @@ LONE = sequences([([5, 6], [7, 8, 3]), ([9], [4]), ([8, 8, 8], [2, 6])])
 
 def by_lengths(
     query: Tensor, key: Tensor, value: Tensor, asking: Tensor, seen: Tensor, longest_asking: int, longest_seen: int, *,
-    scale: float | None, window_size: tuple[int, int], enable_gqa: bool, at_the_end: bool = True,
+    scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False, at_the_end: bool = True,
 ) -> Tensor:  # fmt: skip
     """A kernel as documented; with ``at_the_end`` false the first cells of a piece and of what it sees are in line."""
     assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
@@ -40,6 +40,11 @@ def by_lengths(
     return torch.cat(parts)
 
 
+def by_lengths_head_by_head(*states: Any, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+    """An older kernel, which wants as many heads of keys as of queries."""
+    return by_lengths(*states, scale=scale, window_size=window_size)
+
+
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a kernel in the place of PyTorch's."""
@@ -53,10 +58,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("batch", [PAIR, LONE], ids=["prompts shared", "each alone"])
+@pytest.mark.parametrize("attends", [by_lengths, by_lengths_head_by_head])
 def test_a_packed_row_by_lengths_is_the_padded_one(
-    monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., None], family: str, batch: Any
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., None], attends: Any, family: str, batch: Any
 ) -> None:
-    kernel(by_lengths)
+    kernel(attends)
     monkeypatch.setattr(attention, "half_precision_of", lambda query: query.dtype)
     policy = CausalLM(model_of(family))
     found = []
@@ -74,6 +80,9 @@ def test_a_kernel_is_tried_before_it_is_used(kernel: Callable[..., None]) -> Non
     attention.takes_lengths.cache_clear()
     kernel(by_lengths)
     assert attention.takes_lengths(CPU, torch.bfloat16)
+    attention.takes_lengths.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # where it is first asked for in mixed precision
+        assert attention.takes_lengths(CPU, torch.bfloat16)
     attention.takes_lengths.cache_clear()
     kernel(functools.partial(by_lengths, at_the_end=False))
     assert not attention.takes_lengths(CPU, torch.bfloat16)
