@@ -346,6 +346,8 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
 
     A continued policy also keeps the adapter it started from, frozen under the name "reference".
     """
+    if task_type == "SEQ_CLS":
+        model.score.float()  # trained whole beside the adapter, and in bf16 its small updates would vanish
     if start_from is not None:
         return continued_lora(model, lora, task_type, start_from)
     config = LoraConfig(

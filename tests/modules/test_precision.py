@@ -108,8 +108,9 @@ def test_sft_and_reward_models_learn_in_bf16(policy_folder: str, precision: Any)
         (SFTModule(init_from=policy_folder, lora=LORA, learning_rate=5e-2, warmup=0), demonstration_step(ROWS)),
         (RewardModule(init_from=policy_folder, lora=LORA, learning_rate=1e-2), ranked_step(ranked_pairs(PAIRS))),
     ):
-        logged = MetricsLog()
-        fit(module, [step] * 6, callbacks=[logged], precision=precision)  # type: ignore[arg-type]
+        logged, watched = MetricsLog(), Precisions()
+        fit(module, [step] * 6, callbacks=[logged, watched], precision=precision)  # type: ignore[arg-type]
+        assert {p.dtype for p in module.parameters() if p.requires_grad} == watched.moments == {torch.float32}
         assert logged.column("train/loss")[-1] < 0.8 * logged.column("train/loss")[0]
 
 
