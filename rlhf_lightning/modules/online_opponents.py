@@ -214,7 +214,8 @@ class NashMDModule(CriticFreeModule):
     def win_probability(self, rollout: Rollout) -> Tensor:
         """Return P(y beats y'), shape (episodes,); NaN where either has no score."""
         assert rollout.baseline_scores is not None
-        return torch.sigmoid(rollout.scores - rollout.baseline_scores)
+        lead = rollout.scores - rollout.baseline_scores
+        return lead.double().sigmoid().to(lead.dtype)  # each device has a sigmoid of its own in single precision
 
     def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """Return the chance to win less a half, and less what the rewards pay for KL, shape (episodes,)."""
