@@ -23,7 +23,7 @@ import compare
 import folders
 import results
 import scaling
-from cases import CASES, LIMIT, PEER, Case, Goal
+from cases import CASES, LIMIT, PEER, SUITES, Case, Goal
 
 CASE = Case(
     "dpo",
@@ -102,17 +102,17 @@ def test_losses_of_sides_that_sample_for_themselves_are_not_compared():
     assert results.losses_agree(CASE, {"ours": RUNS["ours"]}) is None
 
 
-def test_the_page_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(results, "CASES", {"one": CASE, "other": CASE})
-    written = results.page({"one": {k: v for k, v in RUNS.items() if k != PEER}}, 1, ["- here"], {})
+def test_the_page_says_what_is_missing():
+    suite = SUITES["cpu"]._replace(cases={"one": CASE, "other": CASE})
+    written = results.page(suite, {"one": {k: v for k, v in RUNS.items() if k != PEER}}, 1, ["- here"], {})
     assert "- one: peer (0 of 1)" in written
     assert "- other: ours (0 of 1), peer (0 of 1), limit (0 of 1)" in written
     assert "| one, first | 30.0 |  | missing |" in written
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_goals_read_sides_and_steps_that_their_case_has(name):
-    case = CASES[name]
+@pytest.mark.parametrize(("device", "name"), [(device, name) for device in SUITES for name in SUITES[device].cases])
+def test_goals_read_sides_and_steps_that_their_case_has(device, name):
+    case = SUITES[device].cases[name]
     steps = int(dict(zip(case.flags, case.flags[1:], strict=False))["--steps"])
     for goal in case.goals:
         assert goal.side in case.ours
@@ -136,12 +136,11 @@ def bench(tmp_path, monkeypatch):
         figures = record(seconds, [1, 2], [0.5, 0.4])
         (tmp_path / f"{name}.py").write_text(STAGE.format(repr(figures)))
     case = Case("sft", (Goal(""),), ("--steps", "2", "--batch", "4"), {}, (), same_losses=(1e-3, 1e-3))
-    for module in (compare, results):
-        monkeypatch.setattr(module, "CASES", {"one": case})
+    monkeypatch.setitem(SUITES, "cpu", SUITES["cpu"]._replace(cases={"one": case}))
     monkeypatch.setattr(compare.Bench, "versions", lambda self, python: {"peer": "1"})
     args = argparse.Namespace(
         model=tmp_path, data=data, conversations=None, peer_python=Path(sys.executable), ppo_python=None,
-        repeats=2, time_limit=60,
+        repeats=2, time_limit=60, device="cpu",
         peer_script=tmp_path / "peer.py", limit_script=tmp_path / "limit.py", threads=1, runs=tmp_path / "runs",
         out=tmp_path / "results.md",
     )  # fmt: skip
@@ -200,7 +199,7 @@ def test_the_process_that_starts_the_others_stays_small():
 
 
 def test_scripts_get_the_flags_they_know(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "CASES", CASES)
+    bench.cases = CASES
     monkeypatch.setattr(compare, "written", lambda kind, place, *_: place)
     limit = " ".join(bench.command("dpo_lora", LIMIT))
     assert limit.endswith("--batch 4 --max-length 512 --steps 10 --lora --shared-prompt")

@@ -4,6 +4,7 @@ A case is trained by several sides: ``peer`` and ``limit`` by their scripts, and
 reads some of the steps of one of our sides against the same steps of the peer, and says what must come out.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 PEER, LIMIT = "peer", "limit"
@@ -23,7 +24,7 @@ class Goal(NamedTuple):
         side: whose steps of ours are read.
         steps: first and last step that count, as a slice; the first step of a run warms up.
         speed: least ratio of our speed to the peer's; None asks nothing.
-        share: least share of the limit's speed.
+        share: least share of the limit's speed; 0 shows it and asks nothing.
         memory: largest ratio of our peak of resident memory to that of ``memory_of``.
         memory_of: the side that memory is held against.
     """
@@ -143,3 +144,102 @@ CASES = {
         model="small",
     ),
 }  # fmt: skip
+
+# -- on one GPU -------------------------------------------------------------------------------------------------------
+
+GPU_ROWS = ("--batch", "32", "--max-length", "512", "--rows", "512")
+GPU_ROLLOUTS = ("--batch", "64", "--completion", "64", "--max-length", "512", "--rows", "1921")
+GPU_BUDGET = ("--max-tokens", "16384")
+ON_GPU = ("--set", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+"""The peer's script and the limit's are to be handed over with the same two changes: on the GPU, products in bf16."""
+HALF = (2e-2, 1e-1)
+"""How far losses may be apart where both sides multiply in bf16."""
+WARM = slice(4, None)
+"""Steps that count: the first ones choose kernels and fill the allocator's pools."""
+
+
+def on_gpu(*further: str, settings: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Flags of one of our sides on a GPU."""
+    return (*GPU_BUDGET, *further, *ON_GPU, *settings)
+
+
+GPU_CASES = {
+    "sft_full": Case(
+        "sft",
+        (Goal("", steps=WARM, share=0.0), Goal("layers compiled", "compiled", steps=WARM, share=0.0)),
+        (*GPU_ROWS, "--steps", "12"),
+        {"ours": on_gpu(), "compiled": on_gpu(settings=("model.compile_layers=true",))},
+        (),
+        "base",
+        HALF,
+    ),
+    "sft_lora": Case(
+        "sft",
+        (Goal("", steps=WARM, share=0.0),),
+        (*GPU_ROWS, "--steps", "12", "--lora"),
+        {"ours": on_gpu()},
+        ("--lora",),
+        "base",
+        HALF,
+    ),
+    "reward_full": Case(
+        "reward",
+        (Goal("", steps=WARM, share=0.0),),
+        (*GPU_ROWS, "--steps", "12"),
+        {"ours": on_gpu()},
+        ("--shared-prompt",),
+        "scored",
+        HALF,
+    ),
+    "dpo_lora": Case(
+        "dpo",
+        (Goal("", steps=WARM, share=0.0),),
+        (*GPU_ROWS, "--steps", "12", "--lora"),
+        {"ours": on_gpu("--epochs", "1")},
+        ("--lora", "--shared-prompt"),
+        "base",
+        HALF,
+    ),
+    "grpo_full": Case(
+        "grpo", (Goal("", steps=slice(2, None)),), (*GPU_ROLLOUTS, "--group", "8", "--steps", "6"), {"ours": on_gpu()}
+    ),
+    "ppo_full": Case(
+        "ppo",
+        (
+            Goal("separate critic", "separate", steps=slice(2, None)),
+            Goal("shared trunk", "shared", steps=slice(2, None)),
+        ),
+        (*GPU_ROLLOUTS, "--epochs", "4", "--steps", "6"),
+        {"separate": on_gpu("--critic", "separate"), "shared": on_gpu("--critic", "shared")},
+    ),
+}
+
+
+class Suite(NamedTuple):
+    """What is compared on one kind of machine.
+
+    Attributes:
+        cases: by name.
+        memory: what the figures of memory are.
+        notes: what is said by hand, a file beside this one: why a figure is what it is.
+        out: the page, a file beside this one.
+    """
+
+    cases: dict[str, Case]
+    memory: str
+    notes: str
+    out: str
+
+    @property
+    def said(self) -> list[str]:
+        """Lines of what is said by hand; none where there is no such file."""
+        file = Path(__file__).resolve().parent / self.notes
+        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+RESIDENT = "the peak of what a process has resident, from start to end"
+ALLOCATED = "the peak of what PyTorch has allocated on the GPU, from start to end"
+SUITES = {
+    "cpu": Suite(CASES, RESIDENT, "bounds.md", "results.md"),
+    "gpu": Suite(GPU_CASES, ALLOCATED, "gpu_bounds.md", "gpu.md"),
+}

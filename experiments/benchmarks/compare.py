@@ -5,7 +5,8 @@
 
 Runs every case of cases.py as A B C A B C, each run a process of its own with a time limit. What has run is kept under
 ``runs/benchmarks`` and not run again, as long as code, commands and versions of that side stay what they were; so a
-call that was interrupted goes on, and ``results.md`` is written from what is there.
+call that was interrupted goes on, and ``results.md`` is written from what is there. ``--device gpu`` runs other cases,
+sized for one GPU, and writes ``gpu.md``; the peer's script and the limit's must then be ones that use it, in bf16.
 
 The peer's script prints ``PEER {json}``, the limit's ``LIMIT {json}`` and ours ``OURS {json}``, with the seconds and
 tokens of each step, losses, and the peak of resident memory.
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 # Nothing heavy is imported here: a process begins with its parent's peak of resident memory.
-from cases import CASES, LIMIT, PEER, Case, peer_only
+from cases import LIMIT, PEER, SUITES, Case, peer_only
 from folders import written
 from results import Runs, page
 
@@ -45,6 +46,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.suite = SUITES[args.device]
+        self.cases = self.suite.cases
         self.folder: Path = args.runs
         self.folder.mkdir(parents=True, exist_ok=True)
         self.code = code_hash([ROOT / "rlhf_lightning", HERE / "stage.py", HERE / "folders.py"])
@@ -66,7 +69,7 @@ class Bench:
 
     def command(self, name: str, side: str) -> list[str]:
         """Return the command line of a side of a case."""
-        case = CASES[name]
+        case = self.cases[name]
         model = self.model_of(case, side)
         data = model / "prompts.jsonl" if case.model == "small" else self.data_of(case)
         shared = [case.stage, "--model", str(model), "--data", str(data)]
@@ -103,7 +106,7 @@ class Bench:
     def identity(self, name: str, side: str, command: list[str]) -> str:
         """Return what a run's figures depend on: when it changes, older runs of the side no longer count."""
         if side == PEER:
-            code = [code_hash([self.args.peer_script]), self.versions(self.python_of(CASES[name]))]
+            code = [code_hash([self.args.peer_script]), self.versions(self.python_of(self.cases[name]))]
         elif side == LIMIT:
             code = [code_hash([self.args.limit_script]), our_versions()]
         else:
@@ -116,7 +119,7 @@ class Bench:
     def run(self, name: str) -> None:
         """Run the sides of a case in turn until each has as many runs as asked for."""
         for repeat in range(1, self.args.repeats + 1):
-            for side in CASES[name].sides:
+            for side in self.cases[name].sides:
                 if len(self.kept(name).get(side, [])) < repeat:
                     self.run_once(name, side)
 
@@ -152,7 +155,8 @@ class Bench:
             "OMP_NUM_THREADS": str(self.args.threads),
         }
         if Path(command[1]).parent == HERE:
-            environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(ROOT)])
+            further = environment.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(ROOT), *([further] if further else [])])
         try:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False,
@@ -171,7 +175,7 @@ class Bench:
         file, found = self.folder / f"{name}.jsonl", dict[str, list[dict[str, Any]]]()
         if not file.exists():
             return {}
-        current = {side: self.identity(name, side, self.command(name, side)) for side in CASES[name].sides}
+        current = {side: self.identity(name, side, self.command(name, side)) for side in self.cases[name].sides}
         for line in file.read_text(encoding="utf-8").splitlines():
             kept = json.loads(line)
             if kept["record"] is not None and current.get(kept["side"]) == kept["identity"]:
@@ -180,10 +184,10 @@ class Bench:
 
     def write(self) -> None:
         """Write the page from what is there."""
-        found = {name: self.kept(name) for name in CASES}
+        found = {name: self.kept(name) for name in self.cases}
         commands = {
             name: [short(self.command(name, side)) for side in case.sides]
-            for name, case in CASES.items()
+            for name, case in self.cases.items()
             if found[name]
         }
         loads = [record["load"] for runs in found.values() for records in runs.values() for record in records]
@@ -192,7 +196,7 @@ class Bench:
         made_with += [f"- {machine(self.args.threads)}"]
         if loads:
             made_with += [f"- load of the machine before a run: median {sorted(loads)[len(loads) // 2]:.1f}"]
-        self.args.out.write_text(page(found, self.args.repeats, made_with, commands), encoding="utf-8")
+        self.args.out.write_text(page(self.suite, found, self.args.repeats, made_with, commands), encoding="utf-8")
         print(f"written: {self.args.out}", flush=True)
 
     def pythons(self) -> Iterator[Path]:
@@ -261,14 +265,19 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ppo-python", type=Path, default=None, help="the same for PPO, where it is another")
     parser.add_argument("--peer-script", type=Path, required=True, help="the peer's stages as one script")
     parser.add_argument("--limit-script", type=Path, required=True, help="bare PyTorch on as many tokens")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
+    parser.add_argument("--device", choices=list(SUITES), default="cpu", help="what trains, and with it the cases")
+    parser.add_argument("--only", nargs="+", default=None, metavar="CASE", help="of the cases (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
     parser.add_argument("--time-limit", type=int, default=1800, help="seconds that a run may take")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="where runs are kept")
-    parser.add_argument("--out", type=Path, default=HERE / "results.md")
+    parser.add_argument("--out", type=Path, default=None, help="the page (default: beside this script)")
     parser.add_argument("--write-only", action="store_true", help="run nothing, write the page from what is kept")
     args = parser.parse_args()
+    suite = SUITES[args.device]
+    args.out, args.only = args.out or HERE / suite.out, args.only or list(suite.cases)
+    if unknown := [name for name in args.only if name not in suite.cases]:
+        parser.error(f"there is no case {', '.join(unknown)}: there are {', '.join(suite.cases)}")
     for name in ("model", "data", "conversations", "peer_python", "ppo_python", "peer_script", "limit_script"):
         path = getattr(args, name)
         if path is not None and not path.exists():

@@ -1,13 +1,9 @@
 """From the runs of a comparison to the page that shows it: medians, ratios, shares, memory, and what is missing."""
 
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from cases import CASES, LIMIT, PEER, Case, Goal
-
-BOUNDS = Path(__file__).resolve().parent / "bounds.md"
-"""What is said by hand: why a figure is what it is."""
+from cases import LIMIT, PEER, Case, Goal, Suite
 
 Runs = dict[str, list[dict[str, Any]]]
 """Records of the runs of one case, by side."""
@@ -31,7 +27,7 @@ class Finding(NamedTuple):
         """The figure, what was asked, and whether it was met."""
         if self.value is None:
             return "missing" if self.floor is not None else ""
-        if self.met is None:
+        if self.met is None or not self.floor:
             return f"{self.value:.{digits}f}"
         sign = "<=" if self.at_most else ">="
         return f"{self.value:.{digits}f} ({sign} {self.floor:g}: {'met' if self.met else 'NOT met'})"
@@ -58,8 +54,8 @@ def speed(case: Case, records: list[dict[str, Any]], steps: slice, ours: list[di
 
 
 def memory(records: list[dict[str, Any]]) -> float | None:
-    """Return the median peak of resident memory, GB; None without runs."""
-    return median(record["peak_rss_gb"] for record in records) if records else None
+    """Return the median peak of memory, GB, the GPU's where a run used one; None without runs."""
+    return median(record.get("peak_gpu_gb") or record["peak_rss_gb"] for record in records) if records else None
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -111,13 +107,13 @@ def missing(case: Case, runs: Runs, repeats: int) -> list[str]:
     return [f"{side} ({found} of {repeats})" for side, found in short]
 
 
-def table(found: dict[str, Runs]) -> list[str]:
+def table(cases: dict[str, Case], found: dict[str, Runs]) -> list[str]:
     """Return the lines of the Markdown table, of all cases that have any run."""
     lines = [
         "| case | ours /s | peer /s | speed | share of the limit | peak GB | against GB | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, case in CASES.items():
+    for name, case in cases.items():
         for goal in case.goals if found.get(name) else ():
             row = findings(case, goal, found[name])
             label = f"{name}, {goal.name}" if goal.name else name
@@ -127,10 +123,10 @@ def table(found: dict[str, Runs]) -> list[str]:
     return lines
 
 
-def loss_lines(found: dict[str, Runs]) -> list[str]:
+def loss_lines(cases: dict[str, Case], found: dict[str, Runs]) -> list[str]:
     """Return a line on the losses of each case whose algorithm is the same on both sides."""
     lines = []
-    for name, case in CASES.items():
+    for name, case in cases.items():
         gaps, agree = loss_gaps(case, found.get(name, {})), losses_agree(case, found.get(name, {}))
         if gaps is not None and case.same_losses is not None:
             first, later = case.same_losses
@@ -141,16 +137,20 @@ def loss_lines(found: dict[str, Runs]) -> list[str]:
     return lines
 
 
-def page(found: dict[str, Runs], repeats: int, made_with: list[str], commands: dict[str, list[str]]) -> str:
+def page(
+    suite: Suite, found: dict[str, Runs], repeats: int, made_with: list[str], commands: dict[str, list[str]]
+) -> str:
     """Return the whole page.
 
     Args:
+        suite: what is compared.
         found: runs of each case.
         repeats: runs asked for of each side.
         made_with: lines on versions and machine.
         commands: how each side of each case was called, paths left out.
     """
-    gaps = {name: missing(case, found.get(name, {}), repeats) for name, case in CASES.items()}
+    cases = suite.cases
+    gaps = {name: missing(case, found.get(name, {}), repeats) for name, case in cases.items()}
     absent = [f"- {name}: {', '.join(sides)}" for name, sides in gaps.items() if sides]
     counts = {len(records) for runs in found.values() for records in runs.values()}
     return "\n".join(
@@ -159,18 +159,18 @@ def page(found: dict[str, Runs], repeats: int, made_with: list[str], commands: d
             "",
             "Work per second is unpadded tokens of the rows (prompts counted for each completion), or episodes where",
             "each side samples its own; medians over runs taken in turn, the first step of each left out. The limit is",
-            "bare PyTorch on exactly as many tokens, none of them pads. Memory is the peak of what a process has",
-            "resident, from start to end. In brackets: what is asked for.",
+            "bare PyTorch on exactly as many tokens, none of them pads. In brackets: what is asked for. Memory is",
+            f"{suite.memory}.",
             "",
-            *table(found),
+            *table(cases, found),
             "",
             f"Runs of a side: {', '.join(map(str, sorted(counts))) or 'none'}.",
             "",
-            *BOUNDS.read_text(encoding="utf-8").splitlines(),
+            *suite.said,
             "",
             "## The same losses",
             "",
-            *(loss_lines(found) or ["No case has runs of both sides."]),
+            *(loss_lines(cases, found) or ["No case has runs of both sides."]),
             "",
             "## Missing",
             "",

@@ -55,6 +55,8 @@ class StepTimes(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the time, the tokens that a user would count, and what was logged."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.record["seconds"].append(round(now - self.begun, 3))
         seen = sum(sum(part.sequences.lengths) for part in batch.micro_batches if hasattr(part, "sequences"))

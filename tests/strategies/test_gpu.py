@@ -165,7 +165,7 @@ def test_stages_train_on_a_quantised_backbone(blocks: str, quantization: Any, pr
     losses = log.column("train/loss")
     assert losses[0] == pytest.approx(0.6931, abs=2e-2) and losses[-1] < 0.9 * losses[0]
     ppo, log = (
-        modules.PPOModule(scorer=rank_cases.low_words, critic="shared", max_new_tokens=5, **settings),
+        modules.PPOModule(scorer=rank_cases.low_words, critic="shared", max_new_tokens=5, ppo_epochs=1, **settings),
         MetricsLog(),
     )
     steps = [prompt_step(PROMPTS, first_episode=6 * index) for index in range(2)]
