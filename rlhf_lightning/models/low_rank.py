@@ -87,6 +87,8 @@ def plain_adapter(layer: Any, x: Tensor) -> str | None:
     """Return a layer's one active adapter, where all is of one precision and on this rank, nothing drops out and the
     matrix below is frozen; None otherwise.
     """
+    if torch.compiler.is_compiling():
+        return None  # the compiler fuses peft's form itself, and PyTorch 2.11's gives this one no gradient for B
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or torch.is_autocast_enabled(x.device.type):
         return None
