@@ -10,8 +10,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf_lightning.callbacks.run import checked_run_name
-from rlhf_lightning.commands.loop import LoopSettings
 from rlhf_lightning.commands.loop_report import REPORT, write_report
+from rlhf_lightning.commands.loop_settings import LoopSettings
 from rlhf_lightning.commands.loop_state import LoopState, fingerprints, seed_of
 from rlhf_lightning.commands.loop_steps import (
     ensemble_of,

@@ -59,16 +59,23 @@ class _Silence(logging.Filter):
         return not any(text in message for text in self.texts)
 
 
-def quieten() -> None:
-    """Silence adverts and warnings that ask for nothing. RLHF_DEBUG=1 leaves everything as it is."""
-    # The tokenizers' thread pool and forked workers exclude each other, and warn about it at length.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def quieten_messages() -> None:
+    """Silence log messages that ask for nothing; some come while a library is imported, so this comes before."""
     if os.environ.get("RLHF_DEBUG"):
         return
     for name, texts in SILENCED_MESSAGES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(present, _Silence) for present in logger.filters):
             logger.addFilter(_Silence(texts))
+
+
+def quieten() -> None:
+    """Silence adverts and warnings that ask for nothing. RLHF_DEBUG=1 leaves everything as it is."""
+    # The tokenizers' thread pool and forked workers exclude each other, and warn about it at length.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RLHF_DEBUG"):
+        return
+    quieten_messages()
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     _quieten_transformers()

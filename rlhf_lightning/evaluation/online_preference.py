@@ -11,7 +11,7 @@ from scipy.optimize import root
 from scipy.special import expit, log_softmax
 from torch import Tensor
 
-from rlhf_lightning.evaluation.convergence import PolicyGradient
+from rlhf_lightning.evaluation.policy_gradient import PolicyGradient
 from rlhf_lightning.functional.online_preference import nash_md_logits
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.base import as_loss
@@ -22,7 +22,7 @@ from rlhf_lightning.types import Rollout
 from rlhf_lightning.worlds.enumerable import EnumerableWorld
 
 
-def population_of(module: OnPolicyModule) -> type[PolicyGradient]:
+def expectation_of(module: OnPolicyModule) -> type[PolicyGradient]:
     """Return what takes the expectation of a module's loss."""
     if isinstance(module, OnlineDPOModule):
         return PairPopulation

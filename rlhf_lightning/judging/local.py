@@ -129,7 +129,7 @@ class LocalJudge:
     ) -> None:
         if isinstance(model, str):
             self.name = name or model
-            self.model, self.tokenizer = load_model(model, dtype), load_tokenizer(model, chat_template)
+            self.model, self.tokenizer = load_model(model, dtype), load_tokenizer(resolve_folder(model), chat_template)
         else:
             if tokenizer is None:
                 raise ValueError("a loaded model needs its tokenizer beside it")

@@ -13,6 +13,7 @@ from rlhf_lightning.feedback.labelling import LabelSettings, label_pairs
 from rlhf_lightning.feedback.revision import RevisionSettings, revise
 from rlhf_lightning.judging import LocalJudge, LocalWriter, load_judge
 from rlhf_lightning.judging.local import letter_ids, next_logits, shared_length
+from rlhf_lightning.models import loading
 from rlhf_lightning.models.sampling import SamplingSettings
 
 RULES = Constitution(
@@ -167,6 +168,14 @@ def test_what_is_no_judge_is_not_made(spec, arguments, sentence):
 def test_a_reward_model_is_no_judge(reward_folder):
     with pytest.raises(ValueError, match="is a reward model: it scores completions and writes none"):
         LocalJudge(reward_folder)
+
+
+def test_a_gguf_file_judges(judge, policy_folder, tmp_path, monkeypatch):
+    """Weights and tokenizer alike come from the folder that it is converted to."""
+    file = tmp_path / "model.gguf"
+    file.touch()
+    monkeypatch.setattr(loading, "converted_gguf", lambda path: policy_folder)
+    assert LocalJudge(str(file), max_length=2048)(QUESTIONS) == judge(QUESTIONS)
 
 
 class Nameless:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.evaluation.convergence import PolicyGradient, descend, policy_of
+from rlhf_lightning.evaluation.convergence import descend, policy_of
+from rlhf_lightning.evaluation.policy_gradient import PolicyGradient
 from rlhf_lightning.evaluation.verification.subject import (
     Check,
     Subject,
