@@ -125,7 +125,8 @@ def _writer(
     """Load what answers, criticises and revises.
 
     Raises:
-        ValueError: a server is named without its model, or a model on this machine with a server's settings.
+        ValueError: a server is named without its model, or a model on this machine with a server's settings; or what is
+            written may be as long as all that the model was made to read.
     """
     if not model.startswith(("http://", "https://")):
         if server_model is not None or api_key is not None:
@@ -134,7 +135,13 @@ def _writer(
         from rlhf_lightning.judging import LocalWriter
 
         policy, tokenizer = load_for_sampling(model, dtype, chat_template)
-        return LocalWriter(policy, tokenizer, sampling, seed, model)
+        writer = LocalWriter(policy, tokenizer, sampling, seed, model)
+        if writer.longest is not None and sampling.max_new_tokens >= writer.longest:
+            raise ValueError(
+                f"max_new_tokens is {sampling.max_new_tokens}, and {model} was made for {writer.longest} tokens, the "
+                "prompt among them: nothing would be written"
+            )
+        return writer
     if server_model is None:
         raise ValueError("a server needs server_model: the name of the model on it")
     from rlhf_lightning.judging import RemoteWriter
@@ -168,5 +175,5 @@ def describe(report: dict[str, Any]) -> str:
     """Return a report in words: that table, and what became of the prompts."""
     said = f"{report['revised_prompts']:,} of {report['prompts']:,} prompts have a revision"
     if report["no_answer"]:
-        said += f"; {report['no_answer']:,} first answers are empty"
+        said += f"; {report['no_answer']:,} have no first answer: it is empty, or the context has no room for it"
     return f"{revisions_table(report)}\n{said}"
