@@ -117,7 +117,7 @@ class RowStore:
                 array = np.load(folder / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
                 if array.shape != (size,) or array.dtype != kind:
                     return None
-                arrays[name] = array
+                arrays[name] = np.asarray(array)  # the same memory; each slice of a memmap is slow to make
             return cls(arrays, Report(**meta["report"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -45,6 +45,7 @@ from rlhf_lightning.modules.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.modules.precision import settled_precision
+from rlhf_lightning.modules.scalars import log_scalars
 from rlhf_lightning.modules.skips import Skips
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
@@ -389,8 +390,7 @@ class AlignmentModule(LightningModule):
         self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.steps % max(every, 1) == 0:
-            for logger in self.loggers:
-                logger.log_metrics(metrics, step=self.updates)
+            log_scalars(self.loggers, metrics, self.updates)
             self._log_over_work(metrics)
 
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
@@ -405,8 +405,7 @@ class AlignmentModule(LightningModule):
         """Log the headline metrics again over episodes and over tokens: an update of one objective is not another's."""
         headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
         for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
-            for logger in self.loggers:
-                logger.log_metrics({f"by_{axis}/{name}": value for name, value in headline.items()}, step=position)
+            log_scalars(self.loggers, {f"by_{axis}/{name}": value for name, value in headline.items()}, position)
 
     def progress(self) -> dict[str, float]:
         """How far the run is, in the units that runs are compared by."""
