@@ -35,8 +35,8 @@ def uniform(seed: int, episodes: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         seed: seed of the run.
-        episodes: number of each episode, int64, shape (rows,).
-        positions: index of the token within each completion, int64, shape (rows,).
+        episodes: number of each episode, int64, of any shape.
+        positions: index of the token within each completion, int64, of the same shape.
     """
     zeros = torch.zeros_like(positions)
     counter = (episodes & LOW, (episodes >> 32) & LOW, positions & LOW, zeros)

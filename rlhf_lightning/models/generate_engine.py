@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.counter_rng import uniform
 from rlhf_lightning.models.sampling import Completions, Request, SamplingEngine, SamplingSettings, draw
 from rlhf_lightning.models.sharding import is_sharded
 
@@ -63,7 +64,8 @@ class _Drawer(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores of which one is finite, that of the token drawn."""
         positions = torch.full_like(self.episodes, len(self.logprobs))
-        chosen, logprobs, _ = draw(scores.float(), self.settings, self.seed, self.episodes, positions)
+        numbers = uniform(self.seed, self.episodes, positions)
+        chosen, logprobs, _ = draw(scores.float(), self.settings, numbers)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)
 

@@ -226,6 +226,12 @@ class _Run:
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
+        # What each token is drawn with: made for several tokens at a time, its many small operations cost nothing.
+        self.ahead = min(settings.max_new_tokens, AHEAD)
+        columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
+        self.numbers = torch.zeros(len(prompts), columns, dtype=torch.float64, device=self.device)
+        # A finished row goes on until its slot is taken, at a position that the model still knows.
+        self.longest = torch.tensor([len(prompt) + settings.max_new_tokens for prompt in prompts])
         self.counts = torch.zeros(len(prompts), dtype=torch.long)
         self.ended = torch.zeros(len(prompts), dtype=torch.bool)
 
@@ -322,8 +328,11 @@ class _Run:
     def _record(self, slots: Tensor, logits: Tensor) -> None:
         """Draw the next token of each slot, and note which completions it ends."""
         owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
+        due = active & (drawn % self.ahead == 0)
+        if bool(due.any()):
+            self._look_ahead(owners[due].to(self.device), drawn[due].to(self.device))
         owned, places = owners.to(self.device), drawn.to(self.device)
-        chosen, logprobs, entropies = draw(logits, self.settings, self.seed, self.episodes[owned], places)
+        chosen, logprobs, entropies = draw(logits, self.settings, self.numbers[owned, places])
         stops = torch.isin(chosen, self.ends).cpu() & active
         self.last[slots.to(self.device)] = chosen
         if bool(active.all()):
@@ -335,9 +344,7 @@ class _Run:
             self.scores[owned[index], places[index]] = logprobs[index]
             self.entropies[owned[index], places[index]] = entropies[index]
         drawn = drawn + active
-        # A finished row goes on until its slot is taken, at a position that the model still knows.
-        longest = torch.tensor([len(self.prompts[row]) for row in owners.tolist()]) + self.settings.max_new_tokens
-        self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, longest)
+        self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, self.longest[owners])
         done = active & (stops | (drawn >= self.settings.max_new_tokens))
         self.counts[owners[done]] = drawn[done]
         self.ended[owners[stops]] = True
@@ -345,18 +352,24 @@ class _Run:
         if self.on_progress is not None and bool(done.any()):
             self.on_progress(int(done.sum()))
 
+    def _look_ahead(self, rows: Tensor, places: Tensor) -> None:
+        """Make the random numbers of the next tokens of completions."""
+        positions = places.unsqueeze(-1) + torch.arange(self.ahead, device=self.device)
+        episodes = self.episodes[rows].unsqueeze(-1).expand_as(positions)
+        self.numbers[rows.unsqueeze(-1), positions] = uniform(self.seed, episodes, positions)
 
-def draw(
-    logits: Tensor, settings: SamplingSettings, seed: int, episodes: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+
+AHEAD = 64
+"""Most tokens of a completion whose random numbers are made at a time."""
+
+
+def draw(logits: Tensor, settings: SamplingSettings, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the token drawn for each row, its log-probability at the temperature, and the entropy it was drawn at.
 
     Args:
         logits: of the next token, fp32 or wider, shape (rows, vocabulary).
         settings: temperature and truncation.
-        seed: seed of the run.
-        episodes: number of each row's episode, int64, shape (rows,).
-        positions: index of the token within each completion, int64, shape (rows,).
+        numbers: of (0, 1), see `counter_rng.uniform`, shape (rows,); of no account at temperature 0.
     """
     if settings.temperature == 0:
         best, logprobs = logits.argmax(-1), logits.log_softmax(-1)
@@ -364,7 +377,6 @@ def draw(
     logprobs = (logits / settings.temperature).log_softmax(-1)
     kept = _truncate(logprobs, settings)
     cumulative = kept.double().exp().cumsum(-1)
-    numbers = uniform(seed, episodes, positions)
     drawn = torch.searchsorted(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
     drawn = drawn.clamp_max(logits.shape[-1] - 1)
     return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
