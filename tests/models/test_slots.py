@@ -9,7 +9,7 @@ from tiny_models import random_rows, tiny_config
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rlhf_lightning.models import decoding
+from rlhf_lightning.models import decoding, sampling
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
 from rlhf_lightning.models.counter_rng import uniform
 from rlhf_lightning.models.decoding import Mixture, SlotLayer
@@ -110,6 +110,17 @@ class Passes:
 @pytest.mark.parametrize("slots", [1, 3, 8, None])
 def test_slots_draw_what_reading_the_whole_text_for_each_token_draws(model: CausalLM, slots: int | None) -> None:
     assert as_lists(draw(model, slots)) == naive(model)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 7])
+@pytest.mark.parametrize("slots", [4, None])
+def test_random_numbers_made_ahead_are_those_of_their_tokens(
+    policy: CausalLM, slots: int | None, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = as_lists(draw(policy, slots))
+    monkeypatch.setattr(sampling, "AHEAD", ahead)
+    assert as_lists(draw(policy, slots)) == whole
+    assert max(len(ids) for ids in whole) > 2 * 7  # each row goes on to numbers of its own further ahead
 
 
 def test_the_episodes_tell_something_and_their_logprobs_agree(model: CausalLM) -> None:
