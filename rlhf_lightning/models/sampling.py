@@ -226,7 +226,7 @@ class _Run:
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
-        # What each token is drawn with: made for several tokens at a time, its many small operations cost nothing.
+        # What each token is drawn with, made for several tokens at a time: it takes some hundred small operations.
         self.ahead = min(settings.max_new_tokens, AHEAD)
         columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
         self.numbers = torch.zeros(len(prompts), columns, dtype=torch.float64, device=self.device)

@@ -14,7 +14,7 @@ def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int)
     """Log metrics at x = step, on the first rank alone.
 
     TensorBoard gets all of them as one event: Lightning's logger writes one for each, which takes a model of a million
-    parameters longer than its optimizer.
+    parameters a hundredth of its step.
     """
     for logger in loggers:
         if type(logger) is TensorBoardLogger and not logger._prefix:
