@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         UnpairedDataModule,
     )
     from rlhf_lightning.models.loading import LoraSettings
-    from rlhf_lightning.models.sampling import SamplingSettings
     from rlhf_lightning.modules import (
         AlignmentModule,
         AlphaDPOModule,
@@ -78,6 +77,7 @@ if TYPE_CHECKING:
         WPOWeighting,
         XPOModule,
     )
+    from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.scoring import LearnedScorer, Scorer
     from rlhf_lightning.types import Loss
 

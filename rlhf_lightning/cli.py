@@ -33,17 +33,17 @@ TRAINING_COMMANDS = {
 TOOL_COMMANDS = {
     "quickstart": Command("rlhf_lightning.commands.quickstart", "the whole pipeline on the embedded world, in minutes"),
     "audit": Command("rlhf_lightning.commands.audit", "what is wrong with a data set, before it is trained on"),
-    "plan": Command("rlhf_lightning.commands.plan", "what memory and work a run would take, before it starts"),
-    "annotate": Command("rlhf_lightning.commands.annotate", "people compare completions in the browser; export"),
-    "loop": Command("rlhf_lightning.commands.loop", "rounds of sampling, labelling, training and evaluation"),
+    "plan": Command("rlhf_lightning.planning.plan", "what memory and work a run would take, before it starts"),
+    "annotate": Command("rlhf_lightning.people.annotate", "people compare completions in the browser; export"),
+    "loop": Command("rlhf_lightning.people.loop", "rounds of sampling, labelling, training and evaluation"),
     "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
     "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),
-    "critique": Command("rlhf_lightning.commands.critique", "answer, criticise and revise under a constitution"),
-    "label": Command("rlhf_lightning.commands.label", "a judge compares pairs under a constitution: AI feedback"),
+    "critique": Command("rlhf_lightning.constitution.critique", "answer, criticise and revise under a constitution"),
+    "label": Command("rlhf_lightning.constitution.label", "a judge compares pairs under a constitution: AI feedback"),
     "export": Command("rlhf_lightning.commands.export", "turn a checkpoint or an adapter into a Hugging Face folder"),
     "objectives": Command("rlhf_lightning.commands.objectives", "list every objective: paper, data, what it is"),
-    "verify": Command("rlhf_lightning.commands.verify", "prove an objective, shipped or your own, correct"),
+    "verify": Command("rlhf_lightning.verification.verify", "prove an objective, shipped or your own, correct"),
 }
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 

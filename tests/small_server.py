@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.sampling import SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
 
 BASE = "base"
 """Name of the backbone on the server."""

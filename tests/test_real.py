@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+from rlhf_lightning.recipes import FOLDER
+
 HERE = Path(__file__).resolve().parents[1] / "experiments" / "smollm2"
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
@@ -20,7 +22,8 @@ import real_report  # noqa: E402
 import real_stages  # noqa: E402
 
 STAGES = ("sft", "reward", "dpo", "ppo")
-YAMLS = sorted(HERE.glob("*.yaml"))
+RECIPES = ("sft", "reward", "dpo", "ppo", "dpo_classic", "ppo_classic", "grpo_instructions", "grpo_maths")
+YAMLS = [FOLDER / f"{name}.yaml" for name in RECIPES]
 
 
 def pair(question, chosen, rejected, category="Science"):
@@ -255,8 +258,8 @@ def test_every_yaml_is_short_and_parses_with_data_of_ones_own(path, capsys):
 
 
 def test_the_classic_files_hold_the_usual_settings_of_the_recipe(capsys):
-    ppo = parsed(["fit", "--config", str(HERE / "ppo_classic.yaml")], capsys)
-    dpo = parsed(["fit", "--config", str(HERE / "dpo_classic.yaml")], capsys)
+    ppo = parsed(["fit", "--config", "recipe:ppo_classic"], capsys)
+    dpo = parsed(["fit", "--config", "recipe:dpo_classic"], capsys)
     for config in (ppo, dpo):
         assert config["model"]["init_args"]["learning_rate"] == 1.41e-5
         assert config["model"]["init_args"]["max_grad_norm"] == 0.5

@@ -12,9 +12,9 @@ from torch import nn
 
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.loader import StepLoader
-from rlhf_lightning.modules.base import Answer
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import Answer
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import Step
 
 UPDATES = 8

@@ -5,7 +5,7 @@ from wrong_objectives import caught_by
 
 from rlhf_lightning.functional.distillation import distillation_advantages, forward_kl
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import Advantages
 
 # -- divergences ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from wrong_objectives import caught_by
 
 from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.modules import IterativeDPOModule, NashMDModule, OnlineDPOModule, OnPolicyModule, XPOModule
-from rlhf_lightning.modules.rollouts import Drawn
+from rlhf_lightning.training.rollouts import Drawn
 from rlhf_lightning.types import Pairs
 
 

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 import stage
 from folders import written
 
-from rlhf_lightning.commands import plan
 from rlhf_lightning.evaluation.report import markdown_table
+from rlhf_lightning.planning import plan
 
 HERE = Path(__file__).resolve().parent
-HARDWARE = HERE.parent / "hardware"
 CASES = {
     "SFT": ["sft", "--batch", "4"],
     "SFT, LoRA": ["sft", "--batch", "4", "--lora"],
@@ -40,9 +39,9 @@ STEPS, ROWS, LONGEST, NEW = 2, 64, 512, 48
 
 FSDP_64 = ["--trainer.num_nodes", "8", "--trainer.strategy.data_parallel_size", "64"]
 MACHINES = {
-    "8 B, QLoRA, 1 GPU": ["Llama-3.1-8B", "8", "--config", str(HARDWARE / "qlora_single_gpu.yaml")],
-    "8 B, every weight, 8 GPUs": ["Llama-3.1-8B", "64", "--config", str(HARDWARE / "fsdp.yaml")],
-    "70 B, every weight, 64 GPUs": ["Llama-3.1-70B", "64", "--config", str(HARDWARE / "multi_node.yaml"), *FSDP_64],
+    "8 B, QLoRA, 1 GPU": ["Llama-3.1-8B", "8", "--config", "recipe:hardware/qlora_single_gpu"],
+    "8 B, every weight, 8 GPUs": ["Llama-3.1-8B", "64", "--config", "recipe:hardware/fsdp"],
+    "70 B, every weight, 64 GPUs": ["Llama-3.1-70B", "64", "--config", "recipe:hardware/multi_node", *FSDP_64],
 }
 STAGES = {
     "SFT": ["--model", "SFTModule", "--data", "SFTDataModule"],

@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models import generate_engine, sampling
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
-from rlhf_lightning.models.generate_engine import GenerateEngine
-from rlhf_lightning.models.sampling import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling import engines, generate_engine
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.generate_engine import GenerateEngine
 
 QUESTIONS = (
     "What is {}?",
@@ -44,8 +44,8 @@ TOPICS = (
 
 
 def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return `sampling.draw` with an end token whose probability is ``rate`` at every position."""
-    drawn_by = sampling.draw
+    """Return `engines.draw` with an end token whose probability is ``rate`` at every position."""
+    drawn_by = engines.draw
 
     def draw(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         logits = logits.clone()
@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_policy(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
     args.end = tokenization.end_token_ids(tokenizer)[0]
-    sampling.draw = generate_engine.draw = ending_at(1 / args.mean, args.end)
+    engines.draw = generate_engine.draw = ending_at(1 / args.mean, args.end)
     prompts = prompts_of(tokenizer, args.prompts, args.samples)
     rates: dict[str, list[list[float]]] = {"slots": [], "generate": []}
     for _ in range(args.turns):

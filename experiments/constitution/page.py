@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_lightning.commands.critique import revisions_table
+from rlhf_lightning.constitution.critique import revisions_table
+from rlhf_lightning.constitution.judge_metrics import describe
 from rlhf_lightning.evaluation.report import interval, markdown_table
-from rlhf_lightning.feedback.judge_metrics import describe
 
 NAMES = {"sft": "helpful SFT", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI"}
 

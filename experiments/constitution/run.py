@@ -129,13 +129,13 @@ def _stages(out: Path, seed: int, sizes: Sizes) -> Callable[..., str]:
     """Return what trains a stage through `rlhf fit` and its YAML file, and returns the folder of its model."""
 
     def stage(name: str, start: Any, source: list[Any], eval_source: str | None = None, scorer: str = "") -> str:
-        print(f"\nconstitution: rlhf fit --config {HERE / name}.yaml", flush=True)
+        print(f"\nconstitution: rlhf fit --config recipe:hazards/{name}", flush=True)
         flags = ["--seed_everything", str(seed), "--model.seed", str(seed), "--data.seed", str(seed)]
         flags += ["--runs_folder", str(out), "--run_name", name, "--model.init_from", str(start)]
         flags += ["--data.source", json.dumps(source)]
         flags += ["--data.eval_source", eval_source] if eval_source else []
         flags += ["--model.scorer", scorer] if scorer else []
-        done = train.run(["fit", "--config", str(HERE / f"{name}.yaml"), *flags, *sizes.flags.get(name, [])])
+        done = train.run(["fit", "--config", f"recipe:hazards/{name}", *flags, *sizes.flags.get(name, [])])
         return str(Path(done.trainer.log_dir or done.folder or out) / "model")
 
     return stage

@@ -23,18 +23,18 @@ import torch
 from scipy import stats
 
 from rlhf_lightning.commands.generate import load_for_sampling
-from rlhf_lightning.commands.loop_state import seed_of
-from rlhf_lightning.commands.loop_steps import ensemble_of, evaluate, sample_pairs, train_stage
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.commands.selection import load_selector, selector_class
-from rlhf_lightning.evaluation.label_curve import LabelPoint, draw_label_curves
+from rlhf_lightning.data.feedback.snapshots import items_of
 from rlhf_lightning.evaluation.policies import Samples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
-from rlhf_lightning.feedback.handing_out import Policy
-from rlhf_lightning.feedback.reading import items_of
-from rlhf_lightning.feedback.simulated import SimulatedAnnotators
-from rlhf_lightning.feedback.store import FeedbackStore
-from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.people.handing_out import Policy
+from rlhf_lightning.people.label_curve import LabelPoint, draw_label_curves
+from rlhf_lightning.people.loop_state import seed_of
+from rlhf_lightning.people.loop_steps import ensemble_of, evaluate, sample_pairs, train_stage
+from rlhf_lightning.people.selector_loading import load_selector, selector_class
+from rlhf_lightning.people.simulated import SimulatedAnnotators
+from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import load_scorer
 from rlhf_lightning.worlds.assistant import gold_of_conversation
 
@@ -133,10 +133,10 @@ def learned(folder: Path, snapshot: str, seed: int, arguments: argparse.Namespac
     def trained(stage: str, config: str) -> str:
         number = seed_of(seed, stage)
         flags = {"seed_everything": number, "model.seed": number, "data.seed": number, "model.init_from": sft}
-        return str(train_stage(folder, stage, str(HERE / config), {**flags, "data.source": snapshot})["model"])
+        return str(train_stage(folder, stage, f"recipe:labels/{config}", {**flags, "data.source": snapshot})["model"])
 
-    models = [trained(f"reward_{member}", "reward.yaml") for member in range(arguments.members)]
-    policy = trained("dpo", "dpo.yaml")
+    models = [trained(f"reward_{member}", "reward") for member in range(arguments.members)]
+    policy = trained("dpo", "dpo")
     figures = evaluate(policy, sft, prompts, SAMPLING, HELD_OUT_SEED, None, gold_of_conversation, folder)
     return {"models": models, "accuracy": accuracy(models, sft, prompts), **figures}
 
@@ -188,7 +188,7 @@ def write_page(cells: Sequence[dict[str, Any]], page: Path) -> None:
         "policy are labelled by four simulated annotators (Bradley-Terry in the gold reward, as the world's own) over "
         "the page's HTTP routes; the selectors choose from the same pool. Reward models: an ensemble, trained at each "
         "budget; its mean score orders held-out pairs of the SFT policy. DPO is trained on the same labels. All start "
-        "from the SFT policy; settings are in reward.yaml and dpo.yaml beside this file. The first budget is spent at "
+        "from the SFT policy; settings are in recipe:labels/reward and recipe:labels/dpo. The first budget is spent at "
         "random where reward models are asked: there are none before. Means over "
         f"the seeds {', '.join(map(str, seeds))} with 95 % intervals by Student's t.\n\n"
         + "\n\n".join(parts)

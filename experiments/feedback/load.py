@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_lightning.feedback.handing_out import Policy
-from rlhf_lightning.feedback.reading import judgements_of, reading
-from rlhf_lightning.feedback.records import Candidate, Item
-from rlhf_lightning.feedback.server import make_app
-from rlhf_lightning.feedback.serving import listen, make_server
-from rlhf_lightning.feedback.simulated import Page, SimulatedAnnotator
-from rlhf_lightning.feedback.store import FeedbackStore
+from rlhf_lightning.data.feedback.records import Candidate, Item
+from rlhf_lightning.data.feedback.snapshots import judgements_of, reading
+from rlhf_lightning.people.handing_out import Policy
+from rlhf_lightning.people.server import make_app
+from rlhf_lightning.people.serving import listen, make_server
+from rlhf_lightning.people.simulated import Page, SimulatedAnnotator
+from rlhf_lightning.people.store import FeedbackStore
 
 PATIENCE = 600.0
 """Seconds for which an annotator asks a server again that does not answer: it may be starved, not gone."""

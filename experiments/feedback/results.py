@@ -20,11 +20,11 @@ from typing import Any
 
 from load import Work, run  # beside this file
 
-from rlhf_lightning.commands.loop import main as loop
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
+from rlhf_lightning.people.loop import main as loop
 
 HERE = Path(__file__).resolve().parent
-METHODS = {"dpo": "dpo.yaml", "ppo": "ppo.yaml"}
+METHODS = {"dpo": "recipe:labels/dpo", "ppo": "recipe:labels/ppo"}
 LABELS = 300
 
 
@@ -56,10 +56,10 @@ def measure_loop(arguments: argparse.Namespace) -> dict[str, Any]:
         flags = {
             "name": f"{method}_{LABELS}", "runs_folder": arguments.out, "rounds": 1, "labels": LABELS,
             "init_from": arguments.start / "sft" / "version_0" / "model", "prompts": world / "prompts_train.jsonl",
-            "eval_prompts": world / "prompts_test.jsonl", "reward_config": HERE / "reward.yaml",
-            "policy_config": HERE / config,
+            "eval_prompts": world / "prompts_test.jsonl", "reward_config": "recipe:labels/reward",
+            "policy_config": config,
         }  # fmt: skip
-        loop(["--config", str(HERE / "loop.yaml"), *(f"--{name}={value}" for name, value in flags.items())])
+        loop(["--config", "recipe:labels/loop", *(f"--{name}={value}" for name, value in flags.items())])
         found[method] = json.loads((arguments.out / f"{method}_{LABELS}" / "state.json").read_text())["steps"]
     return found
 
@@ -81,7 +81,7 @@ def loop_section(found: dict[str, Any]) -> str:
     header = ["policy", "labels", "gold reward", "95 % interval", "win rate against sft", "apart", "minutes"]
     return (
         "## From labels to a better policy\n\n"
-        "`rlhf loop --config experiments/feedback/loop.yaml` in the assistant world, one round: pairs of the SFT "
+        "`rlhf loop --config recipe:labels/loop` in the assistant world, one round: pairs of the SFT "
         "policy are labelled by four simulated annotators over the page's HTTP routes, with Bradley-Terry noise in the "
         "gold reward; one of them does not read. DPO learns from the labels, PPO from a reward model trained on them. "
         "Gold reward is of held-out prompts; `apart`: the interval lies above that of sft; `minutes`: from the first "

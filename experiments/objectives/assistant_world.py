@@ -29,7 +29,6 @@ from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds.assistant import gold_of_conversation
 
 HERE = Path(__file__).resolve().parent
-QUICKSTART = HERE.parent / "quickstart"
 SOURCES = {"dpo": ("pairs_train", "pairs_test"), "ppo": ("prompts_train", "prompts_test"), "sft": ("demonstrations",)}
 """Rows to train and to evaluate on, by the YAML file; without the latter the file's own share of the rows."""
 
@@ -87,7 +86,7 @@ def run(objective: str, config: str, settings: dict[str, Any], arguments: argpar
     flags["export.every_n_updates"] = "null"
     parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     started = time.perf_counter()
-    done = train.run(["fit", "--config", str(QUICKSTART / f"{config}.yaml"), *parts])
+    done = train.run(["fit", "--config", f"recipe:assistant/{config}", *parts])
     seconds = time.perf_counter() - started
     figures = measured(str(Path(done.folder) / "model"), arguments.start, arguments.seed)
     return {"objective": objective, "settings": settings, "config": config, "seconds": round(seconds), **figures}
@@ -133,7 +132,7 @@ def page(rows: list[dict[str, Any]], seed: int) -> str:
         f"{seed}. Each objective starts from the quickstart's SFT policy. Gold reward is the world's own, was never "
         "trained on, and is the mean over the held-out prompts at temperature 1; `above SFT`: the intervals are "
         "disjoint. Score is the quickstart's reward model's, KL is from the SFT policy in nats per completion. What a "
-        "row's settings leave out is in experiments/quickstart/dpo.yaml (fixed data), ppo.yaml (on-policy) and "
+        "row's settings leave out is in recipe:assistant/dpo (fixed data), ppo.yaml (on-policy) and "
         "sft.yaml (GKD). Students are taught by the quickstart's DPO policy.\n\n"
         f"{markdown_table(header, cells)}\n{explained(rows, start)}"
     )

@@ -1,4 +1,4 @@
-"""Settings of each objective on the quickstart's world, beyond the files of experiments/quickstart.
+"""Settings of each objective on the quickstart's world, beyond the recipes of the assistant world.
 
 Each family names the YAML file it starts from, what all its objectives depart in, and what each one does.
 """
@@ -12,7 +12,7 @@ class Family(NamedTuple):
     """Objectives that start from one YAML file.
 
     Attributes:
-        config: name of the file in experiments/quickstart.
+        config: name of the recipe below assistant/.
         settings: flags of all its objectives. ``model.scorer`` and ``model.teacher`` name a stage of the quickstart.
         objectives: flags of each objective, by class name.
     """

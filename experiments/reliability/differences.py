@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_lightning.commands.checkpoints import read_checkpoint, sharded_metadata
+from rlhf_lightning.runs.checkpoint_metadata import read_checkpoint, sharded_metadata
 
 LEFT_OUT = {"event_files", "loops", "pytorch-lightning_version"}
 """A resumed run has more event files, and Lightning counts beginnings that were killed."""

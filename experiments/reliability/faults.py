@@ -215,7 +215,7 @@ def rollout_server() -> list[Result]:
 
     def command(**settings: Any) -> list[str]:
         given = {"url": server.url, "model": "base", "adapter_folder": "adapters", **settings}
-        engine = {"class_path": "rlhf_lightning.models.remote_sampling.RemoteEngine", "init_args": given}
+        engine = {"class_path": "rlhf_lightning.sampling.remote_engine.RemoteEngine", "init_args": given}
         return ["fit", "--model", "GRPOModule", *ON_POLICY, "--model.engine", json.dumps(engine), "--model.scorer",
                 "injected.length", "--model.sampler_cap", "2", "--data.samples_per_prompt", "4", "--model.lora.r", "2",
                 "--model.init_from", "policy", "--model.from_scratch", "false",

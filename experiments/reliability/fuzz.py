@@ -25,13 +25,13 @@ from small_tokenizers import TOKENIZERS
 
 from rlhf_lightning.data import collation
 from rlhf_lightning.data.canonical import CanonicalRow, RowRefused
-from rlhf_lightning.data.encoding import Encoder
 from rlhf_lightning.data.kinds import KINDS
 from rlhf_lightning.data.reading import read_row
 from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import Source, read_rows
-from rlhf_lightning.data.store import RowStore
 from rlhf_lightning.data.streaming import RowStream
+from rlhf_lightning.data.tokenizing import Encoder
 from rlhf_lightning.models.layout import lay_out
 from rlhf_lightning.tokenization import Encoded, encode_rendered, load_tokenizer, render_completion, render_prompt
 from rlhf_lightning.tokenization.facts import facts_of

@@ -22,9 +22,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loops import _EvaluationLoop
 
 from rlhf_lightning import cli
-from rlhf_lightning.callbacks import RunCheckpoint
-from rlhf_lightning.modules.base import AlignmentModule
-from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.runs import RunCheckpoint
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.on_policy import OnPolicyModule
 
 PHASES = ("starting", "between", "rollout", "update", "validation", "saving")
 TIMEOUT = 1800.0

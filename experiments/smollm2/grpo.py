@@ -2,7 +2,8 @@
 
     python experiments/smollm2/grpo.py --model SmolLM2.gguf --data ../shared/data [--smoke] [--page grpo.md]
 
-Writes the prompts, runs `rlhf fit` with grpo.yaml, and measures the same held-out prompts before and after. The data
+Writes the prompts, runs `rlhf fit --config recipe:grpo_instructions`, and measures the same held-out prompts before
+and after. The data
 folder needs prompts.jsonl alone; its short single-turn questions are each asked with every instruction below.
 """
 
@@ -114,10 +115,10 @@ def write_prompts(folder: Path, data: Path, smoke: bool = False) -> dict[str, Pa
 
 
 def command(paths: dict[str, Path], start: str, out: Path, seed: int, smoke: bool = False) -> list[str]:
-    """Return the arguments of `rlhf fit`: all that this run departs from grpo.yaml in."""
+    """Return the arguments of `rlhf fit`: all that this run departs from the recipe in."""
     callbacks = [{"class_path": "held_out.HeldOutRows"}, {"class_path": "grpo.RolloutScores"}]
     flags: dict[str, Any] = {
-        "config": HERE / "grpo.yaml",
+        "config": "recipe:grpo_instructions",
         "seed_everything": seed,
         "runs_folder": out,
         "run_name": "grpo",

@@ -97,7 +97,7 @@ def fit(stage: str, flags: Sequence[str]) -> Finished:
     """Run `rlhf fit` in this process."""
     from rlhf_lightning.commands import train
 
-    print(f"\nreal: rlhf fit --config {os.path.relpath(HERE / stage)}.yaml", flush=True)
+    print(f"\nreal: rlhf fit --config recipe:{stage}", flush=True)
     started = time.perf_counter()
     cli = train.run(flags)
     return Finished(cli, time.perf_counter() - started)
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from rlhf_lightning.evaluation.policies import sample_and_score
     from rlhf_lightning.models.causal_lm import load_policy, load_reference
     from rlhf_lightning.models.loading import cache_folder, resolve_folder
-    from rlhf_lightning.models.sampling import SamplingSettings
+    from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.tokenization import load_tokenizer
 
     quieten()

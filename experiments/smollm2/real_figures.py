@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_lightning import tokenization
 from rlhf_lightning.evaluation.policies import Samples, mean_with_interval
 from rlhf_lightning.functional.statistics import bootstrap_interval, calibration_error
-from rlhf_lightning.models.sampling import SamplingSettings, sample
+from rlhf_lightning.sampling.engines import SamplingSettings, sample
 
 Row = dict[str, Any]
 

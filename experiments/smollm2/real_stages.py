@@ -206,7 +206,7 @@ def command(
         scorer: folder of the reward model, for PPO.
     """
     flags: dict[str, Any] = {
-        "config": HERE / f"{stage}.yaml",
+        "config": f"recipe:{stage}",
         "seed_everything": seed,
         "runs_folder": out,
         "run_name": stage,

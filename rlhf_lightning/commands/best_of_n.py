@@ -72,7 +72,7 @@ def best_of_n(
         write_lines,
     )
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.models.sampling import SamplingSettings
+    from rlhf_lightning.sampling.engines import SamplingSettings
 
     _check(n, batch_size, keep, top, threshold)
     quieten()

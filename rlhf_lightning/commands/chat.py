@@ -50,7 +50,7 @@ def chat(
     """
     from rlhf_lightning.commands.generate import load_for_sampling
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.models.sampling import SamplingSettings
+    from rlhf_lightning.sampling.engines import SamplingSettings
 
     quieten()
     settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k)
@@ -142,7 +142,7 @@ class Conversation:
         import torch
 
         from rlhf_lightning import tokenization
-        from rlhf_lightning.models.sampling import sample
+        from rlhf_lightning.sampling.engines import sample
 
         start = torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt))
         ends = tokenization.end_token_ids(self.tokenizer)

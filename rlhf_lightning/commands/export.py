@@ -13,7 +13,7 @@ from rlhf_lightning.commands.parsing import run_function
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_lightning.modules.base import AlignmentModule
+    from rlhf_lightning.training.module import AlignmentModule
 
 PROBE_TEXTS, PROBE_TOKENS = 4, 64
 """How many texts a merged model is compared with its adapter on, and how long they are."""
@@ -77,15 +77,15 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    from rlhf_lightning.callbacks.checkpoint_files import BEST_CHECKPOINT, last_checkpoint
-    from rlhf_lightning.callbacks.run import CHECKPOINTS_FOLDER, find_run
-    from rlhf_lightning.commands.checkpoints import SHARDED_META
+    from rlhf_lightning.runs.checkpoint_files import BEST_CHECKPOINT, last_checkpoint
+    from rlhf_lightning.runs.checkpoint_metadata import SHARDED_META
+    from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER, find_run
 
     if path.is_file() or (path / SHARDED_META).is_file():
         return path
     if path.suffix == ".ckpt":
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    from rlhf_lightning.commands.checkpoints import inside_run
+    from rlhf_lightning.runs.checkpoint_metadata import inside_run
 
     run = find_run(str(path))
     if not best:
@@ -120,8 +120,8 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     from lightning.pytorch.cli import instantiate_module
 
     import rlhf_lightning.modules  # noqa: F401
-    from rlhf_lightning.commands.checkpoints import PACKAGE, read_checkpoint, weights_in
-    from rlhf_lightning.modules.base import AlignmentModule
+    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, read_checkpoint, weights_in
+    from rlhf_lightning.training.module import AlignmentModule
 
     state = read_checkpoint(checkpoint)
     settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k != "_instantiator"}
@@ -158,7 +158,7 @@ def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
     Raises:
         ValueError: they name code elsewhere than as the scorer or the engine.
     """
-    from rlhf_lightning.commands.checkpoints import PACKAGE, own_code
+    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, own_code
 
     kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
     coded = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}

@@ -66,7 +66,7 @@ def generate(
         seed: seed of the sampling.
     """
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.models.sampling import SamplingSettings
+    from rlhf_lightning.sampling.engines import SamplingSettings
 
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}: both must be at least 1")
@@ -180,8 +180,8 @@ def completions(
     import torch
 
     from rlhf_lightning import tokenization
-    from rlhf_lightning.models.sampling import sample
-    from rlhf_lightning.scoring.base import plain_scores
+    from rlhf_lightning.sampling.engines import sample
+    from rlhf_lightning.scoring.scorer import plain_scores
 
     ends = tokenization.end_token_ids(tokenizer)
     at_once = max(settings.batch_size * CHUNKS_AT_ONCE // samples, 1)

@@ -12,6 +12,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from rlhf_lightning.commands.messages import explain
+from rlhf_lightning.recipes import resolve_recipe
 
 # A scorer written as class_path and init_args stays as it is written: the module makes it, and checkpoints keep it.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -73,12 +74,18 @@ def _switched_on(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--max-new-tokens`` to ``--max_new_tokens``: both spellings are common, no argument has a hyphen."""
+    """Rewrite ``--max-new-tokens`` to ``--max_new_tokens`` and ``recipe:NAME`` to the path of the packaged file.
+
+    Both spellings of an option are common, and no argument has a hyphen.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
 
     def rewritten(argument: str) -> str:
         if not argument.startswith("--"):
-            return argument
+            return resolve_recipe(argument)
         name, equals, value = argument[2:].partition("=")
-        return f"--{name.replace('-', '_')}{equals}{value}"
+        return f"--{name.replace('-', '_')}{equals}{resolve_recipe(value)}"
 
     return [rewritten(argument) for argument in argv]

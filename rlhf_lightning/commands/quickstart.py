@@ -24,7 +24,8 @@ from rlhf_lightning.evaluation.policies import (
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.functional.statistics import best_of_n_kl
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy, load_reference
-from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.recipes import FOLDER
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Prompt
@@ -53,13 +54,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("rlhf quickstart", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of world, weights, order and samples (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the report and the runs")
-    parser.add_argument("--configs", type=Path, default=None, help="folder of the four YAML files")
+    parser.add_argument("--configs", type=Path, default=FOLDER / "assistant", help="folder of the four YAML files")
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
-    configs = arguments.configs or default_configs()
     out = fresh_folder(arguments.out)
     world = write_world(out / "world", seed=arguments.seed)
-    runs = train_stages(configs, out, arguments.seed)
+    runs = train_stages(arguments.configs, out, arguments.seed)
     print("quickstart: evaluating on held-out prompts", flush=True)
     report, samples, points = evaluate(out, runs, world, arguments.seed)
     draw_frontier(points, out / "frontier.png", f"assistant world, seed {arguments.seed}")
@@ -70,19 +70,6 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{table}\n\nreport: {out / 'report.md'}   frontier: {out / 'frontier.png'}   {report['seconds']:.0f} s")
     print(f"compare the runs: tensorboard --logdir {out}")
     return 0
-
-
-def default_configs() -> Path:
-    """Return the folder of the quickstart's YAML files: below the working directory, or beside the package.
-
-    Raises:
-        FileNotFoundError: neither has them; an installed package carries no experiments.
-    """
-    beside = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
-    for folder in (Path("experiments/quickstart"), beside):
-        if (folder / "sft.yaml").is_file():
-            return folder
-    raise FileNotFoundError("there is no experiments/quickstart here: run from a checkout, or name it with --configs")
 
 
 def fresh_folder(out: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlhf_lightning.models.remote import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
+from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
 
 def written_secret(settings: Any, where: str = "") -> str | None:

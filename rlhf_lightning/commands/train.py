@@ -17,7 +17,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
-from rlhf_lightning.callbacks import (
+from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
+from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.secrets import written_secret
+from rlhf_lightning.data import AlignmentDataModule
+from rlhf_lightning.data.sources import at_snapshot
+from rlhf_lightning.runs import (
     ModelExport,
     PredictionWriter,
     RankWatch,
@@ -29,9 +35,19 @@ from rlhf_lightning.callbacks import (
     SampleTable,
     SkippedUpdates,
 )
-from rlhf_lightning.callbacks.checkpoint_files import damage, last_checkpoint
-from rlhf_lightning.callbacks.curves import wait_for_a_later_name
-from rlhf_lightning.callbacks.run import (
+from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint
+from rlhf_lightning.runs.checkpoint_metadata import (
+    as_plain,
+    checkpoint_hparams,
+    import_object,
+    inside_run,
+    is_same_class,
+    merged,
+    own_code,
+    refused_checkpoint,
+)
+from rlhf_lightning.runs.curves import wait_for_a_later_name
+from rlhf_lightning.runs.run import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -44,24 +60,8 @@ from rlhf_lightning.callbacks.run import (
     write_text,
     writes_files,
 )
-from rlhf_lightning.commands.checkpoints import (
-    as_plain,
-    checkpoint_hparams,
-    import_object,
-    inside_run,
-    is_same_class,
-    merged,
-    own_code,
-    refused_checkpoint,
-)
-from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
-from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.commands.secrets import written_secret
-from rlhf_lightning.data import AlignmentDataModule
-from rlhf_lightning.data.sources import at_snapshot
-from rlhf_lightning.modules.base import AlignmentModule
-from rlhf_lightning.modules.compatibility import SHARDED, check, refused_precision, refused_strategy
+from rlhf_lightning.training.compatibility import SHARDED, check, refused_precision, refused_strategy
+from rlhf_lightning.training.module import AlignmentModule
 
 CALLBACK_GROUPS: dict[str, type[Callback]] = {
     "checkpoint": RunCheckpoint,
@@ -88,7 +88,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 DESCRIPTIONS = {
-    "fit": "Train a module on data. Example: rlhf fit --config experiments/smollm2/dpo.yaml --data.source pairs.jsonl",
+    "fit": "Train a module on data. Example: rlhf fit --config recipe:dpo --data.source pairs.jsonl",
     "validate": "Compute the metrics of the held-out rows, under val/.",
     "test": "Compute the metrics of the held-out rows, under test/.",
     "predict": "Write completions (policies) or scores (reward models) of the held-out prompts to predictions.jsonl.",

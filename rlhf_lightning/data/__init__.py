@@ -1,7 +1,7 @@
 """DataModules: rows of text from anywhere in, optimizer steps of token ids out. Knows no models."""
 
-from rlhf_lightning.data.base import AlignmentDataModule
 from rlhf_lightning.data.batching import BatchPlan, PlannedStep
+from rlhf_lightning.data.datamodule import AlignmentDataModule
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.process import ProcessDataModule
 from rlhf_lightning.data.prompts import PromptDataModule

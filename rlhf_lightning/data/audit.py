@@ -26,10 +26,10 @@ from rlhf_lightning.data.damage import (
     key_of,
     normalised,
 )
-from rlhf_lightning.data.encoding import CHUNK, EncodedRow, Encoder, Outcome
 from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.kinds import KINDS
 from rlhf_lightning.data.reading import read_row
+from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Encoder, Outcome
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.tokenization import truncate
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,

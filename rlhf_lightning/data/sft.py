@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_lightning.data import collation, formats
-from rlhf_lightning.data.base import AlignmentDataModule
-from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.datamodule import AlignmentDataModule
 from rlhf_lightning.data.steps import Collate
+from rlhf_lightning.data.tokenizing import Encoder
 from rlhf_lightning.types import DemonstrationBatch
 
 

@@ -19,9 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
+from rlhf_lightning.data.feedback.snapshots import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
-from rlhf_lightning.feedback.reading import is_store, reading, snapshot_of, split_name
-from rlhf_lightning.feedback.rows import Labels, RowKind, rows_of
 
 
 @dataclass(frozen=True)

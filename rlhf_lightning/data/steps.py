@@ -10,7 +10,7 @@ import torch
 
 from rlhf_lightning.data import collation
 from rlhf_lightning.data.batching import BatchPlan
-from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.types import PromptBatch, Step
 
 Collate = Callable[[RowStore, Sequence[int]], Any]

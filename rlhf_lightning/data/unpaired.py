@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from rlhf_lightning.data import collation, formats
-from rlhf_lightning.data.base import AlignmentDataModule
 from rlhf_lightning.data.batching import shuffled
-from rlhf_lightning.data.encoding import Encoder
+from rlhf_lightning.data.datamodule import AlignmentDataModule
+from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.steps import Collate
-from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.data.tokenizing import Encoder
 from rlhf_lightning.types import UnpairedBatch
 
 

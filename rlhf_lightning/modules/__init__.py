@@ -1,7 +1,6 @@
 """The stages and objectives as LightningModules. No loss arithmetic here: forward -> functional -> log."""
 
 from rlhf_lightning.modules.adaptive_preference import BetaDPOModule, LDDPOModule, TRDPOModule, WPOModule, WPOWeighting
-from rlhf_lightning.modules.base import AlignmentModule
 from rlhf_lightning.modules.critic_free import CriticFreeModule
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.dpo import DPOModule
@@ -17,8 +16,6 @@ from rlhf_lightning.modules.grpo import (
     ReMaxModule,
     RLOOModule,
 )
-from rlhf_lightning.modules.offline import OfflineModule
-from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.online_opponents import IterativeDPOModule, NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.ppo import PPOModule
@@ -50,6 +47,9 @@ from rlhf_lightning.modules.sided_preference import (
     SPPOModule,
 )
 from rlhf_lightning.modules.unpaired import BCOModule, KTOModule, UnpairedModule
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.on_policy import OnPolicyModule
 
 __all__ = [
     "AOTModule",

@@ -12,8 +12,8 @@ from rlhf_lightning.functional import adaptive_preference as adaptive
 from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
 
 ROUNDING = 1e-4

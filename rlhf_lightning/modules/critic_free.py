@@ -16,8 +16,8 @@ from rlhf_lightning.functional.policy_gradient import (
     token_rewards,
 )
 from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.modules.on_policy import OnPolicyModule
-from rlhf_lightning.modules.rollouts import Aggregation
+from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollouts import Aggregation
 from rlhf_lightning.types import Advantages, EnumeratedProblem, Loss, PolicyLogprobs, Rollout
 
 KLPlace = Literal["reward", "k1", "k2", "k3"]

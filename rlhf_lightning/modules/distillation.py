@@ -21,16 +21,16 @@ from rlhf_lightning.functional.distillation import (
 )
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, load_policy
-from rlhf_lightning.models.counter_rng import uniform
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.sampling import SamplingSettings, sample
 from rlhf_lightning.models.teacher import Teacher
-from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.critic_free import CriticFreeModule
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.scoring.base import ZeroScorer
+from rlhf_lightning.scoring.scorer import ZeroScorer
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import (
     Advantages,
     DemonstrationBatch,

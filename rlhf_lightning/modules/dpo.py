@@ -15,10 +15,10 @@ from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.coupled import WholeStep, whole_step
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.training.coupled import WholeStep, whole_step
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
 
 

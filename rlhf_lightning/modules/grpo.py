@@ -16,9 +16,9 @@ from rlhf_lightning.modules.critic_free import (
     sequence_mean_of_token_means,
     sequence_mean_of_token_sums,
 )
-from rlhf_lightning.modules.gathering import summed_over_ranks
-from rlhf_lightning.modules.meter import moments_over_ranks
-from rlhf_lightning.modules.rollouts import Aggregation, Drawn, gathered_numbers, joined, select_prompts
+from rlhf_lightning.training.gathering import summed_over_ranks
+from rlhf_lightning.training.meter import moments_over_ranks
+from rlhf_lightning.training.rollouts import Aggregation, Drawn, gathered_numbers, joined, select_prompts
 from rlhf_lightning.types import Advantages, EnumeratedProblem, PolicyLogprobs, PromptBatch, Rollout
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from rlhf_lightning.functional import critic_free
 from rlhf_lightning.functional.online_preference import nash_md_logits, xpo_loss
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.models.sampling import Mixture
 from rlhf_lightning.modules.critic_free import CriticFreeModule, sequence_mean_of_token_sums
-from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
-from rlhf_lightning.modules.rollouts import Aggregation, Drawn
+from rlhf_lightning.sampling.engines import Mixture
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.rollouts import Aggregation, Drawn
 from rlhf_lightning.types import (
     Advantages,
     EnumeratedProblem,

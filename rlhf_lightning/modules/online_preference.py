@@ -16,11 +16,11 @@ from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import cut_rows, select
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.dpo import measure_pairs
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.on_policy import OnPolicyModule
-from rlhf_lightning.modules.rollouts import Drawn, merged_samples, select_prompts
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollouts import Drawn, merged_samples, select_prompts
 from rlhf_lightning.types import (
     EnumeratedProblem,
     Loss,

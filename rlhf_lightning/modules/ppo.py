@@ -25,10 +25,10 @@ from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_trai
 from rlhf_lightning.models.roles import add_critic, belongs_to
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.meter import Meter, moments_over_ranks
-from rlhf_lightning.modules.on_policy import OnPolicyModule
-from rlhf_lightning.modules.rollouts import Samples
+from rlhf_lightning.training.meter import Meter, moments_over_ranks
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollouts import Samples
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,

@@ -10,9 +10,9 @@ from torch import Tensor
 from rlhf_lightning.functional.process import first_errors, step_loss
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import STEP_SEPARATOR
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
 
 

@@ -21,11 +21,11 @@ from rlhf_lightning.models.loading import (
     resolve_folder,
 )
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.checkpoints import of_all_ranks, rank_of
-from rlhf_lightning.modules.gathering import gathered_rows
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
+from rlhf_lightning.training.gathering import gathered_rows
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
 
 

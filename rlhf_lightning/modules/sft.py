@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
 
 

@@ -14,10 +14,10 @@ from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.gathering import gathered_rows
-from rlhf_lightning.modules.meter import Meter
-from rlhf_lightning.modules.offline import OfflineModule
+from rlhf_lightning.training.gathering import gathered_rows
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
 
 

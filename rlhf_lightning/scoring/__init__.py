@@ -1,6 +1,5 @@
 """What scores a completion: learned models, functions of the text, verifiable answers, and their compositions."""
 
-from rlhf_lightning.scoring.base import Scorer, checked_scores
 from rlhf_lightning.scoring.composition import Ensemble, WeightedSum
 from rlhf_lightning.scoring.faults import FaultTolerant
 from rlhf_lightning.scoring.ifeval import IFEvalScorer
@@ -10,6 +9,7 @@ from rlhf_lightning.scoring.loading import load_scorer
 from rlhf_lightning.scoring.maths import MathAnswerScorer
 from rlhf_lightning.scoring.process import ProcessScorer
 from rlhf_lightning.scoring.remote import RemoteScorer
+from rlhf_lightning.scoring.scorer import Scorer, checked_scores
 from rlhf_lightning.scoring.shaping import LengthPenalty, RepetitionPenalty
 
 __all__ = [

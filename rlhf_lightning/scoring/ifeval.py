@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.scoring import checks
-from rlhf_lightning.scoring.base import Measured, Scorer, Scores, column
 from rlhf_lightning.scoring.checks import holds
+from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
 CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")

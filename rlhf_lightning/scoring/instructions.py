@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_lightning.scoring import checks
-from rlhf_lightning.scoring.base import Scorer, Scores, column
 from rlhf_lightning.scoring.checks import holds, words
+from rlhf_lightning.scoring.scorer import Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
 

@@ -18,7 +18,7 @@ from rlhf_lightning.models.loading import LoadSettings, resolve_folder
 from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import in_step
-from rlhf_lightning.scoring.base import Scorer
+from rlhf_lightning.scoring.scorer import Scorer
 from rlhf_lightning.types import Prompt, Sequences
 
 

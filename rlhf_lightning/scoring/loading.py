@@ -9,9 +9,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from rlhf_lightning.scoring.base import FunctionScorer, Scorer
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.process import ProcessScorer, stored_separator
+from rlhf_lightning.scoring.scorer import FunctionScorer, Scorer
 
 ROOM = "rlhf_lightning.scoring"
 

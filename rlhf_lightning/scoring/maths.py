@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.scoring.answers import final_answer, same_answer
-from rlhf_lightning.scoring.base import Scorer, Scores, column
+from rlhf_lightning.scoring.scorer import Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
 

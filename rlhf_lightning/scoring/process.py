@@ -14,8 +14,8 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.functional.process import aggregated_steps
 from rlhf_lightning.models.layout import cut_rows, padded_layout, select
 from rlhf_lightning.models.loading import BACKBONE_FILE, STEP_SEPARATOR, resolve_folder
-from rlhf_lightning.scoring.base import Scorer
 from rlhf_lightning.scoring.learned import LearnedScorer
+from rlhf_lightning.scoring.scorer import Scorer
 from rlhf_lightning.types import Prompt, Sequences
 
 

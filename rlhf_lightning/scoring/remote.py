@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf_lightning.models.remote import JSONServer, ServerError
-from rlhf_lightning.scoring.base import Scorer, Scores
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError
+from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Prompt
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.scoring.base import Scorer, Scores
 from rlhf_lightning.scoring.checks import words
+from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Prompt
 
 

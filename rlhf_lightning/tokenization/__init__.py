@@ -24,7 +24,6 @@ from rlhf_lightning.tokenization.encoding import (
     truncate,
 )
 from rlhf_lightning.tokenization.facts import end_token_ids, opening_ids, tokenizer_fingerprint
-from rlhf_lightning.tokenization.loading import load_tokenizer
 from rlhf_lightning.tokenization.rendering import (
     Rendered,
     Span,
@@ -33,6 +32,7 @@ from rlhf_lightning.tokenization.rendering import (
     render_steps,
 )
 from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, ChatTemplateError, TurnsRefused
+from rlhf_lightning.tokenization.tokenizers import load_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATES", "ChatTemplateError", "Encoded", "Rendered", "Span", "TurnsRefused", "completion_text",

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.chat import HELP, Conversation, converse
 from rlhf_lightning.commands.generate import load_for_sampling
-from rlhf_lightning.models.sampling import SamplingSettings
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization import encode_prompt, load_tokenizer
 
 
@@ -87,7 +87,7 @@ def test_an_answer_can_be_stopped_and_what_was_shown_is_kept(conversation, monke
 
 def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypatch):
     """Eight tokens at a time, a token a byte: the sixteen bytes end inside a character of three bytes."""
-    from rlhf_lightning.models import sampling
+    from rlhf_lightning.sampling import engines
 
     wanted = ("a" * 7 + "€" + "b" * 3 + "ü").encode()
     ids = [7 + byte for byte in wanted] + [5]
@@ -98,9 +98,9 @@ def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypat
         part = ids[start : start + settings.max_new_tokens]
         drawn_so_far.extend(part)
         done = torch.tensor([part[-1] == 5])
-        return sampling.Completions((torch.tensor(part),), (torch.zeros(len(part)),), done)
+        return engines.Completions((torch.tensor(part),), (torch.zeros(len(part)),), done)
 
-    monkeypatch.setattr(sampling, "sample", scripted)
+    monkeypatch.setattr(engines, "sample", scripted)
     pieces = list(conversation.answer("x"))
     assert (
         pieces[:2] == ["a" * 7, "€bbbü"]

@@ -9,7 +9,7 @@ from tiny_run import rows_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.models import sampling
+from rlhf_lightning.sampling import engines
 from rlhf_lightning.tokenization import encode_completion, encode_prompt, load_tokenizer
 
 PROMPTS = [
@@ -46,8 +46,8 @@ def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, mon
         drawn.append(sampling_of(*args, **kwargs))
         return drawn[-1]
 
-    sampling_of = sampling.sample
-    monkeypatch.setattr(sampling, "sample", kept)
+    sampling_of = engines.sample
+    monkeypatch.setattr(engines, "sample", kept)
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
                     "--max-new-tokens", "12", "--temperature", "0.8")  # fmt: skip
     tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder).eval()

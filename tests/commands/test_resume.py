@@ -16,13 +16,13 @@ import pytest
 import torch
 from tiny_run import BASIC, UPDATES, SlopeModule, events_of, scalars_of
 
-from rlhf_lightning.callbacks import ModelExport
-from rlhf_lightning.callbacks.checkpoint_files import damage, last_checkpoint, link
-from rlhf_lightning.callbacks.preemption import PREEMPTED
-from rlhf_lightning.callbacks.run import hold
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.modules import checkpoints
+from rlhf_lightning.runs import ModelExport
+from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint, link
+from rlhf_lightning.runs.preemption import PREEMPTED
+from rlhf_lightning.runs.run import hold
+from rlhf_lightning.training import checkpoint_state
 
 
 class Gone(Exception):
@@ -215,7 +215,7 @@ def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch:
                 raise Gone
             resumed.append(link(target, name))
 
-        patched.setattr("rlhf_lightning.callbacks.checkpoint.link", gone)
+        patched.setattr("rlhf_lightning.runs.checkpoint.link", gone)
         with pytest.raises(Gone):
             run(["fit", "--resume", "runs/cut"])
     update = folder / f"update_{UPDATES:06d}.ckpt"
@@ -367,19 +367,19 @@ class Module(torch.nn.Module):
         super().__init__()
         self.seed, self.updates, self.global_rank, self.device = 0, 7, rank, torch.device("cpu")
         self.drop = torch.nn.Dropout(dropout)
-        self.resumed_random: Any = [checkpoints.random_state(self.device) for _ in range(2)]
+        self.resumed_random: Any = [checkpoint_state.random_state(self.device) for _ in range(2)]
         self.trainer = SimpleNamespace(world_size=ranks, fit_loop=SimpleNamespace(_combined_loader_states_to_load=[]))
 
 
 def test_random_numbers_of_other_ranks_are_drawn_anew_and_differ() -> None:
     drawn = set()
     for rank in range(4):
-        checkpoints.begin(Module(4, rank, 0.0))
+        checkpoint_state.begin(Module(4, rank, 0.0))
         drawn.add((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert len({numbers[0] for numbers in drawn}) == len({numbers[2] for numbers in drawn}) == 4
 
 
 def test_where_masks_of_dropout_belong_to_ranks_another_number_of_them_is_refused() -> None:
     with pytest.raises(ValueError, match="was written by 2 ranks and this run has 4: masks of dropout"):
-        checkpoints.begin(Module(4, 0, 0.1))
-    checkpoints.begin(Module(2, 0, 0.1))
+        checkpoint_state.begin(Module(4, 0, 0.1))
+    checkpoint_state.begin(Module(2, 0, 0.1))

@@ -14,11 +14,11 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.checkpoints import import_object
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.train import main, run
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.modules import SFTModule
+from rlhf_lightning.runs.checkpoint_metadata import import_object
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from tiny_run import BASIC
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.shards import sharded_metadata
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.modules.checkpoints import COUNTERS
+from rlhf_lightning.runs.shard_metadata import sharded_metadata
+from rlhf_lightning.training.checkpoint_state import COUNTERS
 
 RAN = "ran"
 CHECKPOINT = "runs/slope/version_0/checkpoints/last.ckpt"

@@ -11,7 +11,7 @@ from conftest import ASSISTANT, END, EOS, SPECIAL, USER, make_tiny_tokenizer, sp
 
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.data.canonical import REASONS
-from rlhf_lightning.data.store import RowStore
+from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.types import DemonstrationBatch
 
 

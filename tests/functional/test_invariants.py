@@ -28,9 +28,9 @@ from rlhf_lightning.modules import (
     RLOOModule,
     SFTModule,
 )
-from rlhf_lightning.modules.base import as_loss
 from rlhf_lightning.modules.distillation import OnPolicyDistillationModule
 from rlhf_lightning.modules.unpaired import UnpairedModule
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import (
     PolicyLogprobs,
     PreferenceBatch,

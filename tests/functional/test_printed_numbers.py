@@ -20,7 +20,7 @@ from tiny_models import quiet_trainer, sequences
 
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules import RewardModule
-from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.training.meter import Meter
 
 from .worked import Worked, check, each
 

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import modules, tokenization
 from rlhf_lightning.modules import CriticFreeModule
-from rlhf_lightning.modules.base import as_loss
-from rlhf_lightning.modules.invariants import InvariantError, Invariants
-from rlhf_lightning.modules.rollouts import Aggregation
 from rlhf_lightning.tokenization.facts import Facts
+from rlhf_lightning.training.invariants import InvariantError, Invariants
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.rollouts import Aggregation
 from rlhf_lightning.types import Advantages, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]

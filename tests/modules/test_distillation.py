@@ -32,7 +32,7 @@ from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.teacher import check_same_vocabulary
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.distillation import address_of
-from rlhf_lightning.modules.meter import Meter
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Loss, Step
 
 ROWS = random_rows(5, seed=31)

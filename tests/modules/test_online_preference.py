@@ -19,18 +19,17 @@ from tiny_models import (
     weights_of,
 )
 from torch import Tensor
+from training.test_module_checkpoints import Snapshot
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import modules
 from rlhf_lightning.functional.preference import ipo_loss
 from rlhf_lightning.models.loading import LoraSettings
-from rlhf_lightning.models.sampling import Mixture, sample
 from rlhf_lightning.modules import OnlineDPOModule
 from rlhf_lightning.modules.online_opponents import OPPONENTS
+from rlhf_lightning.sampling.engines import Mixture, sample
 from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.types import PreferenceLogprobs, PromptBatch, Rollout, Sequences, Step
-
-from .test_module_checkpoints import Snapshot
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]
 NAMES = ["OnlineDPOModule", "IterativeDPOModule", "XPOModule", "NashMDModule"]

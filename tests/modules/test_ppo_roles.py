@@ -21,8 +21,8 @@ from tiny_models import (
     ranked_step,
     weights_of,
 )
+from training.test_module_checkpoints import Snapshot, run, saved
 
-from modules.test_module_checkpoints import Snapshot, run, saved
 from rlhf_lightning.models.adapters import read_adapter
 from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.models.loading import (
@@ -38,12 +38,12 @@ from rlhf_lightning.models.roles import AdapterScalar
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.grpo import GRPOModule
-from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.modules.unpaired import KTOModule
 from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.training.on_policy import OnPolicyModule
 
 LORA = LoraSettings(r=4)
 PROMPTS = [prompt for prompt, _ in random_rows(6, seed=61)]

@@ -24,14 +24,14 @@ from tiny_models import (
     weights_of,
 )
 from torch import Tensor
+from training.test_module_checkpoints import Snapshot
+from training.test_updates import in_double
 
-from modules.test_module_checkpoints import Snapshot
-from modules.test_updates import in_double
 from rlhf_lightning import modules
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.modules import dpo as dpo_file
-from rlhf_lightning.modules.coupled import whole_step
+from rlhf_lightning.training.coupled import whole_step
 from rlhf_lightning.types import PreferenceLogprobs, Step
 
 FAMILY = sorted(

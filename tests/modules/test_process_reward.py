@@ -24,8 +24,8 @@ from rlhf_lightning.data import ProcessDataModule
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules import ProcessRewardModule
-from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.scoring import LearnedScorer, ProcessScorer, load_scorer
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
 
 

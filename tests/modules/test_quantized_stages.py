@@ -170,7 +170,7 @@ def test_eight_bits_train_too(base: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_resumes_on_four_bits(base: str, tmp_path: Path) -> None:
-    from modules.test_module_checkpoints import Snapshot, run
+    from training.test_module_checkpoints import Snapshot, run
 
     steps, path = [demonstration_step(ROWS[:3]), demonstration_step(ROWS[3:])] * 2, tmp_path / "middle.ckpt"
     settings = NF4 | {"learning_rate": 1e-2}

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.layout import Layout, padded_layout
 from rlhf_lightning.models.loading import LoraSettings
-from rlhf_lightning.models.sampling import SamplingSettings
-from rlhf_lightning.modules.meter import Meter
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Loss, RankedScores
 
 

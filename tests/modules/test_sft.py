@@ -20,8 +20,8 @@ from tiny_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.models.sampling import SamplingSettings
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import Loss, TokenLogprobs
 
 ROWS = random_rows(6, seed=11)

@@ -14,8 +14,8 @@ if HERE not in sys.path:
 import hanging_scores  # noqa: E402
 
 from rlhf_lightning.scoring import FaultTolerant, WeightedSum, checked_scores  # noqa: E402
-from rlhf_lightning.scoring.base import MissingColumnError  # noqa: E402
 from rlhf_lightning.scoring.faults import ScorerFailedError  # noqa: E402
+from rlhf_lightning.scoring.scorer import MissingColumnError  # noqa: E402
 from rlhf_lightning.scoring.workers import WorkerFailedError  # noqa: E402
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from score_server import ScoreServer
 
-from rlhf_lightning.models.remote import ServerError
+from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring import FaultTolerant, RemoteScorer, checked_scores
 
 CANARY = "hf_canary0123456789"

@@ -28,11 +28,11 @@ from rlhf_lightning import modules
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.models.attention import attend_by_block, half_precision_of
 from rlhf_lightning.models.compiling import missing_compiler
-from rlhf_lightning.models.counter_rng import uniform
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.packing import PackedRow
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import unwrapped
+from rlhf_lightning.sampling.counter_rng import uniform
 from strategies.test_ranks import FAMILIES, OBJECTIVES, TAUGHT, assert_equal
 
 pytestmark = [
@@ -179,7 +179,7 @@ def test_stages_train_on_a_quantised_backbone(blocks: str, quantization: Any, pr
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(policy_folder: str, tmp_path: Path) -> None:
     """Dropout draws from the GPU's own generator."""
-    from modules.test_module_checkpoints import Snapshot, run
+    from training.test_module_checkpoints import Snapshot, run
 
     settings: dict[str, Any] = {"learning_rate": 5e-3, "lora": LoraSettings(r=2, dropout=0.5)}
     steps, path = [demonstration_step(random_rows(4, seed=90 + index), 2) for index in range(3)], tmp_path / "m.ckpt"

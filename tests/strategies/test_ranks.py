@@ -11,8 +11,8 @@ from rank_pool import RankPool
 from safetensors.torch import load_file
 
 from rlhf_lightning import modules
-from rlhf_lightning.commands.checkpoints import refused_checkpoint, weights_in
-from rlhf_lightning.commands.shards import sharded_metadata
+from rlhf_lightning.runs.checkpoint_metadata import refused_checkpoint, weights_in
+from rlhf_lightning.runs.shard_metadata import sharded_metadata
 
 BASES = {"AlignmentModule", "OfflineModule", "OnPolicyModule", "UnpairedModule"}
 TAUGHT = {"GKDModule", "OnPolicyDistillationModule"}

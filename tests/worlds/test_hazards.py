@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.feedback.constitution import load_constitution
+from rlhf_lightning.constitution.principles import load_constitution
 from rlhf_lightning.worlds import _assistant_text as text
 from rlhf_lightning.worlds import _hazard_text as hazard
 from rlhf_lightning.worlds._assistant_model import make_tokenizer, vocabulary

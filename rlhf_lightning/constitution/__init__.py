@@ -1,0 +1,1 @@
+"""Constitutional AI: principles, critique and revision, labels from judges, `rlhf critique`, `rlhf label`."""

@@ -1,0 +1,179 @@
+"""``rlhf critique``: answer prompts, criticise and revise the answers under a constitution, and keep the revisions."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_lightning.commands.parsing import run_function
+
+if TYPE_CHECKING:
+    from rlhf_lightning.constitution.revision import Chain, Writer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf critique``."""
+    return run_function(critique, argv, "rlhf critique")
+
+
+def critique(
+    model: str,
+    prompts: str,
+    out: str,
+    constitution: str = "harmless",
+    rounds: int = 4,
+    mix: Literal["last", "all"] = "all",
+    without_critique: bool = False,
+    keep_unfinished: bool = False,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    server_model: str | None = None,
+    api_key: str | None = None,
+    as_chat: bool = False,
+    chat_template: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> int:
+    """Turn prompts into demonstrations: sample an answer, criticise it by a principle, revise it, several rounds.
+
+    A line of the file has prompt and completion, as SFTDataModule reads them, and principle, round, parent (the answer
+    that was revised), critique, model and constitution (its fingerprint). Revisions that are none are kept out and
+    counted: empty ones, those whose critique refused, those that talk about themselves, unchanged and cut-off ones;
+    the counts are printed and written to OUT.report.json. The same seed gives the same rows, and a run that was killed
+    goes on where it stopped when it is started again (Constitutional AI, arXiv 2212.08073).
+
+    Args:
+        model: folder of a policy (whole or adapter), .gguf file or hub id; or the address of an OpenAI-compatible
+            server, such as http://host:8000.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
+        out: JSONL file of demonstrations to write; it appears when all is done.
+        constitution: name of a shipped one (harmless, helpful), or a YAML file.
+        rounds: times that each answer is revised, each time by another principle.
+        mix: rows of a prompt: its last revision, or those of all rounds.
+        without_critique: ask for a revision at once.
+        keep_unfinished: also keep revisions that were cut off at their longest.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        max_new_tokens: longest answer, critique or revision, tokens.
+        top_p: keep the smallest set of tokens with this probability.
+        batch_size: completions decoded side by side, or requests in flight.
+        server_model: name of the model on a server.
+        api_key: name of the environment variable that holds a server's key.
+        as_chat: put a plain-text prompt into a user turn of the chat template.
+        chat_template: template to use instead of the tokenizer's own.
+        dtype: precision of the weights, float32 or bfloat16.
+        seed: seed of the sampling and of the draw of principles.
+    """
+    from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts, write_lines
+    from rlhf_lightning.commands.journal import Journal, model_stamp
+    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.constitution.principles import load_constitution
+    from rlhf_lightning.constitution.revision import RevisionSettings, demonstrations, revise, revision_report
+    from rlhf_lightning.data.feedback.records import digest
+    from rlhf_lightning.evaluation.report import write_json
+    from rlhf_lightning.sampling.engines import SamplingSettings
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    quieten()
+    rules, target = load_constitution(constitution), Path(out)
+    if not rules.revising:
+        raise ValueError(f"the constitution {rules.title} has no principles to revise by")
+    settings = RevisionSettings(rounds, not without_critique, keep_unfinished, seed)
+    sampling = SamplingSettings(max_new_tokens, temperature, top_p, batch_size=batch_size)
+    rows = [prompt for prompt, _ in read_prompts(prompts, as_chat)]
+    provenance = {
+        "model": server_model or model,
+        "constitution": rules.fingerprint,
+        "constitution_name": f"{rules.name} v{rules.version}",
+        "sampling": {name: value for name, value in asdict(sampling).items() if name != "batch_size"},
+        **asdict(settings),
+    }
+    task = {**provenance, "model": model_stamp(model), "dtype": dtype, "prompts": digest(rows)}
+    journal = Journal(target, {**task, "chat_template": chat_template})
+    writer = _writer(model, server_model, api_key, chat_template, dtype, sampling, seed)
+    at_once = batch_size * CHUNKS_AT_ONCE
+    if journal.done:
+        print(f"{journal.path}: going on after {journal.done:,} of {len(rows):,} prompts")
+    for start in range(journal.done, len(rows), at_once):
+        chains = revise(writer, rules, rows[start : start + at_once], settings, start)
+        journal.add(start + len(chains), [asdict(chain) for chain in chains])
+        print(f"{journal.done:,} of {len(rows):,} prompts", flush=True)
+    chains = [_chain(record) for record in journal.records]
+    origin = {"model": provenance["model"], "constitution": rules.fingerprint}
+    found = [{**row, **origin} for chain in chains for row in demonstrations(chain, mix)]
+    report = {**provenance, "mix": mix, "rows": len(found), **revision_report(chains)}
+    write_json(report_file(target), report)
+    write_lines(target, found)
+    journal.finish()
+    print(f"{out}: {len(found):,} rows by {rules.title}\n{describe(report)}")
+    return 0
+
+
+def report_file(target: Path) -> Path:
+    """Where the report of a file of rows is written: beside it."""
+    return target.with_suffix(".report.json")
+
+
+def _writer(
+    model: str, server_model: str | None, api_key: str | None, chat_template: str | None, dtype: str, sampling: Any,
+    seed: int,
+) -> "Writer":  # fmt: skip
+    """Load what answers, criticises and revises.
+
+    Raises:
+        ValueError: a server is named without its model, or a model on this machine with a server's settings; or what is
+            written may be as long as all that the model was made to read.
+    """
+    if not model.startswith(("http://", "https://")):
+        if server_model is not None or api_key is not None:
+            raise ValueError("server_model and api_key belong to a server: name its address in model, http://host:8000")
+        from rlhf_lightning.commands.generate import load_for_sampling
+        from rlhf_lightning.scoring.judges import LocalWriter
+
+        policy, tokenizer = load_for_sampling(model, dtype, chat_template)
+        writer = LocalWriter(policy, tokenizer, sampling, seed, model)
+        if writer.longest is not None and sampling.max_new_tokens >= writer.longest:
+            raise ValueError(
+                f"max_new_tokens is {sampling.max_new_tokens}, and {model} was made for {writer.longest} tokens, the "
+                "prompt among them: nothing would be written"
+            )
+        return writer
+    if server_model is None:
+        raise ValueError("a server needs server_model: the name of the model on it")
+    from rlhf_lightning.scoring.judges import RemoteWriter
+    from rlhf_lightning.scoring.judges.remote import ChatServer
+
+    server = ChatServer(model, server_model, requests=sampling.batch_size, api_key=api_key)
+    return RemoteWriter(server, sampling, seed)
+
+
+def _chain(record: dict[str, Any]) -> "Chain":
+    from rlhf_lightning.constitution.revision import Chain, Round
+
+    return Chain(record["prompt"], record["answer"], tuple(Round(**one) for one in record["rounds"]))
+
+
+def revisions_table(report: dict[str, Any]) -> str:
+    """Return the table of what became of the revisions of each round."""
+    from rlhf_lightning.constitution.revision import REASONS
+    from rlhf_lightning.evaluation.report import markdown_table
+
+    found = [reason for reason in REASONS if any(one["refused"].get(reason) for one in report["rounds"])]
+    rows = [
+        [one["round"], one["revisions"], one["kept"], *(one["refused"].get(reason, 0) for reason in found),
+         one["length_ratio"]]
+        for one in report["rounds"]
+    ]  # fmt: skip
+    return markdown_table(["round", "revisions", "kept", *found, "length ratio"], rows)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return a report in words: that table, and what became of the prompts."""
+    said = f"{report['revised_prompts']:,} of {report['prompts']:,} prompts have a revision"
+    if report["no_answer"]:
+        said += f"; {report['no_answer']:,} have no first answer: it is empty, or the context has no room for it"
+    return f"{revisions_table(report)}\n{said}"

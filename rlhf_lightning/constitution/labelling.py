@@ -1,0 +1,204 @@
+"""Pairs and a judge to soft labels: both orders of every comparison, several principles, nothing made up."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.constitution.dialogue import comparison_messages, text_of
+from rlhf_lightning.constitution.judge_metrics import judge_metrics
+from rlhf_lightning.constitution.labels import Comparison, LabelledPair, probabilities_of
+from rlhf_lightning.constitution.principles import ComparingPrinciple, Constitution
+from rlhf_lightning.functional.judging import (
+    debiased_probability,
+    debiased_probability_from_logits,
+    preference_probability,
+    verdict,
+)
+from rlhf_lightning.scoring.judges.judge import Answer, Judge, Pair, Question
+
+MOST_CERTAIN = 30.0
+"""Log-odds beyond which a judge is no surer: two that contradict each other with certainty are a tie, and no NaN."""
+
+AFTER_REASONING = (0.4, 0.6)
+"""Bounds of a probability that was read after reasoning, which saturates (arXiv 2212.08073, section 4.1)."""
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How answers become labels.
+
+    Args:
+        principles: principles drawn for each pair; their answers are averaged.
+        average: of orders and principles: ``probability``, or ``logit``, which removes a constant bias of the judge's
+            log-odds towards a place without a trace.
+        reasoning: let the judge reason before it answers; its probabilities are then held within [0.4, 0.6].
+        least_mass: least probability of the two letters together; a judge that would rather say something else gave no
+            answer.
+        seed: of the draw of principles.
+    """
+
+    principles: int = 1
+    average: Literal["probability", "logit"] = "probability"
+    reasoning: bool = False
+    least_mass: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.principles < 1:
+            raise ValueError(f"principles is {self.principles}: at least one must be drawn for each pair")
+        if self.average not in ("probability", "logit"):
+            raise ValueError(f"average is {self.average!r}: it must be probability or logit")
+        if not 0 <= self.least_mass < 1:
+            raise ValueError(f"least_mass is {self.least_mass}: it must lie in [0, 1)")
+
+
+class Labels(NamedTuple):
+    """What `label_pairs` returns.
+
+    Attributes:
+        pairs: every pair, in order, those without an answer among them.
+        metrics: of the judge, see `judge_metrics`.
+    """
+
+    pairs: list[LabelledPair]
+    metrics: dict[str, Any]
+
+
+def label_pairs(
+    judge: Judge,
+    constitution: Constitution,
+    pairs: Sequence[Pair],
+    settings: LabelSettings | None = None,
+    start: int = 0,
+) -> Labels:
+    """Label pairs by a judge under a constitution, each comparison in both orders.
+
+    Args:
+        judge: answers questions.
+        constitution: has the principles, and the words of the question.
+        pairs: what is to be compared.
+        settings: how answers become labels.
+        start: number of the first pair: the draw of principles is addressed by (seed, number), so that pairs labelled
+            in parts get the labels that they would get together.
+
+    Raises:
+        ValueError: the constitution has no principles to compare by, or fewer than are to be drawn, or the judge does
+            not give one answer to each question.
+    """
+    settings = settings or LabelSettings()
+    labelled = labelled_of(pairs, compared(judge, constitution, pairs, settings, start), settings)
+    return Labels(labelled, judge_metrics(labelled))
+
+
+def compared(
+    judge: Judge, constitution: Constitution, pairs: Sequence[Pair], settings: LabelSettings, start: int = 0
+) -> list[tuple[Comparison, ...]]:
+    """Ask the judge about every pair, and return what it said of each under each principle."""
+    drawn = [drawn_principles(constitution, settings, start + place) for place in range(len(pairs))]
+    questions = [
+        _question(constitution, principle, pair, swapped, settings.reasoning)
+        for pair, principles in zip(pairs, drawn, strict=True)
+        for principle in principles
+        for swapped in (False, True)
+    ]
+    answers = list(judge(questions))
+    if len(answers) != len(questions):
+        raise ValueError(f"judge {judge.name} gave {len(answers)} answers to {len(questions)} questions")
+    found = iter(answers)
+    return [
+        tuple(_comparison(principle.id, next(found), next(found), settings) for principle in principles)
+        for principles in drawn
+    ]
+
+
+def labelled_of(
+    pairs: Sequence[Pair], comparisons: Sequence[Sequence[Comparison]], settings: LabelSettings
+) -> list[LabelledPair]:
+    """Average what was said of each pair."""
+    return [_labelled(pair, tuple(of_pair), settings) for pair, of_pair in zip(pairs, comparisons, strict=True)]
+
+
+def drawn_principles(constitution: Constitution, settings: LabelSettings, number: int) -> list[ComparingPrinciple]:
+    """The principles that pair ``number`` is compared by, no two of them the same.
+
+    Raises:
+        ValueError: the constitution has fewer.
+    """
+    there = constitution.comparing
+    if len(there) < settings.principles:
+        raise ValueError(
+            f"the constitution {constitution.name} has {len(there)} principles to compare by, and "
+            f"{settings.principles} are to be drawn for each pair"
+        )
+    return random.Random(f"{settings.seed}/comparing/{number}").sample(there, settings.principles)
+
+
+def _question(
+    constitution: Constitution, principle: ComparingPrinciple, pair: Pair, swapped: bool, reasoning: bool
+) -> Question:
+    first, second = text_of(pair.first), text_of(pair.second)
+    if swapped:
+        first, second = second, first
+    messages = comparison_messages(constitution, principle, pair.prompt, first, second)
+    return Question(pair.prompt, first, second, principle, messages, constitution.wording, reasoning)
+
+
+def _comparison(principle: str, answer: Answer, swapped: Answer, settings: LabelSettings) -> Comparison:
+    both = (answer, swapped)
+    failures = tuple(reason for one in both if (reason := _failure(one, settings.least_mass)))
+    low, high = AFTER_REASONING if settings.reasoning else (0.0, 1.0)
+    given = [
+        None if _failure(one, settings.least_mass) else _probability(one, low, high)
+        for one in both
+    ]  # fmt: skip
+    heard = [one for one in both if not one.failure]
+    return Comparison(
+        principle, given[0], given[1], failures,
+        mass=sum(one.mass for one in heard) / len(heard) if heard else 0.0,
+        bounded=sum(one.bounded for one in heard),
+        reasoning=tuple(one.reasoning for one in both) if any(one.reasoning for one in both) else (),
+    )  # fmt: skip
+
+
+def _failure(answer: Answer, least_mass: float) -> str:
+    """Why an answer is none; empty where it is one."""
+    if answer.failure:
+        return answer.failure
+    if math.isnan(answer.first_logprob) or math.isnan(answer.second_logprob):
+        return "not_a_number"
+    return "other_words" if answer.mass < max(least_mass, math.ulp(0.0)) else ""
+
+
+def _probability(answer: Answer, low: float, high: float) -> float:
+    certain = max(answer.first_logprob, answer.second_logprob) - 2 * MOST_CERTAIN  # minus infinity has no difference
+    first, second = (
+        torch.tensor([max(value, certain)], dtype=torch.float64)
+        for value in (answer.first_logprob, answer.second_logprob)
+    )
+    return float(preference_probability(first, second, low, high))
+
+
+def _labelled(pair: Pair, comparisons: tuple[Comparison, ...], settings: LabelSettings) -> LabelledPair:
+    kept = [one for one in comparisons if one.answered]
+    if not kept:
+        return LabelledPair(pair, comparisons, None, None)
+    forward, swapped = probabilities_of(kept)
+    if settings.average == "logit":
+        logits, swapped_logits = _log_odds(forward).mean(0, keepdim=True), _log_odds(swapped).mean(0, keepdim=True)
+        preference = debiased_probability_from_logits(logits, swapped_logits)
+    else:
+        preference = debiased_probability(forward, swapped)
+    votes = float(verdict(forward, swapped).mean())
+    decided = 1.0 if votes > 0.5 else 0.0 if votes < 0.5 else 0.5
+    return LabelledPair(pair, comparisons, float(preference.mean()), decided)
+
+
+def _log_odds(probability: Tensor) -> Tensor:
+    return torch.logit(probability).clamp(-MOST_CERTAIN, MOST_CERTAIN)

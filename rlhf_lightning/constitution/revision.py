@@ -1,0 +1,274 @@
+"""Critique and revision in rounds, from prompts to demonstrations (Constitutional AI, arXiv 2212.08073, section 3).
+
+A prompt is answered; then, round after round, a principle is drawn, the answer criticised by it and revised, and the
+revision takes the answer's place. A revision that is none (see `REASONS`) is kept out, and the next round goes on from
+the answer before it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from rlhf_lightning.constitution.dialogue import critique_prompt, revision_prompt, spaced
+from rlhf_lightning.constitution.principles import Constitution, RevisingPrinciple
+from rlhf_lightning.scoring.judges.judge import Writer, Written
+from rlhf_lightning.scoring.judges.wording import first_paragraphs
+from rlhf_lightning.types import Prompt
+
+MOST_ROUNDS = 31
+"""Rounds of a prompt: each has two episodes of its own, beside the first answer's."""
+
+REASONS = {
+    "empty": "the critique or the revision says nothing",
+    "refused": "the critique refuses to be one",
+    "meta": "the revision talks about itself instead of answering",
+    "unchanged": "the revision is the answer that was to be revised",
+    "unfinished": "the revision was cut off at its longest",
+    "too_long": "what was to be read does not fit into the model's context",
+    "no_answer": "the first answer is empty",
+}
+"""Why a revision is kept out."""
+
+
+@dataclass(frozen=True)
+class RevisionSettings:
+    """How answers are revised.
+
+    Args:
+        rounds: times that each answer is revised.
+        critique: ask for a critique before each revision; without, the revision is asked for at once.
+        keep_unfinished: also keep revisions that were cut off at their longest.
+        seed: of the draw of principles.
+    """
+
+    rounds: int = 4
+    critique: bool = True
+    keep_unfinished: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rounds <= MOST_ROUNDS:
+            raise ValueError(f"rounds is {self.rounds}: it must be between 1 and {MOST_ROUNDS}")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One revision.
+
+    Attributes:
+        principle: id of the principle.
+        parent: the answer that was to be revised.
+        critique: what was said against it; None where no critique was asked for.
+        revision: the revised answer.
+        refused: why it is kept out, a key of `REASONS`; empty where it is kept.
+    """
+
+    principle: str
+    parent: str
+    critique: str | None
+    revision: str
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A prompt, its first answer, and the rounds of revision.
+
+    Attributes:
+        prompt: plain text or messages.
+        answer: the first answer.
+        rounds: in their order.
+    """
+
+    prompt: Prompt
+    answer: str
+    rounds: tuple[Round, ...]
+
+    @property
+    def last(self) -> str:
+        """The answer after all rounds."""
+        return next((one.revision for one in reversed(self.rounds) if not one.refused), self.answer)
+
+
+def revise(
+    writer: Writer, constitution: Constitution, prompts: Sequence[Prompt], settings: RevisionSettings, start: int = 0
+) -> list[Chain]:
+    """Answer prompts and revise the answers, each round for all prompts together.
+
+    Prompt p answers in episode 64 p, criticises in 64 p + 2 r - 1 and revises in 64 p + 2 r of round r, so that the
+    same rows come out however the prompts are parted. No principle is drawn twice for a prompt before all were once.
+
+    Args:
+        writer: answers, criticises and revises.
+        constitution: has the principles, the examples and the words.
+        prompts: what is answered.
+        settings: rounds, and what is kept.
+        start: number of the first prompt.
+
+    Raises:
+        ValueError: the constitution has no principles to revise by.
+    """
+    if not constitution.revising:
+        raise ValueError(f"the constitution {constitution.name} has no principles to revise by")
+    numbers = [start + place for place in range(len(prompts))]
+    answers = [_tidy(one, prompt, constitution) for one, prompt in zip(
+        writer(prompts, [_episode(number, 0) for number in numbers]), prompts, strict=True
+    )]  # fmt: skip
+    current = [one.text if one is not None else "" for one in answers]
+    rounds: list[list[Round]] = [[] for _ in prompts]
+    live = [place for place, text in enumerate(current) if text]
+    for turn in range(1, settings.rounds + 1):
+        principles = [drawn_principle(constitution, settings.seed, numbers[place], turn) for place in live]
+        asked = [_Asked(prompts[place], current[place], _episode(numbers[place], 2 * turn)) for place in live]
+        for place, done in zip(live, _round(writer, constitution, principles, asked, settings), strict=True):
+            rounds[place].append(done)
+            if not done.refused:
+                current[place] = done.revision
+    return [
+        Chain(prompt, one.text if one is not None else "", tuple(of_prompt))
+        for prompt, one, of_prompt in zip(prompts, answers, rounds, strict=True)
+    ]
+
+
+def drawn_principle(constitution: Constitution, seed: int, number: int, turn: int) -> RevisingPrinciple:
+    """The principle of a round of prompt ``number``: each once, in an order of the prompt's own, before any twice."""
+    order = random.Random(f"{seed}/revising/{number}").sample(constitution.revising, len(constitution.revising))
+    return order[(turn - 1) % len(order)]
+
+
+class _Asked(NamedTuple):
+    prompt: Prompt
+    parent: str
+    episode: int
+
+
+def _episode(number: int, call: int) -> int:
+    return number * 2 * (MOST_ROUNDS + 1) + call
+
+
+def _round(
+    writer: Writer, constitution: Constitution, principles: list[RevisingPrinciple], asked: list[_Asked],
+    settings: RevisionSettings,
+) -> list[Round]:  # fmt: skip
+    """Criticise and revise one answer of each prompt."""
+    critiques: list[Written | None] = [None] * len(asked)
+    if settings.critique:
+        read = [
+            critique_prompt(constitution, p, one.prompt, one.parent) for p, one in zip(principles, asked, strict=True)
+        ]
+        drawn = writer(read, [one.episode - 1 for one in asked])
+        critiques = [_tidy(one, prompt, constitution) for one, prompt in zip(drawn, read, strict=True)]
+    wanted = [place for place, one in enumerate(critiques) if not settings.critique or one is not None]
+    read = [
+        revision_prompt(
+            constitution, principles[place], asked[place].prompt, asked[place].parent, _text(critiques[place])
+        )
+        for place in wanted
+    ]
+    drawn = writer(read, [asked[place].episode for place in wanted])
+    revised: dict[int, Written | None] = {
+        place: _tidy(one, prompt, constitution) for place, one, prompt in zip(wanted, drawn, read, strict=True)
+    }
+    return [
+        _judged(constitution, principle, one, critiques[place], revised.get(place), settings)
+        for place, (principle, one) in enumerate(zip(principles, asked, strict=True))
+    ]
+
+
+def _text(written: Written | None) -> str | None:
+    return None if written is None else written.text
+
+
+def _tidy(written: Written | None, prompt: Prompt, constitution: Constitution) -> Written | None:
+    """Without space around it; a transcript ends where its writer goes on with somebody else's part."""
+    if written is None or not isinstance(prompt, str):
+        return written and Written(written.text.strip(), written.finished)
+    own = first_paragraphs(written.text, constitution.wording)
+    return Written(own.strip(), written.finished or own != written.text)
+
+
+def _judged(
+    constitution: Constitution, principle: RevisingPrinciple, asked: _Asked, critique: Written | None,
+    revision: Written | None, settings: RevisionSettings,
+) -> Round:  # fmt: skip
+    reason = refusal_of(constitution, asked.parent, _text(critique), revision, settings)
+    return Round(principle.id, asked.parent, _text(critique), _text(revision) or "", reason)
+
+
+def refusal_of(
+    constitution: Constitution, parent: str, critique: str | None, revision: Written | None, settings: RevisionSettings
+) -> str:
+    """Return why a revision is kept out, a key of `REASONS`; empty where it is kept.
+
+    Args:
+        constitution: knows how refusals and talk about the revision begin.
+        parent: the answer that was to be revised.
+        critique: None where none was asked for, or it could not be written.
+        revision: None where it could not be written.
+        settings: whether a critique was asked for, and a cut-off revision is kept.
+    """
+    wording = constitution.wording
+    if revision is None or (settings.critique and critique is None):
+        return "too_long"
+    if not revision.text or critique == "":
+        return "empty"
+    if critique is not None and _begins(critique, wording.refusals):
+        return "refused"
+    if _begins(revision.text, wording.meta):
+        return "meta"
+    if revision.text.split() == parent.split():
+        return "unchanged"
+    return "" if revision.finished or settings.keep_unfinished else "unfinished"
+
+
+def _begins(text: str, beginnings: Sequence[str]) -> bool:
+    plain = text.lstrip("*#_\"' \n").replace("’", "'").casefold()
+    return any(plain.startswith(one.casefold()) for one in beginnings)
+
+
+Mix = Literal["last", "all"]
+
+
+def demonstrations(chain: Chain, mix: Mix) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a prompt: its last revision, or those of all rounds; none where every one was kept out.
+
+    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent and critique. A plain
+    text's completion begins with the space that parts it from the prompt.
+    """
+    kept = [(turn, one) for turn, one in enumerate(chain.rounds, start=1) if not one.refused]
+    for turn, one in kept if mix == "all" else kept[-1:]:
+        about = {"principle": one.principle, "round": turn, "parent": one.parent, "critique": one.critique}
+        yield {"prompt": chain.prompt, "completion": spaced(chain.prompt, one.revision), **about}
+
+
+def revision_report(chains: Sequence[Chain]) -> dict[str, Any]:
+    """Return what became of the revisions: counts by round and reason, and how much longer revisions are."""
+    turns = max((len(chain.rounds) for chain in chains), default=0)
+    rounds = []
+    for turn in range(turns):
+        done = [chain.rounds[turn] for chain in chains if len(chain.rounds) > turn]
+        kept = [one for one in done if not one.refused]
+        rounds.append({
+            "round": turn + 1,
+            "revisions": len(done),
+            "kept": len(kept),
+            "refused": dict(Counter(one.refused for one in done if one.refused)),
+            "length_ratio": _mean([len(one.revision) / max(len(one.parent), 1) for one in kept]),
+        })  # fmt: skip
+    revised = [chain for chain in chains if any(not one.refused for one in chain.rounds)]
+    return {
+        "prompts": len(chains),
+        "no_answer": sum(not chain.answer for chain in chains),
+        "revised_prompts": len(revised),
+        "length_ratio": _mean([len(chain.last) / max(len(chain.answer), 1) for chain in revised]),
+        "rounds": rounds,
+        "by_principle": dict(Counter(one.principle for c in chains for one in c.rounds if not one.refused)),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

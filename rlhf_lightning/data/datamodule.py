@@ -1,0 +1,388 @@
+"""What the DataModules share: their arguments, held-out rows, the plan of every epoch, and the loaders."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data import collation
+from rlhf_lightning.data.batching import BatchPlan
+from rlhf_lightning.data.cache import Part, hash_of
+from rlhf_lightning.data.feedback.rows import RowKind
+from rlhf_lightning.data.feedback.snapshots import is_store
+from rlhf_lightning.data.held_out import held_out_rows, weighted_rows
+from rlhf_lightning.data.loader import EpochSteps, StepLoader
+from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.row_store import RowStore
+from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, source_fingerprint, source_stamp
+from rlhf_lightning.data.steps import Collate, PlannedSteps, PromptSteps
+from rlhf_lightning.data.streaming import RowStream, StreamLoader
+from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
+from rlhf_lightning.types import Prompt, RankedBatch, Step
+
+GIVERS = {
+    "DemonstrationBatch": "SFTDataModule",
+    "PreferenceBatch": "PreferenceDataModule",
+    "RankedBatch": "PreferenceDataModule",
+    "ProcessBatch": "ProcessDataModule",
+    "UnpairedBatch": "UnpairedDataModule",
+    "PromptBatch": "PromptDataModule",
+}
+
+
+class AlignmentDataModule(L.LightningDataModule, ABC):
+    """Base of the DataModules: rows of text in, one `types.Step` for each optimizer step out.
+
+    Args:
+        source: where the rows come from: a name on the Hugging Face Hub, a .jsonl, .json, .parquet or .csv file, a
+            glob, a folder written by ``save_to_disk``, a store of `rlhf annotate` (``feedback.db``, or
+            ``feedback.db@1200`` for its first 1200 rows); or a list of those, each a path or a mapping with ``path``
+            and any of ``weight`` (how often its rows are seen in an epoch), ``rows``, ``split``, ``name``, ``columns``,
+            ``labels`` and ``annotators`` (of a store: ``mean`` or ``reliability``; whose judgements count).
+        eval_source: where the rows of validation and test come from, in the same forms.
+        eval_rows: hold out so many rows of ``source`` instead, chosen by ``seed``; rows of one prompt stay together.
+        rows: read only the first so many rows.
+        columns: new names of columns, as {name in the data: name expected here}.
+        as_chat: make plain text a user's turn and an assistant's turn of the chat template.
+        rendered: plain text was written by a chat template before, so that control tokens in it are such. Otherwise
+            they are encoded as the characters they are made of, as they always are in messages.
+        batch_size: rows of an optimizer step, over all ranks.
+        micro_batch_size: most rows of one forward pass on one rank; None for no bound.
+        max_tokens: most tokens of one forward pass on one rank, pads included where the module packs no rows; None for
+            no bound.
+        max_length: most tokens of prompt and completion; longer rows are truncated, see `tokenization.truncate`.
+        max_prompt_length: most tokens of the prompt; None leaves it to ``max_length``.
+        shuffle: whether each epoch has an order of its own; otherwise rows come as the source has them.
+        drop_last: leave out a last step of fewer rows than ``batch_size``.
+        seed: seed of the order and of the rows held out.
+        cache_dir: folder of the encoded rows; None takes $RLHF_CACHE or ~/.cache/rlhf_lightning.
+        num_workers: processes that collate ahead; 0 is fastest unless sequences are very long.
+        eval_batch_size: rows of a validation step over all ranks; None takes ``batch_size``.
+        streaming: read and encode rows while training, for what does not fit; sources are then drawn from in proportion
+            to their weights, without end.
+        steps_per_epoch: steps that make an epoch of a stream, whose length nobody knows; needed with ``streaming``.
+
+    Raises:
+        ValueError: if the arguments contradict each other.
+    """
+
+    batch_types: ClassVar[tuple[type, ...]]
+    """Batches this DataModule can give; the first unless the module takes another."""
+
+    completes: ClassVar[bool] = True
+    """Whether its rows have completions."""
+
+    judgements: ClassVar[RowKind] = "preference"
+    """What the judgements of a feedback store are read as."""
+
+    def __init__(
+        self,
+        source: str | list[str | dict[str, Any]],
+        eval_source: str | list[str | dict[str, Any]] | None = None,
+        eval_rows: int = 0,
+        rows: int | None = None,
+        columns: dict[str, str] | None = None,
+        as_chat: bool = False,
+        rendered: bool = False,
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        max_tokens: int | None = None,
+        max_length: int | None = 1024,
+        max_prompt_length: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+        streaming: bool = False,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        # Colliding names (seed) would be an error if both the module's and these went to the logger.
+        self.save_hyperparameters(logger=False)
+        self.sources = parse_sources(source, self.judgements)
+        self.eval_sources = parse_sources(eval_source, self.judgements) if eval_source is not None else ()
+        self.eval_rows = eval_rows
+        self.rows = rows
+        self.columns = columns or {}
+        self.as_chat = as_chat
+        self.rendered = rendered
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.max_tokens = max_tokens
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.streaming = streaming
+        self.stream_steps = steps_per_epoch or 0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._batch_type: type | None = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        if self.eval_rows and self.eval_sources:
+            raise ValueError("Give either eval_source or eval_rows, not both.")
+        if self.eval_rows < 0:
+            raise ValueError(f"eval_rows must not be negative, found {self.eval_rows}.")
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("rows", "micro_batch_size", "max_tokens", "max_prompt_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or null for no bound; found {getattr(self, name)}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length {self.max_length} leaves no room for a prompt and a completion.")
+        if self.completes and (self.max_prompt_length or 0) >= (self.max_length or np.inf):
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} leaves no room for a completion within max_length "
+                f"{self.max_length}: a full prompt would empty every completion."
+            )
+        if self.streaming:
+            self._check_streaming()
+        elif self.stream_steps:
+            raise ValueError("steps_per_epoch belongs to streaming: true; otherwise an epoch is every row once.")
+
+    def _check_streaming(self) -> None:
+        if self.stream_steps < 1:
+            raise ValueError("streaming needs steps_per_epoch, at least 1: nobody knows the length of a stream.")
+        if self.eval_rows:
+            raise ValueError("A stream cannot hold out eval_rows: name an eval_source.")
+        if any(is_store(source.path) for source in self.sources):
+            raise ValueError("A feedback store is read whole: leave streaming off.")
+        if self.rows is not None or any(source.rows is not None for source in self.sources):
+            raise ValueError("rows does not go with streaming: steps_per_epoch and max_epochs bound a stream.")
+
+    # ---- what the module says ---------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The module's tokenizer, or the one set by hand for use without a Trainer."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if self.trainer is None:
+            raise RuntimeError("Set the attribute tokenizer to use a DataModule without a Trainer.")
+        return self.trainer.lightning_module.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def batch_type(self) -> type:
+        """The batch of this DataModule's training steps: the one the module takes.
+
+        Raises:
+            ValueError: if the module takes a batch that this DataModule cannot give.
+        """
+        if self._batch_type is not None or self.trainer is None:
+            return self._batch_type or self.batch_types[0]
+        module = self.trainer.lightning_module
+        wanted = getattr(module, "batch_type", self.batch_types[0])
+        if wanted in self.batch_types:
+            return wanted
+        if self.trainer.state.fn == TrainerFn.PREDICTING:  # any prompts may be answered, any completions scored
+            return self.batch_types[0]
+        given = " or ".join(kind.__name__ for kind in self.batch_types)
+        raise ValueError(
+            f"{type(module).__name__} takes a {wanted.__name__}, but {type(self).__name__} gives a {given}: use "
+            f"{GIVERS.get(wanted.__name__, 'the DataModule that gives it')}."
+        )
+
+    @batch_type.setter
+    def batch_type(self, kind: type) -> None:
+        if kind not in self.batch_types:
+            raise ValueError(f"{type(self).__name__} gives no {kind.__name__}.")
+        self._batch_type = kind
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This data-parallel rank, and how many there are."""
+        if self.trainer is None:
+            return 0, 1
+        given = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
+        if given:  # differs from the world size where a strategy splits the model too
+            return given["rank"], given["num_replicas"]
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """How rows are read and encoded."""
+
+    @abstractmethod
+    def collator(self) -> Collate:
+        """What makes a batch of some rows of a store."""
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Encode what is not in the cache yet. Runs on one process of each node, and assigns nothing."""
+        for part in self._parts().values():
+            part.store(self.tokenizer, self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Map the encoded rows into memory, and say what became of the data."""
+        self._agree_on_snapshots()
+        parts = self._parts()
+        self.stores = {name: part.store(self.tokenizer, self.cache_dir) for name, part in parts.items()}
+        self.store = self.stores.get("train") or RowStore.build([], Report())
+        self.eval_store = self.stores.get("eval", self.store)
+        self.train_rows = np.arange(len(self.store))
+        self.held_out = np.arange(len(self.eval_store) if "eval" in parts else 0)
+        if self.eval_rows:
+            self.held_out = held_out_rows(self.store.arrays["group"], self.eval_rows, self.seed)
+            self.train_rows = np.setdiff1d(self.train_rows, self.held_out)
+        self.fingerprint = self._fingerprint()
+        if self.streaming:
+            self.stream = RowStream(self.tokenizer, self.encoder(), self.sources, self.seed, self.shuffle)
+            self.report = self.stream.report
+        else:
+            self.report = next(iter(self.stores.values())).report
+        if stage == "fit":
+            self.steps_per_epoch = len(self.train_dataloader())
+            self._announce(parts)
+
+    def _agree_on_snapshots(self) -> None:
+        """Take rank zero's row numbers of feedback stores: labels may have come in between two ranks' starts."""
+
+        def agreed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+            paths = [source.path for source in sources]
+            if self.trainer is not None and self.trainer.world_size > 1 and any(map(is_store, paths)):
+                paths = self.trainer.strategy.broadcast(paths)
+            return tuple(replace(source, path=path) for source, path in zip(sources, paths, strict=True))
+
+        self.sources, self.eval_sources = agreed(self.sources), agreed(self.eval_sources)
+        self.snapshots = snapshots_of([*self.sources, *self.eval_sources])
+
+    def _announce(self, parts: dict[str, Part]) -> None:
+        if self.streaming:
+            self.stream.peek()
+            rank_zero_info(f"{', '.join(map(str, self.sources))}: streamed; rows are counted as they are read.")
+        for name, part in parts.items():
+            rank_zero_info(self.stores[name].report.describe(str(part)))
+        if self.eval_rows:
+            rank_zero_info(f"{len(self.held_out):,} of the rows kept are held out for evaluation.")
+
+    def _fingerprint(self) -> str:
+        part = Part(self.sources, self.rows, self.encoder())
+        weights = [source.weight for source in self.sources]
+        order = [self.batch_size, self.shuffle, self.drop_last, self.seed, self.eval_rows, self.stream_steps, weights]
+        content = source_stamp if self.streaming else source_fingerprint
+        return hash_of(part.fingerprint(self.tokenizer, content), order)
+
+    def _parts(self) -> dict[str, Part]:
+        """Everything that is encoded beforehand, by name."""
+        self.batch_type  # noqa: B018 - a DataModule of the wrong kind should say so before it reads gigabytes
+        fitting = self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING)
+        parts = {}
+        if not self.streaming and (fitting or not self.eval_sources):
+            parts["train"] = Part(self.sources, self.rows, self.encoder())
+        if self.eval_sources:
+            parts["eval"] = Part(self.eval_sources, None, self.encoder())
+        return parts
+
+    # ---- loaders ----------------------------------------------------------------------------------------------------
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """Rows of the store that are seen in an epoch: each as often as the weight of its source says."""
+        weights = [source.weight for source in self.sources]
+        sources = self.store.arrays["source"][self.train_rows]
+        return weighted_rows(self.train_rows, sources, weights, self.seed, epoch)
+
+    def _plan(self, store: RowStore, rows: np.ndarray, epoch: int = 0, **changes: Any) -> BatchPlan:
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last}
+        packed = self.trainer is not None and getattr(self.trainer.lightning_module, "packs_rows", False)
+        lengths = store.shared_lengths if packed else store.lengths
+        return BatchPlan(
+            lengths[rows], store.tokens[rows], micro_batch_size=self.micro_batch_size, max_tokens=self.max_tokens,
+            ranks=self.ranks[1], seed=self.seed, epoch=epoch, packed=packed, **{**settings, **changes},
+        )  # fmt: skip
+
+    def train_dataloader(self) -> StepLoader:
+        """Steps of the training rows, in an order of its own each epoch."""
+        if self.streaming:
+            return StreamLoader(self.stream, self.batch_size, self._streamed, self.stream_steps, self.fingerprint)
+        length = len(self._plan(self.store, self.epoch_rows(0), shuffle=False))
+        return StepLoader(self._train_steps, length, self.fingerprint, self.num_workers)
+
+    def _train_steps(self, epoch: int) -> EpochSteps:
+        rows = self.epoch_rows(epoch)
+        return PlannedSteps(self._plan(self.store, rows, epoch), self.store, rows, self.ranks[0], self.collator())
+
+    def _streamed(self, rows: list[EncodedRow], index: int) -> Step[Any]:
+        store = RowStore.build(rows, Report())
+        places = np.arange(len(store))
+        plan = self._plan(store, places, shuffle=False, drop_last=False)
+        return PlannedSteps(plan, store, places, self.ranks[0], self.collator())[0]._replace(row_ids=())
+
+    def _in_order(self, store: RowStore, rows: np.ndarray, collate: Collate) -> StepLoader:
+        plan = self._plan(store, rows, batch_size=self.eval_batch_size, shuffle=False, drop_last=False)
+        steps = PlannedSteps(plan, store, rows, self.ranks[0], collate)
+        return StepLoader(lambda _: steps, len(plan), self.fingerprint)
+
+    def _prompts_in_order(self, store: RowStore, rows: np.ndarray) -> StepLoader:
+        cuts = [rows[start : start + self.eval_batch_size] for start in range(0, len(rows), self.eval_batch_size)]
+        steps = PromptSteps(store, cuts, 0, *self.ranks)
+        return StepLoader(lambda _: steps, len(cuts), self.fingerprint)
+
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
+        """Steps of the held-out rows, in their order; none without such rows."""
+        if not len(self.held_out):
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # which is as it should be
+            return []
+        return self._evaluation()
+
+    def _evaluation(self) -> StepLoader:
+        return self._in_order(self.eval_store, self.held_out, self.collator())
+
+    def test_dataloader(self) -> StepLoader | list[StepLoader]:
+        """The same steps as for validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> StepLoader:
+        """Held-out rows (else the training rows): their prompts for a policy, their completions for other modules."""
+        store, rows = self._shown()
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if getattr(module, "has_policy", True) or RankedBatch not in self.batch_types:
+            if self.completes:  # several completions of a prompt would have it answered several times
+                _, firsts = np.unique(store.arrays["group"][rows], return_index=True)
+                rows = rows[np.sort(firsts)]
+            return self._prompts_in_order(store, rows)
+        return self._in_order(store, rows, collation.groups)
+
+    def _shown(self) -> tuple[RowStore, np.ndarray]:
+        """The held-out rows, else the training rows."""
+        if len(self.held_out):
+            return self.eval_store, self.held_out
+        if not len(self.train_rows):
+            raise ValueError("A stream has no rows to predict on: name an eval_source.")
+        return self.store, self.train_rows
+
+    def example_prompts(self, count: int) -> list[Prompt]:
+        """Some prompts as the data gave them: of the held-out rows, else of the training rows."""
+        if self.streaming and not len(self.held_out):
+            prompts: Iterator[Prompt] = (row.text for row in self.stream.peek())
+        else:
+            store, rows = self._shown()
+            prompts = (store.record(row)["prompt"] for row in rows.tolist())
+        found: dict[str, Prompt] = {}
+        for prompt in prompts:
+            if len(found) == count:
+                break
+            found.setdefault(json.dumps(prompt), prompt)
+        return list(found.values())

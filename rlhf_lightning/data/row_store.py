@@ -1,0 +1,152 @@
+"""Encoded rows as a few flat arrays, written once, mapped into memory by every rank.
+
+Row ``r`` owns the sequences ``first[r] .. first[r + 1] - 1``: its prompt, then its completions; sequence ``s`` owns the
+ids ``bounds[s] .. bounds[s + 1] - 1``. Nothing is padded. A folder holds one ``.npy`` file for each array and the
+`Report`; it is written under a temporary name and then renamed, so it is either whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.tokenizing import EncodedRow
+
+ARRAYS = {
+    "ids": np.int32, "supervised": np.bool_, "bounds": np.int64, "first": np.int64, "ranks": np.int32,
+    "target": np.float32, "margin": np.float32, "weight": np.float32, "source": np.int32, "group": np.int64,
+    "records": np.uint8, "record_bounds": np.int64,
+}  # fmt: skip
+
+
+class RowStore:
+    """Rows of token ids.
+
+    Args:
+        arrays: the arrays by name, see the module's text.
+        report: what became of the rows read.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], report: Report) -> None:
+        self.arrays = arrays
+        self.report = report
+        self.first, self.bounds = arrays["first"], arrays["bounds"]
+        sizes = np.diff(self.bounds)
+        prompts = self.first[:-1]
+        counts = np.diff(self.first) - 1
+        answers = sizes.copy()
+        answers[prompts] = 0
+        longest = np.maximum.reduceat(answers, prompts) if len(prompts) else np.zeros(0, np.int64)
+        self.prompt_lengths = sizes[prompts]
+        self.lengths = np.maximum(counts, 1) * (self.prompt_lengths + longest)
+        self.shared_lengths = self.prompt_lengths + (np.add.reduceat(answers, prompts) if len(prompts) else 0)
+        ends = np.concatenate([[0], np.cumsum(arrays["supervised"], dtype=np.int64)])
+        starts = self.bounds[self.first]
+        self.tokens = ends[starts[1:]] - ends[starts[:-1]]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.first) - 1
+
+    @classmethod
+    def build(cls, rows: Iterable[EncodedRow], report: Report) -> RowStore:
+        """Collect encoded rows."""
+        parts: dict[str, list[Any]] = {name: [] for name in ARRAYS}
+        sizes, first, records = [0], [0], [0]
+        for row in rows:
+            for ids, flags, rank in zip(
+                [row.prompt, *row.completions], [None, *row.supervised], [-1, *row.ranks], strict=True
+            ):
+                parts["ids"].append(np.asarray(ids, dtype=np.int32))
+                parts["supervised"].append(np.zeros(len(ids), bool) if flags is None else np.asarray(flags, dtype=bool))
+                parts["ranks"].append(rank)
+                sizes.append(len(ids))
+            first.append(len(sizes) - 1)
+            record = row.record.encode("utf-8")
+            parts["records"].append(np.frombuffer(record, dtype=np.uint8))
+            records.append(len(record))
+            for name in ("target", "margin", "weight", "source", "group"):
+                parts[name].append(getattr(row, name))
+        arrays: dict[str, Any] = {
+            name: np.asarray(parts[name], dtype=kind) for name, kind in ARRAYS.items() if not _flat(name)
+        }
+        for name in ("ids", "supervised", "records"):
+            arrays[name] = np.concatenate([np.zeros(0, ARRAYS[name]), *parts[name]])
+        arrays["bounds"] = np.cumsum(sizes, dtype=np.int64)
+        arrays["record_bounds"] = np.cumsum(records, dtype=np.int64)
+        arrays["first"] = np.asarray(first, dtype=np.int64)
+        return cls(arrays, report)
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays to ``folder``, all of them or none; if it is there already and whole, it stays."""
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        try:
+            for name, array in self.arrays.items():
+                np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+            sizes = {name: len(array) for name, array in self.arrays.items()}
+            text = json.dumps({"report": self.report.to_dict(), "sizes": sizes})
+            (temporary / "meta.json").write_text(text, encoding="utf-8")
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if RowStore.load(folder) is None:  # damaged; otherwise somebody else was faster
+                    shutil.rmtree(folder)
+                    os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> RowStore | None:
+        """Map a folder into memory; None if it is not there or damaged."""
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            arrays = {}
+            for name, kind in ARRAYS.items():
+                size = meta["sizes"][name]  # an empty file cannot be mapped
+                array = np.load(folder / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
+                if array.shape != (size,) or array.dtype != kind:
+                    return None
+                arrays[name] = np.asarray(array)  # the same memory; each slice of a memmap is slow to make
+            return cls(arrays, Report(**meta["report"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def sequence(self, index: int) -> Tensor:
+        """Token ids of one sequence, int64."""
+        return torch.from_numpy(self.arrays["ids"][self.bounds[index] : self.bounds[index + 1]].astype(np.int64))
+
+    def prompt(self, row: int) -> Tensor:
+        """Token ids of a row's prompt."""
+        return self.sequence(int(self.first[row]))
+
+    def completions(self, row: int) -> list[tuple[Tensor, Tensor, int]]:
+        """Ids, supervised mask and rank of each completion of a row."""
+        found = []
+        for index in range(int(self.first[row]) + 1, int(self.first[row + 1])):
+            mask = self.arrays["supervised"][self.bounds[index] : self.bounds[index + 1]].copy()
+            found.append((self.sequence(index), torch.from_numpy(mask), int(self.arrays["ranks"][index])))
+        return found
+
+    def column(self, name: str, rows: Iterable[int]) -> Tensor:
+        """``target``, ``margin`` or ``weight`` of some rows, float32."""
+        return torch.from_numpy(np.asarray(self.arrays[name][list(rows)], dtype=np.float32).copy())
+
+    def record(self, row: int) -> dict[str, Any]:
+        """``prompt`` and ``columns`` of a row as the data gave them."""
+        start, stop = self.arrays["record_bounds"][row : row + 2]
+        return json.loads(self.arrays["records"][start:stop].tobytes().decode("utf-8"))
+
+
+def _flat(name: str) -> bool:
+    return name in ("ids", "supervised", "records", "bounds", "record_bounds", "first")

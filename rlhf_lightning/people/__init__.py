@@ -1,0 +1,1 @@
+"""Human feedback: annotation page, item selection, simulated annotators, `rlhf annotate` and `rlhf loop`."""

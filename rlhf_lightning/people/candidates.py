@@ -1,0 +1,164 @@
+"""Items to be judged: completions sampled from policies, or pairs and lists that a file gives."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlhf_lightning.commands.generate import load_for_sampling
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.canonical import CanonicalRow
+    from rlhf_lightning.data.feedback.records import Item
+    from rlhf_lightning.sampling.engines import SamplingSettings
+    from rlhf_lightning.types import Prompt
+
+TRIES = 4
+"""Samples drawn for a completion before two that are equal are given up: a model may have one answer only."""
+
+
+class Sampled(NamedTuple):
+    """A policy that is sampled from.
+
+    Attributes:
+        name: as it was named.
+        model: the policy.
+        tokenizer: its tokenizer.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def load_policies(names: Sequence[str], dtype: str) -> list[Sampled]:
+    """Load each policy once."""
+    return [Sampled(name, *load_for_sampling(name, dtype)) for name in names]
+
+
+def sampled_items(
+    policies: Sequence[Sampled],
+    rows: "Sequence[tuple[Prompt, dict[str, Any]]]",
+    count: int,
+    settings: "SamplingSettings",
+    seed: int,
+    at_once: int,
+    skip: Any,
+    start: int = 0,
+) -> "Iterator[list[Item]]":
+    """Yield items, some prompts at a time. Completion c of prompt p is of policy c modulo the number of policies.
+
+    Its episode is (p * count + c) * `TRIES`, or one of the next where that gave a text which the item has already; a
+    prompt whose policies have nothing different to say is left out.
+
+    Args:
+        policies: where completions come from.
+        rows: prompts with their further columns.
+        count: completions of each item.
+        settings: of the sampling.
+        seed: of the sampling.
+        at_once: prompts sampled together.
+        skip: says of a prompt whether it has been sampled before.
+        start: number of the first prompt that is sampled.
+    """
+    numbered = list(enumerate(rows))
+    for begin in range(start, len(numbered), at_once):
+        chunk = [(number, row) for number, row in numbered[begin : begin + at_once] if not skip(row[0])]
+        if chunk:
+            yield _items(policies, chunk, count, settings, seed)
+
+
+def _items(
+    policies: Sequence[Sampled], chunk: Sequence[Any], count: int, settings: "SamplingSettings", seed: int
+) -> "list[Item]":
+    from dataclasses import asdict
+
+    from rlhf_lightning.data.feedback.records import Candidate, Item
+
+    sampling = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    found: dict[int, list[Candidate]] = {number: [] for number, _ in chunk}
+    for place in range(count):
+        policy = policies[place % len(policies)]
+        left = list(chunk)
+        for attempt in range(TRIES):
+            episodes = [(number * count + place) * TRIES + attempt for number, _ in left]
+            texts = _sample(policy, [row[0] for _, row in left], episodes, settings, seed)
+            again = []
+            for entry, episode, text in zip(left, episodes, texts, strict=True):
+                number = entry[0]
+                if not text.strip() or any(text == one.completion for one in found[number]):
+                    again.append(entry)
+                else:
+                    found[number].append(Candidate(text, policy.name, sampling, seed, episode))
+            left = again
+            if not left or settings.temperature == 0:
+                break
+    return [
+        Item(prompt, tuple(found[number]), columns)
+        for number, (prompt, columns) in chunk
+        if len(found[number]) == count
+    ]
+
+
+def _sample(
+    policy: Sampled, prompts: "Sequence[Prompt]", episodes: Sequence[int], settings: "SamplingSettings", seed: int
+) -> list[str]:
+    import torch
+
+    from rlhf_lightning import tokenization
+    from rlhf_lightning.sampling.engines import sample
+
+    encoded = [torch.tensor(tokenization.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts]
+    ends = tokenization.end_token_ids(policy.tokenizer)
+    drawn = sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends)
+    return [tokenization.completion_text(policy.tokenizer, ids.tolist()) for ids in drawn.ids]
+
+
+def given_rows(path: str) -> "list[CanonicalRow]":
+    """Preferences of a file, ties and lists among them. Rows that cannot be used are counted and named.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row has two completions.
+    """
+    from rlhf_lightning.data.canonical import REASONS, RowRefused
+    from rlhf_lightning.data.formats import preference_with_ties
+    from rlhf_lightning.data.reading import read_row
+    from rlhf_lightning.data.sources import Source, read_rows
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    found: list[CanonicalRow] = []
+    refused = Counter[str]()
+    for row in read_rows(Source(path)):
+        try:
+            found.append(read_row(row, preference_with_ties))
+        except RowRefused as error:
+            refused[str(error)] += 1
+    said = "; ".join(f"{count} rows: {REASONS[reason]}" for reason, count in refused.items())
+    if not found:
+        raise ValueError(f"{path} has nothing to compare ({said or 'it is empty'})")
+    if said:
+        print(f"{path}: left out {said}", file=sys.stderr)
+    return found
+
+
+def given_items(path: str) -> "list[Item]":
+    """Items of a file of preferences; who won there is not kept.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row has two completions, or one has too many.
+    """
+    from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
+
+    items: list[Item] = []
+    for row in given_rows(path):
+        assert row.prompt is not None
+        if len(row.completions) > MOST_CANDIDATES:
+            raise ValueError(
+                f"{path} has a list of {len(row.completions)} completions; at most {MOST_CANDIDATES} can be ranked"
+            )
+        items.append(Item(row.prompt, tuple(map(Candidate, row.completions)), row.columns))
+    return items

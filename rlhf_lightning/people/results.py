@@ -1,0 +1,167 @@
+"""What the labels say: agreement, win rates of models, each annotator's consistency and side bias, and growth."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from rlhf_lightning.data.feedback.records import Judgement
+from rlhf_lightning.data.feedback.snapshots import item_of, judgements_of, snapshot_of
+from rlhf_lightning.people.store import counts
+
+
+class Rate(NamedTuple):
+    """A share with its 95 % interval.
+
+    Attributes:
+        share: in [0, 1].
+        low: lower end of Wilson's interval.
+        high: upper end.
+        size: what it is a share of.
+    """
+
+    share: float
+    low: float
+    high: float
+    size: int
+
+
+class AnnotatorResults(NamedTuple):
+    """One annotator.
+
+    Attributes:
+        name: who.
+        judged: judgements that stand, repeats among them, skips not.
+        skipped: items skipped.
+        seconds: median time of a judgement.
+        consistency: share of hidden repeats judged as the first time; None without one.
+        left: share of choices between two that fell on the left; None without one. 0.5 is no bias.
+        reliability: estimated probability that a choice is right; None where nobody else judged the same.
+    """
+
+    name: str
+    judged: int
+    skipped: int
+    seconds: float
+    consistency: Rate | None
+    left: Rate | None
+    reliability: float | None
+
+
+def rate(hits: float, count: int) -> Rate | None:
+    """A share with Wilson's interval; None of nothing."""
+    from rlhf_lightning.functional.statistics import wilson_interval
+
+    if count == 0:
+        return None
+    low, high = wilson_interval(hits / count, count)
+    return Rate(hits / count, float(low), float(high), count)
+
+
+def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
+    """Everything that the results page shows."""
+    judged = judgements_of(connection)
+    return {
+        "counts": counts(connection),
+        "snapshot": snapshot_of(connection),
+        "alpha": agreement(judged),
+        "models": win_rates(connection, judged),
+        "annotators": annotator_results(judged),
+        "growth": growth(judged),
+    }
+
+
+def agreement(judgements: Iterable[Judgement]) -> tuple[float, int] | None:
+    """Krippendorff's alpha of choices between two completions, and the pairs that two or more judged; None of none.
+
+    A tie is half as far from a choice as its opposite. Each pair counts in both orders: which of its completions comes
+    first means nothing, and where that is always the better model's, agreeing would otherwise pass for chance.
+    """
+    import torch
+
+    from rlhf_lightning.data.feedback.reliability import pair_votes, vote_table
+    from rlhf_lightning.functional.agreement import krippendorff_alpha
+
+    shared = {pair: votes for pair, votes in pair_votes(judgements).items() if len(votes) > 1}
+    if not shared:
+        return None
+    _, table = vote_table(shared)
+    alpha = float(krippendorff_alpha(torch.cat([table, 1 - table], -1), "interval"))
+    return None if math.isnan(alpha) else (alpha, len(shared))
+
+
+def win_rates(connection: sqlite3.Connection, judgements: Iterable[Judgement]) -> list[tuple[str, Rate]]:
+    """How often each model's completion is preferred to another model's, a tie counted half; the best first.
+
+    An item counts once, whatever the number of its judgements, for they are not independent of each other.
+    """
+    from rlhf_lightning.data.feedback.reliability import pair_votes
+
+    values: dict[str, dict[int, list[float]]] = {}
+    models: dict[int, list[str | None]] = {}
+    for (item, a, b), votes in pair_votes(judgements).items():
+        if item not in models:
+            models[item] = [candidate.model for candidate in item_of(connection, item).candidates]
+        first, second = models[item][a], models[item][b]
+        if first is None or second is None or first == second:
+            continue
+        for vote in votes.values():
+            values.setdefault(first, {}).setdefault(item, []).append(vote)
+            values.setdefault(second, {}).setdefault(item, []).append(1 - vote)
+    found = []
+    for model, items in values.items():
+        means = [sum(one) / len(one) for one in items.values()]
+        share = rate(sum(means), len(means))
+        assert share is not None
+        found.append((model, share))
+    return sorted(found, key=lambda entry: -entry[1].share)
+
+
+def annotator_results(judgements: Sequence[Judgement]) -> list[AnnotatorResults]:
+    """Each annotator, by name."""
+    from rlhf_lightning.data.feedback.reliability import reliabilities
+
+    names = sorted({one.annotator for one in judgements})
+    several = len({one.annotator for one in judgements if not one.repeat and one.verdict != "skip"}) > 2
+    known = reliabilities(judgements) if several else {}
+    return [_annotator(name, [one for one in judgements if one.annotator == name], known) for name in names]
+
+
+def _annotator(name: str, mine: list[Judgement], known: dict[str, float]) -> AnnotatorResults:
+    judged = [one for one in mine if one.verdict != "skip"]
+    first = {one.item: one for one in judged if not one.repeat}
+    repeats = [one for one in judged if one.repeat and one.item in first]
+    same = sum((one.verdict, one.ranks) == (first[one.item].verdict, first[one.item].ranks) for one in repeats)
+    sides = [one.picked_left for one in judged if one.picked_left is not None]
+    seconds = sorted(one.seconds for one in judged)
+    return AnnotatorResults(
+        name, len(judged), len(mine) - len(judged), seconds[len(seconds) // 2] if seconds else 0.0,
+        rate(same, len(repeats)), rate(sum(sides), len(sides)), known.get(name),
+    )  # fmt: skip
+
+
+WIDTH, HEIGHT = 640, 160
+"""Of the drawing of growth, in its own units."""
+
+
+def growth(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
+    """The count of labels over time as the points of a line; None before there are two."""
+    times = [datetime.fromisoformat(one.judged).timestamp() for one in judgements]
+    if len(times) < 2 or times[-1] <= times[0]:
+        return None
+    span = times[-1] - times[0]
+    keep = range(0, len(times), max(len(times) // 500, 1))
+    points = [
+        (WIDTH * (times[n] - times[0]) / span, HEIGHT * (1 - (n + 1) / len(times))) for n in (*keep, len(times) - 1)
+    ]
+    return {
+        "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "count": len(times),
+        "first": judgements[0].judged[:16].replace("T", " "),
+        "last": judgements[-1].judged[:16].replace("T", " "),
+    }

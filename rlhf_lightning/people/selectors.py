@@ -1,0 +1,146 @@
+"""Which of the items that wait is judged next: selectors say how much each judgement would tell.
+
+A new one is a class with one method, in a file of one's own: ``rlhf annotate --select my_selection.LongestSelector``.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.feedback.records import Item
+from rlhf_lightning.functional.active import disagreement, farthest_first, uncertainty
+from rlhf_lightning.people.handing_out import chance
+
+FEATURES = 512
+"""Buckets that n-grams are hashed into."""
+
+
+class EnsembleScores(Protocol):
+    """Reward models that score the completions of items; ``len`` is how many there are."""
+
+    def __len__(self) -> int:
+        """Number of reward models."""
+
+    def __call__(self, items: Sequence[Item]) -> Sequence[Tensor]:
+        """Return the scores of each item's completions, shape (members, completions) each."""
+
+
+class Selector(ABC):
+    """Says of items how much a judgement of them would tell.
+
+    Args:
+        ensemble: reward models trained on what has been judged so far; None without any.
+        seed: of whatever is drawn.
+
+    Raises:
+        ValueError: there are fewer reward models than `members`.
+    """
+
+    members: ClassVar[int] = 0
+    """Reward models that it needs."""
+
+    def __init__(self, ensemble: EnsembleScores | None = None, seed: int = 0) -> None:
+        given = 0 if ensemble is None else len(ensemble)
+        if given < self.members:
+            wanted = "a reward model" if self.members == 1 else f"{self.members} reward models or more"
+            raise ValueError(
+                f"--select {short_name(type(self))} needs {wanted}, trained on labels made before, and "
+                f"{given or 'none'} {'are' if given > 1 else 'is'} given: name the folders with --ensemble DIR DIR ..."
+            )
+        self._ensemble, self.seed = ensemble, seed
+
+    @property
+    def ensemble(self) -> EnsembleScores:
+        """The reward models."""
+        assert self._ensemble is not None, f"{type(self).__name__} must say how many members it needs"
+        return self._ensemble
+
+    @abstractmethod
+    def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
+        """Return a number for each item; the largest is judged first.
+
+        It is asked again when items come in, in a thread that no annotator waits for.
+
+        Args:
+            items: that nobody has been given yet.
+            given: that somebody has been given, in that order.
+        """
+
+
+class RandomSelector(Selector):
+    """Any item is as good as another: what the other selectors are to be compared with."""
+
+    def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
+        """Return a number in [0, 1) that seed and texts decide."""
+        return [chance(self.seed, "select", item.key) for item in items]
+
+
+class UncertaintySelector(Selector):
+    """What the reward models, taken together, know least about; one is enough (`functional.active.uncertainty`)."""
+
+    members = 1
+
+    def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
+        """Return 1 where the mean preference probability is 0.5, and 0 where it is 0 or 1."""
+        return [float(uncertainty(scores)) for scores in self.ensemble(items)]
+
+
+class DisagreementSelector(Selector):
+    """What the reward models contradict each other about (`functional.active.disagreement`)."""
+
+    members = 2
+
+    def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
+        """Return the variance of the preference probability over the reward models."""
+        return [float(disagreement(scores)) for scores in self.ensemble(items)]
+
+
+class DiversitySelector(Selector):
+    """What is least like anything given so far, by the words of prompt and completions; needs no reward model."""
+
+    def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
+        """Return minus the place in the order of `functional.active.farthest_first`."""
+        order = farthest_first(ngram_features(items), ngram_features(given))
+        values = torch.empty(len(items))
+        values[order] = -torch.arange(len(items), dtype=values.dtype)
+        return values.tolist()
+
+
+def ngram_features(items: Sequence[Item]) -> Tensor:
+    """Words and pairs of neighbouring words of each item, hashed and counted, shape (items, `FEATURES`), length 1.
+
+    The prompt's and the completions' are told apart; a count weighs log(1 + count).
+    """
+    counts = torch.zeros(len(items), FEATURES)
+    for row, item in enumerate(items):
+        prompt = item.prompt if isinstance(item.prompt, str) else "\n".join(turn["content"] for turn in item.prompt)
+        texts = [("prompt", prompt), *(("completion", candidate.text) for candidate in item.candidates)]
+        buckets = [_bucket(part, gram) for part, text in texts for gram in _ngrams(text)]
+        counts[row] = torch.bincount(torch.tensor(buckets, dtype=torch.int64), minlength=FEATURES)
+    return torch.nn.functional.normalize(counts.log1p(), dim=1)
+
+
+def _ngrams(text: str) -> list[str]:
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return [*words, *(f"{first} {second}" for first, second in zip(words, words[1:], strict=False))]
+
+
+def _bucket(part: str, gram: str) -> int:
+    return zlib.crc32(f"{part} {gram}".encode()) % FEATURES
+
+
+def short_name(kind: type[Selector]) -> str:
+    """What a selector is called on the command line: ``uncertainty`` for `UncertaintySelector`."""
+    return kind.__name__.removesuffix("Selector").lower()
+
+
+def shipped_selectors() -> dict[str, type[Selector]]:
+    """The selectors of this file by their short names."""
+    return {short_name(kind): kind for kind in Selector.__subclasses__() if kind.__module__ == __name__}

@@ -1,0 +1,244 @@
+"""The pages and what they ask for: the next item, a judgement, an undo, the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from rlhf_lightning.data.feedback.records import Answer, Assignment, Conflict, JudgementRefused, NotAsked, encoded
+from rlhf_lightning.people.access import COOKIE, Door, Guard, is_name
+from rlhf_lightning.people.hostile_text import shown_text, to_html, turns_of
+from rlhf_lightning.people.results import results_of
+from rlhf_lightning.people.store import FeedbackStore
+
+REASONS = ("correct", "helpful", "clear", "harmless", "honest", "style")
+FLAGS = ("broken prompt", "harmful", "personal data", "outside my knowledge")
+PAGE = Path(__file__).with_name("page")
+MOST_CHOICES = 20
+LONGEST_CHOICE = 60
+YEAR = 365 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """What the page asks.
+
+    Attributes:
+        reasons: what may have decided.
+        flags: what may be wrong with an item.
+        state: says what is being sampled, or why nothing is; empty where nothing more will come.
+    """
+
+    reasons: tuple[str, ...] = REASONS
+    flags: tuple[str, ...] = FLAGS
+    state: Callable[[], str] = lambda: ""
+
+    def __post_init__(self) -> None:
+        for choices in (self.reasons, self.flags):
+            if len(choices) > MOST_CHOICES or any(not 0 < len(choice) <= LONGEST_CHOICE for choice in choices):
+                raise ValueError(f"at most {MOST_CHOICES} reasons and flags, of {LONGEST_CHOICE} characters each")
+
+
+def make_app(store: FeedbackStore, door: Door | None = None, settings: PageSettings | None = None) -> Starlette:
+    """The web application of a store.
+
+    Args:
+        store: opened for labelling.
+        door: who may come in; None lets everybody in under the name they give, for the loopback.
+        settings: what the page asks.
+    """
+    pages = _Pages(store, door or Door(), settings or PageSettings())
+    routes = [
+        Route("/", pages.annotate),
+        Route("/enter", pages.enter),
+        Route("/api/enter", pages.say_name, methods=["POST"]),
+        Route("/api/item", pages.item),
+        Route("/api/judgements", pages.judge, methods=["POST"]),
+        Route("/api/undo", pages.undo, methods=["POST"]),
+        Route("/results", pages.results),
+        Mount("/assets", StaticFiles(directory=PAGE / "assets")),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(Guard, any_host=pages.door.tokens is not None)])
+
+
+class _Pages:
+    """Answers requests. Everything that touches the store runs in threads, so that nobody waits for another's disk."""
+
+    def __init__(self, store: FeedbackStore, door: Door, settings: PageSettings) -> None:
+        self.store, self.door, self.settings = store, door, settings
+        self.templates = Environment(
+            loader=PackageLoader("rlhf_lightning.data.feedback", "page"), autoescape=True, undefined=StrictUndefined
+        )
+
+    def _who(self, request: Request) -> str | None:
+        return self.door.name_of(request.cookies.get(COOKIE))
+
+    def _annotator(self, request: Request) -> str:
+        name = self._who(request)
+        if name is None:
+            raise HTTPException(401, "say who you are first")
+        return name
+
+    def _html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        return HTMLResponse(self.templates.get_template(template).render(**values), status)
+
+    # ---- coming in --------------------------------------------------------------------------------------------------
+
+    async def enter(self, request: Request) -> Response:
+        """Take a token from a link, or ask for a name."""
+        if self.door.tokens is None:
+            return self._html("enter.html", asks=True)
+        token = request.query_params.get("token")
+        if self.door.name_of(token) is None:
+            return self._html("enter.html", 401, asks=False)
+        response = RedirectResponse("/", 303)
+        assert token is not None
+        self._set_cookie(response, token)
+        return response
+
+    async def say_name(self, request: Request) -> Response:
+        """Take a name, where names are taken."""
+        name = str((await _json_of(request)).get("name", "")).strip()
+        if self.door.tokens is not None:
+            raise HTTPException(403, "come in by the link that you were given")
+        if not is_name(name):
+            raise HTTPException(400, "a name has letters, digits and _.@- only, at most 64")
+        response = JSONResponse({"name": name})
+        self._set_cookie(response, name)
+        return response
+
+    def _set_cookie(self, response: Response, value: str) -> None:
+        response.set_cookie(COOKIE, value, max_age=YEAR, httponly=True, samesite="lax", path="/")
+
+    # ---- labelling --------------------------------------------------------------------------------------------------
+
+    async def annotate(self, request: Request) -> Response:
+        """The page that labels are made on."""
+        name = self._who(request)
+        if name is None:
+            return RedirectResponse("/enter", 303)
+        may = self.door.sees_results(name)
+        reasons, flags = self.settings.reasons, self.settings.flags
+        return self._html("annotate.html", name=name, sees_results=may, reasons=reasons, flags=flags)
+
+    async def item(self, request: Request) -> Response:
+        """The next item."""
+        return JSONResponse(await run_in_threadpool(self._next, self._annotator(request)))
+
+    async def judge(self, request: Request) -> Response:
+        """Keep a judgement, and give the next item along with its receipt."""
+        name, body = self._annotator(request), await _json_of(request)
+        try:
+            answer = self._answer(body)
+            number = await run_in_threadpool(self.store.judge, name, _whole(body, "assignment"), _key(body), answer)
+        except (Conflict, NotAsked) as error:
+            raise HTTPException(409, str(error)) from error
+        except JudgementRefused as error:
+            raise HTTPException(400, str(error)) from error
+        return JSONResponse({"id": number, "next": await run_in_threadpool(self._next, name)})
+
+    async def undo(self, request: Request) -> Response:
+        """Take back the last judgement, and give its item again."""
+        name, body = self._annotator(request), await _json_of(request)
+        try:
+            number = await run_in_threadpool(self.store.undo, name, _key(body))
+        except JudgementRefused as error:
+            raise HTTPException(400, str(error)) from error
+        return JSONResponse({"id": number, "next": await run_in_threadpool(self._next, name)})
+
+    def _next(self, name: str) -> dict[str, Any]:
+        found = self.store.next(name)
+        progress = self.store.progress(name)._asdict()
+        item = None if found is None else described(found)
+        return {"item": item, "progress": progress, "state": self.settings.state() if item is None else ""}
+
+    def _answer(self, body: dict[str, Any]) -> Answer:
+        ranks, edited = body.get("ranks"), body.get("edited")
+        if edited is not None and not isinstance(edited, str):
+            raise JudgementRefused("an edited completion is text")
+        if ranks is not None and not (isinstance(ranks, list) and all(type(rank) is int for rank in ranks)):
+            raise JudgementRefused("ranks are whole numbers")
+        seconds = body.get("seconds", 0)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise JudgementRefused("the seconds spent are no time")
+        return Answer(
+            verdict=body.get("verdict"),  # type: ignore[arg-type]  # the store refuses what is none
+            ranks=None if ranks is None else tuple(ranks),
+            strength=None if body.get("strength") is None else _whole(body, "strength"),
+            reasons=_chosen(body, "reasons", self.settings.reasons),
+            flags=_chosen(body, "flags", self.settings.flags),
+            edited=edited,
+            edited_place=None if body.get("edited_place") is None else _whole(body, "edited_place"),
+            seconds=float(seconds),
+        )
+
+    # ---- results ----------------------------------------------------------------------------------------------------
+
+    async def results(self, request: Request) -> Response:
+        """Agreement, win rates, annotators and growth."""
+        name = self._who(request)
+        if not self.door.sees_results(name):
+            return self._html("enter.html", 403, asks=False)
+
+        def compute() -> dict[str, Any]:
+            with self.store.reading() as connection:
+                return results_of(connection)
+
+        return self._html("results.html", **await run_in_threadpool(compute))
+
+
+def described(found: Assignment) -> dict[str, Any]:
+    """What the page is told of an item: texts, and nothing that would tell models, places or repeats apart."""
+    candidates = [found.item.candidates[place] for place in found.shown]
+    return {
+        "assignment": found.id,
+        "prompt": turns_of(found.item.prompt),
+        "candidates": [
+            {"html": to_html(one.text), "text": shown_text(one.text), "raw": one.text} for one in candidates
+        ],
+    }
+
+
+async def _json_of(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+        encoded(body).encode()  # half a surrogate pair is no text that could be kept
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the request is no JSON") from None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the request is no JSON object")
+    return body
+
+
+def _key(body: dict[str, Any]) -> str:
+    key = body.get("key")
+    if not isinstance(key, str) or not 16 <= len(key) <= 64 or not key.isascii():
+        raise JudgementRefused("a judgement needs a key of its own, 16 to 64 characters")
+    return key
+
+
+def _whole(body: dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if type(value) is not int or abs(value) >= 2**63:
+        raise JudgementRefused(f"{name} is no whole number")
+    return value
+
+
+def _chosen(body: dict[str, Any], name: str, known: Sequence[str]) -> tuple[str, ...]:
+    given = body.get(name, [])
+    if not isinstance(given, list) or any(one not in known for one in given):
+        raise JudgementRefused(f"{name} are some of {', '.join(known)}")
+    return tuple(one for one in known if one in given)

@@ -1,0 +1,339 @@
+"""The feedback store: items go in, are given out to annotators, and come back judged. Nothing is ever deleted."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from rlhf_lightning.data.feedback.database import open_for_writing
+from rlhf_lightning.data.feedback.records import (
+    Answer,
+    Assignment,
+    Conflict,
+    Item,
+    JudgementRefused,
+    NotAsked,
+    Snapshot,
+    digest,
+    encoded,
+    in_item_order,
+)
+from rlhf_lightning.data.feedback.snapshots import item_of, snapshot_of
+from rlhf_lightning.people.handing_out import COUNTED, Policy, fresh_item, open_assignment, repeat_item, sides
+from rlhf_lightning.types import Prompt
+
+if TYPE_CHECKING:
+    from rlhf_lightning.people.selectors import Selector
+
+
+class Progress(NamedTuple):
+    """Where an annotator stands.
+
+    Attributes:
+        judged: judgements of this annotator, skipped items apart.
+        left: judgements that are still wanted of this annotator.
+        seconds: mean time of a judgement, seconds; 0 before the first.
+    """
+
+    judged: int
+    left: int
+    seconds: float
+
+
+class FeedbackStore:
+    """A store opened for labelling; training reads it with `reading` meanwhile.
+
+    One process at a time may have it open, and any number of threads of that process.
+
+    Args:
+        path: the file; made if there is none.
+        policy: how items are given out.
+        clock: seconds since 1970.
+
+    Raises:
+        ValueError: another process has it open, or the file is no feedback store.
+    """
+
+    def __init__(self, path: str | Path, policy: Policy | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.path, self.policy, self.clock = Path(path), policy or Policy(), clock
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(f"{self.path}.lock", blocking=False, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is open in another process that collects labels; people can share that one's page"
+            ) from None
+        self._turn = threading.RLock()
+        try:
+            self._connection = open_for_writing(self.path)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def close(self) -> None:
+        """Close the store and let another process have it."""
+        with self._turn:
+            self._connection.close()
+            self._lock.release()
+
+    def __enter__(self) -> FeedbackStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it happens and is on the disk, or none of it."""
+        with self._turn:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for statements that change nothing."""
+        with self._turn:
+            yield self._connection
+
+    # ---- items ------------------------------------------------------------------------------------------------------
+
+    def add(self, items: Iterable[Item]) -> int:
+        """Add items; those that are there already are left alone. Return how many were new."""
+        with self._transaction() as db:
+            return sum(self._add(db, item) for item in items)
+
+    def _add(self, db: sqlite3.Connection, item: Item) -> bool:
+        row = (item.key, encoded(item.prompt), digest(item.prompt), encoded(item.columns), self._now())
+        cursor = db.execute(
+            "INSERT INTO items (key, prompt, prompt_key, columns, added) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (key) DO NOTHING",
+            row,
+        )
+        if cursor.rowcount == 0:
+            return False
+        places = [
+            (
+                cursor.lastrowid, place, encoded(one.completion), one.model,
+                None if one.sampling is None else encoded(one.sampling), one.seed, one.episode,
+            )
+            for place, one in enumerate(item.candidates)
+        ]  # fmt: skip
+        db.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?)", places)
+        return True
+
+    def has_prompt(self, prompt: Prompt) -> bool:
+        """Whether an item of this prompt is there."""
+        with self._turn:
+            found = self._connection.execute("SELECT 1 FROM items WHERE prompt_key = ?", [digest(prompt)]).fetchone()
+            return found is not None
+
+    def waiting(self) -> int:
+        """Items that still want a judgement and that nobody has been given."""
+        with self._turn:
+            (count,) = self._connection.execute(
+                "SELECT count(*) FROM items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id)"
+            ).fetchone()
+            return int(count)
+
+    def rank(self, selector: Selector) -> None:
+        """Ask a selector which of the items that wait are to be given out first; annotators go on meanwhile."""
+        given, waiting = (
+            "SELECT item FROM assignments WHERE repeat = 0 GROUP BY item ORDER BY min(id)",
+            "SELECT id FROM items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id) ORDER BY id",
+        )
+        with self._turn:
+            known, asked = (
+                [item_of(self._connection, number) for (number,) in self._connection.execute(which).fetchall()]
+                for which in (given, waiting)
+            )
+        values = [float(value) for value in selector.values(asked, known)]
+        if len(values) != len(asked):
+            raise ValueError(f"{type(selector).__name__} returned {len(values)} values for {len(asked)} items")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{type(selector).__name__} returned a value that is no finite number")
+        with self._transaction() as db:
+            rows = [(item.id, value) for item, value in zip(asked, values, strict=True)]
+            db.executemany("INSERT OR REPLACE INTO item_values VALUES (?, ?)", rows)
+
+    # ---- what annotators do -----------------------------------------------------------------------------------------
+
+    def next(self, annotator: str) -> Assignment | None:
+        """What the annotator is to judge next; None where nothing is wanted of them now.
+
+        The same until it is judged, sides included: a page that is loaded again shows what it showed.
+        """
+        with self._transaction() as db:
+            found = open_assignment(db, annotator)
+            if found is None:
+                repeat = repeat_item(db, annotator, self.policy)
+                item = repeat if repeat is not None else fresh_item(db, annotator, self.policy, self.clock())
+                if item is None:
+                    return None
+                shown = sides(db, annotator, item, repeat is not None, self.policy)
+                cursor = db.execute(
+                    "INSERT INTO assignments (annotator, item, repeat, shown, given) VALUES (?, ?, ?, ?, ?)",
+                    (annotator, item, int(repeat is not None), encoded(shown), self.clock()),
+                )
+                assert cursor.lastrowid is not None
+                found = (cursor.lastrowid, item, int(repeat is not None), encoded(shown))
+            number, item, repeats, shown_text = found
+            return Assignment(number, item_of(db, item), tuple(json.loads(shown_text)), bool(repeats))
+
+    def judge(self, annotator: str, assignment: int, key: str, answer: Answer) -> int:
+        """Keep a judgement; return its row number. When this returns, the judgement is on the disk.
+
+        Args:
+            annotator: who judges.
+            assignment: what was asked.
+            key: made anew for each judgement: a request that is sent again with its key is the same judgement.
+            answer: the judgement.
+
+        Raises:
+            Conflict: it has been judged already, under another key.
+            NotAsked: the assignment is not this annotator's, or another store's.
+            JudgementRefused: the answer does not fit it.
+        """
+        with self._transaction() as db:
+            if (known := self._known(db, annotator, key, assignment)) is not None:
+                return known
+            row = db.execute(
+                "SELECT shown FROM assignments WHERE id = ? AND annotator = ?", [assignment, annotator]
+            ).fetchone()
+            if row is None:
+                raise NotAsked("this is not asked of you here")
+            shown = json.loads(row[0])
+            answer.check(len(shown))
+            if db.execute("SELECT 1 FROM live WHERE assignment = ?", [assignment]).fetchone():
+                raise Conflict("you have judged this one already")
+            return self._insert(db, annotator, assignment, key, answer, shown)
+
+    def _insert(
+        self, db: sqlite3.Connection, annotator: str, assignment: int, key: str, answer: Answer, shown: list[int]
+    ) -> int:
+        ranks = None if answer.ranks is None else in_item_order(answer.ranks, shown)
+        cursor = db.execute(
+            "INSERT INTO judgements (key, annotator, assignment, verdict, ranks, strength, reasons, flags, edited, "
+            "edited_place, seconds, judged) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                key, annotator, assignment, answer.verdict, None if ranks is None else encoded(ranks), answer.strength,
+                encoded(answer.reasons), encoded(answer.flags), answer.edited,
+                None if answer.edited_place is None else shown[answer.edited_place], float(answer.seconds),
+                self._now(),
+            ),
+        )  # fmt: skip
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def undo(self, annotator: str, key: str) -> int | None:
+        """Take back the annotator's last judgement, which is then asked again; return the row number of the undoing.
+
+        The judgement stays in the store, and a row says that it was taken back.
+
+        Args:
+            annotator: who takes it back.
+            key: as in `judge`.
+
+        Returns:
+            None if there is nothing to take back.
+        """
+        with self._transaction() as db:
+            if (known := self._known(db, annotator, key, None)) is not None:
+                return known
+            last = db.execute(
+                "SELECT id, assignment FROM live WHERE annotator = ? ORDER BY id DESC LIMIT 1", [annotator]
+            ).fetchone()
+            if last is None:
+                return None
+            cursor = db.execute(
+                "INSERT INTO judgements (key, annotator, assignment, undoes, judged) VALUES (?, ?, ?, ?, ?)",
+                (key, annotator, last[1], last[0], self._now()),
+            )
+            return cursor.lastrowid
+
+    def _known(self, db: sqlite3.Connection, annotator: str, key: str, assignment: int | None) -> int | None:
+        """The row that an earlier request with this key made."""
+        row = db.execute("SELECT id, annotator, assignment, undoes FROM judgements WHERE key = ?", [key]).fetchone()
+        if row is None:
+            return None
+        same_kind = (row[3] is not None) == (assignment is None)
+        if row[1] != annotator or not same_kind or (assignment is not None and row[2] != assignment):
+            raise JudgementRefused("the key belongs to another judgement")
+        return int(row[0])
+
+    # ---- where things stand -----------------------------------------------------------------------------------------
+
+    def progress(self, annotator: str) -> Progress:
+        """Count what the annotator has done and what is left."""
+        with self._turn:
+            judged, seconds = self._connection.execute(
+                f"SELECT count(*), avg(seconds) FROM live WHERE annotator = ? AND verdict IN {COUNTED}", [annotator]
+            ).fetchone()
+            (left,) = self._connection.execute(
+                # Both lists are made once; asked anew for each item they would cost the square of the labels.
+                "SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM live WHERE annotator = :annotator) "
+                f"AND id NOT IN (SELECT item FROM live WHERE repeat = 0 AND verdict IN {COUNTED} "
+                "GROUP BY item HAVING count(*) >= :wanted)",
+                {"annotator": annotator, "wanted": self.policy.annotators},
+            ).fetchone()
+        return Progress(judged, left, seconds or 0.0)
+
+    def labels(self) -> int:
+        """Judgements that training learns from: hidden repeats and skipped items are none."""
+        with self._turn:
+            (count,) = self._connection.execute(
+                f"SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN {COUNTED}"
+            ).fetchone()
+            return int(count)
+
+    def being_judged(self) -> int:
+        """Items that are in somebody's hands: labels that may come in without anything being given out."""
+        with self._turn:
+            (count,) = self._connection.execute(
+                "SELECT count(*) FROM assignments a WHERE repeat = 0 AND given > ? AND "
+                "NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id)",
+                [self.clock() - self.policy.lease],
+            ).fetchone()
+            return int(count)
+
+    def last(self) -> tuple[int, str]:
+        """Number of the last row of judgements, and whose it is; 0 and an empty name where there is none."""
+        with self._turn:
+            row = self._connection.execute("SELECT id, annotator FROM judgements ORDER BY id DESC LIMIT 1").fetchone()
+            return (0, "") if row is None else (int(row[0]), str(row[1]))
+
+    def snapshot(self) -> Snapshot:
+        """All judgements there are now."""
+        with self._turn:
+            return snapshot_of(self._connection)
+
+    def _now(self) -> str:
+        return datetime.fromtimestamp(self.clock(), UTC).isoformat(timespec="milliseconds")
+
+
+def counts(connection: sqlite3.Connection) -> dict[str, Any]:
+    """Items, judgements that stand, and annotators."""
+    items, judgements, annotators = (
+        connection.execute(f"SELECT {what}").fetchone()[0]
+        for what in (
+            "(SELECT count(*) FROM items)",
+            "(SELECT count(*) FROM live)",
+            "(SELECT count(DISTINCT annotator) FROM live)",
+        )
+    )
+    return {"items": items, "judgements": judgements, "annotators": annotators}

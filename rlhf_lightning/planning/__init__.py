@@ -1,0 +1,1 @@
+"""Memory and FLOPs of a run, estimated before it starts: `rlhf plan`."""

@@ -1,0 +1,318 @@
+r"""How much memory and work a run would take on each rank, from settings alone.
+
+A training step passes through moments that hold different things, and the peak is the largest of them:
+
+    sampling         weights, optimizer, gradients, KV cache, one step's distributions
+    statistics       weights, optimizer, gradients; all models forward the rollout
+    backward begins  weights, optimizer, the micro-batch's activations, logits; gradients from the second micro-batch on
+    backward ends    weights, optimizer, gradients, one block's activations
+    update           weights, optimizer, gradients, the optimizer's temporaries
+
+While a rollout is collected the gradients are those of the last update.
+
+Activations fall while gradients rise, both block by block, so between beginning and end of a backward pass nothing
+larger occurs than at one of them.
+
+Rows are all alike and as long as asked. Families that are not built like Llama are counted as if they were; tensor
+parallelism as if it cut every weight; what GPUs' allocators round up, and NCCL holds, not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig
+
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.planning import memory
+from rlhf_lightning.planning.memory import BF16, FP32, Block, Pass
+from rlhf_lightning.planning.setup import Frozen, MicroBatch, Setup, micro_batch
+from rlhf_lightning.planning.skeleton import Parameter, Skeleton, skeleton, trained_share, weight_bytes
+
+ADAM_BYTES = 2 * FP32
+"""Of AdamW's two moments, for each weight that trains."""
+
+SCORED_CELLS = 16_384
+"""Cells of a reward model's forward pass, see `scoring.LearnedScorer`."""
+
+HOLES_FULL, HOLES_ADAPTER = 0.2, 0.3
+"""What glibc's heap holds beside activations in freed pieces too small for the next tensor, as a share of them.
+
+Measured on SmolLM2-135M (experiments/benchmarks/plan.md). Beside an adapter more is freed for each tensor that is kept,
+so its holes are larger. With MALLOC_MMAP_THRESHOLD_=131072 in the environment there are none. GPUs have
+an allocator of their own, which rounds blocks up and whose holes are not counted here.
+"""
+
+
+class Role(NamedTuple):
+    """A model of the run.
+
+    Attributes:
+        name: its part.
+        parameters: elements.
+        trained: of them, those that training changes.
+        bytes: of its weights on a rank.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    bytes: int
+
+
+class Plan(NamedTuple):
+    """What a run would take.
+
+    Attributes:
+        roles: its models.
+        micro_batch: the widest micro-batch.
+        moments: bytes on the fullest rank by moment and by what holds them.
+        tokens: of a training step over all ranks, prompts counted for each completion; of a rollout those sampled.
+        flops: floating-point operations of a training step over all ranks, by what they are for.
+    """
+
+    roles: tuple[Role, ...]
+    micro_batch: MicroBatch
+    moments: dict[str, dict[str, int]]
+    tokens: int
+    flops: dict[str, int]
+
+    @property
+    def fullest(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak on the fullest rank."""
+        return sum(self.moments[self.fullest].values())
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _skeleton(config: str, lora: str, scalar: bool, value_head: bool, adapters: int) -> Skeleton:
+    settings = None if lora == "null" else LoraSettings(**json.loads(lora))
+    return skeleton(config_of(config), settings, scalar, value_head, adapters)
+
+
+def config_of(text: str) -> Any:
+    """Return the Hugging Face config that JSON text describes."""
+    values = json.loads(text)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def trained_skeleton(setup: Setup) -> Skeleton:
+    """The model that is trained, with a critic on its trunk where that is where it lives."""
+    lora = json.dumps(None if setup.lora is None else vars(setup.lora))
+    found = _skeleton(setup.config, lora, setup.scalar, setup.critic == "shared", setup.adapters)
+    if setup.critic != "adapter":
+        return found
+    adapter = tuple(part for part in found.parameters if part.trained)
+    head = Parameter((1, Block.of(config_of(setup.config)).hidden), True, False)
+    return found._replace(parameters=(*found.parameters, *adapter, head))
+
+
+def _roles(setup: Setup) -> list[tuple[str, Skeleton, int, str | None]]:
+    """Name, weights, bytes of a frozen element and quantisation of every model of a run, the trained first."""
+    name = "reward model" if setup.scalar else "policy"
+    found = [(name, trained_skeleton(setup), setup.bytes, setup.quantization)]
+    if setup.critic == "separate":
+        found.append(("critic", _skeleton(setup.config, "null", True, False, 0), FP32, None))
+    for frozen in setup.frozen:
+        weights = _skeleton(frozen.config, "null", frozen.scalar, False, 0)
+        still = tuple(part._replace(trained=False) for part in weights.parameters)
+        found.append((frozen.name, weights._replace(parameters=still), frozen.bytes, frozen.quantization))
+    return found
+
+
+def trained_passes(setup: Setup, batch: MicroBatch) -> list[Pass]:
+    """How each model that trains is forwarded, in one graph: the policy, and a critic that forwards by itself."""
+    machine = setup.machine
+    low = machine.strategy == "sharded" and machine.autocast
+    how = Pass(
+        weight_bytes=BF16 if low or (setup.lora is not None and setup.bytes == BF16) else FP32,
+        autocast=machine.autocast,
+        rank=None if setup.lora is None else setup.lora.r,
+        targets=_targets(setup.lora),
+        adapter_bytes=BF16 if low else FP32,
+        checkpointing=setup.checkpointing,
+        masked=batch.masked,
+        eager=setup.eager,
+        quantized=setup.quantization is not None,
+    )
+    if setup.critic == "separate":
+        whole = replace(how, weight_bytes=BF16 if low else FP32, rank=None, quantized=False)
+        return [how, whole]
+    return [how, how] if setup.critic == "adapter" else [how]
+
+
+def _targets(lora: LoraSettings | None) -> frozenset[str]:
+    """The projections that an adapter hangs on; names of other families count as all of them."""
+    if lora is None or isinstance(lora.targets, str):
+        return frozenset(memory.PROJECTIONS)
+    return frozenset(lora.targets) & frozenset(memory.PROJECTIONS) or frozenset(memory.PROJECTIONS)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def plan(setup: Setup) -> Plan:
+    """Return what a run would take."""
+    batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
+    machine, roles = setup.machine, _roles(setup)
+    tensor = machine.tensor_ranks
+    held = [weight_bytes(one.parameters, size, kind, machine.cuts) // tensor for _, one, size, kind in roles]
+    trained = sum(trained_share(one.parameters, machine.cuts) // tensor for _, one, _, _ in roles)
+    always = {"weights": sum(held), "optimizer": ADAM_BYTES * trained, "process": machine.process_bytes}
+    gradients = FP32 * trained
+    if machine.strategy == "ddp":
+        always["gradient buckets"] = gradients
+    gathered = {"gathered weights": _gathered_bytes(setup, roles)} if machine.strategy == "sharded" else {}
+    moments = _moments(setup, batch, roles, gradients)
+    rows = setup.rows
+    count = rows.groups * rows.completions
+    if setup.rollout is not None:
+        tokens = setup.rollout.prompts * rows.completions * rows.completion
+    else:
+        tokens = count * rows.length
+    described = (
+        Role(name, sum(p.size for p in one.parameters), trained_share(one.parameters), size)
+        for (name, one, _, _), size in zip(roles, held, strict=True)
+    )
+    passing = {name: {} if name == "update" else gathered for name in moments}  # the optimizer works on shards
+    whole = {
+        name: {**always, **passing[name], **{k: v for k, v in parts.items() if v}} for name, parts in moments.items()
+    }
+    return Plan(tuple(described), batch, whole, tokens, _flops(setup, batch))
+
+
+def _gathered_bytes(setup: Setup, roles: list[tuple[str, Skeleton, int, str | None]]) -> int:
+    """Bytes that FSDP2 holds together: of each trained model what belongs to no block, from its call to the end of its
+    backward pass, and of one model two blocks, this and the next; of what trains also the gradients before they are
+    summed and cut again, in the computation's precision and in fp32.
+    """
+    low = BF16 if setup.machine.autocast else FP32
+    total, widest = 0, 0
+    for _, one, size, _ in roles:
+        trains = [part for part in one.parameters if part.trained]
+        block = Block.of(config_of(setup.config))
+        every = sum(part.size for part in one.parameters)
+        two = 2 * (every - one.outside) // block.layers // setup.machine.tensor_ranks
+        element = low if setup.machine.autocast else (FP32 if trains else size)
+        whole = len(trains) > 0 and setup.lora is None
+        total += one.outside * (element + (low if whole else 0)) if trains else 0
+        widest = max(widest, two * element + (two // 2 * (low + FP32) if whole else 0))
+    return total + widest
+
+
+def _moments(
+    setup: Setup, batch: MicroBatch, roles: list[tuple[str, Skeleton, int, str | None]], gradients: int
+) -> dict[str, dict[str, int]]:
+    """Bytes by moment and holder, of what is not always there."""
+    block = Block.of(config_of(setup.config))
+    passes = trained_passes(setup, batch)
+    tensor = setup.machine.tensor_ranks
+    parts = [memory.kept_bytes(block, how, batch.rows, batch.width) // tensor for how in passes]
+    kept, holes = sum(parts), 0
+    if setup.machine.holes:
+        shares = [HOLES_FULL if how.rank is None else HOLES_ADAPTER for how in passes]
+        holes = int(sum(share * part for share, part in zip(shares, parts, strict=True)))
+    flight = max(memory.backward_bytes(block, how, batch.rows, batch.width) for how in passes) // tensor
+    language = 0 if setup.scalar else 1
+    states = language * batch.tokens * block.hidden * passes[0].compute_bytes
+    head = language * memory.head_bytes(block, batch.tokens, setup.lora is None)
+    asides = [_aside(setup, batch, frozen) for frozen in setup.frozen if frozen.judges]
+    if setup.adapter_reference:
+        asides.append(_forward(block, passes[0], batch, True))
+    before = gradients if batch.passes > 1 else 0
+    begins = [{"activations": kept + states + flight, "logits": head}]
+    begins += [{"activations": kept + states + part, "logits": logits} for part, logits in asides]
+    fullest = max(begins, key=lambda held: sum(held.values()))
+    one_block = kept // block.layers if not setup.checkpointing else 0
+    tied = FP32 * block.vocabulary * block.hidden if setup.lora is None else 0
+    largest = max((part.share(setup.machine.cuts) for _, one, _, _ in roles for part in one.parameters if part.trained))
+    trained = gradients // FP32
+    moments = {} if setup.rollout is None else _rollout_moments(setup, block, passes[0], gradients)
+    return moments | {
+        "backward begins": {"gradients": before, **fullest, "allocator": holes},
+        "backward ends": {"gradients": gradients + tied // setup.machine.cuts, "activations": one_block + flight},
+        "update": {"gradients": gradients, "temporaries": FP32 * (trained if setup.machine.gpu else 2 * largest)},
+    }
+
+
+def _forward(block: Block, how: Pass, batch: MicroBatch, language: bool) -> tuple[int, int]:
+    """Bytes of activations and logits in flight in a forward pass without gradient."""
+    logits = memory.head_bytes(block, batch.tokens, False, gradient=False) if language else 0
+    return memory.forward_bytes(block, how, batch.rows, batch.width), logits
+
+
+def _aside(setup: Setup, batch: MicroBatch, frozen: Frozen) -> tuple[int, int]:
+    how = Pass(
+        weight_bytes=frozen.bytes,
+        autocast=setup.machine.autocast,
+        masked=batch.masked,
+        quantized=frozen.quantization is not None,
+    )
+    return _forward(Block.of(config_of(frozen.config)), how, batch, not frozen.scalar)
+
+
+def _rollout_moments(setup: Setup, block: Block, how: Pass, gradients: int) -> dict[str, dict[str, int]]:
+    """Bytes while completions are drawn, and while the rollout is scored and forwarded for its statistics."""
+    assert setup.rollout is not None
+    rows, machine = setup.rows, setup.machine
+    mine = math.ceil(setup.rollout.prompts * rows.completions / machine.data_ranks)
+    slots = min(setup.rollout.slots or mine, mine)
+    whole = replace(rows, groups=setup.rollout.prompts)
+    batch = micro_batch(whole, machine.data_ranks, setup.packs_rows)
+    judged = [_forward(block, how, batch, not setup.scalar)]
+    judged += [_aside(setup, batch, frozen) for frozen in setup.frozen if frozen.judges]
+    scored = max(min(mine, SCORED_CELLS // rows.length), 1)
+    for frozen in setup.frozen:
+        if not frozen.judges:
+            judged.append(_aside(setup, batch._replace(rows=scored, width=rows.length, masked=False), frozen))
+    activations, logits = max(judged, key=sum)
+    return {
+        "sampling": {
+            "gradients": gradients,
+            "KV cache": memory.cache_bytes(block, slots, rows.length, how.compute_bytes),
+            "activations": memory.forward_bytes(block, how, slots, rows.prompt),
+            "logits": memory.sampling_bytes(block, slots),
+        },
+        "statistics": {"gradients": gradients, "activations": activations, "logits": logits},
+    }
+
+
+# -- work -------------------------------------------------------------------------------------------------------------
+
+
+def _flops(setup: Setup, batch: MicroBatch) -> dict[str, int]:
+    """Floating-point operations of a training step over all ranks."""
+    block, passes = Block.of(config_of(setup.config)), trained_passes(setup, batch)
+    updates = 1 if setup.rollout is None else setup.rollout.updates
+    rows = setup.rows
+    members = batch.tokens // (batch.rows * rows.completion)
+    cells = rows.groups * math.ceil(rows.completions / max(members, 1)) * batch.width
+    tokens = 0 if setup.scalar else rows.groups * rows.completions * rows.completion
+    once = memory.forward_flops(block, cells, batch.width) + memory.head_flops(block, tokens, True, gradient=False)
+    learning = sum(
+        memory.forward_flops(block, cells, batch.width) + memory.backward_flops(block, cells, batch.width, how)
+        for how in passes
+    ) + memory.head_flops(block, tokens, setup.lora is None)
+    judges = sum(frozen.judges for frozen in setup.frozen) + setup.adapter_reference
+    if setup.rollout is None:
+        return {"learning": learning} | ({"reference": judges * once} if judges else {})
+    times = setup.rollout.prompts / rows.groups
+    drawn = int(times * rows.groups * rows.completions)
+    scorers = sum(not frozen.judges for frozen in setup.frozen)
+    decoding = memory.forward_flops(block, drawn * rows.length, rows.length)
+    decoding += memory.head_flops(block, drawn * rows.completion, True, gradient=False)
+    judged = int(times * once * (len(passes) + judges)) + scorers * memory.forward_flops(
+        block, drawn * rows.length, rows.length
+    )
+    return {"sampling": decoding, "statistics": judged, "learning": updates * learning}

@@ -1,0 +1,225 @@
+"""``rlhf plan``: what a run would take on each rank, from the command line that would start it; nothing is loaded."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.parsing import with_underscores
+from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.train import RlhfCLI, flags
+from rlhf_lightning.planning.estimate import Plan, plan
+from rlhf_lightning.planning.remedies import Remedy, remedies
+from rlhf_lightning.planning.setup import Setup
+from rlhf_lightning.planning.setup_from_config import A_MODEL, setup_of
+from rlhf_lightning.training.module import AlignmentModule
+
+FITS, DOES_NOT_FIT = 0, 1
+GB = 1e9
+PLACEHOLDERS = {"model.init_from": A_MODEL, "data.source": "rows.jsonl", "model.scorer": A_MODEL}
+"""What a run must be given and a plan can do without."""
+
+
+@dataclass
+class Assumed:
+    """What a plan cannot know from a run's settings.
+
+    Args:
+        config: the trained model's sizes, where ``model.init_from`` is not here: a config.json, its text, as
+            '{"hidden_size": 4096, ...}', or a published architecture such as Llama-3.1-8B.
+        prompt_length: tokens of a prompt; None takes data.max_prompt_length, else half of data.max_length.
+        completion_length: tokens of a completion; None takes what the prompt leaves of data.max_length, of rollouts
+            model.max_new_tokens.
+    """
+
+    config: str | None = None
+    prompt_length: int | None = None
+    completion_length: int | None = None
+
+
+class PlanCLI(RlhfCLI):
+    """Reads a command line as ``rlhf fit`` does, and makes module, data and strategy, but no trainer and no folder."""
+
+    shown = "plan"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a plan is asked beside a run's settings."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--memory", type=float | None, default=None, help="GB that each device has")
+        parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
+        parser.add_class_arguments(Assumed, "plan")
+
+    def instantiate_classes(self) -> None:
+        """Make the module, the data and the strategy alone."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    quieten()
+    argv = with_underscores(argv)
+    cli = contextvars.copy_context().run(PlanCLI, ["fit", *argv, *placeholders(argv)])
+    settings = cli.config_init.fit
+    setup = setup_of(cli.model, cli.datamodule, settings.trainer, settings.plan)
+    found = plan(setup)
+    limit = None if settings.memory is None else int(settings.memory * GB)
+    helpful = remedies(setup, limit) if limit is not None and found.peak > limit else []
+    print(described(type(cli.model).__name__, setup, found, limit, helpful))
+    if settings.json is not None:
+        record = as_record(type(cli.model).__name__, setup, found, limit, helpful)
+        Path(settings.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return DOES_NOT_FIT if helpful else FITS
+
+
+# -- what was asked ---------------------------------------------------------------------------------------------------
+
+
+def placeholders(argv: Sequence[str]) -> list[str]:
+    """Return flags for what a run needs and nobody gave: a plan needs neither data nor, with --plan.config, a model."""
+    given, files = flags(argv), [value for name, value in _pairs(argv) if name in ("--config", "-c")]
+    known = {name.removeprefix("--").replace(".init_args", "") for name in given}
+    kind = given.get("--model", given.get("--model.class_path", ""))
+    for file in files:
+        if Path(file).is_file():
+            read = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            known |= set(_keys(read))
+            model = read.get("model") if isinstance(read, dict) else None
+            kind = kind or (model.get("class_path", "") if isinstance(model, dict) else "")
+    takes = parameters_of(_full_path(kind)) if kind else []
+    if any(name.endswith(".help") or name in ("help", "print_config") for name in known):
+        return []
+    return [
+        part
+        for name, value in PLACEHOLDERS.items()
+        if name not in known and (name != "model.scorer" or "scorer" in takes)
+        for part in (f"--{name}", value)
+    ]
+
+
+def _full_path(kind: str) -> str:
+    found = subclasses_of(AlignmentModule).get(kind)
+    return kind if found is None else f"{found.__module__}.{found.__qualname__}"
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Options with their values, repeated ones too."""
+    found = []
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        found.append((name, value if equals else "".join(argv[position + 1 : position + 2])))
+    return found
+
+
+def _keys(settings: Any, prefix: str = "") -> list[str]:
+    """Dotted names of a config file's settings, written as on the command line."""
+    if not isinstance(settings, dict):
+        return [prefix]
+    inner = [
+        key
+        for name, value in settings.items()
+        for key in _keys(value, prefix if name == "init_args" else f"{prefix}.{name}".lstrip("."))
+    ]
+    return [prefix, *inner]
+
+
+# -- what is answered -------------------------------------------------------------------------------------------------
+
+
+def described(name: str, setup: Setup, found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> str:
+    """Return the plan as text."""
+    machine, batch, rows = setup.machine, found.micro_batch, setup.rows
+    trains = "every weight" if setup.lora is None else f"an adapter of rank {setup.lora.r}"
+    trains += f" on {setup.quantization}" if setup.quantization else ""
+    kind = {"single": "", "ddp": ", ddp", "sharded": ", cut over ranks"}[machine.strategy]
+    ranks = machine.data_ranks * machine.tensor_ranks
+    where = f"{ranks} {'GPU' if machine.gpu else 'CPU process'}{'' if ranks == 1 else 's' if machine.gpu else 'es'}"
+    lines = [f"{name}: {trains}, {machine.precision}, {where}{kind}", ""]
+    lines.append(f"{'model':<16}{'parameters':>17}{'trained':>17}{'GB a rank':>12}")
+    for role in found.roles:
+        lines.append(f"{role.name:<16}{role.parameters:>17,}{role.trained:>17,}{role.bytes / GB:>12.2f}")
+    shared = " that share their prompt" if batch.masked else ""
+    each = f" x {rows.completions} completions{shared}" if rows.completions > 1 else ""
+    what = "rollout" if setup.rollout is not None else "step"
+    lines += [
+        "",
+        f"an update: {rows.groups} prompts of {rows.prompt} tokens{each} of {rows.completion}; "
+        f"{_times(batch.passes, 'micro-batch')} a rank of {batch.rows} x {batch.width} cells",
+        f"a {what}:  {found.tokens:,} tokens, {_flops(sum(found.flops.values()))} "
+        f"({', '.join(f'{part} {_flops(count)}' for part, count in found.flops.items())})",
+        "",
+        *_table(found),
+        "",
+        f"peak: {found.peak / GB:.2f} GB a rank, {found.fullest}",
+    ]
+    return "\n".join([*lines, *_verdict(found, limit, helpful)])
+
+
+def _table(found: Plan) -> list[str]:
+    """Bytes by holder and moment."""
+    holders = list(dict.fromkeys(holder for parts in found.moments.values() for holder in parts))
+    lines = ["GB a rank         " + "".join(f"{moment:>17}" for moment in found.moments)]
+    for holder in holders:
+        cells = (parts.get(holder) for parts in found.moments.values())
+        lines.append(f"{holder:<18}" + "".join(f"{'' if b is None else f'{b / GB:.2f}':>17}" for b in cells))
+    total = "".join(f"{sum(parts.values()) / GB:>17.2f}" for parts in found.moments.values())
+    return [*lines, f"{'together':<18}{total}"]
+
+
+def _verdict(found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> list[str]:
+    """Whether it fits, and what would help."""
+    if limit is None:
+        return []
+    if not helpful:
+        return [f"fits {limit / GB:g} GB; {(limit - found.peak) / GB:.2f} GB to spare"]
+    lines = [f"does not fit {limit / GB:g} GB; {(found.peak - limit) / GB:.2f} GB too much", ""]
+    if helpful[0].peak > limit:
+        lines.append("not even all of these together would do:" if helpful[0].flags else "no setting would help")
+    else:
+        lines.append("each of these would do:" if len(helpful[0].flags) == 1 else "these together would do:")
+    for remedy in helpful:
+        lines += [f"  {flag}" for flag in remedy.flags[:-1]]
+        lines += [f"  {flag:<72}{remedy.peak / GB:>8.2f} GB" for flag in remedy.flags[-1:]]
+    return lines
+
+
+def as_record(name: str, setup: Setup, found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> dict[str, Any]:
+    """Return the plan as plain values."""
+    return {
+        "module": name,
+        "machine": asdict(setup.machine),
+        "rows": asdict(setup.rows),
+        "roles": [role._asdict() for role in found.roles],
+        "micro_batch": found.micro_batch._asdict(),
+        "bytes": found.moments,
+        "peak_bytes": found.peak,
+        "peak_moment": found.fullest,
+        "tokens_per_step": found.tokens,
+        "flops_per_step": found.flops,
+        "memory_bytes": limit,
+        "fits": None if limit is None else found.peak <= limit,
+        "remedies": [{"flags": list(one.flags), "peak_bytes": one.peak} for one in helpful],
+    }
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 'es'}"
+
+
+def _flops(count: float) -> str:
+    """Floating-point operations in the largest unit that leaves digits before the point."""
+    power = min(int(math.log10(max(count, 1))) // 3, 6)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"

@@ -1,0 +1,202 @@
+"""Checkpoints as files: they come into place whole or not at all, carry checksums, and a damaged one is passed over.
+
+A checkpoint is a file, whose zip format has a CRC-32 of each part, or, sharded, a folder with ``checksums.json`` in it.
+Either appears under its name by one renaming, checksums included, so that no kill leaves one without the other.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER, move_into_place, write_text
+
+LAST_CHECKPOINT = "last.ckpt"
+BEST_CHECKPOINT = "best.ckpt"
+CHECKSUMS_FILE = "checksums.json"
+CHECKPOINT_NAME = re.compile(r"update_(\d+)\.ckpt")
+CHUNK = 1 << 24
+
+
+class CheckpointFailedError(OSError):
+    """A checkpoint could not be written."""
+
+
+class Checksum(NamedTuple):
+    """What tells a damaged file: its size in bytes and its CRC-32."""
+
+    size: int
+    crc: int
+
+
+def checkpoint_name(updates: int) -> str:
+    """Return the name of the checkpoint after so many updates."""
+    return f"update_{updates:06d}.ckpt"
+
+
+# -- written ----------------------------------------------------------------------------------------------------------
+
+
+def checksum(path: Path) -> Checksum:
+    """Return a file's checksum, read in pieces."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return Checksum(size, crc)
+
+
+def seal(folder: Path, checksums: dict[str, Checksum]) -> None:
+    """Write the checksums of a sharded checkpoint's files into its folder; files that lack one are read for it."""
+    rest = [file for file in folder.iterdir() if file.is_file() and file.name not in checksums]
+    whole = checksums | {file.name: checksum(file) for file in rest}
+    write_text(folder / CHECKSUMS_FILE, json.dumps(whole, sort_keys=True) + "\n")
+
+
+def replace_checkpoint(partial: Path, path: Path) -> None:
+    """Give a finished checkpoint its name.
+
+    A folder cannot be renamed over another in one step: the one before steps aside, where ``last_checkpoint`` finds it
+    if the process is killed in between.
+    """
+    aside = _aside(path)
+    if path.is_dir():
+        remove(aside)
+        path.rename(aside)
+    move_into_place(partial, path)
+    remove(aside)
+
+
+def link(target: Path, name: Path) -> None:
+    """Make ``name`` the same file as ``target`` in one step, or for a sharded checkpoint, a folder, point to it."""
+    partial = name.with_name(f".{name.name}.partial")
+    remove(partial)
+    try:
+        if target.is_dir():
+            partial.symlink_to(target.name)
+        else:
+            os.link(target, partial)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(target, partial)
+    os.replace(partial, name)
+    remove(partial)  # renaming between two names of one file leaves both
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_others(folder: Path, kept: Iterable[str]) -> None:
+    """Delete what lies in a checkpoint folder and is not kept: dropped ones, halves, and those of an abandoned future.
+
+    Whoever resumes from an earlier checkpoint gives up the later ones.
+    """
+    names = {*kept, LAST_CHECKPOINT, BEST_CHECKPOINT}
+    for path in folder.iterdir():
+        ours = CHECKPOINT_NAME.fullmatch(path.name) or re.fullmatch(r"\..*\.ckpt\.(partial|old)", path.name)
+        if ours and path.name not in names:
+            remove(path)
+
+
+# -- found again ------------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files; None where every checksum holds.
+
+    A folder that another program wrote has no checksums: nothing is known of it.
+    """
+    if not path.is_dir():
+        return _damage_of_file(path)
+    index = path / CHECKSUMS_FILE
+    if not index.is_file():
+        return None
+    try:
+        expected = {name: Checksum(*values) for name, values in json.loads(index.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError):
+        return f"{CHECKSUMS_FILE} is damaged"
+    for name, known in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != known.size:
+            return f"{name} has {file.stat().st_size} of {known.size} bytes"
+        if checksum(file) != known:
+            return f"{name} is damaged"
+    return None
+
+
+def _damage_of_file(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as parts:
+            broken = parts.testzip()
+    # A flipped bit may also turn a part into one that is compressed, encrypted or of another size than it has.
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, OSError):
+        return "it is cut short, or no checkpoint"
+    return None if broken is None else f"its part {broken} is damaged"
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint of a run that is whole, and say which ones are not.
+
+    Raises:
+        FileNotFoundError: the run has none. Starting afresh would not be resuming.
+    """
+    folder = run / CHECKPOINTS_FOLDER
+    _bring_back(folder)
+    numbered = [path for path in folder.glob("update_*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    candidates = [folder / LAST_CHECKPOINT, *sorted(numbered, key=_number, reverse=True)]
+    reasons: list[str] = []
+    seen: list[Path] = []
+    for path in candidates:
+        if not path.exists() or any(path.samefile(other) for other in seen):
+            continue
+        seen.append(path)
+        reason = damage(path)
+        if reason is None:
+            _warn(folder, reasons, path)
+            return path
+        reasons.append(f"{path.name} ({reason})")
+    if reasons:
+        raise FileNotFoundError(f"{run} has no whole checkpoint to resume from: {', '.join(reasons)}")
+    raise FileNotFoundError(f"{run} has no checkpoint to resume from: {folder} holds no .ckpt file")
+
+
+@rank_zero_only
+def _warn(folder: Path, reasons: list[str], path: Path) -> None:
+    if reasons:
+        print(f"damaged in {folder}: {', '.join(reasons)}; {path.name} is the newest whole checkpoint", flush=True)
+
+
+def _bring_back(folder: Path) -> None:
+    """Give a checkpoint back its name that had stepped aside for a successor that never came."""
+    for aside in folder.glob(".update_*.ckpt.old"):
+        path = folder / aside.name.removeprefix(".").removesuffix(".old")
+        if not path.exists():
+            try:
+                aside.rename(path)
+            except FileNotFoundError:  # another rank was faster
+                continue
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _number(path: Path) -> int:
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1

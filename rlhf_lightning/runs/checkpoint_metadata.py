@@ -1,0 +1,174 @@
+"""What a checkpoint says of the run that wrote it. No code is run from it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from jsonargparse import Namespace
+from torch import Tensor
+
+from rlhf_lightning.runs.shard_metadata import sharded_metadata
+from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY
+
+SHARDED_META = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds everything but tensors."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's file, or the settings of a sharded one's folder; tensors stay on the disk until used.
+
+    Raises:
+        ValueError: it is no checkpoint, or holds more than plain tensors and settings.
+    """
+    file = path / SHARDED_META if path.is_dir() else path
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        # torch says at length how to believe the file all the same; what is wrong with it is one line of that.
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
+        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {reason}") from error
+
+
+def weights_in(path: Path) -> dict[str, Tensor]:
+    """Return the trained weights in a checkpoint, those of a sharded one put together.
+
+    Raises:
+        ValueError: it is no checkpoint, or holds more than plain tensors and settings.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path)["state_dict"]
+    prefix, parts = "state_dict.", sharded_metadata(path).state_dict_metadata
+    sizes = {name: part for name, part in parts.items() if name.startswith(prefix)}
+    state = {name: torch.empty(part.size, dtype=part.properties.dtype) for name, part in sizes.items()}
+    distributed_checkpoint.load(state, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): weight for name, weight in state.items()}
+
+
+def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
+    """Return why a checkpoint cannot be loaded under a strategy; None where it can.
+
+    Args:
+        path: the checkpoint.
+        sharded: whether the strategy cuts weights over ranks.
+        resumes: whether training goes on from it, and so its optimizer's state is needed too.
+
+    Raises:
+        ValueError: it is no checkpoint of plain tensors and settings.
+    """
+    if path.is_dir():
+        sharded_metadata(path)
+        return (
+            None
+            if sharded
+            else (
+                f"{path} is a folder of shards, which ModelParallelStrategy alone can load: resume with it "
+                "(recipe:hardware/fsdp), or write the weights as a model's folder with `rlhf export`"
+            )
+        )
+    written_sharded = read_checkpoint(path).get("sharded", False)
+    return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
+
+
+def import_object(path: str) -> Any:
+    """Return the class that a dotted path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def is_same_class(written: str, asked: str) -> bool:
+    """Whether a checkpoint's class is the one that was asked for; a package may offer it under a shorter path as well.
+
+    What the checkpoint names is imported from the package of the one that was asked for, and from nowhere else.
+    """
+    if written == asked or written.partition(".")[0] != asked.partition(".")[0]:
+        return written == asked
+    try:
+        return import_object(written) is import_object(asked)
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def checkpoint_hparams(path: Path) -> dict[str, Any]:
+    """Return the hyper-parameters in a checkpoint, with the class that had them under ``_class_path``."""
+    hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
+    hparams.pop("_instantiator", None)
+    hparams.pop("trust_remote_code", None)  # whose code may be run is for the user to say, each time
+    return hparams
+
+
+def inside_run(checkpoint: Path, run: Path) -> Path:
+    """Return a run's checkpoint if it lies in the run's folder.
+
+    Raises:
+        ValueError: it is a link to somewhere else: whoever can write there decides what is loaded.
+    """
+    if not checkpoint.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"{checkpoint} is a link that leaves its run, to {checkpoint.resolve()}: name that checkpoint itself with "
+            "--ckpt_path if you trust it"
+        )
+    return checkpoint
+
+
+PACKAGE = __name__.partition(".")[0]
+SPECS = ("scorer", "scorers", "engine", "class_path")
+"""Settings that name a class or a function."""
+
+
+def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tuple[str, str]]:
+    """Yield what in a checkpoint's settings names code that nobody asked for: the setting, and the path of the code.
+
+    Weights are data, and following such a name would import whatever module the file asks for.
+
+    Args:
+        settings: of the checkpoint.
+        named: class or module that the user named, whose package may be imported beside this one.
+    """
+    for setting, value in settings.items():
+        for path in _paths(value, setting in SPECS):
+            if "." in path and path.partition(".")[0] not in (PACKAGE, named.partition(".")[0]):
+                yield setting, path
+
+
+def _paths(value: Any, spec: bool) -> Iterator[str]:
+    """Yield the texts in a setting that name code; where ``spec``, the setting is a scorer, an engine or some of them.
+
+    Folders and hub ids are left out: what they hold is weights.
+    """
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            arguments = item if key == "init_args" and isinstance(item, Mapping) else None
+            if arguments is None:
+                yield from _paths(item, spec or key in SPECS)
+            else:
+                yield from (path for name, one in arguments.items() for path in _paths(one, name in SPECS))
+    elif isinstance(value, list | tuple):
+        yield from (path for item in value for path in _paths(item, spec))
+    elif spec and isinstance(value, str) and not (Path(value).expanduser().is_dir() or "/" in value):
+        yield value
+
+
+def as_plain(value: Any) -> Any:
+    """Return parsed settings as dicts, lists and values."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those in ``over`` put on top, nested ones key by key."""
+    result = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if nested else value
+    return result

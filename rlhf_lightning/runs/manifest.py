@@ -1,0 +1,163 @@
+"""What a run was: versions, code, command, data. Enough to run it again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlhf_lightning.runs.run import MANIFEST_FILE, run_folder, updates_of, write_text, writes_files
+
+PACKAGES = (
+    "rlhf-lightning",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "peft",
+    "torchmetrics",
+    "numpy",
+)
+
+
+class RunManifest(Callback):
+    """Write manifest.json: package versions, Python, git state, command line, seed, data fingerprint and report, times.
+
+    A run that is resumed keeps one entry per session. Nothing is read from the environment, so no secret gets in.
+
+    Args:
+        command: the command line; None takes the process's own.
+    """
+
+    def __init__(self, command: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.command = list(sys.argv if command is None else command)
+        self.path: Path | None = None
+        self.record: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write what is known once the data is read."""
+        path = run_folder(trainer) / MANIFEST_FILE
+        if not writes_files(trainer):
+            return
+        self.path = path
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.record = {
+            "subcommand": earlier.get("subcommand", trainer.state.fn.value if trainer.state.fn else stage),
+            "model": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
+            "seed": int(os.environ["PL_GLOBAL_SEED"]) if os.environ.get("PL_GLOBAL_SEED", "").isdigit() else None,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": package_versions(),
+            "git": git_state(Path.cwd()),
+            "data": describe_data(getattr(trainer, "datamodule", None)),
+            "chat_template": describe_template(pl_module),
+            "sessions": [*earlier.get("sessions", []), self._session(trainer)],
+        }
+        self._write()
+
+    def _session(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the entry of this process."""
+        return {
+            "command": shlex.join(self.command),
+            "ranks": trainer.world_size,
+            "started": now(),
+            "ended": None,
+            "status": "running",
+            "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record and say how much is trained."""
+        if not trainer.is_global_zero:
+            return
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        print(f"{type(pl_module).__name__}: {total:,} parameters, {trained:,} of them trained")
+        if self.path is not None:
+            self.record["parameters"] = {"total": total, "trained": trained}
+            self._write()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Record that the run ended well."""
+        self._end(pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Record why the run ended, if the disk has room for it: the reason itself is what must be said."""
+        with contextlib.suppress(OSError):
+            self._end(pl_module, f"{type(exception).__name__}: {exception}"[:500])
+
+    def _end(self, module: LightningModule, status: str) -> None:
+        if self.path is not None:
+            self.record["sessions"][-1].update(status=status, ended=now(), updates=updates_of(module))
+            self._write()
+
+    def _write(self) -> None:
+        assert self.path is not None
+        write_text(self.path, json.dumps(self.record, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def now() -> str:
+    """Return the time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that results depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return commit, branch and whether files differ from the commit; None outside a repository or without git."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+            "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_data(datamodule: Any) -> dict[str, Any] | None:
+    """Return the DataModule's fingerprint, its feedback stores', and what it kept, dropped and truncated."""
+    if datamodule is None:
+        return None
+    report = getattr(datamodule, "report", None)
+    as_dict = getattr(report, "to_dict", None)
+    return {
+        "class": f"{type(datamodule).__module__}.{type(datamodule).__name__}",
+        "fingerprint": getattr(datamodule, "fingerprint", None),
+        "report": as_dict() if callable(as_dict) else report,
+        **({"snapshots": snapshots} if (snapshots := getattr(datamodule, "snapshots", None)) else {}),
+    }
+
+
+def describe_template(module: Any) -> str | None:
+    """Return the hash of the tokenizer's chat template, None without one."""
+    template = getattr(getattr(module, "tokenizer", None), "chat_template", None)
+    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]

@@ -1,0 +1,158 @@
+"""How far a run is: a bar on a terminal, a line every ten seconds anywhere else."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from rlhf_lightning.runs.run import updates_of
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class RunProgress(TQDMProgressBar):
+    """Show loss, tokens per second and the time left of the whole run.
+
+    A log file or a pipe gets one plain line every ten seconds instead of thousands of redrawn bars.
+
+    Args:
+        seconds: seconds between two lines where there is no terminal.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, seconds: float = SECONDS_BETWEEN_LINES, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.clock = clock
+        self.on_terminal = sys.stdout.isatty()
+        self._began = self._printed = clock()
+        self._tokens_before = 0
+        self._steps = 0
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether bars are drawn."""
+        return self.on_terminal and super().is_enabled
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether bars are not drawn."""
+        return not self.is_enabled
+
+    def on_train_start(self, *args: Any) -> None:
+        """Start the clock."""
+        super().on_train_start(*args)
+        module: Any = args[1]
+        self._began = self._printed = self.clock()
+        self._tokens_before, self._steps = int(getattr(module, "tokens", 0)), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance."""
+        self._steps += 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        total = steps_of_run(trainer)
+        last = total is not None and self._step(trainer) >= total
+        if last or self._is_due():
+            self._line("training", self._step(trainer), total, self._figures(trainer, pl_module))
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands beside the bar."""
+        shown: dict[str, Any] = {**self._figures(trainer, pl_module), **trainer.progress_bar_metrics}
+        return shown
+
+    def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
+        """Return loss, speed and time left as text; what is not known yet is left out."""
+        figures: dict[str, str] = {"update": str(updates_of(module))}
+        for label, tag in (("loss", "train/loss"), ("score", "rollout/score"), ("KL", "rollout/kl")):
+            value = trainer.callback_metrics.get(tag)
+            if value is not None:
+                figures[label] = f"{float(value):.4g}"
+        seconds = self.clock() - self._began
+        tokens = int(getattr(module, "tokens", 0)) - self._tokens_before
+        if tokens and seconds > 0:
+            figures["tokens/s"] = f"{tokens / seconds:,.0f}"
+        total = steps_of_run(trainer)
+        if total is not None and self._steps:
+            left = max(total - self._step(trainer), 0)
+            figures["left"] = clock_time(seconds / self._steps * left)
+        return figures
+
+    def _step(self, trainer: Trainer) -> int:
+        """Return the training steps done in the run, those before a resume included."""
+        return trainer.fit_loop.total_batch_idx + 1
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Advance."""
+        super().on_validation_batch_end(*args, **kwargs)
+        self._evaluated("validation", args, kwargs)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Advance."""
+        super().on_test_batch_end(*args, **kwargs)
+        self._evaluated("test", args, kwargs)
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Advance."""
+        super().on_predict_batch_end(*args, **kwargs)
+        self._evaluated("prediction", args, kwargs)
+
+    def _evaluated(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Print how far an evaluation is, when a line is due."""
+        if not self._is_due():
+            return
+        trainer, index = args[0], kwargs.get("batch_idx", args[4] if len(args) > 4 else 0)
+        batches = {"test": trainer.num_test_batches, "prediction": trainer.num_predict_batches}.get(
+            what, trainer.num_val_batches
+        )
+        total = sum(batches) if isinstance(batches, list) else batches
+        self._line(what, index + 1, None if math.isinf(total) else int(total), {})
+
+    def _is_due(self) -> bool:
+        return not self.on_terminal and self._enabled and self.clock() - self._printed >= self.seconds
+
+    def _line(self, what: str, step: int, total: int | None, figures: dict[str, str]) -> None:
+        """Print one line."""
+        if self.on_terminal or not self._enabled:
+            return
+        self._printed = self.clock()
+        share = f"{step}/{total} ({100 * step / total:.0f} %)" if total else str(step)
+        print(f"{what} {share}  {'  '.join(f'{name} {value}' for name, value in figures.items())}".rstrip(), flush=True)
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print without tearing the bar, and also where there is none."""
+        if self.on_terminal:
+            super().print(*args, sep=sep, **kwargs)
+        elif self._enabled:
+            print(*args, sep=sep, **kwargs)
+
+
+def steps_of_run(trainer: Trainer) -> int | None:
+    """Return the training steps of the whole run, None where nothing bounds it.
+
+    ``max_steps`` counts optimizer steps, of which an on-policy training step takes several.
+    """
+    per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
+    bounds = []
+    if epochs is not None and epochs > 0 and not math.isinf(per_epoch):
+        bounds.append(int(per_epoch) * epochs)
+    if trainer.max_steps is not None and trainer.max_steps > 0:
+        per_step = max(int(getattr(trainer.lightning_module, "updates_per_step", 1)), 1)
+        bounds.append(math.ceil(trainer.max_steps / per_step))
+    return min(bounds) if bounds else None
+
+
+def clock_time(seconds: float) -> str:
+    """Return seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

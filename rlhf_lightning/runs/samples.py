@@ -1,0 +1,183 @@
+"""What the policy answers, while it is trained: a table in TensorBoard's text tab and rows in samples.jsonl."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from rlhf_lightning.runs.run import SAMPLES_FILE, append_rows, run_folder, updates_of, writes_files
+from rlhf_lightning.sampling.json_server import ServerError
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.scoring.scorer import MissingColumnError
+from rlhf_lightning.scoring.faults import ScorerFailedError
+from rlhf_lightning.types import Prompt
+
+UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError, ServerError)
+LONGEST_CELL = 600
+"""Characters of a prompt or completion that the table shows; samples.jsonl has all of them."""
+
+
+class SampleTable(Callback):
+    """Let the policy answer the same few prompts before, during and after training.
+
+    Sampling is addressed by (seed, episode, position), so a table differs from the one before by the policy alone. The
+    prompts come from the held-out rows where there are any. Stages without a policy are left alone.
+
+    Args:
+        prompts: how many prompts; 0 samples nothing.
+        every_n_updates: sample once this many further updates are done, beside the start, each validation and the end.
+        max_new_tokens: longest completion, tokens; null takes the module's own limit.
+        temperature: logits are divided by it, 0 takes the likeliest token; null takes the module's own.
+        seed: seed of the sampling.
+    """
+
+    def __init__(
+        self,
+        prompts: int = 4,
+        every_n_updates: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if prompts < 0:
+            raise ValueError(f"samples.prompts is {prompts}: give a number of prompts, 0 for none")
+        if every_n_updates is not None and every_n_updates < 1:
+            raise ValueError(f"samples.every_n_updates is {every_n_updates}: give a positive number, or null")
+        self.count = prompts
+        self.every_n_updates = every_n_updates
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.seed = seed
+        self.prompts: list[Prompt] = []
+        self.path: Path | None = None
+        self._sampled_at: int | None = None
+        self._resumed: tuple[int | None, int] | None = None  # what a checkpoint that is resumed from says of both
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the file; choosing prompts waits until the data is there."""
+        self.path = run_folder(trainer) / SAMPLES_FILE
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample before the first update; after a resume, drop rows that the checkpoint does not know of."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if self.count == 0 or not getattr(pl_module, "has_policy", False) or not hasattr(datamodule, "example_prompts"):
+            return
+        self.prompts = list(datamodule.example_prompts(self.count))
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            self.sample(trainer, pl_module)
+            return
+        self._sampled_at, length = resumed  # on every rank: they sample together or not at all
+        if writes_files(trainer) and self.path is not None and self.path.is_file():
+            os.truncate(self.path, min(length, self.path.stat().st_size))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep when the policy last answered, and how long the file was."""
+        if self.prompts:
+            length = self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
+            checkpoint["samples"] = {"sampled_at": self._sampled_at, "length": length}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember it until training starts."""
+        if "samples" in checkpoint:
+            self._resumed = checkpoint["samples"]["sampled_at"], checkpoint["samples"]["length"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample when a multiple of the period was reached or passed."""
+        if self.every_n_updates is not None and self._sampled_at is not None:
+            passed = updates_of(pl_module) // self.every_n_updates > self._sampled_at // self.every_n_updates
+            if passed:
+                self.sample(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample beside the metrics of the same weights."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample from the final policy."""
+        self.sample(trainer, pl_module)
+
+    def sample(self, trainer: Trainer, module: LightningModule) -> None:
+        """Answer and record, once per update. Every rank answers, since a sharded policy needs all of them."""
+        updates = updates_of(module)
+        if not self.prompts or updates == self._sampled_at:
+            return
+        self._sampled_at = updates
+        answers = module.answer(self.prompts, self.settings(module), self.seed)  # type: ignore[operator]
+        scores = self._scores(module, [answer.text for answer in answers])
+        rows = [
+            {
+                "update": updates,
+                "prompt": prompt,
+                "completion": answer.text,
+                "score": score,
+                "finished": answer.finished,
+                "length": len(answer.ids),
+            }
+            for prompt, answer, score in zip(self.prompts, answers, scores, strict=True)
+        ]
+        if writes_files(trainer):
+            assert self.path is not None
+            append_rows(self.path, rows)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("samples", as_table(rows), updates)
+
+    def settings(self, module: LightningModule) -> SamplingSettings:
+        """Return the module's own sampling with what was asked for here."""
+        own = getattr(module, "sampling", None) or SamplingSettings()
+        return SamplingSettings(
+            max_new_tokens=own.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+            temperature=own.temperature if self.temperature is None else self.temperature,
+            top_p=own.top_p,
+            top_k=own.top_k,
+            batch_size=own.batch_size,
+        )
+
+    def _scores(self, module: LightningModule, completions: Sequence[str]) -> list[float | None]:
+        """Return the scorer's scores; None without a scorer and where it could not score."""
+        scorer = getattr(module, "scorer", None)
+        if scorer is None:
+            return [None] * len(completions)
+        try:
+            given = scorer(self.prompts, list(completions))
+        except UNSCORABLE:  # it asks for a column of the data, and these are prompts alone
+            return [None] * len(completions)
+        scores = [None if score is None else float(score) for score in given]
+        return [None if score is None or math.isnan(score) else score for score in scores]
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as a markdown table for TensorBoard."""
+    lines = ["| prompt | completion | score | finished | length |", "|---|---|---|---|---|"]
+    for row in rows:
+        score = "" if row["score"] is None else f"{row['score']:.3f}"
+        finished = "yes" if row["finished"] else "no"
+        cells = (cell(shown(row["prompt"])), cell(row["completion"]), score, finished, str(row["length"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shown(prompt: Prompt) -> str:
+    """Return a prompt as one text, the turns of a conversation on lines of their own."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def cell(text: str) -> str:
+    """Return text that markdown and HTML show as it is, in one table cell and not too long."""
+    if len(text) > LONGEST_CELL:
+        text = text[: LONGEST_CELL - 1] + "…"
+    text = re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", html.escape(text, quote=False))
+    return re.sub(r"\r\n|\r|\n", "<br>", text) or "(empty)"

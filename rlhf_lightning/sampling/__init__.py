@@ -1,0 +1,1 @@
+"""Sampling engines: slots with continuous batching, transformers' generate, and servers."""

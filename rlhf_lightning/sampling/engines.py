@@ -1,0 +1,400 @@
+"""Sampling completions from the policy: pure sampling at a temperature, addressed random numbers, no idle slots.
+
+The same engine serves rollouts, evaluation, best-of-n, chat and generate; another takes its place by one method.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import at_least_float32
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.sharding import in_step
+from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.decoding import Mixture, Prefix, pass_for_nothing, reader_of
+
+FULL_ENOUGH = 0.75
+"""Share of the rows below which it pays to fill the batch up, or to make it smaller: both cost about one step."""
+
+
+@dataclass
+class SamplingSettings:
+    """How completions are drawn. The model's own generation config is never consulted.
+
+    Args:
+        max_new_tokens: longest completion, tokens.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_p: keep the smallest set of tokens with this probability. Training needs 1: log-probabilities of a
+            truncated distribution are not the policy's.
+        top_k: keep this many likeliest tokens; 0 keeps all.
+        batch_size: slots, the completions decoded side by side; a waiting prompt takes the place of a finished
+            completion. None takes all at once.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: at least one token must be sampled")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be 0 (all tokens) or positive")
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether tokens come from the policy's own distribution at the temperature, untruncated."""
+        return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0
+
+
+class Completions(NamedTuple):
+    """What was sampled, in the order of the prompts.
+
+    Attributes:
+        ids: token ids of each completion, the end token included where it was reached; int64.
+        logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
+        finished: bool, True where the end token was reached, shape (rows,).
+        entropies: entropy of the distribution that each token was drawn from, nats; None from engines that do not say.
+    """
+
+    ids: tuple[Tensor, ...]
+    logprobs: tuple[Tensor, ...]
+    finished: Tensor
+    entropies: tuple[Tensor, ...] | None = None
+
+
+class Request(NamedTuple):
+    """What an engine is asked for, see `SamplingEngine.sample`.
+
+    Attributes:
+        prompts: token ids of each prompt, int64; none is empty.
+        episodes: number of each episode, int64, shape (rows,).
+        settings: temperature, length limit.
+        seed: seed of the run.
+        end_ids: tokens that end a completion.
+        on_progress: called with the number of completions that have just finished.
+        mixture: a second model to sample from together with the first; None samples from the first alone.
+    """
+
+    prompts: Sequence[Tensor]
+    episodes: Tensor
+    settings: SamplingSettings
+    seed: int
+    end_ids: Sequence[int]
+    on_progress: Callable[[int], None] | None
+    mixture: Mixture | None
+
+
+class SamplingEngine(ABC):
+    """What draws completions from a policy; an engine defines `complete`.
+
+    An engine may compute on other kernels, in another process or on other machines; a subclass says by ``exact`` and
+    ``reports_logprobs`` what that means for learning from its samples.
+    """
+
+    exact: bool = True
+    """Whether log-probabilities are those of the trainer's forward up to rounding. Learning from samples of an engine
+    that is not exact takes importance correction."""
+
+    reports_logprobs: bool = True
+    """Whether log-probabilities are the ones that the engine drew with; importance correction needs them."""
+
+    def sample(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Tensor],
+        episodes: Tensor,
+        settings: SamplingSettings,
+        seed: int,
+        end_ids: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+        mixture: Mixture | None = None,
+    ) -> Completions:
+        """Sample one completion for each prompt.
+
+        Args:
+            model: the policy; put in eval mode for the while.
+            prompts: token ids of each prompt, int64.
+            episodes: number of each episode, int64, shape (rows,).
+            settings: temperature, length limit.
+            seed: seed of the run.
+            end_ids: tokens that end a completion.
+            on_progress: called with the number of completions that have just finished.
+            mixture: a second model to sample from together with the first; None samples from the first alone.
+
+        Raises:
+            ValueError: a prompt is empty, so there is nothing to predict from.
+        """
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError(
+                "a prompt is empty: the first token of a completion is predicted from the prompt's last one"
+            )
+        return self.complete(model, Request(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
+
+    @abstractmethod
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw what `sample` asks for."""
+
+
+class SlotEngine(SamplingEngine):
+    """Decodes in slots: finished completions leave, waiting prompts enter, and equal prompts are read once.
+
+    The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
+    addressed by (seed, e, t), so the episodes do not depend on the slots, their order or the ranks.
+    """
+
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw the completions, all ranks making their passes together where weights are cut over them."""
+        run = _Run(model, request)
+        idle = partial(pass_for_nothing, model, request.mixture)
+        with inference_mode_of(model), in_step(model, idle) as before_pass:
+            return run.finish(before_pass)
+
+
+sample = SlotEngine().sample
+"""Sample one completion for each prompt with the engine of this process."""
+
+
+def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngine:
+    """Return the engine that ``spec`` describes.
+
+    Args:
+        spec: an engine; ``{"class_path": ..., "init_args": {...}}`` as YAML writes one; or None for a `SlotEngine`.
+
+    Raises:
+        ValueError: the class cannot be imported, is no engine, or does not take the arguments.
+    """
+    if spec is None or isinstance(spec, SamplingEngine):
+        return spec or SlotEngine()
+    given = spec.as_dict() if isinstance(spec, Namespace) else dict(spec)
+    path = str(given.get("class_path"))
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        # Looked at before it is called: what is no engine may do anything.
+        if not (isinstance(kind, type) and issubclass(kind, SamplingEngine)):
+            raise TypeError("it is no SamplingEngine")
+        return kind(**given.get("init_args") or {})
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"engine {path!r} cannot be made: {error}") from error
+
+
+class _Run:
+    """Prompts on their way through the slots of a batch.
+
+    What decides who stays is kept on the CPU, and one tensor comes back from the device for each step: which rows drew
+    an end token. Drawn tokens stay on the device until all are done.
+    """
+
+    def __init__(self, model: CausalLM, request: Request) -> None:
+        prompts, settings = request.prompts, request.settings
+        self.prompts, self.settings, self.seed = prompts, settings, request.seed
+        self.on_progress = request.on_progress
+        like = next(model.parameters())[:0]
+        self.device = like.device
+        self.episodes = request.episodes.to(self.device)
+        self.ends = torch.tensor(list(request.end_ids), device=self.device)
+        self.keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
+        first: dict[bytes, int] = {}
+        for row, key in enumerate(self.keys):
+            first.setdefault(key, row)
+        # Prompts of like length go together, and equal ones after each other.
+        order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), first[self.keys[row]], row))
+        self.waiting = deque(order)
+        self.own = request.mixture is None  # whether what is drawn from is the model's own distribution
+        self.slots = min(settings.batch_size or len(prompts), len(prompts))
+        self.reader = reader_of(model, self.slots, settings.max_new_tokens, request.mixture)
+        self.held: dict[bytes, tuple[Prefix, int]] = {}  # prompts that have been read and are still waited for
+        self._clear()
+        # Of each completion:
+        shape = (len(prompts), settings.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
+        # What each token is drawn with, made for several tokens at a time: it takes some hundred small operations.
+        self.ahead = min(settings.max_new_tokens, AHEAD)
+        columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
+        self.numbers = torch.zeros(len(prompts), columns, dtype=torch.float64, device=self.device)
+        # A finished row goes on until its slot is taken, at a position that the model still knows.
+        self.longest = torch.tensor([len(prompt) + settings.max_new_tokens for prompt in prompts])
+        self.counts = torch.zeros(len(prompts), dtype=torch.long)
+        self.ended = torch.zeros(len(prompts), dtype=torch.bool)
+
+    def _clear(self) -> None:
+        """Have all slots free."""
+        slots = min(self.slots, len(self.waiting))
+        self.owners = torch.zeros(slots, dtype=torch.long)  # whose completion each holds
+        self.active = torch.zeros(slots, dtype=torch.bool)
+        self.drawn = torch.zeros(slots, dtype=torch.long)  # tokens of the completion
+        self.lengths = torch.zeros(slots, dtype=torch.long)  # tokens of prompt and completion
+        self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # the token drawn last
+
+    def finish(self, before_pass: Callable[[], None]) -> Completions:
+        """Decode until every prompt has its completion.
+
+        Args:
+            before_pass: called before each forward pass.
+        """
+        while self.waiting or bool(self.active.any()):
+            left = int(self.active.sum())
+            if left <= FULL_ENOUGH * len(self.active):
+                if self.waiting and (left == 0 or self.reader.refills):
+                    self._fill(before_pass)
+                elif left:
+                    self._shrink()
+            if bool(self.active.any()):
+                self._trim()
+                before_pass()
+                self._record(torch.arange(len(self.active)), self.reader.step(self.last, self.lengths.to(self.device)))
+        counts = self.counts.tolist()
+        ids, logprobs, entropies = (
+            tuple(row[:count] for row, count in zip(grid.cpu(), counts, strict=True))
+            for grid in (self.tokens, self.scores, self.entropies)
+        )
+        return Completions(ids, logprobs, self.ended, entropies if self.own else None)
+
+    def _fill(self, before_pass: Callable[[], None]) -> None:
+        """Let waiting prompts enter the free slots, and draw their first tokens."""
+        if not self.reader.refills:
+            self._clear()
+        free = (~self.active).nonzero().squeeze(-1).tolist()[: len(self.waiting)]
+        rows = [self.waiting.popleft() for _ in free]
+        fresh = {self.keys[row]: row for row in reversed(rows) if self.keys[row] not in self.held}
+        distinct = [row for row in rows if fresh.get(self.keys[row]) == row]
+        if distinct:
+            before_pass()
+            prefix = self.reader.read([self.prompts[row] for row in distinct])
+            self.held |= {self.keys[row]: (prefix, place) for place, row in enumerate(distinct)}
+        places = [self.held[self.keys[row]] for row in rows]
+        for prefix in {id(prefix): prefix for prefix, _ in places}.values():
+            members = [index for index, (of, _) in enumerate(places) if of is prefix]
+            slots = torch.tensor([free[index] for index in members])
+            self._enter(prefix, [places[index][1] for index in members], slots, [rows[index] for index in members])
+        self._let_go(rows[-1])
+
+    def _enter(self, prefix: Prefix, places: list[int], slots: Tensor, rows: list[int]) -> None:
+        """Put prompts that have been read into slots."""
+        place = torch.tensor(places, device=self.device)
+        logits = prefix.logits
+        if places != list(range(len(logits))):
+            logits = logits[place]
+        self.reader.enter(prefix, place, slots.to(self.device))
+        self.owners[slots] = torch.tensor(rows)
+        self.lengths[slots] = torch.tensor([len(self.prompts[row]) for row in rows])
+        self.drawn[slots] = 0
+        self.active[slots] = True
+        self._record(slots, logits)
+
+    def _let_go(self, row: int) -> None:
+        """Forget the prompts that have been read, but for one whose group did not enter whole."""
+        key = self.keys[row]
+        split = self.reader.refills and bool(self.waiting) and self.keys[self.waiting[0]] == key
+        prefix, place = self.held[key]
+        self.held = {}
+        if split:
+            self.held[key] = (prefix if len(prefix.logits) == 1 else prefix.select(place), 0)
+
+    def _shrink(self) -> None:
+        """Drop the slots of finished completions: nothing takes them."""
+        kept = self.active.nonzero().squeeze(-1)
+        self.reader.keep(kept.to(self.device))
+        self.owners, self.active, self.drawn = self.owners[kept], self.active[kept], self.drawn[kept]
+        self.lengths, self.last = self.lengths[kept], self.last[kept.to(self.device)]
+
+    def _trim(self) -> None:
+        """Make the batch as wide as its longest row.
+
+        Not where all prompts started together: there the widths, and with them the last bits of the numbers, stay what
+        they would be in a batch that nothing enters.
+        """
+        if self.slots < len(self.prompts):
+            self.reader.trim(max((self.lengths - 1)[self.active].tolist(), default=0))
+
+    def _record(self, slots: Tensor, logits: Tensor) -> None:
+        """Draw the next token of each slot, and note which completions it ends."""
+        owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
+        due = active & (drawn % self.ahead == 0)
+        if bool(due.any()):
+            self._look_ahead(owners[due].to(self.device), drawn[due].to(self.device))
+        owned, places = owners.to(self.device), drawn.to(self.device)
+        chosen, logprobs, entropies = draw(logits, self.settings, self.numbers[owned, places])
+        stops = torch.isin(chosen, self.ends).cpu() & active
+        self.last[slots.to(self.device)] = chosen
+        if bool(active.all()):
+            self.tokens[owned, places], self.scores[owned, places] = chosen, logprobs
+            self.entropies[owned, places] = entropies
+        else:
+            index = active.nonzero().squeeze(-1).to(self.device)
+            self.tokens[owned[index], places[index]] = chosen[index]
+            self.scores[owned[index], places[index]] = logprobs[index]
+            self.entropies[owned[index], places[index]] = entropies[index]
+        drawn = drawn + active
+        self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, self.longest[owners])
+        done = active & (stops | (drawn >= self.settings.max_new_tokens))
+        self.counts[owners[done]] = drawn[done]
+        self.ended[owners[stops]] = True
+        self.active[slots] = active & ~done
+        if self.on_progress is not None and bool(done.any()):
+            self.on_progress(int(done.sum()))
+
+    def _look_ahead(self, rows: Tensor, places: Tensor) -> None:
+        """Make the random numbers of the next tokens of completions."""
+        positions = places.unsqueeze(-1) + torch.arange(self.ahead, device=self.device)
+        episodes = self.episodes[rows].unsqueeze(-1).expand_as(positions)
+        self.numbers[rows.unsqueeze(-1), positions] = uniform(self.seed, episodes, positions)
+
+
+AHEAD = 64
+"""Most tokens of a completion whose random numbers are made at a time."""
+
+
+def draw(logits: Tensor, settings: SamplingSettings, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the token drawn for each row, its log-probability at the temperature, and the entropy it was drawn at.
+
+    Args:
+        logits: of the next token, fp32 or wider, shape (rows, vocabulary).
+        settings: temperature and truncation.
+        numbers: of (0, 1), see `counter_rng.uniform`, shape (rows,); of no account at temperature 0.
+    """
+    if settings.temperature == 0:
+        best, logprobs = logits.argmax(-1), logits.log_softmax(-1)
+        return best, logprobs.gather(-1, best.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
+    logprobs = (logits / settings.temperature).log_softmax(-1)
+    kept = _truncate(logprobs, settings)
+    cumulative = kept.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
+    drawn = drawn.clamp_max(logits.shape[-1] - 1)
+    return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Return the entropy of each row's distribution, nats, of log-probabilities of shape (rows, vocabulary)."""
+    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # a token that is ruled out adds nothing
+
+
+def _truncate(logprobs: Tensor, settings: SamplingSettings) -> Tensor:
+    """Set the log-probability of tokens outside top_k and top_p to -inf."""
+    if settings.top_k > 0:
+        least = logprobs.topk(min(settings.top_k, logprobs.shape[-1])).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < least, -torch.inf)
+    if settings.top_p < 1:
+        ordered, index = logprobs.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        dropped = torch.zeros_like(logprobs, dtype=torch.bool).scatter(-1, index, before >= settings.top_p)
+        logprobs = logprobs.masked_fill(dropped, -torch.inf)
+    return logprobs

@@ -1,0 +1,103 @@
+"""Sampling with transformers' own ``generate``: the same episodes, from other people's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.engines import Completions, Request, SamplingEngine, SamplingSettings, draw
+
+
+class GenerateEngine(SamplingEngine):
+    """Samples with ``generate``, batch after batch, each as long as its longest completion.
+
+    A logits processor draws each token at its address, so the episodes are those of `SlotEngine`. For models whose
+    family overrides ``generate``, and to compare with.
+    """
+
+    def complete(self, model: CausalLM, request: Request) -> Completions:
+        """Draw the completions.
+
+        Raises:
+            ValueError: a mixture is asked for, or weights are cut over ranks.
+        """
+        prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
+        if request.mixture is not None:
+            raise ValueError("generate reads with one model: a mixture needs the SlotEngine")
+        if is_sharded(model):
+            raise ValueError("generate calls a model without its root, which gathers cut weights: use the SlotEngine")
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        size = settings.batch_size or max(len(order), 1)
+        ids, logprobs = [torch.zeros(0, dtype=torch.long)] * len(prompts), [torch.zeros(0)] * len(prompts)
+        finished = torch.zeros(len(prompts), dtype=torch.bool)
+        with inference_mode_of(model), _own_generation_config(model.model):
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                drawer = _Drawer(settings, request.seed, request.episodes[rows].to(next(model.parameters()).device))
+                tokens = _generate(model, [prompts[row] for row in rows], settings, end_ids, drawer)
+                scores = torch.stack(drawer.logprobs, -1).cpu()
+                stops = torch.isin(tokens, torch.tensor(list(end_ids)))
+                for row, drawn, score, stop in zip(rows, tokens, scores, stops, strict=True):
+                    finished[row] = stop.any()
+                    count = int(stop.int().argmax()) + 1 if finished[row] else len(drawn)
+                    ids[row], logprobs[row] = drawn[:count], score[:count]
+                if request.on_progress is not None:
+                    request.on_progress(len(rows))
+        return Completions(tuple(ids), tuple(logprobs), finished)
+
+
+class _Drawer(LogitsProcessor):
+    """Draws each row's token at its address and leaves ``generate`` no other."""
+
+    def __init__(self, settings: SamplingSettings, seed: int, episodes: Tensor) -> None:
+        self.settings, self.seed, self.episodes = settings, seed, episodes
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores of which one is finite, that of the token drawn."""
+        positions = torch.full_like(self.episodes, len(self.logprobs))
+        numbers = uniform(self.seed, self.episodes, positions)
+        chosen, logprobs, _ = draw(scores.float(), self.settings, numbers)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)
+
+
+def _generate(
+    model: CausalLM, prompts: Sequence[Tensor], settings: SamplingSettings, end_ids: Sequence[int], drawer: _Drawer
+) -> Tensor:
+    """Return what ``generate`` appends to each prompt, shape (rows, longest completion), on the CPU."""
+    width, device = max(len(prompt) for prompt in prompts), next(model.parameters()).device
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0]
+    )
+    drawn = model.model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([drawer]),
+    )
+    return drawn[:, width:].cpu()
+
+
+@contextmanager
+def _own_generation_config(model: Any) -> Iterator[None]:
+    """Put the model's generation config aside: ``generate`` fills in from it what is not given (top_p ...)."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept

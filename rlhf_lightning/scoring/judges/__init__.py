@@ -1,0 +1,8 @@
+"""Language models as judges: local, behind a server, simulated, or your own."""
+
+from rlhf_lightning.scoring.judges.loading import load_judge
+from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter
+from rlhf_lightning.scoring.judges.remote import RemoteJudge, RemoteWriter
+from rlhf_lightning.scoring.judges.simulated import SimulatedJudge
+
+__all__ = ["LocalJudge", "LocalWriter", "RemoteJudge", "RemoteWriter", "SimulatedJudge", "load_judge"]

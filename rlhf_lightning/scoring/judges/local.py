@@ -1,0 +1,226 @@
+"""A language model on this machine as judge and as critic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.functional.judging import option_logprobs
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
+from rlhf_lightning.models.layout import cut_rows
+from rlhf_lightning.models.loading import LoadSettings, resolve_folder
+from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.scoring.judges.judge import Answer, Question, Written, no_answer
+from rlhf_lightning.scoring.judges.wording import as_text, first_paragraphs
+from rlhf_lightning.tokenization import load_tokenizer
+from rlhf_lightning.types import Message, Prompt
+
+SPELLINGS = (
+    "{}",
+    " {}",
+    "({}",
+    " ({}",
+    "{})",
+    " {})",
+    "({})",
+    " ({})",
+    "{}.",
+    " {}.",
+    "{}:",
+    " {}:",
+    '"{}',
+    "*{}",
+    "**{}",
+)
+"""Ways to write a letter as one token; each that the tokenizer has counts."""
+
+SHARED_AT_LEAST = 16
+"""Tokens that rows must have in common before a pass for them alone pays."""
+
+
+def load_model(model: str, dtype: str = "float32") -> CausalLM:
+    """Load a frozen language model onto the best device there is.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: it is a reward model.
+    """
+    refuse_reward_model(resolve_folder(model))
+    loaded = load_policy(model, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return loaded.to(accelerator or "cpu")
+
+
+def context_length(model: CausalLM) -> int | None:
+    """Most tokens that the model was made to read; None where its configuration does not say."""
+    found = getattr(model.model.config, "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+class LocalWriter:
+    """Answers, criticises and revises with a model on this machine, by addressed random numbers.
+
+    Args:
+        model: a loaded model.
+        tokenizer: its tokenizer.
+        settings: of the sampling.
+        seed: of the sampling.
+        name: what rows say they come from.
+    """
+
+    def __init__(
+        self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, seed: int, name: str
+    ) -> None:
+        self.model, self.tokenizer, self.settings, self.seed, self.name = model, tokenizer, settings, seed, name
+        self.longest = context_length(model)
+
+    def __call__(self, prompts: Sequence[Prompt], episodes: Sequence[int]) -> list[Written | None]:
+        """Return a completion of each prompt; None where prompt and completion might not fit into the context."""
+        encoded = [torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        room = None if self.longest is None else self.longest - self.settings.max_new_tokens
+        fit = [place for place, ids in enumerate(encoded) if room is None or len(ids) <= room]
+        written: list[Written | None] = [None] * len(prompts)
+        if not fit:
+            return written
+        ends, numbers = tokenization.end_token_ids(self.tokenizer), torch.tensor([episodes[place] for place in fit])
+        drawn = sample(self.model, [encoded[place] for place in fit], numbers, self.settings, self.seed, ends)
+        for place, ids, finished in zip(fit, drawn.ids, drawn.finished.tolist(), strict=True):
+            written[place] = Written(tokenization.completion_text(self.tokenizer, ids.tolist()), finished)
+        return written
+
+
+class LocalJudge:
+    """A language model on this machine that is asked for a letter; its probabilities are read, and nothing is sampled.
+
+    The answer is begun for it ("The better answer is ("), and the probabilities of the next token being a spelling of A
+    or of B are each summed. Only the last position of a question meets the LM head, and what all questions of a batch
+    begin with, the examples, is read once. With reasoning the model first
+    writes that, greedily. A model without a chat template reads a transcript.
+
+    Args:
+        model: folder (whole weights or an adapter), .gguf file or hub id; or a loaded model, with its tokenizer.
+        tokenizer: of a loaded model; None loads the folder's own.
+        dtype: precision of the weights, float32 or bfloat16.
+        chat_template: template to use instead of the tokenizer's own.
+        max_tokens: cells of one forward pass, questions times the longest of them.
+        max_length: questions longer than this get no answer, tokens; None is the length that the model was made for.
+        reasoning_tokens: longest reasoning, tokens.
+        name: what labels say they come from; None is the model's name.
+
+    Raises:
+        ValueError: the tokenizer has no token for a letter.
+    """
+
+    def __init__(
+        self,
+        model: str | CausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str = "float32",
+        chat_template: str | None = None,
+        max_tokens: int = 8192,
+        max_length: int | None = None,
+        reasoning_tokens: int = 256,
+        name: str | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            self.name = name or model
+            self.model, self.tokenizer = load_model(model, dtype), load_tokenizer(resolve_folder(model), chat_template)
+        else:
+            if tokenizer is None:
+                raise ValueError("a loaded model needs its tokenizer beside it")
+            self.name, self.model, self.tokenizer = name or model.source, model, tokenizer
+        self.max_tokens = max_tokens
+        self.max_length = max_length or context_length(self.model)
+        self.letters = [letter_ids(self.tokenizer, letter) for letter in "AB"]
+        settings = SamplingSettings(max_new_tokens=reasoning_tokens, temperature=0.0, batch_size=16)
+        self.thinker = LocalWriter(self.model, self.tokenizer, settings, 0, self.name)
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer the questions, in batches of like length."""
+        said = self._reasoning(questions)
+        encoded = [self._encode(one, one.begun(text)) for one, text in zip(questions, said, strict=True)]
+        answers = [no_answer("too_long", text) for text in said]
+        fit = [place for place, ids in enumerate(encoded) if self.max_length is None or len(ids) <= self.max_length]
+        with inference_mode_of(self.model):
+            for cut in cut_rows([len(encoded[place]) for place in fit], max_tokens=self.max_tokens):
+                rows = [fit[place] for place in cut]
+                for row, (first, second) in zip(rows, self._letters([encoded[row] for row in rows]), strict=True):
+                    answers[row] = Answer(first, second, said[row])
+        return answers
+
+    def _encode(self, question: Question, turns: list[Message]) -> Tensor:
+        return torch.tensor(tokenization.encode_prompt(self.tokenizer, self._read(question, turns)))
+
+    def _read(self, question: Question, turns: list[Message]) -> Prompt:
+        return turns if self.tokenizer.chat_template else as_text(turns, question.wording)
+
+    def _reasoning(self, questions: Sequence[Question]) -> list[str]:
+        """What the judge says before it answers; nothing to a question that asks for no reasoning."""
+        said, asked = [""] * len(questions), [place for place, one in enumerate(questions) if one.reasons]
+        if asked:
+            begun = [self._read(questions[place], questions[place].reasoning_begun()) for place in asked]
+            for place, one in zip(asked, self.thinker(begun, [0] * len(asked)), strict=True):
+                text = "" if one is None else one.text
+                said[place] = text if self.tokenizer.chat_template else first_paragraphs(text, questions[place].wording)
+        return said
+
+    def _letters(self, rows: list[Tensor]) -> list[tuple[float, float]]:
+        """Log-probabilities of the two letters after each row of token ids."""
+        logprobs = next_logits(self.model, rows).log_softmax(-1)
+        first, second = (option_logprobs(logprobs[:, ids.to(logprobs.device)]) for ids in self.letters)
+        return list(zip(first.tolist(), second.tolist(), strict=True))
+
+
+def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
+    """Return the logits of the token after each row, shape (rows, vocabulary).
+
+    What all rows begin with (a judge's examples) is read once. The rest is padded on the left, so that the last tokens
+    stand side by side and one position predicts for all.
+
+    Args:
+        model: the model.
+        rows: token ids of each row, int64; none is empty.
+    """
+    device = next(model.parameters()).device
+    shared, cache = shared_length(rows), None
+    if shared >= SHARED_AT_LEAST:
+        cache = DynamicCache(config=model.model.config)
+        prefix = rows[0][:shared].unsqueeze(0).to(device)
+        model(DecodingStep(prefix, torch.ones_like(prefix), torch.arange(shared, device=device).unsqueeze(0), cache))
+        cache.batch_repeat_interleave(len(rows))
+    start = shared if cache is not None else 0
+    lengths = torch.tensor([len(ids) - start for ids in rows]).unsqueeze(-1)
+    width = int(lengths.max())
+    mask = torch.arange(width) >= width - lengths
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    input_ids[mask] = torch.cat([ids[start:] for ids in rows]).long()
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + start
+    attended = torch.cat([torch.ones(len(rows), start, dtype=torch.long), mask.long()], -1)
+    return model(DecodingStep(input_ids.to(device), attended.to(device), positions.to(device), cache))
+
+
+def shared_length(rows: Sequence[Tensor]) -> int:
+    """How many tokens all rows begin with; each keeps one of its own."""
+    shortest = min(len(ids) for ids in rows) - 1
+    grid = torch.stack([ids[:shortest] for ids in rows])
+    return int((grid == grid[0]).all(0).long().cumprod(0).sum())
+
+
+def letter_ids(tokenizer: PreTrainedTokenizerBase, letter: str) -> Tensor:
+    """Ids of the tokens that spell a letter, alone or with a space, a bracket or a mark beside it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    unknown = tokenizer.unk_token_id
+    spelt = (tokenizer(way.format(letter), add_special_tokens=False)["input_ids"] for way in SPELLINGS)
+    found = {ids[0] for ids in spelt if len(ids) == 1 and ids[0] != unknown}
+    if not found:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no token for the letter {letter}: no judge speaks it"
+        )
+    return torch.tensor(sorted(found))

@@ -1,0 +1,1 @@
+"""The engine below the modules: optimizer steps, rollouts, minibatches, metrics, collectives, checkpoint state."""

@@ -1,0 +1,524 @@
+"""What every stage shares: tokenizer, model, one way to take an optimizer step, logging, checkpoints, export."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.compiling import compile_layers
+from rlhf_lightning.models.folders import trusts
+from rlhf_lightning.models.layout import Layout, lay_out
+from rlhf_lightning.models.loading import (
+    LoadSettings,
+    LoraSettings,
+    fingerprint,
+    is_adapter,
+    load_base_of_adapter,
+    resolve_folder,
+)
+from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.training import checkpoint_state
+from rlhf_lightning.training.compatibility import check
+from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.optimization import (
+    clip_by_global_norm,
+    parameter_groups,
+    schedule_factor,
+    updates_of_run,
+    without_gradient_sync,
+)
+from rlhf_lightning.training.precision import settled_precision
+from rlhf_lightning.training.scalars import log_scalars
+from rlhf_lightning.training.skips import Skips
+from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
+
+
+class Answer(NamedTuple):
+    """A sampled completion: its text, its token ids, the log-probability of each, whether it ended by itself."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class AlignmentModule(LightningModule):
+    """Base of every stage. One item of the DataLoader is one optimizer step, already cut into micro-batches.
+
+    Because the module sees a whole step at once it optimizes by hand: the loss of each micro-batch is its sum divided
+    by the count over all micro-batches and ranks, so how a batch was cut never changes a gradient, and a checkpoint
+    always lies between two steps.
+
+    Args:
+        init_from: hub id, model folder, adapter folder or .gguf file to start from.
+        tokenizer: hub id or folder of another tokenizer than the model's own.
+        chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
+        from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
+        trust_remote_code: hub ids or folders of models, those very ones, whose own Python code may be run; None runs
+            none. Others are refused if they need any.
+        lora: train a low-rank adapter on the frozen backbone; None trains every weight.
+        quantization: keep the frozen backbone of an adapter in 4 bits ("nf4", its scales quantised too) or 8 ("int8");
+            None keeps it in ``dtype``, in which 4-bit weights are also multiplied.
+        dtype: precision of the weights. "bfloat16" is for the frozen ones of an adapter: what is trained stays in
+            fp32.
+        frozen_dtype: precision of models that stand beside the trained one (reference, reward model); None takes
+            ``dtype``.
+        attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
+        compile_layers: compile the decoder layers with torch.compile for training, which takes a C++ compiler on the
+            CPU and Triton on a GPU. The first pass of each kind is slow, whatever the shapes that follow; sampling runs
+            as it is. Changes no result beyond rounding.
+        activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        pack_rows: lay sequences end to end in a row and compute a prompt once for all its completions, where the model
+            can and it costs less than padding each; changes no result beyond rounding.
+        learning_rate: peak learning rate of AdamW.
+        betas: AdamW's decay rates of the two moments.
+        adam_eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay, on matrices alone.
+        lr_schedule: shape of the learning rate after warm-up, over the updates of the whole run.
+        warmup: updates of linear warm-up, or below 1 the share of all updates.
+        fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
+        max_grad_norm: clip the gradient's global norm to this; None does not clip.
+        max_skipped_updates: an update whose loss or gradient is NaN or infinite is skipped; after so many in a row the
+            run stops.
+        seed: seed of new weights and of sampling.
+    """
+
+    paper: ClassVar[str] = ""
+    """Where the objective comes from: authors, year, arXiv number."""
+
+    batch_type: ClassVar[type]
+    has_policy: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    batch_coupled: ClassVar[bool] = False
+    weighs_rows: ClassVar[bool] = True
+    """Whether the loss of a row can be weighted by row."""
+
+    headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
+
+    def __init__(
+        self,
+        init_from: str,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        from_scratch: bool = False,
+        trust_remote_code: list[str] | None = None,
+        lora: LoraSettings | None = None,
+        quantization: Literal["nf4", "int8"] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        frozen_dtype: Literal["float32", "bfloat16"] | None = None,
+        attn_implementation: str | None = None,
+        compile_layers: bool = False,
+        activation_checkpointing: bool = False,
+        pack_rows: bool = True,
+        learning_rate: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "linear",
+        warmup: float = 0.0,
+        fused_optimizer: bool = True,
+        max_grad_norm: float | None = 1.0,
+        max_skipped_updates: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+        self._set_hparams(checkpoint_state.plain(dict(self.hparams)))
+        self._hparams_initial = checkpoint_state.plain(dict(self.hparams))
+        self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
+        trusted = tuple(trust_remote_code or ())
+        self.load_settings = LoadSettings(
+            from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
+            trust_remote_code=trusted,
+        )  # fmt: skip
+        self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        self.pack_rows, self.compile_layers = pack_rows, compile_layers
+        self.fused_optimizer = fused_optimizer
+        self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
+        self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
+        self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
+        self.skips = Skips(max_skipped_updates)
+        self.steps, self._learning_rate_used = 0, learning_rate
+        self.resumed_random: list[Any] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.reference: Reference | None = None
+        self._evaluation = Meter()
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that every part of the run uses, read on first use."""
+        if self._tokenizer is None:
+            name = self.tokenizer_name or resolve_folder(self.init_from)
+            trusted = trusts(name, self.load_settings.trust_remote_code)
+            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template, trusted)
+        return self._tokenizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The model this stage trains and hands over."""
+        raise AttributeError(f"{type(self).__name__} must define the property 'model'")
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether sequences may share rows, and completions their prompt: asked for, and all loaded models can.
+
+        Not where layers are compiled: the blocks of each row would make a graph of their own.
+        """
+        return self.pack_rows and self._reads_trees and not self.compile_layers
+
+    def lay_out(self, sequences: Sequences) -> Layout:
+        """Lay sequences out for the model, on its device."""
+        return lay_out(sequences, self.packs_rows).to(self.device)
+
+    def load_models(self) -> None:
+        """Load the models of the stage and register the trained ones. Called once, before training or evaluation."""
+        raise AttributeError(f"{type(self).__name__} must define 'load_models'")
+
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """Models that serve training without being trained; kept off the module, out of checkpoints and optimizers."""
+        return () if self.reference is None else self.reference.models
+
+    def configure_model(self) -> None:
+        """Load the models when Lightning asks for them; it asks again for validation and testing."""
+        if not self._models_loaded:
+            # Lightning would have every new tensor on the accelerator, where heads and adapters are drawn otherwise.
+            with torch.device("cpu"):
+                self._load_once()
+        if self.device_mesh is not None:
+            self._cut_over_ranks(self.device_mesh)
+
+    def _load_once(self) -> None:
+        self.load_models()
+        self._models_loaded = True
+        self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
+        # One layout goes to all of them: policy and critic, reference or teacher.
+        parts = (*self.children(), *self.frozen_models())
+        readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
+        self._reads_trees = bool(readers) and all(readers)
+
+    def _cut_over_ranks(self, mesh: DeviceMesh) -> None:
+        """Cut what is trained and what is frozen over the ranks, under a strategy with a mesh."""
+        trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
+        for model in (*trained, *self.frozen_models()):
+            shard(model, mesh, str(self.trainer.precision))
+        # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
+        self.strict_loading = False
+        # What is gathered for the first time in inference mode could never be trained.
+        trainer = self.trainer
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False
+
+    _models_loaded = False
+    _reads_trees = False
+    fingerprints: Mapping[str, str | None] = MappingProxyType({})
+    """Fingerprints of the weights that training started from, taken when they were read."""
+
+    def setup(self, stage: str) -> None:
+        """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
+
+        Raises:
+            IncompatibleError: strategy, precision, devices and batch do not go together.
+            TypeError: the DataModule yields another kind of batch.
+            ValueError: trained weights would be kept in bf16 or quantised.
+        """
+        self.load_settings = settled_precision(
+            self.trainer, self.load_settings, self.lora is not None, fits=stage == "fit"
+        )
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check(self.trainer, self, datamodule, fits=stage == "fit")
+        offered = getattr(datamodule, "batch_types", None)
+        if offered is not None and stage != "predict" and self.batch_type not in offered:
+            names = " or ".join(sorted(kind.__name__ for kind in offered))
+            wanted = f"{type(self).__name__} takes {self.batch_type.__name__}"
+            raise TypeError(f"{wanted}, but {type(datamodule).__name__} yields {names}")
+
+    def on_fit_start(self) -> None:
+        """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
+        self.train()
+        self._place_frozen_models()
+        if self.compile_layers:
+            for model in (*self.children(), *self.frozen_models()):
+                if isinstance(model, CausalLM | ScalarModel):
+                    compile_layers(model)
+
+    def on_train_start(self) -> None:
+        """Take up where data and random numbers stood in the checkpoint that the run is resumed from."""
+        checkpoint_state.begin(self)
+
+    def on_validation_start(self) -> None:
+        """Frozen models follow to the device when validation runs on its own."""
+        self._place_frozen_models()
+
+    def on_test_start(self) -> None:
+        """Frozen models follow to the device."""
+        self._place_frozen_models()
+
+    def _place_frozen_models(self) -> None:
+        for model in self.frozen_models():
+            model.to(self.device).eval()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave ragged batches on the CPU: they are laid out there, and only the layout moves."""
+        return batch
+
+    # -- what the objective aims at -----------------------------------------------------------------------------------
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return the policy that minimises this objective exactly, shape (prompts, completions); None if unknown.
+
+        ``rlhf verify`` trains the module in a world whose completions can all be listed, and compares. A stage without
+        a policy returns its scores.
+        """
+        return None
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each row loses where the policy is the reference; None if that depends on the row, or is unknown."""
+        return None
+
+    # -- optimization -------------------------------------------------------------------------------------------------
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps in one training step; on-policy modules take several from one rollout."""
+        return 1
+
+    def total_updates(self) -> int:
+        """Return the optimizer steps of the whole run, which the learning-rate schedule spans.
+
+        Raises:
+            ValueError: neither ``max_epochs`` nor ``max_steps`` bounds the run and the schedule is not constant.
+        """
+        total = updates_of_run(self.trainer, self.updates_per_step)
+        if total is None and self.lr_schedule != "constant":
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or max_steps")
+        return total or 1
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on the trainable weights, and the schedule stepped once per update."""
+        groups = parameter_groups(self, self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps, fused=self.fused_optimizer or None
+        )
+        total = self.total_updates()
+        factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+
+    def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
+        """Take one optimizer step, or none where the loss or its gradient is not finite on any rank.
+
+        Either may be without the other: a term that is no number may have no gradient, or have it masked away. The
+        update counts all the same, so that the schedule and what is keyed on updates stay where they would be; weights
+        and the optimizer's moments do not change.
+
+        Args:
+            losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
+                graph is freed before the next.
+            count: rows or tokens of the step over all ranks and micro-batches; the loss is the sum divided by it.
+
+        Returns:
+            Norm of the gradient before clipping.
+
+        Raises:
+            DivergenceError: this is the last of ``max_skipped_updates`` in a row.
+        """
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        # Strategies average gradients over the shares of the data, so a sum over them needs the factor back.
+        scale = data_ranks(self)[1] / max(count, 1)
+        total = torch.zeros((), device=self.device)
+        for index, loss in enumerate(losses):
+            last = index == len(losses) - 1
+            with contextlib.nullcontext() if last else without_gradient_sync(self.trainer):
+                value = loss() * scale
+                total += value.detach()
+                self.manual_backward(value)
+        norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
+        self._learning_rate_used = optimizer.param_groups[0]["lr"]
+        # The norm is of all ranks' gradients, and so is the sum of their losses: all decide alike.
+        finite = math.isfinite(float(summed_over_ranks(self, total))) and math.isfinite(norm)
+        if not finite:
+            optimizer.zero_grad()  # a weight without a gradient is left alone, and every counter of steps goes on
+        optimizer.step()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+        self.updates += 1
+        self.skipped_updates += not finite
+        self.skips.check(self, finite)
+        return norm
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def log_training(self, meter: Meter, **further: float) -> None:
+        """Log one training step's metrics at x = updates, on every rank alike, and the counters beside them.
+
+        They go to the loggers and to ``trainer.callback_metrics`` at once: ``self.log`` would cost a small model a
+        sixth of its time, and its x-axis counts batches.
+        """
+        found = {**meter.means(self.trainer.strategy), **further}
+        metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
+        metrics["train/learning_rate"] = self._learning_rate_used
+        metrics["train/skipped_updates"] = float(self.skipped_updates)
+        metrics |= self.progress()
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        self.steps += 1
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.steps % max(every, 1) == 0:
+            log_scalars(self.loggers, metrics, self.updates)
+            self._log_over_work(metrics)
+
+    def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a whole validation or test pass under ``prefix``."""
+        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
+        # Lightning takes this name as the x-axis, where its default would count batches.
+        self.log("step", float(self.updates), on_step=False, on_epoch=True)
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._log_over_work({f"{prefix}/{name}": value for name, value in metrics.items()})
+
+    def _log_over_work(self, metrics: Mapping[str, float]) -> None:
+        """Log the headline metrics again over episodes and over tokens: an update of one objective is not another's."""
+        headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
+        for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
+            log_scalars(self.loggers, {f"by_{axis}/{name}": value for name, value in headline.items()}, position)
+
+    def progress(self) -> dict[str, float]:
+        """How far the run is, in the units that runs are compared by."""
+        names = ("updates", "episodes", "tokens", "rollouts")
+        return {f"progress/{name}": float(getattr(self, name)) for name in names}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluation = Meter()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluation = Meter()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self.log_evaluation("val", self.evaluation_metrics())
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self.log_evaluation("test", self.evaluation_metrics())
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return the metrics of the evaluation that has just run."""
+        return self._evaluation.means(self.trainer.strategy)
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int = 0, first_episode: int = 0
+    ) -> list[Answer]:
+        """Sample one completion for each prompt from the policy."""
+        encoded = tuple(torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts)
+        return self.complete(encoded, torch.arange(first_episode, first_episode + len(encoded)), sampling, seed)
+
+    def complete(
+        self, prompts: Sequence[Tensor], episodes: Tensor, sampling: SamplingSettings, seed: int
+    ) -> list[Answer]:
+        """Sample one completion for each tokenized prompt from the policy."""
+        policy = self.model
+        if not isinstance(policy, CausalLM):
+            raise TypeError(f"{type(self).__name__} scores completions; it does not write them")
+        ends = tokenization.end_token_ids(self.tokenizer)
+        drawn = sample(policy, prompts, episodes, sampling, seed, ends)
+        text = partial(tokenization.completion_text, self.tokenizer)
+        return [
+            Answer(text(ids.tolist()), ids.tolist(), logprobs.tolist(), bool(done))
+            for ids, logprobs, done in zip(drawn.ids, drawn.logprobs, drawn.finished, strict=True)
+        ]
+
+    sampling = SamplingSettings()
+    """How ``predict`` samples; on-policy modules set their own."""
+
+    def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Answer each prompt: one row per completion with its summed log-probability."""
+        rows = []
+        for batch in step.micro_batches:
+            answers = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed)
+            for prompt, answer in zip(batch.texts, answers, strict=True):
+                row = {"prompt": prompt, "completion": answer.text}
+                rows.append(row | {"logprob": sum(answer.logprobs), "finished": answer.finished})
+        return rows
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the trained model as a Hugging Face folder that the next stage starts from."""
+        raise AttributeError(f"{type(self).__name__} must define 'export'")
+
+    def backbone_source(self) -> str:
+        """Return the folder or hub id of the frozen weights that an adapter of this run hangs on."""
+        name = resolve_folder(self.init_from)
+        return load_base_of_adapter(name) if is_adapter(name) else name
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the trainable weights alone: frozen ones are where they came from."""
+        trainable = checkpoint_state.trained_names(self)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load trainable weights; a missing or unknown one is an error.
+
+        Raises:
+            RuntimeError: the checkpoint's trainable weights are not this module's.
+        """
+        if strict:
+            checkpoint_state.check_names(self, set(state_dict))
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a module is beside its weights. A family with further state calls this and adds to it."""
+        checkpoint.update(checkpoint_state.saved(self))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again.
+
+        Raises:
+            RuntimeError: the checkpoint is of another model, of other frozen weights, or of another strategy.
+        """
+        checkpoint_state.restore(self, checkpoint)
+
+    def started_from(self) -> dict[str, str | None]:
+        """Return fingerprints of the weights that training started from: the backbone, and the adapter on it."""
+        name = resolve_folder(self.init_from)
+        return {
+            "backbone": fingerprint(self.backbone_source()),
+            "adapter": fingerprint(name) if is_adapter(name) else None,
+            "quantization": self.load_settings.quantization,
+        }
+
+
+def as_loss(returned: Tensor | Loss) -> Loss:
+    """Accept an objective's bare values as well as a Loss."""
+    return returned if isinstance(returned, Loss) else Loss(returned)

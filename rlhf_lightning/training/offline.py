@@ -1,0 +1,92 @@
+"""Stages that learn from fixed data: one training step is one optimizer step over given sequences."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.loading import cache_folder, content_hash, resolve_folder
+from rlhf_lightning.models.reference_cache import ReferenceCache
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.types import Sequences, Step
+
+
+class OfflineModule(AlignmentModule):
+    """Base of the stages on fixed data. A family implements ``loss_sum``; the loop is here."""
+
+    counts_tokens: ClassVar[bool] = False
+    """Whether the loss is a mean over tokens (SFT) rather than over rows."""
+
+    reference_moves: ClassVar[bool] = False
+    """Whether the reference changes in the course of a run (TR-DPO), so that what it said is of no use later."""
+
+    cache_reference = False
+    """Whether the reference's log-probabilities are kept on disk; a setting of the families that have one."""
+
+    @cached_property
+    def reference_cache(self) -> ReferenceCache | None:
+        """Where the log-probabilities of this run's reference are kept; None where they are not."""
+        if not self.cache_reference or self.reference_moves or self.load_settings.from_scratch:
+            return None
+        if self.device_mesh is not None:  # a rank that finds a row would make a pass less than one that does not
+            return None
+        weights = content_hash(resolve_folder(self.init_from))
+        if weights is None:
+            return None
+        computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # products differ, weights may not
+        if self.trainer.world_size > 1:  # else chance would say which rank computes a row that two of them have
+            computed_in += f"_{self.global_rank}_of_{self.trainer.world_size}"
+        return ReferenceCache(cache_folder() / "reference" / f"{weights[:32]}_{computed_in}.sqlite")
+
+    def reference_logprobs(self, sequences: Sequences, layout: Layout) -> Tensor:
+        """Return the reference's log-probabilities of completions, shape (completions, length), without gradient.
+
+        Args:
+            sequences: prompts and completions.
+            layout: the same, laid out.
+        """
+        assert self.reference is not None
+        cache = self.reference_cache
+        if cache is None:
+            return self.reference.logprobs(layout)
+        dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+        kept = cache.read(sequences, layout.completion_mask, dtype)
+        if kept is not None:
+            return kept.to(self.device)
+        computed = self.reference.logprobs(layout)
+        cache.write(sequences, computed)
+        # Rows that were there before are taken from there, although just computed anew in other company, which rounds
+        # otherwise: a run that is resumed finds the whole batch, and has to learn from the same numbers.
+        kept = cache.read(sequences, layout.completion_mask, dtype)
+        return computed if kept is None else kept.to(computed)
+
+    def loss_sum(self, batch: Any, meter: Meter) -> Tensor:
+        """Return the sum of a micro-batch's losses, with gradient, and add its metrics to ``meter``."""
+        raise AttributeError(f"{type(self).__name__} must define 'loss_sum'")
+
+    def training_step(self, step: Step[Any], batch_idx: int) -> None:
+        """Take one optimizer step over all micro-batches of ``step``."""
+        meter = Meter()
+        losses = [partial(self.loss_sum, batch, meter) for batch in step.micro_batches]
+        norm = self.update(losses, self.loss_count(step))
+        self.episodes += step.rows
+        self.tokens += step.tokens
+        self.log_training(meter, grad_norm=norm)
+
+    def loss_count(self, step: Step[Any]) -> int:
+        """Return what the sum of losses is divided by: tokens or rows of the step over all ranks."""
+        return step.tokens if self.counts_tokens else step.rows
+
+    def validation_step(self, step: Step[Any], batch_idx: int) -> None:
+        """Add the metrics of held-out rows."""
+        for batch in step.micro_batches:
+            self.loss_sum(batch, self._evaluation)
+
+    def test_step(self, step: Step[Any], batch_idx: int) -> None:
+        """Add the metrics of test rows."""
+        self.validation_step(step, batch_idx)

@@ -1,0 +1,1 @@
+"""Verification of objectives: contracts, oracles, the enumerable world, and `rlhf verify`."""

@@ -1,0 +1,151 @@
+"""The contract of distillation: divergences of whole distributions, and advantages that a teacher gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Step
+from rlhf_lightning.verification.checks.offline import cut, cut_checks, point_checks, some_rows, step_gradient
+from rlhf_lightning.verification.checks.on_policy import Case, loss_checks, mask_checks
+from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most, field_function
+
+UPDATES = 400
+"""Coins that are thrown to measure how often a step learns on samples."""
+
+
+def divergence_checks(subject: Subject) -> list[Check]:
+    """Return the checks of a divergence between student and teacher, convergence left out."""
+    batch = some_rows(subject)
+    module = subject.module
+    given: DistillationLogits = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    return [
+        *input_checks(subject, given, batch),
+        *cut_checks(on_data_alone(subject), batch),
+        *sample_checks(subject, batch),
+        *point_checks(subject, given),
+        *minimum_checks(subject, given),
+    ]
+
+
+def on_data_alone(subject: Subject) -> Subject:
+    """Return the subject with every step on the data's completions."""
+    return Subject(subject.kind, subject.world, subject.folder, {**subject.settings, "on_policy_fraction": 0.0})
+
+
+def input_checks(subject: Subject, given: DistillationLogits, batch: DemonstrationBatch) -> list[Check]:
+    """What reaches the divergence is what both models say at exactly the completions' tokens."""
+    world, module = subject.world, subject.module
+    sequences = batch.sequences
+    prompts = [int(sequences.prompts[parent][0]) - 1 - world.config.tokens for parent in sequences.parents]
+    completions = [world.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
+    prefixes, tokens, mask = (part[prompts, completions] for part in world.walks)
+    student = module.policy.model.model.table.weight.detach()
+    teacher = world.teacher_table.float().double()
+
+    def apart(logits: Tensor, table: Tensor) -> Tensor:
+        exact = table.log_softmax(-1)[prefixes[mask]]
+        if len(exact) != len(logits):
+            return torch.tensor(torch.inf)
+        return (logits.detach().log_softmax(-1).exp() - exact.exp()).abs().max()
+
+    wrong_ids = len(given.targets) != int(mask.sum()) or bool((given.targets != tokens[mask]).any())
+    return [
+        at_most("tokens", float(wrong_ids), 0, "the targets must be every token of a completion, the end among them"),
+        at_most("student logits", apart(given.student_logits, student), 1e-9, "they must be the student's own"),
+        at_most("teacher logits", apart(given.teacher_logits, teacher), 1e-6, "they must be the teacher's own"),
+        at_most("teacher detached", float(given.teacher_logits.requires_grad), 0, "the teacher must carry no gradient"),
+    ]
+
+
+def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
+    """A step on samples is a step on the same completions as data; how it is cut changes neither."""
+    always = Subject(subject.kind, subject.world, subject.folder, {**subject.settings, "on_policy_fraction": 1.0})
+    module = always.fresh(moved=True)
+    count = len(batch.weights)
+    drawn = module.with_samples(Step((batch,), count, 0)).micro_batches[0]
+    tokens = sum(len(ids) for ids in drawn.sequences.completions)
+    expected = step_gradient(on_data_alone(subject), [drawn], count, tokens)
+    scale = expected.abs().max().clamp_min(1e-300)
+    whole, parts = (step_gradient(always, batches, count, 1) for batches in ([batch], cut(batch, [1, 3, 2])))
+    learned = sum(subject.module.learns_from_samples(update) for update in range(UPDATES)) / UPDATES
+    return [
+        at_most(
+            "sampled step",
+            (whole - expected).abs().max() / scale,
+            1e-7,
+            "samples are learned from like data: divided by their own tokens, without gradient through the sampling",
+        ),
+        at_most(
+            "sampled micro-batches",
+            (parts - whole).abs().max() / scale,
+            1e-7,
+            "what a row's sample is must not depend on the batch it is in",
+        ),
+        at_most(
+            "coin",
+            abs(learned - subject.module.on_policy_fraction),
+            0.1,
+            "steps must learn on samples as often as on_policy_fraction says",
+        ),
+    ]
+
+
+def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
+    """The teacher is the minimum, and the way towards it leads down."""
+    module = subject.module
+    function, (leaf,) = field_function(subject, module, given)
+    towards = given.teacher_logits.detach() - leaf.detach()
+    towards = torch.where(towards.abs() < 1e3, towards, 0.0)  # ids that neither can say
+    values = function(leaf)
+    gradient = torch.autograd.grad(values.sum(), leaf)[0]
+    slope = (gradient * towards).sum(-1)
+    there, (alike,) = field_function(subject, module, given._replace(student_logits=given.teacher_logits))
+    at_teacher = there(alike)
+    left = torch.autograd.grad(at_teacher.sum(), alike)[0]
+    moved = function((leaf + 3.0).detach()).detach()
+    return [
+        at_most("direction", slope.max(), -1e-12, "a step towards the teacher's logits must lower the loss"),
+        at_most("gradient at teacher", left.abs().max(), 1e-9, "where the student is the teacher nothing must pull"),
+        at_least(
+            "minimum", (values.detach() - at_teacher.detach()).min(), 1e-12, "nobody may lose less than the teacher"
+        ),
+        at_most("shift", (moved - values.detach()).abs().max(), 1e-9, "a constant on all logits changes nothing"),
+    ]
+
+
+def sampled_distillation_checks(subject: Subject) -> list[Check]:
+    """Return the checks of a distillation by samples, convergence left out."""
+    case = Case(subject, subject.module)
+    return [*mask_checks(case), *teacher_checks(case), *loss_checks(case)]
+
+
+def teacher_checks(case: Case) -> list[Check]:
+    """Each token's advantage is the teacher's word for that token, and no other's."""
+    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
+    assert rollout.reference_logprobs is not None
+    world, (prompts, completions) = case.subject.world, case.expected.index
+    prefixes, tokens, _ = (part[prompts, completions] for part in world.walks)
+    said = world.teacher_table.float().double().log_softmax(-1)[prefixes, tokens]
+    apart = (rollout.reference_logprobs - torch.where(mask, said, 0.0)).abs().max()
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+
+    def advantages(**changes: Any) -> Tensor:
+        changed = rollout._replace(**changes)
+        return module.advantages(changed, module.shape_rewards(changed)).advantages
+
+    praised = advantages(reference_logprobs=rollout.reference_logprobs + 0.1 * first) - advantages()
+    agreed = advantages(reference_logprobs=rollout.old_logprobs)
+    return [
+        at_most("teacher logprobs", apart, 1e-6, "they must be the teacher's, at the sampling temperature"),
+        at_most(
+            "teacher detached", float(case.advantages.advantages.requires_grad), 0, "advantages must carry no gradient"
+        ),
+        at_least("advantage sign", praised[:, 0].min(), 1e-9, "what the teacher finds likelier must be made likelier"),
+        at_most("own token", praised[:, 1:].abs().max(), 1e-9, "a token is judged by the teacher's word for it alone"),
+        at_most("agreement", agreed.abs().max(), 1e-9, "where student and teacher agree nothing is left to learn"),
+    ]

@@ -1,0 +1,363 @@
+"""The contract of objectives on fixed data: demonstrations, pairs, judgements, rankings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    PreferenceBatch,
+    PreferenceLogprobs,
+    ProcessBatch,
+    RankedBatch,
+    RankedScores,
+    Sequences,
+    Step,
+    UnpairedBatch,
+    UnpairedLogprobs,
+)
+from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most, field_function
+
+
+def some_rows(subject: Subject) -> Any:
+    """Return a small batch of rows of unequal length, soft labels and unequal weights."""
+    world, kind = subject.world, subject.kind.batch_type
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5, 1.0], dtype=torch.float64)
+    firsts, seconds = [(0, 0), (0, 3), (1, 1), (1, 5), (0, 6), (1, 0)], [(0, 2), (0, 0), (1, 4), (1, 0), (0, 1), (1, 6)]
+    if kind is DemonstrationBatch:
+        return DemonstrationBatch(world.sequences(firsts), weights)
+    if kind is UnpairedBatch:
+        desirable = torch.tensor([True, False, True, False, False, True])
+        return UnpairedBatch(world.sequences(firsts), world.sequences(seconds), desirable, weights)
+    target = torch.tensor([1.0, 0.7, 1.0, 0.2, 1.0, 0.9], dtype=torch.float64)
+    if not subject.kind.weighs_rows:
+        weights, target = torch.ones_like(weights), torch.ones_like(target)
+    if kind is PreferenceBatch:
+        first, second = world.sequences(firsts), world.sequences(seconds)
+        both = Sequences(
+            first.prompts,
+            first.completions + second.completions,
+            first.parents * 2,
+            first.supervised + second.supervised,
+        )
+        return PreferenceBatch(both, target, torch.zeros_like(target), weights)
+    pairs = [row for pair in zip(firsts, seconds, strict=True) for row in pair]
+    ragged = world.sequences(pairs)
+    ragged = ragged._replace(prompts=ragged.prompts[::2], parents=tuple(i // 2 for i in range(len(pairs))))
+    return RankedBatch(ragged, torch.tensor([0, 1] * 6), target, torch.zeros_like(target), weights)
+
+
+def cut(batch: Any, sizes: list[int]) -> list[Any]:
+    """Cut a batch into parts of so many rows."""
+    count, parts, start = len(batch.weights), [], 0
+    for size in sizes:
+        rows = list(range(start, min(start + size, count)))
+        index = torch.tensor(rows)
+        start += size
+        sides = 2 if isinstance(batch, PreferenceBatch) else 1
+        if isinstance(batch, RankedBatch):
+            parts.append(_ranked_part(batch, rows))
+            continue
+        fields: dict[str, Any] = {
+            name: part[index] for name, part in batch._asdict().items() if isinstance(part, Tensor)
+        }
+        fields["sequences"] = _part(
+            batch.sequences, [row + side * count for side in range(sides) for row in rows], sides
+        )
+        if isinstance(batch, ProcessBatch):
+            fields["labels"] = tuple(batch.labels[row] for row in rows)
+        if getattr(batch, "mismatched", None) is not None:
+            fields["mismatched"] = _part(batch.mismatched, rows, 1)
+        parts.append(batch._replace(**fields))
+    return parts
+
+
+def _part(sequences: Sequences, rows: list[int], sides: int) -> Sequences:
+    own = rows[: len(rows) // sides]
+    return Sequences(
+        prompts=tuple(sequences.prompts[sequences.parents[row]] for row in own),
+        completions=tuple(sequences.completions[row] for row in rows),
+        parents=tuple(range(len(own))) * sides,
+        supervised=tuple(sequences.supervised[row] for row in rows),
+    )
+
+
+def _ranked_part(batch: RankedBatch, rows: list[int]) -> RankedBatch:
+    index, members = torch.tensor(rows), [member for row in rows for member in (2 * row, 2 * row + 1)]
+    sequences = Sequences(
+        prompts=tuple(batch.sequences.prompts[row] for row in rows),
+        completions=tuple(batch.sequences.completions[m] for m in members),
+        parents=tuple(i // 2 for i in range(len(members))),
+        supervised=tuple(batch.sequences.supervised[m] for m in members),
+    )
+    return RankedBatch(
+        sequences, batch.ranks[torch.tensor(members)], batch.target[index], batch.margin[index], batch.weights[index]
+    )
+
+
+def step_gradient(subject: Subject, batches: list[Any], rows: int, tokens: int) -> Tensor:
+    """Return the gradient of one whole training step over micro-batches, through the module's own step."""
+    module = subject.fresh(moved=True)
+    found: list[Tensor] = []
+
+    def update(losses: Any, count: float) -> float:
+        found.append(subject.gradients(module, lambda: sum(loss() / max(count, 1) for loss in losses)))
+        return 0.0
+
+    module.update = update
+    module.training_step(Step(tuple(batches), rows, tokens), 0)
+    return found[0]
+
+
+def offline_checks(subject: Subject) -> list[Check]:
+    """Return the checks of an objective on fixed data, convergence left out."""
+    module, batch = subject.module, some_rows(subject)
+    given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    checks = [*input_checks(subject, given, batch), *cut_checks(subject, batch)]
+    if not isinstance(given, RankedScores):
+        checks.append(padding_check(subject, given))
+    checks += [*point_checks(subject, given), *family_checks(subject, given, batch)]
+    return checks
+
+
+def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
+    """What reaches the loss is what the models say about exactly the completions' tokens."""
+    module, world = subject.module, subject.world
+    if isinstance(given, RankedScores):
+        return []
+    sequences = batch.sequences
+    if isinstance(given, PreferenceLogprobs):
+        masks = torch.cat([given.chosen_mask.sum(-1), given.rejected_mask.sum(-1)])
+        policy = torch.cat([given.policy_chosen_logprobs.sum(-1), given.policy_rejected_logprobs.sum(-1)])
+        sides = (given.reference_chosen_logprobs, given.reference_rejected_logprobs)
+        present = [side for side in sides if side is not None]
+        reference = torch.cat([side.sum(-1) for side in present]) if len(present) == 2 else None
+    else:
+        masks = given.completion_mask.sum(-1)
+        policy = (given.policy_logprobs if isinstance(given, UnpairedLogprobs) else given.logprobs).sum(-1)
+        found = getattr(given, "reference_logprobs", None)
+        reference = None if found is None else found.sum(-1)
+    lengths = torch.tensor([len(ids) for ids in sequences.completions])
+    table = module.policy.model.model.table.weight.detach()
+    checks = [
+        at_most(
+            "tokens",
+            (masks - lengths).abs().max(),
+            0,
+            "the mask must count every token of a completion, the end token among them, and none of its prompt",
+        ),
+        at_most(
+            "policy logprobs",
+            (policy.detach() - _exact(world, table, sequences)).abs().max(),
+            1e-9,
+            "the log-probabilities must be the policy's, of the completion alone, at temperature 1",
+        ),
+    ]
+    if reference is not None:
+        apart = (reference.detach() - _exact(world, world.reference_table.float().double(), sequences)).abs().max()
+        checks += [
+            at_most("reference logprobs", apart, 1e-9, "the reference must be the model that training started from"),
+            at_most("reference detached", float(reference.requires_grad), 0, "the reference must carry no gradient"),
+        ]
+    return checks
+
+
+def _exact(world: Any, table: Tensor, sequences: Sequences) -> Tensor:
+    index = {completion: place for place, completion in enumerate(world.completions)}
+    probabilities = world.probabilities(table)
+    rows = []
+    for parent, ids in zip(sequences.parents, sequences.completions, strict=True):
+        prompt = int(sequences.prompts[parent][0]) - 1 - world.config.tokens
+        rows.append(probabilities[prompt, index[tuple(ids.tolist())]])
+    return torch.stack(rows).log()
+
+
+def cut_checks(subject: Subject, batch: Any) -> list[Check]:
+    """How a step is cut, and among how many ranks, changes no gradient; rows count by their weights."""
+    count = len(batch.weights)
+    tokens = sum(int(mask.sum()) for mask in batch.sequences.supervised)
+    whole = step_gradient(subject, [batch], count, tokens)
+    scale = float(whole.abs().max())
+    parts = step_gradient(subject, cut(batch, [1, 3, 2]), count, tokens)
+    checks = [
+        at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached"),
+        at_most(
+            "micro-batches",
+            (parts - whole).abs().max() / max(scale, 1e-300),
+            1e-7,
+            "return one loss per row and let the module reduce: a mean inside loss_sum weighs short batches more",
+        ),
+    ]
+    if not subject.kind.batch_coupled and not isinstance(batch, UnpairedBatch):
+        ranks = sum(step_gradient(subject, [part], count, tokens) for part in cut(batch, [4, 2]))
+        checks.append(
+            at_most(
+                "two ranks",
+                (ranks - whole).abs().max() / max(scale, 1e-300),
+                1e-7,
+                "divide by the step's rows or tokens over all ranks, not by this rank's",
+            )
+        )
+    if subject.kind.weighs_rows and not subject.kind.batch_coupled and not isinstance(batch, UnpairedBatch):
+        doubled = step_gradient(subject, [batch._replace(weights=2 * batch.weights)], count, tokens)
+        checks.append(
+            at_most(
+                "row weights",
+                (doubled - 2 * whole).abs().max() / max(scale, 1e-300),
+                1e-9,
+                "each row's loss must be multiplied by its weight",
+            )
+        )
+    return checks
+
+
+def padding_check(subject: Subject, given: Any) -> Check:
+    """Columns under the mask, on either side and whatever they hold, change no loss."""
+    plain = subject.values(subject.fresh(moved=True), given).detach()
+    apart = 0.0
+    for side in ((0, 3), (3, 0)):
+        wide = {
+            name: torch.nn.functional.pad(part, side)
+            for name, part in given._asdict().items()
+            if isinstance(part, Tensor) and part.dim() == 2
+        }
+        values = subject.values(subject.fresh(moved=True), given._replace(**wide)).detach()
+        if values.dim() == 2:  # per token: cut the columns off again
+            values = values[:, side[0] : values.shape[1] - side[1]]
+        apart = max(apart, float((values - plain).abs().max()))
+    return at_most("padding", apart, 1e-10, "sum over tokens by the mask, and count tokens by it: never by the width")
+
+
+def point_checks(subject: Subject, given: Any) -> list[Check]:
+    """The override point is a differentiable function that stays finite."""
+    module = subject.module
+    function, leaves = field_function(subject, module, given)
+    checks = []
+    try:
+        right = torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-5, raise_exception=False)
+    except RuntimeError:
+        right = False
+    if not _has_detached_parts(subject):
+        checks.append(at_least("gradcheck", float(right), 1, "the gradient is not the loss's: look for a detach"))
+    worst = 0.0
+    for scale in (1e3, -1e3):
+        extreme = [
+            leaf.detach() * 0 + scale * (leaf.detach() != 0) * sign for leaf, sign in zip(leaves, (1, -1), strict=False)
+        ]
+        extreme = [part.requires_grad_() for part in extreme]
+        values = function(*extreme)
+        grads = torch.autograd.grad(values.sum(), extreme, allow_unused=True)
+        finite = [values.isfinite().all(), *(g.isfinite().all() for g in grads if g is not None)]
+        worst = max(worst, float(not all(map(bool, finite))))
+    checks.append(
+        at_most("extremes", worst, 0, "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)")
+    )
+    return checks
+
+
+def _has_detached_parts(subject: Subject) -> bool:
+    """Whether the loss holds statistics of itself without gradient, so that it is no plain function."""
+    return subject.kind.batch_coupled or getattr(subject.kind, "needs_collisions", False)
+
+
+def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
+    """The value at the reference, labels, and the direction of the gradient."""
+    checks = []
+    module = subject.fresh()
+    at_start = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    stated = module.value_at_reference
+    if stated is not None:
+        hard = at_start._replace(target=torch.ones_like(at_start.target)) if hasattr(at_start, "target") else at_start
+        apart = (subject.values(module, hard).detach() - stated).abs().max() / max(abs(stated), 1.0)
+        checks.append(at_most("value at reference", apart, 1e-8, f"the class states {stated:.6g} there"))
+    if isinstance(given, PreferenceLogprobs):
+        checks += pair_checks(subject, given)
+    elif isinstance(given, UnpairedLogprobs):
+        checks.append(judgement_direction(subject, given))
+    elif isinstance(given, RankedScores):
+        checks += ranking_checks(subject, given)
+    else:
+        function, (leaf,) = field_function(subject, subject.module, given)
+        gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0][given.completion_mask]
+        checks.append(at_most("direction", gradient.max(), -1e-12, "a demonstration's tokens must become likelier"))
+    return checks
+
+
+def swapped(given: PreferenceLogprobs) -> PreferenceLogprobs:
+    """Return the pairs with chosen and rejected exchanged."""
+    names = ("policy_{}_logprobs", "reference_{}_logprobs", "{}_mask", "{}_log_collisions")
+    changes = {}
+    for name in names:
+        changes[name.format("chosen")] = getattr(given, name.format("rejected"))
+        changes[name.format("rejected")] = getattr(given, name.format("chosen"))
+    if given.chosen_by_reference is not None:
+        changes["chosen_by_reference"] = ~given.chosen_by_reference
+    return given._replace(**changes)
+
+
+def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
+    """A label's two orders, and which side is lifted where the policy has a pair badly wrong."""
+    module, checks = subject.module, []
+    if not subject.kind.batch_coupled:
+        certain = torch.ones_like(given.target)
+        soft = subject.values(subject.fresh(moved=True), given._replace(target=0.3 * certain))
+        right = subject.values(subject.fresh(moved=True), given._replace(target=certain))
+        wrong = subject.values(subject.fresh(moved=True), swapped(given)._replace(target=certain))
+        apart = (soft - 0.3 * right - 0.7 * wrong).abs().max() / right.abs().max().clamp_min(1)
+        checks.append(
+            at_most(
+                "labels",
+                apart.detach(),
+                1e-9,
+                "target is the probability that chosen is better: the loss must be the "
+                "expectation over both orders, target * loss(c, r) + (1 - target) * loss(r, c)",
+            )
+        )
+    lowered = given._replace(
+        target=torch.ones_like(given.target),
+        policy_chosen_logprobs=given.policy_chosen_logprobs - 20.0 * given.chosen_mask,
+    )
+    function, (chosen, rejected) = field_function(subject, module, lowered)
+    grads = torch.autograd.grad(function(chosen, rejected).sum(), (chosen, rejected), allow_unused=True)
+    pulls = [
+        torch.zeros(()) if grad is None else (grad * mask).sum()
+        for grad, mask in zip(grads, (given.chosen_mask, given.rejected_mask), strict=True)
+    ]
+    checks.append(
+        at_least(
+            "direction",
+            pulls[1] - pulls[0],
+            1e-12,
+            "where chosen is far too unlikely, a step must lift it against "
+            "rejected: look for a flipped sign, or for chosen and rejected exchanged",
+        )
+    )
+    return checks
+
+
+def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
+    """Good completions rise, bad ones fall."""
+    function, (leaf,) = field_function(subject, subject.module, given)
+    rows = torch.autograd.grad(function(leaf).sum(), leaf)[0].sum(-1)
+    wanted = torch.where(given.desirable, -rows, rows)
+    return at_least("direction", wanted.min(), 1e-12, "good completions must rise and bad ones fall: look at the sign")
+
+
+def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
+    """A constant on all scores of a prompt says nothing; the better ranked rises."""
+    module, checks = subject.module, []
+    if not getattr(module, "centering", 0):
+        plain, moved = subject.values(module, given), subject.values(module, given._replace(scores=given.scores + 3.0))
+        checks.append(
+            at_most("shift", (moved - plain).abs().max().detach(), 1e-9, "only differences of scores mean anything")
+        )
+    certain = given._replace(target=torch.ones_like(given.target))
+    function, (leaf,) = field_function(subject, module, certain)
+    gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+    pull = torch.where(given.ranks == 0, -gradient, gradient).min()
+    checks.append(at_least("direction", pull, 1e-12, "rank 0 is the best: its score must rise, the other's fall"))
+    return checks

@@ -1,0 +1,280 @@
+"""The contract of objectives on sampled completions: rewards, advantages, ratios, the leash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.types import Advantages, CriticValues, PolicyLogprobs, Rollout
+from rlhf_lightning.verification.checks.subject import (
+    Check,
+    Subject,
+    at_least,
+    at_most,
+    field_function,
+    with_leaves,
+)
+from rlhf_lightning.verification.convergence import descend, policy_of
+from rlhf_lightning.verification.exact_policy_gradient import PolicyGradient
+
+
+class Case:
+    """A rollout of every completion in groups, by the subject's own code, with its rewards and advantages.
+
+    Args:
+        subject: the class.
+        module: an instance with its models loaded.
+    """
+
+    def __init__(self, subject: Subject, module: Any) -> None:
+        self.subject, self.module = subject, module
+        self.expected = PolicyGradient(module, subject.world)
+        self.rollout: Rollout = subject_rollout(self.expected)
+        self.rewards: Tensor = module.shape_rewards(self.rollout).detach()
+        self.advantages: Advantages = module.advantages(self.rollout, self.rewards)
+
+    def logprobs(self, **changes: Any) -> PolicyLogprobs:
+        """The input of the policy loss at ratio 1, with changes."""
+        rollout = self.rollout
+        plain = PolicyLogprobs(
+            rollout.old_logprobs.clone(),
+            rollout.old_logprobs,
+            rollout.reference_logprobs,
+            None,
+            self.advantages.advantages.detach(),
+            rollout.completion_mask,
+            rollout.sampler_logprobs,
+        )
+        return plain._replace(**changes)
+
+
+def subject_rollout(expected: PolicyGradient) -> Rollout:
+    """Return the rollout that an expectation is taken over, with values that a critic might have given."""
+    found: list[Rollout] = []
+    module = expected.module
+    original = module.advantages
+
+    def keeping(rollout: Rollout, rewards: Tensor) -> Advantages:
+        found.append(rollout)
+        return original(rollout, rewards)
+
+    module.advantages = keeping  # type: ignore[method-assign]
+    try:
+        expected.loss()
+    finally:
+        vars(module).pop("advantages", None)
+    rollout = found[0]
+    generator = torch.Generator().manual_seed(3)
+    if rollout.values is None:
+        return rollout
+    values = torch.randn(rollout.values.shape, generator=generator, dtype=torch.float64)
+    mask = rollout.completion_mask
+    return rollout._replace(values=torch.where(mask, values, 0.0) if values.shape == mask.shape else values)
+
+
+def on_policy_checks(subject: Subject) -> list[Check]:
+    """Return the checks of an objective on samples, convergence left out."""
+    case = Case(subject, subject.module)
+    checks = [*reward_checks(case), *advantage_checks(case), *loss_checks(case)]
+    if hasattr(subject.kind, "value_loss"):
+        checks += value_checks(case)
+    leash = leash_check(subject)
+    return checks if leash is None else [*checks, leash]
+
+
+def reward_checks(case: Case) -> list[Check]:
+    """The score is in the rewards once, at its slot; nothing is under the mask; the leash costs reward."""
+    module, rollout = case.module, case.rollout
+    checks = []
+    slots = module.score_slots(rollout)
+    if slots is not None:
+        unscored = module.shape_rewards(rollout._replace(scores=torch.zeros_like(rollout.scores)))
+        change = case.rewards - unscored
+        expected = torch.zeros_like(change).scatter(1, slots.unsqueeze(1), rollout.scores.to(change).unsqueeze(1))
+        checks.append(
+            at_most(
+                "score slot",
+                (change - expected).abs().max(),
+                1e-9,
+                "each score belongs once on the last completion token (or where score_slots says), unscaled",
+            )
+        )
+    mask = rollout.completion_mask
+    if case.rewards.shape == mask.shape:
+        outside = case.rewards.masked_select(~mask).abs()
+        worst = outside.max() if outside.numel() else 0.0
+        checks.append(at_most("rewards under mask", worst, 0, "zero rewards behind the end of a completion"))
+    if rollout.reference_logprobs is not None and module.kl_coef:
+        nearer = torch.where(mask, rollout.reference_logprobs - 0.1, 0.0)
+        change = (module.shape_rewards(rollout._replace(reference_logprobs=nearer)) - case.rewards).sum(-1)
+        checks.append(
+            at_most(
+                "kl in reward",
+                change.max(),
+                1e-12,
+                "more KL to the reference must never earn reward: look at the "
+                "sign, and at which of the two log-probabilities is subtracted",
+            )
+        )
+    return checks
+
+
+def advantage_checks(case: Case) -> list[Check]:
+    """Advantages are zero under the mask and do not see it, and follow the scores."""
+    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
+    better = rollout.scores + (torch.arange(len(rollout.scores)) % max(case.expected.group_size, 2) == 0)
+    lifted = rollout._replace(scores=better.double())
+    gain = module.advantages(lifted, module.shape_rewards(lifted)).advantages - case.advantages.advantages
+    raised = (gain.sum(-1) / mask.sum(-1))[::2].mean() - (gain.sum(-1) / mask.sum(-1))[1::2].mean()
+    sign = at_least("advantage sign", raised, 1e-9, "a higher score must give a higher advantage")
+    return [*mask_checks(case), sign]
+
+
+def mask_checks(case: Case) -> list[Check]:
+    """Advantages are zero under the mask and do not see it."""
+    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
+    outside = case.advantages.advantages.masked_select(~mask).abs()
+    checks = [
+        at_most(
+            "advantages under mask",
+            outside.max() if outside.numel() else 0.0,
+            0,
+            "zero advantages behind the end of a completion, after whitening too",
+        ),
+    ]
+    wide: dict[str, Any] = {
+        name: torch.nn.functional.pad(part, (0, 3))
+        for name, part in rollout._asdict().items()
+        if isinstance(part, Tensor) and part.dim() == 2
+    }
+    padded = rollout._replace(**wide)
+    again = module.advantages(padded, module.shape_rewards(padded)).advantages[:, : mask.shape[1]]
+    checks.append(
+        at_most(
+            "padding",
+            (again - case.advantages.advantages).abs().max(),
+            1e-9,
+            "means, deviations and lengths count completion tokens alone, not the cells of the grid",
+        )
+    )
+    return checks
+
+
+def loss_checks(case: Case) -> list[Check]:
+    """At ratio 1 the gradient is the policy gradient; away from it the policy is pulled back; all stays finite."""
+    module, subject, mask = case.module, case.subject, case.rollout.completion_mask
+    kl_coef, module.kl_coef = module.kl_coef, 0.0
+    try:
+        function, (leaf,) = field_function(subject, module, case.logprobs())
+        gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
+        wanted = -case.advantages.advantages.detach()
+        unequal = (gradient - wanted)[mask].abs().max() / wanted.abs().max().clamp_min(1e-12)
+        checks = [
+            at_most(
+                "ratio one",
+                unequal,
+                1e-6,
+                "before any update the gradient must be -advantage * d log policy: look at "
+                "which log-probabilities make the ratio, and for a missing or a superfluous detach",
+            )
+        ]
+        pulls = []
+        for sign, moved in ((1.0, -0.7), (-1.0, 0.7)):  # made unlikelier though good, likelier though bad
+            old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
+            given = case.logprobs(
+                old_logprobs=old, sampler_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
+            )
+            function, (leaf,) = field_function(subject, module, given)
+            pulls.append(-sign * torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0][mask])
+        checks.append(
+            at_least(
+                "pull back",
+                torch.stack([pull.min() for pull in pulls]).min(),
+                1e-12,
+                "a token that has moved the wrong way must keep its gradient: the clip belongs on the other side",
+            )
+        )
+        if "objective" not in overridden_methods(module) and getattr(module, "clip", None):
+            checks.append(clip_check(case))
+    finally:
+        module.kl_coef = kl_coef
+    checks.append(extremes_check(case))
+    return checks
+
+
+def overridden_methods(module: Any) -> set[str]:
+    """Names of methods that a class below CriticFreeModule has of its own."""
+    from rlhf_lightning.modules.critic_free import CriticFreeModule
+
+    if not isinstance(module, CriticFreeModule):
+        return set()
+    return {name for name in ("objective",) if getattr(type(module), name) is not getattr(CriticFreeModule, name)}
+
+
+def clip_check(case: Case) -> Check:
+    """Beyond the clip on the side that it already gains from, a token gets no more gradient."""
+    module, mask, worst = case.module, case.rollout.completion_mask, 0.0
+    for sign, moved in ((1.0, 3.0), (-1.0, -3.0)):
+        old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
+        given = case.logprobs(
+            old_logprobs=old, sampler_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
+        )
+        function, (leaf,) = field_function(case.subject, module, given)
+        gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
+        worst = max(worst, float(gradient[mask].abs().max()))
+    return at_most("clip", worst, 1e-9, "a good token that is already e^3 times as likely must not be pushed further")
+
+
+def extremes_check(case: Case) -> Check:
+    """Log-ratios of a thousand nats give finite losses and gradients."""
+    mask, broken = case.rollout.completion_mask, 0.0
+    for moved in (1e3, -1e3):
+        old = torch.where(mask, case.rollout.old_logprobs + moved, 0.0)
+        given = case.logprobs(old_logprobs=old, sampler_logprobs=old)
+        given, (leaf,) = with_leaves(given)
+        values = torch.where(mask, case.subject.values(case.module, given), 0.0)
+        gradient = torch.autograd.grad(values.sum(), leaf)[0]
+        broken = max(broken, float(not (values.isfinite().all() and gradient.isfinite().all())))
+    return at_most("extremes", broken, 0, "clamp log-ratios before exp")
+
+
+def value_checks(case: Case) -> list[Check]:
+    """The critic is drawn to its returns, and clipping never makes a loss smaller."""
+    module, mask, rollout = case.module, case.rollout.completion_mask, case.rollout
+    assert rollout.values is not None and case.advantages.returns is not None
+    returns = case.advantages.returns[:, : mask.shape[1]]
+    old = rollout.values[:, : mask.shape[1]]
+
+    def loss(values: Tensor, before: Tensor) -> Tensor:
+        from rlhf_lightning.training.module import as_loss
+
+        return torch.where(mask, as_loss(module.value_loss(CriticValues(values, before, returns, mask))).values, 0.0)
+
+    leaf = old.clone().requires_grad_()
+    gradient = torch.autograd.grad(loss(leaf, old).sum(), leaf)[0]
+    toward = (gradient - (old - returns))[mask].abs().max() / (old - returns)[mask].abs().max().clamp_min(1e-12)
+    moved = old + 2.0
+    below = (0.5 * (moved - returns) ** 2 - loss(moved, old))[mask].max()
+    return [
+        at_most("value gradient", toward, 1e-6, "at the rollout's own values the gradient is values - returns"),
+        at_most("value clip", below, 1e-9, "the larger of the clipped and the plain loss counts, never the smaller"),
+    ]
+
+
+def leash_check(subject: Subject) -> Check | None:
+    """With nothing to earn, training brings a policy that has moved away back to its reference."""
+    module = subject.fresh(moved=True)
+    if module.reference is None or not module.kl_coef:
+        return None
+    before = subject.world.kl(policy_of(module, subject.world))
+    loss = PolicyGradient(module, subject.world, shuffled=True).loss
+    descend(loss, [p for p in module.parameters() if p.requires_grad], 25, 0.02)
+    after = subject.world.kl(policy_of(module, subject.world))
+    return at_most(
+        "leash",
+        after - before,
+        -1e-6,
+        "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of",
+    )

@@ -1,0 +1,206 @@
+"""The contract of objectives on pairs that the policy samples: who draws, who meets whom, and what is learned."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.layout import select
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.types import Rollout, Sequences
+from rlhf_lightning.verification.checks.offline import input_checks, padding_check, pair_checks, point_checks
+from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.convergence import policy_of
+from rlhf_lightning.verification.exact_pairs import PairPopulation, opponent_of
+
+MANY = 500
+"""Samples of each prompt that frequencies are taken of."""
+
+
+class PairedSequences(NamedTuple):
+    """Completions of pairs, chosen ones stacked on rejected ones, as a batch of fixed data has them."""
+
+    sequences: Sequences
+
+
+def online_checks(subject: Subject) -> list[Check]:
+    """Return the checks of an objective on pairs of its own samples, convergence left out."""
+    module = subject.module
+    rollout = PairPopulation(module, subject.world).rollout()
+    pairs = module.pairs(rollout)
+    given = subject.seen(module, lambda: module._pair_loss_sum(rollout, pairs, Meter()))
+    rows = torch.cat([pairs.chosen, pairs.rejected]).tolist()
+    batch = PairedSequences(select(rollout.sequences, rows))
+    checks = [*pairing_checks(module, rollout), missing_end_check(subject), drawing_check(subject)]
+    checks += [*input_checks(subject, given, batch), *update_checks(subject)]
+    checks += [padding_check(subject, given), *point_checks(subject, given), *pair_checks(subject, given)]
+    stated = subject.fresh().value_at_reference
+    return checks if stated is None else [*checks, start_check(subject, stated)]
+
+
+def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
+    """Of each prompt the better sample is chosen; equal scores, and none, form no pair."""
+    scores, group = rollout.scores, rollout.group
+    pairs = module.pairs(rollout)
+    wrong = (scores[pairs.chosen] <= scores[pairs.rejected]) | (group[pairs.chosen] != group[pairs.rejected])
+    apart = int((scores.view(-1, 2)[:, 0] != scores.view(-1, 2)[:, 1]).sum())
+    level = module.pairs(rollout._replace(scores=torch.zeros_like(scores)))
+    unscored = scores.clone()
+    unscored[0] = torch.nan
+    blind = module.pairs(rollout._replace(scores=unscored))
+    used = torch.cat([blind.chosen, blind.rejected])
+    return [
+        at_most("best is chosen", wrong.sum(), 0, "chosen must outscore rejected, both samples of one prompt"),
+        at_most("every pair", abs(len(pairs.chosen) - apart), 0, "each prompt whose samples differ gives one pair"),
+        at_most("ties", len(level.chosen), 0, "samples that score alike say nothing: they form no pair"),
+        at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),
+    ]
+
+
+def missing_end_check(subject: Subject) -> Check:
+    """A completion that does not end by itself loses against one that does, whatever the scorer says."""
+    module = subject.fresh(missing_eos_penalty=1e3)
+    drawn = module.draw([subject.world.questions(2)])
+    told = torch.tensor(subject.world.score(drawn.batch.texts, texts_of(subject, drawn.samples.sequences)))
+    wanted = told - 1e3 * (~drawn.samples.finished).double()
+    return at_most(
+        "missing end",
+        (drawn.scores.double() - wanted).abs().max(),
+        1e-3,
+        "missing_eos_penalty must lower the score that pairs are made by: take scores from collector.score",
+    )
+
+
+def texts_of(subject: Subject, sequences: Sequences) -> list[str]:
+    """Return the completions' texts."""
+    return [subject.world.text_of(ids.tolist()) for ids in sequences.completions]
+
+
+def far_from_reference(subject: Subject) -> Any:
+    """Return an instance whose policy answers quite otherwise than its reference, so that few samples tell them."""
+    module, generator = subject.fresh(), torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+    return module
+
+
+def drawing_check(subject: Subject) -> Check:
+    """Samples are distributed as the policy, or the model whose turn it is, at the temperature of the run."""
+    module, world = far_from_reference(subject), subject.world
+    questions = world.questions(2 * MANY)
+    per_prompt = torch.arange(len(questions.prompts)) // 2
+    drawn = module.draw([questions._replace(group=per_prompt)])
+    explored = module.by_reference(per_prompt)
+    index = {completion: place for place, completion in enumerate(world.completions)}
+    found = torch.tensor([index[tuple(ids.tolist())] for ids in drawn.samples.sequences.completions])
+    worst = 0.0
+    for turn, policy in ((~explored, policy_of(module, world)), (explored, world.problem.reference)):
+        for prompt in range(world.config.prompts):
+            mine = found[turn & (questions.group == prompt)]
+            if not len(mine):
+                continue
+            counts = torch.bincount(mine, minlength=len(index))
+            spread = (len(mine) * policy[prompt] * (1 - policy[prompt])).sqrt().clamp_min(1)
+            worst = max(worst, float(((counts - len(mine) * policy[prompt]) / spread).abs().max()))
+    return at_most(
+        "drawn from", worst, 5.0, "deviations of the frequency of a completion: who samples, and at which temperature?"
+    )
+
+
+def update_checks(subject: Subject) -> list[Check]:
+    """How a minibatch is cut, and among how many ranks, changes no gradient."""
+    whole = step_gradient(subject)
+    scale = float(whole.abs().max())
+    advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
+    checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached")]
+    cuts: tuple[dict[str, Any], ...] = ({"micro_batch_size": 4}, {"max_tokens": 9})
+    for changes in cuts:
+        parts = step_gradient(subject, **changes)
+        apart = (parts - whole).abs().max() / max(scale, 1e-300)
+        checks.append(at_most("micro-batches" if "micro_batch_size" in changes else "max tokens", apart, 1e-7, advice))
+    ranks = rank_gradients(subject)
+    checks.append(at_most("two ranks", (ranks - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
+    return checks
+
+
+def some_groups(subject: Subject, module: Any) -> Rollout:
+    """Return a rollout of six pairs of completions of unequal length, one of them a tie."""
+    whole = PairPopulation(module, subject.world).rollout()
+    picked = [2, 11, 30, 48, 60, 75]
+    rows = [row for group in picked for row in (2 * group, 2 * group + 1)]
+    return part_of(whole, rows)
+
+
+def part_of(rollout: Rollout, rows: list[int]) -> Rollout:
+    """Return the named rows of a rollout; groups are numbered anew."""
+    index = torch.tensor(rows)
+    fields: dict[str, Any] = {n: part[index] for n, part in rollout._asdict().items() if isinstance(part, Tensor)}
+    fields["group"] = torch.unique(fields["group"], return_inverse=True)[1]
+    return rollout._replace(**{**fields, "sequences": select(rollout.sequences, rows)})
+
+
+def step_gradient(subject: Subject, rows: list[int] | None = None, over_ranks: Any = None, **changes: Any) -> Tensor:
+    """Return the gradient of a rollout's update through the module's own ``learn``, of some of its rows if named."""
+    module = subject.fresh(moved=True, on_violation="warn", **changes)  # each mistake has a check of its own here
+    rollout = some_groups(subject, module)
+    if rows is not None:
+        rollout = part_of(rollout, rows)
+    found: list[Tensor] = []
+
+    def update(losses: Any, count: float) -> float:
+        found.append(subject.gradients(module, lambda: sum(loss() / max(count, 1) for loss in losses)))
+        return 0.0
+
+    module.update = update
+    module.updates = 1  # the policy has left its reference
+    if over_ranks is not None:
+        module._over_ranks = over_ranks
+    module.learn(rollout, torch.zeros_like(rollout.old_logprobs), subject.world.questions(1), Meter())
+    return found[0]
+
+
+def rank_gradients(subject: Subject) -> Tensor:
+    """Return the sum of the gradients that two ranks with unequal shares of the prompts would have."""
+    shares, counts = (list(range(8)), list(range(8, 12))), []
+
+    def counting(value: Tensor) -> Tensor:
+        counts.append(value.double())
+        return value.double()
+
+    for rows in shares:
+        step_gradient(subject, rows, counting)
+    total = torch.stack(counts).sum() if counts else torch.ones(())
+    return torch.stack([step_gradient(subject, rows, lambda value: total) for rows in shares]).sum(0)
+
+
+def start_check(subject: Subject, stated: float) -> Check:
+    """What a pair loses where the policy is the reference."""
+    module = subject.fresh()
+    rollout = PairPopulation(module, subject.world).rollout()
+    given = module.preference_logprobs(rollout, module.pairs(rollout))
+    apart = (subject.values(module, given).detach() - stated).abs().max() / max(abs(stated), 1.0)
+    return at_most("value at reference", apart, 1e-7, f"the class states {stated:.6g} there")
+
+
+def opponent_check(subject: Subject) -> Check:
+    """Nash-MD's opponent draws from the mixture, apart from the policy's own random numbers."""
+    module, world = far_from_reference(subject), subject.world
+    questions = world.questions(MANY)
+    theirs = module.opponent_scores(questions).double().view(world.config.prompts, -1)
+    own = module.collector.draw(module.policy, module.tokenizer, questions).scores.double().view_as(theirs)
+    chances = opponent_of(module, world)
+    mean = (chances * world.rewards).sum(-1)
+    spread = ((chances * world.rewards.square()).sum(-1) - mean.square()).clamp_min(1e-12).sqrt()
+    off = ((theirs.mean(-1) - mean) / spread).abs() * MANY**0.5
+    alike = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1].abs() for pair in zip(own, theirs, strict=True)])
+    return at_most(
+        "opponent",
+        torch.maximum(off, alike * MANY**0.5).max(),
+        5.0,
+        "deviations of the opponent's mean score from the mixture's, or of its correlation with the policy's samples: "
+        "mix the logits of every token, and give the opponent random numbers of its own",
+    )

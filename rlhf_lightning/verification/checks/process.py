@@ -1,0 +1,80 @@
+"""The contract of process reward models: scores at the ends of steps, in log-odds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.types import ProcessBatch, ProcessScores
+from rlhf_lightning.verification.checks.offline import cut_checks, point_checks
+from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most, field_function
+
+
+def some_judged_rows(subject: Subject) -> ProcessBatch:
+    """Return a small batch of completions of one and two steps, soft labels, a step nobody judged, unequal weights."""
+    rows = [(0, 0), (0, 3), (1, 1), (1, 5), (0, 6), (1, 0)]
+    sequences = subject.world.sequences(rows)
+    flags = [flag.clone() for flag in sequences.supervised]
+    flags[3][0] = False
+    labels = torch.linspace(0.05, 0.95, 12, dtype=torch.float64)
+    parts = tuple(labels[2 * row : 2 * row + int(flag.sum())] for row, flag in enumerate(flags))
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5, 1.0], dtype=torch.float64)
+    return ProcessBatch(sequences._replace(supervised=tuple(flags)), parts, weights)
+
+
+def process_checks(subject: Subject) -> list[Check]:
+    """Return the checks of a process reward model, convergence left out."""
+    batch = some_judged_rows(subject)
+    module = subject.module
+    given: ProcessScores = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    return [
+        *input_checks(subject, given, batch),
+        *cut_checks(subject, batch),
+        *point_checks(subject, given),
+        *label_checks(subject, given),
+    ]
+
+
+def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) -> list[Check]:
+    """A step's score is that of the text which ends with it, and comes with that step's label."""
+    sequences, module = batch.sequences, subject.module
+    ends = [(row, int(end)) for row, flags in enumerate(sequences.supervised) for end in flags.nonzero().flatten()]
+    cut_off = sequences._replace(
+        prompts=tuple(sequences.prompts[row] for row, _ in ends),
+        completions=tuple(sequences.completions[row][: end + 1] for row, end in ends),
+        parents=tuple(range(len(ends))),
+        supervised=tuple(sequences.supervised[row][: end + 1] for row, end in ends),
+    )
+    alone = module.reward_model(padded_layout(cut_off)).detach()
+    same = len(alone) == len(given.scores)
+    apart: Any = (given.scores.detach() - alone).abs().max() if same else torch.inf
+    wrong = (given.labels - torch.cat(batch.labels)).abs().max() if same else torch.inf
+    rows = torch.tensor([row for row, _ in ends])
+    misplaced = float(not same or bool((given.row != rows).any()))
+    return [
+        at_most("step scores", apart, 1e-9, "a step's score is read at its own last token, not before or after it"),
+        at_most("step labels", wrong, 0, "each step must keep its own label, and steps that nobody judged have none"),
+        at_most("step rows", misplaced, 0, "each step must know its completion: weights belong to those"),
+    ]
+
+
+def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
+    """A step's score is drawn to the log-odds of its label, and to nothing else."""
+    module = subject.module
+    odds = torch.logit(given.labels)
+    function, (leaf,) = field_function(subject, module, given._replace(scores=odds))
+    at_rest = torch.autograd.grad(function(leaf).sum(), leaf)[0].abs().max()
+    function, (leaf,) = field_function(subject, module, given)
+    gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+    pull = (gradient * (leaf.detach() - odds)).min()
+    ones, zeros = (given._replace(labels=torch.full_like(given.labels, label)) for label in (1.0, 0.0))
+    soft, right, wrong = (subject.values(module, one).detach() for one in (given, ones, zeros))
+    apart = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
+    return [
+        at_most("log-odds", at_rest, 1e-9, "the score at rest must be the log-odds of the label"),
+        at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
+        at_most("labels", apart, 1e-9, "a soft label's loss is the expectation over right and wrong"),
+    ]

@@ -1,0 +1,221 @@
+"""The class under verification: fresh, unedited instances of it in a small world, in fp64."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.types import (
+    DistillationLogits,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    ProcessBatch,
+    ProcessScores,
+    RankedScores,
+    TokenLogprobs,
+    UnpairedLogprobs,
+)
+from rlhf_lightning.verification.convergence import expected_loss, prepare
+from rlhf_lightning.verification.world import EnumerableWorld
+
+SMALL_WORLD_SETTINGS: dict[str, Any] = {
+    "kl_coef": 0.5,
+    "max_new_tokens": 2,
+    "missing_eos_score": None,
+    "keep": 1.0,
+    "lam": 1.0,
+    "dynamic_sampling": False,
+    "cache_reference": False,
+}
+"""What a class is made with unless told otherwise: the defaults of large models have no optimum within reach here."""
+
+LEAST_BETA = 0.5
+
+
+class Check(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        name: of the check.
+        measured: what was found.
+        bound: what it may be at most, or at least where ``least``.
+        held: whether it is.
+        advice: what to look at if it is not.
+        least: whether the bound is a lower one.
+    """
+
+    name: str
+    measured: float
+    bound: float
+    held: bool
+    advice: str
+    least: bool = False
+
+
+def at_most(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
+    """A value that should be small; NaN never is."""
+    value = float(measured)
+    return Check(name, value, bound, value <= bound, advice)
+
+
+def at_least(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
+    """A value that should be large; NaN never is."""
+    value = float(measured)
+    return Check(name, value, bound, value >= bound, advice, least=True)
+
+
+class Subject:
+    """A class with its settings, and what checks need of it.
+
+    Args:
+        kind: the class.
+        world: where it is verified.
+        folder: the world's policy, see ``EnumerableWorld.write``.
+        settings: arguments of the class.
+    """
+
+    def __init__(
+        self, kind: type[AlignmentModule], world: EnumerableWorld, folder: str, settings: dict[str, Any] | None = None
+    ) -> None:
+        self.kind, self.world, self.folder = kind, world, folder
+        self.settings = {**self._defaults(), **(settings or {})}
+
+    def _defaults(self) -> dict[str, Any]:
+        known = {name for base in self.kind.__mro__ for name in _parameters(base)}
+        chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
+        if "teacher" in known:
+            chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
+            chosen.pop("kl_coef", None)  # the teacher has the reference's place, and no leash
+        elif "scorer" in known:
+            chosen["scorer"] = self.world.score
+            chosen["temperature"] = 1.0  # problems are listed at 1
+        if "soft_labels" in known:  # certain labels have no optimum, and pairs have no KL in a reward
+            chosen["soft_labels"] = True
+            chosen.pop("kl_coef", None)
+        beta = next((_parameters(base)["beta"] for base in self.kind.__mro__ if "beta" in _parameters(base)), None)
+        if beta is not None and isinstance(beta.default, float) and beta.default < LEAST_BETA:
+            chosen["beta"] = LEAST_BETA
+        return chosen
+
+    def fresh(self, moved: bool = False, **changes: Any) -> Any:
+        """Return a new instance with its models loaded, in fp64.
+
+        Args:
+            moved: with a policy that has left its reference by a fixed random step.
+            changes: settings to change.
+        """
+        module: Any = prepare(self.kind(init_from=self.start, **{**self.settings, **changes}))
+        if moved:
+            generator = torch.Generator().manual_seed(7)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    if parameter.requires_grad:
+                        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                        parameter.add_(0.3 * noise.to(parameter))
+        return module
+
+    @cached_property
+    def start(self) -> str:
+        """Folder that instances start from: the policy; where absolute scores matter, a blank reward model.
+
+        A new head on the policy would give every score the huge logits of impossible tokens, which cancel in
+        differences alone.
+        """
+        if self.kind.batch_type is not ProcessBatch:
+            return self.folder
+        blank = torch.zeros_like(self.world.rewards)
+        return self.world.write_reward_model(Path(self.folder).with_name("untaught"), blank)
+
+    @cached_property
+    def module(self) -> Any:
+        """An instance whose policy has left its reference; not to be trained."""
+        return self.fresh(moved=True)
+
+    @cached_property
+    def overridden(self) -> str:
+        """Name of the family's override point."""
+        return next(name for name in OVERRIDE_POINTS if hasattr(self.kind, name))
+
+    def seen(self, module: Any, run: Callable[[], Any]) -> Any:
+        """Return what the override point was given while ``run`` ran."""
+        found: list[Any] = []
+        original = getattr(module, self.overridden)
+
+        def listening(given: Any) -> Any:
+            found.append(given)
+            return original(given)
+
+        setattr(module, self.overridden, listening)
+        try:
+            run()
+        finally:
+            vars(module).pop(self.overridden, None)
+        return found[0]
+
+    def values(self, module: Any, given: Any) -> Tensor:
+        """Return the losses that the override point gives for its input."""
+        return as_loss(getattr(module, self.overridden)(given)).values
+
+    def gradients(self, module: Any, run: Callable[[], Tensor]) -> Tensor:
+        """Return the gradient of a loss with respect to all trained weights, flattened."""
+        module.zero_grad()
+        run().backward()
+        parts = [p.grad.flatten() for p in module.parameters() if p.requires_grad and p.grad is not None]
+        return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64)
+
+    def short_run(self, shuffled: bool, steps: int = 25, learning_rate: float = 0.02) -> float:
+        """Return the expected reward after a few updates on exact expectations."""
+        from rlhf_lightning.verification.convergence import descend, policy_of
+
+        module = self.fresh()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        descend(expected_loss(module, self.world, shuffled), parameters, steps, learning_rate)
+        return self.world.expected_reward(policy_of(module, self.world))
+
+
+OVERRIDE_POINTS = (
+    "preference_loss", "unpaired_loss", "process_loss", "ranking_loss", "token_loss", "policy_loss",
+    "distillation_loss",
+)  # fmt: skip
+DIFFERENTIATED: dict[type, Sequence[str]] = {
+    PreferenceLogprobs: ("policy_chosen_logprobs", "policy_rejected_logprobs"),
+    UnpairedLogprobs: ("policy_logprobs",),
+    RankedScores: ("scores",),
+    ProcessScores: ("scores",),
+    TokenLogprobs: ("logprobs",),
+    PolicyLogprobs: ("logprobs",),
+    DistillationLogits: ("student_logits",),
+}
+"""Fields of each override point's input that carry gradient."""
+
+
+def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
+    """Return the input of an override point with fresh leaves for what carries gradient, and the leaves."""
+    names = DIFFERENTIATED[type(given)]
+    leaves = [getattr(given, name).detach().clone().requires_grad_() for name in names]
+    plain = {name: part.detach() for name, part in given._asdict().items() if isinstance(part, Tensor)}
+    return given._replace(**{**plain, **dict(zip(names, leaves, strict=True))}), leaves
+
+
+def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return the override point as a function of its differentiated fields, and those fields."""
+    prepared, leaves = with_leaves(given)
+    names = DIFFERENTIATED[type(given)]
+
+    def function(*parts: Tensor) -> Tensor:
+        return subject.values(module, prepared._replace(**dict(zip(names, parts, strict=True))))
+
+    return partial(function), leaves
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    if "__init__" not in vars(kind):
+        return {}
+    return dict(inspect.signature(vars(kind)["__init__"]).parameters)

@@ -1,0 +1,282 @@
+"""Where an objective ends up: a module trained in an enumerable world on exact expectations, compared with its target.
+
+The module's own, unedited code gives every loss: fixed data are the whole population, each row weighted by how often it
+is drawn; rollouts are all groups of completions there are, weighted by their probability under the policy. What is left
+is optimisation without noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from rlhf_lightning.modules.distillation import GKDModule
+from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    PreferenceBatch,
+    ProcessBatch,
+    PromptBatch,
+    RankedBatch,
+    UnpairedBatch,
+)
+from rlhf_lightning.verification.exact_pairs import expectation_of, rest_of
+from rlhf_lightning.verification.oracles import coupled, estimators, population
+from rlhf_lightning.verification.world import EnumerableWorld
+
+
+class Convergence(NamedTuple):
+    """Where training came to rest.
+
+    Attributes:
+        policy: probability of each completion, shape (prompts, completions); for a reward model the softmax of its
+            scores.
+        target: what it should be; None where nothing says so.
+        source: where the target comes from: "declared" by the class, or a "transcription" of its paper.
+        distance: largest total variation distance over prompts; where minimisers are not unique, how far the loss is
+            above its minimum instead; NaN without a target.
+        gold_before: expected reward of the reference.
+        gold_after: expected reward of the policy.
+        kl: KL(policy || reference), nats.
+        seconds: of training.
+    """
+
+    policy: Tensor
+    target: Tensor | None
+    source: str
+    distance: float
+    gold_before: float
+    gold_after: float
+    kl: float
+    seconds: float
+
+
+def small_world(seed: int = 0) -> EnumerableWorld:
+    """The world that objectives are verified in: 2 prompts, 3 tokens, 2 long; 7 completions, 84 labelled pairs."""
+    return EnumerableWorld(prompts=2, tokens=3, max_new_tokens=2, seed=seed)
+
+
+def quiet_trainer() -> Trainer:
+    """Return a trainer that only answers what modules ask of one."""
+    return Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, barebones=False, max_epochs=1,
+    )  # fmt: skip
+
+
+def converge(
+    module: AlignmentModule,
+    world: EnumerableWorld,
+    steps: int = 500,
+    learning_rate: float = 0.2,
+    shuffled: bool = False,
+) -> Convergence:
+    """Train a module to rest on exact expectations and compare with its target.
+
+    Args:
+        module: made with ``init_from`` the world's folder; trained in place, in fp64.
+        world: the world of that folder.
+        steps: updates; the learning rate falls to 0 along a cosine.
+        learning_rate: of Adam at the start.
+        shuffled: take labels or scores that say nothing (all equally likely), as a control.
+
+    Raises:
+        TypeError: no population is known for the batch that the module takes.
+    """
+    started = time.perf_counter()
+    prepare(module)
+    minimise(expected_loss(module, world, shuffled), module, steps, learning_rate)
+    policy = policy_of(module, world)
+    seconds = time.perf_counter() - started
+    target, source, distance = judged(module, world, policy)
+    golds = (world.expected_reward(world.problem.reference), world.expected_reward(policy))
+    return Convergence(policy, target, source, distance, *golds, world.kl(policy), seconds)
+
+
+def prepare(module: AlignmentModule) -> AlignmentModule:
+    """Load a module's models in fp64 and give it a trainer to ask."""
+    module.trainer = quiet_trainer()
+    module.configure_model()
+    module.train()
+    module.double()
+    for model in module.frozen_models():
+        model.double()
+    return module
+
+
+def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, learning_rate: float) -> None:
+    """Run Adam to rest, and where a loss is so flat that it is not there yet, L-BFGS behind it.
+
+    L-BFGS needs a fixed function: losses of samples, or with statistics of the step in them, are left to Adam.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    descend(loss, parameters, steps, learning_rate)
+    left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
+    if left > 1e-5:  # a steep start has thrown it far off
+        descend(loss, parameters, steps, learning_rate / 4)
+    if left < 1e-7 or isinstance(module, OnPolicyModule | GKDModule) or module.batch_coupled:
+        return
+    finisher = torch.optim.LBFGS(
+        parameters,
+        max_iter=500,
+        history_size=50,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        finisher.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    finisher.step(closure)
+
+
+def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learning_rate: float) -> None:
+    """Run Adam on a function without noise, its learning rate falling to 0 along a cosine."""
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99), eps=1e-12)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
+    """Return the module's loss over its population as a function of its weights."""
+    if shuffled and hasattr(module, "teacher"):
+        say_nothing(module, world)
+    if isinstance(module, GKDModule):
+        return expected_divergence(module, world)
+    if isinstance(module, OnPolicyModule):
+        return expectation_of(module)(module, world, shuffled).loss
+    kind = module.batch_type
+    if kind is PromptBatch or not hasattr(module, "loss_sum"):
+        raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
+    copies = None if getattr(module, "weighs_rows", True) else coupled.COPIES
+    batches: dict[type, Callable[[], Any]] = {
+        DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
+        PreferenceBatch: lambda: world.preferences(copies),
+        RankedBatch: world.rankings,
+        ProcessBatch: world.judged_steps,
+        UnpairedBatch: world.judgements,
+    }
+    batch = batches[kind]()
+    if shuffled and copies is not None:
+        batch = world.preferences(copies, informative=False)
+    elif shuffled and kind is ProcessBatch:
+        batch = batch._replace(labels=tuple(torch.full_like(labels, 0.5) for labels in batch.labels))
+    elif shuffled:
+        batch = batch._replace(weights=torch.full_like(batch.weights, float(batch.weights.mean())))
+    loss_sum: Any = module.loss_sum
+    return lambda: loss_sum(batch, Meter()) / len(batch.weights)
+
+
+def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[], Tensor]:
+    """Return the loss over demonstrations and over the student's samples, weighted by how often each is learned from.
+
+    The samples are drawn from the student of the moment, and no gradient goes through that.
+    """
+    data = world.demonstrations(demonstrated(world))
+    student: Any = module.policy
+
+    def loss() -> Tensor:
+        table = student.model.model.table.weight.detach()
+        sampled = world.demonstrations(world.probabilities(table / module.sampling.temperature))
+        on_data, on_samples = (module.loss_sum(batch, Meter()) / len(data.weights) for batch in (data, sampled))
+        return (1 - module.on_policy_fraction) * on_data + module.on_policy_fraction * on_samples
+
+    return loss
+
+
+@torch.no_grad()
+def say_nothing(module: Any, world: EnumerableWorld) -> None:
+    """Let a module's teacher say what the reference says, from which nothing can be learned."""
+    table = module.teacher.model.model.model.table.weight
+    table.copy_(world.reference_table.to(table))
+
+
+def demonstrated(world: EnumerableWorld) -> Tensor:
+    """The policy whose answers are demonstrations: softmax of the mean win rates, shape (prompts, completions)."""
+    return torch.softmax(world.problem.preference.mean(-1), -1)
+
+
+@torch.no_grad()
+def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
+    """Return the probability of each completion, shape (prompts, completions); of scores, their softmax."""
+    rows = [(p, i) for p in range(world.config.prompts) for i in range(len(world.completions))]
+    if isinstance(module, RewardModule):
+        from rlhf_lightning.models.layout import padded_layout
+
+        scores = module.reward_model(padded_layout(world.sequences(rows)))
+        return torch.softmax(scores.double().view(world.config.prompts, -1), -1)
+    policy: Any = module.model
+    return world.probabilities(policy.model.model.table.weight)
+
+
+def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> tuple[Tensor | None, str, float]:
+    """Return the policy that the module should find, where that is known from, and how far ``policy`` is from it."""
+    declared = module.target_policy(world.problem)
+    if declared is not None:
+        target = torch.softmax(declared, -1) if isinstance(module, RewardModule) else declared
+        return target, "declared", _distance(policy, target)
+    rest = rest_of(module, world)
+    if rest is not None:
+        return rest, "transcription", _distance(policy, rest)
+    name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
+    problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
+    resting = estimators.rests(name, problems, module)
+    if name == "SFTModule":
+        target = demonstrated(world)
+    elif resting is not None:
+        target = torch.tensor(np.array(resting))
+    elif name in coupled.LOSSES:
+        return _judged_together(name, problems, module, policy)
+    elif name in population.FIXED_POINTS:
+        target = torch.tensor(np.array(population.fixed_point(population.FIXED_POINTS[name], problems, module)))
+    elif name in population.TRANSCRIPTIONS:
+        loss = population.TRANSCRIPTIONS[name]
+        starts = policy.numpy() if name in population.MANY_MINIMA else [None] * len(problems)
+        found = [population.minimiser(loss, p, module, start) for p, start in zip(problems, starts, strict=True)]
+        target = torch.tensor(np.array([best for best, _ in found]))
+        if name in population.NOT_UNIQUE:
+            reached = [loss(np.log(row), p, module) for row, p in zip(policy.numpy(), problems, strict=True)]
+            return target, "excess loss", max(r - least for r, (_, least) in zip(reached, found, strict=True))
+    else:
+        return None, "", float("nan")
+    return target, "transcription", _distance(policy, target)
+
+
+def _judged_together(
+    name: str, problems: list[population.Population], module: Any, policy: Tensor
+) -> tuple[Tensor, str, float]:
+    """Compare the losses: minimisers of sorted values are neither unique nor all found from one start."""
+    pairs, loss = coupled.pairs_of(problems), coupled.LOSSES[name]
+    best = coupled.minimiser(loss, pairs, module.beta, policy.numpy())
+    reached, least = (coupled.value(name, at, pairs, module) for at in (policy.numpy(), best))
+    return torch.tensor(best), "excess loss", reached - least
+
+
+def population_of(world: EnumerableWorld, prompt: int) -> population.Population:
+    """Return the problem of one prompt in NumPy, for the transcriptions."""
+    problem, texts = world.problem, world.completions
+    parts = (problem.reference, problem.preference, problem.lengths, problem.rewards)
+    reference, preference, lengths, rewards = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
+    alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
+    return population.Population(reference, preference, lengths, np.array(alike, dtype=np.float64), rewards)
+
+
+def _distance(policy: Tensor, target: Tensor) -> float:
+    return float((0.5 * (policy - target).abs().sum(-1)).max())

@@ -1,0 +1,145 @@
+"""Online preference objectives on exact expectations: every pair there is, and where the sampled game comes to rest."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import root
+from scipy.special import expit, log_softmax
+from torch import Tensor
+
+from rlhf_lightning.functional.online_preference import nash_md_logits
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.types import Rollout
+from rlhf_lightning.verification.exact_policy_gradient import PolicyGradient
+from rlhf_lightning.verification.world import EnumerableWorld
+
+
+def expectation_of(module: OnPolicyModule) -> type[PolicyGradient]:
+    """Return what takes the expectation of a module's loss."""
+    if isinstance(module, OnlineDPOModule):
+        return PairPopulation
+    return Tournament if isinstance(module, NashMDModule) else PolicyGradient
+
+
+class PairPopulation(PolicyGradient):
+    """The exact expectation over two samples of each prompt, each drawn by the model whose turn it is.
+
+    Groups whose scores tie are in it like the others; what becomes of them is the module's own doing.
+    """
+
+    module: Any
+
+    def __init__(self, module: Any, world: EnumerableWorld, shuffled: bool = False) -> None:
+        super().__init__(module, world, shuffled)
+        prompts, count = world.config.prompts, len(world.completions)
+        self.listed = padded_layout(world.sequences(list(itertools.product(range(prompts), range(count)))))
+        self.place = self.index[0] * count + self.index[1]
+
+    def rollout(self) -> Rollout:
+        """Return every pair of completions of every prompt as one rollout, by the module's own forward."""
+        with torch.no_grad():
+            grids = self.module._forward_statistics(self.listed)
+        old, reference = grids["logprobs"][self.place], grids.get("reference_logprobs")
+        reference = None if reference is None else reference[self.place]
+        drawn = old
+        if reference is not None:
+            drawn = torch.where(self.module.by_reference(self.group).unsqueeze(-1), reference, old)
+        mask = grids["completion_mask"][self.place]
+        return Rollout(
+            self.sequences, mask, old, reference, None, self.scores, self.finished, self.group, sampler_logprobs=drawn,
+            episodes=torch.arange(len(self.rows)),
+        )  # fmt: skip
+
+    def loss(self) -> Tensor:
+        """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
+        module, rollout = self.module, self.rollout()
+        pairs = module.pairs(rollout)
+        if not len(pairs.chosen):
+            return 0.0 * torch.stack([p.sum() for p in module.parameters() if p.requires_grad]).sum()
+        logprobs = module.preference_logprobs(rollout, pairs)
+        values = as_loss(module.preference_loss(logprobs)).values * logprobs.weights
+        assert rollout.sampler_logprobs is not None
+        chance = self.likelihood(rollout.sampler_logprobs.sum(-1))[pairs.chosen]
+        return (chance * values).sum() / self.world.config.prompts
+
+
+class Tournament(PolicyGradient):
+    """The exact expectation over the policy's completions and the opponent's, every one against every other."""
+
+    module: Any
+
+    def __init__(self, module: Any, world: EnumerableWorld, shuffled: bool = False) -> None:
+        super().__init__(module, world, shuffled)
+        count, prompts = len(world.completions), world.config.prompts
+        games = list(itertools.product(range(prompts), range(count), range(count)))
+        self.rows = [(prompt, own) for prompt, own, _ in games]
+        self.group = torch.arange(len(games))
+        self.sequences = world.sequences(self.rows)
+        self.index = (torch.tensor([p for p, _ in self.rows]), torch.tensor([i for _, i in self.rows]))
+        self.theirs = (self.index[0], torch.tensor([other for _, _, other in games]))
+        ended, self.scores = self.finished[:count], self.rewards[self.index]
+        self.finished = ended[self.index[1]]
+
+    def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
+        """Return the probability of each game, shape (rows,)."""
+        return sequence_logprobs.exp() * opponent_of(self.module, self.world)[self.theirs]
+
+    def baseline_scores(self) -> Tensor:
+        """Score of each game's opponent."""
+        return self.rewards[self.theirs]
+
+
+@torch.no_grad()
+def opponent_of(module: Any, world: EnumerableWorld) -> Tensor:
+    """Return the probability of each completion of Nash-MD's opponent, shape (prompts, completions).
+
+    The table of next-token logits is mixed row by row: token by token, as the opponent is sampled.
+    """
+    table = module.policy.model.model.table.weight
+    return world.probabilities(nash_md_logits(table, world.reference_table.to(table), module.mixture))
+
+
+def rest_of(module: Any, world: EnumerableWorld) -> Tensor | None:
+    """Return where a shipped class should be at rest that declares no closed form; None where nothing says so."""
+    if not type(module).__module__.startswith("rlhf_lightning."):
+        return None
+    if type(module) is XPOModule and module.soft_labels:
+        found = [xpo_rest(world, prompt, module) for prompt in range(world.config.prompts)]
+        solved = [policy for policy in found if policy is not None]
+        return torch.tensor(np.array(solved)) if len(solved) == len(found) else None
+    if type(module) is NashMDModule and module.kl_coef:
+        return module.best_answer(world.problem, opponent_of(module, world))
+    return None
+
+
+def xpo_rest(world: EnumerableWorld, prompt: int, module: Any) -> np.ndarray | None:
+    """Solve for the policy at which XPO's expected gradient vanishes (2405.21046), in fp64 with SciPy.
+
+    A pair is a sample of the policy against one of the reference; labels are Bradley-Terry of the scores. None where
+    the bonus outweighs the pairs, whose slope is bounded, so that nothing is at rest.
+    """
+    reference = world.problem.reference[prompt].numpy()
+    scores, beta, alpha = world.rewards[prompt].numpy(), module.beta, module.alpha
+    wanted = expit(scores[:, None] - scores[None, :])
+
+    def slope(logits: np.ndarray) -> np.ndarray:
+        logp = log_softmax(logits)
+        policy, ratio = np.exp(logp), logp - np.log(reference)
+        met = policy[:, None] * reference[None, :] + reference[:, None] * policy[None, :]
+        apart = expit(beta * (ratio[:, None] - ratio[None, :])) - wanted
+        bonus = alpha * reference * (1 - policy)  # a sample that meets itself forms no pair
+        by_completion = beta * (met * apart).sum(-1) + bonus
+        return by_completion - policy * by_completion.sum() + logits.mean()
+
+    start = np.log(reference) + scores / beta
+    found = root(slope, start - start.mean(), tol=1e-13)
+    still = np.abs(slope(found.x)).max() < 1e-10
+    return np.exp(log_softmax(found.x)) if still else None

@@ -1,0 +1,290 @@
+"""A world so small that every completion of every prompt is listed, so that what an objective should find is known.
+
+The rewards are a table, the reference is any policy, preferences are Bradley-Terry in the rewards. Expectations over
+completions, pairs and groups are sums, and the policy that maximises E[reward] - beta KL(policy || reference) is
+reference * exp(reward / beta), normalised.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    EnumeratedProblem,
+    PreferenceBatch,
+    ProcessBatch,
+    PromptBatch,
+    RankedBatch,
+    Sequences,
+    UnpairedBatch,
+)
+from rlhf_lightning.verification.table_model import (
+    IMPOSSIBLE,
+    TabularConfig,
+    TabularForCausalLM,
+    TabularForSequenceClassification,
+    make_tokenizer,
+)
+
+END = 1
+"""Id of the end token."""
+
+
+class EnumerableWorld:
+    """Prompts p0, p1 ...; answers are letters, ended by the end token or by their length.
+
+    Args:
+        prompts: number of prompts.
+        tokens: tokens that answers are made of, the end token among them.
+        max_new_tokens: longest answer.
+        seed: seed of rewards and reference.
+        reward_scale: standard deviation of the rewards.
+        reference_scale: standard deviation of the reference's logits; 0 makes every next token equally likely.
+    """
+
+    def __init__(
+        self,
+        prompts: int = 4,
+        tokens: int = 6,
+        max_new_tokens: int = 4,
+        seed: int = 0,
+        reward_scale: float = 1.0,
+        reference_scale: float = 0.5,
+    ) -> None:
+        self.config = TabularConfig(prompts, tokens, max_new_tokens)
+        generator = torch.Generator().manual_seed(seed)
+        self.completions = self._listed()
+        shape = (prompts, len(self.completions))
+        self.rewards = reward_scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        transitions = self.config.transitions()
+        table = reference_scale * torch.randn(
+            len(transitions), self.config.vocab_size, generator=generator, dtype=torch.float64
+        )
+        table[:, 0] = IMPOSSIBLE
+        table[:, 1 + tokens :] = IMPOSSIBLE
+        self.reference_table = table
+
+    def _listed(self) -> list[tuple[int, ...]]:
+        """Every completion: those that end by themselves, shortest first, then those cut off at the longest."""
+        letters, longest = range(2, self.config.tokens + 1), self.config.max_new_tokens
+        ended = [(*middle, END) for length in range(longest) for middle in itertools.product(letters, repeat=length)]
+        return ended + list(itertools.product(letters, repeat=longest))
+
+    # -- exact facts --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def walks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The prefix before each token, the token, and the mask, each of shape (prompts, completions, length)."""
+        transitions = self.config.transitions()
+        longest = self.config.max_new_tokens
+        shape = (self.config.prompts, len(self.completions), longest)
+        prefixes, tokens = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for prompt in range(self.config.prompts):
+            for index, completion in enumerate(self.completions):
+                prefix = int(transitions[0, 1 + self.config.tokens + prompt])
+                for position, token in enumerate(completion):
+                    prefixes[prompt, index, position], tokens[prompt, index, position] = prefix, token
+                    mask[prompt, index, position] = True
+                    prefix = int(transitions[prefix, token])
+        return prefixes, tokens, mask
+
+    def probabilities(self, table: Tensor) -> Tensor:
+        """Return the probability of each completion under a table of logits, shape (prompts, completions)."""
+        prefixes, tokens, mask = self.walks
+        logprobs = torch.log_softmax(table.double(), -1)[prefixes, tokens]
+        return torch.where(mask, logprobs, 0.0).sum(-1).exp()
+
+    @cached_property
+    def problem(self) -> EnumeratedProblem:
+        """Reference, rewards, Bradley-Terry preferences and lengths."""
+        lengths = self.walks[2].sum(-1)
+        preference = torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
+        reference, teacher = (self.probabilities(table) for table in (self.reference_table, self.teacher_table))
+        return EnumeratedProblem(reference, self.rewards, preference, lengths, teacher)
+
+    @cached_property
+    def teacher_table(self) -> Tensor:
+        """Table of a policy to learn from: what maximises E[reward] - KL(policy || reference)."""
+        prefixes, tokens, mask = self.walks
+        mass = torch.zeros_like(self.reference_table)
+        best = torch.softmax(self.probabilities(self.reference_table).log() + self.rewards, -1)
+        visits = best.unsqueeze(-1).expand_as(mask)[mask]
+        mass.index_put_((prefixes[mask], tokens[mask]), visits, accumulate=True)
+        visited = mass.sum(-1, keepdim=True) > 0
+        return torch.where(visited, mass.log().clamp_min(IMPOSSIBLE), self.reference_table)
+
+    def optimal_policy(self, beta: float) -> Tensor:
+        """Return what maximises E[reward] - beta KL(policy || reference), shape (prompts, completions)."""
+        weights = self.problem.reference * torch.exp((self.rewards - self.rewards.amax(-1, keepdim=True)) / beta)
+        return weights / weights.sum(-1, keepdim=True)
+
+    def expected_reward(self, policy: Tensor) -> float:
+        """Return the mean over prompts of the policy's expected reward."""
+        return float((policy * self.rewards).sum(-1).mean())
+
+    def kl(self, policy: Tensor) -> float:
+        """Return the mean over prompts of KL(policy || reference), nats."""
+        logs = torch.where(policy > 0, (policy / self.problem.reference).log(), 0.0)
+        return float((policy * logs).sum(-1).mean())
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Return the reward of completions given as text: a scorer for sampled training."""
+        spelt = {self.text_of(ids): index for index, ids in reversed(list(enumerate(self.completions)))}
+        rows = [int(str(prompt)[1:]) for prompt in prompts]
+        return [float(self.rewards[row, spelt[text]]) for row, text in zip(rows, completions, strict=True)]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return a completion's text, the end token left out."""
+        return " ".join(chr(ord("a") + token - 2) for token in ids if token != END)
+
+    # -- folders ------------------------------------------------------------------------------------------------------
+
+    def write(self, folder: str | Path) -> str:
+        """Write the reference as a policy's folder, tokenizer included; return the folder."""
+        return self._write_policy(self.reference_table, folder)
+
+    def write_teacher(self, folder: str | Path) -> str:
+        """Write the teacher as a policy's folder, tokenizer included; return the folder."""
+        return self._write_policy(self.teacher_table, folder)
+
+    def _write_policy(self, table: Tensor, folder: str | Path) -> str:
+        model = TabularForCausalLM(self.config)
+        model.model.table.weight.data.copy_(table)
+        return self._write(model, folder)
+
+    def write_reward_model(self, folder: str | Path, scores: Tensor | None = None) -> str:
+        """Write a reward model's folder whose score is each completion's reward and 0 of every other prefix.
+
+        Args:
+            folder: where to.
+            scores: other scores than the rewards, shape (prompts, completions).
+        """
+        scores = self.rewards if scores is None else scores
+        model = TabularForSequenceClassification(self.config)
+        prefixes, tokens, mask = self.walks
+        transitions, last = self.config.transitions(), mask.sum(-1, keepdim=True) - 1
+        ends = transitions[prefixes.gather(-1, last), tokens.gather(-1, last)].squeeze(-1)
+        model.model.table.weight.data.zero_()
+        model.model.table.weight.data[ends.flatten(), 0] = scores.flatten().float()
+        model.score.weight.data.copy_(torch.eye(self.config.vocab_size)[:1])
+        return self._write(model, folder)
+
+    def _write(self, model: Any, folder: str | Path) -> str:
+        model.save_pretrained(folder)
+        make_tokenizer(self.config).save_pretrained(folder)
+        return str(folder)
+
+    # -- populations: every row there is, weighted by how often it is drawn -------------------------------------------
+
+    def prompt_ids(self, prompt: int) -> Tensor:
+        """Return the ids of a prompt."""
+        return torch.tensor([1 + self.config.tokens + prompt])
+
+    def sequences(self, rows: Sequence[tuple[int, int]]) -> Sequences:
+        """Return completions as (prompt, completion) indices name them, one prompt a row."""
+        completions = tuple(torch.tensor(self.completions[completion]) for _, completion in rows)
+        return Sequences(
+            prompts=tuple(self.prompt_ids(prompt) for prompt, _ in rows),
+            completions=completions,
+            parents=tuple(range(len(rows))),
+            supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in completions),
+        )
+
+    def _pairs(self) -> list[tuple[int, int, int]]:
+        count = len(self.completions)
+        return [
+            (prompt, first, second)
+            for prompt in range(self.config.prompts)
+            for first, second in itertools.permutations(range(count), 2)
+        ]
+
+    def preferences(self, copies: int | None = None, informative: bool = True) -> PreferenceBatch:
+        """All ordered pairs, each weighted by the probability of its label; mean weight 1.
+
+        Args:
+            copies: have each pair in the data so often, times the probability of its label and rounded, and weigh none:
+                for losses that sort, which cannot weigh rows.
+            informative: whether labels follow the rewards; otherwise both orders of a pair are as likely.
+        """
+        pairs = self._pairs()
+        if copies is not None:
+            often = [
+                round(2 * copies * (float(self.problem.preference[pair]) if informative else 0.5)) for pair in pairs
+            ]
+            pairs = [pair for pair, count in zip(pairs, often, strict=True) for _ in range(count)]
+        chosen = self.sequences([(prompt, first) for prompt, first, _ in pairs])
+        rejected = self.sequences([(prompt, second) for prompt, _, second in pairs])
+        sequences = Sequences(
+            prompts=chosen.prompts,
+            completions=chosen.completions + rejected.completions,
+            parents=chosen.parents * 2,
+            supervised=chosen.supervised + rejected.supervised,
+        )
+        weights = torch.stack([2 * self.problem.preference[pair] for pair in pairs])
+        if copies is not None or not informative:
+            weights = torch.ones_like(weights)
+        return PreferenceBatch(sequences, torch.ones_like(weights), torch.zeros_like(weights), weights)
+
+    def rankings(self) -> RankedBatch:
+        """All ordered pairs as groups of two, weighted like `preferences`."""
+        pairs = self._pairs()
+        both = self.sequences([(prompt, index) for prompt, first, second in pairs for index in (first, second)])
+        sequences = both._replace(
+            prompts=both.prompts[::2], parents=tuple(index // 2 for index in range(len(both.completions)))
+        )
+        weights = torch.stack([2 * self.problem.preference[pair] for pair in pairs])
+        ranks = torch.tensor([0, 1] * len(pairs))
+        return RankedBatch(sequences, ranks, torch.ones_like(weights), torch.zeros_like(weights), weights)
+
+    def judgements(self) -> UnpairedBatch:
+        """Every completion twice, good with its mean win rate and bad with the rest; mean weight 1.
+
+        The mismatched completions are those of the next prompt, which are the same texts.
+        """
+        count = len(self.completions)
+        rows = [(prompt, index) for prompt in range(self.config.prompts) for index in range(count)]
+        wins = self.problem.preference.mean(-1).flatten()
+        sequences = self.sequences(rows * 2)
+        desirable = torch.tensor([True] * len(rows) + [False] * len(rows))
+        return UnpairedBatch(sequences, sequences, desirable, 2 * torch.cat([wins, 1 - wins]))
+
+    def judged_steps(self) -> ProcessBatch:
+        """Every completion, each token a step: the last is right with log-odds of the reward, one before it with log-
+        odds of the mean reward of the completions that go on from there.
+        """
+        rows = [(p, index) for p in range(self.config.prompts) for index in range(len(self.completions))]
+        labels = []
+        for prompt, index in rows:
+            ids = self.completions[index]
+            onwards = [
+                [float(self.rewards[prompt, i]) for i, other in enumerate(self.completions) if other[:end] == ids[:end]]
+                for end in range(1, len(ids) + 1)
+            ]
+            means = [sum(rewards) / len(rewards) for rewards in onwards]
+            labels.append(torch.sigmoid(torch.tensor(means, dtype=torch.float64)))
+        return ProcessBatch(self.sequences(rows), tuple(labels), torch.ones(len(rows), dtype=torch.float64))
+
+    def demonstrations(self, policy: Tensor) -> DemonstrationBatch:
+        """Every completion, weighted by its probability under ``policy``, shape (prompts, completions)."""
+        rows = [(p, index) for p in range(self.config.prompts) for index in range(len(self.completions))]
+        return DemonstrationBatch(self.sequences(rows), policy.flatten() * len(self.completions))
+
+    def questions(self, samples: int, first_episode: int = 0) -> PromptBatch:
+        """Every prompt, ``samples`` times in a row."""
+        prompts = [prompt for prompt in range(self.config.prompts) for _ in range(samples)]
+        return PromptBatch(
+            prompts=tuple(self.prompt_ids(prompt) for prompt in prompts),
+            texts=tuple(f"p{prompt}" for prompt in prompts),
+            columns={},
+            episodes=torch.arange(first_episode, first_episode + len(prompts)),
+            group=torch.tensor(prompts),
+        )

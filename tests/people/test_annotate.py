@@ -1,0 +1,163 @@
+"""`rlhf annotate`: what is sampled or given, what is refused, and the server from the command line to the export."""
+
+import json
+import socket
+import sqlite3
+from pathlib import Path
+
+import pytest
+import uvicorn
+from starlette.testclient import TestClient
+from tiny_run import rows_of
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.failures import failure_sentence
+from rlhf_lightning.people.annotate import gathered
+from rlhf_lightning.people.candidates import given_items, load_policies, sampled_items
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.scoring import LearnedScorer
+
+PROMPTS = [("ab", {"topic": "short"}), ("cde", {}), ([{"role": "user", "content": "hello"}], {})]
+SETTINGS = SamplingSettings(max_new_tokens=6, batch_size=4)
+
+
+def drawn(policies, at_once=2, count=2, skip=lambda prompt: False, settings=SETTINGS):
+    batches = sampled_items(policies, PROMPTS, count, settings, 0, at_once, skip)
+    return [item for batch in batches for item in batch]
+
+
+def test_completions_know_where_they_come_from(policy_folder):
+    policies = load_policies([policy_folder], "float32")
+    items = drawn(policies)
+    assert [item.prompt for item in items] == [prompt for prompt, _ in PROMPTS] and items[0].columns == {
+        "topic": "short"
+    }
+    for item in items:
+        first, second = item.candidates
+        assert first.completion != second.completion and first.episode != second.episode
+        assert (first.model, first.seed, first.sampling["max_new_tokens"]) == (policy_folder, 0, 6)
+    assert drawn(policies, at_once=3) == items, "how many prompts are sampled together changes nothing"
+    assert [item.prompt for item in drawn(policies, skip=lambda prompt: prompt == "ab")] == ["cde", PROMPTS[2][0]]
+
+
+def test_two_models_take_turns_and_equal_answers_are_left_out(policy_folder, plain_folder):
+    two = load_policies([policy_folder, plain_folder], "float32")[:1] * 2
+    (item, *_) = drawn([two[0], two[1]._replace(name="other")], count=4)
+    assert [one.model for one in item.candidates] == [policy_folder, "other"] * 2
+    assert not drawn(two[:1], settings=SamplingSettings(6, temperature=0.0)), "the likeliest answer is one"
+
+
+def test_given_pairs_keep_no_label(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "completions": ["x", "y", "z"]},
+            {"prompt": "", "chosen": "a", "rejected": "b"}]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = given_items(str(file))
+    assert [[one.completion for one in item.candidates] for item in items] == [["a", "b"], ["x", "y", "z"]]
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"has nothing to compare \(it is empty\)"):
+        given_items(str(tmp_path / "empty.jsonl"))
+
+
+def test_models_are_named_one_after_the_other():
+    assert gathered(["--model", "a", "--port", "1", "--model=b"], "--model") == ["--port", "1", "--model", '["a", "b"]']
+    assert gathered(["--port", "1"], "--model") == ["--port", "1"]
+    assert gathered(["--model", "a", "b", "--port", "1"], "--model") == ["--port", "1", "--model", '["a", "b"]']
+    assert gathered(["--model", "--port", "1"], "--model") == ["--model", "--port", "1"], "which the parser refuses"
+
+
+def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys):
+    """The server itself is replaced by a client that labels everything and goes."""
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("ab", "cd", "ef")))
+
+    def label_all(server, sockets):
+        client = TestClient(server.config.app, base_url="http://localhost:1")
+        client.post("/api/enter", json={"name": "ann"})
+        told, done = client.get("/api/item").json(), 0
+        while told["item"] is not None or told["state"]:
+            if told["item"] is not None:
+                done += 1
+                body = {"key": f"a key of its own {done}", "assignment": told["item"]["assignment"]}
+                client.post("/api/judgements", json={**body, "verdict": "ranking", "ranks": [0, 1], "strength": 4})
+            told = client.get("/api/item").json()
+
+    monkeypatch.setattr(uvicorn.Server, "run", label_all)
+    flags = ["--store", "feedback.db", "--port", "0", "--max-new-tokens", "6", "--ahead", "2", "--repeats", "0"]
+    assert rlhf(["annotate", *flags, "--prompts", "prompts.jsonl", "--model", policy_folder]) == 0
+    assert "label at http://127.0.0.1:" in capsys.readouterr().out
+    assert rlhf(["annotate", "export", "--store", "feedback.db", "--out", "pairs.jsonl"]) == 0
+    assert "3 rows of snapshot 3, fingerprint " in capsys.readouterr().out
+    rows = rows_of(Path("pairs.jsonl"))
+    assert sorted(row["prompt"] for row in rows) == ["ab", "cd", "ef"]
+    assert all((row["preference"], row["margin"], row["models"]) == (1.0, 1.0, [policy_folder] * 2) for row in rows)
+
+
+def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
+    """The order in which items are given out is that of the reward model's doubt."""
+    rows = [{"prompt": f"q {n}", "chosen": "yes" * (n + 1), "rejected": "no" * (5 - n)} for n in range(5)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scorer, doubts = LearnedScorer(reward_folder), {}
+    for row in rows:
+        first, second = scorer([row["prompt"]] * 2, [row["chosen"], row["rejected"]]).tolist()
+        doubts[row["prompt"]] = -abs(first - second)
+    seen = []
+
+    def look_through(server, sockets):
+        client = TestClient(server.config.app, base_url="http://localhost:1")
+        client.post("/api/enter", json={"name": "ann"})
+        while (item := client.get("/api/item").json()["item"]) is not None:
+            seen.append(item["prompt"][0]["text"])
+            body = {"key": f"a key of its own {len(seen)}", "assignment": item["assignment"], "verdict": "tie"}
+            client.post("/api/judgements", json=body)
+
+    monkeypatch.setattr(uvicorn.Server, "run", look_through)
+    flags = ["--store", "f.db", "--port", "0", "--pairs", "pairs.jsonl", "--repeats", "0"]
+    assert rlhf(["annotate", *flags, "--ensemble", reward_folder, "--select", "uncertainty"]) == 0
+    assert seen == sorted(doubts, key=lambda prompt: -doubts[prompt])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--store", "labels.sqlite"], "name it with the ending .db"),
+        (["--store", "f.db", "--prompts", "p.jsonl"], "--prompts and --model go together"),
+        (["--store", "f.db", "--host", "0.0.0.0"], "name who may label (annotators ann,bob)"),
+        (["--store", "f.db", "--annotators", "ann,<b>"], "an annotator cannot be called '<b>'"),
+        (["--store", "f.db", "--pairs", "absent.jsonl", "--port", "0"], "there is no file absent.jsonl"),
+        (["--store", "f.db", "--port", "0", "--repeats", "1"], "repeats is 1"),
+        (["--store", "folder.db", "--port", "0"], "folder.db is a folder, and no feedback store"),
+        (["--store", "text.db", "--port", "0"], "text.db is no feedback store: file is not a database"),
+    ],
+)
+def test_what_cannot_be_is_said(flags, sentence, capsys):
+    Path("folder.db").mkdir()
+    Path("text.db").write_text("no labels, but a text that is long enough to have a header of its own" * 4)
+    assert rlhf(["annotate", *flags]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert rlhf(["annotate", "--store", "f.db", "--port", str(taken.getsockname()[1])]) == 1
+    assert "name another --port" in capsys.readouterr().err
+
+
+def test_links_are_printed_for_each_annotator(monkeypatch, capsys):
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
+    assert rlhf(["annotate", "--store", "f.db", "--annotators", "ann,bob", "--port", "0"]) == 0
+    told = capsys.readouterr().out
+    tokens = json.loads(Path("f.db.tokens").read_text())
+    assert all(f"/enter?token={tokens[name]}" in told for name in ("ann", "bob", "owner"))
+
+
+def test_pairs_that_are_not_there_leave_no_store_behind(tmp_path, capsys):
+    store = tmp_path / "feedback.db"
+    assert rlhf(["annotate", "--store", str(store), "--pairs", str(tmp_path / "absent.jsonl"), "--port", "0"]) == 1
+    assert "absent.jsonl" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_store_that_may_not_be_written_is_one_sentence():
+    sentence = failure_sentence(sqlite3.OperationalError("attempt to write a readonly database"))
+    assert sentence is not None and sentence.startswith("the feedback store cannot be read or written (attempt to")

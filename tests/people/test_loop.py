@@ -1,0 +1,362 @@
+"""`rlhf loop`: what a round does, and that a loop which is killed anywhere ends in the bits of one that is not."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from forked import forked
+from safetensors.torch import load_file
+from tiny_run import rows_of, scalars_of
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
+from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of, reading
+from rlhf_lightning.people import loop_rounds, loop_state, loop_steps
+from rlhf_lightning.people.handing_out import Policy
+from rlhf_lightning.people.labeller import Labeller, PeopleLabeller
+from rlhf_lightning.people.serving import listen
+from rlhf_lightning.people.simulated import Page
+from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.runs import ModelExport
+
+REWARD = """
+model: {class_path: RewardModule, init_args: {learning_rate: 1.0e-2}}
+data: {class_path: PreferenceDataModule, init_args: {batch_size: 4}}
+checkpoint: {every_n_updates: 1}
+"""
+DPO = REWARD.replace("RewardModule", "DPOModule")
+PPO = """
+model: {class_path: PPOModule, init_args: {max_new_tokens: 6, learning_rate: 1.0e-3}}
+data: {class_path: PromptDataModule, init_args: {batch_size: 4, rollouts: 2}}
+"""
+
+
+PAIR = (Candidate("a"), Candidate("b"))
+
+
+def gold(prompt, completion):
+    """Vowels are what is wanted."""
+    return sum(letter in "aeiou" for letter in completion) / 6
+
+
+class LaterLabeller(Labeller):
+    """Prefers what comes later in the alphabet; an AI that is asked once for each pair would look like this."""
+
+    def label(self, store, count, more):
+        while store.labels() < count:
+            asked = store.next("alphabet")
+            texts = [asked.item.candidates[place].text for place in asked.shown]
+            ranks = (0, 1) if texts[0] > texts[1] else (1, 0)
+            store.judge("alphabet", asked.id, f"alphabet-{asked.id:08}", Answer("ranking", ranks))
+
+
+@pytest.fixture
+def flags(policy_folder, monkeypatch, tmp_path):
+    """The shortest loop: two rounds of eight labels."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    for name, text in (("reward", REWARD), ("dpo", DPO), ("ppo", PPO)):
+        Path(f"{name}.yaml").write_text(text)
+    for name, count in (("prompts", 20), ("held_out", 6)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name} {n}"}) + "\n" for n in range(count)))
+    return [
+        "loop", "--name", "tiny", "--init-from", policy_folder, "--prompts", "prompts.jsonl",
+        "--eval-prompts", "held_out.jsonl", "--reward-config", "reward.yaml", "--policy-config", "dpo.yaml",
+        "--labeller", "SimulatedAnnotators", "--labeller.gold_reward", f"{__name__}.gold", "--rounds", "2",
+        "--labels", "8", "--gold-reward", f"{__name__}.gold", "--max-new-tokens", "6",
+    ]  # fmt: skip
+
+
+def steps_of(folder):
+    """What is the same for the same loop: everything but times, and the folders that carry them."""
+    steps = json.loads((folder / "state.json").read_text())["steps"]
+    return {
+        name: {
+            key: value
+            for key, value in step.items()
+            if key not in ("seconds", "ended", "first", "fingerprint", "model")
+        }
+        for name, step in steps.items()
+    }
+
+
+def weights_of(folder):
+    steps = json.loads((folder / "state.json").read_text())["steps"]
+    models = {name: step["model"] for name, step in steps.items() if "model" in step}
+    return {name: load_file(Path(model) / "model.safetensors") for name, model in models.items()}
+
+
+def labels_of(folder):
+    with reading(folder / "feedback.db") as connection:
+        return [(one.annotator, one.item, one.shown, one.ranks, one.repeat) for one in judgements_of(connection)]
+
+
+def cut(argv, number, holder, name, times):
+    """Run a loop that sends itself a signal when a function has returned for the ``times``-th time."""
+    left = [times]
+
+    def work():
+        original = getattr(holder, name)
+
+        def counted(*args, **kwargs):
+            result = original(*args, **kwargs)
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return result
+
+        setattr(holder, name, counted)
+        return rlhf(argv)
+
+    return forked(work, Path("said.txt"))
+
+
+KILLS = [
+    (loop_steps, "write_lines", 1),  # the first policy was evaluated, and nobody knows
+    (FeedbackStore, "add", 1),
+    (FeedbackStore, "judge", 3),
+    (FeedbackStore, "next", 4),
+    (ModelExport, "on_train_batch_end", 1),  # in the middle of the reward model
+    (ModelExport, "on_train_end", 1),  # it is there, and nobody knows
+    (loop_state, "write_text", 1),  # between two steps
+    (ModelExport, "on_train_batch_end", 2),  # in the middle of the policy
+    (loop_rounds, "win_rate", 1),
+    (loop_rounds, "write_report", 1),
+    (FeedbackStore, "judge", 2),  # and the second round
+    (ModelExport, "on_train_batch_end", 3),
+    (ModelExport, "on_train_end", 1),
+]
+
+
+@pytest.mark.drill
+def test_a_loop_that_is_killed_anywhere_ends_in_the_same_bits(flags):
+    flags = [*flags, "--repeats", "0.2", "--select", "uncertainty"]
+    assert forked(lambda: rlhf([*flags, "--runs-folder", "whole"]), Path("said.txt"))[0] == 0
+    argv = [*flags, "--runs-folder", "cut"]
+    for holder, name, times in KILLS:
+        status, said = cut(argv, signal.SIGKILL, holder, name, times)
+        assert status == -signal.SIGKILL, f"{name} was not called {times} times: {said}"
+    status, said = cut(argv, signal.SIGTERM, ModelExport, "on_train_batch_end", 1)
+    assert status == 75, f"told to stop: try again; {said}"
+    assert cut(argv, signal.SIGKILL, ModelExport, "on_train_end", 1)[0] == -signal.SIGKILL
+    status, said = forked(lambda: rlhf(argv), Path("said.txt"))
+    assert status == 0, said
+    whole, ended = Path("whole/tiny"), Path("cut/tiny")
+    assert steps_of(ended) == steps_of(whole)
+    assert all(labels_of(ended / f"round_{k}") == labels_of(whole / f"round_{k}") for k in range(2))
+    mine, theirs = weights_of(ended), weights_of(whole)
+    assert mine.keys() == theirs.keys() and len(mine) == 4
+    assert all(torch.equal(mine[name][key], theirs[name][key]) for name in mine for key in mine[name])
+    for name in ("start/completions.jsonl", "round_1/completions.jsonl", "loop.md", "loop.png"):
+        assert (ended / name).read_bytes() == (whole / name).read_bytes(), name
+    assert scalars_of(ended, "loop/gold_reward") == scalars_of(whole, "loop/gold_reward")
+
+
+def test_rounds_learn_from_all_labels_so_far(flags, capsys):
+    assert rlhf([*flags, "--rounds", "1"]) == 0
+    assert rlhf(flags) == 0, "more rounds go on with it"
+    folder = Path("runs/loop/tiny")
+    steps = steps_of(folder)
+    assert [steps[f"round_{k}/evaluate"]["labels"] for k in range(2)] == [8, 16]
+    assert steps["round_0/sample"]["pairs"] == 10, "a quarter more than labels"
+    config = (folder / "round_1" / "policy" / "version_0" / "config.yaml").read_text()
+    assert "round_0/feedback.db@8" in config and "round_1/feedback.db@8" in config
+    first, second = (rows_of(folder / f"round_{k}" / "completions.jsonl") for k in range(2))
+    assert [row["prompt"] for row in first] == [f"held_out {n}" for n in range(6)]
+    assert all(row["gold_reward"] == pytest.approx(gold("", row["completion"])) for row in second)
+    assert [step for step, _ in scalars_of(folder, "loop/gold_reward")] == [0, 8, 16]
+    assert "| 16 " in (folder / "loop.md").read_text() and (folder / "loop.png").stat().st_size > 5000
+    capsys.readouterr()
+    assert rlhf(flags) == 0 and "loop: round" not in capsys.readouterr().out, "nothing is done twice"
+    assert rlhf([*flags, "--labels", "9"]) == 1
+    assert "was begun with labels 8 (now 9): give another --name" in capsys.readouterr().err
+    with FileLock(folder / "loop.lock"):
+        assert rlhf(flags) == 1
+    assert "another process runs the loop" in capsys.readouterr().err
+
+
+class HastyLabeller(Labeller):
+    """Skips all but every third pair."""
+
+    def label(self, store, count, more):
+        while store.labels() < count:
+            asked = store.next("hasty")
+            if asked is None:
+                if not more():
+                    return
+                continue
+            answer = Answer("tie") if asked.id % 3 == 0 else Answer("skip")
+            store.judge("hasty", asked.id, f"hasty-{asked.id:010}", answer)
+
+
+def test_more_is_sampled_where_much_is_skipped(flags, capsys):
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
+    assert rlhf([*flags, "--name", "more"]) == 0
+    folder = Path("runs/loop/more")
+    assert steps_of(folder)["round_0/label"]["labels"] == 8
+    with reading(folder / "round_0" / "feedback.db") as connection:
+        items = list(items_of(connection))
+    assert len(items) > 24 and len({item.key for item in items}) == len(items)
+    places = [(item.candidates[0].seed, item.candidates[0].episode) for item in items]
+    assert places == sorted(set(places)), "sampling goes on where it stood, also after the last prompt"
+    assert "further pairs, since 3 of 8 labels are there" in capsys.readouterr().out
+
+
+def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flags, monkeypatch, capsys):
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
+    monkeypatch.setattr(loop_rounds.Loop, "_more", lambda *_: False)
+    assert rlhf(flags) == 0
+    assert "round 0 has 3 of 8 labels and goes on" in capsys.readouterr().out
+    assert steps_of(Path("runs/loop/tiny"))["round_0/evaluate"]["labels"] == 3
+
+
+def test_edited_files_are_refused(tmp_path):
+    """By what they hold: a comment changes nothing."""
+    settings = {}
+    for name in loop_state.FILES:
+        settings[name] = str(tmp_path / f"{name}.{'yaml' if 'config' in name else 'jsonl'}")
+        Path(settings[name]).write_text("a: 1\nb: 2\n")
+    begun = loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+    begun.step("first", dict)
+    Path(settings["reward_config"]).write_text("# the same\nb: 2\na: 1\n")
+    again = loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+    assert "first" in again.steps
+    for name, held in (("reward_config", "a: 1\nb: 3\n"), ("prompts", "a: 1\nb: 2\n\n")):
+        before = Path(settings[name]).read_text()
+        Path(settings[name]).write_text(held)
+        with pytest.raises(
+            ValueError, match=rf"was begun when \S*{name}\.\w+ held something else: give another --name"
+        ):
+            loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+        Path(settings[name]).write_text(before)
+
+
+def test_on_policy_against_an_ensemble_where_no_gold_reward_is_known(flags, policy_folder):
+    """A labeller of one's own, PPO, two reward models that say what to ask next, each round from the one before."""
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", f"{__name__}.LaterLabeller", *flags[at + 4 : -4], *flags[-2:]]
+    more = ["--policy-config", "ppo.yaml", "--members", "2", "--select", "disagreement", "--start", "latest"]
+    assert rlhf([*flags, *more]) == 0
+    folder = Path("runs/loop/tiny")
+    steps = steps_of(folder)
+    found = steps["round_1/evaluate"]
+    assert 0 <= found["win_rate"] <= 1 and "gold_reward" not in found and "score" in found
+    weights = weights_of(folder)
+    assert {name for name in weights if "reward" in name} == {f"round_{k}/reward_{m}" for k in (0, 1) for m in (0, 1)}
+    head = [weights[f"round_0/reward_{m}"]["score.weight"] for m in (0, 1)]
+    assert not torch.equal(*head), "members have seeds of their own"
+    config = (folder / "round_1" / "policy" / "version_0" / "config.yaml").read_text()
+    assert f"init_from: {folder}/round_0/policy/version_0/model" in config and "Ensemble" in config
+    assert {one[0] for one in labels_of(folder / "round_1")} == {"alphabet"}
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--pool", "4"], "it must be 8 or more"),
+        (["--select", "disagreement"], "set members to 2 or more"),
+        (["--select", "uncertainy"], "did you mean uncertainty?"),
+        (["--gold-reward", "absent.gold"], "no importable function"),
+        (["--labels", "0"], "labels is 0"),
+        (["--prompts", "absent.jsonl"], "there is no file absent.jsonl"),
+        (["--name", "../out"], "run_name is '../out'"),
+    ],
+)
+def test_what_cannot_be_is_said(flags, more, sentence, capsys):
+    assert rlhf([*flags, *more]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_config_file_and_flags_over_it(flags, capsys):
+    Path("loop.yaml").write_text("name: other\npool: 4\nlabels: 20\n")
+    assert rlhf(["loop", "--config", "loop.yaml", *flags[1:]]) == 1
+    assert "pool is 4, and 1 of 8 labels go to each pair" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rlhf(["loop", "--config", "loop.yaml", "--labells", "3"])
+    assert "the nearest is --labels" in capsys.readouterr().err
+
+
+def test_people_are_waited_for(tmp_path, capsys):
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    store = FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0))
+    store.add([Item(f"q {n}", (Candidate("a"), Candidate("b"))) for n in range(4)])
+
+    def work():
+        page = Page(f"http://127.0.0.1:{port}")
+        page.enter("ann")
+        for n in range(3):
+            asked = page.ask("/api/item")["item"]
+            verdict = {"verdict": "skip"} if n == 0 else {"verdict": "ranking", "ranks": [0, 1]}
+            page.ask("/api/judgements", {"key": f"a key of its own {n}", "assignment": asked["assignment"], **verdict})
+        page.close()
+
+    person = threading.Thread(target=work)
+    person.start()
+    PeopleLabeller(port=port).label(store, 2, lambda: False)
+    person.join()
+    assert store.labels() == 2 and "label at http://127.0.0.1" in capsys.readouterr().out
+    store.close()
+
+
+def skipper(port, skips, count):
+    """Somebody who skips so many pairs and then judges; in a thread."""
+
+    def work():
+        page = Page(f"http://127.0.0.1:{port}")
+        page.enter("ann")
+        done = 0
+        while done < skips + count:
+            told = page.ask("/api/item")
+            if told["item"] is None:
+                if not told["state"]:
+                    break
+                time.sleep(0.05)
+                continue
+            verdict = {"verdict": "skip"} if done < skips else {"verdict": "tie"}
+            done += 1
+            body = {"key": f"a key of its own {skips} {done}", "assignment": told["item"]["assignment"], **verdict}
+            page.ask("/api/judgements", body)
+        page.close()
+
+    made = threading.Thread(target=work)
+    made.start()
+    return made
+
+
+def test_people_who_skip_all_there_is_are_given_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_lightning.people.labeller.PAUSE", 0.05)
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    asked = []
+
+    def more():
+        asked.append(store.labels())
+        first = 4 * len(asked)
+        return len(asked) < 3 and store.add(Item(f"q {n}", PAIR) for n in range(first, first + 4)) > 0
+
+    with FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0)) as store:
+        store.add(Item(f"q {n}", PAIR) for n in range(4))
+        person = skipper(port, 6, 3)
+        PeopleLabeller(port=port).label(store, 3, more)
+        person.join()
+        assert store.labels() == 3 and len(asked) == 2, "once when all four were skipped, once for the third label"
+        person = skipper(port, 20, 1)
+        PeopleLabeller(port=port).label(store, 20, more)
+        person.join()
+        assert store.labels() < 20 and len(asked) == 3, "nothing is left, and nobody is waited for"
+
+
+def test_where_other_machines_could_come_in_is_said_before_anything_is_sampled(flags, capsys):
+    at = flags.index("--labeller")
+    flags = [*flags[:at], "--labeller", "PeopleLabeller", "--labeller.host", "0.0.0.0", *flags[at + 4 :]]
+    assert rlhf(flags) != 0
+    assert "name who may label (annotators ann,bob)" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -1,0 +1,270 @@
+"""The routes: what a page may do, what another site may not, and eight people at once."""
+
+import json
+import re
+import threading
+
+import pytest
+from starlette.testclient import TestClient
+
+from rlhf_lightning.data.feedback.records import Candidate, Item
+from rlhf_lightning.data.feedback.snapshots import judgements_of
+from rlhf_lightning.people.access import LARGEST_BODY, Door, is_loopback, is_name, named, tokens_beside
+from rlhf_lightning.people.hostile_text import shown_text, to_html
+from rlhf_lightning.people.server import PageSettings, make_app
+
+from .conftest import pair, ranked_item
+
+SITE = "http://localhost:8765"
+
+
+@pytest.fixture
+def make_client(make_store):
+    def make(items=3, name="ann", door=None, settings=None, **policy):
+        made = TestClient(make_app(make_store(items, **policy), door, settings), base_url=SITE, follow_redirects=False)
+        if name is not None:
+            assert made.post("/api/enter", json={"name": name}).status_code == 200
+        return made
+
+    return make
+
+
+def judge(client, item, key="a key of 16 or more", **answer):
+    return client.post("/api/judgements", json={"key": key, "assignment": item["assignment"], **answer})
+
+
+def item_of(client):
+    return client.get("/api/item").json()["item"]
+
+
+def test_labelling_from_the_door_to_the_end(make_client):
+    client = make_client(2, name=None)
+    assert client.get("/").headers["location"] == "/enter"
+    assert client.get("/api/item").status_code == 401
+    assert client.post("/api/enter", json={"name": "no <name>"}).status_code == 400
+    client.post("/api/enter", json={"name": "ann"})
+    assert "What decided?" in client.get("/").text
+    told = client.get("/api/item").json()
+    assert told["progress"] == {"judged": 0, "left": 2, "seconds": 0}
+    answer = {"verdict": "ranking", "ranks": [0, 1], "strength": 3, "reasons": ["correct"], "seconds": 4.5}
+    first = judge(client, told["item"], **answer).json()
+    assert first["next"]["progress"] == {"judged": 1, "left": 1, "seconds": 4.5}
+    assert judge(client, told["item"], **answer).json()["id"] == first["id"], "the same key"
+    assert judge(client, told["item"], key="another key, 16+", verdict="tie").status_code == 409
+    undone = client.post("/api/undo", json={"key": "undo with a key 1"}).json()
+    assert undone["next"]["item"]["assignment"] == told["item"]["assignment"]
+    assert judge(client, told["item"], key="changed my mind 1", verdict="both_bad").status_code == 200
+    last = judge(client, item_of(client), key="and the last one 1", verdict="skip").json()["next"]
+    assert last["item"] is None and last["state"] == ""
+
+
+def test_an_item_tells_nothing_of_models_places_or_repeats(make_client):
+    client = make_client(1)
+    told = client.get("/api/item").text
+    assert set(json.loads(told)["item"]) == {"assignment", "prompt", "candidates"}
+    assert "models/" not in told and "temperature" not in told and "repeat" not in told and "t0" not in told
+
+
+def test_a_page_waits_where_completions_are_being_written(make_client):
+    client = make_client(0, settings=PageSettings(state=lambda: "being written"))
+    assert client.get("/api/item").json()["state"] == "being written"
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"ranks": [0, 0]}, 400),
+        ({"ranks": "01"}, 400),
+        ({"ranks": [0, True]}, 400),
+        ({"strength": 2.5}, 400),
+        ({"verdict": "best"}, 400),
+        ({"verdict": ["tie"]}, 400),
+        ({"key": "short"}, 400),
+        ({"key": None}, 400),
+        ({"assignment": 99}, 409),
+        ({"assignment": 2**70}, 400),
+        ({"reasons": ["<b>"]}, 400),
+        ({"flags": {"harmful": 1}}, 400),
+        ({"seconds": "long"}, 400),
+        ({"edited": 5, "edited_place": 0}, 400),
+    ],
+)
+def test_wrong_judgements_are_refused_in_a_sentence(make_client, change, status):
+    client = make_client(1)
+    body = {"key": "a key of 16 or more", "assignment": item_of(client)["assignment"], "verdict": "ranking",
+            "ranks": [0, 1], **change}  # fmt: skip
+    answer = client.post("/api/judgements", json=body)
+    assert answer.status_code == status and "Traceback" not in answer.text and answer.text
+    assert client.get("/api/item").json()["progress"]["judged"] == 0
+
+
+def test_requests_of_other_sites_are_refused(make_client):
+    client = make_client(1)
+    body = {"key": "a key of 16 or more", "assignment": item_of(client)["assignment"], "verdict": "tie"}
+
+    def post(**headers):
+        return client.post("/api/judgements", json=body, headers=headers).status_code
+
+    assert post(origin="http://evil.example") == 403
+    assert post(origin="null") == 403
+    assert post(origin="http://localhost:9999") == 403, "another port is another site"
+    assert post(**{"sec-fetch-site": "cross-site"}) == 403 and post(**{"sec-fetch-site": "same-site"}) == 403
+    assert (
+        client.post("/api/judgements", content=json.dumps(body), headers={"content-type": "text/plain"}).status_code
+        == 415
+    )
+    assert client.post("/api/undo", data={"key": "a key of 16 or more"}).status_code == 415, "what a form can send"
+    assert client.request("DELETE", "/api/item").status_code == 405
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 421, "a name made to point here"
+    assert client.get("/api/item").json()["progress"]["judged"] == 0
+    assert post(origin=SITE, **{"sec-fetch-site": "same-origin"}) == 200
+
+
+def test_large_and_broken_bodies_are_refused(make_client):
+    client = make_client(1)
+    large = json.dumps({"key": "k" * 16, "edited": "x" * LARGEST_BODY})
+    kind = {"content-type": "application/json"}
+    assert client.post("/api/judgements", content=large, headers=kind).status_code == 413
+
+    def pieces():
+        yield from (b"x" * 65536 for _ in range(12))
+
+    assert client.post("/api/judgements", content=pieces(), headers=kind).status_code == 413, "no length is announced"
+    for content in (b"{", b"[]", b"\xff", b"[" * 100_000, b'{"key": "\\ud800"}'):
+        assert client.post("/api/judgements", content=content, headers=kind).status_code == 400
+
+
+def test_every_answer_lets_no_script_but_its_own_run(make_client):
+    client = make_client(1)
+    for path in ("/", "/api/item", "/enter", "/results", "/assets/annotate.js", "/absent"):
+        policy = client.get(path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "script-src 'self';" in policy and "unsafe" not in policy
+        assert client.get(path).headers["x-content-type-options"] == "nosniff"
+    for path in ("/", "/enter", "/results"):
+        page = client.get(path).text
+        assert not re.search(r"<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", page), path
+
+
+def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
+    tokens = tokens_beside(tmp_path / "feedback.db", ["ann", "bob"])
+    assert tokens_beside(tmp_path / "feedback.db", ["ann", "bob"]) == tokens, "links stay good"
+    assert (tmp_path / "feedback.db.tokens").stat().st_mode & 0o077 == 0
+    client = make_client(2, name=None, door=Door(tokens), annotators=2)
+    assert client.post("/api/enter", json={"name": "ann"}).status_code == 403
+    client.cookies.set("annotator", "ann")
+    assert client.get("/api/item").status_code == 401, "a name is no token"
+    client.cookies.clear()
+    assert client.get("/enter?token=wrong").status_code == 401
+    entered = client.get(f"/enter?token={tokens['ann']}", headers={"host": "lab.example:8765"})
+    assert entered.status_code == 303 and "HttpOnly" in entered.headers["set-cookie"]
+    client.cookies.clear()
+    client.cookies.set("annotator", tokens["ann"])
+    assert client.get("/api/item").status_code == 200
+    assert client.get("/results").status_code == 403 and 'href="/results"' not in client.get("/").text
+    client.cookies.clear()
+    client.cookies.set("annotator", tokens["owner"])
+    assert client.get("/results").status_code == 200
+    with pytest.raises(ValueError, match="an annotator cannot be called 'owner'"):
+        named("0.0.0.0", "owner")
+
+
+def test_names_and_hosts():
+    assert is_name("ann.b-2@lab") and not any(map(is_name, ("", "a b", "-a", "a" * 65, "<a>", "a\n")))
+    assert is_loopback("127.0.0.1") and is_loopback("localhost") and is_loopback("::1")
+    assert not is_loopback("0.0.0.0") and not is_loopback("192.168.1.4")
+
+
+HOSTILE = [
+    "<script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "[click](javascript:alert(1)) [data](data:text/html,<script>1</script>)",
+    "![pixel](http://evil.example/p.png)",
+    "<svg/onload=alert(1)>",
+    '```"><script>alert(1)</script>\n</code></pre><script>alert(1)</script>\n```',
+    "<iframe src='data:text/html,x'></iframe>",
+    '[a](<" onmouseover=alert(1) x=">)',
+    "| <b onclick=alert(1)>a</b> |\n|---|\n| <a href=javascript:1>b</a> |",
+    "<style>body{display:none}</style>",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_texts_become_harmless(text):
+    html = to_html(text)
+    allowed = {"p", "pre", "code", "span", "table", "thead", "tbody", "tr", "th", "td", "br", "em", "strong"}
+    tags = re.findall(r"<\s*/?\s*([^\s>/]*)([^>]*)>", html)
+    assert {name for name, _ in tags} <= allowed, html
+    assert {rest for _, rest in tags} <= {"", " /", " class='link'", " class='address'"}, html
+
+
+def test_what_is_hidden_is_shown():
+    assert shown_text("a\u202eb\u200bc\x00d\r\ne") == "a[U+202E]b[U+200B]c[U+0000]d\ne"
+    assert "&lt;|im_end|&gt;" in to_html("stop<|im_end|>"), "control tokens are characters"
+    assert shown_text("👩\u200d💻") == "👩\u200d💻"
+
+
+def test_markdown_is_laid_out():
+    html = to_html("# Title\n\n- **one**\n- `two`\n\n[words](http://a.example/b)\n\n| a | b |\n|---|---|\n| 1 | 2 |")
+    for part in ("<h1>Title</h1>", "<strong>one</strong>", "<code>two</code>", "<td>1</td>"):
+        assert part in html
+    assert "<span class='link'>words</span> <span class='address'>(http://a.example/b)</span>" in html
+    assert to_html("<b>" * 20_000).startswith("<pre class='plain'>&lt;b&gt;"), "very long texts stay as they are"
+    assert len(to_html("[" * 20_000)) >= 20_000 and to_html(">" * 5_000)
+
+
+def test_a_hostile_item_comes_to_the_page_as_text(make_client):
+    client = make_client([Item(HOSTILE[0], (Candidate(HOSTILE[1]), Candidate(HOSTILE[4])))])
+    item = item_of(client)
+    assert "<script" not in item["prompt"][0]["html"]
+    assert all("<img" not in one["html"] and "<svg" not in one["html"] for one in item["candidates"])
+
+
+def test_results_of_two_who_agree(make_client, make_store):
+    items = [pair(n) if n % 3 else pair(n, "poor", "good") for n in range(6)]
+    store = make_store(items, annotators=2, name="two.db")
+    for name in ("ann", "bob"):
+        client = TestClient(make_app(store), base_url=SITE)
+        client.post("/api/enter", json={"name": name})
+        while (item := item_of(client)) is not None:
+            left = "good" in item["candidates"][0]["text"]
+            ranks = [0, 1] if left else [1, 0]
+            assert judge(
+                client, item, key=f"{name:-<16}{item['assignment']}", verdict="ranking", ranks=ranks
+            ).is_success
+    page = client.get("/results").text
+    assert "<b>1.00</b> agreement" in page and "over 6 that several people judged" in page
+    assert "models/a" in page and re.search(r"models/a</code></td><td>67 %", page)
+    assert "<polyline" in page and client.get("/results").status_code == 200
+
+
+@pytest.mark.parametrize("labels", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_eight_at_once_lose_and_double_nothing(make_store, labels):
+    """Every request is sent twice, as a page does whose answer got lost; two of the pairs are ranked lists."""
+    store = make_store([*(pair(n) for n in range(labels // 4 - 2)), *(ranked_item(n) for n in range(2))], annotators=4)
+    app, confirmed, failures = make_app(store), [], []
+
+    def work(name):
+        try:
+            client = TestClient(app, base_url=SITE)
+            client.post("/api/enter", json={"name": name})
+            item = item_of(client)
+            while item is not None:
+                key = f"{name:-<16}{item['assignment']}"
+                ranks = list(range(len(item["candidates"])))
+                first, again = (judge(client, item, key, verdict="ranking", ranks=ranks).json() for _ in range(2))
+                assert first["id"] == again["id"]
+                confirmed.append(first["id"])
+                item = again["next"]["item"]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"annotator-{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    with store.reading() as connection:
+        kept = judgements_of(connection)
+    assert sorted(one.id for one in kept) == sorted(confirmed) and len(kept) == labels
+    assert len({(one.annotator, one.item) for one in kept}) == labels

@@ -1,0 +1,272 @@
+"""The store: who is given what, what a judgement is, and that none is lost, doubled or changed."""
+
+import os
+import signal
+import sqlite3
+import time
+from collections import Counter
+
+import pytest
+
+from rlhf_lightning.data.feedback.records import Answer, Conflict, Item, JudgementRefused, NotAsked
+from rlhf_lightning.data.feedback.snapshots import is_store, judgements_of, reading, snapshot_of, split_name
+from rlhf_lightning.people.handing_out import Policy
+from rlhf_lightning.people.store import FeedbackStore
+
+from .conftest import LEFT, RIGHT, label, pair, prefer, ranked_item
+
+
+def standing(store):
+    with store.reading() as connection:
+        return judgements_of(connection)
+
+
+def test_an_item_is_there_once(make_store):
+    store = make_store(3)
+    assert store.add([pair(1), pair(7)]) == 1
+    assert store.waiting() == 4
+    assert store.has_prompt("question 1") and not store.has_prompt("question 9")
+
+
+def test_what_is_given_stays_the_same_until_it_is_judged(make_store, tmp_path):
+    store = make_store(3)
+    first = store.next("ann")
+    assert store.next("ann") == first
+    store.close()
+    again = FeedbackStore(tmp_path / "feedback.db", Policy(repeats=0.0))
+    assert again.next("ann") == first, "not even a new server turns the sides"
+    again.close()
+
+
+def test_ranks_are_kept_in_the_items_order(make_store):
+    store = make_store([ranked_item(0)])
+    asked, _ = label(store, "ann", Answer("ranking", (2, 0, 1, 1)))
+    (one,) = standing(store)
+    assert [one.ranks[place] for place in asked.shown] == [2, 0, 1, 1]
+
+
+def test_sides_are_even_and_differ_between_annotators(make_store):
+    store = make_store(400, annotators=2)
+    sides = {name: [label(store, name, LEFT)[0].shown for _ in range(400)] for name in ("ann", "bob")}
+    assert 0.4 < Counter(sides["ann"])[0, 1] / 400 < 0.6
+    assert 0.3 < sum(a == b for a, b in zip(*sides.values(), strict=True)) / 400 < 0.7
+
+
+def test_each_item_goes_to_as_many_as_asked(make_store):
+    store = make_store(4, annotators=2)
+    for name in ("ann", "bob", "cleo"):
+        while store.next(name) is not None:
+            label(store, name, LEFT)
+    assert Counter(one.item for one in standing(store)) == {1: 2, 2: 2, 3: 2, 4: 2}
+    assert len({(one.item, one.annotator) for one in standing(store)}) == 8
+    assert store.progress("dan").left == 0
+
+
+def test_what_somebody_is_judging_is_given_to_nobody_else_for_a_while(make_store):
+    now = [1000.0]
+    store = make_store(1, clock=lambda: now[0], lease=60)
+    asked = store.next("ann")
+    assert store.next("bob") is None
+    now[0] += 61
+    assert store.next("bob").item == asked.item, "ann has gone to lunch"
+
+
+def test_a_skipped_item_goes_to_somebody_else(make_store):
+    store = make_store(1)
+    label(store, "ann", Answer("skip"))
+    assert store.next("ann") is None and store.next("bob") is not None
+    assert store.progress("ann").judged == 0
+
+
+def test_a_request_that_comes_twice_counts_once(make_store):
+    store = make_store(2)
+    asked, number = label(store, "ann", LEFT, key="k" * 16)
+    assert store.judge("ann", asked.id, "k" * 16, LEFT) == number
+    assert len(standing(store)) == 1
+    with pytest.raises(Conflict, match="judged this one already"):
+        store.judge("ann", asked.id, "other key 1234567", RIGHT)
+    with pytest.raises(NotAsked, match="not asked of you"):
+        store.judge("bob", asked.id, "third key 12345678", LEFT)
+    with pytest.raises(JudgementRefused, match="another judgement"):
+        store.judge("bob", asked.id, "k" * 16, LEFT)
+
+
+def test_undo_asks_again_and_deletes_nothing(make_store):
+    store = make_store(3)
+    first, _ = label(store, "ann", LEFT)
+    second, number = label(store, "ann", LEFT)
+    store.next("ann")
+    assert store.undo("ann", "undo key 12345678") == number + 1
+    assert store.undo("ann", "undo key 12345678") == number + 1, "sent twice, undone once"
+    assert store.next("ann").id == second.id and [one.item for one in standing(store)] == [first.item.id]
+    label(store, "ann", RIGHT, key="second thoughts 1")
+    assert [one.ranks for one in standing(store) if one.item == second.item.id] != [
+        one.ranks for one in judged_until(store, number) if one.item == second.item.id
+    ]
+    assert store.undo("bob", "nothing to undo 1") is None
+
+
+def judged_until(store, upto):
+    with store.reading() as connection:
+        return judgements_of(connection, upto)
+
+
+def test_rows_cannot_be_changed_or_deleted(make_store):
+    store = make_store(1)
+    label(store, "ann", LEFT)
+    store.close()
+    connection = sqlite3.connect(store.path)
+    for statement in ("DELETE FROM judgements", "UPDATE judgements SET annotator = 'bob'", "DELETE FROM candidates"):
+        with pytest.raises(sqlite3.IntegrityError, match="never changed"):
+            connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer("ranking"), "ranks go with the verdict"),
+        (Answer("tie", (0, 1)), "ranks go with the verdict"),
+        (Answer("ranking", (0, 0)), "all ranks are equal"),
+        (Answer("ranking", (0, 2)), "without gaps"),
+        (Answer("ranking", (0, 1, 2)), "one for each of 2"),
+        (Answer("better", (0, 1)), "the verdict is none of"),
+        (Answer("ranking", (0, 1), strength=5), "between 1 and 4"),
+        (Answer("tie", strength=2), "a strength goes with the choice"),
+        (Answer("tie", edited="as it should be"), "needs its place"),
+        (Answer("tie", edited=" ", edited_place=0), "is empty"),
+        (Answer("tie", edited="x" * 100_001, edited_place=0), "more than 100,000"),
+        (Answer("tie", edited="x", edited_place=2), "none of the completions"),
+        (Answer("tie", seconds=float("nan")), "no time"),
+    ],
+)
+def test_answers_that_mean_nothing_are_refused(make_store, answer, reason):
+    store = make_store(1)
+    with pytest.raises(JudgementRefused, match=reason):
+        label(store, "ann", answer)
+    assert not standing(store)
+
+
+def test_an_item_has_two_to_nine_completions():
+    with pytest.raises(ValueError, match="an item has 1 completions"):
+        Item("question", pair(0).candidates[:1])
+
+
+def test_hidden_repeats_come_later_with_sides_swapped(make_store):
+    store = make_store(200, repeats=0.3, distance=5)
+    given = []
+    while (asked := store.next("ann")) is not None and len(given) < 150:
+        given.append(asked)
+        label(store, "ann", prefer(0))
+    repeats = [(n, asked) for n, asked in enumerate(given) if asked.repeat]
+    assert 0.15 < len(repeats) / 150 < 0.45
+    for n, asked in repeats:
+        (first,) = [m for m, other in enumerate(given) if other.item == asked.item and not other.repeat]
+        assert n - first > 5 and asked.shown == given[first].shown[::-1]
+    assert max(Counter(asked.item.id for asked in given).values()) == 2
+
+
+def test_a_second_process_is_refused(make_store, tmp_path):
+    make_store(1)
+    with pytest.raises(ValueError, match="is open in another process"):
+        FeedbackStore(tmp_path / "feedback.db")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "text.db").write_text("no database at all, but long enough to have a header" * 20)
+    sqlite3.connect(tmp_path / "other.db").executescript("CREATE TABLE t (x); PRAGMA user_version = 1;")
+    for name, reason in (("text.db", "is no feedback store"), ("other.db", "a database, but no feedback store")):
+        with pytest.raises(ValueError, match=reason):
+            FeedbackStore(tmp_path / name)
+        with pytest.raises(ValueError, match=reason), reading(tmp_path / name):
+            pass
+    with pytest.raises(FileNotFoundError, match="there is no feedback store"), reading(tmp_path / "absent.db"):
+        pass
+    assert not (tmp_path / "absent.db").exists()
+
+
+def test_a_snapshot_stays_what_it_was(make_store):
+    store = make_store(4)
+    label(store, "ann", LEFT)
+    _, second = label(store, "ann", RIGHT)
+    before = store.snapshot()
+    assert before.upto == second
+    label(store, "ann", LEFT)
+    store.undo("ann", "undo key 12345678")
+    store.undo("ann", "undo key 87654321")
+    with reading(store.path) as connection:
+        assert snapshot_of(connection, second) == before
+        assert snapshot_of(connection).fingerprint != before.fingerprint
+        assert len(judgements_of(connection, second)) == 2 and len(judgements_of(connection)) == 1
+        with pytest.raises(ValueError, match="none of number 99"):
+            snapshot_of(connection, 99)
+
+
+def test_the_same_labels_have_the_same_fingerprint(make_store):
+    prints = set()
+    for name, answer in (("a.db", LEFT), ("b.db", LEFT), ("c.db", RIGHT)):
+        store = make_store(2, name=name, clock=lambda: 1000.0)
+        label(store, "ann", answer)
+        prints.add(store.snapshot().fingerprint)
+    assert len(prints) == 2
+
+
+def test_names_of_stores():
+    assert is_store("runs/feedback.db") and is_store("feedback.db@12") and not is_store("pairs.jsonl")
+    assert split_name("a/feedback.db@12")[1] == 12 and str(split_name("a/feedback.db@12")[0]) == "a/feedback.db"
+    assert split_name("me@home.db")[1] is None
+
+
+def test_what_was_confirmed_outlives_a_kill(make_store, tmp_path):
+    """A process labels and says so through a pipe, until it is killed in the middle of it."""
+    make_store(2000).close()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        store = FeedbackStore(tmp_path / "feedback.db", Policy(repeats=0.0))
+        while True:
+            _, number = label(store, "ann", LEFT)
+            os.write(writer, f"{number}\n".encode())
+    os.close(writer)
+    confirmed = b""
+    while confirmed.count(b"\n") < 25:
+        confirmed += os.read(reader, 65536)
+    time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(reader, 65536):
+        confirmed += more
+    os.close(reader)
+    with reading(tmp_path / "feedback.db") as connection:
+        kept = {one.id for one in judgements_of(connection)}
+    said = {int(line) for line in confirmed.split()}
+    assert said <= kept and len(kept - said) <= 1
+    store = FeedbackStore(tmp_path / "feedback.db", Policy(repeats=0.0))
+    label(store, "ann", LEFT)
+    assert store.progress("ann").judged == len(kept) + 1, "and the next process goes on"
+    store.close()
+
+
+@pytest.mark.parametrize("asked", [FeedbackStore.next, FeedbackStore.progress, FeedbackStore.labels])
+def test_what_each_request_costs_grows_no_faster_than_the_labels(asked, make_store):
+    """In steps of SQLite's machine, which no other process disturbs."""
+
+    def steps(labels: int) -> int:
+        store = make_store(labels + 1, annotators=2)
+        for _ in range(labels):
+            label(store, "ann", LEFT)
+        taken = [0]
+
+        def count() -> int:
+            taken[0] += 1
+            return 0
+
+        with store.reading() as connection:
+            connection.set_progress_handler(count, 10)
+            asked(store, "ann") if asked is not FeedbackStore.labels else asked(store)
+            connection.set_progress_handler(None, 0)
+        store.close()
+        store.path.unlink()
+        return taken[0]
+
+    assert steps(400) < 5 * max(steps(100), 20)

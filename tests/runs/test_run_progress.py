@@ -1,0 +1,94 @@
+"""Progress: lines where there is no terminal, figures that are right."""
+
+import re
+
+import pytest
+from lightning.pytorch import Trainer
+from tiny_run import BASIC, NumbersDataModule, RolloutModule, SlopeModule
+
+from rlhf_lightning.runs import RunProgress
+from rlhf_lightning.runs import progress as progress_module
+from rlhf_lightning.runs.progress import clock_time
+from rlhf_lightning.commands.train import run
+
+
+class Clock:
+    """A second passes with every training step."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def fit(module, seconds, **settings):
+    clock = Clock()
+
+    class Ticking(type(module)):
+        def training_step(self, step, batch_idx):
+            clock.now += 1.0
+            super().training_step(step, batch_idx)
+
+    module.__class__ = Ticking
+    progress = RunProgress(seconds, clock)
+    trainer = Trainer(
+        logger=False, callbacks=[progress], enable_checkpointing=False, enable_model_summary=False, accelerator="cpu",
+        num_sanity_val_steps=0, limit_val_batches=0, **{"max_epochs": 1, **settings},
+    )  # fmt: skip
+    trainer.fit(module, datamodule=NumbersDataModule())
+
+
+def test_a_line_every_so_many_seconds_with_the_figures_of_the_moment(capsys):
+    """Two tokens a step and a second a step: 2 tokens/s, and as many seconds left as steps."""
+    fit(SlopeModule(learning_rate=0.1), seconds=3, max_epochs=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
+    assert [line.split()[1] for line in lines] == ["3/16", "6/16", "9/16", "12/16", "15/16", "16/16"]
+    assert re.fullmatch(r"training 3/16 \(19 %\)  update 3  loss [\d.]+  tokens/s 2  left 0:13", lines[0])
+    assert lines[-1].endswith("left 0:00")
+
+
+def test_few_lines_in_a_long_run(capsys):
+    fit(SlopeModule(learning_rate=0.1), seconds=60, max_epochs=20)
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]) == 3
+
+
+def test_a_limit_in_updates_bounds_rollouts(capsys):
+    """Three updates a rollout and at most 12 updates: four steps."""
+
+    class Counted(RolloutModule):
+        updates_per_step = 3
+
+    fit(Counted(learning_rate=0.1), seconds=1, max_epochs=-1, max_steps=12)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+    assert "update 6 " in lines[1]
+
+
+def test_a_terminal_gets_a_bar_with_the_same_figures(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
+    run(["fit", *BASIC, "--trainer.max_epochs", "2"])
+    shown = capsys.readouterr().out
+    assert "training 16/16" not in shown
+    last = shown[shown.rindex("Epoch 1: 100%") :]
+    assert "8/8" in last and "update=16" in last and "loss=" in last and "tokens/s=" in last and "left=0:00" in last
+    assert "v_num" not in shown
+
+
+def test_the_bar_is_off_where_it_is_switched_off(capsys):
+    run(["fit", *BASIC, "--trainer.enable_progress_bar", "false"])
+    assert "training" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_counts_from_where_it_is(capsys):
+    first = run(["fit", *BASIC])
+    capsys.readouterr()
+    run(["fit", "--resume", str(first.folder), "--trainer.max_epochs", "2"])
+    assert "training 16/16 (100 %)  update 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3661, "1:01:01")]
+)
+def test_clock_time(seconds, shown):
+    assert clock_time(seconds) == shown

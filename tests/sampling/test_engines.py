@@ -1,0 +1,335 @@
+"""Other engines than the slots: transformers' generate, and a server that computes elsewhere."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_server import BASE, SmallServer, serving
+from tiny_models import EOS, random_rows
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils.import_utils import is_serve_available
+
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.sampling.engines import (
+    Completions,
+    Mixture,
+    SamplingEngine,
+    SamplingSettings,
+    SlotEngine,
+    load_engine,
+)
+from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.sampling.remote_engine import RemoteEngine, ServerError, scored
+
+PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
+EPISODES = torch.arange(20, 29)
+ENDS = (EOS, *range(20, 34))
+
+
+@pytest.fixture(scope="module")
+def policy(policy_folder: str) -> CausalLM:
+    return load_policy(policy_folder).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def server(policy_folder: str) -> Iterator[SmallServer]:
+    with serving(policy_folder) as running:
+        yield running
+
+
+def draw(engine: SamplingEngine, policy: CausalLM, ends: tuple[int, ...] = ENDS, **settings: Any) -> Completions:
+    chosen = SamplingSettings(**({"max_new_tokens": 12, "temperature": 0.9} | settings))
+    return engine.sample(policy, PROMPTS, EPISODES, chosen, 7, ends)
+
+
+def as_lists(drawn: Completions) -> list[list[int]]:
+    return [ids.tolist() for ids in drawn.ids]
+
+
+def adapted(folder: str) -> CausalLM:
+    model = load_policy(folder, lora=LoraSettings(r=4))
+    change(model, 1)
+    return model
+
+
+def change(model: CausalLM, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=generator, std=0.1)
+
+
+def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 4}, {"temperature": 0.0}, {"top_p": 0.6, "top_k": 20}, {"max_new_tokens": 1}]
+)
+def test_generate_draws_the_same_episodes(policy: CausalLM, settings: dict[str, Any]) -> None:
+    ours, theirs = draw(SlotEngine(), policy, **settings), draw(GenerateEngine(), policy, **settings)
+    assert as_lists(theirs) == as_lists(ours) and torch.equal(theirs.finished, ours.finished)
+    close(theirs.logprobs, ours.logprobs)
+
+
+def test_generate_reads_the_adapter_and_not_the_models_generation_config(policy_folder: str) -> None:
+    model = adapted(policy_folder)
+    own = model.model.get_base_model().generation_config
+    own.repetition_penalty, own.min_new_tokens = 5.0, 10
+    assert as_lists(draw(GenerateEngine(), model)) == as_lists(draw(SlotEngine(), model))
+    assert model.model.get_base_model().generation_config is own
+
+
+@pytest.mark.parametrize("engine", [GenerateEngine(), RemoteEngine("http://127.0.0.1:1", BASE)])
+def test_engines_with_one_model_refuse_a_mixture(policy: CausalLM, engine: SamplingEngine) -> None:
+    mixture = Mixture(lambda: nullcontext(policy), lambda own, theirs: own)
+    with pytest.raises(ValueError, match="one model: a mixture needs the SlotEngine"):
+        engine.sample(policy, PROMPTS, EPISODES, SamplingSettings(2), 0, ENDS, mixture=mixture)
+
+
+@pytest.mark.parametrize("engine", [SlotEngine(), GenerateEngine(), RemoteEngine("http://127.0.0.1:1", BASE)])
+def test_every_engine_refuses_an_empty_prompt(policy: CausalLM, engine: SamplingEngine) -> None:
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        engine.sample(policy, [torch.zeros(0, dtype=torch.long)], EPISODES[:1], SamplingSettings(2), 0, ENDS)
+
+
+# -- a server ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_draws_from_the_policy(policy: CausalLM, server: SmallServer) -> None:
+    engine = RemoteEngine(server.url + "/v1/", BASE)
+    drawn = draw(engine, policy)
+    close(drawn.logprobs, scored(policy, PROMPTS, drawn.ids, 0.9))
+    assert drawn.finished.tolist() == [ids[-1] in ENDS for ids in as_lists(drawn)]
+    assert len({len(ids) for ids in drawn.ids}) > 3 and not engine.exact and engine.reports_logprobs
+    greedy = draw(engine, policy, temperature=0.0)
+    assert as_lists(greedy) == as_lists(draw(SlotEngine(), policy, temperature=0.0))
+
+
+def test_each_episode_is_a_request_with_a_seed_of_its_own(policy: CausalLM, server: SmallServer) -> None:
+    engine = RemoteEngine(server.url, BASE, requests=3)
+    first = draw(engine, policy, top_p=0.8, top_k=30)
+    bodies = server.bodies()
+    assert sorted(body["prompt"] for body in bodies) == sorted(prompt.tolist() for prompt in PROMPTS)
+    assert len({body["seed"] for body in bodies}) == 9 and all(0 <= body["seed"] < 2**31 for body in bodies)
+    fixed = {"model": BASE, "max_tokens": 12, "temperature": 0.9, "top_p": 0.8, "top_k": 30, "logprobs": 1}
+    assert all(fixed.items() <= body.items() and body["stop_token_ids"] == list(ENDS) for body in bodies)
+    assert as_lists(draw(engine, policy, top_p=0.8, top_k=30)) == as_lists(first)
+    seen: list[int] = []
+    engine.sample(policy, PROMPTS, -1 - EPISODES, SamplingSettings(2), 7, ENDS, on_progress=seen.append)
+    assert sum(seen) == 9 and len({body["seed"] for body in server.bodies()}) == 18
+
+
+def test_a_busy_server_is_asked_again(policy: CausalLM, server: SmallServer) -> None:
+    server.busy = 3
+    drawn = draw(RemoteEngine(server.url, BASE, requests=1, wait=0.01), policy)
+    assert len(server.bodies()) == 12 and len(drawn.ids) == 9
+    server.busy = 3
+    with pytest.raises(ServerError, match=r"gave no answer in 2 attempts; the last: status 503: .*overloaded"):
+        draw(RemoteEngine(server.url, BASE, requests=1, retries=1, wait=0.01), policy)
+
+
+def test_a_server_that_is_not_there_or_knows_no_such_model_is_said(policy: CausalLM, server: SmallServer) -> None:
+    with pytest.raises(ServerError, match=r"127.0.0.1:1/v1/completions gave no answer in 1 attempts"):
+        draw(RemoteEngine("http://127.0.0.1:1", BASE, retries=0), policy)
+    with pytest.raises(ServerError, match="refused with status 404: .*does not exist"):
+        draw(RemoteEngine(server.url, "another"), policy)
+
+
+def test_a_key_comes_from_the_environment(
+    policy: CausalLM, server: SmallServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALL_SERVER_KEY", "abc")
+    draw(RemoteEngine(server.url, BASE, api_key="SMALL_SERVER_KEY"), policy)
+    assert server.authorization == "Bearer abc"  # type: ignore[attr-defined]
+    monkeypatch.delenv("SMALL_SERVER_KEY")
+    with pytest.raises(ValueError, match="SMALL_SERVER_KEY, which is not set"):
+        RemoteEngine(server.url, BASE, api_key="SMALL_SERVER_KEY")
+
+
+def test_a_server_that_goes_and_comes_back_costs_time_alone(policy: CausalLM, policy_folder: str) -> None:
+    def again() -> None:
+        time.sleep(0.5)
+        with serving(policy_folder, port=port):
+            back.wait(60)
+
+    with serving(policy_folder) as small:
+        port = int(small.url.rpartition(":")[2])
+        engine = RemoteEngine(small.url, BASE, retries=8, wait=0.1)
+        before = draw(engine, policy)
+    back = threading.Event()
+    thread = threading.Thread(target=again)
+    thread.start()
+    after = draw(engine, policy)
+    back.set()
+    thread.join()
+    assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
+
+
+def test_a_server_that_is_gone_is_given_up_in_bounded_time(policy: CausalLM, policy_folder: str) -> None:
+    with serving(policy_folder) as small:
+        url = small.url
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="gave no answer in 3 attempts; the last: .*refused"):
+        draw(RemoteEngine(url, BASE, requests=2, retries=2, wait=0.05), policy)
+    assert time.monotonic() - started < 2
+
+
+def spoilt(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    def spoil(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["choices"][0].update(changes)
+        return answer
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda answer: "hello", "answered without the token ids and log-probabilities"),
+        (spoilt(logprobs=None), "For a server that knows text alone, set tokenizer"),
+        (spoilt(logprobs={"token_logprobs": [-1.0], "tokens": ["x"]}, token_ids=None), "answered without the token"),
+        (spoilt(token_ids=[40, 41]), "with 2 tokens and"),
+        (spoilt(logprobs={"token_logprobs": [float("nan")]}, token_ids=[40]), "log-probabilities that are none"),
+        (spoilt(logprobs={"token_logprobs": [-1.0] * 2}, token_ids=[EOS, 40]), "went on after an end token"),
+        (
+            spoilt(logprobs={"token_logprobs": [-1.0]}, token_ids=[40], finish_reason="stop"),
+            "stopped without one of the end tokens",
+        ),
+    ],
+)
+def test_an_answer_that_is_no_completion_is_refused(
+    policy: CausalLM, server: SmallServer, spoil: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    server.spoil = spoil
+    with pytest.raises(ServerError, match=message):
+        draw(RemoteEngine(server.url, BASE), policy, max_new_tokens=6)
+
+
+def test_ids_are_also_read_from_the_tokens_names(policy: CausalLM, server: SmallServer) -> None:
+    expected = as_lists(draw(RemoteEngine(server.url, BASE), policy))
+    server.spoil = spoilt(token_ids=None)
+    assert as_lists(draw(RemoteEngine(server.url, BASE), policy)) == expected
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_handed_over_whenever_it_has_changed(
+    policy_folder: str, server: SmallServer, tmp_path: Path
+) -> None:
+    model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
+    first = draw(engine, model)
+    close(first.logprobs, scored(model, PROMPTS, first.ids, 0.9))
+    assert as_lists(draw(engine, model)) == as_lists(first)
+    assert len(server.bodies("/v1/load_lora_adapter")) == 1 and not server.bodies("/v1/unload_lora_adapter")
+    change(model, 2)
+    second = draw(engine, model)
+    assert as_lists(second) != as_lists(first)
+    close(second.logprobs, scored(model, PROMPTS, second.ids, 0.9))
+    old = server.bodies("/v1/load_lora_adapter")[0]["lora_name"]
+    assert [body["lora_name"] for body in server.bodies("/v1/unload_lora_adapter")] == [old]
+    assert old not in server.models and len(list((tmp_path / "adapters").iterdir())) == 1
+    with model.as_reference():
+        reference = draw(engine, model)
+        close(reference.logprobs, scored(model, PROMPTS, reference.ids, 0.9))
+    assert server.bodies()[-1]["model"] == BASE
+
+
+def test_weights_that_the_server_cannot_have_are_refused(policy_folder: str, server: SmallServer) -> None:
+    with pytest.raises(ValueError, match=r"train an adapter \(lora\)"):
+        draw(RemoteEngine(server.url, BASE), load_policy(policy_folder))
+    with pytest.raises(ValueError, match="adapter_folder must say where the server finds it"):
+        draw(RemoteEngine(server.url, BASE), adapted(policy_folder))
+
+
+# -- servers that know text alone -------------------------------------------------------------------------------------
+
+
+def check_text_server(url: str, name: str, policy: CausalLM, folder: str) -> None:
+    """What a server writes greedily is what the policy does, and what it draws is scored as the policy scores it."""
+    engine = RemoteEngine(url, name, tokenizer=folder, requests=2, timeout=60)
+    greedy = draw(engine, policy, (EOS,), temperature=0.0)
+    expected = draw(SlotEngine(), policy, (EOS,), temperature=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected.ids]
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy.ids] == said
+    drawn = draw(engine, policy, (EOS,))
+    close(drawn.logprobs, scored(policy, PROMPTS, drawn.ids, 0.9))
+    assert as_lists(drawn) != as_lists(greedy) and not engine.reports_logprobs
+
+
+def test_a_server_of_texts(policy: CausalLM, policy_folder: str) -> None:
+    with serving(policy_folder, text=True) as server:
+        check_text_server(server.url, BASE, policy, policy_folder)
+
+
+def test_a_prompt_that_is_not_the_tokens_of_its_text_is_refused(policy: CausalLM, policy_folder: str) -> None:
+    with serving(policy_folder, text=True) as server:
+        engine = RemoteEngine(server.url, BASE, tokenizer=policy_folder)
+        engine.tokenizer.add_tokens(["w40 w41"])  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="the server would read other tokens than the prompt's"):
+            engine.sample(policy, [torch.tensor([40, 41])], EPISODES[:1], SamplingSettings(2), 0, (EOS,))
+
+
+@pytest.mark.drill
+def test_a_server_of_transformers(policy: CausalLM, policy_folder: str) -> None:
+    """``transformers serve`` where its further packages are installed, here or at RLHF_SERVE_PYTHON; a small server
+    that takes and returns the same where they are not."""
+    python = os.environ.get("RLHF_SERVE_PYTHON") or (sys.executable if is_serve_available() else None)
+    command = None if python is None else shutil.which("transformers", path=str(Path(python).parent))
+    if command is None:
+        with serving(policy_folder, text=True) as server:
+            check_text_server(server.url, BASE, policy, policy_folder)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen([command, "serve", policy_folder, *where])
+    try:
+        url, limit = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < limit:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        check_text_server(url, policy_folder, policy, policy_folder)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_written_as_class_path_and_init_args() -> None:
+    path = "rlhf_lightning.sampling.remote_engine.RemoteEngine"
+    made = load_engine({"class_path": path, "init_args": {"url": "http://host:8000/v1", "model": "m"}})
+    assert isinstance(made, RemoteEngine) and made.server.url == "http://host:8000"
+    assert isinstance(load_engine(None), SlotEngine) and load_engine(made) is made
+    with pytest.raises(ValueError, match="cannot be made: .*missing 1 required positional argument: 'model'"):
+        load_engine({"class_path": path, "init_args": {"url": "x"}})
+    with pytest.raises(ValueError, match="it is no SamplingEngine"):
+        load_engine({"class_path": "pathlib.Path"})
+    with pytest.raises(ValueError, match="one request or more"):
+        RemoteEngine("x", "m", requests=0)

@@ -1,0 +1,260 @@
+"""The engine's slots: who enters, who leaves, what is read, and that no episode shows it."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_rows, tiny_config
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
+from rlhf_lightning.sampling import decoding, engines
+from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.decoding import Mixture, SlotLayer
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings, SlotEngine
+
+DISTINCT = [torch.tensor(prompt) for prompt, _ in random_rows(7, seed=3, prompt=14)]
+GROUPS = [prompt for prompt in DISTINCT for _ in range(3)]
+EPISODES = torch.arange(40, 40 + len(GROUPS))
+ENDS = (3, *range(10, 20))
+LIMIT = 20
+
+
+def llama(seed: int = 0) -> CausalLM:
+    torch.manual_seed(seed)
+    return CausalLM(LlamaForCausalLM(tiny_config()))
+
+
+def mistral() -> CausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return CausalLM(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=8)))
+
+
+def gpt2() -> CausalLM:
+    torch.manual_seed(0)
+    longest = max(len(prompt) for prompt in DISTINCT) + LIMIT
+    sizes = {"vocab_size": 120, "n_positions": longest, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return CausalLM(GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)))
+
+
+MODELS = {"llama": llama, "sliding": mistral, "learned positions": gpt2}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> CausalLM:
+    return MODELS[request.param]().eval()
+
+
+@pytest.fixture(scope="module")
+def policy() -> CausalLM:
+    return llama().eval()
+
+
+def draw(model: CausalLM, slots: int | None = None, prompts: list[Tensor] | None = None, **further: Any) -> Completions:
+    prompts = GROUPS if prompts is None else prompts
+    settings = SamplingSettings(LIMIT, 0.9, batch_size=slots)
+    return SlotEngine().sample(model, prompts, EPISODES[: len(prompts)], settings, 11, ENDS, **further)
+
+
+def as_lists(drawn: Completions) -> list[list[int]]:
+    return [ids.tolist() for ids in drawn.ids]
+
+
+def naive(model: CausalLM) -> list[list[int]]:
+    """One token at a time, each after a forward over the whole text so far."""
+    found = []
+    for prompt, episode in zip(GROUPS, EPISODES, strict=True):
+        ids: list[int] = []
+        while len(ids) < LIMIT and not (ids and ids[-1] in ENDS):
+            with torch.no_grad():
+                logits = model.model(torch.cat([prompt, torch.tensor(ids, dtype=torch.long)])[None]).logits[0, -1]
+            cumulative = (logits.double() / 0.9).softmax(-1).cumsum(-1)
+            number = float(uniform(11, episode[None], torch.tensor([len(ids)])))
+            ids.append(int((cumulative < number).sum()))
+        found.append(ids)
+    return found
+
+
+class Passes:
+    """Records the shape of what each forward reads."""
+
+    def __init__(self, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self.widths: list[int] = []
+        forward = model.next_token_logits
+
+        def counted(step: DecodingStep) -> Tensor:
+            self.shapes.append(tuple(step.input_ids.shape))
+            self.widths.append(step.attention_mask.shape[-1])
+            return forward(step)
+
+        monkeypatch.setattr(model, "next_token_logits", counted)
+
+    @property
+    def prefills(self) -> list[tuple[int, int]]:
+        return [shape for shape, width in zip(self.shapes, self.widths, strict=True) if width == shape[1]]
+
+    @property
+    def steps(self) -> list[int]:
+        """Rows of each pass that read one token a row."""
+        return [rows for (rows, tokens), width in zip(self.shapes, self.widths, strict=True) if width > tokens]
+
+
+# -- the same episodes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, None])
+def test_slots_draw_what_reading_the_whole_text_for_each_token_draws(model: CausalLM, slots: int | None) -> None:
+    assert as_lists(draw(model, slots)) == naive(model)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 7])
+@pytest.mark.parametrize("slots", [4, None])
+def test_random_numbers_made_ahead_are_those_of_their_tokens(
+    policy: CausalLM, slots: int | None, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = as_lists(draw(policy, slots))
+    monkeypatch.setattr(engines, "AHEAD", ahead)
+    assert as_lists(draw(policy, slots)) == whole
+    assert max(len(ids) for ids in whole) > 2 * 7  # each row goes on to numbers of its own further ahead
+
+
+def test_the_episodes_tell_something_and_their_logprobs_agree(model: CausalLM) -> None:
+    whole, cut = draw(model), draw(model, 4)
+    assert len({len(ids) for ids in whole.ids}) > 5 and 0 < int(whole.finished.sum()) < len(GROUPS)
+    assert torch.equal(whole.finished, cut.finished)
+    for one, other in zip(whole.logprobs, cut.logprobs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("slots", [1, 4, None])
+def test_both_models_of_a_mixture_stay_in_step(policy: CausalLM, slots: int | None) -> None:
+    other = llama(1).eval()
+    for share, alone in ((0.0, policy), (1.0, other)):
+        mixture = Mixture(lambda: nullcontext(other), lambda own, theirs, s=share: (1 - s) * own + s * theirs)
+        assert as_lists(draw(policy, slots, mixture=mixture)) == as_lists(draw(alone))
+
+
+def test_windows_of_one_model_hold_the_other_back(policy: CausalLM) -> None:
+    window = mistral().eval()
+    mixture = Mixture(lambda: nullcontext(window), lambda own, theirs: theirs)
+    assert as_lists(draw(policy, 4, mixture=mixture)) == as_lists(draw(window))
+
+
+def test_no_prompts_make_no_completions(policy: CausalLM) -> None:
+    drawn = draw(policy, prompts=[])
+    assert drawn.ids == () and drawn.logprobs == () and drawn.finished.shape == (0,)
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 8, None])
+def test_each_distinct_prompt_is_read_once(
+    policy: CausalLM, slots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(policy, monkeypatch)
+    draw(policy, slots)
+    assert sum(rows for rows, _ in passes.prefills) == len(DISTINCT)
+
+
+def test_a_group_draws_what_its_members_draw_alone(policy: CausalLM) -> None:
+    alone = [
+        SlotEngine().sample(policy, [prompt], episode[None], SamplingSettings(LIMIT, 0.9), 11, ENDS)
+        for prompt, episode in zip(GROUPS, EPISODES, strict=True)
+    ]
+    assert as_lists(draw(policy)) == [one.ids[0].tolist() for one in alone]
+
+
+def test_nothing_is_read_after_the_last_end(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [len(ids) for ids in draw(policy).ids]
+    passes = Passes(policy, monkeypatch)
+    draw(policy)
+    assert len(passes.shapes) == max(lengths)  # the prompts give the first token
+    passes.shapes.clear(), passes.widths.clear()
+    draw(policy, 1)
+    assert passes.steps == [1] * sum(length - 1 for length in lengths)
+    assert len(passes.prefills) == len(DISTINCT)
+
+
+def test_a_completion_that_ends_with_its_first_token_is_never_read(
+    policy: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(policy, monkeypatch)
+    settings = SamplingSettings(LIMIT, batch_size=4)
+    SlotEngine().sample(policy, GROUPS, EPISODES, settings, 0, tuple(range(120)))
+    assert passes.steps == [] and sum(rows for rows, _ in passes.prefills) == len(DISTINCT)
+
+
+def test_slots_stay_busy_and_the_batch_no_wider_than_its_longest_row(
+    policy: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(20, 120, (5,), generator=generator) for _ in range(60)]
+    settings, ends = SamplingSettings(40, batch_size=8), tuple(range(10, 18))
+    passes = Passes(policy, monkeypatch)
+    drawn = SlotEngine().sample(policy, prompts, torch.arange(60), settings, 0, ends)
+    lengths = [len(ids) for ids in drawn.ids]
+    needed = sum(length - 1 for length in lengths)
+    assert max(passes.steps) == 8
+    assert needed / sum(passes.steps) > 0.8  # decoded batch by batch, it is less than one half
+    batches = [lengths[start : start + 8] for start in range(0, 60, 8)]
+    assert needed / sum(len(batch) * (max(batch) - 1) for batch in batches) < 0.5
+    assert max(passes.widths) <= 5 + max(lengths)
+
+
+def test_finished_rows_of_a_window_leave_before_the_next_prompts_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mistral().eval()
+    passes = Passes(model, monkeypatch)
+    draw(model, 8)
+    assert min(passes.steps) < 6 and max(passes.steps) == 8
+
+
+# -- the buffers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 5, None])
+def test_a_buffer_that_is_outgrown_doubles_without_a_trace(
+    policy: CausalLM, slots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = draw(policy, slots)
+    monkeypatch.setattr(decoding, "ROOM", 1)
+    moved: list[int] = []
+    move = SlotLayer._moved
+
+    def counted(layer: SlotLayer, buffer: Tensor, lead: int, columns: int) -> Tensor:
+        moved.append(columns)
+        return move(layer, buffer, lead, columns)
+
+    monkeypatch.setattr(SlotLayer, "_moved", counted)
+    found = draw(policy, slots)
+    assert as_lists(found) == as_lists(expected) and len(set(moved)) > 1
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_rows_enter_at_the_last_column_and_leave_from_any_slot() -> None:
+    layer = SlotLayer(slots=3, room=2)
+
+    def states(*rows: list[float]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float32)[:, None, :, None]
+
+    layer.enter(states([1, 2], [3, 4]), -states([1, 2], [3, 4]), torch.tensor([0, 1]))
+    layer.enter(states([5]), -states([5]), torch.tensor([2]))
+    keys, values = layer.update(states([6], [7], [8]), -states([6], [7], [8]))
+    assert keys[:, 0, :, 0].tolist() == [[1, 2, 6], [3, 4, 7], [0, 5, 8]] and torch.equal(values, -keys)
+    layer.keep(torch.tensor([0, 2]))
+    layer.trim(2)
+    assert layer.get_seq_length() == 2 and layer.get_mask_sizes(1) == (3, 0)
+    for token in (9.0, 10.0, 11.0, 12.0, 13.0, 14.0):
+        keys, values = layer.update(states([token], [-token]), -states([token], [-token]))
+    assert keys[:, 0, :, 0].tolist() == [[2, 6, 9, 10, 11, 12, 13, 14], [5, 8, -9, -10, -11, -12, -13, -14]]
+    assert torch.equal(values, -keys)
+    layer.enter(states([20.0] * 10), -states([20.0] * 10), torch.tensor([1]))
+    keys, _ = layer.update(states([15], [21]), -states([15], [21]))
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 2, 6, 9, 10, 11, 12, 13, 14, 15]
+    assert keys[1, 0, :, 0].tolist() == [20.0] * 10 + [21]

@@ -1,0 +1,198 @@
+"""A local judge: its probabilities are those of the whole forward, whatever the batch; a local critic is addressed."""
+
+import pytest
+import torch
+from conftest import make_tiny_tokenizer
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.commands.generate import load_for_sampling
+from rlhf_lightning.constitution.dialogue import as_text, comparison_messages
+from rlhf_lightning.constitution.labelling import LabelSettings, label_pairs
+from rlhf_lightning.constitution.principles import ComparingPrinciple, Constitution, RevisingPrinciple
+from rlhf_lightning.constitution.revision import RevisionSettings, revise
+from rlhf_lightning.models import loading
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.scoring.judges import LocalJudge, LocalWriter, load_judge
+from rlhf_lightning.scoring.judges.judge import Judge, Pair, Question
+from rlhf_lightning.scoring.judges.local import letter_ids, next_logits, shared_length
+
+RULES = Constitution(
+    "t", 1, "en", (RevisingPrinciple("k", "Bad?", "Mend."),), (ComparingPrinciple("k", "Which is kinder?"),)
+)
+
+
+def question(first: str, second: str, prompt: str = "Hi", reasons: bool = False) -> Question:
+    messages = comparison_messages(RULES, RULES.comparing[0], prompt, first, second)
+    return Question(prompt, first, second, RULES.comparing[0], messages, RULES.wording, reasons)
+
+
+QUESTIONS = [
+    question("Go.", "Hello!"),
+    question("Hello!", "Go."),
+    question("a" * 60, "b"),
+    question("x", "y", "z" * 90),
+]
+
+
+@pytest.fixture(scope="module")
+def judge(policy_folder):
+    torch.set_num_threads(1)
+    return LocalJudge(policy_folder, max_length=2048)
+
+
+def test_letters_are_what_the_whole_forward_says(judge):
+    assert isinstance(judge, Judge)
+    answers = judge(QUESTIONS)
+    for asked, answer in zip(QUESTIONS, answers, strict=True):
+        ids = torch.tensor([tokenization.encode_prompt(judge.tokenizer, asked.begun())])
+        with torch.no_grad():
+            whole = judge.model.model(input_ids=ids).logits[0, -1].log_softmax(-1)
+        # A byte is a token here, so that each letter has one spelling.
+        expected = [float(whole[7 + ord(letter)]) for letter in "AB"]
+        assert [answer.first_logprob, answer.second_logprob] == pytest.approx(expected, abs=1e-5)
+        assert answer.mass == pytest.approx(sum(float(torch.tensor(e).exp()) for e in expected), rel=1e-4)
+
+
+def test_the_question_ends_where_the_letter_comes(judge):
+    ids = tokenization.encode_prompt(judge.tokenizer, QUESTIONS[0].begun())
+    assert judge.tokenizer.decode(ids).endswith("(A) or (B).<|end|>\n<|assistant|>\nThe better answer is (")
+
+
+@pytest.mark.parametrize("max_tokens", [1, 700, 10**6])
+def test_batches_change_nothing(judge, policy_folder, max_tokens):
+    other = LocalJudge(judge.model, judge.tokenizer, max_tokens=max_tokens, max_length=2048, name="other")
+    for one, same in zip(judge(QUESTIONS), other(QUESTIONS), strict=True):
+        assert one[:2] == pytest.approx(same[:2], abs=1e-5)
+
+
+def test_only_the_last_position_meets_the_head(judge, monkeypatch):
+    seen = []
+    logits = type(judge.model).logits
+    monkeypatch.setattr(type(judge.model), "logits", lambda *a: seen.append(a[1].shape) or logits(*a))
+    judge(QUESTIONS)
+    assert [len(shape) for shape in seen] == [2, 2], "one pass for what they share, one for the rest"
+    assert sum(shape[0] for shape in seen) == 1 + len(QUESTIONS)
+
+
+def test_what_rows_begin_with_is_read_once(judge, monkeypatch):
+    rows = [torch.tensor([9] * 40 + rest) for rest in ([5, 6, 7], [5, 6], [8])]
+    assert shared_length(rows) == 40 and shared_length(rows[:2]) == 41 and shared_length(rows[2:]) == 40
+    with torch.no_grad():
+        found = next_logits(judge.model, rows)
+        monkeypatch.setattr("rlhf_lightning.scoring.judges.local.SHARED_AT_LEAST", 10**6)
+        torch.testing.assert_close(found, next_logits(judge.model, rows), rtol=1e-5, atol=1e-5)
+        alone = [judge.model.model(input_ids=ids.unsqueeze(0)).logits[0, -1] for ids in rows]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_questions_that_do_not_fit_get_no_answer(judge):
+    longest = len(tokenization.encode_prompt(judge.tokenizer, QUESTIONS[3].begun()))
+    short = LocalJudge(judge.model, judge.tokenizer, max_length=longest - 1)
+    answers = short([QUESTIONS[0], QUESTIONS[3]])
+    assert [one.failure for one in answers] == ["", "too_long"]
+    assert LocalJudge(judge.model, judge.tokenizer).max_length == 512, "what the model was made for"
+
+
+def test_reasoning_is_written_first_and_clamps_the_label(judge):
+    thinking = LocalJudge(judge.model, judge.tokenizer, max_length=2048, reasoning_tokens=6)
+    thinking.thinker.longest = None
+    asked = question("Go.", "Hello!", reasons=True)
+    (answer,) = thinking([asked])
+    assert answer.reasoning and [*asked.begun(answer.reasoning)][-1]["content"] == (
+        f"Let us weigh them step by step: {answer.reasoning.strip()}\n\nThe better answer is ("
+    )
+    assert thinking([asked]) == [answer], "greedy: the same again"
+    settings = LabelSettings(reasoning=True, least_mass=0)
+    found = label_pairs(thinking, RULES, [Pair("Hi", "Go.", "Hello!")], settings).pairs[0]
+    assert 0.4 <= found.preference <= 0.6 and len(found.row("j", "c")["reasoning"]) == 2
+
+
+def test_a_model_without_a_template_reads_a_transcript(plain_folder):
+    judge = LocalJudge(plain_folder, max_length=2048)
+    (answer,) = judge(QUESTIONS[:1])
+    said = as_text(QUESTIONS[0].begun(), RULES.wording)
+    assert said.endswith("(A) or (B).\n\nAssistant: The better answer is (")
+    ids = torch.tensor([tokenization.encode_prompt(judge.tokenizer, said)])
+    with torch.no_grad():
+        whole = judge.model.model(input_ids=ids).logits[0, -1].log_softmax(-1)
+    assert answer.first_logprob == pytest.approx(float(whole[7 + ord("A")]), abs=1e-5)
+
+
+def test_every_spelling_of_a_letter_counts():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["<unk>", "A", "ĠA", "A)", "(A", "B", "Ġ(B", "Always"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert letter_ids(tokenizer, "A").tolist() == [1, 2, 3, 4]
+    assert letter_ids(tokenizer, "B").tolist() == [5, 6]
+    with pytest.raises(ValueError, match="has no token for the letter C"):
+        letter_ids(tokenizer, "C")
+    assert letter_ids(make_tiny_tokenizer(), "A").tolist() == [7 + ord("A")]
+
+
+def test_a_local_critic_gives_the_same_rows_however_they_are_parted(policy_folder):
+    policy, tokenizer = load_for_sampling(policy_folder)
+    sampling = SamplingSettings(max_new_tokens=8, batch_size=2)
+    writer = LocalWriter(policy, tokenizer, sampling, 3, "tiny")
+    prompts = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
+    settings = RevisionSettings(rounds=2, keep_unfinished=True, seed=3)
+    whole = revise(writer, RULES, prompts, settings)
+    assert whole == revise(writer, RULES, prompts[:2], settings) + revise(writer, RULES, prompts[2:], settings, start=2)
+    assert any(one.revision for chain in whole for one in chain.rounds)
+    writer.longest = 60
+    assert [one is None for one in writer([prompts[0], [{"role": "user", "content": "x" * 50}]], [0, 1])] == [
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "sentence"),
+    [
+        ("nowhere.Judge", {}, "judge 'nowhere.Judge' is neither a model's folder, a server's address nor a class"),
+        ("os.system", {}, "is no class whose objects can be called"),
+        ("subprocess.Popen", {"args": ["touch", "ran"]}, "is no class whose objects can be called"),
+        ("http://127.0.0.1:1", {}, "cannot be made with the arguments url: .*model"),
+        ("SimulatedJudge", {}, "judge 'SimulatedJudge' cannot be made without arguments"),
+        ("judging.test_local.Nameless", {}, "has no name"),
+    ],
+)
+def test_what_is_no_judge_is_not_made(spec, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_judge(spec, arguments)
+
+
+def test_a_reward_model_is_no_judge(reward_folder):
+    with pytest.raises(ValueError, match="is a reward model: it scores completions and writes none"):
+        LocalJudge(reward_folder)
+
+
+def test_a_gguf_file_judges(judge, policy_folder, tmp_path, monkeypatch):
+    """Weights and tokenizer alike come from the folder that it is converted to."""
+    file = tmp_path / "model.gguf"
+    file.touch()
+    monkeypatch.setattr(loading, "converted_gguf", lambda path: policy_folder)
+    assert LocalJudge(str(file), max_length=2048)(QUESTIONS) == judge(QUESTIONS)
+
+
+class Nameless:
+    def __call__(self, questions):
+        return []
+
+
+class Own:
+    name = "own"
+
+    def __init__(self, liking: str = "x") -> None:
+        self.liking = liking
+
+    def __call__(self, questions):
+        return []
+
+
+def test_a_user_s_own_class_is_a_judge():
+    made = load_judge("judging.test_local.Own", {"liking": "y"})
+    assert made.name == "own" and made.liking == "y" and load_judge(made) is made

@@ -1,0 +1,167 @@
+"""A judge and a critic behind a real server in this process: what is sent, how letters are read, what is no answer."""
+
+import math
+
+import pytest
+
+from rlhf_lightning.constitution.labelling import LabelSettings, label_pairs
+from rlhf_lightning.constitution.revision import RevisionSettings, Written, revise
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.json_server import ServerError
+from rlhf_lightning.scoring.judges import RemoteJudge, RemoteWriter, load_judge
+from rlhf_lightning.scoring.judges.judge import Answer, Pair
+from rlhf_lightning.scoring.judges.remote import ChatServer, letters_in, verdict_in
+
+from .chat_server import place, said, serving
+from .test_local import RULES, question
+
+LOG = math.log
+
+
+def likes_hello(body):
+    """Prefers the option with Hello in it, whatever its place; says its letter after a bracket."""
+    first = body["messages"][-1]["content"].find("Hello") < body["messages"][-1]["content"].find("Go.")
+    a, b = (LOG(0.8), LOG(0.1)) if first else (LOG(0.2), LOG(0.6))
+    letter = "A" if first else "B"
+    places = [
+        place("(", LOG(0.9), **{"(": LOG(0.9)}),
+        place(letter, max(a, b), A=a, B=b, Neither=-9.0),
+        place(")", 0.0),
+    ]
+    return said(f"({letter})", places)
+
+
+def test_labels_of_a_server():
+    with serving(likes_hello) as server:
+        judge = load_judge(server.url + "/v1", {"model": "big", "wait": 0.01})
+        found = label_pairs(judge, RULES, [Pair("Hi", "Hello!", "Go.", 1.0)])
+    (one,) = found.pairs
+    assert one.comparisons[0].probability == pytest.approx(8 / 9)
+    assert one.comparisons[0].swapped_probability == pytest.approx(2 / 8)
+    assert one.preference == pytest.approx((8 / 9 + 3 / 4) / 2)
+    assert found.metrics["letter_mass"] == pytest.approx(0.9 * (0.9 + 0.8) / 2)
+    assert found.metrics["agreement"]["mean"] == 1.0 and found.metrics["bounded"] == 0
+    body = server.bodies[0]
+    assert body["model"] == "big" == judge.name and body["logprobs"] is True and body["top_logprobs"] == 20
+    assert body["temperature"] == 0 and body["messages"][-1]["role"] == "user"
+    assert "continue_final_message" not in body
+
+
+def test_an_answer_may_be_begun_for_the_model():
+    with serving(lambda body: said("A)", [place("A", -0.1, A=-0.1, B=-2.4)])) as server:
+        judge = RemoteJudge(server.url, "big", begin=True)
+        (answer,) = judge([question("Go.", "Hello!")])
+    assert answer[:2] == pytest.approx((-0.1, -2.4))
+    assert server.bodies[0]["messages"][-1] == {"role": "assistant", "content": "The better answer is ("}
+    assert server.bodies[0]["continue_final_message"] is True and server.bodies[0]["add_generation_prompt"] is False
+
+
+def test_letters_are_summed_over_their_spellings_and_places():
+    # "A" at once, or after a bracket: 0.1 + 0.6 * 0.5; "B": 0.2 + 0.05 (with a space) + 0.6 * 0.4.
+    places = [
+        ("(", LOG(0.6), [("(", LOG(0.6)), ("B", LOG(0.2)), ("A", LOG(0.1)), (" B", LOG(0.05)), ("Be", LOG(0.01))]),
+        ("A", LOG(0.5), [("A", LOG(0.5)), ("B)", LOG(0.4))]),
+        (")", 0.0, [(")", 0.0)]),
+    ]
+    found = letters_in(places)
+    assert (math.exp(found.first_logprob), math.exp(found.second_logprob)) == pytest.approx((0.4, 0.49))
+    assert not found.bounded and not found.failure
+
+
+def test_a_letter_that_is_not_named_is_bounded_by_what_is():
+    found = letters_in([("A", LOG(0.9), [("A", LOG(0.9)), ("I", LOG(0.05)), ("The", LOG(0.02))])])
+    assert found.bounded and math.exp(found.second_logprob) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("places", "reason"),
+    [
+        ([("I", -0.1, [("I", -0.1), ("The", -3.0)])], "other_words"),
+        ([("Answer", -0.1, [("Answer", -0.1)]), ("A", 0.0, [("A", 0.0), ("B", -9.0)])], "other_words"),
+        ([("(", -0.1, [("(", -0.1)])], "empty"),
+        ([], "empty"),
+    ],
+)
+def test_other_words_are_no_answer(places, reason):
+    assert letters_in(places).failure == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("A", Answer(0.0, -math.inf)), (" (B).", Answer(-math.inf, 0.0)), ("**A**", Answer(0.0, -math.inf)),
+        ("tie", Answer(-LOG(2), -LOG(2))), ("Tie.", Answer(-LOG(2), -LOG(2))),
+    ],
+)  # fmt: skip
+def test_a_verdict_in_words(text, answer):
+    assert verdict_in(text) == answer
+
+
+@pytest.mark.parametrize("text", ["A or B", "Both", "Answer A", "a", "C", "A is better than B", "AB", "neither, a tie"])
+def test_verdicts_are_read_strictly(text):
+    assert verdict_in(text).failure == "other_words"
+    assert verdict_in(" ").failure == "empty"
+
+
+def test_a_server_without_log_probabilities_is_read_as_text():
+    replies = iter(["(A)", "(B)", "I like both."] * 2)
+    with serving(lambda body: said(next(replies))) as server:
+        with pytest.raises(ServerError, match="gives no top_logprobs of an answer .*: set read to text"):
+            RemoteJudge(server.url, "big", requests=1)([question("x", "y")])
+        judge = RemoteJudge(server.url, "big", read="text", requests=1)
+        found = label_pairs(judge, RULES, [Pair("p", "y", "x"), Pair("q", "x", "y")])
+    assert found.metrics["parse_failures"] == {"other_words": 1} and "logprobs" not in server.bodies[-1]
+    assert found.pairs[0].preference is None and found.pairs[1].preference == pytest.approx(1.0)
+
+
+def test_reasoning_comes_first():
+    def reply(body):
+        asks_for_letter = len(body["messages"]) == 3
+        return said("(B)", [place("(B", -0.2, **{"(B": -0.2, "(A": -2.0})]) if asks_for_letter else said("Hm, B.")
+
+    with serving(reply) as server:
+        judge = RemoteJudge(server.url, "big")
+        settings = LabelSettings(reasoning=True)
+        found = label_pairs(judge, RULES, [Pair("p", "x", "y")], settings).pairs[0]
+    assert found.comparisons[0].reasoning == ("Hm, B.", "Hm, B.")
+    assert found.comparisons[0].probability == 0.4 and found.preference == pytest.approx(0.5)
+    thought = next(body for body in server.bodies if len(body["messages"]) == 1)
+    assert thought["messages"][0]["content"].endswith("Let us weigh them step by step:")
+
+
+def test_a_critic_behind_a_server():
+    with serving(
+        lambda body: said(f"text of {body['seed']}", reason="stop" if body["seed"] % 2 else "length")
+    ) as server:
+        server.busy = 2
+        chat = ChatServer(server.url, "big", wait=0.01)
+        writer = RemoteWriter(chat, SamplingSettings(max_new_tokens=9, temperature=0.7), seed=4)
+        prompts = [[{"role": "user", "content": f"question {number}"}] for number in range(3)]
+        settings = RevisionSettings(rounds=1, keep_unfinished=True)
+        chains = revise(writer, RULES, prompts, settings)
+        assert chains == revise(writer, RULES, prompts, settings)
+    assert len({chain.answer for chain in chains}) == 3 and all(chain.rounds[0].revision for chain in chains)
+    assert {body["max_tokens"] for body in server.bodies} == {9}
+    assert len({body["seed"] for body in server.bodies}) == 9
+
+
+def test_a_plain_prompt_goes_to_the_other_route():
+    with serving(lambda body: {"index": 0, "text": f"{body['prompt']}!", "finish_reason": "stop"}) as server:
+        writer = RemoteWriter(ChatServer(server.url, "base"), SamplingSettings())
+        assert writer(["Hi"], [0]) == [Written("Hi!", True)]
+
+
+def test_an_answer_that_is_no_completion_is_said(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    with serving(lambda body: {"finish_reason": "stop", "note": "secret-key"}) as server:
+        judge = RemoteJudge(server.url, "big", api_key="JUDGE_KEY")
+        with pytest.raises(ServerError, match="answered without a completion") as refused:
+            judge([question("x", "y")])
+    assert server.keys == ["Bearer secret-key"] and "secret-key" not in str(refused.value)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="read is 'mind': it must be logprobs or text"):
+        RemoteJudge("http://127.0.0.1:1", "big", read="mind")
+    with pytest.raises(ValueError, match="requests is 0"):
+        RemoteJudge("http://127.0.0.1:1", "big", requests=0)

@@ -1,0 +1,176 @@
+"""What is written down works: every YAML file and every command of README is read by the parser that will read it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_lightning import cli
+from rlhf_lightning.commands.parsing import PlainParser, with_underscores
+from rlhf_lightning.commands.train import RlhfCLI
+from rlhf_lightning.recipes import resolve_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "rlhf_lightning" / "recipes"
+OVERLAYS = sorted((RECIPES / "hardware").glob("*.yaml"))
+LOOPS = sorted(RECIPES.rglob("loop*.yaml"))
+CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
+README = ROOT / "README.md"
+GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+# What a stage takes from the one before it, or from the user: a file may leave these to the command line.
+FROM_THE_USER = {"model": {"init_from": "a_model", "scorer": "a_reward_model"}, "data": {"source": "rows.jsonl"}}
+
+
+class Accepted(BaseException):
+    """Raised in place of running: the whole command line was understood."""
+
+
+@pytest.fixture(scope="module")
+def train_parser():
+    """The parser of `rlhf fit`, taken on its way to building a trainer; making it takes longer than using it."""
+
+    class ParserAlone(RlhfCLI):
+        def instantiate_classes(self):
+            raise Accepted
+
+        def parse_arguments(self, parser, args):
+            parsers.append(parser)
+            super().parse_arguments(parser, args)
+
+    parsers = []
+    with pytest.raises(Accepted):
+        ParserAlone(["fit", "--config", str(CONFIGS[0]), *completed_by_the_user(CONFIGS[0])])
+    return parsers[0]
+
+
+@pytest.fixture
+def accepted(train_parser, monkeypatch, capsys):
+    """Call ``accepted(argv)``: what `rlhf` is asked for is read to its end, and not run."""
+
+    def stop_after_parsing(parser, *args, **kwargs):
+        parse(parser, *args, **kwargs)
+        raise Accepted
+
+    parse = PlainParser.parse_args
+
+    def check(argv):
+        assert argv[0] in {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
+        try:
+            if argv[0] in cli.TRAINING_COMMANDS:
+                if "--resume" in argv:  # which puts the config of its run in front
+                    argv = [argv[0], "--config", str(ROOT / "recipe:dpo"), *argv[1:]]
+                train_parser.parse_args(with_underscores(argv))
+                return
+            monkeypatch.setattr(PlainParser, "parse_args", stop_after_parsing)
+            status = cli.main(argv)
+        except Accepted:
+            return
+        except SystemExit as end:
+            status = end.code
+        pytest.fail(f"rlhf {shlex.join(argv)} ended with {status}: {capsys.readouterr().err.strip()}")
+
+    return check
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def completed_by_the_user(path: Path) -> list[str]:
+    """Flags for what the file leaves open, of what its classes need."""
+    config = yaml.safe_load(path.read_text())
+    flags = []
+    for group, values in FROM_THE_USER.items():
+        given = config.get(group, {}).get("init_args", {})
+        for name, value in values.items():
+            wanted = name != "scorer" or config["model"]["class_path"].split(".")[-1] == "PPOModule"
+            if wanted and name not in given:
+                flags += [f"--{group}.{name}", value]
+    return flags
+
+
+def test_there_are_experiments():
+    assert {path.parent.name for path in CONFIGS} >= {"recipes", "assistant"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_config_fits_the_signatures(path, accepted):
+    accepted(["fit", "--config", str(path), *completed_by_the_user(path)])
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=relative)
+def test_hardware_overlay_fits_on_a_config(path, accepted):
+    base = RECIPES / "dpo.yaml"
+    accepted(["fit", "--config", str(base), "--config", str(path), *completed_by_the_user(base)])
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=relative)
+def test_loop_fits_the_signature_and_names_files_that_are_there(path, accepted):
+    accepted(["loop", "--config", str(path)])
+    settings = yaml.safe_load(path.read_text())
+    assert all(Path(resolve_recipe(settings[f"{stage}_config"])).is_file() for stage in ("reward", "policy"))
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *OVERLAYS, *LOOPS], ids=relative)
+def test_config_is_short(path):
+    assert len(path.read_text().splitlines()) < 40
+
+
+def test_a_misspelt_setting_in_a_config_is_seen(tmp_path, accepted):
+    """The check above is no formality."""
+    text = (RECIPES / "dpo.yaml").read_text()
+    path = tmp_path / "dpo.yaml"
+    path.write_text(text.replace("learning_rate:", "learning_rat:"))
+    assert path.read_text() != text
+    with pytest.raises(pytest.fail.Exception, match="learning_rate"):
+        accepted(["fit", "--config", str(path), *completed_by_the_user(path)])
+
+
+def readme_commands() -> list[str]:
+    """Every command in the bash blocks of README and docs: continued lines joined, comments and output left out."""
+    said = "\n".join(guide.read_text() for guide in GUIDES)
+    blocks = re.findall(r"^```bash\n(.*?)^```", said, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := re.sub(r"\s+#.*| *^#.*", "", line).strip())]
+
+
+def test_readme_shows_commands():
+    assert any(command.startswith("make quickstart") for command in readme_commands())
+    assert any(command.startswith("rlhf fit") for command in readme_commands())
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_command_exists(command, accepted, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for part in command.split("&&"):
+        program, *arguments = shlex.split(part)
+        if program == "cd":
+            monkeypatch.chdir(arguments[0])
+            monkeypatch.syspath_prepend(str(Path.cwd()))
+        elif program == "rlhf":
+            accepted(without_placeholders(arguments))
+        elif program == "make":
+            targets = [argument for argument in arguments if "=" not in argument]
+            assert targets and set(targets) <= makefile_targets()
+        elif program == "python":
+            assert (Path.cwd() / arguments[0]).is_file()
+        else:
+            assert program in {"tensorboard", "source", "pip", "git"}, f"teach this test what {program} is"
+
+
+def makefile_targets() -> set[str]:
+    rules = re.findall(r"^([a-z][\w -]*):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return {target for rule in rules for target in rule.split()}
+
+
+def without_placeholders(arguments: list[str]) -> list[str]:
+    """README writes ``runs/sft/.../model`` for a folder whose name depends on the run; any path is read alike."""
+    return [argument.replace("...", "version_0") for argument in arguments]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=relative)
+def test_links_lead_somewhere(guide):
+    missing = [path for path in re.findall(r"\]\(([^)#:]+)\)", guide.read_text()) if not (guide.parent / path).exists()]
+    assert not missing

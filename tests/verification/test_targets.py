@@ -1,0 +1,108 @@
+"""What an objective's docstring says of its target is what its code declares and verification compares with."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_lightning.commands.objectives import objective_classes
+from rlhf_lightning.modules import (
+    AOTModule,
+    GRPOModule,
+    GSPOModule,
+    IterativeDPOModule,
+    LDDPOModule,
+    LitePPOModule,
+    NashMDModule,
+    ReinforcePlusPlusModule,
+    RobustDPOModule,
+    TRDPOModule,
+    XPOModule,
+)
+from rlhf_lightning.verification.contract import Subject, world_and_folder
+from rlhf_lightning.verification.convergence import converge, expected_loss, minimise, policy_of, population_of
+from rlhf_lightning.verification.oracles import coupled, estimators, population
+
+SHIPPED = objective_classes()
+
+
+def stated_target(kind: type) -> str:
+    """The paragraph of a class's own docstring that says where it comes to rest."""
+    found = re.findall(r"^Target: (.*?)(?:\n\n|\Z)", inspect.cleandoc(vars(kind).get("__doc__") or ""), re.S | re.M)
+    assert len(found) == 1, f"{kind.__name__} states its target in one paragraph that begins with 'Target: '"
+    return " ".join(found[0].split())
+
+
+@pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
+def test_the_docstring_states_the_target_that_the_code_declares(kind):
+    world, folder = world_and_folder()
+    module, problem = Subject(kind, world, folder).fresh(), world.problem
+    if issubclass(kind, RobustDPOModule):  # closed for labels that were flipped at its rate
+        rate = module.flip_rate
+        problem = problem._replace(preference=(1 - 2 * rate) * problem.preference + rate)
+    stated, declared = stated_target(kind), module.target_policy(problem)
+    if declared is not None or kind.__name__ == "SFTModule":
+        assert not stated.startswith("no closed form"), stated
+        return
+    assert stated.startswith("no closed form; "), stated
+    if kind in (XPOModule, NashMDModule):  # found by the population's own minimiser, see evaluation.online_preference
+        return
+    if kind.__name__ in estimators.METHODS:
+        assert "where its mean update vanishes" in stated, stated
+        return
+    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *coupled.LOSSES}
+    assert kind.__name__ in transcribed and "population loss" in stated, stated
+
+
+@pytest.mark.parametrize("kind", [LitePPOModule, ReinforcePlusPlusModule, LDDPOModule])
+def test_exact_gradients_reach_the_target(kind):
+    """Those whose statistics or token weights make it no matter of course."""
+    world, folder = world_and_folder()
+    found = converge(Subject(kind, world, folder).fresh(), world, steps=300)
+    assert found.source == ("transcription" if kind is LDDPOModule else "declared")
+    assert found.distance < 1e-3
+
+
+def test_on_policy_methods_with_one_gradient_come_to_rest_at_one_place():
+    world, folder = world_and_folder()
+    ends = [
+        converge(Subject(kind, world, folder).fresh(), world, steps=300).policy for kind in (GRPOModule, GSPOModule)
+    ]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TRDPOModule, IterativeDPOModule])
+def test_a_reference_that_moves_leads_each_round_as_far_as_the_last(kind):
+    world, folder = world_and_folder()
+    module = Subject(kind, world, folder).fresh()
+    for moves in range(3):
+        minimise(expected_loss(module, world), module, 400, 0.2)
+        wanted = torch.softmax(world.problem.reference.log() + (moves + 1) * world.rewards / module.beta, -1)
+        assert float((policy_of(module, world) - wanted).abs().sum(-1).max()) / 2 < 1e-3
+        module.reference.follow(1.0)
+
+
+def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
+    world, folder = world_and_folder()
+    module = Subject(AOTModule, world, folder).fresh()
+    policy = converge(module, world, steps=400).policy.numpy()
+    pairs = coupled.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
+    apart = coupled.minimiser(coupled.aot, pairs, module.beta, world.problem.reference.numpy())
+    losses = [coupled.value("AOTModule", found, pairs, module) for found in (policy, apart)]
+    assert abs(losses[0] - losses[1]) < 1e-5
+
+
+def test_a_mean_update_that_is_wrong_has_another_place():
+    """The solver's answer depends on what is transcribed: it does not merely find where training came to rest."""
+    world, folder = world_and_folder()
+    module = Subject(GRPOModule, world, folder).fresh()
+    problem = population_of(world, 0)
+    right = estimators.rest(estimators.grpo, problem, module)
+    centred = lambda policy, ratios, problem, module: (  # noqa: E731 - the deviation left out
+        (problem.rewards @ policy - problem.rewards)[:, None] / 2 + module.kl_coef * (1 - np.exp(-ratios))
+    )
+    wrong = estimators.rest(centred, problem, module)
+    assert right is not None and wrong is not None
+    assert np.abs(right - wrong).sum() / 2 > 0.05

@@ -1,0 +1,88 @@
+"""`rlhf verify`: every shipped objective passes, every wrong one is caught by the check made for its mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+import wrong_distillation_objectives
+import wrong_objectives
+import wrong_online_objectives  # noqa: F401 - adds its own
+import wrong_process_objectives
+
+from rlhf_lightning import cli
+from rlhf_lightning.commands.objectives import objective_classes
+from rlhf_lightning.verification.contract import verify
+
+SHIPPED = objective_classes()
+
+
+@pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
+def test_every_shipped_objective_keeps_its_contract(kind):
+    found = verify(kind)
+    assert [check for check in found.checks if not check.held] == []
+    assert found.convergence is not None
+    assert found.convergence.source, "its target is known from elsewhere"
+    assert found.convergence.distance < 1e-3
+    assert len(found.checks) >= 10
+
+
+@pytest.mark.parametrize("kind", wrong_objectives.CAUGHT_BY, ids=lambda kind: kind.__name__)
+def test_every_mistake_is_caught_by_its_check(kind):
+    name = wrong_objectives.CAUGHT_BY[kind]
+    found = verify(kind, with_convergence=name == "convergence")
+    failed = {check.name for check in found.checks if not check.held}
+    assert name in failed, failed
+    assert all(check.advice for check in found.checks)
+
+
+@pytest.mark.parametrize(("page", "least"), [(wrong_distillation_objectives, 12), (wrong_process_objectives, 8)])
+def test_further_families_have_mistakes_of_their_own(page, least):
+    own = [check for kind, check in wrong_objectives.CAUGHT_BY.items() if kind.__module__ == page.__name__]
+    assert len(set(own)) >= least
+
+
+def test_there_are_many_mistakes_of_many_kinds():
+    assert len(wrong_objectives.CAUGHT_BY) >= 25
+    assert len(set(wrong_objectives.CAUGHT_BY.values())) >= 15
+
+
+def test_exit_status_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    written = tmp_path / "checks.json"
+    assert cli.main(["verify", "DPOModule", "--model.beta", "0.7", "--json", str(written)]) == 0
+    out = capsys.readouterr().out
+    assert "DPOModule: " in out and "all hold" in out and "distance" in out
+    record = json.loads(written.read_text())[0]
+    assert record["settings"]["beta"] == 0.7 and record["held"] is True
+    assert record["convergence"]["target"] == "declared" and record["convergence"]["distance"] < 1e-3
+    page = tmp_path / "page.md"
+    assert cli.main(["verify", "wrong_objectives.FlippedSign", "DPOModule", "--markdown", str(page)]) == 1
+    assert "look for a flipped sign" in capsys.readouterr().out
+    assert "| DPOModule " in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["NoSuchModule"], "my_objective.NoSuchModule"),
+        (["no_such_file.MyModule"], "No module named 'no_such_file'"),
+        (["wrong_objectives.NoSuchModule"], "has no attribute 'NoSuchModule'"),
+        (["wrong_objectives.caught_by"], "is no objective"),
+        (["DPOModule", "--model.bta", "1"], "bta"),
+    ],
+)
+def test_what_cannot_run_is_said(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["verify", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    written = tmp_path / "objectives.json"
+    assert cli.main(["objectives", "--json", str(written)]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(written.read_text())
+    assert {row["name"] for row in rows} == {kind.__name__ for kind in SHIPPED}
+    assert all(row["paper"] and row["summary"].endswith((".", ":")) and row["needs"] for row in rows)
+    assert all(row["name"] in out for row in rows)
+    assert cli.main(["objectives", "--name", "SimPOModule"]) == 0
+    assert "gap in reward units" in capsys.readouterr().out
+    assert cli.main(["objectives", "--name", "SimpoModule"]) == 2
