@@ -8,7 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,15 @@ def smollm2() -> Any:
     if not found:
         pytest.skip("no SmolLM2 folder: `make real-smoke` converts one, or RLHF_SMOLLM2 names it")
     return load_tokenizer(found[0])
+
+
+@contextmanager
+def refused(code: str, *words: str) -> Iterator[None]:
+    """Assert that an error with this code is raised, and that its sentence holds the words (names, values)."""
+    from rlhf_lightning.errors import RlhfError
+
+    with pytest.raises(RlhfError) as caught:
+        yield
+    assert caught.value.code == code, f"code {caught.value.code}: {caught.value}"
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"

@@ -18,7 +18,7 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = {"types", "functional"}
+GROUND = {"errors", "types", "functional"}
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
@@ -29,9 +29,10 @@ WORLDS = DATA | SCORING | {"worlds"}
 RUNS = MODULES | {"runs"}
 CORE = RUNS | WORLDS | {"evaluation", "recipes", "commands"}
 MAY_IMPORT = {
-    "types": set(),
-    "recipes": set(),
-    "functional": {"types"},
+    "errors": set(),
+    "types": {"errors"},
+    "recipes": {"errors"},
+    "functional": {"errors", "types"},
     "tokenization": GROUND,
     "models": GROUND | {"tokenization"},
     "data": GROUND | {"tokenization"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from rlhf_lightning.errors import MissingError
+
 FOLDER = Path(__file__).parent
 PREFIX = "recipe:"
 
@@ -18,7 +20,7 @@ def resolve_recipe(config: str) -> str:
     """Return the path of the packaged file that ``recipe:NAME`` names; return any other config as it is.
 
     Raises:
-        ValueError: no recipe has that name.
+        MissingError: no recipe has that name.
     """
     if not config.startswith(PREFIX):
         return config
@@ -26,5 +28,5 @@ def resolve_recipe(config: str) -> str:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3) or [other for other in names if name in other][:3]
         hint = f"did you mean {' or '.join(near)}?" if near else f"the recipes are {', '.join(names)}"
-        raise ValueError(f"there is no recipe {name!r}: {hint}")
+        raise MissingError("unknown-recipe", f"there is no recipe {name!r}: {hint}")
     return str(FOLDER / f"{name}.yaml")

@@ -1,0 +1,43 @@
+"""Errors with a stable code: what a program, a test or a page of the docs matches; the sentence may be rewritten."""
+
+from __future__ import annotations
+
+
+class RlhfError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        code: stable name of the mistake in kebab-case, such as ``unknown-recipe``.
+        sentence: what is wrong, with the value and the place; then what to do.
+    """
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(code, sentence)
+        self.code, self.sentence = code, sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+class SettingError(RlhfError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(RlhfError, ValueError):
+    """Rows or files of data that cannot be used."""
+
+
+class ModelError(RlhfError, ValueError):
+    """A model, tokenizer or adapter that cannot be used."""
+
+
+class MissingError(RlhfError, FileNotFoundError):
+    """A file, folder or run that does not exist."""
+
+
+class StateError(RlhfError, RuntimeError):
+    """Something that is refused in the state that the run, checkpoint or process is in."""
+
+
+class ContractError(RlhfError, TypeError):
+    """A user's class or function that does not keep the contract it is used by."""
