@@ -7,6 +7,10 @@ Two invariants hold everywhere and make the properties below one-liners:
 
 * a ``*_logprobs`` tensor is exactly 0 where its mask is False: its sum over ``length`` is the sequence log-probability;
 * masks come from lengths and are True on completion tokens up to and including the end token, never from pad ids.
+
+``extras`` are the slots of an objective: tensors that no field names, with one value for each row or each completion
+token. They come from columns of the data (``data_columns``), per-token statistics (``token_statistics``), and scorers.
+Micro-batches, packing, ranks and minibatches treat them as fields.
 """
 
 from __future__ import annotations
@@ -52,10 +56,12 @@ class DemonstrationBatch(NamedTuple):
     Attributes:
         sequences: the demonstrations.
         weights: weight of each demonstration, shape (rows,).
+        extras: slots by name, see the module's text; shape (rows,).
     """
 
     sequences: Sequences
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class PreferenceBatch(NamedTuple):
@@ -66,12 +72,14 @@ class PreferenceBatch(NamedTuple):
         target: probability that chosen is the better one, shape (pairs,); 1 for a plain label, 0.5 for a tie.
         margin: rated strength of the preference, shape (pairs,); 0 where unrated.
         weights: weight of each pair, shape (pairs,).
+        extras: slots by name, see the module's text; shape (pairs,).
     """
 
     sequences: Sequences
     target: Tensor
     margin: Tensor
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class RankedBatch(NamedTuple):
@@ -83,6 +91,7 @@ class RankedBatch(NamedTuple):
         target: for groups of two, the probability that the better ranked is better, else 1; shape (groups,).
         margin: rated strength of the preference, 0 where unrated; shape (groups,).
         weights: weight of each group, shape (groups,).
+        extras: slots by name, see the module's text; shape (groups,).
     """
 
     sequences: Sequences
@@ -90,6 +99,7 @@ class RankedBatch(NamedTuple):
     target: Tensor
     margin: Tensor
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class ProcessBatch(NamedTuple):
@@ -100,11 +110,13 @@ class ProcessBatch(NamedTuple):
         labels: for each completion the probability that each judged step is right, in order, each of shape (judged
             steps,); 0 or 1 for plain labels.
         weights: weight of each completion, shape (rows,).
+        extras: slots by name, see the module's text; shape (rows,).
     """
 
     sequences: Sequences
     labels: tuple[Tensor, ...]
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class UnpairedBatch(NamedTuple):
@@ -116,12 +128,14 @@ class UnpairedBatch(NamedTuple):
             estimate of how far the policy is from the reference); None where the module does not ask for it.
         desirable: bool, True where the completion was judged good, shape (rows,).
         weights: weight of each row, shape (rows,).
+        extras: slots by name, see the module's text; shape (rows,).
     """
 
     sequences: Sequences
     mismatched: Sequences | None
     desirable: Tensor
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class PromptBatch(NamedTuple):
@@ -135,6 +149,7 @@ class PromptBatch(NamedTuple):
         group: index of the distinct prompt each row answers; equal for the samples of one group. int64, shape
             (prompts,).
         pretraining: text to mix into the policy's updates (PPO-ptx); None where none is mixed.
+        extras: slots by name, see the module's text; shape (prompts,).
     """
 
     prompts: tuple[Tensor, ...]
@@ -143,6 +158,7 @@ class PromptBatch(NamedTuple):
     episodes: Tensor
     group: Tensor
     pretraining: DemonstrationBatch | None = None
+    extras: Mapping[str, Tensor] = {}
 
 
 Batch = TypeVar("Batch")
@@ -172,11 +188,13 @@ class TokenLogprobs(NamedTuple):
         logprobs: shape (rows, length), 0 where ``completion_mask`` is False.
         completion_mask: bool, shape (rows, length).
         weights: weight of each row, shape (rows,).
+        extras: slots by name, see the module's text; shape (rows,) or (rows, length).
     """
 
     logprobs: Tensor
     completion_mask: Tensor
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
     @property
     def lengths(self) -> Tensor:
@@ -223,6 +241,8 @@ class PreferenceLogprobs(NamedTuple):
         rejected_log_collisions: the same at each rejected token.
         chosen_by_reference: bool, True where the chosen completion was sampled from the reference and the rejected one
             from the policy, shape (pairs,); None where both have one origin.
+        extras: slots by name, see the module's text; shape (pairs,) or (pairs, length). Slots of one side are
+            ``chosen_NAME`` and ``rejected_NAME``.
     """
 
     policy_chosen_logprobs: Tensor
@@ -237,6 +257,7 @@ class PreferenceLogprobs(NamedTuple):
     chosen_log_collisions: Tensor | None = None
     rejected_log_collisions: Tensor | None = None
     chosen_by_reference: Tensor | None = None
+    extras: Mapping[str, Tensor] = {}
 
     @property
     def chosen_lengths(self) -> Tensor:
@@ -287,6 +308,7 @@ class UnpairedLogprobs(NamedTuple):
         weights: weight of each row, shape (rows,).
         reference_point: what a row's reward is compared with, taken over the whole optimizer step without gradient
             (KTO's z0 in nats, BCO's delta in reward units), shape ().
+        extras: slots by name, see the module's text; shape (rows,) or (rows, length).
     """
 
     policy_logprobs: Tensor
@@ -295,6 +317,7 @@ class UnpairedLogprobs(NamedTuple):
     desirable: Tensor
     weights: Tensor
     reference_point: Tensor
+    extras: Mapping[str, Tensor] = {}
 
     @property
     def lengths(self) -> Tensor:
@@ -318,6 +341,7 @@ class RankedScores(NamedTuple):
         target: probability that the better ranked of a pair is better, shape (groups,); used for groups of two.
         margin: rated strength of the preference, shape (groups,).
         weights: weight of each group, shape (groups,).
+        extras: slots by name, see the module's text; shape (groups,).
     """
 
     scores: Tensor
@@ -326,6 +350,7 @@ class RankedScores(NamedTuple):
     target: Tensor
     margin: Tensor
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class ProcessScores(NamedTuple):
@@ -338,6 +363,7 @@ class ProcessScores(NamedTuple):
         row: index of the completion each step belongs to, int64, shape (steps,).
         position: number of each step among its completion's judged ones, 0 is the first; int64, shape (steps,).
         weights: weight of each completion, shape (rows,).
+        extras: slots by name, see the module's text; shape (rows,).
     """
 
     scores: Tensor
@@ -345,6 +371,7 @@ class ProcessScores(NamedTuple):
     row: Tensor
     position: Tensor
     weights: Tensor
+    extras: Mapping[str, Tensor] = {}
 
 
 class Rollout(NamedTuple):
@@ -363,6 +390,7 @@ class Rollout(NamedTuple):
         episodes: number of each episode in the run, int64, shape (episodes,); None where nothing was sampled.
         baseline_scores: score that each episode's is compared with (ReMax: the greedy completion's), shape (episodes,);
             None in methods without.
+        extras: slots by name, see the module's text; shape (episodes,) or (episodes, length).
     """
 
     sequences: Sequences
@@ -376,6 +404,7 @@ class Rollout(NamedTuple):
     sampler_logprobs: Tensor | None = None
     episodes: Tensor | None = None
     baseline_scores: Tensor | None = None
+    extras: Mapping[str, Tensor] = {}
 
 
 class Pairs(NamedTuple):
@@ -425,6 +454,7 @@ class PolicyLogprobs(NamedTuple):
         advantages: advantage of each token.
         completion_mask: bool, True on completion tokens.
         sampler_logprobs: what the sampling engine itself computed; None where nothing was sampled.
+        extras: slots by name, see the module's text; shape (rows,) or (rows, length).
     """
 
     logprobs: Tensor
@@ -434,6 +464,7 @@ class PolicyLogprobs(NamedTuple):
     advantages: Tensor
     completion_mask: Tensor
     sampler_logprobs: Tensor | None = None
+    extras: Mapping[str, Tensor] = {}
 
 
 class CriticValues(NamedTuple):

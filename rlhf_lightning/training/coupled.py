@@ -51,10 +51,16 @@ def whole_step(module: LightningModule, parts: Sequence[PreferenceLogprobs]) -> 
     widest = max(mask.shape[1] for part in parts for mask in (part.chosen_mask, part.rejected_mask))
     sizes = each_share(module, torch.tensor([sum(counts_here), widest], device=module.device))
     counts, width = sizes[:, 0].tolist(), int(sizes[:, 1].max())
-    columns: Any = zip(*parts, strict=True)
-    fields: list[Any] = [_joined(module, column, counts, width) for column in columns]
+
+    def joined(column: list[Tensor | None]) -> Any:
+        return _joined(module, column, counts, width)
+
+    names = [name for name in PreferenceLogprobs._fields if name != "extras"]
+    fields = {name: joined([getattr(part, name) for part in parts]) for name in names}
+    extras = {name: joined([part.extras[name] for part in parts]) for name in parts[0].extras}
     starts = accumulate(counts_here, initial=sum(counts[: data_ranks(module)[0]]))
-    return WholeStep(PreferenceLogprobs(*fields), tuple(slice(start, stop) for start, stop in pairwise(starts)))
+    rows = tuple(slice(start, stop) for start, stop in pairwise(starts))
+    return WholeStep(PreferenceLogprobs(**fields, extras=extras), rows)
 
 
 def _joined(
