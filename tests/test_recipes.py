@@ -103,7 +103,7 @@ def test_it_trains_on_real_rows(
         "samples.prompts": 2,
     }
     if "scorer" in arguments:
-        flags["model.scorer"] = "test_objective_experiments.vowels"
+        flags["model.scorer"] = "test_recipes.vowels"
     if "teacher" in arguments:
         flags["model.teacher"] = folders["teacher"]
     if datamodule == "PromptDataModule":

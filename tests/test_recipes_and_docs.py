@@ -60,7 +60,7 @@ def accepted(train_parser, monkeypatch, capsys):
         try:
             if argv[0] in cli.TRAINING_COMMANDS:
                 if "--resume" in argv:  # which puts the config of its run in front
-                    argv = [argv[0], "--config", str(ROOT / "recipe:dpo"), *argv[1:]]
+                    argv = [argv[0], "--config", resolve_recipe("recipe:dpo"), *argv[1:]]
                 train_parser.parse_args(with_underscores(argv))
                 return
             monkeypatch.setattr(PlainParser, "parse_args", stop_after_parsing)

@@ -80,7 +80,7 @@ class _Pages:
     def __init__(self, store: FeedbackStore, door: Door, settings: PageSettings) -> None:
         self.store, self.door, self.settings = store, door, settings
         self.templates = Environment(
-            loader=PackageLoader("rlhf_lightning.data.feedback", "page"), autoescape=True, undefined=StrictUndefined
+            loader=PackageLoader("rlhf_lightning.people", "page"), autoescape=True, undefined=StrictUndefined
         )
 
     def _who(self, request: Request) -> str | None:

@@ -189,7 +189,8 @@ STAGES = {
 
 MEASURE = """
 import contextlib, json, os, resource, sys
-from rlhf_lightning.commands import plan, train
+from rlhf_lightning.commands import train
+from rlhf_lightning.planning import plan
 
 def child(work):
     # Imported once; a forked process counts its peak anew.

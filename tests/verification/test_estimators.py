@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from paper_estimators import ESTIMATORS, Every, Formula, Settings, every_rollout, these_rollouts
 from scipy.stats import kstest
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -26,6 +25,7 @@ from rlhf_lightning.verification.estimators import mean_test, questions_of, roll
 from rlhf_lightning.verification.table_model import IMPOSSIBLE
 from rlhf_lightning.verification.world import EnumerableWorld
 from verification import paper_estimators as paper
+from verification.paper_estimators import ESTIMATORS, Every, Formula, Settings, every_rollout, these_rollouts
 
 SAMPLES, ROLLOUTS = 3, 700
 SETTINGS = Settings(kl_coef=0.3, clip=0.1, clip_high=0.1, cap=0.8, value_coef=0.5, value_clip=0.1)

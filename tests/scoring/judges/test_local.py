@@ -157,7 +157,7 @@ def test_a_local_critic_gives_the_same_rows_however_they_are_parted(policy_folde
         ("subprocess.Popen", {"args": ["touch", "ran"]}, "is no class whose objects can be called"),
         ("http://127.0.0.1:1", {}, "cannot be made with the arguments url: .*model"),
         ("SimulatedJudge", {}, "judge 'SimulatedJudge' cannot be made without arguments"),
-        ("judging.test_local.Nameless", {}, "has no name"),
+        ("scoring.judges.test_local.Nameless", {}, "has no name"),
     ],
 )
 def test_what_is_no_judge_is_not_made(spec, arguments, sentence):
@@ -194,5 +194,5 @@ class Own:
 
 
 def test_a_user_s_own_class_is_a_judge():
-    made = load_judge("judging.test_local.Own", {"liking": "y"})
+    made = load_judge("scoring.judges.test_local.Own", {"liking": "y"})
     assert made.name == "own" and made.liking == "y" and load_judge(made) is made
