@@ -18,7 +18,7 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = {"errors", "types", "functional"}
+GROUND = {"errors", "loading", "types", "functional"}
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
@@ -31,6 +31,7 @@ CORE = RUNS | WORLDS | {"evaluation", "recipes", "commands"}
 MAY_IMPORT = {
     "errors": set(),
     "types": {"errors"},
+    "loading": {"errors"},
     "recipes": {"errors"},
     "functional": {"errors", "types"},
     "tokenization": GROUND,

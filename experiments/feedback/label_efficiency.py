@@ -31,7 +31,7 @@ from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.label_curve import LabelPoint, draw_label_curves
 from rlhf_lightning.people.loop_state import seed_of
 from rlhf_lightning.people.loop_steps import ensemble_of, evaluate, sample_pairs, train_stage
-from rlhf_lightning.people.selector_loading import load_selector, selector_class
+from rlhf_lightning.people.selectors import load_selector, selector_class
 from rlhf_lightning.people.simulated import SimulatedAnnotators
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.sampling.engines import SamplingSettings

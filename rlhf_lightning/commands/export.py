@@ -120,6 +120,7 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     from lightning.pytorch.cli import instantiate_module
 
     import rlhf_lightning.modules  # noqa: F401
+    from rlhf_lightning.loading import load_class
     from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, read_checkpoint, weights_in
     from rlhf_lightning.training.module import AlignmentModule
 
@@ -128,17 +129,11 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     name = settings.get("_class_path")
     if name is None:
         raise ValueError(f"{checkpoint} does not say which class wrote it: it was not made by `rlhf fit`")
-    module_name, _, short = name.rpartition(".")
     if name.partition(".")[0] not in (PACKAGE, (own or "").partition(".")[0]):
         raise ValueError(
-            f"{checkpoint} was written by {name}: name its module with --import {module_name} to export it"
+            f"{checkpoint} was written by {name}: name its module with --import {name.rpartition('.')[0]} to export it"
         )
-    try:
-        kind = getattr(importlib.import_module(module_name), short)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}, which wrote {checkpoint}, cannot be imported: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, AlignmentModule)):
-        raise ValueError(f"{checkpoint} names {name}, which is no AlignmentModule")
+    load_class(name, AlignmentModule, {}, f"class in {checkpoint}")
     module = instantiate_module(AlignmentModule, without_code(settings, own or PACKAGE))
     # The frozen copy would take memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
@@ -163,7 +158,7 @@ def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
     coded = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}
     if "scorer" in coded:
-        kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.base.ZeroScorer"}
+        kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.scorer.ZeroScorer"}
     unknown = sorted(coded - {"scorer"})
     if unknown:
         raise ValueError(f"the checkpoint names code of its own in {', '.join(unknown)}: it cannot be exported")

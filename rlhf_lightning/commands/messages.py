@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from rlhf_lightning.loading import import_path, nearest
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 CLASS = re.compile(r"given class_path '([^']+)'")
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant, or None.
-
-    Beside spelling, a name counts as near when it is the initials (``lr`` for ``learning_rate``) or whole words of the
-    other (``epochs`` for ``max_epochs``).
-    """
-
-    def likeness(candidate: str) -> float:
-        short, long = name.lower().replace("_", ""), candidate.lower().replace("_", "")
-        words, given = candidate.lower().split("_"), name.lower().split("_")
-        score = difflib.SequenceMatcher(None, short, long).ratio()
-        if len(words) > 1 and short == "".join(word[:1] for word in words):
-            score = max(score, 0.95)
-        if set(given) < set(words):
-            score = max(score, 0.8 + 0.1 * score)
-        return score
-
-    best = max(sorted(set(known)), key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
-
-
 def parameters_of(class_path: str) -> list[str]:
     """Return the names of a class's arguments, those it hands on through ``**kwargs`` included."""
-    module, _, name = class_path.rpartition(".")
     probe = ArgumentParser(exit_on_error=False)
     try:
-        return list(probe.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False))
+        return list(probe.add_class_arguments(import_path(class_path), fail_untyped=False))
     except Exception:
         return []
 

@@ -23,6 +23,7 @@ from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.secrets import written_secret
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
+from rlhf_lightning.loading import import_path
 from rlhf_lightning.runs import (
     ModelExport,
     PredictionWriter,
@@ -39,7 +40,6 @@ from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.runs.checkpoint_metadata import (
     as_plain,
     checkpoint_hparams,
-    import_object,
     inside_run,
     is_same_class,
     merged,
@@ -222,7 +222,7 @@ class RlhfCLI(LightningCLI):
         for reason in (refused_precision(str(trainer.precision)), refused_strategy(str(trainer.strategy))):
             if reason is not None:
                 refuse(reason)
-        if not hasattr(import_object(model.class_path), "batch_type"):
+        if not hasattr(import_path(model.class_path), "batch_type"):
             known = ", ".join(sorted(subclasses_of(AlignmentModule)))
             refuse(f"model names no objective but its base class; choose one with --model CLASS: {known}")
         if config.resume and command != "fit":

@@ -10,8 +10,7 @@ from rlhf_lightning.constitution.principles import load_constitution
 from rlhf_lightning.data.feedback.records import Answer, Assignment
 from rlhf_lightning.people.labeller import Labeller, More
 from rlhf_lightning.people.store import FeedbackStore
-from rlhf_lightning.scoring.judges.judge import Pair
-from rlhf_lightning.scoring.judges.loading import load_judge
+from rlhf_lightning.scoring.judges.judge import Pair, load_judge
 
 LEVELS = (0.65, 0.8, 0.95)
 """Probabilities of the preferred completion from which it is said to be better by a level more, 1 to `STRENGTHS`."""

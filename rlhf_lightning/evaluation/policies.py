@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, lay_out, select
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores
+from rlhf_lightning.scoring.scorer import GoldReward
 from rlhf_lightning.types import Prompt, Sequences
 
-GoldReward = Callable[[Prompt, str], float]
 MAX_TOKENS = 16_384
 
 

@@ -198,7 +198,7 @@ def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "S
         if ensemble:
             raise ValueError("--ensemble serves --select uncertainty or disagreement: say which")
         return None
-    from rlhf_lightning.people.selector_loading import load_selector
+    from rlhf_lightning.people.selectors import load_selector
 
     return load_selector(select, ensemble or [], seed)
 

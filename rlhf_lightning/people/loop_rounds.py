@@ -23,13 +23,12 @@ from rlhf_lightning.people.loop_steps import (
     train_stage,
     win_rate,
 )
-from rlhf_lightning.people.selector_loading import load_selector, selector_class
-from rlhf_lightning.people.selectors import Selector
+from rlhf_lightning.people.selectors import Selector, load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore, counts
 from rlhf_lightning.runs.run import checked_run_name
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer, load_scorer
-from rlhf_lightning.scoring.gold import imported_gold_reward
+from rlhf_lightning.scoring.scorer import load_gold_reward
 from rlhf_lightning.types import Prompt
 
 
@@ -66,7 +65,7 @@ class Loop:
         self.settings, self.folder, self.state = settings, folder, state
         self.on_policy = learns_from_prompts(settings.policy_config)
         path = settings.gold_reward
-        self.gold_reward: Callable[[Prompt, str], float] | None = None if path is None else imported_gold_reward(path)
+        self.gold_reward: Callable[[Prompt, str], float] | None = None if path is None else load_gold_reward(path)
         if settings.select is not None and settings.members < selector_class(settings.select).members:
             wanted = selector_class(settings.select).members
             raise ValueError(

@@ -21,11 +21,11 @@ from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of
 from rlhf_lightning.evaluation.policies import Samples, mean_with_interval, sample_and_score
+from rlhf_lightning.loading import load_class
 from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
-from rlhf_lightning.runs.checkpoint_metadata import import_object
 from rlhf_lightning.runs.run import CONFIG_FILE, MODEL_FOLDER, versions
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer
@@ -123,7 +123,7 @@ def learns_from_prompts(config: str) -> bool:
     name = model.get("class_path") if isinstance(model, Mapping) else model
     if not isinstance(name, str):
         raise ValueError(f"{config} names no objective: it needs model: {{class_path: DPOModule}} or another")
-    kind: Any = subclasses_of(AlignmentModule).get(name) or import_object(name)
+    kind = load_class(name, AlignmentModule, subclasses_of(AlignmentModule), "objective")
     return kind.batch_type is PromptBatch
 
 

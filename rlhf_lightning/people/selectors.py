@@ -16,7 +16,9 @@ from torch import Tensor
 
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.functional.active import disagreement, farthest_first, uncertainty
+from rlhf_lightning.loading import load_class
 from rlhf_lightning.people.handing_out import chance
+from rlhf_lightning.scoring.scorer import load_scorer, plain_scores
 
 FEATURES = 512
 """Buckets that n-grams are hashed into."""
@@ -144,3 +146,67 @@ def short_name(kind: type[Selector]) -> str:
 def shipped_selectors() -> dict[str, type[Selector]]:
     """The selectors of this file by their short names."""
     return {short_name(kind): kind for kind in Selector.__subclasses__() if kind.__module__ == __name__}
+
+
+class RewardModels:
+    """The scores of items by several scorers; each item is scored once.
+
+    Args:
+        names: each what `load_scorer` takes: a reward model's folder, or the import path of a function.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.scorers = {name: load_scorer(name).to(device or torch.device("cpu")) for name in names}
+        self._scores: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Number of scorers."""
+        return len(self.scorers)
+
+    def __call__(self, items: Sequence[Item]) -> Sequence[Tensor]:
+        """Return the scores of each item's completions, shape (members, completions) each.
+
+        Raises:
+            ValueError: a scorer has no score for a completion.
+        """
+        new = list({item.key: item for item in items if item.key not in self._scores}.values())
+        if new:
+            table = torch.tensor([self._of(name, new) for name in self.scorers], dtype=torch.float64)
+            parts = table.split([len(item.candidates) for item in new], dim=1)
+            self._scores |= {item.key: part for item, part in zip(new, parts, strict=True)}
+        return [self._scores[item.key] for item in items]
+
+    def _of(self, name: str, items: Sequence[Item]) -> list[float]:
+        prompts = [item.prompt for item in items for _ in item.candidates]
+        texts = [candidate.text for item in items for candidate in item.candidates]
+        owners = [item.columns for item in items for _ in item.candidates]
+        columns = {key: [owner.get(key) for owner in owners] for key in set().union(*owners)}
+        scores = plain_scores(self.scorers[name](prompts, texts, **columns), len(texts), f"scorer {name!r}")
+        if None in scores:
+            raise ValueError(f"scorer {name!r} has no score for some completions, by which items could be selected")
+        return [score for score in scores if score is not None]
+
+
+def load_selector(name: str, ensemble: Sequence[str], seed: int) -> Selector:
+    """Return the selector of a short name such as ``uncertainty``, or of an import path such as ``my_file.MySelector``.
+
+    Args:
+        name: the name.
+        ensemble: reward models, each as `load_scorer` takes it.
+        seed: seed of the selector's random choices.
+
+    Raises:
+        SettingError: see `loading.load_class`.
+        ValueError: it needs more reward models.
+    """
+    return selector_class(name)(RewardModels(ensemble) if ensemble else None, seed)
+
+
+def selector_class(name: str) -> type[Selector]:
+    """Return the class of a short name or an import path.
+
+    Raises:
+        SettingError: see `loading.load_class`.
+    """
+    return load_class(name, Selector, shipped_selectors(), "selector")

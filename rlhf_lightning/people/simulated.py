@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from rlhf_lightning.data.feedback.records import STRENGTHS
 from rlhf_lightning.people.labeller import Labeller, More, require_web_server
 from rlhf_lightning.people.store import FeedbackStore
-from rlhf_lightning.scoring.gold import GoldReward, imported_gold_reward
+from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 from rlhf_lightning.types import Prompt
 
 LEVELS = (1.0, 2.0, 4.0)
@@ -180,7 +180,7 @@ class SimulatedAnnotators(Labeller):
         require_web_server()
         if annotators < 1 or not 0 <= careless <= 1:
             raise ValueError(f"annotators is {annotators} and careless {careless}: 1 or more, and a share of them")
-        gold = imported_gold_reward(gold_reward)
+        gold = load_gold_reward(gold_reward)
         self.annotators = [
             SimulatedAnnotator(
                 f"simulated-{n}", gold, temperature, position_bias, n < round(careless * annotators), seed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.loading import import_path
 from rlhf_lightning.runs.shard_metadata import sharded_metadata
 from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY
 
@@ -75,12 +76,6 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
     return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
 
 
-def import_object(path: str) -> Any:
-    """Return the class that a dotted path names."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def is_same_class(written: str, asked: str) -> bool:
     """Whether a checkpoint's class is the one that was asked for; a package may offer it under a shorter path as well.
 
@@ -89,8 +84,8 @@ def is_same_class(written: str, asked: str) -> bool:
     if written == asked or written.partition(".")[0] != asked.partition(".")[0]:
         return written == asked
     try:
-        return import_object(written) is import_object(asked)
-    except (ImportError, AttributeError, ValueError):
+        return import_path(written) is import_path(asked)
+    except SettingError:
         return False
 
 

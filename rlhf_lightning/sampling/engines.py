@@ -5,7 +5,6 @@ The same engine serves rollouts, evaluation, best-of-n, chat and generate; anoth
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import Namespace
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32
+from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
@@ -171,28 +170,19 @@ sample = SlotEngine().sample
 """Sample one completion for each prompt with the engine of this process."""
 
 
-def load_engine(spec: SamplingEngine | Mapping[str, Any] | None) -> SamplingEngine:
+def load_engine(spec: SamplingEngine | Mapping[str, Any] | str | None) -> SamplingEngine:
     """Return the engine that ``spec`` describes.
 
     Args:
-        spec: an engine; ``{"class_path": ..., "init_args": {...}}`` as YAML writes one; or None for a `SlotEngine`.
+        spec: what `loading.load` takes: an engine, a name such as ``GenerateEngine``, an import path, or
+            ``{"class_path": ..., "init_args": {...}}``; None for a `SlotEngine`.
 
     Raises:
-        ValueError: the class cannot be imported, is no engine, or does not take the arguments.
+        SettingError: see `loading.load`.
     """
-    if spec is None or isinstance(spec, SamplingEngine):
-        return spec or SlotEngine()
-    given = spec.as_dict() if isinstance(spec, Namespace) else dict(spec)
-    path = str(given.get("class_path"))
-    module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-        # Looked at before it is called: what is no engine may do anything.
-        if not (isinstance(kind, type) and issubclass(kind, SamplingEngine)):
-            raise TypeError("it is no SamplingEngine")
-        return kind(**given.get("init_args") or {})
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"engine {path!r} cannot be made: {error}") from error
+    if spec is None:
+        return SlotEngine()
+    return load(spec, SamplingEngine, shipped_classes("rlhf_lightning.sampling", SamplingEngine), "engine")
 
 
 class _Run:

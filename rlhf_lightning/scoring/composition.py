@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.scoring.loading import load_scorer
-from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, plain_scores
+from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, load_scorer, plain_scores
 from rlhf_lightning.types import Prompt
 
 

@@ -12,8 +12,7 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.learned import LearnedScorer
-from rlhf_lightning.scoring.loading import load_scorer
-from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores
+from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
 from rlhf_lightning.scoring.workers import Outcome, Row, WorkerPool, judged, miscounted
 from rlhf_lightning.types import Prompt
 

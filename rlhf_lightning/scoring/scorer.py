@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.types import Prompt
 
 Scores = Sequence[float | None] | Tensor
 """One number per completion; None where the scorer has nothing to say of it."""
+
+GoldReward = Callable[[Prompt, str], float]
+"""The true worth of a completion, for simulated judges and annotators."""
 
 
 class Scorer:
@@ -176,3 +181,35 @@ def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> S
             f"{type(scorer).__name__} needs the column {name} of the data; {name} is missing (further columns: {found})"
         )
     return columns[name]
+
+
+def load_scorer(spec: Any) -> Scorer:
+    """Return the scorer that ``spec`` describes.
+
+    Args:
+        spec: a reward model's or process reward model's folder or hub id; or what `loading.load` takes: a Scorer or a
+            function, a class of this room such as ``MathAnswerScorer``, an import path such as ``my_scores.brevity``,
+            or ``{"class_path": ..., "init_args": {...}}``. The outermost class_path of a YAML file is written in full,
+            ``rlhf_lightning.scoring.WeightedSum``.
+
+    Raises:
+        SettingError: see `loading.load`.
+        FileNotFoundError: there is no such folder.
+    """
+    from rlhf_lightning.scoring.learned import LearnedScorer
+    from rlhf_lightning.scoring.process import ProcessScorer, stored_separator
+
+    spec = str(spec) if isinstance(spec, Path) else spec
+    if isinstance(spec, str) and (Path(spec).expanduser().is_dir() or "/" in spec):
+        return ProcessScorer(spec) if stored_separator(spec) else LearnedScorer(spec)
+    found = load(spec, Callable, shipped_classes("rlhf_lightning.scoring", Scorer), "scorer")
+    return found if isinstance(found, Scorer) else FunctionScorer(found)
+
+
+def load_gold_reward(spec: str | GoldReward) -> GoldReward:
+    """Return a function ``(prompt, completion) -> number``, or the one at an import path.
+
+    Raises:
+        SettingError: see `loading.load`.
+    """
+    return load(spec, Callable, {}, "gold_reward")

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
-from rlhf_lightning.scoring.loading import load_scorer
-from rlhf_lightning.scoring.scorer import Scorer
+from rlhf_lightning.scoring.scorer import Scorer, load_scorer
 from rlhf_lightning.types import Prompt
 
 START_SECONDS = 120.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -14,6 +13,7 @@ import yaml
 
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.parsing import usage_error, with_underscores
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.report import markdown_table
 
 HELD, FAILED, COULD_NOT_RUN = 0, 1, 2
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         return HELD if "help" in options else COULD_NOT_RUN
     try:
         kinds = [*([*objective_classes()] if "all" in options else []), *(find(name) for name in names)]
-    except (ImportError, AttributeError, TypeError) as error:
+    except SettingError as error:
         print(f"rlhf verify: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     from transformers.utils import logging as transformers_logging
@@ -98,28 +98,15 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any
 
 
 def find(name: str) -> type[Any]:
-    """Return the class that a path or a shipped name says.
+    """Return the class of an import path, or the shipped one of a short name.
 
     Raises:
-        ImportError: there is no such module.
-        AttributeError: the module has no such class, or no objective has the name.
-        TypeError: it is no objective.
+        SettingError: see `loading.load_class`.
     """
+    from rlhf_lightning.loading import load_class
     from rlhf_lightning.modules import AlignmentModule
 
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        shipped = {kind.__name__: kind for kind in objective_classes()}
-        if name not in shipped:
-            raise AttributeError(
-                f"there is no objective {name}: name your own with its module, as my_objective.{name}; "
-                "`rlhf objectives` lists the shipped ones"
-            )
-        return shipped[name]
-    kind = getattr(importlib.import_module(module_name), attribute)
-    if not (isinstance(kind, type) and issubclass(kind, AlignmentModule)):
-        raise TypeError(f"{name} is no objective: it must be a subclass of a module such as DPOModule")
-    return kind
+    return load_class(name, AlignmentModule, {kind.__name__: kind for kind in objective_classes()}, "objective")
 
 
 def report_of(found: Any, brief: bool) -> str:

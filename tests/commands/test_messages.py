@@ -3,9 +3,10 @@
 import pytest
 from tiny_run import BASIC
 
-from rlhf_lightning.commands.messages import explain, nearest
+from rlhf_lightning.commands.messages import explain
 from rlhf_lightning.commands.parsing import run_function, with_underscores
 from rlhf_lightning.commands.train import main
+from rlhf_lightning.loading import nearest
 
 YAML = """
 model:

@@ -17,8 +17,8 @@ from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.train import main, run
 from rlhf_lightning.data import SFTDataModule
+from rlhf_lightning.loading import import_path
 from rlhf_lightning.modules import SFTModule
-from rlhf_lightning.runs.checkpoint_metadata import import_object
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_short_names_of_the_package_work(capsys):
         main(["fit", "--model", "SFTModule", "--model.init_from", "x", "--data", "SFTDataModule", "--data.source", "y",
               "--print_config"])  # fmt: skip
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert import_object(printed["model"]["class_path"]) is SFTModule
-    assert import_object(printed["data"]["class_path"]) is SFTDataModule
+    assert import_path(printed["model"]["class_path"]) is SFTModule
+    assert import_path(printed["data"]["class_path"]) is SFTDataModule
 
 
 @pytest.mark.parametrize("every", [3, 4, 5])

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from conftest import refused
 
 from rlhf_lightning.constitution.judge_metrics import describe
 from rlhf_lightning.constitution.labelling import LabelSettings, drawn_principles, label_pairs
@@ -247,5 +248,5 @@ def test_the_simulated_judge_makes_its_mistakes_about_pairs_and_not_about_orders
     swapped = question._replace(first="2.0", second="1.0")
     assert judge.log_odds(question) == pytest.approx(-judge.log_odds(swapped))
     assert judge.log_odds(question) != judge.log_odds(question._replace(principle=RULES.comparing[1]))
-    with pytest.raises(ValueError, match="gold_reward 'nowhere.gold' is no importable function"):
+    with refused("not-importable", "gold_reward 'nowhere.gold'"):
         SimulatedJudge("nowhere.gold")

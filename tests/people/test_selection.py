@@ -7,13 +7,14 @@ import torch
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.people.ahead import SamplingAhead
-from rlhf_lightning.people.selector_loading import RewardModels, load_selector
 from rlhf_lightning.people.selectors import (
     DisagreementSelector,
     DiversitySelector,
     RandomSelector,
+    RewardModels,
     Selector,
     UncertaintySelector,
+    load_selector,
     ngram_features,
 )
 
@@ -139,8 +140,8 @@ def brevity_of(completions):
         (["--select", "uncertainty"], "--select uncertainty needs a reward model"),
         (["--select", "disagreement", "--ensemble", f"{__name__}.brevity"], "2 reward models or more"),
         (["--select", "uncertainy"], "did you mean uncertainty?"),
-        (["--select", "best"], "there are random, uncertainty, disagreement, diversity"),
-        (["--select", "math.sqrt"], "is no subclass of"),
+        (["--select", "best"], "there are disagreement, diversity, random, uncertainty"),
+        (["--select", "math.sqrt"], "it must be a subclass of rlhf_lightning.people.selectors.Selector"),
         (["--select", "absent.Mine"], "cannot be imported"),
         (["--ensemble", "a", "b"], "--ensemble serves --select uncertainty or disagreement"),
     ],

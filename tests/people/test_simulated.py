@@ -6,6 +6,7 @@ import signal
 from statistics import mean
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.data.feedback.snapshots import judgements_of
@@ -108,7 +109,7 @@ def test_what_cannot_be_is_said():
         SimulatedAnnotators(GOLD, temperature=0)
     with pytest.raises(ValueError, match="careless 2"):
         SimulatedAnnotators(GOLD, careless=2)
-    with pytest.raises(ValueError, match="no importable function"):
+    with refused("not-importable", "gold_reward 'absent.gold'"):
         SimulatedAnnotators("absent.gold")
     with pytest.raises(PageError, match="no answer|refused"):
         Page("http://127.0.0.1:9", patience=0).enter("ann")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import refused
 
 from rlhf_lightning.scoring import Ensemble, Scorer, WeightedSum, load_scorer
 
@@ -117,13 +118,23 @@ def test_members_move_together():
         (lambda: Ensemble([length]), "needs two members or more"),
         (lambda: score(WeightedSum({"a": lambda p, c, **k: [math.nan] * 3})), "scorer 'a' returned nan"),
         (lambda: score(WeightedSum({"a": lambda p, c, **k: [1.0]})), "scorer 'a' returned 1 scores for 3"),
-        (lambda: load_scorer({"class_path": "WeightedSum"}), "cannot be made without arguments"),
-        (lambda: load_scorer({"class_path": "LengthPenalty", "init_args": {"cof": 1}}), "with the arguments cof"),
-        (lambda: load_scorer({"class": "LengthPenalty"}), "a scorer is written {class_path"),
-        (lambda: load_scorer({"class_path": "math.sqrt", "init_args": {"a": 1}}), "is no class"),
-        (lambda: load_scorer("WeightedSums"), "neither a reward model's folder nor an importable function"),
     ],
 )
 def test_what_is_wrong_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "words"),
+    [
+        ({"class_path": "WeightedSum"}, "wrong-arguments", ["WeightedSum", "missing a required argument: 'scorers'"]),
+        ({"class_path": "LengthPenalty", "init_args": {"cof": 1}}, "wrong-arguments", ["'cof'", "it takes"]),
+        ({"class": "LengthPenalty"}, "wrong-arguments", ["a scorer is written {class_path"]),
+        ({"class_path": "math.sqrt", "init_args": {"a": 1}}, "wrong-arguments", ["is not a class", "['a']"]),
+        ("WeightedSums", "unknown-name", ["did you mean WeightedSum?"]),
+    ],
+)
+def test_a_spec_that_names_no_scorer_is_refused(spec, code, words):
+    with refused(code, *words):
+        load_scorer(spec)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:
@@ -177,7 +178,7 @@ def test_settings_that_are_wrong(reward_folder):
         FaultTolerant("hanging_scores.by_text", seconds=0)
     with pytest.raises(ValueError, match="neither may be negative"):
         FaultTolerant("hanging_scores.by_text", retries=-1)
-    with pytest.raises(ValueError, match="neither a reward model's folder nor an importable function"):
+    with refused("not-importable", "did you mean hanging_scores.by_text?"):
         FaultTolerant("hanging_scores.by_txt")
     sum_of_models = WeightedSum({"learned": reward_folder, "other": "hanging_scores.by_text"})
     for scorer in (reward_folder, sum_of_models):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
 
@@ -60,18 +61,18 @@ def test_functions_and_scorers_serve_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "code", "words"),
     [
-        ("own_scores.kindness", "'own_scores.kindness' is neither a reward model's folder nor an importable function"),
-        ("no_such_module.score", "neither a reward model's folder nor an importable function: No module named"),
-        ("brevity", "scorer 'brevity' is neither a reward model's folder nor an importable function"),
-        ("own_scores.PI", r"scorer 'own_scores.PI' is a float: it cannot be called with \(prompts, completions\)"),
-        ("own_scores.Needy", "'own_scores.Needy' is a class that cannot be made without arguments: .*'threshold'"),
-        ("own_scores.Silent", r"'own_scores.Silent' is a class whose objects cannot be called with \(prompts, compl"),
+        ("own_scores.kindness", "not-importable", "own_scores has no kindness"),
+        ("no_such_module.score", "not-importable", "No module named"),
+        ("brevity", "unknown-name", "there is no scorer 'brevity'"),
+        ("own_scores.PI", "wrong-kind", "scorer 'own_scores.PI' is a float"),
+        ("own_scores.Needy", "wrong-arguments", "'threshold'"),
+        ("own_scores.Silent", "wrong-kind", "'own_scores.Silent' is a class; it must be a function, or a class whose"),
     ],
 )
-def test_a_path_that_names_no_scorer_is_refused(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_a_path_that_names_no_scorer_is_refused(spec: str, code: str, words: str) -> None:
+    with refused(code, words):
         load_scorer(spec)
 
 

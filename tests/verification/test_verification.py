@@ -63,10 +63,10 @@ def test_exit_status_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["NoSuchModule"], "my_objective.NoSuchModule"),
+        (["NoSuchModule"], "my_file.NoSuchModule"),
         (["no_such_file.MyModule"], "No module named 'no_such_file'"),
-        (["wrong_objectives.NoSuchModule"], "has no attribute 'NoSuchModule'"),
-        (["wrong_objectives.caught_by"], "is no objective"),
+        (["wrong_objectives.NoSuchModule"], "wrong_objectives has no NoSuchModule"),
+        (["wrong_objectives.caught_by"], "it must be a subclass of"),
         (["DPOModule", "--model.bta", "1"], "bta"),
     ],
 )

@@ -1,6 +1,6 @@
 """Language models as judges: local, behind a server, simulated, or your own."""
 
-from rlhf_lightning.scoring.judges.loading import load_judge
+from rlhf_lightning.scoring.judges.judge import load_judge
 from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter
 from rlhf_lightning.scoring.judges.remote import RemoteJudge, RemoteWriter
 from rlhf_lightning.scoring.judges.simulated import SimulatedJudge

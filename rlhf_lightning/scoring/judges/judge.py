@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.loading import load
 from rlhf_lightning.scoring.judges.wording import ComparingPrinciple, Wording
 from rlhf_lightning.types import Message, Prompt
 
@@ -126,3 +129,32 @@ class Writer(Protocol):
     def __call__(self, prompts: Sequence[Prompt], episodes: Sequence[int]) -> Sequence[Written | None]:
         """Return a completion of each prompt, drawn with its episode's random numbers; None where it is too long."""
         ...
+
+
+def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) -> Judge:
+    """Return the judge that ``spec`` names.
+
+    Args:
+        spec: a judge; a model's folder, .gguf file or hub id (`LocalJudge`); the address of an OpenAI-compatible server
+            (`RemoteJudge`, which needs the argument ``model``); the name of a class of this room; or the import path of
+            a class, such as ``my_judge.MyJudge``, whose objects answer a sequence of questions.
+        arguments: of the class.
+
+    Raises:
+        SettingError: see `loading.load`.
+    """
+    from rlhf_lightning.scoring.judges.local import LocalJudge
+    from rlhf_lightning.scoring.judges.remote import RemoteJudge
+    from rlhf_lightning.scoring.judges.simulated import SimulatedJudge
+
+    shipped = {kind.__name__: kind for kind in (LocalJudge, RemoteJudge, SimulatedJudge)}
+    given = dict(arguments or {})
+    if isinstance(spec, str) and spec not in shipped:
+        if spec.startswith(("http://", "https://")):
+            spec, given = "RemoteJudge", {"url": spec, **given}
+        elif Path(spec).expanduser().exists() or "/" in spec or spec.endswith(".gguf"):
+            spec, given = "LocalJudge", {"model": spec, **given}
+    made = load({"class_path": spec, "init_args": given} if isinstance(spec, str) else spec, Callable, shipped, "judge")
+    if not isinstance(getattr(made, "name", None), str):
+        raise SettingError("wrong-kind", f"judge {spec!r} has no name: labels say which judge they come from")
+    return made

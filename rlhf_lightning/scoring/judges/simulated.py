@@ -9,8 +9,8 @@ from statistics import NormalDist
 
 import torch
 
-from rlhf_lightning.scoring.gold import GoldReward, imported_gold_reward
 from rlhf_lightning.scoring.judges.judge import Answer, Question
+from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 
 
 class SimulatedJudge:
@@ -41,7 +41,7 @@ class SimulatedJudge:
         seed: int = 0,
         name: str = "simulated",
     ) -> None:
-        self.gold_reward = imported_gold_reward(gold_reward) if isinstance(gold_reward, str) else gold_reward
+        self.gold_reward = load_gold_reward(gold_reward)
         self.scale, self.position_bias, self.noise, self.seed, self.name = scale, position_bias, noise, seed, name
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:

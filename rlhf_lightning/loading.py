@@ -1,0 +1,161 @@
+"""Load what a user named: a short name, an import path or ``{class_path, init_args}``.
+
+Importing a path runs the code of its module, so only names that the user typed may come here: names in a checkpoint go
+through `runs.checkpoint_metadata.own_code` first. Nothing is called before it is known to be of the right kind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+
+from rlhf_lightning.errors import SettingError
+
+
+def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
+    """Return the object that ``spec`` describes.
+
+    Args:
+        spec: an object that is one already; a class; a short name in ``shipped``; an import path such as
+            ``my_file.MyClass``, of a class without required arguments or of an object; or
+            ``{"class_path": NAME, "init_args": {...}}``, a dict or jsonargparse's Namespace.
+        base: class of the result; `collections.abc.Callable` for anything that can be called.
+        shipped: classes and functions that need no import path, by short name.
+        what: noun for messages, such as ``scorer``.
+
+    Raises:
+        SettingError: ``unknown-name`` (with the nearest name), ``not-importable``, ``wrong-kind`` or
+            ``wrong-arguments``.
+    """
+    name: Any
+    arguments: Mapping[str, Any] = {}
+    if isinstance(spec, Namespace):
+        spec = spec.as_dict()
+    if isinstance(spec, Mapping):
+        unknown = set(spec) - {"class_path", "init_args"}
+        name, arguments = spec.get("class_path"), spec.get("init_args") or {}
+        if unknown or not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise SettingError(
+                "wrong-arguments", f"a {what} is written {{class_path: NAME, init_args: {{...}}}}; found {dict(spec)}"
+            )
+        found = _found(name, shipped, what)
+    elif isinstance(spec, str):
+        name, found = spec, _found(spec, shipped, what)
+    else:
+        name, found = getattr(spec, "__qualname__", type(spec).__name__), spec
+    _check_kind(found, base, name, what, of_class=isinstance(found, type))
+    if isinstance(found, type):
+        return _made(found, arguments, name, what)
+    if arguments:
+        raise SettingError("wrong-arguments", f"{what} {name!r} is not a class: remove init_args {sorted(arguments)}")
+    return found
+
+
+def load_class(name: str, base: type, shipped: Mapping[str, Any], what: str) -> Any:
+    """Return the subclass of ``base`` that a short name or an import path names; it is not instantiated.
+
+    Raises:
+        SettingError: ``unknown-name``, ``not-importable`` or ``wrong-kind``.
+    """
+    found = _found(name, shipped, what)
+    _check_kind(found, base, name, what, of_class=True)
+    return found
+
+
+def import_path(path: str, what: str = "object") -> Any:
+    """Import the object at a dotted path.
+
+    Raises:
+        SettingError: ``not-importable``.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise SettingError("not-importable", f"{what} {path!r} cannot be imported: {error}") from error
+    if not hasattr(module, attribute):
+        near = nearest(attribute, (name for name in vars(module) if not name.startswith("_")))
+        hint = f"; did you mean {module_name}.{near}?" if near else ""
+        raise SettingError(
+            "not-importable", f"{what} {path!r} cannot be imported: {module_name} has no {attribute}{hint}"
+        )
+    return getattr(module, attribute)
+
+
+def shipped_classes(room: str, base: Any) -> dict[str, Any]:
+    """Return the public classes that the files of a package define and that inherit from ``base``, by name."""
+    found = {}
+    for entry in pkgutil.iter_modules(importlib.import_module(room).__path__):
+        if entry.ispkg:
+            continue
+        module = importlib.import_module(f"{room}.{entry.name}")
+        for name, kind in vars(module).items():
+            own = isinstance(kind, type) and kind.__module__ == module.__name__ and not name.startswith("_")
+            if own and issubclass(kind, base):
+                found[name] = kind
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant, or None.
+
+    Spelling decides; initials (``lr`` for ``learning_rate``) and whole words (``epochs`` for ``max_epochs``) count as
+    near too.
+    """
+
+    def likeness(candidate: str) -> float:
+        short, long = name.lower().replace("_", ""), candidate.lower().replace("_", "")
+        words, given = candidate.lower().split("_"), name.lower().split("_")
+        score = difflib.SequenceMatcher(None, short, long).ratio()
+        if len(words) > 1 and short == "".join(word[:1] for word in words):
+            score = max(score, 0.95)
+        if set(given) < set(words):
+            score = max(score, 0.8 + 0.1 * score)
+        return score
+
+    best = max(sorted(set(known)), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
+    if name in shipped:
+        return shipped[name]
+    if "." in name:
+        return import_path(name, what)
+    near = nearest(name, shipped)
+    known = f"there are {', '.join(sorted(shipped))}" if shipped else "none is shipped"
+    hint = f"did you mean {near}?" if near else f"{known}."
+    raise SettingError(
+        "unknown-name", f"there is no {what} {name!r}; {hint} Your own has its module before it: my_file.{name}"
+    )
+
+
+def _check_kind(found: Any, base: Any, name: str, what: str, of_class: bool) -> None:
+    """Refuse a class or an object that is not of the right kind, before it is called."""
+    if of_class and isinstance(found, type) and issubclass(found, base):
+        return
+    if not of_class and isinstance(found, base):
+        return
+    is_now = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
+    needed = f"a subclass of {base.__module__}.{base.__qualname__}"
+    if base is Callable:
+        needed = "a function, or a class whose objects can be called"
+    raise SettingError("wrong-kind", f"{what} {name!r} is {is_now}; it must be {needed}")
+
+
+def _made(kind: type, arguments: Mapping[str, Any], name: str, what: str) -> Any:
+    if lacking := sorted(getattr(kind, "__abstractmethods__", ())):
+        raise SettingError("wrong-kind", f"{what} {name!r} is abstract: it must define {', '.join(lacking)}")
+    try:
+        inspect.signature(kind).bind(**arguments)
+        return kind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(kind).parameters)
+        hint = f"; it takes {takes}" if takes else "; it takes no arguments"
+        raise SettingError("wrong-arguments", f"{what} {name!r} cannot be made: {error}{hint}") from error

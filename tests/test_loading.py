@@ -1,0 +1,116 @@
+"""One way from what a user named to an object: what is taken, and the refusals."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import refused
+from jsonargparse import Namespace
+
+from rlhf_lightning.loading import import_path, load, load_class, nearest, shipped_classes
+
+MADE: list[str] = []
+
+
+class Base:
+    def __init__(self, size: int = 1) -> None:
+        MADE.append(type(self).__name__)
+        self.size = size
+
+
+class Child(Base):
+    pass
+
+
+class Stranger:
+    def __init__(self, *args: object) -> None:
+        MADE.append("Stranger")
+
+
+ready = Child(7)
+SHIPPED = {"Child": Child}
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ("Child", 1),
+        (Child, 1),
+        (f"{__name__}.Child", 1),
+        (f"{__name__}.ready", 7),
+        (ready, 7),
+        ({"class_path": "Child", "init_args": {"size": 3}}, 3),
+        ({"class_path": "Child"}, 1),
+        (Namespace(class_path="Child", init_args=Namespace(size=4)), 4),
+    ],
+)
+def test_every_way_to_name_an_object(spec: object, size: int) -> None:
+    made = load(spec, Base, SHIPPED, "child")
+    assert type(made) is Child and made.size == size
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "words"),
+    [
+        ("Chld", "unknown-name", ["there is no child 'Chld'; did you mean Child?"]),
+        ("Zebra", "unknown-name", ["there are Child"]),
+        ("nowhere.Child", "not-importable", ["No module named 'nowhere'"]),
+        (f"{__name__}.Chidl", "not-importable", [f"did you mean {__name__}.Child?"]),
+        (f"{__name__}.Stranger", "wrong-kind", ["is a class", "Base"]),
+        (Stranger, "wrong-kind", ["'Stranger' is a class"]),
+        ({"class_path": f"{__name__}.Stranger", "init_args": {"args": 1}}, "wrong-kind", ["Stranger"]),
+        (f"{__name__}.MADE", "wrong-kind", ["is a list"]),
+        (3, "wrong-kind", ["is a int"]),
+        (None, "wrong-kind", ["NoneType"]),
+        ({"class_path": "Child", "init_args": {"sise": 3}}, "wrong-arguments", ["'sise'", "it takes size"]),
+        ({"class_path": "Child", "init_args": [3]}, "wrong-arguments", ["{class_path: NAME, init_args: {...}}"]),
+        ({"class_path": f"{__name__}.ready", "init_args": {"size": 3}}, "wrong-arguments", ["remove init_args"]),
+        ({"name": "Child"}, "wrong-arguments", ["{class_path: NAME"]),
+    ],
+)
+def test_refusals_come_before_anything_is_called(spec: object, code: str, words: list[str]) -> None:
+    MADE.clear()
+    with refused(code, *words):
+        load(spec, Base, SHIPPED, "child")
+    assert not MADE
+
+
+def test_an_abstract_class_is_refused_by_what_it_lacks() -> None:
+    with refused("wrong-kind", "it must define __getitem__, __len__"):
+        load(f"{__name__}.Sequence", Sequence, {}, "sequence")
+
+
+def test_functions_and_classes_of_callable_objects_can_be_called() -> None:
+    assert load("math.sqrt", Callable, {}, "function")(4.0) == 2.0
+    with refused("wrong-kind", "a function, or a class whose objects can be called"):
+        load("pathlib.Path", Callable, {}, "function")
+
+
+def test_a_class_is_returned_and_not_made() -> None:
+    MADE.clear()
+    assert load_class("Child", Base, SHIPPED, "child") is Child and not MADE
+    with refused("wrong-kind", "a subclass of"):
+        load_class(f"{__name__}.ready", Base, SHIPPED, "child")
+
+
+def test_import_path_finds_any_object() -> None:
+    assert import_path("pathlib.Path") is Path
+    with refused("not-importable", "Pathh"):
+        import_path("pathlib.Pathh")
+    with refused("not-importable"):
+        import_path("Path")
+
+
+def test_shipped_classes_are_those_of_the_package_s_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my_room"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "kinds.py").write_text("class Kind(dict): ...\nclass _Hidden(dict): ...\nclass Other: ...\n")
+    (folder / "more.py").write_text("from my_room.kinds import Kind\nclass More(Kind): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = shipped_classes("my_room", dict)
+    assert {name: kind.__module__ for name, kind in found.items()} == {"Kind": "my_room.kinds", "More": "my_room.more"}
+
+
+def test_nearest_takes_initials_and_words() -> None:
+    assert nearest("lr", ["learning_rate", "beta"]) == "learning_rate" and nearest("zzz", ["beta"]) is None
