@@ -15,7 +15,7 @@ Micro-batches, packing, ranks and minibatches treat them as fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -374,22 +374,48 @@ class ProcessScores(NamedTuple):
     extras: Mapping[str, Tensor] = {}
 
 
+class Judgement(NamedTuple):
+    """All that a scorer says of one completion. A scorer may return it in place of a number.
+
+    Attributes:
+        score: the completion's number; None where it cannot be judged.
+        parts: further numbers by name (several rewards, costs ...), logged as ``rollout/score_NAME``.
+        token_rewards: reward of each completion token, the end token included; fewer are filled up with 0. None where
+            there are none. They are added to the rewards of the tokens; the score stays on the last token.
+        feedback: the judgement in words.
+    """
+
+    score: float | None
+    parts: Mapping[str, float] = {}
+    token_rewards: Sequence[float] | None = None
+    feedback: str | None = None
+
+
 class Rollout(NamedTuple):
-    """Completions sampled from the policy, and what is known about them. Token tensors are (episodes, length).
+    """Completions sampled from the policy, and all that is known about them. Token tensors are (episodes, length).
 
     Attributes:
         sequences: prompts and sampled completions, ragged; one prompt per episode.
-        completion_mask: bool, True up to and including the end token.
-        old_logprobs: the policy's log-probabilities when it sampled, recomputed by the trainer's forward.
+        completion_mask: bool, True on the policy's tokens up to and including the end token. False on padding, and on
+            tokens that an environment wrote between the policy's turns.
+        old_logprobs: the policy's log-probabilities at the rollout's start, by the trainer's forward.
         reference_logprobs: the reference's log-probabilities; None where the module has no reference.
         values: the critic's value of the state before each token; None where the module has no critic.
-        scores: the scorer's score of each completion, shape (episodes,).
+        scores: the scorer's score of each completion, shape (episodes,); NaN where it cannot be judged.
         finished: bool, True where the completion ended by itself (end token), shape (episodes,).
         group: index of the prompt each episode answers, int64, shape (episodes,).
-        sampler_logprobs: what the sampling engine itself computed; None where nothing was sampled.
+        behaviour_logprobs: what the sampling engine drew with; None where nothing was sampled.
         episodes: number of each episode in the run, int64, shape (episodes,); None where nothing was sampled.
         baseline_scores: score that each episode's is compared with (ReMax: the greedy completion's), shape (episodes,);
             None in methods without.
+        entropy: entropy of the policy's next-token distribution at the rollout's start, nats; None where unknown.
+        parts: named scores of a `Judgement`, each of shape (episodes,); NaN where a completion has none.
+        token_rewards: reward of each token by the scorer or the environment, beside the score; None without any.
+        feedback: judgement in words of each completion; None where there is none.
+        prompts: each prompt as the data gave it.
+        texts: text of each completion, without the end token.
+        columns: further columns of the data, each a list with one value per episode.
+        row_ids: number of the data row that each episode's prompt comes from; empty for a stream.
         extras: slots by name, see the module's text; shape (episodes,) or (episodes, length).
     """
 
@@ -401,9 +427,17 @@ class Rollout(NamedTuple):
     scores: Tensor
     finished: Tensor
     group: Tensor
-    sampler_logprobs: Tensor | None = None
+    behaviour_logprobs: Tensor | None = None
     episodes: Tensor | None = None
     baseline_scores: Tensor | None = None
+    entropy: Tensor | None = None
+    parts: Mapping[str, Tensor] = {}
+    token_rewards: Tensor | None = None
+    feedback: tuple[str | None, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    texts: tuple[str, ...] = ()
+    columns: Mapping[str, list[Any]] = {}
+    row_ids: tuple[int, ...] = ()
     extras: Mapping[str, Tensor] = {}
 
 
@@ -443,18 +477,50 @@ class Advantages(NamedTuple):
     learned: Tensor | None = None
 
 
+class Minibatch(NamedTuple):
+    """All episodes of one optimizer step, of all micro-batches and ranks, without gradient.
+
+    For methods that select or rank tokens: the same view for any micro-batch size and number of ranks. Episodes are
+    ordered by their number in the run. Token tensors are (episodes, length).
+
+    Attributes:
+        old_logprobs: the policy's log-probabilities at the rollout's start.
+        entropy: entropy of the policy's next-token distribution at the rollout's start, nats.
+        advantages: advantage of each token.
+        completion_mask: bool, True on the policy's tokens.
+        learned: bool, True on the tokens that are learned from.
+        scores: score of each completion, shape (episodes,).
+        group: number of the first episode of each completion's prompt, int64, shape (episodes,).
+        rows: place of each row of the micro-batch among these episodes, int64, shape (rows,).
+        logprobs: the policy's log-probabilities before the update; None unless the class sets
+            ``needs_minibatch_logprobs``.
+    """
+
+    old_logprobs: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    completion_mask: Tensor
+    learned: Tensor
+    scores: Tensor
+    group: Tensor
+    rows: Tensor
+    logprobs: Tensor | None = None
+
+
 class PolicyLogprobs(NamedTuple):
     """What a policy-gradient loss may look at, for some rows of a rollout. Token tensors are (rows, length).
 
     Attributes:
         logprobs: the policy's log-probabilities now, with gradient, 0 under the mask.
-        old_logprobs: the policy's when it sampled.
+        old_logprobs: the policy's at the rollout's start.
         reference_logprobs: the reference's; None where the module has no reference.
         entropy: entropy of the policy's next-token distribution in nats, with gradient; None unless asked for.
         advantages: advantage of each token.
-        completion_mask: bool, True on completion tokens.
-        sampler_logprobs: what the sampling engine itself computed; None where nothing was sampled.
+        completion_mask: bool, True on the policy's tokens.
+        behaviour_logprobs: what the sampling engine drew with; None where nothing was sampled.
         extras: slots by name, see the module's text; shape (rows,) or (rows, length).
+        rollout: these rows of the rollout, cut to this micro-batch's length; None where there is no rollout.
+        minibatch: all rows of this optimizer step; None unless the class sets ``needs_minibatch``.
     """
 
     logprobs: Tensor
@@ -463,8 +529,10 @@ class PolicyLogprobs(NamedTuple):
     entropy: Tensor | None
     advantages: Tensor
     completion_mask: Tensor
-    sampler_logprobs: Tensor | None = None
+    behaviour_logprobs: Tensor | None = None
     extras: Mapping[str, Tensor] = {}
+    rollout: Rollout | None = None
+    minibatch: Minibatch | None = None
 
 
 class CriticValues(NamedTuple):

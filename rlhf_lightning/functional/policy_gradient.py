@@ -281,14 +281,14 @@ def value_clip_fraction(values: Tensor, old_values: Tensor, returns: Tensor, cli
     return ((clipped - returns) ** 2 > (values - returns) ** 2).type_as(values)
 
 
-def sampler_correction(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 2.0) -> Tensor:
+def sampler_correction(old_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float = 2.0) -> Tensor:
     """Weight of each token where the sampling engine computes other numbers than the trainer.
 
-    min(exp(old_logprobs - sampler_logprobs), cap): truncated importance sampling (Ionides 2008).
+    min(exp(old_logprobs - behaviour_logprobs), cap): truncated importance sampling (Ionides 2008).
 
     Args:
         old_logprobs: the policy's when it sampled, recomputed by the trainer's forward, any shape.
-        sampler_logprobs: the same as the sampling engine reported them.
+        behaviour_logprobs: the same as the sampling engine reported them.
         cap: largest weight.
     """
-    return token_ratio(old_logprobs, sampler_logprobs).clamp(max=cap)
+    return token_ratio(old_logprobs, behaviour_logprobs).clamp(max=cap)

@@ -141,8 +141,8 @@ class CriticFreeModule(OnPolicyModule):
         """Return the loss of each token, shape (rows, length)."""
         values = self.objective(self.ratio(logprobs), logprobs)
         if self.sampler_cap is not None:
-            assert logprobs.sampler_logprobs is not None
-            weight = sampler_correction(logprobs.old_logprobs, logprobs.sampler_logprobs, self.sampler_cap)
+            assert logprobs.behaviour_logprobs is not None
+            weight = sampler_correction(logprobs.old_logprobs, logprobs.behaviour_logprobs, self.sampler_cap)
             values = values * weight
         kl = self.kl_loss(logprobs)
         return values if kl is None else Loss(values + self.kl_coef * kl, {"kl_loss": kl})

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from rlhf_lightning.data.feedback.records import Judgement
+from rlhf_lightning.data.feedback.records import StoredJudgement
 from rlhf_lightning.data.feedback.snapshots import item_of, judgements_of, snapshot_of
 from rlhf_lightning.people.store import counts
 
@@ -74,7 +74,7 @@ def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
     }
 
 
-def agreement(judgements: Iterable[Judgement]) -> tuple[float, int] | None:
+def agreement(judgements: Iterable[StoredJudgement]) -> tuple[float, int] | None:
     """Krippendorff's alpha of choices between two completions, and the pairs that two or more judged; None of none.
 
     A tie is half as far from a choice as its opposite. Each pair counts in both orders: which of its completions comes
@@ -93,7 +93,7 @@ def agreement(judgements: Iterable[Judgement]) -> tuple[float, int] | None:
     return None if math.isnan(alpha) else (alpha, len(shared))
 
 
-def win_rates(connection: sqlite3.Connection, judgements: Iterable[Judgement]) -> list[tuple[str, Rate]]:
+def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgement]) -> list[tuple[str, Rate]]:
     """How often each model's completion is preferred to another model's, a tie counted half; the best first.
 
     An item counts once, whatever the number of its judgements, for they are not independent of each other.
@@ -120,7 +120,7 @@ def win_rates(connection: sqlite3.Connection, judgements: Iterable[Judgement]) -
     return sorted(found, key=lambda entry: -entry[1].share)
 
 
-def annotator_results(judgements: Sequence[Judgement]) -> list[AnnotatorResults]:
+def annotator_results(judgements: Sequence[StoredJudgement]) -> list[AnnotatorResults]:
     """Each annotator, by name."""
     from rlhf_lightning.data.feedback.reliability import reliabilities
 
@@ -130,7 +130,7 @@ def annotator_results(judgements: Sequence[Judgement]) -> list[AnnotatorResults]
     return [_annotator(name, [one for one in judgements if one.annotator == name], known) for name in names]
 
 
-def _annotator(name: str, mine: list[Judgement], known: dict[str, float]) -> AnnotatorResults:
+def _annotator(name: str, mine: list[StoredJudgement], known: dict[str, float]) -> AnnotatorResults:
     judged = [one for one in mine if one.verdict != "skip"]
     first = {one.item: one for one in judged if not one.repeat}
     repeats = [one for one in judged if one.repeat and one.item in first]
@@ -147,7 +147,7 @@ WIDTH, HEIGHT = 640, 160
 """Of the drawing of growth, in its own units."""
 
 
-def growth(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
+def growth(judgements: Sequence[StoredJudgement]) -> dict[str, Any] | None:
     """The count of labels over time as the points of a line; None before there are two."""
     times = [datetime.fromisoformat(one.judged).timestamp() for one in judgements]
     if len(times) < 2 or times[-1] <= times[0]:

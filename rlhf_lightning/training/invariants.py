@@ -59,9 +59,9 @@ class Invariants:
 
         Where the engine computes elsewhere (``own_sampler`` False) it is measured, and left to importance correction.
         """
-        if rollout.sampler_logprobs is None:
+        if rollout.behaviour_logprobs is None:
             return
-        apart = (rollout.sampler_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
+        apart = (rollout.behaviour_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
         if not self.own_sampler:
             self._check("sampler", float(apart.mean()) if apart.numel() else 0.0, float("inf"), "")
             return

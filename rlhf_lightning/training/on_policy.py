@@ -55,7 +55,7 @@ class OnPolicyModule(AlignmentModule):
         sampling_batch_size: completions decoded side by side, waiting prompts taking the place of finished ones; None
             decodes a whole rollout at once.
         engine: what draws the completions, by class_path and init_args; None draws in this process.
-        reuse_sampler_logprobs: take log-probabilities and entropies as sampling found them and spare a forward of the
+        reuse_behaviour_logprobs: take log-probabilities and entropies as sampling found them and spare a forward of the
             policy, in fp32 and on whole weights; the ratio before the first update is then 1 up to rounding.
         ppo_epochs: passes over each rollout.
         mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
@@ -96,7 +96,7 @@ class OnPolicyModule(AlignmentModule):
         temperature: float = 1.0,
         sampling_batch_size: int | None = None,
         engine: SamplingEngine | dict[str, Any] | None = None,
-        reuse_sampler_logprobs: bool = False,
+        reuse_behaviour_logprobs: bool = False,
         ppo_epochs: int = 4,
         mini_batch_size: int | None = None,
         micro_batch_size: int | None = None,
@@ -118,7 +118,7 @@ class OnPolicyModule(AlignmentModule):
         self.collector = RolloutCollector(
             scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine
         )
-        self.reuse_sampler_logprobs = reuse_sampler_logprobs
+        self.reuse_behaviour_logprobs = reuse_behaviour_logprobs
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
@@ -234,7 +234,7 @@ class OnPolicyModule(AlignmentModule):
             scores=drawn.scores.to(device),
             finished=drawn.samples.finished.to(device),
             group=drawn.batch.group.to(device),
-            sampler_logprobs=on_grid(drawn.samples.logprobs, grids["logprobs"]),
+            behaviour_logprobs=on_grid(drawn.samples.logprobs, grids["logprobs"]),
             episodes=drawn.batch.episodes,
             baseline_scores=None if drawn.baseline_scores is None else drawn.baseline_scores.to(device),
         )
@@ -267,7 +267,7 @@ class OnPolicyModule(AlignmentModule):
         """
         exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
         known = samples.entropies is not None and self.device_mesh is None
-        return self.reuse_sampler_logprobs and known and exact
+        return self.reuse_behaviour_logprobs and known and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut episodes into micro-batches, in training as for a rollout's statistics."""
@@ -387,7 +387,7 @@ class OnPolicyModule(AlignmentModule):
             entropy=outputs.entropy,
             advantages=part(advantages.advantages),
             completion_mask=mask,
-            sampler_logprobs=part(rollout.sampler_logprobs),
+            behaviour_logprobs=part(rollout.behaviour_logprobs),
         )
         if self._untouched:
             self._check_first_ratio(logprobs)

@@ -230,6 +230,31 @@ def merged_samples(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
     return Samples(sequences, finished, tuple(part.logprobs[index] for part, index in picked))
 
 
+def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = None) -> Rollout:
+    """Return some episodes of a rollout; groups keep their numbers.
+
+    Args:
+        rollout: the rollout.
+        rows: the episodes, by their place.
+        length: completion tokens that token tensors are cut to; None keeps them all. Grids with further slots, such as
+            values after the end token, keep these.
+    """
+    index, width = torch.tensor(list(rows), dtype=torch.long), rollout.completion_mask.shape[1]
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            chosen = value[index.to(value.device)]
+            return chosen if length is None or value.dim() < 2 else chosen[:, : length + value.shape[1] - width]
+        if isinstance(value, Mapping):
+            return {name: part(member) for name, member in value.items()}
+        return [value[row] for row in rows] if isinstance(value, list) else value
+
+    fields = {name: part(value) for name, value in rollout._asdict().items() if name != "sequences"}
+    for name in ("feedback", "prompts", "texts", "row_ids"):
+        fields[name] = tuple(fields[name][row] for row in rows) if fields[name] else ()
+    return Rollout(sequences=select(rollout.sequences, rows), **fields)
+
+
 def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
     """Leave completions without a score out of all that is learned."""
     scored = ~rollout.scores.isnan().unsqueeze(-1)

@@ -16,9 +16,9 @@ from scipy.stats import f as f_distribution
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollouts import select_episodes
 from rlhf_lightning.types import PromptBatch, Rollout
 from rlhf_lightning.verification.world import EnumerableWorld
 
@@ -81,10 +81,8 @@ def questions_of(world: EnumerableWorld, rollouts: int, samples: int, first_epis
 
 def rows_of(rollout: Rollout, rows: range) -> Rollout:
     """Return some episodes of a rollout as a rollout of their own; groups are numbered from 0."""
-    index = torch.tensor(rows)
-    parts = {name: part[index] for name, part in rollout._asdict().items() if isinstance(part, Tensor)}
-    parts["group"] = parts["group"] - parts["group"].min()
-    return rollout._replace(sequences=select(rollout.sequences, rows), **parts)
+    chosen = select_episodes(rollout, rows)
+    return chosen._replace(group=chosen.group - chosen.group.min())
 
 
 def _gradient(module: OnPolicyModule, rollout: Rollout, advantages: Any, batch: PromptBatch) -> Tensor:

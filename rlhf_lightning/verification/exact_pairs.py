@@ -54,8 +54,8 @@ class PairPopulation(PolicyGradient):
             drawn = torch.where(self.module.by_reference(self.group).unsqueeze(-1), reference, old)
         mask = grids["completion_mask"][self.place]
         return Rollout(
-            self.sequences, mask, old, reference, None, self.scores, self.finished, self.group, sampler_logprobs=drawn,
-            episodes=torch.arange(len(self.rows)),
+            self.sequences, mask, old, reference, None, self.scores, self.finished, self.group,
+            behaviour_logprobs=drawn, episodes=torch.arange(len(self.rows)),
         )  # fmt: skip
 
     def loss(self) -> Tensor:
@@ -66,8 +66,8 @@ class PairPopulation(PolicyGradient):
             return 0.0 * torch.stack([p.sum() for p in module.parameters() if p.requires_grad]).sum()
         logprobs = module.preference_logprobs(rollout, pairs)
         values = as_loss(module.preference_loss(logprobs)).values * logprobs.weights
-        assert rollout.sampler_logprobs is not None
-        chance = self.likelihood(rollout.sampler_logprobs.sum(-1))[pairs.chosen]
+        assert rollout.behaviour_logprobs is not None
+        chance = self.likelihood(rollout.behaviour_logprobs.sum(-1))[pairs.chosen]
         return (chance * values).sum() / self.world.config.prompts
 
 

@@ -49,13 +49,13 @@ class PolicyGradient:
         reference = None if module.reference is None else module.reference.logprobs(layout, module.sampling.temperature)
         rollout = Rollout(
             self.sequences, mask, old, reference, torch.zeros_like(old), self.scores, self.finished, self.group,
-            sampler_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self.baseline_scores(),
+            behaviour_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self.baseline_scores(),
         )  # fmt: skip
         rewards = module.shape_rewards(rollout)
         values = rewards.new_zeros(rewards.shape)
         advantages = module.advantages(rollout._replace(values=values), rewards)
         logprobs = PolicyLogprobs(
-            outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, sampler_logprobs=old
+            outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, behaviour_logprobs=old
         )
         loss = as_loss(module.policy_loss(logprobs)).values
         learned = mask if advantages.learned is None else advantages.learned

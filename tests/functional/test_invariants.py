@@ -125,7 +125,7 @@ def rollout(seed: int, least: int = 1, groups: int = 2, samples: int = 3, length
         scores=normal(seed + 4, groups * samples),
         finished=torch.ones(groups * samples, dtype=torch.bool),
         group=torch.arange(groups).repeat_interleave(samples),
-        sampler_logprobs=old,
+        behaviour_logprobs=old,
         episodes=torch.arange(groups * samples),
         baseline_scores=normal(seed + 5, groups).repeat_interleave(samples),
     )
@@ -407,7 +407,7 @@ def test_a_row_without_tokens_leaves_everything_finite(kind: type, seed: int, mo
     module, drawn = sampler(kind), rollout(seed)
     alive = (torch.arange(6) != seed % 6).unsqueeze(-1)
     mask = drawn.completion_mask & alive
-    grids = ("old_logprobs", "reference_logprobs", "values", "sampler_logprobs")
+    grids = ("old_logprobs", "reference_logprobs", "values", "behaviour_logprobs")
     emptied = {name: torch.where(mask, getattr(drawn, name), 0.0) for name in grids}
     drawn = drawn._replace(completion_mask=mask, **emptied)
     given = update(module, drawn, moved)

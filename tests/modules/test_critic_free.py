@@ -404,7 +404,7 @@ def test_what_sampling_found_spares_a_forward_of_the_policy(policy_folder: str, 
     for reuse in (False, True):
         module = getattr(modules, name)(
             init_from=policy_folder, scorer=low_words, max_new_tokens=6, learning_rate=1e-2, adam_eps=1e-3,
-            lr_schedule="constant", reuse_sampler_logprobs=reuse, ppo_epochs=2,
+            lr_schedule="constant", reuse_behaviour_logprobs=reuse, ppo_epochs=2,
         )  # fmt: skip
         forwards: list[int] = []
         logged = MetricsLog()

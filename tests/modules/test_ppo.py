@@ -565,7 +565,7 @@ def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
 def test_a_shared_trunk_is_forwarded_for_its_values_whatever_sampling_found(policy_folder: str, critic: Any) -> None:
     found = []
     for reuse in (False, True):
-        module = ppo(policy_folder, critic=critic, reuse_sampler_logprobs=reuse, learning_rate=1e-2, adam_eps=1e-3)
+        module = ppo(policy_folder, critic=critic, reuse_behaviour_logprobs=reuse, learning_rate=1e-2, adam_eps=1e-3)
         forwards: list[bool] = []
         outputs = module.policy_outputs
         module.policy_outputs = lambda *args, f=forwards, o=outputs, **kwargs: (

@@ -55,7 +55,7 @@ def test_samples_of_a_server_are_weighed_by_what_it_drew_with(policy_folder: str
         loaded = server.bodies("/v1/load_lora_adapter")
     assert len(loaded) == 2  # the second rollout is of the adapter that the first has changed
     for logprobs, values in module.seen:
-        mask, sampler = logprobs.completion_mask, logprobs.sampler_logprobs
+        mask, sampler = logprobs.completion_mask, logprobs.behaviour_logprobs
         assert sampler is not None
         ratio = (logprobs.old_logprobs - sampler).exp()
         assert float((ratio - 1)[mask].abs().max()) > 1e-3

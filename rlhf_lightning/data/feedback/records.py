@@ -140,7 +140,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class StoredJudgement:
     """A judgement as the store keeps it, completions numbered as the item has them.
 
     Attributes:

@@ -7,13 +7,13 @@ from itertools import combinations
 
 import torch
 
-from rlhf_lightning.data.feedback.records import Judgement
+from rlhf_lightning.data.feedback.records import StoredJudgement
 from rlhf_lightning.functional.agreement import annotator_reliability
 
 PairVotes = dict[tuple[int, int, int], dict[str, float]]
 
 
-def pair_votes(judgements: Iterable[Judgement]) -> PairVotes:
+def pair_votes(judgements: Iterable[StoredJudgement]) -> PairVotes:
     """Votes of each annotator on every two completions of an item: 1 for the first, 0 for the second, 0.5 for none."""
     votes: PairVotes = {}
     for one in judgements:
@@ -33,7 +33,7 @@ def vote_table(votes: PairVotes) -> tuple[list[str], torch.Tensor]:
     return names, torch.tensor(table, dtype=torch.float64).reshape(len(names), len(votes))
 
 
-def reliabilities(judgements: Iterable[Judgement]) -> dict[str, float]:
+def reliabilities(judgements: Iterable[StoredJudgement]) -> dict[str, float]:
     """Probability that each annotator's choice is right, by `annotator_reliability` on all pairs of completions."""
     names, table = vote_table(pair_votes(judgements))
     if not names:

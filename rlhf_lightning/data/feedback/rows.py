@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rlhf_lightning.data.feedback.records import STRENGTHS, Item, Judgement, digest
+from rlhf_lightning.data.feedback.records import STRENGTHS, Item, StoredJudgement, digest
 from rlhf_lightning.data.feedback.snapshots import FOREVER, item_of, judgements_of
 
 RowKind = Literal["preference", "unpaired", "demonstration", "prompt", "judgement"]
@@ -42,7 +42,7 @@ def rows_of(
     if kind == "prompt":
         yield from prompts(connection, judged)
         return
-    grouped: dict[int, list[Judgement]] = {}
+    grouped: dict[int, list[StoredJudgement]] = {}
     for one in judged:
         if kind in ("judgement", "demonstration") or not (one.repeat or one.verdict == "skip"):
             grouped.setdefault(one.item, []).append(one)
@@ -51,14 +51,14 @@ def rows_of(
         from rlhf_lightning.data.feedback.reliability import reliabilities
 
         known = reliabilities(judged)
-    of_kind: dict[str, Callable[[Item, list[Judgement], Reliabilities], Iterable[Row]]] = {
+    of_kind: dict[str, Callable[[Item, list[StoredJudgement], Reliabilities], Iterable[Row]]] = {
         "preference": preferences, "unpaired": judged_alone, "demonstration": demonstrations, "judgement": raw,
     }  # fmt: skip
     for number in sorted(grouped):
         yield from of_kind[kind](item_of(connection, number), grouped[number], known)
 
 
-def _of(judgements: list[Judgement], annotators: Sequence[str] | None) -> list[Judgement]:
+def _of(judgements: list[StoredJudgement], annotators: Sequence[str] | None) -> list[StoredJudgement]:
     if annotators is None:
         return judgements
     known = {one.annotator for one in judgements}
@@ -68,7 +68,7 @@ def _of(judgements: list[Judgement], annotators: Sequence[str] | None) -> list[J
     return [one for one in judgements if one.annotator in annotators]
 
 
-def prompts(connection: sqlite3.Connection, judgements: list[Judgement]) -> Iterator[Row]:
+def prompts(connection: sqlite3.Connection, judgements: list[StoredJudgement]) -> Iterator[Row]:
     """Each prompt that was judged, once."""
     seen = set()
     for number in sorted({one.item for one in judgements}):
@@ -78,7 +78,7 @@ def prompts(connection: sqlite3.Connection, judgements: list[Judgement]) -> Iter
             yield {**item.columns, "prompt": item.prompt}
 
 
-def preferences(item: Item, judgements: list[Judgement], known: Reliabilities = None) -> Iterable[Row]:
+def preferences(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
     """A pair with the share of votes for the chosen side and its rated margin; or each ranking of a longer list.
 
     A tie, and two that are both bad, is half a vote for each side. Several rankings of one list share its weight, so
@@ -98,7 +98,7 @@ def preferences(item: Item, judgements: list[Judgement], known: Reliabilities = 
     }
 
 
-def _share(judgements: list[Judgement], known: Reliabilities) -> float:
+def _share(judgements: list[StoredJudgement], known: Reliabilities) -> float:
     """Probability that the first of two is better."""
     votes = [vote(one) for one in judgements]
     if known is None:
@@ -110,20 +110,20 @@ def _share(judgements: list[Judgement], known: Reliabilities) -> float:
     return odds / (1 + odds)
 
 
-def vote(judgement: Judgement) -> float:
+def vote(judgement: StoredJudgement) -> float:
     """Of two completions: 1 for the first, 0 for the second, 0.5 for neither."""
     if judgement.ranks is None:
         return 0.5
     return 1.0 if judgement.ranks[0] < judgement.ranks[1] else 0.0
 
 
-def _margin(judgements: list[Judgement]) -> float:
+def _margin(judgements: list[StoredJudgement]) -> float:
     """Mean rated strength towards the first of two, in [-1, 1]: the lowest level is 0, as in Llama 2 (2307.09288)."""
     rated = [((one.strength or 1) - 1) / (STRENGTHS - 1) * (2 * vote(one) - 1) for one in judgements]
     return sum(rated) / len(rated)
 
 
-def _rankings(item: Item, judgements: list[Judgement], known: Reliabilities) -> Iterable[Row]:
+def _rankings(item: Item, judgements: list[StoredJudgement], known: Reliabilities) -> Iterable[Row]:
     weights = [1.0 if known is None else max(2 * known[one.annotator] - 1, 0.0) for one in judgements]
     total = sum(weights)
     for one, weight in zip(judgements, weights, strict=True):
@@ -136,7 +136,7 @@ def _rankings(item: Item, judgements: list[Judgement], known: Reliabilities) -> 
             }
 
 
-def judged_alone(item: Item, judgements: list[Judgement], known: Reliabilities = None) -> Iterable[Row]:
+def judged_alone(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
     """Each completion as good or bad: the best of a ranking counts 1, the worst 0, all that are bad 0, a tie half.
 
     The mean decides; a mean of a half says nothing and gives no row, and what is nearer to it weighs less.
@@ -155,13 +155,13 @@ def judged_alone(item: Item, judgements: list[Judgement], known: Reliabilities =
             }
 
 
-def _goodness(judgement: Judgement, place: int) -> float:
+def _goodness(judgement: StoredJudgement, place: int) -> float:
     if judgement.ranks is None:
         return 0.0 if judgement.verdict == "both_bad" else 0.5
     return 1 - judgement.ranks[place] / max(judgement.ranks)
 
 
-def demonstrations(item: Item, judgements: list[Judgement], known: Reliabilities = None) -> Iterable[Row]:
+def demonstrations(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
     """Completions as annotators rewrote them."""
     for one in judgements:
         if one.edited is not None:
@@ -172,7 +172,7 @@ def demonstrations(item: Item, judgements: list[Judgement], known: Reliabilities
             }
 
 
-def raw(item: Item, judgements: list[Judgement], known: Reliabilities = None) -> Iterable[Row]:
+def raw(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
     """Each judgement as it was made."""
     for one in judgements:
         yield {
@@ -182,7 +182,7 @@ def raw(item: Item, judgements: list[Judgement], known: Reliabilities = None) ->
         }
 
 
-def _provenance(item: Item, judgements: list[Judgement], places: Iterable[int]) -> Row:
+def _provenance(item: Item, judgements: list[StoredJudgement], places: Iterable[int]) -> Row:
     flags = sorted({flag for one in judgements for flag in one.flags})
     return {
         **item.columns,

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rlhf_lightning.data.feedback.database import open_for_reading
-from rlhf_lightning.data.feedback.records import Candidate, Item, Judgement, Snapshot, encoded
+from rlhf_lightning.data.feedback.records import Candidate, Item, Snapshot, StoredJudgement, encoded
 
 SUFFIX = ".db"
 
@@ -70,14 +70,14 @@ def items_of(connection: sqlite3.Connection) -> Iterator[Item]:
         yield item_of(connection, number)
 
 
-def judgements_of(connection: sqlite3.Connection, upto: int = FOREVER) -> list[Judgement]:
+def judgements_of(connection: sqlite3.Connection, upto: int = FOREVER) -> list[StoredJudgement]:
     """The judgements that stood at row ``upto``, in the order in which they were made."""
     return [_judgement(row) for row in connection.execute(STANDING, {"upto": upto})]
 
 
-def _judgement(row: tuple) -> Judgement:
+def _judgement(row: tuple) -> StoredJudgement:
     number, annotator, item, repeat, shown, verdict, ranks, strength, reasons, flags, *rest = row
-    return Judgement(
+    return StoredJudgement(
         number, annotator, item, bool(repeat), tuple(json.loads(shown)), verdict,
         None if ranks is None else tuple(json.loads(ranks)), strength, tuple(json.loads(reasons)),
         tuple(json.loads(flags)), *rest,

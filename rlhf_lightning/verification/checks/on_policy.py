@@ -45,7 +45,7 @@ class Case:
             None,
             self.advantages.advantages.detach(),
             rollout.completion_mask,
-            rollout.sampler_logprobs,
+            rollout.behaviour_logprobs,
         )
         return plain._replace(**changes)
 
@@ -184,7 +184,7 @@ def loss_checks(case: Case) -> list[Check]:
         for sign, moved in ((1.0, -0.7), (-1.0, 0.7)):  # made unlikelier though good, likelier though bad
             old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
             given = case.logprobs(
-                old_logprobs=old, sampler_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
+                old_logprobs=old, behaviour_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
             )
             function, (leaf,) = field_function(subject, module, given)
             pulls.append(-sign * torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0][mask])
@@ -219,7 +219,7 @@ def clip_check(case: Case) -> Check:
     for sign, moved in ((1.0, 3.0), (-1.0, -3.0)):
         old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
         given = case.logprobs(
-            old_logprobs=old, sampler_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
+            old_logprobs=old, behaviour_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
         )
         function, (leaf,) = field_function(case.subject, module, given)
         gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
@@ -232,7 +232,7 @@ def extremes_check(case: Case) -> Check:
     mask, broken = case.rollout.completion_mask, 0.0
     for moved in (1e3, -1e3):
         old = torch.where(mask, case.rollout.old_logprobs + moved, 0.0)
-        given = case.logprobs(old_logprobs=old, sampler_logprobs=old)
+        given = case.logprobs(old_logprobs=old, behaviour_logprobs=old)
         given, (leaf,) = with_leaves(given)
         values = torch.where(mask, case.subject.values(case.module, given), 0.0)
         gradient = torch.autograd.grad(values.sum(), leaf)[0]
