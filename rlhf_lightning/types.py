@@ -161,11 +161,29 @@ class PromptBatch(NamedTuple):
     extras: Mapping[str, Tensor] = {}
 
 
+class MicroBatchLimits(NamedTuple):
+    """Bounds of one forward and backward pass on a rank. They change memory and speed, and no gradient.
+
+    Attributes:
+        micro_batch_size: most rows (demonstrations, pairs, groups, episodes); None for no bound.
+        max_tokens: most tokens, padding included where rows are not packed; a longer single row stands alone. None for
+            no bound.
+    """
+
+    micro_batch_size: int | None = None
+    max_tokens: int | None = None
+
+
+NO_LIMITS = MicroBatchLimits()
+
 Batch = TypeVar("Batch")
 
 
 class Step(NamedTuple, Generic[Batch]):
     """What a DataLoader yields for one optimizer step: this rank's share, already cut into micro-batches.
+
+    A step of prompts is one rollout. Its micro-batches hold prompts to sample for; the module cuts what it sampled by
+    ``limits``.
 
     Attributes:
         micro_batches: batches that each fit in memory; every rank gets the same number.
@@ -173,12 +191,14 @@ class Step(NamedTuple, Generic[Batch]):
         tokens: supervised completion tokens of this step over all ranks and micro-batches.
         row_ids: numbers of those rows, counted from 0 among the ones that the data kept; of prompts once each, however
             many samples they get; empty for a stream, which numbers nothing.
+        limits: bounds of each forward pass; fixed data is cut by them already.
     """
 
     micro_batches: tuple[Batch, ...]
     rows: int
     tokens: int
     row_ids: tuple[int, ...] = ()
+    limits: MicroBatchLimits = NO_LIMITS
 
 
 class TokenLogprobs(NamedTuple):

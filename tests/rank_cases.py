@@ -24,6 +24,7 @@ from tiny_models import (
     ranked_pairs,
     ranked_step,
     sequences,
+    within,
 )
 from torch import Tensor
 
@@ -209,18 +210,22 @@ def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0
     return module
 
 
-def steps_of(module: Any, count: int, accumulation: int, together: int = 1) -> list[Step[Any]]:
-    """This rank's share of some steps; on-policy modules cut their rollouts themselves.
+def steps_of(
+    module: Any, count: int, accumulation: int, together: int = 1, max_tokens: int | None = None
+) -> list[Step[Any]]:
+    """This rank's share of some steps; on-policy modules cut their rollouts themselves, by the step's limits.
 
     Args:
         module: what they are for.
         count: how many steps.
         accumulation: micro-batches of each.
         together: ranks that hold one model together, and see the same rows.
+        max_tokens: most tokens of a micro-batch of a rollout.
     """
     rank, ranks = (place // together for place in here())
     if module.batch_type is PromptBatch:
-        return [rollout_step(index, rank, ranks) for index in range(count)]
+        size = -(-PROMPTS * SAMPLES // (ranks * accumulation)) if accumulation > 1 else None
+        return within([rollout_step(index, rank, ranks) for index in range(count)], size, max_tokens)
     return [offline_step(module.batch_type, index, accumulation, rank, ranks) for index in range(count)]
 
 
@@ -255,15 +260,14 @@ def train(
     sharding: dict[str, Any] | None = None,
     precision: str = "32-true",
     accelerator: str = "cpu",
+    max_tokens: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Take some updates; return the first one's gradients, the weights after the last, what was drawn and logged."""
-    if accumulation > 1 and issubclass(kind_of(name), modules.OnPolicyModule):
-        settings["micro_batch_size"] = -(-PROMPTS * SAMPLES // (here()[1] * accumulation))
     module = module_of(name, folder, **settings)
     recorder, drawn = Recorder(), Drawn(module)
     training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has an update an epoch, or more
-    steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1))
+    steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1), max_tokens)
     trainer = trainer_of(
         strategy, here()[1], sharding, callbacks=[recorder], precision=precision, accelerator=accelerator
     )
@@ -419,6 +423,7 @@ def together(
     chunk_tokens: int | None = None,
     accumulation: int = 1,
     steps: int = 4,
+    max_tokens: int | None = None,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Train with everything at once; return the weights.
@@ -429,15 +434,16 @@ def together(
         strategy: over the ranks that call this.
         path: where to keep the checkpoint of a run that dies and goes on; None lives.
         chunk_tokens: tokens whose logits are held at a time.
-        accumulation: micro-batches of a step, or on-policy as many as ``max_tokens`` make.
+        accumulation: micro-batches of a step.
         steps: how many.
+        max_tokens: most tokens of a micro-batch of a rollout.
         settings: arguments of the class.
     """
 
     def fit(callbacks: list[pl.Callback], checkpoint: str | None) -> dict[str, Tensor]:
         module = module_of(name, folder, sgd=None, learning_rate=1e-3, **settings)
         trainer = trainer_of(strategy, here()[1], callbacks=callbacks)
-        data = ResumableData(steps_of(module, steps, accumulation))
+        data = ResumableData(steps_of(module, steps, accumulation, max_tokens=max_tokens))
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         return weights_of(module)
 

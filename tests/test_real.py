@@ -266,7 +266,7 @@ def test_the_classic_files_hold_the_usual_settings_of_the_recipe(capsys):
         assert config["data"]["init_args"]["batch_size"] == 64
     assert ppo["model"]["init_args"]["ppo_epochs"] == 4 and ppo["model"]["init_args"]["mini_batch_size"] == 64
     assert dpo["model"]["init_args"]["beta"] == 0.1
-    micro_batches = (ppo["model"]["init_args"], dpo["data"]["init_args"])
+    micro_batches = (ppo["data"]["init_args"], dpo["data"]["init_args"])
     assert [(part["micro_batch_size"], part["max_tokens"]) for part in micro_batches] == [(64, None)] * 2
 
 

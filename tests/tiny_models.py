@@ -21,7 +21,15 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch, Sequences, Step
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    MicroBatchLimits,
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Sequences,
+    Step,
+)
 
 
 def keep_double(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
@@ -263,6 +271,13 @@ def prompt_step(
         pretraining=pretraining,
     )
     return Step((batch,), count, 0)
+
+
+def within(
+    steps: Sequence[Step[Any]], micro_batch_size: int | None = None, max_tokens: int | None = None
+) -> list[Step[Any]]:
+    """Steps whose forward passes keep to bounds."""
+    return [step._replace(limits=MicroBatchLimits(micro_batch_size, max_tokens)) for step in steps]
 
 
 # -- fits -------------------------------------------------------------------------------------------------------------

@@ -159,9 +159,9 @@ def past_this_machine(folder: Path) -> str:
         for name, flags in STAGES.items():
             lengths = ["--plan.prompt_length", "1024", "--plan.completion_length", "1024"]
             further = ["--data.batch_size", size, "--data.max_length", "2048", "--memory", "80"]
-            bound = ["--model.max_tokens", "4096"] if name == "PPO" else ["--data.max_tokens", "4096"]
             critic = ["--model.critic", "shared"] if name == "PPO" and "QLoRA" in machine else []
-            further += [*bound, *critic, "--model.activation_checkpointing", "true", "--plan.config", architecture]
+            further += ["--data.max_tokens", "4096", *critic, "--model.activation_checkpointing", "true"]
+            further += ["--plan.config", architecture]
             if name == "PPO":
                 further += ["--model.sampling_batch_size", "8"]
             if "QLoRA" not in machine and name in ("DPO", "PPO"):

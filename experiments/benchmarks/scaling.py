@@ -169,7 +169,7 @@ def update(point: Point) -> Any:
     import torch
 
     from rlhf_lightning.models.layout import cut_sequences, select
-    from rlhf_lightning.types import DemonstrationBatch, Sequences, Step
+    from rlhf_lightning.types import DemonstrationBatch, MicroBatchLimits, Sequences, Step
 
     def ids(count: int) -> Any:
         return torch.randint(5, point.vocabulary, (count,))
@@ -181,7 +181,7 @@ def update(point: Point) -> Any:
         parents=tuple(row // point.group for row in range(len(completions))),
         supervised=tuple(torch.ones(len(row), dtype=torch.bool) for row in completions),
     )
-    cuts = cut_sequences(sequences, max_tokens=point.max_tokens, pack_rows=point.group > 1)
+    cuts = cut_sequences(sequences, limits=MicroBatchLimits(None, point.max_tokens), pack_rows=point.group > 1)
     batches = tuple(DemonstrationBatch(select(sequences, cut), torch.ones(len(cut))) for cut in cuts)
     return Step(batches, len(completions), sum(point.completions))
 

@@ -138,13 +138,11 @@ def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "model.kl_coef": 0.05,
             "model.scorer": "stage.distinct_letters",
         }
-        if args.max_tokens:
-            chosen["model.max_tokens"] = args.max_tokens
     else:
         chosen |= {"data.max_length": args.max_length, "trainer.max_steps": args.steps}
         chosen |= {"trainer.max_epochs": args.epochs if args.stage == "dpo" else 1}
-        if args.max_tokens:
-            chosen["data.max_tokens"] = args.max_tokens
+    if args.max_tokens:
+        chosen["data.max_tokens"] = args.max_tokens
     if args.stage == "grpo":
         chosen["data.samples_per_prompt"] = args.group
     if args.stage == "ppo":

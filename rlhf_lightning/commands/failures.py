@@ -12,9 +12,9 @@ OUT_OF_MEMORY = (
     "std::bad_alloc",
 )
 LOWER = (
-    "lower data.micro_batch_size, data.max_tokens or data.max_length (on-policy: model.micro_batch_size, "
-    "model.max_tokens, model.max_new_tokens or model.sampling_batch_size), or set model.activation_checkpointing=true "
-    "or model.lora; `rlhf plan` shows what takes how much"
+    "lower data.micro_batch_size, data.max_tokens or data.max_length (on-policy also model.max_new_tokens or "
+    "model.sampling_batch_size), or set model.activation_checkpointing=true or model.lora; `rlhf plan` shows what "
+    "takes how much"
 )
 
 

@@ -1,4 +1,4 @@
-"""The one owner of batching: which rows make an optimizer step, and how each rank cuts its share into micro-batches.
+"""Which rows make an optimizer step, and which of its micro-batches each rank takes; `micro_batches` cuts them.
 
 `BatchPlan` is pure arithmetic on row lengths: every rank computes the same plan, so nothing has to be communicated. The
 rows of a step depend on (seed, epoch, batch_size) alone. Within the step they are sorted by length and cut so that
@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from rlhf_lightning.micro_batches import cells_of, cut_micro_batches
+from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits
 
 
 class PlannedStep(NamedTuple):
@@ -44,9 +47,7 @@ class BatchPlan:
             and both completions where these share it.
         tokens: supervised tokens of each row.
         batch_size: rows of an optimizer step over all ranks.
-        micro_batch_size: most rows of a micro-batch.
-        max_tokens: most tokens of a micro-batch, pads included (rows times the longest) unless rows are packed; a row
-            longer than that alone makes a micro-batch of its own.
+        limits: bounds of a micro-batch, see `micro_batches`.
         ranks: number of data-parallel ranks.
         seed: seed of the order.
         epoch: number of the epoch; each has an order of its own.
@@ -64,8 +65,7 @@ class BatchPlan:
         tokens: Sequence[int] | np.ndarray,
         *,
         batch_size: int,
-        micro_batch_size: int | None = None,
-        max_tokens: int | None = None,
+        limits: MicroBatchLimits = NO_LIMITS,
         ranks: int = 1,
         seed: int = 0,
         epoch: int = 0,
@@ -76,7 +76,7 @@ class BatchPlan:
         for name, size in (("batch_size", batch_size), ("ranks", ranks)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}.")
-        for name, limit in (("micro_batch_size", micro_batch_size), ("max_tokens", max_tokens)):
+        for name, limit in limits._asdict().items():
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1 or None, not {limit}.")
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -89,8 +89,7 @@ class BatchPlan:
         if drop_last and count < batch_size:
             raise ValueError(f"{count} rows are fewer than batch_size {batch_size}, and drop_last leaves out the rest.")
         self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.max_tokens = max_tokens
+        self.limits = limits
         self.ranks = ranks
         self.packed = packed
         self.steps = count // batch_size if drop_last else -(-count // batch_size)
@@ -109,56 +108,12 @@ class BatchPlan:
     def step(self, index: int, rank: int) -> PlannedStep:
         """One rank's share of the step ``index``."""
         rows = self.rows_of(index)
-        by_length = rows[np.argsort(-self.lengths[rows], kind="stable")]
-        cuts = self._cut(self.lengths[by_length].tolist())
-        groups = [tuple(by_length[start:stop].tolist()) for start, stop in cuts]
-        costs = [self._cells(self.lengths[list(group)].tolist()) for group in groups]
+        lengths = self.lengths[rows]
+        cuts = cut_micro_batches(lengths, self.limits, packed=self.packed, multiple_of=self.ranks)
+        costs = [cells_of(lengths[cut].tolist(), self.packed) for cut in cuts]
         mine = _dealt(costs, self.ranks)[rank]
-        return PlannedStep(tuple(groups[i] for i in mine), len(rows), int(self.tokens[rows].sum()))
-
-    def _cells(self, lengths: list[int]) -> int:
-        """Cells that a micro-batch takes, by its lengths in falling order."""
-        if self.packed or not lengths:
-            return sum(lengths)
-        return len(lengths) * lengths[0]
-
-    def _cut(self, lengths: list[int]) -> list[tuple[int, int]]:
-        """Cut lengths in falling order into micro-batches, as few as the limits allow and a multiple of the ranks."""
-        limit = self.max_tokens or sum(lengths) + lengths[0] * len(lengths)
-        wanted = self.ranks * -(-len(self._filled(lengths, limit)) // self.ranks)
-        if wanted == 1:
-            return [(0, len(lengths))]
-        low, high = min(lengths[0], limit), limit  # a row longer than the limit stands alone, and widens no other
-        while low < high:  # the smallest token limit that needs no more micro-batches
-            middle = (low + high) // 2
-            if len(self._filled(lengths, middle)) <= wanted:
-                high = middle
-            else:
-                low = middle + 1
-        cuts = self._filled(lengths, low)
-        while len(cuts) < wanted:
-            sizes = [(stop - start > 1, self._cells(lengths[start:stop])) for start, stop in cuts]
-            largest = sizes.index(max(sizes))
-            start, stop = cuts[largest]
-            middle = (start + stop) // 2 if stop - start > 1 else stop
-            cuts[largest : largest + 1] = [(start, middle), (middle, stop)]
-        return cuts
-
-    def _filled(self, lengths: list[int], limit: int) -> list[tuple[int, int]]:
-        """Fill micro-batches one after the other, longest rows first: the fewest that the limits allow."""
-        most = self.micro_batch_size or len(lengths)
-        cuts, start = [], 0
-        while start < len(lengths):
-            stop = start + 1
-            cells = lengths[start]
-            while stop < len(lengths) and stop - start < most:
-                cells = cells + lengths[stop] if self.packed else (stop - start + 1) * lengths[start]
-                if cells > limit:
-                    break
-                stop += 1
-            cuts.append((start, stop))
-            start = stop
-        return cuts
+        groups = tuple(tuple(rows[cuts[index]].tolist()) for index in mine)
+        return PlannedStep(groups, len(rows), int(self.tokens[rows].sum()))
 
 
 def _dealt(costs: list[int], ranks: int) -> list[list[int]]:

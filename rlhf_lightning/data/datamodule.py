@@ -28,7 +28,7 @@ from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, sou
 from rlhf_lightning.data.steps import Collate, PlannedSteps, PromptSteps
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
-from rlhf_lightning.types import Prompt, RankedBatch, Step
+from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
 
 GIVERS = {
     "DemonstrationBatch": "SFTDataModule",
@@ -57,9 +57,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         rendered: plain text was written by a chat template before, so that control tokens in it are such. Otherwise
             they are encoded as the characters they are made of, as they always are in messages.
         batch_size: rows of an optimizer step, over all ranks.
-        micro_batch_size: most rows of one forward pass on one rank; None for no bound.
-        max_tokens: most tokens of one forward pass on one rank, pads included where the module packs no rows; None for
-            no bound.
+        micro_batch_size: most rows of one forward pass on one rank (of prompts, episodes); None for no bound.
+        max_tokens: most tokens of one forward pass on one rank, padding included where the module packs no rows; None
+            for no bound.
         max_length: most tokens of prompt and completion; longer rows are truncated, see `tokenization.truncate`.
         max_prompt_length: most tokens of the prompt; None leaves it to ``max_length``.
         shuffle: whether each epoch has an order of its own; otherwise rows come as the source has them.
@@ -121,6 +121,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens
+        self.limits = MicroBatchLimits(micro_batch_size, max_tokens)
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.shuffle = shuffle
@@ -309,8 +310,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         packed = self.trainer is not None and getattr(self.trainer.lightning_module, "packs_rows", False)
         lengths = store.shared_lengths if packed else store.lengths
         return BatchPlan(
-            lengths[rows], store.tokens[rows], micro_batch_size=self.micro_batch_size, max_tokens=self.max_tokens,
-            ranks=self.ranks[1], seed=self.seed, epoch=epoch, packed=packed, **{**settings, **changes},
+            lengths[rows], store.tokens[rows], limits=self.limits, ranks=self.ranks[1], seed=self.seed, epoch=epoch,
+            packed=packed, **{**settings, **changes},
         )  # fmt: skip
 
     def train_dataloader(self) -> StepLoader:
@@ -337,7 +338,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def _prompts_in_order(self, store: RowStore, rows: np.ndarray) -> StepLoader:
         cuts = [rows[start : start + self.eval_batch_size] for start in range(0, len(rows), self.eval_batch_size)]
-        steps = PromptSteps(store, cuts, 0, *self.ranks)
+        steps = PromptSteps(store, cuts, 0, *self.ranks, limits=self.limits)
         return StepLoader(lambda _: steps, len(cuts), self.fingerprint)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:

@@ -132,14 +132,15 @@ class PromptDataModule(AlignmentDataModule):
         steps = [rows[start : start + size] for start in range(0, len(rows), size)]
         episode = first * self.batch_size * self.candidate_rounds
         prompts = PromptSteps(
-            self.store, steps, episode, *self.ranks, self.samples_per_prompt, rounds=self.candidate_rounds
+            self.store, steps, episode, *self.ranks, self.samples_per_prompt, self.candidate_rounds, self.limits
         )
         return self._with_pretraining(prompts, first)
 
     def _streamed(self, rows: list[EncodedRow], index: int) -> Step[PromptBatch]:
         store = RowStore.build(rows, Report())
         first = index * self.batch_size
-        prompts = PromptSteps(store, [np.arange(len(store))], first, *self.ranks, self.samples_per_prompt)
+        whole = [np.arange(len(store))]
+        prompts = PromptSteps(store, whole, first, *self.ranks, self.samples_per_prompt, limits=self.limits)
         return self._with_pretraining(prompts, index)[0]
 
     def _with_pretraining(self, prompts: PromptSteps, first: int) -> EpochSteps:

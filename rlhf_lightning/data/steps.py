@@ -11,7 +11,7 @@ import torch
 from rlhf_lightning.data import collation
 from rlhf_lightning.data.batching import BatchPlan
 from rlhf_lightning.data.row_store import RowStore
-from rlhf_lightning.types import PromptBatch, Step
+from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, PromptBatch, Step
 
 Collate = Callable[[RowStore, Sequence[int]], Any]
 
@@ -38,7 +38,8 @@ class PlannedSteps:
         """This rank's share of a step."""
         planned = self.plan.step(index, self.rank)
         batches = (self.collate(self.store, self.rows[list(group)].tolist()) for group in planned.micro_batches)
-        return Step(tuple(batches), planned.rows, planned.tokens, tuple(self.rows[self.plan.rows_of(index)].tolist()))
+        row_ids = tuple(self.rows[self.plan.rows_of(index)].tolist())
+        return Step(tuple(batches), planned.rows, planned.tokens, row_ids, self.plan.limits)
 
 
 class PromptSteps:
@@ -53,6 +54,7 @@ class PromptSteps:
         ranks: number of ranks.
         samples: samples of each prompt.
         rounds: equal parts that a step is cut into, one micro-batch each; all but the first are candidates.
+        limits: bounds of each forward pass over what is sampled.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class PromptSteps:
         ranks: int,
         samples: int = 1,
         rounds: int = 1,
+        limits: MicroBatchLimits = NO_LIMITS,
     ) -> None:
         self.store, self.rows, self.rank, self.ranks, self.samples = store, rows, rank, ranks, samples
-        self.rounds = rounds
+        self.rounds, self.limits = rounds, limits
         self.begins = first + samples * np.cumsum([0, *(len(step) for step in rows)])
 
     def __len__(self) -> int:
@@ -81,4 +84,4 @@ class PromptSteps:
             places = part[self.rank :: self.ranks]
             episodes = torch.from_numpy(self.begins[index] + places * self.samples)
             batches.append(collation.prompts(self.store, rows[places].tolist(), episodes, self.samples))
-        return Step(tuple(batches), len(rows) * self.samples // self.rounds, 0, tuple(rows.tolist()))
+        return Step(tuple(batches), len(rows) * self.samples // self.rounds, 0, tuple(rows.tolist()), self.limits)

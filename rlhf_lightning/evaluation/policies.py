@@ -17,7 +17,7 @@ from rlhf_lightning.models.layout import cut_sequences, lay_out, select
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores
 from rlhf_lightning.scoring.scorer import GoldReward
-from rlhf_lightning.types import Prompt, Sequences
+from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
 
 MAX_TOKENS = 16_384
 
@@ -106,7 +106,7 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
     device, totals = next(policy.parameters()).device, torch.zeros(len(sequences.completions))
     with inference_mode_of(policy), inference_mode_of(reference):
         share = policy.reads_trees and reference.reads_trees
-        for rows in cut_sequences(sequences, max_tokens=MAX_TOKENS, pack_rows=share):
+        for rows in cut_sequences(sequences, limits=MicroBatchLimits(max_tokens=MAX_TOKENS), pack_rows=share):
             layout = lay_out(select(sequences, rows), share).to(device)
             tokens = kl_k1(policy(layout, temperature).logprobs, reference(layout, temperature).logprobs)
             totals[rows] = tokens.sum(-1).cpu()

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.packing import PackedRow, tree_width, trees_of
-from rlhf_lightning.types import Sequences
+from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Sequences
 
 
 class Layout(NamedTuple):
@@ -204,8 +205,7 @@ def select(sequences: Sequences, rows: Sequence[int]) -> Sequences:
 def cut_sequences(
     sequences: Sequences,
     rows: Sequence[int] | None = None,
-    micro_batch_size: int | None = None,
-    max_tokens: int | None = None,
+    limits: MicroBatchLimits = NO_LIMITS,
     pack_rows: bool = False,
 ) -> list[list[int]]:
     """Cut completions into micro-batches; those of a prompt stay together where it is computed once for them.
@@ -213,8 +213,7 @@ def cut_sequences(
     Args:
         sequences: prompts and completions.
         rows: completions to take; None takes all.
-        micro_batch_size: most completions of a micro-batch; a prompt's completions may be parted for it.
-        max_tokens: most tokens of a micro-batch, with the pads if `lay_out` may not pack rows.
+        limits: bounds of a micro-batch; a prompt's completions may be parted for them.
         pack_rows: whether `lay_out` may pack rows.
 
     Returns:
@@ -223,57 +222,20 @@ def cut_sequences(
     rows = list(range(len(sequences.completions))) if rows is None else list(rows)
     lengths = sequences.lengths
     if not pack_rows:
-        return [
-            [rows[i] for i in cut] for cut in cut_rows([lengths[row] for row in rows], micro_batch_size, max_tokens)
-        ]
-    parts: list[list[int]] = []
-    for tree in trees_of(sequences, rows):
-        prompt, part = len(sequences.prompts[sequences.parents[tree[0]]]), list[int]()
-        for row in tree:
-            wide = max_tokens is not None and tree_width(sequences, [*part, row]) > max(max_tokens, prompt)
-            if part and (wide or len(part) == micro_batch_size):
-                parts.append(part)
-                part = []
-            part.append(row)
-        parts.append(part)
+        return [[rows[i] for i in cut] for cut in cut_micro_batches([lengths[row] for row in rows], limits)]
+    parts = [part for tree in trees_of(sequences, rows) for part in _parts_of_tree(sequences, tree, limits)]
     widths = [tree_width(sequences, part) for part in parts]
-    cuts: list[list[int]] = []
-    tokens = 0
-    for index in sorted(range(len(parts)), key=lambda index: (-widths[index], index)):
-        size = len(cuts[-1]) + len(parts[index]) if cuts else 0
-        many = micro_batch_size is not None and size > micro_batch_size
-        if not cuts or many or (max_tokens is not None and tokens + widths[index] > max_tokens):
-            cuts.append([])
-            tokens = 0
-        cuts[-1] += parts[index]
-        tokens += widths[index]
-    return cuts
+    cuts = cut_micro_batches(widths, limits, packed=True, rows=[len(part) for part in parts])
+    return [[row for index in cut for row in parts[index]] for cut in cuts]
 
 
-def cut_rows(
-    lengths: Sequence[int], micro_batch_size: int | None = None, max_tokens: int | None = None
-) -> list[list[int]]:
-    """Cut rows into micro-batches of like length, so that little is padded.
-
-    Args:
-        lengths: tokens of each row.
-        micro_batch_size: most rows of a micro-batch.
-        max_tokens: most cells of a micro-batch, rows times the longest row; a longer single row stands alone.
-
-    Returns:
-        Row indices of each micro-batch, longest rows first; together every row once.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    cuts: list[list[int]] = []
-    for row in order:
-        current = cuts[-1] if cuts else None
-        full = (
-            current is None
-            or (micro_batch_size is not None and len(current) >= micro_batch_size)
-            or (max_tokens is not None and (len(current) + 1) * lengths[current[0]] > max_tokens)
-        )
-        if full or current is None:
-            cuts.append([row])
-        else:
-            current.append(row)
-    return cuts
+def _parts_of_tree(sequences: Sequences, tree: Sequence[int], limits: MicroBatchLimits) -> list[list[int]]:
+    """Part the completions of a prompt so that each part, with the prompt, keeps to the limits."""
+    most, prompt = limits.max_tokens, len(sequences.prompts[sequences.parents[tree[0]]])
+    parts: list[list[int]] = [[]]
+    for row in tree:
+        wide = most is not None and tree_width(sequences, [*parts[-1], row]) > max(most, prompt)
+        if parts[-1] and (wide or len(parts[-1]) == limits.micro_batch_size):
+            parts.append([])
+        parts[-1].append(row)
+    return parts

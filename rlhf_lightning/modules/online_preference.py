@@ -13,8 +13,9 @@ from torch import Tensor
 from rlhf_lightning.functional.online_preference import best_and_worst
 from rlhf_lightning.functional.policy_gradient import approx_kl
 from rlhf_lightning.functional.preference import dpo_loss
+from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.models.layout import cut_rows, select
+from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.dpo import measure_pairs
 from rlhf_lightning.training.meter import Meter
@@ -172,8 +173,9 @@ class OnlineDPOModule(OnPolicyModule):
         lengths = rollout.sequences.lengths
         sides = zip(pairs.chosen[mine].tolist(), pairs.rejected[mine].tolist(), strict=True)
         cells = [2 * max(lengths[chosen], lengths[rejected]) for chosen, rejected in sides]
-        size = None if self.micro_batch_size is None else max(self.micro_batch_size // 2, 1)
-        parts = [pairs.at(mine[torch.tensor(cut)]) for cut in cut_rows(cells, size, self.max_tokens)]
+        size = self.limits.micro_batch_size
+        limits = self.limits._replace(micro_batch_size=None if size is None else max(size // 2, 1))
+        parts = [pairs.at(mine[torch.tensor(cut)]) for cut in cut_micro_batches(cells, limits)]
         # Without a backward pass, and without metrics, this rank would keep the others waiting.
         parts += [no_pair(rollout)] * (max(most_passes(self.policy, len(parts)), 1) - len(parts))
         losses: list[Callable[[], Tensor]] = [partial(self._pair_loss_sum, rollout, part, meter) for part in parts]

@@ -286,7 +286,7 @@ class PPOModule(OnPolicyModule):
             meter.add("pretraining_loss", negative, layout.completion_mask)
             return scale * negative.sum()
 
-        cuts = cut_sequences(sequences, None, self.micro_batch_size, self.max_tokens)
+        cuts = cut_sequences(sequences, None, self.limits)
         cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text of its own
         return [partial(loss, cut) for cut in cuts]
 

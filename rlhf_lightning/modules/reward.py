@@ -101,7 +101,8 @@ class RewardModule(OfflineModule):
         scores = self.reward_model(self.lay_out(batch.sequences))
         group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)
         parts = (batch.ranks, batch.target, batch.margin, batch.weights)
-        ranked = RankedScores(scores, group, *(part.to(self.device) for part in parts))
+        ranks, target, margin, weights = (part.to(self.device) for part in parts)
+        ranked = RankedScores(scores, group, ranks, target, margin, weights)
         loss = as_loss(self.ranking_loss(ranked))
         self._measure(ranked, loss.values, meter)
         for name, values in loss.metrics.items():

@@ -104,10 +104,9 @@ def _on_ranks(ranks: int, data_ranks: int) -> str:
 def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Yield bounds of a half, a quarter ... of the micro-batch's cells, down to one row."""
     batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
-    owner = "data" if setup.rollout is None else "model"
     for halvings in range(1, 1 + math.floor(math.log2(max(batch.rows, 1)))):
         cells = batch.width * max(batch.rows >> halvings, 1)
-        yield f"--{owner}.max_tokens {cells}", replace(setup, rows=replace(setup.rows, max_tokens=cells))
+        yield f"--data.max_tokens {cells}", replace(setup, rows=replace(setup.rows, max_tokens=cells))
 
 
 def _fewer_weights(setup: Setup) -> Iterator[tuple[str, Setup]]:

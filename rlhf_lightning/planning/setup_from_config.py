@@ -143,8 +143,8 @@ def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, Rollout |
         completions=each,
         prompt=assumed.prompt_length or datamodule.max_prompt_length or longest,
         completion=assumed.completion_length or module.sampling.max_new_tokens,
-        micro_batch_size=getattr(module, "micro_batch_size", None),
-        max_tokens=getattr(module, "max_tokens", None),
+        micro_batch_size=datamodule.micro_batch_size,
+        max_tokens=datamodule.max_tokens,
         parts_groups=True,
     )
     updates = getattr(module, "ppo_epochs", 1) * math.ceil(episodes / mini)

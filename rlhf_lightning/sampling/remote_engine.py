@@ -28,7 +28,7 @@ from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.engines import Completions, Request, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
-from rlhf_lightning.types import Sequences
+from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 MAX_TOKENS = 8192
 """Cells of a forward pass that scores what a server wrote."""
@@ -195,7 +195,7 @@ def scored(
     sequences = Sequences(tuple(prompts), tuple(completions), rows, supervised)
     device, found = next(model.parameters()).device, dict[int, Tensor]()
     with inference_mode_of(model):
-        for cut in cut_sequences(sequences, max_tokens=MAX_TOKENS):
+        for cut in cut_sequences(sequences, limits=MicroBatchLimits(max_tokens=MAX_TOKENS)):
             grid = model(padded_layout(select(sequences, cut)).to(device), temperature).logprobs.cpu()
             found |= {row: grid[place, : len(completions[row])] for place, row in enumerate(cut)}
     return tuple(found[row] for row in rows)

@@ -19,7 +19,7 @@ from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.scorer import Scorer
-from rlhf_lightning.types import Prompt, Sequences
+from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
 
 
 class LearnedScorer(Scorer):
@@ -77,7 +77,7 @@ class LearnedScorer(Scorer):
         scores = torch.zeros(len(sequences.completions))
         share = self.model.reads_trees
         with in_step(self.model, partial(self.model, free_layout().to(device))) as before_pass:
-            for rows in cut_sequences(sequences, max_tokens=self.max_tokens, pack_rows=share):
+            for rows in cut_sequences(sequences, limits=MicroBatchLimits(max_tokens=self.max_tokens), pack_rows=share):
                 layout = lay_out(select(sequences, rows), share).to(device)
                 before_pass()
                 scores[rows] = (self.model(layout) - self.model.bias).to(scores)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.functional.process import aggregated_steps
-from rlhf_lightning.models.layout import cut_rows, padded_layout, select
+from rlhf_lightning.micro_batches import cut_micro_batches
+from rlhf_lightning.models.layout import padded_layout, select
 from rlhf_lightning.models.loading import BACKBONE_FILE, STEP_SEPARATOR, resolve_folder
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.scorer import Scorer
-from rlhf_lightning.types import Prompt, Sequences
+from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
 
 
 class ProcessScorer(Scorer):
@@ -68,7 +69,7 @@ class ProcessScorer(Scorer):
         sequences = self._encoded(prompts, completions)
         device = next(self.learned.model.parameters()).device
         scores: dict[int, Tensor] = {}
-        for cut in cut_rows(sequences.lengths, max_tokens=self.max_tokens):
+        for cut in cut_micro_batches(sequences.lengths, MicroBatchLimits(max_tokens=self.max_tokens)):
             layout = padded_layout(select(sequences, cut)).to(device)
             grid = self.learned.model(layout._replace(predictors=layout.predictors + 1), per_token=True).float().cpu()
             for place, number in enumerate(cut):

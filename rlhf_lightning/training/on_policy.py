@@ -37,7 +37,16 @@ from rlhf_lightning.training.rollouts import (
     with_score_std,
     without_unscored,
 )
-from rlhf_lightning.types import Advantages, Loss, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
+from rlhf_lightning.types import (
+    NO_LIMITS,
+    Advantages,
+    Loss,
+    PolicyLogprobs,
+    PromptBatch,
+    Rollout,
+    Sequences,
+    Step,
+)
 
 
 class OnPolicyModule(AlignmentModule):
@@ -59,9 +68,6 @@ class OnPolicyModule(AlignmentModule):
             policy, in fp32 and on whole weights; the ratio before the first update is then 1 up to rounding.
         ppo_epochs: passes over each rollout.
         mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
-        micro_batch_size: episodes of one forward and backward pass on a rank; None takes the whole minibatch.
-        max_tokens: most tokens of one forward and backward pass, pads included where no rows are packed; None for no
-            bound.
         kl_coef: strength of the KL leash, reward units per nat.
         kl_target: sequence KL that the coefficient is steered towards, nats; None keeps the coefficient fixed.
         kl_horizon: episodes over which the coefficient may change by a fifth.
@@ -99,8 +105,6 @@ class OnPolicyModule(AlignmentModule):
         reuse_behaviour_logprobs: bool = False,
         ppo_epochs: int = 4,
         mini_batch_size: int | None = None,
-        micro_batch_size: int | None = None,
-        max_tokens: int | None = None,
         kl_coef: float = 0.05,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
@@ -120,7 +124,7 @@ class OnPolicyModule(AlignmentModule):
         )
         self.reuse_behaviour_logprobs = reuse_behaviour_logprobs
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
-        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+        self.limits = NO_LIMITS
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
         self.early_stop_kl = early_stop_kl
@@ -188,7 +192,7 @@ class OnPolicyModule(AlignmentModule):
 
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
         """Collect one rollout and take all its updates."""
-        meter = Meter()
+        meter, self.limits = Meter(), step.limits
         rollout, entropy = self.collect(*step.micro_batches)
         norm = self.learn(rollout, entropy, step.micro_batches[0], meter)
         self.rollouts += 1
@@ -270,8 +274,8 @@ class OnPolicyModule(AlignmentModule):
         return self.reuse_behaviour_logprobs and known and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """Cut episodes into micro-batches, in training as for a rollout's statistics."""
-        return cut_sequences(sequences, rows, self.micro_batch_size, self.max_tokens, self.packs_rows)
+        """Cut episodes into micro-batches by the step's limits, in training as for a rollout's statistics."""
+        return cut_sequences(sequences, rows, self.limits, self.packs_rows)
 
     def _forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
         """Return what one forward of the reference, and one of the policy, say about a micro-batch."""
@@ -485,6 +489,7 @@ class OnPolicyModule(AlignmentModule):
 
     def validation_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
         """Sample and score held-out prompts, and measure the KL to the reference on them."""
+        self.limits = step.limits
         for batch in step.micro_batches:
             rollout, entropy = self.collect(batch._replace(episodes=-1 - batch.episodes))
             self._measure_rollout(rollout, torch.zeros_like(rollout.old_logprobs), entropy, self._evaluation)

@@ -27,5 +27,5 @@ def test_one_line_says_what_to_lower(kind: str, tmp_path: Path) -> None:
     assert status == 1 and "Traceback" not in said
     assert line.startswith("rlhf: out of memory (")
     for word in ("data.micro_batch_size", "data.max_tokens", "data.max_length", "model.lora", "rlhf plan",
-                 "model.activation_checkpointing", "model.micro_batch_size"):  # fmt: skip
+                 "model.activation_checkpointing", "model.sampling_batch_size"):  # fmt: skip
         assert word in line

@@ -6,10 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data.batching import BatchPlan, shuffled
+from rlhf_lightning.micro_batches import cells_of
+from rlhf_lightning.types import MicroBatchLimits
 
 
 def plan(lengths, tokens=None, **changes):
-    return BatchPlan(lengths, [1] * len(lengths) if tokens is None else tokens, **{"batch_size": 4, **changes})
+    given = {"batch_size": 4, **changes}
+    limits = MicroBatchLimits(given.pop("micro_batch_size", None), given.pop("max_tokens", None))
+    return BatchPlan(lengths, [1] * len(lengths) if tokens is None else tokens, limits=limits, **given)
 
 
 def shares(plan, step):
@@ -77,18 +81,13 @@ CASES = st.fixed_dictionaries(
 )
 
 
-def cells_of(lengths, packed):
-    """Cells of a micro-batch: rows are laid end to end, or each is padded to the longest."""
-    return sum(lengths) if packed else len(lengths) * max(lengths)
-
-
 @settings(max_examples=80, deadline=None)
 @given(CASES)
 def test_whatever_the_cut(case):
     lengths = case.pop("lengths")
     tokens = [length // 2 for length in lengths]
-    cut = BatchPlan(lengths, tokens, **case)
-    whole = BatchPlan(lengths, tokens, **{**case, "ranks": 1, "micro_batch_size": None, "max_tokens": None})
+    cut = plan(lengths, tokens, **case)
+    whole = plan(lengths, tokens, **{**case, "ranks": 1, "micro_batch_size": None, "max_tokens": None})
     assert len(cut) == len(whole) == -(-len(lengths) // case["batch_size"])
     seen = []
     for step in range(len(cut)):
@@ -109,7 +108,7 @@ def test_whatever_the_cut(case):
             assert all(group for share in found for group in share.micro_batches), "a rank idles without need"
         seen += rows
     assert sorted(seen) == list(range(len(lengths)))
-    again = BatchPlan(lengths, tokens, **case)
+    again = plan(lengths, tokens, **case)
     assert [shares(again, step) for step in range(len(again))] == [shares(cut, step) for step in range(len(cut))]
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import sequences
 
-from rlhf_lightning.models.layout import cut_rows, padded_layout, select
+from rlhf_lightning.models.layout import padded_layout, select
 from rlhf_lightning.types import Sequences
 
 EXAMPLE = sequences([([5, 6, 7], [8, 9, 2]), ([4], [3, 9, 6, 5, 8, 7, 2])])
@@ -113,29 +113,3 @@ def test_select_keeps_only_the_prompts_that_are_needed() -> None:
     assert [completion.tolist() for completion in chosen.completions] == [[23], [11], [13]]
     assert chosen.parents == (1, 0, 1)
     assert [flags.tolist() for flags in chosen.supervised] == [[False], [True], [True]]
-
-
-lengths = st.lists(st.integers(1, 40), max_size=30)
-
-
-@given(lengths, st.none() | st.integers(1, 8), st.none() | st.integers(1, 120))
-@settings(max_examples=150, deadline=None)
-def test_cut_rows_takes_every_row_once_within_both_limits(
-    lengths: list[int], micro_batch_size: int | None, max_tokens: int | None
-) -> None:
-    cuts = cut_rows(lengths, micro_batch_size, max_tokens)
-    assert sorted(row for cut in cuts for row in cut) == list(range(len(lengths)))
-    for cut in cuts:
-        assert micro_batch_size is None or len(cut) <= micro_batch_size
-        cells = len(cut) * max(lengths[row] for row in cut)
-        assert max_tokens is None or cells <= max_tokens or len(cut) == 1
-    flat = [lengths[row] for cut in cuts for row in cut]
-    assert flat == sorted(flat, reverse=True)
-    if micro_batch_size is None and max_tokens is None:
-        assert len(cuts) == min(len(lengths), 1)
-
-
-def test_cut_rows_of_a_worked_example() -> None:
-    assert cut_rows([3, 9, 4, 4, 8], max_tokens=16) == [[1], [4, 2], [3, 0]]
-    assert cut_rows([3, 9, 4, 4, 8], max_tokens=5) == [[1], [4], [2], [3], [0]]
-    assert cut_rows([3, 9, 4, 4, 8], micro_batch_size=2) == [[1, 4], [2, 3], [0]]

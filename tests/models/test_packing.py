@@ -14,7 +14,7 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import FEW_PADS, Layout, cut_sequences, lay_out, packed_layout, padded_layout, select
 from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.types import Sequences
+from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 
 def shared_layout(batch: Sequences) -> Layout:
@@ -176,7 +176,7 @@ def test_any_rows_however_cut_give_the_same_logprobs(
     policy = POLICY
     with torch.no_grad():
         alone = policy(padded_layout(batch)).logprobs
-        cuts = cut_sequences(batch, None, micro_batch_size, max_tokens, pack_rows=True)
+        cuts = cut_sequences(batch, None, MicroBatchLimits(micro_batch_size, max_tokens), pack_rows=True)
         assert sorted(row for cut in cuts for row in cut) == list(range(len(rows)))
         for cut in cuts:
             assert len(cut) <= micro_batch_size
@@ -196,7 +196,7 @@ POLICY = CausalLM(model_of("llama"))
 def test_cut_keeps_a_prompt_s_completions_together() -> None:
     batch: Sequences = sequences([([5, 6], [7]), ([8, 9], [7]), ([5, 6], [7, 7]), ([8, 9], [7, 7, 7])])
     assert cut_sequences(batch, pack_rows=True) == [[1, 3, 0, 2]]
-    assert cut_sequences(batch, max_tokens=6, pack_rows=True) == [[1, 3], [0, 2]]
-    assert cut_sequences(batch, max_tokens=4, pack_rows=True) == [[3], [2], [0], [1]]
-    assert cut_sequences(batch, [0, 2], micro_batch_size=1, pack_rows=True) == [[2], [0]]
-    assert cut_sequences(batch, max_tokens=6) == [[3], [2], [0, 1]]
+    assert cut_sequences(batch, limits=MicroBatchLimits(max_tokens=6), pack_rows=True) == [[1, 3], [0, 2]]
+    assert cut_sequences(batch, limits=MicroBatchLimits(max_tokens=4), pack_rows=True) == [[3], [2], [0], [1]]
+    assert cut_sequences(batch, [0, 2], MicroBatchLimits(1), pack_rows=True) == [[2], [0]]
+    assert cut_sequences(batch, limits=MicroBatchLimits(max_tokens=6)) == [[3], [2], [0, 1]]

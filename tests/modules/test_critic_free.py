@@ -16,6 +16,7 @@ from tiny_models import (
     quiet_trainer,
     random_rows,
     weights_of,
+    within,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -163,17 +164,17 @@ def test_dr_grpo_divides_by_a_constant() -> None:
 # -- whole steps ------------------------------------------------------------------------------------------------------
 
 
-def gradients(name: str, folder: str, **settings: Any) -> dict[str, Tensor]:
-    module = module_of(name, folder, max_grad_norm=None, **settings)
-    return gradients_of_step(module, grouped(prompt_step(GROUPED)))
+def gradients(name: str, folder: str, micro: int | None = None, most: int | None = None, **settings: Any) -> Any:
+    (step,) = within([grouped(prompt_step(GROUPED))], micro, most)
+    return gradients_of_step(module_of(name, folder, max_grad_norm=None, **settings), step)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_do_not_depend_on_the_cut(policy_folder: str, name: str) -> None:
     whole = gradients(name, policy_folder)
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-6
-    assert_same(gradients(name, policy_folder, micro_batch_size=1), whole, rtol=1e-4, atol=1e-6)
-    assert_same(gradients(name, policy_folder, max_tokens=30), whole, rtol=1e-4, atol=1e-6)
+    assert_same(gradients(name, policy_folder, micro=1), whole, rtol=1e-4, atol=1e-6)
+    assert_same(gradients(name, policy_folder, most=30), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None:

@@ -17,6 +17,7 @@ from tiny_models import (
     quiet_trainer,
     random_rows,
     weights_of,
+    within,
 )
 from torch import Tensor
 from training.test_module_checkpoints import Snapshot
@@ -148,8 +149,9 @@ def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_do_not_depend_on_the_cut(policy_folder: str, name: str) -> None:
-    def gradients(**settings: Any) -> dict[str, Tensor]:
-        return gradients_of_step(made(name, policy_folder, max_grad_norm=None, **settings), questions())
+    def gradients(**limits: int) -> dict[str, Tensor]:
+        (step,) = within([questions()], **limits)
+        return gradients_of_step(made(name, policy_folder, max_grad_norm=None), step)
 
     whole = gradients()
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-6

@@ -20,6 +20,7 @@ from tiny_models import (
     save_reward_model,
     sequences,
     weights_of,
+    within,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -90,10 +91,10 @@ def test_updates_are_those_of_plain_pytorch_however_they_are_cut(
     module = ppo(
         policy_folder, critic_init=reward_folder, ppo_epochs=2, temperature=0.7, kl_coef=0.3, value_coef=0.4,
         entropy_coef=0.05, lam=0.9, gamma=0.97, learning_rate=1e-2, adam_eps=1e-3, missing_eos_score=-1.0,
-        max_grad_norm=0.5, micro_batch_size=micro,
+        max_grad_norm=0.5,
     )  # fmt: skip
     logged = MetricsLog()
-    fit(module, rollouts(2), callbacks=[logged])
+    fit(module, within(rollouts(2), micro), callbacks=[logged])
 
     policy, reference = (AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32) for _ in range(2))
     critic = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32)
@@ -150,7 +151,7 @@ def test_updates_are_those_of_plain_pytorch_however_they_are_cut(
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
 def test_at_the_first_update_the_ratio_is_1_and_the_kl_0(policy_folder: str, lora: LoraSettings | None) -> None:
     logged = MetricsLog()
-    fit(ppo(policy_folder, temperature=0.7, lora=lora, micro_batch_size=3), rollouts(1), callbacks=[logged])
+    fit(ppo(policy_folder, temperature=0.7, lora=lora), within(rollouts(1), 3), callbacks=[logged])
     first = logged.rows[0]
     assert first["train/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert first["train/approx_kl"] < 1e-10
@@ -325,9 +326,9 @@ def test_the_pretraining_term_is_the_mean_negative_log_likelihood_times_its_weig
     """Scores and KL are 0 and the critic starts at 0, so that nothing else has a gradient."""
     rows = random_rows(5, seed=70)
     (mixed,) = demonstration_step(rows).micro_batches
-    module = ppo(policy_folder, nothing, pretraining_coef=3.0, max_grad_norm=None, micro_batch_size=micro)
+    module = ppo(policy_folder, nothing, pretraining_coef=3.0, max_grad_norm=None)
     kept, logged = LastGradients(), MetricsLog()
-    fit(module, [prompt_step(PROMPTS, pretraining=mixed)], callbacks=[kept, logged])
+    fit(module, within([prompt_step(PROMPTS, pretraining=mixed)], micro), callbacks=[kept, logged])
     plain = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     mean = -torch.cat([plain_logprobs(plain, *row) for row in rows]).mean()
     (3.0 * mean).backward()
@@ -346,10 +347,10 @@ def test_a_shared_critic_starts_at_zero_and_learns_the_rewards_to_go(
 ) -> None:
     module = ppo(
         policy_folder, critic="shared", lam=1.0, kl_coef=0.0, value_coef=0.5, reward_slot=slot, max_grad_norm=None,
-        value_clip=value_clip, micro_batch_size=3,
+        value_clip=value_clip,
     )  # fmt: skip
     kept, logged = LastGradients(), MetricsLog()
-    fit(module, rollouts(1), callbacks=[kept, logged])
+    fit(module, within(rollouts(1), 3), callbacks=[kept, logged])
     (rollout,) = module.kept
     assert module.critic is None
     assert rollout.values is not None and rollout.values.abs().sum() == 0
@@ -425,9 +426,9 @@ def test_a_policy_that_starts_from_an_adapter_gets_a_critic_on_the_same_trunk(
 
 def test_the_same_seed_gives_the_same_run_however_it_is_cut(policy_folder: str) -> None:
     found = []
-    for settings in ({}, {"micro_batch_size": 3, "sampling_batch_size": 5}, {"max_tokens": 40}):
-        module = ppo(policy_folder, adam_eps=1e-3, ppo_epochs=2, mini_batch_size=5, **settings)
-        fit(module, rollouts(2))
+    for slots, limits in ((None, {}), (5, {"micro_batch_size": 3}), (None, {"max_tokens": 40})):
+        module = ppo(policy_folder, adam_eps=1e-3, ppo_epochs=2, mini_batch_size=5, sampling_batch_size=slots)
+        fit(module, within(rollouts(2), **limits))
         completions = [[ids.tolist() for ids in rollout.sequences.completions] for rollout in module.kept]
         found.append((completions, weights_of(module)))
     for completions, weights in found[1:]:

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from rlhf_lightning.data.batching import BatchPlan
-from rlhf_lightning.models.layout import cut_rows
+from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.planning.estimate import plan
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.published import PUBLISHED, config_text, published
 from rlhf_lightning.planning.remedies import remedies
 from rlhf_lightning.planning.setup import Frozen, Machine, Rollout, Rows, Setup, micro_batch
+from rlhf_lightning.types import MicroBatchLimits
 
 TINY = config_text(
     json.dumps(
@@ -54,7 +55,7 @@ def roles(setup: Setup) -> dict[str, tuple[int, int]]:
 def test_fixed_data_is_cut_as_the_datas_plan_cuts_it(bounds, ranks):
     rows = Rows(groups=11, completions=1, prompt=20, completion=10, **bounds)
     batch = micro_batch(rows, ranks, packs_rows=True)
-    real = BatchPlan([30] * 11, [10] * 11, batch_size=11, ranks=ranks, shuffle=False, **bounds)
+    real = BatchPlan([30] * 11, [10] * 11, batch_size=11, ranks=ranks, shuffle=False, limits=MicroBatchLimits(**bounds))
     shares = [real.step(0, rank).micro_batches for rank in range(ranks)]
     assert batch.passes == len(shares[0])
     assert batch.rows == max(len(group) for share in shares for group in share)
@@ -64,7 +65,7 @@ def test_fixed_data_is_cut_as_the_datas_plan_cuts_it(bounds, ranks):
 @pytest.mark.parametrize("bounds", [{}, {"micro_batch_size": 3}, {"max_tokens": 95}, {"max_tokens": 10}])
 def test_rollouts_are_cut_as_the_modules_cut_them(bounds):
     batch = micro_batch(replace(EPISODES, groups=11, **bounds), 1, packs_rows=True)
-    cuts = cut_rows([30] * 11, **bounds)
+    cuts = cut_micro_batches([30] * 11, MicroBatchLimits(**bounds))
     assert (batch.passes, batch.rows) == (len(cuts), max(map(len, cuts)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_server import BASE, serving
-from tiny_models import MetricsLog, fit, prompt_step, random_rows
+from tiny_models import MetricsLog, fit, prompt_step, random_rows, within
 
 from rlhf_lightning import modules
 from rlhf_lightning.models.loading import LoraSettings
@@ -23,7 +23,7 @@ def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]
 
 
 def settings_of(folder: str, **changes: Any) -> dict[str, Any]:
-    defaults = {"max_new_tokens": 8, "learning_rate": 1e-2, "lr_schedule": "constant", "micro_batch_size": 6}
+    defaults = {"max_new_tokens": 8, "learning_rate": 1e-2, "lr_schedule": "constant"}
     return {"init_from": folder, "scorer": lengths, "lora": LoraSettings(r=4), **defaults, **changes}
 
 
@@ -43,7 +43,7 @@ class RecordedGRPO(modules.GRPOModule):
 def step_of_groups() -> Any:
     step = prompt_step(PROMPTS)
     batch = step.micro_batches[0]
-    return step._replace(micro_batches=(batch._replace(group=torch.arange(6) // 2),))
+    return within([step._replace(micro_batches=(batch._replace(group=torch.arange(6) // 2),))], 6)[0]
 
 
 def test_samples_of_a_server_are_weighed_by_what_it_drew_with(policy_folder: str, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.functional.judging import option_logprobs
+from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
-from rlhf_lightning.models.layout import cut_rows
 from rlhf_lightning.models.loading import LoadSettings, resolve_folder
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.scoring.judges.judge import Answer, Question, Written, no_answer
 from rlhf_lightning.scoring.judges.wording import as_text, first_paragraphs
 from rlhf_lightning.tokenization import load_tokenizer
-from rlhf_lightning.types import Message, Prompt
+from rlhf_lightning.types import Message, MicroBatchLimits, Prompt
 
 SPELLINGS = (
     "{}",
@@ -146,7 +146,9 @@ class LocalJudge:
         answers = [no_answer("too_long", text) for text in said]
         fit = [place for place, ids in enumerate(encoded) if self.max_length is None or len(ids) <= self.max_length]
         with inference_mode_of(self.model):
-            for cut in cut_rows([len(encoded[place]) for place in fit], max_tokens=self.max_tokens):
+            for cut in cut_micro_batches(
+                [len(encoded[place]) for place in fit], MicroBatchLimits(max_tokens=self.max_tokens)
+            ):
                 rows = [fit[place] for place in cut]
                 for row, (first, second) in zip(rows, self._letters([encoded[row] for row in rows]), strict=True):
                     answers[row] = Answer(first, second, said[row])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import Rollout, Sequences
+from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Rollout, Sequences
 from rlhf_lightning.verification.checks.offline import input_checks, padding_check, pair_checks, point_checks
 from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.verification.convergence import policy_of
@@ -117,11 +117,9 @@ def update_checks(subject: Subject) -> list[Check]:
     scale = float(whole.abs().max())
     advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
     checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached")]
-    cuts: tuple[dict[str, Any], ...] = ({"micro_batch_size": 4}, {"max_tokens": 9})
-    for changes in cuts:
-        parts = step_gradient(subject, **changes)
-        apart = (parts - whole).abs().max() / max(scale, 1e-300)
-        checks.append(at_most("micro-batches" if "micro_batch_size" in changes else "max tokens", apart, 1e-7, advice))
+    for name, limits in (("micro-batches", MicroBatchLimits(4)), ("max tokens", MicroBatchLimits(None, 9))):
+        apart = (step_gradient(subject, limits=limits) - whole).abs().max() / max(scale, 1e-300)
+        checks.append(at_most(name, apart, 1e-7, advice))
     ranks = rank_gradients(subject)
     checks.append(at_most("two ranks", (ranks - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
     return checks
@@ -143,9 +141,15 @@ def part_of(rollout: Rollout, rows: list[int]) -> Rollout:
     return rollout._replace(**{**fields, "sequences": select(rollout.sequences, rows)})
 
 
-def step_gradient(subject: Subject, rows: list[int] | None = None, over_ranks: Any = None, **changes: Any) -> Tensor:
+def step_gradient(
+    subject: Subject,
+    rows: list[int] | None = None,
+    over_ranks: Any = None,
+    limits: MicroBatchLimits = NO_LIMITS,
+) -> Tensor:
     """Return the gradient of a rollout's update through the module's own ``learn``, of some of its rows if named."""
-    module = subject.fresh(moved=True, on_violation="warn", **changes)  # each mistake has a check of its own here
+    module = subject.fresh(moved=True, on_violation="warn")  # each mistake has a check of its own here
+    module.limits = limits
     rollout = some_groups(subject, module)
     if rows is not None:
         rollout = part_of(rollout, rows)
