@@ -246,3 +246,42 @@ def test_a_wrong_import_would_be_seen():
     )
     assert {name for _, name in imported_modules(tree)} == {"rlhf_lightning.data.sft", "rlhf_lightning.modules"}
     assert imports_at_module_level(tree) == ["rlhf_lightning.data.sft"]
+
+
+BUILDING_BLOCKS = {
+    "token_logprobs": "per-token statistics of users' objectives",
+    "token_entropy": "per-token statistics of users' objectives",
+    "brier_score": "evaluation: calibration of reward models",
+    "log_loss": "evaluation: calibration of reward models",
+    "length_controlled_win_rate": "evaluation: win rates",
+    "pass_at_k": "evaluation: tasks with a right answer",
+    "soft_best_of_n": "evaluation: best-of-n",
+    "weighted_best_of_n": "evaluation: best-of-n by majority",
+    "best_of_n_overoptimization": "evaluation: over-optimisation",
+    "best_of_n_overoptimization_fit": "evaluation: over-optimisation",
+    "best_of_n_peak": "evaluation: over-optimisation",
+    "rl_overoptimization": "evaluation: over-optimisation",
+    "rl_overoptimization_fit": "evaluation: over-optimisation",
+    "rl_peak": "evaluation: over-optimisation",
+}
+"""Public functions of functional/ that are kept although nothing uses them yet, and what for."""
+
+
+def test_every_function_has_a_user():
+    """Tests do not count: a formula that only its test calls is code to maintain for nobody."""
+    used: set[str] = set()
+    for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            used |= {node.id} if isinstance(node, ast.Name) else set()
+            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+    public = {
+        node.name
+        for path in (PACKAGE / "functional").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+    moving = {"sequence_rewards", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length_mean",
+              "log_collision_probability"}  # fmt: skip
+    unused = public - used - BUILDING_BLOCKS.keys() - moving
+    assert not unused, f"nothing uses {sorted(unused)}: delete them, or say in BUILDING_BLOCKS what they are kept for"
+    assert BUILDING_BLOCKS.keys() <= public, f"gone: {sorted(BUILDING_BLOCKS.keys() - public)}"

@@ -83,16 +83,6 @@ def position_bias(probability: Tensor, swapped_probability: Tensor) -> Tensor:
     return (probability + swapped_probability).mean() / 2 - 0.5
 
 
-def expected_rating(rating_logprobs: Tensor, ratings: Tensor) -> Tensor:
-    r"""Mean rating of a pointwise judge, \sum_k softmax(l)_k rating_k, over the tokens that stand for ratings.
-
-    Args:
-        rating_logprobs: l, log-probability of each rating's token, shape (completions, ratings).
-        ratings: the ratings that the tokens stand for, shape (ratings,).
-    """
-    return (at_least_float32(rating_logprobs).softmax(-1) * ratings).sum(-1)
-
-
 def label_entropy(probability: Tensor) -> Tensor:
     r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 of one that cannot tell, 0 of a sure one.
 

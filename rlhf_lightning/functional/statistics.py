@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lightning.functional.logprobs import at_least_float32, masked_mean, require_shape
+from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
 # --- calibration of a reward model -----------------------------------------------------------------------------------
 
@@ -54,25 +54,6 @@ def log_loss(delta: Tensor) -> Tensor:
     """
     require_shape("pairs", delta=delta)
     return -F.logsigmoid(at_least_float32(delta))
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    r"""Share of the returns' variance that the critic explains, 1 - Var(R - V) / Var(R), over unmasked tokens.
-
-    Args:
-        values: V, shape (episodes, length).
-        returns: R, shape (episodes, length).
-        mask: bool, shape (episodes, length).
-
-    Returns:
-        A scalar: 1 for a perfect critic, 0 for a constant one, negative for a worse one; NaN where all returns agree.
-    """
-    require_shape("...", values=values, returns=returns, mask=mask)
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-    return 1 - variance(at_least_float32(returns) - values) / variance(returns)
 
 
 # --- win rates -------------------------------------------------------------------------------------------------------
@@ -332,43 +313,3 @@ def _linear_fit(first: Tensor, second: Tensor, observed: Tensor) -> tuple[Tensor
     design = torch.stack([first, second], dim=-1).double()
     alpha, beta = torch.linalg.lstsq(design, observed.double().unsqueeze(-1)).solution.squeeze(-1)
     return alpha, beta
-
-
-# --- benchmarks of reward models -------------------------------------------------------------------------------------
-
-
-def benchmark_score(
-    accuracies: Tensor, counts: Tensor, sections: Tensor, section_weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Score of a reward model as RewardBench averages it (Lambert et al., arXiv 2403.13787).
-
-    A section is the mean of its subsets weighted by their examples; the score is the weighted mean of the sections.
-
-    Args:
-        accuracies: of each subset, strict: a tie is an error. Shape (subsets,).
-        counts: examples of each subset, shape (subsets,).
-        sections: index of the section each subset belongs to, int64 from 0, shape (subsets,).
-        section_weights: shape (sections,); None for equal weights.
-
-    Returns:
-        The score, a scalar, and each section's, shape (sections,).
-    """
-    require_shape("subsets", accuracies=accuracies, counts=counts, sections=sections)
-    accuracies = at_least_float32(accuracies)
-    examples = torch.bincount(sections, weights=counts)
-    by_section = torch.bincount(sections, weights=accuracies * counts) / examples
-    weights = torch.ones_like(by_section) if section_weights is None else section_weights
-    return (weights * by_section).sum() / weights.sum(), by_section
-
-
-def best_of_k_credit(scores: Tensor) -> Tensor:
-    """Credit for finding the right completion among k, shared between ties: 1 / number at the maximum, else 0.
-
-    Args:
-        scores: of the right completion first and then of the wrong ones, shape (prompts, k).
-
-    Returns:
-        Shape (prompts,), in [0, 1].
-    """
-    best = scores == scores.max(-1, keepdim=True).values
-    return best[:, 0] / best.sum(-1)

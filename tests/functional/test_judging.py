@@ -6,7 +6,6 @@ from rlhf_lightning.functional.judging import (
     agreement,
     debiased_probability,
     debiased_probability_from_logits,
-    expected_rating,
     label_entropy,
     option_logprobs,
     position_bias,
@@ -69,11 +68,6 @@ def test_judging_the_other_completion_gives_the_complement(seed):
     ones = torch.ones_like(p)
     torch.testing.assert_close(debiased_probability(p, swapped) + debiased_probability(swapped, p), ones)
     torch.testing.assert_close(verdict(p, swapped) + verdict(swapped, p), ones)
-
-
-def test_an_expected_rating_weighs_digits_by_probability():
-    logprobs = torch.tensor([[0.1, 0.3], [0.2, 0.2]]).double().log()
-    torch.testing.assert_close(expected_rating(logprobs, torch.tensor([1.0, 5.0]).double()).tolist(), [4.0, 3.0])
 
 
 def test_the_entropy_of_a_label_is_in_nats():

@@ -26,8 +26,8 @@ from .worked import Worked, check, each
 
 PRINTED = json.loads((Path(__file__).parent / "printed_numbers.json").read_text())
 COUNTS = {
-    "1 tokenisation": 32,
-    "2 supervised fine-tuning": 23,
+    "1 tokenisation": 26,
+    "2 supervised fine-tuning": 13,
     "3 reward model": 17,
     "4 PPO": 52,
     "5 critic-free policy gradients": 49,
@@ -35,7 +35,7 @@ COUNTS = {
     "6 values at the reference": 20,
     "7 best-of-n": 14,
     "8 AI feedback": 6,
-    "9 evaluation": 15,
+    "9 evaluation": 14,
     "10 distillation": 7,
 }
 """Printed numbers by section."""

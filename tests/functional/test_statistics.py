@@ -7,8 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.functional.statistics import (
-    benchmark_score,
-    best_of_k_credit,
     best_of_n_curve,
     best_of_n_kl,
     best_of_n_overoptimization,
@@ -17,7 +15,6 @@ from rlhf_lightning.functional.statistics import (
     bootstrap_interval,
     brier_score,
     calibration_error,
-    explained_variance,
     length_controlled_fit,
     length_controlled_win_rate,
     length_terms,
@@ -30,14 +27,13 @@ from rlhf_lightning.functional.statistics import (
     win_rate,
 )
 
-from .worked import Worked, check, each, normal, property_test, right_padded_mask
+from .worked import Worked, check, each, normal, property_test
 
 DELTA = [0.8, -0.2, 2.0, 0.1, -1.5]
 PROXY, GOLD = [0.1, 0.4, 0.35, 0.8], [1, 3, 2, 2.5]
 # The last two lengths bring the deviation of all five to 1, so that the first three are standardised as they stand.
 FAR = math.sqrt((5 * (1 + 0.16**2) - 1.34) / 2)
 LENGTHS = [1, -0.5, 0.3, FAR, -FAR]
-SUBSETS = ([0.95, 0.80, 0.90, 1.0, 0.90], [100, 95, 95, 28, 40])
 
 
 def soft_verdicts(t):
@@ -69,11 +65,6 @@ WORKED = [
     Worked("best-of-n peak", lambda t: torch.stack(best_of_n_peak(1, 0.2)), [2.5, 1.25]),
     Worked("rl overoptimization", lambda t: rl_overoptimization(t(3.0), 1, 0.4), 1.68166525),
     Worked("rl peak", lambda t: torch.stack(rl_peak(1, 0.4)), [4.48168907, 1.79267563]),
-    Worked(
-        "benchmark section",
-        lambda t: benchmark_score(t(SUBSETS[0]), torch.tensor(SUBSETS[1]), torch.zeros(5, dtype=torch.long))[0],
-        0.89525140,
-    ),
 ]
 
 
@@ -119,18 +110,6 @@ def test_ties_of_scores_are_wrong_and_uninformative():
     assert calibration_error(tie).item() == 0.5
     assert brier_score(tie).item() == 0.25
     torch.testing.assert_close(log_loss(tie).item(), math.log(2))
-
-
-@property_test
-@given(seed=st.integers(0, 2**31))
-def test_explained_variance_of_perfect_constant_and_contrary_critics(seed):
-    mask = right_padded_mask(seed, 3, 4, least=2)
-    returns = torch.where(mask, normal(seed, 3, 4), float("nan"))
-    assert explained_variance(returns + 5, returns, mask).item() == pytest.approx(1)
-    assert explained_variance(torch.full_like(returns, 9.0), returns, mask).item() == pytest.approx(0)
-    assert explained_variance(-returns, returns, mask).item() == pytest.approx(-3)
-    assert explained_variance(returns / 2, returns, mask).item() == pytest.approx(0.75)
-    assert explained_variance(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)).isnan()
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -250,21 +229,3 @@ def test_fits_recover_their_curve_and_peaks_are_on_top(alpha, beta):
         at, height = peak(alpha, beta)
         torch.testing.assert_close(curve(at, alpha, beta), height)
         assert (curve(at * torch.tensor([0.9, 1.1]), alpha, beta) < height).all()
-
-
-# --- benchmarks ------------------------------------------------------------------------------------------------------
-
-
-def test_benchmark_weighs_subsets_by_examples_and_sections_by_weight():
-    accuracies, counts = torch.tensor([1.0, 0.5, 0.8]), torch.tensor([1, 3, 10])
-    sections = torch.tensor([0, 0, 1])
-    score, by_section = benchmark_score(accuracies, counts, sections)
-    assert by_section.tolist() == pytest.approx([0.625, 0.8])
-    assert score.item() == pytest.approx(0.7125)
-    weighted, _ = benchmark_score(accuracies, counts, sections, torch.tensor([1.0, 0.5]))
-    assert weighted.item() == pytest.approx((0.625 + 0.4) / 1.5)
-
-
-def test_credit_is_shared_among_ties_at_the_top():
-    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0], [3.0, 3.0, 2.0, 3.0], [1.0, 2.0, 2.0, 0.0]])
-    assert best_of_k_credit(scores).tolist() == pytest.approx([1, 1 / 3, 0])

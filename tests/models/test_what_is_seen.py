@@ -4,7 +4,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.packing import cumulative_lengths, packed_positions
 from rlhf_lightning.models.layout import packed_layout, padded_layout
 from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.types import Sequences
@@ -67,11 +66,3 @@ def test_every_token_is_predicted_from_all_before_it(prompts, completions):
                 if flag and (prompt or offset):
                     wanted[number, offset] = ([*prompt, *ids[:offset]], index)
         assert found == wanted
-
-
-@given(st.lists(st.integers(0, 6), max_size=8))
-def test_packed_documents_count_from_nought(lengths):
-    counts = torch.tensor(lengths, dtype=torch.long)
-    assert packed_positions(counts).tolist() == [place for length in lengths for place in range(length)]
-    bounds = cumulative_lengths(counts).tolist()
-    assert bounds == [sum(lengths[:number]) for number in range(len(lengths) + 1)]
