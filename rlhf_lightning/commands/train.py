@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import inspect
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
@@ -14,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
@@ -29,10 +31,11 @@ from rlhf_lightning.runs import (
     PredictionWriter,
     RankWatch,
     RunCheckpoint,
-    RunCurves,
+    RunFolder,
     RunHparams,
     RunManifest,
     RunProgress,
+    RunRecords,
     SampleTable,
     SkippedUpdates,
 )
@@ -46,19 +49,20 @@ from rlhf_lightning.runs.checkpoint_metadata import (
     own_code,
     refused_checkpoint,
 )
-from rlhf_lightning.runs.curves import wait_for_a_later_name
+from rlhf_lightning.runs.files import write_text
+from rlhf_lightning.runs.loggers import PLACES, logger_arguments
+from rlhf_lightning.runs.records import keep_earlier_rows, wait_for_a_later_name
 from rlhf_lightning.runs.run import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     MANIFEST_FILE,
+    acquire_lock,
     checked_run_name,
     find_run,
-    hold,
-    let_go,
+    module_run_name,
+    release_lock,
     reserve_version,
     run_folder,
-    write_text,
-    writes_files,
 )
 from rlhf_lightning.training.compatibility import SHARDED, check, refused_precision, refused_strategy
 from rlhf_lightning.training.module import AlignmentModule
@@ -99,7 +103,19 @@ PLAIN_CHECKPOINT_ERROR = "name the checkpoint's file, or continue a run with --r
 
 
 class TrainParser(PlainParser, LightningArgumentParser):
-    """Lightning's parser with errors of one sentence."""
+    """Lightning's parser with errors of one sentence; loggers need not be told where to write."""
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class; where a logger writes is null unless the user says it."""
+        if not (isinstance(theclass, type) and issubclass(theclass, Logger)):
+            return super().add_class_arguments(theclass, *args, **kwargs)
+        open_ones = [name for name in PLACES if name in inspect.signature(theclass).parameters]
+        kwargs["skip"] = {*(kwargs.get("skip") or ()), *open_ones}
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        for name in open_ones:
+            kind = int | str | None if name == "version" else str | None
+            self.add_argument(f"--{name}", type=kind, default=None, help="null: as the run folder says")
+        return [*added, *open_ones]
 
 
 class RunConfig(SaveConfigCallback):
@@ -110,9 +126,10 @@ class RunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, rank zero alone."""
-        path = run_folder(trainer) / CONFIG_FILE
-        if self.already_saved or not writes_files(trainer):
+        folder = run_folder(trainer)
+        if self.already_saved or not folder.writes:
             return
+        path = folder.config
         self.already_saved = True
         config = self.config.clone()
         config.pop("resume", None)
@@ -142,11 +159,11 @@ class RlhfCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.argv, name = list(args), args[0]
         shown = self.shown or name
-        self.folder: Path | None = None
+        self.run_folder: RunFolder | None = None
         self.is_new_folder = False
         self.lock: IO[bytes] | None = None
         always = [
-            RankWatch(), RunManifest(["rlhf", *self.argv]), RunCurves(), RunHparams(), RunProgress(), SkippedUpdates()
+            RankWatch(), RunManifest(["rlhf", *self.argv]), RunRecords(), RunHparams(), RunProgress(), SkippedUpdates()
         ]  # fmt: skip
         super().__init__(
             AlignmentModule,
@@ -163,6 +180,11 @@ class RlhfCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=self.argv,
         )
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the run is: ``runs/<name>/version_<n>``; None on ranks but zero and in a rehearsal."""
+        return None if self.run_folder is None else self.run_folder.path
 
     # -- parsing ------------------------------------------------------------------------------------------------------
 
@@ -270,6 +292,32 @@ class RlhfCLI(LightningCLI):
 
     # -- building -----------------------------------------------------------------------------------------------------
 
+    def instantiate_classes(self) -> None:
+        """Make the run folder, then loggers, model, data and trainer."""
+        rehearses = self.config[self.subcommand].trainer.fast_dev_run
+        self.run_folder = None if rehearses else self.choose_folder()
+        with self.nothing_left_behind():
+            self.config_init = self.parser.instantiate(self.with_placed_loggers())
+            self.datamodule = self._get(self.config_init, "data")
+            self.model = self._get(self.config_init, "model")
+            self.trainer = self.instantiate_trainer()
+            if self.run_folder is not None:
+                self.run_folder.attach(self.trainer)
+                keep_earlier_rows(self.trainer)
+
+    def with_placed_loggers(self) -> Namespace:
+        """Return the settings with loggers that write into the run folder; config.yaml keeps what the user gave."""
+        config = self.config.clone()
+        trainer, folder = config[self.subcommand].trainer, self.folder
+        if folder is None:  # another rank than zero, where loggers write nothing, or a rehearsal
+            folder = Path(config[self.subcommand].runs_folder) / "run" / "version_0"
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            if isinstance(logger, Namespace):
+                given = logger.get("init_args") or Namespace()
+                placed = logger_arguments(import_path(logger.class_path), vars(given), folder)
+                logger.init_args = Namespace(placed)
+        return config
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run's folder and logger."""
         for callback in self.trainer_defaults["callbacks"]:
@@ -277,23 +325,21 @@ class RlhfCLI(LightningCLI):
                 callback.data_settings = as_plain(self.config[self.subcommand].data).get("init_args", {})
         config = self._get(self.config_init, "trainer")
         if not config.get("fast_dev_run"):
-            logger = config.get("logger")
-            if logger in (None, True, False):
-                self.folder = self.choose_folder()
-                if config.get("default_root_dir") is None and self.folder is not None:
-                    kwargs["default_root_dir"] = str(self.folder)
-                kwargs["logger"] = False if logger is False else self.run_logger()
+            if config.get("default_root_dir") is None and self.folder is not None:
+                kwargs["default_root_dir"] = str(self.folder)
+            if config.get("logger") in (None, True):
+                kwargs["logger"] = self.run_logger()
         return super().instantiate_trainer(**kwargs)
 
-    def choose_folder(self) -> Path | None:
-        """Return the folder of the run: the resumed one, or a new version. Rank zero chooses, the others are told."""
+    def choose_folder(self) -> RunFolder | None:
+        """Return the run folder: the resumed one, or a new version. Rank zero chooses and tells the other ranks."""
         config = self.config[self.subcommand]
         continued = self.continued_run()
         if continued is not None:
             if getattr(rank_zero_only, "rank", 0) == 0:
-                self.lock = hold(continued)
+                self.lock = acquire_lock(continued)
             announce(f"continuing {continued} from {config.ckpt_path}")
-            return continued
+            return RunFolder(continued)
         name = checked_run_name(config.run_name or default_run_name(self.argv, config))
         config.run_name = name
         if getattr(rank_zero_only, "rank", 0) != 0:
@@ -301,9 +347,9 @@ class RlhfCLI(LightningCLI):
         self.is_new_folder = True
         folder = reserve_version(Path(config.runs_folder), name)
         if self.subcommand == "fit":
-            self.lock = hold(folder)
+            self.lock = acquire_lock(folder)
         announce(f"run: {folder}")
-        return folder
+        return RunFolder(folder)
 
     def continued_run(self) -> Path | None:
         """Return the run that is continued in its own folder, or None for a new one."""
@@ -350,16 +396,27 @@ class RlhfCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run what can be run, and leave no folder behind for a run that failed before it began."""
-        try:
+        with self.nothing_left_behind():
             check(self.trainer, self.model, self.datamodule, fits=subcommand == "fit")
             super()._run_subcommand(subcommand)
+        self.unlock()
+
+    @contextlib.contextmanager
+    def nothing_left_behind(self) -> Iterator[None]:
+        """Delete the new folder of a run that fails before it began, and release the lock of one that fails."""
+        try:
+            yield
         except BaseException:
-            if self.is_new_folder and self.folder is not None and not (self.folder / MANIFEST_FILE).exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.is_new_folder and self.run_folder is not None and not self.run_folder.manifest.exists():
+                shutil.rmtree(self.run_folder.path, ignore_errors=True)
+            self.unlock()
             raise
-        finally:
-            if self.lock is not None:
-                let_go(self.lock)
+
+    def unlock(self) -> None:
+        """Let other processes train in the run folder."""
+        if self.lock is not None:
+            release_lock(self.lock)
+            self.lock = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -415,7 +472,7 @@ def default_run_name(argv: Sequence[str], config: Namespace) -> str:
     path = flags(argv).get("--config", "")
     if path and Path(path).is_file() and Path(path).stem != Path(CONFIG_FILE).stem:
         return Path(path).stem
-    return str(config.model.class_path).rpartition(".")[2].removesuffix("Module").lower() or "run"
+    return module_run_name(str(config.model.class_path).rpartition(".")[2])
 
 
 def usage_of(command: str) -> str:

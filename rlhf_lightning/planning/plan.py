@@ -60,7 +60,7 @@ class PlanCLI(RlhfCLI):
 
     def instantiate_classes(self) -> None:
         """Make the module, the data and the strategy alone."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
 

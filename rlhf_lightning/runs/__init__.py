@@ -1,13 +1,14 @@
 """The run layer: run folders, loggers, checkpoints, resume, exports and callbacks. Nothing here alters a gradient."""
 
 from rlhf_lightning.runs.checkpoint import RunCheckpoint
-from rlhf_lightning.runs.curves import RunCurves
-from rlhf_lightning.runs.model_export import ModelExport
 from rlhf_lightning.runs.hparams import RunHparams
 from rlhf_lightning.runs.manifest import RunManifest
+from rlhf_lightning.runs.model_export import ModelExport
 from rlhf_lightning.runs.predictions import PredictionWriter
 from rlhf_lightning.runs.progress import RunProgress
 from rlhf_lightning.runs.ranks import RankWatch
+from rlhf_lightning.runs.records import RunRecords
+from rlhf_lightning.runs.run import RunFolder
 from rlhf_lightning.runs.samples import SampleTable
 from rlhf_lightning.runs.skips import SkippedUpdates
 
@@ -16,10 +17,11 @@ __all__ = [
     "PredictionWriter",
     "RankWatch",
     "RunCheckpoint",
-    "RunCurves",
+    "RunFolder",
     "RunHparams",
     "RunManifest",
     "RunProgress",
+    "RunRecords",
     "SampleTable",
     "SkippedUpdates",
 ]

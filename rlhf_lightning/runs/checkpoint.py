@@ -26,9 +26,9 @@ from rlhf_lightning.runs.checkpoint_files import (
     replace_checkpoint,
     seal,
 )
-from rlhf_lightning.runs.loop_progress import Place, go_on
+from rlhf_lightning.runs.loop_progress import Place, patch_loop_state
 from rlhf_lightning.runs.preemption import PreemptedError, StopSignal, exit_status, requeue
-from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER, is_rehearsal, run_folder, updates_of
+from rlhf_lightning.runs.run import is_rehearsal, run_folder, updates_of
 from rlhf_lightning.training.checkpoint_state import random_state, set_random_state
 
 DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
@@ -103,7 +103,7 @@ class RunCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder."""
-        self.folder = run_folder(trainer) / CHECKPOINTS_FOLDER
+        self.folder = run_folder(trainer).checkpoints
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give up what lies behind the checkpoint that is resumed from, before curves and samples are cut back to it.
@@ -250,7 +250,7 @@ class RunCheckpoint(Checkpoint):
                 self.saved, self.scores, self.interim = before
                 if trainer.is_global_zero:
                     remove(half)
-                raise CheckpointFailedError(self._lament(name, reason or "another rank says why"))
+                raise CheckpointFailedError(self._failure_message(name, reason or "another rank says why"))
         self._saved_at, self._at, self._due = updates, self._counters(module), False
 
     def _prepare(self, trainer: Trainer, half: Path) -> None:
@@ -265,7 +265,7 @@ class RunCheckpoint(Checkpoint):
         """Write the files of a checkpoint under another name."""
         # Not trainer.save_checkpoint, whose barrier is another collective than the one that follows a failure.
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        go_on(state["loops"]["fit_loop"], place)
+        patch_loop_state(state["loops"]["fit_loop"], place)
         trainer.strategy.save_checkpoint(state, half)
 
     def _seal(self, trainer: Trainer, half: Path) -> None:
@@ -293,8 +293,8 @@ class RunCheckpoint(Checkpoint):
             remove(self.folder / BEST_CHECKPOINT)
         remove_others(self.folder, self.saved)
 
-    def _lament(self, name: str, reason: str) -> str:
-        """Say that a checkpoint was not written, and what there is instead."""
+    def _failure_message(self, name: str, reason: str) -> str:
+        """Return that a checkpoint was not written, and which one is whole."""
         assert self.folder is not None
         failed = f"the checkpoint {self.folder / name} could not be written ({reason})"
         if not self.saved:

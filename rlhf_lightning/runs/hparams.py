@@ -79,7 +79,8 @@ class RunHparams(Callback):
         final = self._headlines(trainer, pl_module)
         if trainer.is_global_zero and final:
             for logger in trainer.loggers:
-                logger.log_metrics(final, updates_of(pl_module))
+                if isinstance(logger, TensorBoardLogger):  # others take a metric's last value by themselves
+                    logger.log_metrics(final, updates_of(pl_module))
 
     def _headlines(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Return the latest value of each headline metric, in this session or those before it."""

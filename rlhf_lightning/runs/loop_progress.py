@@ -15,7 +15,7 @@ Place = Literal["step", "before validation", "epoch's end"]
 """Where in Lightning's loops a checkpoint is written."""
 
 
-def go_on(loop: dict[str, Any], place: Place) -> None:
+def patch_loop_state(loop: dict[str, Any], place: Place) -> None:
     """Change the state of Lightning's loops, as it is in a checkpoint, so that a resumed run goes on where it should.
 
     Of itself Lightning leaves out a validation that was to come, and where ``max_steps`` bounds a run it takes the end

@@ -18,7 +18,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.run import MANIFEST_FILE, run_folder, updates_of, write_text, writes_files
+from rlhf_lightning.runs.files import write_text
+from rlhf_lightning.runs.run import run_folder, updates_of
 
 PACKAGES = (
     "rlhf-lightning",
@@ -50,10 +51,10 @@ class RunManifest(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write what is known once the data is read."""
-        path = run_folder(trainer) / MANIFEST_FILE
-        if not writes_files(trainer):
+        folder = run_folder(trainer)
+        if not folder.writes:
             return
-        self.path = path
+        self.path = path = folder.manifest
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.record = {
             "subcommand": earlier.get("subcommand", trainer.state.fn.value if trainer.state.fn else stage),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.run import MODEL_FOLDER, is_rehearsal, run_folder, updates_of
-
-EXPORTS_FOLDER = "exports"
+from rlhf_lightning.runs.run import EXPORTS_FOLDER, MODEL_FOLDER, is_rehearsal, run_folder, updates_of
 
 
 class ModelExport(Callback):
@@ -26,12 +23,7 @@ class ModelExport(Callback):
             raise ValueError(f"export.every_n_updates is {every_n_updates}: give a positive number, or null")
         self.enabled = enabled
         self.every_n_updates = every_n_updates
-        self.run: Path | None = None
         self._exported_at = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the run's folder."""
-        self.run = run_folder(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where training starts."""
@@ -51,13 +43,13 @@ class ModelExport(Callback):
         if self.enabled and not is_rehearsal(trainer):
             self._export(trainer, pl_module, MODEL_FOLDER)
             if trainer.is_global_zero:
-                print(f"model: {self.run and self.run / MODEL_FOLDER}")
+                print(f"model: {run_folder(trainer).model}")
 
     def _export(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         """Write one folder; the module's export puts it in place whole."""
         if is_rehearsal(trainer):
             return
-        assert self.run is not None
-        if trainer.is_global_zero or module.device_mesh is not None:  # weights that are cut over ranks take all of them
-            module.export(self.run / name)  # type: ignore[operator]
+        folder = run_folder(trainer)
+        if trainer.is_global_zero or module.device_mesh is not None:  # all ranks gather sharded weights
+            module.export(folder.path / name)  # type: ignore[operator]
         trainer.strategy.barrier("export")

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.run import PREDICTIONS_FILE, append_rows, move_into_place, run_folder
+from rlhf_lightning.runs.files import AppendedFile, move_into_place
+from rlhf_lightning.runs.run import run_folder
 
 
 class PredictionWriter(Callback):
@@ -30,7 +31,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the file and begin this rank's part anew."""
-        self.path = Path(self.given) if self.given else run_folder(trainer) / PREDICTIONS_FILE
+        self.path = Path(self.given) if self.given else run_folder(trainer).predictions
         self.rows = 0
         self._part(trainer.global_rank).unlink(missing_ok=True)
 
@@ -45,7 +46,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Append the rows of a step."""
         rows: Sequence[dict[str, Any]] = outputs or ()
-        append_rows(self._part(trainer.global_rank), rows)
+        AppendedFile(self._part(trainer.global_rank)).append(rows)
         self.rows += len(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
-"""A run is one folder: where it is, what is in it, and how files come into it whole or not at all.
+"""A run is one folder: what is in it, how it is named, found and locked.
 
-``runs/<name>/version_<n>/`` holds config.yaml, manifest.json, TensorBoard events, checkpoints/, samples.jsonl, model/.
+``runs/<name>/version_<n>/`` holds config.yaml, manifest.json, checkpoints/, samples.jsonl, model/ and loggers' files.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from rlhf_lightning.errors import MissingError, SettingError, StateError
+from rlhf_lightning.runs.files import AppendedFile
 
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -24,14 +26,107 @@ PREDICTIONS_FILE = "predictions.jsonl"
 SKIPPED_FILE = "skipped_updates.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
+EXPORTS_FOLDER = "exports"
+RUNS_FOLDER = "runs"
 LOCK_FILE = ".training"
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """Return the run's folder, the same on every rank; all ranks must ask together."""
-    if trainer.loggers and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
-        return Path(trainer.log_dir or trainer.default_root_dir)
-    return Path(trainer.strategy.broadcast(str(trainer.default_root_dir)))
+class RunFolder:
+    """The folder of one run: one object for all loggers and callbacks of a trainer.
+
+    ``rlhf fit`` makes it before any logger. Without the command line, ``RunFolder(path).attach(trainer)`` chooses the
+    folder; a trainer that has none yet gets one the first time `run_folder` is asked.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.writes = False
+        """Whether this process writes into the folder: rank zero, unless it is a rehearsal."""
+        self._shared = False  # whether all ranks know the folder
+
+    def attach(self, trainer: Trainer) -> RunFolder:
+        """Make this the folder of a trainer, whatever its loggers, and return it."""
+        trainer._rlhf_run_folder = self  # type: ignore[attr-defined]
+        return self
+
+    def share(self, trainer: Trainer) -> None:
+        """Give every rank the path that rank zero has; all ranks call it together."""
+        self.path = Path(trainer.strategy.broadcast(str(self.path)))
+        self.writes = writes_files(trainer)
+        self._shared = True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all ranks know the folder."""
+        return self._shared
+
+    @property
+    def config(self) -> Path:
+        """Every setting of the run, as YAML."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, code, command and data of the run, as JSON."""
+        return self.path / MANIFEST_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / CHECKPOINTS_FOLDER
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder of the trained model."""
+        return self.path / MODEL_FOLDER
+
+    @property
+    def samples(self) -> AppendedFile:
+        """The sampled completions."""
+        return AppendedFile(self.path / SAMPLES_FILE)
+
+    @property
+    def skipped_updates(self) -> AppendedFile:
+        """The training steps that had skipped updates."""
+        return AppendedFile(self.path / SKIPPED_FILE)
+
+    @property
+    def predictions(self) -> Path:
+        """The rows of `rlhf predict`."""
+        return self.path / PREDICTIONS_FILE
+
+
+def run_folder(trainer: Trainer) -> RunFolder:
+    """Return the trainer's run folder, the same object for every callback; all ranks ask together the first time.
+
+    Without an attached folder it is the one that a TensorBoard or CSV logger writes to, or else a new version under
+    ``default_root_dir/runs/<module>/``.
+    """
+    folder: RunFolder | None = getattr(trainer, "_rlhf_run_folder", None)
+    if folder is None:
+        folder = RunFolder(_unattached_folder(trainer)).attach(trainer)
+    if not folder.is_shared:
+        folder.share(trainer)
+    return folder
+
+
+def _unattached_folder(trainer: Trainer) -> Path:
+    """Return the folder of a trainer that was made without one; ranks but zero return any path."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger | CSVLogger):
+            return Path(logger.log_dir)
+    root = Path(trainer.default_root_dir)
+    if not writes_files(trainer):
+        return root
+    return reserve_version(root / RUNS_FOLDER, module_run_name(type(trainer.lightning_module).__name__))
+
+
+def module_run_name(class_name: str) -> str:
+    """Return the name of runs of a module that were given none: ``dpo`` for ``DPOModule``."""
+    return class_name.removesuffix("Module").lower() or "run"
 
 
 def is_rehearsal(trainer: Any) -> bool:
@@ -50,57 +145,18 @@ def updates_of(module: LightningModule) -> int:
     return int(module.trainer.global_step if updates is None else updates)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, sync it and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        move_into_place(partial, path)
-    except OSError:  # a full disk
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def move_into_place(partial: Path, path: Path) -> None:
-    """Sync a finished file or folder to the disk and rename it over ``path``; readers see the old or the new, whole."""
-    for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
-        if file.is_file():
-            sync(file)
-    os.replace(partial, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems refuse to sync a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSONL file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def checked_run_name(name: str) -> str:
     """Return a run's name if it stays inside the runs folder.
 
     Raises:
-        ValueError: the name is absolute, climbs out with "..", or has characters that trouble file systems.
+        SettingError: the name is absolute, climbs out with "..", or has characters that trouble file systems.
     """
     parts = name.split("/")
     if not all(re.fullmatch(r"[\w][\w.\-=+]*", part) for part in parts):
-        raise ValueError(
+        raise SettingError(
+            "run-name",
             f"run_name is {name!r}: it must be made of letters, digits, '_', '-', '.', '=' and '+' "
-            "(and '/' between groups of runs), and stay inside the runs folder"
+            "(and '/' between groups of runs), and stay inside the runs folder",
         )
     return name
 
@@ -109,11 +165,13 @@ def reserve_version(runs: Path, name: str) -> Path:
     """Create and return the next ``version_<n>`` folder of a run's name; two runs that start together get two.
 
     Raises:
-        ValueError: the name leaves the runs folder, by itself or through a link.
+        SettingError: the name leaves the runs folder, by itself or through a link.
     """
     parent = runs / checked_run_name(name)
     if not parent.resolve().is_relative_to(runs.resolve()):
-        raise ValueError(f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name")
+        raise SettingError(
+            "run-name", f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name"
+        )
     parent.mkdir(parents=True, exist_ok=True)
     version = max((number for number, _ in versions(parent)), default=-1) + 1
     while True:
@@ -126,11 +184,11 @@ def reserve_version(runs: Path, name: str) -> Path:
             return folder
 
 
-def hold(folder: Path) -> IO[bytes]:
-    """Keep other processes from training in a run's folder, until `let_go` or the end of this process.
+def acquire_lock(folder: Path) -> IO[bytes]:
+    """Lock a run folder against other training processes, until `release_lock` or the end of this process.
 
     Raises:
-        ValueError: another process trains there.
+        StateError: another process trains there.
     """
     path = folder / LOCK_FILE
     lock = path.open("wb")
@@ -144,19 +202,19 @@ def hold(folder: Path) -> IO[bytes]:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return lock  # a file system without locks
         lock.close()
-        raise ValueError(
-            f"another process trains in {folder}, and two would write the same files: wait until it has ended, or "
-            "start a new run"
+        raise StateError(
+            "run-folder-locked",
+            f"run folder {folder} is locked by another training process; wait for it to finish, or start a new run",
         ) from None
     if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-        lock.close()  # who held it has just let it go, and its file is no longer the one that others find
-        return hold(folder)
+        lock.close()  # just released by another process, which has deleted the file
+        return acquire_lock(folder)
     return lock
 
 
-def let_go(lock: IO[bytes]) -> None:
-    """Let other processes train in the folder that `hold` has kept."""
-    if sys.platform != "win32":  # where a file that is open cannot be deleted
+def release_lock(lock: IO[bytes]) -> None:
+    """Release the lock of `acquire_lock`."""
+    if sys.platform != "win32":  # Windows cannot delete an open file
         Path(lock.name).unlink(missing_ok=True)
     lock.close()
 
@@ -175,7 +233,7 @@ def find_run(name: str, runs: str = "runs") -> Path:
     """Return the version folder that ``--resume`` names: a version, or a run whose latest training is meant.
 
     Raises:
-        FileNotFoundError: there is no such run.
+        MissingError: there is no such run.
     """
     given = Path(name).expanduser()
     for path in (given, Path(runs) / name):
@@ -188,7 +246,7 @@ def find_run(name: str, runs: str = "runs") -> Path:
             return path
     known = sorted({str(folder.parent) for folder in Path(runs).rglob("version_*") if _version(folder)})
     hint = f"; there are {', '.join(known[:8])}" if known else f"; {runs}/ holds none"
-    raise FileNotFoundError(f"there is no run to resume at {name}{hint}")
+    raise MissingError("unknown-run", f"there is no run to resume at {name}{hint}")
 
 
 def _was_trained(folder: Path) -> bool:

@@ -1,23 +1,22 @@
-"""What the policy answers, while it is trained: a table in TensorBoard's text tab and rows in samples.jsonl."""
+"""Sample the policy while it is trained: a table in every logger that takes one, and rows in samples.jsonl."""
 
 from __future__ import annotations
 
 import html
 import math
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from rlhf_lightning.runs.run import SAMPLES_FILE, append_rows, run_folder, updates_of, writes_files
-from rlhf_lightning.sampling.json_server import ServerError
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.runs.loggers import log_table
+from rlhf_lightning.runs.run import run_folder, updates_of
 from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.scoring.scorer import MissingColumnError
+from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
+from rlhf_lightning.scoring.scorer import MissingColumnError
 from rlhf_lightning.types import Prompt
 
 UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError, ServerError)
@@ -49,47 +48,38 @@ class SampleTable(Callback):
     ) -> None:
         super().__init__()
         if prompts < 0:
-            raise ValueError(f"samples.prompts is {prompts}: give a number of prompts, 0 for none")
+            raise SettingError("samples-prompts", f"samples.prompts is {prompts}: give a number of prompts, 0 for none")
         if every_n_updates is not None and every_n_updates < 1:
-            raise ValueError(f"samples.every_n_updates is {every_n_updates}: give a positive number, or null")
+            raise SettingError(
+                "samples-period", f"samples.every_n_updates is {every_n_updates}: give a positive number, or null"
+            )
         self.count = prompts
         self.every_n_updates = every_n_updates
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
         self.prompts: list[Prompt] = []
-        self.path: Path | None = None
         self._sampled_at: int | None = None
-        self._resumed: tuple[int | None, int] | None = None  # what a checkpoint that is resumed from says of both
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the file; choosing prompts waits until the data is there."""
-        self.path = run_folder(trainer) / SAMPLES_FILE
+        self._resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample before the first update; after a resume, drop rows that the checkpoint does not know of."""
+        """Sample before the first update."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.count == 0 or not getattr(pl_module, "has_policy", False) or not hasattr(datamodule, "example_prompts"):
             return
         self.prompts = list(datamodule.example_prompts(self.count))
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
+        if not self._resumed:
             self.sample(trainer, pl_module)
-            return
-        self._sampled_at, length = resumed  # on every rank: they sample together or not at all
-        if writes_files(trainer) and self.path is not None and self.path.is_file():
-            os.truncate(self.path, min(length, self.path.stat().st_size))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep when the policy last answered, and how long the file was."""
+        """Keep when the policy was last sampled."""
         if self.prompts:
-            length = self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
-            checkpoint["samples"] = {"sampled_at": self._sampled_at, "length": length}
+            checkpoint["samples"] = {"sampled_at": self._sampled_at}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember it until training starts."""
+        """Restore it on every rank: all ranks sample together or not at all."""
         if "samples" in checkpoint:
-            self._resumed = checkpoint["samples"]["sampled_at"], checkpoint["samples"]["length"]
+            self._sampled_at, self._resumed = checkpoint["samples"]["sampled_at"], True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,12 +118,12 @@ class SampleTable(Callback):
             }
             for prompt, answer, score in zip(self.prompts, answers, scores, strict=True)
         ]
-        if writes_files(trainer):
-            assert self.path is not None
-            append_rows(self.path, rows)
+        folder = run_folder(trainer)
+        if folder.writes:
+            folder.samples.append(rows)
+            shown = [{**row, "prompt": as_text(row["prompt"])} for row in rows]
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("samples", as_table(rows), updates)
+                log_table(logger, "samples", shown, as_table(rows), updates)
 
     def settings(self, module: LightningModule) -> SamplingSettings:
         """Return the module's own sampling with what was asked for here."""
@@ -165,12 +155,12 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         score = "" if row["score"] is None else f"{row['score']:.3f}"
         finished = "yes" if row["finished"] else "no"
-        cells = (cell(shown(row["prompt"])), cell(row["completion"]), score, finished, str(row["length"]))
+        cells = (cell(as_text(row["prompt"])), cell(row["completion"]), score, finished, str(row["length"]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def shown(prompt: Prompt) -> str:
+def as_text(prompt: Prompt) -> str:
     """Return a prompt as one text, the turns of a conversation on lines of their own."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 

@@ -1,13 +1,12 @@
-"""Which rows were in the steps whose loss or gradient was not finite."""
+"""Record the rows of training steps whose loss or gradient was not finite."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.run import SKIPPED_FILE, append_rows, run_folder, updates_of, writes_files
+from rlhf_lightning.runs.run import run_folder, updates_of
 
 
 class SkippedUpdates(Callback):
@@ -21,26 +20,11 @@ class SkippedUpdates(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._rows: list[int] | None = None  # of the step that is being taken
-        self._length: int | None = None  # of the file, in the checkpoint that the run goes on from
         self._before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the file."""
-        self.path = run_folder(trainer) / SKIPPED_FILE
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note how much of the file belongs to the checkpoint."""
-        checkpoint["skipped_length"] = self.path.stat().st_size if self.path.is_file() else 0
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember it until training starts."""
-        self._length = checkpoint.get("skipped_length")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a resume, drop rows that the checkpoint does not know of: their steps are taken again."""
-        length, self._length = self._length, None
-        if length is not None and self.path.is_file() and writes_files(trainer):
-            os.truncate(self.path, min(length, self.path.stat().st_size))
+        """Ask for the folder here, where all ranks do; an exception may reach one rank alone."""
+        run_folder(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step is made of."""
@@ -60,8 +44,9 @@ class SkippedUpdates(Callback):
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         rows, self._rows = self._rows, None
         skipped = skipped_by(module) - self._before
-        if rows is not None and skipped and writes_files(trainer):
-            append_rows(self.path, [{"update": updates_of(module), "skipped": skipped, "rows": rows}])
+        folder = run_folder(trainer)
+        if rows is not None and skipped and folder.writes:
+            folder.skipped_updates.append([{"update": updates_of(module), "skipped": skipped, "rows": rows}])
 
 
 def skipped_by(module: LightningModule) -> int:

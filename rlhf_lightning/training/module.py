@@ -45,7 +45,7 @@ from rlhf_lightning.training.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.training.precision import settled_precision
-from rlhf_lightning.training.scalars import log_scalars
+from rlhf_lightning.training.scalars import log_over, log_scalars
 from rlhf_lightning.training.skips import Skips
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
@@ -405,7 +405,7 @@ class AlignmentModule(LightningModule):
         """Log the headline metrics again over episodes and over tokens: an update of one objective is not another's."""
         headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
         for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
-            log_scalars(self.loggers, {f"by_{axis}/{name}": value for name, value in headline.items()}, position)
+            log_over(self.loggers, axis, headline, position)
 
     def progress(self) -> dict[str, float]:
         """How far the run is, in the units that runs are compared by."""

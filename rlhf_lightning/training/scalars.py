@@ -23,6 +23,15 @@ def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int)
             logger.log_metrics(metrics, step=step)
 
 
+def log_over(loggers: Iterable[Logger], axis: str, metrics: dict[str, float], position: int) -> None:
+    """Log metrics again over another x-axis than updates, under ``by_<axis>/``, to TensorBoard alone.
+
+    Its views know one x-axis a tag. Other loggers count updates, and have the axis as ``progress/<axis>`` in each row.
+    """
+    views = [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
+    log_scalars(views, {f"by_{axis}/{name}": value for name, value in metrics.items()}, position)
+
+
 @rank_zero_only
 def _write_event(logger: TensorBoardLogger, metrics: dict[str, float], step: int) -> None:
     values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]

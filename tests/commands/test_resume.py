@@ -21,7 +21,7 @@ from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import ModelExport
 from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint, link
 from rlhf_lightning.runs.preemption import PREEMPTED
-from rlhf_lightning.runs.run import hold
+from rlhf_lightning.runs.run import acquire_lock
 from rlhf_lightning.training import checkpoint_state
 
 
@@ -251,7 +251,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(monkeypatch: Any, capsys: Any
     child = os.fork()
     if child == 0:
         try:
-            _lock = hold(folder)
+            _lock = acquire_lock(folder)
             os.write(ready[1], b"1")
             os.read(wait[0], 1)
         finally:
@@ -263,7 +263,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(monkeypatch: Any, capsys: Any
     finally:
         os.write(wait[1], b"1")
         os.waitpid(child, 0)
-    assert "another process trains in runs/cut/version_0" in capsys.readouterr().err
+    assert "run folder runs/cut/version_0 is locked by another training process" in capsys.readouterr().err
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".training"}
     assert after == {path: time for path, time in before.items() if path.name != ".training"}
     assert run(["fit", "--resume", "runs/cut/"]).model.updates == UPDATES

@@ -10,7 +10,6 @@ import pytest
 import tiny_run
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger
 from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
@@ -281,14 +280,6 @@ def test_without_a_logger_the_folder_is_the_same():
     folder = run(["fit", *BASIC, "--trainer.logger", "false"]).folder
     assert (folder / "config.yaml").is_file() and (folder / "checkpoints" / "last.ckpt").is_file()
     assert rows_of(folder / "samples.jsonl")
-
-
-def test_a_logger_of_ones_own_decides_the_folder():
-    cli = run(["fit", *BASIC, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"])
-    assert isinstance(cli.trainer.logger, CSVLogger)
-    folder = Path(cli.trainer.log_dir)
-    assert folder.parts[0] == "logs" and (folder / "config.yaml").is_file() and (folder / "model").is_dir()
-    assert "model.learning_rate: 0.1" in (folder / "hparams.yaml").read_text()
 
 
 def test_nothing_but_the_run_is_said(capsys, recwarn):

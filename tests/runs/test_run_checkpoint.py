@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from tiny_run import BASIC, UPDATES, NumbersDataModule, RolloutModule, SlopeModule
 
+from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import RunCheckpoint
 from rlhf_lightning.runs.checkpoint_files import CheckpointFailedError, last_checkpoint, replace_checkpoint
-from rlhf_lightning.runs.run import write_text
-from rlhf_lightning.commands.train import run
+from rlhf_lightning.runs.files import write_text
+from rlhf_lightning.runs.run import RunFolder
 
 
 def fit(
@@ -26,6 +27,7 @@ def fit(
         max_epochs=epochs, logger=False, callbacks=[callback, *callbacks], enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, accelerator="cpu",
     )  # fmt: skip
+    RunFolder(".").attach(trainer)
     trainer.fit(module, datamodule=NumbersDataModule())
     return sorted(path.name for path in Path("checkpoints").iterdir() if path.name.startswith("update"))
 

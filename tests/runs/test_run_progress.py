@@ -6,10 +6,10 @@ import pytest
 from lightning.pytorch import Trainer
 from tiny_run import BASIC, NumbersDataModule, RolloutModule, SlopeModule
 
+from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import RunProgress
 from rlhf_lightning.runs import progress as progress_module
 from rlhf_lightning.runs.progress import clock_time
-from rlhf_lightning.commands.train import run
 
 
 class Clock:

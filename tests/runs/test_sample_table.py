@@ -6,9 +6,9 @@ import pytest
 import tiny_run
 from tiny_run import BASIC, UPDATES, events_of, rows_of
 
+from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import SampleTable
 from rlhf_lightning.runs.samples import LONGEST_CELL, as_table, cell
-from rlhf_lightning.commands.train import run
 from rlhf_lightning.scoring import InstructionScorer
 
 

@@ -1,0 +1,49 @@
+"""Loggers that a user might write."""
+
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+
+class MemoryLogger(Logger):
+    """A user's logger that keeps everything in memory.
+
+    Args:
+        save_dir: where it would write.
+        colour: a setting of its own.
+    """
+
+    def __init__(self, save_dir: str, colour: str = "red") -> None:
+        super().__init__()
+        self.directory, self.colour = save_dir, colour
+        self.steps: list[int] = []
+        self.names: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.append(step)
+        self.names |= set(metrics)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.hyperparams = params
+
+
+class TableLogger(MemoryLogger):
+    """A MemoryLogger that takes tables, as W&B's does."""
+
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int) -> None:
+        self.tables = [*getattr(self, "tables", []), (key, columns, data, step)]
+
+
+class TextLogger(MemoryLogger):
+    """A MemoryLogger that takes text."""
+
+    def log_text(self, key: str, text: str, step: int) -> None:
+        self.texts = [*getattr(self, "texts", []), (key, text, step)]
