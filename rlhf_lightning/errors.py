@@ -41,3 +41,8 @@ class StateError(RlhfError, RuntimeError):
 
 class ContractError(RlhfError, TypeError):
     """A user's class or function that does not keep the contract it is used by."""
+
+
+def undefined(thing: object, name: str) -> ContractError:
+    """Return the error of a base class whose subclass lacks a method or property that it is used by."""
+    return ContractError("undefined-method", f"{type(thing).__name__} must define {name!r}")

@@ -18,7 +18,7 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = {"errors", "loading", "types", "micro_batches", "functional"}
+GROUND = {"errors", "compat", "loading", "types", "micro_batches", "functional"}
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
@@ -30,6 +30,7 @@ RUNS = MODULES | {"runs"}
 CORE = RUNS | WORLDS | {"evaluation", "recipes", "commands"}
 MAY_IMPORT = {
     "errors": set(),
+    "compat": {"errors"},
     "types": {"errors"},
     "loading": {"errors"},
     "micro_batches": {"errors", "types"},

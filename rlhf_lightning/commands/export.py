@@ -125,7 +125,8 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     from rlhf_lightning.training.module import AlignmentModule
 
     state = read_checkpoint(checkpoint)
-    settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k != "_instantiator"}
+    unused = ("_instantiator", "optimizer", "lr_scheduler")
+    settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k not in unused}
     name = settings.get("_class_path")
     if name is None:
         raise ValueError(f"{checkpoint} does not say which class wrote it: it was not made by `rlhf fit`")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_lightning.errors import undefined
 from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
@@ -67,7 +68,7 @@ class UnpairedModule(OfflineModule):
 
     def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
         """Return one loss per row, shape (rows,)."""
-        raise AttributeError(f"{type(self).__name__} must define 'unpaired_loss'")
+        raise undefined(self, "unpaired_loss")
 
     def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
         """Return what a reward is compared with, a scalar.

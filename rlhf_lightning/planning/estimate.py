@@ -33,9 +33,6 @@ from rlhf_lightning.planning.memory import BF16, FP32, Block, Pass
 from rlhf_lightning.planning.setup import Frozen, MicroBatch, Setup, micro_batch
 from rlhf_lightning.planning.skeleton import Parameter, Skeleton, skeleton, trained_share, weight_bytes
 
-ADAM_BYTES = 2 * FP32
-"""Of AdamW's two moments, for each weight that trains."""
-
 SCORED_CELLS = 16_384
 """Cells of a reward model's forward pass, see `scoring.LearnedScorer`."""
 
@@ -169,7 +166,7 @@ def plan(setup: Setup) -> Plan:
     tensor = machine.tensor_ranks
     held = [weight_bytes(one.parameters, size, kind, machine.cuts) // tensor for _, one, size, kind in roles]
     trained = sum(trained_share(one.parameters, machine.cuts) // tensor for _, one, _, _ in roles)
-    always = {"weights": sum(held), "optimizer": ADAM_BYTES * trained, "process": machine.process_bytes}
+    always = {"weights": sum(held), "optimizer": int(setup.optimizer_bytes * trained), "process": machine.process_bytes}
     gradients = FP32 * trained
     if machine.strategy == "ddp":
         always["gradient buckets"] = gradients

@@ -128,6 +128,7 @@ class Setup:
         adapter_reference: whether the policy without its adapter forwards every micro-batch too.
         frozen: the models beside it.
         rollout: what is sampled first; None on fixed data.
+        optimizer_bytes: the optimizer's state, for each weight that trains; AdamW keeps two moments.
     """
 
     config: str
@@ -145,6 +146,7 @@ class Setup:
     adapter_reference: bool = False
     frozen: tuple[Frozen, ...] = ()
     rollout: Rollout | None = None
+    optimizer_bytes: float = 2 * FP32
 
 
 class MicroBatch(NamedTuple):

@@ -24,6 +24,7 @@ from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.published import config_text
 from rlhf_lightning.planning.setup import Frozen, Machine, Rollout, Rows, Setup
 from rlhf_lightning.training.compatibility import check
+from rlhf_lightning.training.optimizers import made
 from rlhf_lightning.training.precision import settled_precision
 
 CONTEXT_BYTES = int(0.6e9)
@@ -71,9 +72,22 @@ def setup_of(module: Any, datamodule: Any, trainer: Namespace, assumed: Any) -> 
         critic=getattr(module, "critic_kind", None),
         adapters=adapters,
         rollout=rollout,
+        optimizer_bytes=optimizer_bytes(module),
     )
     setup = with_frozen(setup, module, settings)
     return replace(setup, packs_rows=module.pack_rows and trained_skeleton(setup).packs_rows)
+
+
+def optimizer_bytes(module: Any) -> float:
+    """Return the bytes of optimizer state for each trained weight: AdamW's, or measured on a matrix of 1024 x 1024."""
+    if module.optimizer is None:
+        return 2 * FP32
+    weight = torch.nn.Parameter(torch.zeros(1024, 1024))
+    weight.grad = torch.ones_like(weight)
+    optimizer = made(module.optimizer, "optimizer", [weight], (torch.optim.Optimizer,))
+    optimizer.step()
+    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors) / weight.numel()
 
 
 def _continued(folder: str, lora: LoraSettings) -> LoraSettings:

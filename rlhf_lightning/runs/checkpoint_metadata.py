@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,10 @@ def inside_run(checkpoint: Path, run: Path) -> Path:
 
 
 PACKAGE = __name__.partition(".")[0]
-SPECS = ("scorer", "scorers", "engine", "class_path")
+SPECS = ("scorer", "scorers", "engine", "optimizer", "lr_scheduler", "class_path")
 """Settings that name a class or a function."""
+OPTIMIZER_SETTINGS = ("optimizer", "lr_scheduler")
+"""Settings that may name torch's own optimizers and schedulers."""
 
 
 def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tuple[str, str]]:
@@ -127,6 +130,8 @@ def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tupl
     """
     for setting, value in settings.items():
         for path in _paths(value, setting in SPECS):
+            if setting in OPTIMIZER_SETTINGS and re.fullmatch(r"torch\.optim\.(\w+\.)?[A-Z]\w*", path):
+                continue
             if "." in path and path.partition(".")[0] not in (PACKAGE, named.partition(".")[0]):
                 yield setting, path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from rlhf_lightning.compat import attached_trainer, restore_loader_position
 
 ANOTHER_STRATEGY = (
     "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
@@ -50,6 +53,7 @@ def saved(module: Any) -> dict[str, Any]:
         "skipped_in_a_row": module.skips.in_a_row,
         "started_from": dict(module.fingerprints),
         "random": of_all_ranks(module, random_state(module.device)),
+        "asked": module.asked,
     }
 
 
@@ -68,6 +72,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         setattr(module, name, checkpoint["progress"][name])
     module.skips.in_a_row = checkpoint["skipped_in_a_row"]
     module.resumed_random = checkpoint["random"]
+    module.asked_before = checkpoint["asked"]
     if module.lora is not None or module.reference is not None:
         _check_backbone(module, checkpoint["started_from"])
 
@@ -81,7 +86,7 @@ def begin(module: Any) -> None:
     states, module.resumed_random = module.resumed_random, None
     if states is None:
         return
-    _find_position(module.trainer)
+    restore_loader_position(module.trainer)
     ranks = module.trainer.world_size
     if len(states) == ranks:
         set_random_state(states[module.global_rank], module.device)
@@ -93,18 +98,6 @@ def begin(module: Any) -> None:
         )
     # Nothing here draws from these, and what a user's own code draws should at least differ from rank to rank.
     seed_rank(module.seed, module.updates, module.global_rank)
-
-
-def _find_position(trainer: Any) -> None:
-    """Put the data where the checkpoint had it, if the trainer has thrown that away.
-
-    It does so where anybody reads ``trainer.estimated_stepping_batches`` before the checkpoint is loaded, as many a
-    ``configure_optimizers`` does: the loaders are made then, and what comes later is never given to them.
-    """
-    loop = trainer.fit_loop
-    if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
-        loop._load_combined_loader_states()
-        iter(loop._data_fetcher)
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
@@ -144,7 +137,7 @@ def seed_rank(*numbers: int) -> None:
 
 def rank_of(module: Any) -> tuple[int, int]:
     """Return which rank this is and how many there are; one without a trainer, as where weights are exported."""
-    trainer = module._trainer
+    trainer = attached_trainer(module)
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
@@ -171,6 +164,8 @@ def _check_backbone(module: Any, before: Mapping[str, Any]) -> None:
 
 def plain(value: Any) -> Any:
     """Return hyper-parameters as plain types, which a checkpoint can hold and load without running code."""
+    if isinstance(value, functools.partial):
+        return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):

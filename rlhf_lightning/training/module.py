@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.compat import attached_trainer
+from rlhf_lightning.errors import ContractError, undefined
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.compiling import compile_layers
 from rlhf_lightning.models.folders import trusts
@@ -33,11 +40,12 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
-from rlhf_lightning.training import checkpoint_state
+from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.optimization import (
+    RateSchedule,
     clip_by_global_norm,
     parameter_groups,
     schedule_factor,
@@ -47,6 +55,7 @@ from rlhf_lightning.training.optimization import (
 from rlhf_lightning.training.precision import settled_precision
 from rlhf_lightning.training.scalars import log_over, log_scalars
 from rlhf_lightning.training.skips import Skips
+from rlhf_lightning.training.trainer_settings import check_optimizers, check_trainer
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
@@ -94,6 +103,10 @@ class AlignmentModule(LightningModule):
         lr_schedule: shape of the learning rate after warm-up, over the updates of the whole run.
         warmup: updates of linear warm-up, or below 1 the share of all updates.
         fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
+        optimizer: makes another optimizer of the trainable weights, by class_path and init_args; null takes AdamW with
+            the settings above, which are refused beside it. Its weight decay is of all weights, vectors too.
+        lr_scheduler: makes another learning-rate scheduler of the optimizer; null takes ``lr_schedule`` and ``warmup``.
+            It is stepped once per update, ReduceLROnPlateau once per validation.
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
         max_skipped_updates: an update whose loss or gradient is NaN or infinite is skipped; after so many in a row the
             run stops.
@@ -134,6 +147,8 @@ class AlignmentModule(LightningModule):
         lr_schedule: Literal["constant", "linear", "cosine"] = "linear",
         warmup: float = 0.0,
         fused_optimizer: bool = True,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_updates: int = 3,
         seed: int = 0,
@@ -141,8 +156,7 @@ class AlignmentModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.save_hyperparameters()
-        self._set_hparams(checkpoint_state.plain(dict(self.hparams)))
-        self._hparams_initial = checkpoint_state.plain(dict(self.hparams))
+        self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # without code in them
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
         trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(
@@ -154,6 +168,10 @@ class AlignmentModule(LightningModule):
         self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        optimizers.refuse_both(self)
+        self.asked: dict[str, Any] | None = None
+        self.asked_before: dict[str, Any] | None = None
         self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
         self.skips = Skips(max_skipped_updates)
         self.steps, self._learning_rate_used = 0, learning_rate
@@ -161,6 +179,28 @@ class AlignmentModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
+
+    def __getattr__(self, name: str) -> Any:
+        """Find parameters and submodules, and say which error a property has raised.
+
+        torch reports an AttributeError inside a property as a missing property.
+
+        Raises:
+            ContractError: ``failing-property``.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kept = inspect.getattr_static(type(self), name, None)
+            if not isinstance(kept, property | cached_property):
+                raise
+        try:
+            return kept.__get__(self, type(self))
+        except AttributeError as error:
+            later = (
+                "" if self._models_loaded else "; the models are not loaded yet: a Trainer or configure_model() does"
+            )
+            raise ContractError("failing-property", f"{type(self).__name__}.{name}: {error}{later}") from error
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -176,7 +216,7 @@ class AlignmentModule(LightningModule):
     @property
     def model(self) -> nn.Module:
         """The model this stage trains and hands over."""
-        raise AttributeError(f"{type(self).__name__} must define the property 'model'")
+        raise undefined(self, "model")
 
     @property
     def packs_rows(self) -> bool:
@@ -192,7 +232,7 @@ class AlignmentModule(LightningModule):
 
     def load_models(self) -> None:
         """Load the models of the stage and register the trained ones. Called once, before training or evaluation."""
-        raise AttributeError(f"{type(self).__name__} must define 'load_models'")
+        raise undefined(self, "load_models")
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """Models that serve training without being trained; kept off the module, out of checkpoints and optimizers."""
@@ -207,7 +247,13 @@ class AlignmentModule(LightningModule):
         if self.device_mesh is not None:
             self._cut_over_ranks(self.device_mesh)
 
+    def _settle_precision(self) -> None:
+        trains, fits = self.lora is not None, self.trainer.state.fn == "fit"
+        self.load_settings = settled_precision(self.trainer, self.load_settings, trains, fits)
+
     def _load_once(self) -> None:
+        if attached_trainer(self) is not None:  # some callbacks have the weights read before `setup`
+            self._settle_precision()
         self.load_models()
         self._models_loaded = True
         self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
@@ -238,6 +284,20 @@ class AlignmentModule(LightningModule):
     fingerprints: Mapping[str, str | None] = MappingProxyType({})
     """Fingerprints of the weights that training started from, taken when they were read."""
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse what cannot work, and read the weights now where a callback freezes some of them in its ``setup``.
+
+        Lightning calls this hook first of all. Callbacks that a subclass returns are added to the trainer's.
+
+        Raises:
+            SettingError: a setting of the trainer, or a callback, does not work with this module.
+        """
+        if self.trainer.state.fn == "fit":
+            check_trainer(self.trainer, self)
+            if any(isinstance(callback, BaseFinetuning) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+                self.configure_model()
+        return []
+
     def setup(self, stage: str) -> None:
         """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
 
@@ -246,9 +306,7 @@ class AlignmentModule(LightningModule):
             TypeError: the DataModule yields another kind of batch.
             ValueError: trained weights would be kept in bf16 or quantised.
         """
-        self.load_settings = settled_precision(
-            self.trainer, self.load_settings, self.lora is not None, fits=stage == "fit"
-        )
+        self._settle_precision()
         datamodule = getattr(self.trainer, "datamodule", None)
         check(self.trainer, self, datamodule, fits=stage == "fit")
         offered = getattr(datamodule, "batch_types", None)
@@ -267,7 +325,12 @@ class AlignmentModule(LightningModule):
                     compile_layers(model)
 
     def on_train_start(self) -> None:
-        """Take up where data and random numbers stood in the checkpoint that the run is resumed from."""
+        """Resume: the optimizer takes the settings asked for now, data and random numbers continue where they stood."""
+        check_optimizers(self.trainer)
+        before, self.asked_before = self.asked_before, None
+        if before is not None and self.asked is not None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizers.take_new_settings(optimizer, self.lr_schedulers(), self.asked, before)
         checkpoint_state.begin(self)
 
     def on_validation_start(self) -> None:
@@ -320,14 +383,35 @@ class AlignmentModule(LightningModule):
         return total or 1
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the trainable weights, and the schedule stepped once per update."""
+        """Make the optimizer of the trainable weights, and its scheduler; `update` steps both.
+
+        Raises:
+            SettingError: ``optimizer`` or ``lr_scheduler`` makes something else.
+            StateError: the checkpoint that is resumed was trained with another class of either.
+        """
+        optimizer, scheduler = self.make_optimizer(), None
+        if self.lr_scheduler is None:
+            total = self.total_updates()
+            factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
+            scheduler = RateSchedule(optimizer, factor)
+        else:
+            scheduler = optimizers.made(self.lr_scheduler, "lr_scheduler", optimizer, optimizers.SCHEDULERS)
+        self.asked = optimizers.asked(optimizer, scheduler)
+        if self.asked_before is not None:
+            optimizers.check_same_kinds(self.asked, self.asked_before)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            optimizers.monitored(scheduler)  # refused now rather than after the first epoch
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def make_optimizer(self) -> Optimizer:
+        """Make the optimizer of the trainable weights: what ``optimizer`` makes, else AdamW."""
+        if self.optimizer is not None:
+            trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            return optimizers.made(self.optimizer, "optimizer", trainable, (Optimizer,))
         groups = parameter_groups(self, self.weight_decay)
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps, fused=self.fused_optimizer or None
         )
-        total = self.total_updates()
-        factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
         """Take one optimizer step, or none where the loss or its gradient is not finite on any rank.
@@ -366,7 +450,7 @@ class AlignmentModule(LightningModule):
             optimizer.zero_grad()  # a weight without a gradient is left alone, and every counter of steps goes on
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
-        if scheduler is not None:
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
         self.updates += 1
         self.skipped_updates += not finite
@@ -421,8 +505,13 @@ class AlignmentModule(LightningModule):
         self._evaluation = Meter()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self.log_evaluation("val", self.evaluation_metrics())
+        """Log the validation metrics; ReduceLROnPlateau looks at them."""
+        metrics = self.evaluation_metrics()
+        self.log_evaluation("val", metrics)
+        scheduler: Any = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
+        if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
+            named = {f"val/{name}": value for name, value in metrics.items()}
+            optimizers.step_plateau(scheduler, {**self.trainer.callback_metrics, **named})
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -471,7 +560,7 @@ class AlignmentModule(LightningModule):
 
     def export(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder that the next stage starts from."""
-        raise AttributeError(f"{type(self).__name__} must define 'export'")
+        raise undefined(self, "export")
 
     def backbone_source(self) -> str:
         """Return the folder or hub id of the frozen weights that an adapter of this run hangs on."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import undefined
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import cache_folder, content_hash, resolve_folder
 from rlhf_lightning.models.reference_cache import ReferenceCache
@@ -67,7 +68,7 @@ class OfflineModule(AlignmentModule):
 
     def loss_sum(self, batch: Any, meter: Meter) -> Tensor:
         """Return the sum of a micro-batch's losses, with gradient, and add its metrics to ``meter``."""
-        raise AttributeError(f"{type(self).__name__} must define 'loss_sum'")
+        raise undefined(self, "loss_sum")
 
     def training_step(self, step: Step[Any], batch_idx: int) -> None:
         """Take one optimizer step over all micro-batches of ``step``."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
@@ -293,15 +294,15 @@ class OnPolicyModule(AlignmentModule):
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         """Return the reward of each token, shape (episodes, length)."""
-        raise AttributeError(f"{type(self).__name__} must define 'shape_rewards'")
+        raise undefined(self, "shape_rewards")
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
         """Return the advantage of each token, and the critic's target where there is one."""
-        raise AttributeError(f"{type(self).__name__} must define 'advantages'")
+        raise undefined(self, "advantages")
 
     def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
         """Return one loss per token, shape (rows, length)."""
-        raise AttributeError(f"{type(self).__name__} must define 'policy_loss'")
+        raise undefined(self, "policy_loss")
 
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
         """Return the critic's loss per state, in families that have one."""

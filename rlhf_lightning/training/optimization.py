@@ -1,35 +1,46 @@
-"""The arithmetic of an optimizer step: how long a run is, its learning-rate schedule, weight decay, clipping."""
+"""Arithmetic of an optimizer step: length of a run, learning-rate schedule, weight decay, gradient clipping."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def steps_of_epoch(trainer: Trainer) -> float:
+    """Return the training steps of an epoch, limits of the trainer applied; infinite for data without a length.
+
+    Counted from the DataModule's plan where there is one. Otherwise the trainer makes its loaders now, and with them
+    forgets the position of a resumed loader, which `checkpoint_state.begin` gives back.
+    """
+    steps = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+    if steps is None:
+        trainer.fit_loop.setup_data()
+        return float(trainer.num_training_batches)
+    limit = trainer.limit_train_batches
+    return min(steps, limit) if isinstance(limit, int) else int(steps * (1.0 if limit is None else limit))
 
 
 def updates_of_run(trainer: Trainer, updates_per_step: int = 1) -> int | None:
     """Return the optimizer steps of the whole run; None where nothing bounds it.
 
-    Counted from the data's plan: reading ``trainer.estimated_stepping_batches`` here would make the trainer throw away
-    the position that a resumed DataLoader has just been given.
-
     Args:
         trainer: the trainer, its DataModule set up.
         updates_per_step: optimizer steps of one training step.
     """
-    steps = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
-    if steps is None and getattr(trainer, "train_dataloader", None) is not None:
-        steps = len(trainer.train_dataloader)  # type: ignore[arg-type]
-    limit, bounds = trainer.limit_train_batches, []
-    if steps is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
-        steps = min(steps, limit) if isinstance(limit, int) else int(steps * (limit or 1.0))
-        bounds.append(steps * trainer.max_epochs * updates_per_step)
+    bounds: list[int] = []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        steps = steps_of_epoch(trainer)
+        if not math.isinf(steps):
+            bounds.append(int(steps) * trainer.max_epochs * updates_per_step)
     if trainer.max_steps is not None and trainer.max_steps > 0:
         bounds.append(trainer.max_steps)
     return max(min(bounds), 1) if bounds else None
@@ -51,6 +62,46 @@ def schedule_factor(update: int, total: int, warmup: float, schedule: str) -> fl
     if schedule == "linear":
         return 1.0 - progress
     return 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
+
+
+class RateSchedule(LRScheduler):
+    """Each group's peak learning rate times a share that depends on the count of updates alone.
+
+    Groups may be added in the course of a run, as Lightning's BaseFinetuning does: their learning rate at that time
+    stands for the schedule's share at that time.
+
+    Args:
+        optimizer: the optimizer, its groups at their peak learning rates.
+        factor: the share of the peak that an update uses, see `schedule_factor`.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self.factor = factor
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """Return the learning rate of each group for the update that comes."""
+        before, groups = self.factor(max(self.last_epoch - 1, 0)), self.optimizer.param_groups
+        for group in groups:
+            group.setdefault("initial_lr", group["lr"] / before if before else group["lr"])
+        return [group["initial_lr"] * self.factor(self.last_epoch) for group in groups]
+
+    def recompute(self) -> None:
+        """Set the learning rates anew for the count of updates that was restored."""
+        for group in self.optimizer.param_groups:
+            set_rate(group, group["initial_lr"] * self.factor(self.last_epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of updates: the rest is asked for by the run that resumes."""
+        return {name: value for name, value in super().state_dict().items() if name != "factor"}
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's learning rate, which may be a tensor that a compiled optimizer reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
