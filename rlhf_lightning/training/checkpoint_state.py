@@ -72,7 +72,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         setattr(module, name, checkpoint["progress"][name])
     module.skips.in_a_row = checkpoint["skipped_in_a_row"]
     module.resumed_random = checkpoint["random"]
-    module.asked_before = checkpoint["asked"]
+    module.asked_before = checkpoint.get("asked")
     if module.lora is not None or module.reference is not None:
         _check_backbone(module, checkpoint["started_from"])
 
