@@ -39,7 +39,9 @@ def failure_sentence(error: Exception) -> str | None:
     if type(error).__module__.split(".")[0] == "yaml":
         return f"this is no YAML of plain values: {' '.join(text.split())}"
     if text.startswith("Does not validate against any of the Union subtypes"):  # a class that refused its arguments
-        return text.partition("Errors:\n")[2].strip().splitlines()[0].removeprefix("- ") or text
+        errors = [line.strip().removeprefix("- ") for line in text.partition("Errors:\n")[2].splitlines()]
+        of_parser = ("Not a valid subclass", "Expected a", "Subclass types expect", "a class path", "a dict ")
+        return next((line for line in errors if line and not line.startswith(of_parser)), text)
     # What this package defines itself it raises for the sentence; Lightning's goes by name, as it is not imported here.
     own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
     foreseen = own or isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException"

@@ -309,12 +309,15 @@ class RlhfCLI(LightningCLI):
         """Return the settings with loggers that write into the run folder; config.yaml keeps what the user gave."""
         config = self.config.clone()
         trainer, folder = config[self.subcommand].trainer, self.folder
+        runs = Path(config[self.subcommand].runs_folder)
         if folder is None:  # another rank than zero, where loggers write nothing, or a rehearsal
-            folder = Path(config[self.subcommand].runs_folder) / "run" / "version_0"
+            folder = runs / "run" / "version_0"
+        if not folder.is_relative_to(runs):  # resumed by its path
+            runs = folder.parent.parent
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if isinstance(logger, Namespace):
                 given = logger.get("init_args") or Namespace()
-                placed = logger_arguments(import_path(logger.class_path), vars(given), folder)
+                placed = logger_arguments(import_path(logger.class_path), vars(given), folder, runs)
                 logger.init_args = Namespace(placed)
         return config
 

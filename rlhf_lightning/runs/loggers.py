@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-PLACES = ("save_dir", "name", "run_name", "version")
+PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_location")
 """Arguments by which a logger says where it writes and what it calls the run; null leaves them to the run folder."""
 
 
-def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     """Return a logger's arguments, with those of `PLACES` that are null filled in from the run folder.
 
-    TensorBoard and CSV loggers write into the folder itself. Others get it as ``save_dir`` and are named after it,
-    except MLflow, whose runs share ``mlruns/`` beside their folders, so that one server shows them all.
+    TensorBoard and CSV loggers write into the folder itself. Others get it as ``save_dir`` and are named after it.
+    MLflow's runs share a database in the runs folder, so that one server shows them all.
 
     Args:
         kind: the logger's class.
         given: its arguments, null in `PLACES` for what the user left open.
         folder: the run folder, ``runs/<name>/version_<n>``.
+        runs: the folder of all runs.
     """
-    name = f"{folder.parent.name}/{folder.name}"
+    name = folder.relative_to(runs).as_posix()
     if issubclass(kind, TensorBoardLogger | CSVLogger):
         filled = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
         if any(given.get(argument) is not None for argument in filled):
             filled = {"save_dir": str(folder)}
-    elif kind.__name__.lower().startswith("mlflow"):
-        filled = {"save_dir": str(folder.parent.parent / "mlruns"), "run_name": name}
+    elif "tracking_uri" in given:
+        filled = {"run_name": name}
+        if given.get("save_dir") is None:
+            filled["tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+        if filled.get("tracking_uri", "").startswith("sqlite:") and given["tracking_uri"] is None:
+            filled["artifact_location"] = (runs / "mlartifacts").absolute().as_uri()
     else:
         filled = {"save_dir": str(folder), "run_name" if "run_name" in given else "name": name}
     left_open = [argument for argument in PLACES if argument in given and given[argument] is None]

@@ -9,7 +9,7 @@ import tiny_run
 import yaml
 from conftest import refused
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tiny_loggers import MemoryLogger
 from tiny_run import BASIC, UPDATES, NumbersDataModule, SlopeModule, events_of, rows_of, scalars_of
 
@@ -170,10 +170,6 @@ def test_a_logger_that_takes_neither_is_left_alone():
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
-class MLFlowLogger(MemoryLogger):
-    """Called like Lightning's, which cannot be made without MLflow."""
-
-
 @pytest.mark.parametrize(
     ("kind", "given", "expected"),
     [
@@ -184,12 +180,16 @@ class MLFlowLogger(MemoryLogger):
          {"save_dir": "r/dpo/version_2", "name": "n"}),
         (MemoryLogger, {"save_dir": None, "name": None, "version": None},
          {"save_dir": "r/dpo/version_2", "name": "dpo/version_2"}),
-        (MLFlowLogger, {"save_dir": None, "run_name": None}, {"save_dir": "r/mlruns", "run_name": "dpo/version_2"}),
-        (MLFlowLogger, {"save_dir": "x", "run_name": "mine"}, {"save_dir": "x", "run_name": "mine"}),
+        (MLFlowLogger, {"save_dir": None, "run_name": None, "tracking_uri": None},
+         {"run_name": "dpo/version_2", "tracking_uri": "sqlite:///r/mlflow.db"}),
+        (MLFlowLogger, {"save_dir": None, "run_name": "mine", "tracking_uri": "http://x", "artifact_location": None},
+         {"run_name": "mine", "tracking_uri": "http://x"}),
+        (MLFlowLogger, {"save_dir": "x", "run_name": None, "tracking_uri": None},
+         {"save_dir": "x", "run_name": "dpo/version_2"}),
     ],
 )  # fmt: skip
 def test_what_the_user_left_open_is_filled_in_from_the_folder(kind, given, expected):
-    assert logger_arguments(kind, given, Path("r/dpo/version_2")) == expected
+    assert logger_arguments(kind, given, Path("r/dpo/version_2"), Path("r")) == expected
 
 
 # -- without the command line -----------------------------------------------------------------------------------------
