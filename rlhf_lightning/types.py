@@ -256,9 +256,6 @@ class PreferenceLogprobs(NamedTuple):
         target: probability that chosen is the better one, shape (pairs,).
         rated_margin: rated strength of the preference, 0 where unrated, shape (pairs,).
         weights: weight of each pair, shape (pairs,).
-        chosen_log_collisions: log-probability that two draws from the policy agree, at each chosen token, without
-            gradient; None unless the module asks for it.
-        rejected_log_collisions: the same at each rejected token.
         chosen_by_reference: bool, True where the chosen completion was sampled from the reference and the rejected one
             from the policy, shape (pairs,); None where both have one origin.
         extras: slots by name, see the module's text; shape (pairs,) or (pairs, length). Slots of one side are
@@ -274,8 +271,6 @@ class PreferenceLogprobs(NamedTuple):
     target: Tensor
     rated_margin: Tensor
     weights: Tensor
-    chosen_log_collisions: Tensor | None = None
-    rejected_log_collisions: Tensor | None = None
     chosen_by_reference: Tensor | None = None
     extras: Mapping[str, Tensor] = {}
 

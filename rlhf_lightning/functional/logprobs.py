@@ -233,60 +233,6 @@ def chunked_logprobs(
     return logprobs, entropy if with_entropy else None
 
 
-@torch.no_grad()
-def chunked_matches(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk_tokens: int = 1024
-) -> Tensor:
-    """Whether each target is the head's likeliest token, holding one chunk of logits at a time.
-
-    Scale, softcap and temperature keep the order of logits, so they are not asked for.
-
-    Args:
-        hidden: last hidden states at the positions that predict ``targets``, shape (tokens, d).
-        weight: the head's, shape (vocabulary, d).
-        targets: int64, shape (tokens,).
-        bias: the head's, shape (vocabulary,).
-        chunk_tokens: most tokens whose logits are held at a time, see `chunk_size`.
-
-    Returns:
-        bool, shape (tokens,).
-    """
-    require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
-    size = chunk_size(chunk_tokens, len(weight))
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.cat([F.linear(h.type_as(weight), weight, bias).argmax(-1) == t for h, t in chunks])
-
-
-@torch.no_grad()
-def chunked_log_collisions(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    chunk_tokens: int = 1024,
-) -> Tensor:
-    r"""Log-probability that two draws from each next-token distribution agree, log \sum_v p_v^2, chunk by chunk.
-
-    Args:
-        hidden: last hidden states, shape (tokens, d).
-        weight: the head's, shape (vocabulary, d).
-        bias: the head's, shape (vocabulary,).
-        temperature: of the softmax; applied last.
-        softcap: bound of the logits; None for no bound.
-        scale: factor on the logits; applied first.
-        chunk_tokens: most tokens whose logits are held at a time, see `chunk_size`.
-
-    Returns:
-        Shape (tokens,), float32 or wider, without gradient.
-    """
-    head = _Head(temperature, softcap, scale, chunk_size(chunk_tokens, len(weight)), False, False)
-    parts = hidden.split(head.chunk_tokens)
-    chunks = (head.logits(part.type_as(weight), weight, bias).log_softmax(-1) for part in parts)
-    return torch.cat([log_softmax.mul_(2).logsumexp(-1) for log_softmax in chunks])
-
-
 class _Head(NamedTuple):
     """Settings of `chunked_logprobs`, and the logits they lead to."""
 

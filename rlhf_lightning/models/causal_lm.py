@@ -6,7 +6,7 @@ runs in chunks: [rows, width, vocabulary] never exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
     chunk_size,
-    chunked_log_collisions,
     chunked_logprobs,
-    chunked_matches,
 )
 from rlhf_lightning.models.adapters import REFERENCE, with_adapter
 from rlhf_lightning.models.compiling import uncompiled
@@ -41,6 +40,7 @@ from rlhf_lightning.models.loading import (
     resolve_folder,
 )
 from rlhf_lightning.models.scalar_head import head_dtype, hidden_states, reads_trees, trunk, unwrapped
+from rlhf_lightning.models.sharding import decoder_layers
 
 
 class TokenOutputs(NamedTuple):
@@ -50,16 +50,14 @@ class TokenOutputs(NamedTuple):
         logprobs: log-probability of each completion token at the temperature asked for.
         entropy: entropy of the next-token distribution, nats; None unless asked for.
         values: the shared critic's values; None unless the model has a value head and values were asked for.
-        matches: 1 where the token is the model's likeliest; None unless asked for.
-        collisions: log-probability that two draws from the next-token distribution agree, without gradient; None unless
-            asked for.
+        extras: statistics that were asked for, by name; ``hidden_N`` is the state that layer N predicts each token
+            from, without gradient, shape (completions, length, hidden size).
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     values: Tensor | None
-    matches: Tensor | None
-    collisions: Tensor | None = None
+    extras: Mapping[str, Tensor] = {}
 
 
 class DecodingStep(NamedTuple):
@@ -79,7 +77,7 @@ class DecodingStep(NamedTuple):
 
 
 class OverLogits(NamedTuple):
-    """What is asked of a forward that needs whole distributions: a function of the logits, a chunk of them at a time.
+    """A function of whole next-token distributions, asked of a forward: it gets the logits a chunk at a time.
 
     Attributes:
         layout: sequences in rows.
@@ -162,8 +160,8 @@ class CausalLM(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         value_layout: Layout | None = None,
-        with_matches: bool = False,
-        with_collisions: bool = False,
+        statistics: OverLogits | None = None,
+        hidden_layers: Sequence[int] = (),
     ) -> TokenOutputs:
         """Return log-probabilities of the layout's completion tokens, and what else is asked for.
 
@@ -172,10 +170,12 @@ class CausalLM(nn.Module):
             temperature: logits are divided by it.
             with_entropy: also return the entropy of each next-token distribution.
             value_layout: the same rows with the states to value; None gives no values.
-            with_matches: also return whether each token is the likeliest one; costs the head's product again.
-            with_collisions: also return how likely two draws agree at each token; costs the head's product again.
+            statistics: also return what its function makes of the logits divided by ``temperature``, of this layout;
+                costs the head's product again.
+            hidden_layers: also return the states of these layers; -1 is the last.
         """
-        states = hidden_states(self.model, layout)
+        with kept_states(self, hidden_layers, layout) as kept:
+            states = hidden_states(self.model, layout)
         hidden = states[layout.predictors]
         head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
         softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
@@ -193,25 +193,24 @@ class CausalLM(nn.Module):
         if value_layout is not None and self.value_head is not None:
             valued = states[value_layout.predictors].to(head_dtype(self.value_head))
             values = value_layout.scatter(at_least_float32(self.value_head(valued)).squeeze(-1))
-        matches = chunked_matches(hidden, head.weight, layout.targets, head.bias) if with_matches else None
-        collisions = None
-        if with_collisions:
-            collisions = chunked_log_collisions(hidden, head.weight, head.bias, temperature, softcap, scale)
+        found = {} if statistics is None else self.over_states(hidden, statistics, temperature)
         return TokenOutputs(
             layout.scatter(logprobs),
             None if entropy is None else layout.scatter(entropy),
             values,
-            None if matches is None else layout.scatter(matches.float()),
-            None if collisions is None else layout.scatter(collisions),
+            {name: layout.scatter(per_token) for name, per_token in {**found, **kept}.items()},
         )
 
     def over_logits(self, asked: OverLogits) -> dict[str, Tensor]:
         """Return what a function makes of the logits of each supervised token, by name, each of shape (tokens,)."""
+        return self.over_states(self.predicting_states(asked.layout), asked)
+
+    def over_states(self, hidden: Tensor, asked: OverLogits, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Return what a function makes of the logits that states predict, divided by ``temperature``."""
 
         def of_chunk(hidden: Tensor, *further: Tensor) -> Mapping[str, Tensor]:
-            return asked.function(self.logits(hidden), *further)
+            return asked.function(self.logits(hidden) / temperature, *further)
 
-        hidden = self.predicting_states(asked.layout)
         size = chunk_size(asked.chunk_tokens, unwrapped(self.model).get_output_embeddings().weight.shape[0])
         return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=size)
 
@@ -245,6 +244,38 @@ class CausalLM(nn.Module):
             raise ValueError("only a model with an adapter holds its own reference")
         with with_adapter(self.model, REFERENCE if REFERENCE in self.model.peft_config else None):
             yield
+
+
+@contextmanager
+def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[dict[str, Tensor]]:
+    """Keep what some decoder layers return at the positions that predict tokens, without gradient, as ``hidden_N``.
+
+    Args:
+        model: the CausalLM that is forwarded meanwhile.
+        layers: numbers of the layers; -1 is the last.
+        layout: sequences in rows.
+
+    Raises:
+        SettingError: the model has no such layer.
+    """
+    stack, kept = decoder_layers(model) if layers else [], dict[str, Tensor]()
+    for number in layers:
+        if not -len(stack) <= number < len(stack):
+            raise SettingError("unknown-layer", f"hidden_layers names layer {number}, but there are {len(stack)}")
+
+    def keeping(number: int) -> Callable[..., None]:
+        def keep(_layer: nn.Module, _given: Any, returned: Any) -> None:
+            states = returned if isinstance(returned, Tensor) else returned[0]
+            kept[f"hidden_{number}"] = states.detach().flatten(0, 1)[layout.predictors]
+
+        return keep
+
+    hooks = [stack[number].register_forward_hook(keeping(number)) for number in layers]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def logit_scale(config: Any) -> float:

@@ -72,9 +72,12 @@ class Layout(NamedTuple):
         )
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Put one value per supervised token, shape (tokens,), on the (completions, length) grid; 0 elsewhere."""
-        grid = values.new_zeros(self.completion_mask.numel())
-        return grid.index_put((self.cells,), values).view(self.completion_mask.shape)
+        """Put a value (or vector) per supervised token, shape (tokens, ...), on the grid (completions, length, ...).
+
+        The grid is 0 elsewhere.
+        """
+        grid = values.new_zeros(self.completion_mask.numel(), *values.shape[1:])
+        return grid.index_put((self.cells,), values).view(*self.completion_mask.shape, *values.shape[1:])
 
 
 def lay_out(sequences: Sequences, pack_rows: bool) -> Layout:

@@ -27,6 +27,7 @@ from rlhf_lightning.models.adapters import (
     with_adapter,
 )
 from rlhf_lightning.models.causal_lm import CausalLM, adapted_weights, load_reference
+from rlhf_lightning.models.frozen import FrozenPolicy
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     SCORE_BIAS,
@@ -43,7 +44,7 @@ from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
 from rlhf_lightning.models.sharding import cut_like, whole
 
 
-class Reference:
+class Reference(FrozenPolicy):
     """The frozen model that training started from. Where the policy is an adapter, its backbone is the reference.
 
     Args:
@@ -78,11 +79,10 @@ class Reference:
             with self.policy.as_reference():
                 yield self.policy
 
-    @torch.no_grad()
-    def logprobs(self, layout: Layout, temperature: float = 1.0) -> Tensor:
-        """Return log-probabilities of the layout's completions, without gradient, shape (completions, length)."""
-        with self.as_model() as model:
-            return model(layout, temperature).logprobs
+    @property
+    def head_owner(self) -> CausalLM:
+        """The copy, or the policy, whose head an adapter leaves as it is."""
+        return self.policy if self.copy is None else self.copy
 
     # -- a reference that moves ---------------------------------------------------------------------------------------
 
@@ -91,6 +91,7 @@ class Reference:
         """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
         for _, reference, policy in self._followed():
             reference.copy_(mixed_reference(reference, policy.to(reference), alpha))
+        self._whole_head = None
 
     def moved_weights(self) -> dict[str, Tensor]:
         """Return the copy's weights that follow the policy's, for a checkpoint."""
@@ -101,6 +102,7 @@ class Reference:
         """Put the copy where a checkpoint had it."""
         for name, reference, _ in self._followed():
             reference.copy_(cut_like(weights[name], reference))
+        self._whole_head = None
 
     def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates, load_reference
-from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.causal_lm import CausalLM, load_reference
+from rlhf_lightning.models.frozen import FrozenPolicy
 from rlhf_lightning.models.loading import LoadSettings, resolve_folder
-from rlhf_lightning.models.sharding import is_sharded, whole
 
 
-class Teacher:
+class Teacher(FrozenPolicy):
     """A frozen policy: in eval mode, without gradient, and in no checkpoint.
 
     Args:
@@ -31,31 +30,21 @@ class Teacher:
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, settings: LoadSettings) -> None:
         check_same_vocabulary(tokenizer, tokenization.load_tokenizer(resolve_folder(name)), name)
         self.model = load_reference(name, replace(settings, from_scratch=False))
-        self._whole_head: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def models(self) -> tuple[CausalLM, ...]:
         """The model: it moves to the device by hand, and into no checkpoint or optimizer."""
         return (self.model,)
 
-    @torch.no_grad()
-    def logprobs(self, layout: Layout, temperature: float = 1.0) -> Tensor:
-        """Return log-probabilities of the layout's completions, without gradient, shape (completions, length)."""
-        return self.model(layout, temperature).logprobs
+    @contextmanager
+    def as_model(self) -> Iterator[CausalLM]:
+        """Give the teacher, to sample from or to forward."""
+        yield self.model
 
-    @torch.no_grad()
-    def predicting_states(self, layout: Layout) -> Tensor:
-        """Return the states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
-        if self._whole_head is None and is_sharded(self.model):
-            # Ranks ask for other numbers of chunks of logits, and whatever gathers weights takes all of them together.
-            weight, bias = self.model.head()
-            self._whole_head = whole(weight.detach()), None if bias is None else whole(bias.detach())
-        return self.model(PredictingStates(layout))
-
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits of hidden states, fp32 or wider, shape (tokens, vocabulary)."""
-        return self.model.logits(hidden, self._whole_head)
+    @property
+    def head_owner(self) -> CausalLM:
+        """The teacher."""
+        return self.model
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:

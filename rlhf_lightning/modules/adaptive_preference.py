@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,16 +28,23 @@ class WPOWeighting:
     (AOT) cannot be weighted by pair.
     """
 
-    needs_collisions = True
     max_pair_weight: float | None = 1.0
+
+    def token_statistics(
+        self, policy_logits: Tensor, reference_logits: Tensor | None, targets: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Add the log-probability that two draws from the policy agree, without gradient."""
+        further = super().token_statistics(policy_logits, reference_logits, targets)  # type: ignore[misc]
+        return {**further, "log_collisions": adaptive.log_collision_probability(policy_logits.detach())}
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
         """Return the next objective's losses, each times w(chosen) w(rejected), shape (pairs,)."""
         loss = super().preference_loss(logprobs)  # type: ignore[misc]
-        assert logprobs.chosen_log_collisions is not None and logprobs.rejected_log_collisions is not None
         chosen, rejected = logprobs.policy_chosen_logprobs.detach(), logprobs.policy_rejected_logprobs.detach()
-        weights = adaptive.wpo_weights(chosen, logprobs.chosen_log_collisions, logprobs.chosen_mask)
-        weights = weights * adaptive.wpo_weights(rejected, logprobs.rejected_log_collisions, logprobs.rejected_mask)
+        weights = adaptive.wpo_weights(chosen, logprobs.extras["chosen_log_collisions"], logprobs.chosen_mask)
+        weights = weights * adaptive.wpo_weights(
+            rejected, logprobs.extras["rejected_log_collisions"], logprobs.rejected_mask
+        )
         if self.max_pair_weight is not None:
             weights = weights.clamp_max(self.max_pair_weight)
         values, metrics = as_loss(loss)

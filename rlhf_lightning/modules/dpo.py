@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.training.coupled import WholeStep, whole_step
+from rlhf_lightning.training.coupled import WholeStep, differentiable_parts, whole_step
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.slots import of_sides, on_device
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
 
 
@@ -47,9 +48,6 @@ class DPOModule(OfflineModule):
     paper = "Rafailov et al. 2023, arXiv 2305.18290"
     batch_type = PreferenceBatch
     needs_reference = True
-    needs_collisions: ClassVar[bool] = False
-    """Whether the loss looks at how likely two draws from the policy agree at each token (WPO)."""
-
     headline_metrics = ("val/loss", "val/reward_margin", "val/reward_accuracy")
 
     def __init__(
@@ -117,8 +115,7 @@ class DPOModule(OfflineModule):
         if not self.weighs_rows and bool((batch.weights != 1).any()):
             raise ValueError(f"{type(self).__name__} matches pairs by rank and cannot weigh them: leave weights at 1")
         layout = self.lay_out(batch.sequences)
-        outputs = self.policy(layout, with_collisions=self.needs_collisions)
-        reference = None if self.reference is None else self.reference_logprobs(batch.sequences, layout)
+        outputs, reference = self.both_logprobs(batch.sequences, layout)
         pairs = len(batch.target)
 
         chosen, rejected = slice(None, pairs), slice(pairs, None)
@@ -132,8 +129,7 @@ class DPOModule(OfflineModule):
             target=self.smoothed(batch.target.to(self.device)),
             rated_margin=batch.margin.to(self.device),
             weights=batch.weights.to(self.device),
-            chosen_log_collisions=None if outputs.collisions is None else outputs.collisions[chosen],
-            rejected_log_collisions=None if outputs.collisions is None else outputs.collisions[rejected],
+            extras={**on_device(batch.extras, self.device), **of_sides(outputs.extras, pairs)},
         )
 
     # -- losses that couple the pairs of a step ------------------------------------------------------------------------
@@ -147,11 +143,14 @@ class DPOModule(OfflineModule):
         pairs, leaves = whole.with_leaves()
         loss = as_loss(self.preference_loss(pairs))
         self._measure(pairs, loss, meter)
-        gradients = torch.autograd.grad((loss.values * pairs.weights).sum(), leaves)
+        gradients = torch.autograd.grad((loss.values * pairs.weights).sum(), list(leaves.values()), allow_unused=True)
+        slopes = {name: slope for name, slope in zip(leaves, gradients, strict=True) if slope is not None}
         parts = zip(step.micro_batches, whole.rows, strict=True)
         values = (loss.values * pairs.weights).detach()
         losses = [
-            partial(self._with_gradient, batch, [side[rows] for side in gradients], values[rows].sum())
+            partial(
+                self._with_gradient, batch, {name: slope[rows] for name, slope in slopes.items()}, values[rows].sum()
+            )
             for batch, rows in parts
         ]
         norm = self.update(losses, step.rows)
@@ -176,11 +175,11 @@ class DPOModule(OfflineModule):
         with torch.no_grad():
             return whole_step(self, [self.preference_logprobs(batch) for batch in step.micro_batches])
 
-    def _with_gradient(self, batch: PreferenceBatch, gradients: Sequence[Tensor], value: Tensor) -> Tensor:
-        """Return ``value``, with the gradient by each of the micro-batch's log-probabilities that is given."""
-        again = self.preference_logprobs(batch)
-        sides = zip((again.policy_chosen_logprobs, again.policy_rejected_logprobs), gradients, strict=True)
-        carrier = torch.stack([(side * gradient[:, : side.shape[1]]).sum() for side, gradient in sides]).sum()
+    def _with_gradient(self, batch: PreferenceBatch, slopes: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """Return ``value``, with the given gradients by the micro-batch's log-probabilities and slots."""
+        again = differentiable_parts(self.preference_logprobs(batch))
+        carriers = [(again[name] * slope[:, : again[name].shape[1]]).sum() for name, slope in slopes.items()]
+        carrier = torch.stack(carriers).sum()
         return value + carrier - carrier.detach()
 
     # -- metrics, export -----------------------------------------------------------------------------------------------

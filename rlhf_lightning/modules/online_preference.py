@@ -22,6 +22,7 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollouts import Drawn, merged_samples, select_prompts
+from rlhf_lightning.training.slots import of_sides
 from rlhf_lightning.types import (
     EnumeratedProblem,
     Loss,
@@ -63,9 +64,6 @@ class OnlineDPOModule(OnPolicyModule):
     paper = "Guo et al. 2024, arXiv 2402.04792"
     needs_group: ClassVar[bool] = True
     """Whether completions of one prompt are compared."""
-
-    needs_collisions: ClassVar[bool] = False
-    """Whether the loss looks at how likely two draws from the policy agree at each token (WPO)."""
 
     def __init__(
         self,
@@ -185,7 +183,7 @@ class OnlineDPOModule(OnPolicyModule):
         """Forward the completions of some pairs together through the policy; the rollout has the reference's."""
         rows = torch.cat([pairs.chosen, pairs.rejected])
         layout = self.lay_out(select(rollout.sequences, rows.tolist()))
-        outputs = self.policy(layout, self.sampling.temperature, with_collisions=self.needs_collisions)
+        outputs = self.policy_outputs(layout, self.sampling.temperature)
         mask, count = layout.completion_mask, len(pairs.chosen)
         chosen, rejected = slice(None, count), slice(count, None)
         reference = None if rollout.reference_logprobs is None else rollout.reference_logprobs[rows, : mask.shape[1]]
@@ -199,9 +197,8 @@ class OnlineDPOModule(OnPolicyModule):
             target=pairs.target,
             rated_margin=pairs.rated_margin,
             weights=pairs.weights,
-            chosen_log_collisions=None if outputs.collisions is None else outputs.collisions[chosen],
-            rejected_log_collisions=None if outputs.collisions is None else outputs.collisions[rejected],
             chosen_by_reference=self.by_reference(rollout.group)[pairs.chosen],
+            extras=of_sides(outputs.extras, count),
         )
 
     def _pair_loss_sum(self, rollout: Rollout, pairs: Pairs, meter: Meter) -> Tensor:

@@ -19,7 +19,7 @@ from rlhf_lightning.functional.policy_gradient import (
     token_rewards,
     value_clip_fraction,
 )
-from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.roles import add_critic, belongs_to
@@ -213,10 +213,10 @@ class PPOModule(OnPolicyModule):
         slots = torch.arange(mask.shape[1] + 1, device=mask.device)
         return slots <= mask.sum(-1, keepdim=True)
 
-    def policy_outputs(self, layout: Layout, with_entropy: bool) -> Any:
+    def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
         """Forward the policy, and the critic with it where the trunk is shared."""
         shared = self._value_layout(layout) if self.critic is None else None
-        return self.policy(layout, self.sampling.temperature, with_entropy=with_entropy, value_layout=shared)
+        return super().policy_outputs(layout, temperature, value_layout=shared, **asked)
 
     def _values(self, layout: Layout, shared_values: Tensor | None) -> Tensor:
         """Return the critic's values of the layout's states."""

@@ -13,6 +13,7 @@ from rlhf_lightning.models.loading import STEP_SEPARATOR
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
 
 
@@ -69,7 +70,8 @@ class ProcessRewardModule(RewardModule):
         if len(labels) != len(row):
             raise ValueError(f"{len(labels)} labels for {len(row)} judged steps: a batch needs one of each")
         position = (mask.cumsum(-1) - 1)[mask]
-        return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device))
+        extras = on_device(batch.extras, self.device)
+        return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device), extras)
 
     def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]
         """Return the summed losses of a micro-batch's judged steps."""

@@ -26,6 +26,7 @@ from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
 
 
@@ -102,7 +103,7 @@ class RewardModule(OfflineModule):
         group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)
         parts = (batch.ranks, batch.target, batch.margin, batch.weights)
         ranks, target, margin, weights = (part.to(self.device) for part in parts)
-        ranked = RankedScores(scores, group, ranks, target, margin, weights)
+        ranked = RankedScores(scores, group, ranks, target, margin, weights, on_device(batch.extras, self.device))
         loss = as_loss(self.ranking_loss(ranked))
         self._measure(ranked, loss.values, meter)
         for name, values in loss.metrics.items():

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, load_policy
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
 
 
@@ -56,17 +58,31 @@ class SFTModule(OfflineModule):
         """Return one loss per token, shape (rows, length). The override point of this family."""
         return -logprobs.logprobs * logprobs.weights.unsqueeze(-1)
 
+    def statistics_asked(self, layout: Layout, temperature: float = 1.0) -> OverLogits | None:
+        """Return what to ask of the policy's forward; in evaluation also whether each token is the likeliest."""
+        asked = super().statistics_asked(layout, temperature)
+        if torch.is_grad_enabled():
+            return asked
+
+        def evaluated(logits: Tensor, ids: Tensor, *further: Tensor) -> dict[str, Tensor]:
+            found = {} if asked is None else asked.function(logits, ids, *further)
+            return {**found, "matches": (logits.argmax(-1) == ids).float()}
+
+        return OverLogits(layout, evaluated, (layout.targets,) if asked is None else asked.further)
+
     def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:
         """Return the summed token losses of a micro-batch."""
         layout = self.lay_out(batch.sequences)
         evaluating = not torch.is_grad_enabled()
-        outputs = self.policy(layout, with_entropy=evaluating, with_matches=evaluating)
+        outputs = self.policy_outputs(layout, with_entropy=evaluating)
         mask = layout.completion_mask
-        loss = as_loss(self.token_loss(TokenLogprobs(outputs.logprobs, mask, batch.weights.to(self.device))))
+        extras = {**on_device(batch.extras, self.device), **outputs.extras}
+        logprobs = TokenLogprobs(outputs.logprobs, mask, batch.weights.to(self.device), extras)
+        loss = as_loss(self.token_loss(logprobs))
         meter.add("loss", loss.values, mask)
         meter.add("negative_logprob", -outputs.logprobs, mask)
-        if outputs.matches is not None and outputs.entropy is not None:
-            meter.add("token_accuracy", outputs.matches, mask)
+        if outputs.entropy is not None:
+            meter.add("token_accuracy", outputs.extras["matches"], mask)
             meter.add("entropy", outputs.entropy, mask)
         for name, values in loss.metrics.items():
             meter.add(name, values, mask if values.dim() == 2 else None)

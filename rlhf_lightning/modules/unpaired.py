@@ -19,6 +19,7 @@ from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
 
 
@@ -114,13 +115,15 @@ class UnpairedModule(OfflineModule):
     def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
         """Forward the completions through the policy and through the reference."""
         layout = self.lay_out(batch.sequences)
+        outputs, reference = self.both_logprobs(batch.sequences, layout)
         return UnpairedLogprobs(
-            policy_logprobs=self.policy(layout).logprobs,
-            reference_logprobs=self.reference_logprobs(batch.sequences, layout),
+            policy_logprobs=outputs.logprobs,
+            reference_logprobs=reference,
             completion_mask=layout.completion_mask,
             desirable=batch.desirable.to(self.device),
             weights=batch.weights.to(self.device),
             reference_point=reference_point,
+            extras={**on_device(batch.extras, self.device), **outputs.extras},
         )
 
     def loss_sum(self, batch: UnpairedBatch, meter: Meter) -> Tensor:

@@ -30,12 +30,23 @@ class WholeStep(NamedTuple):
     logprobs: PreferenceLogprobs
     rows: tuple[slice, ...]
 
-    def with_leaves(self) -> tuple[PreferenceLogprobs, tuple[Tensor, Tensor]]:
-        """Return the pairs with the policy's log-probabilities as fresh leaves, and these: chosen, rejected."""
-        chosen = self.logprobs.policy_chosen_logprobs.detach().requires_grad_()
-        rejected = self.logprobs.policy_rejected_logprobs.detach().requires_grad_()
-        pairs = self.logprobs._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected)
-        return pairs, (chosen, rejected)
+    def with_leaves(self) -> tuple[PreferenceLogprobs, dict[str, Tensor]]:
+        """Return the pairs with the policy's log-probabilities and statistics as fresh leaves, and these by name."""
+        parts = differentiable_parts(self.logprobs)
+        leaves = {name: part.detach().requires_grad_() for name, part in parts.items()}
+        chosen, rejected = (leaves[f"policy_{side}_logprobs"] for side in ("chosen", "rejected"))
+        extras = {name: leaves.get(name, values) for name, values in self.logprobs.extras.items()}
+        pairs = self.logprobs._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected, extras=extras)
+        return pairs, leaves
+
+
+def differentiable_parts(logprobs: PreferenceLogprobs) -> dict[str, Tensor]:
+    """Return by name what may carry a gradient to the policy: its log-probabilities, and slots of tokens."""
+    slots = {
+        name: values for name, values in logprobs.extras.items() if values.dim() > 1 and values.is_floating_point()
+    }
+    sides = {f"policy_{side}_logprobs": getattr(logprobs, f"policy_{side}_logprobs") for side in ("chosen", "rejected")}
+    return {**sides, **slots}
 
 
 @torch.no_grad()
@@ -70,9 +81,9 @@ def _joined(
     present = [part for part in column if part is not None]
     if not present:
         return None
-    rows = torch.cat([_padded(part, width) if part.dim() == 2 else part for part in present])
+    rows = torch.cat([_padded(part, width) if part.dim() > 1 else part for part in present])
     return gathered_rows(module, rows, counts)
 
 
 def _padded(grid: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(grid, (0, width - grid.shape[1]))
+    return torch.nn.functional.pad(grid, (0, 0) * (grid.dim() - 2) + (0, width - grid.shape[1]))

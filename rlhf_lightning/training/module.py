@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.compat import attached_trainer
 from rlhf_lightning.errors import ContractError, undefined
-from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.functional.logprobs import token_logprobs
+from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.layout import Layout, lay_out
@@ -363,6 +364,61 @@ class AlignmentModule(LightningModule):
     def value_at_reference(self) -> float | None:
         """What each row loses where the policy is the reference; None if that depends on the row, or is unknown."""
         return None
+
+    # -- what the objective looks at ----------------------------------------------------------------------------------
+
+    needs_reference_logits: ClassVar[bool] = False
+    """Whether ``token_statistics`` looks at the reference's logits, which cost a forward pass of their own."""
+
+    hidden_layers: ClassVar[tuple[int, ...]] = ()
+    """Layers whose states the objective sees as the slots ``hidden_N``: what each token is predicted from, without
+    gradient, shape (rows, length, hidden size); -1 is the last."""
+
+    def token_statistics(
+        self, policy_logits: Tensor, reference_logits: Tensor | None, targets: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Return statistics of whole next-token distributions, which arrive in ``extras`` under their names.
+
+        Called with a chunk of tokens at a time, and again in the backward pass, so that (tokens, vocabulary) never
+        exists. Values may carry a gradient to the policy's logits; compute those that carry none last. Of pairs they
+        arrive as ``chosen_NAME`` and ``rejected_NAME``; of rollouts those at its start in ``Rollout.extras``, those of
+        the update in ``PolicyLogprobs.extras``.
+
+        Args:
+            policy_logits: divided by the temperature, fp32 or wider, shape (tokens, vocabulary).
+            reference_logits: the reference's alike, without gradient; None unless ``needs_reference_logits``.
+            targets: id of each token, int64, shape (tokens,).
+
+        Returns:
+            Values by name, each of shape (tokens,).
+        """
+        return {}
+
+    def statistics_asked(self, layout: Layout, temperature: float = 1.0) -> OverLogits | None:
+        """Return what to ask of the policy's forward beside log-probabilities; None for nothing.
+
+        With ``needs_reference_logits`` the reference's log-probabilities come with it, as ``reference_logprobs``.
+        """
+        if type(self).token_statistics is AlignmentModule.token_statistics:
+            return None
+        reference = self.reference
+        if not self.needs_reference_logits or reference is None:
+            return OverLogits(layout, lambda logits, ids: self.token_statistics(logits, None, ids), (layout.targets,))
+
+        def compared(logits: Tensor, ids: Tensor, hidden: Tensor) -> Mapping[str, Tensor]:
+            theirs = reference.logits(hidden) / temperature
+            found = self.token_statistics(logits, theirs, ids)
+            return {**found, "reference_logprobs": token_logprobs(theirs, ids)}
+
+        return OverLogits(layout, compared, (layout.targets, reference.predicting_states(layout)))
+
+    def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
+        """Forward the policy, and compute the statistics that the objective declares."""
+        statistics = self.statistics_asked(layout, temperature)
+        outputs: TokenOutputs = self.model(
+            layout, temperature, statistics=statistics, hidden_layers=self.hidden_layers, **asked
+        )
+        return outputs
 
     # -- optimization -------------------------------------------------------------------------------------------------
 

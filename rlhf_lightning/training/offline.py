@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import undefined
+from rlhf_lightning.models.causal_lm import TokenOutputs
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import cache_folder, content_hash, resolve_folder
 from rlhf_lightning.models.reference_cache import ReferenceCache
@@ -65,6 +66,16 @@ class OfflineModule(AlignmentModule):
         # otherwise: a run that is resumed finds the whole batch, and has to learn from the same numbers.
         kept = cache.read(sequences, layout.completion_mask, dtype)
         return computed if kept is None else kept.to(computed)
+
+    def both_logprobs(self, sequences: Sequences, layout: Layout) -> tuple[TokenOutputs, Tensor | None]:
+        """Forward completions through the policy, with its statistics, and through the reference where there is one.
+
+        Statistics that look at the reference's logits forward it each time, so that nothing is read from the cache.
+        """
+        outputs = self.policy_outputs(layout)
+        if "reference_logprobs" in outputs.extras:
+            return outputs, outputs.extras["reference_logprobs"]
+        return outputs, None if self.reference is None else self.reference_logprobs(sequences, layout)
 
     def loss_sum(self, batch: Any, meter: Meter) -> Tensor:
         """Return the sum of a micro-batch's losses, with gradient, and add its metrics to ``meter``."""

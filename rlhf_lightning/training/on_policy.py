@@ -38,6 +38,7 @@ from rlhf_lightning.training.rollouts import (
     with_score_std,
     without_unscored,
 )
+from rlhf_lightning.training.slots import of_rows, on_device
 from rlhf_lightning.types import (
     NO_LIMITS,
     Advantages,
@@ -48,6 +49,9 @@ from rlhf_lightning.types import (
     Sequences,
     Step,
 )
+
+FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
+"""Grids of a forward that are fields of the rollout; others are slots."""
 
 
 class OnPolicyModule(AlignmentModule):
@@ -242,6 +246,10 @@ class OnPolicyModule(AlignmentModule):
             behaviour_logprobs=on_grid(drawn.samples.logprobs, grids["logprobs"]),
             episodes=drawn.batch.episodes,
             baseline_scores=None if drawn.baseline_scores is None else drawn.baseline_scores.to(device),
+            extras={
+                **{name: values for name, values in grids.items() if name not in FIELDS},
+                **on_device(drawn.batch.extras, device),
+            },
         )
         return rollout, grids["entropy"]
 
@@ -271,7 +279,8 @@ class OnPolicyModule(AlignmentModule):
         make their passes together.
         """
         exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
-        known = samples.entropies is not None and self.device_mesh is None
+        asks_more = self.hidden_layers or type(self).token_statistics is not AlignmentModule.token_statistics
+        known = samples.entropies is not None and self.device_mesh is None and not asks_more
         return self.reuse_behaviour_logprobs and known and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
@@ -282,11 +291,12 @@ class OnPolicyModule(AlignmentModule):
         """Return what one forward of the reference, and one of the policy, say about a micro-batch."""
         grids = {"completion_mask": layout.completion_mask}
         if with_policy:
-            outputs = self.policy_outputs(layout, with_entropy=True)
-            grids |= {"logprobs": outputs.logprobs, "entropy": outputs.entropy}
+            outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=True)
+            assert outputs.entropy is not None
+            grids |= {"logprobs": outputs.logprobs, "entropy": outputs.entropy, **outputs.extras}
             if outputs.values is not None:
                 grids["values"] = outputs.values
-        if self.reference is not None:
+        if self.reference is not None and "reference_logprobs" not in grids:
             grids["reference_logprobs"] = self.reference.logprobs(layout, self.sampling.temperature)
         return grids
 
@@ -307,10 +317,6 @@ class OnPolicyModule(AlignmentModule):
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
         """Return the critic's loss per state, in families that have one."""
         return Loss(torch.zeros_like(outputs.logprobs))
-
-    def policy_outputs(self, layout: Layout, with_entropy: bool) -> Any:
-        """Forward the policy, for a rollout's statistics or for an update."""
-        return self.policy(layout, self.sampling.temperature, with_entropy=with_entropy)
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
@@ -380,7 +386,7 @@ class OnPolicyModule(AlignmentModule):
         layout = self.lay_out(select(rollout.sequences, cut))
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
         rows = torch.tensor(cut, device=self.device)
-        outputs = self.policy_outputs(layout, with_entropy=self.entropy_coef != 0)
+        outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=self.entropy_coef != 0)
 
         def part(grid: Tensor | None) -> Any:
             return None if grid is None else grid[rows, :length]
@@ -393,6 +399,7 @@ class OnPolicyModule(AlignmentModule):
             advantages=part(advantages.advantages),
             completion_mask=mask,
             behaviour_logprobs=part(rollout.behaviour_logprobs),
+            extras={**of_rows(rollout.extras, rows, length), **outputs.extras},
         )
         if self._untouched:
             self._check_first_ratio(logprobs)

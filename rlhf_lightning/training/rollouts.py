@@ -178,6 +178,7 @@ def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
         columns={name: [values[row] for row in rows] for name, values in batch.columns.items()},
         episodes=batch.episodes[index],
         group=torch.unique(group, return_inverse=True)[1] if len(group) else group,
+        extras={name: values[index] for name, values in batch.extras.items()},
     )
 
 
@@ -203,6 +204,7 @@ def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
         columns={name: [value for batch in batches for value in batch.columns[name]] for name in names},
         episodes=torch.cat([batch.episodes for batch in batches]),
         group=torch.cat(groups),
+        extras={name: torch.cat([batch.extras[name] for batch in batches]) for name in batches[0].extras},
     )
     finished = torch.cat([drawn.samples.finished[list(rows)] for drawn, rows in parts])
     logprobs = tuple(drawn.samples.logprobs[row] for drawn, row in picked)
@@ -291,7 +293,8 @@ def gather_grids(
             if part is None:
                 continue
             if name not in grids:
-                grids[name] = part.new_zeros(rows, length + part.shape[1] - layout.completion_mask.shape[1])
+                width = length + part.shape[1] - layout.completion_mask.shape[1]
+                grids[name] = part.new_zeros(rows, width, *part.shape[2:])
             grids[name][list(cut), : part.shape[1]] = part
     return grids
 

@@ -68,12 +68,17 @@ def unloaded(kind: type, **settings: Any) -> Any:
 def padded(parts: Any, left: int, right: int) -> Any:
     """The same tuple with further cells beside its grids: no token is in them."""
     grids = {n: p for n, p in parts._asdict().items() if isinstance(p, Tensor) and p.dim() == 2}
-    return parts._replace(**{name: F.pad(grid, (left, right)) for name, grid in grids.items()})
+    wide: dict[str, Any] = {name: F.pad(grid, (left, right)) for name, grid in grids.items()}
+    if getattr(parts, "extras", {}):
+        wide["extras"] = {name: F.pad(grid, (left, right)) for name, grid in parts.extras.items()}
+    return parts._replace(**wide)
 
 
 def rows(parts: Any, chosen: slice | Tensor) -> Any:
     """Some rows of a tuple of tensors."""
-    tensors = {n: p[chosen] for n, p in parts._asdict().items() if isinstance(p, Tensor) and p.dim()}
+    tensors: dict[str, Any] = {n: p[chosen] for n, p in parts._asdict().items() if isinstance(p, Tensor) and p.dim()}
+    if getattr(parts, "extras", {}):
+        tensors["extras"] = {name: part[chosen] for name, part in parts.extras.items()}
     return parts._replace(**tensors)
 
 
@@ -99,7 +104,7 @@ def pairs(seed: int, kind: type, count: int = 4, length: int = 5) -> PreferenceL
         target.double(),
         torch.zeros(count, dtype=torch.float64),
         torch.ones(count, dtype=torch.float64),
-        *collisions,
+        extras={f"{side}_log_collisions": part for side, part in zip(("chosen", "rejected"), collisions, strict=True)},
     )
 
 
@@ -291,7 +296,10 @@ def exchanged(given: PreferenceLogprobs) -> PreferenceLogprobs:
     pairs = ((name, name.replace("chosen", "rejected")) for name in given._fields if "chosen" in name)
     sides = {name: other for name, other in pairs if other in given._fields}
     both = {**sides, **{second: first for first, second in sides.items()}}
-    return given._replace(target=1 - given.target, **{name: getattr(given, other) for name, other in both.items()})
+    changes: dict[str, Any] = {name: getattr(given, other) for name, other in both.items()}
+    other_side = {"chosen": "rejected", "rejected": "chosen"}
+    extras = {f"{other_side[name.split('_')[0]]}_{name.split('_', 1)[1]}": x for name, x in given.extras.items()}
+    return given._replace(target=1 - given.target, extras=extras, **changes)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PAIRED if kind.weighs_rows], ids=lambda kind: kind.__name__)

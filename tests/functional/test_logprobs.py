@@ -13,9 +13,7 @@ from rlhf_lightning.functional import logprobs as logprobs_module
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
     chunk_size,
-    chunked_log_collisions,
     chunked_logprobs,
-    chunked_matches,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -48,7 +46,6 @@ WORKED = [
     Worked("mean nll", lambda t: -token_logprobs(t(LOGITS), TARGETS).mean(), 1.12221888),
     Worked("masked nll", lambda t: masked_mean(-token_logprobs(t(LOGITS), TARGETS), LAST_TWO), 1.47952534),
     Worked("entropy", lambda t: token_entropy(t(LOGITS)), [0.83239558, 0.97532783, 0.83239558]),
-    Worked("accuracy", lambda t: chunked_matches(*one_hot_head(t), TARGETS, chunk_tokens=2).double().mean(), 2 / 3),
     Worked("temperature 1", lambda t: token_logprobs(t([[2, 1, 0]]), torch.tensor([0])), [-0.40760596]),
     Worked("temperature 0.7", lambda t: token_logprobs(t([[2, 1, 0]]), torch.tensor([0]), 0.7), [-0.26011840]),
     Worked("k1", lambda t: kl_k1(t(POLICY), t(REFERENCE)), [0.2, -0.1, 0.05]),
@@ -304,8 +301,6 @@ def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary(monkeypatch):
     shapes = []
     monkeypatch.setattr(logprobs_module.F, "linear", lambda x, *rest: shapes.append(len(x)) or x @ rest[0].T + rest[1])
     torch.testing.assert_close(chunked_logprobs(hidden, weight, targets, bias, with_entropy=True), expected)
-    chunked_matches(hidden, weight, targets, bias)
-    chunked_log_collisions(hidden, weight, bias)
     assert max(shapes) == 2
 
 
@@ -391,24 +386,3 @@ def test_neither_pass_holds_the_logits_of_all_tokens(monkeypatch, head_trains):
     with LiveElements() as plain:
         token_logprobs(F.linear(hidden, weight), targets).sum().backward()
     assert plain.peak > tokens * vocabulary  # the measure sees what it should
-
-
-def test_matches_of_nothing_and_across_chunks():
-    hidden, weight, bias, targets = head_inputs()
-    expected = (hidden @ weight.T + bias).argmax(-1) == targets
-    for chunk_tokens in (1, 3, 100):
-        assert torch.equal(chunked_matches(hidden, weight, targets, bias, chunk_tokens), expected)
-    assert chunked_matches(hidden[:0], weight, targets[:0]).shape == (0,)
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-@pytest.mark.parametrize(("temperature", "softcap", "scale"), [(1.0, None, 1.0), (0.7, 2.0, 1.5)])
-def test_two_draws_agree_as_often_as_squared_probabilities_say(chunk_tokens, temperature, softcap, scale):
-    generator = torch.Generator().manual_seed(5)
-    hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in ((7, 4), (11, 4), (11,)))
-    logits = (hidden @ weight.T + bias) * scale
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    expected = (logits / temperature).double().softmax(-1).square().sum(-1).log().float()
-    found = chunked_log_collisions(hidden.requires_grad_(), weight, bias, temperature, softcap, scale, chunk_tokens)
-    torch.testing.assert_close(found, expected)
-    assert not found.requires_grad

@@ -51,11 +51,16 @@ def test_logprobs_are_the_log_softmax_of_the_plain_models_logits(
 ) -> None:
     outputs = policy(padded_layout(BATCH), temperature)
     assert_rows(outputs.logprobs.detach(), by_hand(plain, temperature))
-    assert outputs.entropy is None and outputs.values is None and outputs.matches is None
+    assert outputs.entropy is None and outputs.values is None and not outputs.extras
+
+
+def likeliest(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    return {"matches": (logits.argmax(-1) == targets).float()}
 
 
 def test_entropy_and_matches_follow_the_distribution_at_the_temperature(policy: CausalLM, plain: Any) -> None:
-    outputs = policy(padded_layout(BATCH), 0.7, with_entropy=True, with_matches=True)
+    layout = padded_layout(BATCH)
+    outputs = policy(layout, 0.7, with_entropy=True, statistics=OverLogits(layout, likeliest, (layout.targets,), 2))
     entropies, matches = [], []
     for prompt, completion in ROWS:
         with torch.no_grad():
@@ -63,14 +68,15 @@ def test_entropy_and_matches_follow_the_distribution_at_the_temperature(policy: 
         entropies.append(torch.distributions.Categorical(logits=logits).entropy())
         matches.append((logits.argmax(-1) == torch.tensor(completion)).float())
     assert_rows(outputs.entropy.detach(), entropies, tolerance=2e-5)
-    assert_rows(outputs.matches, matches)
+    assert_rows(outputs.extras["matches"], matches)
 
 
 def test_matches_are_ones_on_greedy_completions(policy: CausalLM) -> None:
     prompts = [torch.tensor(prompt) for prompt, _ in ROWS]
     drawn = sample(policy, prompts, torch.arange(5), SamplingSettings(6, temperature=0), 0, [3])
     layout = padded_layout(sequences([(p.tolist(), c.tolist()) for p, c in zip(prompts, drawn.ids, strict=True)]))
-    assert torch.equal(policy(layout, with_matches=True).matches, layout.completion_mask.float())
+    asked = OverLogits(layout, likeliest, (layout.targets,))
+    assert torch.equal(policy(layout, statistics=asked).extras["matches"], layout.completion_mask.float())
 
 
 def noisy_pads(layout: Layout, lengths: list[int], extra: int) -> Layout:

@@ -93,7 +93,7 @@ def logprobs_of(by_reference: bool = False) -> PreferenceLogprobs:
     """Margin 0.7, policy's sums -10 (chosen) and -11 (rejected), labelled 0.8."""
     columns = [torch.tensor([[value]], dtype=torch.float64) for value in (-10.0, -11.0, -10.5, -10.8)]
     mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
-    return PreferenceLogprobs(*columns, mask, mask, 0.8 * one, 0 * one, one, None, None, torch.tensor([by_reference]))
+    return PreferenceLogprobs(*columns, mask, mask, 0.8 * one, 0 * one, one, torch.tensor([by_reference]))
 
 
 def test_worked_losses() -> None:

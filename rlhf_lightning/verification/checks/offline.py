@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,
@@ -65,6 +66,7 @@ def cut(batch: Any, sizes: list[int]) -> list[Any]:
         fields: dict[str, Any] = {
             name: part[index] for name, part in batch._asdict().items() if isinstance(part, Tensor)
         }
+        fields["extras"] = {name: values[index] for name, values in batch.extras.items()}
         fields["sequences"] = _part(
             batch.sequences, [row + side * count for side in range(sides) for row in rows], sides
         )
@@ -220,11 +222,12 @@ def padding_check(subject: Subject, given: Any) -> Check:
     plain = subject.values(subject.fresh(moved=True), given).detach()
     apart = 0.0
     for side in ((0, 3), (3, 0)):
-        wide = {
+        wide: dict[str, Any] = {
             name: torch.nn.functional.pad(part, side)
-            for name, part in given._asdict().items()
+            for name, part in {**given._asdict(), **given.extras}.items()
             if isinstance(part, Tensor) and part.dim() == 2
         }
+        wide["extras"] = {name: wide.pop(name, values) for name, values in given.extras.items()}
         values = subject.values(subject.fresh(moved=True), given._replace(**wide)).detach()
         if values.dim() == 2:  # per token: cut the columns off again
             values = values[:, side[0] : values.shape[1] - side[1]]
@@ -261,7 +264,7 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
 
 def _has_detached_parts(subject: Subject) -> bool:
     """Whether the loss holds statistics of itself without gradient, so that it is no plain function."""
-    return subject.kind.batch_coupled or getattr(subject.kind, "needs_collisions", False)
+    return subject.kind.batch_coupled or subject.kind.token_statistics is not AlignmentModule.token_statistics
 
 
 def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
@@ -289,14 +292,21 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
 
 def swapped(given: PreferenceLogprobs) -> PreferenceLogprobs:
     """Return the pairs with chosen and rejected exchanged."""
-    names = ("policy_{}_logprobs", "reference_{}_logprobs", "{}_mask", "{}_log_collisions")
-    changes = {}
+    names = ("policy_{}_logprobs", "reference_{}_logprobs", "{}_mask")
+    changes: dict[str, Any] = {"extras": {_other_side(name): values for name, values in given.extras.items()}}
     for name in names:
         changes[name.format("chosen")] = getattr(given, name.format("rejected"))
         changes[name.format("rejected")] = getattr(given, name.format("chosen"))
     if given.chosen_by_reference is not None:
         changes["chosen_by_reference"] = ~given.chosen_by_reference
     return given._replace(**changes)
+
+
+def _other_side(name: str) -> str:
+    """Return the name of a slot with the sides exchanged."""
+    side, _, rest = name.partition("_")
+    other = {"chosen": "rejected", "rejected": "chosen"}.get(side)
+    return name if other is None else f"{other}_{rest}"
 
 
 def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:

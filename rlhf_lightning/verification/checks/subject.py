@@ -200,7 +200,9 @@ def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
     """Return the input of an override point with fresh leaves for what carries gradient, and the leaves."""
     names = DIFFERENTIATED[type(given)]
     leaves = [getattr(given, name).detach().clone().requires_grad_() for name in names]
-    plain = {name: part.detach() for name, part in given._asdict().items() if isinstance(part, Tensor)}
+    plain: dict[str, Any] = {name: part.detach() for name, part in given._asdict().items() if isinstance(part, Tensor)}
+    if hasattr(given, "extras"):
+        plain["extras"] = {name: values.detach() for name, values in given.extras.items()}
     return given._replace(**{**plain, **dict(zip(names, leaves, strict=True))}), leaves
 
 
