@@ -20,7 +20,7 @@ from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows
 from rlhf_lightning.tokenization import tokenizer_fingerprint
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same rows and settings would be encoded otherwise, so that old caches are not read."""
 
 
@@ -49,6 +49,8 @@ class Part(NamedTuple):
         settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, encoder.rendered, *limits]
         if encoder.separator is not None:
             settings.append(encoder.separator)
+        if encoder.slots:
+            settings += ["slots", *encoder.slots]
         renames = [encoder.columns if source.columns is None else source.columns for source in self.sources]
         contents = [[content(s), s.rows, columns] for s, columns in zip(self.sources, renames, strict=True)]
         return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)

@@ -37,6 +37,7 @@ REASONS = {
     "bad_vote": "a vote on two completions is none of 1, 2, 0 and tie",
     "bad_step_labels": "the labels are not one number between 0 and 1, or null, for each step",
     "bad_number": "preference, margin, weight or a rank is no number in its range",
+    "bad_data_column": "a column that the objective asks for holds no number",
     "single_completion": "a ranked list needs two completions",
     "too_many_completions": "a ranked list has more than 256 completions",
     "all_tied": "all completions of a ranked list have the same rank",

@@ -23,7 +23,7 @@ from rlhf_lightning.types import (
 def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
     """One completion for each prompt."""
     sequences, _ = _single(store, rows)
-    return DemonstrationBatch(sequences, store.column("weight", rows))
+    return DemonstrationBatch(sequences, store.column("weight", rows), store.extras(rows))
 
 
 def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
@@ -36,9 +36,8 @@ def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
         parents=tuple(range(len(rows))) * 2,
         supervised=tuple(mask for _, mask, _ in stacked),
     )
-    return PreferenceBatch(
-        sequences, store.column("target", rows), store.column("margin", rows), store.column("weight", rows)
-    )
+    target, margin, weight = (store.column(name, rows) for name in ("target", "margin", "weight"))
+    return PreferenceBatch(sequences, target, margin, weight, store.extras(rows))
 
 
 def unpaired(
@@ -62,7 +61,7 @@ def unpaired(
             supervised=tuple(mask[:most] for (_, mask, _), most in zip(others, room, strict=True)),
         )
     desirable = torch.tensor([rank == 0 for rank in ranks], dtype=torch.bool)
-    return UnpairedBatch(sequences, mismatched, desirable, store.column("weight", rows))
+    return UnpairedBatch(sequences, mismatched, desirable, store.column("weight", rows), store.extras(rows))
 
 
 def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
@@ -72,7 +71,7 @@ def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
     for row, ends in zip(rows, sequences.supervised, strict=True):
         judged = [label for label in store.record(row)["columns"]["labels"] if label is not None]
         labels.append(torch.tensor(judged[: int(ends.sum())]))
-    return ProcessBatch(sequences, tuple(labels), store.column("weight", rows))
+    return ProcessBatch(sequences, tuple(labels), store.column("weight", rows), store.extras(rows))
 
 
 def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
@@ -90,6 +89,7 @@ def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
         store.column("target", rows),
         store.column("margin", rows),
         store.column("weight", rows),
+        store.extras(rows),
     )
 
 
@@ -113,6 +113,7 @@ def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int
         columns=columns,
         episodes=(episodes[:, None] + torch.arange(samples)).flatten(),
         group=torch.arange(len(rows)).repeat_interleave(samples),
+        extras={name: values.repeat_interleave(samples) for name, values in store.extras(rows).items()},
     )
 
 

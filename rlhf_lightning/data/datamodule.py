@@ -134,6 +134,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.stream_steps = steps_per_epoch or 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._batch_type: type | None = None
+        self._data_columns: tuple[str, ...] = ()
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -212,6 +213,20 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self._batch_type = kind
 
     @property
+    def data_columns(self) -> tuple[str, ...]:
+        """Columns that the module asks for as numbers, or those set by hand for use without a Trainer.
+
+        They arrive in ``extras`` of each batch. To predict, none is needed.
+        """
+        if self._data_columns or self.trainer is None or self.trainer.state.fn == TrainerFn.PREDICTING:
+            return self._data_columns
+        return tuple(getattr(self.trainer.lightning_module, "data_columns", ()))
+
+    @data_columns.setter
+    def data_columns(self, names: tuple[str, ...]) -> None:
+        self._data_columns = tuple(names)
+
+    @property
     def ranks(self) -> tuple[int, int]:
         """This data-parallel rank, and how many there are."""
         if self.trainer is None:
@@ -224,6 +239,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def encoder(self) -> Encoder:
         """How rows are read and encoded."""
+
+    def _encoder(self) -> Encoder:
+        """How rows are read, with the columns that the module asks for."""
+        return replace(self.encoder(), slots=self.data_columns)
 
     @abstractmethod
     def collator(self) -> Collate:
@@ -250,7 +269,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             self.train_rows = np.setdiff1d(self.train_rows, self.held_out)
         self.fingerprint = self._fingerprint()
         if self.streaming:
-            self.stream = RowStream(self.tokenizer, self.encoder(), self.sources, self.seed, self.shuffle)
+            self.stream = RowStream(self.tokenizer, self._encoder(), self.sources, self.seed, self.shuffle)
             self.report = self.stream.report
         else:
             self.report = next(iter(self.stores.values())).report
@@ -280,7 +299,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             rank_zero_info(f"{len(self.held_out):,} of the rows kept are held out for evaluation.")
 
     def _fingerprint(self) -> str:
-        part = Part(self.sources, self.rows, self.encoder())
+        part = Part(self.sources, self.rows, self._encoder())
         weights = [source.weight for source in self.sources]
         order = [self.batch_size, self.shuffle, self.drop_last, self.seed, self.eval_rows, self.stream_steps, weights]
         content = source_stamp if self.streaming else source_fingerprint
@@ -292,9 +311,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         fitting = self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING)
         parts = {}
         if not self.streaming and (fitting or not self.eval_sources):
-            parts["train"] = Part(self.sources, self.rows, self.encoder())
+            parts["train"] = Part(self.sources, self.rows, self._encoder())
         if self.eval_sources:
-            parts["eval"] = Part(self.eval_sources, None, self.encoder())
+            parts["eval"] = Part(self.eval_sources, None, self._encoder())
         return parts
 
     # ---- loaders ----------------------------------------------------------------------------------------------------

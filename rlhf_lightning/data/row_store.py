@@ -1,8 +1,9 @@
 """Encoded rows as a few flat arrays, written once, mapped into memory by every rank.
 
 Row ``r`` owns the sequences ``first[r] .. first[r + 1] - 1``: its prompt, then its completions; sequence ``s`` owns the
-ids ``bounds[s] .. bounds[s + 1] - 1``. Nothing is padded. A folder holds one ``.npy`` file for each array and the
-`Report`; it is written under a temporary name and then renamed, so it is either whole or not there.
+ids ``bounds[s] .. bounds[s + 1] - 1``. ``slots`` holds the numbers of each row, one row after the other. Nothing is
+padded. A folder holds one ``.npy`` file for each array and the `Report`; it is written under a temporary name and then
+renamed, so it is either whole or not there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlhf_lightning.data.tokenizing import EncodedRow
 ARRAYS = {
     "ids": np.int32, "supervised": np.bool_, "bounds": np.int64, "first": np.int64, "ranks": np.int32,
     "target": np.float32, "margin": np.float32, "weight": np.float32, "source": np.int32, "group": np.int64,
-    "records": np.uint8, "record_bounds": np.int64,
+    "records": np.uint8, "record_bounds": np.int64, "slots": np.float32,
 }  # fmt: skip
 
 
@@ -35,11 +36,11 @@ class RowStore:
     Args:
         arrays: the arrays by name, see the module's text.
         report: what became of the rows read.
+        slots: names of the numbers that each row holds for the objective.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], report: Report) -> None:
-        self.arrays = arrays
-        self.report = report
+    def __init__(self, arrays: dict[str, np.ndarray], report: Report, slots: Sequence[str] = ()) -> None:
+        self.arrays, self.report, self.slots = arrays, report, tuple(slots)
         self.first, self.bounds = arrays["first"], arrays["bounds"]
         sizes = np.diff(self.bounds)
         prompts = self.first[:-1]
@@ -62,8 +63,10 @@ class RowStore:
     def build(cls, rows: Iterable[EncodedRow], report: Report) -> RowStore:
         """Collect encoded rows."""
         parts: dict[str, list[Any]] = {name: [] for name in ARRAYS}
-        sizes, first, records = [0], [0], [0]
+        sizes, first, records, slots = [0], [0], [0], tuple[str, ...]()
         for row in rows:
+            slots = tuple(row.slots)
+            parts["slots"] += row.slots.values()
             for ids, flags, rank in zip(
                 [row.prompt, *row.completions], [None, *row.supervised], [-1, *row.ranks], strict=True
             ):
@@ -85,7 +88,7 @@ class RowStore:
         arrays["bounds"] = np.cumsum(sizes, dtype=np.int64)
         arrays["record_bounds"] = np.cumsum(records, dtype=np.int64)
         arrays["first"] = np.asarray(first, dtype=np.int64)
-        return cls(arrays, report)
+        return cls(arrays, report, slots)
 
     def save(self, folder: Path) -> None:
         """Write the arrays to ``folder``, all of them or none; if it is there already and whole, it stays."""
@@ -95,7 +98,7 @@ class RowStore:
             for name, array in self.arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             sizes = {name: len(array) for name, array in self.arrays.items()}
-            text = json.dumps({"report": self.report.to_dict(), "sizes": sizes})
+            text = json.dumps({"report": self.report.to_dict(), "sizes": sizes, "slots": self.slots})
             (temporary / "meta.json").write_text(text, encoding="utf-8")
             try:
                 os.rename(temporary, folder)
@@ -118,7 +121,7 @@ class RowStore:
                 if array.shape != (size,) or array.dtype != kind:
                     return None
                 arrays[name] = np.asarray(array)  # the same memory; each slice of a memmap is slow to make
-            return cls(arrays, Report(**meta["report"]))
+            return cls(arrays, Report(**meta["report"]), meta["slots"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -141,6 +144,12 @@ class RowStore:
     def column(self, name: str, rows: Iterable[int]) -> Tensor:
         """``target``, ``margin`` or ``weight`` of some rows, float32."""
         return torch.from_numpy(np.asarray(self.arrays[name][list(rows)], dtype=np.float32).copy())
+
+    def extras(self, rows: Iterable[int]) -> dict[str, Tensor]:
+        """Slots of some rows, each float32, shape (rows,)."""
+        table = self.arrays["slots"].reshape(-1, max(len(self.slots), 1))
+        chosen = torch.from_numpy(table[list(rows)].copy()) if self.slots else torch.zeros(0)
+        return {name: chosen[:, place].contiguous() for place, name in enumerate(self.slots)}
 
     def record(self, row: int) -> dict[str, Any]:
         """``prompt`` and ``columns`` of a row as the data gave them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -16,6 +17,7 @@ from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.formats import Form, Reader, check_columns
 from rlhf_lightning.data.reading import read_row
 from rlhf_lightning.data.report import Report
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.tokenization import (
     Encoded,
     Rendered,
@@ -47,6 +49,7 @@ class EncodedRow:
         columns: further columns.
         group: a number that rows of the same prompt share.
         source: index of the source it came from.
+        slots: numbers that the objective asks for, by the names of their columns.
     """
 
     prompt: list[int]
@@ -60,6 +63,7 @@ class EncodedRow:
     columns: Mapping[str, Any] = field(default_factory=dict)
     group: int = 0
     source: int = 0
+    slots: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def record(self) -> str:
@@ -100,6 +104,7 @@ class Encoder:
         apart: whether each completion becomes a row of its own.
         separator: what stands between two steps, where the completions of a row are the steps of one.
         rendered: whether plain text was written by a chat template, so that control tokens in it are such.
+        slots: columns that the objective asks for as numbers, by their new names.
     """
 
     read: Reader
@@ -112,6 +117,7 @@ class Encoder:
     apart: bool = False
     separator: str | None = None
     rendered: bool = False
+    slots: tuple[str, ...] = ()
 
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
@@ -141,7 +147,16 @@ class Encoder:
         if missing:
             found = ", ".join(map(repr, dict.fromkeys(names)))
             raise ValueError(f"columns renames {', '.join(map(repr, missing))}, but {where} has the columns {found}.")
-        check_columns((self.columns.get(name, name) for name in names), self.forms, where)
+        renamed = [self.columns.get(name, name) for name in names]
+        check_columns(renamed, self.forms, where)
+        absent = [name for name in self.slots if name not in renamed]
+        if absent:
+            found = ", ".join(map(repr, dict.fromkeys(renamed)))
+            raise DataError(
+                "missing-data-column",
+                f"the objective asks for the column {', '.join(map(repr, absent))} (data_columns), but {where} has the "
+                f"columns {found}; rename one by data.columns",
+            )
 
     def chunk(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
@@ -165,21 +180,24 @@ class Encoder:
         """Encode some rows at once; one outcome for each."""
         read: list[CanonicalRow | RowRefused] = []
         rendered: list[Rendered] = []
+        slots: list[dict[str, float]] = []  # of the rows that are read
         for row in rows:
             try:
                 canonical = read_row(row, self.read, self.as_chat, self.columns)
+                numbers = self._numbers(canonical)
                 rendered += self._render(tokenizer, canonical)
                 read.append(canonical)
+                slots.append(numbers)
             except RowRefused as refusal:
                 read.append(refusal)
-        encoded = iter(encode_rendered(tokenizer, rendered))
+        encoded, numbers_of = iter(encode_rendered(tokenizer, rendered)), iter(slots)
         done: list[Outcome] = []
         for one in read:
             try:
                 if isinstance(one, RowRefused):
                     raise one
                 parts = [next(encoded) for _ in range(len(one.completions) + (one.prompt is not None))]
-                done.append(self._encoded(tokenizer, one, parts))
+                done.append(self._encoded(tokenizer, one, parts, next(numbers_of)))
             except RowRefused as refusal:
                 done.append(Outcome(reason=str(refusal)))
         return done
@@ -198,7 +216,21 @@ class Encoder:
         except TurnsRefused:
             raise RowRefused("template_refuses") from None
 
-    def _encoded(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[Encoded]) -> Outcome:
+    def _numbers(self, row: CanonicalRow) -> dict[str, float]:
+        """Return what the row's slots hold."""
+        found = {}
+        for name in self.slots:
+            try:
+                found[name] = float(row.columns[name])
+            except (KeyError, TypeError, ValueError, OverflowError):
+                raise RowRefused("bad_data_column") from None
+            if not math.isfinite(found[name]):
+                raise RowRefused("bad_data_column")
+        return found
+
+    def _encoded(
+        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[Encoded], slots: Mapping[str, float]
+    ) -> Outcome:
         if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
             ids, flags, escaped = parts[0]
             prompt, answers = ids[:1], [Encoded(ids[1:], flags[1:], escaped)]
@@ -222,7 +254,7 @@ class Encoder:
         cuts += ["completion"] if any(len(a) < len(b) for a, b in zip(completions, whole, strict=True)) else []
         one = EncodedRow(
             cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns,
-            _number(row.completions[0] if row.prompt is None else row.prompt),
+            _number(row.completions[0] if row.prompt is None else row.prompt), slots=slots,
         )  # fmt: skip
         made = _apart(one) if self.apart else _pairs(one) if self.pairwise else [one]
         return Outcome(row, made, None, tuple(cuts), any(part.escaped for part in parts))
@@ -262,6 +294,7 @@ def _pairs(row: EncodedRow) -> list[EncodedRow]:
                         row.columns,
                         row.group,
                         row.source,
+                        row.slots,
                     )  # fmt: skip
                 )
     if not pairs:

@@ -367,6 +367,10 @@ class AlignmentModule(LightningModule):
 
     # -- what the objective looks at ----------------------------------------------------------------------------------
 
+    data_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of the data that the objective sees as slots: a number for each row, pair, group or prompt. A row where
+    one is missing or no number is dropped and counted."""
+
     needs_reference_logits: ClassVar[bool] = False
     """Whether ``token_statistics`` looks at the reference's logits, which cost a forward pass of their own."""
 
