@@ -94,13 +94,13 @@ def train_stages(configs: Path, out: Path, seed: int) -> dict[str, Run]:
         print(f"\nquickstart {number}/{len(STAGES)}: rlhf fit --config {configs / stage}.yaml", flush=True)
         start = str(world / "model") if stage == "sft" else runs["sft"].model
         flags = ["fit", "--config", str(configs / f"{stage}.yaml"), "--seed_everything", str(seed)]
-        flags += ["--runs_folder", str(out), "--run_name", stage, "--model.seed", str(seed), "--data.seed", str(seed)]
+        flags += ["--runs_folder", str(out), "--run_name", stage]
         flags += ["--model.init_from", start, *data[stage]]
         if stage == "ppo":
             flags += ["--model.scorer", runs["reward"].model]
         done = train.run(flags)
         metrics = {name: float(value) for name, value in done.trainer.callback_metrics.items()}
-        runs[stage] = Run(Path(done.trainer.log_dir or done.folder or out), metrics)
+        runs[stage] = Run(done.folder or out, metrics)
     return runs
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -64,6 +65,7 @@ from rlhf_lightning.runs.run import (
     reserve_version,
     run_folder,
 )
+from rlhf_lightning.training.checkpoint_state import random_state, set_random_state
 from rlhf_lightning.training.compatibility import SHARDED, check, refused_precision, refused_strategy
 from rlhf_lightning.training.module import AlignmentModule
 
@@ -292,6 +294,18 @@ class RlhfCLI(LightningCLI):
 
     # -- building -----------------------------------------------------------------------------------------------------
 
+    def before_instantiate_classes(self) -> None:
+        """Fill in seeds that are null from ``seed_everything``, so that config.yaml records them."""
+        config = self.config[self.subcommand]
+        everything = config.seed_everything
+        seed = 0 if isinstance(everything, bool) else everything
+        for part in ("model", "data"):
+            settings = config[part].get("init_args") or {}
+            if "seed" in settings and settings["seed"] is None:
+                settings["seed"] = seed
+            elif settings.get("seed", seed) != seed and "--seed_everything" in flags(self.argv):
+                announce(f"{part}.seed is {settings['seed']} as given, which wins over seed_everything {seed}")
+
     def instantiate_classes(self) -> None:
         """Make the run folder, then loggers, model, data and trainer."""
         rehearses = self.config[self.subcommand].trainer.fast_dev_run
@@ -433,7 +447,23 @@ def run(argv: Sequence[str]) -> RlhfCLI:
     quieten()
     # jsonargparse leaves its parser, and through it the models and Adam's moments, in a context variable. In a context
     # of its own it goes with the result, so that the next run of this process does not stand beside the last in memory.
-    return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
+    with callers_random_state():
+        return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
+
+
+@contextlib.contextmanager
+def callers_random_state() -> Iterator[None]:
+    """Give back the generators of Python, NumPy and torch, and Lightning's seed, as they were before a run."""
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    state, seeds = random_state(device), {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+        for name, value in seeds.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def resumed(argv: Sequence[str]) -> list[str]:

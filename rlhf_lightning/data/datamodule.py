@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         max_prompt_length: most tokens of the prompt; None leaves it to ``max_length``.
         shuffle: whether each epoch has an order of its own; otherwise rows come as the source has them.
         drop_last: leave out a last step of fewer rows than ``batch_size``.
-        seed: seed of the order and of the rows held out.
+        seed: seed of the order and of the rows held out; null takes ``seed_everything``'s, or 0 without one.
         cache_dir: folder of the encoded rows; None takes $RLHF_CACHE or ~/.cache/rlhf_lightning.
         num_workers: processes that collate ahead; 0 is fastest unless sequences are very long.
         eval_batch_size: rows of a validation step over all ranks; None takes ``batch_size``.
@@ -101,7 +102,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         max_prompt_length: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
@@ -110,7 +111,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         # Colliding names (seed) would be an error if both the module's and these went to the logger.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.save_hyperparameters(logger=False)
+        self.hparams["seed"] = seed
         self.sources = parse_sources(source, self.judgements)
         self.eval_sources = parse_sources(eval_source, self.judgements) if eval_source is not None else ()
         self.eval_rows = eval_rows

@@ -86,6 +86,7 @@ def begin(module: Any) -> None:
     states, module.resumed_random = module.resumed_random, None
     if states is None:
         return
+    module.callers_random = random_state(module.device)
     restore_loader_position(module.trainer)
     ranks = module.trainer.world_size
     if len(states) == ranks:
@@ -98,6 +99,13 @@ def begin(module: Any) -> None:
         )
     # Nothing here draws from these, and what a user's own code draws should at least differ from rank to rank.
     seed_rank(module.seed, module.updates, module.global_rank)
+
+
+def end(module: Any) -> None:
+    """Give back the random state that the caller of a resumed run had."""
+    state, module.callers_random = module.callers_random, None
+    if state is not None:
+        set_random_state(state, module.device)
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------

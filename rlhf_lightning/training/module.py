@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -111,7 +112,7 @@ class AlignmentModule(LightningModule):
         max_grad_norm: clip the gradient's global norm to this; None does not clip.
         max_skipped_updates: an update whose loss or gradient is NaN or infinite is skipped; after so many in a row the
             run stops.
-        seed: seed of new weights and of sampling.
+        seed: seed of new weights and of sampling; null takes ``seed_everything``'s, or 0 without one.
     """
 
     paper: ClassVar[str] = ""
@@ -152,11 +153,13 @@ class AlignmentModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_updates: int = 3,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.save_hyperparameters()
+        self.hparams["seed"] = seed
         self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # without code in them
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
         trusted = tuple(trust_remote_code or ())
@@ -177,6 +180,7 @@ class AlignmentModule(LightningModule):
         self.skips = Skips(max_skipped_updates)
         self.steps, self._learning_rate_used = 0, learning_rate
         self.resumed_random: list[Any] | None = None
+        self.callers_random: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
@@ -333,6 +337,10 @@ class AlignmentModule(LightningModule):
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             optimizers.take_new_settings(optimizer, self.lr_schedulers(), self.asked, before)
         checkpoint_state.begin(self)
+
+    def on_fit_end(self) -> None:
+        """A resumed run gives back the caller's random state."""
+        checkpoint_state.end(self)
 
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""

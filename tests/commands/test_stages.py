@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_run import rows_of, scalars_of
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
@@ -124,3 +125,42 @@ def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, mo
     resumed = run(["fit", "--resume", "runs/cut"])
     assert resumed.model.scorer.scorers["repetition"].n == 1
     assert scalars_of(resumed.folder, "rollout/score/length") == length
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+SEEN: list[tuple[str, str]] = []
+"""Prompts and completions that `recorded_score` was asked for."""
+
+
+def recorded_score(prompts, completions, **columns):
+    SEEN.extend(zip(prompts, completions, strict=True))
+    return [float(len(text)) for text in completions]
+
+
+def drawn_by(ppo, *seeds):
+    """Prompts in the order they were trained on, completions, weights and settings of a short run from new weights."""
+    SEEN.clear()
+    scorer = ppo.index("--model.scorer") + 1
+    argv = [*ppo[:scorer], "commands.test_stages.recorded_score", *ppo[scorer + 1 :], "--model.from_scratch", "true"]
+    argv += ["--samples.prompts", "0", "--trainer.limit_val_batches", "0", *seeds]
+    cli = run(argv)
+    config = yaml.safe_load((cli.folder / "config.yaml").read_text())
+    prompts, completions = zip(*SEEN, strict=True)
+    return prompts, completions, weights(cli.folder)["lm_head.weight"], config
+
+
+def test_seed_everything_alone_changes_order_sampling_and_new_weights(ppo):
+    first, again, other = (drawn_by(ppo, "--seed_everything", seed) for seed in ("1", "1", "2"))
+    assert first[:2] == again[:2] and torch.equal(first[2], again[2])
+    assert first[0] != other[0] and first[1] != other[1] and not torch.equal(first[2], other[2])
+    recorded = [(run[3]["seed_everything"], *(run[3][part]["init_args"]["seed"] for part in ("model", "data")))
+                for run in (first, other)]  # fmt: skip
+    assert recorded == [(1, 1, 1), (2, 2, 2)]
+
+
+def test_a_seed_of_its_own_wins_over_seed_everything(ppo, capsys):
+    own = ["--model.seed", "1", "--data.seed", "1"]
+    first, other = drawn_by(ppo, "--seed_everything", "1"), drawn_by(ppo, "--seed_everything", "2", *own)
+    assert first[:2] == other[:2] and torch.equal(first[2], other[2])
+    assert "data.seed is 1 as given, which wins over seed_everything 2" in capsys.readouterr().out

@@ -2,14 +2,18 @@
 
 import json
 import logging
+import os
+import random
 import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
@@ -280,6 +284,47 @@ def test_without_a_logger_the_folder_is_the_same():
     folder = run(["fit", *BASIC, "--trainer.logger", "false"]).folder
     assert (folder / "config.yaml").is_file() and (folder / "checkpoints" / "last.ckpt").is_file()
     assert rows_of(folder / "samples.jsonl")
+
+
+def next_random_numbers():
+    return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+
+def test_the_callers_random_numbers_go_on_as_if_nothing_had_run(monkeypatch, crash):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+
+    def seed():
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+
+    seed()
+    expected = next_random_numbers()
+    seed()
+    run(["fit", *BASIC, "--seed_everything", "7"])
+    assert next_random_numbers() == expected and "PL_GLOBAL_SEED" not in os.environ
+    seed()
+    run(["fit", "--resume", "runs/slope", "--trainer.max_epochs", "2"])
+    assert next_random_numbers() == expected
+    crash(0)
+    seed()
+    with pytest.raises(RuntimeError, match="machine"):
+        run(["fit", *BASIC])
+    assert next_random_numbers() == expected
+
+
+def test_a_plain_trainer_that_resumes_gives_back_the_callers_random_numbers():
+    run(["fit", *BASIC])
+    trainer = Trainer(
+        max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = next_random_numbers()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    module = tiny_run.SlopeModule(learning_rate=0.1)
+    data = tiny_run.NumbersDataModule()
+    trainer.fit(module, datamodule=data, ckpt_path="runs/slope/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert module.updates == 2 * UPDATES
+    assert next_random_numbers()[:2] == expected[:2]  # torch drew the weight of the module
 
 
 def test_nothing_but_the_run_is_said(capsys, recwarn):
