@@ -341,7 +341,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if self.streaming:
             return StreamLoader(self.stream, self.batch_size, self._streamed, self.stream_steps, self.fingerprint)
         length = len(self._plan(self.store, self.epoch_rows(0), shuffle=False))
-        return StepLoader(self._train_steps, length, self.fingerprint, self.num_workers)
+        steps = self._train_steps
+        if self.trainer is not None and self.trainer.overfit_batches:  # the same rows in every epoch
+            steps = lambda epoch: self._train_steps(0)
+        return StepLoader(steps, length, self.fingerprint, self.num_workers)
 
     def _train_steps(self, epoch: int) -> EpochSteps:
         rows = self.epoch_rows(epoch)

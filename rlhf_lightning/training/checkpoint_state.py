@@ -29,26 +29,50 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def check_names(module: nn.Module, found: set[str]) -> None:
+def kept_names(module: Any) -> set[str]:
+    """Return the names of the weights that a checkpoint holds: all that were trainable at any time.
+
+    Callbacks freeze weights in the course of a run, which by then are not those that they were loaded as.
+    """
+    module.ever_trained |= trained_names(module)
+    return module.ever_trained
+
+
+def drop_untrained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave weights out of a state that were never trainable; a hook, which also serves a module inside another."""
+    kept = kept_names(module)
+    for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
+        del state[name]
+
+
+def excuse_untrained(module: Any, keys: Any) -> None:
+    """Take weights that no checkpoint holds from the missing keys; a hook, like `drop_untrained`."""
+    kept, missing = kept_names(module), keys.missing_keys
+    missing[:] = [name for name in missing if any(name == one or name.endswith(f".{one}") for one in kept)]
+
+
+def check_names(module: Any, found: set[str]) -> None:
     """Compare the names of trained weights with those in a checkpoint.
 
     Raises:
         RuntimeError: they are not the same.
     """
-    trainable = trained_names(module)
-    missing, unknown = sorted(trainable - found), sorted(found - trainable)
+    known = {name for name, _ in module.named_parameters()}
+    missing, unknown = sorted(kept_names(module) - found), sorted(found - known)
     if missing or unknown:
         raise RuntimeError(
             f"the checkpoint does not fit {type(module).__name__}: {len(missing)} trainable weights are missing "
             f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
         )
+    module.ever_trained |= found  # a callback may have unfrozen some of them
 
 
 def saved(module: Any) -> dict[str, Any]:
     """Return the counters, the names of the trained weights, and the fingerprints of what these stand on."""
     return {
         "sharded": module.device_mesh is not None,
-        "trained": sorted(trained_names(module)),
+        "trained": sorted(kept_names(module)),
+        "trainable": sorted(trained_names(module)),
         "progress": {name: getattr(module, name) for name in COUNTERS},
         "skipped_in_a_row": module.skips.in_a_row,
         "started_from": dict(module.fingerprints),
@@ -72,6 +96,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         setattr(module, name, checkpoint["progress"][name])
     module.skips.in_a_row = checkpoint["skipped_in_a_row"]
     module.resumed_random = checkpoint["random"]
+    module.trainable_before = set(checkpoint.get("trainable", ()))
     module.asked_before = checkpoint.get("asked")
     if module.lora is not None or module.reference is not None:
         _check_backbone(module, checkpoint["started_from"])
@@ -106,6 +131,14 @@ def end(module: Any) -> None:
     state, module.callers_random = module.callers_random, None
     if state is not None:
         set_random_state(state, module.device)
+
+
+def freeze_as_before(module: Any) -> None:
+    """Freeze and unfreeze weights as they were in the checkpoint; callbacks do so at the start of an epoch alone."""
+    before, module.trainable_before = module.trainable_before, set()
+    if before and before != trained_names(module):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in before)
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------

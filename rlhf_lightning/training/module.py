@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -23,7 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.compat import attached_trainer
+from rlhf_lightning.compat import attached_trainer, set_logged_step
 from rlhf_lightning.errors import ContractError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
@@ -174,6 +175,10 @@ class AlignmentModule(LightningModule):
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         optimizers.refuse_both(self)
+        self.ever_trained: set[str] = set()
+        self.trainable_before: set[str] = set()
+        self.register_state_dict_post_hook(checkpoint_state.drop_untrained)
+        self.register_load_state_dict_post_hook(checkpoint_state.excuse_untrained)
         self.asked: dict[str, Any] | None = None
         self.asked_before: dict[str, Any] | None = None
         self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
@@ -261,6 +266,7 @@ class AlignmentModule(LightningModule):
             self._settle_precision()
         self.load_models()
         self._models_loaded = True
+        checkpoint_state.kept_names(self)  # what a callback freezes later has been trained by then
         self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
         # One layout goes to all of them: policy and critic, reference or teacher.
         parts = (*self.children(), *self.frozen_models())
@@ -285,6 +291,7 @@ class AlignmentModule(LightningModule):
             loop.inference_mode = False
 
     _models_loaded = False
+    _validated_at: int | None = None
     _reads_trees = False
     fingerprints: Mapping[str, str | None] = MappingProxyType({})
     """Fingerprints of the weights that training started from, taken when they were read."""
@@ -332,6 +339,7 @@ class AlignmentModule(LightningModule):
     def on_train_start(self) -> None:
         """Resume: the optimizer takes the settings asked for now, data and random numbers continue where they stood."""
         check_optimizers(self.trainer)
+        checkpoint_state.freeze_as_before(self)
         before, self.asked_before = self.asked_before, None
         if before is not None and self.asked is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
@@ -341,6 +349,15 @@ class AlignmentModule(LightningModule):
     def on_fit_end(self) -> None:
         """A resumed run gives back the caller's random state."""
         checkpoint_state.end(self)
+
+    def on_train_end(self) -> None:
+        """Say so where ``max_steps`` has ended the run without a validation of its last weights."""
+        ended = 0 < self.trainer.max_steps <= self.trainer.global_step
+        if ended and self.trainer.enable_validation and self._validated_at != self.updates:
+            rank_zero_info(
+                f"max_steps={self.trainer.max_steps} has ended the run after update {self.updates}, which was not "
+                f"validated: check_val_every_n_epoch={self.trainer.check_val_every_n_epoch}"
+            )
 
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""
@@ -538,7 +555,12 @@ class AlignmentModule(LightningModule):
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics["train/skipped_updates"] = float(self.skipped_updates)
         metrics |= self.progress()
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        # ModelCheckpoint takes "step" for its file names; without it, it would find the last validation's.
+        now = {**metrics, "step": float(self.updates)}
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in now.items()})
+        set_logged_step(self.trainer, self.updates)
+        if 0 < self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True  # also within an epoch the run ends with a validation
         self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.steps % max(every, 1) == 0:
@@ -575,6 +597,7 @@ class AlignmentModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; ReduceLROnPlateau looks at them."""
         metrics = self.evaluation_metrics()
+        self._validated_at = self.updates
         self.log_evaluation("val", metrics)
         scheduler: Any = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
         if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
@@ -637,15 +660,8 @@ class AlignmentModule(LightningModule):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the trainable weights alone: frozen ones are where they came from."""
-        trainable = checkpoint_state.trained_names(self)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        state = super().state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if key.removeprefix(prefix) in trainable}
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load trainable weights; a missing or unknown one is an error.
+        """Load the weights that a checkpoint holds; a missing or unknown one is an error.
 
         Raises:
             RuntimeError: the checkpoint's trainable weights are not this module's.

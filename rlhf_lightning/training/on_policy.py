@@ -26,6 +26,7 @@ from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.invariants import Invariants
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.training.optimization import rows_of_step
 from rlhf_lightning.training.rollouts import (
     Aggregation,
     Drawn,
@@ -190,7 +191,7 @@ class OnPolicyModule(AlignmentModule):
     @property
     def updates_per_step(self) -> int:
         """Optimizer steps of one rollout: epochs times minibatches."""
-        episodes = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        episodes = rows_of_step(self.trainer)
         return self.ppo_epochs * math.ceil(episodes / (self.mini_batch_size or episodes))
 
     # -- one rollout --------------------------------------------------------------------------------------------------

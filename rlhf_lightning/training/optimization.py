@@ -29,6 +29,17 @@ def steps_of_epoch(trainer: Trainer) -> float:
     return min(steps, limit) if isinstance(limit, int) else int(steps * (1.0 if limit is None else limit))
 
 
+def rows_of_step(trainer: Trainer) -> int:
+    """Return the rows of a training step over all ranks: ``batch_size`` of the data, else those of the first step."""
+    rows = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if rows is not None:
+        return int(rows)
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers
+        return int(next(iter(trainer.train_dataloader)).rows)
+
+
 def updates_of_run(trainer: Trainer, updates_per_step: int = 1) -> int | None:
     """Return the optimizer steps of the whole run; None where nothing bounds it.
 
