@@ -36,8 +36,9 @@ def rows_of_step(trainer: Trainer) -> int:
         return int(rows)
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
+    loader: Any = trainer.train_dataloader
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers
-        return int(next(iter(trainer.train_dataloader)).rows)
+        return int(next(iter(loader)).rows)
 
 
 def updates_of_run(trainer: Trainer, updates_per_step: int = 1) -> int | None:
