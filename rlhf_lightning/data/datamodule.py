@@ -342,7 +342,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             return StreamLoader(self.stream, self.batch_size, self._streamed, self.stream_steps, self.fingerprint)
         length = len(self._plan(self.store, self.epoch_rows(0), shuffle=False))
         steps = self._train_steps
-        if self.trainer is not None and getattr(self.trainer, "overfit_batches", 0):  # the same rows in every epoch
+        if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):  # the same rows in every epoch
             steps = lambda epoch: self._train_steps(0)
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
 
