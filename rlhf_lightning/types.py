@@ -492,6 +492,22 @@ class Advantages(NamedTuple):
     learned: Tensor | None = None
 
 
+class Aggregation(NamedTuple):
+    """Weights of token losses, and what their weighted sum is divided by.
+
+    Attributes:
+        weights: weight of each token, shape (rows, length), 0 under the mask.
+        divisor: of these rows, a scalar; summed over micro-batches and ranks before it divides.
+    """
+
+    weights: Tensor
+    divisor: Tensor
+
+    def weighted_sum(self, losses: Tensor) -> Tensor:
+        """Return the weighted sum of token losses, a scalar; losses of weight 0 may be NaN."""
+        return (losses.where(self.weights != 0, losses.new_zeros(())) * self.weights).sum()
+
+
 class Minibatch(NamedTuple):
     """All episodes of one optimizer step, of all micro-batches and ranks, without gradient.
 

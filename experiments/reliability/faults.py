@@ -217,7 +217,8 @@ def rollout_server() -> list[Result]:
         given = {"url": server.url, "model": "base", "adapter_folder": "adapters", **settings}
         engine = {"class_path": "rlhf_lightning.sampling.remote_engine.RemoteEngine", "init_args": given}
         return ["fit", "--model", "GRPOModule", *ON_POLICY, "--model.engine", json.dumps(engine), "--model.scorer",
-                "injected.length", "--model.sampler_cap", "2", "--data.samples_per_prompt", "4", "--model.lora.r", "2",
+                "injected.length", "--model.sampler_correction",
+                "token_truncate", "--data.samples_per_prompt", "4", "--model.lora.r", "2",
                 "--model.init_from", "policy", "--model.from_scratch", "false",
                 "--checkpoint.every_n_rollouts", "1"]  # fmt: skip
 

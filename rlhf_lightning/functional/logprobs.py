@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to plus or minus this before `exp`: e^20 = 4.9e8 is still exact enough in float32."""
@@ -166,27 +168,30 @@ def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return at_least_float32(logprobs) - at_least_float32(reference_logprobs)
 
 
-def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token KL estimate d^2 / 2: biased, never negative; as a loss its gradient is the reverse KL's.
+def kl_estimate(
+    logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator, clamp: float | None = MAX_LOG_RATIO
+) -> Tensor:
+    """Per-token estimate of KL(policy || reference) in nats, after Schulman (2020), "Approximating KL divergence".
+
+    With d = log policy - log reference:
+
+    - k1 = d: unbiased, signed. As a loss its expected gradient is 0; it belongs in a reward.
+    - k2 = d^2 / 2: biased, never negative. As a loss its gradient is the reverse KL's.
+    - k3 = e^(-d) - 1 + d: unbiased, never negative (GRPO, arXiv 2402.03300, Eq. 4). As a loss its gradient is that of
+      KL(reference || policy).
 
     Args:
         logprobs: the policy's, any shape, on tokens that the policy sampled.
         reference_logprobs: the reference's, same shape.
+        estimator: "k1", "k2" or "k3".
+        clamp: d is clamped to plus or minus this, where it has no gradient; None does not clamp.
     """
-    return kl_k1(logprobs, reference_logprobs).square() / 2
-
-
-def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token KL estimate e^(-d) - 1 + d: unbiased, never negative, as in GRPO (arXiv 2402.03300, Eq. 4).
-
-    As a loss its gradient is that of KL(reference || policy). d is held above -20, where e^(-d) would take over.
-
-    Args:
-        logprobs: the policy's, any shape, on tokens that the policy sampled.
-        reference_logprobs: the reference's, same shape.
-    """
-    log_ratio = kl_k1(logprobs, reference_logprobs).clamp(min=-MAX_LOG_RATIO)
-    return torch.expm1(-log_ratio) + log_ratio
+    d = kl_k1(logprobs, reference_logprobs)
+    if clamp is not None:
+        d = d.clamp(-clamp, clamp)
+    if estimator == "k1":
+        return d
+    return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
 
 
 def chunked_logprobs(

@@ -1,4 +1,4 @@
-"""Policy gradients: rewards per token, advantages, and the clipped losses of PPO (arXiv 1707.06347) for language.
+"""Policy gradients: rewards per token, advantages and returns, and the critic's loss (PPO, arXiv 1707.06347).
 
 Token tensors are (rows, length), right-padded; ``rows`` are called episodes where they are a whole rollout. A loss
 comes back per token, for the caller to reduce.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, at_least_float32, kl_k1, require_shape
+from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_shape
 
 
 def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coef: float | Tensor) -> Tensor:
@@ -147,96 +147,6 @@ def adapted_kl_coef(
     return kl_coef * (1 + error * episodes / horizon)
 
 
-def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Probability ratio of each token, policy / old policy; the log-ratio is held within 20 before `exp`.
-
-    Args:
-        logprobs: the policy's, any shape.
-        old_logprobs: the policy's when it sampled, same shape.
-    """
-    return kl_k1(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-def clipped_surrogate_loss(
-    ratio: Tensor,
-    advantages: Tensor,
-    clip: float = 0.2,
-    dual_clip: float | None = None,
-    clip_high: float | None = None,
-    ratio_cap: float | None = None,
-) -> Tensor:
-    r"""PPO's pessimistic surrogate, max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), for any kind of ratio.
-
-    Eq. 7 of Schulman et al. (arXiv 1707.06347). At ratio 1 the value is -A and its gradient the policy gradient.
-
-    Args:
-        ratio: probability ratio per token or sequence, any shape.
-        advantages: A, same shape.
-        clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
-        dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
-        clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
-        ratio_cap: delta > 1 + clip_high caps the unclipped ratio too (INTELLECT-2, arXiv 2505.07291); None for no cap.
-
-    Returns:
-        One loss per element of ``ratio``.
-    """
-    require_shape("...", ratio=ratio, advantages=advantages)
-    unclipped, clipped = _surrogates(ratio, advantages, clip, clip_high, ratio_cap)
-    losses = torch.maximum(unclipped, clipped)
-    if dual_clip is None:
-        return losses
-    return torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
-
-
-def _surrogates(
-    ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None, ratio_cap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    return -advantages * (ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)), -advantages * clipped
-
-
-def clipped_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    clip: float = 0.2,
-    dual_clip: float | None = None,
-    clip_high: float | None = None,
-) -> Tensor:
-    """`clipped_surrogate_loss` of the token ratio: the policy loss of PPO.
-
-    Args:
-        logprobs: the policy's, with gradient, shape (rows, length).
-        old_logprobs: the policy's when it sampled, shape (rows, length).
-        advantages: shape (rows, length), 0 under the mask, where the loss and its gradient are then 0 too.
-        clip: see `clipped_surrogate_loss`.
-        dual_clip: see `clipped_surrogate_loss`.
-        clip_high: see `clipped_surrogate_loss`.
-
-    Returns:
-        One loss per token, shape (rows, length).
-    """
-    require_shape("rows length", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    return clipped_surrogate_loss(token_ratio(logprobs, old_logprobs), advantages, clip, dual_clip, clip_high)
-
-
-def clip_fraction(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float = 0.2, clip_high: float | None = None
-) -> Tensor:
-    """1 on each token whose gradient `clipped_policy_loss` cuts off, else 0; its masked mean is the clip fraction.
-
-    Args:
-        logprobs: the policy's, shape (rows, length).
-        old_logprobs: the policy's when it sampled, shape (rows, length).
-        advantages: shape (rows, length).
-        clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
-        clip_high: how far the ratio may rise.
-    """
-    require_shape("rows length", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    unclipped, clipped = _surrogates(token_ratio(logprobs, old_logprobs), advantages, clip, clip_high)
-    return (clipped > unclipped).type_as(clipped)
-
-
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """How far updates have moved the policy within a rollout, 1/2 (logprobs - old_logprobs)^2 per token in nats.
 
@@ -279,16 +189,3 @@ def value_clip_fraction(values: Tensor, old_values: Tensor, returns: Tensor, cli
     require_shape("rows length", values=values, old_values=old_values, returns=returns)
     clipped = values.clamp(old_values - clip, old_values + clip)
     return ((clipped - returns) ** 2 > (values - returns) ** 2).type_as(values)
-
-
-def sampler_correction(old_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float = 2.0) -> Tensor:
-    """Weight of each token where the sampling engine computes other numbers than the trainer.
-
-    min(exp(old_logprobs - behaviour_logprobs), cap): truncated importance sampling (Ionides 2008).
-
-    Args:
-        old_logprobs: the policy's when it sampled, recomputed by the trainer's forward, any shape.
-        behaviour_logprobs: the same as the sampling engine reported them.
-        cap: largest weight.
-    """
-    return token_ratio(old_logprobs, behaviour_logprobs).clamp(max=cap)

@@ -1,69 +1,89 @@
-"""Policy gradients without a critic: one module with five switches, each a method that a subclass overrides."""
+"""Policy gradients without a critic: one class, and every published method is a preset of its settings."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional import critic_free as functional
-from rlhf_lightning.functional.logprobs import kl_k1, kl_k2, kl_k3
-from rlhf_lightning.functional.policy_gradient import (
-    clipped_surrogate_loss,
-    sampler_correction,
-    token_ratio,
-    token_rewards,
-)
+from rlhf_lightning.functional.logprobs import masked_whiten
+from rlhf_lightning.functional.policy_gradient import discounted_returns, token_rewards
 from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.training.rollouts import Aggregation
-from rlhf_lightning.types import Advantages, EnumeratedProblem, Loss, PolicyLogprobs, Rollout
+from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
+from rlhf_lightning.training.gathering import summed_over_ranks
+from rlhf_lightning.training.meter import moments_over_ranks
+from rlhf_lightning.training.ranges import check_settings
+from rlhf_lightning.training.rollouts import Drawn, gathered_numbers, joined, select_prompts
+from rlhf_lightning.types import Advantages, PromptBatch, Rollout
 
-KLPlace = Literal["reward", "k1", "k2", "k3"]
+BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]
+ScaleName = Literal["group", "batch", "none"]
 
 
-class CriticFreeModule(OnPolicyModule):
-    r"""Policy gradient whose baseline comes from other samples: REINFORCE with the group's mean as baseline.
+class CriticFreeModule(PolicyGradientModule):
+    r"""Policy gradient whose baseline comes from other samples: by default REINFORCE with the group's mean as baseline.
 
-    loss = Agg(objective(ratio, A) + kl_coef * kl). A method is a choice of five things, each a method here:
-    ``episode_advantages`` (or ``advantages`` where tokens differ), ``ratio``, ``objective``, ``aggregation``, and where
-    the KL goes (``kl_place``). Here: score minus the group's mean, token ratios, the clipped surrogate, the mean over
-    tokens, and the KL in the reward. At ratio 1 the gradient is that of -A log policy.
+    loss = aggregation(objective(ratio, A) + kl_coef * KL loss), A = (reward - baseline) / scale. Here: the score minus
+    the group's mean, token ratios, the clipped surrogate, the mean over tokens, and the KL in the reward. At ratio 1
+    the gradient is that of -A log policy.
 
-    Target: reference * exp(score / kl_coef), normalised, as rollouts grow; without a leash the best completions take
-    all.
+    Target: reference * exp(score / kl_coef), normalised, as rollouts grow; without a KL penalty the best completions
+    take all.
 
     Args:
-        kl_coef: strength of the KL leash; 0 loads no reference.
-        clip_high: how far the ratio may rise above 1; None takes ``clip`` on both sides.
-        ratio_cap: bound of the ratio where the clip does not hold it (two-sided clip, INTELLECT-2); None for no bound.
-        sampler_cap: correct for a sampling engine whose numbers differ from the trainer's by ratios of at most this;
-            None does not correct.
+        baseline: what is subtracted from a completion's reward. "group_mean": the mean of its prompt's completions
+            (2402.03300); "leave_one_out": of the other ones (RLOO, 2402.14740); "greedy": the score of the prompt's
+            greedy completion (ReMax, 2310.10505), one more decode a prompt; "none": nothing.
+        advantage_scale: what the difference is divided by. "group": the deviation of the prompt's rewards (GRPO);
+            "batch": of the whole rollout's (Lite PPO, 2508.08221); "none": 1.
+        scale_epsilon: added to the deviation.
+        scale_unbiased: divide squares by n - 1 in the deviation.
+        credit: "completion" gives each token its completion's advantage; "reward_to_go" the sum of the rewards from it
+            on, discounted by ``gamma`` (REINFORCE++, 2501.03262).
+        gamma: discount per token of "reward_to_go".
+        whiten_advantages: give advantages zero mean and unit variance over all tokens of the rollout.
+        mask_truncated: learn nothing from completions that did not end by themselves (DAPO, 2503.14476).
+        dynamic_sampling: keep only groups whose scores differ (DAPO); needs candidate prompts, see
+            ``PromptDataModule.candidate_rounds``.
         ppo_epochs: passes over each rollout.
     """
-
-    kl_place: ClassVar[KLPlace] = "reward"
-    """Where the KL to the reference is paid: in the reward of each token, or as a loss (k1, k2 or k3 estimate)."""
-
-    needs_group: ClassVar[bool] = True
-    """Whether advantages compare several completions of one prompt."""
 
     paper = "Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740"
 
     def __init__(
         self,
         scorer: Any,
-        kl_coef: float = 0.05,
-        clip_high: float | None = None,
-        ratio_cap: float | None = None,
-        sampler_cap: float | None = None,
+        baseline: BaselineName = "group_mean",
+        advantage_scale: ScaleName = "none",
+        scale_epsilon: float = 1e-4,
+        scale_unbiased: bool = True,
+        credit: Literal["completion", "reward_to_go"] = "completion",
+        gamma: float = 1.0,
+        whiten_advantages: bool = False,
+        mask_truncated: bool = False,
+        dynamic_sampling: bool = False,
         ppo_epochs: int = 1,
         learning_rate: float = 1e-6,
         **kwargs: Any,
     ) -> None:
-        super().__init__(scorer=scorer, kl_coef=kl_coef, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs)
-        self.clip_high, self.ratio_cap, self.sampler_cap = clip_high, ratio_cap, sampler_cap
+        super().__init__(scorer=scorer, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs)
+        self.baseline, self.advantage_scale = baseline, advantage_scale
+        self.scale_epsilon, self.scale_unbiased = scale_epsilon, scale_unbiased
+        self.credit, self.gamma, self.whiten_advantages = credit, gamma, whiten_advantages
+        self.mask_truncated, self.dynamic_sampling = mask_truncated, dynamic_sampling
+        self._rounds = 0
+        check_settings(vars(self), _contradictions(self))
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether advantages compare several completions of one prompt."""
+        compares = self.baseline in ("group_mean", "leave_one_out") or self.advantage_scale == "group"
+        return compares or self.dynamic_sampling
 
     @property
     def holds_reference(self) -> bool:
@@ -75,105 +95,140 @@ class CriticFreeModule(OnPolicyModule):
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
         self.load_reference_and_scorer()
 
-    # -- the five switches --------------------------------------------------------------------------------------------
-
-    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """Return the advantage of each completion, shape (episodes,); 0 where its reward is NaN.
-
-        Args:
-            rewards: of whole completions, the KL in them where it is paid there; NaN where there is no score.
-            rollout: for groups, lengths and baselines.
-        """
-        return functional.dr_grpo_advantages(rewards, rollout.group)
-
-    def ratio(self, logprobs: PolicyLogprobs) -> Tensor:
-        """Return policy / old policy of each token, with gradient, shape (rows, length)."""
-        return token_ratio(logprobs.logprobs, logprobs.old_logprobs)
-
-    def objective(self, ratio: Tensor, logprobs: PolicyLogprobs) -> Tensor:
-        """Return the loss of each token, shape (rows, length)."""
-        clip = (self.clip, self.dual_clip, self.clip_high, self.ratio_cap)
-        return clipped_surrogate_loss(ratio, logprobs.advantages, *clip)
-
-    def aggregation(self, learned: Tensor) -> Aggregation:
-        """Return how token losses become one: a mean over the tokens of the minibatch."""
-        return super().aggregation(learned)
-
-    def kl_loss(self, logprobs: PolicyLogprobs) -> Tensor | None:
-        """Return the KL estimate of each token as a loss in nats, shape (rows, length); None where it is no loss."""
-        if self.kl_place == "reward" or not self.kl_coef:
-            return None
-        assert logprobs.reference_logprobs is not None
-        estimate = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[self.kl_place]
-        return estimate(logprobs.logprobs, logprobs.reference_logprobs)
-
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(score / kl_coef), normalised, where all that differs from the policy gradient is
-        scale.
-
-        A subclass with other advantages, another aggregation or the KL elsewhere has another optimum, and one that it
-        knows it declares.
-        """
-        changed = any(
-            getattr(type(self), name) is not getattr(CriticFreeModule, name)
-            for name in ("advantages", "episode_advantages", "objective", "aggregation", "shape_rewards", "kl_place")
-        )
-        return None if changed else exact_target(problem, self.kl_coef)
-
-    # -- what OnPolicyModule asks for ---------------------------------------------------------------------------------
+    # -- advantages ---------------------------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         """Return the reward of each token: the score on the last, and the KL where the reward pays it."""
-        paid = self.kl_place == "reward" and self.kl_coef != 0
-        kl = torch.zeros_like(rollout.old_logprobs)
-        if paid:
-            assert rollout.reference_logprobs is not None
-            kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs)
-        return token_rewards(rollout.scores, kl, rollout.completion_mask, self.kl_coef)
+        return token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
+
+    def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return the advantage of each completion, (reward - baseline) / scale, shape (episodes,); 0 for NaN rewards.
+
+        Args:
+            rewards: of whole completions, with the KL where the reward pays it; NaN where there is no score.
+            rollout: for groups, lengths and baselines.
+        """
+        if self.baseline == "greedy":
+            assert rollout.baseline_scores is not None
+            centred = functional.greedy_advantages(rewards, rollout.baseline_scores)
+        elif self.baseline == "none":
+            centred = torch.nan_to_num(rewards)
+        elif self.baseline == "leave_one_out":
+            centred = functional.leave_one_out_advantages(rewards, rollout.group)
+        else:
+            centred = functional.group_mean_advantages(rewards, rollout.group)
+        if self.advantage_scale == "none":
+            return centred
+        if self.advantage_scale == "group":
+            deviation = functional.group_deviation(rewards, rollout.group, self.scale_unbiased)
+        else:
+            deviation = self._batch_deviation(rewards)
+        return centred / (deviation + self.scale_epsilon)
+
+    def _batch_deviation(self, rewards: Tensor) -> Tensor:
+        """Return the deviation of the rewards of all ranks, a scalar."""
+        scorable = ~rewards.isnan()
+        _, variance = moments_over_ranks(self.trainer.strategy, torch.nan_to_num(rewards), scorable)
+        if self.scale_unbiased:
+            count = summed_over_ranks(self, scorable.sum())
+            variance = variance * count / (count - 1).clamp_min(1)
+        return variance.sqrt().to(rewards)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        """Return the advantage of each token: its completion's."""
+        """Return the advantage of each token, whitened and restricted to finished completions if asked."""
         self._check_groups(rollout)
-        episodes = self.episode_advantages(rewards.sum(-1), rollout)
-        return Advantages(functional.over_tokens(episodes, rollout.completion_mask), None)
+        mask = rollout.completion_mask
+        scorable = mask & ~rollout.scores.isnan().unsqueeze(-1)
+        if self.credit == "reward_to_go":
+            advantages = discounted_returns(torch.nan_to_num(rewards), scorable, self.gamma)
+        else:
+            advantages = functional.over_tokens(self.episode_advantages(rewards.sum(-1), rollout), mask)
+        if self.whiten_advantages:
+            mean, variance = moments_over_ranks(self.trainer.strategy, advantages, scorable)
+            advantages = masked_whiten(advantages, scorable, mean=mean, var=variance)
+        learned = mask & rollout.finished.unsqueeze(-1) if self.mask_truncated else None
+        return Advantages(advantages, None, learned)
 
-    def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
-        """Return the loss of each token, shape (rows, length)."""
-        values = self.objective(self.ratio(logprobs), logprobs)
-        if self.sampler_cap is not None:
-            assert logprobs.behaviour_logprobs is not None
-            weight = sampler_correction(logprobs.old_logprobs, logprobs.behaviour_logprobs, self.sampler_cap)
-            values = values * weight
-        kl = self.kl_loss(logprobs)
-        return values if kl is None else Loss(values + self.kl_coef * kl, {"kl_loss": kl})
+    def reaches_kl_optimum(self) -> bool:
+        """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum."""
+        every = not (self.mask_truncated or self.dynamic_sampling)
+        return super().reaches_kl_optimum() and self.advantage_scale != "group" and self.gamma == 1 and every
+
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+        """Sample and score a completion for each prompt, and what the baseline needs."""
+        drawn = self._draw_informative(batches) if self.dynamic_sampling else super().draw(batches)
+        if self.baseline != "greedy":
+            return drawn
+        group = drawn.batch.group.tolist()
+        batch = select_prompts(drawn.batch, [group.index(g) for g in range(max(group) + 1)])
+        greedy = self.collector.sample(self.policy, self.tokenizer, batch, replace(self.sampling, temperature=0.0))
+        scores = self.collector.score(self.tokenizer, greedy, batch)
+        return drawn._replace(baseline_scores=scores[drawn.batch.group])
+
+    def _draw_informative(self, batches: Sequence[PromptBatch]) -> Drawn:
+        """Sample until as many groups with different scores are found as the rollout has prompts.
+
+        Groups are taken in the order of their episodes, so that the same ones are kept for any number of ranks. If the
+        candidates run out, groups with equal scores fill the rollout: they cost time and change nothing.
+        """
+        wanted = len(gathered_numbers(self, batches[0].group.unique().tolist()))
+        drawn: list[Drawn] = []
+        informative: list[int] = []
+        for batch in batches:
+            one = super().draw([batch])
+            drawn.append(one)
+            informative += gathered_numbers(self, _first_episodes(one, informative=True))
+            if len(informative) >= wanted:
+                break
+        self._rounds = len(drawn)
+        every = sorted(gathered_numbers(self, [first for one in drawn for first in _first_episodes(one)]))
+        kept = sorted(informative)[:wanted]
+        kept += [first for first in every if first not in set(informative)][: wanted - len(kept)]
+        return joined([(one, _rows_of(one, set(kept))) for one in drawn])
 
     def _check_groups(self, rollout: Rollout) -> None:
         if self.needs_group and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:
-            raise ValueError(
+            raise SettingError(
+                "group-of-one",
                 f"{type(self).__name__} compares completions of one prompt, and each prompt has one: set "
-                "data.samples_per_prompt to 2 or more"
+                "data.samples_per_prompt to 2 or more",
             )
 
     def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
-        """Add the share of groups whose scores are all alike: they teach nothing."""
+        """Add the share of groups whose scores are equal, which teach nothing, and the rounds of dynamic sampling."""
         if self.needs_group:
             informative = functional.informative_groups(rollout.scores, rollout.group)
             meter.add("rollout/frac_score_zero_std", (~informative).double())
+        if self.dynamic_sampling:
+            meter.add("rollout/sampling_rounds", torch.tensor(float(self._rounds)))
 
 
-def sequence_mean_of_token_means(learned: Tensor) -> Aggregation:
-    """Every completion weighs the same, whatever its length (GRPO, GSPO); fully masked rows do not count."""
-    weights = learned / learned.sum(-1, keepdim=True).clamp_min(1)
-    return Aggregation(weights, learned.any(-1).sum())
+def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
+    """Return whether one setting makes another meaningless, and the sentence that says so, by error code."""
+    return {
+        "baseline-of-reward-to-go": (
+            m.credit == "reward_to_go" and (m.baseline, m.advantage_scale) != ("none", "none"),
+            f"credit is reward_to_go, baseline {m.baseline} and advantage_scale {m.advantage_scale}: rewards to go "
+            "have no baseline by completion; set both to none, and whiten_advantages to center them",
+        ),
+        "discount-without-tokens": (
+            m.credit == "completion" and m.gamma != 1,
+            f"gamma is {m.gamma} and credit completion, which does not discount: set credit to reward_to_go",
+        ),
+    }
 
 
-def sequence_mean_of_token_sums(learned: Tensor) -> Aggregation:
-    """The mean over completions of sums over tokens (RLOO, ReMax); fully masked rows do not count."""
-    return Aggregation(learned.float(), learned.any(-1).sum())
+def _first_episodes(drawn: Drawn, informative: bool = False) -> list[int]:
+    """Number of the first episode of each group, or only of the groups whose scores differ."""
+    groups = int(drawn.batch.group.max()) + 1
+    wanted = functional.informative_groups(drawn.scores, drawn.batch.group).tolist() if informative else [True] * groups
+    return [int(drawn.batch.episodes[drawn.batch.group == g].min()) for g in range(groups) if wanted[g]]
 
 
-def exact_target(problem: EnumeratedProblem, kl_coef: float) -> Tensor | None:
-    """Return what maximises E[score] - kl_coef KL(policy || reference): reference * exp(score / kl_coef)."""
-    if not kl_coef:
-        return None
-    return torch.softmax(problem.reference.log() + problem.rewards / kl_coef, -1)
+def _rows_of(drawn: Drawn, firsts: set[int]) -> list[int]:
+    """Rows of the groups whose first episode is named."""
+    group = drawn.batch.group
+    kept = {g for g, first in enumerate(_first_episodes(drawn)) if first in firsts}
+    return [row for row, g in enumerate(group.tolist()) if g in kept]

@@ -9,19 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional import critic_free
+from rlhf_lightning.functional.aggregation import AggregationName
 from rlhf_lightning.functional.online_preference import nash_md_logits, xpo_loss
+from rlhf_lightning.functional.surrogates import RatioName
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.modules.critic_free import CriticFreeModule, sequence_mean_of_token_sums
+from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.modules.policy_gradient import ObjectiveName
 from rlhf_lightning.sampling.engines import Mixture
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.rollouts import Aggregation, Drawn
+from rlhf_lightning.training.rollouts import Drawn
 from rlhf_lightning.types import (
     Advantages,
     EnumeratedProblem,
     Loss,
-    PolicyLogprobs,
     PreferenceLogprobs,
     PromptBatch,
     Rollout,
@@ -164,8 +165,8 @@ class NashMDModule(CriticFreeModule):
     score(y')) (Munos et al., 2312.00886, Section 7). Opponents have random numbers of their own and cost one more
     decode a completion.
 
-    Paying the KL token by token, kl_coef sum_t sg(lp_t - lp_ref_t) lp_t (``kl_place = "k2"`` in a subclass), leaves out
-    what a token costs later on, and rests elsewhere.
+    Paying the KL token by token, kl_coef sum_t sg(lp_t - lp_ref_t) lp_t (``kl_place: loss``, ``kl_estimator: k2``),
+    leaves out what a token costs later on, and rests elsewhere.
 
     Target: no closed form; where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the
     Nash equilibrium of the game regularised by the KL, for c = 1 the best answer to the reference.
@@ -184,9 +185,14 @@ class NashMDModule(CriticFreeModule):
     needs_group = False
 
     def __init__(
-        self, scorer: Any, kl_coef: float = 0.1, mixture: float = 0.5, temperature: float = 0.9, **kwargs: Any
-    ) -> None:
-        super().__init__(scorer=scorer, kl_coef=kl_coef, temperature=temperature, **kwargs)
+        self, scorer: Any, kl_coef: float = 0.1, mixture: float = 0.5, temperature: float = 0.9,
+        baseline: BaselineName = "none", ratio: RatioName = "none", objective: ObjectiveName = "reinforce",
+        aggregation: AggregationName = "sequence_mean_token_sum", **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            scorer=scorer, kl_coef=kl_coef, temperature=temperature, baseline=baseline, ratio=ratio,
+            objective=objective, aggregation=aggregation, **kwargs,
+        )  # fmt: skip
         if not 0 <= mixture <= 1:
             raise ValueError(f"mixture is {mixture}: the reference's share in the opponent must lie in [0, 1]")
         self.mixture = mixture
@@ -221,21 +227,12 @@ class NashMDModule(CriticFreeModule):
         """Return the chance to win less a half, and less what the rewards pay for KL, shape (episodes,)."""
         return torch.nan_to_num(self.win_probability(rollout) - 0.5 + rewards - rollout.scores)
 
-    def objective(self, ratio: Tensor, logprobs: PolicyLogprobs) -> Tensor:
-        """Return -A log policy of each token, shape (rows, length)."""
-        return critic_free.reinforce_loss(logprobs.logprobs, logprobs.advantages)
-
-    def aggregation(self, learned: Tensor) -> Aggregation:
-        """The mean over completions of sums over tokens: the policy gradient of whole completions."""
-        return sequence_mean_of_token_sums(learned)
-
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the best answer to the reference for c = 1, and the game's equilibrium for c = 0, at temperature 1.
 
         Between them the opponent is made token by token, which a list of completions does not say.
         """
-        changed = type(self).objective is not NashMDModule.objective or self.kl_place != "reward"
-        if changed or not self.kl_coef or self.sampling.temperature != 1 or self.mixture not in (0, 1):
+        if not self.reaches_kl_optimum() or self.mixture not in (0, 1):
             return None
         if self.mixture:
             return self.best_answer(problem, problem.reference)

@@ -84,8 +84,6 @@ class OnlineDPOModule(OnPolicyModule):
             kl_coef=0.0,
             kl_target=None,
             kl_horizon=1,
-            clip=0.0,
-            dual_clip=None,
             entropy_coef=0.0,
             **kwargs,
         )

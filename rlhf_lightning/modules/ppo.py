@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a learned critic and a KL leash."""
+"""Proximal policy optimisation with a learned critic and a KL penalty."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.logprobs import kl_k1, masked_whiten
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.functional.logprobs import masked_whiten
 from rlhf_lightning.functional.policy_gradient import (
-    clipped_policy_loss,
     clipped_value_loss,
     generalized_advantages,
     rewards_after_end,
@@ -25,22 +25,21 @@ from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_trai
 from rlhf_lightning.models.roles import add_critic, belongs_to
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import most_passes
+from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.ranges import check_settings
 from rlhf_lightning.training.rollouts import Samples
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
-    EnumeratedProblem,
     Loss,
-    PolicyLogprobs,
     PromptBatch,
     Rollout,
 )
 
 
-class PPOModule(OnPolicyModule):
+class PPOModule(PolicyGradientModule):
     r"""Proximal policy optimisation: maximise E[score] - kl_coef * KL(policy || reference) with a learned critic.
 
     Rewards are -kl_coef (log policy - log reference) per token, with the score added at the end token (Ziegler et al.,
@@ -49,8 +48,8 @@ class PPOModule(OnPolicyModule):
     Settings and their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss
     is minus the mean advantage, 0 after whitening.
 
-    Target: reference * exp(score / kl_coef), normalised; discounted, with rewards whitened or without a leash, it has
-    no closed form.
+    Target: reference * exp(score / kl_coef), normalised; discounted, with rewards whitened or without a KL penalty, it
+    has no closed form.
 
     Args:
         critic: "separate" trains a network of its own; "shared" a zero-initialised head on the policy's trunk, one
@@ -61,7 +60,7 @@ class PPOModule(OnPolicyModule):
         value_coef: weight of the value loss.
         value_clip: how far values may move from the rollout's before the larger loss counts; None does not clip.
         gamma: discount per token.
-        lam: 0 trusts the critic, 1 the rewards to go.
+        lam: GAE lambda: 0 bootstraps fully from the critic, 1 uses Monte-Carlo returns.
         whiten_advantages: give advantages zero mean and unit variance over the rollout.
         whiten_rewards: give rewards unit variance over the rollout, keeping their mean.
         reward_slot: where the score goes: "end" on the last completion token, "after_eos" on a slot of its own whose
@@ -102,16 +101,22 @@ class PPOModule(OnPolicyModule):
             **kwargs,
         )
         if critic not in ("separate", "adapter", "shared"):
-            raise ValueError(f"critic is {critic!r}: it must be 'separate', 'adapter' or 'shared'")
+            raise SettingError("unknown-critic", f"critic is {critic!r}: it must be 'separate', 'adapter' or 'shared'")
         if critic == "adapter" and self.lora is None:
-            raise ValueError("critic is 'adapter', but the policy trains every weight: set lora, or critic='separate'")
+            raise SettingError(
+                "adapter-critic-without-lora",
+                "critic is 'adapter', but the policy trains every weight: set lora, or critic='separate'",
+            )
         if reward_slot not in ("end", "after_eos"):
-            raise ValueError(f"reward_slot is {reward_slot!r}: it must be 'end' or 'after_eos'")
+            raise SettingError(
+                "unknown-reward-slot", f"reward_slot is {reward_slot!r}: it must be 'end' or 'after_eos'"
+            )
         self.critic_kind, self.critic_init, self.reward_slot = critic, critic_init, reward_slot
         self.value_coef, self.value_clip, self.gamma, self.lam = value_coef, value_clip, gamma, lam
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
         self.pretraining_coef = pretraining_coef
         self.critic: ScalarModel | None = None
+        check_settings(vars(self), {})
 
     def load_models(self) -> None:
         """Load policy and critic to train, reference and scorer frozen."""
@@ -151,10 +156,8 @@ class PPOModule(OnPolicyModule):
     # -- override points ----------------------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the reward of each token: the KL leash, and the score at its slot."""
-        mask = rollout.completion_mask
-        assert rollout.reference_logprobs is not None
-        kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs)
+        """Return the reward of each token: the KL penalty, and the score at its slot."""
+        mask, kl = rollout.completion_mask, self.reward_kl(rollout)
         if self.reward_slot == "after_eos":
             rewards, mask = rewards_after_end(rollout.scores, kl, mask, self.kl_coef)
         else:
@@ -177,12 +180,6 @@ class PPOModule(OnPolicyModule):
             advantages = masked_whiten(advantages, tokens, mean=mean, var=variance)
         return Advantages(advantages, returns)
 
-    def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
-        """Return the clipped policy loss of each token, shape (rows, length)."""
-        return clipped_policy_loss(
-            logprobs.logprobs, logprobs.old_logprobs, logprobs.advantages, self.clip, self.dual_clip
-        )
-
     def value_loss(self, values: CriticValues) -> Tensor | Loss:
         """Return the clipped value loss of each state, shape (rows, states)."""
         return clipped_value_loss(values.values, values.old_values, values.returns, self.value_clip)
@@ -194,10 +191,9 @@ class PPOModule(OnPolicyModule):
         lengths = rollout.completion_mask.sum(-1)
         return lengths if self.reward_slot == "after_eos" else lengths - 1
 
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(score / kl_coef), normalised: what maximises E[score] - kl_coef KL."""
-        discounts = self.gamma != 1 or self.whiten_rewards or not self.kl_coef
-        return None if discounts else torch.softmax(problem.reference.log() + problem.rewards / self.kl_coef, -1)
+    def reaches_kl_optimum(self) -> bool:
+        """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum."""
+        return super().reaches_kl_optimum() and self.gamma == 1 and not self.whiten_rewards
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 

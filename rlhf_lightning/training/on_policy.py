@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import undefined
+from rlhf_lightning.functional.aggregation import token_mean
 from rlhf_lightning.functional.logprobs import kl_k1
-from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl, clip_fraction
+from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, approx_kl
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout, select
@@ -28,7 +29,6 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.training.optimization import rows_of_step
 from rlhf_lightning.training.rollouts import (
-    Aggregation,
     Drawn,
     RolloutCollector,
     Samples,
@@ -43,6 +43,7 @@ from rlhf_lightning.training.slots import of_rows, on_device
 from rlhf_lightning.types import (
     NO_LIMITS,
     Advantages,
+    Aggregation,
     Loss,
     PolicyLogprobs,
     PromptBatch,
@@ -77,8 +78,6 @@ class OnPolicyModule(AlignmentModule):
         kl_coef: strength of the KL leash, reward units per nat.
         kl_target: sequence KL that the coefficient is steered towards, nats; None keeps the coefficient fixed.
         kl_horizon: episodes over which the coefficient may change by a fifth.
-        clip: how far the ratio policy / old policy may move from 1 before its gradient stops.
-        dual_clip: bound of the loss where the advantage is negative, in units of it; None does not bound.
         entropy_coef: weight of the entropy bonus, reward units per nat.
         early_stop_kl: leave a rollout's epochs once the approximate KL to the old policy exceeds 1.5 times this, nats
             per token; None never does.
@@ -98,8 +97,8 @@ class OnPolicyModule(AlignmentModule):
 
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
-    sampler_cap: float | None = None
-    """Bound of the importance correction for a sampling engine with numbers of its own; None where there is none."""
+    sampler_correction: str | None = None
+    """How a family corrects for a sampling engine whose log-probabilities differ from the trainer's; None for not."""
 
     def __init__(
         self,
@@ -114,8 +113,6 @@ class OnPolicyModule(AlignmentModule):
         kl_coef: float = 0.05,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
-        clip: float = 0.2,
-        dual_clip: float | None = None,
         entropy_coef: float = 0.0,
         early_stop_kl: float | None = None,
         missing_eos_score: float | None = None,
@@ -132,8 +129,7 @@ class OnPolicyModule(AlignmentModule):
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.limits = NO_LIMITS
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
-        self.clip, self.dual_clip, self.entropy_coef = clip, dual_clip, entropy_coef
-        self.early_stop_kl = early_stop_kl
+        self.entropy_coef, self.early_stop_kl = entropy_coef, early_stop_kl
         self.invariants = Invariants(on_violation)
         self._untouched = False
 
@@ -174,10 +170,10 @@ class OnPolicyModule(AlignmentModule):
                 f"{type(engine).__name__} does not say how likely its own draws were: it serves evaluation, but there "
                 "is nothing to correct a gradient by"
             )
-        if self.sampler_cap is None:
+        if self.sampler_correction is None:
             raise ValueError(
                 f"{type(engine).__name__} draws with other numbers than the trainer's, and {type(self).__name__} does "
-                "not correct for them: set model.sampler_cap (2 is usual) in a critic-free method, or leave engine out"
+                "not correct for them: set model.sampler_correction (token_truncate is usual), or leave engine out"
             )
 
     def frozen_models(self) -> Sequence[nn.Module]:
@@ -354,7 +350,7 @@ class OnPolicyModule(AlignmentModule):
         Args:
             learned: bool, True on the tokens that are learned from, shape (rows, length).
         """
-        return Aggregation(learned.float(), learned.sum())
+        return token_mean(learned)
 
     def _learn(
         self, rollout: Rollout, advantages: Advantages, rows: list[int], batch: PromptBatch, meter: Meter
@@ -407,13 +403,11 @@ class OnPolicyModule(AlignmentModule):
         learned = mask if advantages.learned is None else part(advantages.learned)
         aggregation = self.aggregation(learned)
         policy = as_loss(self.policy_loss(logprobs))
-        total = (torch.where(learned, policy.values, 0.0) * aggregation.weights).sum()
-        meter.add("policy_loss", policy.values, mask)
-        for name, values in policy.metrics.items():
-            meter.add(name, values, mask)
+        total = aggregation.weighted_sum(policy.values)
+        for name, values in {"policy_loss": policy.values, **policy.metrics}.items():
+            meter.add(name, values, learned)
         if outputs.entropy is not None and self.entropy_coef:
-            entropy = torch.where(learned, outputs.entropy, 0.0) * aggregation.weights
-            total = total - self.entropy_coef * entropy.sum()
+            total = total - self.entropy_coef * aggregation.weighted_sum(outputs.entropy)
         further = self.critic_loss(layout, rows, rollout, advantages, outputs)
         self._measure_update(logprobs, meter)
         for name, values in further.metrics.items():
@@ -464,7 +458,6 @@ class OnPolicyModule(AlignmentModule):
         meter.add("approx_kl", moved, mask)
         if self.early_stop_kl is not None:
             meter.add("last_approx_kl", moved, mask)
-        meter.add("clip_fraction", clip_fraction(now, old, logprobs.advantages, self.clip), mask)
         meter.add("ratio", (now - old).exp(), mask)
 
     def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:

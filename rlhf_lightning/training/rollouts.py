@@ -59,18 +59,6 @@ class Drawn(NamedTuple):
     baseline_scores: Tensor | None = None
 
 
-class Aggregation(NamedTuple):
-    """How token losses become the loss of an optimizer step: the weighted sum over the step divided by the divisor.
-
-    Attributes:
-        weights: of each token, shape (rows, length), 0 under the mask.
-        divisor: of these rows, summed over micro-batches and ranks before it divides, a scalar.
-    """
-
-    weights: Tensor
-    divisor: Tensor
-
-
 class RolloutCollector:
     """Draws completions from a policy and has them scored.
 

@@ -237,7 +237,7 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
         return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
     problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
-    resting = estimators.rests(name, problems, module)
+    resting = estimators.rests(type(module), problems, module)
     if name == "SFTModule":
         target = demonstrated(world)
     elif resting is not None:

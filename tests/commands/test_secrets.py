@@ -46,7 +46,8 @@ def config_of(policy: str, server: str, judge: str, **settings: Any) -> list[str
         "class_path": "rlhf_lightning.scoring.RemoteScorer",
         "init_args": {"url": judge, "api_key": "JUDGE_API_KEY", "retries": 0},
     }
-    arguments = {"init_from": policy, "engine": engine, "scorer": scorer, "max_new_tokens": 3, "sampler_cap": 2.0,
+    arguments = {"init_from": policy, "engine": engine, "scorer": scorer, "max_new_tokens": 3,
+                 "sampler_correction": "token_truncate",
                  "lora": {"r": 2}, **settings}  # fmt: skip
     data = {"source": "rows.jsonl", "samples_per_prompt": 2, "batch_size": 4, "rollouts": 2}
     config = {"model": {"class_path": "GRPOModule", "init_args": arguments},

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,8 @@ from rlhf_lightning.functional.logprobs import (
     at_least_float32,
     chunk_size,
     chunked_logprobs,
+    kl_estimate,
     kl_k1,
-    kl_k2,
-    kl_k3,
     log1mexp,
     masked_mean,
     masked_sum,
@@ -25,6 +25,7 @@ from rlhf_lightning.functional.logprobs import (
     token_entropy,
     token_logprobs,
 )
+from rlhf_lightning.functional.surrogates import token_ratio
 
 from .worked import Worked, check, each, gradient, normal, property_test, right_padded_mask
 
@@ -49,8 +50,10 @@ WORKED = [
     Worked("temperature 1", lambda t: token_logprobs(t([[2, 1, 0]]), torch.tensor([0])), [-0.40760596]),
     Worked("temperature 0.7", lambda t: token_logprobs(t([[2, 1, 0]]), torch.tensor([0]), 0.7), [-0.26011840]),
     Worked("k1", lambda t: kl_k1(t(POLICY), t(REFERENCE)), [0.2, -0.1, 0.05]),
-    Worked("k2", lambda t: kl_k2(t(POLICY), t(REFERENCE)).sum(), 0.02625),
-    Worked("k3", lambda t: kl_k3(t(POLICY), t(REFERENCE)), [0.01873075, 0.00517092, 0.00122942]),
+    Worked("k2", lambda t: kl_estimate(t(POLICY), t(REFERENCE), "k2").sum(), 0.02625),
+    Worked("k3 of a policy that moved", lambda t: kl_estimate(t(-0.9), t(-1.2), "k3"), 0.04081822),
+    Worked("ratio times k3", lambda t: token_ratio(t(-0.9), t(-1.0)) * kl_estimate(t(-0.9), t(-1.2), "k3"), 0.04511111),
+    Worked("k3", lambda t: kl_estimate(t(POLICY), t(REFERENCE), "k3"), [0.01873075, 0.00517092, 0.00122942]),
     Worked(
         "whitened advantages",
         lambda t: masked_whiten(t(ADVANTAGES), ALL_THREE),
@@ -189,6 +192,9 @@ def test_log1mexp_keeps_its_digits_at_both_ends():
 # --- KL estimators ---------------------------------------------------------------------------------------------------
 
 
+k2, k3 = partial(kl_estimate, estimator="k2"), partial(kl_estimate, estimator="k3")
+
+
 def exact_kl(p, q):
     return (p.exp() * (p - q)).sum()
 
@@ -197,10 +203,10 @@ def exact_kl(p, q):
 @given(seed=st.integers(0, 2**31))
 def test_k1_and_k3_average_to_the_kl_and_k3_is_never_negative(seed):
     p, q = normal(seed, 6).log_softmax(-1), normal(seed + 1, 6).log_softmax(-1)
-    for estimator in (kl_k1, kl_k3):
+    for estimator in (kl_k1, k3):
         torch.testing.assert_close((p.exp() * estimator(p, q)).sum(), exact_kl(p, q))
-    assert (kl_k3(p, q) >= 0).all()
-    assert (kl_k2(p, q) >= 0).all()
+    assert (k3(p, q) >= 0).all()
+    assert (k2(p, q) >= 0).all()
 
 
 @property_test
@@ -215,19 +221,22 @@ def test_gradients_of_the_estimators_as_losses(seed):
     reverse = gradient(lambda z: exact_kl(z.log_softmax(-1), q), logits)[0]
     forward = gradient(lambda z: exact_kl(q, z.log_softmax(-1)), logits)[0]
     torch.testing.assert_close(slope(kl_k1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(slope(kl_k2), reverse)
-    torch.testing.assert_close(slope(kl_k3), forward)
+    torch.testing.assert_close(slope(k2), reverse)
+    torch.testing.assert_close(slope(k3), forward)
 
 
 def test_policies_that_agree_are_at_distance_zero():
     logprobs = torch.tensor([-1.0, -30.0])
-    for estimator in (kl_k1, kl_k2, kl_k3):
+    for estimator in (kl_k1, k2, k3):
         assert estimator(logprobs, logprobs).tolist() == [0, 0]
 
 
-def test_k3_stays_finite_where_the_policy_has_forgotten_the_reference():
-    far = kl_k3(torch.tensor([-500.0, -1.0]), torch.tensor([-1.0, -500.0]))
-    torch.testing.assert_close(far, torch.tensor([math.exp(20) - 21, 498.0]))
+def test_the_clamp_bounds_the_log_ratio_on_both_sides_and_null_does_not():
+    far = (torch.tensor([-500.0, -1.0]), torch.tensor([-1.0, -500.0]))
+    torch.testing.assert_close(k3(*far), torch.tensor([math.exp(20) - 21, 19.0]))
+    torch.testing.assert_close(k2(*far, clamp=3.0), torch.tensor([4.5, 4.5]))
+    assert kl_estimate(*far, "k1", clamp=None).tolist() == [-499.0, 499.0]
+    assert float(k3(torch.tensor(-20.0), torch.tensor(0.0), clamp=None)) == pytest.approx(4.9e8, rel=0.02)
 
 
 # --- the chunked head ------------------------------------------------------------------------------------------------

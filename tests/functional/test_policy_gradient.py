@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,16 +8,11 @@ from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import (
     adapted_kl_coef,
     approx_kl,
-    clip_fraction,
-    clipped_policy_loss,
-    clipped_surrogate_loss,
     clipped_value_loss,
     discounted_returns,
     generalized_advantages,
     missing_eos_scores,
     rewards_after_end,
-    sampler_correction,
-    token_ratio,
     token_rewards,
     value_clip_fraction,
 )
@@ -29,7 +22,7 @@ from .worked import Worked, check, each, gradient, normal, property_test, right_
 POLICY, REFERENCE = [[-1, -0.5, -2]], [[-1.2, -0.4, -2.05]]
 REWARDS, VALUES = [[-0.01, 0.005, 0.9975]], [[0.3, 0.4, 0.6]]
 RETURNS = [[0.94349375, 0.982625, 0.9975]]
-OLD, NEW, ADVANTAGES = [[-1, -0.5, -2]], [[-0.7, -0.6, -2.4]], [[1, -0.5, -1]]
+OLD, NEW = [[-1, -0.5, -2]], [[-0.7, -0.6, -2.4]]
 NEW_VALUES = [[0.6, 0.45, 0.3]]
 MASK = torch.ones(1, 3, dtype=torch.bool)
 
@@ -41,10 +34,6 @@ def rewards(t):
 def after_end(t):
     rewards, mask = rewards_after_end(t([1.0]), kl_k1(t(POLICY), t(REFERENCE)), MASK, 0.05)
     return generalized_advantages(rewards, t([[0.3, 0.4, 0.6, 0.8]]), mask)
-
-
-def policy_losses(t):
-    return clipped_policy_loss(t(NEW), t(OLD), t(ADVANTAGES))
 
 
 def value_inputs(t):
@@ -63,12 +52,7 @@ WORKED = [
     Worked("advantages after end", lambda t: after_end(t)[0], [[0.63446875, 0.573125, 0.3875, 0.2]]),
     Worked("returns after end", lambda t: after_end(t)[1], [[0.93446875, 0.973125, 0.9875, 1.0]]),
     Worked("rewards to go", lambda t: discounted_returns(t(REWARDS), MASK), [[0.9925, 1.0025, 0.9975]]),
-    Worked("ratio", lambda t: token_ratio(t(NEW), t(OLD)), [[1.34985881, 0.90483742, 0.67032005]]),
-    Worked("policy losses", policy_losses, [[-1.2, 0.45241871, 0.8]]),
-    Worked("policy loss", lambda t: policy_losses(t).mean(), 0.01747290),
-    Worked("clip fraction", lambda t: clip_fraction(t(NEW), t(OLD), t(ADVANTAGES)).mean(), 0.66666667),
     Worked("approximate kl", lambda t: approx_kl(t(NEW), t(OLD)).mean(), 0.04333333),
-    Worked("dual clip", lambda t: clipped_surrogate_loss(t([4.0]), t([-1.0]), dual_clip=3.0), [3.0]),
     Worked("value loss", lambda t: clipped_value_loss(*value_inputs(t)).mean(), 0.16114706),
     Worked("value clip fraction", lambda t: value_clip_fraction(*value_inputs(t)).mean(), 0.33333333),
     Worked("kl coefficient rises", lambda t: adapted_kl_coef(t(0.15), t(9.0), 6, 10_000, 256), 0.150768),
@@ -185,53 +169,9 @@ def test_generalized_advantages_are_discounted_sums_of_td_errors(seed):
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-@property_test
-@given(seed=seeds, rows=st.integers(1, 3), length=st.integers(1, 5))
-def test_before_any_update_the_loss_is_the_policy_gradient(seed, rows, length):
-    mask = right_padded_mask(seed, rows, length)
-    logprobs, advantages = masked(seed, rows, length, mask), masked(seed + 1, rows, length, mask)
-    torch.testing.assert_close(clipped_policy_loss(logprobs, logprobs, advantages), -advantages)
-    assert clip_fraction(logprobs, logprobs, advantages).sum().item() == 0
+def test_before_any_update_nothing_has_moved():
+    logprobs = normal(0, 2, 3)
     assert approx_kl(logprobs, logprobs).sum().item() == 0
-    (slope,) = gradient(lambda lp: clipped_policy_loss(lp, logprobs, advantages), logprobs)
-    torch.testing.assert_close(slope, -advantages)
-    assert slope[~mask].abs().sum().item() == 0
-
-
-@pytest.mark.parametrize(
-    ("log_ratio", "advantage", "slope"),
-    [
-        (0.5, 1.0, 0.0),  # already much likelier: no more
-        (0.5, -1.0, math.exp(0.5)),  # went up by mistake: pushed back in full
-        (-0.5, 1.0, -math.exp(-0.5)),
-        (-0.5, -1.0, 0.0),
-        (0.1, 1.0, -math.exp(0.1)),  # inside the clip
-    ],
-)
-def test_the_clip_stops_only_what_goes_too_far_in_the_wanted_direction(log_ratio, advantage, slope):
-    old, advantages = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
-    now = torch.tensor([[log_ratio]], dtype=torch.float64)
-    (found,) = gradient(lambda lp: clipped_policy_loss(lp, old, advantages), now)
-    torch.testing.assert_close(found.item(), slope)
-    assert clip_fraction(now, old, advantages).item() == (slope == 0)
-
-
-def test_clips_of_different_height_and_the_two_further_bounds():
-    ratio, ones = torch.tensor([1.5, 0.5]), torch.ones(2)
-    assert clipped_surrogate_loss(ratio, ones, 0.2, clip_high=0.28).tolist() == pytest.approx([-1.28, -0.5])
-    assert clipped_surrogate_loss(ratio, -ones, 0.2, clip_high=0.28).tolist() == pytest.approx([1.5, 0.8])
-    far = torch.tensor([10.0, 10.0])
-    assert clipped_surrogate_loss(far, -ones, ratio_cap=4.0).tolist() == [4.0, 4.0]
-    assert clipped_surrogate_loss(far, -2 * ones, dual_clip=3.0).tolist() == [6.0, 6.0]
-    assert clipped_surrogate_loss(far, ones, dual_clip=3.0).tolist() == pytest.approx([-1.2, -1.2])
-
-
-def test_a_policy_that_ran_away_gives_finite_losses_and_gradients():
-    old, now = torch.tensor([[-1.0, -5e3]]), torch.tensor([[-5e3, -1.0]])
-    advantages = torch.tensor([[1.0, -1.0]])
-    assert clipped_policy_loss(now, old, advantages).isfinite().all()
-    (slope,) = gradient(lambda lp: clipped_policy_loss(lp, old, advantages), now)
-    assert slope.isfinite().all()
 
 
 def test_value_loss_is_pessimistic_and_plain_without_a_clip():
@@ -242,8 +182,3 @@ def test_value_loss_is_pessimistic_and_plain_without_a_clip():
     assert slope.item() == 0  # moved far enough towards the return for this rollout
     (slope,) = gradient(lambda v: clipped_value_loss(v, old, returns, clip=0.2), -values)
     assert slope.item() == -3  # moved the wrong way: pulled back in full
-
-
-def test_sampler_correction_is_a_truncated_ratio():
-    found = sampler_correction(torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.5, -9.0]), cap=2.0)
-    torch.testing.assert_close(found, torch.tensor([1.0, math.exp(0.5), 2.0]))

@@ -37,6 +37,7 @@ COUNTS = {
     "8 AI feedback": 6,
     "9 evaluation": 14,
     "10 distillation": 7,
+    "12 options of 2025-26": 27,
 }
 """Printed numbers by section."""
 

@@ -26,8 +26,7 @@ from rlhf_lightning.modules import CriticFreeModule
 from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.training.invariants import InvariantError, Invariants
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.rollouts import Aggregation
-from rlhf_lightning.types import Advantages, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
+from rlhf_lightning.types import Advantages, Aggregation, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]
 GROUPED = [prompt for prompt in PROMPTS for _ in range(2)]
@@ -140,7 +139,7 @@ def test_cispo_s_worked_loss() -> None:
     ratios = torch.tensor([[1.0, -0.2, 0.3]], dtype=torch.float64)
     mask = torch.ones_like(now, dtype=torch.bool)
     logprobs = PolicyLogprobs(now, now - ratios, None, None, torch.ones_like(now), mask)
-    values = as_loss(module_of("CISPOModule", cap=2.0).policy_loss(logprobs)).values
+    values = as_loss(module_of("CISPOModule", cispo_high=2.0).policy_loss(logprobs)).values
     assert float(values.mean()) == pytest.approx(1.70302766, abs=5e-9)
 
 
@@ -288,7 +287,7 @@ def test_overlong_completions_are_punished_or_left_out(policy_folder: str, monke
         return [0.0] * len(completions)
 
     module = modules.DAPOModule(
-        init_from=policy_folder, scorer=zero, max_new_tokens=4, overlong_buffer=2, overlong_filter=True
+        init_from=policy_folder, scorer=zero, max_new_tokens=4, overlong_buffer=2, mask_truncated=True
     )
     kept: list[Any] = []
     advantages_of = module.advantages

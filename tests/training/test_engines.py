@@ -50,7 +50,11 @@ def test_samples_of_a_server_are_weighed_by_what_it_drew_with(policy_folder: str
     with serving(policy_folder, noise=0.01) as server:
         engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
         log = MetricsLog()
-        module = RecordedGRPO(**settings_of(policy_folder, engine=engine, sampler_cap=1.05, kl_coef=0.0))
+        module = RecordedGRPO(
+            **settings_of(
+                policy_folder, engine=engine, sampler_correction="token_truncate", sampler_high=1.05, kl_coef=0.0
+            )
+        )
         fit(module, [step_of_groups(), step_of_groups()], callbacks=[log])
         loaded = server.bodies("/v1/load_lora_adapter")
     assert len(loaded) == 2  # the second rollout is of the adapter that the first has changed
@@ -70,13 +74,13 @@ def test_without_a_correction_such_an_engine_is_refused(
 ) -> None:
     engine = RemoteEngine("http://127.0.0.1:1", BASE)
     module = getattr(modules, name)(**settings_of(policy_folder, engine=engine, **settings))
-    with pytest.raises(ValueError, match=r"does not correct for them: set model.sampler_cap"):
+    with pytest.raises(ValueError, match=r"does not correct for them: set model.sampler_correction"):
         fit(module, [step_of_groups()])
 
 
 def test_a_server_that_reports_no_logprobs_teaches_nothing(policy_folder: str) -> None:
     engine = RemoteEngine("http://127.0.0.1:1", BASE, tokenizer=policy_folder)
-    module = modules.GRPOModule(**settings_of(policy_folder, engine=engine, sampler_cap=2.0))
+    module = modules.GRPOModule(**settings_of(policy_folder, engine=engine, sampler_correction="token_truncate"))
     with pytest.raises(ValueError, match="there is nothing to correct a gradient by"):
         fit(module, [step_of_groups()])
 

@@ -30,7 +30,7 @@ from verification.paper_estimators import ESTIMATORS, Every, Formula, Settings, 
 SAMPLES, ROLLOUTS = 3, 700
 SETTINGS = Settings(kl_coef=0.3, clip=0.1, clip_high=0.1, cap=0.8, value_coef=0.5, value_clip=0.1)
 FURTHER: dict[str, dict[str, Any]] = {
-    "CISPOModule": {"cap": SETTINGS.cap},
+    "CISPOModule": {"cispo_high": SETTINGS.cap},
     "DAPOModule": {"overlong_buffer": 1, "clip_high": 2 * SETTINGS.clip},
     "GSPOModule": {"clip_high": None},
     "PPOModule": {"value_coef": SETTINGS.value_coef, "value_clip": SETTINGS.value_clip},

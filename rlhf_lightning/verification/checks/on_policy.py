@@ -196,7 +196,7 @@ def loss_checks(case: Case) -> list[Check]:
                 "a token that has moved the wrong way must keep its gradient: the clip belongs on the other side",
             )
         )
-        if "objective" not in overridden_methods(module) and getattr(module, "clip", None):
+        if clips(module):
             checks.append(clip_check(case))
     finally:
         module.kl_coef = kl_coef
@@ -204,13 +204,13 @@ def loss_checks(case: Case) -> list[Check]:
     return checks
 
 
-def overridden_methods(module: Any) -> set[str]:
-    """Names of methods that a class below CriticFreeModule has of its own."""
-    from rlhf_lightning.modules.critic_free import CriticFreeModule
+def clips(module: Any) -> bool:
+    """Whether the settings say that the loss is the clipped surrogate, and no ``objective`` of its own replaces it."""
+    from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 
-    if not isinstance(module, CriticFreeModule):
-        return set()
-    return {name for name in ("objective",) if getattr(type(module), name) is not getattr(CriticFreeModule, name)}
+    if not isinstance(module, PolicyGradientModule) or module.objective_name != "clip":
+        return False
+    return type(module).objective is PolicyGradientModule.objective
 
 
 def clip_check(case: Case) -> Check:

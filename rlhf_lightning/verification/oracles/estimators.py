@@ -62,37 +62,50 @@ def _steps(policy: Array, problem: Population) -> Array:
     return np.einsum("ijk,j->ik", problem.alike, policy) / np.einsum("ijk,j->ik", _before(problem), policy)
 
 
-def _standardised(policy: Array, problem: Population, module: Any) -> Array:
-    """Mean of (r - mean_g) / (std_g + epsilon) over groups of two that a completion is in."""
-    rewards = problem.rewards
+def advantages(policy: Array, rewards: Array, module: Any) -> Array:
+    """Mean of (r - mean_g) / (std_g + epsilon) over groups of two that a completion is in, or of r - mean_g alone."""
     groups = np.stack(np.broadcast_arrays(rewards[:, None], rewards[None, :]))
-    deviation = groups.std(0, ddof=1 if getattr(module, "unbiased", True) else 0)
-    return ((rewards[:, None] - groups.mean(0)) / (deviation + getattr(module, "epsilon", 1e-4)) * policy).sum(-1)
+    centred = rewards[:, None] - groups.mean(0)
+    if module.advantage_scale == "group":
+        centred = centred / (groups.std(0, ddof=1 if module.scale_unbiased else 0) + module.scale_epsilon)
+    return (centred * policy).sum(-1)
 
 
-def grpo(policy: Array, ratios: Array, problem: Population, module: Any) -> Array:
-    """2402.03300 and, at ratio 1, 2507.18071: each completion counts alike; k3's slope is 1 - reference / policy."""
-    advantage = _standardised(policy, problem, module)[:, None]
-    return (-advantage + module.kl_coef * (1 - np.exp(-ratios))) / problem.lengths[:, None]
+def kl_slope(ratios: Array, module: Any) -> Array:
+    """Slope at ratio 1 of the KL loss of a token with log-ratio d; with the ratio, d(rho k) = k + k'."""
+    value, slope = {
+        "k1": (ratios, np.ones_like(ratios)),
+        "k2": (ratios**2 / 2, ratios),
+        "k3": (np.exp(-ratios) - 1 + ratios, 1 - np.exp(-ratios)),
+    }[module.kl_estimator]
+    return value + slope if module.kl_times_ratio else slope
 
 
-def dapo(policy: Array, ratios: Array, problem: Population, module: Any) -> Array:
-    """2503.14476 and, at ratio 1, 2506.13585: each token counts alike."""
-    return grpo(policy, ratios, problem, module) * problem.lengths[:, None]
+def critic_free(moments: tuple[float, float]) -> Coefficients:
+    """Transcribe a critic-free method from its settings: -A of each token, and the slope of the KL where it is a loss.
 
-
-def whitened_baseline(moments: tuple[float, float]) -> Coefficients:
-    """2501.03262, Section 3: scores less their group's mean, whitened; k2's slope is the log-ratio.
+    A completion counts once in a mean of token means (2402.03300; at ratio 1 also 2507.18071), each token once
+    otherwise (2503.14476; at ratio 1 also 2506.13585). Whitened advantages (2501.03262) are (A - mean) / deviation.
 
     Args:
-        moments: mean and deviation of the centred scores over the tokens of the population.
+        moments: mean and deviation of the centred scores over the tokens of the population, for whitening.
     """
     mean, deviation = moments
 
     def coefficients(policy: Array, ratios: Array, problem: Population, module: Any) -> Array:
-        centred = (problem.rewards[:, None] - problem.rewards[None, :]) / 2
-        advantage = ((centred - mean) / deviation * policy).sum(-1)
-        return -advantage[:, None] + module.kl_coef * ratios
+        rewards = problem.rewards
+        if module.kl_place == "reward":
+            rewards = rewards - module.kl_coef * ratios.sum(-1)
+        advantage = advantages(policy, rewards, module)
+        if module.whiten_advantages:
+            advantage = (advantage - mean) / deviation
+        if module.baseline == "leave_one_out":
+            advantage = 2 * advantage
+        update = -advantage[:, None] + np.zeros_like(ratios)
+        if module.kl_place == "loss":
+            update = update + module.kl_coef * kl_slope(ratios, module)
+        by_length = module.aggregation_name == "sequence_mean_token_mean"
+        return update / problem.lengths[:, None] if by_length else update
 
     return coefficients
 
@@ -108,21 +121,32 @@ def centred_moments(problems: Sequence[Population]) -> tuple[float, float]:
     return mean, float(np.sqrt(np.average((value - mean) ** 2, weights=weight) + 1e-8))
 
 
-def rests(name: str, problems: Sequence[Population], module: Any) -> list[Array] | None:
-    """Return where a shipped method comes to rest on each prompt; None if it is none of these, or has no leash."""
-    if name not in METHODS or not module.kl_coef:
+def rests(kind: type, problems: Sequence[Population], module: Any) -> list[Array] | None:
+    """Return where a shipped critic-free class comes to rest on each prompt; None if its settings are not transcribed.
+
+    Args:
+        kind: class of the module.
+        problems: one for each prompt.
+        module: whose settings the method takes.
+    """
+    if kind.__name__ not in METHODS or not kind.__module__.startswith("rlhf_lightning.") or not _transcribed(module):
         return None
-    method = METHODS[name] or whitened_baseline(centred_moments(problems))
+    method = critic_free(centred_moments(problems))
     found = [rest(method, problem, module) for problem in problems]
     solved = [policy for policy in found if policy is not None]
     return solved if len(solved) == len(found) else None
 
 
-METHODS: dict[str, Coefficients | None] = {
-    "GRPOModule": grpo,
-    "GSPOModule": grpo,
-    "DAPOModule": dapo,
-    "CISPOModule": dapo,
-    "ReinforcePlusPlusBaselineModule": None,
-}
-"""By the class whose update it is; None stands for what whitens over all prompts together."""
+def _transcribed(module: Any) -> bool:
+    """Whether the settings have a mean update by prompt, and one that is zero somewhere."""
+    by_prompt = module.advantage_scale != "batch" and module.baseline in ("group_mean", "leave_one_out")
+    whitened = module.whiten_advantages and (module.kl_place == "reward" or module.advantage_scale == "group")
+    every = not (module.mask_truncated or module.dynamic_sampling or module.overlong_buffer or module.entropy_coef)
+    return bool(module.kl_coef) and by_prompt and not whitened and every
+
+
+METHODS = frozenset(
+    ("CriticFreeModule", "GRPOModule", "DrGRPOModule", "GSPOModule", "DAPOModule", "CISPOModule", "LitePPOModule",
+     "RLOOModule", "ReinforcePlusPlusBaselineModule")
+)  # fmt: skip
+"""Classes whose settings alone say what they do: a user's subclass may do anything else."""

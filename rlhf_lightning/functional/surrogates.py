@@ -1,0 +1,214 @@
+"""Surrogate objectives of policy gradients: probability ratios, and the losses that are made of them.
+
+Token tensors are (rows, length), right-padded. A is the advantage; a loss comes back per token and is minimised. At
+ratio 1 every loss here has the gradient of -A log policy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import (
+    MAX_LOG_RATIO,
+    at_least_float32,
+    kl_k1,
+    masked_mean,
+    masked_sum,
+    require_shape,
+)
+
+RatioName = Literal["token", "sequence", "sequence_product", "none"]
+
+# --- ratios ----------------------------------------------------------------------------------------------------------
+
+
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Probability ratio of each token, policy / old policy; the log-ratio is clamped to +-20 before `exp`.
+
+    Args:
+        logprobs: the policy's, any shape.
+        old_logprobs: the policy's at the rollout's start, same shape.
+    """
+    return kl_k1(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    r"""Probability ratio of each whole completion, e^{\sum_t log-ratio}, held within e^{+-20}.
+
+    Args:
+        logprobs: the policy's, shape (rows, length).
+        old_logprobs: the policy's at the rollout's start, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+
+    Returns:
+        Shape (rows,).
+    """
+    log_ratio = masked_sum(kl_k1(logprobs, old_logprobs), completion_mask)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def geometric_sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    r"""GSPO's ratio of each completion, the geometric mean of its token ratios (Zheng et al., arXiv 2507.18071).
+
+    Args:
+        logprobs: the policy's, shape (rows, length).
+        old_logprobs: the policy's at the rollout's start, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+
+    Returns:
+        Shape (rows,).
+    """
+    log_ratio = masked_mean(kl_k1(logprobs, old_logprobs), completion_mask, dim=-1)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def over_sequence(ratio: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    r"""Give each token its completion's ratio with the token's own gradient, sg(ratio) e^{lp - sg(lp)}.
+
+    GSPO-token of Zheng et al. (arXiv 2507.18071, Eq. 14). With one advantage per completion, a token mean per row of
+    `geometric_sequence_ratio`, and a token sum per row of `sequence_ratio`, have the gradient of the ratio itself.
+
+    Args:
+        ratio: of each completion, shape (rows,).
+        logprobs: the policy's, with gradient, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+
+    Returns:
+        Shape (rows, length); 1 under the mask.
+    """
+    own_gradient = token_ratio(logprobs, logprobs.detach())  # its value is 1
+    return torch.where(completion_mask, ratio.detach().unsqueeze(-1) * own_gradient, 1.0)
+
+
+def policy_ratio(name: RatioName, logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the named ratio on each token, with gradient, shape (rows, length).
+
+    Args:
+        name: "token" (PPO), "sequence" (GSPO's geometric mean), "sequence_product" (the whole completion's, RLOO), or
+            "none": 1 with the gradient of log policy, for samples of this very policy.
+        logprobs: the policy's, with gradient, shape (rows, length).
+        old_logprobs: the policy's at the rollout's start, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+    """
+    if name in ("token", "none"):
+        return token_ratio(logprobs, old_logprobs if name == "token" else logprobs.detach())
+    of_sequence = geometric_sequence_ratio if name == "sequence" else sequence_ratio
+    return over_sequence(of_sequence(logprobs, old_logprobs, completion_mask), logprobs, completion_mask)
+
+
+# --- objectives ------------------------------------------------------------------------------------------------------
+
+
+def clipped_surrogate_loss(
+    ratio: Tensor,
+    advantages: Tensor,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    clip_high: float | None = None,
+    ratio_cap: float | None = None,
+) -> Tensor:
+    r"""PPO's pessimistic surrogate, max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), for any kind of ratio.
+
+    Eq. 7 of Schulman et al. (arXiv 1707.06347). At ratio 1 the value is -A and its gradient the policy gradient.
+
+    Args:
+        ratio: probability ratio per token or sequence, any shape.
+        advantages: A, same shape.
+        clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
+        dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
+        clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
+        ratio_cap: delta > 1 + clip_high caps the unclipped ratio too (INTELLECT-2, arXiv 2505.07291); None for no cap.
+
+    Returns:
+        One loss per element of ``ratio``.
+    """
+    require_shape("...", ratio=ratio, advantages=advantages)
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    unclipped = ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)
+    losses = torch.maximum(-advantages * unclipped, -advantages * clipped)
+    if dual_clip is None:
+        return losses
+    return torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+
+
+def clip_fractions(
+    ratio: Tensor,
+    advantages: Tensor,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    clip_high: float | None = None,
+    ratio_cap: float | None = None,
+) -> dict[str, Tensor]:
+    """Mark the tokens whose gradient `clipped_surrogate_loss` cuts off; the means over tokens are the clip fractions.
+
+    Args:
+        ratio: as for the loss.
+        advantages: as for the loss.
+        clip: as for the loss.
+        dual_clip: as for the loss.
+        clip_high: as for the loss.
+        ratio_cap: as for the loss.
+
+    Returns:
+        1 or 0 on each element, by name: "clip_fraction_low" (A < 0 below 1 - clip), "clip_fraction_high" (A > 0 above
+        1 + clip_high), and "clip_fraction", which also counts A < 0 above ``dual_clip`` or ``ratio_cap``.
+    """
+    ratio = ratio.detach()
+    low = (ratio < 1 - clip) & (advantages < 0)
+    high = (ratio > 1 + (clip if clip_high is None else clip_high)) & (advantages > 0)
+    bounds = [bound for bound in (dual_clip, ratio_cap) if bound is not None]
+    far = (ratio > min(bounds, default=torch.inf)) & (advantages < 0)
+    names = {"clip_fraction": low | high | far, "clip_fraction_low": low, "clip_fraction_high": high}
+    return {name: marked.type_as(ratio) for name, marked in names.items()}
+
+
+def soft_gate_loss(
+    ratio: Tensor, advantages: Tensor, temperature: float = 1.0, temperature_negative: float = 1.05
+) -> Tensor:
+    r"""SAPO's smooth gate in place of a clip, -(4 / tau) sigmoid(tau (ratio - 1)) A (arXiv 2511.20347).
+
+    At ratio 1 the value is -2 A / tau and the gradient the policy gradient; it fades as the ratio moves away.
+
+    Args:
+        ratio: probability ratio, any shape.
+        advantages: A, same shape.
+        temperature: tau where A > 0.
+        temperature_negative: tau elsewhere; a larger one fades faster.
+    """
+    require_shape("...", ratio=ratio, advantages=advantages)
+    tau = torch.where(advantages > 0, temperature, temperature_negative).type_as(ratio)
+    return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+
+
+def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Williams's policy gradient as a loss per token, -A * logprob; for samples of this very policy.
+
+    Args:
+        logprobs: the policy's, with gradient, shape (rows, length).
+        advantages: A, shape (rows, length), 0 under the mask.
+    """
+    require_shape("rows length", logprobs=logprobs, advantages=advantages)
+    return -advantages * at_least_float32(logprobs)
+
+
+def cispo_loss(
+    ratio: Tensor, logprobs: Tensor, advantages: Tensor, high: float | None = 5.0, low: float | None = None
+) -> Tensor:
+    r"""CISPO: REINFORCE weighted by a bounded ratio, -sg(clip(ratio, low, high)) A logprob (MiniMax, arXiv 2506.13585).
+
+    Unlike a clip, the bounds leave every token its gradient. At ratio 1 the gradient is the clipped surrogate's.
+
+    Args:
+        ratio: probability ratio of each token, shape (rows, length).
+        logprobs: the policy's, with gradient, shape (rows, length).
+        advantages: A, shape (rows, length), 0 under the mask.
+        high: largest weight; 5 in ScaleRL (arXiv 2510.13786); None for no bound.
+        low: smallest weight, as in verl and NeMo-RL; None for no bound.
+    """
+    weight = ratio.detach()
+    if high is not None or low is not None:
+        weight = weight.clamp(low, high)
+    return weight * reinforce_loss(logprobs, advantages)
