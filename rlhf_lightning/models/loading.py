@@ -40,6 +40,7 @@ from rlhf_lightning.models.scalar_head import initialise_head
 BACKBONE_FILE = "backbone.json"
 SCORE_BIAS = "score_bias"
 """What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
+OUTPUT_NAMES = "score_outputs"
 STEP_SEPARATOR = "step_separator"
 """What stands between two steps of a process reward model's completions: its name in the same files."""
 
@@ -407,6 +408,11 @@ def prepare_for_training(model: Any, settings: LoadSettings, dropout: float = 0.
             model.enable_input_require_grads()
 
 
-def load_reward_hf_model(name: str, settings: LoadSettings, **config_changes: Any) -> Any:
-    """Load a model with a scalar head; a causal language model's folder gets a new head."""
-    return load_weights(name, AutoModelForSequenceClassification, settings, num_labels=1, **config_changes)
+def load_reward_hf_model(name: str, settings: LoadSettings, outputs: int = 1, **config_changes: Any) -> Any:
+    """Load a model with a head of one or several outputs; a causal language model's folder gets a new head."""
+    return load_weights(name, AutoModelForSequenceClassification, settings, num_labels=outputs, **config_changes)
+
+
+def output_names(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of a reward model's outputs; empty where it has a single one."""
+    return tuple(backbone_record(folder).get(OUTPUT_NAMES, ())) if (Path(folder) / BACKBONE_FILE).is_file() else ()

@@ -37,6 +37,7 @@ from rlhf_lightning.models.loading import (
     fingerprint,
     is_adapter,
     load_reward_hf_model,
+    output_names,
     prepare_for_training,
 )
 from rlhf_lightning.models.quantization import quantization_of
@@ -120,7 +121,7 @@ class AdapterScalar(ScalarModel):
     Args:
         policy: whose backbone it runs on; it holds the adapter already.
         adapter: name of the adapter.
-        head: weight of the scalar head, shape (1, hidden size).
+        head: weight of the head, shape (outputs, hidden size).
         bias: constant that scores are reported relative to, in score units.
     """
 
@@ -128,7 +129,7 @@ class AdapterScalar(ScalarModel):
         nn.Module.__init__(self)
         self.adapter, self.bias = adapter, bias
         self._policy = (policy,)  # in a tuple, so that it is not registered here too
-        self.score = nn.Linear(head.shape[-1], 1, bias=False, dtype=torch.float32, device=head.device)
+        self.score = nn.Linear(head.shape[-1], len(head), bias=False, dtype=torch.float32, device=head.device)
         with torch.no_grad():
             self.score.weight.copy_(head)
 
@@ -192,7 +193,7 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
             return model.requires_grad_(False).eval()
     record = backbone_record(folder) if is_adapter(folder) else {}
     settings = replace(settings, quantization=record.get("quantization"), from_scratch=False)
-    hf = load_reward_hf_model(folder, settings, **changes)
+    hf = load_reward_hf_model(folder, settings, max(len(output_names(folder)), 1), **changes)
     prepare_for_training(hf, replace(settings, activation_checkpointing=False))
     return ScalarModel(hf, bias=float(getattr(hf.config, SCORE_BIAS, 0.0))).requires_grad_(False).eval()
 

@@ -17,8 +17,10 @@ from rlhf_lightning.models.layout import Layout
 class ScalarModel(nn.Module):
     """A transformer with a scalar head, as transformers' ``AutoModelForSequenceClassification(num_labels=1)``.
 
+    A reward model may have a head of several outputs.
+
     Args:
-        model: the Hugging Face model, possibly wrapped by peft. Its head is ``score``: hidden size -> 1, no bias.
+        model: the Hugging Face model, possibly wrapped by peft. Its head is ``score``: hidden size -> outputs, no bias.
         bias: constant that scores are reported relative to (the mean score of the demonstrations), in score units.
     """
 
@@ -45,12 +47,14 @@ class ScalarModel(nn.Module):
             per_token: return values, shape (completions, length), 0 under the mask, instead of scores.
 
         Returns:
-            Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values.
+            Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values. Of a head of several outputs
+            shape (completions, outputs), or (completions, length, outputs).
         """
         hidden = hidden_states(self.model, layout)
         wanted = hidden[layout.predictors if per_token else layout.last]
         head = self.head
-        scalars = at_least_float32(head(wanted.to(head_dtype(head)))).squeeze(-1)
+        found = at_least_float32(head(wanted.to(head_dtype(head))))
+        scalars = found.squeeze(-1) if found.shape[-1] == 1 else found
         return layout.scatter(scalars) if per_token else scalars
 
 

@@ -45,7 +45,7 @@ class ProcessRewardModule(RewardModule):
     headline_metrics = ("val/loss", "val/step_accuracy", "val/first_error_f1")
 
     def __init__(self, step_separator: str = "\n", **kwargs: Any) -> None:
-        super().__init__(centering=0.0, normalise=False, **kwargs)
+        super().__init__(centering=0.0, normalise=False, outputs=1, **kwargs)
         if not step_separator:
             raise ValueError("step_separator is empty: steps could not be told apart")
         self.step_separator = step_separator

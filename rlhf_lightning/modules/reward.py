@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import (
+    OUTPUT_NAMES,
     add_lora,
     is_adapter,
     load_base_of_adapter,
@@ -49,6 +51,9 @@ class RewardModule(OfflineModule):
         normalise: after training, report scores relative to the mean score of the best-ranked training completions, so
             that demonstrations score 0 on average (InstructGPT). The exported weights stay as trained; the bias
             travels in the folder's config.json.
+        outputs: numbers that the head gives for each completion: several attributes, or a mean and a variance. With
+            more than one, ``score_of`` makes a score of them, a loss finds them in ``RankedScores.extras["outputs"]``,
+            and whoever scores with the exported folder gets them as the parts of a `Judgement`.
     """
 
     paper = "Stiennon et al. 2020, arXiv 2009.01325"
@@ -60,12 +65,15 @@ class RewardModule(OfflineModule):
         self,
         centering: float = 0.0,
         normalise: bool = True,
+        outputs: int = 1,
         learning_rate: float = 9e-6,
         adam_eps: float = 1e-5,
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
-        self.centering, self.normalise = centering, normalise
+        if outputs < 1:
+            raise SettingError("reward-outputs", f"outputs is {outputs}: a reward model has at least one")
+        self.centering, self.normalise, self.outputs = centering, normalise, outputs
         self._judged: list[Tensor] = []  # confidence in each held-out pair, and whether it was right
 
     @property
@@ -80,12 +88,25 @@ class RewardModule(OfflineModule):
         if continued is not None:
             refuse_other_quantization(continued, self.load_settings.quantization)
             name = load_base_of_adapter(continued)
-        model = load_reward_hf_model(name, self.load_settings, pad_token_id=self.tokenizer.pad_token_id)
+        model = load_reward_hf_model(name, self.load_settings, self.outputs, pad_token_id=self.tokenizer.pad_token_id)
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:
             model = add_lora(model, self.lora, "SEQ_CLS", continued, self.seed)
         self.reward_model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
         self._best_scores = Meter()
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the head's outputs, which a scorer calls the parts of its judgements by."""
+        return tuple(f"output_{number}" for number in range(self.outputs))
+
+    def score_of(self, outputs: Tensor) -> Tensor:
+        """Return the score that a head of several outputs gives, shape (completions,): their first.
+
+        Args:
+            outputs: shape (completions, outputs).
+        """
+        return outputs[:, 0]
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         """Return one loss per group, shape (groups,). The override point of this family."""
@@ -99,11 +120,13 @@ class RewardModule(OfflineModule):
 
     def loss_sum(self, batch: RankedBatch, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's groups."""
-        scores = self.reward_model(self.lay_out(batch.sequences))
+        scores, extras = self.reward_model(self.lay_out(batch.sequences)), on_device(batch.extras, self.device)
+        if self.outputs > 1:
+            scores, extras = self.score_of(scores), {**extras, "outputs": scores}
         group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)
         parts = (batch.ranks, batch.target, batch.margin, batch.weights)
         ranks, target, margin, weights = (part.to(self.device) for part in parts)
-        ranked = RankedScores(scores, group, ranks, target, margin, weights, on_device(batch.extras, self.device))
+        ranked = RankedScores(scores, group, ranks, target, margin, weights, extras)
         loss = as_loss(self.ranking_loss(ranked))
         self._measure(ranked, loss.values, meter)
         for name, values in loss.metrics.items():
@@ -162,7 +185,8 @@ class RewardModule(OfflineModule):
         """Score each completion of each group."""
         rows: list[dict[str, Any]] = []
         for batch in step.micro_batches:
-            scores = self.reward_model(self.lay_out(batch.sequences)) - self.reward_model.bias
+            scores = self.reward_model(self.lay_out(batch.sequences))
+            scores = (self.score_of(scores) if self.outputs > 1 else scores) - self.reward_model.bias
             decode = self.tokenizer.decode
             for row, (parent, score) in enumerate(zip(batch.sequences.parents, scores.tolist(), strict=True)):
                 prompt = decode(batch.sequences.prompts[parent].tolist(), skip_special_tokens=True)
@@ -173,7 +197,8 @@ class RewardModule(OfflineModule):
     def export(self, folder: str | Path) -> Path:
         """Write the reward model as a Hugging Face folder."""
         source = self.backbone_source() if self.lora is not None else resolve_folder(self.init_from)
-        return export_reward_model(self.reward_model, self.tokenizer, folder, source, **self.facts_of_scores)
+        facts = {OUTPUT_NAMES: list(self.output_names)} if self.outputs > 1 else {}
+        return export_reward_model(self.reward_model, self.tokenizer, folder, source, **facts, **self.facts_of_scores)
 
     @property
     def facts_of_scores(self) -> dict[str, Any]:

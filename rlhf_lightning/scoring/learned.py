@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, select
-from rlhf_lightning.models.loading import LoadSettings, resolve_folder
+from rlhf_lightning.models.loading import LoadSettings, output_names, resolve_folder
 from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import in_step
-from rlhf_lightning.scoring.scorer import Scorer
-from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
+from rlhf_lightning.scoring.scorer import Scorer, Scores
+from rlhf_lightning.types import Judgement, MicroBatchLimits, Prompt, Sequences
 
 
 class LearnedScorer(Scorer):
@@ -37,6 +37,7 @@ class LearnedScorer(Scorer):
     def __init__(self, folder: str, max_tokens: int = 16_384, dtype: str | None = None) -> None:
         self.folder, self.max_tokens, self.dtype = resolve_folder(folder), max_tokens, dtype
         self.tokenizer = tokenization.load_tokenizer(self.folder)
+        self.output_names = output_names(self.folder)
         self._model: ScalarModel | None = None
 
     @property
@@ -70,22 +71,43 @@ class LearnedScorer(Scorer):
         mine, theirs = self.tokenizer, tokenizer
         return mine.chat_template == theirs.chat_template and mine.get_vocab() == theirs.get_vocab()
 
-    @torch.no_grad()
+    def score_of(self, outputs: Tensor) -> Tensor:
+        """Return the score of a reward model of several outputs, shape (completions,): their first.
+
+        Args:
+            outputs: in the order of ``output_names``, shape (completions, outputs).
+        """
+        return outputs[:, 0]
+
     def score_sequences(self, sequences: Sequences) -> Tensor:
         """Score tokenized completions, fp32, shape (completions,)."""
+        outputs = self.outputs_of(sequences)
+        return (self.score_of(outputs) if self.output_names else outputs) - self.model.bias
+
+    def judge_sequences(self, sequences: Sequences) -> Tensor | list[Judgement]:
+        """Judge tokenized completions: scores, or with several outputs judgements whose parts they are."""
+        if not self.output_names:
+            return self.score_sequences(sequences)
+        outputs = self.outputs_of(sequences)
+        scores = (self.score_of(outputs) - self.model.bias).tolist()
+        parts = [dict(zip(self.output_names, row, strict=True)) for row in outputs.tolist()]
+        return [Judgement(score, named) for score, named in zip(scores, parts, strict=True)]
+
+    @torch.no_grad()
+    def outputs_of(self, sequences: Sequences) -> Tensor:
+        """Return the head's outputs for tokenized completions, fp32, shape (completions,) or (completions, outputs)."""
         device = next(self.model.parameters()).device
-        scores = torch.zeros(len(sequences.completions))
+        shape = (len(sequences.completions), len(self.output_names))
+        scores = torch.zeros(shape if self.output_names else shape[:1])
         share = self.model.reads_trees
         with in_step(self.model, partial(self.model, free_layout().to(device))) as before_pass:
             for rows in cut_sequences(sequences, limits=MicroBatchLimits(max_tokens=self.max_tokens), pack_rows=share):
                 layout = lay_out(select(sequences, rows), share).to(device)
                 before_pass()
-                scores[rows] = (self.model(layout) - self.model.bias).to(scores)
+                scores[rows] = self.model(layout).to(scores)
         return scores
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-    ) -> Sequence[float] | Tensor:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         """Score completions given as text."""
         encoded = [
             tokenization.encode_completion(self.tokenizer, completion, prompt)[0]
@@ -98,4 +120,5 @@ class LearnedScorer(Scorer):
             parents=tuple(range(len(ids))),
             supervised=tuple(torch.ones(len(completion), dtype=torch.bool) for completion in ids),
         )
-        return self.score_sequences(sequences)
+        found: Any = self.judge_sequences(sequences)
+        return found
