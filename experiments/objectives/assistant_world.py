@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import FAMILIES, REASONS  # beside this file
+from settings import REASONS, runs  # beside this file
 
 from rlhf_lightning.commands import train
 from rlhf_lightning.commands.quickstart import SAMPLING
@@ -43,13 +43,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rows = [measured(load(arguments.start, "sft"), arguments.start, arguments.seed) | {"objective": "SFTModule"}]
-    for family in FAMILIES:
-        for objective, settings in family.objectives.items():
-            result = arguments.out / objective / "result.json"
-            if not result.is_file() and (arguments.only is None or objective in arguments.only):
-                write_json(result, run(objective, family.config, {**family.settings, **settings}, arguments))
-            if result.is_file():
-                rows.append(json.loads(result.read_text(encoding="utf-8")))
+    for objective, config, settings in runs():
+        result = arguments.out / objective / "result.json"
+        if not result.is_file() and (arguments.only is None or objective in arguments.only):
+            write_json(result, run(objective, config, settings, arguments))
+        if result.is_file():
+            rows.append(json.loads(result.read_text(encoding="utf-8")))
     write_markdown(arguments.table, page(rows, arguments.seed))
     print(f"wrote {arguments.table}")
 

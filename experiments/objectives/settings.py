@@ -1,110 +1,59 @@
 """Settings of each objective on the quickstart's world, beyond the recipes of the assistant world.
 
-Each family names the YAML file it starts from, what all its objectives depart in, and what each one does.
+Objectives are discovered. Each starts from the recipe of its family; `TUNED` holds what single ones need beyond that.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from rlhf_lightning.commands.objectives import objective_classes
 
-class Family(NamedTuple):
-    """Objectives that start from one YAML file.
+
+class Run(NamedTuple):
+    """How one objective is trained.
 
     Attributes:
+        objective: its class name.
         config: name of the recipe below assistant/.
-        settings: flags of all its objectives. ``model.scorer`` and ``model.teacher`` name a stage of the quickstart.
-        objectives: flags of each objective, by class name.
+        settings: flags beyond the recipe. ``model.scorer`` and ``model.teacher`` name a stage of the quickstart.
     """
 
+    objective: str
     config: str
     settings: dict[str, Any]
-    objectives: dict[str, dict[str, Any]]
 
 
-FAMILIES = (
-    Family(
-        "dpo",
-        {},
-        {
-            "DPOModule": {"model.beta": 0.5},
-            "ConservativeDPOModule": {"model.beta": 0.5},
-            "RobustDPOModule": {"model.beta": 0.5},
-            "IPOModule": {"model.beta": 1.0},
-            "HingeModule": {"model.beta": 0.5},
-            "EXOModule": {"model.beta": 0.5},
-            "NCAModule": {"model.beta": 0.5},
-            "BCOPairModule": {"model.beta": 0.5},
-            "SPPOModule": {"model.beta": 0.25},
-            "AOTModule": {"model.beta": 0.5},
-            "UnpairedAOTModule": {"model.beta": 2.0, "model.learning_rate": 2e-4},
-            "APOZeroModule": {"model.beta": 0.5},
-            "APODownModule": {"model.beta": 5.0, "model.learning_rate": 5e-5},
-            "DiscoPOPModule": {"model.beta": 0.5},
-            "LengthNormalizedDPOModule": {"model.beta": 10.0},
-            "ForwardKLDPOModule": {"model.beta": 0.5},
-            "JensenShannonDPOModule": {"model.beta": 1.0},
-            "AlphaDPOModule": {"model.beta": 0.5},
-            "ReferenceFreeDPOModule": {"model.beta": 0.5},
-            "RPOModule": {"model.beta": 0.5},
-            "SimPOModule": {"model.beta": 10.0, "model.gamma": 1.0},
-            "ORPOModule": {},
-            "CPOModule": {"model.beta": 0.5},
-            "WPOModule": {"model.beta": 0.5},
-            "BetaDPOModule": {"model.beta": 0.5},
-            "LDDPOModule": {"model.beta": 0.5},
-            "TRDPOModule": {"model.beta": 0.5, "model.reference_every": 100},
-        },
-    ),
-    Family(
-        "dpo",
-        {"data": "UnpairedDataModule"},
-        {
-            "KTOModule": {"model.beta": 0.5},
-            "BCOModule": {"model.beta": 0.5},
-        },
-    ),
-    Family(
-        "ppo",
-        {"model.scorer": "reward", "data.samples_per_prompt": 4},
-        {
-            "CriticFreeModule": {},
-            "GRPOModule": {},
-            "DrGRPOModule": {},
-            "DAPOModule": {},
-            "LitePPOModule": {},
-            "GSPOModule": {},
-            "CISPOModule": {},
-            "RLOOModule": {},
-            "ReinforcePlusPlusBaselineModule": {},
-        },
-    ),
-    Family(
-        "ppo",
-        {"model.scorer": "reward"},
-        {
-            "PPOModule": {},
-            "ReinforcePlusPlusModule": {},
-            "ReMaxModule": {},
-        },
-    ),
-    Family(
-        "ppo",
-        {"model.scorer": "reward", "data.samples_per_prompt": 2},
-        {
-            "OnlineDPOModule": {"model.beta": 0.5},
-            "IterativeDPOModule": {"model.beta": 0.5, "model.rollouts_per_round": 10},
-            "XPOModule": {"model.beta": 0.5},
-            "NashMDModule": {"model.kl_coef": 0.02, "model.kl_target": "null"},
-        },
-    ),
-    Family("ppo", {"model.teacher": "dpo"}, {"OnPolicyDistillationModule": {"model.scorer": "reward"}}),
-    Family(
-        "sft",
-        {"model.teacher": "dpo", "model.from_scratch": "false"},
-        {"GKDModule": {"model.learning_rate": 1e-3, "model.max_new_tokens": 48, "trainer.max_epochs": 1}},
-    ),
-)
+SCORED = {"model.scorer": "reward"}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "NashMDModule": ("ppo", {**SCORED, "data.samples_per_prompt": 2}),
+    "OnPolicyDistillationModule": ("ppo", {"model.teacher": "dpo", **SCORED}),
+    "ReinforcePlusPlusModule": ("ppo", SCORED),
+    "ReMaxModule": ("ppo", SCORED),
+    "CriticFreeModule": ("ppo", {**SCORED, "data.samples_per_prompt": 4}),
+    "OnlineDPOModule": ("ppo", {**SCORED, "data.samples_per_prompt": 2, "model.beta": 0.5}),
+    "PPOModule": ("ppo", SCORED),
+    "GKDModule": ("sft", {"model.teacher": "dpo", "model.from_scratch": "false"}),
+    "UnpairedModule": ("dpo", {"data": "UnpairedDataModule", "model.beta": 0.5}),
+    "ORPOModule": ("dpo", {}),
+    "DPOModule": ("dpo", {"model.beta": 0.5}),
+}
+"""Recipe and flags of each family, by the class that heads it; the first that an objective inherits from counts."""
+
+TUNED: dict[str, dict[str, Any]] = {
+    "IPOModule": {"model.beta": 1.0},
+    "SPPOModule": {"model.beta": 0.25},
+    "UnpairedAOTModule": {"model.beta": 2.0, "model.learning_rate": 2e-4},
+    "APODownModule": {"model.beta": 5.0, "model.learning_rate": 5e-5},
+    "LengthNormalizedDPOModule": {"model.beta": 10.0},
+    "JensenShannonDPOModule": {"model.beta": 1.0},
+    "SimPOModule": {"model.beta": 10.0, "model.gamma": 1.0},
+    "TRDPOModule": {"model.reference_every": 100},
+    "IterativeDPOModule": {"model.rollouts_per_round": 10},
+    "NashMDModule": {"model.kl_coef": 0.02, "model.kl_target": "null"},
+    "GKDModule": {"model.learning_rate": 1e-3, "model.max_new_tokens": 48, "trainer.max_epochs": 1},
+}
+"""Flags that single objectives need to do well in this world."""
 
 REASONS = {
     "APODownModule": "It pushes chosen completions down as well, rejected ones further: meant for a policy that writes "
@@ -112,3 +61,14 @@ REASONS = {
     "could learn from. At beta 0.5 and learning rates of 1e-4 and 5e-4 gold falls to 0.06 and 0.04, at beta 2 to 0.18."
 }
 """Why an objective does not raise the gold reward here, by class name."""
+
+
+def runs() -> list[Run]:
+    """Return the run of every shipped objective that trains a policy beyond SFT."""
+    found = []
+    for kind in objective_classes():
+        heads = [base.__name__ for base in kind.__mro__ if base.__name__ in FAMILIES]
+        if heads:
+            config, settings = FAMILIES[heads[0]]
+            found.append(Run(kind.__name__, config, {**settings, **TUNED.get(kind.__name__, {})}))
+    return found

@@ -178,8 +178,14 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_lightning.models.causal_lm import CausalLM
-    from rlhf_lightning.models.export import SCORE_BIAS, export_policy, export_reward_model
-    from rlhf_lightning.models.loading import LoadSettings, backbone_record, load_base_of_adapter, load_weights
+    from rlhf_lightning.models.export import export_policy, export_reward_model
+    from rlhf_lightning.models.loading import (
+        SCORE_BIAS,
+        LoadSettings,
+        backbone_record,
+        load_base_of_adapter,
+        load_weights,
+    )
     from rlhf_lightning.models.scalar_head import ScalarModel
     from rlhf_lightning.tokenization import load_tokenizer
 

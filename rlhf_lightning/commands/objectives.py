@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
-import pkgutil
 import shutil
 import sys
 import textwrap
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.loading import shipped_classes
 
 
 class Objective(NamedTuple):
@@ -92,15 +91,11 @@ def _write(rows: Sequence[Objective], path: Path) -> None:
 
 def objective_classes() -> list[type[Any]]:
     """Return every concrete objective of the package: the classes of the modules room that name a paper."""
-    import rlhf_lightning.modules as room
+    from rlhf_lightning.modules import AlignmentModule
 
-    found = {}
-    for entry in pkgutil.iter_modules(room.__path__):
-        module = importlib.import_module(f"{room.__name__}.{entry.name}")
-        for kind in vars(module).values():
-            own = isinstance(kind, type) and kind.__module__ == module.__name__
-            if own and issubclass(kind, room.AlignmentModule) and kind.paper and not kind.__name__.startswith("_"):
-                found[kind.__name__] = kind
+    found = {
+        name: kind for name, kind in shipped_classes("rlhf_lightning.modules", AlignmentModule).items() if kind.paper
+    }
     order = list(FAMILIES.values())
     return sorted(found.values(), key=lambda kind: (order.index(family_of(kind)), len(kind.__mro__), kind.__name__))
 

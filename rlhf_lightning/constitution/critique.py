@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_lightning.commands.parsing import run_function
 
 if TYPE_CHECKING:
-    from rlhf_lightning.constitution.revision import Chain, Writer
+    from rlhf_lightning.constitution.revision import Chain
+    from rlhf_lightning.scoring.judges.judge import Writer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_lightning.constitution.dialogue import comparison_messages, text_of
 from rlhf_lightning.constitution.judge_metrics import judge_metrics
 from rlhf_lightning.constitution.labels import Comparison, LabelledPair, probabilities_of
-from rlhf_lightning.constitution.principles import ComparingPrinciple, Constitution
+from rlhf_lightning.constitution.principles import Constitution
 from rlhf_lightning.functional.judging import (
     debiased_probability,
     debiased_probability_from_logits,
@@ -22,6 +22,7 @@ from rlhf_lightning.functional.judging import (
     verdict,
 )
 from rlhf_lightning.scoring.judges.judge import Answer, Judge, Pair, Question
+from rlhf_lightning.scoring.judges.wording import ComparingPrinciple
 
 MOST_CERTAIN = 30.0
 """Log-odds beyond which a judge is no surer: two that contradict each other with certainty are a tie, and no NaN."""

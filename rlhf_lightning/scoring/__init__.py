@@ -1,29 +1,27 @@
-"""What scores a completion: learned models, functions of the text, verifiable answers, and their compositions."""
+"""What scores a completion: learned models, functions of the text, verifiable answers, and their compositions.
 
-from rlhf_lightning.scoring.composition import Ensemble, WeightedSum
-from rlhf_lightning.scoring.faults import FaultTolerant
-from rlhf_lightning.scoring.ifeval import IFEvalScorer
-from rlhf_lightning.scoring.instructions import InstructionScorer
-from rlhf_lightning.scoring.learned import LearnedScorer
-from rlhf_lightning.scoring.maths import MathAnswerScorer
-from rlhf_lightning.scoring.process import ProcessScorer
-from rlhf_lightning.scoring.remote import RemoteScorer
-from rlhf_lightning.scoring.scorer import Scorer, checked_scores, load_scorer
-from rlhf_lightning.scoring.shaping import LengthPenalty, RepetitionPenalty
+Every public scorer of this folder's files is exported: a new one needs no line here. Type checkers read the files one
+by one below.
+"""
 
-__all__ = [
-    "Ensemble",
-    "FaultTolerant",
-    "IFEvalScorer",
-    "InstructionScorer",
-    "LearnedScorer",
-    "LengthPenalty",
-    "MathAnswerScorer",
-    "ProcessScorer",
-    "RemoteScorer",
-    "RepetitionPenalty",
-    "Scorer",
-    "WeightedSum",
-    "checked_scores",
-    "load_scorer",
-]
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.loading import shipped_classes
+from rlhf_lightning.scoring.scorer import Scorer as Scorer
+from rlhf_lightning.scoring.scorer import checked_scores as checked_scores
+from rlhf_lightning.scoring.scorer import load_scorer as load_scorer
+
+if TYPE_CHECKING:
+    from rlhf_lightning.scoring.composition import *
+    from rlhf_lightning.scoring.faults import *
+    from rlhf_lightning.scoring.ifeval import *
+    from rlhf_lightning.scoring.instructions import *
+    from rlhf_lightning.scoring.learned import *
+    from rlhf_lightning.scoring.maths import *
+    from rlhf_lightning.scoring.process import *
+    from rlhf_lightning.scoring.remote import *
+    from rlhf_lightning.scoring.shaping import *
+
+_SHIPPED = shipped_classes(__name__, Scorer)
+globals().update(_SHIPPED)
+__all__ = sorted(["checked_scores", "load_scorer", *_SHIPPED])

@@ -14,7 +14,8 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
-from rlhf_lightning.sampling.engines import Mixture, SamplingEngine, SamplingSettings, load_engine
+from rlhf_lightning.sampling.decoding import Mixture
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
