@@ -16,7 +16,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.policy_gradient import ObjectiveName
-from rlhf_lightning.sampling.engines import Mixture
+from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.rollouts import Drawn
 from rlhf_lightning.types import (
