@@ -46,6 +46,8 @@ TOOL_COMMANDS = {
     "verify": Command("rlhf_lightning.verification.verify", "prove an objective, shipped or your own, correct"),
 }
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+COMMAND_LINE_CODES = ("unknown-recipe", "no-class-to-set")
+"""Codes of errors that the command line itself has, which end with status 2."""
 
 
 def help_text() -> str:
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = importlib.import_module("rlhf_lightning.commands.failures").failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
-        return _fail(sentence, FAILURE)
+        return _fail(sentence, USAGE_ERROR if getattr(error, "code", "") in COMMAND_LINE_CODES else FAILURE)
 
 
 def _fail(sentence: str, status: int) -> int:

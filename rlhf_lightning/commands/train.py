@@ -20,6 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
+from rlhf_lightning.commands.flags import config_settings, configs_first, flags, put_nested, split_nested
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
 from rlhf_lightning.commands.quiet import quieten
@@ -159,13 +160,14 @@ class RlhfCLI(LightningCLI):
     """What the command is called where that is not its name: `rlhf plan` reads the settings of `fit`."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        self.argv, name = list(args), args[0]
+        self.argv, self.nested_flags = split_nested(configs_first(args))
+        name = args[0]
         shown = self.shown or name
         self.run_folder: RunFolder | None = None
         self.is_new_folder = False
         self.lock: IO[bytes] | None = None
         always = [
-            RankWatch(), RunManifest(["rlhf", *self.argv]), RunRecords(), RunHparams(), RunProgress(), SkippedUpdates()
+            RankWatch(), RunManifest(["rlhf", *args]), RunRecords(), RunHparams(), RunProgress(), SkippedUpdates()
         ]  # fmt: skip
         super().__init__(
             AlignmentModule,
@@ -218,13 +220,42 @@ class RlhfCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and check what can be checked before anything is loaded."""
-        self.config = parser.parse_args(cast(Sequence[str], args))
-        data = self.config[self.config.subcommand].data.get("init_args") or {}
+        # The parser would print the settings before the nested flags change them.
+        prints = bool(self.nested_flags) and any(argument.startswith("--print_config") for argument in self.argv)
+        if prints:
+            self.argv = [argument for argument in self.argv if not argument.startswith("--print_config")]
+        self.config = parser.parse_args(self.argv)
+        config = self.config[self.config.subcommand]
+        self.put_nested_flags(config.model)
+        if prints:
+            print(self._parser(self.argv[0]).dump(config, skip_none=False, skip_validation=True), end="")
+            raise SystemExit(0)
+        self.say_what_does_not_apply(config)
+        data = config.data.get("init_args") or {}
         # In config.yaml a feedback store has its row number: run again or resumed, it is the same data.
         for name in ("source", "eval_source"):
             if data.get(name) is not None:
                 data[name] = at_snapshot(data[name])
         self.refuse_clashes(self.shown or self.config.subcommand, self.config[self.config.subcommand])
+
+    def put_nested_flags(self, model: Namespace) -> None:
+        """Change what flags such as ``--model.scorer.init_args.limit`` name inside settings that are objects."""
+        for flag in self.nested_flags:
+            settings = model.init_args
+            if flag.setting not in settings:
+                short = model.class_path.rpartition(".")[2]
+                usage_error(f"rlhf {self.shown or self.argv[0]}", f"model.{flag.setting} is no argument of {short}")
+            settings[flag.setting] = put_nested(as_plain(settings[flag.setting]), flag)
+
+    def say_what_does_not_apply(self, config: Namespace) -> None:
+        """Name the settings of a config file that were dropped because another class was chosen."""
+        for part in ("model", "data"):
+            chosen = config[part].class_path.rpartition(".")[2]
+            for file, kind, names in config_settings(self.argv, part):
+                known = config[part].get("init_args") or {}
+                dropped = [f"{part}.{name}" for name in names if name not in known]
+                if dropped and kind.rpartition(".")[2] != chosen:
+                    announce(f"{Path(file).name} is for {kind}: {', '.join(dropped)} do not apply to {chosen}")
 
     def refuse_clashes(self, command: str, config: Namespace) -> None:
         """Refuse settings that Lightning would refuse later, or that would train wrongly without an error."""
@@ -291,6 +322,7 @@ class RlhfCLI(LightningCLI):
                 announce(f"model.{name} is {value} as given here; the checkpoint was trained with {kept[name]}")
         model = {"class_path": asked, "init_args": merged(kept, given)}
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+        self.put_nested_flags(self.config[command].model)
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -480,17 +512,6 @@ def resumed(argv: Sequence[str]) -> list[str]:
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} cannot be resumed: it has no {CONFIG_FILE}")
     return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[1:]]
-
-
-def flags(argv: Sequence[str]) -> dict[str, str]:
-    """Return the options of a command line as written, ``--name value`` and ``--name=value`` alike."""
-    found: dict[str, str] = {}
-    for position, argument in enumerate(argv):
-        if argument.startswith("-"):
-            name, equals, value = argument.partition("=")
-            following = argv[position + 1] if position + 1 < len(argv) else ""
-            found.setdefault({"-c": "--config"}.get(name, name), value if equals else following)
-    return found
 
 
 def run_of(checkpoint: str) -> Path | None:

@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_lightning.commands.flags import flags, option_pairs
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import with_underscores
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.commands.train import RlhfCLI, flags
+from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.planning.estimate import Plan, plan
 from rlhf_lightning.planning.remedies import Remedy, remedies
 from rlhf_lightning.planning.setup import Setup
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
 
 def placeholders(argv: Sequence[str]) -> list[str]:
     """Return flags for what a run needs and nobody gave: a plan needs neither data nor, with --plan.config, a model."""
-    given, files = flags(argv), [value for name, value in _pairs(argv) if name in ("--config", "-c")]
+    given, files = flags(argv), [value for name, value in option_pairs(argv) if name == "--config"]
     known = {name.removeprefix("--").replace(".init_args", "") for name in given}
     kind = given.get("--model", given.get("--model.class_path", ""))
     for file in files:
@@ -113,15 +114,6 @@ def placeholders(argv: Sequence[str]) -> list[str]:
 def _full_path(kind: str) -> str:
     found = subclasses_of(AlignmentModule).get(kind)
     return kind if found is None else f"{found.__module__}.{found.__qualname__}"
-
-
-def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """Options with their values, repeated ones too."""
-    found = []
-    for position, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        found.append((name, value if equals else "".join(argv[position + 1 : position + 2])))
-    return found
 
 
 def _keys(settings: Any, prefix: str = "") -> list[str]:

@@ -1,0 +1,120 @@
+"""Flags: config files come first wherever they stand, and nested settings are reached."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import refused
+from tiny_run import BASIC
+
+from rlhf_lightning.commands.flags import NestedFlag, configs_first, flags, put_nested, split_nested
+from rlhf_lightning.commands.train import main, run
+
+MODEL = ["--model", "GRPOModule", "--model.init_from", "x", "--data", "PromptDataModule", "--data.source", "y"]
+
+
+def printed(capsys, *argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main(["fit", *argv, "--print_config"])
+    told = capsys.readouterr()
+    assert status.value.code == 0, told.err
+    return yaml.safe_load(told.out)["model"]["init_args"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["fit", "--model", "A", "--config", "a", "-c", "b", "--x=1"],
+         ["fit", "--config", "a", "-c", "b", "--model", "A", "--x=1"]),
+        (["fit", "--x", "1", "--config=a"], ["fit", "--config=a", "--x", "1"]),
+        (["fit", "--config"], ["fit", "--config"]),
+    ],
+)  # fmt: skip
+def test_config_files_come_first_in_their_own_order(argv, expected):
+    assert configs_first(argv) == expected
+
+
+def test_flags_win_over_config_files_wherever_they_stand():
+    Path("a.yaml").write_text("model: {class_path: tiny_run.SlopeModule, init_args: {slope: 1.0, offset: 0.5}}\n")
+    before = run(["fit", "--model.offset", "0.25", *BASIC, "--config", "a.yaml"])
+    after = run(["fit", "--config", "a.yaml", "--model.offset", "0.25", *BASIC])
+    assert before.config.fit.model.as_dict() == after.config.fit.model.as_dict()
+    assert (before.model.slope, before.model.offset) == (1.0, 0.25)
+
+
+def test_settings_of_a_class_that_was_not_chosen_are_named(capsys):
+    Path("a.yaml").write_text(
+        "model: {class_path: tiny_run.PoisonedModule, init_args: {slope: 1.0, poison: [3], value: inf}}\n"
+    )
+    cli = run(["fit", *BASIC, "--config", "a.yaml"])
+    assert "a.yaml is for tiny_run.PoisonedModule: model.poison, model.value do not apply to SlopeModule" in (
+        capsys.readouterr().out
+    )
+    assert cli.model.slope == 1.0
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["--model.scorer", "InstructionScorer", "--model.scorer.init_args.limit", "0.5"],
+        ["--model.scorer", "InstructionScorer", "--model.scorer.limit=0.5"],
+        ["--model.scorer.limit", "0.5", "--model.scorer", "InstructionScorer"],
+        ["--model.scorer", "my.Scorer", "--model.scorer.class_path", "InstructionScorer", "--model.scorer.limit", ".5"],
+    ],
+)  # fmt: skip
+def test_flags_reach_into_a_scorer(chosen, capsys):
+    assert printed(capsys, *MODEL, *chosen)["scorer"] == {
+        "class_path": "InstructionScorer", "init_args": {"limit": 0.5}
+    }  # fmt: skip
+
+
+def test_flags_reach_into_a_scorer_of_a_config_file(capsys):
+    Path("scorer.yaml").write_text(
+        "model:\n  class_path: GRPOModule\n  init_args:\n    scorer:\n"
+        "      class_path: rlhf_lightning.scoring.WeightedSum\n"
+        "      init_args: {weights: {a: 1.0}, scorers: {a: my.scorer, b: my.other}}\n"
+    )
+    given = ["--model.scorer.init_args.weights.a", "2", "--model.scorer.init_args.scorers.a.init_args.limit", "3"]
+    scorer = printed(capsys, *MODEL, "--config", "scorer.yaml", *given)["scorer"]
+    assert scorer["init_args"] == {
+        "missing": "drop", "weights": {"a": 2},
+        "scorers": {"a": {"class_path": "my.scorer", "init_args": {"limit": 3}}, "b": "my.other"}
+    }  # fmt: skip
+
+
+def test_flags_reach_into_engine_and_optimizer(capsys):
+    given = ["--model.engine.class_path", "RemoteEngine", "--model.engine.init_args.url", "http://x"]
+    given += ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.1"]
+    found = printed(capsys, *MODEL, "--model.scorer", "my.scorer", *given)
+    assert found["engine"] == {"class_path": "RemoteEngine", "init_args": {"url": "http://x"}}
+    assert found["optimizer"]["init_args"]["lr"] == 0.1
+
+
+def test_arguments_without_a_class_are_refused():
+    flag = NestedFlag("scorer", ("init_args", "limit"), 1)
+    with refused("no-class-to-set", "--model.scorer.init_args.limit", "--model.scorer CLASS"):
+        put_nested(None, flag)
+    with refused("no-class-to-set", "runs/reward/model"):
+        put_nested("runs/reward/model", flag)
+
+
+def test_a_class_without_the_setting_is_named(capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["fit", *BASIC, "--model.engine.init_args.url", "x"])
+    assert status.value.code == 2 and "model.engine is no argument of SlopeModule" in capsys.readouterr().err
+
+
+def test_only_open_settings_are_taken_off_the_command_line():
+    argv = [
+        "fit",
+        "--model.lora.r",
+        "4",
+        "--model.scorer.help",
+        "X",
+        "--model.scorer",
+        "y",
+        "--model.init_args.scorer.a=1",
+    ]
+    assert split_nested(argv) == (argv[:-1], [NestedFlag("scorer", ("init_args", "a"), 1)])
+    assert flags(["--a", "1", "--a=2", "-c", "x"]) == {"--a": "1", "--config": "x"}
