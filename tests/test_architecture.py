@@ -243,6 +243,91 @@ def test_inheritance_stays_shallow():
     assert not deep, f"classes inherit too deep: {deep}"
 
 
+PRIVATE_OVERRIDES = 0
+"""Private names that classes still override across files. It only goes down, to 0."""
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_members(node: ast.ClassDef) -> set[str]:
+    """Private methods and class attributes of a class."""
+    found = set()
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(part.name)
+        targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if private(name)}
+
+
+def private_overrides(sources: dict[str, str]) -> list[str]:
+    """Classes with the private names that they override of a class in another file."""
+    classes = {
+        node.name: (path, [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases], private_members(node))
+        for path, text in sources.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def ancestors(name: str) -> set[str]:
+        bases = {base for base in classes[name][1] if base in classes and base != name}
+        return bases.union(*(ancestors(base) for base in bases))
+
+    return sorted(
+        f"{path}: {name}.{member}"
+        for name, (path, _, members) in classes.items()
+        for member in members
+        if any(classes[above][0] != path and member in classes[above][2] for above in ancestors(name))
+    )
+
+
+def test_no_private_name_is_overridden_across_files():
+    """What a class in another file replaces is an override point: it has a public name and is described."""
+    found = private_overrides({relative(path): path.read_text() for path in FILES})
+    assert len(found) <= PRIVATE_OVERRIDES, "\n".join(found)
+    assert len(found) == PRIVATE_OVERRIDES, f"only {len(found)} are left: lower PRIVATE_OVERRIDES"
+
+
+def test_a_private_override_would_be_seen():
+    sources = {"a.py": "class A:\n    _x = 1\n    def _y(self): ...", "b.py": "class B(A): ...\nclass C(B):\n    def _y(self): ..."}
+    assert private_overrides(sources) == ["b.py: C._y"]
+
+
+def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
+    """Private names of other packages that a file reaches for, in attributes and in strings."""
+    named = {"_replace", "_asdict", "_fields", "_make"}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own | named:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if private(str(name)) and name not in own:
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_private_names_of_other_packages_stand_in_compat_alone():
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    own = set()
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            own.add(node.attr)
+    wrong = [
+        f"{relative(path)} {found}"
+        for path, tree in trees.items()
+        if path != PACKAGE / "compat.py"
+        for found in foreign_private_names(tree, own)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_a_wrong_import_would_be_seen():
     """The reading above finds imports in functions, under conditions and in every spelling."""
     tree = ast.parse(

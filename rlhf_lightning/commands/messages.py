@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
@@ -93,7 +94,7 @@ def _nearest_key(name: str, parser: Any) -> str | None:
 def known_keys(parser: Any) -> list[str]:
     """Return the dotted settings of a parser; where a class can be chosen, the arguments of all that are imported."""
     keys: list[str] = []
-    for action in getattr(parser, "_actions", []):
+    for action in parser_actions(parser):
         if not isinstance(action.dest, str) or action.dest in ("help", "print_config") or action.dest.endswith(".help"):
             continue
         keys.append(action.dest)
@@ -106,7 +107,7 @@ def known_keys(parser: Any) -> list[str]:
 
 def _base_class(action: Any) -> type | None:
     """Return the class whose subclasses an option takes, if it is such an option."""
-    hint = getattr(action, "_typehint", None)
+    hint = type_of_option(action)
     candidates = [hint, *getattr(hint, "__args__", ())]
     return next((c for c in candidates if inspect.isclass(c) and c.__module__ not in ("builtins", "types")), None)
 
@@ -136,7 +137,7 @@ def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None
         flags = ", ".join(f"--{key}.{name}" for name in names)
         return f"{class_path.rpartition('.')[2]} needs {flags}"
     names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in names]
-    options = {action.dest: action.option_strings for action in getattr(parser, "_actions", [])}
+    options = {action.dest: action.option_strings for action in parser_actions(parser)}
     asked = ", ".join(f"--{name}" if options.get(name, True) else name.upper() for name in names)
     classes = {"model", "data"} & {name for name in names if options.get(name, True)}
     hint = "; a class is named as in --model DPOModule, or by a --config file" if classes else ""
@@ -147,7 +148,7 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
     """A class that cannot be found, imported or used here."""
     given = found.group(1).strip() if (found := re.search(r"Given value: ([^\n]+)", message)) else class_path
     if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
-        base = next((_base_class(a) for a in getattr(parser, "_actions", []) if a.dest == key), None)
+        base = next((_base_class(a) for a in parser_actions(parser) if a.dest == key), None)
         known = sorted(subclasses_of(base)) if base else []
         near = nearest(given, known)
         hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."

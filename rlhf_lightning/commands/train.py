@@ -25,6 +25,7 @@ from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.secrets import written_secret
+from rlhf_lightning.compat import setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
 from rlhf_lightning.loading import import_path
@@ -195,7 +196,7 @@ class RlhfCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Make the parser, which calls itself what the user called the command."""
         super().setup_parser(*args, **kwargs)
-        for name, parser in self._subcommand_parsers.items():
+        for name, parser in subcommand_parsers(self).items():
             parser.prog = f"rlhf {self.shown or name}"
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -344,8 +345,8 @@ class RlhfCLI(LightningCLI):
         self.run_folder = None if rehearses else self.choose_folder()
         with self.nothing_left_behind():
             self.config_init = self.parser.instantiate(self.with_placed_loggers())
-            self.datamodule = self._get(self.config_init, "data")
-            self.model = self._get(self.config_init, "model")
+            self.datamodule = setting_of(self, self.config_init, "data")
+            self.model = setting_of(self, self.config_init, "model")
             self.trainer = self.instantiate_trainer()
             if self.run_folder is not None:
                 self.run_folder.attach(self.trainer)
@@ -372,7 +373,7 @@ class RlhfCLI(LightningCLI):
         for callback in self.trainer_defaults["callbacks"]:
             if isinstance(callback, RunHparams):
                 callback.data_settings = as_plain(self.config[self.subcommand].data).get("init_args", {})
-        config = self._get(self.config_init, "trainer")
+        config = setting_of(self, self.config_init, "trainer")
         if not config.get("fast_dev_run"):
             if config.get("default_root_dir") is None and self.folder is not None:
                 kwargs["default_root_dir"] = str(self.folder)
@@ -444,6 +445,10 @@ class RlhfCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True, **further}
 
     def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command: Lightning calls this when everything is made."""
+        self.start(subcommand)
+
+    def start(self, subcommand: str) -> None:
         """Run what can be run, and leave no folder behind for a run that failed before it began."""
         with self.nothing_left_behind():
             check(self.trainer, self.model, self.datamodule, fits=subcommand == "fit")

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
 from rlhf_lightning.data.feedback.snapshots import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
@@ -170,7 +171,7 @@ def source_fingerprint(source: Source) -> str:
         return digest.hexdigest()
     files = files_of(source)
     if files is None:
-        digest.update(load_hub(source)._fingerprint.encode())
+        digest.update(dataset_fingerprint(load_hub(source)).encode())
     for file in files or []:
         digest.update(file.suffix.encode())
         status = file.stat()

@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
+from rlhf_lightning.compat import adapter_switch, set_adapter_switch
 from rlhf_lightning.models.folders import require_safetensors
 
 POLICY, REFERENCE, REWARD, CRITIC = "default", "reference", "reward", "critic"
@@ -116,14 +117,14 @@ def _layers(model: nn.Module) -> list[Any]:
 @contextmanager
 def switched(model: nn.Module, switch: Switch) -> Iterator[None]:
     """Set every adapted layer's switch, and each back to what it was, whatever happens in between."""
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(model)]
+    before = [(layer, adapter_switch(layer)) for layer in _layers(model)]
     try:
-        for layer, _, _ in before:
-            layer._active_adapter, layer._disable_adapters = switch
+        for layer, _ in before:
+            set_adapter_switch(layer, switch)
         yield
     finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        for layer, found in before:
+            set_adapter_switch(layer, found)
 
 
 def with_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
@@ -134,9 +135,11 @@ def with_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[N
 def active_adapter(model: nn.Module) -> str | None:
     """Return the name of the adapter that a model's layers read; None where they read the bare backbone."""
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    if layer is None or layer._disable_adapters:
+    if layer is None:
         return None
-    active = layer._active_adapter
+    active, disabled = adapter_switch(layer)
+    if disabled:
+        return None
     return active if isinstance(active, str) else active[0]
 
 
@@ -149,4 +152,4 @@ def recomputation_contexts(model: nn.Module) -> tuple[AbstractContextManager[Non
     first = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
     if first is None:
         return nullcontext(), nullcontext()
-    return nullcontext(), switched(model, (first._active_adapter, first._disable_adapters))
+    return nullcontext(), switched(model, adapter_switch(first))

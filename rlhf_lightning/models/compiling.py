@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_lightning.compat import allow_graphs
 from rlhf_lightning.models.sharding import decoder_layers
 
 MOST_GRAPHS = 32
@@ -51,8 +52,7 @@ def compile_layers(model: Any) -> None:
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(f"{type(model.model).__name__} has no list of decoder layers that could be compiled")
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, MOST_GRAPHS)
+    allow_graphs(MOST_GRAPHS)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)
     model.is_compiled = True

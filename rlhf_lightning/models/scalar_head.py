@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.compat import is_stateful, uses_sdpa
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.models.attention import SEES_NOTHING
 from rlhf_lightning.models.layout import Layout
@@ -79,13 +80,12 @@ def reads_trees(model: Any) -> bool:
     takes_positions = "position_ids" in inspect.signature(trunk(model).forward).parameters
     return bool(
         takes_positions
-        and inner._supports_sdpa
-        and config._attn_implementation == "sdpa"
+        and uses_sdpa(inner)
         and all(_hands_on(module) for module in inner.modules() if type(module).__name__.endswith("Attention"))
         and kinds == {"full_attention"}
         and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
         and not getattr(config, "alibi", False)
-        and not getattr(inner, "_is_stateful", False)
+        and not is_stateful(inner)
         and not getattr(config, "is_encoder_decoder", False)
     )
 

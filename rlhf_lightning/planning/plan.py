@@ -18,6 +18,7 @@ from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import with_underscores
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.train import RlhfCLI
+from rlhf_lightning.compat import setting_of
 from rlhf_lightning.planning.estimate import Plan, plan
 from rlhf_lightning.planning.remedies import Remedy, remedies
 from rlhf_lightning.planning.setup import Setup
@@ -62,10 +63,10 @@ class PlanCLI(RlhfCLI):
     def instantiate_classes(self) -> None:
         """Make the module, the data and the strategy alone."""
         self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        self.datamodule = setting_of(self, self.config_init, "data")
+        self.model = setting_of(self, self.config_init, "model")
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def start(self, subcommand: str) -> None:
         """Run nothing."""
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from rlhf_lightning.commands.parsing import usage_error
+from rlhf_lightning.compat import mesh_sizes
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, backbone_record, fingerprint, is_adapter
 from rlhf_lightning.planning.estimate import trained_skeleton
 from rlhf_lightning.planning.memory import BF16, FP32
@@ -113,8 +114,9 @@ def machine_of(trainer: Namespace) -> tuple[Machine, Any]:
     stand_in = SimpleNamespace(
         strategy=given, precision=precision, num_devices=ranks // trainer.num_nodes, num_nodes=trainer.num_nodes
     )
-    if kind == "sharded" and isinstance(given._tensor_parallel_size, int):
-        tensor = given._tensor_parallel_size
+    if kind == "sharded":
+        width = mesh_sizes(given)[1]
+        tensor = width if isinstance(width, int) else tensor
     process = CONTEXT_BYTES if gpu else _own_bytes()
     holes = not gpu and sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
     return Machine(gpu, max(ranks // tensor, 1), tensor, kind, precision, process, holes), stand_in

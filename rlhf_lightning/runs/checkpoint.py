@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rlhf_lightning.compat import dump_checkpoint, epoch_is_done, validation_follows
 from rlhf_lightning.runs.checkpoint_files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -146,9 +147,7 @@ class RunCheckpoint(Checkpoint):
         for name, period in (("updates", self.every_n_updates), ("rollouts", self.every_n_rollouts)):
             self._due |= period is not None and now[name] // period > self._at[name] // period
         self._stopping |= self._signal.asked(trainer)
-        loop: Any = trainer.fit_loop.epoch_loop
-        validates = loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
-        if validates or loop._is_training_done:
+        if validation_follows(trainer) or epoch_is_done(trainer):
             return
         if self._due or self._stopping:
             self.save(trainer, pl_module)
@@ -264,7 +263,7 @@ class RunCheckpoint(Checkpoint):
     def _write(self, trainer: Trainer, half: Path, place: Place) -> None:
         """Write the files of a checkpoint under another name."""
         # Not trainer.save_checkpoint, whose barrier is another collective than the one that follows a failure.
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        state = dump_checkpoint(trainer)
         patch_loop_state(state["loops"]["fit_loop"], place)
         trainer.strategy.save_checkpoint(state, half)
 

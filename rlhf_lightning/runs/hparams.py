@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
+from rlhf_lightning.compat import event_writer
 from rlhf_lightning.runs.run import updates_of
 
 
@@ -68,7 +69,7 @@ class RunHparams(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(flat)
-                writer = logger.experiment._get_file_writer()
+                writer = event_writer(logger)
                 for summary in hparams_summary(flat, dict.fromkeys(tags, 0.0)):
                     writer.add_summary(summary)
             else:

@@ -17,6 +17,8 @@ from typing import Any
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 
+from rlhf_lightning.compat import cluster_environment
+
 PREEMPTED = 75
 """Exit status of a run that was told to stop and has written a checkpoint: EX_TEMPFAIL, "try again"."""
 
@@ -72,7 +74,7 @@ class StopSignal:
 
 def slurm_signal(trainer: Trainer) -> int | None:
     """Return the signal by which SLURM announces the end of a job's time, where Lightning would requeue the job."""
-    environment: Any = _environment(trainer)
+    environment: Any = cluster_environment(trainer)
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal or signal.SIGUSR1
     return None
@@ -96,9 +98,5 @@ def exit_status(trainer: Trainer) -> int:
 
     Processes that the trainer itself started end with 0: it kills the run when one of them ends with anything else.
     """
-    started_here = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
+    started_here = isinstance(cluster_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
     return 0 if started_here else PREEMPTED
-
-
-def _environment(trainer: Trainer) -> Any:
-    return getattr(trainer.strategy, "cluster_environment", None) or trainer._accelerator_connector.cluster_environment

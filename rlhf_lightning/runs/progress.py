@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from rlhf_lightning.compat import bar_is_enabled
 from rlhf_lightning.runs.run import updates_of
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -118,11 +119,11 @@ class RunProgress(TQDMProgressBar):
         self._line(what, index + 1, None if math.isinf(total) else int(total), {})
 
     def _is_due(self) -> bool:
-        return not self.on_terminal and self._enabled and self.clock() - self._printed >= self.seconds
+        return not self.on_terminal and bar_is_enabled(self) and self.clock() - self._printed >= self.seconds
 
     def _line(self, what: str, step: int, total: int | None, figures: dict[str, str]) -> None:
         """Print one line."""
-        if self.on_terminal or not self._enabled:
+        if self.on_terminal or not bar_is_enabled(self):
             return
         self._printed = self.clock()
         share = f"{step}/{total} ({100 * step / total:.0f} %)" if total else str(step)
@@ -132,7 +133,7 @@ class RunProgress(TQDMProgressBar):
         """Print without tearing the bar, and also where there is none."""
         if self.on_terminal:
             super().print(*args, sep=sep, **kwargs)
-        elif self._enabled:
+        elif bar_is_enabled(self):
             print(*args, sep=sep, **kwargs)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from rlhf_lightning.compat import event_file
 from rlhf_lightning.runs.files import AppendedFile, sync
 from rlhf_lightning.runs.run import SAMPLES_FILE, SKIPPED_FILE, RunFolder, run_folder
 
@@ -41,7 +42,7 @@ class RunRecords(Callback):
         files = _appended_files(trainer, folder) | _csv_files(trainer, folder)
         if not any(name in files and files[name].is_file() for name in lengths):
             return
-        current = {Path(_writer(logger)._file_name).name for logger in _tensorboard_loggers(trainer)}
+        current = {Path(event_file(logger)).name for logger in _tensorboard_loggers(trainer)}
         for name, path in files.items():
             if path.name == METRICS_FILE:
                 _cut_back_rows(path, lengths.get(name, 0))
@@ -111,10 +112,6 @@ def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
 
 def _csv_loggers(trainer: Trainer) -> list[CSVLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-
-
-def _writer(logger: TensorBoardLogger) -> Any:
-    return logger.experiment._get_file_writer().event_writer
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import metadata as descriptions
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from rlhf_lightning.compat import memory_format_encoding
 
 
 def sharded_metadata(path: Path) -> Any:
@@ -48,7 +49,7 @@ def _check(path: Path, place: Any, plain: bool) -> None:
 
 def _member(kind: Any, name: str) -> Any:
     """Stands for ``getattr``, with which an enumeration's member is pickled, and reads nothing else."""
-    if kind is not descriptions._MEM_FORMAT_ENCODING or name not in kind.__members__:
+    if kind is not memory_format_encoding() or name not in kind.__members__:
         raise pickle.UnpicklingError(f"it asks for {name} of {kind}")
     return kind[name]
 

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from transformers import AutoConfig
 
+from rlhf_lightning.compat import mesh_sizes
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import is_adapter, resolve_folder
@@ -223,8 +224,8 @@ def refusals(trainer: Trainer, module: Any, datamodule: Any = None) -> Iterator[
     yield refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from))
     together = 1
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        width = trainer.strategy._tensor_parallel_size
-        yield refused_sizes(trainer.strategy._data_parallel_size, width, ranks)
+        data, width = mesh_sizes(trainer.strategy)
+        yield refused_sizes(data, width, ranks)
         together = int(width)
         if together > 1:
             yield refused_tensor_parallelism(together, lora, *plan_of(module))

@@ -330,7 +330,7 @@ class AlignmentModule(LightningModule):
     def on_fit_start(self) -> None:
         """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
         self.train()
-        self._place_frozen_models()
+        self.place_frozen_models()
         if self.compile_layers:
             for model in (*self.children(), *self.frozen_models()):
                 if isinstance(model, CausalLM | ScalarModel):
@@ -361,13 +361,14 @@ class AlignmentModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""
-        self._place_frozen_models()
+        self.place_frozen_models()
 
     def on_test_start(self) -> None:
         """Frozen models follow to the device."""
-        self._place_frozen_models()
+        self.place_frozen_models()
 
-    def _place_frozen_models(self) -> None:
+    def place_frozen_models(self) -> None:
+        """Move the frozen models to the device, in eval mode."""
         for model in self.frozen_models():
             model.to(self.device).eval()
 

@@ -180,8 +180,9 @@ class OnPolicyModule(AlignmentModule):
         """The reference, and the networks that the scorer holds."""
         return (*super().frozen_models(), *getattr(self.scorer, "models", ()))
 
-    def _place_frozen_models(self) -> None:
-        super()._place_frozen_models()
+    def place_frozen_models(self) -> None:
+        """Move the reference and the scorer to the device."""
+        super().place_frozen_models()
         self.scorer.to(self.device)
 
     @property

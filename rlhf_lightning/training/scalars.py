@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from rlhf_lightning.compat import event_writer, has_prefix
+
 
 def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int) -> None:
     """Log metrics at x = step, on the first rank alone.
@@ -17,7 +19,7 @@ def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int)
     parameters a hundredth of its step.
     """
     for logger in loggers:
-        if type(logger) is TensorBoardLogger and not logger._prefix:
+        if type(logger) is TensorBoardLogger and not has_prefix(logger):
             _write_event(logger, metrics, step)
         else:
             logger.log_metrics(metrics, step=step)
@@ -35,4 +37,4 @@ def log_over(loggers: Iterable[Logger], axis: str, metrics: dict[str, float], po
 @rank_zero_only
 def _write_event(logger: TensorBoardLogger, metrics: dict[str, float], step: int) -> None:
     values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
+    event_writer(logger).add_summary(Summary(value=values), step)

@@ -1,0 +1,167 @@
+"""Private API of other packages: one test for each function of compat.py, which says in one sentence what changed."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import jsonargparse
+import pytest
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.data import DataLoader
+
+from rlhf_lightning import compat
+from rlhf_lightning.commands.train import RlhfCLI
+
+
+class Line(LightningModule):
+    """One weight, which takes its own steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.line = torch.nn.Linear(1, 1)
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.line(batch).sum())
+        optimizer.step()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        follows = compat.validation_follows(self.trainer), compat.epoch_is_done(self.trainer)
+        compat.set_logged_step(self.trainer, 7)
+        self.seen.append((*follows, sorted(compat.dump_checkpoint(self.trainer))))
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val/loss", self.line(batch).sum())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def fitted(tmp_path: Any) -> Line:
+    module, data = Line(), DataLoader(torch.ones(2, 1))
+    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    logger = TensorBoardLogger(tmp_path)
+    Trainer(max_epochs=1, devices=1, logger=logger, num_sanity_val_steps=0, **settings).fit(module, data, data)
+    return module
+
+
+def test_lightning_attaches_its_trainer_to_a_module(fitted: Line) -> None:
+    assert compat.attached_trainer(Line()) is None, "LightningModule._trainer is no longer None before a fit"
+    assert compat.attached_trainer(fitted) is fitted.trainer, "LightningModule._trainer is no longer the trainer"
+
+
+def test_lightning_tells_when_a_validation_follows_and_an_epoch_ends(fitted: Line) -> None:
+    found = [seen[:2] for seen in fitted.seen]
+    assert found == [(False, False), (True, True)], "_should_check_val_fx or _is_training_done mean something else now"
+
+
+def test_lightning_dumps_a_checkpoint_with_the_parts_that_are_changed(fitted: Line) -> None:
+    assert {"loops", "state_dict", "optimizer_states", "callbacks", "lr_schedulers"} <= set(fitted.seen[0][2]), (
+        "dump_checkpoint leaves out a part"
+    )
+
+
+def test_lightning_logs_at_the_step_that_was_set(fitted: Line) -> None:
+    assert fitted.trainer.fit_loop.epoch_loop._batches_that_stepped == 8, (
+        "_batches_that_stepped is no longer raised by 1 after each training step"
+    )
+
+
+def test_lightning_keeps_the_state_of_loaders_that_were_made_early(fitted: Line) -> None:
+    loop = fitted.trainer.fit_loop
+    names = ("_combined_loader_states_to_load", "_data_fetcher", "_load_combined_loader_states")
+    gone = [name for name in names if not hasattr(loop, name)]
+    assert not gone, f"Lightning's fit loop has no {gone}"
+    compat.restore_loader_position(fitted.trainer)
+
+
+def test_lightning_names_the_cluster_environment(fitted: Line) -> None:
+    found = type(compat.cluster_environment(fitted.trainer)).__name__
+    assert found.endswith("Environment"), f"_accelerator_connector.cluster_environment is {found}"
+
+
+def test_lightning_keeps_the_periods_of_a_model_checkpoint() -> None:
+    assert compat.checkpoint_period(ModelCheckpoint(every_n_train_steps=3)) == (3, None), (
+        "ModelCheckpoint keeps its periods elsewhere"
+    )
+    assert compat.checkpoint_period(ModelCheckpoint())[0] == 0, "ModelCheckpoint has another default period"
+
+
+def test_lightning_keeps_the_sizes_of_a_mesh() -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    assert compat.mesh_sizes(strategy) == (2, 1), "ModelParallelStrategy keeps its sizes elsewhere"
+
+
+def test_lightning_enables_its_progress_bar() -> None:
+    bar = TQDMProgressBar()
+    bar.disable()
+    assert not compat.bar_is_enabled(bar), "TQDMProgressBar._enabled does not follow disable()"
+    bar.enable()
+    assert compat.bar_is_enabled(bar), "TQDMProgressBar._enabled does not follow enable()"
+
+
+def test_lightning_cli_has_the_methods_that_are_called_and_overridden() -> None:
+    assert "_subcommand_parsers" in inspect.getsource(LightningCLI), "LightningCLI._subcommand_parsers is gone"
+    assert list(inspect.signature(LightningCLI._get).parameters)[1:3] == ["config", "key"], "LightningCLI._get changed"
+    parsers = compat.subcommand_parsers(SimpleNamespace(_subcommand_parsers={"fit": 1}))
+    assert parsers == {"fit": 1}
+    stand_in = SimpleNamespace(_get=lambda settings, name: settings[name])
+    assert compat.setting_of(stand_in, {"model": 2}, "model") == 2
+    overridden = {name for name in vars(RlhfCLI) if name.startswith("_") and not name.startswith("__")}
+    gone = sorted(name for name in overridden if not hasattr(LightningCLI, name))
+    assert not gone, f"RlhfCLI overrides {gone}, which LightningCLI no longer calls"
+
+
+def test_tensorboard_writes_several_values_as_one_event(tmp_path: Any) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    assert callable(compat.event_writer(logger).add_summary), "SummaryWriter._get_file_writer changed"
+    assert "events.out.tfevents" in compat.event_file(logger), "EventFileWriter._file_name changed"
+    assert not compat.has_prefix(logger), "TensorBoardLogger._prefix changed"
+    assert compat.has_prefix(TensorBoardLogger(tmp_path, prefix="x")), "TensorBoardLogger._prefix changed"
+
+
+def test_jsonargparse_lists_its_options_and_their_types() -> None:
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--count", type=int | None)
+    found = {action.dest: compat.type_of_option(action) for action in compat.parser_actions(parser)}
+    assert "count" in found, "ArgumentParser._actions changed"
+    assert found["count"] == int | None, "ActionTypeHint._typehint changed"
+
+
+def test_transformers_says_which_attention_a_model_runs() -> None:
+    from tiny_models import tiny_config
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_config())
+    assert compat.uses_sdpa(model), "_supports_sdpa or config._attn_implementation changed"
+    model.set_attn_implementation("eager")
+    assert not compat.uses_sdpa(model), "config._attn_implementation no longer follows set_attn_implementation"
+    assert not compat.is_stateful(model), "_is_stateful changed"
+
+
+def test_peft_keeps_the_switch_of_a_layer() -> None:
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    layer = next(part for part in model.modules() if isinstance(part, BaseTunerLayer))
+    assert compat.adapter_switch(layer) == (["default"], False), "BaseTunerLayer keeps its switch elsewhere"
+    compat.set_adapter_switch(layer, (["default"], True))
+    assert layer.disable_adapters, "BaseTunerLayer._disable_adapters no longer disables"
+
+
+def test_torch_and_datasets_keep_their_names() -> None:
+    compat.allow_graphs(1)
+    assert torch._dynamo.config.recompile_limit >= 1, "torch._dynamo.config.recompile_limit is gone"
+    assert "TORCH_CONTIGUOUS_FORMAT" in compat.memory_format_encoding().__members__, "_MEM_FORMAT_ENCODING changed"
+    one, other = Dataset.from_dict({"x": [1]}), Dataset.from_dict({"x": [2]})
+    assert compat.dataset_fingerprint(one) != compat.dataset_fingerprint(other), "Dataset._fingerprint changed"
