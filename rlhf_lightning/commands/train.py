@@ -229,7 +229,7 @@ class RlhfCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         self.put_nested_flags(config.model)
         if prints:
-            print(self._parser(self.argv[0]).dump(config, skip_none=False, skip_validation=True), end="")
+            print(subcommand_parsers(self)[self.argv[0]].dump(config, skip_none=False, skip_validation=True), end="")
             raise SystemExit(0)
         self.say_what_does_not_apply(config)
         data = config.data.get("init_args") or {}
