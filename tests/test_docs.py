@@ -1,0 +1,65 @@
+"""The documentation builds offline with strict links, and its tutorials do what they show."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = ("first-run", "stages", "own-objective")
+"""In the order in which a reader takes them: each uses what the one before left behind."""
+
+
+def test_pages_build_with_strict_links(tmp_path):
+    pytest.importorskip("mkdocs", reason="the docs extra is not installed")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "DISABLE_MKDOCS_2_WARNING": "true"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    pages = sorted(tmp_path.rglob("*.html"))
+    assert len(pages) > len(TUTORIALS)
+    foreign = r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"'
+    assert not [found for page in pages for found in re.findall(foreign, page.read_text())]
+
+
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """Every fenced block of a tutorial as (what stands behind the fence, its text)."""
+    text = (ROOT / "docs" / "tutorials" / f"{page}.md").read_text()
+    return re.findall(r"^```(\w+[^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_every_tutorial_is_listed():
+    assert {path.stem for path in (ROOT / "docs" / "tutorials").glob("*.md")} == set(TUTORIALS)
+
+
+@pytest.mark.slow
+def test_tutorials_run_in_an_empty_folder(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLHF_CACHE": str(tmp_path / "cache")}
+    rlhf = f"{shlex.quote(sys.executable)} -m rlhf_lightning"
+    for page in TUTORIALS:
+        for kind, text in blocks_of(page):
+            if titled := re.fullmatch(r'python title="([\w.]+)"', kind):
+                (tmp_path / titled[1]).write_text(text)
+            if kind != "bash":
+                continue
+            for line in text.replace("\\\n", " ").splitlines():
+                command = re.sub(r"\brlhf(?= )", rlhf, line)
+                done = subprocess.run(
+                    command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, f"{page}: {line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for left in ("runs/quickstart/report.md", "runs/dpo_beta_0.2/version_0/model", "answers.jsonl", "runs/offset"):
+        assert (tmp_path / left).exists()
+
+
+def test_the_architecture_page_lists_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = {path.stem for path in (ROOT / "rlhf_lightning").iterdir() if path.suffix in ("", ".py")}
+    hidden = {"__init__", "__main__", "__pycache__", "cli", "py"}
+    named = set(re.findall(r"`(\w+)/?`", page))
+    assert {room for room in rooms - hidden if not room.startswith(".")} <= named
