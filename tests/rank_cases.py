@@ -38,6 +38,7 @@ from rlhf_lightning.runs import RankWatch
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import (
     DemonstrationBatch,
+    PolicyLogprobs,
     PreferenceBatch,
     PreferenceLogprobs,
     ProcessBatch,
@@ -82,6 +83,8 @@ def offline_step(kind: type, seed: int, accumulation: int, rank: int, ranks: int
             made = demonstration_step([rows[i] for i in share], weights=weight)
         elif kind is PreferenceBatch:
             made = preference_step(mine, target=target)
+            bonus = {"bonus": torch.tensor([0.5 * i for i in share])}
+            made = made._replace(micro_batches=tuple(one._replace(extras=bonus) for one in made.micro_batches))
         elif kind is ProcessBatch:
             batches.append(judged_steps([rows[i] for i in share], weight))
             continue
@@ -113,7 +116,7 @@ def empty(kind: type) -> Any:
     if kind is DemonstrationBatch:
         return DemonstrationBatch(sequences([]), none)
     if kind is PreferenceBatch:
-        return PreferenceBatch(pair_sequences([]), none, none, none)
+        return PreferenceBatch(pair_sequences([]), none, none, none, {"bonus": none})
     return RankedBatch(sequences([]), torch.zeros(0, dtype=torch.long), none, none, none)
 
 
@@ -178,8 +181,49 @@ class ForgetfulModule(modules.DPOModule):
         return -torch.nn.functional.logsigmoid(margin - margin.detach().mean() + torch.arange(len(margin)))
 
 
+class Looking:
+    """Looks at whole distributions of policy and reference, and at the states of a layer."""
+
+    needs_reference_logits = True
+    hidden_layers = (0,)
+
+    def token_statistics(self, policy_logits: Tensor, reference_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        policy, reference = policy_logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        return {"kl": (reference.exp() * (reference - policy)).sum(-1), "largest": policy_logits.amax(-1)}
+
+
+class LookingDPOModule(Looking, modules.DPOModule):
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+        slots = logprobs.extras
+        far = slots["chosen_kl"].sum(-1) - slots["rejected_largest"].sum(-1) + slots["bonus"]
+        seen = slots["chosen_hidden_0"].sum((-1, -2))
+        return -torch.nn.functional.logsigmoid(logprobs.margin - far + seen)
+
+
+class LookingMeanModule(LookingDPOModule):
+    """Couples the pairs of a step by a mean that carries gradient."""
+
+    batch_coupled = True
+
+    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+        slots = logprobs.extras
+        sure, unsure = (slots[f"{side}_largest"].sum(-1) for side in ("chosen", "rejected"))
+        far = slots["rejected_kl"].sum(-1)
+        return torch.nn.functional.softplus(0.1 * (sure.mean() - unsure) + far + slots["bonus"] - logprobs.margin)
+
+
+class LookingGRPOModule(Looking, modules.GRPOModule):
+    def policy_loss(self, logprobs: PolicyLogprobs) -> Any:
+        loss = super().policy_loss(logprobs)
+        assert logprobs.rollout is None or "kl" in logprobs.rollout.extras
+        return loss._replace(values=loss.values + logprobs.extras["kl"] + 0.1 * logprobs.extras["largest"])
+
+
+OWN = {one.__name__: one for one in (ForgetfulModule, LookingDPOModule, LookingMeanModule, LookingGRPOModule)}
+
+
 def kind_of(name: str) -> Any:
-    return ForgetfulModule if name == "ForgetfulModule" else getattr(modules, name)
+    return OWN.get(name) or getattr(modules, name)
 
 
 ENDS = (EOS, *range(FIRST_WORD, FIRST_WORD + 30))

@@ -130,6 +130,15 @@ def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_ranks(pool: Rank
         compare(pool, "ForgetfulModule", policy_folder, 2, "ddp", 1)
 
 
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
+@pytest.mark.parametrize("name", ["LookingDPOModule", "LookingMeanModule", "LookingGRPOModule"])
+def test_slots_are_the_same_on_two_ranks(
+    pool: RankPool, policy_folder: str, name: str, strategy: str, accumulation: int, lora: Any
+) -> None:
+    compare(pool, name, policy_folder, 2, strategy, accumulation, lora=lora)
+
+
 def test_completions_are_uneven_over_the_ranks(pool: RankPool, policy_folder: str) -> None:
     found = pool.run(2, "train", name="GRPOModule", folder=policy_folder, strategy="fsdp", updates=1)
     lengths = [sorted(len(ids) for ids in rank["drawn"].values()) for rank in found]
