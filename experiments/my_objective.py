@@ -23,10 +23,9 @@ class OffsetDPOModule(DPOModule):
         super().__init__(**kwargs)
         self.offset = offset
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor:
         """Return one loss per pair, shape (pairs,)."""
-        reward_margin, p = self.beta * logprobs.margin, logprobs.target
-        return -p * logsigmoid(reward_margin - self.offset) - (1 - p) * logsigmoid(-reward_margin - self.offset)
+        return -logsigmoid(self.beta * pair.margin - self.offset)
 
 
 class BestOfGroupModule(CriticFreeModule):

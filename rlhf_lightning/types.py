@@ -256,8 +256,6 @@ class PreferenceLogprobs(NamedTuple):
         target: probability that chosen is the better one, shape (pairs,).
         rated_margin: rated strength of the preference, 0 where unrated, shape (pairs,).
         weights: weight of each pair, shape (pairs,).
-        chosen_by_reference: bool, True where the chosen completion was sampled from the reference and the rejected one
-            from the policy, shape (pairs,); None where both have one origin.
         extras: slots by name, see the module's text; shape (pairs,) or (pairs, length). Slots of one side are
             ``chosen_NAME`` and ``rejected_NAME``.
     """
@@ -271,8 +269,26 @@ class PreferenceLogprobs(NamedTuple):
     target: Tensor
     rated_margin: Tensor
     weights: Tensor
-    chosen_by_reference: Tensor | None = None
     extras: Mapping[str, Tensor] = {}
+
+    def swapped(self) -> PreferenceLogprobs:
+        """Return the same pairs with chosen and rejected exchanged, slots of one side included; p becomes 1 - p."""
+        fields = {_other_side(name): value for name, value in self._asdict().items()}
+        extras = {_other_side(name): value for name, value in self.extras.items()}
+        return PreferenceLogprobs(**{**fields, "target": 1 - self.target, "extras": extras})
+
+    def where(self, kept: Tensor, other: PreferenceLogprobs) -> PreferenceLogprobs:
+        """Return these pairs where ``kept`` is True, shape (pairs,), and the pairs of ``other`` elsewhere."""
+
+        def chosen(own: Tensor | None, theirs: Tensor | None) -> Any:
+            if own is None or theirs is None:
+                return None
+            return own.where(kept if own.dim() == 1 else kept.unsqueeze(-1), theirs)
+
+        names = [name for name in self._fields if name != "extras"]
+        fields = {name: chosen(getattr(self, name), getattr(other, name)) for name in names}
+        extras = {name: chosen(values, other.extras[name]) for name, values in self.extras.items()}
+        return PreferenceLogprobs(**fields, extras=extras)
 
     @property
     def chosen_lengths(self) -> Tensor:
@@ -307,9 +323,23 @@ class PreferenceLogprobs(NamedTuple):
         return policy if self.reference_rejected_logprobs is None else policy - self.reference_rejected_logprobs.sum(-1)
 
     @property
+    def token_logratios(self) -> tuple[Tensor, Tensor]:
+        """log policy - log reference of each token of chosen and of rejected, each of shape (pairs, length)."""
+        chosen, rejected = self.policy_chosen_logprobs, self.policy_rejected_logprobs
+        if self.reference_chosen_logprobs is None or self.reference_rejected_logprobs is None:
+            return chosen, rejected
+        return chosen - self.reference_chosen_logprobs, rejected - self.reference_rejected_logprobs
+
+    @property
     def margin(self) -> Tensor:
         """chosen_logratio - rejected_logratio, shape (pairs,): the implicit reward margin before ``beta``."""
         return self.chosen_logratio - self.rejected_logratio
+
+
+def _other_side(name: str) -> str:
+    """Return the name of the field or slot that has the same of the other completion of a pair."""
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    return "_".join(sides.get(word, word) for word in name.split("_"))
 
 
 class UnpairedLogprobs(NamedTuple):

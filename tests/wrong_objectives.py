@@ -38,14 +38,14 @@ def caught_by(check: str) -> Any:
 
 @caught_by("direction")
 class FlippedSign(DPOModule):
-    def preference_loss(self, logprobs):
+    def pair_loss(self, logprobs):
         return F.logsigmoid(self.beta * logprobs.margin)
 
 
 @caught_by("direction")
 class ChosenAndRejectedSwapped(DPOModule):
-    def preference_loss(self, logprobs):
-        return dpo_loss(logprobs.rejected_logratio - logprobs.chosen_logratio, self.beta, logprobs.target)
+    def pair_loss(self, logprobs):
+        return dpo_loss(logprobs.rejected_logratio - logprobs.chosen_logratio, self.beta)
 
 
 @caught_by("micro-batches")
@@ -68,16 +68,16 @@ class LabelIgnored(DPOModule):
 
 @caught_by("padding")
 class DividedByTheWidth(DPOModule):
-    def preference_loss(self, logprobs):
-        return dpo_loss(logprobs.margin / logprobs.chosen_mask.shape[1], self.beta, logprobs.target)
+    def pair_loss(self, logprobs):
+        return dpo_loss(logprobs.margin / logprobs.chosen_mask.shape[1], self.beta)
 
 
 @caught_by("padding")
 class MeanOverCells(DPOModule):
-    def preference_loss(self, logprobs):
+    def pair_loss(self, logprobs):
         chosen = logprobs.policy_chosen_logprobs.mean(-1) - logprobs.reference_chosen_logprobs.mean(-1)
         rejected = logprobs.policy_rejected_logprobs.mean(-1) - logprobs.reference_rejected_logprobs.mean(-1)
-        return dpo_loss(chosen - rejected, self.beta, logprobs.target)
+        return dpo_loss(chosen - rejected, self.beta)
 
 
 @caught_by("reference detached")
@@ -126,42 +126,42 @@ class WeightsForgotten(DPOModule):
 
 @caught_by("gradcheck")
 class OneSideDetached(DPOModule):
-    def preference_loss(self, logprobs):
-        return dpo_loss(logprobs.chosen_logratio.detach() - logprobs.rejected_logratio, self.beta, logprobs.target)
+    def pair_loss(self, logprobs):
+        return dpo_loss(logprobs.chosen_logratio.detach() - logprobs.rejected_logratio, self.beta)
 
 
 @caught_by("gradient")
 class AllDetached(DPOModule):
-    def preference_loss(self, logprobs):
-        return dpo_loss(logprobs.margin.detach() + 0 * logprobs.margin, self.beta, logprobs.target)
+    def pair_loss(self, logprobs):
+        return dpo_loss(logprobs.margin.detach() + 0 * logprobs.margin, self.beta)
 
 
 @caught_by("extremes")
 class LogOfSigmoid(DPOModule):
-    def preference_loss(self, logprobs):
+    def pair_loss(self, logprobs):
         x = self.beta * logprobs.margin
-        return -logprobs.target * torch.sigmoid(x).log() - (1 - logprobs.target) * torch.sigmoid(-x).log()
+        return -torch.sigmoid(x).log()
 
 
 @caught_by("extremes")
 class ExponentUnbounded(DPOModule):
-    def preference_loss(self, logprobs):
+    def pair_loss(self, logprobs):
         x = self.beta * logprobs.margin
-        return logprobs.target * torch.exp(-x) + (1 - logprobs.target) * torch.exp(x)
+        return torch.exp(-x)
 
 
 @caught_by("value at reference")
 class OffsetUnderTheSameStatement(DPOModule):
     value_at_reference = 0.6931471805599453
 
-    def preference_loss(self, logprobs):
-        return dpo_loss(logprobs.margin - 1.0, self.beta, logprobs.target)
+    def pair_loss(self, logprobs):
+        return dpo_loss(logprobs.margin - 1.0, self.beta)
 
 
 @caught_by("convergence")
 class BetaInTheWrongPlace(DPOModule):
-    def preference_loss(self, logprobs):
-        return dpo_loss(logprobs.margin / self.beta, 1.0, logprobs.target)
+    def pair_loss(self, logprobs):
+        return dpo_loss(logprobs.margin / self.beta, 1.0)
 
     def target_policy(self, problem):
         return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)

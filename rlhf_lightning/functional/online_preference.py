@@ -1,7 +1,7 @@
 """Preference objectives on completions that the policy itself has just sampled.
 
-Two need no loss of their own. Online DPO's pairs come from `best_and_worst` of the policy's samples, and its loss is
-`dpo_loss`. Nash-MD samples its opponent from `nash_md_logits`, and its loss is a policy gradient (`reinforce_loss`)
+Losses stand in the classes. Online DPO's pairs come from `best_and_worst` of the policy's samples, and its loss is
+DPO's. Nash-MD samples its opponent from `nash_md_logits`, and its loss is a policy gradient (`reinforce_loss`)
 whose advantage is the chance to win less a half, with `kl_k2` to the reference beside it.
 """
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
-from rlhf_lightning.functional.preference import dpo_loss
 
 
 def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,29 +30,6 @@ def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     highest, chosen = torch.where(member, scores, -torch.inf).max(-1)
     lowest, rejected = torch.where(member, scores, torch.inf).min(-1)
     return chosen[highest > lowest], rejected[highest > lowest]
-
-
-def xpo_loss(
-    margin: Tensor,
-    explored_sequence_logprobs: Tensor,
-    beta: float = 0.1,
-    alpha: float = 1e-5,
-    target: Tensor | None = None,
-) -> Tensor:
-    r"""XPO: DPO plus an exploration bonus, DPO(margin) + alpha log policy(y') (Xie et al., arXiv 2405.21046).
-
-    y' was sampled from the reference; making it less likely sends the policy elsewhere. At the start log 2 plus the
-    bonus.
-
-    Args:
-        margin: chosen minus rejected log-ratio in nats, shape (pairs,).
-        explored_sequence_logprobs: log policy(y'), shape (pairs,).
-        beta: rewards per nat.
-        alpha: weight of the bonus.
-        target: probability that chosen is the better one, shape (pairs,); None means 1.
-    """
-    require_shape("pairs", margin=margin, explored_sequence_logprobs=explored_sequence_logprobs, target=target)
-    return dpo_loss(margin, beta, target) + alpha * at_least_float32(explored_sequence_logprobs)
 
 
 def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: float = 0.5) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.adaptive_preference import mixed_reference
 from rlhf_lightning.models.adapters import (
     CRITIC,
     POLICY,
@@ -91,7 +90,7 @@ class Reference(FrozenPolicy):
     def follow(self, alpha: float = 1.0) -> None:
         """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
         for _, reference, policy in self._followed():
-            reference.copy_(mixed_reference(reference, policy.to(reference), alpha))
+            reference.copy_(torch.lerp(reference, policy.to(reference), alpha))
         self._whole_head = None
 
     def moved_weights(self) -> dict[str, Tensor]:

@@ -1,29 +1,128 @@
-"""Direct preference optimisation, and the family of losses on preference pairs that it heads."""
+"""Direct preference optimisation, and what every objective on preference pairs shares."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rlhf_lightning.functional.preference import dpo_loss
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.training.coupled import WholeStep, differentiable_parts, whole_step
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.training.slots import of_sides, on_device
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
 
 
-class DPOModule(OfflineModule):
+class PairObjective(AlignmentModule):
+    """Losses on preference pairs, from fixed data or the policy's own samples.
+
+    A subclass overrides one or more of ``implicit_reward``, ``pair_loss`` and ``preference_loss``.
+    """
+
+    ranges = {"beta": "(0, inf)", "label_smoothing": "[0, 0.5)"}
+    beta: float
+    label_smoothing: float = 0.0
+
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        """Return the rewards (chosen, rejected) that the policy implies, here beta log(policy / reference).
+
+        Metrics are measured in them, and the default loss is of their difference. Both have shape (pairs,).
+        """
+        return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
+
+    def reward_margin(self, pairs: PreferenceLogprobs) -> Tensor:
+        """Return the implicit reward of chosen minus that of rejected, shape (pairs,)."""
+        chosen, rejected = self.implicit_reward(pairs)
+        return chosen - rejected
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the loss of pairs whose chosen side is better for certain, here -log sigmoid(x), shape (pairs,)."""
+        return -logsigmoid(self.reward_margin(pair))
+
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return p pair_loss(pair) + (1 - p) pair_loss(swapped pair), shape (pairs,); metrics per pair are mixed alike.
+
+        Override it for losses of another form: those that compare the pairs of a step.
+        """
+        p = pairs.target
+        if p.device.type == "cpu" and bool((p == 1).all()):  # a GPU would have to be waited for
+            return self.pair_loss(pairs)
+        # A side without weight is given the other side's values: 0 times an infinite loss or slope would be NaN.
+        swapped = pairs.swapped()
+        agrees = as_loss(self.pair_loss(pairs.where(p > 0, swapped)))
+        disagrees = as_loss(self.pair_loss(swapped.where(p < 1, pairs)))
+
+        def mixed(one: Tensor, other: Tensor) -> Tensor:
+            return p * one + (1 - p) * other if one.shape == p.shape else one
+
+        metrics = {name: mixed(values, disagrees.metrics[name]) for name, values in agrees.metrics.items()}
+        return Loss(mixed(agrees.values, disagrees.values), metrics)
+
+    def has_losses_of(self, kind: type) -> bool:
+        """Return whether this class overrides none of the losses of ``kind``."""
+        names = ("implicit_reward", "pair_loss", "preference_loss")
+        return all(getattr(type(self), name) is getattr(kind, name) for name in names)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return reference * exp(reward / beta), normalised; None for another loss, or with label smoothing."""
+        return tilted(problem, self.beta) if self.has_losses_of(PairObjective) and not self.label_smoothing else None
+
+    @property
+    def value_at_reference(self) -> float | None:
+        """What each pair loses where the policy is the reference; None if it depends on the pair or on its slots.
+
+        The loss itself is asked, about two pairs of unequal lengths and log-probabilities.
+        """
+        if not self.needs_reference:
+            return None
+        logprobs = torch.tensor([[-1.0, 0.0], [-0.5, -3.0]], dtype=torch.float64)
+        both = torch.cat([logprobs, logprobs.flip(0)])
+        pairs = stacked_pairs(both, both, both != 0, {})
+        try:
+            with torch.no_grad():
+                values = as_loss(self.preference_loss(pairs)).values
+        except KeyError:  # a slot
+            return None
+        return float(values[0]) if values.allclose(values[0]) else None
+
+    def measure_pairs(self, pairs: PreferenceLogprobs, loss: Loss, count: int, meter: Meter) -> None:
+        """Add implicit rewards, margin, accuracy (ties count half) and the loss's own metrics.
+
+        Args:
+            pairs: log-probabilities of the pairs.
+            loss: of each pair.
+            count: pairs that the sum of losses is divided by.
+            meter: collects the metrics.
+        """
+        with torch.no_grad():
+            chosen, rejected = self.implicit_reward(pairs)
+        weights = pairs.weights
+        # The loss is what is trained, a sum over the count of pairs; everything else is a mean over the weighted pairs.
+        meter.add_ratio("loss", (loss.values * weights).sum(), count)
+        metrics = {
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "reward_margin": chosen - rejected,
+            "reward_accuracy": ((chosen > rejected).double() + (chosen >= rejected)) / 2,
+            "chosen_logprob": pairs.chosen_sequence_logprobs,
+            "rejected_logprob": pairs.rejected_sequence_logprobs,
+            "length_difference": (pairs.chosen_lengths - pairs.rejected_lengths).double(),
+        }
+        for name, values in {**metrics, **loss.metrics}.items():
+            meter.add(name, values, weights if values.shape == weights.shape else None)
+
+
+class DPOModule(PairObjective, OfflineModule):
     r"""Direct preference optimisation: the policy is its own reward model.
 
     loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), where
@@ -32,17 +131,17 @@ class DPOModule(OfflineModule):
 
     Target: reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry in the rewards.
 
-    A subclass changes the objective by overriding ``preference_loss``; it receives token log-probabilities, masks,
-    lengths, labels and weights, and returns one value per pair.
+    A subclass writes ``pair_loss`` for a certain label, or another ``implicit_reward``: the loss of a soft label p is
+    p * loss + (1 - p) * loss of the swapped pair. Log-probabilities, masks, lengths and weights are at hand.
 
     Args:
         beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
-        label_smoothing: share s of the labels taken to be wrong; p becomes (1 - s) p + s (1 - p), whatever the loss.
+        label_smoothing: share s of the labels taken to be wrong; p becomes (1 - s) p + s (1 - p) for every loss.
         cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning), by
             the content of weights and rows, so that later epochs and runs forward the policy alone.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 0.5), or the objective takes labels as certain.
+        SettingError: a setting is outside its range, or the objective takes labels as certain.
     """
 
     paper = "Rafailov et al. 2023, arXiv 2305.18290"
@@ -60,10 +159,9 @@ class DPOModule(OfflineModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
-        if not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {label_smoothing}: it must lie in [0, 0.5)")
         if label_smoothing and not self.weighs_rows:
-            raise ValueError(f"label_smoothing is {label_smoothing}, but {type(self).__name__} takes labels as certain")
+            takes = f"{type(self).__name__} takes labels as certain"
+            raise SettingError("labels-are-certain", f"label_smoothing is {label_smoothing}, but {takes}")
         self.beta, self.label_smoothing, self.cache_reference = beta, label_smoothing, cache_reference
 
     @property
@@ -75,32 +173,17 @@ class DPOModule(OfflineModule):
         """Load the policy and its reference."""
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
         if self.needs_reference:
-            self.reference = Reference(self.policy, self.init_from, self.load_settings)
-
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,). The override point of this family."""
-        return dpo_loss(logprobs.margin, self.beta, logprobs.target)
-
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry of the rewards.
-
-        A subclass with another loss has another optimum, and one that it knows it declares.
-        """
-        if type(self).preference_loss is not DPOModule.preference_loss or self.label_smoothing:
-            return None
-        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each pair loses where the policy is the reference: log 2. A subclass with another loss says its own."""
-        return math.log(2) if type(self).preference_loss is DPOModule.preference_loss else None
+            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=self.reference_moves)
 
     def loss_sum(self, batch: PreferenceBatch, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's pairs."""
-        logprobs = self.preference_logprobs(batch)
-        loss = as_loss(self.preference_loss(logprobs))
-        self._measure(logprobs, loss, meter)
-        return (loss.values * logprobs.weights).sum()
+        return self._measured_loss(self.preference_logprobs(batch), meter).sum()
+
+    def _measured_loss(self, pairs: PreferenceLogprobs, meter: Meter) -> Tensor:
+        """Return the weighted loss of each pair, and add the metrics."""
+        loss = as_loss(self.preference_loss(pairs))
+        self.measure_pairs(pairs, loss, len(loss.values), meter)
+        return loss.values * pairs.weights
 
     def smoothed(self, target: Tensor) -> Tensor:
         """Return labels, probabilities that chosen is better, with the share that is taken to be wrong mixed in."""
@@ -110,26 +193,19 @@ class DPOModule(OfflineModule):
         """Forward chosen and rejected completions together, through the policy and through the reference.
 
         Raises:
-            ValueError: pairs are weighted, and the objective cannot weigh them.
+            SettingError: pairs are weighted, and the objective cannot weigh them.
         """
         if not self.weighs_rows and bool((batch.weights != 1).any()):
-            raise ValueError(f"{type(self).__name__} matches pairs by rank and cannot weigh them: leave weights at 1")
+            ranked = f"{type(self).__name__} matches pairs by rank and cannot weigh them"
+            raise SettingError("pairs-without-weights", f"{ranked}: leave weights at 1")
         layout = self.lay_out(batch.sequences)
         outputs, reference = self.both_logprobs(batch.sequences, layout)
-        pairs = len(batch.target)
-
-        chosen, rejected = slice(None, pairs), slice(pairs, None)
-        return PreferenceLogprobs(
-            policy_chosen_logprobs=outputs.logprobs[chosen],
-            policy_rejected_logprobs=outputs.logprobs[rejected],
-            reference_chosen_logprobs=None if reference is None else reference[chosen],
-            reference_rejected_logprobs=None if reference is None else reference[rejected],
-            chosen_mask=layout.completion_mask[chosen],
-            rejected_mask=layout.completion_mask[rejected],
+        pairs = stacked_pairs(outputs.logprobs, reference, layout.completion_mask, outputs.extras)
+        return pairs._replace(
             target=self.smoothed(batch.target.to(self.device)),
             rated_margin=batch.margin.to(self.device),
             weights=batch.weights.to(self.device),
-            extras={**on_device(batch.extras, self.device), **of_sides(outputs.extras, pairs)},
+            extras={**on_device(batch.extras, self.device), **pairs.extras},
         )
 
     # -- losses that couple the pairs of a step ------------------------------------------------------------------------
@@ -141,12 +217,10 @@ class DPOModule(OfflineModule):
             return
         whole, meter = self._whole_step(step), Meter()
         pairs, leaves = whole.with_leaves()
-        loss = as_loss(self.preference_loss(pairs))
-        self._measure(pairs, loss, meter)
-        gradients = torch.autograd.grad((loss.values * pairs.weights).sum(), list(leaves.values()), allow_unused=True)
+        loss = self._measured_loss(pairs, meter)
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
         slopes = {name: slope for name, slope in zip(leaves, gradients, strict=True) if slope is not None}
-        parts = zip(step.micro_batches, whole.rows, strict=True)
-        values = (loss.values * pairs.weights).detach()
+        parts, values = zip(step.micro_batches, whole.rows, strict=True), loss.detach()
         losses = [
             partial(
                 self._with_gradient, batch, {name: slope[rows] for name, slope in slopes.items()}, values[rows].sum()
@@ -160,11 +234,10 @@ class DPOModule(OfflineModule):
 
     def validation_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
         """Add the metrics of held-out pairs; coupled ones are judged together, as in training."""
-        if not self._couples(step):
+        if self._couples(step):
+            self._measured_loss(self._whole_step(step).logprobs, self._evaluation)
+        else:
             super().validation_step(step, batch_idx)
-            return
-        pairs = self._whole_step(step).logprobs
-        self._measure(pairs, as_loss(self.preference_loss(pairs)), self._evaluation)
 
     def _couples(self, step: Step[PreferenceBatch]) -> bool:
         """Whether the loss of this step needs more pairs than a micro-batch has."""
@@ -182,39 +255,48 @@ class DPOModule(OfflineModule):
         carrier = torch.stack(carriers).sum()
         return value + carrier - carrier.detach()
 
-    # -- metrics, export -----------------------------------------------------------------------------------------------
-
-    def _measure(self, logprobs: PreferenceLogprobs, loss: Loss, meter: Meter) -> None:
-        """Add what every preference objective is compared by."""
-        measure_pairs(logprobs, loss, getattr(self, "beta", 1.0), len(loss.values), meter)
-
     def export(self, folder: str | Path) -> Path:
         """Write the policy as a Hugging Face folder."""
         return export_policy(self.policy, self.tokenizer, folder)
 
 
-def measure_pairs(logprobs: PreferenceLogprobs, loss: Loss, beta: float, count: int, meter: Meter) -> None:
-    """Add the implicit rewards, margins and accuracy that every objective on pairs is compared by.
+def stacked_pairs(
+    policy: Tensor, reference: Tensor | None, mask: Tensor, statistics: Mapping[str, Tensor]
+) -> PreferenceLogprobs:
+    """Return pairs, certain and of weight 1, from grids of shape (2 pairs, length): chosen rows, then rejected ones."""
+    count = len(mask) // 2
+    chosen, rejected, ones = slice(None, count), slice(count, None), policy.new_ones(count)
+    return PreferenceLogprobs(
+        policy_chosen_logprobs=policy[chosen],
+        policy_rejected_logprobs=policy[rejected],
+        reference_chosen_logprobs=None if reference is None else reference[chosen],
+        reference_rejected_logprobs=None if reference is None else reference[rejected],
+        chosen_mask=mask[chosen],
+        rejected_mask=mask[rejected],
+        target=ones,
+        rated_margin=0 * ones,
+        weights=ones,
+        extras=of_sides(statistics, count),
+    )
+
+
+def tilted(problem: EnumeratedProblem, beta: float) -> Tensor:
+    """Return reference * exp(reward / beta), normalised, shape (prompts, completions)."""
+    return torch.softmax(problem.reference.log() + problem.rewards / beta, -1)
+
+
+def normalised(problem: EnumeratedProblem, values: Tensor, ratio: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return reference * ratio(value + c), each prompt's c so that it sums to 1, shape (prompts, completions).
 
     Args:
-        logprobs: of the pairs.
-        loss: of each pair.
-        beta: rewards per nat of log-ratio.
-        count: pairs that the sum of losses is divided by.
-        meter: what they are added to.
+        problem: the enumerated problem.
+        values: value of each completion (reward, win rate), shape (prompts, completions).
+        ratio: policy / reference of a shifted value; grows with it, and may reach infinity.
     """
-    chosen, rejected = logprobs.chosen_logratio.detach(), logprobs.rejected_logratio.detach()
-    weights = logprobs.weights
-    # The loss is what is trained, a sum over the count of pairs; everything else is a mean over the weighted pairs.
-    meter.add_ratio("loss", (loss.values * weights).sum(), count)
-    metrics = {
-        "chosen_reward": beta * chosen,
-        "rejected_reward": beta * rejected,
-        "reward_margin": beta * (chosen - rejected),
-        "reward_accuracy": (chosen > rejected).double(),
-        "chosen_logprob": logprobs.chosen_sequence_logprobs,
-        "rejected_logprob": logprobs.rejected_sequence_logprobs,
-        "length_difference": (logprobs.chosen_lengths - logprobs.rejected_lengths).double(),
-    }
-    for name, values in {**metrics, **loss.metrics}.items():
-        meter.add(name, values, weights if values.shape == weights.shape else None)
+    low, high = -1e9 * torch.ones_like(values[:, :1]), 1e9 * torch.ones_like(values[:, :1])
+    for _ in range(200):
+        middle = (low + high) / 2
+        below = (problem.reference * ratio(values + middle)).sum(-1, keepdim=True) < 1
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    policy = problem.reference * ratio(values + low)
+    return policy / policy.sum(-1, keepdim=True)

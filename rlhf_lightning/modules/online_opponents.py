@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.aggregation import AggregationName
-from rlhf_lightning.functional.online_preference import nash_md_logits, xpo_loss
+from rlhf_lightning.functional.online_preference import nash_md_logits
 from rlhf_lightning.functional.surrogates import RatioName
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
+from rlhf_lightning.modules.dpo import tilted
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.policy_gradient import ObjectiveName
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.rollouts import Drawn
 from rlhf_lightning.types import (
     Advantages,
@@ -121,6 +123,7 @@ class XPOModule(OnlineDPOModule):
     """
 
     paper = "Xie et al. 2024, arXiv 2405.21046"
+    ranges = {"alpha": "[0, inf)"}
 
     def __init__(self, alpha: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -132,20 +135,17 @@ class XPOModule(OnlineDPOModule):
         first = torch.full_like(group, len(group)).scatter_reduce(0, group, rows, "amin")
         return rows != first[group]
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,)."""
-        assert logprobs.chosen_by_reference is not None
-        sides = (logprobs.chosen_sequence_logprobs, logprobs.rejected_sequence_logprobs)
-        explored = torch.where(logprobs.chosen_by_reference, *sides)
-        values = xpo_loss(logprobs.margin, explored, self.beta, self.alpha, logprobs.target)
-        return Loss(values, {"explored_logprob": explored})
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return DPO's loss plus alpha log policy(y'), shape (pairs,)."""
+        sides = (pair.chosen_sequence_logprobs, pair.rejected_sequence_logprobs)
+        explored = torch.where(pair.extras["chosen_by_reference"], *sides)
+        dpo = as_loss(super().pair_loss(pair)).values
+        return Loss(dpo + self.alpha * explored, {"explored_logprob": explored})
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return online DPO's optimum where there is no bonus: a pair is at its best there whoever sampled it."""
-        known = type(self).preference_loss is XPOModule.preference_loss and not self.alpha
-        if not known or not self.soft_labels or self.sampling.temperature != 1:
-            return None
-        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
+        known = self.has_losses_of(XPOModule) and not self.alpha and self.soft_labels
+        return tilted(problem, self.beta) if known and self.sampling.temperature == 1 else None
 
     def _check_groups(self, rollout: Rollout) -> None:
         super()._check_groups(rollout)

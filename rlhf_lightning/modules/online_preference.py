@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -12,20 +11,17 @@ from torch import Tensor
 
 from rlhf_lightning.functional.online_preference import best_and_worst
 from rlhf_lightning.functional.policy_gradient import approx_kl
-from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.modules.dpo import measure_pairs
+from rlhf_lightning.modules.dpo import PairObjective, stacked_pairs
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollouts import Drawn, merged_samples, select_prompts
-from rlhf_lightning.training.slots import of_sides
 from rlhf_lightning.types import (
     EnumeratedProblem,
-    Loss,
     Pairs,
     PolicyLogprobs,
     PreferenceLogprobs,
@@ -34,7 +30,7 @@ from rlhf_lightning.types import (
 )
 
 
-class OnlineDPOModule(OnPolicyModule):
+class OnlineDPOModule(PairObjective, OnPolicyModule):
     r"""Online DPO: the policy's own samples are the pairs; of each prompt's, the best is chosen and the worst rejected.
 
     loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), d = log policy(y_c)/reference(y_c)
@@ -42,7 +38,7 @@ class OnlineDPOModule(OnPolicyModule):
     reference gives log 2. Samples of one prompt that score alike form no pair; with ``soft_labels`` p =
     sigmoid(score_c - score_r).
 
-    A subclass changes the objective by overriding ``preference_loss``, as it would for a `DPOModule`.
+    A subclass changes the objective by overriding ``pair_loss`` or ``implicit_reward``, as for a `DPOModule`.
 
     Target: with ``soft_labels`` reference * exp(score / beta), normalised: every pair is at its best there, however it
     was sampled. Labels that are certain ask for ever larger margins, and no policy is at rest.
@@ -96,10 +92,6 @@ class OnlineDPOModule(OnPolicyModule):
 
     # -- override points ----------------------------------------------------------------------------------------------
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,). The override point of this family."""
-        return dpo_loss(logprobs.margin, self.beta, logprobs.target)
-
     def pairs(self, rollout: Rollout) -> Pairs:
         """Return the pairs of a rollout: of each prompt the best against the worst sample, unless they score alike."""
         chosen, rejected = best_and_worst(rollout.scores, rollout.group)
@@ -121,15 +113,8 @@ class OnlineDPOModule(OnPolicyModule):
         There beta d = score difference for every pair, where its gradient is 0; and nowhere else: the completion of the
         largest beta log(policy / reference) - score is pushed down by every other one.
         """
-        own = type(self).preference_loss is not OnlineDPOModule.preference_loss
-        if own or not self.soft_labels or self.sampling.temperature != 1:
-            return None
-        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each pair loses where the policy is the reference: log 2. A subclass with another loss says its own."""
-        return math.log(2) if type(self).preference_loss is OnlineDPOModule.preference_loss else None
+        known = self.soft_labels and self.sampling.temperature == 1
+        return super().target_policy(problem) if known else None
 
     # -- one rollout --------------------------------------------------------------------------------------------------
 
@@ -182,21 +167,19 @@ class OnlineDPOModule(OnPolicyModule):
         rows = torch.cat([pairs.chosen, pairs.rejected])
         layout = self.lay_out(select(rollout.sequences, rows.tolist()))
         outputs = self.policy_outputs(layout, self.sampling.temperature)
-        mask, count = layout.completion_mask, len(pairs.chosen)
-        chosen, rejected = slice(None, count), slice(count, None)
+        mask = layout.completion_mask
         reference = None if rollout.reference_logprobs is None else rollout.reference_logprobs[rows, : mask.shape[1]]
-        return PreferenceLogprobs(
-            policy_chosen_logprobs=outputs.logprobs[chosen],
-            policy_rejected_logprobs=outputs.logprobs[rejected],
-            reference_chosen_logprobs=None if reference is None else reference[chosen],
-            reference_rejected_logprobs=None if reference is None else reference[rejected],
-            chosen_mask=mask[chosen],
-            rejected_mask=mask[rejected],
+        found = stacked_pairs(outputs.logprobs, reference, mask, outputs.extras)
+        by_reference = self.by_reference(rollout.group)
+        extras = {
+            "chosen_by_reference": by_reference[pairs.chosen],
+            "rejected_by_reference": by_reference[pairs.rejected],
+        }
+        return found._replace(
             target=pairs.target,
             rated_margin=pairs.rated_margin,
             weights=pairs.weights,
-            chosen_by_reference=self.by_reference(rollout.group)[pairs.chosen],
-            extras=of_sides(outputs.extras, count),
+            extras={**found.extras, **extras},
         )
 
     def _pair_loss_sum(self, rollout: Rollout, pairs: Pairs, meter: Meter) -> Tensor:
@@ -206,7 +189,7 @@ class OnlineDPOModule(OnPolicyModule):
         if self._untouched:
             self._check_first_ratio(moved)
         loss = as_loss(self.preference_loss(logprobs))
-        measure_pairs(logprobs, loss, self.beta, int((pairs.weights > 0).sum()), meter)
+        self.measure_pairs(logprobs, loss, int((pairs.weights > 0).sum()), meter)
         self._measure_update(moved, meter)
         return (loss.values * logprobs.weights).sum()
 

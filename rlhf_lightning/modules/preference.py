@@ -1,21 +1,22 @@
-"""Objectives on the margin of a preference pair: each is DPO's loop with another `preference_loss`.
+"""Objectives on the margin of a preference pair.
 
 In every docstring a_w and a_l are the log-ratios log policy/reference of chosen and rejected, d = a_w - a_l is the
-margin and x = beta d. A soft label is always the expectation over both orders of the pair. The population is all pairs,
-drawn alike, each order weighted by its probability of being preferred.
+margin and x the difference of implicit rewards, beta d unless the class says otherwise. Formulas are those of a certain
+label; a soft label is the expectation over both orders of the pair. The population is all pairs, drawn alike, each
+order weighted by its probability of being preferred.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rlhf_lightning.functional import preference as losses
-from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO
+from rlhf_lightning.modules.dpo import DPOModule, normalised
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
@@ -42,8 +43,8 @@ class ConservativeDPOModule(DPOModule):
 class RobustDPOModule(DPOModule):
     r"""Robust DPO: unbiased for the clean labels when each was flipped with a known rate.
 
-    loss = [-(1 - e) log sigmoid(x) + e log sigmoid(-x)] / (1 - 2e), e = ``flip_rate`` (Chowdhury et al., 2403.00409).
-    Policy = reference gives log 2. A pair preferred with probability below e has no finite optimum.
+    loss = [-(1 - e) log sigmoid(x) + e log sigmoid(-x)] / (1 - 2e), e = ``flip_rate`` (Chowdhury et al., 2403.00409);
+    it may be negative. Policy = reference gives log 2. A pair preferred with probability below e has no finite optimum.
 
     Target: reference * exp(reward / beta), normalised, where the labels are Bradley-Terry ones of the rewards, flipped
     with rate e; of other labels no closed form; the minimiser of the population loss.
@@ -53,33 +54,23 @@ class RobustDPOModule(DPOModule):
     """
 
     paper = "Chowdhury et al. 2024, arXiv 2403.00409"
+    ranges = {"flip_rate": "[0, 0.5)"}
 
     def __init__(self, flip_rate: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= flip_rate < 0.5:
-            raise ValueError(f"flip_rate is {flip_rate}: it must lie in [0, 0.5)")
         self.flip_rate = flip_rate
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        p, margin = logprobs.target, logprobs.margin
-        agrees = losses.robust_dpo_loss(margin, self.beta, self.flip_rate)
-        return p * agrees + (1 - p) * losses.robust_dpo_loss(-margin, self.beta, self.flip_rate)
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the unbiased estimate of DPO's loss on the clean label, shape (pairs,)."""
+        x, e = self.reward_margin(pair), self.flip_rate
+        return (-(1 - e) * logsigmoid(x) + e * logsigmoid(-x)) / (1 - 2 * e)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the policy whose margins are the log-odds of the clean labels, where those are Bradley-Terry."""
-        clean = (self.smoothed(problem.preference) - self.flip_rate) / (1 - 2 * self.flip_rate)
-        if bool((clean <= 0).any()):
-            return None
-        odds = torch.logit(clean)
-        rewards = odds[:, :, :1].squeeze(-1)  # against the first completion
+        odds = torch.logit((self.smoothed(problem.preference) - self.flip_rate) / (1 - 2 * self.flip_rate))
+        rewards = odds[:, :, 0]  # against the first completion
         consistent = torch.allclose(odds, rewards[:, :, None] - rewards[:, None, :], atol=1e-9)
         return torch.softmax(problem.reference.log() + rewards / self.beta, -1) if consistent else None
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
 
 
 class IPOModule(DPOModule):
@@ -92,7 +83,7 @@ class IPOModule(DPOModule):
     tokens reference * exp(n (E p / beta + c)), each prompt's c so that it sums to 1.
 
     Args:
-        beta: the paper's tau: strength of the pull towards the reference.
+        beta: the paper's tau: strength of the pull towards the reference; averages need a larger one.
         average: divide each side's log-ratio by its length.
     """
 
@@ -102,27 +93,19 @@ class IPOModule(DPOModule):
         super().__init__(beta=beta, **kwargs)
         self.average = average
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen, rejected, p = logprobs.chosen_logratio, logprobs.rejected_logratio, logprobs.target
-        n_w, n_l = (logprobs.chosen_lengths, logprobs.rejected_lengths) if self.average else (None, None)
-        agrees = losses.ipo_loss(chosen, rejected, self.beta, n_w, n_l)
-        return p * agrees + (1 - p) * losses.ipo_loss(rejected, chosen, self.beta, n_l, n_w)
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        """Return beta a, divided by the length where log-ratios are averaged."""
+        return per_token(pairs, *super().implicit_reward(pairs)) if self.average else super().implicit_reward(pairs)
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return ((x - 1/2) / beta)^2, shape (pairs,)."""
+        return ((self.reward_margin(pair) - 0.5) / self.beta) ** 2
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return reference * exp(n (mean win rate / beta + c)), n the tokens that a log-ratio is averaged over."""
-        wins = self.smoothed(problem.preference).mean(-1) / self.beta
         lengths = problem.lengths if self.average else torch.ones_like(problem.lengths)
-
-        def ratios(shift: Tensor) -> Tensor:
-            return torch.exp(lengths * (wins + shift))
-
-        return normalised(problem.reference, ratios, -wins.amax(-1, keepdim=True), -wins.amin(-1, keepdim=True))
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 1 / (4 * self.beta**2)
+        wins = self.smoothed(problem.preference).mean(-1) / self.beta
+        return normalised(problem, wins, lambda shifted: torch.exp(lengths * shifted))
 
 
 class HingeModule(DPOModule):
@@ -140,15 +123,9 @@ class HingeModule(DPOModule):
     def __init__(self, beta: float = 0.05, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        p, margin = logprobs.target, logprobs.margin
-        return p * losses.hinge_loss(margin, self.beta) + (1 - p) * losses.hinge_loss(-margin, self.beta)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 1.0
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return max(0, 1 - x), shape (pairs,)."""
+        return torch.relu(1 - self.reward_margin(pair))
 
 
 class EXOModule(DPOModule):
@@ -165,23 +142,17 @@ class EXOModule(DPOModule):
     """
 
     paper = "Ji et al. 2024, arXiv 2402.00856"
+    ranges = {"epsilon": "(0, 0.5)"}
 
     def __init__(self, epsilon: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 < epsilon < 0.5:
-            raise ValueError(f"epsilon is {epsilon}: it must lie in (0, 0.5)")
         self.epsilon = epsilon
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        p, margin = logprobs.target, logprobs.margin
-        agrees = losses.exo_pair_loss(margin, self.beta, self.epsilon)
-        return p * agrees + (1 - p) * losses.exo_pair_loss(-margin, self.beta, self.epsilon)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return -math.log(2) - (math.log(1 - self.epsilon) + math.log(self.epsilon)) / 2
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the KL to the smoothed label, shape (pairs,)."""
+        x = self.reward_margin(pair)
+        right = torch.sigmoid(x) * (logsigmoid(x) - math.log1p(-self.epsilon))
+        return right + torch.sigmoid(-x) * (logsigmoid(-x) - math.log(self.epsilon))
 
 
 class AOTModule(DPOModule):
@@ -202,17 +173,11 @@ class AOTModule(DPOModule):
     def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per rank of the sorted margins, shape (pairs,)."""
-        assert logprobs.reference_chosen_logprobs is not None and logprobs.reference_rejected_logprobs is not None
-        policy = logprobs.chosen_sequence_logprobs - logprobs.rejected_sequence_logprobs
-        reference = logprobs.reference_chosen_logprobs.sum(-1) - logprobs.reference_rejected_logprobs.sum(-1)
-        return losses.aot_loss(policy, reference, self.beta)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
+        policy = pairs.chosen_sequence_logprobs - pairs.rejected_sequence_logprobs
+        reference = policy.detach() - pairs.margin.detach()
+        return -logsigmoid(self.beta * (policy.sort().values - reference.sort().values))
 
 
 class UnpairedAOTModule(DPOModule):
@@ -232,14 +197,9 @@ class UnpairedAOTModule(DPOModule):
     def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per rank of the sorted log-ratios, shape (pairs,)."""
-        return losses.aot_unpaired_loss(logprobs.chosen_logratio, logprobs.rejected_logratio, self.beta)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
+        return -logsigmoid(self.beta * (pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values))
 
 
 class DiscoPOPModule(DPOModule):
@@ -255,21 +215,17 @@ class DiscoPOPModule(DPOModule):
     """
 
     paper = "Lu et al. 2024, arXiv 2406.08414"
+    ranges = {"temperature": "(0, inf)"}
 
     def __init__(self, beta: float = 0.05, temperature: float = 0.05, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
         self.temperature = temperature
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        p, margin = logprobs.target, logprobs.margin
-        agrees = losses.discopop_loss(margin, self.beta, self.temperature)
-        return p * agrees + (1 - p) * losses.discopop_loss(-margin, self.beta, self.temperature)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return (1 + math.log(2)) / 2
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the gated blend, shape (pairs,)."""
+        x = self.reward_margin(pair)
+        gate = torch.sigmoid(x / self.temperature)
+        return -(1 - gate) * logsigmoid(x) + gate * torch.exp(-x.clamp(min=-MAX_LOG_RATIO))
 
 
 class LengthNormalizedDPOModule(DPOModule):
@@ -286,35 +242,23 @@ class LengthNormalizedDPOModule(DPOModule):
     def __init__(self, beta: float = 5.0, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen, rejected, p = logprobs.chosen_logratio, logprobs.rejected_logratio, logprobs.target
-        n_w, n_l = logprobs.chosen_lengths, logprobs.rejected_lengths
-        agrees = losses.length_normalized_dpo_loss(chosen, rejected, n_w, n_l, self.beta)
-        return p * agrees + (1 - p) * losses.length_normalized_dpo_loss(rejected, chosen, n_l, n_w, self.beta)
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        """Return beta a / n."""
+        return per_token(pairs, *super().implicit_reward(pairs))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(n (reward + c) / beta), the constant c of each prompt chosen so that it sums to 1."""
+        """Return reference * exp(n (reward + c) / beta)."""
         if self.label_smoothing:
             return None
-
-        def ratios(shift: Tensor) -> Tensor:
-            return torch.exp(problem.lengths * (problem.rewards + shift) / self.beta)
-
-        lowest, highest = -problem.rewards.amax(-1, keepdim=True), -problem.rewards.amin(-1, keepdim=True)
-        return normalised(problem.reference, ratios, lowest, highest)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
+        return normalised(problem, problem.rewards, lambda shifted: torch.exp(problem.lengths * shifted / self.beta))
 
 
 class RPOModule(DPOModule):
     r"""DPO with the chosen completion's likelihood, so that its probability cannot fall with the rejected one's.
 
-    loss = DPO - alpha S_w / n_w, S_w the policy's log-probability of the chosen completion of n_w tokens (Pang et al.,
-    2404.19733; Liu et al., 2405.16436, use alpha 0.005). Policy = reference gives log 2 + alpha * NLL per token.
+    loss = -log sigmoid(x) - alpha S_w / n_w, S_w the policy's log-probability of the chosen completion of n_w tokens
+    (Pang et al., 2404.19733; Liu et al., 2405.16436, use alpha 0.005). Policy = reference gives log 2 + alpha * NLL per
+    token.
 
     Target: no closed form; the minimiser of the population loss, between DPO's and the chosen completions' frequencies
     over lengths.
@@ -324,37 +268,23 @@ class RPOModule(DPOModule):
     """
 
     paper = "Pang et al. 2024, arXiv 2404.19733"
+    ranges = {"alpha": "[0, inf)"}
 
     def __init__(self, alpha: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.alpha = alpha
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        p, margin = logprobs.target, logprobs.margin
-        sides = (
-            (logprobs.chosen_sequence_logprobs, logprobs.chosen_lengths, margin),
-            (logprobs.rejected_sequence_logprobs, logprobs.rejected_lengths, -margin),
-        )
-        agrees, disagrees = (losses.rpo_loss(d, s, n, self.beta, self.alpha) for s, n, d in sides)
-        nll = -logprobs.chosen_sequence_logprobs / logprobs.chosen_lengths
-        return Loss(p * agrees + (1 - p) * disagrees, {"nll_loss": nll})
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the logistic loss plus alpha NLL per token, shape (pairs,)."""
+        nll = -mean_logprobs(pair)[0]
+        return Loss(-logsigmoid(self.reward_margin(pair)) + self.alpha * nll, {"nll_loss": nll})
 
 
-def normalised(reference: Tensor, ratios: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return reference * ratios(c), shape (prompts, completions), each prompt's c in [low, high] so that it sums to 1.
-
-    ``ratios`` must grow with c.
-    """
-    for _ in range(200):
-        middle = (low + high) / 2
-        below = (reference * ratios(middle)).sum(-1, keepdim=True) < 1
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    policy = reference * ratios(low)
-    return policy / policy.sum(-1, keepdim=True)
+def per_token(pairs: PreferenceLogprobs, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values of chosen and rejected completions divided by their lengths, each of shape (pairs,)."""
+    return chosen / pairs.chosen_lengths.clamp(min=1), rejected / pairs.rejected_lengths.clamp(min=1)
 
 
-def over_orders(logprobs: PreferenceLogprobs, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return the expectation of a loss of (chosen, rejected) log-ratios over both orders of each pair's label."""
-    chosen, rejected, p = logprobs.chosen_logratio, logprobs.rejected_logratio, logprobs.target
-    return p * loss(chosen, rejected) + (1 - p) * loss(rejected, chosen)
+def mean_logprobs(pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+    """Return the policy's log-probability per token, S / n, of chosen and rejected, each of shape (pairs,)."""
+    return per_token(pairs, pairs.chosen_sequence_logprobs, pairs.rejected_sequence_logprobs)

@@ -1,4 +1,8 @@
-"""Objectives on preference pairs that need no reference: half the memory, and nothing that holds the policy back."""
+"""Objectives on preference pairs that need no reference: half the memory, and nothing that holds the policy back.
+
+In every docstring S_w and S_l are the policy's sequence log-probabilities of chosen and rejected, n_w and n_l their
+lengths in tokens. Formulas are those of a certain label.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rlhf_lightning.functional import reference_free as losses
+from rlhf_lightning.functional.logprobs import log1mexp
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.preference import mean_logprobs
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
 class ReferenceFreeDPOModule(DPOModule):
     r"""DPO with a uniform reference: the policy's log-probability is the implicit reward.
 
-    loss = -log sigmoid(beta (S_w - S_l)), S the sequence log-probabilities (a special case of Rafailov et al.,
-    2305.18290). Equal log-probabilities give log 2.
+    loss = -log sigmoid(beta (S_w - S_l)) (a special case of Rafailov et al., 2305.18290). Equal log-probabilities give
+    log 2.
 
     Target: exp(reward / beta), normalised.
     """
 
     needs_reference = False
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen, rejected = logprobs.chosen_sequence_logprobs, logprobs.rejected_sequence_logprobs
-        agrees = losses.reference_free_dpo_loss(chosen, rejected, self.beta)
-        disagrees = losses.reference_free_dpo_loss(rejected, chosen, self.beta)
-        return logprobs.target * agrees + (1 - logprobs.target) * disagrees
-
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return exp(reward / beta), normalised."""
-        if self.label_smoothing:
-            return None
-        return torch.softmax(problem.rewards / self.beta, -1)
+        return None if self.label_smoothing else torch.softmax(problem.rewards / self.beta, -1)
 
 
 class SimPOModule(DPOModule):
@@ -52,25 +49,28 @@ class SimPOModule(DPOModule):
 
     paper = "Meng et al. 2024, arXiv 2405.14734"
     needs_reference = False
+    ranges = {"gamma": "(-inf, inf)"}
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0, learning_rate: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(beta=beta, learning_rate=learning_rate, **kwargs)
         self.gamma = gamma
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen, rejected = logprobs.chosen_sequence_logprobs, logprobs.rejected_sequence_logprobs
-        n_w, n_l = logprobs.chosen_lengths, logprobs.rejected_lengths
-        agrees = losses.simpo_loss(chosen, rejected, n_w, n_l, self.beta, self.gamma)
-        disagrees = losses.simpo_loss(rejected, chosen, n_l, n_w, self.beta, self.gamma)
-        return logprobs.target * agrees + (1 - logprobs.target) * disagrees
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        """Return beta S / n."""
+        chosen, rejected = mean_logprobs(pairs)
+        return self.beta * chosen, self.beta * rejected
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return -log sigmoid(reward margin - gamma), shape (pairs,)."""
+        return -logsigmoid(self.reward_margin(pair) - self.gamma)
 
 
 class ORPOModule(DPOModule):
     r"""ORPO: fine-tuning on the chosen completion and an odds ratio against the rejected one, in one stage.
 
-    loss = -S_w / n_w - weight * log sigmoid(o), o the log odds ratio of the two completions' mean probabilities per
-    token (Hong et al., 2403.07691, Eq. 6 and 7). Equal means m give -m + weight * log 2.
+    loss = -S_w / n_w - weight * log sigmoid(o), o = log [P_w / (1 - P_w)] - log [P_l / (1 - P_l)] the log odds ratio of
+    the mean probabilities per token P = e^{S / n} (Hong et al., 2403.07691, Eq. 6 and 7). Equal means m give
+    -m + weight * log 2.
 
     Target: no closed form; the minimiser of the population loss. As the weight is small, it is near the chosen
     completions' frequencies over lengths.
@@ -81,22 +81,21 @@ class ORPOModule(DPOModule):
 
     paper = "Hong et al. 2024, arXiv 2403.07691"
     needs_reference = False
+    ranges = {"weight": "[0, inf)"}
 
     def __init__(self, weight: float = 0.1, learning_rate: float = 5e-6, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
         self.weight = weight
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen = (logprobs.chosen_sequence_logprobs, logprobs.chosen_lengths)
-        rejected = (logprobs.rejected_sequence_logprobs, logprobs.rejected_lengths)
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        """Return the log-odds log [P / (1 - P)] of each side."""
+        chosen, rejected = mean_logprobs(pairs)
+        return chosen - log1mexp(chosen), rejected - log1mexp(rejected)
 
-        def loss(best: tuple[Tensor, Tensor], worst: tuple[Tensor, Tensor]) -> Tensor:
-            return losses.orpo_loss(best[0], worst[0], best[1], worst[1], self.weight)
-
-        odds = losses.log_odds_ratio(chosen[0], rejected[0], chosen[1], rejected[1])
-        values = logprobs.target * loss(chosen, rejected) + (1 - logprobs.target) * loss(rejected, chosen)
-        return Loss(values, {"nll_loss": -chosen[0] / chosen[1], "log_odds_ratio": odds})
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the NLL per token plus the odds-ratio term, shape (pairs,)."""
+        nll, odds = -mean_logprobs(pair)[0], self.reward_margin(pair)
+        return Loss(nll - self.weight * logsigmoid(odds), {"nll_loss": nll, "log_odds_ratio": odds})
 
 
 class CPOModule(DPOModule):
@@ -114,16 +113,13 @@ class CPOModule(DPOModule):
 
     paper = "Xu et al. 2024, arXiv 2401.08417"
     needs_reference = False
+    ranges = {"alpha": "[0, inf)"}
 
     def __init__(self, alpha: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.alpha = alpha
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        chosen, rejected = logprobs.chosen_sequence_logprobs, logprobs.rejected_sequence_logprobs
-        n_w, n_l = logprobs.chosen_lengths, logprobs.rejected_lengths
-        agrees = losses.cpo_loss(chosen, rejected, n_w, self.beta, self.alpha)
-        disagrees = losses.cpo_loss(rejected, chosen, n_l, self.beta, self.alpha)
-        values = logprobs.target * agrees + (1 - logprobs.target) * disagrees
-        return Loss(values, {"nll_loss": -chosen / n_w})
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the logistic loss plus alpha NLL per token, shape (pairs,)."""
+        nll = -mean_logprobs(pair)[0]
+        return Loss(-logsigmoid(self.reward_margin(pair)) + self.alpha * nll, {"nll_loss": nll})

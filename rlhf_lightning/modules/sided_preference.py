@@ -1,21 +1,20 @@
 """Objectives on preference pairs that look at each side's log-ratio by itself, not at the margin alone.
 
-In every docstring u = beta a_w and v = beta a_l are the implicit rewards of chosen and rejected, a the log-ratio
-log policy/reference of a completion and x = u - v.
+In every docstring u and v are the implicit rewards of chosen and rejected, beta a_w and beta a_l, where a is the
+log-ratio log policy/reference of a completion; x = u - v. Formulas are those of a certain label.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rlhf_lightning.functional import preference as losses
-from rlhf_lightning.modules.dpo import DPOModule
-from rlhf_lightning.modules.preference import normalised, over_orders
+from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO
+from rlhf_lightning.modules.dpo import DPOModule, PairObjective, normalised
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
@@ -33,14 +32,10 @@ class NCAModule(DPOModule):
     def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.nca_pair_loss, beta=self.beta))
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 2 * math.log(2)
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the noise-contrastive loss, shape (pairs,)."""
+        u, v = self.implicit_reward(pair)
+        return -logsigmoid(u) - logsigmoid(-u) / 2 - logsigmoid(-v) / 2
 
 
 class BCOPairModule(DPOModule):
@@ -58,17 +53,16 @@ class BCOPairModule(DPOModule):
     def __init__(self, beta: float = 0.01, learning_rate: float = 5e-7, **kwargs: Any) -> None:
         super().__init__(beta=beta, learning_rate=learning_rate, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,)."""
-        chosen, rejected = logprobs.chosen_logratio, logprobs.rejected_logratio
-        weights = logprobs.weights / logprobs.weights.sum().clamp_min(1e-12)
-        delta = (self.beta * (chosen + rejected) / 2 * weights).sum().detach()
-        return over_orders(logprobs, partial(losses.bco_pair_loss, beta=self.beta, shift=delta))
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
+        """Return one loss per pair, shape (pairs,); the slot ``delta`` is the step's weighted mean reward."""
+        shares = pairs.weights / pairs.weights.sum().clamp_min(1e-12)
+        delta = (sum(self.implicit_reward(pairs)) / 2 * shares).sum().detach()
+        return super().preference_loss(pairs._replace(extras={**pairs.extras, "delta": delta.expand(len(shares))}))
 
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 2 * math.log(2)
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return the classifier's loss of both sides, shape (pairs,)."""
+        (u, v), delta = self.implicit_reward(pair), pair.extras["delta"]
+        return -logsigmoid(u - delta) - logsigmoid(delta - v)
 
 
 class SPPOModule(DPOModule):
@@ -78,6 +72,9 @@ class SPPOModule(DPOModule):
     1 / (2 beta^2).
 
     Target: no closed form; the minimiser of the population loss.
+
+    Args:
+        beta: inverse of the step size eta of the self-play game.
     """
 
     paper = "Wu et al. 2024, arXiv 2405.00675"
@@ -85,14 +82,10 @@ class SPPOModule(DPOModule):
     def __init__(self, beta: float = 0.001, **kwargs: Any) -> None:
         super().__init__(beta=beta, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.sppo_hard_loss, beta=self.beta))
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 1 / (2 * self.beta**2)
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return [(u - 1/2)^2 + (v + 1/2)^2] / beta^2, shape (pairs,)."""
+        u, v = self.implicit_reward(pair)
+        return ((u - 0.5) / self.beta) ** 2 + ((v + 0.5) / self.beta) ** 2
 
 
 class APOZeroModule(DPOModule):
@@ -109,14 +102,10 @@ class APOZeroModule(DPOModule):
     def __init__(self, learning_rate: float = 2e-7, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.apo_zero_loss, beta=self.beta))
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 1.0
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return sigmoid(-u) + sigmoid(v), shape (pairs,)."""
+        u, v = self.implicit_reward(pair)
+        return torch.sigmoid(-u) + torch.sigmoid(v)
 
 
 class APODownModule(DPOModule):
@@ -133,52 +122,62 @@ class APODownModule(DPOModule):
     def __init__(self, learning_rate: float = 2e-7, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.apo_down_loss, beta=self.beta))
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return 1.0
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        """Return sigmoid(u) + sigmoid(-x), shape (pairs,)."""
+        u, v = self.implicit_reward(pair)
+        return torch.sigmoid(u) + torch.sigmoid(v - u)
 
 
-class AlphaDPOModule(DPOModule):
-    r"""f-DPO with an alpha-divergence as the leash: between the reverse KL (DPO) and the forward KL.
+class FDivergence(PairObjective):
+    """Mixin: the implicit reward is beta f(log policy/reference), f from the divergence that holds the policy."""
 
-    loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = (1 - e^{-alpha a}) / alpha (Wang et al., 2309.16240).
-    Policy = reference gives log 2.
+    def f(self, logratio: Tensor) -> Tensor:
+        """Return f of log-ratios, shape (pairs,)."""
+        raise NotImplementedError
+
+    def ratio(self, value: Tensor) -> Tensor:
+        """Return the ratio policy/reference at which f has a value; infinite where f does not reach it."""
+        raise NotImplementedError
+
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        """Return beta f(a)."""
+        return self.beta * self.f(pairs.chosen_logratio), self.beta * self.f(pairs.rejected_logratio)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        """Return the policy with f(log policy/reference) = (reward + c) / beta."""
+        return None if self.label_smoothing else normalised(problem, problem.rewards / self.beta, self.ratio)
+
+
+class AlphaDPOModule(FDivergence, DPOModule):
+    r"""f-DPO with an alpha-divergence as KL penalty: between the reverse KL (DPO) and the forward KL.
+
+    loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = (1 - e^{-alpha a}) / alpha (Wang et al., 2309.16240), where
+    alpha a is held within 20. Policy = reference gives log 2.
 
     Target: beta f(log policy/reference) = reward + c, each prompt's c so that the policy sums to 1.
 
     Args:
-        alpha: towards 0 the reverse KL, 1 the forward KL; above 0.
+        alpha: 1 is the forward KL; the limit 0, the reverse KL, is DPOModule.
     """
 
     paper = "Wang et al. 2023, arXiv 2309.16240"
+    ranges = {"alpha": "(0, inf)"}
 
     def __init__(self, alpha: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if alpha <= 0:
-            raise ValueError(f"alpha is {alpha}: it must be positive; its limit 0 is DPOModule")
         self.alpha = alpha
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.alpha_dpo_loss, beta=self.beta, alpha=self.alpha))
+    def f(self, logratio: Tensor) -> Tensor:
+        """Return (1 - e^{-alpha a}) / alpha."""
+        return -torch.expm1(-(self.alpha * logratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) / self.alpha
 
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the policy with beta f(log policy/reference) = reward + c, each prompt's c so that it sums to 1."""
-        return None if self.label_smoothing else _alpha_target(problem, self.beta, self.alpha)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
+    def ratio(self, value: Tensor) -> Tensor:
+        """Return policy/reference, infinite from 1 / alpha on."""
+        return (1 - self.alpha * value).clamp_min(1e-300) ** (-1 / self.alpha)
 
 
-class ForwardKLDPOModule(DPOModule):
-    r"""f-DPO with the forward KL as the leash: no completion of the reference is given up.
+class ForwardKLDPOModule(FDivergence, DPOModule):
+    r"""f-DPO with the forward KL as KL penalty: no completion of the reference is given up.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = 1 - e^{-a} (Wang et al., 2309.16240).
     Policy = reference gives log 2.
@@ -188,22 +187,17 @@ class ForwardKLDPOModule(DPOModule):
 
     paper = "Wang et al. 2023, arXiv 2309.16240"
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.forward_kl_dpo_loss, beta=self.beta))
+    def f(self, logratio: Tensor) -> Tensor:
+        """Return 1 - e^{-a}."""
+        return -torch.expm1(-logratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the policy with beta (1 - reference/policy) = reward + c, each prompt's c so that it sums to 1."""
-        return None if self.label_smoothing else _alpha_target(problem, self.beta, 1.0)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
+    def ratio(self, value: Tensor) -> Tensor:
+        """Return policy/reference, infinite from 1 on."""
+        return (1 - value).clamp_min(1e-300).reciprocal()
 
 
-class JensenShannonDPOModule(DPOModule):
-    r"""f-DPO with the Jensen-Shannon divergence as the leash.
+class JensenShannonDPOModule(FDivergence, DPOModule):
+    r"""f-DPO with the Jensen-Shannon divergence as KL penalty.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = log 2 + log sigmoid(a) (Wang et al., 2309.16240).
     Policy = reference gives log 2.
@@ -213,34 +207,10 @@ class JensenShannonDPOModule(DPOModule):
 
     paper = "Wang et al. 2023, arXiv 2309.16240"
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); a soft label is the expectation over both orders."""
-        return over_orders(logprobs, partial(losses.jensen_shannon_dpo_loss, beta=self.beta))
+    def f(self, logratio: Tensor) -> Tensor:
+        """Return log 2 + log sigmoid(a)."""
+        return math.log(2) + logsigmoid(logratio)
 
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the policy with beta f(log policy/reference) = reward + c, each prompt's c so that it sums to 1."""
-        if self.label_smoothing:
-            return None
-
-        def ratios(shift: Tensor) -> Tensor:
-            half = torch.exp((problem.rewards + shift) / self.beta) / 2
-            return half / (1 - half)
-
-        highest = self.beta * math.log(2) - problem.rewards.amax(-1, keepdim=True)
-        return normalised(problem.reference, ratios, highest - 100 * self.beta, highest - 1e-12)
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
-        return math.log(2)
-
-
-def _alpha_target(problem: EnumeratedProblem, beta: float, alpha: float) -> Tensor:
-    """Return the policy with beta (1 - ratio^-alpha) / alpha = reward + c, ratio = policy / reference."""
-
-    def ratios(shift: Tensor) -> Tensor:
-        inside = 1 - alpha * (problem.rewards + shift) / beta
-        return inside.clamp_min(1e-300) ** (-1 / alpha)
-
-    highest = beta / alpha - problem.rewards.amax(-1, keepdim=True)
-    return normalised(problem.reference, ratios, highest - beta / alpha * 1e6**alpha, highest)
+    def ratio(self, value: Tensor) -> Tensor:
+        """Return policy/reference, infinite from log 2 on."""
+        return (2 * torch.exp(-value) - 1).clamp_min(1e-300).reciprocal()

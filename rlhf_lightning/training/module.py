@@ -57,6 +57,7 @@ from rlhf_lightning.training.optimization import (
 )
 from rlhf_lightning.training.precision import settled_precision
 from rlhf_lightning.training.scalars import log_over, log_scalars
+from rlhf_lightning.training.settings import check_ranges
 from rlhf_lightning.training.skips import Skips
 from rlhf_lightning.training.trainer_settings import check_optimizers, check_trainer
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
@@ -127,6 +128,8 @@ class AlignmentModule(LightningModule):
     """Whether the loss of a row can be weighted by row."""
 
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
+    ranges: ClassVar[Mapping[str, str]] = {}
+    """Interval of each setting that this class adds, such as "(0, inf)"; those of its bases hold as well."""
 
     def __init__(
         self,
@@ -162,6 +165,7 @@ class AlignmentModule(LightningModule):
         self.save_hyperparameters()
         self.hparams["seed"] = seed
         self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # without code in them
+        check_ranges(type(self), self.hparams)
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
         trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(

@@ -2,36 +2,41 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.adaptive_preference import (
-    beta_dpo_beta,
-    beta_dpo_pair_weights,
-    beta_dpo_statistics,
-    ld_dpo_token_weights,
-    log_collision_probability,
-    mixed_reference,
-    wpo_weights,
-)
 from rlhf_lightning.functional.logprobs import token_logprobs
-from rlhf_lightning.functional.preference import dpo_loss
+from rlhf_lightning.functional.preference import wpo_weights
+from rlhf_lightning.modules import BetaDPOModule
+from rlhf_lightning.training.module import as_loss
 
+from .pair_losses import certain_pairs, unloaded
 from .worked import Worked, check, each, normal, property_test, right_padded_mask
 
 MARGIN = [0.7, -0.6, 0.9]
 
 
 def wpo_of_two_tokens(t):
-    logits = t([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]]).log()
-    logprobs = token_logprobs(logits, torch.tensor([[0, 1]]))
-    return wpo_weights(logprobs, log_collision_probability(logits), torch.ones(1, 2, dtype=torch.bool))
+    p = t([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]])
+    logprobs = token_logprobs(p.log(), torch.tensor([[0, 1]]))
+    return wpo_weights(logprobs, p.square().sum(-1).log(), torch.ones(1, 2, dtype=torch.bool))
+
+
+def beta_dpo(margin, mean=0.0, std=0.0, **settings):
+    """A fresh module, its moving values set, and the loss of one training step."""
+    module = BetaDPOModule(init_from="nowhere", beta=0.1, alpha=0.6, **settings)
+    module.margin_mean, module.margin_std = mean, std
+    with torch.enable_grad():
+        return module, as_loss(module.preference_loss(certain_pairs(margin, torch.zeros_like(margin))))
+
+
+def followed(t):
+    """Beta and loss where the moving mean stays at 0.2."""
+    return beta_dpo(t(MARGIN), 0.2, keep=1.0, momentum=1.0)[1]
 
 
 WORKED = [
     Worked("wpo weight", wpo_of_two_tokens, [0.92634959]),
-    Worked("beta-dpo beta", lambda t: beta_dpo_beta(t(MARGIN), t(0.2), 0.1, 0.6), 0.108),
-    Worked(
-        "beta-dpo loss", lambda t: dpo_loss(t(MARGIN), beta_dpo_beta(t(MARGIN), t(0.2), 0.1, 0.6)).mean(), 0.67595370
-    ),
-    Worked("tr-dpo soft update", lambda t: mixed_reference(t([1, 2]), t([3, 7]), 0.6), [2.2, 5.0]),
+    Worked("beta-dpo beta", lambda t: followed(t).metrics["step_beta"][0], 0.108),
+    Worked("beta-dpo loss", lambda t: followed(t).values.mean(), 0.67595370),
+    Worked("tr-dpo soft update", lambda t: torch.lerp(t([1, 2]), t([3, 7]), 0.6), [2.2, 5.0]),
 ]
 
 
@@ -43,10 +48,11 @@ def test_worked_number(case, dtype):
 @property_test
 @given(seed=st.integers(0, 2**31))
 def test_collision_probability_is_the_expected_probability_of_a_sample(seed):
-    logits = normal(seed, 2, 5)
-    p = logits.softmax(-1)
-    torch.testing.assert_close(log_collision_probability(logits).exp(), (p * p).sum(-1))
-    torch.testing.assert_close(log_collision_probability(logits, 2.0).exp(), ((logits / 2).softmax(-1) ** 2).sum(-1))
+    logits = normal(seed, 2, 5).requires_grad_()
+    found = unloaded("WPOModule").token_statistics(logits, None, torch.zeros(2, dtype=torch.long))["log_collisions"]
+    p = logits.detach().softmax(-1)
+    torch.testing.assert_close(found.exp(), (p * p).sum(-1))
+    assert not found.requires_grad
 
 
 def test_wpo_ignores_padding_and_passes_no_gradient():
@@ -55,6 +61,18 @@ def test_wpo_ignores_padding_and_passes_no_gradient():
     weights = wpo_weights(logprobs, torch.tensor([[-0.5, -0.5, 7.0]]), mask)
     torch.testing.assert_close(weights, torch.tensor([-1.0]).exp())
     assert not weights.requires_grad
+
+
+def ld_dpo_token_weights(chosen, rejected, alpha):
+    """How much each token's log-ratio counts: the gradient of the reward by it, divided by beta."""
+    grids = [torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True) for mask in (chosen, rejected)]
+    module, ones = unloaded("LDDPOModule", beta=1.0, alpha=alpha), torch.ones(len(chosen), dtype=torch.float64)
+    given = certain_pairs(ones, ones)._replace(
+        policy_chosen_logprobs=grids[0], policy_rejected_logprobs=grids[1],
+        reference_chosen_logprobs=grids[0].detach(), reference_rejected_logprobs=grids[1].detach(),
+        chosen_mask=chosen, rejected_mask=rejected,
+    )  # fmt: skip
+    return torch.autograd.grad(torch.stack(module.implicit_reward(given)).sum(), grids)
 
 
 def test_ld_dpo_discounts_what_only_the_longer_completion_has():
@@ -70,26 +88,27 @@ def test_ld_dpo_discounts_what_only_the_longer_completion_has():
 def test_ld_dpo_with_alpha_one_is_dpo(seed):
     chosen, rejected = right_padded_mask(seed, 3, 5), right_padded_mask(seed + 1, 3, 5)
     for weights, mask in zip(ld_dpo_token_weights(chosen, rejected, 1.0), (chosen, rejected), strict=True):
-        assert torch.equal(weights, mask.float())
+        assert torch.equal(weights, mask.double())
 
 
 def test_beta_dpo_statistics_move_a_tenth_of_the_way_from_zero():
-    margin, zero = torch.tensor([1.0, 3.0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    mean, std = beta_dpo_statistics(margin, zero, zero)
-    torch.testing.assert_close((mean.item(), std.item()), (0.2, 0.1 * 2**0.5))
-    mean, std = beta_dpo_statistics(margin, mean, std)
-    torch.testing.assert_close((mean.item(), std.item()), (0.38, 0.19 * 2**0.5))
+    margin = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    module, _ = beta_dpo(margin, keep=1.0)
+    torch.testing.assert_close((module.margin_mean, module.margin_std), (0.2, 0.1 * 2**0.5))
+    module, _ = beta_dpo(margin, module.margin_mean, module.margin_std, keep=1.0)
+    torch.testing.assert_close((module.margin_mean, module.margin_std), (0.38, 0.19 * 2**0.5))
 
 
 def test_beta_dpo_keeps_typical_pairs_and_never_lets_beta_vanish():
-    weights = beta_dpo_pair_weights(torch.tensor([0.2, 1.2, -1.8]), torch.tensor(0.2), torch.tensor(0.5))
-    torch.testing.assert_close(weights, torch.tensor([0.0, -2.0, -8.0]).exp())
-    assert beta_dpo_beta(torch.tensor([-50.0]), torch.tensor(0.0)).item() == torch.tensor(1e-3).item()
-    margin = torch.tensor([0.3], requires_grad=True)
-    assert not beta_dpo_beta(margin, torch.tensor(0.0)).requires_grad
-
-
-def test_mixed_reference_leaves_the_policy_without_gradient():
-    policy = torch.tensor([1.0], requires_grad=True)
-    assert not mixed_reference(torch.tensor([0.0]), policy).requires_grad
-    assert mixed_reference(torch.tensor([0.0]), policy, 1.0).item() == 1.0
+    """The pair at 4 deviations has a weight of e^-8, beside ones of e^0 and e^-2: it is left out."""
+    margin = torch.tensor([0.2, 1.2, -1.8], dtype=torch.float64)
+    left_out = []
+    for seed in range(300):
+        _, loss = beta_dpo(margin, 0.2, 0.5, keep=0.34, momentum=1.0, seed=seed)
+        left_out.append((loss.values == 0).tolist())
+    kept = 1 - torch.tensor(left_out).double().mean(0)
+    torch.testing.assert_close(kept, torch.tensor([0.0, -2.0, -8.0]).double().softmax(-1), atol=0.06, rtol=0)
+    _, loss = beta_dpo(torch.tensor([-50.0, -50.0]), keep=1.0, momentum=1.0)
+    assert loss.metrics["step_beta"].tolist() == torch.tensor([1e-3, 1e-3]).tolist()
+    _, loss = beta_dpo(torch.tensor([0.3, 0.1], requires_grad=True), keep=1.0)
+    assert loss.values.requires_grad and not loss.metrics["step_beta"].requires_grad

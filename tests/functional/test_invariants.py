@@ -65,21 +65,23 @@ def unloaded(kind: type, **settings: Any) -> Any:
     return module
 
 
+def changed(parts: Any, change: Any, least: int) -> Any:
+    """The same tuple with every tensor of so many dimensions changed, slots among them."""
+
+    def of(named: Any) -> dict[str, Tensor]:
+        return {n: change(p) for n, p in named.items() if isinstance(p, Tensor) and p.dim() >= least}
+
+    return parts._replace(**of(parts._asdict()), extras={**parts.extras, **of(parts.extras)})
+
+
 def padded(parts: Any, left: int, right: int) -> Any:
     """The same tuple with further cells beside its grids: no token is in them."""
-    grids = {n: p for n, p in parts._asdict().items() if isinstance(p, Tensor) and p.dim() == 2}
-    wide: dict[str, Any] = {name: F.pad(grid, (left, right)) for name, grid in grids.items()}
-    if getattr(parts, "extras", {}):
-        wide["extras"] = {name: F.pad(grid, (left, right)) for name, grid in parts.extras.items()}
-    return parts._replace(**wide)
+    return changed(parts, lambda grid: F.pad(grid, (left, right)), 2)
 
 
 def rows(parts: Any, chosen: slice | Tensor) -> Any:
     """Some rows of a tuple of tensors."""
-    tensors: dict[str, Any] = {n: p[chosen] for n, p in parts._asdict().items() if isinstance(p, Tensor) and p.dim()}
-    if getattr(parts, "extras", {}):
-        tensors["extras"] = {name: part[chosen] for name, part in parts.extras.items()}
-    return parts._replace(**tensors)
+    return changed(parts, lambda part: part[chosen], 1)
 
 
 def grid(seed: int, mask: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def pairs(seed: int, kind: type, count: int = 4, length: int = 5) -> PreferenceL
         target.double(),
         torch.zeros(count, dtype=torch.float64),
         torch.ones(count, dtype=torch.float64),
-        extras={f"{side}_log_collisions": part for side, part in zip(("chosen", "rejected"), collisions, strict=True)},
+        {"chosen_log_collisions": collisions[0], "rejected_log_collisions": collisions[1]},
     )
 
 
@@ -292,23 +294,13 @@ def test_at_ratio_one_every_objective_has_reinforces_gradient(kind: type, seed: 
 # -- 5: exchanging the completions ------------------------------------------------------------------------------------
 
 
-def exchanged(given: PreferenceLogprobs) -> PreferenceLogprobs:
-    pairs = ((name, name.replace("chosen", "rejected")) for name in given._fields if "chosen" in name)
-    sides = {name: other for name, other in pairs if other in given._fields}
-    both = {**sides, **{second: first for first, second in sides.items()}}
-    changes: dict[str, Any] = {name: getattr(given, other) for name, other in both.items()}
-    other_side = {"chosen": "rejected", "rejected": "chosen"}
-    extras = {f"{other_side[name.split('_')[0]]}_{name.split('_', 1)[1]}": x for name, x in given.extras.items()}
-    return given._replace(target=1 - given.target, extras=extras, **changes)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in PAIRED if kind.weighs_rows], ids=lambda kind: kind.__name__)
 @property_test
 @given(seed=seeds)
 def test_exchanged_completions_with_the_opposite_label_lose_the_same(kind: type, seed: int):
     given = pairs(seed, kind)
-    torch.testing.assert_close(exchanged(given).margin, -given.margin)
-    torch.testing.assert_close(of_pairs(kind, exchanged(given)), of_pairs(kind, given))
+    torch.testing.assert_close(given.swapped().margin, -given.margin)
+    torch.testing.assert_close(of_pairs(kind, given.swapped()), of_pairs(kind, given))
 
 
 @pytest.mark.parametrize("kind", [RewardModule, PlackettLuceModule])

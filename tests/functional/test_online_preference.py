@@ -1,11 +1,14 @@
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits, xpo_loss
+from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits
+from rlhf_lightning.training.module import as_loss
 
+from .pair_losses import certain_pairs, unloaded
 from .worked import gradient, normal, property_test
 
 
@@ -21,13 +24,23 @@ def test_a_group_of_unscorable_samples_makes_no_pair():
     assert len(chosen) == len(rejected) == 0
 
 
+def xpo(margin, explored, target=1.0):
+    """XPO's loss where the reference wrote the chosen side, whose log-ratio is the margin."""
+    module = unloaded("XPOModule", scorer="nothing", max_new_tokens=4, beta=0.1, alpha=1e-3)
+    by = torch.ones(1, dtype=torch.bool)
+    given = certain_pairs(
+        explored, torch.zeros_like(margin), reference_chosen=explored - margin, chosen_by_reference=by,
+        rejected_by_reference=~by,
+    )  # fmt: skip
+    return as_loss(module.preference_loss(given._replace(target=torch.full_like(margin, target)))).values
+
+
 def test_xpo_adds_its_bonus_to_dpo():
     margin, explored = torch.zeros(1, dtype=torch.float64), torch.tensor([-30.0], dtype=torch.float64)
-    torch.testing.assert_close(xpo_loss(margin, explored, 0.1, 1e-3).item(), math.log(2) - 0.03)
-    (slope,) = gradient(lambda s: xpo_loss(margin, s, 0.1, 1e-3), explored)
-    assert slope.item() == 1e-3
-    soft, even = torch.full_like(margin, 0.3), torch.full_like(margin, 5.0)
-    (pull,) = gradient(lambda m: xpo_loss(m, explored, 0.1, 1e-3, soft), even)
+    torch.testing.assert_close(xpo(margin, explored).item(), math.log(2) - 0.03)
+    (slope,) = gradient(lambda s: xpo(margin, s), explored)
+    assert slope.item() == pytest.approx(1e-3, rel=1e-9)
+    (pull,) = gradient(lambda m: xpo(m, explored, 0.3), torch.full_like(margin, 5.0))
     torch.testing.assert_close(pull.item(), 0.1 * (1 / (1 + math.exp(-0.5)) - 0.3))
 
 

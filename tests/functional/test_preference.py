@@ -5,27 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.preference import (
-    alpha_dpo_loss,
-    aot_loss,
-    aot_unpaired_loss,
-    apo_down_loss,
-    apo_zero_loss,
-    bco_pair_loss,
-    discopop_loss,
-    dpo_loss,
-    exo_pair_loss,
-    forward_kl_dpo_loss,
-    hinge_loss,
-    ipo_loss,
-    jensen_shannon_dpo_loss,
-    length_normalized_dpo_loss,
-    nca_pair_loss,
-    robust_dpo_loss,
-    rpo_loss,
-    sppo_hard_loss,
-)
+from rlhf_lightning.functional.preference import dpo_loss
 
+from .pair_losses import certain_pairs, loss_of, of_margin, unloaded
 from .worked import Worked, check, each, gradient, normal, property_test
 
 POLICY_CHOSEN, POLICY_REJECTED = [-10, -13, -7], [-11, -12.6, -7.6]
@@ -55,28 +37,59 @@ def mean_length():
     return CHOSEN_LENGTHS.double().mean().expand(3)
 
 
-ONES = torch.ones(4, dtype=torch.long)
+AVERAGED = {"chosen_lengths": torch.full((4,), 3), "rejected_lengths": torch.full((4,), 2)}
+
+
+def sums(name, **settings):
+    """The loss of chosen and rejected log-ratios at beta 0.1."""
+    return loss_of(name, beta=BETA, **settings)
+
+
+def averages(name):
+    """The same for completions of 3 and of 2 tokens."""
+    return lambda c, r: sums(name)(c, r, **AVERAGED)
+
+
+def aot_of_margins(policy_margin, reference_margin, beta=BETA):
+    nothing = torch.zeros_like(policy_margin)
+    return loss_of("AOTModule", beta=beta)(policy_margin, nothing, reference_chosen=reference_margin)
+
+
+def bco(chosen, rejected, delta=None):
+    """With a shift of its own in place of the step's mean."""
+    shift = torch.zeros_like(chosen) if delta is None else delta.expand(len(chosen))
+    return unloaded("BCOPairModule", beta=BETA).pair_loss(certain_pairs(chosen, rejected, delta=shift))
+
+
+def rpo(margin, sequence_logprobs, mean_length, alpha=1.0):
+    """The reference is moved so that the margin is the given one."""
+    of_pairs = loss_of("RPOModule", beta=BETA, alpha=alpha)
+    return of_pairs(
+        sequence_logprobs, torch.zeros_like(margin), mean_length, reference_chosen=sequence_logprobs - margin
+    )
+
+
 OF_LOG_RATIOS = {
     # name: (loss of chosen and rejected log-ratios at beta 0.1, its value at policy = reference)
-    "dpo": (lambda c, r: dpo_loss(c - r, BETA), math.log(2)),
+    "dpo": (sums("DPOModule"), math.log(2)),
     "cdpo": (lambda c, r: dpo_loss(c - r, BETA, torch.full_like(c, 0.9)), math.log(2)),
-    "robust": (lambda c, r: robust_dpo_loss(c - r, BETA), math.log(2)),
-    "ipo": (lambda c, r: ipo_loss(c, r, BETA), 1 / (4 * BETA**2)),
-    "ipo averaged": (lambda c, r: ipo_loss(c, r, BETA, 3 * ONES, 2 * ONES), 1 / (4 * BETA**2)),
-    "length-normalised": (lambda c, r: length_normalized_dpo_loss(c, r, 3 * ONES, 2 * ONES, BETA), math.log(2)),
-    "hinge": (lambda c, r: hinge_loss(c - r, BETA), 1.0),
-    "exo": (lambda c, r: exo_pair_loss(c - r, BETA, 1e-3), 2.76123071),
-    "nca": (lambda c, r: nca_pair_loss(c, r, BETA), 2 * math.log(2)),
-    "bco": (lambda c, r: bco_pair_loss(c, r, BETA), 2 * math.log(2)),
-    "sppo": (lambda c, r: sppo_hard_loss(c, r, BETA), 1 / (2 * BETA**2)),
-    "aot": (lambda c, r: aot_loss(c - r, torch.zeros_like(c), BETA), math.log(2)),
-    "aot unpaired": (lambda c, r: aot_unpaired_loss(c, r, BETA), math.log(2)),
-    "apo zero": (lambda c, r: apo_zero_loss(c, r, BETA), 1.0),
-    "apo down": (lambda c, r: apo_down_loss(c, r, BETA), 1.0),
-    "discopop": (lambda c, r: discopop_loss(c - r, BETA), 0.84657359),
-    "forward kl": (lambda c, r: forward_kl_dpo_loss(c, r, BETA), math.log(2)),
-    "jensen-shannon": (lambda c, r: jensen_shannon_dpo_loss(c, r, BETA), math.log(2)),
-    "alpha": (lambda c, r: alpha_dpo_loss(c, r, BETA), math.log(2)),
+    "robust": (sums("RobustDPOModule"), math.log(2)),
+    "ipo": (sums("IPOModule", average=False), 1 / (4 * BETA**2)),
+    "ipo averaged": (averages("IPOModule"), 1 / (4 * BETA**2)),
+    "length-normalised": (averages("LengthNormalizedDPOModule"), math.log(2)),
+    "hinge": (sums("HingeModule"), 1.0),
+    "exo": (sums("EXOModule"), 2.76123071),
+    "nca": (sums("NCAModule"), 2 * math.log(2)),
+    "bco": (bco, 2 * math.log(2)),
+    "sppo": (sums("SPPOModule"), 1 / (2 * BETA**2)),
+    "aot": (lambda c, r: aot_of_margins(c - r, torch.zeros_like(c)), math.log(2)),
+    "aot unpaired": (sums("UnpairedAOTModule"), math.log(2)),
+    "apo zero": (sums("APOZeroModule"), 1.0),
+    "apo down": (sums("APODownModule"), 1.0),
+    "discopop": (sums("DiscoPOPModule"), 0.84657359),
+    "forward kl": (sums("ForwardKLDPOModule"), math.log(2)),
+    "jensen-shannon": (sums("JensenShannonDPOModule"), math.log(2)),
+    "alpha": (sums("AlphaDPOModule"), math.log(2)),
 }
 
 
@@ -92,42 +105,40 @@ WORKED = [
     Worked("rewards of rejected", lambda t: BETA * log_ratios(t)[1].mean(), -0.01),
     Worked("reward margin", lambda t: BETA * margin(t).mean(), 0.03333333),
     Worked("reward accuracy", lambda t: (margin(t) > 0).double().mean(), 0.66666667),
-    Worked("dpo", lambda t: dpo_loss(margin(t), BETA).mean(), 0.67717200),
+    Worked("dpo", lambda t: sums("DPOModule")(*log_ratios(t)).mean(), 0.67717200),
     Worked("cdpo", lambda t: dpo_loss(margin(t), BETA, t([0.9, 0.9, 0.9])).mean(), 0.68050534),
-    Worked("robust", lambda t: robust_dpo_loss(margin(t), BETA, 0.1).mean(), 0.67300534),
-    Worked("ipo averaged", lambda t: ipo_loss(*log_ratios(t), BETA, *lengths()).mean(), 24.45737245),
-    Worked("ipo with sums", lambda t: ipo_loss(*log_ratios(t), BETA).mean(), 22.22),
-    Worked("hinge", lambda t: hinge_loss(margin(t), BETA).mean(), 0.96666667),
-    Worked("exo", lambda t: exo_pair_loss(margin(t), BETA, 1e-3).mean(), 2.70440658),
-    Worked("nca", lambda t: nca_pair_loss(*log_ratios(t), BETA).mean(), 1.37833600),
-    Worked("bco without shift", lambda t: bco_pair_loss(*log_ratios(t), BETA).mean(), 1.37000266),
+    Worked("robust", lambda t: sums("RobustDPOModule", flip_rate=0.1)(*log_ratios(t)).mean(), 0.67300534),
+    Worked("ipo averaged", lambda t: sums("IPOModule")(*log_ratios(t), *lengths()).mean(), 24.45737245),
+    Worked("ipo with sums", lambda t: sums("IPOModule", average=False)(*log_ratios(t)).mean(), 22.22),
+    Worked("hinge", lambda t: sums("HingeModule")(*log_ratios(t)).mean(), 0.96666667),
+    Worked("exo", lambda t: sums("EXOModule", epsilon=1e-3)(*log_ratios(t)).mean(), 2.70440658),
+    Worked("nca", lambda t: sums("NCAModule")(*log_ratios(t)).mean(), 1.37833600),
+    Worked("bco without shift", lambda t: bco(*log_ratios(t)).mean(), 1.37000266),
     Worked(
         "bco with the mean implicit reward",
-        lambda t: bco_pair_loss(*log_ratios(t), BETA, BETA * torch.cat(log_ratios(t)).mean()).mean(),
+        lambda t: sums("BCOPairModule")(*log_ratios(t)).mean(),
         1.36999155,
     ),
     Worked("mean implicit reward", lambda t: BETA * torch.cat(log_ratios(t)).mean(), 0.00666667),
-    Worked("sppo", lambda t: sppo_hard_loss(*log_ratios(t), BETA).mean(), 46.96666667),
-    Worked("aot", lambda t: aot_loss(*margins(t), BETA).mean(), 0.67675547),
-    Worked("aot unpaired", lambda t: aot_unpaired_loss(*log_ratios(t), BETA).mean(), 0.67667216),
-    Worked("apo zero", lambda t: apo_zero_loss(*log_ratios(t), BETA).mean(), 0.99166840),
-    Worked("apo down", lambda t: apo_down_loss(*log_ratios(t), BETA).mean(), 0.99750468),
-    Worked("discopop", lambda t: discopop_loss(margin(t), BETA, 0.05).mean(), 0.85217624),
+    Worked("sppo", lambda t: sums("SPPOModule")(*log_ratios(t)).mean(), 46.96666667),
+    Worked("aot", lambda t: aot_of_margins(*margins(t)).mean(), 0.67675547),
+    Worked("aot unpaired", lambda t: sums("UnpairedAOTModule")(*log_ratios(t)).mean(), 0.67667216),
+    Worked("apo zero", lambda t: sums("APOZeroModule")(*log_ratios(t)).mean(), 0.99166840),
+    Worked("apo down", lambda t: sums("APODownModule")(*log_ratios(t)).mean(), 0.99750468),
+    Worked("discopop", lambda t: sums("DiscoPOPModule", temperature=0.05)(*log_ratios(t)).mean(), 0.85217624),
     Worked(
-        "length-normalised", lambda t: length_normalized_dpo_loss(*log_ratios(t), *lengths(), BETA).mean(), 0.69035431
+        "length-normalised", lambda t: sums("LengthNormalizedDPOModule")(*log_ratios(t), *lengths()).mean(), 0.69035431
     ),
     Worked(
         "length-normalised, beta 5",
-        lambda t: length_normalized_dpo_loss(*log_ratios(t), *lengths(), 5.0).mean(),
+        lambda t: loss_of("LengthNormalizedDPOModule")(*log_ratios(t), *lengths()).mean(),
         0.61715494,
     ),
-    Worked("forward kl", lambda t: forward_kl_dpo_loss(*log_ratios(t), BETA).mean(), 0.67646007),
-    Worked("jensen-shannon", lambda t: jensen_shannon_dpo_loss(*log_ratios(t), BETA).mean(), 0.68498004),
-    Worked("alpha 0.5", lambda t: alpha_dpo_loss(*log_ratios(t), BETA, 0.5).mean(), 0.67698129),
-    Worked(
-        "rpo per sequence", lambda t: rpo_loss(margin(t), t(POLICY_CHOSEN), CHOSEN_LENGTHS, BETA).mean(), 2.64939422
-    ),
-    Worked("rpo per token", lambda t: rpo_loss(margin(t), t(POLICY_CHOSEN), mean_length(), BETA).mean(), 2.67717200),
+    Worked("forward kl", lambda t: sums("ForwardKLDPOModule")(*log_ratios(t)).mean(), 0.67646007),
+    Worked("jensen-shannon", lambda t: sums("JensenShannonDPOModule")(*log_ratios(t)).mean(), 0.68498004),
+    Worked("alpha 0.5", lambda t: sums("AlphaDPOModule", alpha=0.5)(*log_ratios(t)).mean(), 0.67698129),
+    Worked("rpo per sequence", lambda t: rpo(margin(t), t(POLICY_CHOSEN), CHOSEN_LENGTHS).mean(), 2.64939422),
+    Worked("rpo per token", lambda t: rpo(margin(t), t(POLICY_CHOSEN), mean_length()).mean(), 2.67717200),
     *(
         Worked(f"{name} at the reference", at_reference(loss), expected)
         for name, (loss, expected) in OF_LOG_RATIOS.items()
@@ -141,7 +152,7 @@ def test_worked_number(case, dtype):
 
 
 def test_ipo_with_sums_is_the_papers_equation():
-    found = ipo_loss(*log_ratios(lambda x: torch.tensor(x, dtype=torch.float64)), BETA).mean()
+    found = sums("IPOModule", average=False)(*log_ratios(lambda x: torch.tensor(x, dtype=torch.float64))).mean()
     by_hand = ((0.7 - 5) ** 2 + (-0.6 - 5) ** 2 + (0.9 - 5) ** 2) / 3
     torch.testing.assert_close(found.item(), by_hand)
 
@@ -188,7 +199,8 @@ def test_a_pair_sees_itself_alone_unless_the_batch_is_coupled(name):
 @given(seed=st.integers(0, 2**31), flip_rate=st.floats(0, 0.45))
 def test_robust_dpo_averages_to_dpo_over_flipped_labels(seed, flip_rate):
     clean = 5 * normal(seed, 6)
-    kept, flipped = robust_dpo_loss(clean, BETA, flip_rate), robust_dpo_loss(-clean, BETA, flip_rate)
+    robust = of_margin("RobustDPOModule", beta=BETA, flip_rate=flip_rate)
+    kept, flipped = robust(clean), robust(-clean)
     torch.testing.assert_close((1 - flip_rate) * kept + flip_rate * flipped, dpo_loss(clean, BETA))
 
 
@@ -212,53 +224,50 @@ def test_dpo_gradient_is_beta_times_the_probability_of_error():
 @given(seed=st.integers(0, 2**31))
 def test_limits_of_the_alpha_divergence(seed):
     chosen, rejected = normal(seed, 5), normal(seed + 1, 5)
-    reverse = alpha_dpo_loss(chosen, rejected, BETA, alpha=1e-9)
+    reverse = sums("AlphaDPOModule", alpha=1e-9)(chosen, rejected)
     torch.testing.assert_close(reverse, dpo_loss(chosen - rejected, BETA))
     by_hand = dpo_loss((-rejected).exp() - (-chosen).exp(), BETA)
-    torch.testing.assert_close(forward_kl_dpo_loss(chosen, rejected, BETA), by_hand)
+    torch.testing.assert_close(sums("ForwardKLDPOModule")(chosen, rejected), by_hand)
+    torch.testing.assert_close(sums("AlphaDPOModule", alpha=1.0)(chosen, rejected), by_hand)
 
 
 def test_the_least_points_of_regression_losses():
     target = torch.tensor([1 / (2 * BETA)], dtype=torch.float64)
-    assert ipo_loss(target, torch.zeros_like(target), BETA).item() == 0
-    assert sppo_hard_loss(target, -target, BETA).item() == 0
-    assert hinge_loss(torch.tensor([10.0, 25.0]), BETA).tolist() == [0, 0]
+    assert sums("IPOModule", average=False)(target, torch.zeros_like(target)).item() == 0
+    assert sums("SPPOModule")(target, -target).item() == 0
+    assert of_margin("HingeModule", beta=BETA)(torch.tensor([10.0, 25.0])).tolist() == [0, 0]
     satisfied = torch.tensor([math.log(0.999 / 0.001) / BETA], dtype=torch.float64)
-    torch.testing.assert_close(exo_pair_loss(satisfied, BETA, 1e-3).item(), 0.0, atol=1e-12, rtol=0)
-    (slope,) = gradient(lambda m: exo_pair_loss(m, BETA, 1e-3), satisfied)
+    exo = of_margin("EXOModule", beta=BETA, epsilon=1e-3)
+    torch.testing.assert_close(exo(satisfied).item(), 0.0, atol=1e-12, rtol=0)
+    (slope,) = gradient(exo, satisfied)
     torch.testing.assert_close(slope.item(), 0.0, atol=1e-12, rtol=0)
 
 
 def test_aot_compares_quantiles():
     policy, reference = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 2.0])
-    torch.testing.assert_close(aot_loss(policy, reference, 1.0), dpo_loss(torch.tensor([1.0, 1.0]), 1.0))
+    torch.testing.assert_close(aot_of_margins(policy, reference, 1.0), dpo_loss(torch.tensor([1.0, 1.0]), 1.0))
 
 
 def test_discopop_blends_logistic_into_exponential():
-    torch.testing.assert_close(discopop_loss(torch.tensor([-40.0]), 0.1), dpo_loss(torch.tensor([-40.0]), 0.1))
-    torch.testing.assert_close(discopop_loss(torch.tensor([40.0]), 0.1), torch.tensor([math.exp(-4)]))
+    discopop = of_margin("DiscoPOPModule", beta=0.1)
+    torch.testing.assert_close(discopop(torch.tensor([-40.0])), dpo_loss(torch.tensor([-40.0]), 0.1))
+    torch.testing.assert_close(discopop(torch.tensor([40.0])), torch.tensor([math.exp(-4)]))
 
 
 def test_rpo_adds_the_likelihood_of_chosen_alone():
     margins, logprobs, lengths = torch.tensor([0.4]), torch.tensor([-6.0]), torch.tensor([4])
-    torch.testing.assert_close(
-        rpo_loss(margins, logprobs, lengths, BETA, 0.5) - dpo_loss(margins, BETA), torch.tensor([0.75])
-    )
-    (slope,) = gradient(lambda s: rpo_loss(margins, s, lengths, BETA, 0.5), logprobs)
-    assert slope.item() == -0.125
+    torch.testing.assert_close(rpo(margins, logprobs, lengths, 0.5) - dpo_loss(margins, BETA), torch.tensor([0.75]))
+    (slope,) = gradient(lambda s: rpo(margins, s, lengths, 0.5), logprobs)
+    assert slope.item() == pytest.approx(-0.125, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("call", "sentence"),
+    ("margin", "target", "sentence"),
     [
-        (lambda: robust_dpo_loss(torch.zeros(2), BETA, 0.5), "flip_rate must be at least 0 and below 0.5, found 0.5"),
-        (lambda: exo_pair_loss(torch.zeros(2), BETA, 0.0), "epsilon must be between 0 and 1"),
-        (lambda: alpha_dpo_loss(torch.zeros(2), torch.zeros(2), BETA, 0.0), "alpha must be positive, found 0.0"),
-        (lambda: dpo_loss(torch.zeros(2, 3), BETA), r"\(pairs\).*margin \(2, 3\)"),
-        (lambda: dpo_loss(torch.zeros(2), BETA, torch.ones(3)), r"margin \(2,\), target \(3,\)"),
-        (lambda: ipo_loss(torch.zeros(2), torch.zeros(3), BETA), r"chosen_logratio \(2,\), rejected_logratio \(3,\)"),
+        (torch.zeros(2, 3), None, r"\(pairs\).*margin \(2, 3\)"),
+        (torch.zeros(2), torch.ones(3), r"margin \(2,\), target \(3,\)"),
     ],
 )
-def test_bad_input_is_refused_in_one_sentence(call, sentence):
+def test_bad_input_is_refused_in_one_sentence(margin, target, sentence):
     with pytest.raises(ValueError, match=sentence):
-        call()
+        dpo_loss(margin, BETA, target)

@@ -57,8 +57,9 @@ def test_before_any_update_the_loss_is_log_2_exactly(policy_folder: str, lora: L
     fit(DPOModule(init_from=policy_folder, lora=lora), [preference_step(PAIRS, 2)], callbacks=[logged])
     first = logged.rows[0]
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
-    for name in ("chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy"):
+    for name in ("chosen_reward", "rejected_reward", "reward_margin"):
         assert first[f"train/{name}"] == 0.0
+    assert first["train/reward_accuracy"] == 0.5  # ties count half
 
 
 def test_held_out_metrics_are_those_of_the_formula(trained: tuple[DPOModule, Any, Any]) -> None:
@@ -169,9 +170,9 @@ class OffsetDPOModule(DPOModule):
         super().__init__(**kwargs)
         self.offset = offset
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor:
         """Return one loss per pair, shape (pairs,)."""
-        return -F.logsigmoid(self.beta * logprobs.margin - self.offset)
+        return -F.logsigmoid(self.beta * pair.margin - self.offset)
 
 
 def test_the_objective_of_twenty_lines_trains(policy_folder: str) -> None:
@@ -188,7 +189,7 @@ class ReferenceFreeModule(DPOModule):
 
     needs_reference = False
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Loss:
+    def pair_loss(self, logprobs: PreferenceLogprobs) -> Loss:
         assert logprobs.reference_chosen_logprobs is None and logprobs.reference_rejected_logprobs is None
         gap = (
             logprobs.chosen_logratio / logprobs.chosen_lengths - logprobs.rejected_logratio / logprobs.rejected_lengths

@@ -24,12 +24,12 @@ from training.test_module_checkpoints import Snapshot
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import modules
-from rlhf_lightning.functional.preference import ipo_loss
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules import OnlineDPOModule
 from rlhf_lightning.modules.online_opponents import OPPONENTS
 from rlhf_lightning.sampling.engines import Mixture, sample
 from rlhf_lightning.tokenization.facts import Facts
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import PreferenceLogprobs, PromptBatch, Rollout, Sequences, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]
@@ -93,13 +93,17 @@ def logprobs_of(by_reference: bool = False) -> PreferenceLogprobs:
     """Margin 0.7, policy's sums -10 (chosen) and -11 (rejected), labelled 0.8."""
     columns = [torch.tensor([[value]], dtype=torch.float64) for value in (-10.0, -11.0, -10.5, -10.8)]
     mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
-    return PreferenceLogprobs(*columns, mask, mask, 0.8 * one, 0 * one, one, torch.tensor([by_reference]))
+    by = torch.tensor([by_reference])
+    slots = {"chosen_by_reference": by, "rejected_by_reference": ~by}
+    return PreferenceLogprobs(*columns, mask, mask, 0.8 * one, 0 * one, one, slots)
 
 
 def test_worked_losses() -> None:
     """-0.8 log sigmoid(0.07) - 0.2 log sigmoid(-0.07), and XPO's bonus on the side that the reference wrote."""
     expected = 0.67275956
-    assert float(made("OnlineDPOModule").preference_loss(logprobs_of())) == pytest.approx(expected, abs=1e-8)
+    assert float(as_loss(made("OnlineDPOModule").preference_loss(logprobs_of())).values) == pytest.approx(
+        expected, abs=1e-8
+    )
     xpo = made("XPOModule", alpha=0.01)
     assert float(xpo.preference_loss(logprobs_of(False)).values) == pytest.approx(expected - 0.11, abs=1e-8)
     assert float(xpo.preference_loss(logprobs_of(True)).values) == pytest.approx(expected - 0.10, abs=1e-8)
@@ -107,7 +111,7 @@ def test_worked_losses() -> None:
 
 def test_xpo_without_its_bonus_is_online_dpo_and_nash_md_pays_by_its_chance() -> None:
     plain = made("XPOModule", alpha=0.0).preference_loss(logprobs_of()).values
-    torch.testing.assert_close(plain, made("OnlineDPOModule").preference_loss(logprobs_of()))
+    torch.testing.assert_close(plain, made("OnlineDPOModule").preference_loss(logprobs_of()).values)
     module = made("NashMDModule", kl_coef=0.1)
     rollout = rollout_of([2.0, math.nan], [0, 1])._replace(baseline_scores=torch.tensor([0.5, 0.5]).double())
     rollout = rollout._replace(reference_logprobs=rollout.old_logprobs - 0.2)
@@ -231,8 +235,8 @@ def test_an_unfinished_completion_is_penalised(policy_folder: str, monkeypatch: 
 class OnlineIPOModule(OnlineDPOModule):
     """IPO on the policy's own samples."""
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
-        return ipo_loss(logprobs.chosen_logratio, logprobs.rejected_logratio, self.beta)
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor:
+        return (pair.margin - 1 / (2 * self.beta)) ** 2
 
 
 def test_an_objective_of_one_s_own(policy_folder: str) -> None:
@@ -240,7 +244,8 @@ def test_an_objective_of_one_s_own(policy_folder: str) -> None:
     module = OnlineIPOModule(init_from=policy_folder, scorer=low_words, max_new_tokens=6, beta=0.5)
     fit(module, [questions()], callbacks=[logged])
     assert logged.rows[0]["train/loss"] == pytest.approx(1.0, abs=1e-5)  # 1 / (4 beta^2) at the reference
-    assert module.target_policy(None) is None and module.value_at_reference is None  # type: ignore[arg-type]
+    assert module.target_policy(None) is None  # type: ignore[arg-type]
+    assert module.value_at_reference == pytest.approx(1.0)
 
 
 def test_validation_samples_from_the_policy_alone(policy_folder: str) -> None:

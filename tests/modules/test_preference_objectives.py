@@ -1,16 +1,18 @@
 """Every objective on pairs, through its module: worked batch means, value at the reference, labels, gradients."""
 
+import inspect
 import math
 from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from torch import Tensor
 
 from rlhf_lightning import modules
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.types import PreferenceLogprobs
+from rlhf_lightning.types import Loss, PreferenceLogprobs
 
 S_CHOSEN, S_REJECTED = [-10.0, -13.0, -7.0], [-11.0, -12.6, -7.6]
 R_CHOSEN, R_REJECTED = [-10.5, -12.8, -7.4], [-10.8, -13.0, -7.1]
@@ -80,17 +82,6 @@ def values(module: DPOModule, logprobs: PreferenceLogprobs) -> Tensor:
     return as_loss(module.preference_loss(logprobs)).values
 
 
-def swapped(parts: PreferenceLogprobs) -> PreferenceLogprobs:
-    return parts._replace(
-        policy_chosen_logprobs=parts.policy_rejected_logprobs,
-        policy_rejected_logprobs=parts.policy_chosen_logprobs,
-        reference_chosen_logprobs=parts.reference_rejected_logprobs,
-        reference_rejected_logprobs=parts.reference_chosen_logprobs,
-        chosen_mask=parts.rejected_mask,
-        rejected_mask=parts.chosen_mask,
-    )
-
-
 @pytest.mark.parametrize(("name", "settings", "mean"), WORKED)
 def test_worked_batch_means(name: str, settings: dict[str, Any], mean: float) -> None:
     losses = values(unloaded(name, **settings), fixture())
@@ -130,6 +121,12 @@ def test_value_where_the_policy_is_the_reference(name: str) -> None:
     )
     expected = torch.full((3,), AT_REFERENCE[name], dtype=torch.float64)
     torch.testing.assert_close(values(unloaded(name), parts), expected, rtol=1e-8, atol=0)
+    assert unloaded(name).value_at_reference == pytest.approx(AT_REFERENCE[name], rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["RPOModule", "WPOModule", "SimPOModule", "ORPOModule", "CPOModule"])
+def test_no_value_is_stated_where_it_depends_on_the_pair(name: str) -> None:
+    assert unloaded(name).value_at_reference is None
 
 
 SORTED = {"AOTModule", "UnpairedAOTModule"}
@@ -140,7 +137,9 @@ NAMES = sorted({name for name, _, _ in WORKED} | {"CPOModule", "LDDPOModule"})
 def test_a_soft_label_is_the_expectation_over_both_orders(name: str) -> None:
     module, parts = unloaded(name), fixture()
     half = values(module, parts._replace(target=torch.full((3,), 0.3, dtype=torch.float64)))
-    torch.testing.assert_close(half, 0.3 * values(module, parts) + 0.7 * values(module, swapped(parts)))
+    torch.testing.assert_close(
+        half, 0.3 * values(module, parts) + 0.7 * values(module, parts.swapped()._replace(target=parts.target))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,16 +230,90 @@ def test_beta_dpo_drops_pairs_and_measures_without_moving() -> None:
     torch.testing.assert_close(values(again, fixture()), losses)
 
 
+class OnlyOneOrder(DPOModule):
+    """Its loss of the swapped pair is infinite, and so is its slope."""
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Loss:
+        loss = -torch.log(pair.margin.clamp_min(0.0))
+        return Loss(loss, {"right": (pair.margin > 0).double()})
+
+
+def test_a_side_without_weight_may_be_infinite() -> None:
+    """0 * inf is NaN, in the loss and in its gradient: the side must not be computed, or with other values."""
+    module = OnlyOneOrder(init_from="nowhere")
+    margin = torch.tensor([0.5, -0.25, 2.0], dtype=torch.float64)
+    for target in ([1.0, 0.0, 1.0], [1.0, 1.0, 1.0]):
+        leaf = torch.zeros(3, 1, dtype=torch.float64, requires_grad=True)
+        wanted = torch.tensor([0.5, 0.25, 2.0] if 0.0 in target else [0.5, 0.5, 2.0], dtype=torch.float64)
+        given = margin if 0.0 in target else wanted
+        zeros, mask = torch.zeros(3, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.bool)
+        pairs = PreferenceLogprobs(
+            leaf + given[:, None], zeros, zeros, zeros, mask, mask, torch.tensor(target, dtype=torch.float64),
+            zeros[:, 0], torch.ones(3, dtype=torch.float64),
+        )  # fmt: skip
+        loss = as_loss(module.preference_loss(pairs))
+        torch.testing.assert_close(loss.values, -wanted.log())
+        assert loss.metrics["right"].tolist() == [1.0, 1.0, 1.0]
+        (slope,) = torch.autograd.grad(loss.values.sum(), leaf)
+        torch.testing.assert_close(slope[:, 0], -1 / given)
+
+
+def test_metrics_of_a_soft_label_are_mixed_like_its_loss() -> None:
+    module, parts = unloaded("RPOModule"), fixture()
+    soft = as_loss(module.preference_loss(parts._replace(target=torch.full((3,), 0.3, dtype=torch.float64)))).metrics
+    nll = [
+        -side.sum(-1) / n.sum(-1) for side, n in zip(parts[:2], (parts.chosen_mask, parts.rejected_mask), strict=True)
+    ]
+    torch.testing.assert_close(soft["nll_loss"], 0.3 * nll[0] + 0.7 * nll[1])
+
+
+def test_swapped_pairs_exchange_all_that_belongs_to_a_side() -> None:
+    parts = fixture()._replace(
+        target=torch.full((3,), 0.8), extras={"chosen_kl": S_CHOSEN, "rejected_kl": S_REJECTED, "worth": [1]}
+    )
+    other = parts.swapped()
+    assert other.extras == {"chosen_kl": S_REJECTED, "rejected_kl": S_CHOSEN, "worth": [1]}
+    torch.testing.assert_close(other.target, torch.full((3,), 0.2))
+    torch.testing.assert_close(other.margin, -parts.margin)
+    assert other.chosen_mask is parts.rejected_mask and other.weights is parts.weights
+    back = other.swapped()
+    assert all(
+        getattr(back, name) is getattr(parts, name) for name in parts._fields if name not in ("target", "extras")
+    )
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "words"),
+    ("name", "settings", "interval"),
     [
-        ("RobustDPOModule", {"flip_rate": 0.5}, "flip_rate is 0.5"),
-        ("EXOModule", {"epsilon": 0.0}, "epsilon is 0.0"),
-        ("AlphaDPOModule", {"alpha": 0.0}, "its limit 0 is DPOModule"),
-        ("BetaDPOModule", {"keep": 0.0}, "keep is 0.0"),
-        ("TRDPOModule", {"reference_every": 0}, "reference_every is 0"),
+        ("DPOModule", {"beta": 0.0}, "(0, inf)"),
+        ("SimPOModule", {"beta": -2.0}, "(0, inf)"),
+        ("XPOModule", {"beta": math.nan, "scorer": "nothing", "max_new_tokens": 4}, "(0, inf)"),
+        ("DPOModule", {"label_smoothing": 0.5}, "[0, 0.5)"),
+        ("RobustDPOModule", {"flip_rate": 0.5}, "[0, 0.5)"),
+        ("EXOModule", {"epsilon": 0.0}, "(0, 0.5)"),
+        ("AlphaDPOModule", {"alpha": 0.0}, "(0, inf)"),
+        ("RPOModule", {"alpha": -1.0}, "[0, inf)"),
+        ("LDDPOModule", {"alpha": 1.5}, "[0, 1]"),
+        ("WPOModule", {"max_pair_weight": 0.0}, "(0, inf)"),
+        ("DiscoPOPModule", {"temperature": 0.0}, "(0, inf)"),
+        ("BetaDPOModule", {"keep": 0.0}, "(0, 1]"),
+        ("BetaDPOModule", {"momentum": 1.1}, "[0, 1]"),
+        ("TRDPOModule", {"reference_every": 0}, "[1, inf)"),
+        ("TRDPOModule", {"alpha": 0.0}, "(0, 1]"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(name: str, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_settings_outside_their_range_are_refused(name: str, settings: dict[str, Any], interval: str) -> None:
+    setting, value = next(iter(settings.items()))
+    with refused("setting-out-of-range", f"{setting} of {name} is {value}", f"it must lie in {interval}"):
         unloaded(name, **settings)
+
+
+def test_every_number_that_a_pair_objective_adds_has_a_range() -> None:
+    kinds = [kind for kind in vars(modules).values() if inspect.isclass(kind) and issubclass(kind, DPOModule)]
+    missing = []
+    for kind in kinds:
+        ranges = {name for base in kind.__mro__ for name in vars(base).get("ranges", {})} | {"learning_rate", "warmup"}
+        for name, parameter in inspect.signature(vars(kind).get("__init__", lambda self: None)).parameters.items():
+            if type(parameter.default) in (int, float) and name not in ranges:
+                missing.append(f"{kind.__name__}.{name}")
+    assert not missing

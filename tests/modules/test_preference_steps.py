@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from tiny_models import (
     EOS,
     FIRST_WORD,
@@ -117,7 +118,10 @@ def some_logprobs(pairs: int, width: int, seed: int) -> PreferenceLogprobs:
         return torch.rand(pairs, width, generator=generator)
 
     ones = torch.ones(pairs)
-    return PreferenceLogprobs(grid(), grid(), grid(), grid(), grid() > 0.5, grid() > 0.5, ones, ones * seed, ones)
+    slots = {"chosen_kl": grid(), "rejected_kl": grid(), "worth": torch.rand(pairs, generator=generator)}
+    return PreferenceLogprobs(
+        grid(), grid(), grid(), grid(), grid() > 0.5, grid() > 0.5, ones, ones * seed, ones, slots
+    )
 
 
 def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
@@ -143,9 +147,10 @@ def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(run, (0, 1))
     assert first.rows == (slice(0, 3), slice(3, 3)) and second.rows == (slice(3, 4), slice(4, 8))
-    for found, other in zip(first.logprobs[:-1], second.logprobs[:-1], strict=True):
-        assert (found is None) == (other is None)
-        assert found is None or torch.equal(found, other)
+    fields, others = ({**w.logprobs._asdict(), **w.logprobs.extras} for w in (first, second))
+    assert set(fields) == set(others) >= {"chosen_kl", "rejected_kl", "worth"}
+    for name in set(fields) - {"extras"}:
+        assert torch.equal(fields[name], others[name])
     assert first.logprobs.rated_margin.tolist() == [1, 1, 1, 3, 4, 4, 4, 4]
     assert first.logprobs.chosen_mask.shape == (8, 6)
     for rank, whole in enumerate((first, second)):
@@ -154,6 +159,8 @@ def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
             mine = whole.logprobs.policy_rejected_logprobs[rows]
             assert torch.equal(mine[:, :width], part.policy_rejected_logprobs) and not mine[:, width:].any()
             assert torch.equal(whole.logprobs.rejected_mask[rows, :width], part.rejected_mask)
+            assert torch.equal(whole.logprobs.extras["chosen_kl"][rows, :width], part.extras["chosen_kl"])
+            assert torch.equal(whole.logprobs.extras["worth"][rows], part.extras["worth"])
 
 
 # -- labels and weights -----------------------------------------------------------------------------------------------
@@ -185,10 +192,43 @@ def test_metrics_are_those_of_the_weighted_pairs(policy_folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["AOTModule", "UnpairedAOTModule"])
 def test_sorted_losses_refuse_what_they_would_ignore(name: str, policy_folder: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} matches pairs by rank"):
+    with refused("pairs-without-weights", f"{name} matches pairs by rank"):
         fit(made(name, policy_folder), [preference_step(PAIRS, 3, weights=WEIGHTS)])
-    with pytest.raises(ValueError, match=f"{name} takes labels as certain"):
+    with refused("labels-are-certain", f"{name} takes labels as certain"):
         made(name, policy_folder, label_smoothing=0.1)
+
+
+OWN_REWARDS: dict[str, Any] = {
+    "DPOModule": lambda s, r, n: 0.1 * (s - r),
+    "IPOModule": lambda s, r, n: 0.1 * (s - r) / n,
+    "LengthNormalizedDPOModule": lambda s, r, n: 5.0 * (s - r) / n,
+    "ForwardKLDPOModule": lambda s, r, n: 0.1 * (1 - math.exp(r - s)),
+    "SimPOModule": lambda s, r, n: 2.0 * s / n,
+    "ReferenceFreeDPOModule": lambda s, r, n: 0.1 * s,
+    "ORPOModule": lambda s, r, n: s / n - math.log(1 - math.exp(s / n)),
+}
+"""Implicit reward of a completion of n tokens, from the log-probabilities of policy and reference."""
+
+
+@pytest.mark.parametrize("name", OWN_REWARDS)
+def test_rewards_margins_and_accuracies_are_the_objective_s_own(name: str, policy_folder: str) -> None:
+    free = not getattr(modules, name).needs_reference
+    module = moved(made(name, policy_folder))
+    found = evaluate(module, [preference_step(PAIRS, 3)])
+    with torch.no_grad():
+        given = moved(made("DPOModule", policy_folder)).preference_logprobs(preference_step(PAIRS).micro_batches[0])
+    rewards = []
+    for side in ("chosen", "rejected"):
+        policy, reference = (getattr(given, f"{who}_{side}_logprobs").sum(-1) for who in ("policy", "reference"))
+        lengths = getattr(given, f"{side}_lengths")
+        rows = zip(policy.tolist(), reference.tolist(), lengths.tolist(), strict=True)
+        rewards.append([OWN_REWARDS[name](*row) for row in rows])
+    margins = [chosen - rejected for chosen, rejected in zip(*rewards, strict=True)]
+    assert module.reference is None if free else module.reference is not None
+    assert found["val/chosen_reward"] == pytest.approx(sum(rewards[0]) / 7, rel=1e-6)
+    assert found["val/rejected_reward"] == pytest.approx(sum(rewards[1]) / 7, rel=1e-6)
+    assert found["val/reward_margin"] == pytest.approx(sum(margins) / 7, rel=1e-6)
+    assert found["val/reward_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 7)
 
 
 # -- references -------------------------------------------------------------------------------------------------------
@@ -207,7 +247,6 @@ def test_a_reference_is_loaded_where_it_is_needed_and_only_there(
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(dpo_file, "Reference", Watched)
-    monkeypatch.setattr(modules.adaptive_preference, "Reference", Watched)
     module = made(name, policy_folder)
     module.configure_model()
     assert len(asked) == (name not in free)

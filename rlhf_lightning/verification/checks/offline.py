@@ -290,25 +290,6 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
     return checks
 
 
-def swapped(given: PreferenceLogprobs) -> PreferenceLogprobs:
-    """Return the pairs with chosen and rejected exchanged."""
-    names = ("policy_{}_logprobs", "reference_{}_logprobs", "{}_mask")
-    changes: dict[str, Any] = {"extras": {_other_side(name): values for name, values in given.extras.items()}}
-    for name in names:
-        changes[name.format("chosen")] = getattr(given, name.format("rejected"))
-        changes[name.format("rejected")] = getattr(given, name.format("chosen"))
-    if given.chosen_by_reference is not None:
-        changes["chosen_by_reference"] = ~given.chosen_by_reference
-    return given._replace(**changes)
-
-
-def _other_side(name: str) -> str:
-    """Return the name of a slot with the sides exchanged."""
-    side, _, rest = name.partition("_")
-    other = {"chosen": "rejected", "rejected": "chosen"}.get(side)
-    return name if other is None else f"{other}_{rest}"
-
-
 def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     """A label's two orders, and which side is lifted where the policy has a pair badly wrong."""
     module, checks = subject.module, []
@@ -316,7 +297,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
         certain = torch.ones_like(given.target)
         soft = subject.values(subject.fresh(moved=True), given._replace(target=0.3 * certain))
         right = subject.values(subject.fresh(moved=True), given._replace(target=certain))
-        wrong = subject.values(subject.fresh(moved=True), swapped(given)._replace(target=certain))
+        wrong = subject.values(subject.fresh(moved=True), given.swapped()._replace(target=certain))
         apart = (soft - 0.3 * right - 0.7 * wrong).abs().max() / right.abs().max().clamp_min(1)
         checks.append(
             at_most(

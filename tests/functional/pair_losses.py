@@ -1,0 +1,51 @@
+"""The losses of pair objectives as functions of log-ratios or log-probabilities: no model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning import modules
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.types import PreferenceLogprobs
+
+
+@cache
+def unloaded(name: str, **settings: Any) -> Any:
+    """An objective that has no model."""
+    return getattr(modules, name)(init_from="nowhere", **settings)
+
+
+def certain_pairs(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    reference_chosen: Tensor | None = None,
+    reference_rejected: Tensor | None = None,
+    **extras: Tensor,
+) -> PreferenceLogprobs:
+    """Pairs whose sequence log-probabilities are these, all on the first token; one token each without lengths."""
+    lengths = [torch.ones_like(chosen) if n is None else n for n in (chosen_lengths, rejected_lengths)]
+    width = max(int(torch.cat(lengths).max().ceil()), 1)
+    masks = [torch.arange(width) < n.unsqueeze(-1) for n in lengths]
+    references = [torch.zeros_like(chosen) if r is None else r for r in (reference_chosen, reference_rejected)]
+    grids = [torch.nn.functional.pad(side.unsqueeze(-1), (0, width - 1)) for side in (chosen, rejected, *references)]
+    ones = torch.ones_like(chosen)
+    return PreferenceLogprobs(*grids, *masks, ones, 0 * ones, ones, extras)
+
+
+def loss_of(name: str, **settings: Any) -> Callable[..., Tensor]:
+    """The loss of certain pairs as a function of what `certain_pairs` takes."""
+    module = unloaded(name, **settings)
+    return lambda *given, **named: as_loss(module.preference_loss(certain_pairs(*given, **named))).values
+
+
+def of_margin(name: str, **settings: Any) -> Callable[[Tensor], Tensor]:
+    """The loss of certain pairs as a function of their margin."""
+    loss = loss_of(name, **settings)
+    return lambda margin: loss(margin, torch.zeros_like(margin))
