@@ -216,7 +216,8 @@ def test_rewards_margins_and_accuracies_are_the_objective_s_own(name: str, polic
     module = moved(made(name, policy_folder))
     found = evaluate(module, [preference_step(PAIRS, 3)])
     with torch.no_grad():
-        given = moved(made("DPOModule", policy_folder)).preference_logprobs(preference_step(PAIRS).micro_batches[0])
+        plain = moved(made("DPOModule", policy_folder, cache_reference=False))
+        given = plain.preference_logprobs(preference_step(PAIRS).micro_batches[0])
     rewards = []
     for side in ("chosen", "rejected"):
         policy, reference = (getattr(given, f"{who}_{side}_logprobs").sum(-1) for who in ("policy", "reference"))
