@@ -1,5 +1,6 @@
 """Objectives as users write them, in files of their own: each is trained, its gradient is an independent one's."""
 
+import ast
 import math
 import sys
 from pathlib import Path
@@ -219,3 +220,87 @@ def test_mean_and_variance_are_learned_from_pairs_and_scored_with_caution(reward
         deviation = math.exp(0.5 * careful.parts["log_variance"])
         assert careful.score == pytest.approx(plain_one.score - 2.0 * deviation, abs=1e-5)
         assert plain_one.parts == careful.parts
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def alphapo(now: list[Tensor], then: list[Tensor]) -> Tensor:
+    """Gupta et al., Eq. 4: r = beta (1 - pi^{-alpha / n}) / alpha; beta 2, gamma 0.5, alpha 0.3."""
+    won, lost = (2.0 * (1 - 1 / one.sum().exp() ** (0.3 / len(one))) / 0.3 for one in now)
+    return -torch.log(1 / (1 + torch.exp(-(won - lost - 0.5))))
+
+
+def chi_po(now: list[Tensor], then: list[Tensor]) -> Tensor:
+    """Huang et al., Algorithm 1: phi(z) = z + log z; beta 0.7, R 0.5, beyond which nothing is learned."""
+    ratios = [(one.sum() - other.sum()).exp() for one, other in zip(now, then, strict=True)]
+    won, lost = (0.7 * (z + z.log()) for z in ratios)
+    return -torch.log(1 / (1 + torch.exp(-(won - lost).clip(-1.0, 1.0))))
+
+
+def mpo(now: list[Tensor], then: list[Tensor], delta: Tensor) -> Tensor:
+    """Wang et al., Eq. 1 to 6: 0.5 DPO + 0.3 BCO + 2 NLL per token; beta 0.7."""
+    won, lost = (0.7 * (one - other).sum() for one, other in zip(now, then, strict=True))
+    dpo, good, bad = won - lost, won - delta, delta - lost
+    entropies = [torch.log1p(torch.exp(-x)) for x in (dpo, good, bad)]
+    return 0.5 * entropies[0] + 0.3 * (entropies[1] + entropies[2]) - 2.0 * now[0].mean()
+
+
+PAIRED: dict[str, tuple[Any, str, dict[str, float]]] = {
+    "alphapo": (alphapo, "AlphaPOModule", {"beta": 2.0, "gamma": 0.5, "alpha": 0.3}),
+    "chi_po": (chi_po, "ChiPOModule", {"beta": 0.7, "max_reward": 0.5}),
+    "mpo": (
+        mpo, "MPOModule",
+        {"beta": 0.7, "preference_weight": 0.5, "quality_weight": 0.3, "generation_weight": 2.0},
+    ),
+}  # fmt: skip
+"""Loss of (chosen, rejected) token log-probabilities of policy and reference, by file."""
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("file", PAIRED)
+def test_losses_of_pairs_have_the_gradient_of_their_papers(policy_folder: str, file: str, micro: int | None) -> None:
+    transcribed, name, settings = PAIRED[file]
+    kind, pairs, target = class_of(file, name), random_pairs(5, seed=5), [1.0, 0.75, 0.5, 0.0, 0.875]
+    found = gradients(kind, policy_folder, preference_step(pairs, micro, target), **settings)
+    model, reference = plain_model(policy_folder), plain_model(policy_folder).requires_grad_(False)
+    if kind.needs_reference:
+        move(model)
+    sides = []
+    for prompt, *completions in pairs:
+        both = [[distributions(one, prompt, c)[range(len(c)), c] for c in completions] for one in (model, reference)]
+        sides.append(both)
+    rewards = [0.7 * (now - then).sum() for both in sides for now, then in zip(*both, strict=True)]
+    further = [torch.stack(rewards).mean().detach()] if file == "mpo" else []
+    total = torch.zeros((), dtype=torch.float64)
+    for (now, then), p in zip(sides, target, strict=True):
+        agrees, disagrees = transcribed(now, then, *further), transcribed(now[::-1], then[::-1], *further)
+        total = total + (p * agrees + (1 - p) * disagrees) / len(pairs)
+    total.backward()
+    assert_gradients(found, model)
+    falls(kind, policy_folder, preference_step(pairs), **settings)
+
+
+def test_chi_po_clips_some_pairs_and_declares_its_optimum() -> None:
+    from rlhf_lightning.verification.contract import verify
+
+    found = verify(class_of("chi_po", "ChiPOModule"))
+    assert [check.name for check in found.checks if not check.held] == []
+    assert found.convergence is not None
+    assert found.convergence.source == "declared" and found.convergence.distance < 1e-3
+
+
+@pytest.mark.parametrize("file", PAIRED)
+def test_users_write_little_and_use_public_names_alone(file: str) -> None:
+    tree = ast.parse((USERS / f"{file}.py").read_text())
+    names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    names += [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not [name for name in names if name.startswith("_") and name != "__init__"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.ClassDef):
+            node.body = [one for one in node.body if getattr(one, "name", "") != "target_policy"]
+    own = [line for line in ast.unparse(tree).splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(own) <= 40, len(own)

@@ -34,12 +34,7 @@ class TDPO2Module(DPOModule):
         policy, reference = policy_logits.log_softmax(-1), reference_logits.log_softmax(-1)
         return {"kl": (reference.exp() * (reference - policy)).sum(-1)}
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor:
         """Return one loss per pair, shape (pairs,)."""
-        chosen, rejected = (logprobs.extras[f"{side}_kl"].sum(-1) for side in ("chosen", "rejected"))
-
-        def loss(margin: Tensor, won: Tensor, lost: Tensor) -> Tensor:
-            return -logsigmoid(self.beta * (margin - self.alpha * (lost - won.detach())))
-
-        p = logprobs.target
-        return p * loss(logprobs.margin, chosen, rejected) + (1 - p) * loss(-logprobs.margin, rejected, chosen)
+        won, lost = (pair.extras[f"{side}_kl"].sum(-1) for side in ("chosen", "rejected"))
+        return -logsigmoid(self.beta * (pair.margin - self.alpha * (lost - won.detach())))

@@ -55,9 +55,10 @@ class BCOPairModule(DPOModule):
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
         """Return one loss per pair, shape (pairs,); the slot ``delta`` is the step's weighted mean reward."""
-        shares = pairs.weights / pairs.weights.sum().clamp_min(1e-12)
-        delta = (sum(self.implicit_reward(pairs)) / 2 * shares).sum().detach()
-        return super().preference_loss(pairs._replace(extras={**pairs.extras, "delta": delta.expand(len(shares))}))
+        chosen, rejected = self.implicit_reward(pairs)
+        total = ((chosen + rejected) / 2 * pairs.weights).sum() / pairs.weights.sum().clamp_min(1e-12)
+        slots = {**pairs.extras, "delta": total.detach().expand(len(chosen))}
+        return super().preference_loss(pairs._replace(extras=slots))
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
         """Return the classifier's loss of both sides, shape (pairs,)."""
