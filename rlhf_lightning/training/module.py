@@ -79,6 +79,13 @@ class AlignmentModule(LightningModule):
     by the count over all micro-batches and ranks, so how a batch was cut never changes a gradient, and a checkpoint
     always lies between two steps.
 
+    A subclass may override what has a public name. The points that are meant for it: ``load_models``, ``model``,
+    ``export`` and ``frozen_models`` (which models there are); ``make_optimizer`` and ``configure_optimizers``;
+    ``updates_per_step``; ``evaluation_metrics``, ``headline_metrics`` and ``progress`` (what is logged);
+    ``target_policy`` and ``value_at_reference`` (what `rlhf verify` compares with); ``predict_step``;
+    ``on_save_checkpoint`` and ``on_load_checkpoint`` (state of its own). A hook of Lightning that is overridden calls
+    ``super()`` first.
+
     Args:
         init_from: hub id, model folder, adapter folder or .gguf file to start from.
         tokenizer: hub id or folder of another tokenizer than the model's own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -62,6 +63,8 @@ def check_trainer(trainer: Trainer, module: Any) -> None:
     """
     for refusal in refusals(trainer, module):
         raise SettingError(*refusal)
+    # At each save it says that weights are those after the update, as they should be.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
 def refusals(trainer: Trainer, module: Any) -> Iterator[Refusal]:

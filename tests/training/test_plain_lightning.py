@@ -384,3 +384,13 @@ def test_an_error_inside_a_property_is_reported_as_what_it_is(policy_folder: str
 
         AlignmentModule(init_from="unread").model  # noqa: B018
     assert not hasattr(SFTModule(init_from="unread"), "nothing_of_the_kind")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_of_the_page_names_a_test_of_this_file() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`test_" in line]
+    named = {re.findall(r"`(test_\w+)` \|$", row)[0] for row in rows}
+    assert len(rows) >= 20 and named <= set(globals())
