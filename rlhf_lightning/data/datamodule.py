@@ -341,10 +341,13 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if self.streaming:
             return StreamLoader(self.stream, self.batch_size, self._streamed, self.stream_steps, self.fingerprint)
         length = len(self._plan(self.store, self.epoch_rows(0), shuffle=False))
-        steps = self._train_steps
-        if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):  # the same rows in every epoch
-            steps = lambda epoch: self._train_steps(0)
+        steps = lambda epoch: self._train_steps(self.planned_epoch(epoch))
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
+
+    def planned_epoch(self, epoch: int) -> int:
+        """Return the epoch whose steps an epoch takes: its own, with ``overfit_batches`` always the first one's."""
+        overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", False)
+        return 0 if overfits else epoch
 
     def _train_steps(self, epoch: int) -> EpochSteps:
         rows = self.epoch_rows(epoch)

@@ -120,7 +120,8 @@ class PromptDataModule(AlignmentDataModule):
             size, length = self.prompts_per_rollout, self.stream_steps
             return StreamLoader(self.stream, size, self._streamed, length, self.fingerprint)
         length = self.rollouts or -(-len(self.epoch_rows(0)) // self.prompts_per_rollout)
-        return StepLoader(lambda epoch: self._rollouts(epoch, length), length, self.fingerprint, self.num_workers)
+        steps = lambda epoch: self._rollouts(self.planned_epoch(epoch), length)
+        return StepLoader(steps, length, self.fingerprint, self.num_workers)
 
     @property
     def _mixed(self) -> int:

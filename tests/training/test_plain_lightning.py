@@ -23,9 +23,9 @@ from tiny_models import (
     random_rows,
     weights_of,
 )
-from tiny_run import SlopeModule
 from torch.utils.data import DataLoader
 
+from rlhf_lightning.data import PromptDataModule, SFTDataModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -264,18 +264,27 @@ def test_bounds_and_switches_of_the_trainer(
     assert module.updates == steps * UPDATES[family] and Count.seen == validations
 
 
-def test_overfit_batches_takes_the_same_rows_in_every_epoch() -> None:
-    seen = []
+class Seen(pl.Callback):
+    """Notes the rows of each training step."""
 
-    class Seen(SlopeModule):
-        def training_step(self, step: Any, batch_idx: int) -> None:
-            seen.append(step.row_ids)
-            super().training_step(step, batch_idx)
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, ...]] = []
 
-    from training.test_optimizers import run_plain
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.rows.append(tuple(batch.row_ids))
 
-    run_plain(Seen(), overfit_batches=2, max_epochs=3)
-    assert len(seen) == 6
+
+@pytest.mark.parametrize("family", ["sft", "ppo"])
+def test_overfit_batches_takes_the_same_rows_in_every_epoch(
+    policy_folder: str, family: str, write_rows: Callable[..., str]
+) -> None:
+    source = write_rows({"prompt": f"w{n}", "completion": f"w{n + 20}"} for n in range(20, 32))
+    data = {"sft": SFTDataModule, "ppo": PromptDataModule}[family](source, batch_size=2)
+    seen, free = Seen(), Seen()
+    for callback, settings in ((seen, {"overfit_batches": 2}), (free, {"limit_train_batches": 2})):
+        quiet_trainer(callbacks=[callback], max_epochs=3, **settings).fit(made(family, policy_folder), data)
+    assert seen.rows[:2] == seen.rows[2:4] == seen.rows[4:] and seen.rows[0] != seen.rows[1]
+    assert free.rows[:2] != free.rows[2:4]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
