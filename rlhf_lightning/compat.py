@@ -54,6 +54,11 @@ def dump_checkpoint(trainer: Any) -> dict[str, Any]:
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
+def remember_signal_handlers(trainer: Any, handlers: dict[int, Any]) -> None:
+    """Have Lightning put these handlers back when the trainer is torn down, in place of those it found."""
+    trainer._signal_connector._original_handlers.update(handlers)
+
+
 def cluster_environment(trainer: Any) -> Any:
     """Return the environment that started the processes, also under a strategy of one device."""
     found = getattr(trainer.strategy, "cluster_environment", None)

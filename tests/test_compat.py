@@ -1,6 +1,7 @@
 """Private API of other packages: one test for each function of compat.py, which says in one sentence what changed."""
 
 import inspect
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,3 +166,16 @@ def test_torch_and_datasets_keep_their_names() -> None:
     assert "TORCH_CONTIGUOUS_FORMAT" in compat.memory_format_encoding().__members__, "_MEM_FORMAT_ENCODING changed"
     one, other = Dataset.from_dict({"x": [1]}), Dataset.from_dict({"x": [2]})
     assert compat.dataset_fingerprint(one) != compat.dataset_fingerprint(other), "Dataset._fingerprint changed"
+
+
+def test_lightning_puts_back_the_signal_handlers_it_remembers() -> None:
+    def callers(number: int, frame: Any) -> None: ...
+
+    before, trainer = signal.getsignal(signal.SIGTERM), Trainer(logger=False, accelerator="cpu", devices=1)
+    try:
+        trainer._signal_connector.register_signal_handlers()
+        compat.remember_signal_handlers(trainer, {signal.SIGTERM: callers})
+        trainer._signal_connector.teardown()
+        assert signal.getsignal(signal.SIGTERM) is callers, "Lightning keeps the handlers it puts back elsewhere"
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -127,13 +127,25 @@ class RunCheckpoint(Checkpoint):
         self.load_state_dict(state)
         self._point(own.name)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for signals from here on: the first samples may take long."""
+        self._signal.listen_early()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the caller's signal handler back."""
+        self._signal.stop_listening()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where training starts, which after a resume is not zero."""
+        """Count from where training starts, which after a resume is not zero; stop if told to meanwhile."""
         self._at, self._started = self._counters(pl_module), True
         updates = updates_of(pl_module)
         # Of the checkpoint that is resumed from nothing is to be written anew, least of all without its score.
         self._saved_at = updates if updates and checkpoint_name(updates) in self.saved else None
         self._signal.listen(trainer)
+        self._stopping |= self._signal.asked(trainer)
+        if self._stopping:
+            self.save(trainer, pl_module)
+            self._stop_if_told(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -17,7 +17,7 @@ from typing import Any
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 
-from rlhf_lightning.compat import cluster_environment
+from rlhf_lightning.compat import cluster_environment, remember_signal_handlers
 
 PREEMPTED = 75
 """Exit status of a run that was told to stop and has written a checkpoint: EX_TEMPFAIL, "try again"."""
@@ -47,11 +47,28 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._before: dict[int, Any] = {}  # the caller's handlers
+
+    def listen_early(self) -> None:
+        """Note a SIGTERM that comes before training starts; Lightning's handlers, put in place later, call this one."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            signal.signal(signal.SIGTERM, self._note)
+
+    def stop_listening(self) -> None:
+        """Give the caller's handlers back, unless Lightning has come to remember them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def listen(self, trainer: Trainer) -> None:
-        """Put the handlers in place of Lightning's, which puts back those before when the trainer is torn down."""
-        self.received = None
+        """Put the handlers in place of Lightning's, which gives back the caller's when the trainer is torn down."""
+        before, self._before = self._before, {}
         if threading.current_thread() is not threading.main_thread():
+            return
+        remember_signal_handlers(trainer, before)
+        if self.received is not None:
             return
         signal.signal(signal.SIGTERM, self._note)
         announced = slurm_signal(trainer)

@@ -295,6 +295,30 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
 
+def test_a_run_that_is_told_to_stop_while_first_samples_are_drawn_can_be_resumed(monkeypatch: Any, capsys: Any) -> None:
+    argv = [*DRAWING, "--trainer.max_epochs", "2", "--samples.every_n_updates", "3"]
+    whole = run([*argv, "--run_name", "whole"]).folder
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    answer, told = SlopeModule.answer, iter([True])
+
+    def tells(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(told, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as status:
+        patched.setattr(SlopeModule, "answer", tells)
+        rlhf([*argv, "--run_name", "cut"])
+    assert status.value.code == PREEMPTED
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith("SIGTERM: stopped after 0 updates, runs/cut/version_0/checkpoints/update_000000.ckpt is written")
+    )
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
+
+
 @pytest.mark.parametrize("further", [[], ["--checkpoint.after_validation", "false"]])
 @pytest.mark.parametrize("updates", [1, 3, UPDATES - 1, UPDATES, UPDATES + 1, 2 * UPDATES - 1])
 def test_which_checkpoints_are_kept_does_not_depend_on_an_end_before_its_time(
