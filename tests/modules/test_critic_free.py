@@ -347,15 +347,15 @@ class LateScoreModule(modules.RLOOModule):
 class WarmerModule(modules.RLOOModule):
     """Forwards at another temperature when it learns."""
 
-    def policy_outputs(self, layout: Any, with_entropy: bool) -> Any:
-        return self.policy(layout, 1.0 if torch.is_grad_enabled() is False else 0.7, with_entropy=with_entropy)
+    def policy_outputs(self, layout: Any, temperature: float = 1.0, **asked: Any) -> Any:
+        return super().policy_outputs(layout, 1.0 if torch.is_grad_enabled() is False else 0.7, **asked)
 
 
 class WarmSamplerModule(modules.RLOOModule):
     """Takes all its statistics at another temperature than it samples at."""
 
-    def policy_outputs(self, layout: Any, with_entropy: bool) -> Any:
-        return self.policy(layout, 0.7, with_entropy=with_entropy)
+    def policy_outputs(self, layout: Any, temperature: float = 1.0, **asked: Any) -> Any:
+        return super().policy_outputs(layout, 0.7, **asked)
 
 
 @pytest.mark.parametrize(
