@@ -16,7 +16,7 @@ Micro-batches, packing, ranks and minibatches treat them as fields.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -158,6 +158,7 @@ class PromptBatch(NamedTuple):
     episodes: Tensor
     group: Tensor
     pretraining: DemonstrationBatch | None = None
+    row_ids: tuple[int, ...] = ()
     extras: Mapping[str, Tensor] = {}
 
 
@@ -417,6 +418,52 @@ class ProcessScores(NamedTuple):
     position: Tensor
     weights: Tensor
     extras: Mapping[str, Tensor] = {}
+
+
+class Episode(NamedTuple):
+    """A conversation between the policy and an environment, as far as it has come.
+
+    Attributes:
+        row: the data row that it began with.
+        messages: the turns so far, the policy's last one included.
+        ids: token ids after the first prompt: the policy's turns as it drew them, and the environment's replies.
+        learned: for each of ``ids`` whether the policy drew it.
+        number: number of the episode in the run; random numbers are addressed by it and the position in ``ids``.
+    """
+
+    row: Mapping[str, Any]
+    messages: Sequence[Message]
+    ids: Sequence[int]
+    learned: Sequence[bool]
+    number: int
+
+
+class Reply(NamedTuple):
+    """What an environment says after a turn of the policy.
+
+    Attributes:
+        text: the reply, rendered by the chat template; None where ``ids`` gives its tokens.
+        ids: token ids of the reply; the policy sees them and does not learn them.
+        reward: reward of the turn, added to the turn's last token.
+        done: whether the episode ends here, without the reply.
+    """
+
+    text: str | None = None
+    ids: Sequence[int] | None = None
+    reward: float = 0.0
+    done: bool = False
+
+
+class Environment(Protocol):
+    """What the policy acts in: prompts in, replies out."""
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the first prompt of an episode."""
+        ...
+
+    def reply(self, episode: Episode) -> Reply:
+        """Return what comes back after the policy's turn."""
+        ...
 
 
 class Judgement(NamedTuple):

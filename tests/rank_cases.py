@@ -286,10 +286,10 @@ class Drawn(pl.Callback):
 
         def kept(*batches: PromptBatch) -> Any:
             assert collect is not None
-            rollout, entropy = collect(*batches)
+            rollout = collect(*batches)
             for episode, ids in zip(rollout.episodes.tolist(), rollout.sequences.completions, strict=True):
                 self.completions[episode] = ids.tolist()
-            return rollout, entropy
+            return rollout
 
         if collect is not None:
             module.collect = kept
@@ -400,7 +400,11 @@ def answer(folder: str, strategy: str, prompts: Sequence[Sequence[str]]) -> list
                     weight.data = weight.data.clone()
             sampling = SamplingSettings(max_new_tokens=12, batch_size=2)
             with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
-                answers.extend(module.answer(prompts[here()[0]], sampling, seed=3))
+                found = module.answer(prompts[here()[0]], sampling, seed=3)
+                answers.extend(
+                    (text, ids.tolist(), logprobs.tolist())
+                    for text, ids, logprobs in zip(found.texts, found.ids, found.logprobs, strict=True)
+                )
 
     module = module_of("SFTModule", folder, double=False)
     trainer_of(strategy, here()[1], callbacks=[Asks()]).fit(module, StepData(steps_of(module, 1, 1)))

@@ -12,8 +12,8 @@ from torch import nn
 
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.loader import StepLoader
+from rlhf_lightning.sampling.engines import Completions
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import Answer
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import Step
 
@@ -69,9 +69,15 @@ class SlopeModule(OfflineModule):
         meter.add("slope", self.line.weight.detach().squeeze())
         return losses.sum()
 
-    def answer(self, prompts: Any, sampling: Any, seed: int = 0, first_episode: int = 0) -> list[Answer]:
+    def answer(self, prompts: Any, sampling: Any, seed: int = 0, first_episode: int = 0) -> Completions:
         weight = float(self.line.weight.detach())
-        return [Answer(f"{prompt} | {weight:.3f}", [1, 2, 3], [-0.5] * 3, True) for prompt in prompts]
+        count = len(prompts)
+        return Completions(
+            ids=(torch.tensor([1, 2, 3]),) * count,
+            logprobs=(torch.full((3,), -0.5),) * count,
+            finished=torch.ones(count, dtype=torch.bool),
+            texts=tuple(f"{prompt} | {weight:.3f}" for prompt in prompts),
+        )
 
     def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
         return [{"x": float(x), "y": float(self.line(x.view(1)))} for batch in step.micro_batches for x in batch]
@@ -189,8 +195,8 @@ class NumbersDataModule(AlignmentDataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def example_prompts(self, count: int) -> list[str]:
-        return [f"prompt <{n}>\nsecond | line" for n in range(count)]
+    def examples(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+        return [(f"prompt <{n}>\nsecond | line", {}) for n in range(count)]
 
 
 BASIC = ["--model", "tiny_run.SlopeModule", "--data", "tiny_run.NumbersDataModule", "--model.learning_rate", "0.1"]

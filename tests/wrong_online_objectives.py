@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from wrong_objectives import caught_by
 
 from rlhf_lightning.functional.preference import dpo_loss
-from rlhf_lightning.modules import IterativeDPOModule, NashMDModule, OnlineDPOModule, OnPolicyModule, XPOModule
-from rlhf_lightning.training.rollouts import Drawn
+from rlhf_lightning.modules import IterativeDPOModule, NashMDModule, OnlineDPOModule, XPOModule
+from rlhf_lightning.training.collector import Samples
+from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import Pairs
 
 
@@ -54,7 +55,8 @@ class CloseCallsLeftOut(OnlineDPOModule):
 class EndsForgiven(OnlineDPOModule):
     def draw(self, batches):
         samples = self.collector.sample(self.policy, self.tokenizer, batches[0])
-        return Drawn(batches[0], samples, self.collector.raw_scores(self.tokenizer, samples, batches[0]))
+        raw = self.collector.raw_judgements(self.tokenizer, samples, batches[0])
+        return Samples(batches[0], samples, raw.scores)
 
 
 @caught_by("drawn from")
@@ -62,26 +64,26 @@ class SampledTooCold(OnlineDPOModule):
     def draw(self, batches):
         cold = replace(self.sampling, temperature=0.5)
         samples = self.collector.sample(self.policy, self.tokenizer, batches[0], cold)
-        return Drawn(batches[0], samples, self.collector.score(self.tokenizer, samples, batches[0]))
+        return self.collector.judge(self.tokenizer, samples, batches[0])
 
 
 @caught_by("drawn from")
 class ExploresWithThePolicy(XPOModule):
     def draw(self, batches):
-        return OnPolicyModule.draw(self, batches)
+        return RolloutModule.draw(self, batches)
 
 
 @caught_by("micro-batches")
 class PairsAveraged(OnlineDPOModule):
-    def _pair_loss_sum(self, rollout, pairs, meter):
-        return super()._pair_loss_sum(rollout, pairs, meter) / len(pairs.chosen)
+    def pair_loss_sum(self, rollout, pairs, meter):
+        return super().pair_loss_sum(rollout, pairs, meter) / len(pairs.chosen)
 
 
 @caught_by("two ranks")
 class PairsOfThisRank(IterativeDPOModule):
-    def _learn_pairs(self, rollout, pairs, rows, batch, meter):
+    def learn_pairs(self, rollout, pairs, rows, batch, meter):
         mine = pairs.at(torch.isin(pairs.chosen, torch.tensor(rows)).nonzero().squeeze(-1))
-        return self.update([partial(self._pair_loss_sum, rollout, mine, meter)], len(mine.chosen))
+        return self.update([partial(self.pair_loss_sum, rollout, mine, meter)], len(mine.chosen))
 
 
 @caught_by("reference logprobs")

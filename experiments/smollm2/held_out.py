@@ -86,14 +86,13 @@ def read_scores(module: Any, scores: RankedScores, result: Any) -> Rows:
     return {"score_margin": as_list((scores.scores[better] - scores.scores[worse])[order])}
 
 
-def read_raw_scores(module: Any, sequences: Any, result: Tensor) -> Rows:
+def read_raw_scores(module: Any, sequences: Any, result: Any) -> Rows:
     """The scorer's own score, before the rule for completions that did not end."""
-    return {"score": as_list(result)}
+    return {"score": as_list(result.scores)}
 
 
-def read_rollout(module: Any, batch: Any, result: tuple[Rollout, Tensor]) -> Rows:
+def read_rollout(module: Any, batch: Any, rollout: Rollout) -> Rows:
     """What the policy wrote, and the score it would be trained on."""
-    rollout = result[0]
     kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1)
     return {
         "completion": [completion_text(module.tokenizer, ids.tolist()) for ids in rollout.sequences.completions],
@@ -108,7 +107,7 @@ READERS: dict[str, Callable[..., Rows]] = {
     "token_loss": read_demonstrations,
     "preference_loss": read_pairs,
     "ranking_loss": read_scores,
-    "collector.raw_scores": read_raw_scores,
+    "collector.raw_judgements": read_raw_scores,
     "collect": read_rollout,
 }
 """Override point of each family, and what is read there; a point may belong to an object that the module owns."""

@@ -3,6 +3,7 @@
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import json
+import math
 import os
 import sys
 import time
@@ -46,8 +47,8 @@ def generate(
     """Answer each prompt of a file and write one JSON line per completion.
 
     A line has prompt, sample, completion, logprob (the sum over its tokens at the temperature), finished, length, score
-    (with --scorer) and the further columns of the prompt's row. The same seed gives the same completions whatever the
-    batch size.
+    (with --scorer, which may add score_NAME and feedback) and the further columns of the prompt's row. The same seed
+    gives the same completions whatever the batch size.
 
     Args:
         model: folder of a policy (whole or adapter), .gguf file or hub id.
@@ -181,7 +182,7 @@ def completions(
 
     from rlhf_lightning import tokenization
     from rlhf_lightning.sampling.engines import sample
-    from rlhf_lightning.scoring.scorer import plain_scores
+    from rlhf_lightning.scoring.scorer import Judgements, checked_judgements
 
     ends = tokenization.end_token_ids(tokenizer)
     at_once = max(settings.batch_size * CHUNKS_AT_ONCE // samples, 1)
@@ -193,12 +194,12 @@ def completions(
         drawn = sample(policy, repeated, episodes, settings, seed, ends, on_progress=speed.completed)
         texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
         owners = [row for row in chunk for _ in range(samples)]
-        scores: list[float | None] = [None] * len(texts)
+        judged = Judgements(torch.zeros(0)).plain()
         if score is not None:
             names = set().union(*(columns for _, columns in owners))
             further = {name: [columns.get(name) for _, columns in owners] for name in names}
             given = score([prompt for prompt, _ in owners], texts, **further)
-            scores = plain_scores(given, len(texts), f"scorer {scorer_name!r}")
+            judged = checked_judgements(given, len(texts), f"scorer {scorer_name!r}").plain()
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {
@@ -210,7 +211,10 @@ def completions(
                 "length": len(drawn.ids[index]),
             }
             if score is not None:
-                row["score"] = scores[index]
+                row["score"] = judged[index].score
+                row |= {f"score_{name}": value for name, value in judged[index].parts.items() if not math.isnan(value)}
+                if judged[index].feedback is not None:
+                    row["feedback"] = judged[index].feedback
             yield {**columns, **row}
 
 

@@ -114,6 +114,7 @@ def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int
         episodes=(episodes[:, None] + torch.arange(samples)).flatten(),
         group=torch.arange(len(rows)).repeat_interleave(samples),
         extras={name: values.repeat_interleave(samples) for name, values in store.extras(rows).items()},
+        row_ids=tuple(int(row) for row in rows for _ in range(samples)),
     )
 
 

@@ -402,16 +402,19 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             raise ValueError("A stream has no rows to predict on: name an eval_source.")
         return self.store, self.train_rows
 
-    def example_prompts(self, count: int) -> list[Prompt]:
-        """Some prompts as the data gave them: of the held-out rows, else of the training rows."""
+    def examples(self, count: int) -> list[tuple[Prompt, dict[str, Any]]]:
+        """Return some prompts with their further columns: of the held-out rows, else of the training rows."""
         if self.streaming and not len(self.held_out):
-            prompts: Iterator[Prompt] = (row.text for row in self.stream.peek())
+            rows: Iterator[tuple[Prompt, dict[str, Any]]] = (
+                (row.text, dict(row.columns)) for row in self.stream.peek()
+            )
         else:
-            store, rows = self._shown()
-            prompts = (store.record(row)["prompt"] for row in rows.tolist())
-        found: dict[str, Prompt] = {}
-        for prompt in prompts:
+            store, places = self._shown()
+            records = (store.record(row) for row in places.tolist())
+            rows = ((record["prompt"], record["columns"]) for record in records)
+        found: dict[str, tuple[Prompt, dict[str, Any]]] = {}
+        for prompt, columns in rows:
             if len(found) == count:
                 break
-            found.setdefault(json.dumps(prompt), prompt)
+            found.setdefault(json.dumps(prompt), (prompt, columns))
         return list(found.values())

@@ -142,7 +142,9 @@ class PromptDataModule(AlignmentDataModule):
         first = index * self.batch_size
         whole = [np.arange(len(store))]
         prompts = PromptSteps(store, whole, first, *self.ranks, self.samples_per_prompt, limits=self.limits)
-        return self._with_pretraining(prompts, index)[0]
+        step = self._with_pretraining(prompts, index)[0]
+        batches = tuple(batch._replace(row_ids=()) for batch in step.micro_batches)
+        return step._replace(micro_batches=batches, row_ids=())
 
     def _with_pretraining(self, prompts: PromptSteps, first: int) -> EpochSteps:
         if not self.pretraining_sources:

@@ -46,7 +46,7 @@ def rewards_after_end(
     Args:
         scores: score of each completion, shape (episodes,).
         kl: KL estimate of each token, shape (episodes, length).
-        completion_mask: bool, shape (episodes, length), True from the first token on without holes.
+        completion_mask: bool, shape (episodes, length); may have holes.
         kl_coef: rewards per nat.
 
     Returns:
@@ -54,12 +54,12 @@ def rewards_after_end(
     """
     require_shape("episodes", scores=scores, rows_of_mask=completion_mask.any(-1))
     require_shape("episodes length", kl=kl, completion_mask=completion_mask)
-    tokens = completion_mask.sum(-1, keepdim=True)
     slots = torch.arange(completion_mask.shape[-1] + 1, device=kl.device)
+    end = torch.where(F.pad(completion_mask, (1, 0)), slots, 0).amax(-1, keepdim=True)
     rewards = torch.where(completion_mask, -kl_coef * at_least_float32(kl), 0.0)
     rewards = F.pad(rewards, (0, 1))
-    score_reward = torch.where(slots == tokens, at_least_float32(scores).unsqueeze(-1), 0.0)
-    return rewards + score_reward, slots <= tokens
+    score_reward = torch.where(slots == end, at_least_float32(scores).unsqueeze(-1), 0.0)
+    return rewards + score_reward, F.pad(completion_mask, (0, 1)) | (slots == end)
 
 
 def generalized_advantages(

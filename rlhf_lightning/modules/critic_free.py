@@ -15,10 +15,10 @@ from rlhf_lightning.functional.logprobs import masked_whiten
 from rlhf_lightning.functional.policy_gradient import discounted_returns, token_rewards
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
+from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
 from rlhf_lightning.training.ranges import check_settings
-from rlhf_lightning.training.rollouts import Drawn, gathered_numbers, joined, select_prompts
 from rlhf_lightning.types import Advantages, PromptBatch, Rollout
 
 BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]
@@ -99,7 +99,8 @@ class CriticFreeModule(PolicyGradientModule):
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         """Return the reward of each token: the score on the last, and the KL where the reward pays it."""
-        return token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
+        rewards = token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
+        return with_token_rewards(rewards, rollout)
 
     def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """Return the advantage of each completion, (reward - baseline) / scale, shape (episodes,); 0 for NaN rewards.
@@ -156,7 +157,7 @@ class CriticFreeModule(PolicyGradientModule):
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
-    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+    def draw(self, batches: Sequence[PromptBatch]) -> Samples:
         """Sample and score a completion for each prompt, and what the baseline needs."""
         drawn = self._draw_informative(batches) if self.dynamic_sampling else super().draw(batches)
         if self.baseline != "greedy":
@@ -167,14 +168,14 @@ class CriticFreeModule(PolicyGradientModule):
         scores = self.collector.score(self.tokenizer, greedy, batch)
         return drawn._replace(baseline_scores=scores[drawn.batch.group])
 
-    def _draw_informative(self, batches: Sequence[PromptBatch]) -> Drawn:
+    def _draw_informative(self, batches: Sequence[PromptBatch]) -> Samples:
         """Sample until as many groups with different scores are found as the rollout has prompts.
 
         Groups are taken in the order of their episodes, so that the same ones are kept for any number of ranks. If the
         candidates run out, groups with equal scores fill the rollout: they cost time and change nothing.
         """
         wanted = len(gathered_numbers(self, batches[0].group.unique().tolist()))
-        drawn: list[Drawn] = []
+        drawn: list[Samples] = []
         informative: list[int] = []
         for batch in batches:
             one = super().draw([batch])
@@ -196,7 +197,7 @@ class CriticFreeModule(PolicyGradientModule):
                 "data.samples_per_prompt to 2 or more",
             )
 
-    def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
+    def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
         """Add the share of groups whose scores are equal, which teach nothing, and the rounds of dynamic sampling."""
         if self.needs_group:
             informative = functional.informative_groups(rollout.scores, rollout.group)
@@ -220,14 +221,14 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _first_episodes(drawn: Drawn, informative: bool = False) -> list[int]:
+def _first_episodes(drawn: Samples, informative: bool = False) -> list[int]:
     """Number of the first episode of each group, or only of the groups whose scores differ."""
     groups = int(drawn.batch.group.max()) + 1
     wanted = functional.informative_groups(drawn.scores, drawn.batch.group).tolist() if informative else [True] * groups
     return [int(drawn.batch.episodes[drawn.batch.group == g].min()) for g in range(groups) if wanted[g]]
 
 
-def _rows_of(drawn: Drawn, firsts: set[int]) -> list[int]:
+def _rows_of(drawn: Samples, firsts: set[int]) -> list[int]:
     """Rows of the groups whose first episode is named."""
     group = drawn.batch.group
     kept = {g for g, first in enumerate(_first_episodes(drawn)) if first in firsts}

@@ -250,18 +250,18 @@ class OnPolicyDistillationModule(CriticFreeModule):
         """Return the teacher, where every advantage is 0."""
         return problem.teacher
 
-    def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
+    def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
         """Add the reverse KL per token, and leave out scores where nothing gives any."""
-        super()._measure_rollout(rollout, rewards, entropy, meter)
+        super().measure_rollout(rollout, meter)
         assert rollout.reference_logprobs is not None
         meter.add(
             "distill/kl_reverse", kl_k1(rollout.old_logprobs, rollout.reference_logprobs), rollout.completion_mask
         )
         if self.scores_nothing:
-            for name in ("score", "score_squared", "score_missing", "reward"):
+            for name in ("score", "score_squared", "score_missing"):
                 meter.forget(f"rollout/{name}")
 
-    def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
+    def check_rollout(self, rollout: Rollout) -> None:
         """Check the rollout; what it is compared with is no copy of the policy, so the first KL may be anything."""
         self.invariants.check_lengths(rollout)
         self.invariants.check_sampler(rollout)

@@ -18,9 +18,9 @@ from rlhf_lightning.modules.dpo import tilted
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.policy_gradient import ObjectiveName
 from rlhf_lightning.sampling.decoding import Mixture
+from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.rollouts import Drawn
 from rlhf_lightning.types import (
     Advantages,
     EnumeratedProblem,
@@ -89,8 +89,9 @@ class IterativeDPOModule(OnlineDPOModule):
         optimizer: Any = self.optimizers()
         optimizer.optimizer.state.clear()
 
-    def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
-        super()._check_rollout(rollout, rewards)
+    def check_rollout(self, rollout: Rollout) -> None:
+        """Check a rollout; at the start of a round the reference is the policy once more."""
+        super().check_rollout(rollout)
         if self.rollouts and self.moves_reference and self.rollouts % self.rollouts_per_round == 0:
             self.invariants.check_first_kl(rollout)
 
@@ -147,8 +148,9 @@ class XPOModule(OnlineDPOModule):
         known = self.has_losses_of(XPOModule) and not self.alpha and self.soft_labels
         return tilted(problem, self.beta) if known and self.sampling.temperature == 1 else None
 
-    def _check_groups(self, rollout: Rollout) -> None:
-        super()._check_groups(rollout)
+    def check_groups(self, rollout: Rollout) -> None:
+        """Refuse prompts with more samples than one of the policy and one of the reference."""
+        super().check_groups(rollout)
         most = int(torch.bincount(rollout.group).max())
         if most != 2:
             raise ValueError(
@@ -202,7 +204,7 @@ class NashMDModule(CriticFreeModule):
         """The opponent is made of it."""
         return self.needs_reference
 
-    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+    def draw(self, batches: Sequence[PromptBatch]) -> Samples:
         """Sample and score; while training, an opponent of each sample is scored beside it."""
         drawn = super().draw(batches)
         if not self.trainer.training:
@@ -252,7 +254,7 @@ class NashMDModule(CriticFreeModule):
         wins = (problem.preference * opponent.unsqueeze(1)).sum(-1)
         return torch.softmax(problem.reference.log() + wins / self.kl_coef, -1)
 
-    def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
+    def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
         """Add how often the policy beats its opponent."""
         wins = self.win_probability(rollout)
         meter.add("rollout/win_rate", wins, ~wins.isnan())

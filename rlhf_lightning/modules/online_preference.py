@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.online_preference import best_and_worst
-from rlhf_lightning.functional.policy_gradient import approx_kl
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.dpo import PairObjective, stacked_pairs
+from rlhf_lightning.training.collector import Samples, merged_completions, select_episodes, select_prompts
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.training.rollouts import Drawn, merged_samples, select_prompts
+from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import (
     EnumeratedProblem,
     Pairs,
@@ -30,7 +29,7 @@ from rlhf_lightning.types import (
 )
 
 
-class OnlineDPOModule(PairObjective, OnPolicyModule):
+class OnlineDPOModule(PairObjective, RolloutModule):
     r"""Online DPO: the policy's own samples are the pairs; of each prompt's, the best is chosen and the worst rejected.
 
     loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), d = log policy(y_c)/reference(y_c)
@@ -71,17 +70,8 @@ class OnlineDPOModule(PairObjective, OnPolicyModule):
         learning_rate: float = 5e-7,
         **kwargs: Any,
     ) -> None:
-        # What a policy gradient has beyond samples and updates is named here, so that nobody can set it in vain.
         super().__init__(
-            scorer=scorer,
-            temperature=temperature,
-            ppo_epochs=ppo_epochs,
-            learning_rate=learning_rate,
-            kl_coef=0.0,
-            kl_target=None,
-            kl_horizon=1,
-            entropy_coef=0.0,
-            **kwargs,
+            scorer=scorer, temperature=temperature, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs
         )
         self.beta, self.soft_labels = beta, soft_labels
 
@@ -118,7 +108,7 @@ class OnlineDPOModule(PairObjective, OnPolicyModule):
 
     # -- one rollout --------------------------------------------------------------------------------------------------
 
-    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+    def draw(self, batches: Sequence[PromptBatch]) -> Samples:
         """Sample and score a completion for each prompt, from the model whose turn it is."""
         batch = batches[0]
         explores = self.by_reference(batch.group)
@@ -128,29 +118,31 @@ class OnlineDPOModule(PairObjective, OnPolicyModule):
         with self.reference.as_model() as reference:
             explored = self.collector.sample(reference, self.tokenizer, select_prompts(batch, theirs))
         sampled = self.collector.sample(self.policy, self.tokenizer, select_prompts(batch, own))
-        samples = merged_samples([(sampled, own), (explored, theirs)])
-        return Drawn(batch, samples, self.collector.score(self.tokenizer, samples, batch))
+        both = merged_completions([(sampled, range(len(own))), (explored, range(len(theirs)))])
+        places = torch.tensor([*own, *theirs]).argsort().tolist()
+        return self.collector.judge(self.tokenizer, merged_completions([(both, places)]), batch)
 
-    def learn(self, rollout: Rollout, entropy: Tensor, batch: PromptBatch, meter: Meter) -> float:
-        """Pair the samples and take all updates; return the gradient norm of the last."""
-        self._check_groups(rollout)
-        rewards = torch.zeros_like(rollout.old_logprobs)
-        self._check_rollout(rollout, rewards)
-        self._measure_rollout(rollout, rewards, entropy, meter)
-        meter.forget("rollout/reward")  # scores become pairs, not rewards
+    def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
+        """Pair the samples and make one update per minibatch; return the last gradient norm."""
+        self.check_groups(rollout)
+        self.check_rollout(rollout)
+        self.measure_rollout(rollout, meter)
         pairs = self.pairs(rollout)
         prompts = len(groups_of(rollout))
         meter.add_ratio("rollout/frac_ties", prompts - len(pairs.chosen), prompts)
-        return self._learn_from(rollout, lambda rows: self._learn_pairs(rollout, pairs, rows, batch, meter), meter)
+        norm = 0.0
+        for rows in self.minibatches(rollout, meter):
+            norm = self.learn_pairs(rollout, pairs, rows, batch, meter)
+        return norm
 
-    def _units(self, rollout: Rollout) -> dict[int, list[int]]:
+    def minibatch_units(self, rollout: Rollout) -> dict[int, list[int]]:
         """Rows of each prompt, by the number of its first episode: no minibatch parts them."""
         return groups_of(rollout)
 
-    def _learn_pairs(self, rollout: Rollout, pairs: Pairs, rows: list[int], batch: PromptBatch, meter: Meter) -> float:
+    def learn_pairs(self, rollout: Rollout, pairs: Pairs, rows: list[int], batch: PromptBatch, meter: Meter) -> float:
         """Take one optimizer step on the pairs among some episodes of the rollout."""
         mine = torch.isin(pairs.chosen, torch.tensor(rows, device=pairs.chosen.device)).nonzero().squeeze(-1)
-        count = float(self._over_ranks(torch.tensor(float(len(mine)), device=self.device)))
+        count = float(self.sum_over_ranks(torch.tensor(float(len(mine)), device=self.device)))
         lengths = rollout.sequences.lengths
         sides = zip(pairs.chosen[mine].tolist(), pairs.rejected[mine].tolist(), strict=True)
         cells = [2 * max(lengths[chosen], lengths[rejected]) for chosen, rejected in sides]
@@ -159,7 +151,7 @@ class OnlineDPOModule(PairObjective, OnPolicyModule):
         parts = [pairs.at(mine[torch.tensor(cut)]) for cut in cut_micro_batches(cells, limits)]
         # Without a backward pass, and without metrics, this rank would keep the others waiting.
         parts += [no_pair(rollout)] * (max(most_passes(self.policy, len(parts)), 1) - len(parts))
-        losses: list[Callable[[], Tensor]] = [partial(self._pair_loss_sum, rollout, part, meter) for part in parts]
+        losses: list[Callable[[], Tensor]] = [partial(self.pair_loss_sum, rollout, part, meter) for part in parts]
         return self.update(losses + self.further_losses(batch, count, meter), count)
 
     def preference_logprobs(self, rollout: Rollout, pairs: Pairs) -> PreferenceLogprobs:
@@ -182,20 +174,21 @@ class OnlineDPOModule(PairObjective, OnPolicyModule):
             extras={**found.extras, **extras},
         )
 
-    def _pair_loss_sum(self, rollout: Rollout, pairs: Pairs, meter: Meter) -> Tensor:
+    def pair_loss_sum(self, rollout: Rollout, pairs: Pairs, meter: Meter) -> Tensor:
         """Return the summed losses of a micro-batch's pairs, to be divided by the minibatch's count."""
         logprobs = self.preference_logprobs(rollout, pairs)
         moved = _moved(rollout, pairs, logprobs)
         if self._untouched:
-            self._check_first_ratio(moved)
+            self.invariants.check_ratio(moved)
         loss = as_loss(self.preference_loss(logprobs))
         self.measure_pairs(logprobs, loss, int((pairs.weights > 0).sum()), meter)
-        self._measure_update(moved, meter)
+        self.measure_update(moved, meter)
         return (loss.values * logprobs.weights).sum()
 
     # -- what must hold, and what is measured -------------------------------------------------------------------------
 
-    def _check_groups(self, rollout: Rollout) -> None:
+    def check_groups(self, rollout: Rollout) -> None:
+        """Refuse prompts with a single sample, and minibatches that would part the samples of one."""
         samples = int(torch.bincount(rollout.group).min())
         if samples < 2:
             raise ValueError(
@@ -208,32 +201,18 @@ class OnlineDPOModule(PairObjective, OnPolicyModule):
                 "to a multiple of data.samples_per_prompt"
             )
 
-    def score_slots(self, rollout: Rollout) -> Tensor | None:
-        """Scores are on no token."""
-        return None
-
-    def _check_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
+    def check_rollout(self, rollout: Rollout) -> None:
         """Check a rollout before anything is learned from it, each sample against the model that drew it."""
         explored = self.by_reference(rollout.group).unsqueeze(-1)
         if rollout.reference_logprobs is not None:
             drawn = torch.where(explored, rollout.reference_logprobs, rollout.old_logprobs)
             rollout = rollout._replace(old_logprobs=drawn)
-        super()._check_rollout(rollout, rewards)
+        super().check_rollout(rollout)
 
-    def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
+    def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
         """Add what describes the policy's own samples, before any update."""
-        own = ~self.by_reference(rollout.group)
-        parts: dict[str, Any] = {
-            n: part[own.to(part.device)] for n, part in rollout._asdict().items() if isinstance(part, Tensor)
-        }
-        super()._measure_rollout(rollout._replace(**parts), rewards[own], entropy[own], meter)
-
-    def _measure_update(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
-        """Add how far the update has moved the policy from the one that sampled."""
-        now, old, mask = logprobs.logprobs.detach(), logprobs.old_logprobs, logprobs.completion_mask
-        for name in ("approx_kl",) if self.early_stop_kl is None else ("approx_kl", "last_approx_kl"):
-            meter.add(name, approx_kl(now, old), mask)
-        meter.add("ratio", (now - old).exp(), mask)
+        own = (~self.by_reference(rollout.group)).nonzero().squeeze(-1).tolist()
+        super().measure_rollout(select_episodes(rollout, own), meter)
 
 
 def groups_of(rollout: Rollout) -> dict[int, list[int]]:

@@ -42,10 +42,10 @@ from rlhf_lightning.functional.surrogates import (
     soft_gate_loss,
     token_ratio,
 )
+from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.ranges import check_settings
-from rlhf_lightning.training.rollouts import Drawn
 from rlhf_lightning.types import Aggregation, EnumeratedProblem, Loss, PolicyLogprobs, PromptBatch, Rollout
 
 ObjectiveName = Literal["clip", "soft_gate", "cispo", "reinforce"]
@@ -224,12 +224,12 @@ class PolicyGradientModule(OnPolicyModule):
         clamp = None if self.kl_estimator == "k1" else self.kl_clamp
         return kl_estimate(rollout.old_logprobs, rollout.reference_logprobs, self.kl_estimator, clamp)
 
-    def draw(self, batches: Sequence[PromptBatch]) -> Drawn:
+    def draw(self, batches: Sequence[PromptBatch]) -> Samples:
         """Sample and score a completion for each prompt; those near the length limit lose up to 1 of their score."""
         drawn = super().draw(batches)
         if self.overlong_buffer is None:
             return drawn
-        penalty = overlong_penalty(drawn.samples.lengths, self.sampling.max_new_tokens, self.overlong_buffer)
+        penalty = overlong_penalty(drawn.lengths, self.sampling.max_new_tokens, self.overlong_buffer)
         return drawn._replace(scores=drawn.scores + penalty)
 
     # -- the optimum --------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from rlhf_lightning.models.roles import add_critic, belongs_to
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
+from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.ranges import check_settings
-from rlhf_lightning.training.rollouts import Samples
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
@@ -162,6 +162,7 @@ class PPOModule(PolicyGradientModule):
             rewards, mask = rewards_after_end(rollout.scores, kl, mask, self.kl_coef)
         else:
             rewards = token_rewards(rollout.scores, kl, mask, self.kl_coef)
+        rewards = with_token_rewards(rewards, rollout)
         if not self.whiten_rewards:
             return rewards
         mask = mask & _scored(rollout)
@@ -188,8 +189,8 @@ class PPOModule(PolicyGradientModule):
         """Return the slot on which each score must land; whitening spreads every score over all of them."""
         if self.whiten_rewards:
             return None
-        lengths = rollout.completion_mask.sum(-1)
-        return lengths if self.reward_slot == "after_eos" else lengths - 1
+        last = last_learned(rollout.completion_mask)
+        return last + 1 if self.reward_slot == "after_eos" else last
 
     def reaches_kl_optimum(self) -> bool:
         """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum."""
@@ -206,8 +207,8 @@ class PPOModule(PolicyGradientModule):
         mask = rollout.completion_mask
         if self.reward_slot == "end":
             return mask
-        slots = torch.arange(mask.shape[1] + 1, device=mask.device)
-        return slots <= mask.sum(-1, keepdim=True)
+        end = last_learned(mask).unsqueeze(-1) + 1
+        return torch.nn.functional.pad(mask, (0, 1)).scatter(1, end, True)
 
     def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
         """Forward the policy, and the critic with it where the trunk is shared."""
@@ -223,11 +224,13 @@ class PPOModule(PolicyGradientModule):
         # Scores are reported relative to the reward model's bias, so the values of a critic made from it are too.
         return self.critic(states, per_token=True) - self.critic.bias * states.completion_mask
 
-    def _says_all(self, samples: Samples) -> bool:
-        return self.critic is not None and super()._says_all(samples)  # a shared trunk has values to give too
+    def sampler_stats_suffice(self, samples: Samples) -> bool:
+        """Whether sampling found all that a forward would; not on a shared trunk, whose forward gives values too."""
+        return self.critic is not None and super().sampler_stats_suffice(samples)
 
-    def _forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
-        grids = super()._forward_statistics(layout, with_policy)
+    def forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
+        """Add the critic's values to what the forward passes find."""
+        grids = super().forward_statistics(layout, with_policy)
         if self.critic is not None:
             grids["values"] = self._values(layout, None)
         return grids
@@ -252,12 +255,13 @@ class PPOModule(PolicyGradientModule):
             metrics["value_clip_fraction"] = clipped[mask]
         return Loss(self.value_coef * masked, metrics)
 
-    def _measure_rollout(self, rollout: Rollout, rewards: Tensor, entropy: Tensor, meter: Meter) -> None:
-        super()._measure_rollout(rollout, rewards, entropy, meter)
+    def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
+        """Add the critic's values to what describes the rollout."""
+        super().measure_rollout(rollout, meter)
         if rollout.values is not None:
             meter.add("rollout/value", rollout.values, self._value_mask(rollout))
 
-    def _measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
+    def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
         """Add the share of the returns' variance that the critic foresaw: 1 is perfect, 0 no better than their mean."""
         mask = self._value_mask(rollout) & _scored(rollout)
         assert rollout.values is not None and advantages.returns is not None
@@ -273,7 +277,7 @@ class PPOModule(PolicyGradientModule):
         if not self.pretraining_coef or batch.pretraining is None:
             return []
         sequences = batch.pretraining.sequences
-        tokens = float(self._over_ranks(torch.tensor(sum(int(mask.sum()) for mask in sequences.supervised))))
+        tokens = float(self.sum_over_ranks(torch.tensor(sum(int(mask.sum()) for mask in sequences.supervised))))
         scale = self.pretraining_coef * count / max(tokens, 1.0)
 
         def loss(rows: list[int]) -> Tensor:

@@ -16,8 +16,8 @@ from rlhf_lightning.runs.run import run_folder, updates_of
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
-from rlhf_lightning.scoring.scorer import MissingColumnError
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.scoring.scorer import MissingColumnError, unmoved
+from rlhf_lightning.types import Judgement, Prompt
 
 UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
@@ -59,15 +59,19 @@ class SampleTable(Callback):
         self.temperature = temperature
         self.seed = seed
         self.prompts: list[Prompt] = []
+        self.columns: dict[str, list[Any]] = {}
         self._sampled_at: int | None = None
         self._resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample before the first update."""
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if self.count == 0 or not getattr(pl_module, "has_policy", False) or not hasattr(datamodule, "example_prompts"):
+        if self.count == 0 or not getattr(pl_module, "has_policy", False) or not hasattr(datamodule, "examples"):
             return
-        self.prompts = list(datamodule.example_prompts(self.count))
+        examples = datamodule.examples(self.count)
+        self.prompts = [prompt for prompt, _ in examples]
+        names = dict.fromkeys(name for _, columns in examples for name in columns)
+        self.columns = {name: [columns.get(name) for _, columns in examples] for name in names}
         if not self._resumed:
             self.sample(trainer, pl_module)
 
@@ -106,17 +110,19 @@ class SampleTable(Callback):
             return
         self._sampled_at = updates
         answers = module.answer(self.prompts, self.settings(module), self.seed)  # type: ignore[operator]
-        scores = self._scores(module, [answer.text for answer in answers])
+        scores = self._scores(module, answers.texts)
         rows = [
             {
                 "update": updates,
                 "prompt": prompt,
-                "completion": answer.text,
+                "completion": text,
                 "score": score,
-                "finished": answer.finished,
-                "length": len(answer.ids),
+                "finished": bool(finished),
+                "length": len(ids),
             }
-            for prompt, answer, score in zip(self.prompts, answers, scores, strict=True)
+            for prompt, text, score, finished, ids in zip(
+                self.prompts, answers.texts, scores, answers.finished, answers.ids, strict=True
+            )
         ]
         folder = run_folder(trainer)
         if folder.writes:
@@ -142,11 +148,12 @@ class SampleTable(Callback):
         if scorer is None:
             return [None] * len(completions)
         try:
-            given = scorer(self.prompts, list(completions))
-        except UNSCORABLE:  # it asks for a column of the data, and these are prompts alone
+            with unmoved(scorer):
+                given = scorer(self.prompts, list(completions), **self.columns)
+        except UNSCORABLE:
             return [None] * len(completions)
-        scores = [None if score is None else float(score) for score in given]
-        return [None if score is None or math.isnan(score) else score for score in scores]
+        scores = [score.score if isinstance(score, Judgement) else score for score in given]
+        return [None if score is None or math.isnan(score) else float(score) for score in scores]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

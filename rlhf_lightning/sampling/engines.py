@@ -21,6 +21,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.decoding import Mixture, Prefix, pass_for_nothing, reader_of
+from rlhf_lightning.types import Sequences
 
 FULL_ENOUGH = 0.75
 """Share of the rows below which it pays to fill the batch up, or to make it smaller: both cost about one step."""
@@ -70,15 +71,25 @@ class Completions(NamedTuple):
         logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
         finished: bool, True where the end token was reached, shape (rows,).
         entropies: entropy of the distribution that each token was drawn from, nats; None from engines that do not say.
+        texts: text of each completion, without the end token; empty until a tokenizer has decoded it.
+        learned: bool, one mask per completion: False on tokens that an environment wrote between the policy's turns;
+            None where the policy wrote all of them.
     """
 
     ids: tuple[Tensor, ...]
     logprobs: tuple[Tensor, ...]
     finished: Tensor
     entropies: tuple[Tensor, ...] | None = None
+    texts: tuple[str, ...] = ()
+    learned: tuple[Tensor, ...] | None = None
+
+    def after(self, prompts: Sequence[Tensor]) -> Sequences:
+        """Return the completions after their prompts, one prompt per completion."""
+        learned = self.learned or tuple(torch.ones(len(ids), dtype=torch.bool) for ids in self.ids)
+        return Sequences(tuple(prompts), self.ids, tuple(range(len(self.ids))), learned)
 
 
-class Request(NamedTuple):
+class SamplingRequest(NamedTuple):
     """What an engine is asked for, see `SamplingEngine.sample`.
 
     Attributes:
@@ -144,10 +155,10 @@ class SamplingEngine(ABC):
             raise ValueError(
                 "a prompt is empty: the first token of a completion is predicted from the prompt's last one"
             )
-        return self.complete(model, Request(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
+        return self.complete(model, SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
 
     @abstractmethod
-    def complete(self, model: CausalLM, request: Request) -> Completions:
+    def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         """Draw what `sample` asks for."""
 
 
@@ -158,7 +169,7 @@ class SlotEngine(SamplingEngine):
     addressed by (seed, e, t), so the episodes do not depend on the slots, their order or the ranks.
     """
 
-    def complete(self, model: CausalLM, request: Request) -> Completions:
+    def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         """Draw the completions, all ranks making their passes together where weights are cut over them."""
         run = _Run(model, request)
         idle = partial(pass_for_nothing, model, request.mixture)
@@ -192,7 +203,7 @@ class _Run:
     an end token. Drawn tokens stay on the device until all are done.
     """
 
-    def __init__(self, model: CausalLM, request: Request) -> None:
+    def __init__(self, model: CausalLM, request: SamplingRequest) -> None:
         prompts, settings = request.prompts, request.settings
         self.prompts, self.settings, self.seed = prompts, settings, request.seed
         self.on_progress = request.on_progress

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.engines import Completions, Request, SamplingEngine, SamplingSettings, draw
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, draw
 
 
 class GenerateEngine(SamplingEngine):
@@ -23,7 +23,7 @@ class GenerateEngine(SamplingEngine):
     family overrides ``generate``, and to compare with.
     """
 
-    def complete(self, model: CausalLM, request: Request) -> Completions:
+    def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         """Draw the completions.
 
         Raises:

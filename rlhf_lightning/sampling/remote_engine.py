@@ -26,7 +26,7 @@ from rlhf_lightning.models.adapters import POLICY, active_adapter, adapter_weigh
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.models.sharding import is_sharded
-from rlhf_lightning.sampling.engines import Completions, Request, SamplingEngine, SamplingSettings
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
@@ -88,7 +88,7 @@ class RemoteEngine(SamplingEngine):
             self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         return self._tokenizer
 
-    def complete(self, model: CausalLM, request: Request) -> Completions:
+    def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         """Draw the completions.
 
         Raises:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -10,15 +12,15 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, load_scorer, plain_scores
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, checked_judgements, load_scorer
+from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 
 class ScorerGroup(Scorer):
-    """Base of scorers that ask other scorers: each one's raw score is the metric ``score/<name>``.
+    """Base of scorers that ask other scorers: each one's raw score is a part of the judgement, under its name.
 
-    Metrics of the members come along: their own scores as ``score/<name>/...``, and shares such as ``score_failed`` as
-    the share of completions on which any member failed.
+    Parts of a member are parts as ``<name>/<part>``. Its metrics come along, shares such as ``score_failed`` as the
+    share of completions on which any member failed.
 
     Args:
         scorers: each a Scorer or what `load_scorer` takes, by name.
@@ -31,23 +33,52 @@ class ScorerGroup(Scorer):
         if not scorers:
             raise ValueError(f"{type(self).__name__} needs at least one scorer")
         self.scorers = {str(name): load_scorer(spec) for name, spec in scorers.items()}
-        self._measured = Measured(*(f"score/{name}" for name in self.scorers))
 
-    def member_scores(
+    def member_judgements(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> dict[str, list[float | None]]:
-        """Return every member's scores, and keep them as metrics.
+    ) -> list[dict[str, Judgement]]:
+        """Return every member's judgement of each completion, by the member's name.
 
         Raises:
-            ValueError: a member returned another number of scores than completions, or one that is not finite.
+            ValueError: a member returned another number of judgements than completions, or a score that is not finite.
         """
-        scores = {
-            name: plain_scores(scorer(prompts, completions, **columns), len(completions), f"scorer {name!r}")
+        count = len(completions)
+        given = [
+            checked_judgements(scorer(prompts, completions, **columns), count, f"scorer {name!r}").plain()
             for name, scorer in self.scorers.items()
-        }
-        for name, values in scores.items():
-            self._measured.add(f"score/{name}", values)
-        return scores
+        ]
+        return [dict(zip(self.scorers, row, strict=True)) for row in zip(*given, strict=True)]
+
+    def combined(
+        self, score: float | None, members: Mapping[str, Judgement], weights: Mapping[str, float]
+    ) -> Judgement:
+        """Return one judgement made of the members': their scores as parts, weighted token rewards, all feedback."""
+        parts: dict[str, float] = {}
+        for name, member in members.items():
+            parts[name] = math.nan if member.score is None else member.score
+            parts |= {f"{name}/{part}": value for part, value in member.parts.items()}
+        rewards = [
+            [weights[name] * reward for reward in member.token_rewards]
+            for name, member in members.items()
+            if member.token_rewards is not None
+        ]
+        said = [f"{name}: {member.feedback}" for name, member in members.items() if member.feedback is not None]
+        return Judgement(
+            score,
+            parts,
+            [sum(column) for column in zip_longest(*rewards, fillvalue=0.0)] if rewards else None,
+            "\n".join(said) or None,
+        )
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Tell every member, with the means of its own score and parts under the names that it knows."""
+        for name, scorer in self.scorers.items():
+            prefix = f"score_{name}"
+            own = {
+                f"score_{key.removeprefix(f'{prefix}/')}" if key.startswith(f"{prefix}/") else key: value
+                for key, value in means.items()
+            }
+            scorer.on_rollout_end(rollout, own | ({"score": means[prefix]} if prefix in means else {}))
 
     @property
     def models(self) -> Sequence[nn.Module]:
@@ -75,15 +106,11 @@ class ScorerGroup(Scorer):
             self.scorers[name].load_state_dict(mine)
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return each member's raw scores, and what the members measured themselves."""
-        taken = self._measured.take()
-        for name, scorer in self.scorers.items():
+        """Return what the members measured themselves."""
+        taken: dict[str, Tensor] = {}
+        for scorer in self.scorers.values():
             for key, values in scorer.take_metrics().items():
-                part = key.removeprefix("score/")
-                if part != key:
-                    taken[f"score/{name}/{part}"] = values
-                else:
-                    taken[key] = torch.fmax(taken[key], values) if key in taken else values
+                taken[key] = torch.fmax(taken[key], values) if key in taken else values
         return taken
 
 
@@ -116,10 +143,9 @@ class WeightedSum(ScorerGroup):
         self.missing = missing
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return the sum for each completion."""
-        scores = self.member_scores(prompts, completions, columns)
-        rows = zip(*scores.values(), strict=True)
-        return [self._sum(row) for row in rows]
+        """Return the sum for each completion, and its terms before weighting as parts."""
+        rows = self.member_judgements(prompts, completions, columns)
+        return [self.combined(self._sum([one.score for one in row.values()]), row, self.weights) for row in rows]
 
     def _sum(self, row: Sequence[float | None]) -> float | None:
         terms = [w * score for w, score in zip(self.weights.values(), row, strict=True) if score is not None]
@@ -152,18 +178,21 @@ class Ensemble(ScorerGroup):
         self._deviations = Measured("score/std")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return the bound for each completion; None where a member has no score."""
-        scores = self.member_scores(prompts, completions, columns)
-        rows = [row if None not in row else None for row in zip(*scores.values(), strict=True)]
-        moments = [None if row is None else _mean_and_std(row) for row in rows]
-        self._deviations.add("score/std", [None if found is None else found[1] for found in moments])
-        return [None if found is None else found[0] - self.penalty * found[1] for found in moments]
+        """Return the bound for each completion, no score where a member has none, and the members' scores as parts."""
+        rows = self.member_judgements(prompts, completions, columns)
+        found = [_mean_and_std([member.score for member in row.values()]) for row in rows]
+        self._deviations.add("score/std", [None if moments is None else moments[1] for moments in found])
+        equal = dict.fromkeys(self.scorers, 1 / len(self.scorers))
+        bounds = [None if moments is None else moments[0] - self.penalty * moments[1] for moments in found]
+        return [self.combined(bound, row, equal) for bound, row in zip(bounds, rows, strict=True)]
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return each member's scores and their deviation."""
+        """Return the members' deviation, and what they measured themselves."""
         return {**super().take_metrics(), **self._deviations.take()}
 
 
-def _mean_and_std(row: Sequence[Any]) -> tuple[float, float]:
+def _mean_and_std(row: Sequence[float | None]) -> tuple[float, float] | None:
+    if None in row:
+        return None
     values = torch.tensor(row, dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))

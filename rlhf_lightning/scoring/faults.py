@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
 from rlhf_lightning.scoring.workers import Outcome, Row, WorkerPool, judged, miscounted
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 
 class ScorerFailedError(RuntimeError):
@@ -89,7 +89,7 @@ class FaultTolerant(Scorer):
         self._measured.add("score_timed_out", [float(kind == "timed_out") for kind, _ in outcomes])
         return [self._score(row, *outcome) for row, outcome in enumerate(outcomes)]
 
-    def _score(self, row: int, kind: str, value: Any) -> float | None:
+    def _score(self, row: int, kind: str, value: Any) -> float | Judgement | None:
         self._in_a_row = 0 if kind == "scored" else self._in_a_row + 1
         if kind == "scored":
             return value
@@ -159,6 +159,18 @@ class FaultTolerant(Scorer):
     def take_metrics(self) -> dict[str, Tensor]:
         """Return 1 for each completion with a fault of its kind and 0 for the others, and the scorer's own metrics."""
         return {**self.scorer.take_metrics(), **self._measured.take()}
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Tell the scorer. Processes of their own (``seconds``) keep the state that they started with."""
+        self.scorer.on_rollout_end(rollout, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scorer's state."""
+        return self.scorer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the scorer's state."""
+        self.scorer.load_state_dict(state)
 
     def close(self) -> None:
         """End the processes; the next completion starts new ones."""

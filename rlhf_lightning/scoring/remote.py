@@ -8,15 +8,16 @@ from typing import Any
 
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
 from rlhf_lightning.scoring.scorer import Scorer, Scores
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.types import Judgement, Prompt
 
 
 class RemoteScorer(Scorer):
     """Asks a server for scores, some completions at a time.
 
     A request is a POST of ``{"prompts": [...], "completions": [...], "columns": {name: [...]}}``, with one entry per
-    completion in each list (a prompt is text or a list of messages); the answer is ``{"scores": [...]}``, a number for
-    each, or null where the server cannot judge. A server that is away or busy is asked again, as long as the retries
+    completion in each list (a prompt is text or a list of messages); the answer is ``{"scores": [...]}``: for each a
+    number, null where the server cannot judge, or an object with the fields of a `Judgement` (``score``, ``parts``,
+    ``token_rewards``, ``feedback``). A server that is away or busy is asked again, as long as the retries
     last: (retries + 1) * timeout and the waits, doubling from ``wait`` up to a minute each, are the longest that a call
     can take. Wrap it in `FaultTolerant` to go on without scores after that.
 
@@ -75,4 +76,7 @@ class RemoteScorer(Scorer):
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             raise ServerError(f'{self.server.url} answered without {{"scores": [...]}}: {self.server.shown(answer)}')
-        return scores
+        try:
+            return [Judgement(**score) if isinstance(score, dict) else score for score in scores]
+        except TypeError as error:
+            raise ServerError(f"{self.server.url} answered with a judgement of unknown fields: {error}") from error

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import ContractError
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.types import Judgement, Prompt, Rollout
 
-Scores = Sequence[float | None] | Tensor
-"""One number per completion; None where the scorer has nothing to say of it."""
+Scores = Sequence[float | None | Judgement] | Tensor
+"""One number or `Judgement` per completion; None where the completion cannot be judged."""
+
+RESERVED_PARTS = ("std", "squared", "missing")
+"""Names that no part of a `Judgement` may have: ``rollout/score_NAME`` means something else."""
+
+
+class Judgements(NamedTuple):
+    """Checked judgements of some completions, one tensor for each number.
+
+    Attributes:
+        scores: fp32, shape (completions,), NaN where a completion cannot be judged.
+        parts: fp32 by name, shape (completions,), NaN where a completion has none.
+        token_rewards: fp32, one tensor per completion; empty where no completion has any.
+        feedback: one text per completion, or None; empty where no completion has any.
+    """
+
+    scores: Tensor
+    parts: Mapping[str, Tensor] = {}
+    token_rewards: tuple[Tensor, ...] = ()
+    feedback: tuple[str | None, ...] = ()
+
+    def plain(self) -> list[Judgement]:
+        """Return one `Judgement` per completion."""
+
+        def number(value: Tensor) -> float | None:
+            return None if value.isnan() else float(value)
+
+        parts = {name: values.tolist() for name, values in self.parts.items()}
+        return [
+            Judgement(
+                number(score),
+                {name: values[row] for name, values in parts.items()},
+                self.token_rewards[row].tolist() if self.token_rewards else None,
+                self.feedback[row] if self.feedback else None,
+            )
+            for row, score in enumerate(self.scores)
+        ]
+
 
 GoldReward = Callable[[Prompt, str], float]
 """The true worth of a completion, for simulated judges and annotators."""
@@ -26,8 +66,9 @@ class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
     A subclass that needs a device or weights overrides ``to`` and ``load_beside``, and one that holds networks names
-    them in ``models``; one that has more to tell than a score overrides ``take_metrics``. One that learns while it
-    scores (a running mean ...) overrides ``state_dict`` and ``load_state_dict``, or a resumed run is another one.
+    them in ``models``; one that measures more than its judgements overrides ``take_metrics``. State that changes during
+    training (a running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves
+    while scoring is put back after sample tables and validation, and differs between ranks.
     """
 
     @property
@@ -36,7 +77,7 @@ class Scorer:
         return ()
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion; None where the completion cannot be judged (not: where it is bad).
+        """Return one number or `Judgement` per completion; None where it cannot be judged (not: where it is bad).
 
         Args:
             prompts: each prompt as the data gave it.
@@ -66,6 +107,18 @@ class Scorer:
         values where it scored nothing: every rank must log the same.
         """
         return {}
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Move the scorer's state after a training rollout and its updates.
+
+        Called after training rollouts alone, never for sample tables or validation.
+
+        Args:
+            rollout: this rank's episodes.
+            means: means over all ranks, equal on each: ``score``, ``score_NAME`` of each part, ``kl``,
+                ``completion_length`` and all else that is logged as ``rollout/<name>``. State that is moved by them
+                alone stays equal on all ranks.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later scores depend on beside the scorer's arguments, in plain values and tensors."""
@@ -133,6 +186,8 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
     Raises:
         ValueError: there are more or fewer scores than completions, or one is no number, NaN or infinite.
     """
+    if isinstance(scores, Sequence) and any(isinstance(score, Judgement) for score in scores):
+        scores = [score.score if isinstance(score, Judgement) else score for score in scores]
     wanted = f"{name} must return one number for each completion"
     if not isinstance(scores, Tensor | Sequence) or isinstance(scores, str):
         try:
@@ -159,10 +214,50 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
     return values
 
 
+def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
+    """Return judgements as tensors on the CPU; a plain number is a judgement of nothing else.
+
+    Raises:
+        ValueError: see `checked_scores`.
+        ContractError: a part has a reserved name or is infinite, or a token reward is not finite.
+    """
+    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    if not any(isinstance(one, Judgement) for one in listed):
+        return Judgements(checked_scores(given, count, name))
+    each = [one if isinstance(one, Judgement) else Judgement(one) for one in listed]
+    scores = checked_scores([one.score for one in each], count, name)
+    parts = {}
+    for part in sorted({part for one in each for part in one.parts}):
+        if part in RESERVED_PARTS:
+            raise ContractError("reserved-part", f"{name} calls a part {part!r}, which is reserved: rename it")
+        found = [one.parts.get(part) for one in each]
+        parts[part] = torch.tensor([math.nan if value is None else float(value) for value in found])
+        if bool(parts[part].isinf().any()):
+            raise ContractError("infinite-part", f"{name} returned an infinite part {part!r}: return NaN for no value")
+    rewards: tuple[Tensor, ...] = ()
+    if any(one.token_rewards is not None for one in each):
+        rewards = tuple(torch.as_tensor(one.token_rewards or [], dtype=torch.float32).flatten() for one in each)
+        if not all(bool(row.isfinite().all()) for row in rewards):
+            raise ContractError("token-reward", f"{name} returned a token reward that is NaN or infinite")
+    feedback = tuple(one.feedback for one in each) if any(one.feedback is not None for one in each) else ()
+    return Judgements(scores, parts, rewards, feedback)
+
+
 def plain_scores(scores: Scores, count: int, name: str) -> list[float | None]:
-    """Return checked scores as numbers and None: what a scorer made of other scorers reckons with."""
+    """Return checked scores as numbers and None."""
     values = checked_scores(scores, count, name).tolist()
     return [None if math.isnan(value) else value for value in values]
+
+
+@contextlib.contextmanager
+def unmoved(scorer: Scorer) -> Iterator[None]:
+    """Put a scorer's state back afterwards: sample tables and validation must not change a run."""
+    before = copy.deepcopy(scorer.state_dict())
+    try:
+        yield
+    finally:
+        if before:
+            scorer.load_state_dict(before)
 
 
 class MissingColumnError(ValueError):

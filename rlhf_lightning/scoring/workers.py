@@ -14,13 +14,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from rlhf_lightning.scoring.scorer import Scorer, load_scorer
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.types import Judgement, Prompt
 
 START_SECONDS = 120.0
 """What a process may take to import the scorer before it counts as failed."""
 
 Outcome = tuple[Literal["scored", "failed", "timed_out"], Any]
-"""What became of a completion, and its score (a number, or None where it cannot be judged) or what went wrong."""
+"""What became of a completion, and its score (a number, a `Judgement`, or None) or what went wrong."""
 
 Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
 """Prompt, completion and further columns of one completion, as a scorer takes them."""
@@ -184,9 +184,12 @@ def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], column
 
 
 def judged(score: Any) -> Outcome:
-    """Return a score as a number, or as None where the scorer cannot judge; one that is no finite number has failed."""
+    """Return a score as a number, a `Judgement`, or None where the scorer cannot judge; other values have failed."""
     if score is None:
         return "scored", None
+    if isinstance(score, Judgement):
+        kind, value = judged(score.score)
+        return kind, score._replace(score=value) if kind == "scored" else value
     try:
         value = float(score)
     except (TypeError, ValueError, RuntimeError):

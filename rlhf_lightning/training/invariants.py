@@ -71,27 +71,29 @@ class Invariants:
         )  # fmt: skip
 
     def check_lengths(self, rollout: Rollout) -> None:
-        """The mask counts exactly the tokens of each completion, the end token among them."""
-        lengths = torch.tensor([len(ids) for ids in rollout.sequences.completions])
+        """The mask counts exactly the tokens that the policy wrote, the end token among them."""
+        lengths = torch.tensor([int(mask.sum()) for mask in rollout.sequences.supervised], dtype=torch.long)
         wrong = (rollout.completion_mask.sum(-1).cpu() != lengths).sum()
         self._check("mask", float(wrong), 0.0, "completions whose mask does not count their tokens: look at the layout")
 
-    def check_scores(self, scores: Tensor, difference: Tensor, slots: Tensor) -> None:
-        """Each completion's score is in the rewards once, at its slot.
+    def check_scores(self, scores: Tensor, rewards: Tensor, slots: Tensor) -> None:
+        """Each completion's score is in the rewards, on its slot and on no other; it may be scaled.
 
         Args:
-            scores: of each completion, shape (episodes,); NaN ones count as 0.
-            difference: what the scores change in the rewards, shape (episodes, slots).
+            scores: of each completion, shape (episodes,); rewards were made of them with gradient.
+            rewards: shape (episodes, slots).
             slots: where each score belongs, shape (episodes,).
         """
-        expected = torch.zeros_like(difference).scatter(
-            1, slots.unsqueeze(1), torch.nan_to_num(scores).to(difference).unsqueeze(1)
+        known = ~scores.detach().isnan()
+        place = torch.zeros_like(rewards, dtype=torch.bool).scatter(1, slots.unsqueeze(1), True)
+        here, elsewhere = (
+            torch.autograd.grad(torch.where(cells, rewards, 0.0).sum(), scores, retain_graph=True)[0][known].abs()
+            for cells in (place, ~place)
         )
-        wrong = (torch.nan_to_num(difference) - expected).abs()
-        bound = 1e-5 * (1.0 + float(expected.abs().max())) if expected.numel() else 0.0
+        wrong = elsewhere + (here == 0)
         self._check(
-            "score_slot", float(wrong.max()) if wrong.numel() else 0.0, bound,
-            "shape_rewards puts a score on another slot than score_slots says, more than once, or scaled "
+            "score_slot", float(wrong.max()) if wrong.numel() else 0.0, 1e-5,
+            "shape_rewards puts a score on another slot than score_slots says, or on more than one "
             "(return None from score_slots where scores are spread on purpose)",
         )  # fmt: skip
 

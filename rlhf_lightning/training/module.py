@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -42,7 +42,7 @@ from rlhf_lightning.models.loading import (
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
@@ -61,15 +61,6 @@ from rlhf_lightning.training.settings import check_ranges
 from rlhf_lightning.training.skips import Skips
 from rlhf_lightning.training.trainer_settings import check_optimizers, check_trainer
 from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
-
-
-class Answer(NamedTuple):
-    """A sampled completion: its text, its token ids, the log-probability of each, whether it ended by itself."""
-
-    text: str
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
 
 
 class AlignmentModule(LightningModule):
@@ -510,6 +501,9 @@ class AlignmentModule(LightningModule):
             groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps, fused=self.fused_optimizer or None
         )
 
+    def on_before_clip(self) -> None:
+        """Look at or change the gradients, summed over micro-batches and ranks, before their norm is clipped."""
+
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
         """Take one optimizer step, or none where the loss or its gradient is not finite on any rank.
 
@@ -539,6 +533,7 @@ class AlignmentModule(LightningModule):
                 value = loss() * scale
                 total += value.detach()
                 self.manual_backward(value)
+        self.on_before_clip()
         norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
         # The norm is of all ranks' gradients, and so is the sum of their losses: all decide alike.
@@ -628,37 +623,39 @@ class AlignmentModule(LightningModule):
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int = 0, first_episode: int = 0
-    ) -> list[Answer]:
+    ) -> Completions:
         """Sample one completion for each prompt from the policy."""
         encoded = tuple(torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts)
         return self.complete(encoded, torch.arange(first_episode, first_episode + len(encoded)), sampling, seed)
 
     def complete(
         self, prompts: Sequence[Tensor], episodes: Tensor, sampling: SamplingSettings, seed: int
-    ) -> list[Answer]:
-        """Sample one completion for each tokenized prompt from the policy."""
+    ) -> Completions:
+        """Sample one completion for each tokenized prompt from the policy, with the module's engine."""
         policy = self.model
         if not isinstance(policy, CausalLM):
             raise TypeError(f"{type(self).__name__} scores completions; it does not write them")
         ends = tokenization.end_token_ids(self.tokenizer)
-        drawn = sample(policy, prompts, episodes, sampling, seed, ends)
-        text = partial(tokenization.completion_text, self.tokenizer)
-        return [
-            Answer(text(ids.tolist()), ids.tolist(), logprobs.tolist(), bool(done))
-            for ids, logprobs, done in zip(drawn.ids, drawn.logprobs, drawn.finished, strict=True)
-        ]
+        drawn = self.engine.sample(policy, prompts, episodes, sampling, seed, ends)
+        return drawn._replace(
+            texts=tuple(tokenization.completion_text(self.tokenizer, ids.tolist()) for ids in drawn.ids)
+        )
 
     sampling = SamplingSettings()
     """How ``predict`` samples; on-policy modules set their own."""
+
+    engine: SamplingEngine = SlotEngine()
+    """What samples; on-policy modules set their own."""
 
     def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
         """Answer each prompt: one row per completion with its summed log-probability."""
         rows = []
         for batch in step.micro_batches:
-            answers = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed)
-            for prompt, answer in zip(batch.texts, answers, strict=True):
-                row = {"prompt": prompt, "completion": answer.text}
-                rows.append(row | {"logprob": sum(answer.logprobs), "finished": answer.finished})
+            found = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed)
+            answers = zip(batch.texts, found.texts, found.logprobs, found.finished.tolist(), strict=True)
+            for prompt, text, logprobs, finished in answers:
+                row = {"prompt": prompt, "completion": text}
+                rows.append(row | {"logprob": sum(logprobs.tolist()), "finished": finished})
         return rows
 
     def export(self, folder: str | Path) -> Path:

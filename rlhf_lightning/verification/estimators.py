@@ -16,9 +16,9 @@ from scipy.stats import f as f_distribution
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from rlhf_lightning.training.collector import select_episodes
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.training.rollouts import select_episodes
 from rlhf_lightning.types import PromptBatch, Rollout
 from rlhf_lightning.verification.world import EnumerableWorld
 
@@ -49,7 +49,7 @@ def rollout_gradients(
         first_episode: number of the first episode.
     """
     batch = questions_of(world, rollouts, samples, first_episode)
-    everything, _ = module.collect(batch)
+    everything = module.collect(batch)
     size = world.config.prompts * samples
     gradients = []
     with _weights(module, at):
@@ -96,7 +96,7 @@ def _gradient(module: OnPolicyModule, rollout: Rollout, advantages: Any, batch: 
 
     module.update = backward  # type: ignore[method-assign]
     try:
-        module._learn(rollout, advantages, list(range(len(rollout.scores))), batch, Meter())
+        module.learn_minibatch(rollout, advantages, list(range(len(rollout.scores))), batch, Meter())
     finally:
         vars(module).pop("update", None)
     return parameters_to_vector([torch.zeros_like(p) if p.grad is None else p.grad for p in trained(module)]).double()

@@ -46,7 +46,7 @@ class PairPopulation(PolicyGradient):
     def rollout(self) -> Rollout:
         """Return every pair of completions of every prompt as one rollout, by the module's own forward."""
         with torch.no_grad():
-            grids = self.module._forward_statistics(self.listed)
+            grids = self.module.forward_statistics(self.listed)
         old, reference = grids["logprobs"][self.place], grids.get("reference_logprobs")
         reference = None if reference is None else reference[self.place]
         drawn = old

@@ -98,7 +98,7 @@ def test_held_out_rows_share_no_prompt_with_the_others(ready, write_rows):
     assert [len(step) for step in held] == [5, 1]
     assert not trained & {p for step in held for p in step}
     assert sum(step.rows for step in steps(data)) == 24
-    assert {p for step in held for p in step} == set(data.example_prompts(9))
+    assert {p for step in held for p in step} == {prompt for prompt, _ in data.examples(9)}
     other = ready(SFTDataModule(source, eval_rows=6, seed=1))
     assert set(other.held_out) != set(data.held_out)
 

@@ -135,7 +135,7 @@ def test_streamed_pairs_and_prompts(ready, write_rows):
     loader.sampler.set_epoch(1)
     numbers += [step.micro_batches[0].episodes.tolist() for step in loader]
     assert numbers == [list(range(first, first + 4)) for first in range(0, 24, 4)]
-    assert prompts.steps_per_epoch == 3 and prompts.example_prompts(1) == ["p"]
+    assert prompts.steps_per_epoch == 3 and prompts.examples(1)[0][0] == "p"
 
 
 def test_another_stream_is_refused(ready, shards, write_rows):

@@ -181,7 +181,7 @@ def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None
     module = module_of("RLOOModule", policy_folder, max_grad_norm=None, kl_coef=0.0)
     kept: list[Rollout] = []
     collect = module.collect
-    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found  # type: ignore
+    module.collect = lambda *batches: kept.append(found := collect(*batches)) or found  # type: ignore
     found = gradients_of_step(module, grouped(prompt_step(GROUPED)))
     rollout, plain = kept[0], AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     loss = torch.zeros(())
@@ -272,7 +272,7 @@ def test_dynamic_sampling_keeps_groups_in_the_order_of_their_episodes(policy_fol
     module = modules.DAPOModule(init_from=policy_folder, scorer=scorer, max_new_tokens=4)
     kept: list[Rollout] = []
     collect = module.collect
-    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found  # type: ignore
+    module.collect = lambda *batches: kept.append(found := collect(*batches)) or found  # type: ignore
     fit(module, [candidates(3)])
     assert kept[0].episodes is not None
     assert kept[0].episodes.tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
@@ -310,7 +310,7 @@ def test_remax_compares_with_the_greedy_completion(policy_folder: str) -> None:
     module = module_of("ReMaxModule", policy_folder)
     kept: list[Rollout] = []
     collect = module.collect
-    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found  # type: ignore
+    module.collect = lambda *batches: kept.append(found := collect(*batches)) or found  # type: ignore
     fit(module, [grouped(prompt_step(GROUPED))])
     plain = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     baselines = []

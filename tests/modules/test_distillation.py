@@ -310,7 +310,7 @@ def test_advantages_are_what_the_teacher_thinks_beyond_the_student(
     fit(module, [prompt_step(PROMPTS)])
     module.updates = 0
     module.configure_model()
-    rollout, _ = module.collect(*prompt_step(PROMPTS).micro_batches)
+    rollout = module.collect(*prompt_step(PROMPTS).micro_batches)
     found = module.advantages(rollout, module.shape_rewards(rollout)).advantages
     student, teacher = module.policy.model, AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
     with torch.no_grad():

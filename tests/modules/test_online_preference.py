@@ -29,6 +29,7 @@ from rlhf_lightning.modules import OnlineDPOModule
 from rlhf_lightning.modules.online_opponents import OPPONENTS
 from rlhf_lightning.sampling.engines import Mixture, sample
 from rlhf_lightning.tokenization.facts import Facts
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import PreferenceLogprobs, PromptBatch, Rollout, Sequences, Step
 
@@ -63,7 +64,7 @@ def questions(samples: int = 2, first_episode: int = 0) -> Step[PromptBatch]:
 def kept_rollout(module: Any, step: Step[PromptBatch], **trainer: Any) -> Rollout:
     kept: list[Rollout] = []
     collect = module.collect
-    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found
+    module.collect = lambda *batches: kept.append(found := collect(*batches)) or found
     fit(module, [step], **trainer)
     return kept[0]
 
@@ -128,7 +129,7 @@ def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None
     module, logged = made("OnlineDPOModule", policy_folder, max_grad_norm=None, beta=0.3), MetricsLog()
     kept: list[Rollout] = []
     collect = module.collect
-    module.collect = lambda *batches: kept.append((found := collect(*batches))[0]) or found
+    module.collect = lambda *batches: kept.append(found := collect(*batches)) or found
     found = gradients_of_step(module, questions())
     rollout, plain = kept[0], AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     scores = rollout.scores.view(-1, 2)
@@ -204,7 +205,7 @@ def test_a_rank_without_pairs_takes_its_part(policy_folder: str) -> None:
 def test_minibatches_keep_the_samples_of_a_prompt_together(policy_folder: str) -> None:
     module = made("IterativeDPOModule", policy_folder, mini_batch_size=6)
     rollout = kept_rollout(module, questions(3))
-    batches = list(module._minibatches(rollout, 0))
+    batches = list(module.minibatches(rollout, Meter()))
     assert [len(rows) for rows in batches] == [6, 6] and module.updates == 2
     assert sorted(row for rows in batches for row in rows) == list(range(12))
     assert all({row // 3 for row in rows} == {row // 3 for row in rows[::3]} for rows in batches)
@@ -346,10 +347,10 @@ def test_the_second_sample_of_xpo_is_the_reference_s(policy_folder: str, lora: A
     module = made("XPOModule", policy_folder, lora=lora, learning_rate=2e-2)
     fit(module, [questions()])
     step, collector = questions(2, 100).micro_batches[0], module.collector
-    drawn = module.draw([step]).samples
+    drawn = module.draw([step])
     with module.reference.as_model() as reference:
-        theirs = collector.sample(reference, module.tokenizer, step).sequences.completions
-    own = collector.sample(module.policy, module.tokenizer, step).sequences.completions
+        theirs = collector.sample(reference, module.tokenizer, step).ids
+    own = collector.sample(module.policy, module.tokenizer, step).ids
     expected = [(own, theirs)[row % 2][row].tolist() for row in range(8)]
     assert [ids.tolist() for ids in drawn.sequences.completions] == expected
     assert [ids.tolist() for ids in own] != [ids.tolist() for ids in theirs]

@@ -47,9 +47,9 @@ def nothing(prompts: Any, completions: list[str], **columns: Any) -> list[float]
 class KeepingModule(PPOModule):
     """Keeps its rollouts."""
 
-    def collect(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
-        found = super().collect(batch)
-        self.__dict__.setdefault("kept", []).append(found[0])
+    def collect(self, *batches: PromptBatch) -> Rollout:
+        found = super().collect(*batches)
+        self.__dict__.setdefault("kept", []).append(found)
         return found
 
 
@@ -243,7 +243,7 @@ def test_completions_that_did_not_end_by_themselves(
 class OrderedModule(PPOModule):
     """Learns nothing and writes down which rows it would have learned from."""
 
-    def _learn(self, rollout: Rollout, advantages: Any, rows: list[int], *_: Any) -> float:
+    def learn_minibatch(self, rollout: Rollout, advantages: Any, rows: list[int], *_: Any) -> float:
         self.__dict__.setdefault("order", []).append(rows)
         return 0.0
 

@@ -164,7 +164,7 @@ def test_a_critic_made_from_the_reward_model_values_the_last_state_at_the_score(
     class Kept(PPOModule):
         def collect(self, *batches: Any) -> Any:
             found = super().collect(*batches)
-            kept.append(found[0])
+            kept.append(found)
             return found
 
     fit(

@@ -122,9 +122,9 @@ def test_imitation_learns_a_fixed_answer_and_writes_it(policy_folder: str) -> No
     fit(module, [demonstration_step(rows)] * 25)
     greedy = SamplingSettings(max_new_tokens=6, temperature=0)
     answers = module.complete([torch.tensor(p) for p, _ in rows], torch.arange(2), greedy, seed=0)
-    assert [answer.ids for answer in answers] == [c for _, c in rows]
-    assert [answer.text for answer in answers] == ["w30 w31 w32", "w40 w41"]
-    assert all(answer.finished for answer in answers)
+    assert [ids.tolist() for ids in answers.ids] == [c for _, c in rows]
+    assert answers.texts == ("w30 w31 w32", "w40 w41")
+    assert answers.finished.all()
 
 
 def test_messages_are_answered_through_the_chat_template(policy_folder: str) -> None:
@@ -132,9 +132,11 @@ def test_messages_are_answered_through_the_chat_template(policy_folder: str) -> 
     module.configure_model()
     settings = SamplingSettings(max_new_tokens=5, temperature=0)
     conversation = [{"role": "user", "content": "w20 w21"}]
-    answered = module.answer([conversation], settings)[0]
-    by_ids = module.complete([torch.tensor([2, 4, 20, 21, 5])], torch.arange(1), settings, 0)[0]
-    assert answered == by_ids and len(answered.logprobs) == len(answered.ids)
+    answered = module.answer([conversation], settings)
+    by_ids = module.complete([torch.tensor([2, 4, 20, 21, 5])], torch.arange(1), settings, 0)
+    assert answered.texts == by_ids.texts and answered.ids[0].tolist() == by_ids.ids[0].tolist()
+    assert answered.logprobs[0].tolist() == by_ids.logprobs[0].tolist()
+    assert len(answered.logprobs[0]) == len(answered.ids[0])
 
 
 def test_predict_writes_a_row_for_each_prompt(policy_folder: str) -> None:
@@ -145,8 +147,10 @@ def test_predict_writes_a_row_for_each_prompt(policy_folder: str) -> None:
     answers = module.complete([torch.tensor(p) for p in prompts], torch.arange(2), module.sampling, seed=4)
     assert rows == [
         [
-            {"prompt": text, "completion": a.text, "logprob": sum(a.logprobs), "finished": a.finished}
-            for text, a in zip(("first", "second"), answers, strict=True)
+            {"prompt": prompt, "completion": text, "logprob": sum(logprobs.tolist()), "finished": bool(finished)}
+            for prompt, text, logprobs, finished in zip(
+                ("first", "second"), answers.texts, answers.logprobs, answers.finished, strict=True
+            )
         ]
     ]
 

@@ -7,6 +7,7 @@ import torch
 from conftest import refused
 
 from rlhf_lightning.scoring import Ensemble, Scorer, WeightedSum, load_scorer
+from rlhf_lightning.types import Judgement
 
 TEXTS = ["one", "two words", "now three words"]
 
@@ -24,7 +25,16 @@ def odd_lengths_only(prompts, completions, **columns):
 
 
 def score(scorer, texts=TEXTS):
-    return scorer(["p"] * len(texts), texts)
+    return [judgement.score for judgement in judge(scorer, texts)]
+
+
+def judge(scorer, texts=TEXTS):
+    return list(scorer(["p"] * len(texts), texts))
+
+
+def parts_of(scorer, texts=TEXTS):
+    found = judge(scorer, texts)
+    return {name: [judgement.parts[name] for judgement in found] for name in found[0].parts}
 
 
 def taken(scorer):
@@ -34,14 +44,36 @@ def taken(scorer):
 def test_a_weighted_sum_and_each_parts_raw_score():
     total = WeightedSum({"length": length, "constant": constant}, weights={"length": -0.5})
     assert score(total) == [1.5, 1.0, 0.5]
-    assert taken(total) == {"score/length": [1.0, 2.0, 3.0], "score/constant": [2.0, 2.0, 2.0]}
-    assert taken(total) == {"score/length": [], "score/constant": []}
+    assert parts_of(total) == {"length": [1.0, 2.0, 3.0], "constant": [2.0, 2.0, 2.0]}
+    assert taken(total) == {}
 
 
-def test_metrics_gather_over_calls():
-    total = WeightedSum({"length": length})
-    score(total), score(total, ["x"])
-    assert taken(total) == {"score/length": [1.0, 2.0, 3.0, 1.0]}
+def test_token_rewards_and_feedback_of_members_are_joined():
+    def steps(prompts, completions, **columns):
+        return [Judgement(1.0, {"cost": 5.0}, [1.0, 2.0], "short") for _ in completions]
+
+    def last(prompts, completions, **columns):
+        return [Judgement(0.5, token_rewards=[0.0, 0.0, 4.0]) for _ in completions]
+
+    (found,) = judge(WeightedSum({"steps": steps, "last": last}, weights={"steps": 2.0}), ["x"])
+    assert found == Judgement(2.5, {"steps": 1.0, "steps/cost": 5.0, "last": 0.5}, [2.0, 4.0, 4.0], "steps: short")
+    (mean,) = judge(Ensemble({"steps": steps, "last": last}, penalty=0.0), ["x"])
+    assert mean.score == 0.75 and mean.token_rewards == [0.5, 1.0, 2.0]
+
+
+def test_members_are_told_the_means_of_their_own_parts():
+    class Told(Scorer):
+        def __call__(self, prompts, completions, **columns):
+            return [Judgement(1.0, {"cost": 2.0}) for _ in completions]
+
+        def on_rollout_end(self, rollout, means):
+            self.means = means
+
+    inner = Told()
+    outer = WeightedSum({"outer": WeightedSum({"safe": inner}), "length": length})
+    means = {"score": 9.0, "score_outer": 1.0, "score_outer/safe": 1.5, "score_outer/safe/cost": 2.0}
+    outer.on_rollout_end(None, means)
+    assert inner.means["score"] == 1.5 and inner.means["score_cost"] == 2.0
 
 
 def test_a_part_without_a_score():
@@ -50,7 +82,7 @@ def test_a_part_without_a_score():
     assert score(dropping) == [2.0, None, 6.0]
     assert score(skipping) == [2.0, 2.0, 6.0]
     assert score(WeightedSum({"odd": odd_lengths_only}, missing="skip")) == [1.0, None, 3.0]
-    odd = taken(dropping)["score/odd"]
+    odd = parts_of(dropping)["odd"]
     assert odd[::2] == [1.0, 3.0] and math.isnan(odd[1])
 
 
@@ -58,7 +90,7 @@ def test_sums_of_sums_name_their_parts_by_path():
     inner = WeightedSum({"length": length, "odd": odd_lengths_only}, missing="skip")
     outer = WeightedSum({"inner": inner, "constant": constant}, weights={"inner": 10.0})
     assert score(outer) == [22.0, 22.0, 62.0]
-    assert set(taken(outer)) == {"score/inner", "score/inner/length", "score/inner/odd", "score/constant"}
+    assert set(parts_of(outer)) == {"inner", "inner/length", "inner/odd", "constant"}
 
 
 def test_an_ensemble_is_its_mean_less_deviations():
@@ -67,9 +99,8 @@ def test_an_ensemble_is_its_mean_less_deviations():
 
     pessimist = Ensemble(members(1.0, 2.0, 6.0), penalty=0.5)  # mean 3, deviation sqrt(14 / 3)
     assert score(pessimist, ["x"]) == [pytest.approx(3 - 0.5 * math.sqrt(14 / 3))]
-    assert taken(pessimist) == {
-        "score/0": [1.0], "score/1": [2.0], "score/2": [6.0], "score/std": [pytest.approx(math.sqrt(14 / 3))],
-    }  # fmt: skip
+    assert taken(pessimist) == {"score/std": [pytest.approx(math.sqrt(14 / 3))]}
+    assert parts_of(pessimist, ["x"]) == {"0": [1.0], "1": [2.0], "2": [6.0]}
     assert score(Ensemble(members(1.0, 2.0, 6.0), penalty=0.0), ["x"]) == [3.0]
     assert score(Ensemble(members(0.3, 0.3)), ["x"]) == [pytest.approx(0.3)]
     assert score(Ensemble({"a": length, "b": odd_lengths_only}), ["x", "x y"]) == [1.0, None]

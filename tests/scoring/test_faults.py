@@ -90,7 +90,7 @@ def test_zero_blames_the_completion_and_still_counts_it(limited, monkeypatch):
 def test_failures_of_a_part_are_failures_of_the_sum(limited):
     limited.take_metrics()
     total = WeightedSum({"limited": limited, "length": lambda prompts, completions, **c: [1.0] * len(completions)})
-    assert score(total, ["raise", "ab"]) == [None, 3.0]
+    assert [one.score for one in score(total, ["raise", "ab"])] == [None, 3.0]
     assert taken(total)["score_failed"] == [1.0, 0.0]
 
 

@@ -10,7 +10,7 @@ from tiny_models import MetricsLog, evaluate, fit, gradients_of_step, prompt_ste
 
 from rlhf_lightning import modules
 from rlhf_lightning.scoring import FaultTolerant, WeightedSum
-from rlhf_lightning.training.rollouts import select_prompts
+from rlhf_lightning.training.collector import select_prompts
 
 EIGHT = len(GROUPED)
 
@@ -145,8 +145,8 @@ def test_what_a_scorer_measures_is_logged_with_the_rollout(policy_folder: str) -
     total(["p"] * 3, ["w1", "w2", "w3"])  # somebody else's completions count in no rollout
     module = made("GRPOModule", policy_folder, total)
     row = logged(module)
-    low, some = row["rollout/score/low"], row["rollout/score/some"]
+    low, some = row["rollout/score_low"], row["rollout/score_some"]
     scores = torch.tensor([2 * low * EIGHT + some * (EIGHT - 1)]) / EIGHT
     assert row["rollout/score"] == pytest.approx(float(scores), rel=1e-5) and low > 0
     found = evaluate(module, [grouped(prompt_step(GROUPED))])
-    assert found["val/score/low"] > 0 and found["val/score_missing"] == 0
+    assert found["val/score_low"] > 0 and found["val/score_missing"] == 0

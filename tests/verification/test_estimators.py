@@ -142,7 +142,7 @@ def test_all_rollouts_are_listed(name: str, case_of: Callable[[str], Case]):
 def test_each_rollout_has_the_gradient_of_the_formula(name: str, update: str, case_of: Callable[[str], Case]):
     """Without chance: a random combination of the rollouts' gradients is that of their transcribed losses."""
     case = case_of(name)
-    drawn = case.module.collect(questions_of(case.world, ROLLOUTS, SAMPLES))[0].sequences.completions
+    drawn = case.module.collect(questions_of(case.world, ROLLOUTS, SAMPLES)).sequences.completions
     index = {ids: place for place, ids in enumerate(case.world.completions)}
     completions = torch.tensor([index[tuple(ids.tolist())] for ids in drawn]).view(ROLLOUTS, -1)
     chosen = torch.randn(ROLLOUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -30,7 +30,7 @@ def online_checks(subject: Subject) -> list[Check]:
     module = subject.module
     rollout = PairPopulation(module, subject.world).rollout()
     pairs = module.pairs(rollout)
-    given = subject.seen(module, lambda: module._pair_loss_sum(rollout, pairs, Meter()))
+    given = subject.seen(module, lambda: module.pair_loss_sum(rollout, pairs, Meter()))
     rows = torch.cat([pairs.chosen, pairs.rejected]).tolist()
     batch = PairedSequences(select(rollout.sequences, rows))
     checks = [*pairing_checks(module, rollout), missing_end_check(subject), drawing_check(subject)]
@@ -63,8 +63,8 @@ def missing_end_check(subject: Subject) -> Check:
     """A completion that does not end by itself loses against one that does, whatever the scorer says."""
     module = subject.fresh(missing_eos_penalty=1e3)
     drawn = module.draw([subject.world.questions(2)])
-    told = torch.tensor(subject.world.score(drawn.batch.texts, texts_of(subject, drawn.samples.sequences)))
-    wanted = told - 1e3 * (~drawn.samples.finished).double()
+    told = torch.tensor(subject.world.score(drawn.batch.texts, texts_of(subject, drawn.sequences)))
+    wanted = told - 1e3 * (~drawn.completions.finished).double()
     return at_most(
         "missing end",
         (drawn.scores.double() - wanted).abs().max(),
@@ -96,7 +96,7 @@ def drawing_check(subject: Subject) -> Check:
     drawn = module.draw([questions._replace(group=per_prompt)])
     explored = module.by_reference(per_prompt)
     index = {completion: place for place, completion in enumerate(world.completions)}
-    found = torch.tensor([index[tuple(ids.tolist())] for ids in drawn.samples.sequences.completions])
+    found = torch.tensor([index[tuple(ids.tolist())] for ids in drawn.sequences.completions])
     worst = 0.0
     for turn, policy in ((~explored, policy_of(module, world)), (explored, world.problem.reference)):
         for prompt in range(world.config.prompts):
@@ -162,8 +162,8 @@ def step_gradient(
     module.update = update
     module.updates = 1  # the policy has left its reference
     if over_ranks is not None:
-        module._over_ranks = over_ranks
-    module.learn(rollout, torch.zeros_like(rollout.old_logprobs), subject.world.questions(1), Meter())
+        module.sum_over_ranks = over_ranks
+    module.learn(rollout, subject.world.questions(1), Meter())
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Rollouts: an object that samples and scores completions, owned by every module that learns from its own samples."""
+"""Sample completions and have them judged; select, join and gather what is known about them."""
 
 from __future__ import annotations
 
@@ -15,49 +15,44 @@ from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.sampling.decoding import Mixture
-from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
-from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, load_engine
+from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
+from rlhf_lightning.scoring.scorer import Judgements, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Advantages, PromptBatch, Rollout, Sequences
 
 
 class Samples(NamedTuple):
-    """Completions drawn for the prompts of a batch, in its order.
+    """Prompts, a completion sampled for each, and what the scorer says of it. Further tensors are fp32, (episodes,).
 
     Attributes:
-        sequences: prompts and completions, one prompt per completion.
-        finished: bool, True where the end token was reached, shape (episodes,).
-        logprobs: the sampler's log-probability of each drawn token at its temperature, one tensor per completion.
-        entropies: entropy that each token was drawn at, nats, where all were drawn from the policy in this process;
-            then it is known what a forward pass of the policy would say. None otherwise.
+        batch: the prompts, one per completion.
+        completions: the completions, with their texts.
+        scores: score of each completion; NaN where it cannot be judged.
+        parts: named scores of a `Judgement`; NaN where a completion has none.
+        token_rewards: reward of each token, one tensor per completion; empty where no completion has any.
+        feedback: judgement in words of each completion; empty where no completion has any.
+        baseline_scores: score that each completion's is compared with; None in methods without.
     """
 
-    sequences: Sequences
-    finished: Tensor
-    logprobs: tuple[Tensor, ...]
-    entropies: tuple[Tensor, ...] | None = None
+    batch: PromptBatch
+    completions: Completions
+    scores: Tensor
+    parts: Mapping[str, Tensor] = {}
+    token_rewards: tuple[Tensor, ...] = ()
+    feedback: tuple[str | None, ...] = ()
+    baseline_scores: Tensor | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        """Prompts and completions, one prompt per completion."""
+        return self.completions.after(self.batch.prompts)
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each completion, shape (episodes,)."""
-        return torch.tensor([len(ids) for ids in self.sequences.completions])
-
-
-class Drawn(NamedTuple):
-    """Prompts, the completions drawn for them, and their scores.
-
-    Attributes:
-        batch: the prompts, one per completion.
-        samples: the completions.
-        scores: fp32, shape (episodes,); NaN where the scorer had nothing to say.
-        baseline_scores: score that each completion's is compared with, shape (episodes,); None in methods without.
-    """
-
-    batch: PromptBatch
-    samples: Samples
-    scores: Tensor
-    baseline_scores: Tensor | None = None
+        return torch.tensor([len(ids) for ids in self.completions.ids])
 
 
 class RolloutCollector:
@@ -108,10 +103,9 @@ class RolloutCollector:
             self._scorer = load_scorer(self.scorer_spec)
         return self._scorer
 
-    def draw(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> Drawn:
-        """Draw a completion for each prompt and have it scored."""
-        samples = self.sample(policy, tokenizer, batch)
-        return Drawn(batch, samples, self.score(tokenizer, samples, batch))
+    def draw(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> Samples:
+        """Sample a completion for each prompt and have it judged."""
+        return self.judge(tokenizer, self.sample(policy, tokenizer, batch), batch)
 
     def sample(
         self,
@@ -120,41 +114,42 @@ class RolloutCollector:
         batch: PromptBatch,
         sampling: SamplingSettings | None = None,
         mixture: Mixture | None = None,
-    ) -> Samples:
-        """Draw one completion for each prompt of the batch, from its episode's random numbers."""
+    ) -> Completions:
+        """Sample one completion for each prompt of the batch, from its episode's random numbers."""
         ends = tokenization.end_token_ids(tokenizer)
         settings = sampling or self.sampling
         drawn = self.engine.sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
-        sequences = Sequences(
-            prompts=batch.prompts,
-            completions=drawn.ids,
-            parents=tuple(range(len(drawn.ids))),
-            supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn.ids),
-        )
-        return Samples(sequences, drawn.finished, drawn.logprobs, drawn.entropies)
+        texts = tuple(tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids)
+        return drawn._replace(texts=texts)
 
-    def score(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
-        """Return the score of each completion, the rule for a missing end applied; fp32, (episodes,), on the CPU."""
-        scores = self.raw_scores(tokenizer, samples, batch)
-        ruled = missing_eos_scores(scores, samples.finished, self.missing_eos_penalty, self.missing_eos_score)
-        return torch.where(scores.isnan(), scores, ruled)
+    def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
+        """Return completions with their judgements, the rule for a missing end token applied to their scores."""
+        judged = self.raw_judgements(tokenizer, completions, batch)
+        raw = judged.scores
+        ruled = missing_eos_scores(raw, completions.finished, self.missing_eos_penalty, self.missing_eos_score)
+        scores = torch.where(raw.isnan(), raw, ruled)
+        return Samples(batch, completions, scores, judged.parts, judged.token_rewards, judged.feedback)
 
-    def raw_scores(self, tokenizer: PreTrainedTokenizerBase, samples: Samples, batch: PromptBatch) -> Tensor:
-        """Return the scorer's own score of each completion, fp32, shape (episodes,), on the CPU; NaN where it has none.
+    def score(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Tensor:
+        """Return the score of each completion, with the rule for a missing end token; fp32, (episodes,)."""
+        return self.judge(tokenizer, completions, batch).scores
+
+    def raw_judgements(
+        self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch
+    ) -> Judgements:
+        """Return the scorer's own judgements.
 
         Raises:
-            ValueError: the scorer returned another number of scores, or one that is not finite.
+            ContractError: the scorer returned another number of judgements, or a number that is not finite.
         """
-        scorer, sequences = self.scorer, samples.sequences
-        count = len(sequences.completions)
-        if count == 0 and not getattr(scorer, "models", ()):
-            return torch.zeros(0)  # of no rows not even the columns are known that it may ask for
+        scorer, count = self.scorer, len(completions.ids)
+        if count == 0 and not scorer.models:
+            return Judgements(torch.zeros(0))  # without rows the columns that it may ask for are unknown
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
-            return checked_scores(scorer.score_sequences(sequences), count, name)
-        texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in sequences.completions]
-        given = scorer(list(batch.texts), texts, **batch.columns)
-        return checked_scores(given, count, name)
+            return checked_judgements(scorer.score_sequences(completions.after(batch.prompts)), count, name)
+        given = scorer(list(batch.texts), list(completions.texts), **batch.columns)
+        return checked_judgements(given, count, name)
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
@@ -166,59 +161,96 @@ def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
         texts=tuple(batch.texts[row] for row in rows),
         columns={name: [values[row] for row in rows] for name, values in batch.columns.items()},
         episodes=batch.episodes[index],
+        row_ids=tuple(batch.row_ids[row] for row in rows) if batch.row_ids else (),
         group=torch.unique(group, return_inverse=True)[1] if len(group) else group,
         extras={name: values[index] for name, values in batch.extras.items()},
     )
 
 
-def joined(parts: Sequence[tuple[Drawn, Sequence[int]]]) -> Drawn:
-    """Put the named rows of several draws together; groups are numbered on."""
-    batches = [select_prompts(drawn.batch, rows) for drawn, rows in parts]
+def joined(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
+    """Join the named rows of several draws; groups are numbered on."""
+    batches = [select_prompts(samples.batch, rows) for samples, rows in parts]
     groups, first = [], 0
     for batch in batches:
         groups.append(batch.group + first)
         first += int(batch.group.max()) + 1 if len(batch.group) else 0
-    picked = [(drawn, row) for drawn, rows in parts for row in rows]
-    prompts = tuple(prompt for batch in batches for prompt in batch.prompts)
-    sequences = Sequences(
-        prompts=prompts,
-        completions=tuple(drawn.samples.sequences.completions[row] for drawn, row in picked),
-        parents=tuple(range(len(prompts))),
-        supervised=tuple(drawn.samples.sequences.supervised[row] for drawn, row in picked),
-    )
-    names = batches[0].columns
     batch = batches[0]._replace(
-        prompts=prompts,
+        prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
         texts=tuple(text for batch in batches for text in batch.texts),
-        columns={name: [value for batch in batches for value in batch.columns[name]] for name in names},
+        columns={name: [value for batch in batches for value in batch.columns[name]] for name in batches[0].columns},
         episodes=torch.cat([batch.episodes for batch in batches]),
         group=torch.cat(groups),
         extras={name: torch.cat([batch.extras[name] for batch in batches]) for name in batches[0].extras},
+        row_ids=tuple(row for batch in batches for row in batch.row_ids),
     )
-    finished = torch.cat([drawn.samples.finished[list(rows)] for drawn, rows in parts])
-    logprobs = tuple(drawn.samples.logprobs[row] for drawn, row in picked)
-    known = all(drawn.samples.entropies is not None for drawn, _ in picked)
-    entropies = tuple(drawn.samples.entropies[row] for drawn, row in picked if drawn.samples.entropies is not None)
-    samples = Samples(sequences, finished, logprobs, entropies if known else None)
-    return Drawn(batch, samples, torch.cat([drawn.scores[list(rows)] for drawn, rows in parts]))
+    names = dict.fromkeys(name for samples, _ in parts for name in samples.parts)
+    return Samples(
+        batch,
+        merged_completions([(samples.completions, rows) for samples, rows in parts]),
+        torch.cat([samples.scores[list(rows)] for samples, rows in parts]),
+        {name: torch.cat([_part(samples, name)[list(rows)] for samples, rows in parts]) for name in names},
+        _picked(parts, "token_rewards", torch.zeros(0)),
+        _picked(parts, "feedback", None),
+    )
 
 
-def merged_samples(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
-    """Put samples of several models back in the order of their prompts.
+def _part(samples: Samples, name: str) -> Tensor:
+    return samples.parts.get(name, torch.full_like(samples.scores, torch.nan))
+
+
+def _picked(parts: Sequence[tuple[Samples, Sequence[int]]], field: str, missing: Any) -> tuple[Any, ...]:
+    """Return a field of the named rows that a draw has for all of its rows or for none."""
+    if not any(getattr(samples, field) for samples, _ in parts):
+        return ()
+    return tuple((getattr(samples, field) or {row: missing})[row] for samples, rows in parts for row in rows)
+
+
+def merged_completions(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Completions:
+    """Return the named completions of several calls, one after the other.
 
     Args:
-        parts: each model's samples, and the place of each of them.
+        parts: completions, and which of them to take.
     """
-    found = {row: (part, index) for part, rows in parts for index, row in enumerate(rows)}
-    picked = [found[row] for row in range(len(found))]
-    sequences = Sequences(
-        prompts=tuple(part.sequences.prompts[index] for part, index in picked),
-        completions=tuple(part.sequences.completions[index] for part, index in picked),
-        parents=tuple(range(len(picked))),
-        supervised=tuple(part.sequences.supervised[index] for part, index in picked),
+    picked = [(part, row) for part, rows in parts for row in rows]
+
+    def every(field: str) -> Any:
+        known = all(getattr(part, field) is not None for part, _ in picked)
+        return tuple(getattr(part, field)[row] for part, row in picked) if known else None
+
+    finished = torch.cat([part.finished[list(rows)] for part, rows in parts])
+    return Completions(
+        every("ids"), every("logprobs"), finished, every("entropies"), every("texts") or (), every("learned")
     )
-    finished = torch.stack([part.finished[index] for part, index in picked])
-    return Samples(sequences, finished, tuple(part.logprobs[index] for part, index in picked))
+
+
+def prompts_of(rollout: Rollout, batch: PromptBatch) -> PromptBatch:
+    """Return the prompts that a rollout answers, with what goes beside them in ``batch``.
+
+    They differ from the batch's own where a method chooses among candidates.
+    """
+    assert rollout.episodes is not None
+    return batch._replace(
+        prompts=rollout.sequences.prompts,
+        texts=rollout.prompts,
+        columns=rollout.columns,
+        episodes=rollout.episodes,
+        group=rollout.group.cpu(),
+        row_ids=rollout.row_ids,
+    )
+
+
+def last_learned(mask: Tensor) -> Tensor:
+    """Return the place of the last True of each row, int64, shape (rows,); masks may have holes."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, places, 0).amax(-1) if mask.shape[1] else mask.sum(-1)
+
+
+def with_token_rewards(rewards: Tensor, rollout: Rollout) -> Tensor:
+    """Add the rewards of single tokens that a scorer or an environment gave."""
+    given = rollout.token_rewards
+    if given is None:
+        return rewards
+    return rewards + torch.nn.functional.pad(given, (0, rewards.shape[1] - given.shape[1])).to(rewards)
 
 
 def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = None) -> Rollout:
@@ -296,9 +328,12 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     return grid.to(like.device)
 
 
-def measure_samples(meter: Meter, scores: Tensor, finished: Tensor, lengths: Tensor) -> None:
-    """Add what every rollout is described by: its scores, how many ended by themselves, how long they are."""
+def measure_samples(meter: Meter, rollout: Rollout) -> None:
+    """Add scores and their parts, the share of completions that ended by themselves, and their length."""
+    scores, finished, lengths = rollout.scores, rollout.finished, rollout.completion_mask.sum(-1)
     known = ~scores.isnan()
+    for name, values in rollout.parts.items():
+        meter.add(f"rollout/score_{name}", values, ~values.isnan())
     meter.add("rollout/score", scores, known)
     meter.add("rollout/score_squared", scores.square(), known)
     meter.add("rollout/eos_rate", finished.double())

@@ -1,0 +1,421 @@
+"""Stages that learn from their own samples: sample, judge, learn, log. One training step is one rollout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import undefined
+from rlhf_lightning.functional.logprobs import kl_k1
+from rlhf_lightning.functional.policy_gradient import approx_kl
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout
+from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.models.sharding import in_step
+from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
+from rlhf_lightning.scoring import Scorer
+from rlhf_lightning.scoring.scorer import unmoved
+from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
+from rlhf_lightning.training.collector import (
+    RolloutCollector,
+    Samples,
+    gather_grids,
+    gathered_numbers,
+    measure_samples,
+    on_grid,
+    prompts_of,
+    with_score_std,
+)
+from rlhf_lightning.training.gathering import summed_over_ranks
+from rlhf_lightning.training.invariants import Invariants
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.optimization import rows_of_step
+from rlhf_lightning.training.slots import on_device
+from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
+
+FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
+"""Grids of a forward that are fields of the rollout; others are slots."""
+
+MINIBATCHES = 2**31
+"""Position at which an episode's place among minibatches is addressed: no completion is so long."""
+
+
+class RolloutModule(AlignmentModule):
+    """Base of the stages that sample, have their samples judged, and learn from them.
+
+    A family overrides ``learn``; sampling, scoring, minibatches, logging and checkpoints are here. The completions of
+    episode e are a function of the weights, the seed and e alone.
+
+    A training step is: ``collect`` (``draw``, then ``statistics``), ``learn`` over ``minibatches``, ``log_rollout``,
+    ``on_rollout_end``. What a user may override: ``draw``, ``learn``, ``check_rollout``, ``measure_rollout``,
+    ``minibatch_units``, ``further_losses``, ``on_rollout_end``.
+
+    Args:
+        scorer: what scores completions: a reward model's folder, an importable function
+            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args. A completion
+            whose score is None teaches nothing; ``FaultTolerant`` makes one of a scorer's faults.
+        max_new_tokens: longest completion, tokens.
+        temperature: of sampling and of every log-probability.
+        sampling_batch_size: completions decoded side by side, waiting prompts taking the place of finished ones; None
+            decodes a whole rollout at once.
+        engine: what samples, by class_path and init_args, in training, validation and sample tables; None samples in
+            this process.
+        reuse_behaviour_logprobs: take log-probabilities and entropies as sampling found them and spare a forward of the
+            policy, in fp32 and on whole weights; the ratio before the first update is then 1 up to rounding.
+        ppo_epochs: passes over each rollout.
+        mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
+        early_stop_kl: leave a rollout's epochs once the approximate KL to the old policy exceeds 1.5 times this, nats
+            per token; None never does.
+        missing_eos_score: score of a completion that did not end by itself, in place of the scorer's; None keeps the
+            scorer's.
+        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        on_violation: what happens when a rollout breaks what must hold (a ratio of 1 before the first update, one score
+            a completion ...): "raise", or "warn" and go on.
+    """
+
+    batch_type = PromptBatch
+    needs_reference = True
+    policy: CausalLM
+
+    headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
+
+    sampler_correction: str | None = None
+    """How a family corrects for a sampling engine whose log-probabilities differ from the trainer's; None for not."""
+
+    def __init__(
+        self,
+        scorer: Scorer | str | dict[str, Any],
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        sampling_batch_size: int | None = None,
+        engine: SamplingEngine | dict[str, Any] | None = None,
+        reuse_behaviour_logprobs: bool = False,
+        ppo_epochs: int = 1,
+        mini_batch_size: int | None = None,
+        early_stop_kl: float | None = None,
+        missing_eos_score: float | None = None,
+        missing_eos_penalty: float | None = None,
+        on_violation: Literal["raise", "warn"] = "raise",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
+        self.collector = RolloutCollector(
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine
+        )
+        self.engine = self.collector.engine
+        self.reuse_behaviour_logprobs = reuse_behaviour_logprobs
+        self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
+        self.limits = NO_LIMITS
+        self.early_stop_kl = early_stop_kl
+        self.invariants = Invariants(on_violation)
+        self._untouched = False
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> CausalLM:
+        """The policy."""
+        return self.policy
+
+    @property
+    def scorer(self) -> Scorer:
+        """What scores completions; loaded on first use."""
+        return self.collector.scorer
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether this run measures anything from a reference."""
+        return self.needs_reference
+
+    def load_reference_and_scorer(self) -> None:
+        """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
+        self._check_engine()
+        if self.holds_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings)
+        # A scorer that cannot be loaded should fail now, not after the first rollout.
+        self.scorer.load_beside(self.policy if self.device_mesh is None else None, self.load_settings)
+        self.invariants.exact = self.load_settings.is_exact
+
+    def _check_engine(self) -> None:
+        """Refuse an engine with numbers of its own where nothing corrects for them."""
+        engine = self.collector.engine
+        self.invariants.own_sampler = engine.exact
+        if engine.exact:
+            return
+        if not engine.reports_logprobs:
+            raise ValueError(
+                f"{type(engine).__name__} does not say how likely its own draws were: it serves evaluation, but there "
+                "is nothing to correct a gradient by"
+            )
+        if self.sampler_correction is None:
+            raise ValueError(
+                f"{type(engine).__name__} draws with other numbers than the trainer's, and {type(self).__name__} does "
+                "not correct for them: set model.sampler_correction (token_truncate is usual), or leave engine out"
+            )
+
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """The reference, and the networks that the scorer holds."""
+        return (*super().frozen_models(), *getattr(self.scorer, "models", ()))
+
+    def place_frozen_models(self) -> None:
+        """Move the reference and the scorer to the device."""
+        super().place_frozen_models()
+        self.scorer.to(self.device)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one rollout: epochs times minibatches."""
+        episodes = rows_of_step(self.trainer)
+        return self.ppo_epochs * math.ceil(episodes / (self.mini_batch_size or episodes))
+
+    # -- one rollout --------------------------------------------------------------------------------------------------
+
+    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Collect one rollout and take all its updates."""
+        meter, self.limits = Meter(), step.limits
+        rollout = self.collect(*step.micro_batches)
+        norm = self.learn(rollout, prompts_of(rollout, step.micro_batches[0]), meter)
+        self.rollouts += 1
+        self.episodes += step.rows
+        self.tokens += int(self.sum_over_ranks(rollout.completion_mask.sum()))
+        means = self.log_rollout(meter, norm, step.rows)
+        self._end_rollout(rollout, means)
+
+    def collect(self, *batches: PromptBatch) -> Rollout:
+        """Sample completions, have them judged, and take the statistics that the rollout's updates start from."""
+        self.scorer.take_metrics()  # of completions that belong to no rollout, such as a sample table's
+        samples = self.draw(batches)
+        grids = self.statistics(samples)
+        batch, mask, device = samples.batch, grids["completion_mask"], grids["logprobs"].device
+        rewards = samples.token_rewards
+        names = sorted({name for names in of_all_ranks(self, [*samples.parts]) for name in names})
+        nothing = torch.full_like(samples.scores, math.nan)
+        pays = any(of_all_ranks(self, bool(rewards)))
+        return Rollout(
+            sequences=samples.sequences,
+            completion_mask=mask,
+            old_logprobs=grids["logprobs"],
+            reference_logprobs=grids.get("reference_logprobs"),
+            values=grids.get("values"),
+            scores=samples.scores.to(device),
+            finished=samples.completions.finished.to(device),
+            group=batch.group.to(device),
+            behaviour_logprobs=on_grid(samples.completions.logprobs, grids["logprobs"]),
+            episodes=batch.episodes,
+            baseline_scores=None if samples.baseline_scores is None else samples.baseline_scores.to(device),
+            entropy=grids["entropy"],
+            parts={name: samples.parts.get(name, nothing).to(device) for name in names},
+            token_rewards=on_grid(rewards, grids["logprobs"]) if pays else None,
+            feedback=samples.feedback,
+            prompts=tuple(batch.texts),
+            texts=samples.completions.texts,
+            columns=batch.columns,
+            row_ids=tuple(batch.row_ids),
+            extras={
+                **{name: values for name, values in grids.items() if name not in FIELDS},
+                **on_device(batch.extras, device),
+            },
+        )
+
+    def draw(self, batches: Sequence[PromptBatch]) -> Samples:
+        """Sample a completion for each prompt and have it judged. A family that chooses among samples overrides this.
+
+        Args:
+            batches: prompts of the rollout; further batches are candidates for families that need more.
+        """
+        return self.collector.draw(self.policy, self.tokenizer, batches[0])
+
+    def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
+        """Take all updates of a rollout; return the gradient norm of the last.
+
+        Args:
+            rollout: this rank's episodes.
+            batch: their prompts, and the text that is mixed in beside them.
+            meter: takes the metrics of the rollout and of its updates.
+        """
+        raise undefined(self, "learn")
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Move the module's own state after a training rollout and its updates; see `Scorer.on_rollout_end`."""
+
+    def _end_rollout(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Tell module, scorer, DataModule and callbacks that a training rollout has ended."""
+        self.on_rollout_end(rollout, means)
+        self.scorer.on_rollout_end(rollout, means)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "on_rollout_end"):
+            datamodule.on_rollout_end(rollout, means)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_rollout_end"):
+                callback.on_rollout_end(self.trainer, self, rollout, means)
+
+    def statistics(self, samples: Samples) -> dict[str, Tensor]:
+        """Return what is to be known of sampled completions, one (episodes, length) grid for each name.
+
+        The models forward them as training will, without gradient; the policy unless sampling has said it all.
+        """
+        sequences, known = samples.sequences, self.sampler_stats_suffice(samples)
+        idle = partial(self.forward_statistics, free_layout().to(self.device), not known)
+        with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
+
+            def forward(layout: Layout) -> dict[str, Tensor]:
+                before_pass()
+                return self.forward_statistics(layout, not known)
+
+            grids = gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
+        if known:
+            grids["logprobs"] = on_grid(samples.completions.logprobs, grids["completion_mask"])
+            grids["entropy"] = on_grid(samples.completions.entropies or (), grids["completion_mask"])
+        return grids
+
+    def sampler_stats_suffice(self, samples: Samples) -> bool:
+        """Whether the sampler's log-probabilities and entropies replace a forward of the policy.
+
+        Not in lower precisions, whose rounding would move the ratio from 1; nor where weights are cut over ranks, which
+        make their passes together.
+        """
+        exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
+        asks_more = self.hidden_layers or type(self).token_statistics is not AlignmentModule.token_statistics
+        known = samples.completions.entropies is not None and self.device_mesh is None and not asks_more
+        return self.reuse_behaviour_logprobs and known and exact
+
+    def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """Cut episodes into micro-batches by the step's limits, in training as for a rollout's statistics."""
+        return cut_sequences(sequences, rows, self.limits, self.packs_rows)
+
+    def forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
+        """Return what one forward of the reference, and one of the policy, say about a micro-batch."""
+        grids = {"completion_mask": layout.completion_mask}
+        if with_policy:
+            outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=True)
+            assert outputs.entropy is not None
+            grids |= {"logprobs": outputs.logprobs, "entropy": outputs.entropy, **outputs.extras}
+            if outputs.values is not None:
+                grids["values"] = outputs.values
+        if self.reference is not None and "reference_logprobs" not in grids:
+            grids["reference_logprobs"] = self.reference.logprobs(layout, self.sampling.temperature)
+        return grids
+
+    # -- updates ------------------------------------------------------------------------------------------------------
+
+    def minibatches(self, rollout: Rollout, meter: Meter) -> Iterator[list[int]]:
+        """Yield this rank's rows of each minibatch of each epoch, until the policy has moved too far."""
+        for epoch in range(self.ppo_epochs):
+            for number, rows in enumerate(self._epoch(rollout, epoch)):
+                self._untouched = epoch == number == 0  # the policy is still the one that sampled
+                yield rows
+                if self._should_stop(meter):
+                    return
+
+    def _epoch(self, rollout: Rollout, epoch: int) -> Iterator[list[int]]:
+        """Yield this rank's rows of each minibatch; the permutation is over all ranks' episodes."""
+        mine = self.minibatch_units(rollout)
+        everyone = torch.tensor(sorted(gathered_numbers(self, list(mine))), dtype=torch.long)
+        places = uniform(self.seed, everyone, torch.full_like(everyone, MINIBATCHES + epoch)).argsort(stable=True)
+        order = everyone[places].tolist()
+        whole = max((len(rows) for rows in mine.values()), default=1)
+        size = len(order) if self.mini_batch_size is None else max(self.mini_batch_size // whole, 1)
+        for start in range(0, len(order), size):
+            yield [row for unit in order[start : start + size] if unit in mine for row in mine[unit]]
+
+    def minibatch_units(self, rollout: Rollout) -> dict[int, list[int]]:
+        """Return rows that no minibatch may part, by a number that no other rank has: here single episodes."""
+        assert rollout.episodes is not None
+        return {int(episode): [row] for row, episode in enumerate(rollout.episodes)}
+
+    def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
+        """Return losses on other text than the rollout's, as functions, to be divided by ``count`` like the rest."""
+        return []
+
+    def _should_stop(self, meter: Meter) -> bool:
+        """Whether the policy has moved far enough from the one that sampled; all ranks decide alike."""
+        if self.early_stop_kl is None:
+            return False
+        moved = meter.means(self.trainer.strategy)["last_approx_kl"]
+        meter.forget("last_approx_kl")
+        return moved > 1.5 * self.early_stop_kl
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        return summed_over_ranks(self, value)
+
+    # -- what must hold, and what is measured -------------------------------------------------------------------------
+
+    def check_rollout(self, rollout: Rollout) -> None:
+        """Check a rollout before anything is learned from it."""
+        self.invariants.check_lengths(rollout)
+        self.invariants.check_sampler(rollout)
+        if self.updates == 0:
+            self.invariants.check_first_kl(rollout)
+
+    def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
+        """Add what describes the rollout itself, before any update, in training and in validation."""
+        measure_samples(meter, rollout)
+        if rollout.entropy is not None:
+            meter.add("rollout/entropy", rollout.entropy, rollout.completion_mask)
+        meter.add("rollout/score_missing", rollout.scores.isnan().double())
+        for name, values in self.scorer.take_metrics().items():
+            meter.add(f"rollout/{name}", values, ~values.isnan())
+        if rollout.reference_logprobs is not None:
+            meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
+
+    def measure_update(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
+        """Add how far the update has moved the policy from the one that sampled."""
+        now, old, mask = logprobs.logprobs.detach(), logprobs.old_logprobs, logprobs.completion_mask
+        for name in ("approx_kl",) if self.early_stop_kl is None else ("approx_kl", "last_approx_kl"):
+            meter.add(name, approx_kl(now, old), mask)
+        meter.add("ratio", (now - old).exp(), mask)
+
+    def log_rollout(self, meter: Meter, norm: float, episodes: int, **further: float) -> dict[str, float]:
+        """Log one rollout at x = updates; return its means over all ranks, without the prefix ``rollout/``."""
+        means = meter.means(self.trainer.strategy)
+        rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
+        means.pop("last_approx_kl", None)
+        measured = {**further, **self.invariants.take(self.trainer.strategy), **means, **rollout}
+        self.log_training(Meter(), grad_norm=norm, **measured)
+        return {name.removeprefix("rollout/"): value for name, value in rollout.items()}
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Sample and score held-out prompts, and measure the KL to the reference on them."""
+        self.limits = step.limits
+        with unmoved(self.scorer):
+            for batch in step.micro_batches:
+                rollout = self.collect(batch._replace(episodes=-1 - batch.episodes))
+                self.measure_rollout(rollout, self._evaluation)
+
+    def test_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Sample and score test prompts."""
+        self.validation_step(step, batch_idx)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Return held-out metrics without the rollout prefix."""
+        means = {name.removeprefix("rollout/"): value for name, value in super().evaluation_metrics().items()}
+        return with_score_std(means, prefix="")
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the policy as a Hugging Face folder."""
+        return export_policy(self.policy, self.tokenizer, folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the scorer's state with the counters."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["scorer"] = of_all_ranks(self, self.scorer.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; an export goes without the scorer."""
+        super().on_load_checkpoint(checkpoint)
+        (rank, ranks), states = rank_of(self), checkpoint["scorer"]
+        if any(states):
+            self.scorer.load_state_dict(states[rank if len(states) == ranks else 0])
