@@ -233,7 +233,7 @@ ENDS = (EOS, *range(FIRST_WORD, FIRST_WORD + 30))
 def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0.05, **settings: Any) -> Any:
     """A module in double precision under plain gradient descent, so that ranks can be compared to 1e-9."""
     kind = kind_of(name)
-    if issubclass(kind, modules.OnPolicyModule):
+    if issubclass(kind, modules.RolloutModule):
         settings = {"scorer": low_words, "max_new_tokens": 6, "ppo_epochs": 3} | settings
     settings = {"max_grad_norm": 0.5, "lr_schedule": "constant", "warmup": 0.0} | settings
     if isinstance(settings.get("lora"), dict):

@@ -24,7 +24,7 @@ from lightning.pytorch.loops import _EvaluationLoop
 from rlhf_lightning import cli
 from rlhf_lightning.runs import RunCheckpoint
 from rlhf_lightning.training.module import AlignmentModule
-from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollout import RolloutModule
 
 PHASES = ("starting", "between", "rollout", "update", "validation", "saving")
 TIMEOUT = 1800.0
@@ -154,7 +154,7 @@ class Ranks:
 
         RunCheckpoint.save = watch.watched("saving", saving)  # type: ignore[method-assign]
         AlignmentModule.update = watch.watched("update", AlignmentModule.update)  # type: ignore[method-assign]
-        OnPolicyModule.collect = watch.watched("rollout", OnPolicyModule.collect)  # type: ignore[method-assign]
+        RolloutModule.collect = watch.watched("rollout", RolloutModule.collect)  # type: ignore[method-assign]
         _EvaluationLoop.run = watch.watched("validation", _EvaluationLoop.run)  # type: ignore[method-assign]
 
     # -- what befalls it ----------------------------------------------------------------------------------------------

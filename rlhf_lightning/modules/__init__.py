@@ -10,6 +10,7 @@ from rlhf_lightning.loading import shipped_classes
 from rlhf_lightning.training.module import AlignmentModule as AlignmentModule
 from rlhf_lightning.training.offline import OfflineModule as OfflineModule
 from rlhf_lightning.training.on_policy import OnPolicyModule as OnPolicyModule
+from rlhf_lightning.training.rollout import RolloutModule as RolloutModule
 
 if TYPE_CHECKING:
     from rlhf_lightning.modules.adaptive_preference import *
@@ -32,4 +33,4 @@ if TYPE_CHECKING:
 
 _SHIPPED = shipped_classes(__name__, object)
 globals().update(_SHIPPED)
-__all__ = sorted(["AlignmentModule", "OfflineModule", "OnPolicyModule", *_SHIPPED])  # pyright: ignore
+__all__ = sorted(["AlignmentModule", "OfflineModule", "OnPolicyModule", "RolloutModule", *_SHIPPED])  # pyright: ignore

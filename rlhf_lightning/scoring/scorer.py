@@ -250,9 +250,13 @@ def plain_scores(scores: Scores, count: int, name: str) -> list[float | None]:
 
 
 @contextlib.contextmanager
-def unmoved(scorer: Scorer) -> Iterator[None]:
-    """Put a scorer's state back afterwards: sample tables and validation must not change a run."""
-    before = copy.deepcopy(scorer.state_dict())
+def unmoved(scorer: Any) -> Iterator[None]:
+    """Put a scorer's state back afterwards: sample tables and validation must not change a run.
+
+    Args:
+        scorer: a Scorer, or a plain function, which has no state.
+    """
+    before = copy.deepcopy(scorer.state_dict()) if isinstance(scorer, Scorer) else {}
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.verification.checks.distillation import divergence_checks, sampled_distillation_checks
 from rlhf_lightning.verification.checks.offline import offline_checks
 from rlhf_lightning.verification.checks.on_policy import on_policy_checks
@@ -84,7 +85,7 @@ def verify(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             subject = Subject(kind, world, folder, settings)
-            on_policy = issubclass(kind, OnPolicyModule)
+            on_policy = issubclass(kind, RolloutModule)
             if not on_policy and not hasattr(kind, "loss_sum"):
                 raise TypeError(
                     f"{kind.__name__} has no override point of a known family: there is no contract to verify"

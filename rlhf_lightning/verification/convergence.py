@@ -20,7 +20,7 @@ from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule
-from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import (
     DemonstrationBatch,
     PreferenceBatch,
@@ -123,7 +123,7 @@ def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, le
     left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
     if left > 1e-5:  # a steep start has thrown it far off
         descend(loss, parameters, steps, learning_rate / 4)
-    if left < 1e-7 or isinstance(module, OnPolicyModule | GKDModule) or module.batch_coupled:
+    if left < 1e-7 or isinstance(module, RolloutModule | GKDModule) or module.batch_coupled:
         return
     finisher = torch.optim.LBFGS(
         parameters,
@@ -160,7 +160,7 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         say_nothing(module, world)
     if isinstance(module, GKDModule):
         return expected_divergence(module, world)
-    if isinstance(module, OnPolicyModule):
+    if isinstance(module, RolloutModule):
         return expectation_of(module)(module, world, shuffled).loss
     kind = module.batch_type
     if kind is PromptBatch or not hasattr(module, "loss_sum"):

@@ -16,13 +16,13 @@ from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import Rollout
 from rlhf_lightning.verification.exact_policy_gradient import PolicyGradient
 from rlhf_lightning.verification.world import EnumerableWorld
 
 
-def expectation_of(module: OnPolicyModule) -> type[PolicyGradient]:
+def expectation_of(module: RolloutModule) -> Any:
     """Return what takes the expectation of a module's loss."""
     if isinstance(module, OnlineDPOModule):
         return PairPopulation
