@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from tiny_models import (
     MetricsLog,
     assert_same,
@@ -424,3 +425,153 @@ def test_what_sampling_found_spares_a_forward_of_the_policy(policy_folder: str, 
 def counting(calls: list[int], function: Any, *args: Any, **kwargs: Any) -> Any:
     calls.append(1)
     return function(*args, **kwargs)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "code", "word"),
+    [
+        ("GRPOModule", {"kl_coef": -0.1}, "setting-out-of-range", "kl_coef is -0.1: it must be at least 0"),
+        ("GRPOModule", {"clip": 0.0}, "setting-out-of-range", "clip is 0.0: it must be above 0"),
+        ("GRPOModule", {"dual_clip": 1.0}, "setting-out-of-range", "above 1"),
+        ("ReinforcePlusPlusModule", {"gamma": 1.1}, "setting-out-of-range", "in [0, 1]"),
+        ("PPOModule", {"lam": -0.1}, "setting-out-of-range", "lam"),
+        ("PPOModule", {"gamma": 2.0}, "setting-out-of-range", "gamma"),
+        ("PPOModule", {"value_clip": 0.0}, "setting-out-of-range", "value_clip"),
+        ("PPOModule", {"kl_coef": float("nan")}, "setting-out-of-range", "kl_coef"),
+        ("GRPOModule", {"kl_estimator": "k1"}, "kl-without-gradient", "kl_times_ratio"),
+        ("RLOOModule", {"kl_times_ratio": True}, "kl-ratio-in-reward", "kl_place loss"),
+        ("GRPOModule", {"ratio": "none"}, "ratio-without-objective", "reinforce"),
+        ("ReMaxModule", {"ratio": "token"}, "ratio-without-objective", "cispo"),
+        ("DAPOModule", {"objective": "soft_gate"}, "bound-without-clip", "clip_high"),
+        ("GRPOModule", {"dual_clip": 3.0, "ratio_cap": 4.0}, "two-bounds", "one to null"),
+        ("DAPOModule", {"ratio_cap": 1.25}, "ratio-cap-below-clip", "1.28"),
+        ("CISPOModule", {"cispo_low": 6.0}, "cispo-bounds", "cispo_high"),
+        ("GRPOModule", {"sampler_correction": "token_mask", "sampler_low": 3.0}, "sampler-bounds", "sampler_high"),
+        ("GRPOModule", {"sampler_normalise": True}, "nothing-to-normalise", "sampler_correction"),
+        ("GRPOModule", {"overlong_buffer": 7}, "overlong-buffer", "max_new_tokens"),
+        ("ReinforcePlusPlusModule", {"baseline": "group_mean"}, "baseline-of-reward-to-go", "whiten_advantages"),
+        ("GRPOModule", {"gamma": 0.9}, "discount-without-tokens", "reward_to_go"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(name: str, settings: dict[str, Any], code: str, word: str) -> None:
+    with refused(code, word):
+        module_of(name, **settings)
+
+
+def moved_logprobs(advantage: float) -> PolicyLogprobs:
+    """Log-ratios of -1, -0.25, 0, 0.25, 1 and a masked 5, all with one advantage."""
+    moved = torch.tensor([[-1.0, -0.25, 0.0, 0.25, 1.0, 5.0]], dtype=torch.float64)
+    mask = torch.arange(6).unsqueeze(0) < 5
+    old = torch.full_like(moved, -2.0)
+    return PolicyLogprobs(old + moved, old, old, None, torch.full_like(moved, advantage), mask, old - 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "good", "bad"),
+    [
+        ("GRPOModule", {}, 0.4, 0.4),
+        ("DAPOModule", {}, 0.4, 0.4),  # e^0.25 = 1.284 is above 1.28
+        ("DAPOModule", {"clip_high": 0.5}, 0.2, 0.4),
+        ("GRPOModule", {"dual_clip": 2.5}, 0.4, 0.6),
+        ("GRPOModule", {"ratio_cap": 2.0}, 0.4, 0.6),
+        ("PPOModule", {"clip": 2.0}, 0.0, 0.0),
+    ],
+)
+def test_an_objective_reports_its_own_clip_fractions(
+    name: str, settings: dict[str, Any], good: float, bad: float
+) -> None:
+    module = module_of(name, **{"kl_coef": 0.0, **settings})
+    for advantage, expected in ((1.0, good), (-1.0, bad)):
+        given = moved_logprobs(advantage)
+        metrics = as_loss(module.policy_loss(given)).metrics
+        assert float(metrics["clip_fraction"][given.completion_mask].mean()) == pytest.approx(expected)
+        side = metrics["clip_fraction_high" if advantage > 0 else "clip_fraction_low"]
+        other = metrics["clip_fraction_low" if advantage > 0 else "clip_fraction_high"]
+        assert float(other.sum()) == 0 and float(side[given.completion_mask].mean()) <= expected
+
+
+def test_only_an_objective_that_clips_reports_a_clip_fraction() -> None:
+    for name, settings in (
+        ("CISPOModule", {}), ("ReMaxModule", {}), ("GRPOModule", {"objective": "soft_gate"}),
+    ):  # fmt: skip
+        metrics = as_loss(module_of(name, kl_coef=0.0, **settings).policy_loss(moved_logprobs(1.0))).metrics
+        assert not [metric for metric in metrics if "clip" in metric]
+    # All tokens of a GSPO completion have its one ratio, here 1, which no clip holds.
+    metrics = as_loss(module_of("GSPOModule").policy_loss(moved_logprobs(1.0))).metrics
+    assert float(metrics["clip_fraction"].sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["GRPOModule", "PPOModule"])
+def test_the_sampler_s_correction_weighs_the_objective_and_not_the_kl(name: str) -> None:
+    settings: dict[str, Any] = {"kl_coef": 0.3, "kl_place": "loss", "kl_estimator": "k2"}
+    given = moved_logprobs(1.0)
+    plain, corrected = (
+        as_loss(module_of(name, **settings, **further).policy_loss(given))
+        for further in ({}, {"sampler_correction": "token_truncate", "sampler_high": 2.0})
+    )
+    kl = 0.3 * (given.logprobs - given.old_logprobs) ** 2 / 2
+    torch.testing.assert_close(corrected.values - kl, 2.0 * (plain.values - kl))  # e^1 is truncated to 2
+    assert corrected.metrics["sampler_weight"].unique().tolist() == [2.0]
+
+
+def test_the_kl_loss_times_the_ratio_has_a_gradient_through_both() -> None:
+    old, reference = torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[-1.2]], dtype=torch.float64)
+    mask, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.float64)
+
+    def slope(now: float, **settings: Any) -> tuple[float, float]:
+        leaf = torch.tensor([[now]], dtype=torch.float64, requires_grad=True)
+        kl = module_of("GRPOModule", **settings).kl_loss(PolicyLogprobs(leaf, old, reference, None, zero, mask))
+        assert kl is not None
+        (found,) = torch.autograd.grad(kl.sum(), leaf)
+        return float(kl), float(found)
+
+    ratio, k3, k3_slope = math.exp(0.1), math.exp(-0.3) - 1 + 0.3, 1 - math.exp(-0.3)
+    assert slope(-0.9) == pytest.approx((0.04081822, k3_slope), abs=5e-9)
+    assert slope(-0.9, kl_times_ratio=True) == pytest.approx((0.04511111, ratio * (k3 + k3_slope)), abs=5e-9)
+    d = 0.3
+    assert slope(-0.9, kl_times_ratio=True, kl_estimator="k1") == pytest.approx((ratio * d, ratio * (d + 1)))
+    assert slope(-0.9, kl_estimator="k2", kl_clamp=0.2) == pytest.approx((0.02, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reached"),
+    [
+        ("GRPOModule", {}, False),
+        ("GRPOModule", {"advantage_scale": "none", "kl_place": "reward", "kl_estimator": "k1"}, False),
+        (
+            "GRPOModule",
+            {
+                "advantage_scale": "none", "kl_place": "reward", "kl_estimator": "k1", "aggregation": "token_mean",
+                "objective": "soft_gate",
+            },
+            True,
+        ),
+        ("DrGRPOModule", {"kl_coef": 0.1}, True),
+        ("DrGRPOModule", {}, False),
+        ("DrGRPOModule", {"kl_coef": 0.1, "kl_place": "loss", "kl_estimator": "k2"}, False),
+        ("RLOOModule", {"advantage_scale": "batch"}, True),
+        ("RLOOModule", {"aggregation": "sequence_mean_token_mean"}, False),
+        ("RLOOModule", {"mask_truncated": True}, False),
+        ("RLOOModule", {"entropy_coef": 0.1}, False),
+        ("RLOOModule", {"temperature": 0.7}, False),
+        ("ReinforcePlusPlusModule", {}, True),
+        ("ReinforcePlusPlusModule", {"gamma": 0.9}, False),
+        ("PPOModule", {}, True),
+        ("PPOModule", {"whiten_rewards": True}, False),
+        ("PPOModule", {"aggregation": "sequence_mean_token_mean"}, False),
+    ],
+)  # fmt: skip
+def test_the_optimum_is_declared_by_settings(name: str, settings: dict[str, Any], reached: bool) -> None:
+    assert module_of(name, **settings).reaches_kl_optimum() == reached
+
+
+def test_tokens_that_are_not_learned_from_count_in_no_metric(policy_folder: str) -> None:
+    """Every completion is truncated and masked: nothing is left to average over."""
+    logged = MetricsLog()
+    module = module_of("GRPOModule", policy_folder, mask_truncated=True, max_new_tokens=1, kl_coef=0.0)
+    fit(module, [grouped(prompt_step(GROUPED))], callbacks=[logged])
+    if logged.rows[0]["rollout/eos_rate"] == 0:
+        assert logged.rows[0]["train/policy_loss"] == logged.rows[0]["train/clip_fraction"] == 0
