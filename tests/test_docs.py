@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.commands import train
+from rlhf_lightning.worlds.assistant import write_world
+
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ("first-run", "stages", "own-objective")
 """In the order in which a reader takes them: each uses what the one before left behind."""
@@ -63,3 +66,50 @@ def test_the_architecture_page_lists_every_room():
     hidden = {"__init__", "__main__", "__pycache__", "cli", "py"}
     named = set(re.findall(r"`(\w+)/?`", page))
     assert {room for room in rooms - hidden if not room.startswith(".")} <= named
+
+
+def functions_called(argv: list[str]) -> list[tuple[str, str]]:
+    """Run a command in process; return (file, qualified name) of the package's functions in order of first call."""
+    called: dict[tuple[str, str], None] = {}
+    package = f"{ROOT / 'rlhf_lightning'}{os.sep}"
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            called[(frame.f_code.co_filename[len(package) :], frame.f_code.co_qualname)] = None
+
+    sys.setprofile(note)
+    try:
+        train.run(argv)
+    finally:
+        sys.setprofile(None)
+    return list(called)
+
+
+@pytest.mark.parametrize(
+    ("heading", "flags"),
+    [
+        ("One batch of DPO", "--config recipe:dpo --data.source world/pairs_train.jsonl"),
+        (
+            "One rollout of PPO",
+            "--config recipe:ppo --data.source world/prompts_train.jsonl --data.rollouts 1 --model.mini_batch_size 4"
+            " --model.scorer lengths.score --model.max_new_tokens 4",
+        ),
+    ],
+    ids=["dpo", "ppo"],
+)
+def test_the_architecture_page_follows_the_data(heading, flags, tmp_path, monkeypatch):
+    section = (ROOT / "docs" / "architecture.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|", section, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_world(tmp_path / "world", demonstrations=8, pairs_train=16, pairs_test=4)
+    (tmp_path / "lengths.py").write_text(
+        "def score(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )
+    common = """--model.init_from world/model --model.from_scratch true --data.batch_size 4 --data.eval_rows 4
+        --data.cache_dir cache --trainer.max_epochs 1 --trainer.max_steps 1 --trainer.accelerator cpu
+        --trainer.enable_checkpointing false --samples.prompts 0"""
+    called = functions_called(["fit", *flags.split(), *common.split()])
+    missing = [step for step in shown if step not in called]
+    assert shown and not missing, f"the page names functions that the run does not call: {missing}"
+    assert shown == sorted(shown, key=called.index), "the page's order is not the order of the run"
