@@ -600,6 +600,7 @@ class Minibatch(NamedTuple):
         scores: score of each completion, shape (episodes,).
         group: number of the first episode of each completion's prompt, int64, shape (episodes,).
         rows: place of each row of the micro-batch among these episodes, int64, shape (rows,).
+        behaviour_logprobs: what the sampling engine drew with; None where nothing was sampled.
         logprobs: the policy's log-probabilities before the update; None unless the class sets
             ``needs_minibatch_logprobs``.
     """
@@ -612,6 +613,7 @@ class Minibatch(NamedTuple):
     scores: Tensor
     group: Tensor
     rows: Tensor
+    behaviour_logprobs: Tensor | None = None
     logprobs: Tensor | None = None
 
 

@@ -26,10 +26,14 @@ USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_use
 NAMES = {
     "gmpo": "GMPOModule",
     "gfpo": "GFPOModule",
+    "high_entropy_tokens": "HighEntropyModule",
+    "kl_cov": "KLCovModule",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "gmpo": {"log_clip": 0.05},
     "gfpo": {"keep": 2, "kl_coef": 0.0},
+    "high_entropy_tokens": {"share": 0.3, "dynamic_sampling": False},
+    "kl_cov": {"share": 0.2, "penalty": 0.7, "dynamic_sampling": False},
 }
 PROMPTS = [prompt for prompt, _ in random_rows(3, seed=17) for _ in range(4)]
 files = pytest.mark.parametrize("file", NAMES)
@@ -98,9 +102,31 @@ def clipped(lp: Tensor, before: Tensor, a: Tensor, high: float) -> Tensor:
     return -torch.minimum(ratio * a, ratio.clamp(0.8, 1 + high) * a)
 
 
+def high_entropy_tokens(now: list[Tensor], old: list[Tensor], rollout: Rollout) -> Tensor:
+    advantages = standardised(rollout.scores.double())
+    losses = torch.cat([clipped(lp, before, a, 0.28) for lp, before, a in zip(now, old, advantages, strict=True)])
+    assert rollout.entropy is not None
+    entropy = torch.cat([row[: len(lp)] for row, lp in zip(rollout.entropy, now, strict=True)])
+    count = max(round(0.3 * len(entropy)), 1)
+    kept = torch.zeros(len(entropy)).index_fill(0, entropy.argsort(descending=True)[:count], 1.0)
+    return (losses * kept).sum() / len(losses)
+
+
+def kl_cov(now: list[Tensor], old: list[Tensor], rollout: Rollout) -> Tensor:
+    lp, before = torch.cat(now), torch.cat(old)
+    lengths = torch.tensor([len(row) for row in now])
+    a = standardised(rollout.scores.double()).repeat_interleave(lengths)
+    covariance = (lp.detach() - lp.detach().mean()) * (a - a.mean())
+    chosen = covariance.argsort(descending=True)[: int(0.2 * len(lp))]
+    losses = -a * (lp - before).exp()
+    return (losses.sum() + 0.7 * (lp - before)[chosen].abs().sum()) / len(lp)
+
+
 TRANSCRIPTIONS: dict[str, Callable[[list[Tensor], list[Tensor], Rollout], Tensor]] = {
     "gmpo": gmpo,
     "gfpo": gfpo,
+    "high_entropy_tokens": high_entropy_tokens,
+    "kl_cov": kl_cov,
 }
 
 

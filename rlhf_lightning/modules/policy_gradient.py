@@ -136,6 +136,7 @@ class PolicyGradientModule(OnPolicyModule):
         self.gate_temperature, self.gate_temperature_negative = gate_temperature, gate_temperature_negative
         self.sampler_correction, self.sampler_normalise = sampler_correction, sampler_normalise
         self.sampler_high, self.sampler_low = sampler_high, sampler_low
+        self.needs_minibatch = self.needs_minibatch or sampler_normalise
         self.off_policy_threshold, self.overlong_buffer = off_policy_threshold, overlong_buffer
         check_settings(vars(self), _contradictions(self))
 
@@ -183,7 +184,7 @@ class PolicyGradientModule(OnPolicyModule):
             if self.sampler_normalise:
                 assert logprobs.minibatch is not None
                 whole = self._correction(logprobs.minibatch)
-                mask = logprobs.minibatch.completion_mask
+                mask = logprobs.minibatch.learned
                 weight = normalised_weights(weight, logprobs.completion_mask, whole[mask].mean())
         if self.off_policy_threshold is not None:
             parts = (logprobs.logprobs, logprobs.old_logprobs, logprobs.advantages, logprobs.completion_mask)

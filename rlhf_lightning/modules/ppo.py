@@ -235,6 +235,10 @@ class PPOModule(PolicyGradientModule):
             grids["values"] = self._values(layout, None)
         return grids
 
+    def critic_states(self, rollout: Rollout) -> Tensor:
+        """Return which states have a value to learn: of completions with a score, and the one after the end too."""
+        return self._value_mask(rollout) & _scored(rollout)
+
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
         """Return the value loss of each state, weighted."""
         states = self._value_layout(layout)

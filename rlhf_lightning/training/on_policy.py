@@ -45,7 +45,7 @@ class OnPolicyModule(RolloutModule):
     """Base of the policy gradients: a rollout becomes rewards, advantages, and a loss per token.
 
     A family overrides ``shape_rewards``, ``advantages`` and ``policy_loss``. Further override points are
-    ``aggregation``, ``score_slots``, ``critic_loss``, ``policy_outputs`` and ``measure_advantages``.
+    ``aggregation``, ``score_slots``, ``critic_loss``, ``critic_states``, ``policy_outputs`` and ``measure_advantages``.
 
     Args:
         kl_coef: KL penalty coefficient, reward units per nat.
@@ -59,7 +59,7 @@ class OnPolicyModule(RolloutModule):
     """Whether a completion without a score, whose advantage is 0, takes part in updates all the same: in the KL that is
     a loss, and in what lengths are averaged over."""
 
-    needs_minibatch: ClassVar[bool] = False
+    needs_minibatch: bool = False
     """Whether ``policy_loss`` looks at ``logprobs.minibatch``: all episodes of the step, of all ranks."""
 
     needs_minibatch_logprobs: ClassVar[bool] = False
@@ -104,7 +104,9 @@ class OnPolicyModule(RolloutModule):
         count = float(self.sum_over_ranks(self.aggregation(learned[rows]).divisor))
         cuts = self.cut(rollout.sequences, rows)
         minibatch = self.minibatch_view(rollout, advantages, rows, cuts)
-        loss = partial(self.token_loss_sum, rollout, advantages, minibatch=minibatch)
+        states = float(self.sum_over_ranks(self.critic_states(rollout)[rows].sum()))
+        scale = count / max(states, 1.0)
+        loss = partial(self.token_loss_sum, rollout, advantages, minibatch=minibatch, critic_scale=scale)
         losses: list[Callable[[], Tensor]] = [partial(loss, cut, meter) for cut in cuts]
         # Without a backward pass here the gradients of the ranks that have rows would wait for ever.
         missing = max(most_passes(self.policy, len(cuts)), 1) - len(cuts)
@@ -126,6 +128,7 @@ class OnPolicyModule(RolloutModule):
         cut: list[int],
         meter: Meter,
         minibatch: Minibatch | None = None,
+        critic_scale: float = 1.0,
     ) -> Tensor:
         """Return the weighted sum of a micro-batch's token losses, to be divided by the minibatch's count."""
         layout = self.lay_out(select(rollout.sequences, cut))
@@ -159,7 +162,7 @@ class OnPolicyModule(RolloutModule):
         self.measure_update(logprobs, meter)
         for name, values in further.metrics.items():
             meter.add(name, values, mask if values.shape == mask.shape else None)
-        total = total + further.values.sum()
+        total = total + critic_scale * further.values.sum()
         meter.add_ratio("loss", total, aggregation.divisor)
         return total
 
@@ -182,6 +185,8 @@ class OnPolicyModule(RolloutModule):
             "completion_mask": mask,
             "learned": mask if learned is None else learned,
         }
+        if rollout.behaviour_logprobs is not None:
+            grids["behaviour_logprobs"] = rollout.behaviour_logprobs
         if self.needs_minibatch_logprobs:
             grids["logprobs"] = self._logprobs_now(rollout.sequences, cuts)
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
@@ -225,6 +230,10 @@ class OnPolicyModule(RolloutModule):
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
         """Return the critic's loss per state, in families that have one."""
         return Loss(torch.zeros_like(outputs.logprobs))
+
+    def critic_states(self, rollout: Rollout) -> Tensor:
+        """Return which states the critic learns from, bool, shape (episodes, states): its loss is a mean over them."""
+        return rollout.completion_mask
 
     def aggregation(self, learned: Tensor) -> Aggregation:
         """Return how token losses become one: a mean over the tokens of the minibatch.

@@ -360,7 +360,7 @@ def test_a_shared_critic_starts_at_zero_and_learns_the_rewards_to_go(
     # With V = 0 every return is the score: the value loss is half its square, its slope in the bias minus the score.
     half_squares = float((states * rollout.scores**2).sum()) / 2
     assert logged.rows[0]["train/value_loss"] == pytest.approx(half_squares / float(states.sum()), rel=1e-4)
-    slope = -0.5 * float((states * rollout.scores).sum()) / float(tokens.sum())
+    slope = -0.5 * float((states * rollout.scores).sum()) / float(states.sum())
     assert float(kept.gradients["policy.value_head.bias"]) == pytest.approx(slope, rel=1e-4)
     assert logged.rows[0]["rollout/value"] == 0.0
     assert not any(name.startswith("critic") for name in weights_of(module))
