@@ -31,7 +31,7 @@ NAMES = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "gmpo": {"log_clip": 0.05},
-    "gfpo": {"keep": 2, "kl_coef": 0.0},
+    "gfpo": {"kept": 2, "kl_coef": 0.0},
     "high_entropy_tokens": {"share": 0.3, "dynamic_sampling": False},
     "kl_cov": {"share": 0.2, "penalty": 0.7, "dynamic_sampling": False},
 }

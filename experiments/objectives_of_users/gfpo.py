@@ -12,23 +12,23 @@ from rlhf_lightning.types import Rollout
 class GFPOModule(GRPOModule):
     r"""Group-filtered policy optimisation: learn from the shortest, or most efficient, completions of each group.
 
-    Of a group's completions ``keep`` are kept, by length or by reward per token. A = (r - mean) / (std + epsilon) over
+    Of a group's completions ``kept`` are kept, by length or by reward per token. A = (r - mean) / (std + epsilon) over
     the kept ones, and 0 for the others; the loss is GRPO's (Shrivastava et al., 2508.09726, Eq. 2).
 
     Target: no closed form: what is kept depends on the whole group.
 
     Args:
-        keep: completions of each group that are learned from.
+        kept: completions of each group that are learned from.
         metric: "length" keeps the shortest, "efficiency" those with the highest reward per token.
     """
 
     paper = "Shrivastava et al. 2025, arXiv 2508.09726"
 
     def __init__(
-        self, scorer: Any, keep: int = 2, metric: Literal["length", "efficiency"] = "length", **kwargs: Any
+        self, scorer: Any, kept: int = 2, metric: Literal["length", "efficiency"] = "length", **kwargs: Any
     ) -> None:
         super().__init__(scorer=scorer, **kwargs)
-        self.keep, self.metric = keep, metric
+        self.kept, self.metric = kept, metric
 
     def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """Return the advantage of each completion, shape (episodes,)."""
@@ -38,4 +38,4 @@ class GFPOModule(GRPOModule):
         place = torch.arange(len(cost), device=cost.device)
         ahead = (cost < cost.unsqueeze(1)) | ((cost == cost.unsqueeze(1)) & (place < place.unsqueeze(1)))
         rank = (ahead & (group == group.unsqueeze(1))).sum(-1)
-        return super().episode_advantages(torch.where(rank < self.keep, rewards, torch.nan), rollout)
+        return super().episode_advantages(torch.where(rank < self.kept, rewards, torch.nan), rollout)
