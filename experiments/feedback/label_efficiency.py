@@ -25,7 +25,7 @@ from scipy import stats
 from rlhf_lightning.commands.generate import load_for_sampling
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.data.feedback.snapshots import items_of
-from rlhf_lightning.evaluation.policies import Samples, sample_and_score
+from rlhf_lightning.evaluation.policies import ScoredSamples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.label_curve import LabelPoint, draw_label_curves
@@ -152,7 +152,7 @@ def accuracy(models: Sequence[str], sft: str, prompts: str) -> float:
 
 
 @lru_cache
-def held_out(sft: str, prompts: str) -> Samples:
+def held_out(sft: str, prompts: str) -> ScoredSamples:
     """Two answers of the SFT policy to each held-out prompt, with their gold rewards."""
     asked = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines()]
     policy, tokenizer = load_for_sampling(sft)

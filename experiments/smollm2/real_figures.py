@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.evaluation.policies import Samples, mean_with_interval
+from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval
 from rlhf_lightning.functional.statistics import bootstrap_interval, calibration_error
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 
@@ -138,7 +138,7 @@ def ppo(passes: Sequence[Row], seed: int) -> dict[str, Any]:
     return {**result, "kl": kl["mean"], "kl_ci": kl["ci"], "eval_rows": len(after["score"])}
 
 
-def sampled(samples: Samples, seed: int) -> dict[str, Any]:
+def sampled(samples: ScoredSamples, seed: int) -> dict[str, Any]:
     """KL, EOS rate and length of a policy's samples."""
     assert samples.kl is not None
     kl = mean_with_interval(samples.kl, seed)

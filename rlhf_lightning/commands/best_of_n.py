@@ -155,7 +155,7 @@ def _distinct(rows: Sequence[Row]) -> int:
     return len({row["completion"] for row in rows})
 
 
-class Report(NamedTuple):
+class SelectionReport(NamedTuple):
     """What selection did.
 
     Attributes:
@@ -192,14 +192,14 @@ class Report(NamedTuple):
         )
 
 
-def report_of(groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> Report:
+def report_of(groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> SelectionReport:
     """Return what selection did to the samples."""
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / max(len(values), 1)
 
     rows = [row for group in groups for row in group]
-    return Report(
+    return SelectionReport(
         kept=len(kept),
         acceptance=len(kept) / len(rows),
         answered=len({json.dumps(row["prompt"]) for row in kept}) / len({json.dumps(row["prompt"]) for row in rows}),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rlhf_lightning.commands import train
 from rlhf_lightning.evaluation.frontier import FrontierPoint, draw_frontier
 from rlhf_lightning.evaluation.policies import (
-    Samples,
+    ScoredSamples,
     best_of_n,
     best_of_n_score,
     mean_with_interval,
@@ -106,13 +106,13 @@ def train_stages(configs: Path, out: Path, seed: int) -> dict[str, Run]:
 
 def evaluate(
     out: Path, runs: dict[str, Run], world: dict[str, Any], seed: int
-) -> tuple[dict[str, Any], dict[str, Samples], list[FrontierPoint]]:
+) -> tuple[dict[str, Any], dict[str, ScoredSamples], list[FrontierPoint]]:
     """Sample every policy on the held-out prompts; return the report, the samples and the frontier's points."""
     tokenizer = load_tokenizer(runs["sft"].model)
     prompts = _read_prompts(out / "world" / "prompts_test.jsonl")
     reference, scorer = load_reference(runs["sft"].model), LearnedScorer(runs["reward"].model)
 
-    def measure(policy: CausalLM, chosen: list[Prompt], each: int = 1) -> Samples:
+    def measure(policy: CausalLM, chosen: list[Prompt], each: int = 1) -> ScoredSamples:
         return sample_and_score(
             policy, tokenizer, chosen, SAMPLING, seed + 1, each, reference, scorer, gold_of_conversation
         )
@@ -151,13 +151,13 @@ def _read_prompts(path: Path) -> list[Prompt]:
     return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _point(method: str, samples: Samples, label: str = "") -> FrontierPoint:
+def _point(method: str, samples: ScoredSamples, label: str = "") -> FrontierPoint:
     assert samples.kl is not None and samples.gold is not None and samples.scores is not None
     kl, gold, score = (float(values.double().mean()) for values in (samples.kl, samples.gold, samples.scores))
     return FrontierPoint(method, kl, gold, score, label)
 
 
-def policy_report(samples: Samples, seed: int) -> dict[str, Any]:
+def policy_report(samples: ScoredSamples, seed: int) -> dict[str, Any]:
     """Return the figures of one policy."""
     assert samples.gold is not None and samples.scores is not None and samples.kl is not None
     gold = mean_with_interval(samples.gold, seed)
@@ -191,7 +191,7 @@ def summary_table(report: dict[str, Any]) -> str:
     )
 
 
-def markdown_report(report: dict[str, Any], table: str, samples: dict[str, Samples], runs: dict[str, Run]) -> str:
+def markdown_report(report: dict[str, Any], table: str, samples: dict[str, ScoredSamples], runs: dict[str, Run]) -> str:
     """Return report.md: the table, the frontier, and answers before and after."""
     parts = [
         f"# Quickstart, seed {report['seed']}",

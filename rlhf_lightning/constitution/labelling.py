@@ -21,7 +21,7 @@ from rlhf_lightning.functional.judging import (
     preference_probability,
     verdict,
 )
-from rlhf_lightning.scoring.judges.judge import Answer, Judge, Pair, Question
+from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Pair, Question
 from rlhf_lightning.scoring.judges.wording import ComparingPrinciple
 
 MOST_CERTAIN = 30.0
@@ -151,7 +151,7 @@ def _question(
     return Question(pair.prompt, first, second, principle, messages, constitution.wording, reasoning)
 
 
-def _comparison(principle: str, answer: Answer, swapped: Answer, settings: LabelSettings) -> Comparison:
+def _comparison(principle: str, answer: JudgeAnswer, swapped: JudgeAnswer, settings: LabelSettings) -> Comparison:
     both = (answer, swapped)
     failures = tuple(reason for one in both if (reason := _failure(one, settings.least_mass)))
     low, high = AFTER_REASONING if settings.reasoning else (0.0, 1.0)
@@ -168,7 +168,7 @@ def _comparison(principle: str, answer: Answer, swapped: Answer, settings: Label
     )  # fmt: skip
 
 
-def _failure(answer: Answer, least_mass: float) -> str:
+def _failure(answer: JudgeAnswer, least_mass: float) -> str:
     """Why an answer is none; empty where it is one."""
     if answer.failure:
         return answer.failure
@@ -177,7 +177,7 @@ def _failure(answer: Answer, least_mass: float) -> str:
     return "other_words" if answer.mass < max(least_mass, math.ulp(0.0)) else ""
 
 
-def _probability(answer: Answer, low: float, high: float) -> float:
+def _probability(answer: JudgeAnswer, low: float, high: float) -> float:
     certain = max(answer.first_logprob, answer.second_logprob) - 2 * MOST_CERTAIN  # minus infinity has no difference
     first, second = (
         torch.tensor([max(value, certain)], dtype=torch.float64)

@@ -22,7 +22,7 @@ from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
 MAX_TOKENS = 16_384
 
 
-class Samples(NamedTuple):
+class ScoredSamples(NamedTuple):
     """Completions of a policy and what is known about each. All tensors have shape (completions,).
 
     Attributes:
@@ -54,7 +54,7 @@ def sample_and_score(
     reference: CausalLM | None = None,
     scorer: Scorer | None = None,
     gold_reward: GoldReward | None = None,
-) -> Samples:
+) -> ScoredSamples:
     """Sample completions of every prompt and measure them.
 
     The same seed draws the same random numbers for every policy, so that policies are compared on paired samples.
@@ -90,7 +90,7 @@ def sample_and_score(
     if gold_reward is not None:
         pairs = zip(repeated, texts, strict=True)
         gold = torch.tensor([gold_reward(prompt, text) for prompt, text in pairs], dtype=torch.float64)
-    return Samples(
+    return ScoredSamples(
         prompts=repeated,
         completions=texts,
         scores=scores,
@@ -113,7 +113,7 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
     return totals
 
 
-def best_of_n(samples: Samples, samples_per_prompt: int, n: int) -> Tensor:
+def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
     """Return the gold reward of the best of ``n`` by proxy score, for each prompt, shape (prompts,).
 
     The unbiased estimate over all choices of n among the samples of a prompt (equal to sampling n and taking the best).
@@ -128,7 +128,7 @@ def best_of_n(samples: Samples, samples_per_prompt: int, n: int) -> Tensor:
     return torch.stack([best_of_n_curve(s, g)[n - 1] for s, g in zip(scores, gold, strict=True)])
 
 
-def best_of_n_score(samples: Samples, samples_per_prompt: int, n: int) -> Tensor:
+def best_of_n_score(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
     """Return the proxy score of the best of ``n`` by that score, for each prompt, shape (prompts,)."""
     if samples.scores is None:
         raise ValueError("best-of-n chooses by score: sample with a scorer")

@@ -20,7 +20,7 @@ from rlhf_lightning.commands.generate import load_for_sampling, read_prompts, wr
 from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of
-from rlhf_lightning.evaluation.policies import Samples, mean_with_interval, sample_and_score
+from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
@@ -167,7 +167,7 @@ def evaluate(
     return figures
 
 
-def _lines(samples: Samples) -> list[dict[str, Any]]:
+def _lines(samples: ScoredSamples) -> list[dict[str, Any]]:
     columns = {
         name: None if values is None else values.tolist()
         for name, values in (("gold_reward", samples.gold), ("score", samples.scores), ("kl", samples.kl))

@@ -29,7 +29,7 @@ from transformers import AutoConfig
 
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.planning import memory
-from rlhf_lightning.planning.memory import BF16, FP32, Block, Pass
+from rlhf_lightning.planning.memory import BF16, FP32, DecoderSizes, Pass
 from rlhf_lightning.planning.setup import Frozen, MicroBatch, Setup, micro_batch
 from rlhf_lightning.planning.skeleton import Parameter, Skeleton, skeleton, trained_share, weight_bytes
 
@@ -111,7 +111,7 @@ def trained_skeleton(setup: Setup) -> Skeleton:
     if setup.critic != "adapter":
         return found
     adapter = tuple(part for part in found.parameters if part.trained)
-    head = Parameter((1, Block.of(config_of(setup.config)).hidden), True, False)
+    head = Parameter((1, DecoderSizes.of(config_of(setup.config)).hidden), True, False)
     return found._replace(parameters=(*found.parameters, *adapter, head))
 
 
@@ -198,7 +198,7 @@ def _gathered_bytes(setup: Setup, roles: list[tuple[str, Skeleton, int, str | No
     total, widest = 0, 0
     for _, one, size, _ in roles:
         trains = [part for part in one.parameters if part.trained]
-        block = Block.of(config_of(setup.config))
+        block = DecoderSizes.of(config_of(setup.config))
         every = sum(part.size for part in one.parameters)
         two = 2 * (every - one.outside) // block.layers // setup.machine.tensor_ranks
         element = low if setup.machine.autocast else (FP32 if trains else size)
@@ -212,7 +212,7 @@ def _moments(
     setup: Setup, batch: MicroBatch, roles: list[tuple[str, Skeleton, int, str | None]], gradients: int
 ) -> dict[str, dict[str, int]]:
     """Bytes by moment and holder, of what is not always there."""
-    block = Block.of(config_of(setup.config))
+    block = DecoderSizes.of(config_of(setup.config))
     passes = trained_passes(setup, batch)
     tensor = setup.machine.tensor_ranks
     parts = [memory.kept_bytes(block, how, batch.rows, batch.width) // tensor for how in passes]
@@ -243,7 +243,7 @@ def _moments(
     }
 
 
-def _forward(block: Block, how: Pass, batch: MicroBatch, language: bool) -> tuple[int, int]:
+def _forward(block: DecoderSizes, how: Pass, batch: MicroBatch, language: bool) -> tuple[int, int]:
     """Bytes of activations and logits in flight in a forward pass without gradient."""
     logits = memory.head_bytes(block, batch.tokens, False, gradient=False) if language else 0
     return memory.forward_bytes(block, how, batch.rows, batch.width), logits
@@ -256,10 +256,10 @@ def _aside(setup: Setup, batch: MicroBatch, frozen: Frozen) -> tuple[int, int]:
         masked=batch.masked,
         quantized=frozen.quantization is not None,
     )
-    return _forward(Block.of(config_of(frozen.config)), how, batch, not frozen.scalar)
+    return _forward(DecoderSizes.of(config_of(frozen.config)), how, batch, not frozen.scalar)
 
 
-def _rollout_moments(setup: Setup, block: Block, how: Pass, gradients: int) -> dict[str, dict[str, int]]:
+def _rollout_moments(setup: Setup, block: DecoderSizes, how: Pass, gradients: int) -> dict[str, dict[str, int]]:
     """Bytes while completions are drawn, and while the rollout is scored and forwarded for its statistics."""
     assert setup.rollout is not None
     rows, machine = setup.rows, setup.machine
@@ -290,7 +290,7 @@ def _rollout_moments(setup: Setup, block: Block, how: Pass, gradients: int) -> d
 
 def _flops(setup: Setup, batch: MicroBatch) -> dict[str, int]:
     """Floating-point operations of a training step over all ranks."""
-    block, passes = Block.of(config_of(setup.config)), trained_passes(setup, batch)
+    block, passes = DecoderSizes.of(config_of(setup.config)), trained_passes(setup, batch)
     updates = 1 if setup.rollout is None else setup.rollout.updates
     rows = setup.rows
     members = batch.tokens // (batch.rows * rows.completion)

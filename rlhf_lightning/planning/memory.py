@@ -31,7 +31,7 @@ PROJECTIONS = (*QKV, *OUT, *GATE_UP, *DOWN)
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderSizes:
     """Sizes of a decoder.
 
     Args:
@@ -53,7 +53,7 @@ class Block:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: Any) -> Block:
+    def of(cls, config: Any) -> DecoderSizes:
         """Read the sizes from a Hugging Face config, under the names that most families use."""
         config = config.get_text_config()
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -134,7 +134,7 @@ class Pass:
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
-def block_bytes(block: Block, how: Pass, width: int) -> int:
+def block_bytes(block: DecoderSizes, how: Pass, width: int) -> int:
     r"""Bytes that autograd keeps of one block for each cell, without checkpointing.
 
     With h hidden, q and k the widths of query and key heads, m the MLP's, n heads, c bytes of the computation and all
@@ -163,7 +163,7 @@ def block_bytes(block: Block, how: Pass, width: int) -> int:
     return norms + attention + 3 * m * c + _input_bytes(block, how)
 
 
-def _input_bytes(block: Block, how: Pass) -> int:
+def _input_bytes(block: DecoderSizes, how: Pass) -> int:
     """Bytes of the products' inputs for each cell, attention's output left to attention where it is not copied."""
     read = frozenset(PROJECTIONS) if how.rank is None else how.targets
 
@@ -179,7 +179,7 @@ def _input_bytes(block: Block, how: Pass) -> int:
     return how.input_bytes * kept
 
 
-def cast_bytes(block: Block, how: Pass) -> int:
+def cast_bytes(block: DecoderSizes, how: Pass) -> int:
     """Bytes of the bf16 copies of one block's fp32 weights that autocast makes, and backward needs, in every pass."""
     if not how.autocast:
         return 0
@@ -187,12 +187,12 @@ def cast_bytes(block: Block, how: Pass) -> int:
     return BF16 * (whole + (adapter_size(block, how) if how.adapter_bytes == FP32 else 0))
 
 
-def adapter_size(block: Block, how: Pass) -> int:
+def adapter_size(block: DecoderSizes, how: Pass) -> int:
     """Weights of the adapter on one block: r (in + out) for each projection it hangs on."""
     return (how.rank or 0) * sum(block.width_in(name) + block.width_out(name) for name in how.targets)
 
 
-def kept_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
+def kept_bytes(block: DecoderSizes, how: Pass, rows: int, width: int) -> int:
     r"""Bytes that autograd keeps of a whole trunk from forward to backward.
 
     Without checkpointing layers * (cells * `block_bytes` + `cast_bytes`), with it layers * cells * h of the residual
@@ -215,7 +215,7 @@ def kept_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
     return block.layers * per_layer - _spared_bytes(block, how) + cells * around + table
 
 
-def _spared_bytes(block: Block, how: Pass) -> int:
+def _spared_bytes(block: DecoderSizes, how: Pass) -> int:
     """Bytes of the first block's casts that nobody needs: behind it is a frozen embedding, which has no gradient."""
     if how.rank is None or not how.autocast:
         return 0
@@ -225,7 +225,7 @@ def _spared_bytes(block: Block, how: Pass) -> int:
     return BF16 * (whole + adapted)
 
 
-def backward_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
+def backward_bytes(block: DecoderSizes, how: Pass, rows: int, width: int) -> int:
     """Bytes in flight in one block's backward pass: gradients of the MLP's three inner tensors and of two residual
     ones, and with checkpointing the block's own activations, recomputed.
     """
@@ -234,13 +234,13 @@ def backward_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
     return again + how.compute_bytes * (elements + _expanded(block, how))
 
 
-def forward_bytes(block: Block, how: Pass, rows: int, width: int) -> int:
+def forward_bytes(block: DecoderSizes, how: Pass, rows: int, width: int) -> int:
     """Bytes in flight in one block's forward pass without gradient: the MLP's inner tensors and the residual stream."""
     elements = rows * width * (3 * block.intermediate + 3 * block.hidden) + _expanded(block, how)
     return how.compute_bytes * elements + (rows * width * width if how.masked else 0)
 
 
-def _expanded(block: Block, how: Pass) -> int:
+def _expanded(block: DecoderSizes, how: Pass) -> int:
     """Weights of the largest matrix, which stands beside its quantised form while it is multiplied."""
     return block.hidden * block.intermediate if how.quantized else 0
 
@@ -248,7 +248,7 @@ def _expanded(block: Block, how: Pass) -> int:
 # -- logits and cache -------------------------------------------------------------------------------------------------
 
 
-def head_bytes(block: Block, tokens: int, trained: bool, gradient: bool = True) -> int:
+def head_bytes(block: DecoderSizes, tokens: int, trained: bool, gradient: bool = True) -> int:
     r"""Bytes of the chunked head at its fullest, v the vocabulary and t = min(tokens, `CHUNK_TOKENS`), all in fp32.
 
     A chunk's logits, their log-softmax and one slope: 3 t v. A head that trains makes a fourth, keeps tokens * v where
@@ -267,14 +267,14 @@ def head_bytes(block: Block, tokens: int, trained: bool, gradient: bool = True) 
     return FP32 * (4 * chunk + (kept if kept <= KEPT_LOGITS else 0) + 2 * block.vocabulary * block.hidden)
 
 
-def sampling_bytes(block: Block, rows: int) -> int:
+def sampling_bytes(block: DecoderSizes, rows: int) -> int:
     """Bytes of one decoding step's distributions: logits and log-probabilities in fp32, exponentials and their running
     sum in fp64, for each row and token of the vocabulary.
     """
     return rows * block.vocabulary * (3 * FP32 + 2 * 8)
 
 
-def cache_bytes(block: Block, rows: int, tokens: int, element_bytes: int) -> int:
+def cache_bytes(block: DecoderSizes, rows: int, tokens: int, element_bytes: int) -> int:
     """Bytes of keys and values of so many rows of so many tokens: 2 * layers * k for each token."""
     return 2 * block.layers * block.keys * element_bytes * rows * tokens
 
@@ -282,14 +282,14 @@ def cache_bytes(block: Block, rows: int, tokens: int, element_bytes: int) -> int
 # -- work -------------------------------------------------------------------------------------------------------------
 
 
-def forward_flops(block: Block, cells: int, width: int) -> int:
+def forward_flops(block: DecoderSizes, cells: int, width: int) -> int:
     """Floating-point operations of the trunk's forward pass: 2 a weight and cell; attention under a causal mask, half
     of length x length for scores and for values, 2 q length a cell.
     """
     return cells * block.layers * (2 * block.matrices + 2 * block.queries * width)
 
 
-def backward_flops(block: Block, cells: int, width: int, how: Pass) -> int:
+def backward_flops(block: DecoderSizes, cells: int, width: int, how: Pass) -> int:
     """Floating-point operations of the backward pass: twice the forward's, once where the weights are frozen, and the
     forward once more where activations are recomputed.
     """
@@ -298,7 +298,7 @@ def backward_flops(block: Block, cells: int, width: int, how: Pass) -> int:
     return times * forward_flops(block, cells, width) + adapters
 
 
-def head_flops(block: Block, tokens: int, trained: bool, gradient: bool = True) -> int:
+def head_flops(block: DecoderSizes, tokens: int, trained: bool, gradient: bool = True) -> int:
     """Floating-point operations of the head: one product forward; one more for a frozen head's stored directions; of a
     head that trains the logits again and two gradients.
     """

@@ -73,7 +73,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutPlan:
     """What a training step samples before its updates.
 
     Args:
@@ -145,7 +145,7 @@ class Setup:
     adapters: int = 0
     adapter_reference: bool = False
     frozen: tuple[Frozen, ...] = ()
-    rollout: Rollout | None = None
+    rollout: RolloutPlan | None = None
     optimizer_bytes: float = 2 * FP32
 
 

@@ -23,7 +23,7 @@ from rlhf_lightning.models.loading import LoadSettings, LoraSettings, backbone_r
 from rlhf_lightning.planning.estimate import trained_skeleton
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.published import config_text
-from rlhf_lightning.planning.setup import Frozen, Machine, Rollout, Rows, Setup
+from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup
 from rlhf_lightning.training.compatibility import check
 from rlhf_lightning.training.optimizers import made
 from rlhf_lightning.training.precision import settled_precision
@@ -138,7 +138,7 @@ def _devices(given: Any, gpu: bool) -> int:
     return len(text.split(",")) if "," in text else int(text)
 
 
-def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, Rollout | None]:
+def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPlan | None]:
     """Return what an optimizer step learns from and what is sampled before it, all rows as long as settings allow."""
     longest = datamodule.max_length or 1024
     if not hasattr(module, "collector"):
@@ -164,7 +164,7 @@ def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, Rollout |
         parts_groups=True,
     )
     updates = getattr(module, "ppo_epochs", 1) * math.ceil(episodes / mini)
-    return rows, Rollout(datamodule.prompts_per_rollout, module.sampling.batch_size, updates)
+    return rows, RolloutPlan(datamodule.prompts_per_rollout, module.sampling.batch_size, updates)
 
 
 def with_frozen(setup: Setup, module: Any, settings: LoadSettings) -> Setup:

@@ -34,7 +34,7 @@ class Request(NamedTuple):
     subject: str
 
 
-class Facts(NamedTuple):
+class CompletionFacts(NamedTuple):
     """What the grader reads in a completion, whatever was asked."""
 
     words: int
@@ -116,7 +116,7 @@ def read_request(prompt: str) -> Request:
 
 
 @lru_cache(maxsize=65536)
-def read_completion(completion: str) -> Facts:
+def read_completion(completion: str) -> CompletionFacts:
     """Return what the grader sees in any text: recognised sentences by part, subjects, words."""
     tokens = _tokens(completion)
     seen: set[tuple[str, ...]] = set()
@@ -128,7 +128,7 @@ def read_completion(completion: str) -> Facts:
             seen.add(key)
             parts[_SENTENCES[key]] += 1
             recognised += sum(token.isalnum() for token in sentence)
-    return Facts(
+    return CompletionFacts(
         words=sum(token.isalnum() for token in tokens),
         recognised_words=recognised,
         subjects=Counter(token for token in tokens if token in _SUBJECTS),

@@ -7,7 +7,7 @@ text survives encoding and decoding unchanged. No sentence begins with its subje
 from typing import NamedTuple
 
 
-class Kind(NamedTuple):
+class RequestKind(NamedTuple):
     """One kind of request: how people ask, what answers it, and concrete advice that belongs to it alone."""
 
     requests: tuple[str, ...]
@@ -22,8 +22,8 @@ SUBJECTS: tuple[str, ...] = tuple(
     "yoga".split()
 )
 
-KINDS: dict[str, Kind] = {
-    "meaning": Kind(
+KINDS: dict[str, RequestKind] = {
+    "meaning": RequestKind(
         (
             "What is {s} about?",
             "Can you explain {s} to me?",
@@ -32,7 +32,7 @@ KINDS: dict[str, Kind] = {
         ("Think of {s} as slow practice.", "Basically {s} is patient handwork."),
         ("Watch one short film.", "Every part has names.", "The idea is simple."),
     ),
-    "start": Kind(
+    "start": RequestKind(
         (
             "How do I start with {s}?",
             "What are the first steps in {s}?",
@@ -41,7 +41,7 @@ KINDS: dict[str, Kind] = {
         ("Begin {s} with one slow lesson.", "Start {s} in a class."),
         ("Repeat the easiest exercise.", "Learn one move daily.", "Copy what teachers show."),
     ),
-    "gear": Kind(
+    "gear": RequestKind(
         (
             "What gear do I need for {s}?",
             "Which equipment is used in {s}?",
@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
         ("One bag holds your {s} gear.", "Pack a basic {s} kit."),
         ("Borrow tools before buying.", "Choose sturdy gloves first.", "Label all your things."),
     ),
-    "cost": Kind(
+    "cost": RequestKind(
         (
             "How much does {s} cost?",
             "Is {s} expensive?",
@@ -59,7 +59,7 @@ KINDS: dict[str, Kind] = {
         ("A month of {s} costs forty coins.", "Expect {s} to be cheap."),
         ("Clubs give spring discounts.", "Used goods save half.", "Trial weeks are free."),
     ),
-    "time": Kind(
+    "time": RequestKind(
         (
             "How long does it take to learn {s}?",
             "How many hours a week does {s} need?",
@@ -68,7 +68,7 @@ KINDS: dict[str, Kind] = {
         ("Plan three weekly hours of {s}.", "Learning {s} takes half a year."),
         ("Short sessions work better.", "Progress shows after weeks.", "Rest every third day."),
     ),
-    "mistake": Kind(
+    "mistake": RequestKind(
         (
             "What mistakes do people make in {s}?",
             "What should I avoid in {s}?",
@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
         ("Most people rush their {s}.", "Never skip the {s} basics."),
         ("Film yourself quite often.", "Slow down when tense.", "Let friends correct you."),
     ),
-    "safety": Kind(
+    "safety": RequestKind(
         (
             "Is {s} dangerous?",
             "How do I stay safe during {s}?",
@@ -86,7 +86,7 @@ KINDS: dict[str, Kind] = {
         ("With some care {s} is safe.", "Injuries in {s} are rare."),
         ("Warm up before practice.", "Keep a bandage near.", "Stop at first pain."),
     ),
-    "history": Kind(
+    "history": RequestKind(
         (
             "Where does {s} come from?",
             "Who invented {s}?",
@@ -95,7 +95,7 @@ KINDS: dict[str, Kind] = {
         ("Ancient villages invented {s}.", "Old records already mention {s}."),
         ("Monks wrote early rules.", "Traders carried it overseas.", "Museums keep the evidence."),
     ),
-    "place": Kind(
+    "place": RequestKind(
         (
             "Where can I practise {s}?",
             "Is there a good place for {s} near me?",
@@ -104,7 +104,7 @@ KINDS: dict[str, Kind] = {
         ("The town hall offers {s}.", "Find {s} at the park."),
         ("Doors open on Saturday.", "Take the blue bus.", "Ask at the desk."),
     ),
-    "book": Kind(
+    "book": RequestKind(
         (
             "Which book about {s} is good?",
             "What should I read on {s}?",
@@ -113,7 +113,7 @@ KINDS: dict[str, Kind] = {
         ("Read the illustrated {s} handbook.", "Get the thin {s} guide."),
         ("The library lends copies.", "Chapter three is best.", "Pick the second edition."),
     ),
-    "gift": Kind(
+    "gift": RequestKind(
         (
             "What gift suits a fan of {s}?",
             "My friend loves {s}, what present should I get?",
@@ -122,7 +122,7 @@ KINDS: dict[str, Kind] = {
         ("Give a voucher for {s}.", "A handmade {s} souvenir delights."),
         ("Wrap it in paper.", "Add a kind wish.", "Keep the receipt safe."),
     ),
-    "season": Kind(
+    "season": RequestKind(
         (
             "When is the best season for {s}?",
             "Can I do {s} in winter?",

@@ -80,7 +80,7 @@ EXPERT = Care(0.0, subject=0.9, kind=0.9, core=1.0, detail=0.7, courteous=0.6, c
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerPlan:
     """An answer before it is worded. ``None`` leaves a part out; ``manners`` are courteous, curt or None.
 
     ``wording`` holds one number in [0, 1) a part, which picks that part's sentence: an edited answer keeps the words of
@@ -216,12 +216,12 @@ def _manner(care: Care, rng: random.Random) -> str | None:
     return "courteous" if u < care.courteous else "curt" if u < care.courteous + care.curt else None
 
 
-def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> Answer:
+def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> AnswerPlan:
     """Draw one answer to ``prompt`` by a writer of some care (a random one's if not given)."""
     asked = read_request(prompt)
     care = care or rng.choices(CARES, [c.weight for c in CARES])[0]
     kind = asked.kind if rng.random() < care.kind else _other(text.KINDS, asked.kind, rng)
-    return Answer(
+    return AnswerPlan(
         subject=asked.subject if rng.random() < care.subject else _other(text.SUBJECTS, asked.subject, rng),
         kind=kind if rng.random() < care.core else None,
         detail=kind if rng.random() < care.detail else None,
@@ -232,7 +232,7 @@ def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> Answer:
     )
 
 
-def _edit(answer: Answer, prompt: str, rng: random.Random) -> Answer:
+def _edit(answer: AnswerPlan, prompt: str, rng: random.Random) -> AnswerPlan:
     """Change one part of ``answer``, mostly for the worse."""
     asked = read_request(prompt)
     part = rng.choices(*zip(*EDITS.items(), strict=True))[0]

@@ -6,7 +6,7 @@ from rlhf_lightning.constitution.ai_labeller import AILabeller
 from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.store import FeedbackStore
-from rlhf_lightning.scoring.judges.judge import Answer as Said
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer as Said
 
 WORTH = {"best": 0.9, "good": 0.6, "fair": 0.55, "poor": 0.1}
 

@@ -12,7 +12,7 @@ from rlhf_lightning.constitution.labelling import LabelSettings, drawn_principle
 from rlhf_lightning.constitution.principles import ComparingPrinciple, Constitution
 from rlhf_lightning.functional.ranking import bradley_terry_loss
 from rlhf_lightning.scoring.judges import SimulatedJudge
-from rlhf_lightning.scoring.judges.judge import Answer, Judge, Pair, Question, no_answer
+from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Pair, Question, no_answer
 
 RULES = Constitution("test", 1, "en", comparing=tuple(ComparingPrinciple(name, f"{name}?") for name in "abcd"))
 
@@ -34,7 +34,7 @@ class Scripted:
 
 
 # The worked comparison: l_A, l_B = -1.2, -2.0 where x stands first, -1.5, -1.0 where y does.
-WORKED = {"x": Answer(-1.2, -2.0), "y": Answer(-1.5, -1.0)}
+WORKED = {"x": JudgeAnswer(-1.2, -2.0), "y": JudgeAnswer(-1.5, -1.0)}
 PAIR = Pair("p", "x", "y", 1.0, {"source": "test"})
 
 
@@ -59,7 +59,7 @@ def test_after_reasoning_and_only_then_probabilities_are_clamped():
     (comparison,) = labelled(WORKED, reasoning=True).comparisons
     close([comparison.probability, comparison.swapped_probability], [0.6, 0.4])
     close(labelled(WORKED, reasoning=True).preference, 0.6)
-    sure = {"x": Answer(0.0, -math.inf), "y": Answer(-math.inf, 0.0)}
+    sure = {"x": JudgeAnswer(0.0, -math.inf), "y": JudgeAnswer(-math.inf, 0.0)}
     close(labelled(sure, reasoning=True).preference, 0.6)
     close(labelled(sure).preference, 1.0)
 
@@ -82,7 +82,7 @@ def test_the_row_is_of_the_chosen_completion():
 
 
 def test_orders_that_contradict_each_other_are_a_tie_even_in_certainty():
-    both_first = {"x": Answer(0.0, -math.inf), "y": Answer(0.0, -math.inf)}
+    both_first = {"x": JudgeAnswer(0.0, -math.inf), "y": JudgeAnswer(0.0, -math.inf)}
     for average in ("probability", "logit"):
         one = labelled(both_first, average=average)
         assert (one.preference, one.verdict) == (0.5, 0.5)
@@ -92,9 +92,9 @@ def test_orders_that_contradict_each_other_are_a_tie_even_in_certainty():
     ("answer", "reason"),
     [
         (no_answer("too_long"), "too_long"),
-        (Answer(-math.inf, -math.inf), "other_words"),
-        (Answer(-6.0, -6.0), "other_words"),
-        (Answer(math.nan, -1.0), "not_a_number"),
+        (JudgeAnswer(-math.inf, -math.inf), "other_words"),
+        (JudgeAnswer(-6.0, -6.0), "other_words"),
+        (JudgeAnswer(math.nan, -1.0), "not_a_number"),
     ],
 )
 def test_an_answer_that_is_none_is_counted_and_never_made_up(answer, reason):
@@ -116,8 +116,8 @@ def test_a_principle_without_an_answer_leaves_the_others():
 
 
 def test_principles_are_averaged():
-    table = {("x", name): Answer(-value, -1.0) for name, value in zip("abcd", (0.5, 1.0, 2.0, 3.0), strict=True)}
-    table |= {("y", name): Answer(-1.0, -1.0) for name in "abcd"}
+    table = {("x", name): JudgeAnswer(-value, -1.0) for name, value in zip("abcd", (0.5, 1.0, 2.0, 3.0), strict=True)}
+    table |= {("y", name): JudgeAnswer(-1.0, -1.0) for name in "abcd"}
     odds = torch.tensor([0.5, 0.0, -1.0, -2.0]).double()
     close(labelled(table, principles=4).preference, float((odds.sigmoid() + 0.5).mean() / 2))
     close(labelled(table, principles=4, average="logit").preference, float((odds.mean() / 2).sigmoid()))
@@ -149,7 +149,7 @@ def test_a_judge_of_too_few_answers_is_named():
         name = "lazy"
 
         def __call__(self, questions):
-            return [Answer(-1.0, -1.0)]
+            return [JudgeAnswer(-1.0, -1.0)]
 
     assert isinstance(Lazy(), Judge)
     with pytest.raises(ValueError, match="judge lazy gave 1 answers to 2 questions"):

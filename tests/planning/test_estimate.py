@@ -13,7 +13,7 @@ from rlhf_lightning.planning.estimate import plan
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.published import PUBLISHED, config_text, published
 from rlhf_lightning.planning.remedies import remedies
-from rlhf_lightning.planning.setup import Frozen, Machine, Rollout, Rows, Setup, micro_batch
+from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup, micro_batch
 from rlhf_lightning.types import MicroBatchLimits
 
 TINY = config_text(
@@ -40,7 +40,7 @@ PPO = replace(
     SFT,
     rows=EPISODES,
     critic="separate",
-    rollout=Rollout(prompts=8, slots=None, updates=4),
+    rollout=RolloutPlan(prompts=8, slots=None, updates=4),
     frozen=(Frozen("reference", TINY, False, FP32), Frozen("reward model", TINY, True, FP32, judges=False)),
 )
 LLAMA = Setup(config_text("Llama-3.1-8B"), Rows(groups=8, completions=1, prompt=512, completion=512), Machine(gpu=True))
@@ -140,7 +140,7 @@ def test_gradients_stand_beside_the_activations_of_a_second_micro_batch():
 
 
 def test_fewer_slots_hold_less_cache():
-    few = replace(PPO, rollout=Rollout(prompts=8, slots=2, updates=4))
+    few = replace(PPO, rollout=RolloutPlan(prompts=8, slots=2, updates=4))
     assert 4 * plan(few).moments["sampling"]["KV cache"] == plan(PPO).moments["sampling"]["KV cache"]
 
 

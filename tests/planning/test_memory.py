@@ -12,7 +12,7 @@ from rlhf_lightning.models.scalar_head import hidden_states
 from rlhf_lightning.planning.memory import (
     BF16,
     FP32,
-    Block,
+    DecoderSizes,
     Pass,
     block_bytes,
     cache_bytes,
@@ -94,7 +94,7 @@ PRECISIONS = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_activations_are_what_autograd_keeps(precision, rank, checkpointing, masked):
     how = Pass(rank=rank, checkpointing=checkpointing, masked=masked, **PRECISIONS[precision])
-    block = Block.of(LlamaConfig(num_hidden_layers=3, **SIZES))
+    block = DecoderSizes.of(LlamaConfig(num_hidden_layers=3, **SIZES))
     assert kept_bytes(block, how, ROWS, WIDTH) == kept_by_autograd(how, "all-linear")
 
 
@@ -103,7 +103,7 @@ def test_activations_are_what_autograd_keeps(precision, rank, checkpointing, mas
 def test_an_adapter_on_some_projections_keeps_their_inputs_alone(targets, precision):
     """Block for block; the first one, behind a frozen embedding, keeps less."""
     how = Pass(rank=RANK, targets=frozenset(targets), **PRECISIONS[precision])
-    block = Block.of(LlamaConfig(**SIZES))
+    block = DecoderSizes.of(LlamaConfig(**SIZES))
     one_more = kept_by_autograd(how, targets, layers=4) - kept_by_autograd(how, targets, layers=3)
     assert ROWS * WIDTH * block_bytes(block, how, WIDTH) + cast_bytes(block, how) == one_more
 
@@ -111,7 +111,7 @@ def test_an_adapter_on_some_projections_keeps_their_inputs_alone(targets, precis
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_attention_written_out_keeps_its_probabilities(precision):
     how = Pass(eager=True, **PRECISIONS[precision])
-    block = Block.of(LlamaConfig(**SIZES))
+    block = DecoderSizes.of(LlamaConfig(**SIZES))
     one_more = kept_by_autograd(how, "", layers=4) - kept_by_autograd(how, "", layers=3)
     assert ROWS * WIDTH * block_bytes(block, how, WIDTH) + cast_bytes(block, how) == one_more
 
@@ -124,4 +124,4 @@ def test_a_cache_holds_keys_and_values_of_every_layer():
     with torch.no_grad():
         AutoModelForCausalLM.from_config(config)(torch.zeros(ROWS, WIDTH, dtype=torch.long), past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(Block.of(config), ROWS, WIDTH, FP32) == held
+    assert cache_bytes(DecoderSizes.of(config), ROWS, WIDTH, FP32) == held

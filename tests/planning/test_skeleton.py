@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoraSettings, add_lora
-from rlhf_lightning.planning.memory import BF16, FP32, Block, Pass, adapter_size
+from rlhf_lightning.planning.memory import BF16, FP32, DecoderSizes, Pass, adapter_size
 from rlhf_lightning.planning.skeleton import Parameter, quantized_bytes, skeleton, trained_share, weight_bytes
 
 
@@ -39,14 +39,14 @@ def test_a_shared_critic_adds_a_head_with_its_bias_and_a_kept_start_another_adap
 
 
 def test_an_adapters_size_is_that_of_the_real_one():
-    block = Block.of(tiny_config(num_hidden_layers=3, num_key_value_heads=1))
+    block = DecoderSizes.of(tiny_config(num_hidden_layers=3, num_key_value_heads=1))
     found = skeleton(tiny_config(num_hidden_layers=3, num_key_value_heads=1), LoraSettings(r=5))
     assert trained_share(found.parameters) == 3 * adapter_size(block, Pass(rank=5))
 
 
 def test_nothing_is_allocated_for_a_skeleton_and_quantisation_takes_the_blocks_matrices():
     found = skeleton(tiny_config(), LoraSettings(r=3))
-    block = Block.of(tiny_config())
+    block = DecoderSizes.of(tiny_config())
     assert sum(part.size for part in found.parameters if part.matrix) == block.layers * block.matrices
     assert found.outside == 120 * 32 + 32  # the tied embedding and the last norm
     assert found.packs_rows

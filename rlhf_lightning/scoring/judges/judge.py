@@ -44,7 +44,7 @@ class Question(NamedTuple):
         return [*self.messages, {"role": "assistant", "content": self.wording.reasoning}]
 
 
-class Answer(NamedTuple):
+class JudgeAnswer(NamedTuple):
     """What a judge says to a question.
 
     Attributes:
@@ -67,9 +67,9 @@ class Answer(NamedTuple):
         return math.exp(min(self.first_logprob, 0)) + math.exp(min(self.second_logprob, 0))
 
 
-def no_answer(reason: str, reasoning: str = "") -> Answer:
+def no_answer(reason: str, reasoning: str = "") -> JudgeAnswer:
     """Return the answer of a judge that gave none."""
-    return Answer(-math.inf, -math.inf, reasoning, reason)
+    return JudgeAnswer(-math.inf, -math.inf, reasoning, reason)
 
 
 @runtime_checkable
@@ -82,7 +82,7 @@ class Judge(Protocol):
 
     name: str
 
-    def __call__(self, questions: Sequence[Question]) -> Sequence[Answer]:
+    def __call__(self, questions: Sequence[Question]) -> Sequence[JudgeAnswer]:
         """Return an answer to each question, in their order."""
         ...
 

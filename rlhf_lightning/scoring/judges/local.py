@@ -14,7 +14,7 @@ from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
 from rlhf_lightning.models.loading import LoadSettings, resolve_folder
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
-from rlhf_lightning.scoring.judges.judge import Answer, Question, Written, no_answer
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, no_answer
 from rlhf_lightning.scoring.judges.wording import as_text, first_paragraphs
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message, MicroBatchLimits, Prompt
@@ -139,7 +139,7 @@ class LocalJudge:
         settings = SamplingSettings(max_new_tokens=reasoning_tokens, temperature=0.0, batch_size=16)
         self.thinker = LocalWriter(self.model, self.tokenizer, settings, 0, self.name)
 
-    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+    def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
         """Answer the questions, in batches of like length."""
         said = self._reasoning(questions)
         encoded = [self._encode(one, one.begun(text)) for one, text in zip(questions, said, strict=True)]
@@ -151,7 +151,7 @@ class LocalJudge:
             ):
                 rows = [fit[place] for place in cut]
                 for row, (first, second) in zip(rows, self._letters([encoded[row] for row in rows]), strict=True):
-                    answers[row] = Answer(first, second, said[row])
+                    answers[row] = JudgeAnswer(first, second, said[row])
         return answers
 
     def _encode(self, question: Question, turns: list[Message]) -> Tensor:

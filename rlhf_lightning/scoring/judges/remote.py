@@ -20,7 +20,7 @@ import torch
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
-from rlhf_lightning.scoring.judges.judge import Answer, Question, Written, no_answer
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, no_answer
 from rlhf_lightning.types import Message, Prompt
 
 LETTER = re.compile(r"""^[\s("'*\[]*([AB])[\s)"'*\].:,]*$""")
@@ -172,7 +172,7 @@ class RemoteJudge:
         self.thinking = SamplingSettings(max_new_tokens=reasoning_tokens, temperature=0.0)
         self.answering = SamplingSettings(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
 
-    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+    def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
         """Answer the questions, some at a time.
 
         Raises:
@@ -180,7 +180,7 @@ class RemoteJudge:
         """
         return self.server.each(self._answer, questions)
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: Question) -> JudgeAnswer:
         reasoning = self._reasoning(question) if question.reasons else ""
         further = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.read == "logprobs" else {}
         messages, opened = self._asked(question, reasoning)
@@ -207,7 +207,7 @@ class RemoteJudge:
     def _continued(self) -> dict[str, Any]:
         return {"continue_final_message": True, "add_generation_prompt": False} if self.begin else {}
 
-    def _probabilities(self, choice: dict[str, Any]) -> Answer:
+    def _probabilities(self, choice: dict[str, Any]) -> JudgeAnswer:
         try:
             places = [
                 (place["token"], float(place["logprob"]), [(one["token"], float(one["logprob"])) for one in likely])
@@ -225,7 +225,7 @@ def _with_note(messages: list[Message], note: str) -> list[Message]:
     return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n\n{note}"}]
 
 
-def letters_in(places: Sequence[tuple[str, float, Sequence[tuple[str, float]]]]) -> Answer:
+def letters_in(places: Sequence[tuple[str, float, Sequence[tuple[str, float]]]]) -> JudgeAnswer:
     """Return the log-probabilities of the letters from an answer's tokens.
 
     Args:
@@ -243,7 +243,7 @@ def letters_in(places: Sequence[tuple[str, float, Sequence[tuple[str, float]]]])
                 return no_answer("other_words")
             floor = before + min((value for _, value in likely), default=-math.inf)
             first, second = (_summed(found[letter] or [floor]) for letter in "AB")
-            return Answer(first, second, bounded=not (found["A"] and found["B"]))
+            return JudgeAnswer(first, second, bounded=not (found["A"] and found["B"]))
         before += logprob
     return no_answer("empty")
 
@@ -252,11 +252,11 @@ def _summed(logprobs: list[float]) -> float:
     return float(option_logprobs(torch.tensor([logprobs], dtype=torch.float64)))
 
 
-def verdict_in(text: str) -> Answer:
+def verdict_in(text: str) -> JudgeAnswer:
     """Return the verdict of an answer in words, read strictly: a letter, or "tie", and nothing else."""
     named = LETTER.match(text)
     if named:
-        return Answer(0.0, -math.inf) if named.group(1) == "A" else Answer(-math.inf, 0.0)
+        return JudgeAnswer(0.0, -math.inf) if named.group(1) == "A" else JudgeAnswer(-math.inf, 0.0)
     if TIE.match(text):
-        return Answer(-math.log(2), -math.log(2))
+        return JudgeAnswer(-math.log(2), -math.log(2))
     return no_answer("other_words" if text.strip() else "empty")

@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import torch
 
-from rlhf_lightning.scoring.judges.judge import Answer, Question
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question
 from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 
 
@@ -44,7 +44,7 @@ class SimulatedJudge:
         self.gold_reward = load_gold_reward(gold_reward)
         self.scale, self.position_bias, self.noise, self.seed, self.name = scale, position_bias, noise, seed, name
 
-    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+    def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
         """Answer the questions."""
         return [self._answer(question) for question in questions]
 
@@ -54,10 +54,10 @@ class SimulatedJudge:
         gap = first - second
         return self.scale * gap + self.noise * self._mistake(question)
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: Question) -> JudgeAnswer:
         odds = torch.tensor(self.log_odds(question) + self.position_bias, dtype=torch.float64)
         first, second = torch.nn.functional.logsigmoid(torch.stack([odds, -odds])).tolist()
-        return Answer(first, second)
+        return JudgeAnswer(first, second)
 
     def _mistake(self, question: Question) -> float:
         """A standard normal number that changes sign with the order."""

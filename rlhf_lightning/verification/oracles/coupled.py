@@ -19,7 +19,7 @@ COPIES = 3
 """A pair is in the data 2 * COPIES times, dealt to its two orders by the probability of either, rounded."""
 
 
-class Pairs(NamedTuple):
+class StepPairs(NamedTuple):
     """The step: index of prompt, chosen and rejected completion of each pair, and the reference's log-probabilities."""
 
     prompt: Array
@@ -32,11 +32,11 @@ class Pairs(NamedTuple):
         return values[self.prompt, self.chosen], values[self.prompt, self.rejected]
 
 
-Loss = Callable[[Array, Pairs, float], float]
+Loss = Callable[[Array, StepPairs, float], float]
 """Of log-probabilities (prompts, completions), the step and beta."""
 
 
-def pairs_of(problems: Sequence[Population]) -> Pairs:
+def pairs_of(problems: Sequence[Population]) -> StepPairs:
     """List each pair as often as it is in the data."""
     rows = [
         (prompt, i, j)
@@ -47,22 +47,22 @@ def pairs_of(problems: Sequence[Population]) -> Pairs:
         for _ in range(round(2 * COPIES * float(problem.preference[i, j])))
     ]
     prompt, chosen, rejected = np.array(rows).T
-    return Pairs(prompt, chosen, rejected, np.log(np.array([problem.reference for problem in problems])))
+    return StepPairs(prompt, chosen, rejected, np.log(np.array([problem.reference for problem in problems])))
 
 
-def aot(logp: Array, pairs: Pairs, beta: float) -> float:
+def aot(logp: Array, pairs: StepPairs, beta: float) -> float:
     """2406.05882, paired: the k-th smallest margin of the policy against the k-th smallest of the reference."""
     margins = [np.sort(np.subtract(*pairs.sides(values))) for values in (logp, pairs.reference)]
     return float(-log_expit(beta * (margins[0] - margins[1])).mean())
 
 
-def unpaired_aot(logp: Array, pairs: Pairs, beta: float) -> float:
+def unpaired_aot(logp: Array, pairs: StepPairs, beta: float) -> float:
     """2406.05882, unpaired: the k-th smallest log-ratio of the chosen against the k-th smallest of the rejected."""
     chosen, rejected = pairs.sides(logp - pairs.reference)
     return float(-log_expit(beta * (np.sort(chosen) - np.sort(rejected))).mean())
 
 
-def minimiser(loss: Loss, pairs: Pairs, beta: float, start: Array) -> Array:
+def minimiser(loss: Loss, pairs: StepPairs, beta: float, start: Array) -> Array:
     """Return the policy that minimises a loss, shape (prompts, completions), looked for from ``start``.
 
     Sorting makes kinks, at which one run of a quasi-Newton method may stop short: each begins where the last one ended.
@@ -78,7 +78,7 @@ def minimiser(loss: Loss, pairs: Pairs, beta: float, start: Array) -> Array:
     return np.exp(log_softmax(found.reshape(where.shape), axis=-1))
 
 
-def value(name: str, policy: Array, pairs: Pairs, module: Any) -> float:
+def value(name: str, policy: Array, pairs: StepPairs, module: Any) -> float:
     """Return the transcribed loss of a policy."""
     return LOSSES[name](np.log(policy), pairs, module.beta)
 

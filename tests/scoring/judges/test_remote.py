@@ -9,7 +9,7 @@ from rlhf_lightning.constitution.revision import RevisionSettings, Written, revi
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.judges import RemoteJudge, RemoteWriter, load_judge
-from rlhf_lightning.scoring.judges.judge import Answer, Pair
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Pair
 from rlhf_lightning.scoring.judges.remote import ChatServer, letters_in, verdict_in
 
 from .chat_server import place, said, serving
@@ -77,7 +77,7 @@ def test_a_letter_that_is_not_named_is_bounded_by_what_is():
     ("places", "reason"),
     [
         ([("I", -0.1, [("I", -0.1), ("The", -3.0)])], "other_words"),
-        ([("Answer", -0.1, [("Answer", -0.1)]), ("A", 0.0, [("A", 0.0), ("B", -9.0)])], "other_words"),
+        ([("JudgeAnswer", -0.1, [("JudgeAnswer", -0.1)]), ("A", 0.0, [("A", 0.0), ("B", -9.0)])], "other_words"),
         ([("(", -0.1, [("(", -0.1)])], "empty"),
         ([], "empty"),
     ],
@@ -89,8 +89,9 @@ def test_other_words_are_no_answer(places, reason):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("A", Answer(0.0, -math.inf)), (" (B).", Answer(-math.inf, 0.0)), ("**A**", Answer(0.0, -math.inf)),
-        ("tie", Answer(-LOG(2), -LOG(2))), ("Tie.", Answer(-LOG(2), -LOG(2))),
+        ("A", JudgeAnswer(0.0, -math.inf)), (" (B).", JudgeAnswer(-math.inf, 0.0)),
+        ("**A**", JudgeAnswer(0.0, -math.inf)),
+        ("tie", JudgeAnswer(-LOG(2), -LOG(2))), ("Tie.", JudgeAnswer(-LOG(2), -LOG(2))),
     ],
 )  # fmt: skip
 def test_a_verdict_in_words(text, answer):
