@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rlhf_lightning import cli
+from rlhf_lightning.commands import quickstart
 from rlhf_lightning.commands.parsing import PlainParser, with_underscores
 from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.recipes import resolve_recipe
@@ -49,6 +50,9 @@ def train_parser():
 def accepted(train_parser, monkeypatch, capsys):
     """Call ``accepted(argv)``: what `rlhf` is asked for is read to its end, and not run."""
 
+    def stop(*args, **kwargs):
+        raise Accepted
+
     def stop_after_parsing(parser, *args, **kwargs):
         parse(parser, *args, **kwargs)
         raise Accepted
@@ -64,6 +68,7 @@ def accepted(train_parser, monkeypatch, capsys):
                 train_parser.parse_args(with_underscores(argv))
                 return
             monkeypatch.setattr(PlainParser, "parse_args", stop_after_parsing)
+            monkeypatch.setattr(quickstart, "fresh_folder", stop)  # it parses by itself, and would run
             status = cli.main(argv)
         except Accepted:
             return
