@@ -91,13 +91,26 @@ class CopiesModule(PPOModule):
         self.critic = ScalarModel(add_lora(hf, LORA, "SEQ_CLS", folder), bias=float(hf.config.score_bias))
 
 
+def in_double(module: Any) -> Any:
+    """The module in double precision: twelve updates enlarge what rounding leaves. Scores stay in single precision."""
+    load = module.load_models
+
+    def load_in_double() -> None:
+        load()
+        for model in (module, *module.frozen_models(), *module.scorer.models):
+            model.double()
+
+    module.load_models = load_in_double
+    return module
+
+
 def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> None:
     """Losses, metrics and gradients of three rollouts with four updates each."""
     found = []
     for kind, critic in ((PPOModule, "adapter"), (CopiesModule, "separate")):
         module: Any = kind(init_from=stages["sft"], scorer=stages["reward"], critic=critic, **SETTINGS)
         logged, kept = MetricsLog(), LastGradients()
-        fit(module, STEPS, callbacks=[logged, kept])
+        fit(in_double(module), STEPS, callbacks=[logged, kept])
         found.append((module, logged.rows, kept.gradients))
     (one, rows, gradients), (copies, expected_rows, expected_gradients) = found
     assert type(one.critic) is AdapterScalar and type(one.scorer.model) is AdapterScalar
@@ -119,9 +132,9 @@ def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> No
             name = name.replace("critic.model", "policy.model").replace(".default.", ".critic.")
         renamed[name] = gradient
     assert gradients.keys() == renamed.keys()
-    for name, gradient in gradients.items():  # twelve updates enlarge what rounding leaves, least where least is left
+    for name, gradient in gradients.items():
         apart, size = float((gradient - renamed[name]).norm()), float(renamed[name].norm())
-        assert apart <= 1e-4 * size, f"{name}: {apart} of {size}"
+        assert apart <= 1e-5 * size, f"{name}: {apart} of {size}"
     assert any(float(g.abs().max()) > 1e-3 for name, g in gradients.items() if ".critic." in name)
 
 
