@@ -10,12 +10,14 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import MissingError, SettingError
 
 
 def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
@@ -86,6 +88,26 @@ def import_path(path: str, what: str = "object") -> Any:
             "not-importable", f"{what} {path!r} cannot be imported: {module_name} has no {attribute}{hint}"
         )
     return getattr(module, attribute)
+
+
+def import_user_module(name: str) -> str:
+    """Import a user's module by its name or its .py file, so that its classes can be found; return its name.
+
+    Raises:
+        MissingError: ``no-file``.
+        SettingError: ``not-importable``.
+    """
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise MissingError("no-file", f"there is no file {name}")
+        sys.path.append(str(path.parent.resolve()))
+        name = path.stem
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SettingError("not-importable", f"module {name!r} cannot be imported: {error}") from error
+    return name
 
 
 def shipped_classes(room: str, base: Any) -> dict[str, Any]:

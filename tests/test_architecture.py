@@ -381,3 +381,45 @@ def test_every_function_has_a_user():
     unused = public - used - BUILDING_BLOCKS.keys() - moving
     assert not unused, f"nothing uses {sorted(unused)}: delete them, or say in BUILDING_BLOCKS what they are kept for"
     assert BUILDING_BLOCKS.keys() <= public, f"gone: {sorted(BUILDING_BLOCKS.keys() - public)}"
+
+
+# Nouns of the field that stand in several layers: the formula, the batch, the module, the check of one objective or
+# one thing. Any other file name stands once.
+NOUNS = {
+    "audit", "coupled", "critic_free", "distillation", "export", "loading", "offline", "on_policy",
+    "online_preference", "policy_gradient", "preference", "process", "ranking", "report", "sft", "unpaired",
+}  # fmt: skip
+
+
+def repeated(names: list[str]) -> set[str]:
+    return {name for name in names if names.count(name) > 1}
+
+
+def test_no_class_name_stands_twice():
+    trees = [ast.parse(path.read_text()) for path in FILES]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert not repeated(names)
+
+
+def test_file_names_stand_once_except_nouns_of_several_layers():
+    assert repeated([path.stem for path in FILES]) - {"__init__"} == NOUNS
+
+
+# Files that import modules by a name of this package's own; `loading` alone imports what a user names.
+IMPORTS_BY_OWN_NAME = {"rlhf_lightning/cli.py", "rlhf_lightning/__init__.py", "rlhf_lightning/runs/loggers.py"}
+
+
+def imports_by_name(tree: ast.AST) -> bool:
+    """Whether a file imports a module whose name is a value."""
+    names = ("import_module", "__import__")
+    return any(
+        getattr(node.func, "id", getattr(node.func, "attr", "")) in names
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    )
+
+
+def test_loading_alone_imports_what_a_user_names():
+    found = {str(path.relative_to(ROOT)) for path in FILES if imports_by_name(ast.parse(path.read_text()))}
+    assert found == IMPORTS_BY_OWN_NAME | {"rlhf_lightning/loading.py"}
+    assert imports_by_name(ast.parse("from importlib import import_module\ndef f(x):\n    return import_module(x)"))

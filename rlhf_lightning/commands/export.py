@@ -2,8 +2,6 @@
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
-import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +37,13 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
             checkpoint alone has nothing imported but what is shipped here.
     """
     from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.loading import import_user_module
 
     quieten()
     target, path = Path(out), Path(source)
     if target.exists():
         raise ValueError(f"{out} exists already: name a folder that does not, so that nothing is overwritten")
-    own = None if import_module is None else import_own(import_module)
+    own = None if import_module is None else import_user_module(import_module)
     if (path / "adapter_config.json").is_file():
         if not merge:
             raise ValueError(f"{source} is an adapter's folder already; --merge merges it into its backbone")
@@ -93,18 +92,6 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).exists():
         raise FileNotFoundError(f"{run} has no best checkpoint: it was not validated")
     return inside_run(run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT, run)
-
-
-def import_own(name: str) -> str:
-    """Import a user's module by name or file, so that its classes can be found; return its name."""
-    path = Path(name)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {name}")
-        sys.path.append(str(path.parent.resolve()))
-        name = path.stem
-    importlib.import_module(name)
-    return name
 
 
 def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":

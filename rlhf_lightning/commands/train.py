@@ -42,6 +42,7 @@ from rlhf_lightning.runs import (
     SampleTable,
     SkippedUpdates,
 )
+from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.runs.checkpoint_metadata import (
     as_plain,
@@ -52,9 +53,7 @@ from rlhf_lightning.runs.checkpoint_metadata import (
     own_code,
     refused_checkpoint,
 )
-from rlhf_lightning.runs.files import write_text
 from rlhf_lightning.runs.loggers import PLACES, logger_arguments
-from rlhf_lightning.runs.records import keep_earlier_rows, wait_for_a_later_name
 from rlhf_lightning.runs.run import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -67,6 +66,7 @@ from rlhf_lightning.runs.run import (
     reserve_version,
     run_folder,
 )
+from rlhf_lightning.runs.run_records import keep_earlier_rows, wait_for_a_later_name
 from rlhf_lightning.training.checkpoint_state import random_state, set_random_state
 from rlhf_lightning.training.compatibility import SHARDED, check, refused_precision, refused_strategy
 from rlhf_lightning.training.module import AlignmentModule

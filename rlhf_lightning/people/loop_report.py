@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_markdown
 from rlhf_lightning.people.label_curve import LabelPoint, draw_label_curves
-from rlhf_lightning.runs.records import EVENTS
+from rlhf_lightning.runs.run_records import EVENTS
 
 REPORT, PICTURE = "loop.md", "loop.png"
 FIGURES = ("gold_reward", "win_rate", "score", "kl", "length", "finished")

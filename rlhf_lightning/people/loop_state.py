@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_lightning.runs.files import write_text
+from rlhf_lightning.runs.atomic_files import write_text
 
 STATE_FILE = "state.json"
 FILES = ("prompts", "eval_prompts", "reward_config", "policy_config")

@@ -7,10 +7,10 @@ from rlhf_lightning.runs.model_export import ModelExport
 from rlhf_lightning.runs.predictions import PredictionWriter
 from rlhf_lightning.runs.progress import RunProgress
 from rlhf_lightning.runs.ranks import RankWatch
-from rlhf_lightning.runs.records import RunRecords
 from rlhf_lightning.runs.run import RunFolder
+from rlhf_lightning.runs.run_records import RunRecords
 from rlhf_lightning.runs.samples import SampleTable
-from rlhf_lightning.runs.skips import SkippedUpdates
+from rlhf_lightning.runs.skipped_updates import SkippedUpdates
 
 __all__ = [
     "ModelExport",

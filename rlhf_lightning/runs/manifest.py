@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.files import write_text
+from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.run import run_folder, updates_of
 
 PACKAGES = (

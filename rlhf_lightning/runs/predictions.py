@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.files import AppendedFile, move_into_place
+from rlhf_lightning.runs.atomic_files import AppendedFile, move_into_place
 from rlhf_lightning.runs.run import run_folder
 
 

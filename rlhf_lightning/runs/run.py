@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rlhf_lightning.errors import MissingError, SettingError, StateError
-from rlhf_lightning.runs.files import AppendedFile
+from rlhf_lightning.runs.atomic_files import AppendedFile
 
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"

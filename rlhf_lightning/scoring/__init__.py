@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.scoring.learned import *
     from rlhf_lightning.scoring.maths import *
     from rlhf_lightning.scoring.process import *
-    from rlhf_lightning.scoring.remote import *
+    from rlhf_lightning.scoring.remote_scorer import *
     from rlhf_lightning.scoring.shaping import *
 
 _SHIPPED = shipped_classes(__name__, Scorer)

@@ -30,7 +30,7 @@ from rlhf_lightning.types import (
     UnpairedBatch,
 )
 from rlhf_lightning.verification.exact_pairs import expectation_of, rest_of
-from rlhf_lightning.verification.oracles import coupled, estimators, population
+from rlhf_lightning.verification.oracles import coupled, population, resting_points
 from rlhf_lightning.verification.world import EnumerableWorld
 
 
@@ -237,7 +237,7 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
         return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
     problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
-    resting = estimators.rests(type(module), problems, module)
+    resting = resting_points.rests(type(module), problems, module)
     if name == "SFTModule":
         target = demonstrated(world)
     elif resting is not None:

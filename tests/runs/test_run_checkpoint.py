@@ -13,8 +13,8 @@ from tiny_run import BASIC, UPDATES, NumbersDataModule, RolloutModule, SlopeModu
 
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import RunCheckpoint
+from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.checkpoint_files import CheckpointFailedError, last_checkpoint, replace_checkpoint
-from rlhf_lightning.runs.files import write_text
 from rlhf_lightning.runs.run import RunFolder
 
 

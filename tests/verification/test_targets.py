@@ -23,7 +23,7 @@ from rlhf_lightning.modules import (
 )
 from rlhf_lightning.verification.contract import Subject, world_and_folder
 from rlhf_lightning.verification.convergence import converge, expected_loss, minimise, policy_of, population_of
-from rlhf_lightning.verification.oracles import coupled, estimators, population
+from rlhf_lightning.verification.oracles import coupled, population, resting_points
 
 SHIPPED = objective_classes()
 
@@ -49,7 +49,7 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
     assert stated.startswith("no closed form; "), stated
     if kind in (XPOModule, NashMDModule):  # found by the population's own minimiser, see evaluation.online_preference
         return
-    if kind.__name__ in estimators.METHODS:
+    if kind.__name__ in resting_points.METHODS:
         assert "where its mean update vanishes" in stated, stated
         return
     transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *coupled.LOSSES}
@@ -99,10 +99,10 @@ def test_a_mean_update_that_is_wrong_has_another_place():
     world, folder = world_and_folder()
     module = Subject(GRPOModule, world, folder).fresh()
     problem = population_of(world, 0)
-    right = estimators.rest(estimators.critic_free((0.0, 1.0)), problem, module)
+    right = resting_points.rest(resting_points.critic_free((0.0, 1.0)), problem, module)
     centred = lambda policy, ratios, problem, module: (  # noqa: E731 - the deviation left out
         (problem.rewards @ policy - problem.rewards)[:, None] / 2 + module.kl_coef * (1 - np.exp(-ratios))
     )
-    wrong = estimators.rest(centred, problem, module)
+    wrong = resting_points.rest(centred, problem, module)
     assert right is not None and wrong is not None
     assert np.abs(right - wrong).sum() / 2 > 0.05

@@ -3,6 +3,6 @@
 from rlhf_lightning.scoring.judges.judge import load_judge
 from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter
 from rlhf_lightning.scoring.judges.remote import RemoteJudge, RemoteWriter
-from rlhf_lightning.scoring.judges.simulated import SimulatedJudge
+from rlhf_lightning.scoring.judges.simulated_judge import SimulatedJudge
 
 __all__ = ["LocalJudge", "LocalWriter", "RemoteJudge", "RemoteWriter", "SimulatedJudge", "load_judge"]

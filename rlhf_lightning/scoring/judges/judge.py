@@ -145,7 +145,7 @@ def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) ->
     """
     from rlhf_lightning.scoring.judges.local import LocalJudge
     from rlhf_lightning.scoring.judges.remote import RemoteJudge
-    from rlhf_lightning.scoring.judges.simulated import SimulatedJudge
+    from rlhf_lightning.scoring.judges.simulated_judge import SimulatedJudge
 
     shipped = {kind.__name__: kind for kind in (LocalJudge, RemoteJudge, SimulatedJudge)}
     given = dict(arguments or {})
