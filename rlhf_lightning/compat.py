@@ -51,7 +51,8 @@ def epoch_is_done(trainer: Any) -> bool:
 
 def dump_checkpoint(trainer: Any) -> dict[str, Any]:
     """Return what Lightning writes into a checkpoint, without the barrier of ``trainer.save_checkpoint``."""
-    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return checkpoint
 
 
 def remember_signal_handlers(trainer: Any, handlers: dict[int, Any]) -> None:
@@ -77,7 +78,8 @@ def bar_is_enabled(progress_bar: Any) -> bool:
 
 def subcommand_parsers(cli: Any) -> dict[str, Any]:
     """Return the parsers of a LightningCLI's subcommands by name."""
-    return cli._subcommand_parsers
+    parsers: dict[str, Any] = cli._subcommand_parsers
+    return parsers
 
 
 def setting_of(cli: Any, settings: Any, name: str) -> Any:

@@ -37,7 +37,8 @@ def krippendorff_alpha(values: Tensor, metric: Literal["nominal", "ordinal", "in
     totals = coincidences.sum(-1)
     expected = (totals.unsqueeze(-1) * totals - torch.diag(totals)) / (totals.sum() - 1)
     distance = _squared_distance(levels, totals, metric)
-    return 1 - (coincidences * distance).sum() / (expected * distance).sum()
+    alpha: Tensor = 1 - (coincidences * distance).sum() / (expected * distance).sum()
+    return alpha
 
 
 def _squared_distance(levels: Tensor, totals: Tensor, metric: str) -> Tensor:

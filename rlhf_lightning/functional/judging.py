@@ -91,7 +91,8 @@ def label_entropy(probability: Tensor) -> Tensor:
     """
     require_shape("comparisons", probability=probability)
     p = at_least_float32(probability)
-    return torch.special.entr(p) + torch.special.entr(1 - p)
+    entropy: Tensor = torch.special.entr(p) + torch.special.entr(1 - p)
+    return entropy
 
 
 def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:

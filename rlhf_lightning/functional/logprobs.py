@@ -234,7 +234,8 @@ def chunked_logprobs(
         hidden, weight, bias = hidden.type(dtype), weight.type(dtype), None if bias is None else bias.type(dtype)
     size = chunk_size(chunk_tokens, len(weight))
     head = _Head(temperature, softcap, scale, size, with_entropy, torch.is_grad_enabled())
-    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head)
+    apply = _ChunkedLogprobs.apply
+    logprobs, entropy = apply(hidden, weight, bias, targets, head)  # type: ignore[no-untyped-call]  # torch gives it no types
     return logprobs, entropy if with_entropy else None
 
 

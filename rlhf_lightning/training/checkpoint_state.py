@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from rlhf_lightning.compat import attached_trainer, restore_loader_position
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import AlignmentModule
 
 ANOTHER_STRATEGY = (
     "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
@@ -29,7 +32,7 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def kept_names(module: Any) -> set[str]:
+def kept_names(module: AlignmentModule) -> set[str]:
     """Return the names of the weights that a checkpoint holds: all that were trainable at any time.
 
     Callbacks freeze weights in the course of a run, which by then are not those that they were loaded as.
@@ -38,20 +41,20 @@ def kept_names(module: Any) -> set[str]:
     return module.ever_trained
 
 
-def drop_untrained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+def drop_untrained(module: AlignmentModule, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave weights out of a state that were never trainable; a hook, which also serves a module inside another."""
     kept = kept_names(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
         del state[name]
 
 
-def excuse_untrained(module: Any, keys: Any) -> None:
+def excuse_untrained(module: AlignmentModule, keys: Any) -> None:
     """Take weights that no checkpoint holds from the missing keys; a hook, like `drop_untrained`."""
     kept, missing = kept_names(module), keys.missing_keys
     missing[:] = [name for name in missing if any(name == one or name.endswith(f".{one}") for one in kept)]
 
 
-def check_names(module: Any, found: set[str]) -> None:
+def check_names(module: AlignmentModule, found: set[str]) -> None:
     """Compare the names of trained weights with those in a checkpoint.
 
     Raises:
@@ -67,7 +70,7 @@ def check_names(module: Any, found: set[str]) -> None:
     module.ever_trained |= found  # a callback may have unfrozen some of them
 
 
-def saved(module: Any) -> dict[str, Any]:
+def saved(module: AlignmentModule) -> dict[str, Any]:
     """Return the counters, the names of the trained weights, and the fingerprints of what these stand on."""
     return {
         "sharded": module.device_mesh is not None,
@@ -81,7 +84,7 @@ def saved(module: Any) -> dict[str, Any]:
     }
 
 
-def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
+def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
     """Take up what ``saved`` returned.
 
     Raises:
@@ -102,7 +105,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         _check_backbone(module, checkpoint["started_from"])
 
 
-def begin(module: Any) -> None:
+def begin(module: AlignmentModule) -> None:
     """Take up, when everything is built and training begins, where the data and all random numbers stood.
 
     Raises:
@@ -126,14 +129,14 @@ def begin(module: Any) -> None:
     seed_rank(module.seed, module.updates, module.global_rank)
 
 
-def end(module: Any) -> None:
+def end(module: AlignmentModule) -> None:
     """Give back the random state that the caller of a resumed run had."""
     state, module.callers_random = module.callers_random, None
     if state is not None:
         set_random_state(state, module.device)
 
 
-def freeze_as_before(module: Any) -> None:
+def freeze_as_before(module: AlignmentModule) -> None:
     """Freeze and unfreeze weights as they were in the checkpoint; callbacks do so at the start of an epoch alone."""
     before, module.trainable_before = module.trainable_before, set()
     if before and before != trained_names(module):
@@ -176,13 +179,13 @@ def seed_rank(*numbers: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-def rank_of(module: Any) -> tuple[int, int]:
+def rank_of(module: AlignmentModule) -> tuple[int, int]:
     """Return which rank this is and how many there are; one without a trainer, as where weights are exported."""
     trainer = attached_trainer(module)
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-def of_all_ranks(module: Any, value: Any) -> list[Any]:
+def of_all_ranks(module: AlignmentModule, value: Any) -> list[Any]:
     """Return every rank's value, rank after rank; all ranks call it together."""
     if module.trainer.world_size == 1:
         return [value]
@@ -191,7 +194,7 @@ def of_all_ranks(module: Any, value: Any) -> list[Any]:
     return everyone
 
 
-def _check_backbone(module: Any, before: Mapping[str, Any]) -> None:
+def _check_backbone(module: AlignmentModule, before: Mapping[str, Any]) -> None:
     """Hold the frozen weights to those that the checkpoint was trained on."""
     now = module.fingerprints
     for part in ("backbone", "adapter", "quantization"):

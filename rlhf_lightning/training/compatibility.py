@@ -7,9 +7,9 @@ None. `check` asks them all.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -24,6 +24,9 @@ from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import AlignmentModule
 
 SHARDED = "ModelParallelStrategy"
 
@@ -194,7 +197,7 @@ def refused_division(prompts: int, shares: int, samples: int) -> str | None:
 # -- asked of a trainer -----------------------------------------------------------------------------------------------
 
 
-def check(trainer: Trainer, module: LightningModule, datamodule: Any = None, fits: bool = True) -> None:
+def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fits: bool = True) -> None:
     """Refuse a combination that does not work, before anything is read.
 
     Args:
@@ -211,16 +214,16 @@ def check(trainer: Trainer, module: LightningModule, datamodule: Any = None, fit
             raise IncompatibleError(reason)
 
 
-def refusals(trainer: Trainer, module: Any, datamodule: Any = None) -> Iterator[str | None]:
+def refusals(trainer: Trainer, module: AlignmentModule, datamodule: Any = None) -> Iterator[str | None]:
     """Yield what each rule says of a combination; later ones lean on what earlier ones found in order."""
     kind, ranks = kind_of(trainer.strategy), trainer.num_devices * trainer.num_nodes
-    lora = getattr(module, "lora", None) is not None
+    lora = module.lora is not None
     yield refused_strategy(kind)
     yield refused_precision(str(trainer.precision))
     yield refused_quantization(kind, quantization_of(module))
-    if getattr(module, "compile_layers", False):
+    if module.compile_layers:
         yield refused_compilation(kind, trainer.strategy.root_device.type)
-    yield refused_roles(kind, getattr(module, "critic_kind", None))
+    yield refused_roles(kind, module.critic_kind)
     yield refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from))
     together = 1
     if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -253,12 +256,12 @@ def kind_of(strategy: Strategy) -> str:
     return next((name for kind, name in kinds.items() if isinstance(strategy, kind)), type(strategy).__name__)
 
 
-def quantization_of(module: Any) -> str | None:
+def quantization_of(module: AlignmentModule) -> str | None:
     """Return the quantisation that a module's weights are to be loaded in; None for plain weights."""
     return module.load_settings.quantization
 
 
-def plan_of(module: Any) -> tuple[bool, int | None]:
+def plan_of(module: AlignmentModule) -> tuple[bool, int | None]:
     """Return whether a module's model has a tensor-parallel plan, and its key and value heads; reads config.json."""
     name = resolve_folder(module.init_from)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code))

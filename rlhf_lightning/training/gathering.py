@@ -27,13 +27,15 @@ def data_ranks(module: LightningModule) -> tuple[int, int]:
 
 def summed_over_ranks(module: LightningModule, value: Tensor) -> Tensor:
     """Return the sum over all data, fp64, the same on every rank."""
-    return module.trainer.strategy.reduce(value.double(), reduce_op="sum") / ranks_of_a_model(module)
+    total: Tensor = module.trainer.strategy.reduce(value.double(), reduce_op="sum")
+    return total / ranks_of_a_model(module)
 
 
 def each_share(module: LightningModule, value: Tensor) -> Tensor:
     """Return the value of each share of the data, shape (shares, ...)."""
     everyone: Any = module.all_gather(value)
-    return everyone.view(module.trainer.world_size, *value.shape)[:: ranks_of_a_model(module)]
+    shares: Tensor = everyone.view(module.trainer.world_size, *value.shape)[:: ranks_of_a_model(module)]
+    return shares
 
 
 def gathered_rows(module: LightningModule, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:

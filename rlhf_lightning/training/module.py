@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
@@ -122,6 +122,9 @@ class AlignmentModule(LightningModule):
     has_policy: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
+    critic_kind: str | None = None
+    """How PPO makes its critic; None for an objective without one."""
+
     weighs_rows: ClassVar[bool] = True
     """Whether the loss of a row can be weighted by row."""
 
@@ -179,8 +182,9 @@ class AlignmentModule(LightningModule):
         optimizers.refuse_both(self)
         self.ever_trained: set[str] = set()
         self.trainable_before: set[str] = set()
-        self.register_state_dict_post_hook(checkpoint_state.drop_untrained)
-        self.register_load_state_dict_post_hook(checkpoint_state.excuse_untrained)
+        self.register_state_dict_post_hook(checkpoint_state.drop_untrained)  # type: ignore[no-untyped-call]  # torch gives it no types
+        excuse = checkpoint_state.excuse_untrained
+        self.register_load_state_dict_post_hook(excuse)  # type: ignore[no-untyped-call]  # torch gives it no types
         self.asked: dict[str, Any] | None = None
         self.asked_before: dict[str, Any] | None = None
         self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
@@ -477,7 +481,8 @@ class AlignmentModule(LightningModule):
             SettingError: ``optimizer`` or ``lr_scheduler`` makes something else.
             StateError: the checkpoint that is resumed was trained with another class of either.
         """
-        optimizer, scheduler = self.make_optimizer(), None
+        optimizer = self.make_optimizer()
+        scheduler: LRScheduler | None = None
         if self.lr_scheduler is None:
             total = self.total_updates()
             factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -13,6 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.loading import import_path
 from rlhf_lightning.training.optimization import RateSchedule, set_rate
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import AlignmentModule
+
+Made = TypeVar("Made")
 
 SHORT_FORM = {
     "optimizer": ("learning_rate", "betas", "adam_eps", "weight_decay", "fused_optimizer"),
@@ -24,7 +29,7 @@ MOVING = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"
 """What a scheduler counts, beside private attributes: no settings."""
 
 
-def refuse_both(module: Any) -> None:
+def refuse_both(module: AlignmentModule) -> None:
     """Refuse an optimizer, or a scheduler, beside settings of the default one.
 
     Raises:
@@ -69,13 +74,14 @@ def factory(spec: Any, setting: str) -> Callable[[Any], Any]:
         SettingError: ``not-importable``.
     """
     if callable(spec):
-        return spec
+        given: Callable[[Any], Any] = spec
+        return given
     settings = spec if isinstance(spec, Mapping) else {"class_path": spec}
     kind = import_path(str(settings.get("class_path")), f"model.{setting}")
     return partial(kind, **settings.get("init_args") or {})
 
 
-def made(spec: Any, setting: str, of: Any, kinds: tuple[type, ...]) -> Any:
+def made(spec: Any, setting: str, of: Any, kinds: tuple[type[Made], ...]) -> Made:
     """Make the optimizer, or the scheduler, that a setting asks for.
 
     Raises:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import AlignmentModule
 
 
 class DivergenceError(RuntimeError):
@@ -27,7 +29,7 @@ class Skips:
             raise ValueError(f"max_skipped_updates is {most}: at least 1 update must be skipped before a run stops")
         self.most, self.in_a_row = most, 0
 
-    def check(self, module: LightningModule, finite: bool) -> None:
+    def check(self, module: AlignmentModule, finite: bool) -> None:
         """Count an update.
 
         Args:
@@ -42,7 +44,7 @@ class Skips:
             raise DivergenceError(_sentence(module, self.most))
 
 
-def _sentence(module: Any, count: int) -> str:
+def _sentence(module: AlignmentModule, count: int) -> str:
     """Say what happened, what is still good and what to do."""
     weights = all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
     checkpoint = str(getattr(module.trainer.checkpoint_callback, "last_model_path", "") or "")

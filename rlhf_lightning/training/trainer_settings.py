@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -18,6 +18,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rlhf_lightning.compat import checkpoint_period
 from rlhf_lightning.errors import SettingError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import AlignmentModule
 
 
 class Refusal(NamedTuple):
@@ -51,7 +54,7 @@ CALLBACKS: dict[type, Refusal] = {
 """Callbacks that do not work with a module that takes its own optimizer steps."""
 
 
-def check_trainer(trainer: Trainer, module: Any) -> None:
+def check_trainer(trainer: Trainer, module: AlignmentModule) -> None:
     """Refuse settings and callbacks that cannot work, before anything is loaded.
 
     Args:
@@ -67,7 +70,7 @@ def check_trainer(trainer: Trainer, module: Any) -> None:
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
-def refusals(trainer: Trainer, module: Any) -> Iterator[Refusal]:
+def refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refusal]:
     """Yield why a run is refused."""
     if trainer.gradient_clip_val is not None:
         yield Refusal(
@@ -86,7 +89,7 @@ def refusals(trainer: Trainer, module: Any) -> Iterator[Refusal]:
             yield from refused_checkpoint_period(*checkpoint_period(callback), module)
 
 
-def refused_checkpoint_period(every: int, interval: Any, module: Any) -> Iterator[Refusal]:
+def refused_checkpoint_period(every: int, interval: Any, module: AlignmentModule) -> Iterator[Refusal]:
     """Refuse a ModelCheckpoint that would leave out checkpoints without a word.
 
     Args:
