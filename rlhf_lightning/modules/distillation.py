@@ -168,7 +168,7 @@ class GKDModule(OfflineModule):
         asked = OverLogits(
             layout, self._of_chunk, (layout.targets, self.teacher.predicting_states(layout)), self.chunk_tokens
         )
-        found = self.policy(asked)
+        found: dict[str, Tensor] = self.policy(asked)
         row = layout.cells.div(layout.completion_mask.shape[1], rounding_mode="floor")
         losses = found.pop("loss") * batch.weights.to(self.device)[row]
         meter.add("loss", losses)

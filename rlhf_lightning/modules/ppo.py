@@ -222,7 +222,8 @@ class PPOModule(PolicyGradientModule):
             return shared_values
         states = self._value_layout(layout)
         # Scores are reported relative to the reward model's bias, so the values of a critic made from it are too.
-        return self.critic(states, per_token=True) - self.critic.bias * states.completion_mask
+        values: Tensor = self.critic(states, per_token=True)
+        return values - self.critic.bias * states.completion_mask
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:
         """Whether sampling found all that a forward would; not on a shared trunk, whose forward gives values too."""
@@ -286,7 +287,8 @@ class PPOModule(PolicyGradientModule):
 
         def loss(rows: list[int]) -> Tensor:
             layout = self.lay_out(select(sequences, rows))
-            negative = -self.policy(layout).logprobs
+            outputs: TokenOutputs = self.policy(layout)
+            negative = -outputs.logprobs
             meter.add("pretraining_loss", negative, layout.completion_mask)
             return scale * negative.sum()
 

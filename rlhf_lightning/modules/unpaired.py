@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.errors import undefined
 from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM, TokenOutputs, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.training.gathering import gathered_rows
@@ -110,7 +110,8 @@ class UnpairedModule(OfflineModule):
     def _logratios(self, sequences: Sequences) -> Tensor:
         """Return log policy - log reference of completions, shape (completions,)."""
         layout = self.lay_out(sequences)
-        return self.policy(layout).logprobs.sum(-1) - self.reference_logprobs(sequences, layout).sum(-1)
+        outputs: TokenOutputs = self.policy(layout)
+        return outputs.logprobs.sum(-1) - self.reference_logprobs(sequences, layout).sum(-1)
 
     def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
         """Forward the completions through the policy and through the reference."""
