@@ -255,13 +255,13 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Encode what is not in the cache yet. Runs on one process of each node, and assigns nothing."""
-        for part in self._parts().values():
+        for part in self.parts().values():
             part.store(self.tokenizer, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Map the encoded rows into memory, and say what became of the data."""
         self._agree_on_snapshots()
-        parts = self._parts()
+        parts = self.parts()
         self.stores = {name: part.store(self.tokenizer, self.cache_dir) for name, part in parts.items()}
         self.store = self.stores.get("train") or RowStore.build([], Report())
         self.eval_store = self.stores.get("eval", self.store)
@@ -308,8 +308,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         content = source_stamp if self.streaming else source_fingerprint
         return hash_of(part.fingerprint(self.tokenizer, content), order)
 
-    def _parts(self) -> dict[str, Part]:
-        """Everything that is encoded beforehand, by name."""
+    def parts(self) -> dict[str, Part]:
+        """Return what is encoded before training, by name: ``train``, ``eval``, and what a subclass adds."""
         self.batch_type  # noqa: B018 - a DataModule of the wrong kind should say so before it reads gigabytes
         fitting = self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING)
         parts = {}
@@ -339,7 +339,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> StepLoader:
         """Steps of the training rows, in an order of its own each epoch."""
         if self.streaming:
-            return StreamLoader(self.stream, self.batch_size, self._streamed, self.stream_steps, self.fingerprint)
+            return StreamLoader(self.stream, self.batch_size, self.streamed_step, self.stream_steps, self.fingerprint)
         length = len(self._plan(self.store, self.epoch_rows(0), shuffle=False))
         steps = lambda epoch: self._train_steps(self.planned_epoch(epoch))
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
@@ -353,7 +353,13 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         rows = self.epoch_rows(epoch)
         return PlannedSteps(self._plan(self.store, rows, epoch), self.store, rows, self.ranks[0], self.collator())
 
-    def _streamed(self, rows: list[EncodedRow], index: int) -> Step[Any]:
+    def streamed_step(self, rows: list[EncodedRow], index: int) -> Step[Any]:
+        """Make this rank's share of a step.
+
+        Args:
+            rows: the step's rows over all ranks, from a stream.
+            index: number of the step in the run.
+        """
         store = RowStore.build(rows, Report())
         places = np.arange(len(store))
         plan = self._plan(store, places, shuffle=False, drop_last=False)
@@ -374,9 +380,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if not len(self.held_out):
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # which is as it should be
             return []
-        return self._evaluation()
+        return self.evaluation_loader()
 
-    def _evaluation(self) -> StepLoader:
+    def evaluation_loader(self) -> StepLoader:
+        """Yield the steps of the held-out rows, in their order."""
         return self._in_order(self.eval_store, self.held_out, self.collator())
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:

@@ -68,11 +68,12 @@ class StepLoader:
         start = sampler.position if self._resumed and sampler.position < self.length else 0
         self._resumed = False
         sampler.position = start
-        for index, step in enumerate(self._from(sampler.epoch, start), start):
+        for index, step in enumerate(self.steps_from(sampler.epoch, start), start):
             sampler.position = index + 1  # counted here, not where a worker builds ahead
             yield step
 
-    def _from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
+    def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
+        """Yield the steps of an epoch, the first of them numbered ``start``."""
         steps = self.steps(epoch)
         if self.num_workers == 0:
             return (steps[index] for index in range(start, self.length))

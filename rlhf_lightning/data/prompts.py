@@ -92,8 +92,9 @@ class PromptDataModule(AlignmentDataModule):
         """Prompts numbered from 0."""
         return _numbered
 
-    def _parts(self) -> dict[str, Part]:
-        parts = super()._parts()
+    def parts(self) -> dict[str, Part]:
+        """The prompts, and the pretraining text as ``pretraining``."""
+        parts = super().parts()
         if self.pretraining_sources:
             encoder = Encoder(
                 formats.demonstration,
@@ -118,7 +119,7 @@ class PromptDataModule(AlignmentDataModule):
                 )
         if self.streaming:
             size, length = self.prompts_per_rollout, self.stream_steps
-            return StreamLoader(self.stream, size, self._streamed, length, self.fingerprint)
+            return StreamLoader(self.stream, size, self.streamed_step, length, self.fingerprint)
         length = self.rollouts or -(-len(self.epoch_rows(0)) // self.prompts_per_rollout)
         steps = lambda epoch: self._rollouts(self.planned_epoch(epoch), length)
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
@@ -137,7 +138,8 @@ class PromptDataModule(AlignmentDataModule):
         )
         return self._with_pretraining(prompts, first)
 
-    def _streamed(self, rows: list[EncodedRow], index: int) -> Step[PromptBatch]:
+    def streamed_step(self, rows: list[EncodedRow], index: int) -> Step[PromptBatch]:
+        """Make one rollout's prompts of rows of a stream, with their share of the pretraining text."""
         store = RowStore.build(rows, Report())
         first = index * self.batch_size
         whole = [np.arange(len(store))]
@@ -151,7 +153,8 @@ class PromptDataModule(AlignmentDataModule):
             return prompts
         return MixedSteps(prompts, self.stores["pretraining"], self._mixed, first, self.seed, *self.ranks)
 
-    def _evaluation(self) -> StepLoader:
+    def evaluation_loader(self) -> StepLoader:
+        """Yield the held-out prompts, in their order."""
         return self._prompts_in_order(self.eval_store, self.held_out)
 
 

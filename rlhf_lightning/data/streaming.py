@@ -208,7 +208,8 @@ class StreamLoader(StepLoader):
         super().__init__(lambda epoch: (), length, fingerprint)
         self.stream, self.rows, self.build = stream, rows, build
 
-    def _from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
+    def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
+        """Build each step from the next rows of the stream, which stands at step ``start`` of the epoch."""
         for index in range(start, self.length):
             yield self.build(self.stream.take(self.rows), epoch * self.length + index)
 
