@@ -80,6 +80,8 @@ class GKDModule(OfflineModule):
     counts_tokens = True
     headline_metrics = ("val/loss", "val/distill/kl_forward", "val/distill/kl_reverse")
 
+    teacher_name: str  # never None here
+
     def __init__(
         self,
         teacher: str,
@@ -229,6 +231,8 @@ class OnPolicyDistillationModule(CriticFreeModule):
     needs_reference = False
     needs_group = False
     headline_metrics = ("rollout/kl", "distill/kl_reverse", "val/kl", "val/distill/kl_reverse")
+
+    teacher_name: str  # never None here
 
     def __init__(self, teacher: str, scorer: Scorer | str | None = None, **kwargs: Any) -> None:
         super().__init__(scorer=ZeroScorer() if scorer is None else scorer, kl_coef=0.0, kl_target=None, **kwargs)

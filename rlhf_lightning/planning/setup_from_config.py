@@ -25,8 +25,10 @@ from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.published import config_text
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup
 from rlhf_lightning.training.compatibility import check
+from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.optimizers import made
 from rlhf_lightning.training.precision import settled_precision
+from rlhf_lightning.training.rollout import RolloutModule
 
 CONTEXT_BYTES = int(0.6e9)
 """What a CUDA process holds on its GPU beside tensors: context, kernels, cuBLAS and NCCL workspaces. Not measured."""
@@ -35,7 +37,7 @@ A_MODEL = "model"
 """Stands for a model that nobody named: it has the sizes of the trained one."""
 
 
-def setup_of(module: Any, datamodule: Any, trainer: Namespace, assumed: Any) -> Setup:
+def setup_of(module: AlignmentModule, datamodule: Any, trainer: Namespace, assumed: Any) -> Setup:
     """Return a run as far as memory and work depend on it.
 
     Args:
@@ -70,7 +72,7 @@ def setup_of(module: Any, datamodule: Any, trainer: Namespace, assumed: Any) -> 
         bytes=size if lora is not None else FP32,
         checkpointing=settings.activation_checkpointing,
         eager=settings.attn_implementation == "eager",
-        critic=getattr(module, "critic_kind", None),
+        critic=module.critic_kind,
         adapters=adapters,
         rollout=rollout,
         optimizer_bytes=optimizer_bytes(module),
@@ -79,7 +81,7 @@ def setup_of(module: Any, datamodule: Any, trainer: Namespace, assumed: Any) -> 
     return replace(setup, packs_rows=module.pack_rows and trained_skeleton(setup).packs_rows)
 
 
-def optimizer_bytes(module: Any) -> float:
+def optimizer_bytes(module: AlignmentModule) -> float:
     """Return the bytes of optimizer state for each trained weight: AdamW's, or measured on a matrix of 1024 x 1024."""
     if module.optimizer is None:
         return 2 * FP32
@@ -138,10 +140,10 @@ def _devices(given: Any, gpu: bool) -> int:
     return len(text.split(",")) if "," in text else int(text)
 
 
-def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPlan | None]:
+def rows_of(module: AlignmentModule, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPlan | None]:
     """Return what an optimizer step learns from and what is sampled before it, all rows as long as settings allow."""
     longest = datamodule.max_length or 1024
-    if not hasattr(module, "collector"):
+    if not isinstance(module, RolloutModule):
         prompt = assumed.prompt_length or (
             longest - assumed.completion_length if assumed.completion_length else datamodule.max_prompt_length
         )
@@ -153,7 +155,7 @@ def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPl
         return Rows(datamodule.batch_size, each, prompt, completion, most, datamodule.max_tokens), None
     each = datamodule.samples_per_prompt
     episodes = datamodule.batch_size
-    mini = min(getattr(module, "mini_batch_size", None) or episodes, episodes)
+    mini = min(module.mini_batch_size or episodes, episodes)
     rows = Rows(
         groups=max(mini // each, 1),
         completions=each,
@@ -163,23 +165,24 @@ def rows_of(module: Any, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPl
         max_tokens=datamodule.max_tokens,
         parts_groups=True,
     )
-    updates = getattr(module, "ppo_epochs", 1) * math.ceil(episodes / mini)
+    updates = module.ppo_epochs * math.ceil(episodes / mini)
     return rows, RolloutPlan(datamodule.prompts_per_rollout, module.sampling.batch_size, updates)
 
 
-def with_frozen(setup: Setup, module: Any, settings: LoadSettings) -> Setup:
+def with_frozen(setup: Setup, module: AlignmentModule, settings: LoadSettings) -> Setup:
     """Add the models that stand beside the trained one, or the adapters on its backbone that play their parts."""
     size = BF16 if (settings.frozen_dtype or settings.dtype) == "bfloat16" else FP32
     frozen: list[Frozen] = []
-    moves = getattr(module, "reference_moves", False)
-    refers = getattr(module, "holds_reference", module.needs_reference)
-    teacher = getattr(module, "teacher_name", None)
+    moves = module.reference_moves
+    refers = module.holds_reference
+    teacher = module.teacher_name
     if teacher is not None:
         frozen.append(Frozen("teacher", config_text(teacher), False, size))
     elif refers and (moves or setup.lora is None):
         frozen.append(Frozen("reference", setup.config, False, FP32 if moves else size))
     adapters = setup.adapters
-    for folder in reward_models(getattr(getattr(module, "collector", None), "scorer_spec", None)):
+    scorer = module.collector.scorer_spec if isinstance(module, RolloutModule) else None
+    for folder in reward_models(scorer):
         record = backbone_record(folder) if is_adapter(folder) else {}
         kind = record.get("quantization")
         mine = record.get("fingerprint") is not None and record["fingerprint"] == fingerprint(module.backbone_source())

@@ -122,6 +122,12 @@ class AlignmentModule(LightningModule):
     has_policy: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
+    reference_moves: ClassVar[bool] = False
+    """Whether the reference changes while training (TR-DPO), so that its log-probabilities cannot be cached."""
+
+    teacher_name: str | None = None
+    """Model that the policy is distilled from; None for an objective without one."""
+
     critic_kind: str | None = None
     """How PPO makes its critic; None for an objective without one."""
 
@@ -233,6 +239,11 @@ class AlignmentModule(LightningModule):
     def model(self) -> nn.Module:
         """The model this stage trains and hands over."""
         raise undefined(self, "model")
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether a reference is loaded with these settings."""
+        return self.needs_reference
 
     @property
     def packs_rows(self) -> bool:

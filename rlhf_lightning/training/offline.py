@@ -24,9 +24,6 @@ class OfflineModule(AlignmentModule):
     counts_tokens: ClassVar[bool] = False
     """Whether the loss is a mean over tokens (SFT) rather than over rows."""
 
-    reference_moves: ClassVar[bool] = False
-    """Whether the reference changes in the course of a run (TR-DPO), so that what it said is of no use later."""
-
     cache_reference = False
     """Whether the reference's log-probabilities are kept on disk; a setting of the families that have one."""
 

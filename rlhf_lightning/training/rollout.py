@@ -132,11 +132,6 @@ class RolloutModule(AlignmentModule):
         """What scores completions; loaded on first use."""
         return self.collector.scorer
 
-    @property
-    def holds_reference(self) -> bool:
-        """Whether this run measures anything from a reference."""
-        return self.needs_reference
-
     def load_reference_and_scorer(self) -> None:
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
         self._check_engine()

@@ -156,7 +156,7 @@ def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learn
 
 def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
     """Return the module's loss over its population as a function of its weights."""
-    if shuffled and hasattr(module, "teacher"):
+    if shuffled and module.teacher_name is not None:
         say_nothing(module, world)
     if isinstance(module, GKDModule):
         return expected_divergence(module, world)
@@ -165,7 +165,7 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
     kind = module.batch_type
     if kind is PromptBatch or not hasattr(module, "loss_sum"):
         raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
-    copies = None if getattr(module, "weighs_rows", True) else coupled.COPIES
+    copies = None if module.weighs_rows else coupled.COPIES
     batches: dict[type, Callable[[], Any]] = {
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
         PreferenceBatch: lambda: world.preferences(copies),
