@@ -1,5 +1,6 @@
 """One way from what a user named to an object: what is taken, and the refusals."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import refused
 from jsonargparse import Namespace
 
-from rlhf_lightning.loading import import_path, load, load_class, nearest, shipped_classes
+from rlhf_lightning.loading import import_path, import_user_module, load, load_class, nearest, shipped_classes
 
 MADE: list[str] = []
 
@@ -114,3 +115,15 @@ def test_shipped_classes_are_those_of_the_package_s_files(tmp_path: Path, monkey
 
 def test_nearest_takes_initials_and_words() -> None:
     assert nearest("lr", ["learning_rate", "beta"]) == "learning_rate" and nearest("zzz", ["beta"]) is None
+
+
+def test_a_users_module_is_imported_by_name_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "module_of_mine.py").write_text("VALUE = 3\n")
+    assert import_user_module(str(tmp_path / "module_of_mine.py")) == "module_of_mine"
+    assert sys.modules.pop("module_of_mine").VALUE == 3
+    assert import_user_module("json") == "json"
+    with refused("no-file", "there is no file"):
+        import_user_module(str(tmp_path / "absent.py"))
+    with refused("not-importable", "absent_module"):
+        import_user_module("absent_module")
