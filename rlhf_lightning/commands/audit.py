@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +72,10 @@ def audit(
 
     quieten()
     if tokenizer is None and (max_length or max_prompt_length or chat_template):
-        raise ValueError("max_length, max_prompt_length and chat_template are about tokens: name a --tokenizer too")
+        raise SettingError(
+            "missing-setting",
+            "max_length, max_prompt_length and chat_template are about tokens: name a --tokenizer too",
+        )
     settings = {
         "columns": columns, "as_chat": as_chat, "max_length": max_length, "max_prompt_length": max_prompt_length,
         "tokenizer": None if tokenizer is None else load(tokenizer, chat_template),
@@ -113,9 +117,12 @@ def audited(
     first = list(islice(rows, FIRST))
     names = [name for row in first if not isinstance(row, Unreadable) for name in row]
     if not first:
-        raise ValueError(f"{data} is empty: it holds no row.")
+        raise DataError("no-rows", f"{data} is empty: it holds no row.")
     if not names:
-        raise ValueError(f"{data}: none of its first {len(first)} rows can be read; a row is a JSON object in UTF-8.")
+        raise DataError(
+            "no-usable-rows",
+            f"{data}: none of its first {len(first)} rows can be read; a row is a JSON object in UTF-8.",
+        )
     renames = settings["columns"] or {}
     found = Audit(kind or kind_of([renames.get(name, name) for name in names], data), **settings)
     found.encoder.check_names(names, data)

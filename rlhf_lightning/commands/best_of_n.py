@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, SettingError
 
 Keep = Literal["best", "random", "top-k", "threshold"]
 Row = dict[str, Any]
@@ -86,10 +87,11 @@ def best_of_n(
     groups = [rows[start : start + n] for start in range(0, len(rows), n)]
     kept = selected(groups, keep, top, threshold, keep_unfinished, seed)
     if not kept:
-        raise ValueError(
-            f"none of {len(rows)} completions is kept: {sum(not row['finished'] for row in rows)} did not end by "
-            f"themselves (a larger max_new_tokens, or keep_unfinished), the best score is "
-            f"{max(row['score'] for row in rows):.4g}"
+        raise DataError(
+            "no-usable-rows",
+            f"none of {len(rows)} completions is kept: {sum(not row['finished'] for row in rows)} were cut off at "
+            f"max_new_tokens, and the best score is {max(row['score'] for row in rows):.4g}; raise max_new_tokens, set "
+            "keep_unfinished, or lower the threshold",
         )
     write_lines(Path(out), (demonstration(row, groups[place]) for place, row in kept))
     print(f"{out}: {said}\n{report_of(groups, [row for _, row in kept]).describe()}")
@@ -98,13 +100,15 @@ def best_of_n(
 
 def _check(n: int, batch_size: int, keep: Keep, top: int | None, threshold: float | None) -> None:
     if n < 1 or batch_size < 1:
-        raise ValueError(f"n is {n} and batch_size {batch_size}: both must be at least 1")
+        raise SettingError("setting-out-of-range", f"n is {n} and batch_size {batch_size}: both must be at least 1")
     for name, value, user in (("top", top, "top-k"), ("threshold", threshold, "threshold")):
         if (value is not None) != (keep == user):
             fault = "needs" if value is None else f"belongs to keep={user}: keep={keep} does not take"
-            raise ValueError(f"keep={user} {fault} {name}" if value is None else f"{name} {fault} it")
+            raise SettingError(
+                "conflicting-settings", f"keep={user} {fault} {name}" if value is None else f"{name} {fault} it"
+            )
     if top is not None and top < 1:
-        raise ValueError(f"top is {top}: it must be at least 1")
+        raise SettingError("setting-out-of-range", f"top is {top}: it must be at least 1")
 
 
 def selected(

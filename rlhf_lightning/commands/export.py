@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,15 +43,17 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     quieten()
     target, path = Path(out), Path(source)
     if target.exists():
-        raise ValueError(f"{out} exists already: name a folder that does not, so that nothing is overwritten")
+        raise SettingError("output-exists", f"{out} exists already, and nothing is overwritten: name a new folder")
     own = None if import_module is None else import_user_module(import_module)
     if (path / "adapter_config.json").is_file():
         if not merge:
-            raise ValueError(f"{source} is an adapter's folder already; --merge merges it into its backbone")
+            raise SettingError(
+                "already-exported", f"{source} is an adapter's folder already; --merge merges it into its backbone"
+            )
         _report(merge_adapter(path, target), target, path)
         return 0
     if (path / "config.json").is_file():
-        raise ValueError(f"{source} is a Hugging Face folder already: there is nothing to export")
+        raise SettingError("already-exported", f"{source} is a Hugging Face folder already: there is nothing to export")
     checkpoint = find_checkpoint(path, best)
     module = module_from(checkpoint, own)
     if not merge or module.lora is None:
@@ -59,7 +62,9 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
         return 0
     adapter = target.with_name(f"{target.name}.adapter")
     if adapter.exists():
-        raise ValueError(f"{adapter}, where the adapter is kept, exists already: name another folder")
+        raise SettingError(
+            "output-exists", f"{adapter}, where the adapter is kept, exists already: name another folder"
+        )
     module.export(adapter)
     _report(merge_adapter(adapter, target), target, adapter)
     return 0
@@ -83,14 +88,16 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     if path.is_file() or (path / SHARDED_META).is_file():
         return path
     if path.suffix == ".ckpt":
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise MissingError("no-checkpoint", f"there is no checkpoint {path}")
     from rlhf_lightning.runs.checkpoint_metadata import inside_run
 
     run = find_run(str(path))
     if not best:
         return inside_run(last_checkpoint(run), run)
     if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).exists():
-        raise FileNotFoundError(f"{run} has no best checkpoint: it was not validated")
+        raise MissingError(
+            "no-checkpoint", f"{run} has no best checkpoint: it was not validated; export the last one, without --best"
+        )
     return inside_run(run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT, run)
 
 
@@ -116,10 +123,14 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k not in unused}
     name = settings.get("_class_path")
     if name is None:
-        raise ValueError(f"{checkpoint} does not say which class wrote it: it was not made by `rlhf fit`")
+        raise DataError(
+            "checkpoint-without-class",
+            f"{checkpoint} does not say which class wrote it: export a checkpoint that `rlhf fit` wrote",
+        )
     if name.partition(".")[0] not in (PACKAGE, (own or "").partition(".")[0]):
-        raise ValueError(
-            f"{checkpoint} was written by {name}: name its module with --import {name.rpartition('.')[0]} to export it"
+        raise SettingError(
+            "foreign-code",
+            f"{checkpoint} was written by {name}: name its module with --import {name.rpartition('.')[0]} to export it",
         )
     load_class(name, AlignmentModule, {}, f"class in {checkpoint}")
     module = instantiate_module(AlignmentModule, without_code(settings, own or PACKAGE))
@@ -149,7 +160,10 @@ def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
         kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.scorer.ZeroScorer"}
     unknown = sorted(coded - {"scorer"})
     if unknown:
-        raise ValueError(f"the checkpoint names code of its own in {', '.join(unknown)}: it cannot be exported")
+        raise DataError(
+            "foreign-code",
+            f"the checkpoint names code outside this package in {', '.join(unknown)}: it cannot be exported",
+        )
     return kept
 
 

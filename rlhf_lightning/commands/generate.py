@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,9 @@ def generate(
     from rlhf_lightning.sampling.engines import SamplingSettings
 
     if samples < 1 or batch_size < 1:
-        raise ValueError(f"samples is {samples} and batch_size {batch_size}: both must be at least 1")
+        raise SettingError(
+            "setting-out-of-range", f"samples is {samples} and batch_size {batch_size}: both must be at least 1"
+        )
     quieten()
     settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, batch_size)
     rows = read_prompts(prompts, as_chat)
@@ -112,7 +115,7 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     from rlhf_lightning.data.sources import Source, read_rows
 
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise MissingError("no-file", f"there is no file {path}")
     rows: list[tuple[Prompt, dict[str, Any]]] = []
     refused: dict[str, int] = {}
     found: set[str] = set()
@@ -128,7 +131,9 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
     if not rows:
         columns = ", ".join(sorted(found)) or "none"
-        raise ValueError(f"{path} has no prompt to answer ({said or 'it is empty'}); its columns are {columns}")
+        raise DataError(
+            "no-usable-rows", f"{path} has no prompt to answer ({said or 'it is empty'}); its columns are {columns}"
+        )
     if said:
         print(f"{path}: left out {said}", file=sys.stderr)
     return rows
@@ -151,7 +156,7 @@ def load_for_sampling(
 
     name = resolve_folder(model)
     if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{model} is no model folder: it has no config.json")
+        raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
     refuse_reward_model(name)
     tokenizer = load_tokenizer(name, chat_template)
     policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import SettingError
+
 
 class Journal:
     """A file beside the one to be written: what is being done, then a line for each part that is done.
@@ -34,9 +36,10 @@ class Journal:
         found = json.loads(whole[0])["task"] if whole else self.task
         if found != self.task:
             other = [name for name in {**found, **self.task} if found.get(name) != self.task.get(name)]
-            raise ValueError(
-                f"{self.path} is of a run that was cut off, with another {', '.join(other)}: give the same settings to "
-                "go on with it, or remove it to start anew"
+            raise SettingError(
+                "settings-changed",
+                f"{self.path} is of an interrupted run with another {', '.join(other)}: give the same settings to "
+                "resume it, or remove it to start anew",
             )
         for line in whole[1:]:
             part = json.loads(line)

@@ -28,6 +28,7 @@ from rlhf_lightning.commands.secrets import written_secret
 from rlhf_lightning.compat import setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
+from rlhf_lightning.errors import MissingError
 from rlhf_lightning.loading import import_path
 from rlhf_lightning.runs import (
     ModelExport,
@@ -515,7 +516,7 @@ def resumed(argv: Sequence[str]) -> list[str]:
     run = find_run(given["--resume"], given.get("--runs_folder", "runs"))
     checkpoint = given.get("--ckpt_path") or str(inside_run(last_checkpoint(run), run))
     if not (run / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{run} cannot be resumed: it has no {CONFIG_FILE}")
+        raise MissingError("no-config", f"{run} cannot be resumed: it has no {CONFIG_FILE}")
     return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[1:]]
 
 

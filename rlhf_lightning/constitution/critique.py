@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.constitution.revision import Chain
@@ -78,11 +79,14 @@ def critique(
     from rlhf_lightning.sampling.engines import SamplingSettings
 
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        raise SettingError("setting-out-of-range", f"batch_size is {batch_size}: it must be at least 1")
     quieten()
     rules, target = load_constitution(constitution), Path(out)
     if not rules.revising:
-        raise ValueError(f"the constitution {rules.title} has no principles to revise by")
+        raise DataError(
+            "too-few-principles",
+            f"the constitution {rules.title} has no principles to revise by: list some under revising",
+        )
     settings = RevisionSettings(rounds, not without_critique, keep_unfinished, seed)
     sampling = SamplingSettings(max_new_tokens, temperature, top_p, batch_size=batch_size)
     rows = [prompt for prompt, _ in read_prompts(prompts, as_chat)]
@@ -131,20 +135,24 @@ def _writer(
     """
     if not model.startswith(("http://", "https://")):
         if server_model is not None or api_key is not None:
-            raise ValueError("server_model and api_key belong to a server: name its address in model, http://host:8000")
+            raise SettingError(
+                "conflicting-settings",
+                "server_model and api_key belong to a server: name its address in model, http://host:8000",
+            )
         from rlhf_lightning.commands.generate import load_for_sampling
         from rlhf_lightning.scoring.judges import LocalWriter
 
         policy, tokenizer = load_for_sampling(model, dtype, chat_template)
         writer = LocalWriter(policy, tokenizer, sampling, seed, model)
         if writer.longest is not None and sampling.max_new_tokens >= writer.longest:
-            raise ValueError(
-                f"max_new_tokens is {sampling.max_new_tokens}, and {model} was made for {writer.longest} tokens, the "
-                "prompt among them: nothing would be written"
+            raise SettingError(
+                "setting-out-of-range",
+                f"max_new_tokens is {sampling.max_new_tokens}, and the context of {model} is {writer.longest} "
+                "tokens, the prompt included, which leaves no room to write: lower max_new_tokens",
             )
         return writer
     if server_model is None:
-        raise ValueError("a server needs server_model: the name of the model on it")
+        raise SettingError("missing-setting", "a server needs server_model: give the name of the model on it")
     from rlhf_lightning.scoring.judges import RemoteWriter
     from rlhf_lightning.scoring.judges.remote import ChatServer
 

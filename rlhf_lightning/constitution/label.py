@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.sampling.engines import SamplingSettings
@@ -86,13 +87,20 @@ def label(
     from rlhf_lightning.scoring.judges import load_judge
 
     if (pairs is None) == (prompts is None) or (prompts is None) != (model is None):
-        raise ValueError("give either --pairs, or --prompts with the --model that answers them")
+        raise SettingError(
+            "conflicting-settings",
+            "give either --pairs, or --prompts with the --model that answers them",
+        )
     if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
-        raise ValueError(secret)
+        raise SettingError("written-secret", secret)
     quieten()
     rules, settings = load_constitution(constitution), LabelSettings(principles, average, reasoning, least_mass, seed)
     if len(rules.comparing) < principles:
-        raise ValueError(f"the constitution {rules.title} has {len(rules.comparing)} principles to compare by")
+        raise SettingError(
+            "too-few-principles",
+            f"the constitution {rules.title} has {len(rules.comparing)} principles to compare by, and principles is "
+            f"{principles}: draw fewer for each pair",
+        )
     if pairs is not None:
         work: Work = GivenPairs(pairs)
     else:

@@ -15,6 +15,7 @@ from rlhf_lightning.constitution.dialogue import comparison_messages, text_of
 from rlhf_lightning.constitution.judge_metrics import judge_metrics
 from rlhf_lightning.constitution.labels import Comparison, LabelledPair, probabilities_of
 from rlhf_lightning.constitution.principles import Constitution
+from rlhf_lightning.errors import ContractError, SettingError
 from rlhf_lightning.functional.judging import (
     debiased_probability,
     debiased_probability_from_logits,
@@ -53,11 +54,11 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         if self.principles < 1:
-            raise ValueError(f"principles is {self.principles}: at least one must be drawn for each pair")
+            raise SettingError("setting-out-of-range", f"principles is {self.principles}: draw 1 or more for each pair")
         if self.average not in ("probability", "logit"):
-            raise ValueError(f"average is {self.average!r}: it must be probability or logit")
+            raise SettingError("unknown-choice", f"average is {self.average!r}: it must be probability or logit")
         if not 0 <= self.least_mass < 1:
-            raise ValueError(f"least_mass is {self.least_mass}: it must lie in [0, 1)")
+            raise SettingError("setting-out-of-range", f"least_mass is {self.least_mass}: it must be in [0, 1)")
 
 
 class Labels(NamedTuple):
@@ -111,7 +112,10 @@ def compared(
     ]
     answers = list(judge(questions))
     if len(answers) != len(questions):
-        raise ValueError(f"judge {judge.name} gave {len(answers)} answers to {len(questions)} questions")
+        raise ContractError(
+            "wrong-number",
+            f"judge {judge.name} gave {len(answers)} answers to {len(questions)} questions: return one for each",
+        )
     found = iter(answers)
     return [
         tuple(_comparison(principle.id, next(found), next(found), settings) for principle in principles)
@@ -134,9 +138,10 @@ def drawn_principles(constitution: Constitution, settings: LabelSettings, number
     """
     there = constitution.comparing
     if len(there) < settings.principles:
-        raise ValueError(
-            f"the constitution {constitution.name} has {len(there)} principles to compare by, and "
-            f"{settings.principles} are to be drawn for each pair"
+        raise SettingError(
+            "too-few-principles",
+            f"the constitution {constitution.name} has {len(there)} principles to compare by, and principles is "
+            f"{settings.principles}: draw fewer for each pair",
         )
     return random.Random(f"{settings.seed}/comparing/{number}").sample(there, settings.principles)
 

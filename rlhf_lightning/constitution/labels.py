@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.scoring.judges.judge import Pair
 
 
@@ -67,7 +68,7 @@ class LabelledPair(NamedTuple):
             ValueError: the pair has no label.
         """
         if self.preference is None:
-            raise ValueError("a pair that the judge gave no answer to has no label")
+            raise DataError("no-labels", "the judge gave no answer to this pair, which has no label: leave it out")
         kept = [one for one in self.comparisons if one.answered]
         forward = [one.probability for one in kept]
         # Of the chosen completion, as everything in the row.

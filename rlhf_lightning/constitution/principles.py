@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from rlhf_lightning.data.feedback.records import digest
+from rlhf_lightning.errors import MissingError
 from rlhf_lightning.scoring.judges.wording import ComparingPrinciple, ConstitutionError, Wording
 
 SHIPPED = Path(__file__).parent / "constitutions"
@@ -173,7 +174,7 @@ def load_constitution(spec: str) -> Constitution:
     if not path.is_file():
         near = difflib.get_close_matches(spec, shipped(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped())}"
-        raise FileNotFoundError(f"there is no constitution {spec!r}, and no such file: {hint}")
+        raise MissingError("no-constitution", f"there is no constitution {spec!r}, and no such file: {hint}")
     if path.stat().st_size > LARGEST_FILE:
         raise ConstitutionError(f"{spec} is no constitution: it has more than {LARGEST_FILE:,} bytes")
     try:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf_lightning.constitution.dialogue import critique_prompt, revision_prompt, spaced
 from rlhf_lightning.constitution.principles import Constitution, RevisingPrinciple
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.scoring.judges.judge import Writer, Written
 from rlhf_lightning.scoring.judges.wording import first_paragraphs
 from rlhf_lightning.types import Prompt
@@ -52,7 +53,10 @@ class RevisionSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= MOST_ROUNDS:
-            raise ValueError(f"rounds is {self.rounds}: it must be between 1 and {MOST_ROUNDS}")
+            raise SettingError(
+                "setting-out-of-range",
+                f"rounds is {self.rounds}: it must be between 1 and {MOST_ROUNDS}",
+            )
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,10 @@ def revise(
         ValueError: the constitution has no principles to revise by.
     """
     if not constitution.revising:
-        raise ValueError(f"the constitution {constitution.name} has no principles to revise by")
+        raise DataError(
+            "too-few-principles",
+            f"the constitution {constitution.name} has no principles to revise by: list some under revising",
+        )
     numbers = [start + place for place in range(len(prompts))]
     answers = [_tidy(one, prompt, constitution) for one, prompt in zip(
         writer(prompts, [_episode(number, 0) for number in numbers]), prompts, strict=True

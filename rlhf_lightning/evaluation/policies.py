@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.statistics import best_of_n_curve, bootstrap_interval
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
@@ -119,10 +120,13 @@ def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor
     The unbiased estimate over all choices of n among the samples of a prompt (equal to sampling n and taking the best).
 
     Raises:
-        ValueError: the samples carry no scores or no gold reward.
+        DataError: the samples carry no scores or no gold reward.
     """
     if samples.scores is None or samples.gold is None:
-        raise ValueError("best-of-n chooses by score and is judged by gold reward: sample with both")
+        raise DataError(
+            "no-scores",
+            "best-of-n chooses by score and is judged by gold reward: sample with a scorer and a gold reward",
+        )
     scores = samples.scores.double().view(-1, samples_per_prompt)
     gold = samples.gold.view(-1, samples_per_prompt)
     return torch.stack([best_of_n_curve(s, g)[n - 1] for s, g in zip(scores, gold, strict=True)])
@@ -131,7 +135,7 @@ def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor
 def best_of_n_score(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
     """Return the proxy score of the best of ``n`` by that score, for each prompt, shape (prompts,)."""
     if samples.scores is None:
-        raise ValueError("best-of-n chooses by score: sample with a scorer")
+        raise DataError("no-scores", "best-of-n chooses by score: sample with a scorer")
     scores = samples.scores.double().view(-1, samples_per_prompt)
     return torch.stack([best_of_n_curve(s, s)[n - 1] for s in scores])
 

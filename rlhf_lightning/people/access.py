@@ -15,6 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rlhf_lightning.errors import SettingError
+
 COOKIE = "annotator"
 OWNER = "owner"
 """Who may see the results where annotators have tokens."""
@@ -87,17 +89,19 @@ def named(host: str, annotators: str | None) -> list[str]:
         annotators: names, with commas between.
 
     Raises:
-        ValueError: other machines could reach the page and nobody is named, or a name cannot be one.
+        SettingError: other machines could reach the page and nobody is named, or a name cannot be one.
     """
     names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
     if not names and not is_loopback(host):
-        raise ValueError(
-            f"host {host} lets other machines in: name who may label (annotators ann,bob), and each gets a link"
+        raise SettingError(
+            "nobody-named",
+            f"host {host} lets other machines in: name who may label (--annotators ann,bob), and each gets a link",
         )
     for name in names:
         if not is_name(name) or name == OWNER:
-            raise ValueError(
-                f"an annotator cannot be called {name!r}: letters, digits and _.@- are good, {OWNER} is taken"
+            raise SettingError(
+                "invalid-name",
+                f"invalid annotator name {name!r}: use letters, digits, '_', '.', '@', '-'; {OWNER!r} is reserved",
             )
     return names
 

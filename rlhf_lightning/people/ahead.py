@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.feedback.records import Item
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.people.store import FeedbackStore
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class SamplingAhead:
         self, store: FeedbackStore, batches: Iterator[Sequence[Item]], ahead: int, selector: Selector | None = None
     ) -> None:
         if ahead < 1:
-            raise ValueError(f"ahead is {ahead}: at least one item must wait for the next annotator")
+            raise SettingError(
+                "setting-out-of-range",
+                f"ahead is {ahead}: it must be 1 or more, as an item waits for the next annotator",
+            )
         self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
         self.failure: str | None = None
         self._done, self._stop = False, threading.Event()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.people.selectors import Selector
@@ -118,9 +119,12 @@ def annotate(
 
     path = Path(store)
     if path.suffix != SUFFIX:
-        raise ValueError(f"the store is called {store}: name it with the ending {SUFFIX}, by which training knows it")
+        raise SettingError(
+            "wrong-file-ending",
+            f"the store {store} does not end in {SUFFIX}: training knows a store by it, so name one that does",
+        )
     if (prompts is None) != (model is None):
-        raise ValueError("--prompts and --model go together: the models answer the prompts")
+        raise SettingError("conflicting-settings", "--prompts and --model go together: give both, or neither")
     door = door_of(path, host, annotators)
     selector = selector_of(select, ensemble, seed)
     given = None
@@ -177,8 +181,9 @@ def sampling_ahead(
     from rlhf_lightning.people.candidates import load_policies, sampled_items
 
     if not max(2, len(models)) <= candidates <= MOST_CANDIDATES:
-        raise ValueError(
-            f"candidates is {candidates}: 2 to {MOST_CANDIDATES} completions can be compared, one of each model or more"
+        raise SettingError(
+            "setting-out-of-range",
+            f"candidates is {candidates}: give 2 to {MOST_CANDIDATES}, one or more for each of {len(models)} models",
         )
     quieten()
     rows = read_prompts(prompts, as_chat)
@@ -192,11 +197,14 @@ def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "S
     """What --select names; None without it.
 
     Raises:
-        ValueError: it names no selector, it lacks reward models, or they are given to none.
+        SettingError: it names no selector, it lacks reward models, or they are given to none.
     """
     if select is None:
         if ensemble:
-            raise ValueError("--ensemble serves --select uncertainty or disagreement: say which")
+            raise SettingError(
+                "conflicting-settings",
+                "--ensemble serves --select uncertainty or disagreement: give one of them",
+            )
         return None
     from rlhf_lightning.people.selectors import load_selector
 
@@ -229,13 +237,19 @@ def export(
 
     target = Path(out)
     if target.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{out} ends in neither .jsonl nor .parquet")
+        raise SettingError(
+            "wrong-file-ending",
+            f"{out} ends in neither .jsonl nor .parquet: give it one of these endings",
+        )
     with reading(Path(store)) as connection:
         taken = snapshot_of(connection, snapshot)
         names = None if annotators is None else [name.strip() for name in annotators.split(",")]
         rows = list(rows_of(connection, kind, taken.upto, labels, names))
     if not rows:
-        raise ValueError(f"{store} holds nothing of kind {kind} up to row {taken.upto}")
+        raise DataError(
+            "no-usable-rows",
+            f"{store} holds nothing of kind {kind} up to row {taken.upto}: collect such labels, or name another --kind",
+        )
     if target.suffix == ".jsonl":
         write_lines(target, rows)
     else:
@@ -257,7 +271,7 @@ def write_parquet(target: Path, rows: list[dict[str, Any]]) -> None:
     try:
         table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     except pyarrow.ArrowException as error:
-        raise ValueError(f"these rows are no table ({error}): write .jsonl instead") from error
+        raise DataError("not-tabular", f"these rows do not fit one table ({error}): write .jsonl instead") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_lightning.commands.generate import load_for_sampling
+from rlhf_lightning.errors import DataError, MissingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.canonical import CanonicalRow
@@ -128,7 +129,7 @@ def given_rows(path: str) -> "list[CanonicalRow]":
     from rlhf_lightning.data.sources import Source, read_rows
 
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise MissingError("no-file", f"there is no file {path}")
     found: list[CanonicalRow] = []
     refused = Counter[str]()
     for row in read_rows(Source(path)):
@@ -138,7 +139,7 @@ def given_rows(path: str) -> "list[CanonicalRow]":
             refused[str(error)] += 1
     said = "; ".join(f"{count} rows: {REASONS[reason]}" for reason, count in refused.items())
     if not found:
-        raise ValueError(f"{path} has nothing to compare ({said or 'it is empty'})")
+        raise DataError("no-usable-rows", f"{path} has nothing to compare ({said or 'it is empty'})")
     if said:
         print(f"{path}: left out {said}", file=sys.stderr)
     return found
@@ -157,8 +158,9 @@ def given_items(path: str) -> "list[Item]":
     for row in given_rows(path):
         assert row.prompt is not None
         if len(row.completions) > MOST_CANDIDATES:
-            raise ValueError(
-                f"{path} has a list of {len(row.completions)} completions; at most {MOST_CANDIDATES} can be ranked"
+            raise DataError(
+                "too-many-completions",
+                f"{path} has a list of {len(row.completions)} completions: at most {MOST_CANDIDATES} can be ranked",
             )
         items.append(Item(row.prompt, tuple(map(Candidate, row.completions)), row.columns))
     return items

@@ -7,6 +7,8 @@ import json
 import sqlite3
 from dataclasses import dataclass
 
+from rlhf_lightning.errors import SettingError
+
 COUNTED = "('ranking', 'tie', 'both_bad')"
 """Verdicts that say something of an item."""
 
@@ -33,9 +35,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.annotators < 1:
-            raise ValueError(f"annotators is {self.annotators}: each item is judged by 1 or more")
+            raise SettingError(
+                "setting-out-of-range",
+                f"annotators is {self.annotators}: it must be 1 or more for each item",
+            )
         if not 0 <= self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}: it must be 0 or more, and below 1")
+            raise SettingError("setting-out-of-range", f"repeats is {self.repeats}: it must be in [0, 1)")
 
 
 def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+from rlhf_lightning.errors import StateError
 from rlhf_lightning.people.store import FeedbackStore
 
 More = Callable[[], bool]
@@ -25,11 +26,14 @@ def require_web_server() -> None:
     """Raise where what the page needs is not installed, before anything else is done.
 
     Raises:
-        ImportError: it is not.
+        StateError: it is not.
     """
     missing = [name for name in ("starlette", "uvicorn", "markdown_it") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"the page needs {', '.join(missing)}: pip install 'rlhf-lightning[annotate]'")
+        raise StateError(
+            "missing-package",
+            f"the page needs {', '.join(missing)}: pip install 'rlhf-lightning[annotate]'",
+        )
 
 
 class Labeller(ABC):
@@ -70,7 +74,7 @@ class PeopleLabeller(Labeller):
             Needed where the host is not this machine alone.
 
     Raises:
-        ImportError: the web server is not installed.
+        StateError: the web server is not installed.
         ValueError: other machines could reach the page, and nobody is named.
     """
 

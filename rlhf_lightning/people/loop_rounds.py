@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.errors import DataError, SettingError, StateError
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.loop_report import REPORT, write_report
 from rlhf_lightning.people.loop_settings import LoopSettings
@@ -49,7 +50,10 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
         with FileLock(folder / "loop.lock", blocking=False):
             Loop(settings, folder, LoopState(folder, plain, fingerprints(plain))).run()
     except Timeout:
-        raise ValueError(f"another process runs the loop in {folder}") from None
+        raise StateError(
+            "loop-locked",
+            f"another process runs the loop in {folder}; wait for it to finish, or give another --name",
+        ) from None
 
 
 class Loop:
@@ -68,8 +72,10 @@ class Loop:
         self.gold_reward: Callable[[Prompt, str], float] | None = None if path is None else load_gold_reward(path)
         if settings.select is not None and settings.members < selector_class(settings.select).members:
             wanted = selector_class(settings.select).members
-            raise ValueError(
-                f"select {settings.select} compares {wanted} reward models: set members to {wanted} or more"
+            raise SettingError(
+                "too-few-reward-models",
+                f"select {settings.select} compares {wanted} reward models, and members is {settings.members}: "
+                f"set it to {wanted} or more",
             )
 
     # ---- the order of things -----------------------------------------------------------------------------------------
@@ -137,9 +143,10 @@ class Loop:
         with self.open_store(number) as store:
             pairs = self._sampled(store, number, one.pairs)
         if pairs < one.pairs:
-            raise ValueError(
+            raise DataError(
+                "too-few-pairs",
                 f"{self.latest(number)} gave {pairs} pairs of different answers to the prompts of {one.prompts}, and "
-                f"{one.pairs} are wanted: more prompts, or a higher temperature"
+                f"{one.pairs} are wanted: give more prompts, or a higher temperature",
             )
         return {"pairs": pairs}
 
@@ -157,7 +164,11 @@ class Loop:
             self.settings.labeller.label(store, self.settings.labels, partial(self._more, store, number, selector))
             found, wanted = store.labels(), self.settings.labels
             if found == 0:
-                raise ValueError(f"round {number} has no label: every pair was skipped, or nothing was said of it")
+                raise DataError(
+                    "no-labels",
+                    f"round {number} has no label: every pair was skipped or left unjudged; judge some, and run the "
+                    "loop again",
+                )
             if found < wanted:
                 print(f"round {number} has {found} of {wanted} labels and goes on: there are no further pairs to judge")
             return labels_of(store)

@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.people.labeller import Labeller
 from rlhf_lightning.recipes import resolve_recipe
 
@@ -75,11 +76,12 @@ class LoopSettings:
         self.reward_config, self.policy_config = resolve_recipe(self.reward_config), resolve_recipe(self.policy_config)
         for name in ("rounds", "labels", "members", "annotators_per_item", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+                raise SettingError("setting-out-of-range", f"{name} is {getattr(self, name)}: it must be 1 or more")
         if self.pairs * self.annotators_per_item < self.labels:
-            raise ValueError(
+            raise SettingError(
+                "setting-out-of-range",
                 f"pool is {self.pool}, and {self.annotators_per_item} of {self.labels} labels go to each pair: it must "
-                f"be {-(-self.labels // self.annotators_per_item)} or more"
+                f"be {-(-self.labels // self.annotators_per_item)} or more",
             )
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_lightning.errors import MissingError, SettingError
 from rlhf_lightning.runs.atomic_files import write_text
 
 STATE_FILE = "state.json"
@@ -43,14 +44,16 @@ class LoopState:
             changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != earlier.get(name)]
             if changed:
                 said = ", ".join(f"{name} {earlier.get(name)} (now {settings[name]})" for name in changed)
-                raise ValueError(
-                    f"the loop in {folder} was begun with {said}: give another --name, or the same settings"
+                raise SettingError(
+                    "settings-changed",
+                    f"the loop in {folder} was started with {said}: give another --name, or the same settings",
                 )
             edited = [settings[name] for name, found in self.files.items() if found != known["files"].get(name)]
             if edited:
-                raise ValueError(
-                    f"the loop in {folder} was begun when {' and '.join(edited)} held something else: give another "
-                    "--name, or put back what was there"
+                raise SettingError(
+                    "files-changed",
+                    f"{' and '.join(edited)} changed since the loop in {folder} was started: give another --name, or "
+                    "restore the earlier content",
                 )
 
     def step(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
     for name in FILES:
         path = Path(settings[name])
         if not path.exists():
-            raise FileNotFoundError(f"there is no file {path} ({name})")
+            raise MissingError("no-file", f"there is no file {path} ({name})")
         if path.is_file():
             held = path.read_bytes()
             if path.suffix in (".yaml", ".yml"):

@@ -20,6 +20,7 @@ from rlhf_lightning.commands.generate import load_for_sampling, read_prompts, wr
 from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.models.causal_lm import load_reference
@@ -122,7 +123,10 @@ def learns_from_prompts(config: str) -> bool:
     model = (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("model")
     name = model.get("class_path") if isinstance(model, Mapping) else model
     if not isinstance(name, str):
-        raise ValueError(f"{config} names no objective: it needs model: {{class_path: DPOModule}} or another")
+        raise SettingError(
+            "unknown-objective",
+            f"{config} names no objective: give it model: {{class_path: DPOModule}}, or another class",
+        )
     kind = load_class(name, AlignmentModule, subclasses_of(AlignmentModule), "objective")
     return kind.batch_type is PromptBatch
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.data.feedback.records import Item
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.active import disagreement, farthest_first, uncertainty
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.people.handing_out import chance
@@ -52,9 +53,10 @@ class Selector(ABC):
         given = 0 if ensemble is None else len(ensemble)
         if given < self.members:
             wanted = "a reward model" if self.members == 1 else f"{self.members} reward models or more"
-            raise ValueError(
+            raise SettingError(
+                "too-few-reward-models",
                 f"--select {short_name(type(self))} needs {wanted}, trained on labels made before, and "
-                f"{given or 'none'} {'are' if given > 1 else 'is'} given: name the folders with --ensemble DIR DIR ..."
+                f"{given or 'none'} {'are' if given > 1 else 'is'} given: name the folders with --ensemble DIR DIR ...",
             )
         self._ensemble, self.seed = ensemble, seed
 
@@ -184,7 +186,10 @@ class RewardModels:
         columns = {key: [owner.get(key) for owner in owners] for key in set().union(*owners)}
         scores = plain_scores(self.scorers[name](prompts, texts, **columns), len(texts), f"scorer {name!r}")
         if None in scores:
-            raise ValueError(f"scorer {name!r} has no score for some completions, by which items could be selected")
+            raise DataError(
+                "no-score",
+                f"scorer {name!r} gave no score for some completions: items are selected by the scores of all",
+            )
         return [score for score in scores if score is not None]
 
 

@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from rlhf_lightning.data.feedback.records import Answer, Assignment, Conflict, JudgementRefused, NotAsked, encoded
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.people.access import COOKIE, Door, Guard, is_name
 from rlhf_lightning.people.hostile_text import shown_text, to_html, turns_of
 from rlhf_lightning.people.results import results_of
@@ -49,7 +50,11 @@ class PageSettings:
     def __post_init__(self) -> None:
         for choices in (self.reasons, self.flags):
             if len(choices) > MOST_CHOICES or any(not 0 < len(choice) <= LONGEST_CHOICE for choice in choices):
-                raise ValueError(f"at most {MOST_CHOICES} reasons and flags, of {LONGEST_CHOICE} characters each")
+                raise SettingError(
+                    "setting-out-of-range",
+                    f"reasons and flags are {choices}: give at most {MOST_CHOICES} of each, of 1 to "
+                    f"{LONGEST_CHOICE} characters",
+                )
 
 
 def make_app(store: FeedbackStore, door: Door | None = None, settings: PageSettings | None = None) -> Starlette:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
+from rlhf_lightning.errors import StateError
 from rlhf_lightning.people.access import Door, named, tokens_beside
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ def listen(host: str, port: int) -> socket.socket:
         made.listen(128)
     except OSError as error:
         made.close()
-        raise OSError(f"cannot listen on {host}, port {port} ({error.strerror}): name another --port") from error
+        raise StateError(
+            "port-unavailable",
+            f"cannot listen on {host}, port {port} ({error.strerror}): name another --port",
+        ) from error
     return made
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_lightning.data.feedback.records import STRENGTHS
+from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.people.labeller import Labeller, More, require_web_server
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
@@ -22,7 +23,7 @@ LEVELS = (1.0, 2.0, 4.0)
 """Differences of perceived worth, in log-odds, above which a choice is rated slightly, clearly and far better."""
 
 
-class PageError(RuntimeError):
+class PageError(StateError):
     """The page refuses a request, or does not answer."""
 
 
@@ -61,7 +62,7 @@ class Page:
             if status < 400:
                 return json.loads(text)
             if status < 500 or time.monotonic() > until:
-                raise PageError(f"{path} was answered with {status}: {text}")
+                raise PageError("request-refused", f"{path} was answered with {status}: {text}")
             time.sleep(0.05)
 
     def _send(self, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
@@ -108,7 +109,10 @@ class SimulatedAnnotator:
         seed: int = 0,
     ) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}: it must be positive, and near 0 for one who never errs")
+            raise SettingError(
+                "setting-out-of-range",
+                f"temperature is {temperature}: it must be positive; near 0, the annotator never errs",
+            )
         self.name, self.gold_reward, self.temperature = name, gold_reward, temperature
         self.position_bias, self.careless, self.seed = position_bias, careless, seed
 
@@ -179,7 +183,11 @@ class SimulatedAnnotators(Labeller):
     ) -> None:
         require_web_server()
         if annotators < 1 or not 0 <= careless <= 1:
-            raise ValueError(f"annotators is {annotators} and careless {careless}: 1 or more, and a share of them")
+            raise SettingError(
+                "setting-out-of-range",
+                f"annotators is {annotators} and careless {careless}: give 1 or more annotators, and the careless "
+                "share of them, from 0 to 1",
+            )
         gold = load_gold_reward(gold_reward)
         self.annotators = [
             SimulatedAnnotator(

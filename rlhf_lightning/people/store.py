@@ -29,6 +29,7 @@ from rlhf_lightning.data.feedback.records import (
     in_item_order,
 )
 from rlhf_lightning.data.feedback.snapshots import item_of, snapshot_of
+from rlhf_lightning.errors import ContractError, StateError
 from rlhf_lightning.people.handing_out import COUNTED, Policy, fresh_item, open_assignment, repeat_item, sides
 from rlhf_lightning.types import Prompt
 
@@ -71,8 +72,9 @@ class FeedbackStore:
         try:
             self._lock.acquire()
         except Timeout:
-            raise ValueError(
-                f"{self.path} is open in another process that collects labels; people can share that one's page"
+            raise StateError(
+                "store-locked",
+                f"{self.path} is open in another process that collects labels: let people share its page, or stop it",
             ) from None
         self._turn = threading.RLock()
         try:
@@ -164,9 +166,15 @@ class FeedbackStore:
             )
         values = [float(value) for value in selector.values(asked, known)]
         if len(values) != len(asked):
-            raise ValueError(f"{type(selector).__name__} returned {len(values)} values for {len(asked)} items")
+            raise ContractError(
+                "wrong-number",
+                f"{type(selector).__name__} returned {len(values)} values for {len(asked)} items: return one for each",
+            )
         if not all(map(math.isfinite, values)):
-            raise ValueError(f"{type(selector).__name__} returned a value that is no finite number")
+            raise ContractError(
+                "not-finite",
+                f"{type(selector).__name__} returned a value that is NaN or infinite: return finite numbers",
+            )
         with self._transaction() as db:
             rows = [(item.id, value) for item, value in zip(asked, values, strict=True)]
             db.executemany("INSERT OR REPLACE INTO item_values VALUES (?, ?)", rows)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from rlhf_lightning.errors import DataError, MissingError
 from rlhf_lightning.models.loading import is_adapter
 
 _LLAMA_3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072}
@@ -61,14 +62,17 @@ def config_text(name: str) -> str:
             weights or an adapter, whose backbone's config is meant; a .gguf file; a published architecture; a hub id.
 
     Raises:
-        FileNotFoundError: nothing says what the sizes of ``name`` are.
-        ValueError: the text is no JSON object.
+        MissingError: nothing says what the sizes of ``name`` are.
+        DataError: the text is no JSON object.
     """
     if name.lstrip().startswith("{"):
         try:
             return _as_text(json.loads(name))
         except json.JSONDecodeError as error:
-            raise ValueError(f'a config is a JSON object, as {{"hidden_size": 4096, ...}}: {error}') from error
+            raise DataError(
+                "invalid-json",
+                f'the config {name!r} is not JSON: {error}; give an object, as {{"hidden_size": 4096, ...}}',
+            ) from error
     path = Path(name).expanduser()
     if path.is_dir() and is_adapter(name):
         return config_text(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"])
@@ -82,15 +86,18 @@ def config_text(name: str) -> str:
     try:
         found = cached_file(name, "config.json")
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingError(
+            "no-model",
             f"the sizes of {name} are not known here: give them with --plan.config, as a config.json, as "
-            f"'{{\"hidden_size\": 4096, ...}}', or by one of the names {', '.join(PUBLISHED)}"
+            f"'{{\"hidden_size\": 4096, ...}}', or by one of the names {', '.join(PUBLISHED)}",
         ) from error
     return _as_text(json.loads(Path(found).read_text()))
 
 
 def _as_text(config: Any) -> str:
     if not isinstance(config, dict):
-        raise ValueError(f'a config is a JSON object, as {{"hidden_size": 4096, ...}}; found {config!r}')
+        raise DataError(
+            "invalid-json", f'the config {config!r} is not a JSON object: give one, as {{"hidden_size": 4096, ...}}'
+        )
     kept = {name: value for name, value in config.items() if name not in ("quantization_config", "dtype")}
     return json.dumps({"model_type": "llama", **kept}, sort_keys=True, default=str)

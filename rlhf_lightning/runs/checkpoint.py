@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf_lightning.compat import dump_checkpoint, epoch_is_done, validation_follows
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.checkpoint_files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -69,10 +70,15 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         super().__init__()
         if keep_last is not None and keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last is {keep_last}: at least the newest must be kept (null keeps all)")
+            raise SettingError(
+                "setting-out-of-range", f"checkpoint.keep_last is {keep_last}: give 1 or more, or null to keep all"
+            )
         for name, value in (("every_n_updates", every_n_updates), ("every_n_rollouts", every_n_rollouts)):
             if value is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} is {value}: give a positive number, or null to save without it")
+                raise SettingError(
+                    "setting-out-of-range",
+                    f"checkpoint.{name} is {value}: give a positive number, or null to turn it off",
+                )
         self.every_n_updates = every_n_updates
         self.every_n_rollouts = every_n_rollouts
         self.after_validation = after_validation
@@ -261,7 +267,9 @@ class RunCheckpoint(Checkpoint):
                 self.saved, self.scores, self.interim = before
                 if trainer.is_global_zero:
                     remove(half)
-                raise CheckpointFailedError(self._failure_message(name, reason or "another rank says why"))
+                raise CheckpointFailedError(
+                    "checkpoint-not-written", self._failure_message(name, reason or "another rank says why")
+                )
         self._saved_at, self._at, self._due = updates, self._counters(module), False
 
     def _prepare(self, trainer: Trainer, half: Path) -> None:
@@ -352,7 +360,10 @@ class RunCheckpoint(Checkpoint):
         found = trainer.callback_metrics.get(self.monitor)
         if found is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/"))) or "none"
-            raise ValueError(f"checkpoint.monitor is {self.monitor!r}, which validation does not log; it logs {known}")
+            raise SettingError(
+                "unknown-metric",
+                f"checkpoint.monitor is {self.monitor!r}, which validation does not log; it logs {known}",
+            )
         return float(found)
 
     def _best(self, count: int) -> list[str]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.errors import MissingError, RlhfError
 from rlhf_lightning.runs.atomic_files import move_into_place, write_text
 from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER
 
@@ -29,7 +30,7 @@ CHECKPOINT_NAME = re.compile(r"update_(\d+)\.ckpt")
 CHUNK = 1 << 24
 
 
-class CheckpointFailedError(OSError):
+class CheckpointFailedError(RlhfError, OSError):
     """A checkpoint could not be written."""
 
 
@@ -173,8 +174,8 @@ def last_checkpoint(run: Path) -> Path:
             return path
         reasons.append(f"{path.name} ({reason})")
     if reasons:
-        raise FileNotFoundError(f"{run} has no whole checkpoint to resume from: {', '.join(reasons)}")
-    raise FileNotFoundError(f"{run} has no checkpoint to resume from: {folder} holds no .ckpt file")
+        raise MissingError("no-checkpoint", f"{run} has no complete checkpoint to resume from: {', '.join(reasons)}")
+    raise MissingError("no-checkpoint", f"{run} has no checkpoint to resume from: {folder} has no .ckpt file")
 
 
 @rank_zero_only

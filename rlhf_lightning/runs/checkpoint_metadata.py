@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.loading import import_path
 from rlhf_lightning.runs.shard_metadata import sharded_metadata
 from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY
@@ -25,7 +25,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint's file, or the settings of a sharded one's folder; tensors stay on the disk until used.
 
     Raises:
-        ValueError: it is no checkpoint, or holds more than plain tensors and settings.
+        DataError: it is no checkpoint, or holds more than plain tensors and settings.
     """
     file = path / SHARDED_META if path.is_dir() else path
     try:
@@ -34,14 +34,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # torch says at length how to believe the file all the same; what is wrong with it is one line of that.
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
-        raise ValueError(f"{path} is no checkpoint of plain tensors and settings: {reason}") from error
+        raise DataError(
+            "unreadable-checkpoint", f"{path} cannot be read as a checkpoint of plain tensors and settings: {reason}"
+        ) from error
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
     """Return the trained weights in a checkpoint, those of a sharded one put together.
 
     Raises:
-        ValueError: it is no checkpoint, or holds more than plain tensors and settings.
+        DataError: it is no checkpoint, or holds more than plain tensors and settings.
     """
     if not path.is_dir():
         return read_checkpoint(path)["state_dict"]
@@ -61,7 +63,7 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
         resumes: whether training goes on from it, and so its optimizer's state is needed too.
 
     Raises:
-        ValueError: it is no checkpoint of plain tensors and settings.
+        DataError: it is no checkpoint of plain tensors and settings.
     """
     if path.is_dir():
         sharded_metadata(path)
@@ -102,12 +104,13 @@ def inside_run(checkpoint: Path, run: Path) -> Path:
     """Return a run's checkpoint if it lies in the run's folder.
 
     Raises:
-        ValueError: it is a link to somewhere else: whoever can write there decides what is loaded.
+        DataError: it is a link to somewhere else: whoever can write there decides what is loaded.
     """
     if not checkpoint.resolve().is_relative_to(run.resolve()):
-        raise ValueError(
+        raise DataError(
+            "link-out-of-run",
             f"{checkpoint} is a link that leaves its run, to {checkpoint.resolve()}: name that checkpoint itself with "
-            "--ckpt_path if you trust it"
+            "--ckpt_path if you trust it",
         )
     return checkpoint
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.run import EXPORTS_FOLDER, MODEL_FOLDER, is_rehearsal, run_folder, updates_of
 
 
@@ -20,7 +21,9 @@ class ModelExport(Callback):
     def __init__(self, enabled: bool = True, every_n_updates: int | None = None) -> None:
         super().__init__()
         if every_n_updates is not None and every_n_updates < 1:
-            raise ValueError(f"export.every_n_updates is {every_n_updates}: give a positive number, or null")
+            raise SettingError(
+                "setting-out-of-range", f"export.every_n_updates is {every_n_updates}: give a positive number, or null"
+            )
         self.enabled = enabled
         self.every_n_updates = every_n_updates
         self._exported_at = 0

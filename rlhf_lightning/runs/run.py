@@ -154,7 +154,7 @@ def checked_run_name(name: str) -> str:
     parts = name.split("/")
     if not all(re.fullmatch(r"[\w][\w.\-=+]*", part) for part in parts):
         raise SettingError(
-            "run-name",
+            "invalid-run-name",
             f"run_name is {name!r}: it must be made of letters, digits, '_', '-', '.', '=' and '+' "
             "(and '/' between groups of runs), and stay inside the runs folder",
         )
@@ -170,7 +170,7 @@ def reserve_version(runs: Path, name: str) -> Path:
     parent = runs / checked_run_name(name)
     if not parent.resolve().is_relative_to(runs.resolve()):
         raise SettingError(
-            "run-name", f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name"
+            "invalid-run-name", f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name"
         )
     parent.mkdir(parents=True, exist_ok=True)
     version = max((number for number, _ in versions(parent)), default=-1) + 1

@@ -48,10 +48,12 @@ class SampleTable(Callback):
     ) -> None:
         super().__init__()
         if prompts < 0:
-            raise SettingError("samples-prompts", f"samples.prompts is {prompts}: give a number of prompts, 0 for none")
+            raise SettingError(
+                "setting-out-of-range", f"samples.prompts is {prompts}: give a number of prompts, 0 for none"
+            )
         if every_n_updates is not None and every_n_updates < 1:
             raise SettingError(
-                "samples-period", f"samples.every_n_updates is {every_n_updates}: give a positive number, or null"
+                "setting-out-of-range", f"samples.every_n_updates is {every_n_updates}: give a positive number, or null"
             )
         self.count = prompts
         self.every_n_updates = every_n_updates

@@ -15,13 +15,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from rlhf_lightning.compat import memory_format_encoding
+from rlhf_lightning.errors import DataError
 
 
 def sharded_metadata(path: Path) -> Any:
     """Return what a sharded checkpoint says of its tensors, all of it known to be plain.
 
     Raises:
-        ValueError: a file names anything but tensors and plain values, or lies outside the checkpoint.
+        DataError: a file names anything but tensors and plain values, or lies outside the checkpoint.
     """
     try:
         with (path / ".metadata").open("rb") as file:
@@ -30,7 +31,9 @@ def sharded_metadata(path: Path) -> Any:
             plain = isinstance(found.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
             _check(path, place, plain)
     except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no sharded checkpoint of plain tensors: {error}") from error
+        raise DataError(
+            "unreadable-checkpoint", f"{path} cannot be read as a sharded checkpoint of plain tensors: {error}"
+        ) from error
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlhf_lightning.errors import ContractError
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
@@ -87,8 +88,9 @@ def verify(
             subject = Subject(kind, world, folder, settings)
             on_policy = issubclass(kind, RolloutModule)
             if not on_policy and not hasattr(kind, "loss_sum"):
-                raise TypeError(
-                    f"{kind.__name__} has no override point of a known family: there is no contract to verify"
+                raise ContractError(
+                    "not-verifiable",
+                    f"{kind.__name__} has no override point of a known family: there is no contract to verify",
                 )
             checks = contract_of(kind)(subject)
             control = subject.short_run(False) - subject.short_run(True)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from rlhf_lightning.errors import ContractError
 from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
@@ -164,7 +165,9 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         return expectation_of(module)(module, world, shuffled).loss
     kind = module.batch_type
     if kind is PromptBatch or not hasattr(module, "loss_sum"):
-        raise TypeError(f"{type(module).__name__} samples in a way of its own: its expectation is not enumerated")
+        raise ContractError(
+            "not-verifiable", f"{type(module).__name__} overrides how it samples: its expectation cannot be enumerated"
+        )
     copies = None if module.weighs_rows else coupled.COPIES
     batches: dict[type, Callable[[], Any]] = {
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),

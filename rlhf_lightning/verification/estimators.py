@@ -16,6 +16,7 @@ from scipy.stats import f as f_distribution
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.training.collector import select_episodes
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.on_policy import OnPolicyModule
@@ -163,7 +164,10 @@ def mean_test(samples: Tensor, mean: Tensor) -> MeanTest:
         still = max(still, float(along[~kept].abs().max() * deviation.max() / unit))
     degrees = int(kept.sum())
     if degrees >= count - 1:  # no more directions can be seen in so few: others may be hidden
-        raise ValueError(f"{count} samples differ in {degrees} directions: a test of their mean needs more samples")
+        raise DataError(
+            "too-few-samples",
+            f"{count} samples differ in {degrees} directions: a test of their mean needs more samples",
+        )
     statistic = count * float((along[kept] ** 2 / eigenvalues[kept]).sum())
     ratio = statistic * (count - degrees) / (degrees * (count - 1))
     return MeanTest(float(f_distribution.sf(ratio, degrees, count - degrees)), degrees, still)

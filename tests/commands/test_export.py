@@ -179,7 +179,7 @@ def test_what_cannot_be_exported_is_said(policy_folder, capsys):
         ("adapter", "out", "is an adapter's folder already; --merge merges it"),
         ("foreign.ckpt", "out", "does not say which class wrote it"),
         ("class.ckpt", "out", "was written by collections.OrderedDict: name its module"),
-        ("text.ckpt", "out", "is no checkpoint of plain tensors and settings"),
+        ("text.ckpt", "out", "cannot be read as a checkpoint of plain tensors and settings"),
     ):
         assert rlhf(["export", source, "--out", out]) == 1, source
         told = capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_models_that_cannot_answer(policy_folder, reward_folder, prompts, capsys
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         Path("bare", name).write_bytes(Path(policy_folder, name).read_bytes())
     for model, sentence in (
-        ("empty", "empty is no model folder: it has no config.json"),
+        ("empty", "empty is not a model folder: it has no config.json"),
         ("./absent", "there is no model folder ./absent"),
         ("bare", "bare has no weights"),
         (reward_folder, "is a reward model: it scores completions and writes none"),

@@ -169,7 +169,7 @@ def test_where_none_is_whole_the_run_is_not_started_anew(monkeypatch: Any, capsy
     for file in Path("runs/cut/version_0/checkpoints").glob("update*"):
         cut_short(file)
     assert rlhf(["fit", "--resume", "runs/cut"]) == 1
-    assert "runs/cut/version_0 has no whole checkpoint to resume from: last.ckpt" in capsys.readouterr().err
+    assert "runs/cut/version_0 has no complete checkpoint to resume from: last.ckpt" in capsys.readouterr().err
     assert [path.name for path in Path("runs/cut").iterdir()] == ["version_0"]
 
 

@@ -237,7 +237,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(capsys, tmp_path):
 
     torch.save({"hyper_parameters": {"slope": Bomb()}}, "bomb.ckpt")
     assert rlhf(["test", *BASIC, "--ckpt_path", "bomb.ckpt"]) == 1
-    assert "is no checkpoint of plain tensors and settings" in capsys.readouterr().err
+    assert "cannot be read as a checkpoint of plain tensors and settings" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import refused
 
 from rlhf_lightning.constitution.dialogue import comparison_messages, critique_prompt, revision_prompt
 from rlhf_lightning.constitution.principles import (
@@ -78,9 +79,9 @@ def test_a_fingerprint_is_of_the_content_and_not_of_how_it_is_written(tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(tmp_path, changes, sentence):
-    with pytest.raises(ConstitutionError, match=sentence) as refused:
+    with pytest.raises(ConstitutionError, match=sentence) as caught:
         small(tmp_path, **changes)
-    assert "own.yaml: " in str(refused.value) and "\n" not in str(refused.value)
+    assert "own.yaml: " in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -96,15 +97,15 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, changes, sentence):
 )
 def test_a_file_holds_plain_values_alone(tmp_path, monkeypatch, text, sentence):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConstitutionError, match=sentence) as refused:
+    with pytest.raises(ConstitutionError, match=sentence) as caught:
         load_constitution(written(tmp_path, text))
-    assert "\n" not in str(refused.value) and not Path("ran").exists()
+    assert "\n" not in str(caught.value) and not Path("ran").exists()
 
 
 def test_a_file_that_is_not_there_and_one_that_is_too_large(tmp_path):
-    with pytest.raises(FileNotFoundError, match="did you mean harmless?"):
+    with refused("no-constitution", "'harmles'", "did you mean harmless?"):
         load_constitution("harmles")
-    with pytest.raises(FileNotFoundError, match="shipped are harmless, helpful"):
+    with refused("no-constitution", "shipped are harmless, helpful"):
         load_constitution(str(tmp_path / "mine.yaml"))
     with pytest.raises(ConstitutionError, match="more than 1,000,000 bytes"):
         load_constitution(written(tmp_path, "#" * 1_000_001))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from conftest import refused
 from starlette.testclient import TestClient
 from tiny_run import rows_of
 
@@ -55,7 +56,7 @@ def test_given_pairs_keep_no_label(tmp_path):
     items = given_items(str(file))
     assert [[one.completion for one in item.candidates] for item in items] == [["a", "b"], ["x", "y", "z"]]
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"has nothing to compare \(it is empty\)"):
+    with refused("no-usable-rows", "has nothing to compare (it is empty)"):
         given_items(str(tmp_path / "empty.jsonl"))
 
 
@@ -122,7 +123,7 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
         (["--store", "labels.sqlite"], "name it with the ending .db"),
         (["--store", "f.db", "--prompts", "p.jsonl"], "--prompts and --model go together"),
         (["--store", "f.db", "--host", "0.0.0.0"], "name who may label (annotators ann,bob)"),
-        (["--store", "f.db", "--annotators", "ann,<b>"], "an annotator cannot be called '<b>'"),
+        (["--store", "f.db", "--annotators", "ann,<b>"], "invalid annotator name '<b>'"),
         (["--store", "f.db", "--pairs", "absent.jsonl", "--port", "0"], "there is no file absent.jsonl"),
         (["--store", "f.db", "--port", "0", "--repeats", "1"], "repeats is 1"),
         (["--store", "folder.db", "--port", "0"], "folder.db is a folder, and no feedback store"),

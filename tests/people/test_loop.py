@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 from filelock import FileLock
 from forked import forked
 from safetensors.torch import load_file
@@ -174,7 +175,7 @@ def test_rounds_learn_from_all_labels_so_far(flags, capsys):
     capsys.readouterr()
     assert rlhf(flags) == 0 and "loop: round" not in capsys.readouterr().out, "nothing is done twice"
     assert rlhf([*flags, "--labels", "9"]) == 1
-    assert "was begun with labels 8 (now 9): give another --name" in capsys.readouterr().err
+    assert "was started with labels 8 (now 9): give another --name" in capsys.readouterr().err
     with FileLock(folder / "loop.lock"):
         assert rlhf(flags) == 1
     assert "another process runs the loop" in capsys.readouterr().err
@@ -231,9 +232,7 @@ def test_edited_files_are_refused(tmp_path):
     for name, held in (("reward_config", "a: 1\nb: 3\n"), ("prompts", "a: 1\nb: 2\n\n")):
         before = Path(settings[name]).read_text()
         Path(settings[name]).write_text(held)
-        with pytest.raises(
-            ValueError, match=rf"was begun when \S*{name}\.\w+ held something else: give another --name"
-        ):
+        with refused("files-changed", f"{Path(settings[name]).name} changed since the loop", "give another --name"):
             loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
         Path(settings[name]).write_text(before)
 

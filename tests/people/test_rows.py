@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import refused
 from tiny_folders import policy_folder, reward_folder  # noqa: F401
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
@@ -229,11 +230,11 @@ def test_a_store_of_plain_pairs_is_a_table(make_store, tmp_path):
     store.add([ranked_item(7)])
     for _ in range(3):
         label(store, "ann", NEITHER)
-    with pytest.raises(ValueError, match=r"are no table .*write \.jsonl instead"):
+    with refused("not-tabular", "do not fit one table", "write .jsonl instead"):
         export(str(store.path), str(out))  # a text and a list of messages in one column
-    with pytest.raises(ValueError, match="nothing of kind demonstration"):
+    with refused("no-usable-rows", "nothing of kind demonstration"):
         export(str(store.path), str(out), "demonstration")
-    with pytest.raises(ValueError, match=r"neither \.jsonl nor \.parquet"):
+    with refused("wrong-file-ending", "pairs.csv ends in neither .jsonl nor .parquet"):
         export(str(store.path), "pairs.csv")
 
 

@@ -5,6 +5,7 @@ import re
 import threading
 
 import pytest
+from conftest import refused
 from starlette.testclient import TestClient
 
 from rlhf_lightning.data.feedback.records import Candidate, Item
@@ -164,7 +165,7 @@ def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
     client.cookies.clear()
     client.cookies.set("annotator", tokens["owner"])
     assert client.get("/results").status_code == 200
-    with pytest.raises(ValueError, match="an annotator cannot be called 'owner'"):
+    with refused("invalid-name", "invalid annotator name 'owner'"):
         named("0.0.0.0", "owner")
 
 

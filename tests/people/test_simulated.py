@@ -100,19 +100,20 @@ def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
 
 def test_a_missing_web_server_is_said_at_once(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
-    with pytest.raises(ImportError, match=r"the page needs uvicorn: pip install 'rlhf-lightning\[annotate\]'"):
+    with refused("missing-package", "the page needs uvicorn: pip install 'rlhf-lightning[annotate]'"):
         SimulatedAnnotators(GOLD)
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(ValueError, match="temperature is 0"):
+    with refused("setting-out-of-range", "temperature is 0"):
         SimulatedAnnotators(GOLD, temperature=0)
-    with pytest.raises(ValueError, match="careless 2"):
+    with refused("setting-out-of-range", "careless 2"):
         SimulatedAnnotators(GOLD, careless=2)
     with refused("not-importable", "gold_reward 'absent.gold'"):
         SimulatedAnnotators("absent.gold")
-    with pytest.raises(PageError, match="no answer|refused"):
+    with pytest.raises(PageError, match="no answer|refused") as caught:
         Page("http://127.0.0.1:9", patience=0).enter("ann")
+    assert caught.value.code == "request-refused"
 
 
 def test_the_careless_are_a_share():

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.data.feedback.records import Answer, Conflict, Item, JudgementRefused, NotAsked
 from rlhf_lightning.data.feedback.snapshots import is_store, judgements_of, reading, snapshot_of, split_name
@@ -168,7 +169,7 @@ def test_hidden_repeats_come_later_with_sides_swapped(make_store):
 
 def test_a_second_process_is_refused(make_store, tmp_path):
     make_store(1)
-    with pytest.raises(ValueError, match="is open in another process"):
+    with refused("store-locked", "is open in another process"):
         FeedbackStore(tmp_path / "feedback.db")
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import tiny_run
+from conftest import refused
 from tiny_run import BASIC, UPDATES, events_of, rows_of
 
 from rlhf_lightning.commands.train import run
@@ -118,5 +119,5 @@ def test_a_conversation_is_shown_turn_by_turn():
 
 @pytest.mark.parametrize("arguments", [{"prompts": -1}, {"every_n_updates": 0}])
 def test_senseless_settings_are_refused(arguments):
-    with pytest.raises(ValueError, match=f"samples.{next(iter(arguments))} is"):
+    with refused("setting-out-of-range", f"samples.{next(iter(arguments))} is"):
         SampleTable(**arguments)
