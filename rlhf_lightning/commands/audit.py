@@ -106,7 +106,7 @@ def audited(
     """Audit one source, against the training data if that is given.
 
     Raises:
-        ValueError: it is empty, or its columns are of no known form.
+        DataError: it is empty, or its columns are of no known form.
     """
     from rlhf_lightning.data.audit import Audit
     from rlhf_lightning.data.files import Unreadable

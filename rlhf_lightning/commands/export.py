@@ -79,7 +79,7 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     """Return the checkpoint that is meant: the file itself, or the last or best of a run.
 
     Raises:
-        FileNotFoundError: there is none.
+        MissingError: there is none.
     """
     from rlhf_lightning.runs.checkpoint_files import BEST_CHECKPOINT, last_checkpoint
     from rlhf_lightning.runs.checkpoint_metadata import SHARDED_META

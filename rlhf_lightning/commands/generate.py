@@ -105,8 +105,8 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     """Return prompts with their further columns; rows without a prompt are counted and named, not lost.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no row has a prompt.
+        MissingError: there is no such file.
+        DataError: no row has a prompt.
     """
     from rlhf_lightning.data.canonical import REASONS, RowRefused
     from rlhf_lightning.data.files import Unreadable
@@ -145,7 +145,7 @@ def load_for_sampling(
     """Load a policy and its tokenizer onto the best device there is.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
+        MissingError: there is no such folder, or no weights in it.
         ValueError: it is a reward model.
     """
     import torch

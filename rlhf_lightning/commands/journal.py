@@ -20,7 +20,7 @@ class Journal:
         task: settings that the results depend on, plain values; a journal of another task is refused.
 
     Raises:
-        ValueError: there is a journal of another task.
+        SettingError: there is a journal of another task.
     """
 
     def __init__(self, target: Path, task: Mapping[str, Any]) -> None:

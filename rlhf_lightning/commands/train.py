@@ -508,7 +508,7 @@ def resumed(argv: Sequence[str]) -> list[str]:
     """Put the config and the last checkpoint of the run that ``--resume`` names in front of the given flags.
 
     Raises:
-        FileNotFoundError: there is no such run, or it has no checkpoint.
+        MissingError: there is no such run, or it has no checkpoint.
     """
     given = flags(argv)
     if argv[:1] != ["fit"] or "--resume" not in given:

@@ -170,8 +170,8 @@ def given_pairs(path: str) -> "list[Pair]":
     """Pairs of a file of preferences with what it says of them; a list is all of its pairs.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no row has two completions.
+        MissingError: there is no such file.
+        DataError: no row has two completions.
     """
     from rlhf_lightning.people.candidates import given_rows
     from rlhf_lightning.scoring.judges.judge import Pair

@@ -134,7 +134,7 @@ def drawn_principles(constitution: Constitution, settings: LabelSettings, number
     """The principles that pair ``number`` is compared by, no two of them the same.
 
     Raises:
-        ValueError: the constitution has fewer.
+        SettingError: the constitution has fewer.
     """
     there = constitution.comparing
     if len(there) < settings.principles:

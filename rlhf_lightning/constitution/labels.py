@@ -65,7 +65,7 @@ class LabelledPair(NamedTuple):
             constitution: fingerprint of the constitution.
 
         Raises:
-            ValueError: the pair has no label.
+            DataError: the pair has no label.
         """
         if self.preference is None:
             raise DataError("no-labels", "the judge gave no answer to this pair, which has no label: leave it out")

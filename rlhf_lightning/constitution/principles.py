@@ -167,7 +167,7 @@ def load_constitution(spec: str) -> Constitution:
         spec: name of a shipped one, or the path of a YAML file.
 
     Raises:
-        FileNotFoundError: there is none of that name, and no such file.
+        MissingError: there is none of that name, and no such file.
         ConstitutionError: the file is no constitution; the message names the place.
     """
     path = SHIPPED / f"{spec}.yaml" if spec in shipped() else Path(spec).expanduser()

@@ -114,7 +114,7 @@ def revise(
         start: number of the first prompt.
 
     Raises:
-        ValueError: the constitution has no principles to revise by.
+        DataError: the constitution has no principles to revise by.
     """
     if not constitution.revising:
         raise DataError(

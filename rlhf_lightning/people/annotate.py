@@ -262,7 +262,7 @@ def write_parquet(target: Path, rows: list[dict[str, Any]]) -> None:
     """Write a Parquet file; it appears when all is done.
 
     Raises:
-        ValueError: a column holds text in one row and messages in another, which a table cannot.
+        DataError: a column holds text in one row and messages in another, which a table cannot.
     """
     import pyarrow
     import pyarrow.parquet

@@ -120,8 +120,8 @@ def given_rows(path: str) -> "list[CanonicalRow]":
     """Preferences of a file, ties and lists among them. Rows that cannot be used are counted and named.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no row has two completions.
+        MissingError: there is no such file.
+        DataError: no row has two completions.
     """
     from rlhf_lightning.data.canonical import REASONS, RowRefused
     from rlhf_lightning.data.formats import preference_with_ties
@@ -149,8 +149,8 @@ def given_items(path: str) -> "list[Item]":
     """Items of a file of preferences; who won there is not kept.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no row has two completions, or one has too many.
+        MissingError: there is no such file.
+        DataError: no row has two completions, or one has too many.
     """
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
 

@@ -75,7 +75,7 @@ class PeopleLabeller(Labeller):
 
     Raises:
         StateError: the web server is not installed.
-        ValueError: other machines could reach the page, and nobody is named.
+        SettingError: other machines could reach the page, and nobody is named.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8765, annotators: str | None = None) -> None:

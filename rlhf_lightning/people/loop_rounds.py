@@ -41,7 +41,8 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
         plain: the same as plain values, by which they are compared with what the loop was begun with.
 
     Raises:
-        ValueError: the loop was begun with other settings, or another process runs it.
+        SettingError: the loop was started with other settings.
+        StateError: another process runs it.
     """
     quieten()
     folder = Path(settings.runs_folder) / checked_run_name(settings.name)

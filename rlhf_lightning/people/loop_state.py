@@ -32,7 +32,7 @@ class LoopState:
         files: fingerprint of each file that they name, see `fingerprints`.
 
     Raises:
-        ValueError: a loop of other settings, or of files that held something else, is in the folder.
+        SettingError: the folder holds a loop with other settings, or with files that have changed since.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -76,7 +76,7 @@ def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
     """Hash of what each file of `FILES` holds, by the setting's name; of YAML its values, whatever the comments say.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingError: there is no such file.
     """
     found = {}
     for name in FILES:

@@ -118,7 +118,7 @@ def learns_from_prompts(config: str) -> bool:
     """Whether the objective of a YAML file samples for itself and learns from scores, instead of from labels.
 
     Raises:
-        ValueError: the file names no objective.
+        SettingError: the file names no objective.
     """
     model = (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("model")
     name = model.get("class_path") if isinstance(model, Mapping) else model

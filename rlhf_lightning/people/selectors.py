@@ -43,7 +43,7 @@ class Selector(ABC):
         seed: of whatever is drawn.
 
     Raises:
-        ValueError: there are fewer reward models than `members`.
+        SettingError: there are fewer reward models than `members`.
     """
 
     members: ClassVar[int] = 0
@@ -170,7 +170,7 @@ class RewardModels:
         """Return the scores of each item's completions, shape (members, completions) each.
 
         Raises:
-            ValueError: a scorer has no score for a completion.
+            DataError: a scorer has no score for a completion.
         """
         new = list({item.key: item for item in items if item.key not in self._scores}.values())
         if new:
@@ -203,7 +203,7 @@ def load_selector(name: str, ensemble: Sequence[str], seed: int) -> Selector:
 
     Raises:
         SettingError: see `loading.load_class`.
-        ValueError: it needs more reward models.
+        SettingError: it needs more reward models.
     """
     return selector_class(name)(RewardModels(ensemble) if ensemble else None, seed)
 

@@ -28,7 +28,7 @@ def door_of(store: Path, host: str, annotators: str | None) -> Door:
         annotators: names, with commas between; None where everybody on this machine may.
 
     Raises:
-        ValueError: other machines could reach the page and nobody is named, or a name cannot be one.
+        SettingError: other machines could reach the page and nobody is named, or a name cannot be one.
     """
     names = named(host, annotators)
     return Door(tokens_beside(store, names) if names else None)
@@ -38,7 +38,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there.
 
     Raises:
-        OSError: the address cannot be had.
+        StateError: the address cannot be had.
     """
     bare = host.strip("[]")
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET

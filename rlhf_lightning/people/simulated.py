@@ -167,7 +167,7 @@ class SimulatedAnnotators(Labeller):
         seed: of their noise.
 
     Raises:
-        ValueError: a number is out of range, or the import path names no function.
+        SettingError: a number is out of range, or the import path names no function.
     """
 
     lease = math.inf

@@ -62,7 +62,8 @@ class FeedbackStore:
         clock: seconds since 1970.
 
     Raises:
-        ValueError: another process has it open, or the file is no feedback store.
+        StateError: another process has it open.
+        DataError: the file is no feedback store.
     """
 
     def __init__(self, path: str | Path, policy: Policy | None = None, clock: Callable[[], float] = time.time) -> None:

@@ -348,7 +348,7 @@ class RunCheckpoint(Checkpoint):
         """Return the monitored value, and settle what is monitored when validation first runs.
 
         Raises:
-            ValueError: a metric was named that validation does not log.
+            SettingError: a metric was named that validation does not log.
         """
         if self.monitor is None:
             for name, mode in DEFAULT_MONITORS.items():

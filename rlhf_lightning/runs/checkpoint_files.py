@@ -156,7 +156,7 @@ def last_checkpoint(run: Path) -> Path:
     """Return the newest checkpoint of a run that is whole, and say which ones are not.
 
     Raises:
-        FileNotFoundError: the run has none. Starting afresh would not be resuming.
+        MissingError: the run has none. Starting afresh would not be resuming.
     """
     folder = run / CHECKPOINTS_FOLDER
     _bring_back(folder)

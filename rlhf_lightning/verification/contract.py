@@ -76,7 +76,7 @@ def verify(
         with_convergence: also train it to rest and compare with its target.
 
     Raises:
-        TypeError: the class belongs to no family that has a contract.
+        ContractError: the class belongs to no family that has a contract.
     """
     started = time.perf_counter()
     world, folder = world_and_folder()

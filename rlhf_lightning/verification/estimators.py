@@ -147,7 +147,7 @@ def mean_test(samples: Tensor, mean: Tensor) -> MeanTest:
         mean: the hypothesis mu, shape (coordinates,).
 
     Raises:
-        ValueError: the samples are too few to show all directions in which they differ.
+        DataError: the samples are too few to show all directions in which they differ.
     """
     count, difference = len(samples), samples.mean(0) - mean
     deviation = samples.std(0)
