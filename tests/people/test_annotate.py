@@ -120,7 +120,7 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--store", "labels.sqlite"], "name it with the ending .db"),
+        (["--store", "labels.sqlite"], "the store labels.sqlite does not end in .db"),
         (["--store", "f.db", "--prompts", "p.jsonl"], "--prompts and --model go together"),
         (["--store", "f.db", "--host", "0.0.0.0"], "name who may label (annotators ann,bob)"),
         (["--store", "f.db", "--annotators", "ann,<b>"], "invalid annotator name '<b>'"),

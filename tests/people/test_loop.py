@@ -260,7 +260,7 @@ def test_on_policy_against_an_ensemble_where_no_gold_reward_is_known(flags, poli
     ("more", "sentence"),
     [
         (["--pool", "4"], "it must be 8 or more"),
-        (["--select", "disagreement"], "set members to 2 or more"),
+        (["--select", "disagreement"], "members is 1: set it to 2 or more"),
         (["--select", "uncertainy"], "did you mean uncertainty?"),
         (["--gold-reward", "absent.gold"], "gold_reward 'absent.gold' cannot be imported"),
         (["--labels", "0"], "labels is 0"),
