@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import Loss as Loss
 
 _ROOMS = ("modules", "data")
-"""Rooms whose exports are all public here."""
+"""Rooms whose modules and DataModules are all public here."""
 
 _SINGLE = {
     "LearnedScorer": "scoring",
@@ -27,6 +27,7 @@ _SINGLE = {
     "Loss": "types",
     "SamplingSettings": "sampling.engines",
     "Scorer": "scoring",
+    "WPOWeighting": "modules",
 }
 """Further classes, by the file or room that they live in."""
 
@@ -35,10 +36,10 @@ def __getattr__(name: str) -> Any:
     """Return a public class from the room it lives in."""
     if name in _SINGLE:
         return getattr(importlib.import_module(f"{__name__}.{_SINGLE[name]}"), name)
-    if name == "__all__" or name[:1].isupper():  # classes alone: asking for a submodule must not import the rooms
+    if name == "__all__" or name.endswith("Module"):  # asking for anything else must not import the rooms
         rooms = [importlib.import_module(f"{__name__}.{room}") for room in _ROOMS]
         if name == "__all__":
-            return sorted([*_SINGLE, *(public for room in rooms for public in room.__all__)])
+            return sorted({*_SINGLE, *(kind for room in rooms for kind in room.__all__ if kind.endswith("Module"))})
         for room in rooms:
             if name in room.__all__:
                 return getattr(room, name)

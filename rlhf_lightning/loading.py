@@ -150,8 +150,9 @@ def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
         return shipped[name]
     if "." in name:
         return import_path(name, what)
-    near = nearest(name, shipped)
-    known = f"there are {', '.join(sorted(shipped))}" if shipped else "none is shipped"
+    usable = sorted(key for key, kind in shipped.items() if not inspect.isabstract(kind))
+    near = nearest(name, usable)
+    known = f"there are {', '.join(usable)}" if usable else "none is shipped"
     hint = f"did you mean {near}?" if near else f"{known}."
     raise SettingError(
         "unknown-name", f"there is no {what} {name!r}; {hint} Your own has its module before it: my_file.{name}"

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, SettingError
+
+DEFAULTS = SamplingArguments()
 
 Keep = Literal["best", "random", "top-k", "threshold"]
 Row = dict[str, Any]
@@ -29,14 +32,9 @@ def best_of_n(
     keep: Keep = "best",
     top: int | None = None,
     threshold: float | None = None,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
     keep_unfinished: bool = False,
     as_chat: bool = False,
-    chat_template: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
+    sampling: SamplingArguments = DEFAULTS,
 ) -> int:
     """Sample completions of each prompt, score them, and write those worth imitating as demonstrations.
 
@@ -55,37 +53,30 @@ def best_of_n(
             together, which are those of easy prompts) or threshold (all that score at least so much).
         top: how many top-k keeps.
         threshold: least score that threshold keeps.
-        temperature: logits are divided by it.
-        max_new_tokens: longest completion, tokens.
-        batch_size: completions decoded side by side.
         keep_unfinished: also keep completions that were cut off at their longest.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        chat_template: template to use instead of the tokenizer's own.
-        dtype: precision of the weights, float32 or bfloat16.
-        seed: seed of the sampling and of the lot.
+        sampling: how completions are sampled.
     """
     from rlhf_lightning.commands.generate import (
         Speed,
         completions,
-        load_for_sampling,
         read_prompts,
         scorer_beside,
         write_lines,
     )
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.sampling.engines import SamplingSettings
 
-    _check(n, batch_size, keep, top, threshold)
+    _check(n, keep, top, threshold)
     quieten()
-    settings = SamplingSettings(max_new_tokens, temperature, batch_size=batch_size)
+    sampling.settings()  # refused before anything is read
     asked = read_prompts(prompts, as_chat)
-    policy, tokenizer = load_for_sampling(model, dtype, chat_template)
+    policy, tokenizer = sampling.load(model)
     score = scorer_beside(scorer, policy)
     speed = Speed(len(asked) * n)
-    rows = list(completions(policy, tokenizer, asked, n, settings, seed, speed, score, scorer))
+    rows = list(completions(policy, tokenizer, asked, n, sampling, speed, score, scorer))
     said = speed.finish()
     groups = [rows[start : start + n] for start in range(0, len(rows), n)]
-    kept = selected(groups, keep, top, threshold, keep_unfinished, seed)
+    kept = selected(groups, keep, top, threshold, keep_unfinished, sampling.seed)
     if not kept:
         raise DataError(
             "no-usable-rows",
@@ -98,9 +89,9 @@ def best_of_n(
     return 0
 
 
-def _check(n: int, batch_size: int, keep: Keep, top: int | None, threshold: float | None) -> None:
-    if n < 1 or batch_size < 1:
-        raise SettingError("setting-out-of-range", f"n is {n} and batch_size {batch_size}: both must be at least 1")
+def _check(n: int, keep: Keep, top: int | None, threshold: float | None) -> None:
+    if n < 1:
+        raise SettingError("setting-out-of-range", f"n is {n}: it must be at least 1")
     for name, value, user in (("top", top, "top-k"), ("threshold", threshold, "threshold")):
         if (value is not None) != (keep == user):
             fault = "needs" if value is None else f"belongs to keep={user}: keep={keep} does not take"

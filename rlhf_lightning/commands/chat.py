@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.sampling import SamplingArguments
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import Message, Prompt
+
+DEFAULTS = SamplingArguments(temperature=0.7)
 
 TOKENS_AT_A_TIME = 8
 """Tokens that are sampled before they are shown."""
@@ -19,19 +22,13 @@ HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends; Ctrl-C stops a
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf chat``."""
-    return run_function(chat, argv, "rlhf chat", positional=["folder"])
+    return run_function(chat, argv, "rlhf chat", positional=["folder"], without=["batch_size"])
 
 
 def chat(
     folder: str,
     system: str | None = None,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int = 256,
-    chat_template: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
+    sampling: SamplingArguments = DEFAULTS,
 ) -> int:
     """Talk to a policy, turn by turn. From a pipe, each line is a turn and each answer is printed.
 
@@ -40,22 +37,14 @@ def chat(
     Args:
         folder: folder of a policy (whole or adapter), .gguf file or hub id, as in runs/dpo/version_0/model.
         system: system prompt that opens each conversation.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_p: keep the smallest set of tokens with this probability.
-        top_k: keep this many likeliest tokens; 0 keeps all.
-        max_new_tokens: longest answer, tokens.
-        chat_template: template to use instead of the tokenizer's own.
-        dtype: precision of the weights, float32 or bfloat16.
-        seed: seed of the sampling; the same lines get the same answers.
+        sampling: how answers are sampled; with one seed the same lines get the same answers.
     """
-    from rlhf_lightning.commands.generate import load_for_sampling
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.sampling.engines import SamplingSettings
 
     quieten()
-    settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k)
-    policy, tokenizer = load_for_sampling(folder, dtype, chat_template)
-    conversation = Conversation(policy, tokenizer, settings, seed, system)
+    settings, engine = sampling.settings(), sampling.make_engine()
+    policy, tokenizer = sampling.load(folder)
+    conversation = Conversation(policy, tokenizer, settings, sampling.seed, system, engine)
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{folder}\n{HELP}")
@@ -107,9 +96,15 @@ class Conversation:
         settings: how answers are sampled.
         seed: seed of the sampling.
         system: system prompt.
+        engine: what draws; None for this process's own.
     """
 
-    def __init__(self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None) -> None:
+    def __init__(
+        self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None, engine: Any = None
+    ) -> None:
+        from rlhf_lightning.sampling.engines import load_engine
+
+        self.engine = load_engine(engine)
         self.policy, self.tokenizer, self.settings, self.seed = policy, tokenizer, settings, seed
         self.system = system
         self.has_turns = tokenizer.chat_template is not None
@@ -142,7 +137,6 @@ class Conversation:
         import torch
 
         from rlhf_lightning import tokenization
-        from rlhf_lightning.sampling.engines import sample
 
         start = torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt))
         ends = tokenization.end_token_ids(self.tokenizer)
@@ -152,7 +146,7 @@ class Conversation:
             tokens = min(TOKENS_AT_A_TIME, self.settings.max_new_tokens - len(ids))
             settings = replace(self.settings, max_new_tokens=tokens)
             context = torch.cat([start, torch.tensor(ids, dtype=torch.long)])
-            drawn = sample(self.policy, [context], torch.tensor([self.drawn]), settings, self.seed, ends)
+            drawn = self.engine.sample(self.policy, [context], torch.tensor([self.drawn]), settings, self.seed, ends)
             self.drawn += 1
             ids += drawn.ids[0].tolist()
             finished = bool(drawn.finished[0])

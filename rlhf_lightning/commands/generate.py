@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.types import Prompt
+
+DEFAULTS = SamplingArguments()
 
 CHUNKS_AT_ONCE = 8
 """How many batches are handed to the sampler together: it sorts them by length, so more waste less."""
@@ -34,16 +37,9 @@ def generate(
     prompts: str,
     out: str,
     samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    batch_size: int = 16,
     scorer: str | None = None,
     as_chat: bool = False,
-    chat_template: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
+    sampling: SamplingArguments = DEFAULTS,
 ) -> int:
     """Answer each prompt of a file and write one JSON line per completion.
 
@@ -56,31 +52,21 @@ def generate(
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
         out: JSONL file to write; it appears when all is done.
         samples: completions per prompt.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        max_new_tokens: longest completion, tokens.
-        top_p: keep the smallest set of tokens with this probability.
-        top_k: keep this many likeliest tokens; 0 keeps all.
-        batch_size: completions decoded side by side.
         scorer: reward model's folder, or import path of a function, that scores the completions.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        chat_template: template to use instead of the tokenizer's own.
-        dtype: precision of the weights, float32 or bfloat16.
-        seed: seed of the sampling.
+        sampling: how completions are sampled.
     """
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.sampling.engines import SamplingSettings
 
-    if samples < 1 or batch_size < 1:
-        raise SettingError(
-            "setting-out-of-range", f"samples is {samples} and batch_size {batch_size}: both must be at least 1"
-        )
+    if samples < 1:
+        raise SettingError("setting-out-of-range", f"samples is {samples}: it must be at least 1")
     quieten()
-    settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, batch_size)
+    sampling.settings()  # refused before anything is read
     rows = read_prompts(prompts, as_chat)
-    policy, tokenizer = load_for_sampling(model, dtype, chat_template)
+    policy, tokenizer = sampling.load(model)
     score = None if scorer is None else scorer_beside(scorer, policy)
     speed = Speed(len(rows) * samples)
-    answers = completions(policy, tokenizer, rows, samples, settings, seed, speed, score, scorer or "")
+    answers = completions(policy, tokenizer, rows, samples, sampling, speed, score, scorer or "")
     write_lines(Path(out), answers)
     print(f"{out}: {speed.finish()}")
     return 0
@@ -176,8 +162,7 @@ def completions(
     tokenizer: "PreTrainedTokenizerBase",
     rows: "Sequence[tuple[Prompt, dict[str, Any]]]",
     samples: int,
-    settings: Any,
-    seed: int,
+    sampling: SamplingArguments,
     speed: "Speed",
     score: Any = None,
     scorer_name: str = "",
@@ -186,17 +171,17 @@ def completions(
     import torch
 
     from rlhf_lightning import tokenization
-    from rlhf_lightning.sampling.engines import sample
     from rlhf_lightning.scoring.scorer import Judgements, checked_judgements
 
     ends = tokenization.end_token_ids(tokenizer)
-    at_once = max(settings.batch_size * CHUNKS_AT_ONCE // samples, 1)
+    engine, settings = sampling.make_engine(), sampling.settings()
+    at_once = max(sampling.batch_size * CHUNKS_AT_ONCE // samples, 1)
     for start in range(0, len(rows), at_once):
         chunk = rows[start : start + at_once]
         encoded = [torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt, _ in chunk]
         repeated = [ids for ids in encoded for _ in range(samples)]
         episodes = torch.arange(start * samples, start * samples + len(repeated))
-        drawn = sample(policy, repeated, episodes, settings, seed, ends, on_progress=speed.completed)
+        drawn = engine.sample(policy, repeated, episodes, settings, sampling.seed, ends, speed.completed)
         texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
         owners = [row for row in chunk for _ in range(samples)]
         judged = Judgements(torch.zeros(0)).plain()

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import docstring_parser
@@ -42,7 +43,11 @@ def usage_error(prog: str, sentence: str) -> NoReturn:
 
 
 def run_function(
-    function: Callable[..., int | None], argv: Sequence[str], prog: str, positional: Sequence[str] = ()
+    function: Callable[..., int | None],
+    argv: Sequence[str],
+    prog: str,
+    positional: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> int:
     """Call a command's function with the arguments of a command line; signature and docstring are its help.
 
@@ -51,6 +56,9 @@ def run_function(
         argv: the command line after the command's name.
         prog: what the help calls the program.
         positional: parameters that are given by place instead.
+        without: fields of a dataclass that become no options.
+
+    A parameter whose default is a dataclass becomes one option for each field, described by the dataclass.
     """
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
@@ -58,9 +66,20 @@ def run_function(
     helps = {entry.arg_name: entry.description for entry in doc.params}
     for name in positional:
         parser.add_argument(name, type=str, help=helps.get(name))
-    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=set(positional))
-    switches = [name for name, entry in inspect.signature(function).parameters.items() if entry.default is False]
-    return function(**parser.parse_args(_switched_on(with_underscores(argv), switches)).as_dict()) or 0
+    parameters = inspect.signature(function).parameters
+    groups: dict[str, Any] = {name: p.default for name, p in parameters.items() if is_dataclass(p.default)}
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip={*positional, *groups})
+    for default in groups.values():
+        parser.add_class_arguments(type(default), as_group=False, skip=set(without))
+        parser.set_defaults({field.name: getattr(default, field.name) for field in fields(default)
+                             if field.name not in without})  # fmt: skip
+    switches = [name for name, entry in parameters.items() if entry.default is False]
+    given = parser.parse_args(_switched_on(with_underscores(argv), switches)).as_dict()
+    for name, default in groups.items():
+        given[name] = replace(default, **{
+            field.name: given.pop(field.name) for field in fields(default) if field.name in given
+        })  # fmt: skip
+    return function(**given) or 0
 
 
 def _switched_on(argv: Sequence[str], switches: Sequence[str]) -> list[str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.constitution.revision import Chain
     from rlhf_lightning.scoring.judges.judge import Writer
+
+DEFAULTS = SamplingArguments()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,16 +32,10 @@ def critique(
     mix: Literal["last", "all"] = "all",
     without_critique: bool = False,
     keep_unfinished: bool = False,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    top_p: float = 1.0,
-    batch_size: int = 16,
     server_model: str | None = None,
     api_key: str | None = None,
     as_chat: bool = False,
-    chat_template: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
+    sampling: SamplingArguments = DEFAULTS,
 ) -> int:
     """Turn prompts into demonstrations: sample an answer, criticise it by a principle, revise it, several rounds.
 
@@ -58,16 +55,10 @@ def critique(
         mix: rows of a prompt: its last revision, or those of all rounds.
         without_critique: ask for a revision at once.
         keep_unfinished: also keep revisions that were cut off at their longest.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        max_new_tokens: longest answer, critique or revision, tokens.
-        top_p: keep the smallest set of tokens with this probability.
-        batch_size: completions decoded side by side, or requests in flight.
         server_model: name of the model on a server.
         api_key: name of the environment variable that holds a server's key.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        chat_template: template to use instead of the tokenizer's own.
-        dtype: precision of the weights, float32 or bfloat16.
-        seed: seed of the sampling and of the draw of principles.
+        sampling: how answers, critiques and revisions are sampled.
     """
     from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts, write_lines
     from rlhf_lightning.commands.journal import Journal, model_stamp
@@ -76,10 +67,7 @@ def critique(
     from rlhf_lightning.constitution.revision import RevisionSettings, demonstrations, revise, revision_report
     from rlhf_lightning.data.feedback.records import digest
     from rlhf_lightning.evaluation.report import write_json
-    from rlhf_lightning.sampling.engines import SamplingSettings
 
-    if batch_size < 1:
-        raise SettingError("setting-out-of-range", f"batch_size is {batch_size}: it must be at least 1")
     quieten()
     rules, target = load_constitution(constitution), Path(out)
     if not rules.revising:
@@ -87,20 +75,20 @@ def critique(
             "too-few-principles",
             f"the constitution {rules.title} has no principles to revise by: list some under revising",
         )
-    settings = RevisionSettings(rounds, not without_critique, keep_unfinished, seed)
-    sampling = SamplingSettings(max_new_tokens, temperature, top_p, batch_size=batch_size)
+    settings = RevisionSettings(rounds, not without_critique, keep_unfinished, sampling.seed)
+    drawn = sampling.provenance()
     rows = [prompt for prompt, _ in read_prompts(prompts, as_chat)]
     provenance = {
         "model": server_model or model,
         "constitution": rules.fingerprint,
         "constitution_name": f"{rules.name} v{rules.version}",
-        "sampling": {name: value for name, value in asdict(sampling).items() if name != "batch_size"},
+        "sampling": drawn,
         **asdict(settings),
     }
-    task = {**provenance, "model": model_stamp(model), "dtype": dtype, "prompts": digest(rows)}
-    journal = Journal(target, {**task, "chat_template": chat_template})
-    writer = _writer(model, server_model, api_key, chat_template, dtype, sampling, seed)
-    at_once = batch_size * CHUNKS_AT_ONCE
+    task = {**provenance, "model": model_stamp(model), "dtype": sampling.dtype, "prompts": digest(rows)}
+    journal = Journal(target, {**task, "chat_template": sampling.chat_template})
+    writer = _writer(model, server_model, api_key, sampling)
+    at_once = sampling.batch_size * CHUNKS_AT_ONCE
     if journal.done:
         print(f"{journal.path}: going on after {journal.done:,} of {len(rows):,} prompts")
     for start in range(journal.done, len(rows), at_once):
@@ -123,10 +111,7 @@ def report_file(target: Path) -> Path:
     return target.with_suffix(".report.json")
 
 
-def _writer(
-    model: str, server_model: str | None, api_key: str | None, chat_template: str | None, dtype: str, sampling: Any,
-    seed: int,
-) -> "Writer":  # fmt: skip
+def _writer(model: str, server_model: str | None, api_key: str | None, sampling: SamplingArguments) -> "Writer":
     """Load what answers, criticises and revises.
 
     Raises:
@@ -139,11 +124,10 @@ def _writer(
                 "conflicting-settings",
                 "server_model and api_key belong to a server: name its address in model, http://host:8000",
             )
-        from rlhf_lightning.commands.generate import load_for_sampling
         from rlhf_lightning.scoring.judges import LocalWriter
 
-        policy, tokenizer = load_for_sampling(model, dtype, chat_template)
-        writer = LocalWriter(policy, tokenizer, sampling, seed, model)
+        policy, tokenizer = sampling.load(model)
+        writer = LocalWriter(policy, tokenizer, sampling.settings(), sampling.seed, model, sampling.make_engine())
         if writer.longest is not None and sampling.max_new_tokens >= writer.longest:
             raise SettingError(
                 "setting-out-of-range",
@@ -153,11 +137,18 @@ def _writer(
         return writer
     if server_model is None:
         raise SettingError("missing-setting", "a server needs server_model: give the name of the model on it")
+    for name in ("engine", "chat_template"):
+        if getattr(sampling, name) is not None:
+            raise SettingError(
+                "conflicting-settings", f"{name} belongs to a model on this machine; {model} is a server: leave it out"
+            )
+    if sampling.top_k:
+        raise SettingError("conflicting-settings", f"top_k is {sampling.top_k}: a server takes top_p alone")
     from rlhf_lightning.scoring.judges import RemoteWriter
     from rlhf_lightning.scoring.judges.remote import ChatServer
 
     server = ChatServer(model, server_model, requests=sampling.batch_size, api_key=api_key)
-    return RemoteWriter(server, sampling, seed)
+    return RemoteWriter(server, sampling.settings(), sampling.seed)
 
 
 def _chain(record: dict[str, Any]) -> "Chain":

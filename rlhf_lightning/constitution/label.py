@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import SettingError
 
 if TYPE_CHECKING:
-    from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.scoring.judges.judge import Pair
+
+DEFAULTS = SamplingArguments()
 
 FOUND_AT_ONCE = 64
 """Pairs between two lines of the journal."""
@@ -39,12 +41,8 @@ def label(
     reasoning: bool = False,
     least_mass: float = 0.01,
     ties: Literal["keep", "drop"] = "keep",
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
     as_chat: bool = False,
-    dtype: str = "float32",
-    seed: int = 0,
+    sampling: SamplingArguments = DEFAULTS,
 ) -> int:
     """Label pairs of completions by a judge, each comparison in both orders, and write them with soft labels.
 
@@ -71,19 +69,14 @@ def label(
         reasoning: let the judge reason before it answers; probabilities are then held within [0.4, 0.6].
         least_mass: least probability of the two letters together; below it the judge gave no answer.
         ties: keep pairs whose verdict is a tie, with their soft label, or drop them.
-        temperature: of the sampling; 0 gives no two completions of one model.
-        max_new_tokens: longest sampled completion, tokens.
-        batch_size: completions decoded side by side.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        dtype: precision of the weights, float32 or bfloat16.
-        seed: seed of the sampling and of the draw of principles.
+        sampling: how completions are sampled; at temperature 0 a model has one answer, and no pair.
     """
     from rlhf_lightning.commands.journal import Journal, model_stamp
     from rlhf_lightning.commands.quiet import quieten
     from rlhf_lightning.commands.secrets import written_secret
     from rlhf_lightning.constitution.labelling import LabelSettings, compared
     from rlhf_lightning.constitution.principles import load_constitution
-    from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.scoring.judges import load_judge
 
     if (pairs is None) == (prompts is None) or (prompts is None) != (model is None):
@@ -94,7 +87,8 @@ def label(
     if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
         raise SettingError("written-secret", secret)
     quieten()
-    rules, settings = load_constitution(constitution), LabelSettings(principles, average, reasoning, least_mass, seed)
+    rules = load_constitution(constitution)
+    settings = LabelSettings(principles, average, reasoning, least_mass, sampling.seed)
     if len(rules.comparing) < principles:
         raise SettingError(
             "too-few-principles",
@@ -105,9 +99,8 @@ def label(
         work: Work = GivenPairs(pairs)
     else:
         assert prompts is not None and model is not None
-        sampling = SamplingSettings(max_new_tokens, temperature, batch_size=batch_size)
-        work = SampledPairs(prompts, model, sampling, as_chat, dtype, seed)
-    judging = load_judge(judge, _with_dtype(judge, judge_args, dtype))
+        work = SampledPairs(prompts, model, sampling, as_chat)
+    judging = load_judge(judge, _with_dtype(judge, judge_args, sampling.dtype))
     provenance = {
         "judge": judging.name,
         "constitution": rules.fingerprint,
@@ -115,7 +108,7 @@ def label(
         **asdict(settings),
         **work.provenance,
     }
-    task = {**provenance, **work.task, "judge": model_stamp(judge), "judge_args": judge_args, "dtype": dtype}
+    task = {**provenance, **work.task, "judge": model_stamp(judge), "judge_args": judge_args, "dtype": sampling.dtype}
     journal = Journal(Path(out), task)
     if journal.done:
         print(f"{journal.path}: going on after {journal.done:,} of {work.total:,}")
@@ -231,34 +224,31 @@ class SampledPairs:
     Args:
         prompts: file of prompts.
         model: folder of the policy.
-        sampling: settings of the sampling.
+        sampling: how completions are sampled.
         as_chat: whether plain prompts become a user's turn.
-        dtype: precision of the weights.
-        seed: of the sampling.
     """
 
-    def __init__(
-        self, prompts: str, model: str, sampling: "SamplingSettings", as_chat: bool, dtype: str, seed: int
-    ) -> None:
+    def __init__(self, prompts: str, model: str, sampling: SamplingArguments, as_chat: bool) -> None:
         from rlhf_lightning.commands.generate import read_prompts
         from rlhf_lightning.commands.journal import model_stamp
         from rlhf_lightning.data.feedback.records import digest
 
         self.rows = read_prompts(prompts, as_chat)
-        self.model, self.sampling, self.dtype, self.seed = model, sampling, dtype, seed
+        self.model, self.sampling = model, sampling
         self.total = len(self.rows)
-        drawn = {name: value for name, value in asdict(sampling).items() if name != "batch_size"}
-        self.provenance = {"prompts": prompts, "model": model, "sampling": drawn}
+        self.provenance = {"prompts": prompts, "model": model, "sampling": sampling.provenance()}
         self.task = {"content": digest([list(row) for row in self.rows]), "model": model_stamp(model)}
+        if sampling.chat_template is not None:
+            self.task["chat_template"] = sampling.chat_template
 
     def parts(self, done: int) -> Iterator[Part]:
         """Yield the pairs of some prompts at a time."""
         from rlhf_lightning.people.candidates import load_policies, sampled_items
         from rlhf_lightning.scoring.judges.judge import Pair
 
-        policies, slots = load_policies([self.model], self.dtype), self.sampling.batch_size or FOUND_AT_ONCE
-        at_once = max(slots, FOUND_AT_ONCE)
-        items = sampled_items(policies, self.rows, 2, self.sampling, self.seed, at_once, lambda _: False, done)
+        policies, settings = load_policies([self.model], self.sampling), self.sampling.settings()
+        at_once = max(self.sampling.batch_size, FOUND_AT_ONCE)
+        items = sampled_items(policies, self.rows, 2, settings, self.sampling.seed, at_once, lambda _: False, done)
         for start, part in zip(range(done, self.total, at_once), items, strict=True):
             pairs = []
             for item in part:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.people.selectors import Selector
     from rlhf_lightning.people.store import FeedbackStore
+
+DEFAULTS = SamplingArguments()
 
 AHEAD, POOL = 16, 256
 """Items sampled ahead where nothing chooses among them, and where something does."""
@@ -58,11 +61,6 @@ def annotate(
     select: str | None = None,
     ensemble: list[str] | None = None,
     ahead: int | None = None,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    top_p: float = 1.0,
-    batch_size: int = 16,
-    dtype: str = "float32",
     as_chat: bool = False,
     annotators_per_item: int = 1,
     repeats: float = 0.05,
@@ -71,7 +69,7 @@ def annotate(
     annotators: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8765,
-    seed: int = 0,
+    sampling: SamplingArguments = DEFAULTS,
 ) -> int:
     """Serve a page on which people compare completions, blind and with sides at random, and keep what they say.
 
@@ -92,11 +90,6 @@ def annotate(
             disagreement.
         ahead: items that are sampled ahead of the annotators, and from which --select chooses; 16 where it is not
             given, and 256 with --select.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        max_new_tokens: longest completion, tokens.
-        top_p: keep the smallest set of tokens with this probability.
-        batch_size: completions decoded side by side.
-        dtype: precision of the weights, float32 or bfloat16.
         as_chat: put a plain-text prompt into a user turn of the chat template.
         annotators_per_item: how many people judge each item.
         repeats: share of items shown again with sides swapped, to measure consistency.
@@ -106,7 +99,7 @@ def annotate(
             Needed where --host is not this machine alone.
         host: address to listen on; the default is reached from this machine alone.
         port: port to listen on; 0 takes a free one.
-        seed: seed of sampling, sides and repeats.
+        sampling: how completions are sampled.
     """
     from rlhf_lightning.people.labeller import require_web_server
 
@@ -126,7 +119,7 @@ def annotate(
     if (prompts is None) != (model is None):
         raise SettingError("conflicting-settings", "--prompts and --model go together: give both, or neither")
     door = door_of(path, host, annotators)
-    selector = selector_of(select, ensemble, seed)
+    selector = selector_of(select, ensemble, sampling.seed)
     given = None
     if pairs is not None:
         from rlhf_lightning.people.candidates import given_items
@@ -134,26 +127,21 @@ def annotate(
         given = list(given_items(pairs))  # before a store is made for them
     with ExitStack() as stack:
         listening = stack.enter_context(closing(listen(host, port)))
-        opened = stack.enter_context(FeedbackStore(path, Policy(annotators_per_item, repeats, seed=seed)))
+        opened = stack.enter_context(FeedbackStore(path, Policy(annotators_per_item, repeats, seed=sampling.seed)))
         if given is not None:
             print(f"{pairs}: {opened.add(given):,} items are new")
         if selector is not None:
             opened.rank(selector)
         state: Callable[[], str] = str
         if prompts is not None and model is not None:
-            from rlhf_lightning.sampling.engines import SamplingSettings
-
-            settings = SamplingSettings(max_new_tokens, temperature, top_p, 0, batch_size)
             state = stack.enter_context(
                 sampling_ahead(
                     opened,
                     prompts,
                     model,
                     candidates,
-                    settings,
-                    seed,
+                    sampling,
                     ahead or (AHEAD if selector is None else POOL),
-                    dtype,
                     as_chat,
                     selector,
                 )
@@ -166,8 +154,8 @@ def annotate(
 
 
 def sampling_ahead(
-    store: "FeedbackStore", prompts: str, models: list[str], candidates: int, settings: Any, seed: int, ahead: int,
-    dtype: str, as_chat: bool, selector: "Selector | None",
+    store: "FeedbackStore", prompts: str, models: list[str], candidates: int, sampling: SamplingArguments, ahead: int,
+    as_chat: bool, selector: "Selector | None",
 ) -> Any:  # fmt: skip
     """Load the models, and return what samples from them in a thread.
 
@@ -187,9 +175,9 @@ def sampling_ahead(
         )
     quieten()
     rows = read_prompts(prompts, as_chat)
-    policies = load_policies(models, dtype)
-    at_once = max(min(ahead, settings.batch_size or ahead), 1)
-    batches = sampled_items(policies, rows, candidates, settings, seed, at_once, store.has_prompt)
+    policies, settings = load_policies(models, sampling), sampling.settings()
+    at_once = max(min(ahead, sampling.batch_size), 1)
+    batches = sampled_items(policies, rows, candidates, settings, sampling.seed, at_once, store.has_prompt)
     return SamplingAhead(store, batches, ahead, selector)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_lightning.commands.generate import load_for_sampling
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, MissingError
 
 if TYPE_CHECKING:
@@ -26,16 +26,18 @@ class Sampled(NamedTuple):
         name: as it was named.
         model: the policy.
         tokenizer: its tokenizer.
+        engine: what draws.
     """
 
     name: str
     model: Any
     tokenizer: Any
+    engine: Any
 
 
-def load_policies(names: Sequence[str], dtype: str) -> list[Sampled]:
+def load_policies(names: Sequence[str], sampling: SamplingArguments) -> list[Sampled]:
     """Load each policy once."""
-    return [Sampled(name, *load_for_sampling(name, dtype)) for name in names]
+    return [Sampled(name, *sampling.load(name), sampling.make_engine()) for name in names]
 
 
 def sampled_items(
@@ -108,11 +110,10 @@ def _sample(
     import torch
 
     from rlhf_lightning import tokenization
-    from rlhf_lightning.sampling.engines import sample
 
     encoded = [torch.tensor(tokenization.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts]
     ends = tokenization.end_token_ids(policy.tokenizer)
-    drawn = sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends)
+    drawn = policy.engine.sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends)
     return [tokenization.completion_text(policy.tokenizer, ids.tolist()) for ids in drawn.ids]
 
 

@@ -18,6 +18,7 @@ import rlhf_lightning.modules  # noqa: F401  objectives by their short names
 from rlhf_lightning.commands import train
 from rlhf_lightning.commands.generate import load_for_sampling, read_prompts, write_lines
 from rlhf_lightning.commands.messages import subclasses_of
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of
 from rlhf_lightning.errors import SettingError
@@ -53,7 +54,7 @@ def sample_pairs(
     with store.reading() as connection:
         items = {item.key: item for item in items_of(connection)}
     begin, start = _after(list(items.values()), seed)
-    policies = load_policies([policy], "float32") if len(items) < count else []
+    policies = load_policies([policy], SamplingArguments()) if len(items) < count else []
     for turn in range(begin, 1 + -(-count // len(rows))):
         if len(items) >= count:
             break

@@ -127,7 +127,7 @@ def test_what_is_written_is_read_as_demonstrations(given, policy_folder, cache):
         (["--keep", "threshold"], "keep=threshold needs threshold"),
         (["--top", "3"], "top belongs to keep=top-k: keep=best does not take it"),
         (["--keep", "top-k", "--top", "0"], "top is 0: it must be at least 1"),
-        (["--n", "0"], "n is 0 and batch_size 16: both must be at least 1"),
+        (["--n", "0"], "n is 0: it must be at least 1"),
         (["--keep", "threshold", "--threshold", "1e9"], "completions is kept"),
     ],
 )

@@ -93,14 +93,14 @@ def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypat
     ids = [7 + byte for byte in wanted] + [5]
     drawn_so_far = []
 
-    def scripted(model, prompts, episodes, settings, seed, ends, on_progress=None):
+    def scripted(self, model, prompts, episodes, settings, seed, ends, on_progress=None):
         start = len(drawn_so_far)
         part = ids[start : start + settings.max_new_tokens]
         drawn_so_far.extend(part)
         done = torch.tensor([part[-1] == 5])
         return engines.Completions((torch.tensor(part),), (torch.zeros(len(part)),), done)
 
-    monkeypatch.setattr(engines, "sample", scripted)
+    monkeypatch.setattr(engines.SlotEngine, "sample", scripted)
     pieces = list(conversation.answer("x"))
     assert (
         pieces[:2] == ["a" * 7, "€bbbü"]

@@ -1,6 +1,7 @@
 """`rlhf generate`: every prompt answered, in order, with log-probabilities and scores that are the models' own."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_run import rows_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.sampling import engines
 from rlhf_lightning.tokenization import encode_completion, encode_prompt, load_tokenizer
 
@@ -46,8 +48,8 @@ def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, mon
         drawn.append(sampling_of(*args, **kwargs))
         return drawn[-1]
 
-    sampling_of = engines.sample
-    monkeypatch.setattr(engines, "sample", kept)
+    sampling_of = engines.SlotEngine.sample
+    monkeypatch.setattr(engines.SlotEngine, "sample", kept)
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
                     "--max-new-tokens", "12", "--temperature", "0.8")  # fmt: skip
     tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder).eval()
@@ -193,3 +195,30 @@ def test_the_sum_of_it_is_said(policy_folder, prompts, capsys):
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max-new-tokens", "5")
     tokens = sum(row["length"] for row in rows)
     assert f"answers.jsonl: 3 completions, {tokens} tokens," in capsys.readouterr().out
+
+
+ENGINE = '{"class_path": "GenerateEngine"}'
+
+
+@pytest.mark.parametrize("engine", ["GenerateEngine", ENGINE])
+def test_another_engine_gives_the_same_greedy_completions(policy_folder, prompts, engine):
+    base = ("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max-new-tokens", "6",
+            "--temperature", "0")  # fmt: skip
+    own, other = generate(*base), generate(*base, "--engine", engine)
+    assert [row["completion"] for row in own] == [row["completion"] for row in other]
+
+
+@pytest.mark.parametrize("command", ["generate", "best-of-n", "critique", "label", "annotate", "chat"])
+def test_every_sampling_command_has_the_same_arguments(command, capsys):
+    with pytest.raises(SystemExit):
+        rlhf([command, "--help"])
+    said = capsys.readouterr().out
+    names = {field.name for field in fields(SamplingArguments)} - ({"batch_size"} if command == "chat" else set())
+    assert {name for name in names if f"--{name} " in said} == names
+
+
+def test_an_engine_that_is_none_is_refused_before_anything_is_written(policy_folder, prompts, capsys):
+    assert rlhf(
+        ["generate", "--model", policy_folder, "--prompts", prompts, "--out", "a.jsonl", "--engine", "SlotEngin"]
+    )
+    assert "did you mean SlotEngine?" in capsys.readouterr().err and not Path("a.jsonl").exists()

@@ -22,7 +22,7 @@ class Judge:
         self.letter, self.most = letter, most
 
     def __call__(self, questions):
-        from rlhf_lightning.scoring.judges.judge import Answer, no_answer
+        from rlhf_lightning.scoring.judges.judge import JudgeAnswer, no_answer
         Judge.asked += len(questions)
         if Judge.asked > self.most:
             raise RuntimeError("killed")
@@ -33,7 +33,7 @@ class Judge:
             p = 1 / (1 + 2.718281828459045 ** -odds)
             import math
             silent = "silent" in q.first + q.second
-            found.append(no_answer("other_words") if silent else Answer(math.log(p), math.log(1 - p)))
+            found.append(no_answer("other_words") if silent else JudgeAnswer(math.log(p), math.log(1 - p)))
         return found
 """
 PAIRS = [
@@ -151,7 +151,7 @@ def test_a_model_judges(given, policy_folder):
         (["--constitution", "harmles"], "there is no constitution 'harmles', and no such file: did you mean harmless?"),
         (["--principles", "17"], "has 16 principles to compare by"),
         (["--pairs", "nothing.jsonl"], "there is no file nothing.jsonl"),
-        (["--judge", "os.system"], "judge 'os.system' is no class whose objects can be called with questions"),
+        (["--judge", "os.system"], "judge 'os.system' has no name"),
         (["--judge_args.api_key", "sk-1234"], "judge_args.api_key is no name of an environment variable"),
         (["--least-mass", "1"], "least_mass is 1.0"),
     ],

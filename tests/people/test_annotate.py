@@ -13,6 +13,7 @@ from tiny_run import rows_of
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.failures import failure_sentence
+from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.people.annotate import gathered
 from rlhf_lightning.people.candidates import given_items, load_policies, sampled_items
 from rlhf_lightning.sampling.engines import SamplingSettings
@@ -28,7 +29,7 @@ def drawn(policies, at_once=2, count=2, skip=lambda prompt: False, settings=SETT
 
 
 def test_completions_know_where_they_come_from(policy_folder):
-    policies = load_policies([policy_folder], "float32")
+    policies = load_policies([policy_folder], SamplingArguments())
     items = drawn(policies)
     assert [item.prompt for item in items] == [prompt for prompt, _ in PROMPTS] and items[0].columns == {
         "topic": "short"
@@ -42,7 +43,7 @@ def test_completions_know_where_they_come_from(policy_folder):
 
 
 def test_two_models_take_turns_and_equal_answers_are_left_out(policy_folder, plain_folder):
-    two = load_policies([policy_folder, plain_folder], "float32")[:1] * 2
+    two = load_policies([policy_folder, plain_folder], SamplingArguments())[:1] * 2
     (item, *_) = drawn([two[0], two[1]._replace(name="other")], count=4)
     assert [one.model for one in item.candidates] == [policy_folder, "other"] * 2
     assert not drawn(two[:1], settings=SamplingSettings(6, temperature=0.0)), "the likeliest answer is one"

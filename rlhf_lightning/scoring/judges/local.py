@@ -13,7 +13,7 @@ from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
 from rlhf_lightning.models.loading import LoadSettings, resolve_folder
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, no_answer
 from rlhf_lightning.scoring.judges.wording import as_text, first_paragraphs
 from rlhf_lightning.tokenization import load_tokenizer
@@ -70,11 +70,19 @@ class LocalWriter:
         settings: of the sampling.
         seed: of the sampling.
         name: what rows say they come from.
+        engine: what draws; None for a `SlotEngine`.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, seed: int, name: str
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        seed: int,
+        name: str,
+        engine: SamplingEngine | None = None,
     ) -> None:
+        self.engine = load_engine(engine)
         self.model, self.tokenizer, self.settings, self.seed, self.name = model, tokenizer, settings, seed, name
         self.longest = context_length(model)
 
@@ -87,7 +95,9 @@ class LocalWriter:
         if not fit:
             return written
         ends, numbers = tokenization.end_token_ids(self.tokenizer), torch.tensor([episodes[place] for place in fit])
-        drawn = sample(self.model, [encoded[place] for place in fit], numbers, self.settings, self.seed, ends)
+        drawn = self.engine.sample(
+            self.model, [encoded[place] for place in fit], numbers, self.settings, self.seed, ends
+        )
         for place, ids, finished in zip(fit, drawn.ids, drawn.finished.tolist(), strict=True):
             written[place] = Written(tokenization.completion_text(self.tokenizer, ids.tolist()), finished)
         return written
