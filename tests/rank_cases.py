@@ -36,8 +36,10 @@ from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.sharding import whole
 from rlhf_lightning.runs import RankWatch
 from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import (
     DemonstrationBatch,
+    Loss,
     PolicyLogprobs,
     PreferenceBatch,
     PreferenceLogprobs,
@@ -328,13 +330,12 @@ class Poisoned(modules.DPOModule):
     masked = False
     """Whether the gradient is a good one all the same."""
 
-    def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
-        loss = super().preference_loss(logprobs)
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Loss:
+        loss = as_loss(super().preference_loss(pairs))
         rank, ranks = here()
-        assert isinstance(loss, Tensor)
         if rank != ranks - 1 or self.updates not in self.poison:
             return loss
-        return loss + float("nan") if self.masked else loss * float("nan")
+        return loss._replace(values=loss.values + float("nan") if self.masked else loss.values * float("nan"))
 
 
 def skip(folder: str, strategy: str, poison: Sequence[int], masked: bool, updates: int = 6) -> dict[str, Any]:

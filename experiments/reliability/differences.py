@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_lightning.runs.checkpoint_metadata import read_checkpoint, sharded_metadata
 
-LEFT_OUT = {"event_files", "loops", "pytorch-lightning_version"}
-"""A resumed run has more event files, and Lightning counts beginnings that were killed."""
+LEFT_OUT = {"loops", "pytorch-lightning_version"}
+"""Lightning counts beginnings that were killed."""
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
@@ -28,6 +28,8 @@ def differences(whole: Path, cut: Path) -> list[str]:
 def contents(checkpoint: Path) -> dict[str, Any]:
     """Return all that a checkpoint holds and a resumed run should have too, shards put together."""
     held = {name: value for name, value in read_checkpoint(checkpoint).items() if name not in LEFT_OUT}
+    # A resumed run has more event files, each named by the second it was made in; what they hold is compared as curves.
+    held["records"] = {name: size for name, size in held.get("records", {}).items() if "events.out" not in name}
     if checkpoint.is_dir():
         parts = sharded_metadata(checkpoint).state_dict_metadata
         tensors = {

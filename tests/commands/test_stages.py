@@ -109,7 +109,7 @@ def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, mo
     checkpoint = torch.load(whole.folder / "checkpoints" / "last.ckpt", weights_only=True)
     kept = checkpoint["hyper_parameters"]["scorer"]
     assert kept["init_args"]["scorers"]["length"]["init_args"] == {"coef": 0.5, "target": 3} and len(kept) == 2
-    length = scalars_of(whole.folder, "rollout/score/length")
+    length = scalars_of(whole.folder, "rollout/score_length")
     assert len(length) == 8 and all(value <= 0 for _, value in length)
     real = GRPOModule.collect
 
@@ -124,7 +124,7 @@ def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, mo
             run([*argv, "--run_name", "cut"])
     resumed = run(["fit", "--resume", "runs/cut"])
     assert resumed.model.scorer.scorers["repetition"].n == 1
-    assert scalars_of(resumed.folder, "rollout/score/length") == length
+    assert scalars_of(resumed.folder, "rollout/score_length") == length
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------
