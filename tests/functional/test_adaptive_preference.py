@@ -55,14 +55,6 @@ def test_collision_probability_is_the_expected_probability_of_a_sample(seed):
     assert not found.requires_grad
 
 
-def test_wpo_ignores_padding_and_passes_no_gradient():
-    logprobs = torch.tensor([[-1.0, -2.0, float("nan")]], requires_grad=True)
-    mask = torch.tensor([[True, True, False]])
-    weights = wpo_weights(logprobs, torch.tensor([[-0.5, -0.5, 7.0]]), mask)
-    torch.testing.assert_close(weights, torch.tensor([-1.0]).exp())
-    assert not weights.requires_grad
-
-
 def ld_dpo_token_weights(chosen, rejected, alpha):
     """How much each token's log-ratio counts: the gradient of the reward by it, divided by beta."""
     grids = [torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True) for mask in (chosen, rejected)]

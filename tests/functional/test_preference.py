@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.preference import dpo_loss
+from rlhf_lightning.functional.preference import dpo_loss, wpo_weights
 
 from .pair_losses import certain_pairs, loss_of, of_margin, unloaded
 from .worked import Worked, check, each, gradient, normal, property_test
@@ -271,3 +271,11 @@ def test_rpo_adds_the_likelihood_of_chosen_alone():
 def test_bad_input_is_refused_in_one_sentence(margin, target, sentence):
     with pytest.raises(ValueError, match=sentence):
         dpo_loss(margin, BETA, target)
+
+
+def test_wpo_ignores_padding_and_passes_no_gradient():
+    logprobs = torch.tensor([[-1.0, -2.0, float("nan")]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    weights = wpo_weights(logprobs, torch.tensor([[-0.5, -0.5, 7.0]]), mask)
+    torch.testing.assert_close(weights, torch.tensor([-1.0]).exp())
+    assert not weights.requires_grad
