@@ -1,0 +1,199 @@
+"""Scorers, teachers and data as users write them, in files of their own: each trains, its values are checked."""
+
+import ast
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from scoring.judges.chat_server import place, said, serving
+from tiny_folders import one_thread, policy_folder
+from tiny_models import CHAT_TEMPLATE, SPECIAL, VOCABULARY, MetricsLog, quiet_trainer, save_policy
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from rlhf_lightning.data import PromptDataModule
+from rlhf_lightning.modules import GRPOModule
+from rlhf_lightning.scoring import load_scorer
+from rlhf_lightning.scoring.scorer import MissingColumnError
+from rlhf_lightning.types import Rollout
+
+__all__ = ["one_thread", "policy_folder"]
+
+USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
+FILES = ["prompt_weights", "rubric_judge"]
+
+
+@pytest.fixture(autouse=True)
+def users_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(USERS)])
+
+
+class Rollouts(pl.Callback):
+    """Keeps every training rollout."""
+
+    def __init__(self) -> None:
+        self.kept: list[Rollout] = []
+
+    def on_rollout_end(self, trainer: Any, module: Any, rollout: Rollout, means: Any) -> None:
+        self.kept.append(rollout)
+
+
+def train(folder: str, tmp_path: Path, rows: list[dict[str, Any]], scorer: Any, rollouts: int = 2) -> Any:
+    """Fit GRPO on rows of a file; return its rollouts and the metrics of each."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PromptDataModule(
+        str(file), batch_size=12, samples_per_prompt=3, rollouts=rollouts, cache_dir=str(tmp_path / "cache")
+    )
+    kept, log = Rollouts(), MetricsLog()
+    module = GRPOModule(
+        scorer=scorer, init_from=folder, learning_rate=6e-3, lr_schedule="constant", max_new_tokens=4, kl_coef=0.0
+    )
+    quiet_trainer(callbacks=[kept, log], limit_val_batches=0).fit(module, data)
+    return kept.kept, log.rows
+
+
+def low(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    words = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
+    return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
+
+
+def length(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text.split())) for text in completions]
+
+
+# -- weights per prompt -----------------------------------------------------------------------------------------------
+
+
+def test_each_prompt_weighs_the_rewards_itself(policy_folder: str, tmp_path: Path) -> None:
+    weights = [(1.0, 0.0), (0.0, -0.5), (2.0, 0.25), (-1.0, 0.125)]
+    rows = [{"prompt": f"w{20 + n} w9", "weight_low": a, "weight_long": b} for n, (a, b) in enumerate(weights)]
+    spec = {"class_path": "prompt_weights.PromptWeightedSum", "init_args": {"scorers": {"low": low, "long": length}}}
+    rollouts, logged = train(policy_folder, tmp_path, rows, spec, rollouts=20)
+    for rollout, means in zip(rollouts, logged, strict=True):
+        terms = low(None, list(rollout.texts)), length(None, list(rollout.texts))
+        own = [weights[row] for row in rollout.row_ids]
+        expected = [a * x + b * y for (a, b), x, y in zip(own, *terms, strict=True)]
+        assert rollout.scores.tolist() == pytest.approx(expected, abs=1e-6)
+        assert [rollout.parts[name].tolist() for name in ("low", "long")] == [pytest.approx(term) for term in terms]
+        assert means["rollout/score_low"] == pytest.approx(sum(terms[0]) / 12, abs=1e-6)
+    scores = [row["rollout/score"] for row in logged]
+    assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.1, scores
+
+
+def test_a_missing_weight_is_named_and_a_missing_score_leaves_none() -> None:
+    spec = {"class_path": "prompt_weights.PromptWeightedSum"}
+    scorer = load_scorer({**spec, "init_args": {"scorers": {"low": low, "some": lambda p, c, **_: [None, 2.0]}}})
+    with pytest.raises(MissingColumnError, match="weight_some"):
+        scorer(["a", "b"], ["w7", "w99"], weight_low=[1.0, 1.0])
+    found = scorer(["a", "b"], ["w7", "w99"], weight_low=[3.0, 1.0], weight_some=[1.0, 0.5])
+    assert [one.score for one in found] == [None, 1.0]
+    assert found[0].parts["low"] == 1.0 and math.isnan(found[0].parts["some"])
+
+
+# -- a judge with rubrics ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge_folder(policy_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A judge whose vocabulary has the words of a rubric and both letters."""
+    folder = tmp_path_factory.mktemp("judge") / "judge"
+    save_policy(folder, seed=3, max_position_embeddings=512)
+    words = [*SPECIAL, "A", "B", "short", "kind", *(f"w{n}" for n in range(10, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<|pad|>", "unk_token": "<|unk|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE, **names,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+RUBRICS = ["kind", [{"criterion": "short", "weight": 3.0}, {"criterion": "kind"}], "short", "kind short"]
+
+
+def probability_met(model: Any, tokenizer: Any, prompt: str, completion: str, criterion: str) -> float:
+    """p(A) / (p(A) + p(B)) of the whole forward after the question, with the answer begun."""
+    text = (
+        f"Human: {prompt}\n\nAssistant: {completion}\n\nCriterion: {criterion}\n\n(A) The last answer meets the "
+        "criterion.\n\n(B) It does not.\n\nName the right verdict by its letter alone: (A) or (B)."
+    )
+    ids = tokenizer(f"<|bos|><|user|>{text}<|assistant|>The right verdict is (", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    return float(logits[[6, 7]].softmax(-1)[0])
+
+
+def test_a_local_judge_scores_by_each_rows_rubric(policy_folder: str, judge_folder: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{20 + n} w9", "rubric": rubric} for n, rubric in enumerate(RUBRICS)]
+    spec = {"class_path": "rubric_judge.RubricScorer", "init_args": {"judge": judge_folder}}
+    rollouts, logged = train(policy_folder, tmp_path, rows, spec)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(judge_folder), AutoTokenizer.from_pretrained(judge_folder)
+    for rollout in rollouts:
+        for row, text, score in zip(rollout.row_ids, rollout.texts, rollout.scores.tolist(), strict=True):
+            met = {one: probability_met(model, tokenizer, rows[row]["prompt"], text, one) for one in
+                   ("kind", "short", "kind short")}  # fmt: skip
+            both = (3.0 * met["short"] + met["kind"]) / 4.0
+            assert score == pytest.approx([met["kind"], both, met["short"], met["kind short"]][row], abs=1e-5)
+        assert len(set(rollout.scores.tolist())) > 3
+    assert all(math.isfinite(means["train/loss"]) for means in logged)
+
+
+def test_a_judge_behind_a_server_scores_by_each_rows_rubric(policy_folder: str, tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        """Kind completions have an even number of words, short ones at most two."""
+        text = body["messages"][-1]["content"]
+        completion = text.split("Assistant:")[1].split("Criterion:")[0].split()
+        met = len(completion) % 2 == 0 if "Criterion: kind" in text else len(completion) <= 2
+        return said("A", [place("A", -0.1, A=math.log(0.8 if met else 0.2), B=math.log(0.2 if met else 0.8))])
+
+    rows = [{"prompt": f"w{20 + n} w9", "rubric": rubric} for n, rubric in enumerate(RUBRICS[:3])]
+    rows.append({"prompt": "w30", "rubric": RUBRICS[1]})
+    with serving(reply) as server:
+        arguments = {"judge": server.url, "judge_args": {"model": "m"}}
+        spec = {"class_path": "rubric_judge.RubricScorer", "init_args": arguments}
+        rollouts, _ = train(policy_folder, tmp_path, rows, spec)
+    for rollout in rollouts:
+        for row, text, score, feedback in zip(
+            rollout.row_ids, rollout.texts, rollout.scores.tolist(), rollout.feedback, strict=True
+        ):
+            kind, short = len(text.split()) % 2 == 0, len(text.split()) <= 2
+            p = {"kind": 0.8 if kind else 0.2, "short": 0.8 if short else 0.2}
+            both = (3.0 * p["short"] + p["kind"]) / 4.0
+            assert score == pytest.approx([p["kind"], both, p["short"], both][row], abs=1e-6)
+            missed = [name for name, share in (("short", p["short"]), ("kind", p["kind"])) if share < 0.5]
+            asked = [{"kind"}, {"short", "kind"}, {"short"}, {"short", "kind"}][row]
+            assert (feedback or "").split() == [name for name in missed if name in asked]
+
+
+def test_a_completion_without_a_verdict_cannot_be_judged() -> None:
+    with serving(lambda body: said("Well.")) as server:
+        arguments = {"judge": server.url, "judge_args": {"model": "m", "read": "text"}}
+        scorer = load_scorer({"class_path": "rubric_judge.RubricScorer", "init_args": arguments})
+        assert [one.score for one in scorer(["Hi"], ["Go."], rubric=["kind"])] == [None]
+        with pytest.raises(MissingColumnError, match="rubric"):
+            scorer(["Hi"], ["Go."])
+
+
+# -- how much a user writes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_users_write_little_and_use_public_names_alone(file: str) -> None:
+    tree = ast.parse((USERS / f"{file}.py").read_text())
+    names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    names += [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not [name for name in names if name.startswith("_") and name not in ("__init__", "__call__", "_replace")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    own = [line for line in ast.unparse(tree).splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(own) <= 40, len(own)
