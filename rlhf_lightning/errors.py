@@ -39,6 +39,10 @@ class StateError(RlhfError, RuntimeError):
     """Something that is refused in the state that the run, checkpoint or process is in."""
 
 
+class PackageError(RlhfError, ModuleNotFoundError):
+    """An optional package that a setting needs and that is not installed."""
+
+
 class ContractError(RlhfError, TypeError):
     """A user's class or function that does not keep the contract it is used by."""
 

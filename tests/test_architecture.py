@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -329,6 +330,76 @@ def test_private_names_of_other_packages_stand_in_compat_alone():
         for found in foreign_private_names(tree, own)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+CONVERTED = {"tokenization", "models", "data", "scoring", "worlds", "sampling", "functional"}
+"""Rooms whose own refusals all carry a code."""
+
+CONTROL_FLOW = {
+    ("tokenization/sandbox.py", "OutOfBounds"),
+    ("tokenization/sandbox.py", "SecurityError"),
+    ("tokenization/sandbox.py", "TemplateError"),
+    ("data/files.py", "_DuplicateKey"),
+    ("scoring/judges/remote.py", "TypeError"),
+    ("sampling/json_server.py", "TimeoutError"),
+    ("sampling/remote_engine.py", "ValueError"),
+}
+"""Exceptions that are caught in the same room and never reach a user."""
+
+
+def coded_names(trees: Iterable[ast.AST]) -> set[str]:
+    """Names of the classes derived from RlhfError, and of the functions that return one of them."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    bases = {node.name: {ast.unparse(base) for base in node.bases} for node in nodes if isinstance(node, ast.ClassDef)}
+    coded = {"RlhfError"}
+    while more := {name for name, above in bases.items() if above & coded} - coded:
+        coded |= more
+    makers = {
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) in coded
+    }
+    return coded | makers
+
+
+def uncoded_raises(tree: ast.AST, coded: set[str]) -> list[tuple[int, str]]:
+    """Line and name of what a file raises without a code; an exception at hand may be raised again."""
+    caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Raise) or node.exc is None:
+            continue
+        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        choices = [raised.body, raised.orelse] if isinstance(raised, ast.IfExp) else [raised]
+        names = [ast.unparse(choice).rpartition(".")[2] for choice in choices]
+        again = not isinstance(node.exc, ast.Call) and names[0] in caught
+        found += [(node.lineno, name) for name in names if name not in coded and not again]
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in CONVERTED], ids=relative)
+def test_refusals_carry_a_code(path):
+    coded = coded_names(ast.parse(file.read_text()) for file in FILES)
+    inside = path.relative_to(PACKAGE).as_posix()
+    wrong = [
+        found for found in uncoded_raises(ast.parse(path.read_text()), coded) if (inside, found[1]) not in CONTROL_FLOW
+    ]
+    assert not wrong, f"raise a class of errors.py with a code, or one derived from it: {wrong}"
+
+
+def test_a_refusal_without_a_code_would_be_seen():
+    tree = ast.parse(
+        "class Own(DataError): ...\n"
+        "def made() -> Own: ...\n"
+        "try:\n    raise Own('a', 'b')\nexcept Own as error:\n    raise error\n"
+        "raise made()\n"
+        "raise (Own if x else KeyError)('a')\n"
+        "raise ValueError('x')\n"
+        "raise NotImplementedError\n"
+    )
+    coded = coded_names([tree, ast.parse((PACKAGE / "errors.py").read_text())])
+    assert {"Own", "made", "SettingError", "undefined"} <= coded
+    assert uncoded_raises(tree, coded) == [(8, "KeyError"), (9, "ValueError"), (10, "NotImplementedError")]
 
 
 def test_a_wrong_import_would_be_seen():

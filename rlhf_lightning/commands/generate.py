@@ -113,7 +113,7 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
             assert canonical.prompt is not None
             rows.append((canonical.prompt, canonical.columns))
         except RowRefused as error:
-            refused[str(error)] = refused.get(str(error), 0) + 1
+            refused[error.code] = refused.get(error.code, 0) + 1
     said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
     if not rows:
         columns = ", ".join(sorted(found)) or "none"

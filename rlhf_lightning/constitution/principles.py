@@ -119,12 +119,12 @@ class Constitution:
 
     def __post_init__(self) -> None:
         if not (self.revising or self.comparing):
-            raise ConstitutionError("it has no principles: neither revising nor comparing lists one")
+            raise ConstitutionError("no-principles", "it has no principles: neither revising nor comparing lists one")
         for name in ("revising", "comparing"):
             ids = [principle.id for principle in getattr(self, name)]
             twice = next((one for one in ids if ids.count(one) > 1), None)
             if twice is not None:
-                raise ConstitutionError(f"{name} has the id {twice!r} twice")
+                raise ConstitutionError("duplicate-id", f"{name} has the id {twice!r} twice")
         self._check_examples("revision_examples", self.revision_examples, self.revising)
         self._check_examples("comparison_examples", self.comparison_examples, self.comparing)
 
@@ -133,7 +133,8 @@ class Constitution:
         for place, example in enumerate(examples):
             if example.principle not in known:
                 raise ConstitutionError(
-                    f"{name}[{place}] names the principle {example.principle!r}, which is not there"
+                    "unknown-principle",
+                    f"{name}[{place}] names the principle {example.principle!r}, which does not exist",
                 )
 
     @functools.cached_property
@@ -176,15 +177,17 @@ def load_constitution(spec: str) -> Constitution:
         hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped())}"
         raise MissingError("no-constitution", f"there is no constitution {spec!r}, and no such file: {hint}")
     if path.stat().st_size > LARGEST_FILE:
-        raise ConstitutionError(f"{spec} is no constitution: it has more than {LARGEST_FILE:,} bytes")
+        raise ConstitutionError(
+            "file-too-large", f"{spec} is not a constitution: it has more than {LARGEST_FILE:,} bytes"
+        )
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
         _require_wording(content)
         return _read(Constitution, content, "")
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConstitutionError(f"{spec} is no YAML of plain values: {' '.join(str(error).split())}") from None
+        raise ConstitutionError("invalid-yaml", f"{spec} is invalid YAML: {' '.join(str(error).split())}") from None
     except ConstitutionError as error:
-        raise ConstitutionError(f"{spec}: {error}") from None
+        raise ConstitutionError(error.code, f"{spec}: {error}") from None
 
 
 def _require_wording(content: Any) -> None:
@@ -195,8 +198,9 @@ def _require_wording(content: Any) -> None:
     missing = [one.name for one in dataclasses.fields(Wording) if not isinstance(given, dict) or one.name not in given]
     if missing:
         raise ConstitutionError(
-            f"its language is {content.get('language')!r}, and the default wording is English: wording must say "
-            + ", ".join(missing)
+            "wording-incomplete",
+            f"its language is {content.get('language')!r}, and the default wording is English: "
+            f"wording must say {', '.join(missing)}",
         )
 
 
@@ -222,18 +226,18 @@ Kind = TypeVar("Kind")
 def _read(kind: type[Kind], value: Any, where: str) -> Kind:
     """Read a mapping as a dataclass, each value checked against its field's type."""
     if not isinstance(value, dict):
-        raise ConstitutionError(f"{where or 'the file'} must be a mapping of names to values")
+        raise ConstitutionError("wrong-value", f"{where or 'the file'} must be a mapping of names to values")
     hints = typing.get_type_hints(kind)
     fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in value:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(fields)}"
-            raise ConstitutionError(f"{_at(where, name)} is not known{hint}")
+            raise ConstitutionError("unknown-name", f"{_at(where, name)} is not known{hint}")
     for name, one in fields.items():
         needed = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         if needed and name not in value:
-            raise ConstitutionError(f"{where or 'the file'} has no {name}")
+            raise ConstitutionError("missing-name", f"{where or 'the file'} has no {name}")
     return kind(**{name: _value(hints[name], item, _at(where, name)) for name, item in value.items()})
 
 
@@ -243,18 +247,18 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _read(hint, value, where)  # type: ignore[arg-type]
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise ConstitutionError(f"{where} must be a list")
+            raise ConstitutionError("wrong-value", f"{where} must be a list")
         return tuple(_value(typing.get_args(hint)[0], item, f"{where}[{place}]") for place, item in enumerate(value))
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise ConstitutionError(f"{where} must be {' or '.join(typing.get_args(hint))}")
+            raise ConstitutionError("wrong-value", f"{where} must be {' or '.join(typing.get_args(hint))}")
         return value
     if hint is int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConstitutionError(f"{where} must be a whole number, 1 or more")
+            raise ConstitutionError("wrong-value", f"{where} must be a whole number, 1 or more")
         return value
     if not isinstance(value, str) or not value.strip():
-        raise ConstitutionError(f"{where} must be text")
+        raise ConstitutionError("wrong-value", f"{where} must be text")
     return value.strip()
 
 

@@ -149,7 +149,7 @@ class Audit:
         try:
             return Outcome(read_row(row, self.encoder.read, self.as_chat, self.columns))
         except RowRefused as refusal:
-            return Outcome(reason=str(refusal))
+            return Outcome(reason=refusal.code)
 
     def _take_in(self, outcome: Outcome) -> Keys | None:
         self.read += 1

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_lightning.errors import DataError, SettingError, StateError
 from rlhf_lightning.micro_batches import cells_of, cut_micro_batches
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits
 
@@ -75,19 +76,28 @@ class BatchPlan:
     ) -> None:
         for name, size in (("batch_size", batch_size), ("ranks", ranks)):
             if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}.")
+                raise SettingError("setting-out-of-range", f"{name} is {size}: it must be at least 1")
         for name, limit in limits._asdict().items():
             if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1 or None, not {limit}.")
+                raise SettingError(
+                    "setting-out-of-range", f"{name} is {limit}: it must be at least 1, or None for no bound"
+                )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.tokens = np.asarray(tokens, dtype=np.int64)
         if self.lengths.shape != self.tokens.shape or self.lengths.ndim != 1:
-            raise ValueError(f"{len(self.lengths)} lengths for {len(self.tokens)} token counts: one of each a row.")
+            raise DataError(
+                "shape-mismatch",
+                f"{len(self.lengths)} lengths for {len(self.tokens)} token counts; give one of each per row",
+            )
         count = len(self.lengths)
         if count == 0:
-            raise ValueError("A plan needs at least one row.")
+            raise DataError("no-rows", "a plan of steps needs at least one row, and got none")
         if drop_last and count < batch_size:
-            raise ValueError(f"{count} rows are fewer than batch_size {batch_size}, and drop_last leaves out the rest.")
+            raise SettingError(
+                "batch-too-large",
+                f"{count} rows are fewer than batch_size {batch_size}, and drop_last drops the incomplete "
+                "batch; choose a smaller batch_size",
+            )
         self.batch_size = batch_size
         self.limits = limits
         self.ranks = ranks
@@ -102,7 +112,7 @@ class BatchPlan:
     def rows_of(self, step: int) -> np.ndarray:
         """Indices of the rows of a step, over all ranks."""
         if not 0 <= step < self.steps:
-            raise IndexError(f"Step {step} of an epoch of {self.steps}.")
+            raise StateError("no-such-step", f"step {step} is outside an epoch of {self.steps} steps")
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def step(self, index: int, rank: int) -> PlannedStep:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.types import Message, Prompt
 
 Row = Mapping[str, Any]
@@ -47,8 +48,16 @@ REASONS = {
 """What each reason for dropping a row means."""
 
 
-class RowRefused(Exception):
-    """A row cannot be used; the message is a key of `REASONS`."""
+class RowRefused(RlhfError):
+    """A row cannot be used.
+
+    Args:
+        reason: a key of `REASONS`, which is the error's code.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, REASONS.get(reason, reason))
+        self.args = (reason,)  # what unpickling makes the error from
 
 
 @dataclass(slots=True)

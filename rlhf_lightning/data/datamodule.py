@@ -29,6 +29,7 @@ from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, sou
 from rlhf_lightning.data.steps import Collate, PlannedSteps, PromptSteps
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
+from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
 
 GIVERS = {
@@ -74,7 +75,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         steps_per_epoch: steps that make an epoch of a stream, whose length nobody knows; needed with ``streaming``.
 
     Raises:
-        ValueError: if the arguments contradict each other.
+        SettingError: if the arguments contradict each other.
     """
 
     batch_types: ClassVar[tuple[type, ...]]
@@ -142,36 +143,58 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def _check_arguments(self) -> None:
         if self.eval_rows and self.eval_sources:
-            raise ValueError("Give either eval_source or eval_rows, not both.")
+            raise SettingError("conflicting-settings", "eval_source and eval_rows are both set; give one of them")
         if self.eval_rows < 0:
-            raise ValueError(f"eval_rows must not be negative, found {self.eval_rows}.")
+            raise SettingError("setting-out-of-range", f"eval_rows is {self.eval_rows}: it must be at least 0")
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+                raise SettingError("setting-out-of-range", f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("rows", "micro_batch_size", "max_tokens", "max_prompt_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, or null for no bound; found {getattr(self, name)}.")
+                raise SettingError(
+                    "setting-out-of-range",
+                    f"{name} is {getattr(self, name)}: it must be at least 1, or null for no bound",
+                )
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length {self.max_length} leaves no room for a prompt and a completion.")
+            raise SettingError(
+                "setting-out-of-range",
+                f"max_length is {self.max_length}: it must be at least 2, for a prompt and a completion",
+            )
         if self.completes and (self.max_prompt_length or 0) >= (self.max_length or np.inf):
-            raise ValueError(
-                f"max_prompt_length {self.max_prompt_length} leaves no room for a completion within max_length "
-                f"{self.max_length}: a full prompt would empty every completion."
+            raise SettingError(
+                "no-room-for-completion",
+                f"max_prompt_length {self.max_prompt_length} leaves no room for a completion within "
+                f"max_length {self.max_length}; choose a smaller max_prompt_length",
             )
         if self.streaming:
             self._check_streaming()
         elif self.stream_steps:
-            raise ValueError("steps_per_epoch belongs to streaming: true; otherwise an epoch is every row once.")
+            raise SettingError(
+                "needs-streaming",
+                f"steps_per_epoch is {self.stream_steps} without streaming, where an epoch is every "
+                "row once; set streaming to true, or leave steps_per_epoch out",
+            )
 
     def _check_streaming(self) -> None:
         if self.stream_steps < 1:
-            raise ValueError("streaming needs steps_per_epoch, at least 1: nobody knows the length of a stream.")
+            raise SettingError(
+                "stream-without-end",
+                "streaming needs steps_per_epoch, because the length of a stream is unknown; set it to at least 1",
+            )
         if self.eval_rows:
-            raise ValueError("A stream cannot hold out eval_rows: name an eval_source.")
+            raise SettingError(
+                "not-with-streaming",
+                f"eval_rows is {self.eval_rows}, but a stream cannot hold out rows; name an eval_source",
+            )
         if any(is_store(source.path) for source in self.sources):
-            raise ValueError("A feedback store is read whole: leave streaming off.")
+            raise SettingError(
+                "not-with-streaming", "a feedback store is read whole and cannot be streamed; set streaming to false"
+            )
         if self.rows is not None or any(source.rows is not None for source in self.sources):
-            raise ValueError("rows does not go with streaming: steps_per_epoch and max_epochs bound a stream.")
+            raise SettingError(
+                "not-with-streaming",
+                "rows cannot be set with streaming; bound a stream by steps_per_epoch and max_epochs",
+            )
 
     # ---- what the module says ---------------------------------------------------------------------------------------
 
@@ -181,7 +204,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if self._tokenizer is not None:
             return self._tokenizer
         if self.trainer is None:
-            raise RuntimeError("Set the attribute tokenizer to use a DataModule without a Trainer.")
+            raise StateError(
+                "no-tokenizer-set", "the DataModule has neither a tokenizer nor a Trainer; set its attribute tokenizer"
+            )
         return self.trainer.lightning_module.tokenizer
 
     @tokenizer.setter
@@ -193,7 +218,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         """The batch of this DataModule's training steps: the one the module takes.
 
         Raises:
-            ValueError: if the module takes a batch that this DataModule cannot give.
+            SettingError: if the module takes a batch that this DataModule cannot give.
         """
         if self._batch_type is not None or self.trainer is None:
             return self._batch_type or self.batch_types[0]
@@ -204,15 +229,17 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if self.trainer.state.fn == TrainerFn.PREDICTING:  # any prompts may be answered, any completions scored
             return self.batch_types[0]
         given = " or ".join(kind.__name__ for kind in self.batch_types)
-        raise ValueError(
-            f"{type(module).__name__} takes a {wanted.__name__}, but {type(self).__name__} gives a {given}: use "
-            f"{GIVERS.get(wanted.__name__, 'the DataModule that gives it')}."
+        raise SettingError(
+            "wrong-datamodule",
+            f"{type(module).__name__} takes a {wanted.__name__}, but {type(self).__name__} gives "
+            f"a {given}; use {GIVERS.get(wanted.__name__, 'the DataModule that gives it')}",
         )
 
     @batch_type.setter
     def batch_type(self, kind: type) -> None:
         if kind not in self.batch_types:
-            raise ValueError(f"{type(self).__name__} gives no {kind.__name__}.")
+            given = " or ".join(one.__name__ for one in self.batch_types)
+            raise SettingError("wrong-datamodule", f"{type(self).__name__} gives a {given}, not a {kind.__name__}")
         self._batch_type = kind
 
     @property
@@ -406,7 +433,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         if len(self.held_out):
             return self.eval_store, self.held_out
         if not len(self.train_rows):
-            raise ValueError("A stream has no rows to predict on: name an eval_source.")
+            raise SettingError("not-with-streaming", "a stream has no rows to predict on; name an eval_source")
         return self.store, self.train_rows
 
     def examples(self, count: int) -> list[tuple[Prompt, dict[str, Any]]]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import DataError
+
 WRAPPERS = ("data", "rows", "examples", "instances", "train")
 """Names under which a .json file may hold its list of rows."""
 
@@ -97,7 +99,7 @@ def _json(file: Path) -> Iterator[RawRow]:
         lines = [line for line in content.splitlines() if line.strip()]
         if not isinstance(parse_line(lines[0]), dict):  # neither a list of rows nor a row a line
             reason = "an object has a key twice" if isinstance(error, _DuplicateKey) else str(error)
-            raise ValueError(f"{file} is no JSON in UTF-8: {reason}.") from error
+            raise DataError("invalid-json", f"{file} is not valid JSON in UTF-8: {reason}") from error
         yield from map(parse_line, lines)
         return
     if isinstance(whole, dict):
@@ -121,7 +123,7 @@ def _parquet(file: Path) -> Iterator[RawRow]:
             row += len(rows)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} cannot be read as Parquet after {row:,} rows: {reason}.") from error
+        raise DataError("unreadable-file", f"{file} cannot be read as Parquet after {row:,} rows: {reason}") from error
 
 
 def _parquet_row(batch: Any) -> RawRow:
@@ -142,9 +144,10 @@ def _csv(file: Path) -> Iterator[RawRow]:
                 fields = next(reader, None)
             except csv.Error as error:
                 if "unexpected end of data" in str(error):
-                    raise ValueError(
-                        f"{file}: a quote that opens in the row that begins on line {begins} is never closed, so all "
-                        "that follows is in it."
+                    raise DataError(
+                        "unclosed-quote",
+                        f"{file}: a quote opens in the row that begins on line {begins} and is never closed, "
+                        "so it swallows the rest of the file; close it",
                     ) from error
                 fields = [] if header is None else [""] * (len(header) + 1)
             if fields is None:
@@ -160,5 +163,7 @@ def _csv(file: Path) -> Iterator[RawRow]:
 def _header(file: Path, fields: list[str]) -> list[str]:
     twice = [name for place, name in enumerate(fields) if name in fields[:place]]
     if twice:
-        raise ValueError(f"{file} has the column {twice[0]!r} twice in its header: rename one of them.")
+        raise DataError(
+            "duplicate-column", f"{file} has the column {twice[0]!r} twice in its header; rename one of them"
+        )
     return fields

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhf_lightning.data.canonical import CanonicalRow, Row, RowRefused
 from rlhf_lightning.data.pairs import pair_of
 from rlhf_lightning.data.turns import completion_of, messages_of, one_style, parted, prompt_of, text_of, with_user
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import Message, Prompt
 
 LABELS = ("preference", "margin", "weight")
@@ -59,15 +60,20 @@ def form_of(row: Row, forms: tuple[Form, ...]) -> Form:
 def check_columns(found: Iterable[str], forms: tuple[Form, ...], where: str) -> None:
     """Raise if no form's columns are among those found, naming them and the nearest match."""
     found = list(dict.fromkeys(found))
-    if any(set(form) <= set(found) for form in forms):
-        return
+    if not any(set(form) <= set(found) for form in forms):
+        raise no_form(found, forms, where)
+
+
+def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataError:
+    """Return the error of columns that hold no form, with the nearest right names."""
     missing = {column for form in forms for column in form} - set(found)
     near = {c: m[0] for c in found if (m := difflib.get_close_matches(c, missing, n=1, cutoff=0.6))}
     hint = "".join(f" Did you mean {wanted!r} by {column!r}?" for column, wanted in near.items())
     accepted = "; ".join(" + ".join(form) for form in forms)
-    raise ValueError(
+    return DataError(
+        "no-accepted-form",
         f"{where} has the columns {', '.join(map(repr, found)) or 'none'}, and none of the accepted forms: {accepted}."
-        f"{hint} Rename columns with the argument columns, e.g. columns: {{question: prompt}}."
+        f"{hint} Rename columns with the argument columns, e.g. columns: {{question: prompt}}.",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlhf_lightning.data.batching import shuffled
+from rlhf_lightning.errors import SettingError
 
 
 def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -21,7 +22,7 @@ def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
         the rows in rising order: ``count`` of them, or as near as whole prompts come to it.
 
     Raises:
-        ValueError: if no row would be left to train on.
+        SettingError: if no row would be left to train on.
     """
     members: dict[int, list[int]] = {}
     for row, group in enumerate(np.asarray(groups).tolist()):
@@ -34,9 +35,10 @@ def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
     if not chosen:
         chosen = min(prompts, key=len)
     if count >= len(groups) or len(chosen) == len(groups):
-        raise ValueError(
-            f"eval_rows {count} leaves no row to train on: {len(groups)} rows of {len(prompts)} prompts were kept, and "
-            "rows of one prompt stay on one side."
+        raise SettingError(
+            "no-rows-left",
+            f"eval_rows {count} leaves no row to train on: {len(groups)} rows of {len(prompts)} "
+            "prompts were kept, and rows of one prompt stay on one side; choose a smaller eval_rows",
         )
     return np.sort(np.asarray(chosen, dtype=np.int64))
 
@@ -52,7 +54,7 @@ def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float
         epoch: number of the epoch.
 
     Raises:
-        ValueError: if no row is left.
+        SettingError: if no row is left.
     """
     if all(weight == 1 for weight in weights):
         return rows
@@ -64,7 +66,11 @@ def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float
         chosen.append(np.sort(mine[shuffled(len(mine), seed + 1 + number, epoch)[:part]]))
     found = np.concatenate(chosen)
     if len(found) == 0:
-        raise ValueError(f"The weights {', '.join(map(str, weights))} of the sources leave no row in an epoch.")
+        raise SettingError(
+            "no-rows-left",
+            f"the weights {', '.join(map(str, weights))} of the sources leave no row in an epoch; "
+            "choose larger weights",
+        )
     return found
 
 

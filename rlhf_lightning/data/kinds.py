@@ -45,5 +45,4 @@ def kind_of(columns: Iterable[str], where: str) -> str:
     for name, kind in KINDS.items():
         if any(set(form) <= set(found) for form in kind.forms):
             return name
-    formats.check_columns(found, tuple(dict.fromkeys(form for kind in KINDS.values() for form in kind.forms)), where)
-    raise AssertionError("a form that is accepted is of some kind")
+    raise formats.no_form(found, tuple(dict.fromkeys(form for kind in KINDS.values() for form in kind.forms)), where)

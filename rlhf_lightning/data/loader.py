@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from rlhf_lightning.errors import StateError
 from rlhf_lightning.types import Step
 
 
@@ -91,13 +92,14 @@ class StepLoader:
         """Continue from a state.
 
         Raises:
-            ValueError: if the state belongs to other data or another order.
+            StateError: if the state belongs to other data or another order.
         """
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                "The checkpoint was written on other data, another tokenizer or other data settings (source, rows, "
-                "batch_size, seed, lengths ...), so its position means nothing here: resume with the same ones, or "
-                "start a new run from its exported model (model.init_from)."
+            raise StateError(
+                "other-data",
+                "the checkpoint was written on other data, another tokenizer or other data settings "
+                "(source, rows, batch_size, seed, lengths ...), so its position cannot be used here; "
+                "resume with the same ones, or start a new run from its exported model (model.init_from)",
             )
         self.sampler.epoch, self.sampler.position = state["epoch"], state["step"]
         self._resumed = True

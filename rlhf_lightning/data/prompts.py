@@ -18,6 +18,7 @@ from rlhf_lightning.data.sources import parse_sources
 from rlhf_lightning.data.steps import Collate, PromptSteps
 from rlhf_lightning.data.streaming import StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.types import DemonstrationBatch, PromptBatch, Step
 
 
@@ -59,17 +60,24 @@ class PromptDataModule(AlignmentDataModule):
             kwargs.setdefault("steps_per_epoch", rollouts)
         super().__init__(source, **kwargs)
         if rollouts is not None and rollouts < 1:
-            raise ValueError(f"rollouts must be at least 1, or null for one pass; found {rollouts}.")
+            raise SettingError(
+                "setting-out-of-range", f"rollouts is {rollouts}: it must be at least 1, or null for one pass"
+            )
         if samples_per_prompt < 1 or self.batch_size % samples_per_prompt:
-            raise ValueError(
-                f"batch_size {self.batch_size} counts episodes, and must be a multiple of samples_per_prompt "
-                f"{samples_per_prompt}."
+            raise SettingError(
+                "uneven-split",
+                f"batch_size is {self.batch_size} and samples_per_prompt {samples_per_prompt}: batch_size "
+                "counts episodes, and must be a multiple of samples_per_prompt",
             )
         if pretraining_batch_size is not None and pretraining_batch_size < 1:
-            raise ValueError(f"pretraining_batch_size must be at least 1, not {pretraining_batch_size}.")
+            raise SettingError(
+                "setting-out-of-range", f"pretraining_batch_size is {pretraining_batch_size}: it must be at least 1"
+            )
         if candidate_rounds < 1 or (candidate_rounds > 1 and self.streaming):
             found = f"{candidate_rounds} with streaming" if self.streaming else str(candidate_rounds)
-            raise ValueError(f"candidate_rounds must be at least 1, and 1 with streaming; found {found}.")
+            raise SettingError(
+                "setting-out-of-range", f"candidate_rounds is {found}: it must be at least 1, and 1 with streaming"
+            )
         self.candidate_rounds = candidate_rounds
         self.rollouts = rollouts
         self.samples_per_prompt = samples_per_prompt
@@ -113,9 +121,10 @@ class PromptDataModule(AlignmentDataModule):
         ranks = self.ranks[1]
         for name, count in (("prompts of a rollout", self.prompts_per_rollout), ("pretraining rows", self._mixed)):
             if count % ranks:
-                raise ValueError(
+                raise SettingError(
+                    "uneven-split",
                     f"{ranks} ranks cannot share the {count} {name} evenly (batch_size {self.batch_size}, "
-                    f"samples_per_prompt {self.samples_per_prompt}): choose a multiple of {ranks}."
+                    f"samples_per_prompt {self.samples_per_prompt}); choose a multiple of {ranks}",
                 )
         if self.streaming:
             size, length = self.prompts_per_rollout, self.stream_steps

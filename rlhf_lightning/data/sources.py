@@ -23,6 +23,7 @@ from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
 from rlhf_lightning.data.feedback.snapshots import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ..
         kind: what the judgements of a feedback store are read as.
 
     Raises:
-        ValueError: if it is neither a path, nor a mapping with known keys, nor a list of those.
+        SettingError: if it is neither a path, nor a mapping with known keys, nor a list of those.
     """
     items = source if isinstance(source, list | tuple) else [source]
     if not items:
-        raise ValueError("source is an empty list: name at least one file, folder or Hub name.")
+        raise SettingError("no-source", "source is an empty list; name at least one file, folder or Hub name")
     sources = [_one(item) for item in items]
     return tuple(replace(one, path=at_snapshot(one.path), kind=kind) if is_store(one.path) else one for one in sources)
 
@@ -95,24 +96,33 @@ def _one(item: Any) -> Source:
         return item
     if isinstance(item, str | Path):
         if not str(item):
-            raise ValueError("source is an empty text: give a file, a folder or a Hub name.")
+            raise SettingError("no-source", "source is an empty text; give a file, a folder or a Hub name")
         return Source(str(item))
     if not isinstance(item, dict):
-        raise ValueError(f"A source is a path or a mapping with 'path', not {type(item).__name__}: {item!r}.")
+        raise SettingError(
+            "invalid-source", f"a source is a path or a mapping with 'path', not {type(item).__name__}: {item!r}"
+        )
     known = [name for name in Source.__dataclass_fields__ if name != "kind"]
     unknown = [key for key in item if key not in known]
     if unknown or "path" not in item:
         found = ", ".join(map(str, item))
-        raise ValueError(f"A source has the keys {', '.join(known)} ('path' is needed); found {found}.")
+        raise SettingError(
+            "invalid-source", f"a source has the keys {', '.join(known)} ('path' is required); found {found}"
+        )
     one = Source(**{**item, "path": str(item["path"])})
     if one.labels not in get_args(Labels):
-        raise ValueError(f"labels of {one.path} are one of {', '.join(get_args(Labels))}, not {one.labels!r}.")
+        raise SettingError(
+            "unknown-choice", f"labels of {one.path} is {one.labels!r}; choose one of {', '.join(get_args(Labels))}"
+        )
     if one.annotators is not None and not is_store(one.path):
-        raise ValueError(f"annotators are chosen of a feedback store (*.db), and {one.path} is none.")
+        raise SettingError(
+            "annotators-without-store",
+            f"annotators is set, but {one.path} is not a feedback store (*.db); leave annotators out",
+        )
     if one.weight <= 0:
-        raise ValueError(f"The weight of {one.path} must be above 0, not {one.weight}.")
+        raise SettingError("setting-out-of-range", f"weight of {one.path} is {one.weight}: it must be above 0")
     if one.rows is not None and one.rows < 1:
-        raise ValueError(f"rows of {one.path} must be at least 1, not {one.rows}.")
+        raise SettingError("setting-out-of-range", f"rows of {one.path} is {one.rows}: it must be at least 1")
     return one
 
 
@@ -120,7 +130,7 @@ def files_of(source: Source) -> list[Path] | None:
     """The files a source names, in order; None if it is a Hub name or a folder written by ``save_to_disk``.
 
     Raises:
-        FileNotFoundError: if it looks like a file or a glob and there is none.
+        MissingError: if it looks like a file or a glob and there is none.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
@@ -131,14 +141,16 @@ def files_of(source: Source) -> list[Path] | None:
         found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if found:
             return found
-        raise FileNotFoundError(f"The folder {source.path} holds no saved dataset and no {', '.join(SUFFIXES)} file.")
+        raise MissingError(
+            "no-data", f"the folder {source.path} holds no saved dataset and no {', '.join(SUFFIXES)} file"
+        )
     if any(mark in source.path for mark in "*?["):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         if found:
             return found
-        raise FileNotFoundError(f"No file matches {source.path!r} (in {Path.cwd()}).")
+        raise MissingError("no-data", f"no file matches {source.path!r} (in {Path.cwd()}); check the pattern")
     if path.suffix in SUFFIXES or source.path.count("/") > 1 or source.path.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"There is no file {source.path!r} (in {Path.cwd()}).")
+        raise MissingError("no-data", f"there is no file {source.path!r} (in {Path.cwd()}); check the path")
     return None
 
 
@@ -150,14 +162,18 @@ def load_hub(source: Source, streaming: bool = False) -> Any:
         data = datasets.load_from_disk(str(Path(source.path).expanduser()))
         if isinstance(data, datasets.DatasetDict):
             if source.split not in data:
-                raise ValueError(f"{source.path} has no split {source.split!r}, only {', '.join(data)}.")
+                raise DataError(
+                    "no-such-split", f"{source.path} has no split {source.split!r}; choose one of {', '.join(data)}"
+                )
             data = data[source.split]
         return data.to_iterable_dataset(num_shards=min(64, max(len(data), 1))) if streaming else data
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{source.path!r} is no file here, and the Hub did not give it: {reason}") from error
+        raise MissingError(
+            "no-data", f"{source.path!r} is not a file here, and the Hub did not provide it: {reason}"
+        ) from error
 
 
 def source_fingerprint(source: Source) -> str:

@@ -26,6 +26,7 @@ from rlhf_lightning.data.loader import StepLoader
 from rlhf_lightning.data.report import Report
 from rlhf_lightning.data.sources import Source, files_of, load_hub
 from rlhf_lightning.data.tokenizing import CHUNK, PEEK, EncodedRow, Encoder, no_rows
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import Step
 
 
@@ -74,7 +75,7 @@ class ShardedSource:
         self.cursor[1:] = [self.cursor[1] + 1, 0]
         if self.cursor[1] == self.shards:
             if not self._found:
-                raise ValueError(f"{self.source} is empty: it holds no row.")
+                raise DataError("no-rows", f"{self.source} is empty: it holds no row")
             self._found = False
             self.cursor = [self.cursor[0] + 1, 0, 0]
 

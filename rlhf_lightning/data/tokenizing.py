@@ -141,12 +141,16 @@ class Encoder:
         """Check the names of columns, before they are renamed.
 
         Raises:
-            ValueError: they hold none of the forms, or one that is to be renamed is not among them.
+            DataError: they hold none of the forms, or one that is to be renamed is not among them.
         """
         missing = [name for name in self.columns if name not in names]
         if missing:
             found = ", ".join(map(repr, dict.fromkeys(names)))
-            raise ValueError(f"columns renames {', '.join(map(repr, missing))}, but {where} has the columns {found}.")
+            raise DataError(
+                "unknown-column",
+                f"columns renames {', '.join(map(repr, missing))}, but {where} has the columns {found}; "
+                "correct data.columns",
+            )
         renamed = [self.columns.get(name, name) for name in names]
         check_columns(renamed, self.forms, where)
         absent = [name for name in self.slots if name not in renamed]
@@ -193,13 +197,14 @@ class Encoder:
         encoded, numbers_of = iter(encode_rendered(tokenizer, rendered)), iter(slots)
         done: list[Outcome] = []
         for one in read:
+            if isinstance(one, RowRefused):
+                done.append(Outcome(reason=one.code))
+                continue
             try:
-                if isinstance(one, RowRefused):
-                    raise one
                 parts = [next(encoded) for _ in range(len(one.completions) + (one.prompt is not None))]
                 done.append(self._encoded(tokenizer, one, parts, next(numbers_of)))
             except RowRefused as refusal:
-                done.append(Outcome(reason=str(refusal)))
+                done.append(Outcome(reason=refusal.code))
         return done
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rendered]:
@@ -302,11 +307,11 @@ def _pairs(row: EncodedRow) -> list[EncodedRow]:
     return pairs
 
 
-def no_rows(report: Report, where: str) -> ValueError:
-    """The error for a source of which nothing is left."""
+def no_rows(report: Report, where: str) -> DataError:
+    """Return the error of a source without usable rows."""
     if report.read == 0:
-        return ValueError(f"{where} is empty: it holds no row.")
-    return ValueError(f"No usable row. {report.describe(where)}")
+        return DataError("no-rows", f"{where} is empty: it holds no row")
+    return DataError("no-usable-rows", f"no usable row: {report.describe(where)}")
 
 
 def _number(value: Any) -> int:

@@ -13,6 +13,7 @@ from rlhf_lightning.data.datamodule import AlignmentDataModule
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.steps import Collate
 from rlhf_lightning.data.tokenizing import Encoder
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import UnpairedBatch
 
 
@@ -80,13 +81,15 @@ def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int
         seed: seed of the ring.
 
     Raises:
-        ValueError: all rows have one prompt.
+        DataError: all rows have one prompt.
     """
     ring = rows[shuffled(len(rows), seed, 0)]
     prompts = groups[ring]
     if (prompts == prompts[0]).all():
-        raise ValueError(
-            f"all {len(rows)} rows have the same prompt: mismatched completions (KTO) need two prompts or more"
+        raise DataError(
+            "one-prompt",
+            f"all {len(rows)} rows have the same prompt, and mismatched completions (KTO) need "
+            "at least two prompts; add rows of other prompts",
         )
     pairs = {}
     for place, row in enumerate(ring.tolist()):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_shape
 
 
@@ -77,10 +78,10 @@ def generalized_jsd(
         Shape (...); 0 where the two agree.
 
     Raises:
-        ValueError: if beta is outside [0, 1].
+        SettingError: if beta is outside [0, 1].
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], found {beta}")
+        raise SettingError("setting-out-of-range", f"beta is {beta}: it must be in [0, 1]")
     if beta in (0, 1):
         return (forward_kl if beta == 0 else reverse_kl)(student_logits, teacher_logits, temperature)
     student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)

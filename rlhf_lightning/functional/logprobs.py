@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_lightning.errors import DataError, SettingError
+
 KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0
@@ -45,13 +47,15 @@ def require_shape(shape: str, **tensors: Tensor | None) -> None:
     """Require that all given tensors share one shape, written like ``"rows length"``; ``"..."`` allows any rank.
 
     Raises:
-        ValueError: naming each tensor with the shape it has.
+        DataError: naming each tensor with the shape it has.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     dimensions = shape.split()
     if len(set(shapes.values())) > 1 or (shape != "..." and any(len(s) != len(dimensions) for s in shapes.values())):
         found = ", ".join(f"{name} {size}" for name, size in shapes.items())
-        raise ValueError(f"expected one shape ({', '.join(dimensions)}) for all of these, found {found}")
+        raise DataError(
+            "shape-mismatch", f"expected one shape ({', '.join(dimensions)}) for all of these, found {found}"
+        )
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -138,7 +142,10 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, found {temperature}; greedy decoding has no log-probabilities")
+        raise SettingError(
+            "setting-out-of-range",
+            f"temperature is {temperature}: it must be positive; greedy decoding has no log-probabilities",
+        )
     return at_least_float32(logits) / temperature
 
 
@@ -228,7 +235,10 @@ def chunked_logprobs(
     """
     require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, found {temperature}; greedy decoding has no log-probabilities")
+        raise SettingError(
+            "setting-out-of-range",
+            f"temperature is {temperature}: it must be positive; greedy decoding has no log-probabilities",
+        )
     if torch.is_autocast_enabled(hidden.device.type):  # cast here: inside the Function autocast ends with the forward
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.type(dtype), weight.type(dtype), None if bias is None else bias.type(dtype)

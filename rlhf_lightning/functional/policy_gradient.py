@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_shape
 
 
@@ -116,11 +117,13 @@ def missing_eos_scores(
         replacement: takes the place of an unfinished completion's score; -1 in Huang et al. (arXiv 2403.17031).
 
     Raises:
-        ValueError: if both penalty and replacement are given.
+        SettingError: if both penalty and replacement are given.
     """
     require_shape("episodes", scores=scores, finished=finished)
     if penalty is not None and replacement is not None:
-        raise ValueError(f"give penalty or replacement, found both: penalty {penalty}, replacement {replacement}")
+        raise SettingError(
+            "conflicting-settings", f"penalty is {penalty} and replacement {replacement}: give one of them"
+        )
     if replacement is not None:
         return torch.where(finished, scores, replacement)
     return scores if penalty is None else torch.where(finished, scores, scores - penalty)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
 
@@ -58,7 +59,7 @@ def aggregated_steps(log_probs: Tensor, row: Tensor, rows: int, how: str) -> Ten
         Log of the aggregate, shape (rows,).
 
     Raises:
-        ValueError: there is no such aggregate.
+        SettingError: there is no such aggregate.
     """
     require_shape("steps", log_probs=log_probs, row=row)
     if how == "min":
@@ -66,5 +67,5 @@ def aggregated_steps(log_probs: Tensor, row: Tensor, rows: int, how: str) -> Ten
     if how == "product":
         return log_probs.new_zeros(rows).index_add(0, row, log_probs)
     if how != "last":
-        raise ValueError(f"aggregate must be 'min', 'product' or 'last', found {how!r}")
+        raise SettingError("unknown-choice", f"aggregate is {how!r}; choose 'min', 'product' or 'last'")
     return log_probs[torch.bincount(row, minlength=rows).cumsum(0) - 1]

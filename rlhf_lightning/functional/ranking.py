@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
 
@@ -107,11 +108,11 @@ def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor
         One loss per pair in nats, shape (pairs,).
 
     Raises:
-        ValueError: tie_share is outside (0, 1).
+        SettingError: tie_share is outside (0, 1).
     """
     require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores, target=target)
     if not 0 < tie_share < 1:
-        raise ValueError(f"tie_share must be in (0, 1), found {tie_share}")
+        raise SettingError("setting-out-of-range", f"tie_share is {tie_share}: it must be in (0, 1)")
     half = (at_least_float32(chosen_scores) - at_least_float32(rejected_scores)) / 2
     tie = torch.full_like(half, math.log(2 * tie_share / (1 - tie_share)))
     logprobs = torch.stack([half, -half, tie], -1).log_softmax(-1)

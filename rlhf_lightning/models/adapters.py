@@ -21,6 +21,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from rlhf_lightning.compat import adapter_switch, set_adapter_switch
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.folders import require_safetensors
 
 POLICY, REFERENCE, REWARD, CRITIC = "default", "reference", "reward", "critic"
@@ -90,14 +91,18 @@ def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> N
     """Give an adapter the matrices of a folder; a head of its own stays as it is.
 
     Raises:
-        ValueError: the weights are those of another architecture or rank.
+        ModelError: the weights are those of another architecture or rank.
     """
     expected = get_peft_model_state_dict(model, adapter_name=name)
     wrong = set(weights) ^ {key for key in expected if "lora_" in key}
     wrong |= {key for key in weights if key in expected and weights[key].shape != expected[key].shape}
     if wrong:
         few = ", ".join(sorted(wrong)[:2])
-        raise ValueError(f"an adapter does not fit the backbone: {len(wrong)} weights differ in name or shape ({few})")
+        raise ModelError(
+            "adapter-mismatch",
+            f"the adapter does not fit the backbone: {len(wrong)} weights differ in name or shape "
+            f"({few}); load it on the backbone that it was trained on",
+        )
     set_peft_model_state_dict(model, {**expected, **weights}, adapter_name=name)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import ModelError, SettingError, StateError
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
@@ -238,10 +238,13 @@ class CausalLM(nn.Module):
         """Run the frozen model that training started from: adapters off, or the adapter as it was loaded.
 
         Raises:
-            ValueError: the model has no adapter, so it holds no second model.
+            StateError: the model has no adapter, so it holds no second model.
         """
         if not self.has_adapter:
-            raise ValueError("only a model with an adapter holds its own reference")
+            raise StateError(
+                "no-adapter",
+                "the model has no adapter, so it holds no reference of its own; load a separate reference model",
+            )
         with with_adapter(self.model, REFERENCE if REFERENCE in self.model.peft_config else None):
             yield
 
@@ -322,13 +325,17 @@ def refuse_reward_model(name: str) -> None:
     """Refuse to sample from a reward model, whole or adapter: loaded as a policy it would get a head of random weights.
 
     Raises:
-        ValueError: ``name`` is the folder of one.
+        ModelError: ``name`` is the folder of one.
     """
     refuse_reward_adapter(name)
     if not is_adapter(name) and (Path(name) / "config.json").is_file():
         kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
         if any("SequenceClassification" in kind for kind in kinds):
-            raise ValueError(f"{name} is a reward model: it scores completions and writes none")
+            raise ModelError(
+                "reward-model",
+                f"{name} is a reward model: it scores completions and cannot generate them; name a "
+                "causal language model",
+            )
 
 
 def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.compat import allow_graphs
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.sharding import decoder_layers
 
 MOST_GRAPHS = 32
@@ -47,11 +48,14 @@ def compile_layers(model: Any) -> None:
     """Compile the decoder layers of a CausalLM or ScalarModel in place: names and weights stay what they are.
 
     Raises:
-        ValueError: the model has no list of layers to compile.
+        ModelError: the model has no list of layers to compile.
     """
     layers = decoder_layers(model)
     if not layers:
-        raise ValueError(f"{type(model.model).__name__} has no list of decoder layers that could be compiled")
+        raise ModelError(
+            "no-decoder-layers",
+            f"{type(model.model).__name__} has no list of decoder layers to compile; turn compilation off",
+        )
     allow_graphs(MOST_GRAPHS)
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)

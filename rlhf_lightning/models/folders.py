@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_lightning.errors import ModelError
+
 SAFETENSORS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 """Weights in these may run code when they are read."""
@@ -19,16 +21,18 @@ def require_safetensors(name: str) -> None:
     """Refuse a folder whose only weights are pickles. Anything that is no folder is left to transformers.
 
     Raises:
-        ValueError: it has weights, and not as safetensors.
+        ModelError: it has weights, and not as safetensors.
     """
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob(SAFETENSORS)):
         return
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
-        raise ValueError(
-            f"the weights in {name} are a pickle ({pickles[0]}), which can run code when it is read, and there are no "
-            "safetensors: if you trust it, load and save it once with transformers (save_pretrained writes safetensors)"
+        raise ModelError(
+            "pickled-weights",
+            f"the weights in {name} are a pickle ({pickles[0]}), which can run code when it is "
+            "read, and there are no safetensors; if you trust it, load and save it once with "
+            "transformers (save_pretrained writes safetensors)",
         )
 
 

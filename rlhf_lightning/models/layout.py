@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.packing import PackedRow, tree_width, trees_of
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Sequences
@@ -106,13 +107,13 @@ def padded_layout(sequences: Sequences) -> Layout:
     a sequence without a prompt has no predictor and is not supervised.
 
     Raises:
-        ValueError: a completion is empty.
+        DataError: a completion is empty.
     """
     rows = len(sequences.completions)
     if not sequences.completions:
         return free_layout()
     if any(len(completion) == 0 for completion in sequences.completions):
-        raise ValueError("a completion is empty: drop such rows before they reach the model")
+        raise DataError("empty-completion", "a completion is empty; drop such rows before they reach the model")
     width = max(sequences.lengths, default=1)
     length = max((len(completion) for completion in sequences.completions), default=1)
     input_ids = torch.zeros(rows, width, dtype=torch.long)
@@ -143,12 +144,12 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
         trees: the completions of each tree, see `models.packing.trees_of`.
 
     Raises:
-        ValueError: a completion is empty.
+        DataError: a completion is empty.
     """
     completions = sequences.completions
     lengths = np.array([len(completion) for completion in completions])
     if not lengths.all():
-        raise ValueError("a completion is empty: drop such rows before they reach the model")
+        raise DataError("empty-completion", "a completion is empty; drop such rows before they reach the model")
     # Plain numbers, then a few arrays: a small model takes a step in the time of some hundred calls of torch.
     pieces: list[Tensor] = []  # prompts and completions as they stand in the row
     sizes: list[list[int]] = []  # of each tree's pieces

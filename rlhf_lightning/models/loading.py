@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_lightning.errors import MissingError, ModelError, SettingError
 from rlhf_lightning.models.adapters import (
     REFERENCE,
     add_adapter,
@@ -80,7 +81,7 @@ class LoadSettings:
         trust_remote_code: names of the models whose own Python code may be run.
 
     Raises:
-        ValueError: weights would be drawn from scratch and quantised: nothing could train them.
+        SettingError: weights would be drawn from scratch and quantised: nothing could train them.
     """
 
     from_scratch: bool = False
@@ -95,9 +96,11 @@ class LoadSettings:
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.from_scratch:
-            raise ValueError(
-                f"quantization is {self.quantization!r} and from_scratch true: quantised weights are frozen, and new "
-                "ones must be trained. Train from scratch without quantization first"
+            raise SettingError(
+                "quantized-from-scratch",
+                f"quantization is {self.quantization!r} and from_scratch true: quantized weights are "
+                "frozen, and new weights must be trained; train from scratch without quantization "
+                "first",
             )
 
     @property
@@ -110,10 +113,12 @@ class LoadSettings:
         """The precision as torch names it.
 
         Raises:
-            ValueError: ``dtype`` is neither "float32" nor "bfloat16".
+            SettingError: ``dtype`` is neither "float32" nor "bfloat16".
         """
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}: trainable weights are kept in 'float32' or 'bfloat16'")
+            raise SettingError(
+                "unknown-choice", f"dtype is {self.dtype!r}; choose 'float32' or 'bfloat16' for trainable weights"
+            )
         return getattr(torch, self.dtype)
 
 
@@ -126,19 +131,21 @@ def resolve_folder(name: str) -> str:
     """Return a name that transformers loads: hub ids and folders as they are, a .gguf file converted once.
 
     Raises:
-        FileNotFoundError: ``name`` looks like a path and nothing is there.
+        MissingError: ``name`` looks like a path and nothing is there.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"there is no file {name}")
+            raise MissingError("no-model", f"there is no file {name}; check the path")
         return str(converted_gguf(path))
     if path.is_dir():
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         if name.count("/") == 0 and not name.startswith((".", "~")):
             return name  # a hub id without an owner, such as "gpt2"
-        raise FileNotFoundError(f"there is no model folder {name}")
+        raise MissingError(
+            "no-model", f"there is no model folder {name}; check the path, or give a Hub id (owner/name)"
+        )
     return name
 
 
@@ -217,7 +224,7 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
 
     Raises:
         FileNotFoundError: the folder has no weights and ``from_scratch`` was not asked for.
-        ValueError: its weights are pickles, or it needs code of its own that nobody named.
+        ModelError: its weights are pickles, or it needs code of its own that nobody named.
     """
     trusted = trusts(name, settings.trust_remote_code)
     options: dict[str, Any] = {**config_changes, "trust_remote_code": trusted}
@@ -227,7 +234,7 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
         refusal = explained(name, error)
         if refusal is None:
             raise
-        raise ValueError(refusal) from error
+        raise ModelError("custom-code", refusal) from error
 
 
 def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[str, Any]) -> Any:
@@ -247,9 +254,10 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
         return model
     require_safetensors(name)
     if Path(name).is_dir() and not any(Path(name).glob(SAFETENSORS)):
-        raise FileNotFoundError(
-            f"{name} has no weights (no .safetensors file): name a trained model's folder, or set from_scratch=true to "
-            "draw new weights from its config.json"
+        raise MissingError(
+            "no-weights",
+            f"{name} has no weights (no .safetensors file); name a trained model's folder, or "
+            "set from_scratch=true to draw new weights from its config.json",
         )
     model, report = kind.from_pretrained(
         name, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True, **options
@@ -260,7 +268,10 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
         missing = {key for key in missing if not key.startswith("score.")}
     if missing:
         few = ", ".join(sorted(missing)[:3])
-        raise ValueError(f"{name} lacks weights for {few}: it is not a whole {kind.__name__} model")
+        raise ModelError(
+            "incomplete-weights",
+            f"{name} lacks weights for {few}: it is not a whole {kind.__name__} model; name a complete model",
+        )
     use_one_arithmetic(model)
     if settings.quantization is not None:
         leave_the_file(model)
@@ -278,16 +289,18 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
 
     Raises:
         FileNotFoundError: the backbone is not where it was when the adapter was trained.
-        ValueError: the backbone's weights are not those the adapter was trained on.
+        ModelError: the backbone's weights are not those the adapter was trained on.
     """
     require_safetensors(folder)
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     name = resolve_folder(base or config["base_model_name_or_path"])
     expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
     if expected and found and expected != found:
-        raise ValueError(
-            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of "
-            f"{name} is {found[:8]}. Give the backbone it was trained on, or train the adapter anew"
+        raise ModelError(
+            "other-backbone",
+            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, "
+            f"that of {name} is {found[:8]}; give the backbone it was trained on, or train the "
+            "adapter anew",
         )
     return name
 
@@ -296,25 +309,31 @@ def refuse_reward_adapter(name: str) -> None:
     """Refuse to start a policy from a reward model's adapter.
 
     Raises:
-        ValueError: ``name`` is the folder of such an adapter.
+        ModelError: ``name`` is the folder of such an adapter.
     """
     if is_adapter(name) and PeftConfig.from_pretrained(name).task_type == "SEQ_CLS":
-        raise ValueError(f"the adapter in {name} is a reward model's: it scores completions and cannot write them")
+        raise ModelError(
+            "reward-model",
+            f"the adapter in {name} is a reward model's: it scores completions and cannot generate "
+            "them; name an adapter of a causal language model",
+        )
 
 
 def refuse_other_quantization(folder: str, quantization: str | None) -> None:
     """Refuse to go on with an adapter on a backbone of another quantisation: those are other weights.
 
     Raises:
-        ValueError: the adapter in ``folder`` was trained on another one.
+        ModelError: the adapter in ``folder`` was trained on another one.
     """
     record = backbone_record(folder)
     trained = record.get("quantization")
     if record and trained != quantization:
-        raise ValueError(
-            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, and is to be used on "
-            f"one in {quantization or 'full precision'}: set quantization to {trained or 'null'}, or merge the adapter "
-            "first (rlhf export --merge true) and start from the merged folder"
+        raise ModelError(
+            "other-quantization",
+            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, "
+            f"and is to be used on one in {quantization or 'full precision'}; set quantization "
+            f"to {trained or 'null'}, or merge the adapter first (rlhf export --merge true) and "
+            "start from the merged folder",
         )
 
 

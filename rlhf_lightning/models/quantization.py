@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from rlhf_lightning.errors import PackageError, SettingError
+
 Quantization = Literal["nf4", "int8"]
 KINDS = ("nf4", "int8")
 
@@ -23,13 +25,17 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
         compute_dtype: 4-bit weights are expanded to it for each product.
 
     Raises:
-        ValueError: there is no such kind.
-        ModuleNotFoundError: bitsandbytes is not installed.
+        SettingError: there is no such kind.
+        PackageError: bitsandbytes is not installed.
     """
     if kind not in KINDS:
-        raise ValueError(f"quantization is {kind!r}: it must be 'nf4' or 'int8'")
+        raise SettingError("unknown-choice", f"quantization is {kind!r}; choose 'nf4' or 'int8'")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(f"quantization={kind} needs bitsandbytes, which is not installed here")
+        raise PackageError(
+            "no-bitsandbytes",
+            f"quantization={kind} needs bitsandbytes, which is not installed here; install it, "
+            "or set quantization to null",
+        )
     if kind == "int8":
         # It says at every product that inputs are cast to half precision, which is what was asked for.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

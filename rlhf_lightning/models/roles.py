@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.models.adapters import (
     CRITIC,
     POLICY,
@@ -54,12 +55,15 @@ class Reference(FrozenPolicy):
         own: load a copy in every case, in fp32, for a reference that will move.
 
     Raises:
-        ValueError: the reference will move, and its weights would be quantised.
+        SettingError: the reference will move, and its weights would be quantised.
     """
 
     def __init__(self, policy: CausalLM, init_from: str, settings: LoadSettings, own: bool = False) -> None:
         if own and settings.quantization is not None:
-            raise ValueError(f"a reference that moves cannot be in {settings.quantization}: set quantization to null")
+            raise SettingError(
+                "quantized-moving-reference",
+                f"a reference that moves cannot be in {settings.quantization}; set quantization to null",
+            )
         self.policy = policy
         if own:
             settings = replace(settings, frozen_dtype="float32")
@@ -207,12 +211,14 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
             policy as it is, with a head of zeros.
 
     Raises:
-        ValueError: ``start_from`` is no adapter on the policy's backbone.
+        ModelError: ``start_from`` is no adapter on the policy's backbone.
     """
     if start_from is not None and not belongs_to(policy, start_from):
-        raise ValueError(
-            f"critic='adapter' cannot start from {start_from}: it is no adapter that was trained on the policy's "
-            "backbone. Use critic='separate', or leave critic_init out to start from the policy"
+        raise ModelError(
+            "other-backbone",
+            f"critic='adapter' cannot start from {start_from}: this is not an adapter trained "
+            "on the policy's backbone; use critic='separate', or leave critic_init out to start "
+            "from the policy",
         )
     model = policy.model
     start = AdapterWeights(model.peft_config[POLICY], adapter_weights(model, POLICY), None)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, load_reference
 from rlhf_lightning.models.frozen import FrozenPolicy
 from rlhf_lightning.models.loading import LoadSettings, resolve_folder
@@ -56,15 +57,17 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         name: what the teacher is called in the error.
 
     Raises:
-        ValueError: an id that both have is another token to the teacher; the first such is named.
+        ModelError: an id that both have is another token to the teacher; the first such is named.
     """
     mine, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (student, teacher))
     common = min(max(mine), max(theirs)) + 1
     other = [index for index in range(common) if mine.get(index) != theirs.get(index)]
     if other:
         first = other[0]
-        raise ValueError(
-            f"the teacher {name} has another tokenizer than the student: id {first} is {theirs.get(first)!r} to the "
-            f"teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ. "
-            "Distillation compares distributions over the same tokens: take a teacher of the student's family"
+        raise ModelError(
+            "other-tokenizer",
+            f"the teacher {name} has another tokenizer than the student: id {first} is {theirs.get(first)!r} "
+            f"to the teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} "
+            "ids differ; distillation compares distributions over the same tokens, so choose "
+            "a teacher of the student's family",
         )

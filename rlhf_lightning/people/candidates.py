@@ -137,7 +137,7 @@ def given_rows(path: str) -> "list[CanonicalRow]":
         try:
             found.append(read_row(row, preference_with_ties))
         except RowRefused as error:
-            refused[str(error)] += 1
+            refused[error.code] += 1
     said = "; ".join(f"{count} rows: {REASONS[reason]}" for reason, count in refused.items())
     if not found:
         raise DataError("no-usable-rows", f"{path} has nothing to compare ({said or 'it is empty'})")

@@ -173,12 +173,12 @@ class _Pages:
     def _answer(self, body: dict[str, Any]) -> Answer:
         ranks, edited = body.get("ranks"), body.get("edited")
         if edited is not None and not isinstance(edited, str):
-            raise JudgementRefused("an edited completion is text")
+            raise JudgementRefused("edit-not-text", "an edited completion must be text")
         if ranks is not None and not (isinstance(ranks, list) and all(type(rank) is int for rank in ranks)):
-            raise JudgementRefused("ranks are whole numbers")
+            raise JudgementRefused("invalid-ranks", "ranks must be whole numbers")
         seconds = body.get("seconds", 0)
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-            raise JudgementRefused("the seconds spent are no time")
+            raise JudgementRefused("invalid-seconds", "the seconds spent must be a number")
         return Answer(
             verdict=body.get("verdict"),  # type: ignore[arg-type]  # the store refuses what is none
             ranks=None if ranks is None else tuple(ranks),
@@ -231,19 +231,19 @@ async def _json_of(request: Request) -> dict[str, Any]:
 def _key(body: dict[str, Any]) -> str:
     key = body.get("key")
     if not isinstance(key, str) or not 16 <= len(key) <= 64 or not key.isascii():
-        raise JudgementRefused("a judgement needs a key of its own, 16 to 64 characters")
+        raise JudgementRefused("invalid-key", "a judgement needs its own key of 16 to 64 ASCII characters")
     return key
 
 
 def _whole(body: dict[str, Any], name: str) -> int:
     value = body.get(name)
     if type(value) is not int or abs(value) >= 2**63:
-        raise JudgementRefused(f"{name} is no whole number")
+        raise JudgementRefused("not-a-number", f"{name} must be a whole number")
     return value
 
 
 def _chosen(body: dict[str, Any], name: str, known: Sequence[str]) -> tuple[str, ...]:
     given = body.get(name, [])
     if not isinstance(given, list) or any(one not in known for one in given):
-        raise JudgementRefused(f"{name} are some of {', '.join(known)}")
+        raise JudgementRefused("unknown-choice", f"{name} must be some of {', '.join(known)}")
     return tuple(one for one in known if one in given)

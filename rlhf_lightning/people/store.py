@@ -225,11 +225,11 @@ class FeedbackStore:
                 "SELECT shown FROM assignments WHERE id = ? AND annotator = ?", [assignment, annotator]
             ).fetchone()
             if row is None:
-                raise NotAsked("this is not asked of you here")
+                raise NotAsked("not-asked", "this is not asked of you here")
             shown = json.loads(row[0])
             answer.check(len(shown))
             if db.execute("SELECT 1 FROM live WHERE assignment = ?", [assignment]).fetchone():
-                raise Conflict("you have judged this one already")
+                raise Conflict("judged-already", "you have judged this one already")
             return self._insert(db, annotator, assignment, key, answer, shown)
 
     def _insert(
@@ -282,7 +282,7 @@ class FeedbackStore:
             return None
         same_kind = (row[3] is not None) == (assignment is None)
         if row[1] != annotator or not same_kind or (assignment is not None and row[2] != assignment):
-            raise JudgementRefused("the key belongs to another judgement")
+            raise JudgementRefused("other-judgements-key", "the key belongs to another judgement")
         return int(row[0])
 
     # ---- where things stand -----------------------------------------------------------------------------------------

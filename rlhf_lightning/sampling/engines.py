@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
@@ -49,13 +50,17 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: at least one token must be sampled")
+            raise SettingError(
+                "setting-out-of-range", f"max_new_tokens is {self.max_new_tokens}: it must be at least 1"
+            )
         if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or positive")
+            raise SettingError(
+                "setting-out-of-range", f"temperature is {self.temperature}: it must be 0 (greedy) or positive"
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must lie in (0, 1]")
+            raise SettingError("setting-out-of-range", f"top_p is {self.top_p}: it must lie in (0, 1]")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}: it must be 0 (all tokens) or positive")
+            raise SettingError("setting-out-of-range", f"top_k is {self.top_k}: it must be 0 (all tokens) or positive")
 
     @property
     def is_pure(self) -> bool:
@@ -149,11 +154,13 @@ class SamplingEngine(ABC):
             mixture: a second model to sample from together with the first; None samples from the first alone.
 
         Raises:
-            ValueError: a prompt is empty, so there is nothing to predict from.
+            DataError: a prompt is empty, so there is nothing to predict from.
         """
         if any(len(prompt) == 0 for prompt in prompts):
-            raise ValueError(
-                "a prompt is empty: the first token of a completion is predicted from the prompt's last one"
+            raise DataError(
+                "empty-prompt",
+                "a prompt is empty, but the first token of a completion is predicted from the prompt's "
+                "last token; drop such rows",
             )
         return self.complete(model, SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
 

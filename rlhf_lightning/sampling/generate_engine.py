@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.counter_rng import uniform
@@ -27,13 +28,20 @@ class GenerateEngine(SamplingEngine):
         """Draw the completions.
 
         Raises:
-            ValueError: a mixture is asked for, or weights are cut over ranks.
+            SettingError: a mixture is asked for, or weights are cut over ranks.
         """
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
         if request.mixture is not None:
-            raise ValueError("generate reads with one model: a mixture needs the SlotEngine")
+            raise SettingError(
+                "mixture-needs-slots",
+                "GenerateEngine samples from one model, and a mixture of models was asked for; use the SlotEngine",
+            )
         if is_sharded(model):
-            raise ValueError("generate calls a model without its root, which gathers cut weights: use the SlotEngine")
+            raise SettingError(
+                "sharded-needs-slots",
+                "GenerateEngine cannot sample from sharded weights: it bypasses the root module that "
+                "gathers them; use the SlotEngine",
+            )
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = settings.batch_size or max(len(order), 1)
         ids, logprobs = [torch.zeros(0, dtype=torch.long)] * len(prompts), [torch.zeros(0)] * len(prompts)

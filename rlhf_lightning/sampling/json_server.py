@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_lightning.errors import RlhfError, SettingError
+
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
 
@@ -30,7 +32,7 @@ IN_AN_ADDRESS = (
 )
 
 
-class ServerError(RuntimeError):
+class ServerError(RlhfError, RuntimeError):
     """The server cannot be reached, refuses a request, or answers with what is no answer to it."""
 
 
@@ -54,7 +56,7 @@ class JSONServer:
         api_key: name of the environment variable with the key; None sends none.
 
     Raises:
-        ValueError: the address is no http(s) address or has a password in it, the variable is not set, or a number is
+        SettingError: the address is no http(s) address or has a password in it, the variable is not set, or a number is
             out of range.
     """
 
@@ -62,15 +64,16 @@ class JSONServer:
         self, url: str, timeout: float = 60.0, retries: int = 4, wait: float = 1.0, api_key: str | None = None
     ) -> None:
         if retries < 0 or timeout <= 0 or wait < 0:
-            raise ValueError(
-                f"retries is {retries}, timeout {timeout} and wait {wait}: the time-out must be positive, and the "
-                "others not negative"
+            raise SettingError(
+                "setting-out-of-range",
+                f"retries is {retries}, timeout {timeout} and wait {wait}: timeout must be positive, "
+                "retries and wait 0 or more",
             )
         parts = urllib.parse.urlsplit(url)
         if has_password(url):
-            raise ValueError(f"url {IN_AN_ADDRESS}")
+            raise SettingError("key-in-address", f"url {IN_AN_ADDRESS}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"the url {url!r} is no address such as http://host:8000")
+            raise SettingError("invalid-url", f"the url {url!r} is invalid; give an address such as http://host:8000")
         self.url, self.timeout, self.retries, self.wait = url.rstrip("/"), timeout, retries, wait
         self.headers = {"Content-Type": "application/json"}
         self._key = "" if api_key is None else _key_in(api_key)
@@ -94,7 +97,9 @@ class JSONServer:
             except urllib.error.HTTPError as error:
                 said = self.shown(error.read(4 * LONGEST_QUOTE).decode(errors="replace"))
                 if error.code not in BUSY:
-                    raise ServerError(f"{self.url}{route} refused with status {error.code}: {said}") from None
+                    raise ServerError(
+                        "server-refused", f"{self.url}{route} refused with status {error.code}: {said}"
+                    ) from None
                 cause = f"status {error.code}: {said}"
             except (OSError, http.client.HTTPException) as error:
                 cause = self.shown(str(error) or type(error).__name__)
@@ -103,7 +108,9 @@ class JSONServer:
                     return json.loads(text)
                 except ValueError:
                     return text
-        raise ServerError(f"{self.url}{route} gave no answer in {self.retries + 1} attempts; the last: {cause}")
+        raise ServerError(
+            "server-silent", f"{self.url}{route} gave no answer in {self.retries + 1} attempts; the last: {cause}"
+        )
 
     def _answer(self, request: urllib.request.Request) -> str:
         """Return the text of an answer that comes within the time-out, however slowly it trickles."""
@@ -125,12 +132,14 @@ def _key_in(variable: str) -> str:
     """Return the key in an environment variable.
 
     Raises:
-        ValueError: it is not set, or is no name of one: somebody put the key itself there.
+        SettingError: it is not set, or is no name of one: somebody put the key itself there.
     """
     if not names_variable(variable):
-        raise ValueError(f"api_key {NO_VARIABLE}")
+        raise SettingError("no-such-variable", f"api_key {NO_VARIABLE}")
     if not os.environ.get(variable):
-        raise ValueError(f"api_key names the environment variable {variable}, which is not set")
+        raise SettingError(
+            "no-such-variable", f"api_key names the environment variable {variable}, which is not set; export it first"
+        )
     return os.environ[variable]
 
 

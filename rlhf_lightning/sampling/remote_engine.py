@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.models.adapters import POLICY, active_adapter, adapter_weights
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
@@ -73,7 +74,7 @@ class RemoteEngine(SamplingEngine):
         api_key: str | None = None,
     ) -> None:
         if requests < 1:
-            raise ValueError(f"requests is {requests}: there must be one request or more at a time")
+            raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1 at a time")
         self.model, self.requests = model, requests
         self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
         self.adapters = None if adapter_folder is None else _Adapters(self.server, Path(adapter_folder))
@@ -92,13 +93,16 @@ class RemoteEngine(SamplingEngine):
         """Draw the completions.
 
         Raises:
-            ValueError: a prompt is no text that the server would read as the same tokens; a mixture is asked for; or
+            SettingError: a prompt is no text that the server would read as the same tokens; a mixture is asked for; or
                 the server cannot have the policy's weights.
             ServerError: the server cannot be reached, or its answer is no completion.
         """
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
         if request.mixture is not None:
-            raise ValueError("a server samples from one model: a mixture needs the SlotEngine")
+            raise SettingError(
+                "mixture-needs-slots",
+                "a server samples from one model, and a mixture of models was asked for; use the SlotEngine",
+            )
         name = self._name_of(model)
         bodies = [
             self._request(name, prompt, settings, _seed_of(request.seed, int(episode)), end_ids)
@@ -126,12 +130,18 @@ class RemoteEngine(SamplingEngine):
         adapter = active_adapter(model.model) if model.has_adapter else None
         if adapter is None:
             if not model.has_adapter and any(parameter.requires_grad for parameter in model.parameters()):
-                raise ValueError(
-                    "the server's weights would stay as they are while the policy's change: train an adapter (lora)"
+                raise SettingError(
+                    "server-needs-adapter",
+                    "the policy trains all its weights, and the server's copy would not follow; train "
+                    "an adapter (lora)",
                 )
             return self.model
         if self.adapters is None:
-            raise ValueError("the policy is an adapter: adapter_folder must say where the server finds it")
+            raise SettingError(
+                "no-adapter-folder",
+                "the policy is an adapter, and adapter_folder is null; set it to the folder where "
+                "the server finds adapters",
+            )
         return self.adapters.hand_over(model, adapter)
 
     def _request(
@@ -164,20 +174,34 @@ class RemoteEngine(SamplingEngine):
             ids, logprobs = _read_ids(choice), [float(value) for value in choice["logprobs"]["token_logprobs"]]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerError(
-                f"{self.server.url} answered without the token ids and log-probabilities of a completion ({error!r}): "
-                f"{self.server.shown(answer)}. For a server that knows text alone, set tokenizer"
+                "server-answer-unusable",
+                f"{self.server.url} answered without the token ids and log-probabilities of a completion "
+                f"({error!r}): {self.server.shown(answer)}; for a server that knows text alone, set "
+                "tokenizer",
             ) from error
         if len(ids) != len(logprobs) or not 0 < len(ids) <= settings.max_new_tokens:
             raise ServerError(
-                f"{self.server.url} answered with {len(ids)} tokens and {len(logprobs)} log-probabilities where 1 to "
-                f"{settings.max_new_tokens} of both were asked for"
+                "server-answer-unusable",
+                f"{self.server.url} answered with {len(ids)} tokens and {len(logprobs)} log-probabilities; "
+                f"1 to {settings.max_new_tokens} of both were asked for",
             )
         if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-            raise ServerError(f"{self.server.url} answered with log-probabilities that are none: {logprobs[:8]}")
+            raise ServerError(
+                "server-answer-unusable",
+                f"{self.server.url} answered with invalid log-probabilities (not finite, or above 0): {logprobs[:8]}",
+            )
         if any(token in end_ids for token in ids[:-1]):
-            raise ServerError(f"{self.server.url} went on after an end token: it ignores stop_token_ids")
+            raise ServerError(
+                "server-answer-unusable",
+                f"{self.server.url} continued after an end token: it ignores stop_token_ids; use a "
+                "server that supports them",
+            )
         if choice.get("finish_reason") == "stop" and ids[-1] not in end_ids:
-            raise ServerError(f"{self.server.url} stopped without one of the end tokens {list(end_ids)}")
+            raise ServerError(
+                "server-answer-unusable",
+                f"{self.server.url} stopped without one of the end tokens {list(end_ids)}; start the "
+                "server with the policy's tokenizer",
+            )
         return _Drawn(torch.tensor(ids), torch.tensor(logprobs))
 
 
@@ -220,7 +244,9 @@ class _Adapters:
     def hand_over(self, model: CausalLM, adapter: str) -> str:
         """Return the name on the server of an adapter as it is now."""
         if is_sharded(model):
-            raise ValueError("an adapter that is cut over ranks cannot be handed to a server: use ddp")
+            raise SettingError(
+                "sharded-adapter", "a sharded adapter cannot be handed to a server; use the strategy ddp"
+            )
         digest = _digest(adapter_weights(model.model, adapter))
         held, name = self.loaded.get(adapter, ("", ""))
         if held == digest:
@@ -272,11 +298,15 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
     """Return the text of a prompt.
 
     Raises:
-        ValueError: the server would read other tokens.
+        DataError: the server would read other tokens.
     """
     text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if tokenizer(text)["input_ids"] != prompt.tolist():
-        raise ValueError(f"the server would read other tokens than the prompt's from its text: {text[:200]!r}")
+        raise DataError(
+            "prompt-text-differs",
+            "the server would read other tokens from the prompt's text than the prompt holds: "
+            f"{text[:200]!r}; use a server that takes token ids",
+        )
     return text
 
 

@@ -7,6 +7,8 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 
+from rlhf_lightning.errors import SettingError
+
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 FENCE = re.compile(r"\A```[A-Za-z]*\s*(.*?)\s*(?:```)?\Z", re.DOTALL)
 
@@ -23,10 +25,10 @@ def holds(relation: str, count: int, asked: int) -> bool:
     """Return whether a count stands in a relation to what was asked for.
 
     Raises:
-        ValueError: there is no such relation.
+        SettingError: there is no such relation.
     """
     if relation not in RELATIONS:
-        raise ValueError(f"there is no relation {relation!r}: {', '.join(RELATIONS)}")
+        raise SettingError("unknown-choice", f"there is no relation {relation!r}; choose one of {', '.join(RELATIONS)}")
     return RELATIONS[relation](count, asked)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, checked_judgements, load_scorer
@@ -26,12 +27,12 @@ class ScorerGroup(Scorer):
         scorers: each a Scorer or what `load_scorer` takes, by name.
 
     Raises:
-        ValueError: there is none.
+        SettingError: there is none.
     """
 
     def __init__(self, scorers: Mapping[str, Any]) -> None:
         if not scorers:
-            raise ValueError(f"{type(self).__name__} needs at least one scorer")
+            raise SettingError("no-scorers", f"{type(self).__name__} needs at least one scorer; name one")
         self.scorers = {str(name): load_scorer(spec) for name, spec in scorers.items()}
 
     def member_judgements(
@@ -124,7 +125,7 @@ class WeightedSum(ScorerGroup):
             compared with it; "skip" leaves the term out, for mixtures in which each scorer judges its own rows.
 
     Raises:
-        ValueError: a weight belongs to no scorer.
+        SettingError: a weight belongs to no scorer.
     """
 
     def __init__(
@@ -136,9 +137,11 @@ class WeightedSum(ScorerGroup):
         super().__init__(scorers)
         unknown = sorted(set(weights or {}) - set(self.scorers))
         if unknown:
-            raise ValueError(f"weights names {', '.join(unknown)}, but the scorers are {', '.join(self.scorers)}")
+            raise SettingError(
+                "unknown-scorer", f"weights names {', '.join(unknown)}, but the scorers are {', '.join(self.scorers)}"
+            )
         if missing not in ("drop", "skip"):
-            raise ValueError(f"missing is {missing!r}: it must be 'drop' or 'skip'")
+            raise SettingError("unknown-choice", f"missing is {missing!r}; choose 'drop' or 'skip'")
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in self.scorers}
         self.missing = missing
 
@@ -166,13 +169,16 @@ class Ensemble(ScorerGroup):
         penalty: deviations below the mean.
 
     Raises:
-        ValueError: there are fewer than two members, or one is called std.
+        SettingError: there are fewer than two members, or one is called std.
     """
 
     def __init__(self, scorers: Mapping[str, Any] | Sequence[Any], penalty: float = 1.0) -> None:
         named = scorers if isinstance(scorers, Mapping) else {str(index): spec for index, spec in enumerate(scorers)}
         if len(named) < 2 or "std" in named:
-            raise ValueError(f"an ensemble needs two members or more, none of them called std; found {list(named)}")
+            raise SettingError(
+                "invalid-ensemble",
+                f"an ensemble needs at least two members, and the name std is reserved; found {list(named)}",
+            )
         super().__init__(named)
         self.penalty = penalty
         self._deviations = Measured("score/std")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import RlhfError, SettingError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.sampling.json_server import ServerError
@@ -17,7 +18,7 @@ from rlhf_lightning.scoring.workers import Outcome, Row, WorkerPool, judged, mis
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 
-class ScorerFailedError(RuntimeError):
+class ScorerFailedError(RlhfError, RuntimeError):
     """A completion has no score, however often the scorer was asked."""
 
 
@@ -46,7 +47,7 @@ class FaultTolerant(Scorer):
             nothing to learn from.
 
     Raises:
-        ValueError: a setting is out of range, or the scorer is or has a reward model.
+        SettingError: a setting is out of range, or the scorer is or has a reward model.
     """
 
     def __init__(
@@ -60,14 +61,21 @@ class FaultTolerant(Scorer):
         most_in_a_row: int = 256,
     ) -> None:
         if on_fault not in ("raise", "drop", "zero"):
-            raise ValueError(f"on_fault is {on_fault!r}: it must be 'raise', 'drop' or 'zero'")
+            raise SettingError("unknown-choice", f"on_fault is {on_fault!r}; choose 'raise', 'drop' or 'zero'")
         if (seconds is not None and seconds <= 0) or workers < 1 or most_in_a_row < 1:
-            raise ValueError(f"seconds is {seconds}, workers {workers}, most_in_a_row {most_in_a_row}: not positive")
+            raise SettingError(
+                "setting-out-of-range",
+                f"seconds is {seconds}, workers {workers}, most_in_a_row {most_in_a_row}: each must be positive",
+            )
         if retries < 0 or wait < 0:
-            raise ValueError(f"retries is {retries} and wait {wait}: neither may be negative")
+            raise SettingError("setting-out-of-range", f"retries is {retries} and wait {wait}: each must be at least 0")
         self.scorer = load_scorer(scorer)  # what cannot be loaded should fail now
         if _has_model(self.scorer):
-            raise ValueError("a reward model does not fail on one completion alone: wrap the other scorers, not it")
+            raise SettingError(
+                "wraps-reward-model",
+                "FaultTolerant cannot wrap a reward model, which does not fail on single completions; "
+                "wrap the other scorers",
+            )
         self.on_fault, self.retries, self.wait, self.most_in_a_row = on_fault, retries, wait, most_in_a_row
         self._pool = None if seconds is None else WorkerPool(scorer, seconds, workers)
         self._measured = Measured("score_failed", "score_timed_out", "score_retried")
@@ -94,11 +102,15 @@ class FaultTolerant(Scorer):
         if kind == "scored":
             return value
         if self.on_fault == "raise":
-            raise ScorerFailedError(f"completion {row} could not be scored: {value}. on_fault: drop goes on without it")
+            raise ScorerFailedError(
+                "completion-not-scored",
+                f"completion {row} could not be scored: {value}; on_fault: drop continues without it",
+            )
         if self.on_fault == "drop" and self._in_a_row >= self.most_in_a_row:
             raise ScorerFailedError(
-                f"{self._in_a_row} completions in a row could not be scored, the last because: {value}. There is "
-                "nothing to learn from; see that the scorer works, and resume the run"
+                "scorer-keeps-failing",
+                f"{self._in_a_row} completions in a row could not be scored, the last because: {value}; "
+                "repair the scorer, and resume the run",
             )
         return 0.0 if self.on_fault == "zero" else None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.scoring import checks
 from rlhf_lightning.scoring.checks import holds
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
@@ -101,7 +102,7 @@ def follows(completion: str, instruction_id: str, arguments: Mapping[str, Any] |
         arguments: of the instruction, by their published names; None values count as left out.
 
     Raises:
-        ValueError: the arguments do not fit the kind.
+        DataError: the arguments do not fit the kind.
     """
     check = INSTRUCTIONS.get(instruction_id)
     if check is None:
@@ -110,7 +111,9 @@ def follows(completion: str, instruction_id: str, arguments: Mapping[str, Any] |
     try:
         return bool(completion.strip()) and bool(check(completion, **given))
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"the arguments of {instruction_id} do not fit: {given} ({error})") from error
+        raise DataError(
+            "wrong-arguments", f"the arguments of {instruction_id} do not fit: {given} ({error})"
+        ) from error
 
 
 class IFEvalScorer(Scorer):

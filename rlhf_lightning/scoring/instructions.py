@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.scoring import checks
 from rlhf_lightning.scoring.checks import holds, words
 from rlhf_lightning.scoring.scorer import Scorer, Scores, column
@@ -114,12 +115,12 @@ def kept(completion: str, name: str, arguments: str | Mapping[str, Any] | None) 
     """Return whether a completion keeps an instruction.
 
     Raises:
-        ValueError: the instruction is unknown, or its arguments do not fit.
+        DataError: the instruction is unknown, or its arguments do not fit.
     """
     if name not in CHECKS:
-        raise ValueError(f"there is no instruction {name!r}: {', '.join(CHECKS)}")
+        raise DataError("unknown-instruction", f"there is no instruction {name!r}; choose one of {', '.join(CHECKS)}")
     given = json.loads(arguments) if isinstance(arguments, str) else dict(arguments or {})
     try:
         return bool(words(completion)) and bool(CHECKS[name].kept(completion, **given))
     except TypeError as error:
-        raise ValueError(f"the arguments of instruction {name!r} do not fit: {given}") from error
+        raise DataError("wrong-arguments", f"the arguments of instruction {name!r} do not fit: {given}") from error

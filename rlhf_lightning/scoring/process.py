@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.process import aggregated_steps
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.layout import padded_layout, select
@@ -34,7 +35,7 @@ class ProcessScorer(Scorer):
         dtype: precision of the weights.
 
     Raises:
-        ValueError: there is no such aggregate, or the folder names no separator and none is given.
+        SettingError: there is no such aggregate, or the folder names no separator and none is given.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class ProcessScorer(Scorer):
     ) -> None:
         found = stored_separator(folder) if separator is None else separator
         if not found:
-            raise ValueError(f"{folder} is no process reward model's folder: give the separator of its steps")
+            raise SettingError(
+                "no-separator", f"{folder} is not the folder of a process reward model; give the separator of its steps"
+            )
         if aggregate not in ("min", "product", "last"):
-            raise ValueError(f"aggregate is {aggregate!r}: it must be 'min', 'product' or 'last'")
+            raise SettingError("unknown-choice", f"aggregate is {aggregate!r}; choose 'min', 'product' or 'last'")
         self.separator, self.aggregate = found, aggregate
         self.learned = LearnedScorer(folder, max_tokens, dtype)
         self.folder, self.max_tokens = self.learned.folder, max_tokens

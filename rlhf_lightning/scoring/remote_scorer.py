@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
 from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt
@@ -31,7 +32,7 @@ class RemoteScorer(Scorer):
         api_key: name of the environment variable that holds the server's key; None sends none.
 
     Raises:
-        ValueError: the address is none, or a number is out of range.
+        SettingError: the address is none, or a number is out of range.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class RemoteScorer(Scorer):
         api_key: str | None = None,
     ) -> None:
         if batch_size < 1 or requests < 1:
-            raise ValueError(f"batch_size is {batch_size} and requests {requests}: both must be 1 or more")
+            raise SettingError(
+                "setting-out-of-range", f"batch_size is {batch_size} and requests {requests}: both must be at least 1"
+            )
         self.batch_size, self.requests = batch_size, requests
         self.server = JSONServer(url, timeout, retries, wait, api_key)
 
@@ -75,8 +78,13 @@ class RemoteScorer(Scorer):
     def _scores(self, answer: Any) -> list[Any]:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
-            raise ServerError(f'{self.server.url} answered without {{"scores": [...]}}: {self.server.shown(answer)}')
+            raise ServerError(
+                "server-answer-unusable",
+                f'{self.server.url} answered without {{"scores": [...]}}: {self.server.shown(answer)}',
+            )
         try:
             return [Judgement(**score) if isinstance(score, dict) else score for score in scores]
         except TypeError as error:
-            raise ServerError(f"{self.server.url} answered with a judgement of unknown fields: {error}") from error
+            raise ServerError(
+                "server-answer-unusable", f"{self.server.url} answered with a judgement of unknown fields: {error}"
+            ) from error

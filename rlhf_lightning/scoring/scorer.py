@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ContractError
+from rlhf_lightning.errors import ContractError, DataError, RlhfError, undefined
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
@@ -84,7 +84,7 @@ class Scorer:
             completions: text of each completion, without the end token.
             columns: further columns of the data, one value per completion.
         """
-        raise AttributeError(f"{type(self).__name__} must define '__call__'")
+        raise undefined(self, "__call__")
 
     def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
         """Load what scoring needs, beside the policy whose completions are scored.
@@ -184,7 +184,7 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
     A scorer that returns NaN itself is refused: it is a number that went wrong, not a completion that cannot be judged.
 
     Raises:
-        ValueError: there are more or fewer scores than completions, or one is no number, NaN or infinite.
+        BadScoresError: there are more or fewer scores than completions, or one is no number, NaN or infinite.
     """
     if isinstance(scores, Sequence) and any(isinstance(score, Judgement) for score in scores):
         scores = [score.score if isinstance(score, Judgement) else score for score in scores]
@@ -193,21 +193,25 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
         try:
             scores = list(scores)
         except TypeError as error:
-            raise ValueError(f"{wanted}: it returned {scores!r}") from error
+            raise BadScoresError("not-numbers", f"{wanted}: it returned {scores!r}") from error
     missing = [] if isinstance(scores, Tensor) else [row for row, score in enumerate(scores) if score is None]
     try:
         given = [0.0 if score is None else score for score in scores] if missing else scores
         values = torch.as_tensor(given, dtype=torch.float32).detach().cpu().flatten()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{wanted}: {error}") from error
+        raise BadScoresError("not-numbers", f"{wanted}: {error}") from error
     if len(values) != count:
-        raise ValueError(f"{name} returned {len(values)} scores for {count} completions: it must return one for each")
+        raise BadScoresError(
+            "number-of-scores",
+            f"{name} returned {len(values)} scores for {count} completions; it must return one for each",
+        )
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         value = values[bad[0]].item()
-        raise ValueError(
-            f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite. "
-            "rlhf_lightning.scoring.FaultTolerant with on_fault: drop leaves them out"
+        raise BadScoresError(
+            "not-finite",
+            f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite; "
+            "rlhf_lightning.scoring.FaultTolerant with on_fault: drop leaves them out",
         )
     if missing:
         values = values.index_fill(0, torch.tensor(missing), math.nan)
@@ -264,7 +268,11 @@ def unmoved(scorer: Any) -> Iterator[None]:
             scorer.load_state_dict(before)
 
 
-class MissingColumnError(ValueError):
+class BadScoresError(RlhfError, ValueError):
+    """A scorer returned scores that cannot be used."""
+
+
+class MissingColumnError(DataError):
     """A scorer needs a column that the data does not have."""
 
 
@@ -277,7 +285,9 @@ def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> S
     if name not in columns:
         found = ", ".join(columns) or "none"
         raise MissingColumnError(
-            f"{type(scorer).__name__} needs the column {name} of the data; {name} is missing (further columns: {found})"
+            "missing-data-column",
+            f"{type(scorer).__name__} needs the data column {name}, which is missing (further "
+            f"columns: {found}); add it, or rename one by data.columns",
         )
     return columns[name]
 

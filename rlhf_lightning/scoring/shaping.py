@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.scoring.checks import words
 from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Prompt
@@ -32,7 +33,9 @@ class LengthPenalty(Scorer):
 
     def __init__(self, coef: float = 0.01, target: int = 0, tolerance: int = 0, tokenizer: str | None = None) -> None:
         if target < 0 or tolerance < 0:
-            raise ValueError(f"target is {target} and tolerance {tolerance}: lengths are not negative")
+            raise SettingError(
+                "setting-out-of-range", f"target is {target} and tolerance {tolerance}: each must be at least 0"
+            )
         self.coef, self.target, self.tolerance, self.tokenizer_name = coef, target, tolerance, tokenizer
 
     @cached_property
@@ -66,7 +69,7 @@ class RepetitionPenalty(Scorer):
 
     def __init__(self, n: int = 3, coef: float = 1.0) -> None:
         if n < 1:
-            raise ValueError(f"n is {n}: an n-gram has at least one word")
+            raise SettingError("setting-out-of-range", f"n is {n}: it must be at least 1 word")
         self.n, self.coef = n, coef
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
+from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.scoring.scorer import Scorer, load_scorer
 from rlhf_lightning.types import Judgement, Prompt
 
@@ -26,7 +27,7 @@ Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
 """Prompt, completion and further columns of one completion, as a scorer takes them."""
 
 
-class WorkerFailedError(RuntimeError):
+class WorkerFailedError(RlhfError, RuntimeError):
     """A process cannot be started."""
 
 
@@ -103,7 +104,8 @@ class Worker:
             self.process.start()
         except (AttributeError, TypeError, ValueError, OSError) as error:
             raise WorkerFailedError(
-                f"{scorer!r} cannot be handed to another process ({error}); name an importable function or class"
+                "not-importable",
+                f"{scorer!r} cannot be handed to another process ({error}); name an importable function or class",
             ) from error
         theirs.close()
         self.row: int | None = None

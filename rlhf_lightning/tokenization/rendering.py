@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.tokenization.facts import Facts, facts_of, scaffold
 from rlhf_lightning.tokenization.templates import TurnsRefused, apply_template
 from rlhf_lightning.types import Message, Prompt
@@ -87,7 +88,10 @@ def render_completion(
     closing = (tokenizer.eos_token_id,)
     if isinstance(prompt, str):
         if not isinstance(completion, str):
-            raise ValueError("A completion of messages needs a prompt of messages, not plain text.")
+            raise DataError(
+                "prompt-not-messages",
+                f"a completion of messages needs a prompt of messages, but the prompt is plain text: {prompt[:80]!r}",
+            )
         careful = () if rendered else (Span(completion, literal=True, spoken=True),)
         return Rendered((Span(completion),), careful, closing=closing)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
@@ -96,7 +100,10 @@ def render_completion(
     roles = tuple(message["role"] for message in [*before, *answer])
     pieces = scaffold(tokenizer, facts, roles)
     if len(before) not in pieces:
-        raise TurnsRefused(f"The chat template leaves out a turn of the role {answer[0]['role']!r}.")
+        raise TurnsRefused(
+            "turn-left-out",
+            f"the chat template leaves out a turn of the role {answer[0]['role']!r}; use a template that renders it",
+        )
     start = pieces.index(len(before))
     spans: list[Span] = []
     if len(before) == len(prompt) and start > 0:

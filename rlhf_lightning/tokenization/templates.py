@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.tokenization import sandbox
 from rlhf_lightning.types import Message
 
@@ -32,7 +33,7 @@ LARGE_TURNS, LARGE_CHARACTERS = 1000, 1_000_000
 """A conversation larger than this may itself be why a template takes too long; of a smaller one the template is."""
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(ModelError):
     """There is no chat template, or none that can be used."""
 
 
@@ -49,8 +50,10 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if not template:
         raise ChatTemplateError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, and this data is conversational "
-            "(messages): give chat_template the text of a Jinja template, the path of a .jinja file, or 'default'."
+            "no-chat-template",
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, and this data is "
+            "conversational (messages); give chat_template the text of a Jinja template, the "
+            "path of a .jinja file, or 'default'",
         )
     return template if isinstance(template, str) else tokenizer.get_chat_template()
 
@@ -75,12 +78,19 @@ def apply_template(
     try:
         text = sandbox.render(template, turns, add_generation_prompt=generation, **tokenizer.special_tokens_map)
     except (SecurityError, TemplateSyntaxError, OverflowError, MemoryError, RecursionError) as error:
-        raise ChatTemplateError(f"The chat template is refused: {str(error).rstrip('.')}.") from error
+        raise ChatTemplateError(
+            "chat-template-refused",
+            f"the chat template is refused: {str(error).rstrip('.')}; fix the template, or choose "
+            "another with chat_template",
+        ) from error
     except sandbox.OutOfBounds as error:
         large = len(messages) > LARGE_TURNS or sum(len(m["content"]) for m in messages) > LARGE_CHARACTERS
-        kind = TurnsRefused if large else ChatTemplateError
-        raise kind(f"The chat template is refused: {str(error).rstrip('.')}.") from error
+        raise (TurnsRefused if large else ChatTemplateError)(
+            "chat-template-refused",
+            f"the chat template is refused: {str(error).rstrip('.')}; fix the template, or choose "
+            "another with chat_template",
+        ) from error
     except Exception as error:  # a template is a stranger's program: it may raise anything
         roles = ", ".join(message["role"] for message in messages[:8])
-        raise TurnsRefused(f"The chat template refuses the turns ({roles}): {error}") from error
+        raise TurnsRefused("turns-refused", f"the chat template refuses the turns ({roles}): {error}") from error
     return text.rpartition(CUT)[0] if open_turn else text

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_lightning.errors import MissingError, ModelError, SettingError
 from rlhf_lightning.tokenization.facts import end_token_ids
 from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES
 
@@ -29,23 +30,28 @@ def load_tokenizer(
         trust_remote_code: run the Python code that the tokenizer brings along, if any.
 
     Raises:
-        FileNotFoundError: if there is no tokenizer under that name.
-        ValueError: if the template is not found, or there is no EOS token.
+        MissingError: if there is no tokenizer under that name.
+        ModelError: if the template is not found, or there is no EOS token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"The tokenizer {str(name_or_folder)!r} needs Python code of its own, which is run only where it is "
-                f"named: --model.trust_remote_code {name_or_folder}"
+            raise ModelError(
+                "custom-code",
+                f"the tokenizer {str(name_or_folder)!r} needs its own Python code; if you trust it, "
+                f"allow it with --model.trust_remote_code {name_or_folder}",
             ) from error
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"No tokenizer in {str(name_or_folder)!r} ({reason}); give a Hub name or a folder with tokenizer.json."
+        raise MissingError(
+            "no-tokenizer",
+            f"no tokenizer in {str(name_or_folder)!r} ({reason}); give a Hub name or a folder with tokenizer.json",
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {str(name_or_folder)!r} has no EOS token, so a completion could not end.")
+        raise ModelError(
+            "no-eos-token",
+            f"the tokenizer {str(name_or_folder)!r} has no EOS token, so completions could not end; set its eos_token",
+        )
     if chat_template is not None:
         tokenizer.chat_template = _template_text(tokenizer, chat_template)
     _ensure_pad(tokenizer)
@@ -58,15 +64,20 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> st
         chat_template = "chatml" if {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys() else "plain"
     if chat_template in CHAT_TEMPLATES:
         if chat_template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
-            raise ValueError("chat_template 'chatml' needs <|im_start|> and <|im_end|> in the vocabulary: use 'plain'.")
+            raise SettingError(
+                "chat-template-tokens",
+                "chat_template 'chatml' needs the tokens <|im_start|> and <|im_end|>, which the vocabulary "
+                "lacks; use 'plain'",
+            )
         text = CHAT_TEMPLATES[chat_template]
         return text if tokenizer.bos_token else text.replace("{{ bos_token }}", "")
     if "{" in chat_template:
         return chat_template
     if not Path(chat_template).is_file():
-        raise ValueError(
+        raise SettingError(
+            "unknown-chat-template",
             f"chat_template {chat_template!r} is neither a Jinja text, nor a file, nor one of "
-            f"{', '.join(['default', *CHAT_TEMPLATES])}."
+            f"{', '.join(['default', *CHAT_TEMPLATES])}",
         )
     return Path(chat_template).read_text(encoding="utf-8")
 

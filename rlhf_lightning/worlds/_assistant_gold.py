@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.worlds import _assistant_text as text
 
 WEIGHTS = {"subject": 0.30, "kind": 0.25, "detail": 0.20, "courtesy": 0.15, "brevity": 0.10}
@@ -106,12 +107,16 @@ def read_request(prompt: str) -> Request:
     """Return what ``prompt`` asks for.
 
     Raises:
-        ValueError: if the prompt is not one of this world's.
+        DataError: if the prompt is not one of this world's.
     """
     tokens = _tokens(prompt)
     kind = _REQUESTS.get(_key(tokens))
     if kind is None:
-        raise ValueError(f"The prompt {prompt!r} is not a request of the assistant world, so it has no gold reward.")
+        raise DataError(
+            "unknown-prompt",
+            f"the prompt {prompt!r} is not a request of the assistant world, so it has no gold "
+            "reward; use prompts of its data",
+        )
     return Request(kind, next(token for token in tokens if token in _SUBJECTS))
 
 

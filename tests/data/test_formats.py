@@ -203,7 +203,7 @@ REFUSED = [
 def test_refused_rows_say_why(read, row, reason):
     with pytest.raises(RowRefused) as refusal:
         read(row)
-    assert str(refusal.value) == reason
+    assert refusal.value.code == reason
     assert reason in REASONS
 
 
@@ -229,7 +229,7 @@ def test_real_transcripts_are_parsed_or_refused(shared_data):
         try:
             found = preference(json.loads(line))
         except RowRefused as refusal:
-            reasons.append(str(refusal))
+            reasons.append(refusal.code)
             continue
         chosen, rejected = found.completions
         row = {"prompt": found.prompt, "chosen": chosen, "rejected": rejected}

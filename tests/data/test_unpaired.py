@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import EOS, spell
+from conftest import EOS, refused, spell
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.data import UnpairedDataModule
-from rlhf_lightning.data.canonical import RowRefused
 from rlhf_lightning.data.formats import unpaired
 from rlhf_lightning.data.unpaired import mismatched_rows
 from rlhf_lightning.types import UnpairedBatch
@@ -102,7 +101,7 @@ def test_labels(label, good):
 
 @pytest.mark.parametrize("label", [None, 2, 0.5, "good", "", float("nan")])
 def test_other_labels_are_refused(label):
-    with pytest.raises(RowRefused, match="bad_label"):
+    with refused("bad_label"):
         unpaired({"prompt": "p", "completion": "c", "label": label})
 
 

@@ -10,6 +10,8 @@ import os
 import sqlite3
 from pathlib import Path
 
+from rlhf_lightning.errors import DataError, MissingError
+
 MARK = 0x524C4846  # "RLHF"
 """Application id in the file's header: tells a feedback store from any other database."""
 
@@ -96,21 +98,25 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     is on the disk: a label that was confirmed outlives the process, and the power.
 
     Raises:
-        ValueError: the file is no feedback store.
+        DataError: the file is no feedback store.
     """
     new = not path.exists() or path.stat().st_size == 0
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and no feedback store")
+        raise DataError("not-a-store", f"{path} is a folder, not a feedback store; name a .db file")
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
     try:
         if not new:
             _check(connection, path)
         mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
-            raise ValueError(f"{path} cannot be written safely here (its file system allows no write-ahead log)")
+            raise DataError(
+                "store-not-writable",
+                f"{path} cannot be written safely: its file system does not support SQLite's write-ahead "
+                "log; move it to a local disk",
+            )
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         if new:
@@ -129,11 +135,11 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     """Open a store that is there, to read it; people may go on labelling.
 
     Raises:
-        FileNotFoundError: there is none.
+        MissingError: there is none.
         ValueError: the file is no feedback store.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no feedback store {path} (in {Path.cwd()})")
+        raise MissingError("no-store", f"there is no feedback store {path} (in {Path.cwd()}); check the path")
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=30)
     try:
         _check(connection, path)
@@ -149,8 +155,12 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
         )
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} is no feedback store: {error}") from error
+        raise DataError("not-a-store", f"{path} is not a feedback store: {error}") from error
     if mark != MARK:
-        raise ValueError(f"{path} is a database, but no feedback store")
+        raise DataError("not-a-store", f"{path} is a database, but not a feedback store")
     if version != VERSION:
-        raise ValueError(f"{path} is a feedback store of version {version}; this release reads version {VERSION}")
+        raise DataError(
+            "store-version",
+            f"{path} is a feedback store of version {version}, and this release reads version "
+            f"{VERSION}; use the release that wrote it",
+        )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
+from rlhf_lightning.errors import DataError, RlhfError
 from rlhf_lightning.types import Message, Prompt
 
 Verdict = Literal["ranking", "tie", "both_bad", "skip"]
@@ -23,15 +24,15 @@ MOST_CANDIDATES = 9
 """Completions of an item: each has a digit on the keyboard."""
 
 
-class JudgementRefused(ValueError):
+class JudgementRefused(RlhfError, ValueError):
     """A judgement that cannot be what the annotator meant; the message says why."""
 
 
-class Conflict(ValueError):
+class Conflict(RlhfError, ValueError):
     """A judgement of something that has been judged already."""
 
 
-class NotAsked(ValueError):
+class NotAsked(RlhfError, ValueError):
     """A judgement of something that was never asked: a page that was left open shows another store's."""
 
 
@@ -79,7 +80,10 @@ class Item:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.candidates) <= MOST_CANDIDATES:
-            raise ValueError(f"an item has {len(self.candidates)} completions: 2 to {MOST_CANDIDATES} can be compared")
+            raise DataError(
+                "number-of-completions",
+                f"an item has {len(self.candidates)} completions; 2 to {MOST_CANDIDATES} can be compared",
+            )
 
     @property
     def key(self) -> str:
@@ -114,29 +118,45 @@ class Answer:
     def check(self, count: int) -> None:
         """Raise `JudgementRefused` unless it is an answer about ``count`` completions."""
         if self.verdict not in get_args(Verdict):
-            raise JudgementRefused(f"the verdict is none of {', '.join(get_args(Verdict))}")
+            raise JudgementRefused(
+                "unknown-verdict",
+                f"the verdict {self.verdict!r} is unknown; choose one of {', '.join(get_args(Verdict))}",
+            )
         if (self.verdict == "ranking") != (self.ranks is not None):
-            raise JudgementRefused("ranks go with the verdict ranking, and with no other")
+            raise JudgementRefused("ranks-without-ranking", "ranks go with the verdict ranking, and with no other")
         if self.ranks is not None:
             levels = sorted(set(self.ranks))
             if len(self.ranks) != count or levels != list(range(len(levels))):
-                raise JudgementRefused(f"the ranks are not one for each of {count} completions, 0 and up without gaps")
+                raise JudgementRefused(
+                    "invalid-ranks",
+                    f"the ranks are invalid; give one for each of {count} completions, counted from 0 without gaps",
+                )
             if len(levels) < 2:
-                raise JudgementRefused("all ranks are equal: the verdict is a tie")
+                raise JudgementRefused("all-ranks-equal", "all ranks are equal; use the verdict tie")
         if self.strength is not None and (self.verdict != "ranking" or count > 2):
-            raise JudgementRefused("a strength goes with the choice between two completions")
+            raise JudgementRefused(
+                "strength-without-choice", "a strength goes with the choice between two completions only"
+            )
         if self.strength is not None and not 1 <= self.strength <= STRENGTHS:
-            raise JudgementRefused(f"the strength is not between 1 and {STRENGTHS}")
+            raise JudgementRefused(
+                "invalid-strength", f"the strength is {self.strength}: it must be between 1 and {STRENGTHS}"
+            )
         if (self.edited is None) != (self.edited_place is None):
-            raise JudgementRefused("an edited completion needs its place, and a place its completion")
+            raise JudgementRefused(
+                "edit-without-place", "an edited completion needs its place, and a place needs its completion"
+            )
         if self.edited is not None and not self.edited.strip():
-            raise JudgementRefused("the edited completion is empty")
+            raise JudgementRefused("empty-edit", "the edited completion is empty")
         if self.edited is not None and len(self.edited) > LONGEST_TEXT:
-            raise JudgementRefused(f"the edited completion has more than {LONGEST_TEXT:,} characters")
+            raise JudgementRefused("edit-too-long", f"the edited completion has more than {LONGEST_TEXT:,} characters")
         if self.edited_place is not None and not 0 <= self.edited_place < count:
-            raise JudgementRefused("the edited place is none of the completions'")
+            raise JudgementRefused(
+                "invalid-place", f"the edited place is {self.edited_place}: it must be between 0 and {count - 1}"
+            )
         if not (math.isfinite(self.seconds) and 0 <= self.seconds <= 1e6):
-            raise JudgementRefused("the seconds spent are no time")
+            raise JudgementRefused(
+                "invalid-seconds", f"the seconds spent are {self.seconds}: they must be between 0 and 1,000,000"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rlhf_lightning.data.feedback.records import STRENGTHS, Item, StoredJudgement, digest
 from rlhf_lightning.data.feedback.snapshots import FOREVER, item_of, judgements_of
+from rlhf_lightning.errors import DataError
 
 RowKind = Literal["preference", "unpaired", "demonstration", "prompt", "judgement"]
 Labels = Literal["mean", "reliability"]
@@ -64,7 +65,10 @@ def _of(judgements: list[StoredJudgement], annotators: Sequence[str] | None) -> 
     known = {one.annotator for one in judgements}
     strangers = [name for name in annotators if name not in known]
     if strangers:
-        raise ValueError(f"{', '.join(strangers)} judged nothing; who did: {', '.join(sorted(known)) or 'nobody'}")
+        raise DataError(
+            "unknown-annotator",
+            f"{', '.join(strangers)} judged nothing; annotators with judgements: {', '.join(sorted(known)) or 'none'}",
+        )
     return [one for one in judgements if one.annotator in annotators]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rlhf_lightning.data.feedback.database import open_for_reading
 from rlhf_lightning.data.feedback.records import Candidate, Item, Snapshot, StoredJudgement, encoded
+from rlhf_lightning.errors import DataError
 
 SUFFIX = ".db"
 
@@ -92,11 +93,14 @@ def snapshot_of(connection: sqlite3.Connection, upto: int | None = None) -> Snap
         upto: number of the last row; None for the last there is.
 
     Raises:
-        ValueError: the store has no such row yet.
+        DataError: the store has no such row yet.
     """
     (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM judgements").fetchone()
     if upto is not None and upto > last:
-        raise ValueError(f"the store has {last} rows of judgements, so none of number {upto}")
+        raise DataError(
+            "no-such-snapshot",
+            f"the store has {last} rows of judgements, so there is no row number {upto}; choose a number up to {last}",
+        )
     upto = last if upto is None else upto
     hashed = hashlib.blake2b(digest_size=16)
     rows = connection.execute(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
@@ -122,7 +123,7 @@ class LocalJudge:
         name: what labels say they come from; None is the model's name.
 
     Raises:
-        ValueError: the tokenizer has no token for a letter.
+        SettingError: the tokenizer has no token for a letter.
     """
 
     def __init__(
@@ -141,7 +142,9 @@ class LocalJudge:
             self.model, self.tokenizer = load_model(model, dtype), load_tokenizer(resolve_folder(model), chat_template)
         else:
             if tokenizer is None:
-                raise ValueError("a loaded model needs its tokenizer beside it")
+                raise SettingError(
+                    "no-tokenizer-given", "a loaded model was given without its tokenizer; pass tokenizer too"
+                )
             self.name, self.model, self.tokenizer = name or model.source, model, tokenizer
         self.max_tokens = max_tokens
         self.max_length = max_length or context_length(self.model)
@@ -226,13 +229,15 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase, letter: str) -> Tensor:
     """Ids of the tokens that spell a letter, alone or with a space, a bracket or a mark beside it.
 
     Raises:
-        ValueError: there is none.
+        ModelError: there is none.
     """
     unknown = tokenizer.unk_token_id
     spelt = (tokenizer(way.format(letter), add_special_tokens=False)["input_ids"] for way in SPELLINGS)
     found = {ids[0] for ids in spelt if len(ids) == 1 and ids[0] != unknown}
     if not found:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no token for the letter {letter}: no judge speaks it"
+        raise ModelError(
+            "no-letter-token",
+            f"the tokenizer {tokenizer.name_or_path!r} has no token for the letter {letter}, which "
+            "judges answer with; choose another judge model",
         )
     return torch.tensor(sorted(found))

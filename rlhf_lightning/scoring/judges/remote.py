@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
@@ -56,7 +57,7 @@ class ChatServer:
         api_key: str | None = None,
     ) -> None:  # fmt: skip
         if requests < 1:
-            raise ValueError(f"requests is {requests}: there must be one request or more at a time")
+            raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1 at a time")
         self.model, self.requests = model, requests
         self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
 
@@ -88,7 +89,9 @@ class ChatServer:
                 raise TypeError("its text is none")
         except (KeyError, IndexError, TypeError) as error:
             said = self.server.shown(answer)
-            raise ServerError(f"{self.server.url}{route} answered without a completion ({error!r}): {said}") from error
+            raise ServerError(
+                "server-answer-unusable", f"{self.server.url}{route} answered without a completion ({error!r}): {said}"
+            ) from error
         return choice
 
 
@@ -166,7 +169,7 @@ class RemoteJudge:
         name: str | None = None,
     ) -> None:
         if read not in ("logprobs", "text"):
-            raise ValueError(f"read is {read!r}: it must be logprobs or text")
+            raise SettingError("unknown-choice", f"read is {read!r}; choose 'logprobs' or 'text'")
         self.server = ChatServer(url, model, requests, timeout, retries, wait, api_key)
         self.read, self.begin, self.top_logprobs, self.name = read, begin, top_logprobs, name or model
         self.thinking = SamplingSettings(max_new_tokens=reasoning_tokens, temperature=0.0)
@@ -216,7 +219,9 @@ class RemoteJudge:
             ]
         except (KeyError, TypeError, ValueError) as error:
             url = self.server.server.url
-            raise ServerError(f"{url} gives no top_logprobs of an answer ({error!r}): set read to text") from None
+            raise ServerError(
+                "server-answer-unusable", f"{url} gives no top_logprobs of an answer ({error!r}); set read to text"
+            ) from None
         return letters_in(places)
 
 

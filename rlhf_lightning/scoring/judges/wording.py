@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.types import Message
 
 
-class ConstitutionError(ValueError):
+class ConstitutionError(RlhfError, ValueError):
     """A constitution that cannot be used; the message says where it is wrong."""
 
 
@@ -86,7 +87,9 @@ class Wording:
         found = re.findall(r"\{(\w*)\}", self.comparison)
         if sorted(found) != ["conversation", "first", "question", "second"]:
             raise ConstitutionError(
-                "wording.comparison must hold {conversation}, {question}, {first} and {second} once each, and no other"
+                "wording-places",
+                "wording.comparison must hold {conversation}, {question}, {first} and {second} exactly "
+                "once each, and no other placeholder",
             )
 
 
