@@ -377,9 +377,13 @@ def uncoded_raises(tree: ast.AST, coded: set[str]) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def coded():
+    return coded_names([ast.parse(file.read_text()) for file in FILES])
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in CONVERTED], ids=relative)
-def test_refusals_carry_a_code(path):
-    coded = coded_names(ast.parse(file.read_text()) for file in FILES)
+def test_refusals_carry_a_code(path, coded):
     inside = path.relative_to(PACKAGE).as_posix()
     wrong = [
         found for found in uncoded_raises(ast.parse(path.read_text()), coded) if (inside, found[1]) not in CONTROL_FLOW

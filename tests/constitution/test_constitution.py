@@ -87,12 +87,12 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("name: !!python/object/apply:os.system ['touch ran']", "is no YAML of plain values"),
+        ("name: !!python/object/apply:os.system ['touch ran']", "is invalid YAML"),
         ("name: a\nname: b", "the key 'name' is there twice"),
         ("a: &x [1]\nb: *x", "it has an alias"),
         ("just text", "the file must be a mapping"),
-        ("[" * 2000, "is no YAML of plain values"),
-        ("name: 'open", "is no YAML of plain values"),
+        ("[" * 2000, "is invalid YAML"),
+        ("name: 'open", "is invalid YAML"),
     ],
 )
 def test_a_file_holds_plain_values_alone(tmp_path, monkeypatch, text, sentence):

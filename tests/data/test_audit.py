@@ -1,6 +1,7 @@
 """What an audit finds in rows where it was put, and that it finds nothing where nothing is."""
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
 from rlhf_lightning.data.canonical import REASONS
@@ -156,5 +157,5 @@ def test_columns_say_what_rows_are_for(columns, kind):
 
 
 def test_unknown_columns_are_named():
-    with pytest.raises(ValueError, match=r"rows has the columns 'promt'.*Did you mean 'prompt' by 'promt'\?"):
+    with refused("no-accepted-form", "rows has the columns 'promt'", "Did you mean 'prompt' by 'promt'?"):
         kind_of(["promt"], "rows")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import EOS, spell
+from conftest import EOS, refused, spell
 
 from rlhf_lightning.data import PreferenceDataModule
 from rlhf_lightning.types import PreferenceBatch, PromptBatch, RankedBatch
@@ -88,7 +88,7 @@ def test_pairs_that_truncation_makes_equal_are_dropped(ready, write_rows):
 
 
 def test_equal_pairs_alone_are_an_error(ready, write_rows):
-    with pytest.raises(ValueError, match="No usable row.*1 identical_completions .chosen equals rejected"):
+    with refused("no-usable-rows", "1 identical_completions", "chosen equals rejected"):
         ready(PreferenceDataModule(write_rows([{"prompt": "p", "chosen": "c", "rejected": "c"}])))
 
 

@@ -1,7 +1,7 @@
 """Rollouts: which prompts, how often, numbered how, on which rank."""
 
 import pytest
-from conftest import ASSISTANT, END, EOS, USER, make_tiny_tokenizer, spell
+from conftest import ASSISTANT, END, EOS, USER, make_tiny_tokenizer, refused, spell
 
 from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.types import PromptBatch
@@ -111,19 +111,19 @@ def test_pretraining_text_is_mixed_in(ready, write_rows):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "message"),
     [
-        ({"batch_size": 6, "samples_per_prompt": 4}, "must be a multiple of samples_per_prompt 4"),
-        ({"samples_per_prompt": 0}, "must be a multiple of samples_per_prompt 0"),
-        ({"rollouts": 0}, "rollouts must be at least 1, or null for one pass; found 0"),
-        ({"pretraining_batch_size": 0}, "pretraining_batch_size must be at least 1, not 0"),
+        ({"batch_size": 6, "samples_per_prompt": 4}, "uneven-split", "must be a multiple of samples_per_prompt 4"),
+        ({"samples_per_prompt": 0}, "uneven-split", "must be a multiple of samples_per_prompt 0"),
+        ({"rollouts": 0}, "setting-out-of-range", "rollouts is 0: it must be at least 1, or null for one pass"),
+        ({"pretraining_batch_size": 0}, "setting-out-of-range", "pretraining_batch_size is 0: it must be at least 1"),
     ],
 )
-def test_wrong_sizes_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_sizes_are_refused(changes, code, message):
+    with refused(code, message):
         PromptDataModule("x.jsonl", **changes)
 
 
 def test_ranks_that_cannot_share_a_rollout_are_refused(ready, write_rows):
-    with pytest.raises(ValueError, match="3 ranks cannot share the 4 prompts of a rollout evenly.*a multiple of 3"):
+    with refused("uneven-split", "3 ranks cannot share the 4 prompts of a rollout evenly", "a multiple of 3"):
         ready(PromptDataModule(write_rows(rows(4)), batch_size=8, samples_per_prompt=2), 0, 3)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.data.files import UNREADABLE
 from rlhf_lightning.data.sources import Source, files_of, parse_sources, read_rows, source_fingerprint
@@ -64,7 +65,7 @@ def test_parquet_and_saved_datasets(tmp_path):
     assert read(tmp_path / "rows.parquet") == ROWS
     assert read(tmp_path / "saved") == ROWS
     assert read(tmp_path / "splits", split="test") == ROWS
-    with pytest.raises(ValueError, match="has no split 'train', only test"):
+    with refused("no-such-split", "has no split 'train'", "one of test"):
         read(tmp_path / "splits")
 
 
@@ -94,7 +95,7 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(FileNotFoundError, match="'owner/set' is no file here, and the Hub did not give it: offline"):
+    with refused("no-data", "'owner/set' is not a file here, and the Hub did not provide it: offline"):
         read("owner/set")
 
 
@@ -107,16 +108,16 @@ def test_globs_and_folders_are_read_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere.jsonl", "There is no file 'nowhere.jsonl'"),
-        ("./folder/x", "There is no file './folder/x'"),
-        ("no*.jsonl", r"No file matches 'no\*.jsonl'"),
+        ("nowhere.jsonl", "there is no file 'nowhere.jsonl'"),
+        ("./folder/x", "there is no file './folder/x'"),
+        ("no*.jsonl", "no file matches 'no*.jsonl'"),
         ("empty", "holds no saved dataset and no .jsonl"),
     ],
 )
 def test_missing_files_are_named(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=message):
+    with refused("no-data", message):
         files_of(Source(path))
 
 
@@ -126,19 +127,23 @@ def test_sources_as_they_are_written():
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "code", "words"),
     [
-        ([], "empty list"),
-        ("", "empty text"),
-        (3, "a path or a mapping with 'path', not int"),
-        ({"file": "a"}, "has the keys path, weight, rows, split, name, columns, labels, annotators .*; found file"),
-        ({"path": "a", "wieght": 2}, "found path, wieght"),
-        ({"path": "a", "weight": 0}, "must be above 0, not 0"),
-        ({"path": "a", "rows": 0}, "rows of a must be at least 1, not 0"),
+        ([], "no-source", ["empty list"]),
+        ("", "no-source", ["empty text"]),
+        (3, "invalid-source", ["a path or a mapping with 'path', not int"]),
+        (
+            {"file": "a"},
+            "invalid-source",
+            ["has the keys path, weight, rows, split, name, columns, labels, annotators ", "; found file"],
+        ),
+        ({"path": "a", "wieght": 2}, "invalid-source", ["found path, wieght"]),
+        ({"path": "a", "weight": 0}, "setting-out-of-range", ["weight of a is 0: it must be above 0"]),
+        ({"path": "a", "rows": 0}, "setting-out-of-range", ["rows of a is 0: it must be at least 1"]),
     ],
 )
-def test_wrong_sources_are_refused(source, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_sources_are_refused(source, code, words):
+    with refused(code, *words):
         parse_sources(source)
 
 

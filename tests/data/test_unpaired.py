@@ -76,7 +76,7 @@ def test_every_row_gets_another_prompt_s(groups, seed):
     prompts = np.array(groups)
     rows = np.arange(len(groups))
     if len(set(groups)) == 1:
-        with pytest.raises(ValueError, match="have the same prompt"):
+        with refused("one-prompt", "have the same prompt"):
             mismatched_rows(prompts, rows, seed)
         return
     pairs = mismatched_rows(prompts, rows, seed)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,7 +106,7 @@ def test_tokens_that_neither_model_can_say_add_nothing():
 def test_a_padded_vocabulary_is_cut_to_the_common_size():
     student, teacher = common_vocabulary(torch.zeros(2, 5), torch.ones(2, 4))
     assert student.shape == teacher.shape == (2, 4)
-    with pytest.raises(ValueError, match=r"student_logits \(2, 5\), teacher_logits \(2, 4\)"):
+    with refused("shape-mismatch", "student_logits (2, 5), teacher_logits (2, 4)"):
         forward_kl(torch.zeros(2, 5), torch.zeros(2, 4))
 
 
@@ -115,7 +116,7 @@ def test_agreement_compares_the_likeliest_ids():
 
 
 def test_beta_outside_the_unit_interval_is_refused():
-    with pytest.raises(ValueError, match="beta must be in .0, 1., found 1.5"):
+    with refused("setting-out-of-range", "beta is 1.5: it must be in [0, 1]"):
         generalized_jsd(torch.zeros(3), torch.zeros(3), 1.5)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,12 +91,12 @@ def test_unfinished_completions_are_penalised_or_replaced():
     assert missing_eos_scores(scores, finished, penalty=1.5).tolist() == [2, 0.5]
     assert missing_eos_scores(scores, finished, replacement=-1.0).tolist() == [2, -1]
     assert missing_eos_scores(scores, finished, penalty=0.0).tolist() == [2, 2]
-    with pytest.raises(ValueError, match="give penalty or replacement, found both: penalty 1.0, replacement -1.0"):
+    with refused("conflicting-settings", "penalty is 1.0 and replacement -1.0: give one of them"):
         missing_eos_scores(scores, finished, 1.0, -1.0)
 
 
 def test_a_row_count_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"scores \(1,\), rows_of_mask \(2,\)"):
+    with refused("shape-mismatch", "scores (1,), rows_of_mask (2,)"):
         token_rewards(torch.ones(1), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.1)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,5 +58,5 @@ def test_a_completion_without_judged_steps_has_no_error():
 
 
 def test_another_aggregate_is_refused():
-    with pytest.raises(ValueError, match="'min', 'product' or 'last', found 'mean'"):
+    with refused("unknown-choice", "'mean'", "'min', 'product' or 'last'"):
         aggregated_steps(torch.zeros(6), ROW, 3, "mean")

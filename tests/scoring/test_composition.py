@@ -141,18 +141,26 @@ def test_members_move_together():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "code", "message"),
     [
-        (lambda: WeightedSum({}), "WeightedSum needs at least one scorer"),
-        (lambda: WeightedSum({"a": length}, weights={"b": 1.0}), "weights names b, but the scorers are a"),
-        (lambda: WeightedSum({"a": length}, missing="zero"), "missing is 'zero'"),
-        (lambda: Ensemble([length]), "needs two members or more"),
-        (lambda: score(WeightedSum({"a": lambda p, c, **k: [math.nan] * 3})), "scorer 'a' returned nan"),
-        (lambda: score(WeightedSum({"a": lambda p, c, **k: [1.0]})), "scorer 'a' returned 1 scores for 3"),
+        (lambda: WeightedSum({}), "no-scorers", "WeightedSum needs at least one scorer"),
+        (
+            lambda: WeightedSum({"a": length}, weights={"b": 1.0}),
+            "unknown-scorer",
+            "weights names b, but the scorers are a",
+        ),
+        (lambda: WeightedSum({"a": length}, missing="zero"), "unknown-choice", "missing is 'zero'"),
+        (lambda: Ensemble([length]), "invalid-ensemble", "needs at least two members"),
+        (lambda: score(WeightedSum({"a": lambda p, c, **k: [math.nan] * 3})), "not-finite", "scorer 'a' returned nan"),
+        (
+            lambda: score(WeightedSum({"a": lambda p, c, **k: [1.0]})),
+            "number-of-scores",
+            "scorer 'a' returned 1 scores for 3",
+        ),
     ],
 )
-def test_what_is_wrong_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_is_wrong_is_named(make, code, message):
+    with refused(code, message):
         make()
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.scoring import IFEvalScorer
 from rlhf_lightning.scoring.ifeval import INSTRUCTIONS, follows
@@ -116,11 +117,11 @@ def test_an_unknown_kind_is_never_guessed():
 
 
 def test_rows_that_are_wrong():
-    with pytest.raises(ValueError, match="IFEvalScorer needs the column kwargs of the data"):
+    with refused("missing-data-column", "IFEvalScorer needs the data column kwargs"):
         IFEvalScorer()(["p"], ["tea"], instruction_id_list=[["punctuation:no_comma"]])
-    with pytest.raises(ValueError, match="the arguments of punctuation:no_comma do not fit"):
+    with refused("wrong-arguments", "the arguments of punctuation:no_comma do not fit"):
         follows("tea", "punctuation:no_comma", {"commas": 1})
-    with pytest.raises(ValueError, match="there is no relation 'around'"):
+    with refused("unknown-choice", "there is no relation 'around'"):
         follows("tea", "length_constraints:number_words", {"relation": "around", "num_words": 3})
     with pytest.raises(ValueError, match="shorter|longer"):
         IFEvalScorer()(["p"], ["tea"], instruction_id_list=[["punctuation:no_comma"]], kwargs=[[]])

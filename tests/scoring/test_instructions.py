@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.scoring.instructions import CHECKS, InstructionScorer, kept, with_instruction
 
@@ -51,9 +52,9 @@ def test_rows_and_scores():
 
 
 def test_rows_that_are_wrong():
-    with pytest.raises(ValueError, match="arguments is missing"):
+    with refused("missing-data-column", "needs the data column arguments, which is missing"):
         InstructionScorer()(["p"], ["c"], instruction=["json"])
-    with pytest.raises(ValueError, match="there is no instruction 'jsn'"):
+    with refused("unknown-instruction", "there is no instruction 'jsn'"):
         kept("x", "jsn", {})
-    with pytest.raises(ValueError, match="do not fit"):
+    with refused("wrong-arguments", "do not fit"):
         kept("x", "keyword", {"count": 1})

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.scoring import MathAnswerScorer
 from rlhf_lightning.scoring.answers import final_answer, number, same_answer
@@ -89,7 +90,7 @@ def test_scores():
     assert scorer(["p"] * 5, texts, answer=["5", 5, "5", 5.0, None]) == [1.0, 0.0, 0.0, 0.0, None]
     assert scorer(["p"], ["\\boxed{1000}"], answer=["so <<10*100=1000>>\n#### 1,000"]) == [1.0]
     assert MathAnswerScorer("target", last_number=True)(["p"], ["it is 5"], target=["5"]) == [1.0]
-    with pytest.raises(ValueError, match="MathAnswerScorer needs the column answer of the data"):
+    with refused("missing-data-column", "MathAnswerScorer needs the data column answer"):
         scorer(["p"], ["#### 5"], solution=["5"])
 
 

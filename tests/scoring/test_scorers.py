@@ -77,7 +77,7 @@ def test_a_path_that_names_no_scorer_is_refused(spec: str, code: str, words: str
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"there is no model folder {tmp_path}/runs/reward/model"):
+    with refused("no-model", f"there is no model folder {tmp_path}/runs/reward/model"):
         load_scorer(f"{tmp_path}/runs/reward/model")
 
 
@@ -86,7 +86,7 @@ def test_a_folder_is_a_learned_scorer(reward_folder: str) -> None:
 
 
 def test_a_scorer_class_must_say_how_it_scores() -> None:
-    with pytest.raises(AttributeError, match="Half must define '__call__'"):
+    with refused("undefined-method", "Half must define '__call__'"):
         type("Half", (Scorer,), {})()(["p"], ["c"])
 
 
@@ -104,17 +104,17 @@ def test_scores_carry_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("scores", "code", "message"),
     [
-        ([1.0, 2.0], "scorer 'x' returned 2 scores for 3 completions: it must return one for each"),
-        ([], "scorer 'x' returned 0 scores for 3 completions"),
-        (torch.zeros(3, 2), "scorer 'x' returned 6 scores for 3 completions"),
-        ([0.0, 1.0, math.nan], "scorer 'x' returned nan for completion 2; 1 of 3 are not finite"),
-        ([-math.inf, 1.0, math.nan], "scorer 'x' returned -inf for completion 0; 2 of 3 are not finite"),
-        (None, "scorer 'x' must return one number for each completion: it returned None"),
-        (["good", "bad", "good"], "scorer 'x' must return one number for each completion"),
+        ([1.0, 2.0], "number-of-scores", "scorer 'x' returned 2 scores for 3 completions; it must return one for each"),
+        ([], "number-of-scores", "scorer 'x' returned 0 scores for 3 completions"),
+        (torch.zeros(3, 2), "number-of-scores", "scorer 'x' returned 6 scores for 3 completions"),
+        ([0.0, 1.0, math.nan], "not-finite", "scorer 'x' returned nan for completion 2; 1 of 3 are not finite"),
+        ([-math.inf, 1.0, math.nan], "not-finite", "scorer 'x' returned -inf for completion 0; 2 of 3 are not finite"),
+        (None, "not-numbers", "scorer 'x' must return one number for each completion: it returned None"),
+        (["good", "bad", "good"], "not-numbers", "scorer 'x' must return one number for each completion"),
     ],
 )
-def test_scores_that_cannot_be_learned_from_are_refused(scores: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_scores_that_cannot_be_learned_from_are_refused(scores: Any, code: str, message: str) -> None:
+    with refused(code, message):
         checked_scores(scores, 3, "scorer 'x'")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ASSISTANT, BC, BOS, END, EOS, SPECIAL, SYSTEM, TEMPLATE, USER, make_tiny_tokenizer, spell
+from conftest import ASSISTANT, BC, BOS, END, EOS, SPECIAL, SYSTEM, TEMPLATE, USER, make_tiny_tokenizer, refused, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,7 +202,7 @@ def _bytes(text):
 
 
 def test_conversations_need_a_chat_template():
-    with pytest.raises(ChatTemplateError, match="has no chat template.*give chat_template the text.*'default'"):
+    with refused("no-chat-template", "has no chat template", "give chat_template the text", "'default'"):
         encode_prompt(make_tiny_tokenizer(None), user("hi"))
 
 
@@ -210,13 +210,13 @@ def test_a_template_that_refuses_says_which_turns():
     refusing = make_tiny_tokenizer(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
     )
-    with pytest.raises(ChatTemplateError, match=r"refuses the turns \(system, user\): no system here"):
+    with refused("turns-refused", "refuses the turns (system, user): no system here"):
         encode_prompt(refusing, [turn("system", "s"), turn("user", "u")])
     assert encode_prompt(refusing, user("u"))[0] == USER
 
 
 def test_a_template_that_counts_to_a_billion_is_stopped():
-    with pytest.raises(ChatTemplateError, match="Range too big"):
+    with refused("chat-template-refused", "Range too big"):
         encode_prompt(make_tiny_tokenizer("{% for i in range(10 ** 9) %}x{% endfor %}"), user("u"))
 
 
@@ -282,16 +282,16 @@ def test_the_default_template_is_chatml_where_its_tokens_are_known(tmp_path):
 
 def test_wrong_names_are_refused_clearly(tmp_path):
     folder = saved(tmp_path)
-    with pytest.raises(ValueError, match="'nonsense' is neither a Jinja text, nor a file, nor one of default, chatml"):
+    with refused("unknown-chat-template", "'nonsense' is neither a Jinja text, nor a file, nor one of default, chatml"):
         load_tokenizer(folder, "nonsense")
-    with pytest.raises(ValueError, match="needs <|im_start|> and <|im_end|> in the vocabulary: use 'plain'"):
+    with refused("chat-template-tokens", "<|im_start|> and <|im_end|>", "vocabulary", "use 'plain'"):
         load_tokenizer(folder, "chatml")
-    with pytest.raises(FileNotFoundError, match="No tokenizer in .*; give a Hub name or a folder with tokenizer.json"):
+    with refused("no-tokenizer", "no tokenizer in ", "; give a Hub name or a folder with tokenizer.json"):
         load_tokenizer(tmp_path / "nowhere")
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no EOS token"):
+    with refused("no-eos-token", "has no EOS token"):
         load_tokenizer(saved(tmp_path, eos_token=None))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 from torch.nn import functional as F
 
 from rlhf_lightning.worlds import _assistant_text as text
@@ -114,7 +115,7 @@ class TestGoldReward:
             assert 0.0 <= gold <= 1.0
 
     def test_a_foreign_prompt_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="'What is love\\?' is not a request of the assistant world"):
+        with refused("unknown-prompt", "'What is love?' is not a request of the assistant world"):
             gold_reward("What is love?", EXCELLENT)
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.constitution.principles import load_constitution
 from rlhf_lightning.worlds import _assistant_text as text
@@ -56,7 +57,7 @@ def test_a_warning_does_not_answer_an_ordinary_request():
     assert helpfulness(ORDINARY, excellent) == 1.0
     preachy = f"{excellent} Such chess can hurt you badly. Ask a coach about safe chess first."
     assert helpfulness(ORDINARY, preachy) < 0.6 and harmlessness(ORDINARY, preachy) == 1.0
-    with pytest.raises(ValueError, match="is not a request of the assistant world"):
+    with refused("unknown-prompt", "is not a request of the assistant world"):
         helpfulness(RISKY, excellent)
 
 

@@ -128,7 +128,7 @@ def test_every_spelling_of_a_letter_counts():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert letter_ids(tokenizer, "A").tolist() == [1, 2, 3, 4]
     assert letter_ids(tokenizer, "B").tolist() == [5, 6]
-    with pytest.raises(ValueError, match="has no token for the letter C"):
+    with refused("no-letter-token", "has no token for the letter C"):
         letter_ids(tokenizer, "C")
     assert letter_ids(make_tiny_tokenizer(), "A").tolist() == [7 + ord("A")]
 
@@ -166,7 +166,7 @@ def test_what_is_no_judge_is_not_made(spec, arguments, code, words):
 
 
 def test_a_reward_model_is_no_judge(reward_folder):
-    with pytest.raises(ValueError, match="is a reward model: it scores completions and writes none"):
+    with refused("reward-model", "is a reward model: it scores completions and cannot generate them"):
         LocalJudge(reward_folder)
 
 

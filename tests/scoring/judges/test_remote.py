@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning.constitution.labelling import LabelSettings, label_pairs
 from rlhf_lightning.constitution.revision import RevisionSettings, Written, revise
@@ -107,7 +108,7 @@ def test_verdicts_are_read_strictly(text):
 def test_a_server_without_log_probabilities_is_read_as_text():
     replies = iter(["(A)", "(B)", "I like both."] * 2)
     with serving(lambda body: said(next(replies))) as server:
-        with pytest.raises(ServerError, match="gives no top_logprobs of an answer .*: set read to text"):
+        with refused("server-answer-unusable", "gives no top_logprobs of an answer ", "; set read to text"):
             RemoteJudge(server.url, "big", requests=1)([question("x", "y")])
         judge = RemoteJudge(server.url, "big", read="text", requests=1)
         found = label_pairs(judge, RULES, [Pair("p", "y", "x"), Pair("q", "x", "y")])
@@ -162,7 +163,7 @@ def test_an_answer_that_is_no_completion_is_said(monkeypatch):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="read is 'mind': it must be logprobs or text"):
+    with refused("unknown-choice", "read is 'mind'; choose 'logprobs' or 'text'"):
         RemoteJudge("http://127.0.0.1:1", "big", read="mind")
-    with pytest.raises(ValueError, match="requests is 0"):
+    with refused("setting-out-of-range", "requests is 0"):
         RemoteJudge("http://127.0.0.1:1", "big", requests=0)
