@@ -65,7 +65,7 @@ def test_what_a_newcomer_gets_wrong(tmp_path, capsys, content, arguments, said):
 
 
 def test_a_file_that_is_not_there(capsys):
-    assert "There is no file 'nowhere.jsonl'" in run(capsys, "nowhere.jsonl")[2]
+    assert "there is no file 'nowhere.jsonl'" in run(capsys, "nowhere.jsonl")[2]
 
 
 @pytest.mark.real

@@ -158,7 +158,7 @@ def test_models_that_cannot_answer(policy_folder, reward_folder, prompts, capsys
         ("empty", "empty is not a model folder: it has no config.json"),
         ("./absent", "there is no model folder ./absent"),
         ("bare", "bare has no weights"),
-        (reward_folder, "is a reward model: it scores completions and writes none"),
+        (reward_folder, "is a reward model: it scores completions and cannot generate them"),
     ):
         assert rlhf(["generate", "--model", model, "--prompts", prompts, "--out", "answers.jsonl"]) == 1
         told = capsys.readouterr().err

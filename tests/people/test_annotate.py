@@ -127,8 +127,8 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
         (["--store", "f.db", "--annotators", "ann,<b>"], "invalid annotator name '<b>'"),
         (["--store", "f.db", "--pairs", "absent.jsonl", "--port", "0"], "there is no file absent.jsonl"),
         (["--store", "f.db", "--port", "0", "--repeats", "1"], "repeats is 1"),
-        (["--store", "folder.db", "--port", "0"], "folder.db is a folder, and no feedback store"),
-        (["--store", "text.db", "--port", "0"], "text.db is no feedback store: file is not a database"),
+        (["--store", "folder.db", "--port", "0"], "folder.db is a folder, not a feedback store"),
+        (["--store", "text.db", "--port", "0"], "text.db is not a feedback store: file is not a database"),
     ],
 )
 def test_what_cannot_be_is_said(flags, sentence, capsys):

@@ -123,7 +123,7 @@ def test_the_labels_of_some_annotators_alone(make_store, ready, tmp_path):
             label(store, name, answer)
     assert [row["chosen"] for row in rows(store, annotators=["ann"])] == ["good 0", "good 1"]
     assert [row["judgements"] for row in rows(store, annotators=["bob", "cat"])] == [2, 2]
-    with pytest.raises(ValueError, match="dan judged nothing; who did: ann, bob, cat"):
+    with pytest.raises(ValueError, match="dan judged nothing; annotators with judgements: ann, bob, cat"):
         rows(store, annotators=["dan"])
     path = str(store.path)
     data = ready(PreferenceDataModule([{"path": path, "annotators": ["ann"]}],

@@ -131,14 +131,14 @@ def test_rows_cannot_be_changed_or_deleted(make_store):
         (Answer("ranking", (0, 0)), "all ranks are equal"),
         (Answer("ranking", (0, 2)), "without gaps"),
         (Answer("ranking", (0, 1, 2)), "one for each of 2"),
-        (Answer("better", (0, 1)), "the verdict is none of"),
+        (Answer("better", (0, 1)), "the verdict 'better' is unknown; choose one of"),
         (Answer("ranking", (0, 1), strength=5), "between 1 and 4"),
         (Answer("tie", strength=2), "a strength goes with the choice"),
         (Answer("tie", edited="as it should be"), "needs its place"),
         (Answer("tie", edited=" ", edited_place=0), "is empty"),
         (Answer("tie", edited="x" * 100_001, edited_place=0), "more than 100,000"),
-        (Answer("tie", edited="x", edited_place=2), "none of the completions"),
-        (Answer("tie", seconds=float("nan")), "no time"),
+        (Answer("tie", edited="x", edited_place=2), "the edited place is 2: it must be between 0 and 1"),
+        (Answer("tie", seconds=float("nan")), "the seconds spent are nan"),
     ],
 )
 def test_answers_that_mean_nothing_are_refused(make_store, answer, reason):
@@ -176,12 +176,12 @@ def test_a_second_process_is_refused(make_store, tmp_path):
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.db").write_text("no database at all, but long enough to have a header" * 20)
     sqlite3.connect(tmp_path / "other.db").executescript("CREATE TABLE t (x); PRAGMA user_version = 1;")
-    for name, reason in (("text.db", "is no feedback store"), ("other.db", "a database, but no feedback store")):
+    for name, reason in (("text.db", "is not a feedback store"), ("other.db", "a database, but not a feedback store")):
         with pytest.raises(ValueError, match=reason):
             FeedbackStore(tmp_path / name)
         with pytest.raises(ValueError, match=reason), reading(tmp_path / name):
             pass
-    with pytest.raises(FileNotFoundError, match="there is no feedback store"), reading(tmp_path / "absent.db"):
+    with pytest.raises(FileNotFoundError, match="there is not a feedback store"), reading(tmp_path / "absent.db"):
         pass
     assert not (tmp_path / "absent.db").exists()
 
