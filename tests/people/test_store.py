@@ -181,7 +181,7 @@ def test_other_files_are_refused(tmp_path):
             FeedbackStore(tmp_path / name)
         with pytest.raises(ValueError, match=reason), reading(tmp_path / name):
             pass
-    with pytest.raises(FileNotFoundError, match="there is not a feedback store"), reading(tmp_path / "absent.db"):
+    with pytest.raises(FileNotFoundError, match="there is no feedback store"), reading(tmp_path / "absent.db"):
         pass
     assert not (tmp_path / "absent.db").exists()
 
