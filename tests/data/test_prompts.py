@@ -113,7 +113,11 @@ def test_pretraining_text_is_mixed_in(ready, write_rows):
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"batch_size": 6, "samples_per_prompt": 4}, "uneven-split", "samples_per_prompt 4: batch_size counts episodes"),
+        (
+            {"batch_size": 6, "samples_per_prompt": 4},
+            "uneven-split",
+            "samples_per_prompt 4: batch_size counts episodes",
+        ),
         ({"samples_per_prompt": 0}, "uneven-split", "samples_per_prompt 0: batch_size counts episodes"),
         ({"rollouts": 0}, "setting-out-of-range", "rollouts is 0: it must be at least 1, or null for one pass"),
         ({"pretraining_batch_size": 0}, "setting-out-of-range", "pretraining_batch_size is 0: it must be at least 1"),
