@@ -18,7 +18,7 @@ from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
-from rlhf_lightning.training.ranges import check_settings
+from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import Advantages, PromptBatch, Rollout
 
 BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]
@@ -54,6 +54,10 @@ class CriticFreeModule(PolicyGradientModule):
     """
 
     paper = "Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740"
+    ranges = {
+        "scale_epsilon": "[0, inf)",
+        "gamma": "[0, 1]",
+    }
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class CriticFreeModule(PolicyGradientModule):
         self.credit, self.gamma, self.whiten_advantages = credit, gamma, whiten_advantages
         self.mask_truncated, self.dynamic_sampling = mask_truncated, dynamic_sampling
         self._rounds = 0
-        check_settings(vars(self), _contradictions(self))
+        refuse_contradictions(_contradictions(self))
 
     @property
     def needs_group(self) -> bool:

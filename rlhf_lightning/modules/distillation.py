@@ -76,6 +76,15 @@ class GKDModule(OfflineModule):
     """
 
     paper = "Agarwal et al. 2024, arXiv 2306.13649"
+    ranges = {
+        "beta": "[0, 1]",
+        "on_policy_fraction": "[0, 1]",
+        "temperature": "(0, inf)",
+        "softmax_temperature": "(0, inf)",
+        "max_new_tokens": "[1, inf)",
+        "sampling_batch_size": "[1, inf)",
+        "chunk_tokens": "[1, inf)",
+    }
     batch_type = DemonstrationBatch
     counts_tokens = True
     headline_metrics = ("val/loss", "val/distill/kl_forward", "val/distill/kl_reverse")

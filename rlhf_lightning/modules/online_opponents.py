@@ -53,6 +53,9 @@ class IterativeDPOModule(OnlineDPOModule):
     """
 
     paper = "Xu et al. 2023, arXiv 2312.16682"
+    ranges = {
+        "rollouts_per_round": "[1, inf)",
+    }
 
     def __init__(
         self, rollouts_per_round: int = 50, reference_of_round: Literal["last", "start"] = "last", **kwargs: Any
@@ -184,6 +187,9 @@ class NashMDModule(CriticFreeModule):
     """
 
     paper = "Munos et al. 2023, arXiv 2312.00886"
+    ranges = {
+        "mixture": "[0, 1]",
+    }
     needs_group = False
 
     def __init__(

@@ -45,7 +45,7 @@ from rlhf_lightning.functional.surrogates import (
 from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.training.ranges import check_settings
+from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import Aggregation, EnumeratedProblem, Loss, PolicyLogprobs, PromptBatch, Rollout
 
 ObjectiveName = Literal["clip", "soft_gate", "cispo", "reinforce"]
@@ -100,6 +100,22 @@ class PolicyGradientModule(OnPolicyModule):
 
     sampler_correction: CorrectionName | None = None
 
+    ranges = {
+        "kl_clamp": "(0, inf)",
+        "clip": "(0, inf)",
+        "clip_high": "(0, inf)",
+        "dual_clip": "(1, inf)",
+        "ratio_cap": "(1, inf)",
+        "cispo_high": "(0, inf)",
+        "cispo_low": "[0, inf)",
+        "gate_temperature": "(0, inf)",
+        "gate_temperature_negative": "(0, inf)",
+        "sampler_high": "(0, inf)",
+        "sampler_low": "[0, inf)",
+        "off_policy_threshold": "[0, inf)",
+        "overlong_buffer": "[1, inf)",
+    }
+
     def __init__(
         self,
         scorer: Any,
@@ -138,7 +154,7 @@ class PolicyGradientModule(OnPolicyModule):
         self.sampler_high, self.sampler_low = sampler_high, sampler_low
         self.needs_minibatch = self.needs_minibatch or sampler_normalise
         self.off_policy_threshold, self.overlong_buffer = off_policy_threshold, overlong_buffer
-        check_settings(vars(self), _contradictions(self))
+        refuse_contradictions(_contradictions(self))
 
     # -- the parts of the loss ----------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.ranges import check_settings
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
@@ -74,6 +73,13 @@ class PPOModule(PolicyGradientModule):
 
     learns_unscored = False
     paper = "Ziegler et al. 2019, arXiv 1909.08593"
+    ranges = {
+        "value_coef": "[0, inf)",
+        "value_clip": "(0, inf)",
+        "gamma": "[0, 1]",
+        "lam": "[0, 1]",
+        "pretraining_coef": "[0, inf)",
+    }
 
     def __init__(
         self,
@@ -116,7 +122,6 @@ class PPOModule(PolicyGradientModule):
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
         self.pretraining_coef = pretraining_coef
         self.critic: ScalarModel | None = None
-        check_settings(vars(self), {})
 
     def load_models(self) -> None:
         """Load policy and critic to train, reference and scorer frozen."""

@@ -46,12 +46,11 @@ class DavidsonModule(RewardModule):
     """
 
     paper = "Davidson 1970; Chen et al. 2024, arXiv 2409.17431"
+    ranges = {"tie_share": "(0, 1)"}
     learns_ties = True
 
     def __init__(self, tie_share: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 < tie_share < 1:
-            raise ValueError(f"tie_share is {tie_share}: it must lie between 0 and 1")
         self.tie_share = tie_share
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:

@@ -57,6 +57,10 @@ class RewardModule(OfflineModule):
     """
 
     paper = "Stiennon et al. 2020, arXiv 2009.01325"
+    ranges = {
+        "centering": "[0, inf)",
+        "outputs": "[1, inf)",
+    }
     batch_type: ClassVar[type] = RankedBatch
     has_policy = False
     headline_metrics = ("val/loss", "val/accuracy", "val/ece")

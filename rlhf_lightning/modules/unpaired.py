@@ -38,6 +38,7 @@ class UnpairedModule(OfflineModule):
     batch_type = UnpairedBatch
     needs_reference = True
     needs_mismatched: ClassVar[bool] = False
+    ranges = {"beta": "(0, inf)"}
     """Whether each prompt also comes with a completion that answers another one."""
 
     headline_metrics = ("val/loss", "val/reward_margin")
@@ -174,6 +175,10 @@ class KTOModule(UnpairedModule):
     """
 
     paper = "Ethayarajh et al. 2024, arXiv 2402.01306"
+    ranges = {
+        "desirable_weight": "[0, inf)",
+        "undesirable_weight": "[0, inf)",
+    }
     needs_mismatched = True
 
     def __init__(

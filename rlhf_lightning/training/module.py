@@ -135,7 +135,16 @@ class AlignmentModule(LightningModule):
     """Whether the loss of a row can be weighted by row."""
 
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
-    ranges: ClassVar[Mapping[str, str]] = {}
+    ranges: ClassVar[Mapping[str, str]] = {
+        "learning_rate": "(0, inf)",
+        "betas": "[0, 1)",
+        "adam_eps": "[0, inf)",
+        "weight_decay": "[0, inf)",
+        "warmup": "[0, inf)",
+        "max_grad_norm": "(0, inf)",
+        "max_skipped_updates": "[1, inf)",
+        "seed": "(-inf, inf)",
+    }
     """Interval of each setting that this class adds, such as "(0, inf)"; those of its bases hold as well."""
 
     def __init__(

@@ -55,6 +55,12 @@ class OnPolicyModule(RolloutModule):
         ppo_epochs: passes over each rollout.
     """
 
+    ranges = {
+        "kl_coef": "[0, inf)",
+        "kl_target": "(0, inf)",
+        "kl_horizon": "(0, inf)",
+        "entropy_coef": "(-inf, inf)",
+    }
     learns_unscored: ClassVar[bool] = True
     """Whether a completion without a score, whose advantage is 0, takes part in updates all the same: in the KL that is
     a loss, and in what lengths are averaged over."""

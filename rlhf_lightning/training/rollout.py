@@ -84,6 +84,16 @@ class RolloutModule(AlignmentModule):
 
     batch_type = PromptBatch
     needs_reference = True
+    ranges = {
+        "temperature": "[0, inf)",
+        "max_new_tokens": "[1, inf)",
+        "sampling_batch_size": "[1, inf)",
+        "ppo_epochs": "[1, inf)",
+        "mini_batch_size": "[1, inf)",
+        "early_stop_kl": "(0, inf)",
+        "missing_eos_score": "(-inf, inf)",
+        "missing_eos_penalty": "(-inf, inf)",
+    }
     policy: CausalLM
 
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")

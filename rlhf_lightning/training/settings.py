@@ -1,4 +1,4 @@
-"""Ranges of settings: each class states its own, and all are checked here."""
+"""Ranges of settings, which each class states for its own, and contradictions between settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_ranges(kind: type, settings: Mapping[str, Any]) -> None:
 
     Args:
         kind: class whose ``ranges`` map names of settings to intervals, such as "(0, inf)" or "[0, 0.5)".
-        settings: values by name; None, and settings without a range, are accepted.
+        settings: values by name, numbers or tuples of numbers; others, and settings without a range, are accepted.
 
     Raises:
         SettingError: a value lies outside its interval, or is NaN.
@@ -23,9 +23,24 @@ def check_ranges(kind: type, settings: Mapping[str, Any]) -> None:
         ranges |= vars(base).get("ranges", {})
     for name, interval in ranges.items():
         value = settings.get(name)
-        if value is not None and not _within(value, interval):
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(_within(number, interval) for number in numbers if isinstance(number, int | float)):
             where = f"{name} of {kind.__name__} is {value}"
             raise SettingError("setting-out-of-range", f"{where}: it must lie in {interval}")
+
+
+def refuse_contradictions(contradictions: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse settings that contradict each other.
+
+    Args:
+        contradictions: whether settings contradict each other and the sentence that says so, by error code.
+
+    Raises:
+        SettingError: under the code of the first contradiction.
+    """
+    for code, (contradicts, sentence) in contradictions.items():
+        if contradicts:
+            raise SettingError(code, sentence)
 
 
 def _within(value: float, interval: str) -> bool:

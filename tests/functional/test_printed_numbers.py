@@ -19,7 +19,7 @@ from conftest import BC, make_tiny_tokenizer, spell
 from tiny_models import quiet_trainer, sequences
 
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.modules import RewardModule
+from rlhf_lightning.modules import RewardModule, SFTModule
 from rlhf_lightning.training.meter import Meter
 
 from .worked import Worked, check, each
@@ -77,7 +77,17 @@ def bias_of_demonstrations(t):
     return t(module.reward_model.bias)
 
 
+def token_accuracy(t):
+    """What SFT's evaluation adds up, of three tokens."""
+    with torch.no_grad():
+        asked = SFTModule(init_from="nowhere").statistics_asked(laid_out())
+        assert asked is not None
+        found = asked.function(t([[2, 1, 0], [0, 1, 0], [1, 0, -1]]), torch.tensor([0, 1, 2]))
+    return t(found["matches"].double().mean().item())
+
+
 WORKED = [
+    Worked("accuracy", token_accuracy, 2 / 3),
     Worked("input ids", lambda t: t(laid_out().input_ids[0].tolist()), [5, 6, 7, 8, 9, 2, 0, 0]),
     Worked("real tokens", real_tokens, [1, 1, 1, 1, 1, 1, 0, 0]),
     Worked("labels", labels, [-100, -100, -100, 8, 9, 2, -100, -100]),

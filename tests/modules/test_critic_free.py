@@ -433,9 +433,14 @@ def counting(calls: list[int], function: Any, *args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "settings", "code", "word"),
     [
-        ("GRPOModule", {"kl_coef": -0.1}, "setting-out-of-range", "kl_coef is -0.1: it must be at least 0"),
-        ("GRPOModule", {"clip": 0.0}, "setting-out-of-range", "clip is 0.0: it must be above 0"),
-        ("GRPOModule", {"dual_clip": 1.0}, "setting-out-of-range", "above 1"),
+        (
+            "GRPOModule",
+            {"kl_coef": -0.1},
+            "setting-out-of-range",
+            "kl_coef of GRPOModule is -0.1: it must lie in [0, inf)",
+        ),
+        ("GRPOModule", {"clip": 0.0}, "setting-out-of-range", "clip of GRPOModule is 0.0: it must lie in (0, inf)"),
+        ("GRPOModule", {"dual_clip": 1.0}, "setting-out-of-range", "in (1, inf)"),
         ("ReinforcePlusPlusModule", {"gamma": 1.1}, "setting-out-of-range", "in [0, 1]"),
         ("PPOModule", {"lam": -0.1}, "setting-out-of-range", "lam"),
         ("PPOModule", {"gamma": 2.0}, "setting-out-of-range", "gamma"),

@@ -231,7 +231,7 @@ def test_the_coin_is_the_update_s(policy_folder: str, teacher_folder: str) -> No
 
 
 def test_a_step_on_samples_counts_their_tokens(policy_folder: str, teacher_folder: str) -> None:
-    module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0, learning_rate=0.0)
+    module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0, learning_rate=1e-20)
     module.configure_model()
     seen: list[int] = []
     original = module.with_samples

@@ -1,6 +1,5 @@
 """Every objective on pairs, through its module: worked batch means, value at the reference, labels, gradients."""
 
-import inspect
 import math
 from typing import Any
 
@@ -306,14 +305,3 @@ def test_settings_outside_their_range_are_refused(name: str, settings: dict[str,
     setting, value = next(iter(settings.items()))
     with refused("setting-out-of-range", f"{setting} of {name} is {value}", f"it must lie in {interval}"):
         unloaded(name, **settings)
-
-
-def test_every_number_that_a_pair_objective_adds_has_a_range() -> None:
-    kinds = [kind for kind in vars(modules).values() if inspect.isclass(kind) and issubclass(kind, DPOModule)]
-    missing = []
-    for kind in kinds:
-        ranges = {name for base in kind.__mro__ for name in vars(base).get("ranges", {})} | {"learning_rate", "warmup"}
-        for name, parameter in inspect.signature(vars(kind).get("__init__", lambda self: None)).parameters.items():
-            if type(parameter.default) in (int, float) and name not in ranges:
-                missing.append(f"{kind.__name__}.{name}")
-    assert not missing

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import refused
 from tiny_models import evaluate, fit, quiet_trainer, ranked_step
 
 from rlhf_lightning.data import PreferenceDataModule
@@ -127,5 +128,5 @@ def test_ties_draw_scores_together(policy_folder, write_rows, cache):
 
 @pytest.mark.parametrize("share", [0, 1])
 def test_a_share_of_ties_must_leave_room(share):
-    with pytest.raises(ValueError, match=f"tie_share is {share}: it must lie between 0 and 1"):
+    with refused("setting-out-of-range", f"tie_share of DavidsonModule is {share}: it must lie in (0, 1)"):
         DavidsonModule(init_from="unread", tie_share=share)
