@@ -464,6 +464,8 @@ class RlhfCLI(LightningCLI):
         except BaseException:
             if self.is_new_folder and self.run_folder is not None and not self.run_folder.manifest.exists():
                 shutil.rmtree(self.run_folder.path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # the folder of the run's other versions
+                    self.run_folder.path.parent.rmdir()
             self.unlock()
             raise
 

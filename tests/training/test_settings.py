@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,9 +78,10 @@ def test_numbers_outside_their_range_are_refused(name: str, setting: str, value:
         kind(**required, **{setting: value})
 
 
-def test_the_command_line_refuses_in_one_sentence() -> None:
+def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     asked = [sys.executable, "-m", "rlhf_lightning.cli", "fit", "--config", "recipe:dpo", "--model.beta", "-1"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "beta of DPOModule is -1.0: it must lie in (0, inf)" in done.stderr
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "rlhf: beta of DPOModule is -1.0: it must lie in (0, inf)"
     assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name == "dpo"]
