@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import ContractError
 from rlhf_lightning.functional.distillation import (
     common_vocabulary,
     distillation_advantages,
@@ -22,6 +23,7 @@ from rlhf_lightning.functional.distillation import (
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, load_policy
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.teacher import Teacher
 from rlhf_lightning.modules.critic_free import CriticFreeModule
 from rlhf_lightning.sampling.counter_rng import uniform
@@ -128,10 +130,21 @@ class GKDModule(OfflineModule):
         """The teacher."""
         return self.teacher.models
 
-    # -- the override point -------------------------------------------------------------------------------------------
+    # -- the override points ------------------------------------------------------------------------------------------
+
+    def teacher_sequences(self, sequences: Sequences) -> Sequences:
+        """Return what the teacher reads for a micro-batch: the same completions, on these prompts or on others.
+
+        Context distillation puts instructions before the prompt here, which the student does not see. Longer prompts
+        make the teacher's forward pass larger than ``data.max_tokens``.
+
+        Args:
+            sequences: what the student reads.
+        """
+        return sequences
 
     def distillation_loss(self, logits: DistillationLogits) -> Tensor | Loss:
-        """Return one loss per token, shape (tokens,). The override point of this family.
+        """Return one loss per token, shape (tokens,).
 
         It sees a chunk of a micro-batch's completion tokens at a time, and is called once more in the backward pass.
         """
@@ -176,9 +189,8 @@ class GKDModule(OfflineModule):
     def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:
         """Return the summed divergences of a micro-batch's completion tokens."""
         layout = self.lay_out(batch.sequences)
-        asked = OverLogits(
-            layout, self._of_chunk, (layout.targets, self.teacher.predicting_states(layout)), self.chunk_tokens
-        )
+        teacher_states = self._teacher_states(batch.sequences, layout)
+        asked = OverLogits(layout, self._of_chunk, (layout.targets, teacher_states), self.chunk_tokens)
         found: dict[str, Tensor] = self.policy(asked)
         row = layout.cells.div(layout.completion_mask.shape[1], rounding_mode="floor")
         losses = found.pop("loss") * batch.weights.to(self.device)[row]
@@ -186,6 +198,20 @@ class GKDModule(OfflineModule):
         for name, values in found.items():
             meter.add(name, values)
         return losses.sum()
+
+    def _teacher_states(self, sequences: Sequences, layout: Layout) -> Tensor:
+        """Return the teacher's state before each of the student's supervised tokens."""
+        read = self.teacher_sequences(sequences)
+        if read is sequences:
+            return self.teacher.predicting_states(layout)
+        same = read.parents == sequences.parents and len(read.completions) == len(sequences.completions)
+        if not same or not all(map(torch.equal, read.completions, sequences.completions)):
+            raise ContractError(
+                "teacher-completions",
+                f"{type(self).__name__}.teacher_sequences changed the completions or their order: change only prompts",
+            )
+        theirs = self.lay_out(read)
+        return self.teacher.predicting_states(theirs)[torch.searchsorted(theirs.cells, layout.cells)]
 
     def _of_chunk(self, student_logits: Tensor, targets: Tensor, teacher_hidden: Tensor) -> dict[str, Tensor]:
         """Return loss and metrics of some tokens."""

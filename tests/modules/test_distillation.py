@@ -34,7 +34,7 @@ from rlhf_lightning.models.teacher import check_same_vocabulary
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.distillation import address_of
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Loss, Step
+from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Loss, Sequences, Step
 
 ROWS = random_rows(5, seed=31)
 
@@ -72,6 +72,33 @@ def divergences(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 # -- generalized knowledge distillation -------------------------------------------------------------------------------
+
+
+class Hinted(GKDModule):
+    """The teacher reads more before each prompt, of another length in each row."""
+
+    def teacher_sequences(self, sequences: Sequences) -> Sequences:
+        prompts = (torch.cat([torch.arange(20, 21 + len(one)), one]) for one in sequences.prompts)
+        return sequences._replace(prompts=tuple(prompts))
+
+
+class Shuffling(GKDModule):
+    def teacher_sequences(self, sequences: Sequences) -> Sequences:
+        return sequences._replace(completions=sequences.completions[::-1])
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_teacher_may_read_other_prompts(policy_folder: str, teacher_folder: str, packs: bool) -> None:
+    hinted = [([*range(20, 21 + len(prompt)), *prompt], completion) for prompt, completion in ROWS]
+    rows = zip(distributions(policy_folder), distributions(teacher_folder, hinted), strict=True)
+    expected = torch.cat([divergences(*row)[1] for row in rows]).mean()
+    module = gkd(policy_folder, teacher_folder, Hinted, beta=1.0, pack_rows=packs)
+    assert evaluate(module, [demonstration_step(ROWS)])["val/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_teacher_that_reads_other_completions_is_refused(policy_folder: str, teacher_folder: str) -> None:
+    with refused("teacher-completions", "only prompts"):
+        evaluate(gkd(policy_folder, teacher_folder, Shuffling), [demonstration_step(ROWS)])
 
 
 @pytest.mark.parametrize(("micro", "chunk_tokens"), [(None, 1024), (2, 3)])
