@@ -1,9 +1,12 @@
 """What tests have each rank do. Every function is called on all ranks of a group, or alone, with the same settings."""
 
+import importlib
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -39,6 +42,7 @@ from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import (
     DemonstrationBatch,
+    Judgement,
     Loss,
     PolicyLogprobs,
     PreferenceBatch,
@@ -148,6 +152,17 @@ def low_words(prompts: Any, completions: list[str], **columns: Any) -> list[floa
     return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
 
 
+def share_of_words(text: str, low: int, high: int) -> float:
+    """Share of a text's words from ``low`` to below ``high``."""
+    words = [int(word[1:]) for word in text.split() if word.startswith("w")]
+    return sum(low <= word < high for word in words) / max(len(words), 1)
+
+
+def low_words_at_a_cost(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
+    """Score a completion by the share of its words below 60; words from 30 to 89 are its cost."""
+    return [Judgement(share_of_words(text, 0, 60), {"cost": share_of_words(text, 30, 90)}) for text in completions]
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +239,15 @@ class LookingGRPOModule(Looking, modules.GRPOModule):
 OWN = {one.__name__: one for one in (ForgetfulModule, LookingDPOModule, LookingMeanModule, LookingGRPOModule)}
 
 
+USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
+
+
 def kind_of(name: str) -> Any:
+    """A class of this file, of the package, or of a user's file as ``file.Class``."""
+    if "." in name:
+        file, _, kind = name.partition(".")
+        with patch.object(sys, "path", [*sys.path, str(USERS)]):
+            return getattr(importlib.import_module(file), kind)
     return OWN.get(name) or getattr(modules, name)
 
 
@@ -448,6 +471,7 @@ def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **s
         trainer.fit(module, ResumableData(taken), ckpt_path=path if kind == "resumed" else None, weights_only=True)
         found[kind] = weights_of(module)
         found[f"{kind}_counters"] = module.progress()
+        found[f"{kind}_multiplier"] = getattr(module, "log_multiplier", None)
     return found
 
 

@@ -64,7 +64,7 @@ def rewards_after_end(
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, completion_mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor, values: Tensor, completion_mask: Tensor, gamma: float = 1.0, lam: float | Tensor = 0.95
 ) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimates and returns (Schulman et al., arXiv 1506.02438, Eq. 16).
 
@@ -76,7 +76,7 @@ def generalized_advantages(
         values: V, the critic's value of the state before each token, shape (episodes, length).
         completion_mask: bool, shape (episodes, length).
         gamma: discount per token.
-        lam: 0 trusts the critic (A = delta), 1 does not (R = reward to go).
+        lam: 0 trusts the critic (A = delta), 1 does not (R = reward to go); of all episodes, or shape (episodes,).
 
     Returns:
         Advantages, not whitened, and returns; both of shape (episodes, length), 0 under the mask.

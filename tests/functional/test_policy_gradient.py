@@ -49,6 +49,11 @@ WORKED = [
     Worked(
         "advantages", lambda t: generalized_advantages(rewards(t), t(VALUES), MASK)[0], [[0.64349375, 0.582625, 0.3975]]
     ),
+    Worked(
+        "advantages, lambda by episode",
+        lambda t: generalized_advantages(rewards(t), t(VALUES), MASK, lam=t([0.95]))[0],
+        [[0.64349375, 0.582625, 0.3975]],
+    ),
     Worked("returns", lambda t: generalized_advantages(rewards(t), t(VALUES), MASK)[1], RETURNS),
     Worked("advantages after end", lambda t: after_end(t)[0], [[0.63446875, 0.573125, 0.3875, 0.2]]),
     Worked("returns after end", lambda t: after_end(t)[1], [[0.93446875, 0.973125, 0.9875, 1.0]]),

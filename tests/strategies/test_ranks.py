@@ -140,6 +140,18 @@ def test_slots_are_the_same_on_two_ranks(
     compare(pool, name, policy_folder, 2, strategy, accumulation, lora=lora)
 
 
+USERS: dict[str, dict[str, Any]] = {
+    "ppo_lagrangian.PPOLagrangianModule": {"cost_limit": 0.4, "multiplier_lr": 0.5, "mini_batch_size": 3},
+    "rebel.REBELModule": {},
+    "vapo.VAPOModule": {"alpha": 0.5, "mini_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_objectives_of_users_are_the_same_on_two_ranks(pool: RankPool, policy_folder: str, name: str) -> None:
+    compare(pool, name, policy_folder, 2, "ddp", 1, scorer="rank_cases.low_words_at_a_cost", **USERS[name])
+
+
 def test_completions_are_uneven_over_the_ranks(pool: RankPool, policy_folder: str) -> None:
     found = pool.run(2, "train", name="GRPOModule", folder=policy_folder, strategy="fsdp", updates=1)
     lengths = [sorted(len(ids) for ids in rank["drawn"].values()) for rank in found]

@@ -1,0 +1,69 @@
+"""VAPO as a user's file: `rlhf fit --config vapo.yaml --model.init_from ... --model.scorer ...`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.logprobs import masked_whiten
+from rlhf_lightning.functional.policy_gradient import generalized_advantages
+from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.training.meter import moments_over_ranks
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.types import Advantages, Loss, PolicyLogprobs, Rollout
+
+
+class VAPOModule(PPOModule):
+    r"""VAPO: PPO for long reasoning, with a GAE lambda that grows with the completion, and imitation of right answers.
+
+    The policy's advantages take lambda = 1 - 1 / (alpha length), at least 0; the critic's targets take ``lam``, 1 here:
+    Monte-Carlo returns. The loss adds nll_coef times the mean negative log-likelihood over the tokens of the
+    minibatch's right answers, those of positive score on all ranks (Yue et al., 2504.05118, Eq. 7 to 12).
+
+    Target: no closed form: lambda depends on the length, and right answers are imitated.
+
+    Args:
+        alpha: how far lambda is below 1, per token; 0.05 in the paper, for completions of thousands of tokens.
+        nll_coef: weight of the likelihood of right answers (mu).
+    """
+
+    paper = "Yue et al. 2025, arXiv 2504.05118"
+    needs_minibatch = True
+
+    def __init__(
+        self,
+        scorer: Any,
+        alpha: float = 0.05,
+        nll_coef: float = 0.1,
+        kl_coef: float = 0.0,
+        clip_high: float | None = 0.28,
+        lam: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(scorer=scorer, kl_coef=kl_coef, clip_high=clip_high, lam=lam, **kwargs)
+        self.alpha, self.nll_coef = alpha, nll_coef
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
+        """Return the policy's advantages by each completion's own lambda, and the critic's targets by ``lam``."""
+        assert rollout.values is not None
+        tokens, states = rollout.completion_mask & ~rollout.scores.isnan().unsqueeze(-1), self.critic_states(rollout)
+        lam = (1 - 1 / (self.alpha * rollout.completion_mask.sum(-1))).clamp_min(0)
+        values, _ = generalized_advantages(rewards, rollout.values, states, self.gamma, lam)
+        values = torch.where(tokens, values[:, : tokens.shape[1]], 0.0)
+        if self.whiten_advantages:
+            mean, variance = moments_over_ranks(self.trainer.strategy, values, tokens)
+            values = masked_whiten(values, tokens, mean=mean, var=variance)
+        return super().advantages(rollout, rewards)._replace(advantages=values)
+
+    def policy_loss(self, logprobs: PolicyLogprobs) -> Loss:
+        """Return the loss of each token, shape (rows, length)."""
+        loss, batch = as_loss(super().policy_loss(logprobs)), logprobs.minibatch
+        assert batch is not None and logprobs.rollout is not None
+        count = (batch.learned & (batch.scores > 0).unsqueeze(-1)).sum().clamp_min(1)
+        right = (logprobs.rollout.scores > 0).unsqueeze(-1) & logprobs.completion_mask
+        nll = torch.where(right, -logprobs.logprobs, 0.0) * batch.learned.sum() / count  # a mean over the right tokens
+        return Loss(loss.values + self.nll_coef * nll, {**loss.metrics, "nll": nll.detach()})
+
+    def reaches_kl_optimum(self) -> bool:
+        """Return False: right answers are imitated too."""
+        return False

@@ -1,0 +1,281 @@
+"""PPO-Lagrangian, REBEL and VAPO as users write them: each trains, and its gradient is an independent one's.
+
+The transcriptions are of the papers' losses over a whole rollout, in fp64, from the samples and the critic's values.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+import yaml
+from conftest import refused
+from rank_cases import low_words_at_a_cost, share_of_words
+from tiny_folders import one_thread, policy_folder
+from tiny_models import (
+    MetricsLog,
+    evaluate,
+    fit,
+    gradients_of_step,
+    plain_logprobs,
+    prompt_step,
+    random_rows,
+    weights_of,
+    within,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_lightning.types import Rollout
+
+__all__ = ["one_thread", "policy_folder"]
+
+USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
+NAMES = {"ppo_lagrangian": "PPOLagrangianModule", "rebel": "REBELModule", "vapo": "VAPOModule"}
+LAMBDA, ETA, ALPHA, MU = 0.6, 0.7, 0.5, 0.3
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo_lagrangian": {"multiplier": LAMBDA, "cost_limit": 0.4, "multiplier_lr": 0.5, "missing_eos_score": None},
+    "rebel": {"eta": ETA, "temperature": 1.0},
+    "vapo": {"alpha": ALPHA, "nll_coef": MU, "missing_eos_score": None},
+}
+PROMPTS = [prompt for prompt, _ in random_rows(4, seed=17) for _ in range(2)]
+files = pytest.mark.parametrize("file", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def users_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(USERS)])
+
+
+def low_words(prompts: Any, completions: Sequence[str], **columns: Any) -> list[float]:
+    return [share_of_words(text, 0, 60) for text in completions]
+
+
+def right_or_wrong(prompts: Any, completions: Sequence[str], **columns: Any) -> list[float]:
+    return [1.0 if share_of_words(text, 0, 60) > 0.5 else -1.0 for text in completions]
+
+
+SCORERS = {"ppo_lagrangian": low_words_at_a_cost, "rebel": low_words, "vapo": right_or_wrong}
+
+
+def step(first: int = 0, **limits: Any) -> Any:
+    made = prompt_step(PROMPTS, first_episode=first)
+    batch = made.micro_batches[0]._replace(group=torch.arange(len(PROMPTS)) // 2)
+    return within([made._replace(micro_batches=(batch,))], **limits)[0]
+
+
+def module_of(file: str, folder: str, **settings: Any) -> Any:
+    """In double precision, so that a gradient can be compared to its last digits."""
+    kind = getattr(__import__(file), NAMES[file])
+    defaults = {"max_new_tokens": 6, "lr_schedule": "constant", "max_grad_norm": None, **SETTINGS[file]}
+    module = kind(init_from=folder, **{"scorer": SCORERS[file], **defaults, **settings})
+    load = module.load_models
+
+    def load_in_double() -> None:
+        load()
+        module.double()
+        for frozen in module.frozen_models():
+            frozen.double()
+
+    module.load_models = load_in_double
+    return module
+
+
+# -- transcriptions ---------------------------------------------------------------------------------------------------
+
+
+def at_end(reward: float, rewards: Tensor) -> Tensor:
+    return torch.cat([rewards[:-1], rewards[-1:] + reward])
+
+
+def gae(rewards: Tensor, values: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of a completion, by the sum over later errors."""
+    errors = rewards + torch.cat([values[1:], values.new_zeros(1)]) - values
+    count = range(len(values))
+    advantages = torch.stack([sum(lam ** (s - t) * errors[s] for s in count if s >= t) for t in count])
+    return advantages, advantages + values
+
+
+def whitened(rows: list[Tensor]) -> list[Tensor]:
+    every = torch.cat(rows)
+    return [(row - every.mean()) / (every.var(correction=0) + 1e-8).sqrt() for row in rows]
+
+
+def clipped(now: list[Tensor], old: list[Tensor], advantages: list[Tensor], high: float) -> Tensor:
+    ratio, a = (torch.cat(now) - torch.cat(old)).exp(), torch.cat(advantages)
+    return -torch.minimum(ratio * a, ratio.clamp(0.8, 1 + high) * a).mean()
+
+
+def critic_loss(now: list[Tensor], old: list[Tensor], returns: list[Tensor]) -> Tensor:
+    values, before, wanted = torch.cat(now), torch.cat(old), torch.cat(returns)
+    bounded = before + (values - before).clamp(-0.2, 0.2)
+    return 0.1 * torch.maximum((values - wanted) ** 2, (bounded - wanted) ** 2).mean() / 2
+
+
+Rows = list[Tensor]
+
+
+def ppo_lagrangian(now: Rows, old: Rows, reference: Rows, values: Rows, before: Rows, texts: Sequence[str]) -> Tensor:
+    estimates = []
+    for lp, ref, v, text in zip(old, reference, before, texts, strict=True):
+        mixed = (share_of_words(text, 0, 60) - LAMBDA * share_of_words(text, 30, 90)) / (1 + LAMBDA)
+        estimates.append(gae(at_end(mixed, -0.05 * (lp - ref)), v, 0.95))
+    advantages, returns = (list(rows) for rows in zip(*estimates, strict=True))
+    return clipped(now, old, whitened(advantages), 0.2) + critic_loss(values, before, returns)
+
+
+def rebel(now: Rows, old: Rows, reference: Rows, values: Rows, before: Rows, texts: Sequence[str]) -> Tensor:
+    losses = []
+    for first in range(0, len(now), 2):
+        moved = [(now[row] - old[row]).sum() for row in (first, first + 1)]
+        rewards = [share_of_words(texts[row], 0, 60) for row in (first, first + 1)]
+        losses.append(((moved[0] - moved[1]) / ETA - (rewards[0] - rewards[1])) ** 2)
+    return torch.stack(losses).mean()
+
+
+def vapo(now: Rows, old: Rows, reference: Rows, values: Rows, before: Rows, texts: Sequence[str]) -> Tensor:
+    scores = right_or_wrong(None, texts)
+    assert len(set(scores)) == 2 and len({len(row) for row in now}) > 1
+    adaptive = [
+        gae(at_end(r, torch.zeros_like(v)), v, max(0.0, 1 - 1 / (ALPHA * len(v))))[0]
+        for r, v in zip(scores, before, strict=True)
+    ]
+    returns = [torch.full_like(v, r) for r, v in zip(scores, before, strict=True)]
+    right = torch.cat([row for row, score in zip(now, scores, strict=True) if score > 0])
+    return clipped(now, old, whitened(adaptive), 0.28) + critic_loss(values, before, returns) - MU * right.mean()
+
+
+TRANSCRIPTIONS = {"ppo_lagrangian": ppo_lagrangian, "rebel": rebel, "vapo": vapo}
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+def second_gradients(file: str, folder: str, **limits: Any) -> tuple[dict[str, Tensor], Rollout, dict[str, Tensor]]:
+    """Gradients of a rollout's second update, where ratios are not 1; the rollout, and the weights it started from."""
+    module = module_of(file, folder, ppo_epochs=2, learning_rate=0.05, adam_eps=1.0)
+    rollouts: list[Rollout] = []
+    collect, update = module.collect, module.update
+    weights: dict[str, Tensor] = {}
+
+    def collecting(*batches: Any) -> Rollout:
+        rollouts.append(collect(*batches))
+        return rollouts[-1]
+
+    def updating(*args: Any) -> Any:
+        weights.update(weights_of(module))
+        return update(*args)
+
+    module.collect, module.update = collecting, updating
+    return gradients_of_step(module, step(**limits)), rollouts[0], weights
+
+
+def loaded(kind: Any, folder: str, weights: dict[str, Tensor], prefix: str, **settings: Any) -> Any:
+    """A plain transformers model in fp64 with the weights of that name."""
+    plain = kind.from_pretrained(folder, dtype=torch.float64, **settings)
+    own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    plain.load_state_dict({**plain.state_dict(), **own})
+    return plain
+
+
+def plain_values(critic: Any, prompt: Tensor, ids: Tensor) -> Tensor:
+    hidden = critic.model(input_ids=torch.cat([prompt, ids])[None]).last_hidden_state[0]
+    return critic.score(hidden[len(prompt) - 1 : -1]).squeeze(-1)
+
+
+@files
+def test_the_gradient_is_that_of_the_paper_s_formula(policy_folder: str, file: str) -> None:
+    found, rollout, weights = second_gradients(file, policy_folder)
+    policy = loaded(AutoModelForCausalLM, policy_folder, weights, "policy.model.")
+    rows = list(zip(rollout.sequences.prompts, rollout.sequences.completions, strict=True))
+    plain = {"policy.model.": policy}
+
+    def ragged(grid: Tensor | None) -> Rows:
+        return [row[: len(ids)].double() for row, (_, ids) in zip(grid, rows, strict=True)] if grid is not None else []
+
+    now = [plain_logprobs(policy, prompt, ids) for prompt, ids in rows]
+    old = ragged(rollout.old_logprobs)
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(now, old, strict=True)) > 1e-3
+    values: Rows = []
+    if rollout.values is not None:
+        critic = loaded(AutoModelForSequenceClassification, policy_folder, weights, "critic.model.", num_labels=1)
+        plain["critic.model."] = critic
+        values = [plain_values(critic, prompt, ids) for prompt, ids in rows]
+    reference = ragged(rollout.reference_logprobs)
+    TRANSCRIPTIONS[file](now, old, reference, values, ragged(rollout.values), rollout.texts).backward()
+    for prefix, model in plain.items():
+        slopes = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        largest = max(float(slope.abs().max()) for slope in slopes.values())
+        assert largest > 1e-4
+        for name, slope in slopes.items():
+            torch.testing.assert_close(found[prefix + name], slope, rtol=1e-5, atol=1e-6 * largest)
+
+
+@files
+def test_micro_batches_change_no_gradient(policy_folder: str, file: str) -> None:
+    whole = second_gradients(file, policy_folder)[0]
+    for limits in ({"micro_batch_size": 2}, {"max_tokens": 30}):
+        cut = second_gradients(file, policy_folder, **limits)[0]
+        for name, gradient in whole.items():
+            torch.testing.assert_close(cut[name], gradient, rtol=1e-6, atol=1e-10)
+
+
+@files
+def test_scores_rise(policy_folder: str, file: str) -> None:
+    logged = MetricsLog()
+    settings = {"learning_rate": 6e-3, "max_new_tokens": 4, "max_grad_norm": 1.0, "ppo_epochs": 2}
+    if file == "ppo_lagrangian":
+        settings |= {"multiplier_lr": 0.0}  # another multiplier would be another score
+    if file == "rebel":
+        settings |= {"eta": 5.0}  # a step that this learning rate can take
+    fit(module_of(file, policy_folder, **settings), [step(8 * i) for i in range(32)], callbacks=[logged])
+    scores = logged.column("rollout/score")
+    assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.1, scores
+
+
+def test_the_multiplier_follows_the_mean_cost_of_training_rollouts_alone(policy_folder: str) -> None:
+    logged = MetricsLog()
+    module = module_of("ppo_lagrangian", policy_folder, learning_rate=1e-3)
+    fit(module, [step(8 * i) for i in range(3)], evaluation=[step(8 * 9)], callbacks=[logged])
+    costs, used = logged.column("rollout/score_cost"), logged.column("train/multiplier")
+    expected = [LAMBDA]
+    for cost in costs:
+        expected.append(expected[-1] * math.exp(0.5 * (cost - 0.4)))
+    assert [*used, math.exp(module.log_multiplier)] == pytest.approx(expected, rel=1e-6)
+    rewards, scores = logged.column("rollout/score_reward"), logged.column("rollout/score")
+    mixed = [(r - m * c) / (1 + m) for r, c, m in zip(rewards, costs, used, strict=True)]
+    assert scores == pytest.approx(mixed, abs=1e-6)
+    before = module.log_multiplier
+    evaluate(module, [step(8 * 9)])
+    assert module.log_multiplier == before
+
+
+def test_a_resumed_multiplier_is_an_uninterrupted_one_bit_for_bit(policy_folder: str, tmp_path: Path) -> None:
+    settings = {"scorer": low_words_at_a_cost, **SETTINGS["ppo_lagrangian"]}
+    name = f"ppo_lagrangian.{NAMES['ppo_lagrangian']}"
+    found = rank_cases.resume(name, policy_folder, str(tmp_path / "half.ckpt"), "auto", **settings)
+    assert found["whole_multiplier"] == found["resumed_multiplier"] != pytest.approx(math.log(LAMBDA))
+    for weight, value in found["whole"].items():
+        assert torch.equal(found["resumed"][weight], value), weight
+
+
+def test_rebel_refuses_other_than_two_samples(policy_folder: str) -> None:
+    made = step()
+    batch = made.micro_batches[0]._replace(group=torch.arange(len(PROMPTS)) // 4)
+    with refused("rebel-pairs", "two samples"):
+        fit(module_of("rebel", policy_folder), [made._replace(micro_batches=(batch,))])
+
+
+@files
+def test_each_file_is_small_and_has_a_recipe(file: str) -> None:
+    config = yaml.safe_load((USERS / f"{file}.yaml").read_text())
+    assert config["model"]["class_path"] == f"{file}.{NAMES[file]}"
+    text = (USERS / f"{file}.py").read_text()
+    own = [line for line in "".join(text.split('"""')[::2]).splitlines() if line.strip()]
+    assert len([line for line in own if not re.match(r"(from|import) ", line)]) <= 40
+    assert not re.search(r"\._(?!_|replace)", text), "no private name"
