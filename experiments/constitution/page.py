@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_lightning.constitution.critique import revisions_table
-from rlhf_lightning.constitution.judge_metrics import describe
+from rlhf_lightning.constitution.labels import describe
 from rlhf_lightning.evaluation.report import interval, markdown_table
 
 NAMES = {"sft": "helpful SFT", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI"}

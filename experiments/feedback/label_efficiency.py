@@ -28,8 +28,8 @@ from rlhf_lightning.data.feedback.snapshots import items_of
 from rlhf_lightning.evaluation.policies import ScoredSamples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.people.handing_out import Policy
-from rlhf_lightning.people.label_curve import LabelPoint, draw_label_curves
-from rlhf_lightning.people.loop_state import seed_of
+from rlhf_lightning.people.loop_report import LabelPoint, draw_label_curves
+from rlhf_lightning.people.loop_rounds import seed_of
 from rlhf_lightning.people.loop_steps import ensemble_of, evaluate, sample_pairs, train_stage
 from rlhf_lightning.people.selectors import load_selector, selector_class
 from rlhf_lightning.people.simulated import SimulatedAnnotators

@@ -26,8 +26,7 @@ from small_tokenizers import TOKENIZERS
 from rlhf_lightning.data import collation
 from rlhf_lightning.data.canonical import CanonicalRow, RowRefused
 from rlhf_lightning.data.kinds import KINDS
-from rlhf_lightning.data.reading import read_row
-from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.reading import Report, read_row
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import Source, read_rows
 from rlhf_lightning.data.streaming import RowStream

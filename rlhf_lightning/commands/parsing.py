@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from rlhf_lightning.commands.messages import explain
 from rlhf_lightning.recipes import resolve_recipe
+from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
 # A scorer written as class_path and init_args stays as it is written: the module makes it, and checkpoints keep it.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -108,3 +109,26 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
         return f"--{name.replace('-', '_')}{equals}{resolve_recipe(value)}"
 
     return [rewritten(argument) for argument in argv]
+
+
+def written_secret(settings: Any, where: str = "") -> str | None:
+    """Return what is wrong with the first setting that holds a key, not the key itself; None where none does."""
+    for setting, value in _texts(settings, where):
+        if setting.rpartition(".")[2] == "api_key" and not names_variable(value):
+            return f"{setting} {NO_VARIABLE}"
+        if has_password(value):
+            return f"{setting} {IN_AN_ADDRESS}"
+    return None
+
+
+def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Yield every text in some settings, under its dotted name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            name = where if key == "init_args" else f"{where}.{key}".lstrip(".")
+            yield from _texts(item, name)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, where)
+    elif isinstance(value, str):
+        yield where, value

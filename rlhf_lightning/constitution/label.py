@@ -73,8 +73,8 @@ def label(
         sampling: how completions are sampled; at temperature 0 a model has one answer, and no pair.
     """
     from rlhf_lightning.commands.journal import Journal, model_stamp
+    from rlhf_lightning.commands.parsing import written_secret
     from rlhf_lightning.commands.quiet import quieten
-    from rlhf_lightning.commands.secrets import written_secret
     from rlhf_lightning.constitution.labelling import LabelSettings, compared
     from rlhf_lightning.constitution.principles import load_constitution
     from rlhf_lightning.scoring.judges import load_judge
@@ -126,8 +126,8 @@ def _written(target: Path, records: list[Any], settings: Any, ties: str, provena
     """Write the labelled pairs and the report beside them; return what is printed."""
     from rlhf_lightning.commands.generate import write_lines
     from rlhf_lightning.constitution.critique import report_file
-    from rlhf_lightning.constitution.judge_metrics import describe, judge_metrics
     from rlhf_lightning.constitution.labelling import labelled_of
+    from rlhf_lightning.constitution.labels import describe, judge_metrics
     from rlhf_lightning.evaluation.report import markdown_table, write_json
 
     labelled = labelled_of(*_read_back(records), settings)

@@ -16,7 +16,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.canonical import REASONS, CanonicalRow, Row, RowRefused
-from rlhf_lightning.data.contradictions import Preferences
 from rlhf_lightning.data.damage import (
     CONTROL_TOKENS,
     DAMAGE,
@@ -28,6 +27,7 @@ from rlhf_lightning.data.damage import (
 )
 from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.kinds import KINDS
+from rlhf_lightning.data.pairs import Preferences
 from rlhf_lightning.data.reading import read_row
 from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Encoder, Outcome
 from rlhf_lightning.functional.statistics import wilson_interval

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.reading import Report
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows

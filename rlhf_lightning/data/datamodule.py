@@ -22,11 +22,10 @@ from rlhf_lightning.data.cache import Part, hash_of
 from rlhf_lightning.data.feedback.rows import RowKind
 from rlhf_lightning.data.feedback.snapshots import is_store
 from rlhf_lightning.data.held_out import held_out_rows, weighted_rows
-from rlhf_lightning.data.loader import EpochSteps, StepLoader
-from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
+from rlhf_lightning.data.reading import Report
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, source_fingerprint, source_stamp
-from rlhf_lightning.data.steps import Collate, PlannedSteps, PromptSteps
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError, StateError

@@ -11,11 +11,10 @@ from rlhf_lightning.data import collation, formats
 from rlhf_lightning.data.cache import Part
 from rlhf_lightning.data.datamodule import AlignmentDataModule
 from rlhf_lightning.data.held_out import endless_rows
-from rlhf_lightning.data.loader import EpochSteps, StepLoader
-from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.loader import Collate, EpochSteps, PromptSteps, StepLoader
+from rlhf_lightning.data.reading import Report
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import parse_sources
-from rlhf_lightning.data.steps import Collate, PromptSteps
 from rlhf_lightning.data.streaming import StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError

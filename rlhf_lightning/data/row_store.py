@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.reading import Report
 from rlhf_lightning.data.tokenizing import EncodedRow
 
 ARRAYS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_lightning.data import collation, formats
 from rlhf_lightning.data.datamodule import AlignmentDataModule
-from rlhf_lightning.data.steps import Collate
+from rlhf_lightning.data.loader import Collate
 from rlhf_lightning.data.tokenizing import Encoder
 from rlhf_lightning.types import DemonstrationBatch
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.canonical import CanonicalRow, Row, RowRefused
 from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.formats import Form, Reader, check_columns
-from rlhf_lightning.data.reading import read_row
-from rlhf_lightning.data.report import Report
+from rlhf_lightning.data.reading import Report, read_row
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.tokenization import (
     Encoded,

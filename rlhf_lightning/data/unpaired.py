@@ -10,8 +10,8 @@ import numpy as np
 from rlhf_lightning.data import collation, formats
 from rlhf_lightning.data.batching import shuffled
 from rlhf_lightning.data.datamodule import AlignmentDataModule
+from rlhf_lightning.data.loader import Collate
 from rlhf_lightning.data.row_store import RowStore
-from rlhf_lightning.data.steps import Collate
 from rlhf_lightning.data.tokenizing import Encoder
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import UnpairedBatch

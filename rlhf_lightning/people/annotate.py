@@ -165,8 +165,7 @@ def sampling_ahead(
     from rlhf_lightning.commands.generate import read_prompts
     from rlhf_lightning.commands.quiet import quieten
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES
-    from rlhf_lightning.people.ahead import SamplingAhead
-    from rlhf_lightning.people.candidates import load_policies, sampled_items
+    from rlhf_lightning.people.candidates import SamplingAhead, load_policies, sampled_items
 
     if not max(2, len(models)) <= candidates <= MOST_CANDIDATES:
         raise SettingError(

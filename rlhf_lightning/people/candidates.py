@@ -1,19 +1,26 @@
 """Items to be judged: completions sampled from policies, or pairs and lists that a file gives."""
 
+from __future__ import annotations
+
 import sys
+import threading
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_lightning.commands.sampling import SamplingArguments
-from rlhf_lightning.errors import DataError, MissingError
+from rlhf_lightning.data.feedback.records import Item
+from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.people.store import FeedbackStore
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.canonical import CanonicalRow
-    from rlhf_lightning.data.feedback.records import Item
+    from rlhf_lightning.people.selectors import Selector
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.types import Prompt
+
 
 TRIES = 4
 """Samples drawn for a completion before two that are equal are given up: a model may have one answer only."""
@@ -42,14 +49,14 @@ def load_policies(names: Sequence[str], sampling: SamplingArguments) -> list[Sam
 
 def sampled_items(
     policies: Sequence[Sampled],
-    rows: "Sequence[tuple[Prompt, dict[str, Any]]]",
+    rows: Sequence[tuple[Prompt, dict[str, Any]]],
     count: int,
-    settings: "SamplingSettings",
+    settings: SamplingSettings,
     seed: int,
     at_once: int,
     skip: Any,
     start: int = 0,
-) -> "Iterator[list[Item]]":
+) -> Iterator[list[Item]]:
     """Yield items, some prompts at a time. Completion c of prompt p is of policy c modulo the number of policies.
 
     Its episode is (p * count + c) * `TRIES`, or one of the next where that gave a text which the item has already; a
@@ -73,8 +80,8 @@ def sampled_items(
 
 
 def _items(
-    policies: Sequence[Sampled], chunk: Sequence[Any], count: int, settings: "SamplingSettings", seed: int
-) -> "list[Item]":
+    policies: Sequence[Sampled], chunk: Sequence[Any], count: int, settings: SamplingSettings, seed: int
+) -> list[Item]:
     from dataclasses import asdict
 
     from rlhf_lightning.data.feedback.records import Candidate, Item
@@ -105,7 +112,7 @@ def _items(
 
 
 def _sample(
-    policy: Sampled, prompts: "Sequence[Prompt]", episodes: Sequence[int], settings: "SamplingSettings", seed: int
+    policy: Sampled, prompts: Sequence[Prompt], episodes: Sequence[int], settings: SamplingSettings, seed: int
 ) -> list[str]:
     import torch
 
@@ -117,7 +124,7 @@ def _sample(
     return [tokenization.completion_text(policy.tokenizer, ids.tolist()) for ids in drawn.ids]
 
 
-def given_rows(path: str) -> "list[CanonicalRow]":
+def given_rows(path: str) -> list[CanonicalRow]:
     """Preferences of a file, ties and lists among them. Rows that cannot be used are counted and named.
 
     Raises:
@@ -146,7 +153,7 @@ def given_rows(path: str) -> "list[CanonicalRow]":
     return found
 
 
-def given_items(path: str) -> "list[Item]":
+def given_items(path: str) -> list[Item]:
     """Items of a file of preferences; who won there is not kept.
 
     Raises:
@@ -165,3 +172,63 @@ def given_items(path: str) -> "list[Item]":
             )
         items.append(Item(row.prompt, tuple(map(Candidate, row.completions)), row.columns))
     return items
+
+
+PAUSE = 0.25
+"""Seconds between two looks at how many items wait."""
+
+
+class SamplingAhead:
+    """Fills a store with items, as many ahead as asked.
+
+    Args:
+        store: where they go.
+        batches: draws the next few items; sampling takes place in its ``next``.
+        ahead: items that nobody has been given yet; sampling rests while there are as many.
+        selector: says which of them is given out next; None gives them out as they came.
+    """
+
+    def __init__(
+        self, store: FeedbackStore, batches: Iterator[Sequence[Item]], ahead: int, selector: Selector | None = None
+    ) -> None:
+        if ahead < 1:
+            raise SettingError(
+                "setting-out-of-range",
+                f"ahead is {ahead}: it must be 1 or more, as an item waits for the next annotator",
+            )
+        self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
+        self.failure: str | None = None
+        self._done, self._stop = False, threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="sampling ahead", daemon=True)
+
+    def __enter__(self) -> SamplingAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def state(self) -> str:
+        """What somebody is told for whom there is nothing; empty where nothing more will come."""
+        if self.failure is not None:
+            return f"Sampling has stopped: {self.failure}"
+        return "" if self._done else "The next completions are being written."
+
+    def _fill(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if self.store.waiting() >= self.ahead:
+                    self._stop.wait(PAUSE)
+                    continue
+                batch = next(self.batches, None)
+                if batch is None:
+                    self._done = True
+                    return
+                if not self._stop.is_set():
+                    self.store.add(batch)
+                    if self.selector is not None:
+                        self.store.rank(self.selector)
+        except Exception as error:  # people go on with what is there, and whoever runs the server sees why
+            self.failure = str(error).strip() or type(error).__name__
+            traceback.print_exc()

@@ -82,7 +82,7 @@ def agreement(judgements: Iterable[StoredJudgement]) -> tuple[float, int] | None
     """
     import torch
 
-    from rlhf_lightning.data.feedback.reliability import pair_votes, vote_table
+    from rlhf_lightning.data.feedback.snapshots import pair_votes, vote_table
     from rlhf_lightning.functional.agreement import krippendorff_alpha
 
     shared = {pair: votes for pair, votes in pair_votes(judgements).items() if len(votes) > 1}
@@ -98,7 +98,7 @@ def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgeme
 
     An item counts once, whatever the number of its judgements, for they are not independent of each other.
     """
-    from rlhf_lightning.data.feedback.reliability import pair_votes
+    from rlhf_lightning.data.feedback.snapshots import pair_votes
 
     values: dict[str, dict[int, list[float]]] = {}
     models: dict[int, list[str | None]] = {}
@@ -122,7 +122,7 @@ def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgeme
 
 def annotator_results(judgements: Sequence[StoredJudgement]) -> list[AnnotatorResults]:
     """Each annotator, by name."""
-    from rlhf_lightning.data.feedback.reliability import reliabilities
+    from rlhf_lightning.data.feedback.snapshots import reliabilities
 
     names = sorted({one.annotator for one in judgements})
     several = len({one.annotator for one in judgements if not one.repeat and one.verdict != "skip"}) > 2

@@ -12,15 +12,13 @@ from rlhf_lightning.scoring.scorer import checked_scores as checked_scores
 from rlhf_lightning.scoring.scorer import load_scorer as load_scorer
 
 if TYPE_CHECKING:
+    from rlhf_lightning.scoring.answers import *
     from rlhf_lightning.scoring.composition import *
     from rlhf_lightning.scoring.faults import *
     from rlhf_lightning.scoring.ifeval import *
     from rlhf_lightning.scoring.instructions import *
     from rlhf_lightning.scoring.learned import *
-    from rlhf_lightning.scoring.maths import *
-    from rlhf_lightning.scoring.process import *
     from rlhf_lightning.scoring.remote_scorer import *
-    from rlhf_lightning.scoring.shaping import *
 
 _SHIPPED = shipped_classes(__name__, Scorer)
 globals().update(_SHIPPED)

@@ -305,8 +305,7 @@ def load_scorer(spec: Any) -> Scorer:
         SettingError: see `loading.load`.
         FileNotFoundError: there is no such folder.
     """
-    from rlhf_lightning.scoring.learned import LearnedScorer
-    from rlhf_lightning.scoring.process import ProcessScorer, stored_separator
+    from rlhf_lightning.scoring.learned import LearnedScorer, ProcessScorer, stored_separator
 
     spec = str(spec) if isinstance(spec, Path) else spec
     if isinstance(spec, str) and (Path(spec).expanduser().is_dir() or "/" in spec):

@@ -46,7 +46,7 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
-from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.meter import Meter, log_over, log_scalars
 from rlhf_lightning.training.optimization import (
     RateSchedule,
     clip_by_global_norm,
@@ -56,7 +56,6 @@ from rlhf_lightning.training.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.training.precision import settled_precision
-from rlhf_lightning.training.scalars import log_over, log_scalars
 from rlhf_lightning.training.settings import check_ranges
 from rlhf_lightning.training.skips import Skips
 from rlhf_lightning.training.trainer_settings import check_optimizers, check_trainer

@@ -30,7 +30,7 @@ from rlhf_lightning.types import (
     RankedBatch,
     UnpairedBatch,
 )
-from rlhf_lightning.verification.exact_pairs import expectation_of, rest_of
+from rlhf_lightning.verification.exact import expectation_of, rest_of
 from rlhf_lightning.verification.oracles import coupled, population, resting_points
 from rlhf_lightning.verification.world import EnumerableWorld
 

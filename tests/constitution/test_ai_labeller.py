@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_lightning.constitution.ai_labeller import AILabeller
+from rlhf_lightning.constitution.labelling import AILabeller
 from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.store import FeedbackStore

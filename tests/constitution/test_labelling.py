@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import refused
 
-from rlhf_lightning.constitution.judge_metrics import describe
 from rlhf_lightning.constitution.labelling import LabelSettings, drawn_principles, label_pairs
+from rlhf_lightning.constitution.labels import describe
 from rlhf_lightning.constitution.principles import ComparingPrinciple, Constitution
 from rlhf_lightning.functional.ranking import bradley_terry_loss
 from rlhf_lightning.scoring.judges import SimulatedJudge

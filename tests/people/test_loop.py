@@ -18,7 +18,7 @@ from tiny_run import rows_of, scalars_of
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
 from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of, reading
-from rlhf_lightning.people import loop_rounds, loop_state, loop_steps
+from rlhf_lightning.people import loop_rounds, loop_steps
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import Labeller, PeopleLabeller
 from rlhf_lightning.people.serving import listen
@@ -124,7 +124,7 @@ KILLS = [
     (FeedbackStore, "next", 4),
     (ModelExport, "on_train_batch_end", 1),  # in the middle of the reward model
     (ModelExport, "on_train_end", 1),  # it is there, and nobody knows
-    (loop_state, "write_text", 1),  # between two steps
+    (loop_rounds, "write_text", 1),  # between two steps
     (ModelExport, "on_train_batch_end", 2),  # in the middle of the policy
     (loop_rounds, "win_rate", 1),
     (loop_rounds, "write_report", 1),
@@ -221,19 +221,19 @@ def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flag
 def test_edited_files_are_refused(tmp_path):
     """By what they hold: a comment changes nothing."""
     settings = {}
-    for name in loop_state.FILES:
+    for name in loop_rounds.FILES:
         settings[name] = str(tmp_path / f"{name}.{'yaml' if 'config' in name else 'jsonl'}")
         Path(settings[name]).write_text("a: 1\nb: 2\n")
-    begun = loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+    begun = loop_rounds.LoopState(tmp_path, settings, loop_rounds.fingerprints(settings))
     begun.step("first", dict)
     Path(settings["reward_config"]).write_text("# the same\nb: 2\na: 1\n")
-    again = loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+    again = loop_rounds.LoopState(tmp_path, settings, loop_rounds.fingerprints(settings))
     assert "first" in again.steps
     for name, held in (("reward_config", "a: 1\nb: 3\n"), ("prompts", "a: 1\nb: 2\n\n")):
         before = Path(settings[name]).read_text()
         Path(settings[name]).write_text(held)
         with refused("files-changed", f"{Path(settings[name]).name} changed since the loop", "give another --name"):
-            loop_state.LoopState(tmp_path, settings, loop_state.fingerprints(settings))
+            loop_rounds.LoopState(tmp_path, settings, loop_rounds.fingerprints(settings))
         Path(settings[name]).write_text(before)
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import refused
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.people.ahead import SamplingAhead
+from rlhf_lightning.people.candidates import SamplingAhead
 from rlhf_lightning.people.selectors import (
     DisagreementSelector,
     DiversitySelector,

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_lightning.training.scalars import log_scalars
+from rlhf_lightning.training.meter import log_scalars
 
 LOGGED = [({"train/loss": 1.5, "train/kl": math.nan}, 1), ({"train/loss": -2.25e-8, "train/kl": math.inf}, 7)]
 

@@ -49,7 +49,7 @@ def rows_of(
             grouped.setdefault(one.item, []).append(one)
     known: Reliabilities = None
     if labels == "reliability" and kind in ("preference", "unpaired"):
-        from rlhf_lightning.data.feedback.reliability import reliabilities
+        from rlhf_lightning.data.feedback.snapshots import reliabilities
 
         known = reliabilities(judged)
     of_kind: dict[str, Callable[[Item, list[StoredJudgement], Reliabilities], Iterable[Row]]] = {

@@ -17,7 +17,7 @@ from rlhf_lightning.verification.checks.subject import (
     with_leaves,
 )
 from rlhf_lightning.verification.convergence import descend, policy_of
-from rlhf_lightning.verification.exact_policy_gradient import PolicyGradient
+from rlhf_lightning.verification.exact import PolicyGradient
 
 
 class Case:
