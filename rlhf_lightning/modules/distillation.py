@@ -109,9 +109,6 @@ class GKDModule(OfflineModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, lr_schedule=lr_schedule, warmup=warmup, **kwargs)
-        for name, share in (("beta", beta), ("on_policy_fraction", on_policy_fraction)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} is {share}: it must lie in [0, 1]")
         self.teacher_name, self.beta, self.on_policy_fraction = teacher, beta, on_policy_fraction
         self.softmax_temperature, self.chunk_tokens = softmax_temperature, chunk_tokens
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)

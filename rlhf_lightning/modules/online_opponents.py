@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.aggregation import AggregationName
 from rlhf_lightning.functional.online_preference import nash_md_logits
 from rlhf_lightning.functional.surrogates import RatioName
@@ -61,10 +62,10 @@ class IterativeDPOModule(OnlineDPOModule):
         self, rollouts_per_round: int = 50, reference_of_round: Literal["last", "start"] = "last", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if rollouts_per_round < 1:
-            raise ValueError(f"rollouts_per_round is {rollouts_per_round}: a round has one or more rollouts")
         if reference_of_round not in ("last", "start"):
-            raise ValueError(f"reference_of_round is {reference_of_round!r}: it must be 'last' or 'start'")
+            raise SettingError(
+                "unknown-choice", f"reference_of_round is {reference_of_round!r}: it must be 'last' or 'start'"
+            )
         self.rollouts_per_round, self.reference_of_round = rollouts_per_round, reference_of_round
 
     @property
@@ -156,9 +157,10 @@ class XPOModule(OnlineDPOModule):
         super().check_groups(rollout)
         most = int(torch.bincount(rollout.group).max())
         if most != 2:
-            raise ValueError(
+            raise SettingError(
+                "samples-per-prompt",
                 f"{type(self).__name__} compares a sample of the policy with one of the reference, and a prompt has "
-                f"{most}: set data.samples_per_prompt to 2"
+                f"{most}: set data.samples_per_prompt to 2",
             )
 
 
@@ -201,8 +203,6 @@ class NashMDModule(CriticFreeModule):
             scorer=scorer, kl_coef=kl_coef, temperature=temperature, baseline=baseline, ratio=ratio,
             objective=objective, aggregation=aggregation, **kwargs,
         )  # fmt: skip
-        if not 0 <= mixture <= 1:
-            raise ValueError(f"mixture is {mixture}: the reference's share in the opponent must lie in [0, 1]")
         self.mixture = mixture
 
     @property

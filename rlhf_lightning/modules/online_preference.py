@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.online_preference import best_and_worst
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import load_policy
@@ -191,14 +192,16 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         """Refuse prompts with a single sample, and minibatches that would part the samples of one."""
         samples = int(torch.bincount(rollout.group).min())
         if samples < 2:
-            raise ValueError(
+            raise SettingError(
+                "samples-per-prompt",
                 f"{type(self).__name__} compares completions of one prompt, and a prompt has one: set "
-                "data.samples_per_prompt to 2 or more"
+                "data.samples_per_prompt to 2 or more",
             )
         if self.mini_batch_size is not None and self.mini_batch_size % samples:
-            raise ValueError(
+            raise SettingError(
+                "parts-groups",
                 f"mini_batch_size is {self.mini_batch_size} and would part the {samples} samples of a prompt: set it "
-                "to a multiple of data.samples_per_prompt"
+                "to a multiple of data.samples_per_prompt",
             )
 
     def check_rollout(self, rollout: Rollout) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.process import first_errors, step_loss
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import STEP_SEPARATOR
@@ -47,7 +48,7 @@ class ProcessRewardModule(RewardModule):
     def __init__(self, step_separator: str = "\n", **kwargs: Any) -> None:
         super().__init__(centering=0.0, normalise=False, outputs=1, **kwargs)
         if not step_separator:
-            raise ValueError("step_separator is empty: steps could not be told apart")
+            raise SettingError("missing-setting", "step_separator is empty: steps could not be told apart")
         self.step_separator = step_separator
 
     def load_models(self) -> None:
@@ -68,7 +69,9 @@ class ProcessRewardModule(RewardModule):
         row = layout.cells.div(mask.shape[1], rounding_mode="floor")
         labels = torch.cat([torch.zeros(0), *batch.labels]).to(grid)
         if len(labels) != len(row):
-            raise ValueError(f"{len(labels)} labels for {len(row)} judged steps: a batch needs one of each")
+            raise DataError(
+                "wrong-number", f"{len(labels)} labels for {len(row)} judged steps: a batch needs one of each"
+            )
         position = (mask.cumsum(-1) - 1)[mask]
         extras = on_device(batch.extras, self.device)
         return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device), extras)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_lightning.errors import ContractError
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO
 from rlhf_lightning.modules.dpo import DPOModule, PairObjective, normalised
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
@@ -134,11 +135,11 @@ class FDivergence(PairObjective):
 
     def f(self, logratio: Tensor) -> Tensor:
         """Return f of log-ratios, shape (pairs,)."""
-        raise NotImplementedError
+        raise ContractError("undefined-method", f"{type(self).__name__} must define 'f'")
 
     def ratio(self, value: Tensor) -> Tensor:
         """Return the ratio policy/reference at which f has a value; infinite where f does not reach it."""
-        raise NotImplementedError
+        raise ContractError("undefined-method", f"{type(self).__name__} must define 'ratio'")
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
         """Return beta f(a)."""

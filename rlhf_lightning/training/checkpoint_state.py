@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rlhf_lightning.compat import attached_trainer, restore_loader_position
+from rlhf_lightning.errors import StateError
 
 if TYPE_CHECKING:
     from rlhf_lightning.training.module import AlignmentModule
@@ -63,9 +64,10 @@ def check_names(module: AlignmentModule, found: set[str]) -> None:
     known = {name for name, _ in module.named_parameters()}
     missing, unknown = sorted(kept_names(module) - found), sorted(found - known)
     if missing or unknown:
-        raise RuntimeError(
+        raise StateError(
+            "checkpoint-does-not-fit",
             f"the checkpoint does not fit {type(module).__name__}: {len(missing)} trainable weights are missing "
-            f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})"
+            f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})",
         )
     module.ever_trained |= found  # a callback may have unfrozen some of them
 
@@ -93,7 +95,7 @@ def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
     """
     if module.device_mesh is not None:
         if not checkpoint["sharded"] and module.trainer.state.fn == "fit":
-            raise RuntimeError(f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
+            raise StateError("another-strategy", f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
         check_names(module, set(checkpoint["trained"]))
     for name in COUNTERS:
         setattr(module, name, checkpoint["progress"][name])
@@ -121,9 +123,10 @@ def begin(module: AlignmentModule) -> None:
         set_random_state(states[module.global_rank], module.device)
         return
     if any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
-        raise ValueError(
+        raise StateError(
+            "another-world-size",
             f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: masks of dropout belong to a "
-            f"rank, so the run would be another one; resume on {len(states)}, or with model.lora.dropout 0"
+            f"rank, so the run would be another one; resume on {len(states)}, or with model.lora.dropout 0",
         )
     # Nothing here draws from these, and what a user's own code draws should at least differ from rank to rank.
     seed_rank(module.seed, module.updates, module.global_rank)
@@ -199,10 +202,11 @@ def _check_backbone(module: AlignmentModule, before: Mapping[str, Any]) -> None:
     now = module.fingerprints
     for part in ("backbone", "adapter", "quantization"):
         if before[part] != now[part]:
-            raise RuntimeError(
+            raise StateError(
+                "another-start",
                 f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
                 f"{str(now[part])[:8]} ({module.init_from}). Frozen weights are in no checkpoint, so resume from the "
-                "same init_from"
+                "same init_from",
             )
 
 

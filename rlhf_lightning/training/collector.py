@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.policy_gradient import missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
@@ -83,13 +84,15 @@ class RolloutCollector:
         engine: SamplingEngine | Mapping[str, Any] | None = None,
     ) -> None:
         if not sampling.is_pure:
-            raise ValueError(
-                f"temperature is {sampling.temperature}: a policy gradient needs samples, so it must be positive"
+            raise SettingError(
+                "setting-out-of-range",
+                f"temperature is {sampling.temperature}: a policy gradient needs samples, so it must be positive",
             )
         if missing_eos_score is not None and missing_eos_penalty is not None:
-            raise ValueError(
+            raise SettingError(
+                "conflicting-settings",
                 f"missing_eos_score is {missing_eos_score} and missing_eos_penalty {missing_eos_penalty}: one replaces "
-                "the scorer's score and the other lowers it, so one of them must be null"
+                "the scorer's score and the other lowers it, so one of them must be null",
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
 from transformers import AutoConfig
 
 from rlhf_lightning.compat import mesh_sizes
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import is_adapter, resolve_folder
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 SHARDED = "ModelParallelStrategy"
 
 
-class IncompatibleError(ValueError):
+class IncompatibleError(SettingError):
     """The run's settings do not go together."""
 
 
@@ -211,7 +212,7 @@ def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fit
     """
     for reason in refusals(trainer, module, datamodule if fits else None):
         if reason is not None:
-            raise IncompatibleError(reason)
+            raise IncompatibleError("incompatible-settings", reason)
 
 
 def refusals(trainer: Trainer, module: AlignmentModule, datamodule: Any = None) -> Iterator[str | None]:

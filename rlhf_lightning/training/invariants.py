@@ -9,13 +9,14 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.types import PolicyLogprobs, Rollout
 
 NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
 """What is measured."""
 
 
-class InvariantError(RuntimeError):
+class InvariantError(StateError):
     """A rollout breaks what must hold; what would be learned from it is wrong."""
 
 
@@ -31,7 +32,7 @@ class Invariants:
 
     def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
         if on_violation not in ("raise", "warn"):
-            raise ValueError(f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
+            raise SettingError("unknown-choice", f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
         self.on_violation, self.exact, self.own_sampler = on_violation, True, True
         self._measured: dict[str, float] = {}
 
@@ -128,5 +129,5 @@ class Invariants:
             return
         message = f"invariant {name}: measured {value:.3g}, at most {bound:.3g} is rounding; the usual cause: {cause}"
         if self.on_violation == "raise":
-            raise InvariantError(f"{message}. on_violation=warn goes on all the same")
+            raise InvariantError(f"invariant-{name}", f"{message}. on_violation=warn continues anyway")
         rank_zero_warn(message)

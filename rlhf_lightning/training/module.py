@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.compat import attached_trainer, set_logged_step
-from rlhf_lightning.errors import ContractError, undefined
+from rlhf_lightning.errors import ContractError, SettingError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
@@ -350,7 +350,7 @@ class AlignmentModule(LightningModule):
         if offered is not None and stage != "predict" and self.batch_type not in offered:
             names = " or ".join(sorted(kind.__name__ for kind in offered))
             wanted = f"{type(self).__name__} takes {self.batch_type.__name__}"
-            raise TypeError(f"{wanted}, but {type(datamodule).__name__} yields {names}")
+            raise ContractError("wrong-batch-type", f"{wanted}, but {type(datamodule).__name__} yields {names}")
 
     def on_fit_start(self) -> None:
         """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
@@ -490,7 +490,10 @@ class AlignmentModule(LightningModule):
         """
         total = updates_of_run(self.trainer, self.updates_per_step)
         if total is None and self.lr_schedule != "constant":
-            raise ValueError(f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or max_steps")
+            raise SettingError(
+                "endless-schedule",
+                f"lr_schedule={self.lr_schedule!r} needs an end: set trainer.max_epochs or max_steps",
+            )
         return total or 1
 
     def configure_optimizers(self) -> Any:
@@ -658,7 +661,9 @@ class AlignmentModule(LightningModule):
         """Sample one completion for each tokenized prompt from the policy, with the module's engine."""
         policy = self.model
         if not isinstance(policy, CausalLM):
-            raise TypeError(f"{type(self).__name__} scores completions; it does not write them")
+            raise ContractError(
+                "writes-no-completions", f"{type(self).__name__} scores completions; it does not write them"
+            )
         ends = tokenization.end_token_ids(self.tokenizer)
         drawn = self.engine.sample(policy, prompts, episodes, sampling, seed, ends)
         return drawn._replace(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.loading import LoadSettings
 
 
@@ -38,21 +39,24 @@ def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: 
         settings = replace(settings, dtype="bfloat16")
     if settings.quantization is not None:
         if any("ModelParallel" in kind.__name__ or "FSDP" in kind.__name__ for kind in type(trainer.strategy).__mro__):
-            raise ValueError(
+            raise SettingError(
+                "quantized-sharding",
                 f"quantization={settings.quantization} cannot be sharded: use strategy ddp or a single device, or "
-                "quantization=null"
+                "quantization=null",
             )
         settings = replace(settings, device=str(trainer.strategy.root_device))
     if fits and not trains_adapter:
         if settings.quantization is not None:
-            raise ValueError(
+            raise SettingError(
+                "quantized-training",
                 f"quantization={settings.quantization} keeps the weights frozen, so there is nothing to train: set "
-                "lora (for example --model.lora.r 16), or quantization=null"
+                "lora (for example --model.lora.r 16), or quantization=null",
             )
         if settings.dtype == "bfloat16":
-            raise ValueError(
+            raise SettingError(
+                "bf16-training",
                 "every weight is trained and would be kept in bf16, in which an update below 1/256 of a weight "
                 "vanishes. Use trainer.precision=bf16-mixed with dtype=float32 (products in bf16, weights in fp32), or "
-                "set lora (frozen weights in bf16, the adapter in fp32)"
+                "set lora (frozen weights in bf16, the adapter in fp32)",
             )
     return settings

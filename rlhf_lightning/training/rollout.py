@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import undefined
+from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
@@ -158,14 +158,16 @@ class RolloutModule(AlignmentModule):
         if engine.exact:
             return
         if not engine.reports_logprobs:
-            raise ValueError(
+            raise SettingError(
+                "engine-without-logprobs",
                 f"{type(engine).__name__} does not say how likely its own draws were: it serves evaluation, but there "
-                "is nothing to correct a gradient by"
+                "is nothing to correct a gradient by",
             )
         if self.sampler_correction is None:
-            raise ValueError(
+            raise SettingError(
+                "uncorrected-engine",
                 f"{type(engine).__name__} draws with other numbers than the trainer's, and {type(self).__name__} does "
-                "not correct for them: set model.sampler_correction (token_truncate is usual), or leave engine out"
+                "not correct for them: set model.sampler_correction (token_truncate is usual), or leave engine out",
             )
 
     def frozen_models(self) -> Sequence[nn.Module]:

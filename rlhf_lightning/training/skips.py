@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_lightning.errors import StateError
+
 if TYPE_CHECKING:
     from rlhf_lightning.training.module import AlignmentModule
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(StateError):
     """Update after update has a loss or a gradient that is NaN or infinite."""
 
 
@@ -25,8 +27,6 @@ class Skips:
     """
 
     def __init__(self, most: int) -> None:
-        if most < 1:
-            raise ValueError(f"max_skipped_updates is {most}: at least 1 update must be skipped before a run stops")
         self.most, self.in_a_row = most, 0
 
     def check(self, module: AlignmentModule, finite: bool) -> None:
@@ -41,7 +41,7 @@ class Skips:
         """
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row >= self.most:
-            raise DivergenceError(_sentence(module, self.most))
+            raise DivergenceError("diverged", _sentence(module, self.most))
 
 
 def _sentence(module: AlignmentModule, count: int) -> str:
