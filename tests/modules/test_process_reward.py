@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from tiny_models import (
     EOS,
     MetricsLog,
@@ -237,7 +238,7 @@ def test_scores_are_log_odds_and_relative_to_nothing(tmp_path: Path) -> None:
 
 
 def test_what_the_scorer_needs(policy_folder: str, reward_folder: str) -> None:
-    with pytest.raises(ValueError, match="is no process reward model's folder: give the separator"):
+    with refused("no-separator", "is not the folder of a process reward model; give the separator"):
         ProcessScorer(reward_folder)
     with pytest.raises(ValueError, match="aggregate is 'mean'"):
         ProcessScorer(reward_folder, "mean", separator="\n")  # type: ignore[arg-type]
