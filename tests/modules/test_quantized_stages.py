@@ -202,7 +202,7 @@ def test_an_adapter_stays_on_the_quantisation_it_was_trained_on(
     full = SFTModule(init_from=base, lora=LoraSettings(r=4))
     full.configure_model()
     start = str(full.export(tmp_path / "full"))
-    with pytest.raises(ValueError, match="in full precision, and is to be used on one in nf4: .* to null"):
+    with refused("other-quantization", "in full precision, and is to be used on one in nf4; set quantization to null"):
         DPOModule(init_from=start, **NF4).configure_model()
     # A reward model on another quantisation than the policy's scores on a backbone of its own.
     policy = PPOModule(stages["reward"].folder, init_from=base, critic="adapter", lora=LoraSettings(r=4), **PPO)
