@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import refused
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scoring.judges.chat_server import place, said, serving
 from tiny_folders import one_thread, policy_folder
 from tiny_models import (
@@ -18,12 +19,14 @@ from tiny_models import (
     SPECIAL,
     VOCABULARY,
     MetricsLog,
+    assert_same,
     demonstration_step,
     fit,
     gradients_of_step,
     quiet_trainer,
     random_rows,
     save_policy,
+    weights_of,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -38,7 +41,7 @@ from rlhf_lightning.types import Rollout
 __all__ = ["one_thread", "policy_folder"]
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
-FILES = ["prompt_weights", "rubric_judge", "context_distillation"]
+FILES = ["prompt_weights", "rubric_judge", "context_distillation", "success_curriculum"]
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +269,75 @@ def test_the_student_comes_to_answer_as_if_it_had_read_the_context(policy_folder
 def test_a_prompt_that_the_context_cannot_stand_before_is_refused(policy_folder: str) -> None:
     with refused("no-place-for-context", "begins"):
         fit(context_module(policy_folder), [demonstration_step([([9, 10], [11, 3])])])
+
+
+# -- a curriculum -----------------------------------------------------------------------------------------------------
+
+
+def solved(prompts: Any, completions: list[str], **columns: Any) -> list[float | None]:
+    """The kind of a prompt says whether it is always, never or sometimes solved; a few completions are not judged."""
+    by_text = [sum(map(ord, text)) for text in completions]
+    chance = {"always": lambda n: 1.0, "never": lambda n: 0.0, "sometimes": lambda n: None if n % 7 == 0 else n % 2}
+    return [chance[kind](n) for kind, n in zip(columns["kind"], by_text, strict=True)]
+
+
+KINDS = ["always", "never", "never", "sometimes"] * 4
+
+
+def curriculum(
+    folder: str, tmp_path: Path, rollouts: int, resume: str | None = None, callbacks: Any = (), **trainer: Any
+) -> Any:
+    """Return the rollouts, the weights and the DataModule of a run."""
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"w{20 + n} w9", "kind": kind}) + "\n" for n, kind in enumerate(KINDS)]
+    file.write_text("".join(lines))
+    kind = __import__("success_curriculum").SuccessCurriculum
+    data = kind(
+        str(file), decay=0.25, floor=0.02, batch_size=16, samples_per_prompt=4, rollouts=rollouts,
+        cache_dir=str(tmp_path / "cache"), seed=3,
+    )  # fmt: skip
+    kept = Rollouts()
+    module = GRPOModule(
+        scorer=solved, init_from=folder, learning_rate=1e-3, lr_schedule="constant", max_new_tokens=4, kl_coef=0.0
+    )
+    trained = quiet_trainer(callbacks=[kept, *callbacks], limit_val_batches=0, **trainer)
+    trained.fit(module, data, ckpt_path=resume)
+    return kept.kept, weights_of(module), data
+
+
+def test_prompts_that_are_sometimes_solved_are_sampled_more(policy_folder: str, tmp_path: Path) -> None:
+    rollouts, _, data = curriculum(policy_folder, tmp_path, 40)
+    rates = [0.5] * len(KINDS)
+    for rollout in rollouts:
+        judged = [(row, s) for row, s in zip(rollout.row_ids, rollout.scores.tolist(), strict=True) if s == s]
+        for row in {row for row, _ in judged}:
+            own = [score for other, score in judged if other == row]
+            rates[row] = 0.25 * rates[row] + 0.75 * sum(own) / len(own)
+    assert [data.rates.get(row, 0.5) for row in range(len(KINDS))] == pytest.approx(rates, abs=1e-6)
+    taken = [KINDS[row] for rollout in rollouts[10:] for row in rollout.row_ids[::4]]
+    assert len(taken) == 30 * 4
+    assert taken.count("sometimes") > 0.5 * len(taken), "a quarter of the prompts"
+    assert all(kind in taken for kind in KINDS), "no prompt is given up"
+
+
+def test_the_choice_is_proportional_to_learnability(policy_folder: str, tmp_path: Path) -> None:
+    _, _, data = curriculum(policy_folder, tmp_path, 1)
+    data.rates = {row: row / 15 for row in range(16)}
+    weights = [row / 15 * (1 - row / 15) + 0.02 for row in range(16)]
+    drawn = [int(data.choose_rows(n, 1)[0]) for n in range(4000)]
+    for row, weight in enumerate(weights):
+        expected = weight / sum(weights)
+        assert drawn.count(row) / 4000 == pytest.approx(expected, abs=4 * math.sqrt(expected / 4000)), row
+
+
+def test_a_resumed_curriculum_goes_on_bit_for_bit(policy_folder: str, tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    whole, weights, data = curriculum(policy_folder, tmp_path, 8, callbacks=[saves], enable_checkpointing=True)
+    rest, resumed, again = curriculum(policy_folder, tmp_path, 8, resume=str(tmp_path / "step=5.ckpt"))
+    assert len(rest) == 3
+    assert [rollout.row_ids for rollout in rest] == [rollout.row_ids for rollout in whole[5:]]
+    assert_same(resumed, weights, rtol=0, atol=0)
+    assert again.rates == data.rates
 
 
 # -- how much a user writes -------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class PromptSteps:
         samples: samples of each prompt.
         rounds: equal parts that a step is cut into, one micro-batch each; all but the first are candidates.
         limits: bounds of each forward pass over what is sampled.
+        choose: called with a step's index and count of rows when the step is made: returns rows to take in place of
+            ``rows``, or None; None calls nothing.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class PromptSteps:
         samples: int = 1,
         rounds: int = 1,
         limits: MicroBatchLimits = NO_LIMITS,
+        choose: Callable[[int, int], np.ndarray | None] | None = None,
     ) -> None:
+        self.choose = choose
         self.store, self.rows, self.rank, self.ranks, self.samples = store, rows, rank, ranks, samples
         self.rounds, self.limits = rounds, limits
         self.begins = first + samples * np.cumsum([0, *(len(step) for step in rows)])
@@ -86,6 +90,8 @@ class PromptSteps:
     def __getitem__(self, index: int) -> Step[PromptBatch]:
         """This rank's share of a step."""
         rows = self.rows[index]
+        chosen = None if self.choose is None else self.choose(index, len(rows))
+        rows = rows if chosen is None else chosen
         batches = []
         for part in np.split(np.arange(len(rows)), self.rounds):
             places = part[self.rank :: self.ranks]

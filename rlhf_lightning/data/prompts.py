@@ -17,7 +17,7 @@ from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import parse_sources
 from rlhf_lightning.data.streaming import StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import ContractError, SettingError
 from rlhf_lightning.types import DemonstrationBatch, PromptBatch, Step
 
 
@@ -27,7 +27,8 @@ class PromptDataModule(AlignmentDataModule):
 
     One step is one rollout: ``batch_size`` episodes, which are ``batch_size / samples_per_prompt`` prompts. Prompts
     are taken in turn from one pass after the other, each shuffled anew, so that every rollout is full. Episodes are
-    numbered through the whole run, alike for any number of ranks.
+    numbered through the whole run, alike for any number of ranks. A subclass that overrides ``choose_rows`` decides
+    which prompts a rollout answers.
 
     Args:
         source: where the prompts come from; see `AlignmentDataModule` for this and all other arguments. ``batch_size``
@@ -115,8 +116,42 @@ class PromptDataModule(AlignmentDataModule):
             parts["pretraining"] = Part(self.pretraining_sources, None, encoder)
         return parts
 
+    def choose_rows(self, rollout: int, count: int) -> np.ndarray | None:
+        """Return the rows whose prompts a rollout answers; None takes them in turn. The override point of curricula.
+
+        Called when the rollout begins, after ``on_rollout_end`` of the one before. The choice must be the same on all
+        ranks. A function of ``seed``, ``rollout`` and what ``state_dict`` saves resumes bit for bit.
+
+        Args:
+            rollout: number of the rollout in the run.
+            count: rows to choose, over all ranks; with ``candidate_rounds`` the rows of all rounds.
+
+        Returns:
+            Row numbers among ``train_rows``, int64, shape (count,); a row may be chosen more than once.
+
+        Raises:
+            ContractError: an override returned another number of rows, or rows that are not in ``train_rows``.
+        """
+        return None
+
+    def _chosen(self, rollout: int, count: int) -> np.ndarray | None:
+        chosen = self.choose_rows(rollout, count)
+        if chosen is None:
+            return None
+        rows = np.asarray(chosen)
+        if rows.shape != (count,) or rows.dtype.kind not in "iu" or not np.isin(rows, self.train_rows).all():
+            wanted = f"{count} row numbers of train_rows"
+            raise ContractError("chosen-rows", f"{type(self).__name__}.choose_rows must return {wanted}, not {chosen}")
+        return rows
+
     def train_dataloader(self) -> StepLoader:
         """One rollout's prompts a step."""
+        if self._chooses and (self.streaming or self.num_workers):
+            raise SettingError(
+                "rows-chosen-ahead",
+                f"{type(self).__name__} chooses its rows when a rollout begins: set streaming to false and "
+                "num_workers to 0",
+            )
         ranks = self.ranks[1]
         for name, count in (("prompts of a rollout", self.prompts_per_rollout), ("pretraining rows", self._mixed)):
             if count % ranks:
@@ -133,6 +168,10 @@ class PromptDataModule(AlignmentDataModule):
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
 
     @property
+    def _chooses(self) -> bool:
+        return type(self).choose_rows is not PromptDataModule.choose_rows
+
+    @property
     def _mixed(self) -> int:
         return self.pretraining_batch_size if self.pretraining_sources else 0
 
@@ -141,8 +180,9 @@ class PromptDataModule(AlignmentDataModule):
         rows = endless_rows(self.epoch_rows, first * size, (first + length) * size, self.seed, self.shuffle)
         steps = [rows[start : start + size] for start in range(0, len(rows), size)]
         episode = first * self.batch_size * self.candidate_rounds
+        choose = (lambda index, count: self._chosen(first + index, count)) if self._chooses else None
         prompts = PromptSteps(
-            self.store, steps, episode, *self.ranks, self.samples_per_prompt, self.candidate_rounds, self.limits
+            self.store, steps, episode, *self.ranks, self.samples_per_prompt, self.candidate_rounds, self.limits, choose
         )
         return self._with_pretraining(prompts, first)
 

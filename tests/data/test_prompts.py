@@ -131,3 +131,61 @@ def test_wrong_sizes_are_refused(changes, code, message):
 def test_ranks_that_cannot_share_a_rollout_are_refused(ready, write_rows):
     with refused("uneven-split", "3 ranks cannot share the 4 prompts of a rollout evenly", "a multiple of 3"):
         ready(PromptDataModule(write_rows(rows(4)), batch_size=8, samples_per_prompt=2), 0, 3)
+
+
+class Chosen(PromptDataModule):
+    """Rollout n answers rows that its state names."""
+
+    named = [1, 3]
+    asked = ()
+
+    def choose_rows(self, rollout, count):
+        self.asked = (*self.asked, (rollout, count))
+        return self.named
+
+
+def test_rows_are_chosen_when_a_rollout_begins(ready, write_rows):
+    source = write_rows(rows(6))
+    settings = {"batch_size": 4, "samples_per_prompt": 2, "rollouts": 3}
+    data = ready(Chosen(source, **settings))
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(2)
+    steps = iter(loader)
+    first = next(steps)
+    data.named = [5, 5]
+    second = next(steps)
+    data.named = None
+    third = next(steps)
+    plain = ready(PromptDataModule(source, **settings))
+    in_turn = rollouts(plain, 2)
+    assert [step.micro_batches[0].texts for step in (first, second, third)] == [
+        ("p1", "p1", "p3", "p3"), ("p5",) * 4, in_turn[2].texts
+    ]  # fmt: skip
+    assert [step.row_ids for step in (first, second)] == [(1, 3), (5, 5)]
+    assert data.asked == ((6, 2), (7, 2), (8, 2))
+    assert [step.micro_batches[0].episodes.tolist() for step in (first, second, third)] == [
+        batch.episodes.tolist() for batch in in_turn
+    ]
+    shares = [ready(Chosen(source, **settings), rank, 2) for rank in (0, 1)]
+    assert [rollouts(share)[0].texts for share in shares] == [("p1", "p1"), ("p3", "p3")]
+
+
+@pytest.mark.parametrize("named", [[1], [1, 6], [-1, 1], [0.5, 1.0], [[1, 3]]])
+def test_wrong_choices_of_rows_are_refused(ready, write_rows, named):
+    data = ready(Chosen(write_rows(rows(6)), batch_size=2))
+    data.named = named
+    with refused("chosen-rows", "2 row numbers"):
+        rollouts(data)
+
+
+def test_held_out_rows_cannot_be_chosen(ready, write_rows):
+    data = ready(Chosen(write_rows(rows(6)), batch_size=2, eval_rows=2))
+    data.named = data.held_out
+    with refused("chosen-rows", "train_rows"):
+        rollouts(data)
+
+
+@pytest.mark.parametrize("changes", [{"num_workers": 1}, {"streaming": True, "rollouts": 2}])
+def test_rows_cannot_be_chosen_ahead(ready, write_rows, changes):
+    with refused("rows-chosen-ahead", "num_workers"):
+        ready(Chosen(write_rows(rows(6)), batch_size=2, **changes)).train_dataloader()

@@ -1,0 +1,57 @@
+"""Prompts by success rate: `rlhf fit --config experiments/objectives_of_users/success_curriculum.yaml`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_lightning.data import PromptDataModule
+from rlhf_lightning.training.gathering import gathered_rows
+from rlhf_lightning.types import Rollout
+
+
+class SuccessCurriculum(PromptDataModule):
+    r"""Prompts that are solved about half of the time are sampled more (learnability, Foster et al., 2502.12272).
+
+    A rollout's prompts are drawn without replacement with weights p (1 - p) + floor, p the running success rate of a
+    prompt: p <- decay p + (1 - decay) share of its judged completions that succeed, from 1/2 on.
+
+    Args:
+        source: where the prompts come from.
+        threshold: a completion succeeds when its score is above it.
+        decay: EMA decay of the success rate for each rollout that answers the prompt.
+        floor: weight of a prompt that is always or never solved.
+    """
+
+    def __init__(
+        self, source: Any, threshold: float = 0.5, decay: float = 0.5, floor: float = 0.02, **kwargs: Any
+    ) -> None:
+        super().__init__(source, **kwargs)
+        self.threshold, self.decay, self.floor = threshold, decay, floor
+        self.rates: dict[int, float] = {}
+
+    def choose_rows(self, rollout: int, count: int) -> np.ndarray:
+        """Return the rows with the largest log(u) / weight, u uniform by (seed, rollout, row)."""
+        rates = np.array([self.rates.get(row, 0.5) for row in self.train_rows.tolist()])
+        raw = np.random.Philox(key=np.array([self.seed, rollout], dtype=np.uint64)).random_raw(len(rates))
+        keys = np.log((raw + 0.5) / 2.0**64) / (rates * (1 - rates) + self.floor)
+        return self.train_rows[np.argsort(-keys, kind="stable")[:count]]
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Move the success rates of the prompts that were answered, on all ranks alike."""
+        module = self.trainer.lightning_module
+        judged = ~rollout.scores.isnan()
+        mine = torch.tensor(rollout.row_ids, device=judged.device)[judged], rollout.scores[judged] > self.threshold
+        rows, solved = (gathered_rows(module, one.to(module.device)) for one in mine)
+        for row in rows.unique().tolist():
+            share = float(solved[rows == row].float().mean())
+            self.rates[row] = self.decay * self.rates.get(row, 0.5) + (1 - self.decay) * share
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the success rates."""
+        return {"rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the success rates up again."""
+        self.rates = state["rates"]
