@@ -164,10 +164,8 @@ class OpponentSharpened(NashMDModule):
 
 @caught_by("convergence")
 class LeashPaidTokenByToken(NashMDModule):
-    kl_place = "k2"
-
     def target_policy(self, problem):
         return self.best_answer(problem, problem.reference)
 
     def __init__(self, **kwargs):
-        super().__init__(**{**kwargs, "mixture": 1.0})
+        super().__init__(**{**kwargs, "mixture": 1.0, "kl_place": "loss", "kl_estimator": "k2"})

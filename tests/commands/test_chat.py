@@ -137,4 +137,6 @@ def test_help_and_errors(capsys):
         rlhf(["chat"])
     assert exit_status.value.code == 2 and "missing: FOLDER" in capsys.readouterr().err
     assert rlhf(["chat", "./absent"]) == 1
-    assert capsys.readouterr().err == "rlhf: there is no model folder ./absent\n"
+    assert capsys.readouterr().err == (
+        "rlhf: there is no model folder ./absent; check the path, or give a Hub id (owner/name)\n"
+    )

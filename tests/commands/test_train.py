@@ -262,7 +262,7 @@ def test_validate_test_and_predict_say_the_same_of_the_same_weights():
 def test_a_run_that_failed_before_it_began_leaves_nothing(capsys):
     assert rlhf(["fit", *BASIC, "--data.count", "0"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "rlhf: numbers has no rows: nothing to train on"
-    assert list(Path("runs/slope").iterdir()) == []
+    assert not Path("runs/slope").exists()
 
 
 def test_run_names_stay_inside_the_runs_folder(capsys):

@@ -457,7 +457,7 @@ def test_the_scorer_sees_prompts_texts_and_columns(policy_folder: str, many_ends
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0], "returned 1 scores for 8 completions: it must return one for each"),
+        ([1.0], "returned 1 scores for 8 completions; it must return one for each"),
         ([1.0, math.nan] + [0.0] * 6, "returned nan for completion 1; 1 of 8 are not finite"),
         ([math.inf] * 8, "returned inf for completion 0; 8 of 8 are not finite"),
         (None, "must return one number for each completion: it returned None"),

@@ -130,7 +130,7 @@ def test_the_labels_of_some_annotators_alone(make_store, ready, tmp_path):
                                       eval_source=[{"path": path, "annotators": ["bob", "cat"]}]))  # fmt: skip
     other = ready(PreferenceDataModule([{"path": path, "annotators": ["bob"]}]))
     assert data.fingerprint != other.fingerprint
-    with pytest.raises(ValueError, match="annotators are chosen of a feedback store"):
+    with pytest.raises(ValueError, match="annotators is set, but pairs.jsonl is not a feedback store"):
         PreferenceDataModule([{"path": "pairs.jsonl", "annotators": ["ann"]}])
     out = tmp_path / "bob.jsonl"
     assert export(path, str(out), annotators="bob, cat") == 0
@@ -202,7 +202,7 @@ def test_wrong_stores_are_said(tmp_path, labelled):
         PreferenceDataModule(str(tmp_path / "absent.db"))
     with pytest.raises(ValueError, match="read whole"):
         PreferenceDataModule(str(labelled.path), streaming=True, steps_per_epoch=1)
-    with pytest.raises(ValueError, match="are one of mean, reliability"):
+    with pytest.raises(ValueError, match="is 'median'; choose one of mean, reliability"):
         PreferenceDataModule([{"path": str(labelled.path), "labels": "median"}])
 
 

@@ -199,7 +199,7 @@ def test_a_snapshot_stays_what_it_was(make_store):
         assert snapshot_of(connection, second) == before
         assert snapshot_of(connection).fingerprint != before.fingerprint
         assert len(judgements_of(connection, second)) == 2 and len(judgements_of(connection)) == 1
-        with pytest.raises(ValueError, match="none of number 99"):
+        with pytest.raises(ValueError, match="has 5 rows of judgements, so there is no row number 99"):
             snapshot_of(connection, 99)
 
 

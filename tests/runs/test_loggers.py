@@ -235,5 +235,5 @@ def test_a_rehearsal_of_a_plain_trainer_leaves_nothing():
 
 
 def test_settings_of_the_table_are_checked():
-    with refused("samples-prompts", "-1"):
+    with refused("setting-out-of-range", "samples.prompts", "-1"):
         SampleTable(prompts=-1)

@@ -15,7 +15,14 @@ from rlhf_lightning import modules
 from rlhf_lightning.runs.checkpoint_metadata import refused_checkpoint, weights_in
 from rlhf_lightning.runs.shard_metadata import sharded_metadata
 
-BASES = {"AlignmentModule", "OfflineModule", "OnPolicyModule", "RolloutModule", "UnpairedModule"}
+BASES = {
+    "AlignmentModule",
+    "OfflineModule",
+    "OnPolicyModule",
+    "PolicyGradientModule",
+    "RolloutModule",
+    "UnpairedModule",
+}
 TAUGHT = {"GKDModule", "OnPolicyDistillationModule"}
 OBJECTIVES = sorted(name for name in modules.__all__ if name.endswith("Module") and name not in BASES | TAUGHT)
 LORA = {"r": 2}
