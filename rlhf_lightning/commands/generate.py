@@ -45,7 +45,7 @@ def generate(
 
     A line has prompt, sample, completion, logprob (the sum over its tokens at the temperature), finished, length, score
     (with --scorer, which may add score_NAME and feedback) and the further columns of the prompt's row. The same seed
-    gives the same completions whatever the batch size.
+    gives the same completions for every batch size.
 
     Args:
         model: folder of a policy (whole or adapter), .gguf file or hub id.

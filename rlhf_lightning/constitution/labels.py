@@ -27,7 +27,7 @@ class Comparison:
         swapped_probability: that the completion shown first is better, the pair's second shown first.
         failures: why there was no answer, one reason a question.
         mass: mean probability of the two letters together.
-        bounded: answers of which one letter's probability was only bounded.
+        bounded: number of answers with only an upper bound for one letter's probability.
         reasoning: what the judge said before it answered, in both orders.
     """
 

@@ -132,7 +132,7 @@ class CausalLM(nn.Module):
         """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), a question about whole
         distributions (see `over_logits`) or for states (see `predicting_states`).
 
-        All come in here because weights that are cut over ranks are gathered by the call of this module alone.
+        All come in here because sharded weights are gathered by the call of this module alone.
         """
         if isinstance(layout, DecodingStep):
             return self.next_token_logits(layout, *args, **kwargs)
@@ -228,7 +228,7 @@ class CausalLM(nn.Module):
 
         Args:
             hidden: last hidden states, shape (tokens, hidden size).
-            head: weight and bias of the head, where the model's own are cut over ranks.
+            head: weight and bias of the head, where the model's own are sharded.
         """
         (weight, bias), config = head or self.head(), self.model.config
         return head_logits(hidden, weight, bias, getattr(config, "final_logit_softcapping", None), logit_scale(config))

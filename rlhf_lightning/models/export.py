@@ -38,7 +38,7 @@ def export_reward_model(
 def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]) -> Path:
     """Write everything beside the folder first, then swap it in, so that no reader sees half a model.
 
-    Where weights are cut over ranks, every rank must call: the first one writes.
+    Where weights are sharded, every rank must call: the first one writes.
     """
     weights = whole_weights(model)
     if weights is not None and not is_first_rank():

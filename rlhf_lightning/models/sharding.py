@@ -1,4 +1,4 @@
-"""Weights cut over ranks (FSDP2): which modules are cut, and forward passes that all ranks make together.
+"""Sharding with FSDP2: which modules are sharded, and how ranks keep their forward passes in step.
 
 A cut module gathers its weights when it is called and lets them go when it returns, which takes every rank: one that
 makes a pass less than the others leaves them waiting. Whatever makes a number of passes that depends on the rank's own
@@ -66,7 +66,7 @@ def tensor_plan(config: Any) -> dict[str, ParallelStyle] | None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are cut over ranks."""
+    """Whether a model's weights are sharded."""
     return isinstance(model, FSDPModule)
 
 

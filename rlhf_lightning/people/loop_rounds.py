@@ -95,7 +95,7 @@ class LoopState:
 
 
 def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Hash of what each file of `FILES` holds, by the setting's name; of YAML its values, whatever the comments say.
+    """Hash the content of each file of `FILES`, by the setting's name; for YAML its values alone, without comments.
 
     Raises:
         MissingError: there is no such file.

@@ -28,7 +28,7 @@ class GenerateEngine(SamplingEngine):
         """Draw the completions.
 
         Raises:
-            SettingError: a mixture is asked for, or weights are cut over ranks.
+            SettingError: a mixture is asked for, or weights are sharded.
         """
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
         if request.mixture is not None:

@@ -92,7 +92,7 @@ class Scorer:
         A scorer made of others passes this on to them: a learned one may share the policy's backbone.
 
         Args:
-            policy: whose backbone may be shared; None where its weights are cut over ranks.
+            policy: whose backbone may be shared; None where its weights are sharded.
             settings: precision of what stands beside it.
         """
 

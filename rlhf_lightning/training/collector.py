@@ -290,7 +290,7 @@ def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
 
 
 def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:
-    """Return the numbers of all ranks, of which each may have another count."""
+    """Gather integers from all ranks; counts may differ between ranks."""
     mine = torch.tensor(list(numbers), dtype=torch.long, device=module.device)
     return gathered_rows(module, mine).tolist()
 

@@ -288,7 +288,7 @@ class RolloutModule(AlignmentModule):
     def sampler_stats_suffice(self, samples: Samples) -> bool:
         """Whether the sampler's log-probabilities and entropies replace a forward of the policy.
 
-        Not in lower precisions, whose rounding would move the ratio from 1; nor where weights are cut over ranks, which
+        Not in lower precisions, whose rounding would move the ratio from 1; nor where weights are sharded, which
         make their passes together.
         """
         exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")

@@ -1,4 +1,4 @@
-"""Whatever the logger, a run is one folder; and tables reach every logger that takes them."""
+"""A run is one folder with every logger, and tables reach each logger that takes them."""
 
 import csv
 from pathlib import Path
