@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.modules.grpo import *
     from rlhf_lightning.modules.online_opponents import *
     from rlhf_lightning.modules.online_preference import *
-    from rlhf_lightning.modules.policy_gradient import *
     from rlhf_lightning.modules.ppo import *
     from rlhf_lightning.modules.preference import *
     from rlhf_lightning.modules.process_reward import *

@@ -13,11 +13,10 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional import critic_free as functional
 from rlhf_lightning.functional.logprobs import masked_whiten
 from rlhf_lightning.functional.policy_gradient import discounted_returns, token_rewards
-from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
+from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import Advantages, PromptBatch, Rollout
 
@@ -25,7 +24,7 @@ BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]
 ScaleName = Literal["group", "batch", "none"]
 
 
-class CriticFreeModule(PolicyGradientModule):
+class CriticFreeModule(OnPolicyModule):
     r"""Policy gradient whose baseline comes from other samples: by default REINFORCE with the group's mean as baseline.
 
     loss = aggregation(objective(ratio, A) + kl_coef * KL loss), A = (reward - baseline) / scale. Here: the score minus
@@ -93,11 +92,6 @@ class CriticFreeModule(PolicyGradientModule):
     def holds_reference(self) -> bool:
         """Whether anything is measured from a reference."""
         return self.needs_reference and (self.kl_coef != 0 or self.kl_target is not None)
-
-    def load_models(self) -> None:
-        """Load the policy to train, reference and scorer frozen."""
-        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        self.load_reference_and_scorer()
 
     # -- advantages ---------------------------------------------------------------------------------------------------
 

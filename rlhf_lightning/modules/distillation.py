@@ -21,11 +21,11 @@ from rlhf_lightning.functional.distillation import (
     top1_agreement,
 )
 from rlhf_lightning.functional.logprobs import kl_k1
+from rlhf_lightning.functional.policy_gradient import token_rewards
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.teacher import Teacher
-from rlhf_lightning.modules.critic_free import CriticFreeModule
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.scoring import Scorer
@@ -33,6 +33,7 @@ from rlhf_lightning.scoring.scorer import ZeroScorer
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.types import (
     Advantages,
     DemonstrationBatch,
@@ -238,7 +239,7 @@ def address_of(update: int, prompt: Tensor, completion: Tensor) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class OnPolicyDistillationModule(CriticFreeModule):
+class OnPolicyDistillationModule(OnPolicyModule):
     r"""On-policy distillation by samples: each token that the student draws is judged by the teacher's log-probability.
 
     A_t = log teacher(y_t | x, y_{<t}) - log student(y_t | x, y_{<t}), detached, in a policy-gradient loss, mean over
@@ -253,21 +254,30 @@ class OnPolicyDistillationModule(CriticFreeModule):
 
     Args:
         teacher: hub id or folder of the policy to learn from. It must have the student's tokenizer.
-        scorer: measures completions (``rollout/score``), which nothing is learned from; None measures none.
+        scorer: measures completions (``rollout/score``), which nothing is learned from; null measures none.
 
     Raises:
-        ValueError: the teacher has another tokenizer.
+        SettingError: the teacher has another tokenizer.
     """
 
     paper = "Lu et al. 2025, Thinking Machines Lab"
     needs_reference = False
-    needs_group = False
     headline_metrics = ("rollout/kl", "distill/kl_reverse", "val/kl", "val/distill/kl_reverse")
 
     teacher_name: str  # never None here
 
-    def __init__(self, teacher: str, scorer: Scorer | str | None = None, **kwargs: Any) -> None:
-        super().__init__(scorer=ZeroScorer() if scorer is None else scorer, kl_coef=0.0, kl_target=None, **kwargs)
+    def __init__(
+        self,
+        teacher: str,
+        scorer: Scorer | str | None = None,
+        ppo_epochs: int = 1,
+        learning_rate: float = 1e-6,
+        **kwargs: Any,
+    ) -> None:
+        given = ZeroScorer() if scorer is None else scorer
+        super().__init__(
+            scorer=given, ppo_epochs=ppo_epochs, learning_rate=learning_rate, kl_coef=0.0, kl_target=None, **kwargs
+        )
         self.teacher_name, self.scores_nothing = teacher, scorer is None
 
     def load_models(self) -> None:
@@ -275,6 +285,10 @@ class OnPolicyDistillationModule(CriticFreeModule):
         super().load_models()
         self.teacher = Teacher(self.teacher_name, self.tokenizer, self.load_settings)
         self.reference = self.teacher  # type: ignore[assignment]
+
+    def shape_rewards(self, rollout: Rollout) -> Tensor:
+        """Return the score on the last token of each completion, which is logged and not learned from."""
+        return token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
         """Return what the teacher thinks of each token beyond what the student does."""

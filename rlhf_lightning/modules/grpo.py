@@ -8,7 +8,7 @@ from rlhf_lightning.functional.aggregation import AggregationName
 from rlhf_lightning.functional.logprobs import KLEstimator
 from rlhf_lightning.functional.surrogates import RatioName
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule, ScaleName
-from rlhf_lightning.modules.policy_gradient import KLPlace, ObjectiveName
+from rlhf_lightning.training.on_policy import KLPlace, ObjectiveName
 
 
 class GRPOModule(CriticFreeModule):

@@ -17,11 +17,11 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
 from rlhf_lightning.modules.dpo import tilted
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
-from rlhf_lightning.modules.policy_gradient import ObjectiveName
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.on_policy import ObjectiveName
 from rlhf_lightning.types import (
     Advantages,
     EnumeratedProblem,

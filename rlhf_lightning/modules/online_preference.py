@@ -12,7 +12,6 @@ from torch import Tensor
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.online_preference import best_and_worst
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.modules.dpo import PairObjective, stacked_pairs
@@ -75,11 +74,6 @@ class OnlineDPOModule(PairObjective, RolloutModule):
             scorer=scorer, temperature=temperature, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs
         )
         self.beta, self.soft_labels = beta, soft_labels
-
-    def load_models(self) -> None:
-        """Load the policy to train, reference and scorer frozen."""
-        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        self.load_reference_and_scorer()
 
     # -- override points ----------------------------------------------------------------------------------------------
 

@@ -25,10 +25,10 @@ from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_trai
 from rlhf_lightning.models.roles import add_critic, belongs_to
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
@@ -38,7 +38,7 @@ from rlhf_lightning.types import (
 )
 
 
-class PPOModule(PolicyGradientModule):
+class PPOModule(OnPolicyModule):
     r"""Proximal policy optimisation: maximise E[score] - kl_coef * KL(policy || reference) with a learned critic.
 
     Rewards are -kl_coef (log policy - log reference) per token, with the score added at the end token (Ziegler et al.,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout
 from rlhf_lightning.models.roles import Reference
@@ -141,6 +141,11 @@ class RolloutModule(AlignmentModule):
     def scorer(self) -> Scorer:
         """What scores completions; loaded on first use."""
         return self.collector.scorer
+
+    def load_models(self) -> None:
+        """Load the policy to train, reference and scorer frozen."""
+        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+        self.load_reference_and_scorer()
 
     def load_reference_and_scorer(self) -> None:
         """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""

@@ -28,7 +28,6 @@ from rlhf_lightning.modules import (
     RLOOModule,
     SFTModule,
 )
-from rlhf_lightning.modules.distillation import OnPolicyDistillationModule
 from rlhf_lightning.modules.unpaired import UnpairedModule
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import (
@@ -46,11 +45,7 @@ from .worked import normal, property_test, right_padded_mask
 SHIPPED = objective_classes()
 PAIRED = [kind for kind in SHIPPED if issubclass(kind, DPOModule) and kind.batch_type is PreferenceBatch]
 UNPAIRED = [kind for kind in SHIPPED if issubclass(kind, UnpairedModule)]
-SAMPLED = [
-    kind
-    for kind in SHIPPED
-    if issubclass(kind, (CriticFreeModule, PPOModule)) and kind is not OnPolicyDistillationModule  # it has no rewards
-]
+SAMPLED = [kind for kind in SHIPPED if issubclass(kind, (CriticFreeModule, PPOModule))]
 paired, unpaired, sampled = (
     pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.__name__) for kinds in (PAIRED, UNPAIRED, SAMPLED)
 )

@@ -19,7 +19,6 @@ BASES = {
     "AlignmentModule",
     "OfflineModule",
     "OnPolicyModule",
-    "PolicyGradientModule",
     "RolloutModule",
     "UnpairedModule",
 }

@@ -111,7 +111,7 @@ class Case:
         return {name: part.view_as(p) for (name, p), part in zip(names, parts, strict=True)}
 
 
-JUDGED_OTHERWISE = {"NashMDModule", "OnPolicyDistillationModule"}
+JUDGED_OTHERWISE = {"NashMDModule"}
 """An opponent or a teacher is part of their rollouts: their contracts enumerate those."""
 
 

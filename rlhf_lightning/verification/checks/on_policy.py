@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.types import Advantages, CriticValues, PolicyLogprobs, Rollout
 from rlhf_lightning.verification.checks.subject import (
     Check,
@@ -206,11 +207,9 @@ def loss_checks(case: Case) -> list[Check]:
 
 def clips(module: Any) -> bool:
     """Whether the settings say that the loss is the clipped surrogate, and no ``objective`` of its own replaces it."""
-    from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
-
-    if not isinstance(module, PolicyGradientModule) or module.objective_name != "clip":
+    if not isinstance(module, OnPolicyModule) or module.objective_name != "clip":
         return False
-    return type(module).objective is PolicyGradientModule.objective
+    return type(module).objective is OnPolicyModule.objective
 
 
 def clip_check(case: Case) -> Check:
