@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
+from rlhf_lightning.functional.sampler_correction import CorrectionName
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout
@@ -98,7 +99,7 @@ class RolloutModule(AlignmentModule):
 
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
-    sampler_correction: str | None = None
+    sampler_correction: CorrectionName | None = None
     """How a family corrects for a sampling engine whose log-probabilities differ from the trainer's; None for not."""
 
     def __init__(
