@@ -348,7 +348,7 @@ CONTROL_FLOW = {
     ("constitution/principles.py", "YAMLError"),
     ("people/server.py", "HTTPException"),
     ("runs/checkpoint.py", "PreemptedError"),
-    ("runs/shard_metadata.py", "UnpicklingError"),
+    ("runs/checkpoint_metadata.py", "UnpicklingError"),
 }
 """Exceptions that are caught in the same room and never reach a user."""
 

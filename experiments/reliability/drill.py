@@ -32,7 +32,7 @@ from page import render
 from ranks import Ranks
 from world import RANKS, STAGES, STRATEGIES, command, make_world
 
-from rlhf_lightning.runs.preemption import PREEMPTED
+from rlhf_lightning.runs.interruptions import PREEMPTED
 
 HERE = Path(__file__).resolve().parent
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, SettingError
 
 DEFAULTS = SamplingArguments()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.commands.sampling import SamplingArguments
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import Message, Prompt

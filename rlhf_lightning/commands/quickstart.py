@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_lightning.commands import train
-from rlhf_lightning.evaluation.frontier import FrontierPoint, draw_frontier
 from rlhf_lightning.evaluation.policies import (
     ScoredSamples,
     best_of_n,
@@ -21,7 +20,14 @@ from rlhf_lightning.evaluation.policies import (
     mean_with_interval,
     sample_and_score,
 )
-from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
+from rlhf_lightning.evaluation.report import (
+    FrontierPoint,
+    draw_frontier,
+    interval,
+    markdown_table,
+    write_json,
+    write_markdown,
+)
 from rlhf_lightning.functional.statistics import best_of_n_kl
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy, load_reference
 from rlhf_lightning.recipes import FOLDER

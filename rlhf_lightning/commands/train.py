@@ -20,9 +20,18 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
-from rlhf_lightning.commands.flags import config_settings, configs_first, flags, put_nested, split_nested
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.parsing import PlainParser, usage_error, with_underscores, written_secret
+from rlhf_lightning.commands.parsing import (
+    PlainParser,
+    config_settings,
+    configs_first,
+    flags,
+    put_nested,
+    split_nested,
+    usage_error,
+    with_underscores,
+    written_secret,
+)
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.compat import setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.errors import SettingError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_lightning.commands.sampling import SamplingArguments
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.people.store import FeedbackStore

@@ -16,9 +16,8 @@ import yaml
 
 import rlhf_lightning.modules  # noqa: F401  objectives by their short names
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.generate import load_for_sampling, read_prompts, write_lines
+from rlhf_lightning.commands.generate import SamplingArguments, load_for_sampling, read_prompts, write_lines
 from rlhf_lightning.commands.messages import subclasses_of
-from rlhf_lightning.commands.sampling import SamplingArguments
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of
 from rlhf_lightning.errors import SettingError

@@ -30,8 +30,17 @@ from transformers import AutoConfig
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.planning import memory
 from rlhf_lightning.planning.memory import BF16, FP32, DecoderSizes, Pass
-from rlhf_lightning.planning.setup import Frozen, MicroBatch, Setup, micro_batch
-from rlhf_lightning.planning.skeleton import Parameter, Skeleton, skeleton, trained_share, weight_bytes
+from rlhf_lightning.planning.setup import (
+    Frozen,
+    MicroBatch,
+    Parameter,
+    Setup,
+    Skeleton,
+    micro_batch,
+    skeleton,
+    trained_share,
+    weight_bytes,
+)
 
 SCORED_CELLS = 16_384
 """Cells of a reward model's forward pass, see `scoring.LearnedScorer`."""

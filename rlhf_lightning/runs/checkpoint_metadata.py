@@ -1,7 +1,9 @@
-"""What a checkpoint says of the run that wrote it. No code is run from it."""
+"""The contents of a checkpoint, read without running code from it: settings, weights, shard metadata."""
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +13,11 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from jsonargparse import Namespace
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from rlhf_lightning.compat import memory_format_encoding
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.loading import import_path
-from rlhf_lightning.runs.shard_metadata import sharded_metadata
 from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY
 
 SHARDED_META = "meta.pt"
@@ -175,3 +178,68 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = merged(result[key], value) if nested else value
     return result
+
+
+def sharded_metadata(path: Path) -> Any:
+    """Return what a sharded checkpoint says of its tensors, all of it known to be plain.
+
+    Raises:
+        DataError: a file names anything but tensors and plain values, or lies outside the checkpoint.
+    """
+    try:
+        with (path / ".metadata").open("rb") as file:
+            found = _TensorDescriptions(file).load()
+        for index, place in found.storage_data.items():
+            plain = isinstance(found.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+            _check(path, place, plain)
+    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, TypeError) as error:
+        raise DataError(
+            "unreadable-checkpoint", f"{path} cannot be read as a sharded checkpoint of plain tensors: {error}"
+        ) from error
+    return found
+
+
+def _check(path: Path, place: Any, plain: bool) -> None:
+    """Check that an entry lies in the checkpoint, and that one that is no tensor is a plain value."""
+    file = path / str(place.relative_path)
+    if file.resolve().parent != path.resolve():
+        raise pickle.UnpicklingError(f"it keeps {place.relative_path} outside its folder")
+    if getattr(place, "transform_descriptors", None):
+        raise pickle.UnpicklingError(f"{place.relative_path} is encoded in a way that is not read here")
+    if plain:
+        with file.open("rb") as stream:
+            stream.seek(place.offset)
+            torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """Stands for ``getattr``, with which an enumeration's member is pickled, and reads nothing else."""
+    if kind is not memory_format_encoding() or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name} of {kind}")
+    return kind[name]
+
+
+class _TensorDescriptions(pickle.Unpickler):
+    """Reads the classes that describe tensors and where they lie, each by its whole name, and nothing else.
+
+    A module that is known as a whole would give away all that it imports: names may have dots.
+    """
+
+    KNOWN = frozenset({
+        *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )),
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.Size", "torch.serialization._get_layout", "collections.OrderedDict",
+        "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath", "pathlib._local.PurePosixPath",
+    })  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        found = getattr(torch, name, None) if module == "torch" else None
+        plain = f"{module}.{name}" in self.KNOWN or isinstance(found, torch.dtype | torch.layout | torch.memory_format)
+        if "." in name or not plain:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)

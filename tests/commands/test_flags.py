@@ -7,7 +7,7 @@ import yaml
 from conftest import refused
 from tiny_run import BASIC
 
-from rlhf_lightning.commands.flags import NestedFlag, configs_first, flags, put_nested, split_nested
+from rlhf_lightning.commands.parsing import NestedFlag, configs_first, flags, put_nested, split_nested
 from rlhf_lightning.commands.train import main, run
 
 MODEL = ["--model", "GRPOModule", "--model.init_from", "x", "--data", "PromptDataModule", "--data.source", "y"]

@@ -10,7 +10,7 @@ from tiny_run import rows_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.sampling import SamplingArguments
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.sampling import engines
 from rlhf_lightning.tokenization import encode_completion, encode_prompt, load_tokenizer
 

@@ -21,7 +21,7 @@ from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import ModelExport
 from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint, link
-from rlhf_lightning.runs.preemption import PREEMPTED
+from rlhf_lightning.runs.interruptions import PREEMPTED
 from rlhf_lightning.runs.run import acquire_lock
 from rlhf_lightning.training import checkpoint_state
 

@@ -26,7 +26,7 @@ from tiny_run import BASIC
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.runs.shard_metadata import sharded_metadata
+from rlhf_lightning.runs.checkpoint_metadata import sharded_metadata
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 
 RAN = "ran"

@@ -12,9 +12,9 @@ from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.planning.estimate import plan
 from rlhf_lightning.planning.memory import BF16, FP32
-from rlhf_lightning.planning.published import PUBLISHED, config_text, published
-from rlhf_lightning.planning.remedies import remedies
+from rlhf_lightning.planning.plan import remedies
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup, micro_batch
+from rlhf_lightning.planning.setup_from_config import PUBLISHED, config_text, published
 from rlhf_lightning.types import MicroBatchLimits
 
 TINY = config_text(
@@ -169,7 +169,7 @@ def test_a_cut_is_that_of_the_real_strategy():
 
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.models.sharding import shard
-    from rlhf_lightning.planning.skeleton import skeleton, trained_share
+    from rlhf_lightning.planning.setup import skeleton, trained_share
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
     try:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoraSettings, add_lora
 from rlhf_lightning.planning.memory import BF16, FP32, DecoderSizes, Pass, adapter_size
-from rlhf_lightning.planning.skeleton import Parameter, quantized_bytes, skeleton, trained_share, weight_bytes
+from rlhf_lightning.planning.setup import Parameter, quantized_bytes, skeleton, trained_share, weight_bytes
 
 
 def real(scalar: bool, lora: LoraSettings | None, **changes) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tiny_run import BASIC, UPDATES, RolloutModule, events_of, scalars_of
 
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.runs.hparams import flat_hparams
+from rlhf_lightning.runs.loggers import flat_hparams
 
 TAGS = {
     "experiment": "_hparams_/experiment",

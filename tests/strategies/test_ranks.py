@@ -12,8 +12,7 @@ from rank_pool import RankPool
 from safetensors.torch import load_file
 
 from rlhf_lightning import modules
-from rlhf_lightning.runs.checkpoint_metadata import refused_checkpoint, weights_in
-from rlhf_lightning.runs.shard_metadata import sharded_metadata
+from rlhf_lightning.runs.checkpoint_metadata import refused_checkpoint, sharded_metadata, weights_in
 
 BASES = {
     "AlignmentModule",

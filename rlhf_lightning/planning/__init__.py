@@ -1,1 +1,0 @@
-"""Memory and FLOPs of a run, estimated before it starts: `rlhf plan`."""
