@@ -7,12 +7,14 @@ import contextvars
 import inspect
 import os
 import shutil
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
+import docstring_parser
 import torch
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -33,7 +35,7 @@ from rlhf_lightning.commands.parsing import (
     written_secret,
 )
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.compat import setting_of, subcommand_parsers
+from rlhf_lightning.compat import parser_actions, setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
 from rlhf_lightning.errors import MissingError
@@ -115,13 +117,20 @@ DESCRIPTIONS = {
 PLAIN_CHECKPOINT_ERROR = "name the checkpoint's file, or continue a run with --resume RUN"
 
 
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Formats help and keeps the lines of the description, an equation among them."""
+
+
 class TrainParser(PlainParser, LightningArgumentParser):
     """Lightning's parser with errors of one sentence; loggers need not be told where to write."""
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a class; where a logger writes is null unless the user says it."""
         if not (isinstance(theclass, type) and issubclass(theclass, Logger)):
-            return super().add_class_arguments(theclass, *args, **kwargs)
+            added = super().add_class_arguments(theclass, *args, **kwargs)
+            if str(self.description).startswith("Help for --model.help"):
+                self.describe_objective(theclass)
+            return added
         open_ones = [name for name in PLACES if name in inspect.signature(theclass).parameters]
         kwargs["skip"] = {*(kwargs.get("skip") or ()), *open_ones}
         added = super().add_class_arguments(theclass, *args, **kwargs)
@@ -129,6 +138,17 @@ class TrainParser(PlainParser, LightningArgumentParser):
             kind = int | str | None if name == "version" else str | None
             self.add_argument(f"--{name}", type=kind, default=None, help="null: as the run folder says")
         return [*added, *open_ones]
+
+    def describe_objective(self, kind: type) -> None:
+        """Let ``--model.help CLASS`` print a usage line, the paper, the equation and the target above the settings."""
+        doc = docstring_parser.parse(inspect.cleandoc(kind.__doc__ or ""))
+        title = ": ".join(filter(None, [kind.__name__, getattr(kind, "paper", "")]))
+        self.formatter_class = HelpFormatter
+        needed = "".join(sorted(f" --{action.dest} VALUE" for action in parser_actions(self) if action.required))
+        self.usage = f"rlhf fit --model {kind.__name__}{needed} [--model.SETTING VALUE ...] --data CLASS ..."
+        self.description = "\n\n".join(filter(None, [title, doc.short_description, doc.long_description]))
+        assert self.groups is not None
+        self.groups["model"].title = "settings"
 
 
 class RunConfig(SaveConfigCallback):

@@ -182,6 +182,18 @@ def test_class_help_prints_the_docstring(capsys):
     assert "where the weight starts" in shown and "--model.learning_rate" in shown
 
 
+def test_class_help_prints_usage_paper_equation_and_target_before_the_settings(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--model.help", "GRPOModule"])
+    assert exit_status.value.code == 0
+    shown = capsys.readouterr().out
+    usage = "usage: rlhf fit --model GRPOModule --model.init_from VALUE --model.scorer VALUE [--model.SETTING"
+    parts = [usage, "arXiv 2402.03300", "max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) + kl_coef k3", "Target:",
+             "settings:", "--model.kl_coef"]  # fmt: skip
+    places = [shown.find(part) for part in parts]
+    assert places[0] == 0 and -1 not in places and places == sorted(places), shown[:1500]
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_help_reads_well(command, capsys):
     with pytest.raises(SystemExit) as exit_status:
