@@ -16,7 +16,7 @@ Micro-batches, packing, ranks and minibatches treat them as fields.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -160,6 +160,38 @@ class PromptBatch(NamedTuple):
     pretraining: DemonstrationBatch | None = None
     row_ids: tuple[int, ...] = ()
     extras: Mapping[str, Tensor] = {}
+
+
+class DataNeeds(NamedTuple):
+    """What a module asks of the DataModule that feeds it; the defaults are those of use without a module.
+
+    Attributes:
+        batch_type: class of its batches; None takes the DataModule's first.
+        columns: columns of numbers that arrive in ``extras``.
+        ties: keep pairs whose completions were judged equal.
+        mismatched: give each prompt another row's completion too.
+        step_separator: text between two judged steps.
+        packed: rows are laid end to end, so that the sum of their tokens bounds a micro-batch.
+        predicts_prompts: prediction answers prompts; otherwise it scores completions.
+    """
+
+    batch_type: type | None = None
+    columns: tuple[str, ...] = ()
+    ties: bool = False
+    mismatched: bool = False
+    step_separator: str = "\n"
+    packed: bool = False
+    predicts_prompts: bool = True
+
+
+@runtime_checkable
+class TakesData(Protocol):
+    """A module that says what it asks of its DataModule."""
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """What the module asks for."""
+        ...
 
 
 class MicroBatchLimits(NamedTuple):

@@ -29,7 +29,7 @@ from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, sou
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError, StateError
-from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
+from rlhf_lightning.types import DataNeeds, MicroBatchLimits, Prompt, RankedBatch, Step, TakesData
 
 GIVERS = {
     "DemonstrationBatch": "SFTDataModule",
@@ -213,6 +213,12 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self._tokenizer = tokenizer
 
     @property
+    def needs(self) -> DataNeeds:
+        """What the module asks for; the defaults without a Trainer."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return module.data_needs if isinstance(module, TakesData) else DataNeeds()
+
+    @property
     def batch_type(self) -> type:
         """The batch of this DataModule's training steps: the one the module takes.
 
@@ -221,8 +227,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         """
         if self._batch_type is not None or self.trainer is None:
             return self._batch_type or self.batch_types[0]
-        module = self.trainer.lightning_module
-        wanted = getattr(module, "batch_type", self.batch_types[0])
+        wanted = self.needs.batch_type or self.batch_types[0]
         if wanted in self.batch_types:
             return wanted
         if self.trainer.state.fn == TrainerFn.PREDICTING:  # any prompts may be answered, any completions scored
@@ -230,8 +235,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         given = " or ".join(kind.__name__ for kind in self.batch_types)
         raise SettingError(
             "wrong-datamodule",
-            f"{type(module).__name__} takes a {wanted.__name__}, but {type(self).__name__} gives "
-            f"a {given}; use {GIVERS.get(wanted.__name__, 'the DataModule that gives it')}",
+            f"{type(self.trainer.lightning_module).__name__} takes a {wanted.__name__}, but {type(self).__name__} "
+            f"gives a {given}; use {GIVERS.get(wanted.__name__, 'the DataModule that gives it')}",
         )
 
     @batch_type.setter
@@ -249,7 +254,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         """
         if self._data_columns or self.trainer is None or self.trainer.state.fn == TrainerFn.PREDICTING:
             return self._data_columns
-        return tuple(getattr(self.trainer.lightning_module, "data_columns", ()))
+        return self.needs.columns
 
     @data_columns.setter
     def data_columns(self, names: tuple[str, ...]) -> None:
@@ -355,7 +360,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def _plan(self, store: RowStore, rows: np.ndarray, epoch: int = 0, **changes: Any) -> BatchPlan:
         settings: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last}
-        packed = self.trainer is not None and getattr(self.trainer.lightning_module, "packs_rows", False)
+        packed = self.needs.packed
         lengths = store.shared_lengths if packed else store.lengths
         return BatchPlan(
             lengths[rows], store.tokens[rows], limits=self.limits, ranks=self.ranks[1], seed=self.seed, epoch=epoch,
@@ -419,8 +424,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     def predict_dataloader(self) -> StepLoader:
         """Held-out rows (else the training rows): their prompts for a policy, their completions for other modules."""
         store, rows = self._shown()
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if getattr(module, "has_policy", True) or RankedBatch not in self.batch_types:
+        if self.needs.predicts_prompts or RankedBatch not in self.batch_types:
             if self.completes:  # several completions of a prompt would have it answered several times
                 _, firsts = np.unique(store.arrays["group"][rows], return_index=True)
                 rows = rows[np.sort(firsts)]

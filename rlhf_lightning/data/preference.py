@@ -34,8 +34,7 @@ class PreferenceDataModule(AlignmentDataModule):
 
     def encoder(self) -> Encoder:
         """Reads preferences."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        read = formats.preference_with_ties if getattr(module, "learns_ties", False) else formats.preference
+        read = formats.preference_with_ties if self.needs.ties else formats.preference
         return Encoder(
             read, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
             self.as_chat, pairwise=self.batch_type is PreferenceBatch, rendered=self.rendered,

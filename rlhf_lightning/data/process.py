@@ -28,17 +28,11 @@ class ProcessDataModule(AlignmentDataModule):
     def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(source, **kwargs)
 
-    @property
-    def separator(self) -> str:
-        """What stands between two steps: the module says."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, "step_separator", "\n")
-
     def encoder(self) -> Encoder:
         """Reads judged steps."""
         return Encoder(
             formats.process, formats.PROCESS_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, separator=self.separator, rendered=self.rendered,
+            self.as_chat, separator=self.needs.step_separator, rendered=self.rendered,
         )  # fmt: skip
 
     def collator(self) -> Collate:

@@ -42,16 +42,11 @@ class UnpairedDataModule(AlignmentDataModule):
             self.as_chat, apart=True, rendered=self.rendered,
         )  # fmt: skip
 
-    @property
-    def mismatches(self) -> bool:
-        """Whether the module asks for mismatched completions."""
-        return getattr(self.trainer.lightning_module, "needs_mismatched", False) if self.trainer is not None else False
-
     def setup(self, stage: str) -> None:
         """Map the encoded rows into memory and fix who gets whose completion, held-out rows apart."""
         super().setup(stage)
         self.partners: dict[int, dict[int, int]] = {}
-        if self.mismatches and not self.streaming:
+        if self.needs.mismatched and not self.streaming:
             for store, rows in ((self.store, self.train_rows), (self.eval_store, self.held_out)):
                 if len(rows):
                     known = self.partners.setdefault(id(store), {})
@@ -62,7 +57,7 @@ class UnpairedDataModule(AlignmentDataModule):
         return self._collate
 
     def _collate(self, store: RowStore, rows: Sequence[int]) -> UnpairedBatch:
-        if not self.mismatches:
+        if not self.needs.mismatched:
             return collation.unpaired(store, rows)
         partners = self.partners.get(id(store))
         if partners is None:  # a step of a stream knows no other rows than its own

@@ -15,7 +15,7 @@ from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.slots import on_device
-from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
+from rlhf_lightning.types import DataNeeds, Loss, ProcessBatch, ProcessScores, Step
 
 
 class ProcessRewardModule(RewardModule):
@@ -50,6 +50,11 @@ class ProcessRewardModule(RewardModule):
         if not step_separator:
             raise SettingError("missing-setting", "step_separator is empty: steps could not be told apart")
         self.step_separator = step_separator
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """Steps are separated as the reward model will meet them."""
+        return super().data_needs._replace(step_separator=self.step_separator)
 
     def load_models(self) -> None:
         """Load the backbone and give it a scalar head where it has none; log-odds are relative to nothing."""

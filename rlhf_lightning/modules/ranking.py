@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_lightning.functional.ranking import plackett_luce_loss, ranked_davidson_loss
 from rlhf_lightning.modules.reward import RewardModule
-from rlhf_lightning.types import EnumeratedProblem, RankedScores
+from rlhf_lightning.types import DataNeeds, EnumeratedProblem, RankedScores
 
 
 class PlackettLuceModule(RewardModule):
@@ -47,11 +47,15 @@ class DavidsonModule(RewardModule):
 
     paper = "Davidson 1970; Chen et al. 2024, arXiv 2409.17431"
     ranges = {"tie_share": "(0, 1)"}
-    learns_ties = True
 
     def __init__(self, tie_share: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tie_share = tie_share
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """Ties are kept."""
+        return super().data_needs._replace(ties=True)
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         """Return one loss per group, shape (groups,)."""

@@ -20,7 +20,7 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.training.slots import on_device
-from rlhf_lightning.types import Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
+from rlhf_lightning.types import DataNeeds, Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
 
 
 class UnpairedModule(OfflineModule):
@@ -38,9 +38,9 @@ class UnpairedModule(OfflineModule):
     batch_type = UnpairedBatch
     needs_reference = True
     needs_mismatched: ClassVar[bool] = False
-    ranges = {"beta": "(0, inf)"}
     """Whether each prompt also comes with a completion that answers another one."""
 
+    ranges = {"beta": "(0, inf)"}
     headline_metrics = ("val/loss", "val/reward_margin")
 
     def __init__(
@@ -54,6 +54,11 @@ class UnpairedModule(OfflineModule):
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
         self.beta, self.cache_reference = beta, cache_reference
         self._reference_point: Tensor | None = None
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """Mismatched completions are asked for where the objective needs them."""
+        return super().data_needs._replace(mismatched=self.needs_mismatched)
 
     @property
     def model(self) -> CausalLM:

@@ -59,7 +59,7 @@ from rlhf_lightning.training.precision import settled_precision
 from rlhf_lightning.training.settings import check_ranges
 from rlhf_lightning.training.skips import Skips
 from rlhf_lightning.training.trainer_settings import check_optimizers, check_trainer
-from rlhf_lightning.types import EnumeratedProblem, Loss, Prompt, Sequences, Step
+from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
 class AlignmentModule(LightningModule):
@@ -231,6 +231,11 @@ class AlignmentModule(LightningModule):
                 "" if self._models_loaded else "; the models are not loaded yet: a Trainer or configure_model() does"
             )
             raise ContractError("failing-property", f"{type(self).__name__}.{name}: {error}{later}") from error
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """What this module asks of the DataModule that feeds it."""
+        return DataNeeds(self.batch_type, self.data_columns, packed=self.packs_rows, predicts_prompts=self.has_policy)
 
     # -- models -------------------------------------------------------------------------------------------------------
 

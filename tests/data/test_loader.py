@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DistributedSampler
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
-from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch
+from rlhf_lightning.types import DataNeeds, DemonstrationBatch, PreferenceBatch, PromptBatch, RankedBatch
 
 SOURCE = [{"prompt": f"p{i}:", "completion": "x" * (1 + i % 4)} for i in range(14)]
 
@@ -20,8 +20,7 @@ SOURCE = [{"prompt": f"p{i}:", "completion": "x" * (1 + i % 4)} for i in range(1
 class Watcher(L.LightningModule):
     """Writes down what it is given, and stops where it is told."""
 
-    batch_type: ClassVar[type] = DemonstrationBatch
-    has_policy: ClassVar[bool] = True
+    data_needs: ClassVar[DataNeeds] = DataNeeds(DemonstrationBatch)
 
     def __init__(self, stop: int | None = None) -> None:
         super().__init__()
@@ -118,7 +117,7 @@ def test_lightning_puts_no_sampler_into_the_loader(cache, write_rows, tmp_path, 
 )
 def test_a_wrong_partner_is_named(cache, write_rows, tmp_path, data, batch_type, message):
     module = Watcher()
-    module.__class__ = type("Taker", (Watcher,), {"batch_type": batch_type})
+    module.__class__ = type("Taker", (Watcher,), {"data_needs": DataNeeds(batch_type)})
     with refused("wrong-datamodule", message):
         trainer(tmp_path).fit(module, datamodule=data(write_rows(SOURCE)))
 
@@ -131,12 +130,11 @@ def test_policies_predict_on_prompts_and_others_on_completions(cache, write_rows
     found = []
 
     class Predictor(Watcher):
-        batch_type = RankedBatch
+        data_needs = DataNeeds(RankedBatch, predicts_prompts=has_policy)
 
         def predict_step(self, step: Any, batch_idx: int) -> None:
             found.extend(step.micro_batches)
 
-    Predictor.has_policy = has_policy
     trainer(tmp_path).predict(Predictor(), datamodule=PreferenceDataModule(write_rows(PAIRS)))
     assert [type(batch) for batch in found] == [kind]
 
@@ -156,7 +154,7 @@ def test_modules_choose_pairs_or_groups(cache, write_rows, tmp_path):
     kinds = []
 
     class Taker(Watcher):
-        batch_type = RankedBatch
+        data_needs = DataNeeds(RankedBatch)
 
         def training_step(self, step: Any, batch_idx: int) -> None:
             kinds.extend(type(batch) for batch in step.micro_batches)

@@ -7,7 +7,7 @@ from conftest import ASSISTANT, END, EOS, USER, make_tiny_tokenizer, spell
 from rlhf_lightning.data import ProcessDataModule
 from rlhf_lightning.data.canonical import RowRefused
 from rlhf_lightning.data.formats import process
-from rlhf_lightning.types import ProcessBatch
+from rlhf_lightning.types import DataNeeds, ProcessBatch
 
 ROW = {"prompt": "p", "completions": ["ab", "cd", "e"], "labels": [True, 0.25, False]}
 
@@ -33,7 +33,7 @@ def test_steps_are_encoded_apart(ready, write_rows):
     """b and c of two steps are one token of the vocabulary where they meet: here they never do."""
     row = {"prompt": "p", "completions": ["ab", "cd"], "labels": [1, 0]}
     data = ready(ProcessDataModule(write_rows([row])))
-    type(data).separator = ""  # no module allows it: the hardest case for the boundary
+    type(data).needs = DataNeeds(step_separator="")  # no module allows it: the hardest case for the boundary
     (batch,) = batches(data)
     assert ends(batch) == [2, 5]
 
@@ -77,7 +77,7 @@ def test_a_separator_that_is_there_already_is_not_doubled(ready, write_rows):
 
 def test_the_module_says_the_separator_and_the_cache_knows(ready, write_rows):
     class Apart(ProcessDataModule):
-        separator = "; "
+        needs = DataNeeds(step_separator="; ")
 
     file = write_rows([ROW])
     (batch,) = batches(ready(ProcessDataModule(file)))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rlhf_lightning.data import UnpairedDataModule
 from rlhf_lightning.data.formats import unpaired
 from rlhf_lightning.data.unpaired import mismatched_rows
-from rlhf_lightning.types import UnpairedBatch
+from rlhf_lightning.types import DataNeeds, UnpairedBatch
 
 ROWS = [
     {"prompt": "p:", "completion": " good", "label": True},
@@ -19,7 +19,7 @@ ROWS = [
 
 
 class Wants(UnpairedDataModule):
-    mismatches = True
+    needs = DataNeeds(mismatched=True)
 
 
 def batches(data):
