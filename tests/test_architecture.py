@@ -192,23 +192,57 @@ def test_the_front_door_starts_fast():
     )
 
 
+@pytest.fixture(scope="module")
+def inherited_docstrings():
+    return described_above([path.read_text() for path in FILES])
+
+
+def described_above(sources: list[str]) -> dict[str, set[str]]:
+    """By class the methods that its bases describe: an override of one of them needs no docstring of its own."""
+    classes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    bases = {node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases] for node in classes}
+    own = {node.name: {part.name for part in node.body if is_described(part)} for node in classes}
+
+    def above(name: str) -> set[str]:
+        known = [base for base in bases[name] if base in bases and base != name]
+        return set().union(*(own[base] | above(base) for base in known))
+
+    return {name: above(name) for name in bases}
+
+
+def is_described(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_everything_public_is_described(path):
+def test_everything_public_is_described(path, inherited_docstrings):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the file does not say what it is for"
-    missing = []
-
-    def visit(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
-                continue
-            if ast.get_docstring(node) is None and not needs_none(node):
-                missing.append(f"line {node.lineno}: {prefix}{node.name}")
-            if isinstance(node, ast.ClassDef):
-                visit(node.body, f"{node.name}.")
-
-    visit(tree.body, "")
+    missing = undescribed(tree.body, inherited_docstrings)
     assert not missing, "without a docstring: " + ", ".join(missing)
+
+
+def undescribed(body: list[ast.stmt], inherited: dict[str, set[str]], owner: str = "") -> list[str]:
+    """Line and name of public classes, functions and methods without a docstring, their own or a base's."""
+    missing = []
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None and not needs_none(node) and node.name not in inherited.get(owner, set()):
+            missing.append(f"line {node.lineno}: {owner}.{node.name}".replace(" .", " "))
+        if isinstance(node, ast.ClassDef):
+            missing += undescribed(node.body, inherited, node.name)
+    return missing
+
+
+def test_a_missing_docstring_would_be_seen():
+    text = (
+        "class A:\n    'A.'\n    def f(self):\n        'F.'\n    def g(self): ...\n"
+        "class B(A):\n    'B.'\n    def f(self): ...\n    def h(self): ...\n"
+        "def k(): ...\n"
+    )
+    found = undescribed(ast.parse(text).body, described_above([text]))
+    assert found == ["line 5: A.g", "line 9: B.h", "line 10: k"]
 
 
 def needs_none(node: ast.stmt) -> bool:
