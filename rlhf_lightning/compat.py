@@ -16,6 +16,11 @@ def attached_trainer(module: Any) -> Any | None:
     return module._trainer
 
 
+def attached_datamodule(trainer: Any) -> Any:
+    """Return a trainer's DataModule, None where it was given none and lacks the attribute."""
+    return getattr(trainer, "datamodule", None)
+
+
 def restore_loader_position(trainer: Any) -> None:
     """Put the data where the checkpoint had it, if the trainer has thrown that away.
 

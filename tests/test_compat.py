@@ -63,6 +63,12 @@ def test_lightning_attaches_its_trainer_to_a_module(fitted: Line) -> None:
     assert compat.attached_trainer(fitted) is fitted.trainer, "LightningModule._trainer is no longer the trainer"
 
 
+def test_lightning_gives_a_trainer_no_datamodule_until_it_has_one(fitted: Line) -> None:
+    assert compat.attached_datamodule(fitted.trainer) is None
+    fitted.trainer.datamodule = given = object()  # type: ignore[attr-defined]
+    assert compat.attached_datamodule(fitted.trainer) is given, "Trainer.datamodule is no longer the DataModule"
+
+
 def test_lightning_tells_when_a_validation_follows_and_an_epoch_ends(fitted: Line) -> None:
     found = [seen[:2] for seen in fitted.seen]
     assert found == [(False, False), (True, True)], "_should_check_val_fx or _is_training_done mean something else now"

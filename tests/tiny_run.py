@@ -36,11 +36,11 @@ class SlopeModule(OfflineModule):
 
     batch_type = TinyBatch
     headline_metrics = ("val/loss", "val/slope")
+    scorer: Any = None
 
     def __init__(self, init_from: str = "none", slope: float = 0.0, offset: float = 0.0, **kwargs: Any) -> None:
         super().__init__(init_from, **kwargs)
         self.slope, self.offset = slope, offset
-        self.scorer: Any = None
 
     @property
     def tokenizer(self) -> Any:

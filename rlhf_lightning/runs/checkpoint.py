@@ -29,7 +29,7 @@ from rlhf_lightning.runs.checkpoint_files import (
     seal,
 )
 from rlhf_lightning.runs.interruptions import PreemptedError, StopSignal, exit_status, requeue
-from rlhf_lightning.runs.run import is_rehearsal, run_folder, updates_of
+from rlhf_lightning.runs.run import aligned, is_rehearsal, run_folder, updates_of
 from rlhf_lightning.training.checkpoint_state import random_state, set_random_state
 
 DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
@@ -351,7 +351,7 @@ class RunCheckpoint(Checkpoint):
             self.scores = {}  # of another metric, so they rank nothing here
 
     def _counters(self, module: LightningModule) -> dict[str, int]:
-        return {"updates": updates_of(module), "rollouts": int(getattr(module, "rollouts", 0) or 0)}
+        return {"updates": updates_of(module), "rollouts": aligned(module).rollouts}
 
     def _score(self, trainer: Trainer) -> float | None:
         """Return the monitored value, and settle what is monitored when validation first runs.

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
-from rlhf_lightning.compat import event_writer
-from rlhf_lightning.runs.run import updates_of
+from rlhf_lightning.compat import attached_datamodule, event_writer
+from rlhf_lightning.runs.run import aligned, updates_of
 
 PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_location")
 """Arguments by which a logger says where it writes and what it calls the run; null leaves them to the run folder."""
@@ -93,7 +93,7 @@ def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, A
     """
     flat: dict[str, Any] = {"model": type(module).__name__}
     flat.update(_flat("model", module.hparams))
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule = attached_datamodule(trainer)
     if datamodule is not None:
         flat["data"] = type(datamodule).__name__
         flat.update(_flat("data", datamodule.hparams if data is None else data))
@@ -135,7 +135,7 @@ class RunHparams(Callback):
         """Write settings and the names of the metrics."""
         if not trainer.is_global_zero:
             return
-        flat, tags = flat_hparams(pl_module, trainer, self.data_settings), getattr(pl_module, "headline_metrics", ())
+        flat, tags = flat_hparams(pl_module, trainer, self.data_settings), aligned(pl_module).headline_metrics
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(flat)
@@ -155,7 +155,7 @@ class RunHparams(Callback):
 
     def _headlines(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Return the latest value of each headline metric, in this session or those before it."""
-        values, tags = trainer.callback_metrics, getattr(module, "headline_metrics", ())
+        values, tags = trainer.callback_metrics, aligned(module).headline_metrics
         return self._earlier | {tag: float(values[tag]) for tag in tags if tag in values}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.runs.atomic_files import write_text
-from rlhf_lightning.runs.run import run_folder, updates_of
+from rlhf_lightning.runs.run import aligned, run_folder, updates_of
 
 PACKAGES = (
     "rlhf-lightning",
@@ -64,7 +65,7 @@ class RunManifest(Callback):
             "platform": platform.platform(),
             "packages": package_versions(),
             "git": git_state(Path.cwd()),
-            "data": describe_data(getattr(trainer, "datamodule", None)),
+            "data": describe_data(attached_datamodule(trainer)),
             "chat_template": describe_template(pl_module),
             "sessions": [*earlier.get("sessions", []), self._session(trainer)],
         }
@@ -158,7 +159,8 @@ def describe_data(datamodule: Any) -> dict[str, Any] | None:
     }
 
 
-def describe_template(module: Any) -> str | None:
+def describe_template(module: LightningModule) -> str | None:
     """Return the hash of the tokenizer's chat template, None without one."""
-    template = getattr(getattr(module, "tokenizer", None), "chat_template", None)
+    tokenizer = aligned(module).tokenizer
+    template = None if tokenizer is None else tokenizer.chat_template
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.atomic_files import AppendedFile, move_into_place
-from rlhf_lightning.runs.run import EXPORTS_FOLDER, MODEL_FOLDER, is_rehearsal, run_folder, updates_of
+from rlhf_lightning.runs.run import EXPORTS_FOLDER, MODEL_FOLDER, aligned, is_rehearsal, run_folder, updates_of
 
 
 class ModelExport(Callback):
@@ -140,8 +140,8 @@ class SkippedUpdates(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step is made of."""
-        self._rows = list(getattr(batch, "row_ids", ()))
-        self._before = skipped_by(pl_module)
+        self._rows = list(batch.row_ids)
+        self._before = aligned(pl_module).skipped_updates
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -155,12 +155,7 @@ class SkippedUpdates(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         rows, self._rows = self._rows, None
-        skipped = skipped_by(module) - self._before
+        skipped = aligned(module).skipped_updates - self._before
         folder = run_folder(trainer)
         if rows is not None and skipped and folder.writes:
             folder.skipped_updates.append([{"update": updates_of(module), "skipped": skipped, "rows": rows}])
-
-
-def skipped_by(module: LightningModule) -> int:
-    """Return how many updates a module has skipped; 0 for one that does not count them."""
-    return int(getattr(module, "skipped_updates", 0))

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from rlhf_lightning.compat import bar_is_enabled
-from rlhf_lightning.runs.run import updates_of
+from rlhf_lightning.runs.run import aligned, updates_of
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -51,7 +51,7 @@ class RunProgress(TQDMProgressBar):
         super().on_train_start(*args)
         module: Any = args[1]
         self._began = self._printed = self.clock()
-        self._tokens_before, self._steps = int(getattr(module, "tokens", 0)), 0
+        self._tokens_before, self._steps = aligned(module).tokens, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,7 +79,7 @@ class RunProgress(TQDMProgressBar):
             if value is not None:
                 figures[label] = f"{float(value):.4g}"
         seconds = self.clock() - self._began
-        tokens = int(getattr(module, "tokens", 0)) - self._tokens_before
+        tokens = aligned(module).tokens - self._tokens_before
         if tokens and seconds > 0:
             figures["tokens/s"] = f"{tokens / seconds:,.0f}"
         total = steps_of_run(trainer)
@@ -147,7 +147,7 @@ def steps_of_run(trainer: Trainer) -> int | None:
     if epochs is not None and epochs > 0 and not math.isinf(per_epoch):
         bounds.append(int(per_epoch) * epochs)
     if trainer.max_steps is not None and trainer.max_steps > 0:
-        per_step = max(int(getattr(trainer.lightning_module, "updates_per_step", 1)), 1)
+        per_step = max(aligned(trainer.lightning_module).updates_per_step, 1)
         bounds.append(math.ceil(trainer.max_steps / per_step))
     return min(bounds) if bounds else None
 

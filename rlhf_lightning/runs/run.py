@@ -16,8 +16,9 @@ from typing import IO, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rlhf_lightning.errors import MissingError, SettingError, StateError
+from rlhf_lightning.errors import ContractError, MissingError, SettingError, StateError
 from rlhf_lightning.runs.atomic_files import AppendedFile
+from rlhf_lightning.training.module import AlignmentModule
 
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -139,10 +140,24 @@ def writes_files(trainer: Trainer) -> bool:
     return trainer.is_global_zero and not is_rehearsal(trainer)
 
 
+def aligned(module: LightningModule) -> AlignmentModule:
+    """Return the module as what this package's callbacks read counters and settings from.
+
+    Raises:
+        ContractError: ``no-alignment-module``.
+    """
+    if not isinstance(module, AlignmentModule):
+        raise ContractError(
+            "no-alignment-module",
+            f"{type(module).__name__} is not an AlignmentModule: use Lightning's own callbacks with it, or derive it "
+            "from a class of rlhf_lightning.modules",
+        )
+    return module
+
+
 def updates_of(module: LightningModule) -> int:
-    """Return the number of optimizer updates so far; a module without the counter goes by the trainer's steps."""
-    updates = getattr(module, "updates", None)
-    return int(module.trainer.global_step if updates is None else updates)
+    """Return the number of optimizer updates so far."""
+    return aligned(module).updates
 
 
 def checked_run_name(name: str) -> str:

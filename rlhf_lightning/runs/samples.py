@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.loggers import log_table
-from rlhf_lightning.runs.run import run_folder, updates_of
+from rlhf_lightning.runs.run import aligned, run_folder, updates_of
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
@@ -67,8 +68,8 @@ class SampleTable(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample before the first update."""
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if self.count == 0 or not getattr(pl_module, "has_policy", False) or not hasattr(datamodule, "examples"):
+        datamodule = attached_datamodule(trainer)
+        if self.count == 0 or not aligned(pl_module).has_policy or not hasattr(datamodule, "examples"):
             return
         examples = datamodule.examples(self.count)
         self.prompts = [prompt for prompt, _ in examples]
@@ -111,9 +112,9 @@ class SampleTable(Callback):
         if not self.prompts or updates == self._sampled_at:
             return
         self._sampled_at = updates
-        answers = module.answer(self.prompts, self.settings(module), self.seed)  # type: ignore[operator]
+        answers = aligned(module).answer(self.prompts, self.settings(aligned(module).sampling), self.seed)
         scores = self._scores(module, answers.texts)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "update": updates,
                 "prompt": prompt,
@@ -133,9 +134,8 @@ class SampleTable(Callback):
             for logger in trainer.loggers:
                 log_table(logger, "samples", shown, as_table(rows), updates)
 
-    def settings(self, module: LightningModule) -> SamplingSettings:
+    def settings(self, own: SamplingSettings) -> SamplingSettings:
         """Return the module's own sampling with what was asked for here."""
-        own = getattr(module, "sampling", None) or SamplingSettings()
         return SamplingSettings(
             max_new_tokens=own.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
             temperature=own.temperature if self.temperature is None else self.temperature,
@@ -146,7 +146,7 @@ class SampleTable(Callback):
 
     def _scores(self, module: LightningModule, completions: Sequence[str]) -> list[float | None]:
         """Return the scorer's scores; None without a scorer and where it could not score."""
-        scorer = getattr(module, "scorer", None)
+        scorer = aligned(module).scorer
         if scorer is None:
             return [None] * len(completions)
         try:

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.compat import attached_trainer, set_logged_step
+from rlhf_lightning.compat import attached_datamodule, attached_trainer, set_logged_step
 from rlhf_lightning.errors import ContractError, SettingError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
@@ -43,6 +43,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
@@ -254,6 +255,11 @@ class AlignmentModule(LightningModule):
         raise undefined(self, "model")
 
     @property
+    def scorer(self) -> Scorer | None:
+        """What scores completions; None for a stage without a scorer."""
+        return None
+
+    @property
     def holds_reference(self) -> bool:
         """Whether a reference is loaded with these settings."""
         return self.needs_reference
@@ -349,7 +355,7 @@ class AlignmentModule(LightningModule):
             ValueError: trained weights would be kept in bf16 or quantised.
         """
         self._settle_precision()
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule = attached_datamodule(self.trainer)
         check(self.trainer, self, datamodule, fits=stage == "fit")
         offered = getattr(datamodule, "batch_types", None)
         if offered is not None and stage != "predict" and self.batch_type not in offered:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_lightning.compat import attached_datamodule
+
 
 def steps_of_epoch(trainer: Trainer) -> float:
     """Return the training steps of an epoch, limits of the trainer applied; infinite for data without a length.
@@ -21,7 +23,7 @@ def steps_of_epoch(trainer: Trainer) -> float:
     Counted from the DataModule's plan where there is one. Otherwise the trainer makes its loaders now, and with them
     forgets the position of a resumed loader, which `checkpoint_state.begin` gives back.
     """
-    steps = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+    steps = getattr(attached_datamodule(trainer), "steps_per_epoch", None)
     if steps is None:
         trainer.fit_loop.setup_data()
         return float(trainer.num_training_batches)
@@ -31,7 +33,7 @@ def steps_of_epoch(trainer: Trainer) -> float:
 
 def rows_of_step(trainer: Trainer) -> int:
     """Return the rows of a training step over all ranks: ``batch_size`` of the data, else those of the first step."""
-    rows = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    rows = getattr(attached_datamodule(trainer), "batch_size", None)
     if rows is not None:
         return int(rows)
     if trainer.train_dataloader is None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
@@ -178,7 +179,7 @@ class RolloutModule(AlignmentModule):
 
     def frozen_models(self) -> Sequence[nn.Module]:
         """The reference, and the networks that the scorer holds."""
-        return (*super().frozen_models(), *getattr(self.scorer, "models", ()))
+        return (*super().frozen_models(), *self.scorer.models)
 
     def place_frozen_models(self) -> None:
         """Move the reference and the scorer to the device."""
@@ -265,7 +266,7 @@ class RolloutModule(AlignmentModule):
         """Tell module, scorer, DataModule and callbacks that a training rollout has ended."""
         self.on_rollout_end(rollout, means)
         self.scorer.on_rollout_end(rollout, means)
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        datamodule = attached_datamodule(self.trainer)
         if hasattr(datamodule, "on_rollout_end"):
             datamodule.on_rollout_end(rollout, means)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

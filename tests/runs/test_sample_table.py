@@ -81,13 +81,11 @@ def test_no_prompts_no_samples():
 def test_what_was_asked_for_wins_over_the_modules_own_sampling():
     from rlhf_lightning.sampling.engines import SamplingSettings
 
-    class Module:
-        sampling = SamplingSettings(max_new_tokens=48, temperature=0.7)
-
-    assert SampleTable().settings(Module()) == SamplingSettings(max_new_tokens=48, temperature=0.7)
-    asked = SampleTable(max_new_tokens=8, temperature=0.0).settings(Module())
+    own = SamplingSettings(max_new_tokens=48, temperature=0.7)
+    assert SampleTable().settings(own) == own
+    asked = SampleTable(max_new_tokens=8, temperature=0.0).settings(own)
     assert (asked.max_new_tokens, asked.temperature) == (8, 0.0)
-    assert Module.sampling.temperature == 0.7
+    assert own.temperature == 0.7
 
 
 @pytest.mark.parametrize(
