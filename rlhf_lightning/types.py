@@ -515,6 +515,18 @@ class Judgement(NamedTuple):
     feedback: str | None = None
 
 
+class LeftOut(NamedTuple):
+    """Completions that were sampled and judged for a rollout, and that it does not learn from.
+
+    Attributes:
+        row_ids: number of the data row that each one's prompt comes from; empty for a stream.
+        scores: the scorer's score of each, shape (completions,); NaN where it cannot be judged.
+    """
+
+    row_ids: tuple[int, ...]
+    scores: Tensor
+
+
 class Rollout(NamedTuple):
     """Completions sampled from the policy, and all that is known about them. Token tensors are (episodes, length).
 
@@ -540,6 +552,7 @@ class Rollout(NamedTuple):
         texts: text of each completion, without the end token.
         columns: further columns of the data, each a list with one value per episode.
         row_ids: number of the data row that each episode's prompt comes from; empty for a stream.
+        left_out: this rank's completions that dynamic sampling judged and dropped; None in methods that keep all.
         extras: slots by name, see the module's text; shape (episodes,) or (episodes, length).
     """
 
@@ -562,6 +575,7 @@ class Rollout(NamedTuple):
     texts: tuple[str, ...] = ()
     columns: Mapping[str, list[Any]] = {}
     row_ids: tuple[int, ...] = ()
+    left_out: LeftOut | None = None
     extras: Mapping[str, Tensor] = {}
 
 

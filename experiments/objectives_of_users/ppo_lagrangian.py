@@ -1,13 +1,13 @@
 """PPO-Lagrangian as a user's file: `rlhf fit --config ppo_lagrangian.yaml --model.init_from ... --model.scorer ...`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_lightning.modules import PPOModule
-from rlhf_lightning.training.collector import Samples
+from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import PromptBatch, Rollout
+from rlhf_lightning.types import Rollout
 
 
 class PPOLagrangianModule(PPOModule):
@@ -40,13 +40,11 @@ class PPOLagrangianModule(PPOModule):
         self.cost_limit, self.multiplier_lr = cost_limit, multiplier_lr
         self.log_multiplier = math.log(multiplier)
 
-    def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and judge completions; each one's score becomes (r - lambda c) / (1 + lambda)."""
-        drawn, multiplier = super().draw(batches), math.exp(self.log_multiplier)
-        reward = drawn.scores
-        cost = drawn.parts["cost"] if len(reward) else reward  # a rank without rows has no parts
+    def shape_judgements(self, judged: Judgements) -> Judgements:
+        """Return each completion's score as (r - lambda c) / (1 + lambda)."""
+        reward, cost, multiplier = judged.scores, judged.parts["cost"], math.exp(self.log_multiplier)
         scores = (reward - multiplier * cost) / (1 + multiplier)
-        return drawn._replace(scores=scores, parts={**drawn.parts, "reward": reward})
+        return judged._replace(scores=scores, parts={**judged.parts, "reward": reward})
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Raise lambda where the mean cost is above its limit, lower it where it is below."""

@@ -39,10 +39,13 @@ class SuccessCurriculum(PromptDataModule):
         return self.train_rows[np.argsort(-keys, kind="stable")[:count]]
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Move the success rates of the prompts that were answered, on all ranks alike."""
-        module = self.trainer.lightning_module
-        judged = ~rollout.scores.isnan()
-        mine = torch.tensor(rollout.row_ids, device=judged.device)[judged], rollout.scores[judged] > self.threshold
+        """Move the success rates of the prompts that were answered, dropped groups too, on all ranks alike."""
+        module, row_ids, scores = self.trainer.lightning_module, rollout.row_ids, rollout.scores
+        if rollout.left_out is not None:  # dynamic sampling
+            row_ids += rollout.left_out.row_ids
+            scores = torch.cat([scores, rollout.left_out.scores.to(scores)])
+        judged = ~scores.isnan()
+        mine = torch.tensor(row_ids, device=judged.device)[judged], scores[judged] > self.threshold
         rows, solved = (gathered_rows(module, one.to(module.device)) for one in mine)
         for row in rows.unique().tolist():
             share = float(solved[rows == row].float().mean())

@@ -5,12 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.logprobs import masked_whiten
-from rlhf_lightning.functional.policy_gradient import generalized_advantages
 from rlhf_lightning.modules import PPOModule
-from rlhf_lightning.training.meter import moments_over_ranks
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.types import Advantages, Loss, PolicyLogprobs, Rollout
+from rlhf_lightning.types import Loss, PolicyLogprobs, Rollout
 
 
 class VAPOModule(PPOModule):
@@ -43,17 +40,9 @@ class VAPOModule(PPOModule):
         super().__init__(scorer=scorer, kl_coef=kl_coef, clip_high=clip_high, lam=lam, **kwargs)
         self.alpha, self.nll_coef = alpha, nll_coef
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        """Return the policy's advantages by each completion's own lambda, and the critic's targets by ``lam``."""
-        assert rollout.values is not None
-        tokens, states = rollout.completion_mask & ~rollout.scores.isnan().unsqueeze(-1), self.critic_states(rollout)
-        lam = (1 - 1 / (self.alpha * rollout.completion_mask.sum(-1))).clamp_min(0)
-        values, _ = generalized_advantages(rewards, rollout.values, states, self.gamma, lam)
-        values = torch.where(tokens, values[:, : tokens.shape[1]], 0.0)
-        if self.whiten_advantages:
-            mean, variance = moments_over_ranks(self.trainer.strategy, values, tokens)
-            values = masked_whiten(values, tokens, mean=mean, var=variance)
-        return super().advantages(rollout, rewards)._replace(advantages=values)
+    def gae_lambda(self, rollout: Rollout) -> Tensor:
+        """Return lambda = 1 - 1 / (alpha length), shape (episodes,)."""
+        return (1 - 1 / (self.alpha * rollout.completion_mask.sum(-1))).clamp_min(0)
 
     def policy_loss(self, logprobs: PolicyLogprobs) -> Loss:
         """Return the loss of each token, shape (rows, length)."""

@@ -18,7 +18,7 @@ from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.settings import refuse_contradictions
-from rlhf_lightning.types import Advantages, PromptBatch, Rollout
+from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout
 
 BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]
 ScaleName = Literal["group", "batch", "none"]
@@ -185,7 +185,11 @@ class CriticFreeModule(OnPolicyModule):
         every = sorted(gathered_numbers(self, [first for one in drawn for first in _first_episodes(one)]))
         kept = sorted(informative)[:wanted]
         kept += [first for first in every if first not in set(informative)][: wanted - len(kept)]
-        return joined([(one, _rows_of(one, set(kept))) for one in drawn])
+        rows = [_rows_of(one, set(kept)) for one in drawn]
+        rest = [sorted(set(range(len(one.scores))) - set(taken)) for one, taken in zip(drawn, rows, strict=True)]
+        dropped = joined(list(zip(drawn, rest, strict=True)))
+        taken = joined(list(zip(drawn, rows, strict=True)))
+        return taken._replace(left_out=LeftOut(dropped.batch.row_ids, dropped.scores))
 
     def _check_groups(self, rollout: Rollout) -> None:
         if self.needs_group and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:

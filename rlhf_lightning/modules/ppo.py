@@ -178,13 +178,23 @@ class PPOModule(OnPolicyModule):
         """Return generalised advantages, whitened over the tokens of all ranks, and the critic's targets."""
         mask, values = self._value_mask(rollout), rollout.values
         assert values is not None
+        lam = self.gae_lambda(rollout)
         advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+        if lam is not self.lam:
+            advantages, _ = generalized_advantages(rewards, values, mask, self.gamma, lam)
         tokens = rollout.completion_mask & _scored(rollout)
         advantages = torch.where(tokens, advantages[:, : tokens.shape[1]], 0.0)  # no action is taken after the end
         if self.whiten_advantages:
             mean, variance = moments_over_ranks(self.trainer.strategy, advantages, tokens)
             advantages = masked_whiten(advantages, tokens, mean=mean, var=variance)
         return Advantages(advantages, returns)
+
+    def gae_lambda(self, rollout: Rollout) -> float | Tensor:
+        """Return the lambda of the policy's advantages, for all episodes or of shape (episodes,).
+
+        The critic's targets take ``lam``.
+        """
+        return self.lam
 
     def value_loss(self, values: CriticValues) -> Tensor | Loss:
         """Return the clipped value loss of each state, shape (rows, states)."""

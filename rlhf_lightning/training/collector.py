@@ -21,7 +21,7 @@ from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
 from rlhf_lightning.scoring.scorer import Judgements, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import Advantages, PromptBatch, Rollout, Sequences
+from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequences
 
 
 class Samples(NamedTuple):
@@ -35,6 +35,7 @@ class Samples(NamedTuple):
         token_rewards: reward of each token, one tensor per completion; empty where no completion has any.
         feedback: judgement in words of each completion; empty where no completion has any.
         baseline_scores: score that each completion's is compared with; None in methods without.
+        left_out: completions that were judged too and are not learned from; None in methods without.
     """
 
     batch: PromptBatch
@@ -44,6 +45,7 @@ class Samples(NamedTuple):
     token_rewards: tuple[Tensor, ...] = ()
     feedback: tuple[str | None, ...] = ()
     baseline_scores: Tensor | None = None
+    left_out: LeftOut | None = None
 
     @property
     def sequences(self) -> Sequences:
@@ -69,9 +71,10 @@ class RolloutCollector:
         missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         engine: what draws, or what `load_engine` makes one of.
+        shape: changes judgements before the rule for a missing end token.
 
     Raises:
-        ValueError: samples are not the policy's own distribution, or both rules for a missing end are given.
+        SettingError: samples are not the policy's own distribution, or both rules for a missing end are given.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class RolloutCollector:
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
         engine: SamplingEngine | Mapping[str, Any] | None = None,
+        shape: Callable[[Judgements], Judgements] = lambda judged: judged,
     ) -> None:
         if not sampling.is_pure:
             raise SettingError(
@@ -96,7 +100,7 @@ class RolloutCollector:
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
-        self.engine = load_engine(engine)
+        self.engine, self.shape = load_engine(engine), shape
         self._scorer: Scorer | None = None
 
     @property
@@ -128,6 +132,7 @@ class RolloutCollector:
     def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
         """Return completions with their judgements, the rule for a missing end token applied to their scores."""
         judged = self.raw_judgements(tokenizer, completions, batch)
+        judged = self.shape(judged) if completions.ids else judged
         raw = judged.scores
         ruled = missing_eos_scores(raw, completions.finished, self.missing_eos_penalty, self.missing_eos_score)
         scores = torch.where(raw.isnan(), raw, ruled)

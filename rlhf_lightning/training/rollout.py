@@ -24,7 +24,7 @@ from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.scoring.scorer import unmoved
+from rlhf_lightning.scoring.scorer import Judgements, unmoved
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.collector import (
     RolloutCollector,
@@ -58,8 +58,8 @@ class RolloutModule(AlignmentModule):
     episode e are a function of the weights, the seed and e alone.
 
     A training step is: ``collect`` (``draw``, then ``statistics``), ``learn`` over ``minibatches``, ``log_rollout``,
-    ``on_rollout_end``. What a user may override: ``draw``, ``learn``, ``check_rollout``, ``measure_rollout``,
-    ``minibatch_units``, ``further_losses``, ``on_rollout_end``.
+    ``on_rollout_end``. What a user may override: ``draw``, ``shape_judgements``, ``learn``, ``check_rollout``,
+    ``measure_rollout``, ``minibatch_units``, ``further_losses``, ``on_rollout_end``.
 
     Args:
         scorer: what scores completions: a reward model's folder, an importable function
@@ -122,7 +122,7 @@ class RolloutModule(AlignmentModule):
         super().__init__(**kwargs)
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
         self.collector = RolloutCollector(
-            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine, self.shape_judgements
         )
         self.engine = self.collector.engine
         self.reuse_behaviour_logprobs = reuse_behaviour_logprobs
@@ -233,6 +233,7 @@ class RolloutModule(AlignmentModule):
             feedback=samples.feedback,
             prompts=tuple(batch.texts),
             texts=samples.completions.texts,
+            left_out=samples.left_out,
             columns=batch.columns,
             row_ids=tuple(batch.row_ids),
             extras={
@@ -248,6 +249,14 @@ class RolloutModule(AlignmentModule):
             batches: prompts of the rollout; further batches are candidates for families that need more.
         """
         return self.collector.draw(self.policy, self.tokenizer, batches[0])
+
+    def shape_judgements(self, judged: Judgements) -> Judgements:
+        """Return the judgements that are learned from, given the scorer's own of one or more completions.
+
+        The place to mix the parts of a judgement into its score: missing_eos_score, missing_eos_penalty and baselines
+        look at what is returned here. Called in training and in validation.
+        """
+        return judged
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
         """Take all updates of a rollout; return the gradient norm of the last.

@@ -272,12 +272,13 @@ def test_dynamic_sampling_keeps_groups_in_the_order_of_their_episodes(policy_fol
 
     module = modules.DAPOModule(init_from=policy_folder, scorer=scorer, max_new_tokens=4)
     kept: list[Rollout] = []
-    collect = module.collect
-    module.collect = lambda *batches: kept.append(found := collect(*batches)) or found  # type: ignore
+    module.on_rollout_end = lambda rollout, means: kept.append(rollout)  # type: ignore[method-assign,assignment]
     fit(module, [candidates(3)])
     assert kept[0].episodes is not None
     assert kept[0].episodes.tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
     assert kept[0].group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    dropped = kept[0].left_out
+    assert dropped is not None and dropped.scores.tolist() == [0.0] * 8
 
 
 def test_overlong_completions_are_punished_or_left_out(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.types import Loss, PolicyLogprobs, PromptBatch, Rollout
 
@@ -219,6 +220,23 @@ def test_whitening_spans_the_rollouts_tokens_and_leaves_returns_alone() -> None:
     torch.testing.assert_close(returns, torch.tensor([[0.94349375, 0.982625, 0.9975]]))
     rewards = unloaded(whiten_rewards=True).shape_rewards(rollout)
     torch.testing.assert_close(rewards, torch.tensor([[-0.39212234, -0.36030522, 1.74492755]]), atol=1e-5, rtol=0)
+
+
+def test_judgements_are_shaped_before_the_rule_for_a_missing_end(
+    policy_folder: str, many_ends: tuple[int, ...]
+) -> None:
+    class Halved(PPOModule):
+        def shape_judgements(self, judged: Judgements) -> Judgements:
+            return judged._replace(scores=judged.scores / 2)
+
+    module = ppo(
+        policy_folder, lambda prompts, completions, **columns: [5.0] * len(completions), Halved, missing_eos_score=-1.0
+    )
+    ended: list[Rollout] = []
+    module.on_rollout_end = lambda rollout, means: ended.append(rollout)  # type: ignore[method-assign,assignment]
+    fit(module, rollouts(1))
+    assert set(ended[0].scores[ended[0].finished].tolist()) == {2.5}
+    assert set(ended[0].scores[~ended[0].finished].tolist()) == {-1.0}
 
 
 @pytest.mark.parametrize(
