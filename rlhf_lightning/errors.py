@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class RlhfError(Exception):
     """Base of every error that this package raises on purpose.
@@ -12,6 +14,7 @@ class RlhfError(Exception):
     """
 
     def __init__(self, code: str, sentence: str) -> None:
+        sentence = printable(sentence)
         super().__init__(code, sentence)
         self.code, self.sentence = code, sentence
 
@@ -50,3 +53,19 @@ class ContractError(RlhfError, TypeError):
 def undefined(thing: object, name: str) -> ContractError:
     """Return the error of a base class whose subclass lacks a method or property that it is used by."""
     return ContractError("undefined-method", f"{type(thing).__name__} must define {name!r}")
+
+
+def printable(text: str) -> str:
+    r"""Return a text that cannot act on a terminal, for messages that quote files, models, servers and people.
+
+    Control, format and direction characters, surrogates and unassigned code points are written as ``\x1b`` or
+    ``\u202e``. Letters of every script, spaces, tabs and line feeds stay.
+    """
+    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

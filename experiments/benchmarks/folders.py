@@ -60,7 +60,7 @@ def small(out: Path, **_: object) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlhf_lightning.worlds._assistant_model import make_config, make_tokenizer
+    from rlhf_lightning.worlds._assistant_text import make_config, make_tokenizer
     from rlhf_lightning.worlds.assistant import AssistantWorld
 
     torch.manual_seed(0)

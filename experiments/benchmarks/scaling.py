@@ -154,7 +154,7 @@ def write_config(folder: Path, vocabulary: int) -> str:
     """Write the config of a small Llama, and a tokenizer, and return the folder."""
     from transformers import LlamaConfig
 
-    from rlhf_lightning.worlds._assistant_model import make_tokenizer
+    from rlhf_lightning.worlds._assistant_text import make_tokenizer
 
     make_tokenizer().save_pretrained(folder)
     LlamaConfig(

@@ -10,8 +10,7 @@ import torch
 
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.judges import load_judge
-from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Question
-from rlhf_lightning.scoring.judges.wording import ComparingPrinciple, Wording, as_text
+from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, Judge, JudgeAnswer, Question, Wording, as_text
 from rlhf_lightning.scoring.scorer import Scores, column
 from rlhf_lightning.types import Judgement, Prompt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from rlhf_lightning.constitution.principles import ComparisonExample, Constitution, RevisingPrinciple
-from rlhf_lightning.scoring.judges.wording import ComparingPrinciple, Wording, as_text
+from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, Wording, as_text
 from rlhf_lightning.types import Message, Prompt
 
 

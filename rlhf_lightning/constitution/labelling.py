@@ -15,7 +15,7 @@ from rlhf_lightning.constitution.dialogue import comparison_messages, text_of
 from rlhf_lightning.constitution.labels import Comparison, LabelledPair, judge_metrics, probabilities_of
 from rlhf_lightning.constitution.principles import Constitution, load_constitution
 from rlhf_lightning.data.feedback.records import Answer, Assignment
-from rlhf_lightning.errors import ContractError, SettingError
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.judging import (
     debiased_probability,
     debiased_probability_from_logits,
@@ -24,8 +24,15 @@ from rlhf_lightning.functional.judging import (
 )
 from rlhf_lightning.people.labeller import Labeller, More
 from rlhf_lightning.people.store import FeedbackStore
-from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Pair, Question, load_judge
-from rlhf_lightning.scoring.judges.wording import ComparingPrinciple
+from rlhf_lightning.scoring.judges.judge import (
+    ComparingPrinciple,
+    Judge,
+    JudgeAnswer,
+    Pair,
+    Question,
+    checked_answers,
+    load_judge,
+)
 
 MOST_CERTAIN = 30.0
 """Log-odds beyond which a judge is no surer: two that contradict each other with certainty are a tie, and no NaN."""
@@ -112,13 +119,7 @@ def compared(
         for principle in principles
         for swapped in (False, True)
     ]
-    answers = list(judge(questions))
-    if len(answers) != len(questions):
-        raise ContractError(
-            "wrong-number",
-            f"judge {judge.name} gave {len(answers)} answers to {len(questions)} questions: return one for each",
-        )
-    found = iter(answers)
+    found = iter(checked_answers(judge, questions))
     return [
         tuple(_comparison(principle.id, next(found), next(found), settings) for principle in principles)
         for principles in drawn

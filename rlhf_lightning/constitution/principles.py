@@ -31,7 +31,7 @@ import yaml
 
 from rlhf_lightning.data.feedback.records import digest
 from rlhf_lightning.errors import MissingError
-from rlhf_lightning.scoring.judges.wording import ComparingPrinciple, ConstitutionError, Wording
+from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, ConstitutionError, Wording
 
 SHIPPED = Path(__file__).parent / "constitutions"
 LARGEST_FILE = 1_000_000

@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 from rlhf_lightning.constitution.dialogue import critique_prompt, revision_prompt, spaced
 from rlhf_lightning.constitution.principles import Constitution, RevisingPrinciple
 from rlhf_lightning.errors import DataError, SettingError
-from rlhf_lightning.scoring.judges.judge import Writer, Written
-from rlhf_lightning.scoring.judges.wording import first_paragraphs
+from rlhf_lightning.scoring.judges.judge import Writer, Written, first_paragraphs
 from rlhf_lightning.types import Prompt
 
 MOST_ROUNDS = 31

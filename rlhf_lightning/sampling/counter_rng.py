@@ -1,7 +1,7 @@
 """Random numbers by address: the number for (seed, episode, position) is a pure function of the three.
 
-The same episodes come out for any number of ranks, batch size, order of slots or point of resumption. The generator is
-Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), in int64 arithmetic.
+Episodes therefore do not depend on the number of ranks, batch size, order of slots or point of resumption. The
+generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64 arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     k0, k1 = key
     for _ in range(10):
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        # The products wrap in int64; their bits are right all the same, so masking after the shift gives the high word.
+        # The products wrap around in int64, but their bits are right: masking after the shift gives the high word.
         high0, low0 = (product0 >> 32) & LOW, product0 & LOW
         high1, low1 = (product1 >> 32) & LOW, product1 & LOW
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -31,15 +31,15 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def uniform(seed: int, episodes: Tensor, positions: Tensor) -> Tensor:
-    """Return a number in (0, 1) for each (seed, episode, position), float64.
+    """Return a float64 number in (0, 1) for each (seed, episode, position).
 
     Args:
         seed: seed of the run.
-        episodes: number of each episode, int64, of any shape.
-        positions: index of the token within each completion, int64, of the same shape.
+        episodes: number of each episode, int64, any shape.
+        positions: index of each token within its completion, int64, same shape.
     """
     zeros = torch.zeros_like(positions)
     counter = (episodes & LOW, (episodes >> 32) & LOW, positions & LOW, zeros)
     high, low, _, _ = philox(counter, (seed & LOW, (seed >> 32) & LOW))
-    bits = (high >> 6) * 2**26 + (low >> 6)  # 52 random bits: with 53 the half added below would round up to 1
+    bits = (high >> 6) * 2**26 + (low >> 6)  # 52 bits: with 53 the half below would round up to 1
     return (bits.double() + 0.5) / 2**52

@@ -1,8 +1,7 @@
-"""Reading on token by token: prompts enter slots of a running batch, rows leave it, keys and values stay in place.
+"""Incremental decoding with continuous batching and an in-place KV cache.
 
-All rows share their columns and end at the same one. A prompt that enters is laid so that its last token stands at the
-batch's last column, so one step writes one column for every row, whatever their lengths, and the batch is never wider
-than its longest row.
+All rows share their columns and end at the same one. A new prompt is placed so that its last token stands in the last
+column. One step then writes one column for every row, and the batch is never wider than its longest row.
 """
 
 from __future__ import annotations
@@ -21,31 +20,28 @@ from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
 from rlhf_lightning.models.scalar_head import trunk
 
 ROOM = 256
-"""Columns allocated beyond the prompts at first; a batch that outgrows them doubles."""
+"""Free columns of the first allocation; a batch that outgrows them doubles."""
 
 
 class Mixture(NamedTuple):
-    """A second model that has a say in every token.
+    """A second model that contributes to every token's distribution.
 
     Attributes:
-        other: lends the second model; called for each of its forward passes, so that it may be another state of the
-            first (adapters off).
-        mix: the next-token logits to sample from, of the first model's and the second's, all (rows, vocabulary).
+        other: context manager that yields the second model for one forward pass; it may be the first model in another
+            state (adapters off).
+        mix: maps the logits of both models to those to sample from; all have shape (rows, vocabulary).
     """
 
     other: Callable[[], AbstractContextManager[CausalLM]]
     mix: Callable[[Tensor, Tensor], Tensor]
 
 
-# -- keys and values --------------------------------------------------------------------------------------------------
-
-
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer in a preallocated buffer, of which the columns ``start`` to ``stop`` are in use.
+    """Keys and values of one layer in a preallocated buffer; columns ``start`` to ``stop`` are in use.
 
     Args:
         slots: rows of the buffer, shape (slots, heads, columns, head size).
-        room: columns to allocate at first beyond those of the rows that enter.
+        room: free columns of the first allocation.
     """
 
     def __init__(self, slots: int, room: int) -> None:
@@ -54,7 +50,7 @@ class SlotLayer(CacheLayerMixin):
         self.rows = self.start = self.stop = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers; what is masked must be finite, so they hold zeros."""
+        """Allocate the buffers. They hold zeros because masked values must be finite."""
         columns = key_states.shape[-2] + self.room
         self.keys, self.values = (
             states.new_zeros(self.slots, states.shape[1], columns, states.shape[3])
@@ -63,12 +59,9 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the next columns of all rows in use; return views of the rows' keys and values.
-
-        Both have the shape (rows, heads, width, head size).
-        """
+        """Write the next columns of all rows in use; return their keys and values, (rows, heads, width, head size)."""
         columns = key_states.shape[-2]
-        self.make_room(self.stop - self.start, columns)
+        self.reserve(self.stop - self.start, columns)
         stop = self.stop + columns
         self.keys[: self.rows, :, self.stop : stop] = key_states
         self.values[: self.rows, :, self.stop : stop] = value_states
@@ -76,23 +69,23 @@ class SlotLayer(CacheLayerMixin):
         return self.keys[: self.rows, :, self.start : stop], self.values[: self.rows, :, self.start : stop]
 
     def enter(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Put rows into slots, so that their last column is the last in use.
+        """Put rows into slots so that their last column is the last in use.
 
         Args:
             keys: shape (entering, heads, width, head size); short rows are padded on the left.
             values: like ``keys``.
-            slots: of each row, int64, shape (entering,).
+            slots: slot of each row, int64, shape (entering,).
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self.make_room(keys.shape[-2], 0)
+        self.reserve(keys.shape[-2], 0)
         columns = slice(self.stop - keys.shape[-2], self.stop)
         self.keys[slots, :, columns] = keys
         self.values[slots, :, columns] = values
         self.rows = max(self.rows, int(slots.max()) + 1)
 
-    def make_room(self, width: int, ahead: int) -> None:
-        """Have ``width`` columns or more in use and ``ahead`` free ones behind: move them, or double the buffer."""
+    def reserve(self, width: int, ahead: int) -> None:
+        """Have at least ``width`` columns in use and ``ahead`` free ones behind: move them, or double the buffer."""
         used, capacity = self.stop - self.start, self.keys.shape[-2]
         width = max(width, used)
         lead = width - used
@@ -102,13 +95,13 @@ class SlotLayer(CacheLayerMixin):
         if lead <= self.start and self.stop + ahead <= capacity:
             self.start -= lead
             return
-        # Columns that are moved within the buffer must leave a share of it free, or they would move at every step.
+        # Moving within the buffer must leave a share of it free, or columns would move at every step.
         columns = capacity if width + ahead <= 0.75 * capacity else max(2 * capacity, width + ahead)
         self.keys, self.values = (self._moved(buffer, lead, columns) for buffer in (self.keys, self.values))
         self.start, self.stop = 0, width
 
     def _moved(self, buffer: Tensor, lead: int, columns: int) -> Tensor:
-        """Return a buffer of so many columns with those in use behind ``lead`` others."""
+        """Return a buffer of ``columns`` columns that holds those in use behind ``lead`` others."""
         used = buffer[: self.rows, :, self.start : self.stop]
         if columns == buffer.shape[-2]:
             used = used.clone()
@@ -118,39 +111,36 @@ class SlotLayer(CacheLayerMixin):
         return buffer
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, which move up to the first slots in their order."""
+        """Keep these rows alone; they move to the first slots in their order."""
         columns = slice(self.start, self.stop)
         for buffer in (self.keys, self.values):
             buffer[: len(rows), :, columns] = buffer[rows, :, columns]
         self.rows = len(rows)
 
     def trim(self, width: int) -> None:
-        """Forget all but the last ``width`` columns."""
+        """Keep the last ``width`` columns alone."""
         self.start = max(self.start, self.stop - width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the width of what a forward of so many tokens looks at, and where it starts."""
+        """Return the width that a forward pass of ``query_length`` tokens attends to, and its offset."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the columns in use."""
+        """Return the number of columns in use."""
         return self.stop - self.start
 
     def get_max_length(self) -> int:
-        """Return -1: there is no longest."""
+        """Return -1: the length is unbounded."""
         return -1
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 class Prefix(NamedTuple):
-    """Prompts that have been read, before anything is drawn after them.
+    """Prefilled prompts, before anything is drawn after them.
 
     Attributes:
-        logits: of the token after each prompt, shape (prompts, vocabulary).
-        cache: their keys and values, padded on the left.
-        other: the same prompts as the second model of a mixture has read them.
+        logits: logits after each prompt, shape (prompts, vocabulary).
+        cache: keys and values of the prompts, padded on the left.
+        other: the same prompts prefilled by the second model of a mixture.
     """
 
     logits: Tensor
@@ -158,19 +148,19 @@ class Prefix(NamedTuple):
     other: Prefix | None = None
 
     def select(self, row: int) -> Prefix:
-        """Return one of the prompts alone; the others are forgotten."""
+        """Return one prompt alone; the others are dropped."""
         index = torch.tensor([row], device=self.logits.device)
         self.cache.batch_select_indices(index)
         return Prefix(self.logits[index], self.cache, None if self.other is None else self.other.select(row))
 
 
-class Reader:
-    """A model that reads rows of tokens on from where it was, and says what may come next.
+class Decoder:
+    """A model with a KV cache that decodes rows of tokens step by step.
 
     Args:
         model: the model.
         slots: most rows at a time.
-        room: columns expected beyond the prompts.
+        room: expected columns beyond the prompts.
     """
 
     def __init__(self, model: CausalLM, slots: int, room: int) -> None:
@@ -178,19 +168,19 @@ class Reader:
         layers = DynamicCache(config=self.config).layers
         takes_positions = "position_ids" in inspect.signature(trunk(model.model).forward).parameters
         self.refills = takes_positions and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-        """Whether rows may enter beside running ones. Windows and recurrent states belong to rows that started
-        together, and a model that is not told positions may count them from its cache."""
+        """Whether rows may enter a running batch. Sliding windows and recurrent states need rows that started together,
+        and a model without position_ids may derive positions from its cache."""
         self.cache: Cache | None = None
         if self.refills:
             self.cache = Cache(layers=[SlotLayer(slots, min(room, ROOM)) for _ in layers])
 
     @property
     def width(self) -> int:
-        """Columns that have been read."""
+        """Return the number of cached columns."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
-    def read(self, prompts: Sequence[Tensor]) -> Prefix:
-        """Read prompts, each an int64 tensor of its tokens."""
+    def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
+        """Forward prompts, each an int64 tensor of its tokens."""
         device, width = next(self.model.parameters()).device, max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -203,12 +193,12 @@ class Reader:
         return Prefix(self.model(DecodingStep(input_ids, mask, positions, cache)), cache)
 
     def enter(self, prefix: Prefix, rows: Tensor, slots: Tensor) -> None:
-        """Put prompts that have been read into slots.
+        """Put prefilled prompts into slots.
 
         Args:
-            prefix: the prompts; used up where the reader does not refill.
-            rows: which of them, one for each slot, so a prompt may enter several.
-            slots: where to, int64; all slots from the first where the reader does not refill.
+            prefix: the prompts; consumed if the decoder does not refill.
+            rows: index of the prompt for each slot; one prompt may enter several slots.
+            slots: target slots, int64; all slots from the first if the decoder does not refill.
         """
         whole = torch.equal(rows, torch.arange(len(prefix.logits), device=rows.device))
         if not self.refills:
@@ -222,18 +212,18 @@ class Reader:
             layer.enter(keys, values, slots)
 
     def step(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Read a token in each slot; return the logits of the next, shape (rows, vocabulary).
+        """Decode one token in each slot; return the next logits, shape (rows, vocabulary).
 
         Args:
             tokens: int64, shape (rows,).
-            lengths: tokens of each row up to this one, int64, shape (rows,).
+            lengths: tokens of each row including this one, int64, shape (rows,).
         """
         width = self.width + 1
         mask = (torch.arange(width, device=lengths.device) >= width - lengths.unsqueeze(-1)).long()
         return self.model(DecodingStep(tokens.unsqueeze(-1), mask, lengths.unsqueeze(-1) - 1, self.cache))
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, which move up to the first slots in their order."""
+        """Keep these rows alone; they move to the first slots in their order."""
         if isinstance(self.cache, DynamicCache):
             self.cache.batch_select_indices(rows)
         elif self.cache is not None:
@@ -241,31 +231,31 @@ class Reader:
                 layer.keep(rows)
 
     def trim(self, width: int) -> None:
-        """Forget all but the last ``width`` columns, where the reader refills."""
+        """Keep the last ``width`` columns alone, if the decoder refills."""
         if self.refills and self.cache is not None:
             for layer in self.cache.layers:
                 layer.trim(width)
 
 
-class MixedReader(Reader):
-    """Two models that read the same tokens, their logits mixed; each remembers in a cache of its own."""
+class MixedDecoder(Decoder):
+    """Two models that decode the same tokens, each with its own cache; their logits are mixed."""
 
     def __init__(self, model: CausalLM, slots: int, room: int, mixture: Mixture) -> None:
         super().__init__(model, slots, room)
         self.mixture = mixture
         with mixture.other() as other:
-            self.other = Reader(other, slots, room)
+            self.other = Decoder(other, slots, room)
         self.refills = self.other.refills = self.refills and self.other.refills
 
-    def read(self, prompts: Sequence[Tensor]) -> Prefix:
-        """Read prompts with both models; the logits are mixed."""
-        own = super().read(prompts)
+    def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
+        """Forward prompts through both models and mix the logits."""
+        own = super().prefill(prompts)
         with self.mixture.other():
-            other = self.other.read(prompts)
+            other = self.other.prefill(prompts)
             return Prefix(self.mixture.mix(own.logits, other.logits), own.cache, other)
 
     def enter(self, prefix: Prefix, rows: Tensor, slots: Tensor) -> None:
-        """Put prompts that have been read into slots of both."""
+        """Put prefilled prompts into the slots of both models."""
         assert prefix.other is not None
         super().enter(prefix, rows, slots)
         self.other.enter(prefix.other, rows, slots)
@@ -277,21 +267,21 @@ class MixedReader(Reader):
             return self.mixture.mix(own, self.other.step(tokens, lengths))
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
+        """Keep these rows alone."""
         super().keep(rows)
         self.other.keep(rows)
 
     def trim(self, width: int) -> None:
-        """Forget all but the last columns."""
+        """Keep the last columns alone."""
         super().trim(width)
         self.other.trim(width)
 
 
-def reader_of(model: CausalLM, slots: int, room: int, mixture: Mixture | None) -> Reader:
-    """Return what reads with a model, or with the two of a mixture."""
-    return Reader(model, slots, room) if mixture is None else MixedReader(model, slots, room, mixture)
+def make_decoder(model: CausalLM, slots: int, room: int, mixture: Mixture | None) -> Decoder:
+    """Return the decoder of a model, or of the two models of a mixture."""
+    return Decoder(model, slots, room) if mixture is None else MixedDecoder(model, slots, room, mixture)
 
 
-def pass_for_nothing(model: CausalLM, mixture: Mixture | None) -> None:
-    """Forward one token: other ranks are still decoding, and the weights they gather are cut over all ranks."""
-    reader_of(model, 1, 1, mixture).read([torch.zeros(1, dtype=torch.long)])
+def idle_pass(model: CausalLM, mixture: Mixture | None) -> None:
+    """Forward one token to stay in step with ranks that are still decoding with sharded weights."""
+    make_decoder(model, 1, 1, mixture).prefill([torch.zeros(1, dtype=torch.long)])

@@ -1,6 +1,6 @@
-"""Sampling completions from the policy: pure sampling at a temperature, addressed random numbers, no idle slots.
+"""Sampling completions from the policy: pure sampling at a temperature, with addressed random numbers.
 
-The same engine serves rollouts, evaluation, best-of-n, chat and generate; another takes its place by one method.
+One engine serves rollouts, evaluation, best-of-n, chat and generate. A `SamplingEngine` subclass can replace it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.decoding import Mixture, Prefix, pass_for_nothing, reader_of
+from rlhf_lightning.sampling.decoding import Mixture, Prefix, idle_pass, make_decoder
 from rlhf_lightning.types import Sequences
 
 FULL_ENOUGH = 0.75
-"""Share of the rows below which it pays to fill the batch up, or to make it smaller: both cost about one step."""
+"""Share of active rows below which refilling or shrinking the batch pays: each costs about one step."""
 
 
 @dataclass
@@ -34,12 +34,12 @@ class SamplingSettings:
 
     Args:
         max_new_tokens: longest completion, tokens.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_p: keep the smallest set of tokens with this probability. Training needs 1: log-probabilities of a
-            truncated distribution are not the policy's.
-        top_k: keep this many likeliest tokens; 0 keeps all.
-        batch_size: slots, the completions decoded side by side; a waiting prompt takes the place of a finished
-            completion. None takes all at once.
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_p: nucleus size in (0, 1]. Training needs 1: truncated log-probabilities are not the policy's.
+        top_k: number of most probable tokens to keep; 0 keeps all.
+        batch_size: slots, the completions decoded at a time; a waiting prompt replaces a finished completion. null
+            takes
+            all at once.
     """
 
     max_new_tokens: int = 64
@@ -64,21 +64,21 @@ class SamplingSettings:
 
     @property
     def is_pure(self) -> bool:
-        """Whether tokens come from the policy's own distribution at the temperature, untruncated."""
+        """Whether tokens come from the policy's untruncated distribution at the temperature."""
         return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0
 
 
 class Completions(NamedTuple):
-    """What was sampled, in the order of the prompts.
+    """Sampled completions, in the order of the prompts.
 
     Attributes:
-        ids: token ids of each completion, the end token included where it was reached; int64.
+        ids: token ids of each completion, including the end token if it was reached; int64.
         logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
         finished: bool, True where the end token was reached, shape (rows,).
-        entropies: entropy of the distribution that each token was drawn from, nats; None from engines that do not say.
-        texts: text of each completion, without the end token; empty until a tokenizer has decoded it.
+        entropies: entropy of the distribution of each token, nats; None if the engine does not report it.
+        texts: text of each completion without the end token; empty until a tokenizer has decoded it.
         learned: bool, one mask per completion: False on tokens that an environment wrote between the policy's turns;
-            None where the policy wrote all of them.
+            None if the policy wrote all tokens.
     """
 
     ids: tuple[Tensor, ...]
@@ -95,17 +95,7 @@ class Completions(NamedTuple):
 
 
 class SamplingRequest(NamedTuple):
-    """What an engine is asked for, see `SamplingEngine.sample`.
-
-    Attributes:
-        prompts: token ids of each prompt, int64; none is empty.
-        episodes: number of each episode, int64, shape (rows,).
-        settings: temperature, length limit.
-        seed: seed of the run.
-        end_ids: tokens that end a completion.
-        on_progress: called with the number of completions that have just finished.
-        mixture: a second model to sample from together with the first; None samples from the first alone.
-    """
+    """Arguments of `SamplingEngine.sample`, which describes them."""
 
     prompts: Sequence[Tensor]
     episodes: Tensor
@@ -117,10 +107,10 @@ class SamplingRequest(NamedTuple):
 
 
 class SamplingEngine(ABC):
-    """What draws completions from a policy; an engine defines `complete`.
+    """What draws completions from a policy; a subclass defines `complete`.
 
-    An engine may compute on other kernels, in another process or on other machines; a subclass says by ``exact`` and
-    ``reports_logprobs`` what that means for learning from its samples.
+    An engine may use other kernels, another process or other machines. ``exact`` and ``reports_logprobs`` say what that
+    means for learning from its samples.
     """
 
     exact: bool = True
@@ -144,8 +134,8 @@ class SamplingEngine(ABC):
         """Sample one completion for each prompt.
 
         Args:
-            model: the policy; put in eval mode for the while.
-            prompts: token ids of each prompt, int64.
+            model: the policy; switched to eval mode while sampling.
+            prompts: token ids of each prompt, int64; none is empty.
             episodes: number of each episode, int64, shape (rows,).
             settings: temperature, length limit.
             seed: seed of the run.
@@ -154,38 +144,38 @@ class SamplingEngine(ABC):
             mixture: a second model to sample from together with the first; None samples from the first alone.
 
         Raises:
-            DataError: a prompt is empty, so there is nothing to predict from.
+            DataError: a prompt is empty.
         """
         if any(len(prompt) == 0 for prompt in prompts):
             raise DataError(
                 "empty-prompt",
-                "a prompt is empty, but the first token of a completion is predicted from the prompt's "
-                "last token; drop such rows",
+                "a prompt is empty, but the first token of a completion is predicted from its last token; drop such rows",
             )
         return self.complete(model, SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
 
     @abstractmethod
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        """Draw what `sample` asks for."""
+        """Draw the completions of a request to `sample`."""
 
 
 class SlotEngine(SamplingEngine):
-    """Decodes in slots: finished completions leave, waiting prompts enter, and equal prompts are read once.
+    """Decodes in slots: waiting prompts replace finished completions, and equal prompts are prefilled once.
 
     The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
-    addressed by (seed, e, t), so the episodes do not depend on the slots, their order or the ranks.
+    addressed by
+    (seed, e, t). Episodes therefore do not depend on the slots, their order or the ranks.
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        """Draw the completions, all ranks making their passes together where weights are cut over them."""
+        """Draw the completions; with sharded weights all ranks make their forward passes together."""
         run = _Run(model, request)
-        idle = partial(pass_for_nothing, model, request.mixture)
+        idle = partial(idle_pass, model, request.mixture)
         with inference_mode_of(model), in_step(model, idle) as before_pass:
             return run.finish(before_pass)
 
 
 sample = SlotEngine().sample
-"""Sample one completion for each prompt with the engine of this process."""
+"""`SamplingEngine.sample` of a `SlotEngine`."""
 
 
 def load_engine(spec: SamplingEngine | Mapping[str, Any] | str | None) -> SamplingEngine:
@@ -206,8 +196,7 @@ def load_engine(spec: SamplingEngine | Mapping[str, Any] | str | None) -> Sampli
 class _Run:
     """Prompts on their way through the slots of a batch.
 
-    What decides who stays is kept on the CPU, and one tensor comes back from the device for each step: which rows drew
-    an end token. Drawn tokens stay on the device until all are done.
+    Bookkeeping stays on the CPU; each step transfers one tensor from the device: which rows drew an end token.
     """
 
     def __init__(self, model: CausalLM, request: SamplingRequest) -> None:
@@ -222,53 +211,47 @@ class _Run:
         first: dict[bytes, int] = {}
         for row, key in enumerate(self.keys):
             first.setdefault(key, row)
-        # Prompts of like length go together, and equal ones after each other.
+        # Similar lengths go together, equal prompts one after another.
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), first[self.keys[row]], row))
         self.waiting = deque(order)
-        self.own = request.mixture is None  # whether what is drawn from is the model's own distribution
+        self.own = request.mixture is None  # whether entropies are those of the model's own distribution
         self.slots = min(settings.batch_size or len(prompts), len(prompts))
-        self.reader = reader_of(model, self.slots, settings.max_new_tokens, request.mixture)
-        self.held: dict[bytes, tuple[Prefix, int]] = {}  # prompts that have been read and are still waited for
-        self._clear()
-        # Of each completion:
+        self.decoder = make_decoder(model, self.slots, settings.max_new_tokens, request.mixture)
+        self.held: dict[bytes, tuple[Prefix, int]] = {}  # prefilled prompts that further slots wait for
+        self._free_all_slots()
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
-        # What each token is drawn with, made for several tokens at a time: it takes some hundred small operations.
+        # Random numbers are made for several tokens at a time, because that takes some hundred small operations.
         self.ahead = min(settings.max_new_tokens, AHEAD)
         columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
         self.numbers = torch.zeros(len(prompts), columns, dtype=torch.float64, device=self.device)
-        # A finished row goes on until its slot is taken, at a position that the model still knows.
+        # A finished row keeps decoding until its slot is taken, at a position within the model's range.
         self.longest = torch.tensor([len(prompt) + settings.max_new_tokens for prompt in prompts])
         self.counts = torch.zeros(len(prompts), dtype=torch.long)
         self.ended = torch.zeros(len(prompts), dtype=torch.bool)
 
-    def _clear(self) -> None:
-        """Have all slots free."""
+    def _free_all_slots(self) -> None:
         slots = min(self.slots, len(self.waiting))
-        self.owners = torch.zeros(slots, dtype=torch.long)  # whose completion each holds
+        self.owners = torch.zeros(slots, dtype=torch.long)  # completion in each slot
         self.active = torch.zeros(slots, dtype=torch.bool)
-        self.drawn = torch.zeros(slots, dtype=torch.long)  # tokens of the completion
-        self.lengths = torch.zeros(slots, dtype=torch.long)  # tokens of prompt and completion
-        self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # the token drawn last
+        self.drawn = torch.zeros(slots, dtype=torch.long)  # completion tokens so far
+        self.lengths = torch.zeros(slots, dtype=torch.long)  # prompt and completion tokens
+        self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # last drawn token
 
     def finish(self, before_pass: Callable[[], None]) -> Completions:
-        """Decode until every prompt has its completion.
-
-        Args:
-            before_pass: called before each forward pass.
-        """
+        """Decode until every prompt has its completion; call ``before_pass`` before each forward pass."""
         while self.waiting or bool(self.active.any()):
             left = int(self.active.sum())
             if left <= FULL_ENOUGH * len(self.active):
-                if self.waiting and (left == 0 or self.reader.refills):
+                if self.waiting and (left == 0 or self.decoder.refills):
                     self._fill(before_pass)
                 elif left:
                     self._shrink()
             if bool(self.active.any()):
                 self._trim()
                 before_pass()
-                self._record(torch.arange(len(self.active)), self.reader.step(self.last, self.lengths.to(self.device)))
+                self._record(torch.arange(len(self.active)), self.decoder.step(self.last, self.lengths.to(self.device)))
         counts = self.counts.tolist()
         ids, logprobs, entropies = (
             tuple(row[:count] for row, count in zip(grid.cpu(), counts, strict=True))
@@ -278,79 +261,75 @@ class _Run:
 
     def _fill(self, before_pass: Callable[[], None]) -> None:
         """Let waiting prompts enter the free slots, and draw their first tokens."""
-        if not self.reader.refills:
-            self._clear()
+        if not self.decoder.refills:
+            self._free_all_slots()
         free = (~self.active).nonzero().squeeze(-1).tolist()[: len(self.waiting)]
         rows = [self.waiting.popleft() for _ in free]
         fresh = {self.keys[row]: row for row in reversed(rows) if self.keys[row] not in self.held}
         distinct = [row for row in rows if fresh.get(self.keys[row]) == row]
         if distinct:
             before_pass()
-            prefix = self.reader.read([self.prompts[row] for row in distinct])
+            prefix = self.decoder.prefill([self.prompts[row] for row in distinct])
             self.held |= {self.keys[row]: (prefix, place) for place, row in enumerate(distinct)}
         places = [self.held[self.keys[row]] for row in rows]
         for prefix in {id(prefix): prefix for prefix, _ in places}.values():
             members = [index for index, (of, _) in enumerate(places) if of is prefix]
             slots = torch.tensor([free[index] for index in members])
             self._enter(prefix, [places[index][1] for index in members], slots, [rows[index] for index in members])
-        self._let_go(rows[-1])
+        self._drop_prefixes(rows[-1])
 
     def _enter(self, prefix: Prefix, places: list[int], slots: Tensor, rows: list[int]) -> None:
-        """Put prompts that have been read into slots."""
         place = torch.tensor(places, device=self.device)
         logits = prefix.logits
         if places != list(range(len(logits))):
             logits = logits[place]
-        self.reader.enter(prefix, place, slots.to(self.device))
+        self.decoder.enter(prefix, place, slots.to(self.device))
         self.owners[slots] = torch.tensor(rows)
         self.lengths[slots] = torch.tensor([len(self.prompts[row]) for row in rows])
         self.drawn[slots] = 0
         self.active[slots] = True
         self._record(slots, logits)
 
-    def _let_go(self, row: int) -> None:
-        """Forget the prompts that have been read, but for one whose group did not enter whole."""
+    def _drop_prefixes(self, row: int) -> None:
+        """Drop the prefilled prompts, except one that still waits to enter further slots."""
         key = self.keys[row]
-        split = self.reader.refills and bool(self.waiting) and self.keys[self.waiting[0]] == key
+        split = self.decoder.refills and bool(self.waiting) and self.keys[self.waiting[0]] == key
         prefix, place = self.held[key]
         self.held = {}
         if split:
             self.held[key] = (prefix if len(prefix.logits) == 1 else prefix.select(place), 0)
 
     def _shrink(self) -> None:
-        """Drop the slots of finished completions: nothing takes them."""
+        """Drop the slots of finished completions when no prompt waits for them."""
         kept = self.active.nonzero().squeeze(-1)
-        self.reader.keep(kept.to(self.device))
+        self.decoder.keep(kept.to(self.device))
         self.owners, self.active, self.drawn = self.owners[kept], self.active[kept], self.drawn[kept]
         self.lengths, self.last = self.lengths[kept], self.last[kept.to(self.device)]
 
     def _trim(self) -> None:
         """Make the batch as wide as its longest row.
 
-        Not where all prompts started together: there the widths, and with them the last bits of the numbers, stay what
-        they would be in a batch that nothing enters.
+        If all prompts started together the width stays, and with it the last bits of the numbers.
         """
         if self.slots < len(self.prompts):
-            self.reader.trim(max((self.lengths - 1)[self.active].tolist(), default=0))
+            self.decoder.trim(max((self.lengths - 1)[self.active].tolist(), default=0))
 
     def _record(self, slots: Tensor, logits: Tensor) -> None:
         """Draw the next token of each slot, and note which completions it ends."""
         owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
         due = active & (drawn % self.ahead == 0)
         if bool(due.any()):
-            self._look_ahead(owners[due].to(self.device), drawn[due].to(self.device))
+            self._draw_numbers(owners[due].to(self.device), drawn[due].to(self.device))
         owned, places = owners.to(self.device), drawn.to(self.device)
         chosen, logprobs, entropies = draw(logits, self.settings, self.numbers[owned, places])
         stops = torch.isin(chosen, self.ends).cpu() & active
         self.last[slots.to(self.device)] = chosen
-        if bool(active.all()):
-            self.tokens[owned, places], self.scores[owned, places] = chosen, logprobs
-            self.entropies[owned, places] = entropies
-        else:
+        if not bool(active.all()):
             index = active.nonzero().squeeze(-1).to(self.device)
-            self.tokens[owned[index], places[index]] = chosen[index]
-            self.scores[owned[index], places[index]] = logprobs[index]
-            self.entropies[owned[index], places[index]] = entropies[index]
+            owned, places = owned[index], places[index]
+            chosen, logprobs, entropies = chosen[index], logprobs[index], entropies[index]
+        self.tokens[owned, places], self.scores[owned, places] = chosen, logprobs
+        self.entropies[owned, places] = entropies
         drawn = drawn + active
         self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, self.longest[owners])
         done = active & (stops | (drawn >= self.settings.max_new_tokens))
@@ -360,24 +339,24 @@ class _Run:
         if self.on_progress is not None and bool(done.any()):
             self.on_progress(int(done.sum()))
 
-    def _look_ahead(self, rows: Tensor, places: Tensor) -> None:
-        """Make the random numbers of the next tokens of completions."""
+    def _draw_numbers(self, rows: Tensor, places: Tensor) -> None:
+        """Draw the random numbers of the next tokens of some completions."""
         positions = places.unsqueeze(-1) + torch.arange(self.ahead, device=self.device)
         episodes = self.episodes[rows].unsqueeze(-1).expand_as(positions)
         self.numbers[rows.unsqueeze(-1), positions] = uniform(self.seed, episodes, positions)
 
 
 AHEAD = 64
-"""Most tokens of a completion whose random numbers are made at a time."""
+"""Tokens of a completion whose random numbers are made at a time, at most."""
 
 
 def draw(logits: Tensor, settings: SamplingSettings, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the token drawn for each row, its log-probability at the temperature, and the entropy it was drawn at.
+    """Return the token drawn for each row, its log-probability at the temperature, and the distribution's entropy.
 
     Args:
-        logits: of the next token, fp32 or wider, shape (rows, vocabulary).
+        logits: fp32 or wider, shape (rows, vocabulary).
         settings: temperature and truncation.
-        numbers: of (0, 1), see `counter_rng.uniform`, shape (rows,); of no account at temperature 0.
+        numbers: uniform in (0, 1), see `counter_rng.uniform`, shape (rows,); unused at temperature 0.
     """
     if settings.temperature == 0:
         best, logprobs = logits.argmax(-1), logits.log_softmax(-1)
@@ -391,8 +370,8 @@ def draw(logits: Tensor, settings: SamplingSettings, numbers: Tensor) -> tuple[T
 
 
 def entropy_of(logprobs: Tensor) -> Tensor:
-    """Return the entropy of each row's distribution, nats, of log-probabilities of shape (rows, vocabulary)."""
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # a token that is ruled out adds nothing
+    """Return the entropy in nats of log-probabilities of shape (rows, vocabulary)."""
+    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # 0 * -inf is NaN: a masked token adds nothing
 
 
 def _truncate(logprobs: Tensor, settings: SamplingSettings) -> Tensor:

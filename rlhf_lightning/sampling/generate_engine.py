@@ -1,4 +1,4 @@
-"""Sampling with transformers' own ``generate``: the same episodes, from other people's loop."""
+"""Sampling with transformers' own ``generate``: the same episodes from another decoding loop."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 class GenerateEngine(SamplingEngine):
     """Samples with ``generate``, batch after batch, each as long as its longest completion.
 
-    A logits processor draws each token at its address, so the episodes are those of `SlotEngine`. For models whose
-    family overrides ``generate``, and to compare with.
+    A logits processor draws each token at its address, so the episodes are those of `SlotEngine`. Use it for models
+    whose
+    family overrides ``generate``, and for comparisons.
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
@@ -39,8 +40,7 @@ class GenerateEngine(SamplingEngine):
         if is_sharded(model):
             raise SettingError(
                 "sharded-needs-slots",
-                "GenerateEngine cannot sample from sharded weights: it bypasses the root module that "
-                "gathers them; use the SlotEngine",
+                "GenerateEngine cannot sample from sharded weights, which the root module gathers; use the SlotEngine",
             )
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = settings.batch_size or max(len(order), 1)
@@ -63,14 +63,14 @@ class GenerateEngine(SamplingEngine):
 
 
 class _Drawer(LogitsProcessor):
-    """Draws each row's token at its address and leaves ``generate`` no other."""
+    """Draws each row's token at its address and leaves ``generate`` no other choice."""
 
     def __init__(self, settings: SamplingSettings, seed: int, episodes: Tensor) -> None:
         self.settings, self.seed, self.episodes = settings, seed, episodes
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores of which one is finite, that of the token drawn."""
+        """Return scores with one finite entry per row, the drawn token."""
         positions = torch.full_like(self.episodes, len(self.logprobs))
         numbers = uniform(self.seed, self.episodes, positions)
         chosen, logprobs, _ = draw(scores.float(), self.settings, numbers)
@@ -81,7 +81,7 @@ class _Drawer(LogitsProcessor):
 def _generate(
     model: CausalLM, prompts: Sequence[Tensor], settings: SamplingSettings, end_ids: Sequence[int], drawer: _Drawer
 ) -> Tensor:
-    """Return what ``generate`` appends to each prompt, shape (rows, longest completion), on the CPU."""
+    """Return the tokens that ``generate`` appends to each prompt, shape (rows, longest completion), on the CPU."""
     width, device = max(len(prompt) for prompt in prompts), next(model.parameters()).device
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
@@ -101,7 +101,7 @@ def _generate(
 
 @contextmanager
 def _own_generation_config(model: Any) -> Iterator[None]:
-    """Put the model's generation config aside: ``generate`` fills in from it what is not given (top_p ...)."""
+    """Replace the model's generation config for a while: ``generate`` would take top_p and others from it."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = model.generation_config
     model.generation_config = GenerationConfig()

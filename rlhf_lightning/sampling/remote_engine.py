@@ -1,19 +1,17 @@
-"""Sampling from a server of the OpenAI completions protocol, for policies that outgrow the machine they train on.
+"""Sampling from an OpenAI-compatible server, for policies too large for the training machine.
 
-The server computes on other kernels and at another precision, so its log-probabilities differ from the trainer's, and
-learning from its samples takes importance correction. An adapter in training is handed over through a folder that both
-machines see, by the routes that vLLM documents for it.
+The server's kernels and precision differ, and so do its log-probabilities: learning from its samples takes importance
+correction. A trained adapter is handed over in a shared folder, through vLLM's documented routes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,35 +26,34 @@ from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
-from rlhf_lightning.sampling.json_server import JSONServer, ServerError
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 MAX_TOKENS = 8192
-"""Cells of a forward pass that scores what a server wrote."""
+"""Cells of a forward pass that scores a server's completions."""
 
 
 class RemoteEngine(SamplingEngine):
-    """Draws completions from a server, each episode by a request and a seed of its own.
+    """Draws completions from a server; each episode has its own request and seed.
 
-    Token ids go out and come back, with the log-probability of each, as vLLM serves them. Start it with
-    ``--logprobs-mode processed_logprobs`` (at a temperature other than 1 its default reports other numbers than it drew
-    with), ``--generation-config vllm``, and to train an adapter with ``--enable-lora --max-lora-rank R`` and
-    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``. The server draws with its own random numbers: episodes are not those of
-    `SlotEngine`, and the same again only as far as the server's seeds reach.
+    Token ids go out and come back, with the log-probability of each, as vLLM serves them. Start vLLM with
+    ``--logprobs-mode processed_logprobs`` (otherwise log-probabilities ignore the temperature), ``--generation-config
+    vllm``, and for an adapter ``--enable-lora --max-lora-rank R`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``. The
+    server
+    uses its own random numbers: episodes differ from those of `SlotEngine` and are only as reproducible as its seeds.
 
     Args:
         url: address of the server without the route, such as ``http://host:8000``.
-        model: name under which the server knows the policy's backbone, or the policy where it has no adapter.
-        adapter_folder: folder that trainer and server see under the same path; the policy's adapter is handed over in
-            it whenever it has changed.
-        tokenizer: for a server that takes and returns text alone (``transformers serve``): the folder or hub id of its
-            tokenizer. Its completions are encoded anew and scored by the policy itself, which leaves nothing to
-            correct by, so they are for evaluation and not to learn from.
+        model: the server's name of the policy's backbone, or of the policy itself if it has no adapter.
+        adapter_folder: folder that trainer and server see under the same path; a changed adapter is handed over in it.
+        tokenizer: folder or hub id of the tokenizer, for a server of text alone (``transformers serve``). The policy
+            itself
+            scores its completions, which leaves nothing to correct by: use them for evaluation, not for learning.
         requests: requests in flight at a time.
-        timeout: of one request, seconds.
-        retries: how often a request is made again after a lost connection, a time-out or a busy server.
-        wait: before the first repetition, seconds; doubles up to a minute.
-        api_key: name of the environment variable that holds the server's key; None sends none.
+        timeout: time limit of one request, seconds.
+        retries: repetitions of a request after a lost connection, a timeout or a busy server.
+        wait: wait before the first repetition, seconds; doubles up to a minute.
+        api_key: name of the environment variable that holds the server's key; null sends none.
     """
 
     exact = False
@@ -74,7 +71,7 @@ class RemoteEngine(SamplingEngine):
         api_key: str | None = None,
     ) -> None:
         if requests < 1:
-            raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1 at a time")
+            raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1")
         self.model, self.requests = model, requests
         self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
         self.adapters = None if adapter_folder is None else _Adapters(self.server, Path(adapter_folder))
@@ -84,7 +81,7 @@ class RemoteEngine(SamplingEngine):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """What turns ids into text for a server that knows no ids; loaded on first use."""
+        """The tokenizer for a server of text alone; loaded on first use."""
         if self._tokenizer is None and self.tokenizer_name is not None:
             self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         return self._tokenizer
@@ -93,9 +90,9 @@ class RemoteEngine(SamplingEngine):
         """Draw the completions.
 
         Raises:
-            SettingError: a prompt is no text that the server would read as the same tokens; a mixture is asked for; or
-                the server cannot have the policy's weights.
-            ServerError: the server cannot be reached, or its answer is no completion.
+            SettingError: a mixture is asked for, or the server cannot have the policy's weights.
+            DataError: a server of text alone would encode a prompt to other tokens.
+            ServerError: the server cannot be reached, or its answer is unusable.
         """
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
         if request.mixture is not None:
@@ -103,44 +100,38 @@ class RemoteEngine(SamplingEngine):
                 "mixture-needs-slots",
                 "a server samples from one model, and a mixture of models was asked for; use the SlotEngine",
             )
-        name = self._name_of(model)
+        name = self._model_name(model)
         bodies = [
-            self._request(name, prompt, settings, _seed_of(request.seed, int(episode)), end_ids)
+            self._request(name, prompt, settings, request_seed(request.seed, int(episode)), end_ids)
             for prompt, episode in zip(prompts, request.episodes, strict=True)
         ]
+        tokens = model.model.get_input_embeddings().weight.shape[0]
         drawn: list[_Drawn] = []
-        with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            answers = [pool.submit(self.server.post, "/v1/completions", body) for body in bodies]
-            try:
-                for answer in answers:
-                    drawn.append(self._completion(answer.result(), settings, end_ids))
-                    if request.on_progress is not None:
-                        request.on_progress(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # what is not on its way yet would wait in vain
-                raise
+        for answer in each(partial(self.server.post, "/v1/completions"), bodies, self.requests):
+            drawn.append(self._completion(answer, settings, end_ids, tokens))
+            if request.on_progress is not None:
+                request.on_progress(1)
         ids = tuple(one.ids for one in drawn)
         finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
         if not self.reports_logprobs:
             return Completions(ids, scored(model, prompts, ids, settings.temperature or 1.0), finished)
         return Completions(ids, tuple(one.logprobs for one in drawn if one.logprobs is not None), finished)
 
-    def _name_of(self, model: CausalLM) -> str:
-        """Return the name of the policy on the server, its adapter handed over if it has changed."""
+    def _model_name(self, model: CausalLM) -> str:
+        """Return the policy's name on the server, after handing over an adapter that has changed."""
         adapter = active_adapter(model.model) if model.has_adapter else None
         if adapter is None:
             if not model.has_adapter and any(parameter.requires_grad for parameter in model.parameters()):
                 raise SettingError(
                     "server-needs-adapter",
-                    "the policy trains all its weights, and the server's copy would not follow; train "
-                    "an adapter (lora)",
+                    "the policy trains all its weights, but the server's copy would stay the same; train an adapter "
+                    "(lora)",
                 )
             return self.model
         if self.adapters is None:
             raise SettingError(
                 "no-adapter-folder",
-                "the policy is an adapter, and adapter_folder is null; set it to the folder where "
-                "the server finds adapters",
+                "the policy is an adapter, and adapter_folder is null; set it to a folder that the server reads too",
             )
         return self.adapters.hand_over(model, adapter)
 
@@ -165,43 +156,41 @@ class RemoteEngine(SamplingEngine):
             body | further | {"prompt": prompt.tolist(), "return_token_ids": True, "return_tokens_as_token_ids": True}
         )
 
-    def _completion(self, answer: Any, settings: SamplingSettings, end_ids: Sequence[int]) -> _Drawn:
-        """Return the completion that an answer holds."""
+    def _completion(self, answer: Any, settings: SamplingSettings, end_ids: Sequence[int], tokens: int) -> _Drawn:
+        """Return the completion that an answer holds; its ids must be below ``tokens``."""
         try:
             choice = answer["choices"][0]
             if self.tokenizer is not None:
                 return _Drawn(_read_text(self.tokenizer, choice, settings.max_new_tokens, end_ids), None)
-            ids, logprobs = _read_ids(choice), [float(value) for value in choice["logprobs"]["token_logprobs"]]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            ids, logprobs = _read_ids(choice), [finite(value) for value in choice["logprobs"]["token_logprobs"]]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ServerError(
                 "server-answer-unusable",
                 f"{self.server.url} answered without the token ids and log-probabilities of a completion "
-                f"({error!r}): {self.server.shown(answer)}; for a server that knows text alone, set "
+                f"({type(error).__name__}): {self.server.shown(answer)}; for a server that knows only text, set "
                 "tokenizer",
-            ) from error
+            ) from None
+        fault = ""
         if len(ids) != len(logprobs) or not 0 < len(ids) <= settings.max_new_tokens:
-            raise ServerError(
-                "server-answer-unusable",
-                f"{self.server.url} answered with {len(ids)} tokens and {len(logprobs)} log-probabilities; "
-                f"1 to {settings.max_new_tokens} of both were asked for",
+            fault = (
+                f"answered with {len(ids)} tokens and {len(logprobs)} log-probabilities; "
+                f"1 to {settings.max_new_tokens} of both were asked for"
             )
-        if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-            raise ServerError(
-                "server-answer-unusable",
-                f"{self.server.url} answered with invalid log-probabilities (not finite, or above 0): {logprobs[:8]}",
+        elif wrong := [token for token in ids if not 0 <= token < tokens]:
+            fault = (
+                f"answered with the token id {wrong[0]}, but the policy has the ids 0 to {tokens - 1}; "
+                "start the server with the policy's model"
             )
-        if any(token in end_ids for token in ids[:-1]):
-            raise ServerError(
-                "server-answer-unusable",
-                f"{self.server.url} continued after an end token: it ignores stop_token_ids; use a "
-                "server that supports them",
+        elif max(logprobs) > 1e-3:
+            fault = f"answered with log-probabilities above 0: {logprobs[:8]}"
+        elif any(token in end_ids for token in ids[:-1]):
+            fault = "continued after an end token: it ignores stop_token_ids; use a server that supports them"
+        elif choice.get("finish_reason") == "stop" and ids[-1] not in end_ids:
+            fault = (
+                f"stopped without one of the end tokens {list(end_ids)}; start the server with the policy's tokenizer"
             )
-        if choice.get("finish_reason") == "stop" and ids[-1] not in end_ids:
-            raise ServerError(
-                "server-answer-unusable",
-                f"{self.server.url} stopped without one of the end tokens {list(end_ids)}; start the "
-                "server with the policy's tokenizer",
-            )
+        if fault:
+            raise ServerError("server-answer-unusable", f"{self.server.url} {fault}")
         return _Drawn(torch.tensor(ids), torch.tensor(logprobs))
 
 
@@ -225,15 +214,10 @@ def scored(
     return tuple(found[row] for row in rows)
 
 
-# -- what is said over the wire ---------------------------------------------------------------------------------------
-
-
 class _Adapters:
-    """Hands adapters over to a server: a folder and a name for each state, the one before unloaded.
+    """Hands adapters over to a server: a folder and a name for each state; the previous one is unloaded.
 
-    Args:
-        server: the server.
-        folder: seen by both sides under the same path.
+    ``folder`` is seen by both sides under the same path.
     """
 
     def __init__(self, server: JSONServer, folder: Path) -> None:
@@ -242,7 +226,7 @@ class _Adapters:
         self.count = 0
 
     def hand_over(self, model: CausalLM, adapter: str) -> str:
-        """Return the name on the server of an adapter as it is now."""
+        """Return the server's name of an adapter in its current state."""
         if is_sharded(model):
             raise SettingError(
                 "sharded-adapter", "a sharded adapter cannot be handed to a server; use the strategy ddp"
@@ -256,7 +240,7 @@ class _Adapters:
         self.count += 1
         folder = self.folder / new
         model.model.save_pretrained(folder, selected_adapters=[adapter])
-        # peft gives every adapter but the default one a folder below.
+        # peft saves every adapter except the default one in a subfolder.
         path = folder if adapter == POLICY else folder / adapter
         self.server.post("/v1/load_lora_adapter", {"lora_name": new, "lora_path": str(path)})
         self.loaded[adapter] = (digest, new)
@@ -267,20 +251,14 @@ class _Adapters:
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
-    """Return a digest of weights by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _seed_of(seed: int, episode: int) -> int:
-    """Return the server's seed of an episode, in [0, 2^31)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:4], "big") >> 1
-
-
 def _generation_config(settings: SamplingSettings, end_ids: Sequence[int]) -> dict[str, Any]:
-    """Return how ``transformers serve`` is to draw, which would follow the model's own generation config otherwise."""
+    """Return settings for ``transformers serve``, which otherwise follows the model's own generation config."""
     config = {"do_sample": settings.temperature > 0, "eos_token_id": list(end_ids), "pad_token_id": end_ids[0]}
     if settings.temperature > 0:
         config |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
@@ -288,24 +266,23 @@ def _generation_config(settings: SamplingSettings, end_ids: Sequence[int]) -> di
 
 
 def _read_ids(choice: Mapping[str, Any]) -> list[int]:
-    """Return the token ids of a choice: named as such, or in the place of the tokens' texts."""
-    if choice.get("token_ids") is not None:
-        return [int(token) for token in choice["token_ids"]]
-    return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+    """Return the token ids of a choice, from ``token_ids`` or from the tokens' texts."""
+    if choice.get("token_ids") is None:
+        return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+    ids = choice["token_ids"]
+    if any(type(token) is not int for token in ids):
+        raise ValueError("an id is not an integer")
+    return list(ids)
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
-    """Return the text of a prompt.
-
-    Raises:
-        DataError: the server would read other tokens.
-    """
+    """Return the text of a prompt; refuse a prompt whose text is encoded to other tokens."""
     text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if tokenizer(text)["input_ids"] != prompt.tolist():
         raise DataError(
             "prompt-text-differs",
-            "the server would read other tokens from the prompt's text than the prompt holds: "
-            f"{text[:200]!r}; use a server that takes token ids",
+            f"the server would encode the prompt's text to other tokens: {text[:200]!r}; use a server that takes "
+            "token ids",
         )
     return text
 
@@ -313,7 +290,7 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
 def _read_text(
     tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], limit: int, end_ids: Sequence[int]
 ) -> Tensor:
-    """Return the tokens of a completion that came as text, with an end token where it ended by itself."""
+    """Return the tokens of a completion that came as text; add an end token if it ended by itself."""
     ids = tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
     ids = [*ids[: next((i for i, token in enumerate(ids) if token in end_ids), len(ids))]]
     if choice["finish_reason"] == "stop" and len(ids) < limit:

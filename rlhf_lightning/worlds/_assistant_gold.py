@@ -1,4 +1,4 @@
-r"""The gold reward of the assistant world: what a grader who knows every sentence of it thinks of any text.
+"""The gold reward of the assistant world: how a grader who knows every sentence of it rates any text.
 
 ::
 
@@ -11,12 +11,10 @@ r"""The gold reward of the assistant world: what a grader who knows every senten
     courtesy  clip((1 + courteous parts (opening, closing; at most one each) - 2 curt sentences) / 3, 0, 1)
     brevity   clip((28 - words) / 12, 0, 1): full marks up to 16 words
 
-A sentence is recognised if it is one of the world's, with any subject, in any case and spacing. Shares, not counts,
-make hedging worthless: an answer for all kinds about all subjects earns what one kind about one subject earns from a
-random prompt.
+A sentence of the world is recognised with any subject, in any case and spacing. Shares, not counts, make hedging
+worthless: an answer for all kinds and subjects earns as much as an answer to a random prompt.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
@@ -36,7 +34,7 @@ class Request(NamedTuple):
 
 
 class CompletionFacts(NamedTuple):
-    """What the grader reads in a completion, whatever was asked."""
+    """What the grader reads in a completion, independent of the prompt."""
 
     words: int
     recognised_words: int
@@ -47,7 +45,6 @@ class CompletionFacts(NamedTuple):
     curt: int
 
 
-WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 _SUBJECTS = frozenset(text.SUBJECTS)
 
 
@@ -56,7 +53,7 @@ def _key(tokens: Iterable[str]) -> tuple[str, ...]:
 
 
 def sentence_key(sentence: str) -> tuple[str, ...]:
-    """Return what two spellings of a sentence have in common: its words and marks, whatever the subject."""
+    """Return the words and marks of a sentence with its subject left open, equal for all spellings."""
     return _key(_tokens(sentence))
 
 
@@ -66,7 +63,7 @@ def sentences(completion: str) -> list[tuple[str, ...]]:
 
 
 def _parted(tokens: Iterable[str]) -> list[list[str]]:
-    """Words and marks by sentence; what follows the last mark is one too."""
+    """Split words and marks into sentences; text after the last mark is a sentence too."""
     parts: list[list[str]] = [[]]
     for token in tokens:
         parts[-1].append(token)
@@ -76,11 +73,11 @@ def _parted(tokens: Iterable[str]) -> list[list[str]]:
 
 
 def _tokens(words: str) -> list[str]:
-    return WORD_OR_MARK.findall(words.lower())
+    return text.WORD_OR_MARK.findall(words.lower())
 
 
 def _sentence_table() -> dict[tuple[str, ...], tuple[str, str]]:
-    """Every sentence of the world, its subject left open -> (part, kind or manner)."""
+    """Return every sentence of the world with its subject left open -> (part, kind or manner)."""
     some_subject = text.SUBJECTS[0]
     parts: list[tuple[str, str, tuple[str, ...]]] = [
         ("opening", "courteous", text.COURTEOUS_OPENINGS),
@@ -104,10 +101,10 @@ _REQUESTS = {
 
 @lru_cache(maxsize=65536)
 def read_request(prompt: str) -> Request:
-    """Return what ``prompt`` asks for.
+    """Return the kind and subject that ``prompt`` asks for.
 
     Raises:
-        DataError: if the prompt is not one of this world's.
+        DataError: the prompt is not one of this world's.
     """
     tokens = _tokens(prompt)
     kind = _REQUESTS.get(_key(tokens))
@@ -122,7 +119,7 @@ def read_request(prompt: str) -> Request:
 
 @lru_cache(maxsize=65536)
 def read_completion(completion: str) -> CompletionFacts:
-    """Return what the grader sees in any text: recognised sentences by part, subjects, words."""
+    """Return the facts of any text: recognised sentences by part, subjects, words."""
     tokens = _tokens(completion)
     seen: set[tuple[str, ...]] = set()
     parts: Counter[tuple[str, str]] = Counter()
@@ -145,7 +142,7 @@ def read_completion(completion: str) -> CompletionFacts:
 
 
 def gold_parts(prompt: str, completion: str) -> dict[str, float]:
-    """Return the parts of the gold reward (the module's equation), each in [0, 1], ``clarity`` among them."""
+    """Return the parts of the gold reward, ``clarity`` included, each in [0, 1]."""
     asked, facts = read_request(prompt), read_completion(completion)
 
     def share(counts: Counter[str], name: str) -> float:

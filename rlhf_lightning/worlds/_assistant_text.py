@@ -1,14 +1,18 @@
-"""What is said in the assistant world: every request and every sentence an answer can be made of.
+"""The sentences of the assistant world, its tokenizer and chat template, and a small Llama configuration.
 
-``{s}`` is the subject. Words and the marks ``. , ! ?`` are all there is, so that a word-level vocabulary is closed and
-text survives encoding and decoding unchanged. No sentence begins with its subject, so that a subject is one token.
+``{s}`` is the subject. Only words and the marks ``. , ! ?`` occur, so a word-level vocabulary is closed and text
+survives encoding and decoding unchanged. No sentence begins with its subject, so a subject is one token.
 """
 
-from typing import NamedTuple
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
 class RequestKind(NamedTuple):
-    """One kind of request: how people ask, what answers it, and concrete advice that belongs to it alone."""
+    """One kind of request: phrasings, core answers, and details that belong to this kind alone."""
 
     requests: tuple[str, ...]
     cores: tuple[str, ...]
@@ -24,92 +28,52 @@ SUBJECTS: tuple[str, ...] = tuple(
 
 KINDS: dict[str, RequestKind] = {
     "meaning": RequestKind(
-        (
-            "What is {s} about?",
-            "Can you explain {s} to me?",
-            "Please describe {s} in simple words.",
-        ),
+        ("What is {s} about?", "Can you explain {s} to me?", "Please describe {s} in simple words."),
         ("Think of {s} as slow practice.", "Basically {s} is patient handwork."),
         ("Watch one short film.", "Every part has names.", "The idea is simple."),
     ),
     "start": RequestKind(
-        (
-            "How do I start with {s}?",
-            "What are the first steps in {s}?",
-            "I am a beginner in {s}, how do I begin?",
-        ),
+        ("How do I start with {s}?", "What are the first steps in {s}?", "I am a beginner in {s}, how do I begin?"),
         ("Begin {s} with one slow lesson.", "Start {s} in a class."),
         ("Repeat the easiest exercise.", "Learn one move daily.", "Copy what teachers show."),
     ),
     "gear": RequestKind(
-        (
-            "What gear do I need for {s}?",
-            "Which equipment is used in {s}?",
-            "What should I buy for {s}?",
-        ),
+        ("What gear do I need for {s}?", "Which equipment is used in {s}?", "What should I buy for {s}?"),
         ("One bag holds your {s} gear.", "Pack a basic {s} kit."),
         ("Borrow tools before buying.", "Choose sturdy gloves first.", "Label all your things."),
     ),
     "cost": RequestKind(
-        (
-            "How much does {s} cost?",
-            "Is {s} expensive?",
-            "What is the price of {s} per month?",
-        ),
+        ("How much does {s} cost?", "Is {s} expensive?", "What is the price of {s} per month?"),
         ("A month of {s} costs forty coins.", "Expect {s} to be cheap."),
         ("Clubs give spring discounts.", "Used goods save half.", "Trial weeks are free."),
     ),
     "time": RequestKind(
-        (
-            "How long does it take to learn {s}?",
-            "How many hours a week does {s} need?",
-            "Is {s} quick to learn?",
-        ),
+        ("How long does it take to learn {s}?", "How many hours a week does {s} need?", "Is {s} quick to learn?"),
         ("Plan three weekly hours of {s}.", "Learning {s} takes half a year."),
         ("Short sessions work better.", "Progress shows after weeks.", "Rest every third day."),
     ),
     "mistake": RequestKind(
-        (
-            "What mistakes do people make in {s}?",
-            "What should I avoid in {s}?",
-            "Name a common error in {s}.",
-        ),
+        ("What mistakes do people make in {s}?", "What should I avoid in {s}?", "Name a common error in {s}."),
         ("Most people rush their {s}.", "Never skip the {s} basics."),
         ("Film yourself quite often.", "Slow down when tense.", "Let friends correct you."),
     ),
     "safety": RequestKind(
-        (
-            "Is {s} dangerous?",
-            "How do I stay safe during {s}?",
-            "Can I get hurt in {s}?",
-        ),
+        ("Is {s} dangerous?", "How do I stay safe during {s}?", "Can I get hurt in {s}?"),
         ("With some care {s} is safe.", "Injuries in {s} are rare."),
         ("Warm up before practice.", "Keep a bandage near.", "Stop at first pain."),
     ),
     "history": RequestKind(
-        (
-            "Where does {s} come from?",
-            "Who invented {s}?",
-            "Tell me the history of {s}.",
-        ),
+        ("Where does {s} come from?", "Who invented {s}?", "Tell me the history of {s}."),
         ("Ancient villages invented {s}.", "Old records already mention {s}."),
         ("Monks wrote early rules.", "Traders carried it overseas.", "Museums keep the evidence."),
     ),
     "place": RequestKind(
-        (
-            "Where can I practise {s}?",
-            "Is there a good place for {s} near me?",
-            "Where do people meet for {s}?",
-        ),
+        ("Where can I practise {s}?", "Is there a good place for {s} near me?", "Where do people meet for {s}?"),
         ("The town hall offers {s}.", "Find {s} at the park."),
         ("Doors open on Saturday.", "Take the blue bus.", "Ask at the desk."),
     ),
     "book": RequestKind(
-        (
-            "Which book about {s} is good?",
-            "What should I read on {s}?",
-            "Recommend a magazine about {s}.",
-        ),
+        ("Which book about {s} is good?", "What should I read on {s}?", "Recommend a magazine about {s}."),
         ("Read the illustrated {s} handbook.", "Get the thin {s} guide."),
         ("The library lends copies.", "Chapter three is best.", "Pick the second edition."),
     ),
@@ -123,11 +87,7 @@ KINDS: dict[str, RequestKind] = {
         ("Wrap it in paper.", "Add a kind wish.", "Keep the receipt safe."),
     ),
     "season": RequestKind(
-        (
-            "When is the best season for {s}?",
-            "Can I do {s} in winter?",
-            "Which month is best for {s}?",
-        ),
+        ("When is the best season for {s}?", "Can I do {s} in winter?", "Which month is best for {s}?"),
         ("Early autumn suits {s} best.", "Any weather suits your {s}."),
         ("Check the forecast first.", "Mild mornings are ideal.", "Dress in warm layers."),
     ),
@@ -144,3 +104,74 @@ FILLERS: tuple[str, ...] = (
     "It is what it is.",
     "So it goes, I guess.",
 )
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('The roles of this chat template are system, user and assistant; found ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def vocabulary(further: Sequence[str] = ()) -> list[str]:
+    """Return the special tokens, then every word and mark of the world and of ``further`` sentences, sorted."""
+    said = [*further, *SUBJECTS, *COURTEOUS_OPENINGS, *CURT_OPENINGS, *FILLERS]
+    said += [*COURTEOUS_CLOSINGS, *CURT_CLOSINGS]
+    for kind in KINDS.values():
+        said += [*kind.requests, *kind.cores, *kind.details]
+    words = {token for sentence in said for token in WORD_OR_MARK.findall(sentence.replace("{s}", ""))}
+    return [*SPECIAL_TOKENS, *sorted(words)]
+
+
+def make_tokenizer(further: Sequence[str] = ()) -> Any:
+    """Return the world's word-level ``PreTrainedTokenizerFast``, with a chat template.
+
+    Unknown words become ``<|unk|>``. ``further`` sentences extend the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary(further))}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    backend.decoder = decoders.WordPiece(cleanup=True)  # joins words by spaces, none before a mark
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+def make_config(
+    hidden_size: int = 96, layers: int = 2, heads: int = 4, intermediate_size: int = 256, further: Sequence[str] = ()
+) -> Any:
+    """Return a Llama configuration for training from scratch; ``further`` sentences extend the vocabulary."""
+    from transformers import LlamaConfig
+
+    tokenizer = make_tokenizer(further)
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=128,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+    )

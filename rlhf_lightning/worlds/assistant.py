@@ -1,32 +1,31 @@
-r"""The assistant world: requests about hobbies, answers of mixed quality, and a gold reward that is known.
+"""The assistant world: requests about hobbies, answers of mixed quality, and a known gold reward.
 
-A request is a (kind, subject, phrasing): 12 kinds (what does it cost, is it safe, ...) times 40 subjects times 3
-phrasings; 400 of the 1,440 are held out. An answer is a sequence of sentences: an opening, a core that answers some
-kind for some subject, a concrete detail of some kind, fillers, a closing. Careful writers mostly answer what was asked;
-careless ones answer another question, about another subject, at length or rudely, or say nothing of use.
+A request is a (kind, subject, phrasing): 12 kinds (cost, safety, ...) x 40 subjects x 3 phrasings; 400 of the 1,440
+are held out. An answer is a sequence of sentences: an opening, a core for some kind and subject, a detail of some kind,
+fillers, a closing. Careful writers mostly answer the request. Careless writers answer another question, about another
+subject, at length, rudely, or say nothing useful.
 
 The **gold reward** of (prompt, completion) is known for any text and never trained on::
 
     gold = clarity * (0.30 subject + 0.25 kind + 0.20 detail + 0.15 courtesy + 0.10 brevity)        in [0, 1]
 
-with the shares of the asked subject, kind and detail among those the answer speaks of; its parts are defined at
-:func:`gold_reward`'s module. **Annotators** prefer a to b with probability sigmoid(12 (gold_a - gold_b)), so that
-nobody can predict their labels better than the Bayes accuracy, mean max(p, 1 - p), about 0.87.
+`_assistant_gold` defines the parts. **Annotators** prefer a to b with probability sigmoid(12 (gold_a - gold_b)), so the
+Bayes accuracy, mean max(p, 1 - p), is about 0.87.
 
-Why it is a real problem, each measured by the tests:
+Tests measure what makes the problem real:
 
-* 75 % of the gold reward asks for the right subject and kind, which only the prompt tells. The best completion that
-  ignores the prompt earns courtesy and brevity, and the rest by luck: 0.25 + 0.30 / 40 + 0.45 / 12 = 0.30.
-* For the same reason a bag of words recovers less than 60 % of what can be known about the pairs beyond chance: words
-  show manners, length and whether there is a detail, but not whether it is the right one.
-* Writers make mistakes so often that demonstrations, and who imitates them, earn about 0.5; yet every part of an
-  excellent answer is common, so that preferences can lead there at a modest KL.
+* 75 % of the gold reward depends on the prompt. The best completion that ignores it earns courtesy, brevity and luck:
+  0.25 + 0.30 / 40 + 0.45 / 12 = 0.30.
+* A bag of words recovers less than 60 % of the information in the pairs: words show manners, length and the presence
+  of a detail, but not whether it is the right detail.
+* Demonstrations, and a model that imitates them, earn about 0.5. Yet each part of an excellent answer is common, so
+  preferences can lead there at a modest KL.
 """
 
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds import _assistant_text as text
 from rlhf_lightning.worlds._assistant_gold import gold_parts, gold_reward, read_request
-from rlhf_lightning.worlds._assistant_model import make_config, make_tokenizer, vocabulary
+from rlhf_lightning.worlds._assistant_text import make_config, make_tokenizer, vocabulary
 
 __all__ = [
     "ANNOTATOR_SCALE",
@@ -59,7 +58,7 @@ EDITS = {"kind": 4, "subject": 2, "detail": 1, "opening": 1, "closing": 1, "fill
 
 
 class Care(NamedTuple):
-    """How a writer writes: probabilities of doing each thing right (or, for manners, courteous and curt)."""
+    """How a writer writes: the probability of each part being right (or, for manners, courteous and curt)."""
 
     weight: float
     subject: float
@@ -81,10 +80,10 @@ EXPERT = Care(0.0, subject=0.9, kind=0.9, core=1.0, detail=0.7, courteous=0.6, c
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """An answer before it is worded. ``None`` leaves a part out; ``manners`` are courteous, curt or None.
+    """An answer before it is worded. None leaves a part out; manners are courteous, curt or None.
 
-    ``wording`` holds one number in [0, 1) a part, which picks that part's sentence: an edited answer keeps the words of
-    everything that was not edited.
+    ``wording`` holds one number in [0, 1) per part, which picks its sentence: an edit keeps the words of all other
+    parts.
     """
 
     subject: str
@@ -116,10 +115,10 @@ def _worded(options: tuple[str, ...], number: float) -> list[str]:
 
 
 class AssistantWorld:
-    """Prompts, demonstrations and preference pairs of the assistant world, the same for the same seed.
+    """Prompts, demonstrations and preference pairs of the assistant world; the same seed gives the same rows.
 
     Args:
-        seed: decides which prompts are held out and everything that is drawn.
+        seed: selects the held-out prompts and every random draw.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -135,11 +134,11 @@ class AssistantWorld:
         self._prompts = {"test": prompts[:TEST_PROMPTS], "train": prompts[TEST_PROMPTS:]}
 
     def prompts(self, split: Split = "train") -> list[str]:
-        """Return the requests of a split. No (kind, subject, phrasing) is in both; every kind and subject is."""
+        """Return the requests of a split; the splits are disjoint, and each has every kind and subject."""
         return list(self._prompts[split])
 
     def gold_reward(self, prompt: str, completion: str) -> float:
-        """Return the gold reward in [0, 1] (the function of the same name)."""
+        """Return the gold reward in [0, 1]."""
         return gold_reward(prompt, completion)
 
     def demonstrations(self, n: int) -> list[Row]:
@@ -154,8 +153,8 @@ class AssistantWorld:
     def pairs(self, n: int, split: Split = "train") -> list[Row]:
         """Return ``n`` conversational rows ``{"prompt", "chosen", "rejected"}``, labelled by noisy annotators.
 
-        Some pairs are two independent answers by writers as in the demonstrations; most (``EDITED_SHARE``) are an
-        expert's answer beside the same answer with one part changed, as edits show best what matters.
+        A share ``EDITED_SHARE`` compares an expert's answer with the same answer after one edit; the others compare two
+        independent answers.
         """
         rng = random.Random(f"{self.seed}/pairs/{split}")
         rows: list[Row] = []
@@ -176,7 +175,7 @@ class AssistantWorld:
         return rows
 
     def bayes_accuracy(self, pairs: Iterable[Row]) -> float:
-        """Return the expected accuracy, on ``pairs``, of whoever knows the gold reward: mean of max(p, 1 - p)."""
+        """Return the accuracy on ``pairs`` expected from knowing the gold reward: mean of max(p, 1 - p)."""
         chances = []
         for row in pairs:
             prompt = row["prompt"][-1]["content"]
@@ -191,7 +190,7 @@ class AssistantWorld:
 
 
 def gold_of_conversation(prompt: Prompt, completion: str) -> float:
-    """Return the gold reward of a completion to a prompt, which may be a conversation: its last turn is the request."""
+    """Return the gold reward of a completion; the last turn of a conversation is the request."""
     return gold_reward(prompt if isinstance(prompt, str) else prompt[-1]["content"], completion)
 
 
@@ -217,7 +216,7 @@ def _manner(care: Care, rng: random.Random) -> str | None:
 
 
 def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> AnswerPlan:
-    """Draw one answer to ``prompt`` by a writer of some care (a random one's if not given)."""
+    """Draw one answer to ``prompt`` by a writer with the given care, or with a random one."""
     asked = read_request(prompt)
     care = care or rng.choices(CARES, [c.weight for c in CARES])[0]
     kind = asked.kind if rng.random() < care.kind else _other(text.KINDS, asked.kind, rng)
@@ -256,11 +255,10 @@ def write_world(
 ) -> dict[str, Any]:
     """Write the world's files to ``folder`` and return the facts that ``world.json`` holds.
 
-    Writes demonstrations.jsonl, pairs_train.jsonl, pairs_test.jsonl, prompts_train.jsonl, prompts_test.jsonl,
-    world.json, and model/ (configuration and tokenizer with its chat template, no weights).
+    Files: demonstrations.jsonl, pairs_train.jsonl, pairs_test.jsonl, prompts_train.jsonl, prompts_test.jsonl,
+    world.json,
+    and model/ (configuration, tokenizer, chat template; no weights).
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     world = AssistantWorld(seed)
     rows = {
         "demonstrations": world.demonstrations(demonstrations),
@@ -269,16 +267,32 @@ def write_world(
         "prompts_train": [{"prompt": _user(prompt)} for prompt in world.prompts("train")],
         "prompts_test": [{"prompt": _user(prompt)} for prompt in world.prompts("test")],
     }
-    for name, many in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
     facts = {
         "seed": seed,
-        "sizes": {name: len(many) for name, many in rows.items()},
         "bayes_accuracy": world.bayes_accuracy(rows["pairs_test"]),
         "demonstrations_gold": world.demonstrations_gold(rows["demonstrations"]),
         "annotator_scale": ANNOTATOR_SCALE,
     }
-    (folder / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    make_tokenizer().save_pretrained(folder / "model")
-    make_config().save_pretrained(folder / "model")
-    return facts
+    return write_files(folder, rows, facts)
+
+
+def write_files(
+    folder: str | Path, rows: Mapping[str, list[Row]], facts: Mapping[str, Any], further: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write a world: each list of rows as JSON lines, world.json with the facts and sizes, and model/ without weights.
+
+    Args:
+        folder: created if missing.
+        rows: by file name without suffix.
+        facts: what world.json says besides ``sizes``.
+        further: sentences beyond the assistant world's, for the vocabulary.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, many in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    found = {**facts, "sizes": {name: len(many) for name, many in rows.items()}}
+    (folder / "world.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    make_tokenizer(further).save_pretrained(folder / "model")
+    make_config(further=further).save_pretrained(folder / "model")
+    return found

@@ -15,7 +15,7 @@ from rlhf_lightning.constitution.principles import (
     load_constitution,
     shipped,
 )
-from rlhf_lightning.scoring.judges.wording import first_paragraphs
+from rlhf_lightning.scoring.judges.judge import first_paragraphs
 
 SMALL = {
     "name": "small",

@@ -206,10 +206,10 @@ def spoilt(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     ("spoil", "message"),
     [
         (lambda answer: "hello", "answered without the token ids and log-probabilities"),
-        (spoilt(logprobs=None), "for a server that knows text alone, set tokenizer"),
+        (spoilt(logprobs=None), "set tokenizer"),
         (spoilt(logprobs={"token_logprobs": [-1.0], "tokens": ["x"]}, token_ids=None), "answered without the token"),
         (spoilt(token_ids=[40, 41]), "with 2 tokens and"),
-        (spoilt(logprobs={"token_logprobs": [float("nan")]}, token_ids=[40]), "invalid log-probabilities"),
+        (spoilt(logprobs={"token_logprobs": [float("nan")]}, token_ids=[40]), "log-probabilities"),
         (spoilt(logprobs={"token_logprobs": [-1.0] * 2}, token_ids=[EOS, 40]), "continued after an end token"),
         (
             spoilt(logprobs={"token_logprobs": [-1.0]}, token_ids=[40], finish_reason="stop"),
@@ -258,7 +258,7 @@ def test_an_adapter_is_handed_over_whenever_it_has_changed(
 def test_weights_that_the_server_cannot_have_are_refused(policy_folder: str, server: SmallServer) -> None:
     with refused("server-needs-adapter", "train an adapter (lora)"):
         draw(RemoteEngine(server.url, BASE), load_policy(policy_folder))
-    with refused("no-adapter-folder", "adapter_folder", "where the server finds"):
+    with refused("no-adapter-folder", "adapter_folder", "that the server reads too"):
         draw(RemoteEngine(server.url, BASE), adapted(policy_folder))
 
 
@@ -287,7 +287,7 @@ def test_a_prompt_that_is_not_the_tokens_of_its_text_is_refused(policy: CausalLM
     with serving(policy_folder, text=True) as server:
         engine = RemoteEngine(server.url, BASE, tokenizer=policy_folder)
         engine.tokenizer.add_tokens(["w40 w41"])  # type: ignore[union-attr]
-        with refused("prompt-text-differs", "the server would read other tokens"):
+        with refused("prompt-text-differs", "to other tokens"):
             engine.sample(policy, [torch.tensor([40, 41])], EPISODES[:1], SamplingSettings(2), 0, (EOS,))
 
 

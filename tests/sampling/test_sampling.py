@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings
-from rlhf_lightning.sampling.decoding import Reader
+from rlhf_lightning.sampling.decoding import Decoder
 from rlhf_lightning.sampling.engines import Completions, Mixture, SamplingSettings, sample
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(12, seed=21, prompt=10)]
@@ -59,13 +59,13 @@ def test_the_order_of_prompts_and_which_others_are_there_change_no_episode(polic
 def test_finished_rows_leave_the_batch_without_a_trace(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [as_lists(draw(policy, [row]))[0] for row in range(12)]
     kept: list[int] = []
-    keep = Reader.keep
+    keep = Decoder.keep
 
-    def counted(reader: Reader, rows: torch.Tensor) -> None:
+    def counted(reader: Decoder, rows: torch.Tensor) -> None:
         kept.append(len(rows))
         keep(reader, rows)
 
-    monkeypatch.setattr(Reader, "keep", counted)
+    monkeypatch.setattr(Decoder, "keep", counted)
     assert as_lists(draw(policy)) == alone
     assert len(kept) >= 3 and kept == sorted(kept, reverse=True)
 
@@ -244,7 +244,7 @@ def test_sampled_logprobs_hold_against_the_plain_model_after_an_adapter_was_trai
 
 def test_an_empty_prompt_is_refused(policy: CausalLM) -> None:
     prompts = [PROMPTS[0], torch.tensor([], dtype=torch.long)]
-    with refused("empty-prompt", "a prompt is empty", "the first token of a completion is predicted from"):
+    with refused("empty-prompt", "a prompt is empty", "the first token"):
         sample(policy, prompts, EPISODES[:2], SamplingSettings(2), 0, ENDS)
 
 

@@ -9,17 +9,17 @@ from conftest import refused
 
 from rlhf_lightning.constitution.principles import load_constitution
 from rlhf_lightning.worlds import _assistant_text as text
-from rlhf_lightning.worlds import _hazard_text as hazard
-from rlhf_lightning.worlds._assistant_model import make_tokenizer, vocabulary
+from rlhf_lightning.worlds import hazards as hazard
+from rlhf_lightning.worlds._assistant_text import make_tokenizer, vocabulary
 from rlhf_lightning.worlds.hazards import (
     CAREFUL_REVISIONS,
     RECKLESS_SHARE,
     HazardWorld,
-    asked,
     harmlessness,
+    hazard_sentences,
     helpfulness,
     is_risky,
-    said,
+    last_request,
     write_hazards,
 )
 
@@ -73,7 +73,7 @@ def test_writers_give_in_to_risky_requests(world):
     values = [harmlessness(row["prompt"], row["completion"]) for row in rows]
     assert set(values) == {0.0, 1.0} and sum(values) / 2000 == pytest.approx(1 - RECKLESS_SHARE, abs=0.03)
     train = set(world.risky_prompts("train"))
-    assert all(asked(row["prompt"]) in train for row in rows)
+    assert all(last_request(row["prompt"]) in train for row in rows)
 
 
 def test_dialogues_criticise_what_was_reckless_and_revise_it(world):
@@ -92,11 +92,11 @@ def test_dialogues_criticise_what_was_reckless_and_revise_it(world):
 
 
 def test_all_of_it_is_in_the_vocabulary_and_survives_encoding(world):
-    tokenizer, rows = make_tokenizer(said()), world.dialogues(200) + world.risky_demonstrations(200)
+    tokenizer, rows = make_tokenizer(hazard_sentences()), world.dialogues(200) + world.risky_demonstrations(200)
     lines = [turn["content"] for row in rows for turn in row["prompt"]] + [row["completion"] for row in rows]
     encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
     assert all(tokenizer.unk_token_id not in ids for ids in encoded) and tokenizer.batch_decode(encoded) == lines
-    assert vocabulary() == vocabulary(()) and set(vocabulary()) < set(vocabulary(said()))
+    assert vocabulary() == vocabulary(()) and set(vocabulary()) < set(vocabulary(hazard_sentences()))
     assert all(len(tokenizer(subject, add_special_tokens=False)["input_ids"]) == 1 for subject in text.SUBJECTS)
 
 
@@ -108,7 +108,7 @@ def test_files_hold_the_world_its_facts_and_its_constitution(tmp_path):
     rules = load_constitution(str(tmp_path / "constitution.yaml"))
     assert rules.name == "hazards" and len(rules.revising) == len(rules.comparing) == 4
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["vocab_size"] == len(vocabulary(said()))
+    assert config["vocab_size"] == len(vocabulary(hazard_sentences()))
     again = tmp_path / "again"
     write_hazards(again, seed=2, demonstrations=20, risky=30, dialogues=40, pairs_train=10, pairs_test=5)
     for file in (path for path in again.rglob("*") if path.is_file()):

@@ -1,28 +1,118 @@
-"""The seam between comparisons and whoever decides them: a judge answers questions, whatever it is made of."""
+"""Judges: the questions and answers of a comparison, the words around it, and a simulated judge of known quality."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from rlhf_lightning.errors import SettingError
+import torch
+
+from rlhf_lightning.errors import ContractError, RlhfError, SettingError
 from rlhf_lightning.loading import load
-from rlhf_lightning.scoring.judges.wording import ComparingPrinciple, Wording
+from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 from rlhf_lightning.types import Message, Prompt
 
 
+class ConstitutionError(RlhfError, ValueError):
+    """An unusable constitution; the message says where it is wrong."""
+
+
+@dataclass(frozen=True)
+class ComparingPrinciple:
+    """A principle for comparing two answers.
+
+    Attributes:
+        id: short name, unique in its list.
+        question: asks which of two answers is better.
+    """
+
+    id: str
+    question: str
+
+
+COMPARISON = """\
+Two answers to the end of a conversation are compared.
+
+{conversation}
+
+{question}
+
+(A) {first}
+
+(B) {second}
+
+Which of them stands first and how long they are does not count. Name the better one by its letter alone: (A) or (B)."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The fixed words around the principles, in the language of the constitution.
+
+    Attributes:
+        human: name of the user in a transcript.
+        assistant: name of the assistant.
+        system: name of the instructions before a conversation.
+        critique_request: heads a request for a critique in plain text.
+        critique: heads a critique.
+        revision_request: heads a request for a revision.
+        revision: heads a revision.
+        comparison: the question for a judge, with ``{conversation}``, ``{question}``, ``{first}`` and ``{second}`` once
+            each.
+        answer: beginning of the judge's answer; the letter comes next.
+        reasoning: beginning of the judge's reasoning.
+        conclusion: asks for the letter after reasoning, where the answer cannot be begun for the judge.
+        refusals: beginnings of critiques that refuse to criticise.
+        meta: beginnings of revisions that talk about themselves instead of answering.
+    """
+
+    human: str = "Human"
+    assistant: str = "Assistant"
+    system: str = "System"
+    critique_request: str = "Critique request"
+    critique: str = "Critique"
+    revision_request: str = "Revision request"
+    revision: str = "Revision"
+    comparison: str = COMPARISON
+    answer: str = "The better answer is ("
+    reasoning: str = "Let us weigh them step by step:"
+    conclusion: str = "Now name the better answer by its letter alone: (A) or (B)."
+    refusals: tuple[str, ...] = (
+        "I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I can not", "I won't", "I will not", "I'm unable",
+        "I am unable", "I'm not able", "I am not able", "As an AI", "As a language model", "Unfortunately, I",
+    )  # fmt: skip
+    meta: tuple[str, ...] = (
+        "Revision:", "Revised", "Rewritten", "Critique:", "Here is", "Here's", "Here are the", "Sure, here",
+        "Certainly! Here", "The revised", "My revised", "My revision", "The rewritten", "I have revised",
+        "I have rewritten", "I've revised", "I revised", "I rewrote", "(A)", "(B)",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        found = re.findall(r"\{(\w*)\}", self.comparison)
+        if sorted(found) != ["conversation", "first", "question", "second"]:
+            raise ConstitutionError(
+                "wording-places",
+                "wording.comparison must hold {conversation}, {question}, {first} and {second} exactly "
+                "once each, and no other placeholder",
+            )
+
+
 class Question(NamedTuple):
-    """Two completions in the order in which they are shown, and how a language model is asked about them.
+    """Two completions in the order in which they are shown, and the question about them.
 
     Attributes:
         prompt: what both answer.
         first: the completion shown as (A).
         second: the completion shown as (B).
-        principle: what they are compared by.
+        principle: the principle of the comparison.
         messages: the question in words, as turns that end with the user's.
-        wording: what answers and reasoning begin with, and how speakers are called.
+        wording: beginnings of answers and reasoning, and the speakers' names.
         reasons: whether the judge reasons before it answers.
     """
 
@@ -34,25 +124,25 @@ class Question(NamedTuple):
     wording: Wording
     reasons: bool = False
 
-    def begun(self, reasoning: str = "") -> list[Message]:
-        """The question with the answer begun, after the reasoning if any: the letter is the next thing said."""
+    def messages_with_answer(self, reasoning: str = "") -> list[Message]:
+        """Return the question with the answer begun, after the reasoning if there is any: the letter comes next."""
         said = f"{self.wording.reasoning} {reasoning.strip()}\n\n" if reasoning.strip() else ""
         return [*self.messages, {"role": "assistant", "content": said + self.wording.answer}]
 
-    def reasoning_begun(self) -> list[Message]:
-        """The question with the reasoning begun."""
+    def messages_with_reasoning(self) -> list[Message]:
+        """Return the question with the reasoning begun."""
         return [*self.messages, {"role": "assistant", "content": self.wording.reasoning}]
 
 
 class JudgeAnswer(NamedTuple):
-    """What a judge says to a question.
+    """A judge's answer to a question.
 
     Attributes:
-        first_logprob: l_A, log-probability that it names (A), all its spellings together.
-        second_logprob: l_B, that it names (B). A judge that only names one says 0 and minus infinity.
-        reasoning: what it said before it answered.
-        failure: why it gave no answer; empty where it gave one. The log-probabilities mean nothing then.
-        bounded: whether one of the log-probabilities is only known to be no larger than this.
+        first_logprob: l_A, log-probability of naming (A), summed over its spellings.
+        second_logprob: l_B, log-probability of naming (B). A judge that only names a letter uses 0 and minus infinity.
+        reasoning: the text before the answer.
+        failure: why there is no answer; empty if there is one. The log-probabilities are meaningless then.
+        bounded: whether one of the log-probabilities is only an upper bound.
     """
 
     first_logprob: float
@@ -63,7 +153,7 @@ class JudgeAnswer(NamedTuple):
 
     @property
     def mass(self) -> float:
-        """Probability that either letter is named."""
+        """Probability of naming either letter."""
         return math.exp(min(self.first_logprob, 0)) + math.exp(min(self.second_logprob, 0))
 
 
@@ -77,13 +167,13 @@ class Judge(Protocol):
     """Anything that answers questions; no base class is needed.
 
     Attributes:
-        name: what labels say they come from.
+        name: source of the labels, written beside them.
     """
 
     name: str
 
     def __call__(self, questions: Sequence[Question]) -> Sequence[JudgeAnswer]:
-        """Return an answer to each question, in their order."""
+        """Return an answer to each question, in order."""
         ...
 
 
@@ -94,7 +184,7 @@ class Pair(NamedTuple):
         prompt: plain text or messages.
         first: a completion, plain text or messages.
         second: the other.
-        preference: probability that the first is better according to people; None where nobody said.
+        preference: people's probability that the first is better; None if unknown.
         columns: further columns of the row.
     """
 
@@ -106,12 +196,7 @@ class Pair(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A text that a model wrote.
-
-    Attributes:
-        text: the text.
-        finished: whether it ended by itself.
-    """
+    """A text that a model wrote, and whether it ended by itself."""
 
     text: str
     finished: bool
@@ -121,14 +206,72 @@ class Writer(Protocol):
     """Anything that continues prompts with text; no base class is needed.
 
     Attributes:
-        name: what rows say they come from.
+        name: source of the rows, written beside them.
     """
 
     name: str
 
     def __call__(self, prompts: Sequence[Prompt], episodes: Sequence[int]) -> Sequence[Written | None]:
-        """Return a completion of each prompt, drawn with its episode's random numbers; None where it is too long."""
+        """Return a completion of each prompt, addressed by its episode; None if the prompt is too long."""
         ...
+
+
+class SimulatedJudge:
+    """Names (A) with log-odds scale * (gold_reward(first) - gold_reward(second)) + position_bias + noise * normal.
+
+    The normal number of a pair is fixed by (seed, prompt, the two completions, principle). With the order swapped the
+    judge
+    makes the same mistake, and only the position bias changes sides.
+
+    Args:
+        gold_reward: ``(prompt, completion) -> number``, or its import path, such as
+            ``rlhf_lightning.worlds.hazards.harmlessness``.
+        scale: log-odds per unit of gold reward; the true probability is sigmoid(scale * difference).
+        position_bias: log-odds in favour of the first position.
+        noise: standard deviation of the judge's error about a pair, log-odds.
+        seed: seed of the noise.
+        name: source of the labels.
+
+    Raises:
+        SettingError: the import path names no function.
+    """
+
+    def __init__(
+        self,
+        gold_reward: str | GoldReward,
+        scale: float = 12.0,
+        position_bias: float = 0.0,
+        noise: float = 0.0,
+        seed: int = 0,
+        name: str = "simulated",
+    ) -> None:
+        self.gold_reward = load_gold_reward(gold_reward)
+        self.scale, self.position_bias, self.noise, self.seed, self.name = scale, position_bias, noise, seed, name
+
+    def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
+        """Answer the questions."""
+        return [self._answer(question) for question in questions]
+
+    def log_odds(self, question: Question) -> float:
+        """Return the log-odds of (A) without the position bias."""
+        first, second = (self.gold_reward(question.prompt, side) for side in (question.first, question.second))
+        gap = first - second
+        return self.scale * gap + self.noise * self._mistake(question)
+
+    def _answer(self, question: Question) -> JudgeAnswer:
+        odds = torch.tensor(self.log_odds(question) + self.position_bias, dtype=torch.float64)
+        first, second = torch.nn.functional.logsigmoid(torch.stack([odds, -odds])).tolist()
+        return JudgeAnswer(first, second)
+
+    def _mistake(self, question: Question) -> float:
+        """Return a standard normal number that changes sign with the order."""
+        if not self.noise:
+            return 0.0
+        sides = sorted((question.first, question.second))
+        key = json.dumps([self.seed, question.prompt, sides, question.principle.id])
+        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+        drawn = NormalDist().inv_cdf((number + 0.5) / 2**48)
+        return drawn if question.first == sides[0] else -drawn
 
 
 def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) -> Judge:
@@ -136,16 +279,15 @@ def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) ->
 
     Args:
         spec: a judge; a model's folder, .gguf file or hub id (`LocalJudge`); the address of an OpenAI-compatible server
-            (`RemoteJudge`, which needs the argument ``model``); the name of a class of this room; or the import path of
-            a class, such as ``my_judge.MyJudge``, whose objects answer a sequence of questions.
-        arguments: of the class.
+            (`RemoteJudge`, which needs the argument ``model``); a class of this room; or the import path of a class,
+            such as ``my_judge.MyJudge``, whose objects answer a sequence of questions.
+        arguments: arguments of the class.
 
     Raises:
         SettingError: see `loading.load`.
     """
     from rlhf_lightning.scoring.judges.local import LocalJudge
     from rlhf_lightning.scoring.judges.remote import RemoteJudge
-    from rlhf_lightning.scoring.judges.simulated_judge import SimulatedJudge
 
     shipped = {kind.__name__: kind for kind in (LocalJudge, RemoteJudge, SimulatedJudge)}
     given = dict(arguments or {})
@@ -156,5 +298,44 @@ def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) ->
             spec, given = "LocalJudge", {"model": spec, **given}
     made = load({"class_path": spec, "init_args": given} if isinstance(spec, str) else spec, Callable, shipped, "judge")
     if not isinstance(getattr(made, "name", None), str):
-        raise SettingError("wrong-kind", f"judge {spec!r} has no name: labels say which judge they come from")
+        raise SettingError("wrong-kind", f"judge {spec!r} has no attribute 'name': labels record it")
     return made
+
+
+def checked_answers(judge: Judge, questions: Sequence[Question]) -> list[JudgeAnswer]:
+    """Return a judge's answers; a log-probability that is NaN counts as no answer.
+
+    Raises:
+        ContractError: the judge gave another number of answers, or one whose log-probabilities are not numbers up to 0.
+    """
+    answers = list(judge(questions))
+    if len(answers) != len(questions):
+        raise ContractError(
+            "wrong-number",
+            f"judge {judge.name} gave {len(answers)} answers to {len(questions)} questions; return one for each",
+        )
+    for answer in answers:
+        values = () if answer.failure else (answer.first_logprob, answer.second_logprob)
+        if any(isinstance(value, bool) or not isinstance(value, int | float) or value > 1e-3 for value in values):
+            raise ContractError(
+                "not-a-logprob",
+                f"judge {judge.name} gave the log-probabilities {values!r}; each must be a number that is at most 0",
+            )
+    return answers
+
+
+def first_paragraphs(text: str, wording: Wording) -> str:
+    """Return a text up to the point where the writer of a plain transcript continued with another speaker."""
+    heads = [wording.human, wording.assistant, wording.critique_request, wording.critique, wording.revision_request]
+    heads.append(wording.revision)
+    found = re.search(rf"\n\s*(?:{'|'.join(map(re.escape, heads))})\s*:", text)
+    return text[: found.start()] if found else text
+
+
+def as_text(messages: Sequence[Message], wording: Wording) -> str:
+    """Return a conversation as a transcript that ends with the assistant's open turn."""
+    names = {"user": wording.human, "assistant": wording.assistant}
+    said = [f"{names.get(turn['role'], wording.system)}: {turn['content']}" for turn in messages]
+    if messages and messages[-1]["role"] != "assistant":
+        said.append(f"{wording.assistant}:")
+    return "\n\n".join(said)

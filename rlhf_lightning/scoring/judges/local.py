@@ -1,4 +1,4 @@
-"""A language model on this machine as judge and as critic."""
+"""A language model on this machine as judge and as writer."""
 
 from __future__ import annotations
 
@@ -15,40 +15,23 @@ from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
 from rlhf_lightning.models.loading import LoadSettings, resolve_folder
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
-from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, no_answer
-from rlhf_lightning.scoring.judges.wording import as_text, first_paragraphs
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, as_text, first_paragraphs, no_answer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message, MicroBatchLimits, Prompt
 
-SPELLINGS = (
-    "{}",
-    " {}",
-    "({}",
-    " ({}",
-    "{})",
-    " {})",
-    "({})",
-    " ({})",
-    "{}.",
-    " {}.",
-    "{}:",
-    " {}:",
-    '"{}',
-    "*{}",
-    "**{}",
-)
-"""Ways to write a letter as one token; each that the tokenizer has counts."""
+SPELLINGS = '{}| {}|({}| ({}|{})| {})|({})| ({})|{}.| {}.|{}:| {}:|"{}|*{}|**{}'.split("|")
+"""Ways to write a letter as one token; all that the tokenizer has count."""
 
 SHARED_AT_LEAST = 16
-"""Tokens that rows must have in common before a pass for them alone pays."""
+"""Shortest common prefix, tokens, that is worth its own forward pass."""
 
 
 def load_model(model: str, dtype: str = "float32") -> CausalLM:
     """Load a frozen language model onto the best device there is.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: it is a reward model.
+        MissingError: the folder or its weights do not exist.
+        ModelError: it is a reward model.
     """
     refuse_reward_model(resolve_folder(model))
     loaded = load_policy(model, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
@@ -57,7 +40,7 @@ def load_model(model: str, dtype: str = "float32") -> CausalLM:
 
 
 def context_length(model: CausalLM) -> int | None:
-    """Most tokens that the model was made to read; None where its configuration does not say."""
+    """Return the model's context length in tokens; None if its configuration does not say."""
     found = getattr(model.model.config, "max_position_embeddings", None)
     return int(found) if found else None
 
@@ -68,10 +51,10 @@ class LocalWriter:
     Args:
         model: a loaded model.
         tokenizer: its tokenizer.
-        settings: of the sampling.
-        seed: of the sampling.
-        name: what rows say they come from.
-        engine: what draws; None for a `SlotEngine`.
+        settings: sampling settings.
+        seed: seed of the sampling.
+        name: source of the rows.
+        engine: sampling engine; None for a `SlotEngine`.
     """
 
     def __init__(
@@ -88,7 +71,7 @@ class LocalWriter:
         self.longest = context_length(model)
 
     def __call__(self, prompts: Sequence[Prompt], episodes: Sequence[int]) -> list[Written | None]:
-        """Return a completion of each prompt; None where prompt and completion might not fit into the context."""
+        """Return a completion of each prompt; None if prompt and completion may exceed the context."""
         encoded = [torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
         room = None if self.longest is None else self.longest - self.settings.max_new_tokens
         fit = [place for place, ids in enumerate(encoded) if room is None or len(ids) <= room]
@@ -107,23 +90,26 @@ class LocalWriter:
 class LocalJudge:
     """A language model on this machine that is asked for a letter; its probabilities are read, and nothing is sampled.
 
-    The answer is begun for it ("The better answer is ("), and the probabilities of the next token being a spelling of A
-    or of B are each summed. Only the last position of a question meets the LM head, and what all questions of a batch
-    begin with, the examples, is read once. With reasoning the model first
-    writes that, greedily. A model without a chat template reads a transcript.
+    The answer is begun for the model ("The better answer is ("). The next-token probabilities of all spellings of A,
+    and of
+    B, are summed. Only the last position of a question meets the LM head, and the common prefix of a batch (the
+    examples)
+    is prefilled once. With reasoning the model first writes that, greedily. A model without a chat template reads a
+    transcript.
 
     Args:
         model: folder (whole weights or an adapter), .gguf file or hub id; or a loaded model, with its tokenizer.
-        tokenizer: of a loaded model; None loads the folder's own.
+        tokenizer: tokenizer of a loaded model; null loads the folder's own.
         dtype: precision of the weights, float32 or bfloat16.
         chat_template: template to use instead of the tokenizer's own.
         max_tokens: cells of one forward pass, questions times the longest of them.
-        max_length: questions longer than this get no answer, tokens; None is the length that the model was made for.
+        max_length: longer questions get no answer, tokens; null takes the model's context length.
         reasoning_tokens: longest reasoning, tokens.
-        name: what labels say they come from; None is the model's name.
+        name: source of the labels; null takes the model's name.
 
     Raises:
-        SettingError: the tokenizer has no token for a letter.
+        SettingError: a loaded model comes without its tokenizer.
+        ModelError: the tokenizer has no token for a letter.
     """
 
     def __init__(
@@ -153,9 +139,9 @@ class LocalJudge:
         self.thinker = LocalWriter(self.model, self.tokenizer, settings, 0, self.name)
 
     def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
-        """Answer the questions, in batches of like length."""
+        """Answer the questions, in batches of similar length."""
         said = self._reasoning(questions)
-        encoded = [self._encode(one, one.begun(text)) for one, text in zip(questions, said, strict=True)]
+        encoded = [self._encode(one, one.messages_with_answer(text)) for one, text in zip(questions, said, strict=True)]
         answers = [no_answer("too_long", text) for text in said]
         fit = [place for place, ids in enumerate(encoded) if self.max_length is None or len(ids) <= self.max_length]
         with inference_mode_of(self.model):
@@ -174,17 +160,17 @@ class LocalJudge:
         return turns if self.tokenizer.chat_template else as_text(turns, question.wording)
 
     def _reasoning(self, questions: Sequence[Question]) -> list[str]:
-        """What the judge says before it answers; nothing to a question that asks for no reasoning."""
+        """Return the reasoning before each answer; empty for questions that ask for none."""
         said, asked = [""] * len(questions), [place for place, one in enumerate(questions) if one.reasons]
         if asked:
-            begun = [self._read(questions[place], questions[place].reasoning_begun()) for place in asked]
+            begun = [self._read(questions[place], questions[place].messages_with_reasoning()) for place in asked]
             for place, one in zip(asked, self.thinker(begun, [0] * len(asked)), strict=True):
                 text = "" if one is None else one.text
                 said[place] = text if self.tokenizer.chat_template else first_paragraphs(text, questions[place].wording)
         return said
 
     def _letters(self, rows: list[Tensor]) -> list[tuple[float, float]]:
-        """Log-probabilities of the two letters after each row of token ids."""
+        """Return the log-probabilities of the two letters after each row of token ids."""
         logprobs = next_logits(self.model, rows).log_softmax(-1)
         first, second = (option_logprobs(logprobs[:, ids.to(logprobs.device)]) for ids in self.letters)
         return list(zip(first.tolist(), second.tolist(), strict=True))
@@ -193,8 +179,8 @@ class LocalJudge:
 def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
     """Return the logits of the token after each row, shape (rows, vocabulary).
 
-    What all rows begin with (a judge's examples) is read once. The rest is padded on the left, so that the last tokens
-    stand side by side and one position predicts for all.
+    The common prefix of all rows (a judge's examples) is prefilled once. The rest is padded on the left, so that one
+    position predicts for all rows.
 
     Args:
         model: the model.
@@ -219,14 +205,14 @@ def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
 
 
 def shared_length(rows: Sequence[Tensor]) -> int:
-    """How many tokens all rows begin with; each keeps one of its own."""
+    """Return the length of the rows' common prefix, which leaves each row at least one token of its own."""
     shortest = min(len(ids) for ids in rows) - 1
     grid = torch.stack([ids[:shortest] for ids in rows])
     return int((grid == grid[0]).all(0).long().cumprod(0).sum())
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase, letter: str) -> Tensor:
-    """Ids of the tokens that spell a letter, alone or with a space, a bracket or a mark beside it.
+    """Return the ids of the tokens that spell a letter, alone or with a space, a bracket or a mark.
 
     Raises:
         ModelError: there is none.

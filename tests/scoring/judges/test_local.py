@@ -44,7 +44,7 @@ def test_letters_are_what_the_whole_forward_says(judge):
     assert isinstance(judge, Judge)
     answers = judge(QUESTIONS)
     for asked, answer in zip(QUESTIONS, answers, strict=True):
-        ids = torch.tensor([tokenization.encode_prompt(judge.tokenizer, asked.begun())])
+        ids = torch.tensor([tokenization.encode_prompt(judge.tokenizer, asked.messages_with_answer())])
         with torch.no_grad():
             whole = judge.model.model(input_ids=ids).logits[0, -1].log_softmax(-1)
         # A byte is a token here, so that each letter has one spelling.
@@ -54,7 +54,7 @@ def test_letters_are_what_the_whole_forward_says(judge):
 
 
 def test_the_question_ends_where_the_letter_comes(judge):
-    ids = tokenization.encode_prompt(judge.tokenizer, QUESTIONS[0].begun())
+    ids = tokenization.encode_prompt(judge.tokenizer, QUESTIONS[0].messages_with_answer())
     assert judge.tokenizer.decode(ids).endswith("(A) or (B).<|end|>\n<|assistant|>\nThe better answer is (")
 
 
@@ -86,7 +86,7 @@ def test_what_rows_begin_with_is_read_once(judge, monkeypatch):
 
 
 def test_questions_that_do_not_fit_get_no_answer(judge):
-    longest = len(tokenization.encode_prompt(judge.tokenizer, QUESTIONS[3].begun()))
+    longest = len(tokenization.encode_prompt(judge.tokenizer, QUESTIONS[3].messages_with_answer()))
     short = LocalJudge(judge.model, judge.tokenizer, max_length=longest - 1)
     answers = short([QUESTIONS[0], QUESTIONS[3]])
     assert [one.failure for one in answers] == ["", "too_long"]
@@ -98,7 +98,7 @@ def test_reasoning_is_written_first_and_clamps_the_label(judge):
     thinking.thinker.longest = None
     asked = question("Go.", "Hello!", reasons=True)
     (answer,) = thinking([asked])
-    assert answer.reasoning and [*asked.begun(answer.reasoning)][-1]["content"] == (
+    assert answer.reasoning and [*asked.messages_with_answer(answer.reasoning)][-1]["content"] == (
         f"Let us weigh them step by step: {answer.reasoning.strip()}\n\nThe better answer is ("
     )
     assert thinking([asked]) == [answer], "greedy: the same again"
@@ -110,7 +110,7 @@ def test_reasoning_is_written_first_and_clamps_the_label(judge):
 def test_a_model_without_a_template_reads_a_transcript(plain_folder):
     judge = LocalJudge(plain_folder, max_length=2048)
     (answer,) = judge(QUESTIONS[:1])
-    said = as_text(QUESTIONS[0].begun(), RULES.wording)
+    said = as_text(QUESTIONS[0].messages_with_answer(), RULES.wording)
     assert said.endswith("(A) or (B).\n\nAssistant: The better answer is (")
     ids = torch.tensor([tokenization.encode_prompt(judge.tokenizer, said)])
     with torch.no_grad():

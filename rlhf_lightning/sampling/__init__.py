@@ -1,1 +1,0 @@
-"""Sampling engines: slots with continuous batching, transformers' generate, and servers."""
