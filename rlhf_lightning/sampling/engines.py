@@ -149,7 +149,7 @@ class SamplingEngine(ABC):
         if any(len(prompt) == 0 for prompt in prompts):
             raise DataError(
                 "empty-prompt",
-                "a prompt is empty, but the first token of a completion is predicted from its last token; drop such rows",
+                "a prompt is empty, but the first token of a completion is predicted from the prompt; drop such rows",
             )
         return self.complete(model, SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
 

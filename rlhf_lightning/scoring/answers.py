@@ -1,8 +1,9 @@
-"""The final answer of a solution, what number it is, and a scorer of right ones."""
+"""The final answer of a solution, its value as a number, and a scorer of right answers."""
 
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -11,7 +12,7 @@ from rlhf_lightning.scoring.scorer import Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
 LONGEST_ANSWER = 300
-"""Characters of an answer; a longer one is none."""
+"""Most characters of an answer; longer texts are no answers."""
 
 LONGEST_NUMERAL, LARGEST_EXPONENT = 60, 60
 
@@ -38,10 +39,11 @@ NUMBER = re.compile(
 
 
 def final_answer(text: str, last_number: bool = False) -> str | None:
-    r"""Return the answer that a solution ends with, as it is written; None where it states none.
+    r"""Return the answer that a solution ends with, as it is written; None if it states none.
 
-    It is stated in the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``: a solution that changes its
-    mind is taken at its last word, and one that names several in one place has named none of them alone.
+    It is the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``: the last word of a solution that changes
+    its
+    mind counts.
 
     Args:
         text: the solution.
@@ -57,14 +59,11 @@ def final_answer(text: str, last_number: bool = False) -> str | None:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    last = None
-    for last in pattern.finditer(text):  # noqa: B007 - the last of them is wanted
-        pass
-    return last
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _braced(text: str, start: int) -> str | None:
-    """Return what stands before the brace that closes the one before ``start``; None if none does, or far off."""
+    """Return the text up to the brace that closes the one before ``start``; None if it is missing or too far away."""
     depth = 1
     for place in range(start, min(len(text), start + LONGEST_ANSWER + 1)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -80,7 +79,7 @@ def _sentence(line: str) -> str | None:
 
 
 def normalized(answer: str) -> str:
-    """Return an answer without what does not change it: LaTeX around it, currency, percent and degree signs, spaces."""
+    """Return an answer without LaTeX wrappers, currency, percent and degree signs, and superfluous spaces."""
     answer = answer[: LONGEST_ANSWER + 1].replace("−", "-").replace("–", "-").replace("\u00a0", " ")
     answer = WRAPPED.sub(r" \1 ", re.sub(r"\\[dtc]frac", r"\\frac", answer))
     answer = FRAC.sub(lambda m: f" ({m[1]})/({m[2]})" if m[1] is not None else f" {m[3]}/{m[4]}", answer)
@@ -91,14 +90,14 @@ def normalized(answer: str) -> str:
 
 
 def number(answer: str) -> Fraction | None:
-    """Return the number that an answer is; None where it is none, or more than one.
+    """Return the number that an answer is; None if it is none, or several.
 
-    Units and currency do not count, nor does a percent sign: ``50%`` is 50. Thousands may have commas, fractions may
-    be written ``3/4``, ``1 1/2`` or with LaTeX, and ``2 million`` and ``3e8`` are what they say.
+    Units, currency and percent signs are ignored: ``50%`` is 50. Thousands may have commas; fractions may be ``3/4``,
+    ``1 1/2`` or LaTeX; ``2 million`` and ``3e8`` are understood.
     """
     if len(answer) > LONGEST_ANSWER:
         return None
-    # Braces around a thousands comma are LaTeX's, and those around a whole numeral; beside another they multiply.
+    # Braces around a thousands comma or a whole numeral are LaTeX's; next to another numeral they multiply.
     text = re.sub(r"(?<![\w.)}])[({]\s*([-+]?[\d.,]+)\s*[)}](?![\w({])", r"\1", normalized(answer).replace("{,}", ","))
     text = re.sub(r"\A([-+]?)\s*\((.*)\)\Z", r"\1\2", text)
     found = NUMBER.match(text)
@@ -112,7 +111,7 @@ def number(answer: str) -> Fraction | None:
 
 
 def _is_unit(text: str) -> bool:
-    """Whether what follows a number is a unit and changes nothing: words, but none that joins or scales."""
+    """Return whether the text after a number is a unit that does not change it: words that neither join nor scale."""
     if NO_UNIT & set(re.findall(r"[^\W\d_]+", text)):
         return False
     return not re.search(r"[-+*!√π,;|&(){}\\]", re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", "", text))
@@ -144,7 +143,7 @@ def _numeral(text: str) -> Fraction | None:
 
 
 def same_answer(given: str, reference: str) -> bool:
-    """Return whether two answers are equal: as numbers, exactly, where both are; else as normalised text."""
+    """Return whether two answers are equal: exactly as numbers if both are numbers, else as normalised text."""
     if len(given) > LONGEST_ANSWER:
         return False
     numbers = number(given), number(reference)
@@ -158,18 +157,19 @@ class MathAnswerScorer(Scorer):
     r"""1 where the final answer of a completion equals the reference, else 0 (Cobbe et al., 2110.14168).
 
     Only the final answer counts: the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``. Numbers are
-    compared exactly, as fractions; units, currency and percent signs, thousands commas and LaTeX around them do not
-    matter. Other answers are compared as text: there is no symbolic algebra, because a parser that evaluates what an
-    untrusted completion says (``10**10**10``) can hang or be talked into running code, and the numeric answers of
-    GSM8K, SVAMP and their kin never need it. A completion without an answer scores 0, and a row without a reference
-    has no score.
+    compared
+    exactly, as fractions; units, currency and percent signs, thousands commas and LaTeX wrappers are ignored. Other
+    answers
+    are compared as text. There is no symbolic algebra: a parser that evaluates untrusted text (``10**10**10``) can hang
+    or
+    run code, and GSM8K, SVAMP and similar sets never need it. A completion without an answer scores 0; a row without a
+    reference has no score.
 
     The data needs a column of reference answers: a number, a text, or a whole solution that ends with ``#### 42``.
 
     Args:
         answer_column: name of that column.
-        last_number: take the last number of a completion that states no answer; convenient for models that were never
-            told how to state one, and easily satisfied by a lucky number.
+        last_number: take the last number of a completion that states no answer; lucky numbers satisfy it easily.
     """
 
     def __init__(self, answer_column: str = "answer", last_number: bool = False) -> None:
@@ -179,7 +179,7 @@ class MathAnswerScorer(Scorer):
         """Return 1, 0, or None for each completion.
 
         Raises:
-            ValueError: the column is missing.
+            MissingColumnError: the column is missing.
         """
         answers = column(columns, self.answer_column, self)
         return [self._score(text, answer) for text, answer in zip(completions, answers, strict=True)]

@@ -16,7 +16,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.scoring.checks import words
+from rlhf_lightning.scoring.instructions import words
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, checked_judgements, load_scorer
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 

@@ -1,9 +1,19 @@
-"""Scorers that may fail: they are asked again, and what still has no score ends the run or is left out of it."""
+"""Scorers that may fail: completions are scored again, in killable processes if a time limit is set.
+
+Completions that still have no score end the run or are dropped.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,37 +24,47 @@ from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
-from rlhf_lightning.scoring.workers import Outcome, Row, WorkerPool, judged, miscounted
 from rlhf_lightning.types import Judgement, Prompt, Rollout
+
+START_SECONDS = 120.0
+"""Time limit of a process for importing the scorer."""
+
+Outcome = tuple[Literal["scored", "failed", "timed_out"], Any]
+"""Outcome of a completion: its score (a number, a `Judgement`, or None) or what went wrong."""
+
+Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
+"""Prompt, completion and columns of one completion, as a scorer takes them."""
 
 
 class ScorerFailedError(RlhfError, RuntimeError):
-    """A completion has no score, however often the scorer was asked."""
+    """A completion still has no score after all attempts."""
 
 
 class FaultTolerant(Scorer):
-    """Another scorer whose faults are retried and then either end the run or cost the completion.
+    """Another scorer whose faults are retried; a fault that stays ends the run or costs the completion its score.
 
-    Faults are an error, a process that dies, an answer that comes too late, another number of scores than completions,
-    and a score that is NaN, infinite or no number. A None is no fault: the scorer says that it cannot judge.
+    Faults: an exception, a process that dies, a timeout, a wrong number of scores, and a score that is NaN, infinite or
+    not
+    a number. None is no fault: the scorer says that it cannot judge.
 
-    With ``seconds`` each completion is scored by itself in other processes, which are killed when its time is up,
-    whatever the function does; it must be importable there. Without, the scorer gets all completions at once in this
-    process, and one by one where that fails, so that a bad completion does not cost the others.
+    With ``seconds`` each completion is scored by itself in another process, which is killed at the time limit; the
+    scorer
+    must be importable there. Without it the scorer gets all completions at once in this process, and one by one if that
+    fails, so that one bad completion does not cost the others.
 
-    Faults are told apart from wrong answers by metrics, shares of the completions: ``score_failed``,
-    ``score_timed_out``, and ``score_retried`` for those that took more than one attempt.
+    Metrics, as shares of the completions: ``score_failed``, ``score_timed_out``, and ``score_retried`` for more than
+    one
+    attempt.
 
     Args:
         scorer: what `load_scorer` takes, or a Scorer or function (with ``seconds`` one that can be pickled).
         on_fault: "raise" ends the run with the scorer's own message; "drop" gives no score, so that nothing is learned
-            from the completion; "zero" scores it 0, where the completion itself is to blame.
-        retries: how often completions without a score are tried again.
-        wait: before the first repetition, seconds; doubles from one to the next.
-        seconds: what one completion may take, without the start of its process; None does not bound it.
-        workers: processes side by side, with ``seconds``.
-        most_in_a_row: with "drop", faults of so many completions in a row end the run: the scorer is gone, and there is
-            nothing to learn from.
+            from the completion; "zero" scores it 0, if the completion itself is to blame.
+        retries: further attempts for completions without a score.
+        wait: wait before the first repetition, seconds; doubles each time.
+        seconds: time limit of one completion, without the start of its process; null sets none.
+        workers: number of processes, with ``seconds``.
+        most_in_a_row: with "drop", this many consecutive faults end the run: the scorer is gone.
 
     Raises:
         SettingError: a setting is out of range, or the scorer is or has a reward model.
@@ -69,7 +89,7 @@ class FaultTolerant(Scorer):
             )
         if retries < 0 or wait < 0:
             raise SettingError("setting-out-of-range", f"retries is {retries} and wait {wait}: each must be at least 0")
-        self.scorer = load_scorer(scorer)  # what cannot be loaded should fail now
+        self.scorer = load_scorer(scorer)  # with seconds too: a scorer that cannot be loaded should fail now
         if _has_model(self.scorer):
             raise SettingError(
                 "wraps-reward-model",
@@ -83,7 +103,7 @@ class FaultTolerant(Scorer):
         self._last_fault: Outcome = ("failed", "")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion; of faults what ``on_fault`` says.
+        """Return one score per completion; ``on_fault`` decides about faults.
 
         Raises:
             ScorerFailedError: a completion has no score and ``on_fault`` is "raise", or too many in a row have none.
@@ -115,7 +135,7 @@ class FaultTolerant(Scorer):
         return 0.0 if self.on_fault == "zero" else None
 
     def _outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Return what became of each row after all attempts."""
+        """Return the outcome of each row after all attempts."""
         outcomes, retried = self._attempt(rows), [0.0] * len(rows)
         for attempt in range(self.retries):
             left = [row for row, (kind, _) in enumerate(outcomes) if kind != "scored"]
@@ -128,25 +148,24 @@ class FaultTolerant(Scorer):
         return outcomes
 
     def _attempt(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Return what became of each row in one attempt."""
         if self._pool is not None:
             return self._pool.outcomes(rows)
         found = self._together(rows)
-        if found is None:  # of the call as a whole: some of the rows may be as good as ever
+        if found is None:
             return [one for row in rows for one in self._together([row]) or [self._last_fault]]
         return found
 
     def _together(self, rows: Sequence[Row]) -> list[Outcome] | None:
-        """Ask the scorer for all rows at once; return None where that failed and asking for fewer may help."""
+        """Ask the scorer for all rows at once; return None if that failed and fewer rows may succeed."""
         names = rows[0][2] if rows else {}
         columns = {name: [row[2][name][0] for row in rows] for name in names}
         try:
             scores = list(self.scorer([row[0][0] for row in rows], [row[1][0] for row in rows], **columns))
         except MissingColumnError:
             raise
-        except ServerError as error:  # it was asked often enough, and is gone for all of them
+        except ServerError as error:  # its own retries are over: it is gone for all rows
             return [("failed", str(error))] * len(rows)
-        except Exception as error:  # noqa: BLE001 - of a user's function, which may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may raise anything
             self._last_fault = ("failed", f"{type(error).__name__}: {error}")
             return None
         if len(scores) != len(rows):
@@ -169,11 +188,11 @@ class FaultTolerant(Scorer):
         return self
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return 1 for each completion with a fault of its kind and 0 for the others, and the scorer's own metrics."""
+        """Return 1 for each completion with a fault of that kind and 0 for the others, and the scorer's own metrics."""
         return {**self.scorer.take_metrics(), **self._measured.take()}
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Tell the scorer. Processes of their own (``seconds``) keep the state that they started with."""
+        """Tell the scorer. With ``seconds`` its processes keep the state that they started with."""
         self.scorer.on_rollout_end(rollout, means)
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,5 +210,182 @@ class FaultTolerant(Scorer):
 
 
 def _has_model(scorer: Scorer) -> bool:
-    """Whether a scorer is a reward model or is made of one."""
+    """Return whether a scorer is a reward model or contains one."""
     return isinstance(scorer, LearnedScorer) or any(map(_has_model, getattr(scorer, "scorers", {}).values()))
+
+
+class WorkerFailedError(RlhfError, RuntimeError):
+    """A process cannot be started."""
+
+
+class WorkerPool:
+    """Scores completions one by one in their own processes, each with an enforced time limit.
+
+    A process that exceeds its time is killed with all its children, even in an endless loop or a C extension. Processes
+    are fresh interpreters that import the scorer. They start with the first completions and live until the pool is
+    closed.
+
+    Args:
+        scorer: what `load_scorer` takes, or a Scorer or function that can be pickled.
+        seconds: time limit of one completion, without the start of the process.
+        workers: number of processes.
+    """
+
+    def __init__(self, scorer: Any, seconds: float, workers: int) -> None:
+        self.scorer, self.seconds, self.workers = scorer, seconds, workers
+        self._pool: list[Worker] = []
+
+    def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
+        """Hand the rows to processes as these become free; return the outcome of each row.
+
+        Raises:
+            WorkerFailedError: the scorer cannot be handed to another process.
+        """
+        outcomes: dict[int, Outcome] = {}
+        waiting = deque(range(len(rows)))
+        while len(outcomes) < len(rows):
+            while waiting and (worker := self._free_worker()):
+                worker.give(waiting[0], rows[waiting.popleft()], self.seconds)
+            busy = [worker for worker in self._pool if worker.row is not None]
+            patience = max(min(worker.deadline for worker in busy) - time.monotonic(), 0.0)
+            wait([worker.connection for worker in busy], patience)
+            for worker in busy:
+                row, outcome = worker.row, worker.outcome()
+                if outcome is not None and row is not None:
+                    outcomes[row] = outcome
+            self._pool = [worker for worker in self._pool if worker.alive]
+        return [outcomes[row] for row in range(len(rows))]
+
+    def _free_worker(self) -> Worker | None:
+        free = next((worker for worker in self._pool if worker.row is None), None)
+        if free is None and len(self._pool) < self.workers:
+            self._pool.append(free := Worker(self.scorer))
+        return free
+
+    def close(self) -> None:
+        """End the processes; the next completion starts new ones."""
+        for worker in self._pool:
+            worker.kill()
+        self._pool = []
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be shutting down
+            self.close()
+
+
+class Worker:
+    """A process that scores one row at a time.
+
+    Attributes:
+        connection: pipe of its answers.
+        row: number of its current row; None when it is free.
+        deadline: time limit of the row, on the monotonic clock.
+        alive: whether it can be given another row.
+    """
+
+    def __init__(self, scorer: Any) -> None:
+        context: Any = multiprocessing.get_context(start_method())
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, scorer), daemon=True)
+        try:
+            self.process.start()
+        except (AttributeError, TypeError, ValueError, OSError) as error:
+            raise WorkerFailedError(
+                "not-importable",
+                f"{scorer!r} cannot be handed to another process ({error}); name an importable function or class",
+            ) from error
+        theirs.close()
+        self.row: int | None = None
+        self.deadline, self.alive, self._ready, self._seconds = 0.0, True, False, 0.0
+
+    def give(self, row: int, content: Any, seconds: float) -> None:
+        """Hand a row over."""
+        self.row, self._seconds = row, seconds
+        self.deadline = time.monotonic() + (seconds if self._ready else START_SECONDS)
+        with contextlib.suppress(OSError):  # a dead process: `outcome` reports it
+            self.connection.send(content)
+
+    def outcome(self) -> Outcome | None:
+        """Return the row's outcome, or None while it is open. A process that fails to answer is killed."""
+        try:
+            if self.connection.poll():
+                found = self.connection.recv()
+                if found == "ready":  # its time begins now
+                    self._ready, self.deadline = True, time.monotonic() + self._seconds
+                    return None
+                self.row = None
+                return found
+        except (EOFError, OSError):
+            self.kill()
+            return "failed", f"its process ended with exit code {self.process.exitcode}"
+        if time.monotonic() < self.deadline:
+            return None
+        self.kill()
+        limit = self._seconds if self._ready else START_SECONDS
+        return "timed_out", f"it took longer than {limit:g} s" + ("" if self._ready else " to start")
+
+    def kill(self) -> None:
+        """Kill the process and all its children."""
+        self.alive, self.row = False, None
+        self.connection.close()
+        if self.process.pid is not None and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.join(timeout=5)
+
+
+def start_method() -> str:
+    """Return "forkserver" where it exists, since forks of a process with threads hang, else "spawn".
+
+    The server imports this file once, so a process that replaces a killed one starts in milliseconds.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    return "forkserver"
+
+
+def serve(connection: Connection, spec: Any) -> None:
+    """Score rows until the other side closes the connection; runs in its own process."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group of its own: what the scorer starts is killed with it
+    with contextlib.suppress(EOFError, OSError):
+        try:
+            scorer = load_scorer(spec)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - reported to the other side
+            connection.recv()
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            return
+        connection.send("ready")
+        while True:
+            connection.send(scored(scorer, *connection.recv()))
+
+
+def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], columns: Mapping[str, Any]) -> Outcome:
+    """Return the outcome of one row."""
+    try:
+        scores = list(scorer(prompts, completions, **columns))
+        return judged(scores[0]) if len(scores) == 1 else miscounted(len(scores), 1)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may raise anything
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def judged(score: Any) -> Outcome:
+    """Return a score as a number, a `Judgement`, or None where the scorer cannot judge; other values have failed."""
+    if score is None:
+        return "scored", None
+    if isinstance(score, Judgement):
+        kind, value = judged(score.score)
+        return kind, score._replace(score=value) if kind == "scored" else value
+    try:
+        value = float(score)
+    except (TypeError, ValueError, RuntimeError):
+        return "failed", f"it returned {score!r}, which is not a number"
+    return ("scored", value) if math.isfinite(value) else ("failed", f"it returned {value}")
+
+
+def miscounted(found: int, asked: int) -> Outcome:
+    """Return the outcome of a wrong number of scores."""
+    return "failed", f"it returned {found} scores for {'one completion' if asked == 1 else f'{asked} completions'}"

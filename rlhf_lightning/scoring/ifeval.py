@@ -1,9 +1,8 @@
-"""IFEval: 25 kinds of instructions whose keeping a program can check (Zhou et al., 2311.07911).
+"""IFEval: 25 kinds of instructions that a program can check (Zhou et al., 2311.07911).
 
-Written from the published definition of each kind. Two of them ask for a language as well as for capitals or lower
-case: the case alone is checked here. ``language:response_language`` needs a language detector and is never checked.
-Sentences are told apart by their marks alone, so the two counts of sentences and of words can differ by a few from
-programs that use a trained tokenizer.
+Written from the published definition of each kind. Two kinds ask for a language and a case: only the case is checked.
+``language:response_language`` needs a language detector and is never checked. Sentences are split at their marks, so
+counts of sentences and words can differ slightly from programs that use a trained tokenizer.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.scoring import checks
-from rlhf_lightning.scoring.checks import holds
+from rlhf_lightning.scoring import instructions as checks
+from rlhf_lightning.scoring.instructions import holds
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
@@ -90,16 +89,16 @@ INSTRUCTIONS: dict[str, Callable[..., bool]] = {
     "change_case:english_lowercase": str.islower,
     "punctuation:no_comma": lambda text: "," not in text,
 }
-"""Every kind that is checked, by its published id, as a function of the completion and the kind's own arguments."""
+"""Checked kinds by their published ids: functions of the completion and the kind's own arguments."""
 
 
 def follows(completion: str, instruction_id: str, arguments: Mapping[str, Any] | None = None) -> bool | None:
-    """Return whether a completion follows an instruction; None where this room cannot check that kind.
+    """Return whether a completion follows an instruction; None if that kind cannot be checked.
 
     Args:
-        completion: the text; one without any character but spaces follows nothing.
+        completion: the text; a blank one follows nothing.
         instruction_id: such as ``punctuation:no_comma``.
-        arguments: of the instruction, by their published names; None values count as left out.
+        arguments: the instruction's arguments by their published names; None values count as left out.
 
     Raises:
         DataError: the arguments do not fit the kind.
@@ -119,9 +118,9 @@ def follows(completion: str, instruction_id: str, arguments: Mapping[str, Any] |
 class IFEvalScorer(Scorer):
     """The share of a row's instructions that its completion follows (instruction-level accuracy of a row).
 
-    The data needs the columns ``instruction_id_list`` and ``kwargs`` of IFEval: a list of ids, and a list of mappings
-    of the same length (each may be JSON, and None is none). Instructions of a kind that cannot be checked are left out,
-    and a row of none but those has no score; how many a completion had is the metric ``unchecked_instructions``.
+    The data needs IFEval's columns ``instruction_id_list`` and ``kwargs``: a list of ids, and a list of mappings of the
+    same length (each may be JSON or null). Kinds that cannot be checked are left out and counted in the metric
+    ``unchecked_instructions``; a row of such kinds alone has no score.
 
     Args:
         strict: 1 where every checked instruction is followed, else 0 (prompt-level accuracy).
@@ -135,7 +134,7 @@ class IFEvalScorer(Scorer):
         """Return a score between 0 and 1 per completion, or None.
 
         Raises:
-            ValueError: a column is missing, or the arguments of an instruction do not fit it.
+            DataError: a column is missing, or the arguments of an instruction do not fit it.
         """
         ids, arguments = (map(_read, column(columns, name, self)) for name in ("instruction_id_list", "kwargs"))
         followed = [
@@ -151,7 +150,7 @@ class IFEvalScorer(Scorer):
         return float(all(checked)) if self.strict else sum(checked) / len(checked)
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return how many instructions of each completion could not be checked."""
+        """Return the number of unchecked instructions of each completion."""
         return self._measured.take()
 
 

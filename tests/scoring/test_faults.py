@@ -142,7 +142,7 @@ def test_retries_end():
         ([], "it returned 0 scores for one completion"),
         (None, "TypeError: 'NoneType' object is not iterable"),
         ([math.inf], "it returned inf"),
-        (["good"], "it returned 'good', which is no number"),
+        (["good"], "it returned 'good', which is not a number"),
     ],
 )
 def test_what_is_no_score(returned, message):
