@@ -240,7 +240,7 @@ def completions(
     import torch
 
     from rlhf_lightning import tokenization
-    from rlhf_lightning.scoring.scorer import Judgements, checked_judgements
+    from rlhf_lightning.scoring.scorer import Judgements, ask_scorer
 
     ends = tokenization.end_token_ids(tokenizer)
     engine, settings = sampling.make_engine(), sampling.settings()
@@ -257,8 +257,8 @@ def completions(
         if score is not None:
             names = set().union(*(columns for _, columns in owners))
             further = {name: [columns.get(name) for _, columns in owners] for name in names}
-            given = score([prompt for prompt, _ in owners], texts, **further)
-            judged = checked_judgements(given, len(texts), f"scorer {scorer_name!r}").plain()
+            asked = [prompt for prompt, _ in owners]
+            judged = ask_scorer(score, asked, texts, further, f"scorer {scorer_name!r}").plain()
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {

@@ -16,8 +16,8 @@ from rlhf_lightning.functional.statistics import best_of_n_curve, bootstrap_inte
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, lay_out, select
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
-from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores
-from rlhf_lightning.scoring.scorer import GoldReward
+from rlhf_lightning.scoring import LearnedScorer, Scorer
+from rlhf_lightning.scoring.scorer import GoldReward, ask_scorer
 from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
 
 MAX_TOKENS = 16_384
@@ -86,7 +86,7 @@ def sample_and_score(
     if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
         scores = scorer.score_sequences(sequences)
     elif scorer is not None:
-        scores = checked_scores(scorer(repeated, texts), len(texts), type(scorer).__name__)
+        scores = ask_scorer(scorer, repeated, texts, {}, type(scorer).__name__).scores
     gold = None
     if gold_reward is not None:
         pairs = zip(repeated, texts, strict=True)

@@ -30,7 +30,7 @@ from rlhf_lightning.runs.checkpoint_files import last_checkpoint
 from rlhf_lightning.runs.run import CONFIG_FILE, MODEL_FOLDER, versions
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.scoring.scorer import checked_scores
+from rlhf_lightning.scoring.scorer import ask_scorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import Prompt, PromptBatch
 
@@ -203,7 +203,7 @@ def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> d
     if name == "score":
         assert scorer is not None
         texts = [row["completion"] for row in theirs]
-        other = checked_scores(scorer([row["prompt"] for row in theirs], texts), len(texts), "scorer").tolist()
+        other = ask_scorer(scorer, [row["prompt"] for row in theirs], texts, {}, "scorer").scores.tolist()
     wins = [0.5 + 0.5 * ((one[name] > value) - (one[name] < value)) for one, value in zip(mine, other, strict=True)]
     found = mean_with_interval(torch.tensor(wins, dtype=torch.float64), seed)
     return {"win_rate": found["mean"], "win_rate_ci": found["ci"]}

@@ -19,7 +19,7 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.active import disagreement, farthest_first, uncertainty
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.people.handing_out import chance
-from rlhf_lightning.scoring.scorer import load_scorer, plain_scores
+from rlhf_lightning.scoring.scorer import ask_scorer, load_scorer
 
 FEATURES = 512
 """Buckets that n-grams are hashed into."""
@@ -184,7 +184,8 @@ class RewardModels:
         texts = [candidate.text for item in items for candidate in item.candidates]
         owners = [item.columns for item in items for _ in item.candidates]
         columns = {key: [owner.get(key) for owner in owners] for key in set().union(*owners)}
-        scores = plain_scores(self.scorers[name](prompts, texts, **columns), len(texts), f"scorer {name!r}")
+        judged = ask_scorer(self.scorers[name], prompts, texts, columns, f"scorer {name!r}")
+        scores = [one.score for one in judged.plain()]
         if None in scores:
             raise DataError(
                 "no-score",

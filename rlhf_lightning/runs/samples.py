@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +16,10 @@ from rlhf_lightning.runs.run import aligned, run_folder, updates_of
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
-from rlhf_lightning.scoring.scorer import MissingColumnError, unmoved
-from rlhf_lightning.types import Judgement, Prompt
+from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, ask_scorer, unmoved
+from rlhf_lightning.types import Prompt
 
-UNSCORABLE = (TypeError, KeyError, MissingColumnError, ScorerFailedError, ServerError)
+UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
 """Characters of a prompt or completion that the table shows; samples.jsonl has all of them."""
 
@@ -151,11 +150,10 @@ class SampleTable(Callback):
             return [None] * len(completions)
         try:
             with unmoved(scorer):
-                given = scorer(self.prompts, list(completions), **self.columns)
+                judged = ask_scorer(scorer, self.prompts, list(completions), self.columns, type(scorer).__name__)
         except UNSCORABLE:
             return [None] * len(completions)
-        scores = [score.score if isinstance(score, Judgement) else score for score in given]
-        return [None if score is None or math.isnan(score) else float(score) for score in scores]
+        return [one.score for one in judged.plain()]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -248,31 +248,26 @@ class MixedDecoder(Decoder):
         self.refills = self.other.refills = self.refills and self.other.refills
 
     def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
-        """Forward prompts through both models and mix the logits."""
         own = super().prefill(prompts)
         with self.mixture.other():
             other = self.other.prefill(prompts)
             return Prefix(self.mixture.mix(own.logits, other.logits), own.cache, other)
 
     def enter(self, prefix: Prefix, rows: Tensor, slots: Tensor) -> None:
-        """Put prefilled prompts into the slots of both models."""
         assert prefix.other is not None
         super().enter(prefix, rows, slots)
         self.other.enter(prefix.other, rows, slots)
 
     def step(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Return the mixed logits of the next token, shape (rows, vocabulary)."""
         own = super().step(tokens, lengths)
         with self.mixture.other():
             return self.mixture.mix(own, self.other.step(tokens, lengths))
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone."""
         super().keep(rows)
         self.other.keep(rows)
 
     def trim(self, width: int) -> None:
-        """Keep the last columns alone."""
         super().trim(width)
         self.other.trim(width)
 

@@ -167,7 +167,6 @@ class SlotEngine(SamplingEngine):
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        """Draw the completions; with sharded weights all ranks make their forward passes together."""
         run = _Run(model, request)
         idle = partial(idle_pass, model, request.mixture)
         with inference_mode_of(model), in_step(model, idle) as before_pass:

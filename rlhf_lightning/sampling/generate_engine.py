@@ -26,11 +26,6 @@ class GenerateEngine(SamplingEngine):
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        """Draw the completions.
-
-        Raises:
-            SettingError: a mixture is asked for, or weights are sharded.
-        """
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
         if request.mixture is not None:
             raise SettingError(

@@ -87,13 +87,6 @@ class RemoteEngine(SamplingEngine):
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        """Draw the completions.
-
-        Raises:
-            SettingError: a mixture is asked for, or the server cannot have the policy's weights.
-            DataError: a server of text alone would encode a prompt to other tokens.
-            ServerError: the server cannot be reached, or its answer is unusable.
-        """
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
         if request.mixture is not None:
             raise SettingError(

@@ -176,11 +176,6 @@ class MathAnswerScorer(Scorer):
         self.answer_column, self.last_number = answer_column, last_number
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return 1, 0, or None for each completion.
-
-        Raises:
-            MissingColumnError: the column is missing.
-        """
         answers = column(columns, self.answer_column, self)
         return [self._score(text, answer) for text, answer in zip(completions, answers, strict=True)]
 

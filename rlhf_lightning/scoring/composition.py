@@ -1,4 +1,4 @@
-"""Scores made of scores: weighted sums, and ensembles that distrust what their members disagree on."""
+"""Scorers made of scorers: weighted sums, ensembles that penalise disagreement, and rule-based penalties."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.scoring.instructions import words
-from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, checked_judgements, load_scorer
+from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer, load_scorer
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 
 class ScorerGroup(Scorer):
     """Base of scorers that ask other scorers: each one's raw score is a part of the judgement, under its name.
 
-    Parts of a member are parts as ``<name>/<part>``. Its metrics come along, shares such as ``score_failed`` as the
-    share of completions on which any member failed.
+    A member's own parts become ``<name>/<part>``. Its metrics come along; shares such as ``score_failed`` count
+    completions
+    on which any member failed.
 
     Args:
-        scorers: each a Scorer or what `load_scorer` takes, by name.
+        scorers: each a Scorer or what `load_scorer` takes, by name; a list names them "0", "1" ...
 
     Raises:
         SettingError: there is none.
     """
 
-    def __init__(self, scorers: Mapping[str, Any]) -> None:
-        if not scorers:
+    def __init__(self, scorers: Mapping[str, Any] | Sequence[Any]) -> None:
+        named = _named(scorers, f"scorers of {type(self).__name__}", "a scorer")
+        if not named:
             raise SettingError("no-scorers", f"{type(self).__name__} needs at least one scorer; name one")
-        self.scorers = {str(name): load_scorer(spec) for name, spec in scorers.items()}
+        self.scorers = {str(name): load_scorer(spec) for name, spec in named.items()}
 
     def member_judgements(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -45,11 +47,10 @@ class ScorerGroup(Scorer):
         """Return every member's judgement of each completion, by the member's name.
 
         Raises:
-            ValueError: a member returned another number of judgements than completions, or a score that is not finite.
+            BadScoresError: a member returned a wrong number of judgements, or a score that is not finite.
         """
-        count = len(completions)
         given = [
-            checked_judgements(scorer(prompts, completions, **columns), count, f"scorer {name!r}").plain()
+            ask_scorer(scorer, prompts, completions, columns, f"scorer {name!r}").plain()
             for name, scorer in self.scorers.items()
         ]
         return [dict(zip(self.scorers, row, strict=True)) for row in zip(*given, strict=True)]
@@ -76,7 +77,7 @@ class ScorerGroup(Scorer):
         )
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Tell every member, with the means of its own score and parts under the names that it knows."""
+        """Tell every member, with the means of its own score and parts under its own names."""
         for name, scorer in self.scorers.items():
             prefix = f"score_{name}"
             own = {
@@ -87,31 +88,25 @@ class ScorerGroup(Scorer):
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """The networks of all members."""
         return [model for scorer in self.scorers.values() for model in scorer.models]
 
     def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
-        """Load every member, each on the policy's backbone where it was trained on that."""
         for scorer in self.scorers.values():
             scorer.load_beside(policy, settings)
 
     def to(self, device: torch.device) -> Scorer:
-        """Move every member."""
         self.scorers = {name: scorer.to(device) for name, scorer in self.scorers.items()}
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what members that learn while they score have learned."""
         states = {name: scorer.state_dict() for name, scorer in self.scorers.items()}
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hand it back to them."""
         for name, mine in state.items():
             self.scorers[name].load_state_dict(mine)
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return what the members measured themselves."""
         taken: dict[str, Tensor] = {}
         for scorer in self.scorers.values():
             for key, values in scorer.take_metrics().items():
@@ -119,14 +114,25 @@ class ScorerGroup(Scorer):
         return taken
 
 
+def _named(values: Any, what: str, of: str) -> dict[Any, Any]:
+    """Return a mapping as it is, and a list by position."""
+    if isinstance(values, Mapping):
+        return dict(values)
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return {str(place): value for place, value in enumerate(values)}
+    raise SettingError(
+        "wrong-arguments", f"{what} must be a mapping from names, or a list, each {of}; found {values!r}"
+    )
+
+
 class WeightedSum(ScorerGroup):
-    r"""The weighted sum of scores: sum_k weights_k * score_k.
+    """The weighted sum of scores: sum_k weights_k * score_k.
 
     Args:
-        scorers: each a Scorer or what `load_scorer` takes, by name.
-        weights: of each, by name; those left out, and None, weigh 1.
-        missing: what the sum is where a scorer has no score: "drop" gives no score either, since siblings could not be
-            compared with it; "skip" leaves the term out, for mixtures in which each scorer judges its own rows.
+        scorers: each a Scorer or what `load_scorer` takes, by name; a list names them "0", "1" ...
+        weights: weight of each, by name or as a list; those left out, and null, weigh 1.
+        missing: what to do where a scorer has no score: "drop" gives no sum, since completions could not be compared;
+            "skip" leaves the term out, for mixtures in which each scorer judges its own rows.
 
     Raises:
         SettingError: a weight belongs to no scorer.
@@ -134,23 +140,26 @@ class WeightedSum(ScorerGroup):
 
     def __init__(
         self,
-        scorers: Mapping[str, Any],
-        weights: Mapping[str, float] | None = None,
+        scorers: Mapping[str, Any] | Sequence[Any],
+        weights: Mapping[str, float] | Sequence[float] | None = None,
         missing: Literal["drop", "skip"] = "drop",
     ) -> None:
         super().__init__(scorers)
-        unknown = sorted(set(weights or {}) - set(self.scorers))
+        weights = {str(name): weight for name, weight in _named(weights or {}, "weights", "a number").items()}
+        unknown = sorted(set(weights) - set(self.scorers))
         if unknown:
             raise SettingError(
                 "unknown-scorer", f"weights names {', '.join(unknown)}, but the scorers are {', '.join(self.scorers)}"
             )
         if missing not in ("drop", "skip"):
             raise SettingError("unknown-choice", f"missing is {missing!r}; choose 'drop' or 'skip'")
-        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in self.scorers}
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < math.inf:
+                raise SettingError("not-a-number", f"weights.{name} is {weight!r}; it must be a finite number")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in self.scorers}
         self.missing = missing
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return the sum for each completion, and its terms before weighting as parts."""
         rows = self.member_judgements(prompts, completions, columns)
         return [self.combined(self._sum([one.score for one in row.values()]), row, self.weights) for row in rows]
 
@@ -161,23 +170,24 @@ class WeightedSum(ScorerGroup):
 
 
 class Ensemble(ScorerGroup):
-    r"""A lower confidence bound: mean_k score_k - penalty * std_k score_k over the members.
+    """A lower confidence bound: mean_k score_k - penalty * std_k score_k over the members.
 
-    Where reward models that were trained alike disagree, they are guessing, and a policy that is trained against their
-    mean finds out where; the deviation charges for it (Coste et al., 2310.02743, subtract the variance; Eisenstein et
-    al., 2312.09244). The deviation divides by the number of members and is the metric ``score/std``. With ``penalty``
-    0, or members that agree, this is the mean.
+    Where similarly trained reward models disagree they are guessing, and a policy trained against their mean exploits
+    that; the penalty charges for the deviation (Coste et al., 2310.02743, subtract the variance; Eisenstein et al.,
+    2312.09244). The deviation divides by the number of members and is the metric ``score/std``. With ``penalty`` 0 this
+    is
+    the mean.
 
     Args:
         scorers: the members by name, or a list of them; each a Scorer or what `load_scorer` takes.
-        penalty: deviations below the mean.
+        penalty: number of standard deviations to subtract.
 
     Raises:
         SettingError: there are fewer than two members, or one is called std.
     """
 
     def __init__(self, scorers: Mapping[str, Any] | Sequence[Any], penalty: float = 1.0) -> None:
-        named = scorers if isinstance(scorers, Mapping) else {str(index): spec for index, spec in enumerate(scorers)}
+        named = _named(scorers, "scorers of Ensemble", "a scorer")
         if len(named) < 2 or "std" in named:
             raise SettingError(
                 "invalid-ensemble",
@@ -188,7 +198,6 @@ class Ensemble(ScorerGroup):
         self._deviations = Measured("score/std")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return the bound for each completion, no score where a member has none, and the members' scores as parts."""
         rows = self.member_judgements(prompts, completions, columns)
         found = [_mean_and_std([member.score for member in row.values()]) for row in rows]
         self._deviations.add("score/std", [None if moments is None else moments[1] for moments in found])
@@ -197,7 +206,6 @@ class Ensemble(ScorerGroup):
         return [self.combined(bound, row, equal) for bound, row in zip(bounds, rows, strict=True)]
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return the members' deviation, and what they measured themselves."""
         return {**super().take_metrics(), **self._deviations.take()}
 
 
@@ -209,16 +217,15 @@ def _mean_and_std(row: Sequence[float | None]) -> tuple[float, float] | None:
 
 
 class LengthPenalty(Scorer):
-    r"""-coef * max(|length - target| - tolerance, 0): a price on length, or a pull towards one.
+    """-coef * max(|length - target| - tolerance, 0): a price on length, or a pull towards one.
 
-    With ``target`` 0 every word or token costs ``coef``; a reward model that favours long answers is held back by it.
-    0 within the tolerance of the target.
+    With ``target`` 0 every word or token costs ``coef``, against reward models that favour long answers.
 
     Args:
         coef: score units per word or token.
         target: length that costs nothing.
-        tolerance: how far from it costs nothing either.
-        tokenizer: folder or hub id of the tokenizer that counts tokens; None counts words.
+        tolerance: distance from the target that costs nothing.
+        tokenizer: folder or hub id of the tokenizer that counts tokens; null counts words.
     """
 
     def __init__(self, coef: float = 0.01, target: int = 0, tolerance: int = 0, tokenizer: str | None = None) -> None:
@@ -230,31 +237,31 @@ class LengthPenalty(Scorer):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What counts tokens; loaded on first use."""
+        """The tokenizer that counts tokens; loaded on first use."""
         assert self.tokenizer_name is not None
         return tokenization.load_tokenizer(self.tokenizer_name)
 
     def length(self, text: str) -> int:
-        """Return the words or tokens of a text, without an end token."""
+        """Return the number of words or tokens of a text, without an end token."""
         if self.tokenizer_name is None:
             return len(words(text))
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion, 0 or below."""
         off = [abs(self.length(text) - self.target) - self.tolerance for text in completions]
         return [-self.coef * max(distance, 0) for distance in off]
 
 
 class RepetitionPenalty(Scorer):
-    r"""-coef * (1 - distinct n-grams / n-grams): the share of a completion's n-grams that it has said before.
+    """-coef * (1 - distinct n-grams / n-grams): the share of a completion's n-grams that repeat earlier ones.
 
-    One less distinct-n (Li et al., 1510.03055), over words without regard to case and punctuation. 0 where every n-gram
-    is new or there is none; close to -coef for one word said over and over.
+    One less distinct-n (Li et al., 1510.03055), over words without regard to case and punctuation. 0 if every n-gram is
+    new
+    or there is none; close to -coef for one word repeated.
 
     Args:
         n: words of an n-gram.
-        coef: score of a text that only repeats itself, with the sign turned.
+        coef: penalty of a text that only repeats itself.
     """
 
     def __init__(self, n: int = 3, coef: float = 1.0) -> None:
@@ -263,11 +270,10 @@ class RepetitionPenalty(Scorer):
         self.n, self.coef = n, coef
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion, between -coef and 0."""
         return [-self.coef * repeated_share(words(text), self.n) for text in completions]
 
 
 def repeated_share(text: Sequence[str], n: int) -> float:
-    """Return 1 - distinct n-grams / n-grams of a list of words; 0 where there is no n-gram."""
+    """Return 1 - distinct n-grams / n-grams of a list of words; 0 if there is no n-gram."""
     grams = list(zip(*(text[start:] for start in range(n)), strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lightning.errors import RlhfError, SettingError
-from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.sampling.json_server import ServerError
+from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
 from rlhf_lightning.types import Judgement, Prompt, Rollout
@@ -40,7 +39,7 @@ class ScorerFailedError(RlhfError, RuntimeError):
     """A completion still has no score after all attempts."""
 
 
-class FaultTolerant(Scorer):
+class FaultTolerant(ScorerGroup):
     """Another scorer whose faults are retried; a fault that stays ends the run or costs the completion its score.
 
     Faults: an exception, a process that dies, a timeout, a wrong number of scores, and a score that is NaN, infinite or
@@ -89,8 +88,8 @@ class FaultTolerant(Scorer):
             )
         if retries < 0 or wait < 0:
             raise SettingError("setting-out-of-range", f"retries is {retries} and wait {wait}: each must be at least 0")
-        self.scorer = load_scorer(scorer)  # with seconds too: a scorer that cannot be loaded should fail now
-        if _has_model(self.scorer):
+        super().__init__({"scorer": scorer})  # with seconds too: a scorer that cannot be loaded should fail now
+        if _has_model(self):
             raise SettingError(
                 "wraps-reward-model",
                 "FaultTolerant cannot wrap a reward model, which does not fail on single completions; "
@@ -103,11 +102,6 @@ class FaultTolerant(Scorer):
         self._last_fault: Outcome = ("failed", "")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion; ``on_fault`` decides about faults.
-
-        Raises:
-            ScorerFailedError: a completion has no score and ``on_fault`` is "raise", or too many in a row have none.
-        """
         rows: list[Row] = [
             ([prompt], [text], {name: [values[row]] for name, values in columns.items()})
             for row, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
@@ -160,7 +154,7 @@ class FaultTolerant(Scorer):
         names = rows[0][2] if rows else {}
         columns = {name: [row[2][name][0] for row in rows] for name in names}
         try:
-            scores = list(self.scorer([row[0][0] for row in rows], [row[1][0] for row in rows], **columns))
+            scores = list(self.scorers["scorer"]([row[0][0] for row in rows], [row[1][0] for row in rows], **columns))
         except MissingColumnError:
             raise
         except ServerError as error:  # its own retries are over: it is gone for all rows
@@ -173,35 +167,12 @@ class FaultTolerant(Scorer):
             return None
         return [judged(score) for score in scores]
 
-    @property
-    def models(self) -> Sequence[nn.Module]:
-        """The networks of the scorer."""
-        return self.scorer.models
-
-    def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
-        """Load what the scorer needs."""
-        self.scorer.load_beside(policy, settings)
-
-    def to(self, device: Any) -> Scorer:
-        """Move the scorer."""
-        self.scorer = self.scorer.to(device)
-        return self
-
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return 1 for each completion with a fault of that kind and 0 for the others, and the scorer's own metrics."""
-        return {**self.scorer.take_metrics(), **self._measured.take()}
+        return {**super().take_metrics(), **self._measured.take()}
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Tell the scorer. With ``seconds`` its processes keep the state that they started with."""
-        self.scorer.on_rollout_end(rollout, means)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scorer's state."""
-        return self.scorer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the scorer's state."""
-        self.scorer.load_state_dict(state)
+        self.scorers["scorer"].on_rollout_end(rollout, means)
 
     def close(self) -> None:
         """End the processes; the next completion starts new ones."""

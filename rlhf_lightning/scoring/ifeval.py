@@ -131,11 +131,6 @@ class IFEvalScorer(Scorer):
         self._measured = Measured("unchecked_instructions")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return a score between 0 and 1 per completion, or None.
-
-        Raises:
-            DataError: a column is missing, or the arguments of an instruction do not fit it.
-        """
         ids, arguments = (map(_read, column(columns, name, self)) for name in ("instruction_id_list", "kwargs"))
         followed = [
             [follows(text, name, given) for name, given in zip(names, many, strict=True)]
@@ -150,7 +145,6 @@ class IFEvalScorer(Scorer):
         return float(all(checked)) if self.strict else sum(checked) / len(checked)
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return the number of unchecked instructions of each completion."""
         return self._measured.take()
 
 

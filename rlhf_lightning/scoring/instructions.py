@@ -201,11 +201,6 @@ class InstructionScorer(Scorer):
     """
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one score per completion.
-
-        Raises:
-            DataError: a column is missing, an instruction is unknown, or its arguments do not fit.
-        """
         names, arguments = (column(columns, name, self) for name in ("instruction", "arguments"))
         rows = zip(completions, names, arguments, strict=True)
         return [None if name is None else float(kept(text, name, given)) for text, name, given in rows]

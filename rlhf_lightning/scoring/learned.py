@@ -1,4 +1,4 @@
-"""A trained reward model as a scorer."""
+"""Trained reward models and process reward models as scorers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from rlhf_lightning.types import Judgement, MicroBatchLimits, Prompt, Sequences
 class LearnedScorer(Scorer):
     """Scores completions with a reward model's folder, relative to the demonstrations' mean score stored in it.
 
-    An adapter's folder is scored on its backbone, quantised as it was trained; beside a policy on the very same
-    backbone it needs none of its own.
+    An adapter's folder is scored on its backbone, quantised as in training. It shares the policy's backbone if that is
+    the
+    same.
 
     Args:
         folder: Hugging Face folder with a scalar head, whole or an adapter on its backbone.
         max_tokens: cells of one forward pass, rows times the longest row.
-        dtype: precision of the weights; None takes that of the run it scores for, and fp32 on its own.
+        dtype: precision of the weights; null takes the run's, or fp32 without a run.
     """
 
     def __init__(self, folder: str, max_tokens: int = 16_384, dtype: str | None = None) -> None:
@@ -57,40 +58,38 @@ class LearnedScorer(Scorer):
         return load_reward_model(self.folder, settings, policy, pad_token_id=self.tokenizer.pad_token_id)
 
     def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
-        """Load the reward model, on the policy's backbone where it was trained on that."""
         if self._model is None or isinstance(self._model, AdapterScalar):
             self._model = self._load(settings_for_inference(settings), policy)
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """The reward model, unless it is an adapter on the policy's backbone and cut with that."""
+        """The reward model, unless it is an adapter that is sharded with the policy's backbone."""
         return () if isinstance(self.model, AdapterScalar) else (self.model,)
 
     def to(self, device: torch.device) -> LearnedScorer:
-        """Move the reward model."""
         self.model.to(device)
         return self
 
     def shares_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether token ids mean the same to both, so that completions need no decoding and encoding again."""
+        """Return whether token ids mean the same to both, so that completions need not be encoded again."""
         mine, theirs = self.tokenizer, tokenizer
         return mine.chat_template == theirs.chat_template and mine.get_vocab() == theirs.get_vocab()
 
     def score_of(self, outputs: Tensor) -> Tensor:
-        """Return the score of a reward model of several outputs, shape (completions,): their first.
+        """Return the score of a reward model of several outputs: the first.
 
         Args:
-            outputs: in the order of ``output_names``, shape (completions, outputs).
+            outputs: shape (completions, outputs), in the order of ``output_names``.
         """
         return outputs[:, 0]
 
     def score_sequences(self, sequences: Sequences) -> Tensor:
-        """Score tokenized completions, fp32, shape (completions,)."""
+        """Return the scores of tokenized completions, fp32, shape (completions,)."""
         outputs = self.outputs_of(sequences)
         return (self.score_of(outputs) if self.output_names else outputs) - self.model.bias
 
     def judge_sequences(self, sequences: Sequences) -> Tensor | list[Judgement]:
-        """Judge tokenized completions: scores, or with several outputs judgements whose parts they are."""
+        """Return the scores of tokenized completions; several outputs become the parts of judgements."""
         if not self.output_names:
             return self.score_sequences(sequences)
         outputs = self.outputs_of(sequences)
@@ -113,37 +112,31 @@ class LearnedScorer(Scorer):
         return scores
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Score completions given as text."""
         encoded = [
             tokenization.encode_completion(self.tokenizer, completion, prompt)[0]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        ids = tuple(torch.tensor(completion, dtype=torch.long) for completion in encoded)
-        sequences = Sequences(
-            prompts=tuple(torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts),
-            completions=ids,
-            parents=tuple(range(len(ids))),
-            supervised=tuple(torch.ones(len(completion), dtype=torch.bool) for completion in ids),
-        )
-        found: Any = self.judge_sequences(sequences)
+        rows = [(ids, [True] * len(ids)) for ids in encoded]
+        found: Any = self.judge_sequences(_sequences(self.tokenizer, prompts, rows))
         return found
 
 
 class ProcessScorer(Scorer):
-    """Scores a completion by its steps' probabilities of being right: the least, their product, or the last.
+    """Scores a completion by its steps' probabilities of being right: the minimum, the product, or the last.
 
     The product is the probability that every step is right if errors are independent (arXiv 2305.20050, Appendix F);
-    the least does not fall with the number of steps. An empty completion has one empty step.
+    the
+    minimum does not fall with the number of steps. An empty completion has one empty step.
 
     Args:
         folder: process reward model's folder.
         aggregate: how step probabilities become one score: "min", "product" or "last".
-        separator: where completions are split; None takes what the folder was trained with.
+        separator: separator of the steps; null takes the one of training.
         max_tokens: cells of one forward pass, rows times the longest row.
         dtype: precision of the weights.
 
     Raises:
-        SettingError: there is no such aggregate, or the folder names no separator and none is given.
+        SettingError: there is no such aggregate, or no separator is known.
     """
 
     def __init__(
@@ -166,17 +159,16 @@ class ProcessScorer(Scorer):
         self.folder, self.max_tokens = self.learned.folder, max_tokens
 
     def to(self, device: torch.device) -> ProcessScorer:
-        """Move the reward model."""
         self.learned.to(device)
         return self
 
     def steps_of(self, completion: str) -> list[str]:
-        """Return the steps of a completion; separators in a row leave no empty step between them."""
+        """Return the steps of a completion; consecutive separators leave no empty step."""
         return [part for part in completion.split(self.separator) if part.strip()] or [completion]
 
     @torch.no_grad()
     def step_scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the log-odds of each step, fp32, shape (steps,), and the completion each belongs to, on the CPU."""
+        """Return the log-odds of each step, fp32, shape (steps,), and the index of its completion, on the CPU."""
         sequences = self._encoded(prompts, completions)
         device = next(self.learned.model.parameters()).device
         scores: dict[int, Tensor] = {}
@@ -190,28 +182,34 @@ class ProcessScorer(Scorer):
         return torch.cat([torch.zeros(0), *ordered]), torch.arange(len(ordered)).repeat_interleave(counts)
 
     def _encoded(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Sequences:
-        """Return the completions with a flag on each step's last token, encoded as they were in training."""
+        """Return the completions with a flag on each step's last token, encoded as in training."""
         tokenizer = self.learned.tokenizer
         encoded = [
             tokenization.encode_steps(tokenizer, self.steps_of(completion), self.separator, prompt)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return Sequences(
-            prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in prompts),
-            completions=tuple(torch.tensor(ids, dtype=torch.long) for ids, _ in encoded),
-            parents=tuple(range(len(encoded))),
-            supervised=tuple(torch.tensor(ends, dtype=torch.bool) for _, ends in encoded),
-        )
+        return _sequences(tokenizer, prompts, encoded)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> Sequence[float] | Tensor:
-        """Return the aggregate of each completion's step probabilities, in [0, 1]."""
         scores, row = self.step_scores(prompts, completions)
         return aggregated_steps(torch.nn.functional.logsigmoid(scores), row, len(completions), self.aggregate).exp()
 
 
+def _sequences(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], encoded: Sequence[tuple[list[int], list[bool]]]
+) -> Sequences:
+    """Return prompts with their completions, given as token ids and flags of the scored tokens."""
+    return Sequences(
+        prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in prompts),
+        completions=tuple(torch.tensor(ids, dtype=torch.long) for ids, _ in encoded),
+        parents=tuple(range(len(encoded))),
+        supervised=tuple(torch.tensor(flags, dtype=torch.bool) for _, flags in encoded),
+    )
+
+
 def stored_separator(folder: str) -> str | None:
-    """Return the separator that a process reward model's folder was trained with; None of other folders."""
+    """Return the separator that a process reward model's folder was trained with; None for other folders."""
     record = Path(resolve_folder(folder)) / BACKBONE_FILE
     return json.loads(record.read_text()).get(STEP_SEPARATOR) if record.is_file() else None

@@ -1,38 +1,38 @@
-"""A scorer behind an address: a reward model or a judge that another machine serves."""
+"""A scorer behind an address: a reward model or a judge on another machine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.sampling.json_server import JSONServer, ServerError
-from rlhf_lightning.scoring.scorer import Scorer, Scores
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite
+from rlhf_lightning.scoring.scorer import BadScoresError, Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt
 
 
 class RemoteScorer(Scorer):
-    """Asks a server for scores, some completions at a time.
+    """Asks a server for scores, in batches.
 
     A request is a POST of ``{"prompts": [...], "completions": [...], "columns": {name: [...]}}``, with one entry per
-    completion in each list (a prompt is text or a list of messages); the answer is ``{"scores": [...]}``: for each a
+    completion in each list (a prompt is text or a list of messages). The answer is ``{"scores": [...]}``: for each a
     number, null where the server cannot judge, or an object with the fields of a `Judgement` (``score``, ``parts``,
-    ``token_rewards``, ``feedback``). A server that is away or busy is asked again, as long as the retries
-    last: (retries + 1) * timeout and the waits, doubling from ``wait`` up to a minute each, are the longest that a call
-    can take. Wrap it in `FaultTolerant` to go on without scores after that.
+    ``token_rewards``, ``feedback``). A server that is away or busy is asked again. A call takes at most (retries + 1) *
+    timeout and the waits, which double from ``wait`` up to a minute each. `FaultTolerant` continues without scores
+    then.
 
     Args:
         url: where requests go, such as ``http://host:8000/score``.
         batch_size: completions of one request.
         requests: requests in flight at a time.
-        timeout: of one request, seconds.
-        retries: how often a request is made again after a lost connection, a time-out or a busy server.
-        wait: before the first repetition, seconds.
-        api_key: name of the environment variable that holds the server's key; None sends none.
+        timeout: time limit of one request, seconds.
+        retries: repetitions of a request after a lost connection, a timeout or a busy server.
+        wait: wait before the first repetition, seconds.
+        api_key: name of the environment variable that holds the server's key; null sends none.
 
     Raises:
-        SettingError: the address is none, or a number is out of range.
+        SettingError: the address is invalid, or a number is out of range.
     """
 
     def __init__(
@@ -56,35 +56,57 @@ class RemoteScorer(Scorer):
         """Return the server's scores.
 
         Raises:
-            ServerError: it cannot be reached, refuses, or its answer holds no scores.
+            ServerError: the server cannot be reached, refuses, or its answer holds no scores.
+            BadScoresError: the number of scores is wrong, or one is neither a finite number, null nor a judgement.
         """
-        parts = [slice(start, start + self.batch_size) for start in range(0, len(completions), self.batch_size)]
+        rows = range(0, len(completions), self.batch_size)
         bodies = [
             {
-                "prompts": list(prompts[part]),
-                "completions": list(completions[part]),
-                "columns": {name: list(values[part]) for name, values in columns.items()},
+                "prompts": list(prompts[start : start + self.batch_size]),
+                "completions": list(completions[start : start + self.batch_size]),
+                "columns": {name: list(values[start : start + self.batch_size]) for name, values in columns.items()},
             }
-            for part in parts
+            for start in rows
         ]
-        with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            answers = [pool.submit(self.server.post, "", body) for body in bodies]
-            try:
-                return [score for answer in answers for score in self._scores(answer.result())]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # what is not on its way yet would wait in vain
-                raise
+        return [score for scores in each(self._scores, bodies, self.requests) for score in scores]
 
-    def _scores(self, answer: Any) -> list[Any]:
+    def _scores(self, body: dict[str, Any]) -> list[float | None | Judgement]:
+        answer, count = self.server.post("", body), len(body["completions"])
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             raise ServerError(
                 "server-answer-unusable",
                 f'{self.server.url} answered without {{"scores": [...]}}: {self.server.shown(answer)}',
             )
+        if len(scores) != count:
+            raise BadScoresError(
+                "number-of-scores",
+                f"{self.server.url} returned {len(scores)} scores for {count} completions; it must return one for each",
+            )
         try:
-            return [Judgement(**score) if isinstance(score, dict) else score for score in scores]
-        except TypeError as error:
-            raise ServerError(
-                "server-answer-unusable", f"{self.server.url} answered with a judgement of unknown fields: {error}"
-            ) from error
+            return [_score(score) for score in scores]
+        except (ValueError, TypeError) as error:
+            raise BadScoresError(
+                "not-numbers", f"{self.server.url} must return finite numbers, null or judgements; it returned {error}"
+            ) from None
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "score": lambda value: None if value is None else finite(value),
+    "parts": lambda value: {name: math.nan if number is None else finite(number) for name, number in value.items()},
+    "token_rewards": lambda value: None if value is None else [finite(number) for number in value],
+    "feedback": lambda value: value,
+}
+
+
+def _score(value: Any) -> float | None | Judgement:
+    """Read a number, null or an object with the fields of a `Judgement`; errors repeat none of the server's words."""
+    if not isinstance(value, dict):
+        return None if value is None else finite(value)
+    if not value.keys() <= FIELDS.keys() or "score" not in value:
+        raise ValueError(f"an object with other fields than {', '.join(FIELDS)}, or without a score")
+    if not isinstance(value.get("parts", {}), dict) or not isinstance(value.get("token_rewards") or [], list):
+        raise ValueError("parts that are not an object, or token_rewards that are not a list")
+    if not isinstance(value.get("feedback"), str | None):
+        raise ValueError("feedback that is not text")
+    return Judgement(**{name: FIELDS[name](given) for name, given in value.items()})

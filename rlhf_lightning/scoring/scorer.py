@@ -1,10 +1,11 @@
-"""The contracts of scoring: text in, scores out; a learned scorer with the policy's tokenizer also takes ids."""
+"""The contract of scoring: text in, scores or judgements out; and how scorers are loaded and their scores checked."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,11 @@ Scores = Sequence[float | None | Judgement] | Tensor
 """One number or `Judgement` per completion; None where the completion cannot be judged."""
 
 RESERVED_PARTS = ("std", "squared", "missing")
-"""Names that no part of a `Judgement` may have: ``rollout/score_NAME`` means something else."""
+"""Names that no part of a `Judgement` may have: the metric ``rollout/score_NAME`` has another meaning."""
+
+
+LARGEST_SCORE = 1e6
+"""Scores beyond this are warned of."""
 
 
 class Judgements(NamedTuple):
@@ -59,25 +64,27 @@ class Judgements(NamedTuple):
 
 
 GoldReward = Callable[[Prompt, str], float]
-"""The true worth of a completion, for simulated judges and annotators."""
+"""True value of a completion, for simulated judges and annotators."""
 
 
 class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
-    A subclass that needs a device or weights overrides ``to`` and ``load_beside``, and one that holds networks names
-    them in ``models``; one that measures more than its judgements overrides ``take_metrics``. State that changes during
-    training (a running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves
-    while scoring is put back after sample tables and validation, and differs between ranks.
+    A subclass that needs a device or weights overrides ``to`` and ``load_beside``; one with networks names them in
+    ``models``; one that measures more than its judgements overrides ``take_metrics``. State that changes during
+    training (a
+    running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves while
+    scoring
+    is restored after sample tables and validation, and differs between ranks.
     """
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """The networks it scores with, whose weights a sharded run cuts over its ranks."""
+        """The networks it scores with, which a sharded run shards."""
         return ()
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one number or `Judgement` per completion; None where it cannot be judged (not: where it is bad).
+        """Return one number or `Judgement` per completion; None where it cannot be judged (not where it is bad).
 
         Args:
             prompts: each prompt as the data gave it.
@@ -87,63 +94,57 @@ class Scorer:
         raise undefined(self, "__call__")
 
     def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
-        """Load what scoring needs, beside the policy whose completions are scored.
-
-        A scorer made of others passes this on to them: a learned one may share the policy's backbone.
+        """Load what scoring needs. A scorer made of others passes this on to them.
 
         Args:
-            policy: whose backbone may be shared; None where its weights are sharded.
-            settings: precision of what stands beside it.
+            policy: model whose backbone may be shared; None if its weights are sharded.
+            settings: precision of the run.
         """
 
     def to(self, device: torch.device) -> Scorer:
-        """Move what the scorer holds to ``device``."""
+        """Move the scorer to ``device``."""
         return self
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return what was measured since the last call, one value per scored completion; NaN ones do not count.
+        """Return metrics since the last call, one value per scored completion; NaN values do not count.
 
-        On-policy modules log the mean of each as ``rollout/<name>``. A scorer always returns the same names, with no
-        values where it scored nothing: every rank must log the same.
+        On-policy modules log the mean of each as ``rollout/<name>``. Always return the same names, without values if
+        nothing
+        was scored: every rank must log the same.
         """
         return {}
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Move the scorer's state after a training rollout and its updates.
-
-        Called after training rollouts alone, never for sample tables or validation.
+        """Move the scorer's state after a training rollout and its updates, never after sample tables or validation.
 
         Args:
             rollout: this rank's episodes.
             means: means over all ranks, equal on each: ``score``, ``score_NAME`` of each part, ``kl``,
-                ``completion_length`` and all else that is logged as ``rollout/<name>``. State that is moved by them
-                alone stays equal on all ranks.
+                ``completion_length`` and everything else that is logged as ``rollout/<name>``. State that only they
+                move
+                stays equal on all ranks.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later scores depend on beside the scorer's arguments, in plain values and tensors."""
+        """Return the state that later scores depend on, in plain values and tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` returned.
+        """Restore the state that ``state_dict`` returned.
 
         Args:
-            state: this rank's; of a run on another number of ranks, the first one's.
+            state: this rank's state; after a change of the number of ranks, the first rank's.
         """
 
 
 class Measured:
-    """Values per completion under names that never change, kept until they are taken.
-
-    Args:
-        names: of the metrics.
-    """
+    """Values per completion, collected under fixed names until they are taken."""
 
     def __init__(self, *names: str) -> None:
         self._values: dict[str, list[float]] = {name: [] for name in names}
 
     def add(self, name: str, values: Sequence[float | None]) -> None:
-        """Add one value per completion; None ones do not count."""
+        """Add one value per completion; None values do not count."""
         self._values[name] += [math.nan if value is None else float(value) for value in values]
 
     def take(self) -> dict[str, Tensor]:
@@ -154,57 +155,52 @@ class Measured:
 
 
 class ZeroScorer(Scorer):
-    """Scores every completion 0: for objectives that learn from something else than scores."""
+    """Scores every completion 0, for objectives that do not learn from scores."""
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> Sequence[float] | Tensor:
-        """Return a 0 for each completion."""
         return [0.0] * len(completions)
 
 
 class FunctionScorer(Scorer):
-    """A plain function as a scorer.
-
-    Args:
-        function: called as ``function(prompts, completions, **columns)``.
-    """
+    """A plain function, called as ``function(prompts, completions, **columns)``, as a scorer."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return the function's scores."""
         return self.function(prompts, completions, **columns)
 
 
 def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
     """Return scores as fp32, shape (count,), on the CPU; None becomes NaN.
 
-    A scorer that returns NaN itself is refused: it is a number that went wrong, not a completion that cannot be judged.
+    A scorer that returns NaN itself is refused: NaN is a number that went wrong, not a completion that cannot be
+    judged.
 
     Raises:
-        BadScoresError: there are more or fewer scores than completions, or one is no number, NaN or infinite.
+        BadScoresError: the number of scores is wrong, or one is not a number, NaN or infinite.
     """
     if isinstance(scores, Sequence) and any(isinstance(score, Judgement) for score in scores):
         scores = [score.score if isinstance(score, Judgement) else score for score in scores]
     wanted = f"{name} must return one number for each completion"
     if not isinstance(scores, Tensor | Sequence) or isinstance(scores, str):
         try:
-            scores = list(scores)
-        except TypeError as error:
-            raise BadScoresError("not-numbers", f"{wanted}: it returned {scores!r}") from error
+            scores = None if isinstance(scores, Mapping | set) else list(scores)
+        except TypeError:
+            scores = None
+        if scores is None:
+            raise BadScoresError("not-numbers", f"{wanted} as a list or tensor")
     missing = [] if isinstance(scores, Tensor) else [row for row, score in enumerate(scores) if score is None]
-    try:
-        given = [0.0 if score is None else score for score in scores] if missing else scores
-        values = torch.as_tensor(given, dtype=torch.float32).detach().cpu().flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BadScoresError("not-numbers", f"{wanted}: {error}") from error
-    if len(values) != count:
+    values = _numbers([0.0 if score is None else score for score in scores] if missing else scores, wanted)
+    if values.numel() != count:
         raise BadScoresError(
             "number-of-scores",
-            f"{name} returned {len(values)} scores for {count} completions; it must return one for each",
+            f"{name} returned {values.numel()} scores for {count} completions; it must return one for each",
         )
+    if values.dim() != 1:
+        raise BadScoresError("not-numbers", f"{wanted}: it returned an array of shape {tuple(values.shape)}")
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         value = values[bad[0]].item()
@@ -213,16 +209,52 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
             f"{name} returned {value} for completion {bad[0]}; {len(bad)} of {count} are not finite; "
             "rlhf_lightning.scoring.FaultTolerant with on_fault: drop leaves them out",
         )
-    if missing:
-        values = values.index_fill(0, torch.tensor(missing), math.nan)
-    return values
+    if bool((values.abs() > LARGEST_SCORE).any()):
+        warnings.warn(
+            f"{name} returned scores beyond {LARGEST_SCORE:g}; they dominate every mean, and fp32 loses their "
+            "differences: rescale them",
+            stacklevel=2,
+        )
+    return values.index_fill(0, torch.tensor(missing), math.nan) if missing else values
+
+
+def _numbers(values: Any, wanted: str) -> Tensor:
+    """Return numbers as fp32 on the CPU, a column of shape (n, 1) as (n,); ``wanted`` begins the refusal."""
+    try:
+        found = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BadScoresError("not-numbers", f"{wanted}: {error}") from error
+    return found.squeeze(1) if found.dim() == 2 and found.shape[1] == 1 else found
+
+
+def ask_scorer(
+    scorer: Callable[..., Any],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    name: str,
+) -> Judgements:
+    """Ask a scorer to judge completions, and check its answer.
+
+    Raises:
+        BadScoresError: see `checked_scores`.
+        ContractError: see `checked_judgements`; or the scorer called sys.exit, which must not end the run as a success.
+    """
+    try:
+        return checked_judgements(scorer(prompts, completions, **columns), len(completions), name)
+    except SystemExit as error:
+        raise ContractError(
+            "scorer-exits",
+            f"{name} called sys.exit({'' if error.code is None else repr(error.code)}); raise an exception, or return "
+            "None for a completion that cannot be judged",
+        ) from error
 
 
 def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
-    """Return judgements as tensors on the CPU; a plain number is a judgement of nothing else.
+    """Return judgements as tensors on the CPU; a plain number is a judgement without parts.
 
     Raises:
-        ValueError: see `checked_scores`.
+        BadScoresError: see `checked_scores`.
         ContractError: a part has a reserved name or is infinite, or a token reward is not finite.
     """
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
@@ -234,32 +266,25 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
     for part in sorted({part for one in each for part in one.parts}):
         if part in RESERVED_PARTS:
             raise ContractError("reserved-part", f"{name} calls a part {part!r}, which is reserved: rename it")
-        found = [one.parts.get(part) for one in each]
-        parts[part] = torch.tensor([math.nan if value is None else float(value) for value in found])
+        found = [math.nan if one.parts.get(part) is None else one.parts[part] for one in each]
+        parts[part] = _numbers(found, f"{name} must return a number as part {part!r}")
         if bool(parts[part].isinf().any()):
             raise ContractError("infinite-part", f"{name} returned an infinite part {part!r}: return NaN for no value")
     rewards: tuple[Tensor, ...] = ()
     if any(one.token_rewards is not None for one in each):
-        rewards = tuple(torch.as_tensor(one.token_rewards or [], dtype=torch.float32).flatten() for one in each)
+        wanted = f"{name} must return a list of numbers as token rewards"
+        rewards = tuple(
+            _numbers([] if one.token_rewards is None else one.token_rewards, wanted).flatten() for one in each
+        )
         if not all(bool(row.isfinite().all()) for row in rewards):
             raise ContractError("token-reward", f"{name} returned a token reward that is NaN or infinite")
     feedback = tuple(one.feedback for one in each) if any(one.feedback is not None for one in each) else ()
     return Judgements(scores, parts, rewards, feedback)
 
 
-def plain_scores(scores: Scores, count: int, name: str) -> list[float | None]:
-    """Return checked scores as numbers and None."""
-    values = checked_scores(scores, count, name).tolist()
-    return [None if math.isnan(value) else value for value in values]
-
-
 @contextlib.contextmanager
 def unmoved(scorer: Any) -> Iterator[None]:
-    """Put a scorer's state back afterwards: sample tables and validation must not change a run.
-
-    Args:
-        scorer: a Scorer, or a plain function, which has no state.
-    """
+    """Restore a scorer's state afterwards: sample tables and validation must not change a run."""
     before = copy.deepcopy(scorer.state_dict()) if isinstance(scorer, Scorer) else {}
     try:
         yield
@@ -269,18 +294,18 @@ def unmoved(scorer: Any) -> Iterator[None]:
 
 
 class BadScoresError(RlhfError, ValueError):
-    """A scorer returned scores that cannot be used."""
+    """A scorer returned unusable scores."""
 
 
 class MissingColumnError(DataError):
-    """A scorer needs a column that the data does not have."""
+    """A scorer needs a data column that is missing."""
 
 
 def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> Sequence[Any]:
     """Return a column of the data.
 
     Raises:
-        MissingColumnError: the data has none of that name.
+        MissingColumnError: it is missing.
     """
     if name not in columns:
         found = ", ".join(columns) or "none"
@@ -296,14 +321,13 @@ def load_scorer(spec: Any) -> Scorer:
     """Return the scorer that ``spec`` describes.
 
     Args:
-        spec: a reward model's or process reward model's folder or hub id; or what `loading.load` takes: a Scorer or a
+        spec: folder or hub id of a reward model or process reward model; or what `loading.load` takes: a Scorer or a
             function, a class of this room such as ``MathAnswerScorer``, an import path such as ``my_scores.brevity``,
-            or ``{"class_path": ..., "init_args": {...}}``. The outermost class_path of a YAML file is written in full,
-            ``rlhf_lightning.scoring.WeightedSum``.
+            or ``{"class_path": ..., "init_args": {...}}``.
 
     Raises:
         SettingError: see `loading.load`.
-        FileNotFoundError: there is no such folder.
+        MissingError: there is no such folder.
     """
     from rlhf_lightning.scoring.learned import LearnedScorer, ProcessScorer, stored_separator
 

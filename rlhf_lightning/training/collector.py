@@ -18,7 +18,7 @@ from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
-from rlhf_lightning.scoring.scorer import Judgements, checked_judgements
+from rlhf_lightning.scoring.scorer import Judgements, ask_scorer, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequences
@@ -156,8 +156,7 @@ class RolloutCollector:
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             return checked_judgements(scorer.score_sequences(completions.after(batch.prompts)), count, name)
-        given = scorer(list(batch.texts), list(completions.texts), **batch.columns)
-        return checked_judgements(given, count, name)
+        return ask_scorer(scorer, list(batch.texts), list(completions.texts), batch.columns, name)
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:

@@ -298,7 +298,9 @@ def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) ->
             spec, given = "LocalJudge", {"model": spec, **given}
     made = load({"class_path": spec, "init_args": given} if isinstance(spec, str) else spec, Callable, shipped, "judge")
     if not isinstance(getattr(made, "name", None), str):
-        raise SettingError("wrong-kind", f"judge {spec!r} has no attribute 'name': labels record it")
+        raise SettingError(
+            "wrong-kind", f"judge {spec!r} has no name, which labels record; give its class an attribute 'name'"
+        )
     return made
 
 

@@ -108,7 +108,7 @@ def test_verdicts_are_read_strictly(text):
 def test_a_server_without_log_probabilities_is_read_as_text():
     replies = iter(["(A)", "(B)", "I like both."] * 2)
     with serving(lambda body: said(next(replies))) as server:
-        with refused("server-answer-unusable", "gives no top_logprobs of an answer ", "; set read to text"):
+        with refused("server-answer-unusable", "top_logprobs of an answer ", "; set read to text"):
             RemoteJudge(server.url, "big", requests=1)([question("x", "y")])
         judge = RemoteJudge(server.url, "big", read="text", requests=1)
         found = label_pairs(judge, RULES, [Pair("p", "y", "x"), Pair("q", "x", "y")])
