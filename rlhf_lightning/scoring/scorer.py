@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,12 +186,9 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
         scores = [score.score if isinstance(score, Judgement) else score for score in scores]
     wanted = f"{name} must return one number for each completion"
     if not isinstance(scores, Tensor | Sequence) or isinstance(scores, str):
-        try:
-            scores = None if isinstance(scores, Mapping | set) else list(scores)
-        except TypeError:
-            scores = None
-        if scores is None:
-            raise BadScoresError("not-numbers", f"{wanted} as a list or tensor")
+        if isinstance(scores, Mapping | set | str) or not isinstance(scores, Iterable):
+            raise BadScoresError("not-numbers", f"{wanted}: it returned {scores!r:.200}")
+        scores = list(scores)
     missing = [] if isinstance(scores, Tensor) else [row for row, score in enumerate(scores) if score is None]
     values = _numbers([0.0 if score is None else score for score in scores] if missing else scores, wanted)
     if values.numel() != count:
