@@ -24,15 +24,21 @@ from scipy import stats
 
 from rlhf_lightning.commands.generate import load_for_sampling
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.data.feedback.snapshots import items_of
+from rlhf_lightning.data.feedback.database import items_of
 from rlhf_lightning.evaluation.policies import ScoredSamples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.people.handing_out import Policy
-from rlhf_lightning.people.loop_report import LabelPoint, draw_label_curves
+from rlhf_lightning.people.labeller import SimulatedAnnotators
 from rlhf_lightning.people.loop_rounds import seed_of
-from rlhf_lightning.people.loop_steps import ensemble_of, evaluate, sample_pairs, train_stage
+from rlhf_lightning.people.loop_steps import (
+    LabelPoint,
+    draw_label_curves,
+    ensemble_of,
+    evaluate,
+    sample_pairs,
+    train_stage,
+)
 from rlhf_lightning.people.selectors import load_selector, selector_class
-from rlhf_lightning.people.simulated import SimulatedAnnotators
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import load_scorer
@@ -119,7 +125,7 @@ def spend(
     """Have pairs labelled until the budget is spent; return the snapshot's name."""
     chooses = selector if models or selector_class(selector).members == 0 else "random"
     people = SimulatedAnnotators(GOLD, annotators=4, seed=seed)
-    with FeedbackStore(path, Policy(repeats=0.0, lease=people.lease, seed=seed)) as store:
+    with FeedbackStore(path, Policy(repeats=0.0, lease=people.lease, seed=seed, salt=people.salt)) as store:
         fill(store, seed, arguments)
         store.rank(load_selector(chooses, list(models) if selector_class(chooses).members else [], seed))
         people.label(store, budget, lambda: False)

@@ -1,4 +1,4 @@
-"""``rlhf critique``: answer prompts, criticise and revise the answers under a constitution, and keep the revisions."""
+"""``rlhf critique``: answer prompts, criticize and revise the answers under a constitution, keep the revisions."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -37,28 +37,27 @@ def critique(
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Turn prompts into demonstrations: sample an answer, criticise it by a principle, revise it, several rounds.
+    """Turn prompts into demonstrations: sample answers, then criticize and revise them in several rounds.
 
-    A line of the file has prompt and completion, as SFTDataModule reads them, and principle, round, parent (the answer
-    that was revised), critique, model and constitution (its fingerprint). Revisions that are none are kept out and
-    counted: empty ones, those whose critique refused, those that talk about themselves, unchanged and cut-off ones;
-    the counts are printed and written to OUT.report.json. The same seed gives the same rows, and a run that was killed
-    goes on where it stopped when it is started again (Constitutional AI, arXiv 2212.08073).
+    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent (the answer that was
+    revised), critique, model and constitution (its fingerprint). Unusable revisions are dropped and counted: empty,
+    unchanged, unfinished, about themselves, or after a refused critique. Counts are printed and written to
+    OUT.report.json. The same seed gives the same rows; the same command resumes a killed run (Constitutional AI, arXiv
+    2212.08073).
 
     Args:
-        model: folder of a policy (whole or adapter), .gguf file or hub id; or the address of an OpenAI-compatible
-            server, such as http://host:8000.
+        model: folder of a policy, .gguf file, hub id, or address of an OpenAI-compatible server (http://host:8000).
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
-        out: JSONL file of demonstrations to write; it appears when all is done.
-        constitution: name of a shipped one (harmless, helpful), or a YAML file.
-        rounds: times that each answer is revised, each time by another principle.
-        mix: rows of a prompt: its last revision, or those of all rounds.
-        without_critique: ask for a revision at once.
-        keep_unfinished: also keep revisions that were cut off at their longest.
-        server_model: name of the model on a server.
-        api_key: name of the environment variable that holds a server's key.
+        out: JSONL file of demonstrations; written when the run is complete.
+        constitution: name of a shipped constitution (harmless, helpful), or a YAML file.
+        rounds: revisions of each answer, each by another principle.
+        mix: rows of a prompt: the last revision or all.
+        without_critique: ask for a revision without a critique.
+        keep_unfinished: also keep revisions that reached the maximum length.
+        server_model: name of the model on the server.
+        api_key: name of the environment variable with the server's key.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        sampling: how answers, critiques and revisions are sampled.
+        sampling: sampling settings of answers, critiques and revisions.
     """
     from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts, write_lines
     from rlhf_lightning.commands.journal import Journal, model_stamp
@@ -90,7 +89,7 @@ def critique(
     writer = _writer(model, server_model, api_key, sampling)
     at_once = sampling.batch_size * CHUNKS_AT_ONCE
     if journal.done:
-        print(f"{journal.path}: going on after {journal.done:,} of {len(rows):,} prompts")
+        print(f"{journal.path}: resuming after {journal.done:,} of {len(rows):,} prompts")
     for start in range(journal.done, len(rows), at_once):
         chains = revise(writer, rules, rows[start : start + at_once], settings, start)
         journal.add(start + len(chains), [asdict(chain) for chain in chains])
@@ -107,16 +106,15 @@ def critique(
 
 
 def report_file(target: Path) -> Path:
-    """Where the report of a file of rows is written: beside it."""
+    """Path of the report of a file of rows."""
     return target.with_suffix(".report.json")
 
 
 def _writer(model: str, server_model: str | None, api_key: str | None, sampling: SamplingArguments) -> "Writer":
-    """Load what answers, criticises and revises.
+    """Return the writer of answers, critiques and revisions.
 
     Raises:
-        ValueError: a server is named without its model, or a model on this machine with a server's settings; or what is
-            written may be as long as all that the model was made to read.
+        SettingError: settings of a server and of a local model are mixed, or max_new_tokens fills the context.
     """
     if not model.startswith(("http://", "https://")):
         if server_model is not None or api_key is not None:
@@ -158,7 +156,7 @@ def _chain(record: dict[str, Any]) -> "Chain":
 
 
 def revisions_table(report: dict[str, Any]) -> str:
-    """Return the table of what became of the revisions of each round."""
+    """Return the table of kept and dropped revisions by round."""
     from rlhf_lightning.constitution.revision import REASONS
     from rlhf_lightning.evaluation.report import markdown_table
 
@@ -172,7 +170,7 @@ def revisions_table(report: dict[str, Any]) -> str:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """Return a report in words: that table, and what became of the prompts."""
+    """Return that table and a sentence on the prompts."""
     said = f"{report['revised_prompts']:,} of {report['prompts']:,} prompts have a revision"
     if report["no_answer"]:
         said += f"; {report['no_answer']:,} have no first answer: it is empty, or the context has no room for it"

@@ -1,4 +1,4 @@
-"""``rlhf label``: a judge compares completions under a constitution; soft labels, and how far it can be trusted."""
+"""``rlhf label``: soft labels from a judge under a constitution, and metrics of the judge."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULTS = SamplingArguments()
 
 FOUND_AT_ONCE = 64
-"""Pairs between two lines of the journal."""
+"""Pairs between two journal entries."""
 
 Part = tuple[int, list["Pair"]]
 
@@ -44,33 +44,32 @@ def label(
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Label pairs of completions by a judge, each comparison in both orders, and write them with soft labels.
+    """Label pairs of completions with a judge, each comparison in both orders, and write soft labels.
 
-    Pairs are given (--pairs) or sampled (--prompts with --model). A line of the file has prompt, chosen, rejected and
-    preference (the probability that chosen is better), as PreferenceDataModule reads them, and judge, constitution (its
-    fingerprint), principles, probabilities (that chosen is better, by principle, chosen shown first) and
-    swapped_probabilities (chosen shown second), tie and human_preference (of given pairs). An answer that is none is
-    counted and never made up. The judge's consistency, bias towards a place, ties, failures, entropy and agreement with
-    the labels of given pairs are printed and written to OUT.report.json. A run that was killed goes on where it stopped
-    when it is started again.
+    Pairs are given (--pairs) or sampled (--prompts with --model). A row has prompt, chosen, rejected and preference
+    (probability that chosen is better), as PreferenceDataModule reads them, and judge, constitution (its fingerprint),
+    principles, probabilities (by principle, chosen shown first), swapped_probabilities (chosen shown second), tie and
+    human_preference (of given pairs). Missing answers are counted and give no label. The judge's consistency, position
+    bias, ties, failures, entropy and agreement with given labels are printed and written to OUT.report.json. The same
+    command resumes a killed run.
 
     Args:
-        judge: folder of a language model, .gguf file or hub id; address of an OpenAI-compatible server (name its model:
-            --judge_args.model NAME); or a class, of rlhf_lightning.scoring.judges or your own by its import path.
-        out: JSONL file of labelled pairs to write; it appears when all is done.
-        constitution: name of a shipped one (harmless, helpful), or a YAML file.
-        pairs: file of preferences in any form that training reads; their labels are compared with, not shown. Every two
-            completions of a list are a pair.
-        prompts: file of prompts to sample two completions of.
-        model: folder of the policy that is sampled from.
+        judge: folder of a language model, .gguf file or hub id; address of an OpenAI-compatible server (its model:
+            --judge_args.model NAME); or a class of rlhf_lightning.scoring.judges or by import path.
+        out: JSONL file of labelled pairs; written when the run is complete.
+        constitution: name of a shipped constitution (harmless, helpful), or a YAML file.
+        pairs: file of preferences in any form that training reads; every two completions of a list are a pair. Their
+            labels are not shown to the judge.
+        prompts: file of prompts to sample two completions for.
+        model: folder of the policy to sample from.
         judge_args: arguments of the judge's class: --judge_args.NAME VALUE.
         principles: principles drawn for each pair; their answers are averaged.
-        average: of orders and principles, probability or logit; logit removes a constant bias towards a place whole.
-        reasoning: let the judge reason before it answers; probabilities are then held within [0.4, 0.6].
-        least_mass: least probability of the two letters together; below it the judge gave no answer.
+        average: what is averaged, probability or logit; logit removes a constant position bias.
+        reasoning: let the judge reason before it answers; probabilities are clamped to [0.4, 0.6].
+        least_mass: minimum probability of the two letters together; below it there is no answer.
         ties: keep pairs whose verdict is a tie, with their soft label, or drop them.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        sampling: how completions are sampled; at temperature 0 a model has one answer, and no pair.
+        sampling: sampling settings; at temperature 0 both completions are equal and give no pair.
     """
     from rlhf_lightning.commands.journal import Journal, model_stamp
     from rlhf_lightning.commands.parsing import written_secret
@@ -81,8 +80,7 @@ def label(
 
     if (pairs is None) == (prompts is None) or (prompts is None) != (model is None):
         raise SettingError(
-            "conflicting-settings",
-            "give either --pairs, or --prompts with the --model that answers them",
+            "conflicting-settings", "give either --pairs, or --prompts with the --model that answers them"
         )
     if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
         raise SettingError("written-secret", secret)
@@ -111,7 +109,7 @@ def label(
     task = {**provenance, **work.task, "judge": model_stamp(judge), "judge_args": judge_args, "dtype": sampling.dtype}
     journal = Journal(Path(out), task)
     if journal.done:
-        print(f"{journal.path}: going on after {journal.done:,} of {work.total:,}")
+        print(f"{journal.path}: resuming after {journal.done:,} of {work.total:,}")
     for done, part in work.parts(journal.done):
         said = compared(judging, rules, part, settings, start=len(journal.records))
         found = zip(part, said, strict=True)
@@ -123,7 +121,7 @@ def label(
 
 
 def _written(target: Path, records: list[Any], settings: Any, ties: str, provenance: dict[str, Any]) -> str:
-    """Write the labelled pairs and the report beside them; return what is printed."""
+    """Write the labelled pairs and their report; return the printed summary."""
     from rlhf_lightning.commands.generate import write_lines
     from rlhf_lightning.constitution.critique import report_file
     from rlhf_lightning.constitution.labelling import labelled_of
@@ -141,7 +139,7 @@ def _written(target: Path, records: list[Any], settings: Any, ties: str, provena
 
 
 def _with_dtype(judge: str, arguments: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """Arguments of the judge's class; a model on this machine is loaded at the precision asked for."""
+    """Arguments of the judge's class, with the dtype for a local model."""
     given = dict(arguments or {})
     local = Path(judge).expanduser().exists() or judge.endswith(".gguf") or judge == "LocalJudge"
     return {"dtype": dtype, **given} if local else given
@@ -160,12 +158,7 @@ def _read_back(records: list[Any]) -> tuple[list["Pair"], list[tuple[Any, ...]]]
 
 
 def given_pairs(path: str) -> "list[Pair]":
-    """Pairs of a file of preferences with what it says of them; a list is all of its pairs.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: no row has two completions.
-    """
+    """Return the pairs of a file of preferences with their labels; a list gives all of its pairs."""
     from rlhf_lightning.people.candidates import given_rows
     from rlhf_lightning.scoring.judges.judge import Pair
 
@@ -179,12 +172,12 @@ def given_pairs(path: str) -> "list[Pair]":
 
 
 class Work(Protocol):
-    """Where pairs come from.
+    """Source of pairs.
 
     Attributes:
-        provenance: what the report says of it.
-        task: what the pairs depend on besides.
-        total: how much there is of it.
+        provenance: entries of the report.
+        task: other values that the pairs depend on.
+        total: number of pairs or prompts.
     """
 
     provenance: dict[str, Any]
@@ -192,16 +185,12 @@ class Work(Protocol):
     total: int
 
     def parts(self, done: int) -> Iterator[Part]:
-        """Yield pairs, some at a time, and how much is done with them; what is done is left out."""
+        """Yield some pairs at a time with the progress after them, starting after ``done``."""
         ...
 
 
 class GivenPairs:
-    """The pairs of a file.
-
-    Args:
-        path: of the file.
-    """
+    """The pairs of a file."""
 
     def __init__(self, path: str) -> None:
         from rlhf_lightning.data.feedback.records import digest
@@ -212,21 +201,14 @@ class GivenPairs:
         self.task = {"content": digest([list(pair) for pair in self.pairs])}
 
     def parts(self, done: int) -> Iterator[Part]:
-        """Yield the pairs in their order."""
+        """Yield the pairs in order."""
         for start in range(done, self.total, FOUND_AT_ONCE):
             part = self.pairs[start : start + FOUND_AT_ONCE]
             yield start + len(part), part
 
 
 class SampledPairs:
-    """Two different completions of each prompt, sampled as `rlhf annotate` does; a model of one answer gives none.
-
-    Args:
-        prompts: file of prompts.
-        model: folder of the policy.
-        sampling: how completions are sampled.
-        as_chat: whether plain prompts become a user's turn.
-    """
+    """Two different completions of each prompt, sampled as `rlhf annotate` does."""
 
     def __init__(self, prompts: str, model: str, sampling: SamplingArguments, as_chat: bool) -> None:
         from rlhf_lightning.commands.generate import read_prompts

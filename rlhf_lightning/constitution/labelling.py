@@ -1,4 +1,4 @@
-"""Pairs and a judge to soft labels: both orders of every comparison, several principles, nothing made up."""
+"""Soft labels from a judge: every comparison in both orders, averaged over principles; AI labeller."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.constitution.dialogue import comparison_messages, text_of
 from rlhf_lightning.constitution.labels import Comparison, LabelledPair, judge_metrics, probabilities_of
-from rlhf_lightning.constitution.principles import Constitution, load_constitution
-from rlhf_lightning.data.feedback.records import Answer, Assignment
+from rlhf_lightning.constitution.principles import Constitution, comparison_messages, load_constitution
+from rlhf_lightning.data.feedback.records import Answer, Assignment, text_of
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.judging import (
     debiased_probability,
@@ -35,24 +34,22 @@ from rlhf_lightning.scoring.judges.judge import (
 )
 
 MOST_CERTAIN = 30.0
-"""Log-odds beyond which a judge is no surer: two that contradict each other with certainty are a tie, and no NaN."""
+"""Bound of a judge's log-odds: two certain answers that contradict each other give a tie instead of NaN."""
 
 AFTER_REASONING = (0.4, 0.6)
-"""Bounds of a probability that was read after reasoning, which saturates (arXiv 2212.08073, section 4.1)."""
+"""Bounds of probabilities after reasoning, which saturate (arXiv 2212.08073, section 4.1)."""
 
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """How answers become labels.
+    """How a judge's answers become labels.
 
     Args:
         principles: principles drawn for each pair; their answers are averaged.
-        average: of orders and principles: ``probability``, or ``logit``, which removes a constant bias of the judge's
-            log-odds towards a place without a trace.
-        reasoning: let the judge reason before it answers; its probabilities are then held within [0.4, 0.6].
-        least_mass: least probability of the two letters together; a judge that would rather say something else gave no
-            answer.
-        seed: of the draw of principles.
+        average: what is averaged: probability, or logit, which removes a constant position bias of the log-odds.
+        reasoning: let the judge reason before it answers; its probabilities are clamped to [0.4, 0.6].
+        least_mass: minimum probability of the two letters together; below it there is no answer.
+        seed: seed of the drawn principles.
     """
 
     principles: int = 1
@@ -71,12 +68,7 @@ class LabelSettings:
 
 
 class Labels(NamedTuple):
-    """What `label_pairs` returns.
-
-    Attributes:
-        pairs: every pair, in order, those without an answer among them.
-        metrics: of the judge, see `judge_metrics`.
-    """
+    """All pairs in order, including those without an answer, and the judge's metrics (see `judge_metrics`)."""
 
     pairs: list[LabelledPair]
     metrics: dict[str, Any]
@@ -89,19 +81,19 @@ def label_pairs(
     settings: LabelSettings | None = None,
     start: int = 0,
 ) -> Labels:
-    """Label pairs by a judge under a constitution, each comparison in both orders.
+    """Label pairs with a judge under a constitution, each comparison in both orders.
 
     Args:
-        judge: answers questions.
-        constitution: has the principles, and the words of the question.
-        pairs: what is to be compared.
+        judge: the judge.
+        constitution: principles and wording of the questions.
+        pairs: pairs to compare.
         settings: how answers become labels.
-        start: number of the first pair: the draw of principles is addressed by (seed, number), so that pairs labelled
-            in parts get the labels that they would get together.
+        start: index of the first pair. Principles are drawn by (seed, index), so that pairs labelled in parts get the
+            same labels.
 
     Raises:
-        ValueError: the constitution has no principles to compare by, or fewer than are to be drawn, or the judge does
-            not give one answer to each question.
+        SettingError: the constitution has fewer comparing principles than are to be drawn.
+        ContractError: the judge does not give one answer to each question.
     """
     settings = settings or LabelSettings()
     labelled = labelled_of(pairs, compared(judge, constitution, pairs, settings, start), settings)
@@ -111,7 +103,7 @@ def label_pairs(
 def compared(
     judge: Judge, constitution: Constitution, pairs: Sequence[Pair], settings: LabelSettings, start: int = 0
 ) -> list[tuple[Comparison, ...]]:
-    """Ask the judge about every pair, and return what it said of each under each principle."""
+    """Ask the judge about every pair; return the comparisons of each pair by principle."""
     drawn = [drawn_principles(constitution, settings, start + place) for place in range(len(pairs))]
     questions = [
         _question(constitution, principle, pair, swapped, settings.reasoning)
@@ -129,15 +121,15 @@ def compared(
 def labelled_of(
     pairs: Sequence[Pair], comparisons: Sequence[Sequence[Comparison]], settings: LabelSettings
 ) -> list[LabelledPair]:
-    """Average what was said of each pair."""
+    """Average the comparisons of each pair into its label."""
     return [_labelled(pair, tuple(of_pair), settings) for pair, of_pair in zip(pairs, comparisons, strict=True)]
 
 
 def drawn_principles(constitution: Constitution, settings: LabelSettings, number: int) -> list[ComparingPrinciple]:
-    """The principles that pair ``number`` is compared by, no two of them the same.
+    """Draw the distinct principles of pair ``number``.
 
     Raises:
-        SettingError: the constitution has fewer.
+        SettingError: the constitution has too few.
     """
     there = constitution.comparing
     if len(there) < settings.principles:
@@ -177,7 +169,7 @@ def _comparison(principle: str, answer: JudgeAnswer, swapped: JudgeAnswer, setti
 
 
 def _failure(answer: JudgeAnswer, least_mass: float) -> str:
-    """Why an answer is none; empty where it is one."""
+    """Reason why an answer does not count; empty if it does."""
     if answer.failure:
         return answer.failure
     if math.isnan(answer.first_logprob) or math.isnan(answer.second_logprob):
@@ -186,7 +178,7 @@ def _failure(answer: JudgeAnswer, least_mass: float) -> str:
 
 
 def _probability(answer: JudgeAnswer, low: float, high: float) -> float:
-    certain = max(answer.first_logprob, answer.second_logprob) - 2 * MOST_CERTAIN  # minus infinity has no difference
+    certain = max(answer.first_logprob, answer.second_logprob) - 2 * MOST_CERTAIN  # -inf - (-inf) is NaN
     first, second = (
         torch.tensor([max(value, certain)], dtype=torch.float64)
         for value in (answer.first_logprob, answer.second_logprob)
@@ -214,23 +206,23 @@ def _log_odds(probability: Tensor) -> Tensor:
 
 
 LEVELS = (0.65, 0.8, 0.95)
-"""Probabilities of the preferred completion from which it is said to be better by a level more, 1 to `STRENGTHS`."""
+"""Probabilities of the preferred completion above which its strength is one level higher."""
 
 
 class AILabeller(Labeller):
-    """A model that compares completions under a constitution, each pair in both orders.
+    """A judge as labeller: compares each pair once under a constitution, in both orders.
 
-    A judge that contradicts itself when the order changes calls a tie, one that gives no answer skips the pair, and
-    what it is sure of becomes the strength of its choice. It judges each pair once: other judges are other labellers.
+    Orders that contradict each other give a tie, a missing answer skips the pair, and certainty gives the strength.
 
     Args:
-        judge: a model's folder, the address of an OpenAI-compatible server, or a class, see `judging.load_judge`.
-        judge_args: arguments of its class.
-        constitution: name of one that comes with the package, or a file.
-        settings: how its answers become labels.
+        judge: folder of a model, address of an OpenAI-compatible server, or a class, see `load_judge`.
+        judge_args: arguments of the judge's class.
+        constitution: name of a shipped constitution, or a file.
+        settings: how answers become labels.
     """
 
     lease: ClassVar[float] = float("inf")
+    salt: ClassVar[str | None] = ""
 
     def __init__(
         self,
@@ -244,7 +236,7 @@ class AILabeller(Labeller):
         self.settings = settings or LabelSettings()
 
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
-        """Judge what the store asks, until it has ``count`` labels."""
+        """Judge the store's items until it has ``count`` labels."""
         while store.labels() < count:
             asked = store.next(self.judge.name)
             if asked is not None:
@@ -253,18 +245,18 @@ class AILabeller(Labeller):
                 return
 
     def answer(self, asked: Assignment) -> Answer:
-        """What the judge says of two completions, in the order in which they were shown."""
+        """Return the judge's answer about two completions in the order shown."""
         if len(asked.shown) > 2:
-            return Answer("skip")  # a constitution compares two
+            return Answer("skip")  # a constitution compares pairs
         first, second = (asked.item.candidates[place].completion for place in asked.shown)
         pair = Pair(asked.item.prompt, first, second)
-        # The draw of principles is addressed by the item: the same store gets the same labels, cut off or not.
+        # Principles are drawn by item number, so that an interrupted run gives the same labels.
         (labelled,) = label_pairs(self.judge, self.constitution, [pair], self.settings, asked.item.id).pairs
         return answer_of(labelled)
 
 
 def answer_of(labelled: LabelledPair) -> Answer:
-    """A label as the judgement of an annotator."""
+    """Convert a label to an annotator's answer."""
     preference, verdict = labelled.preference, labelled.verdict
     if preference is None or verdict is None:
         return Answer("skip")

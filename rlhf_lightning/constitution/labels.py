@@ -1,4 +1,4 @@
-"""What a judge made of pairs: comparisons, labels and rows, and how far the judge can be trusted."""
+"""Comparisons and labels of a judge, their rows, and metrics of the judge."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rlhf_lightning.scoring.judges.judge import Pair
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a judge said of a pair under one principle.
+    """A judge's comparison of a pair under one principle, in both orders.
 
     Attributes:
         principle: id of the principle.
-        probability: that the completion shown first is better, the pair's first shown first; None without an answer.
-        swapped_probability: that the completion shown first is better, the pair's second shown first.
-        failures: why there was no answer, one reason a question.
+        probability: probability that the first place wins, in the pair's order; None without an answer.
+        swapped_probability: probability that the first place wins, in the swapped order.
+        failures: reasons of missing answers.
         mass: mean probability of the two letters together.
-        bounded: number of answers with only an upper bound for one letter's probability.
-        reasoning: what the judge said before it answered, in both orders.
+        bounded: answers with only an upper bound for one letter's probability.
+        reasoning: the judge's reasoning in both orders.
     """
 
     principle: str
@@ -41,18 +41,18 @@ class Comparison:
 
     @property
     def answered(self) -> bool:
-        """Whether both orders have an answer: half a comparison would carry the bias of its order."""
+        """Whether both orders have an answer; a single order would carry the judge's position bias."""
         return self.probability is not None and self.swapped_probability is not None
 
 
 class LabelledPair(NamedTuple):
-    """A pair with what a judge made of it.
+    """A pair with a judge's label.
 
     Attributes:
         pair: the pair.
-        comparisons: what was said under each principle.
-        preference: probability that the first is better, of both orders and all principles; None without an answer.
-        verdict: 1 the first, 0 the second, 0.5 a tie: the orders contradict each other, or the principles do.
+        comparisons: comparisons under each principle.
+        preference: probability that the first is better, over orders and principles; None without an answer.
+        verdict: 1 for the first, 0 for the second, 0.5 for a tie (orders or principles contradict each other).
     """
 
     pair: Pair
@@ -61,7 +61,7 @@ class LabelledPair(NamedTuple):
     verdict: float | None
 
     def row(self, judge: str, constitution: str) -> dict[str, Any]:
-        """Return the row that training reads: the better completion is chosen, with where the label comes from.
+        """Return the training row of the pair, with the label's provenance.
 
         Args:
             judge: name of the judge.
@@ -71,35 +71,37 @@ class LabelledPair(NamedTuple):
             DataError: the pair has no label.
         """
         if self.preference is None:
-            raise DataError("no-labels", "the judge gave no answer to this pair, which has no label: leave it out")
+            raise DataError("no-labels", "the judge gave no answer to this pair, so it has no label: leave it out")
         kept = [one for one in self.comparisons if one.answered]
-        forward = [one.probability for one in kept]
-        # Of the chosen completion, as everything in the row.
-        swapped = [1 - one.swapped_probability for one in kept if one.swapped_probability is not None]
+        forward, swapped = (one.tolist() for one in probabilities_of(kept))
         human, better = self.pair.preference, self.preference >= 0.5
         sides = (self.pair.first, self.pair.second) if better else (self.pair.second, self.pair.first)
+
+        def of_chosen(probability: float) -> float:
+            return probability if better else 1 - probability
+
         row: dict[str, Any] = {
             **self.pair.columns,
             "prompt": self.pair.prompt,
             "chosen": sides[0],
             "rejected": sides[1],
-            "preference": self.preference if better else 1 - self.preference,
+            "preference": of_chosen(self.preference),
             "judge": judge,
             "constitution": constitution,
             "principles": [one.principle for one in kept],
-            "probabilities": [p if better else 1 - p for p in forward if p is not None],
-            "swapped_probabilities": [p if better else 1 - p for p in swapped],
+            "probabilities": [of_chosen(p) for p in forward],
+            "swapped_probabilities": [of_chosen(1 - p) for p in swapped],
             "tie": self.verdict == 0.5,
         }
         if human is not None:
-            row["human_preference"] = human if better else 1 - human
+            row["human_preference"] = of_chosen(human)
         if any(one.reasoning for one in kept):
             row["reasoning"] = [text for one in kept for text in one.reasoning]
         return row
 
 
 def probabilities_of(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
-    """Probabilities that the first place wins, in the one and in the other order, float64, shape (comparisons,)."""
+    """Probabilities that the first place wins, in both orders, float64, shape (comparisons,)."""
     return (
         torch.tensor([one.probability for one in comparisons], dtype=torch.float64),
         torch.tensor([one.swapped_probability for one in comparisons], dtype=torch.float64),
@@ -107,19 +109,18 @@ def probabilities_of(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]
 
 
 def failures_of(labelled: Sequence[LabelledPair]) -> Counter[str]:
-    """How often which reason kept an answer from being one."""
+    """Count the reasons of missing answers."""
     return Counter(reason for one in labelled for comparison in one.comparisons for reason in comparison.failures)
 
 
 def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
-    """Return what is known of a judge from its labels.
+    """Return the metrics of a judge; None for those that the labels do not determine.
 
-    ``consistency``: share of comparisons judged alike in both orders; ``position_bias``: mean P(first place) - 1/2;
-    ``tie_rate``: share of comparisons whose verdict is a tie, most of them since the orders contradict each other;
-    ``parse_fail``: share of questions without an answer; ``entropy``: mean entropy of the labels, nats;
-    ``letter_mass``: mean probability of the two letters together; ``agreement``: share of pairs with people's
-    preference, a tie counted half, with a 95 % interval over prompts, of the pairs where people prefer one. What cannot
-    be said is None.
+    ``consistency``: share of comparisons with the same verdict in both orders; ``position_bias``: mean P(first place) -
+    1/2; ``tie_rate``: share of comparisons whose verdict is a tie; ``parse_fail``: share of questions without an
+    answer; ``entropy``: mean entropy of the labels, nats; ``letter_mass``: mean probability of the two letters
+    together; ``agreement``: share of pairs labelled as people do, a tie counted half, with a 95 % interval over
+    prompts, among the pairs with a human preference.
     """
     comparisons = [comparison for one in labelled for comparison in one.comparisons]
     kept = [one for one in comparisons if one.answered]
@@ -143,7 +144,7 @@ def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
     if kept:
         forward, swapped = probabilities_of(kept)
         ties = verdict(forward, swapped) == 0.5
-        undecided = (forward == 0.5) & (swapped == 0.5)  # a tie in both orders contradicts nothing
+        undecided = (forward == 0.5) & (swapped == 0.5)  # a tie in both orders is consistent
         preferences = torch.tensor([one.preference for one in judged], dtype=torch.float64)
         metrics |= {
             "consistency": float((~ties | undecided).double().mean()),
@@ -156,7 +157,7 @@ def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
 
 
 def agreement_with_people(labelled: Sequence[LabelledPair]) -> dict[str, Any] | None:
-    """Return the share of pairs with people's preference, its interval and the pairs counted; None of none."""
+    """Return the share of pairs labelled as people do, with interval and counts; None without human labels."""
     rows = [one for one in labelled if one.pair.preference not in (None, 0.5)]
     if not rows:
         return None
@@ -169,7 +170,7 @@ def agreement_with_people(labelled: Sequence[LabelledPair]) -> dict[str, Any] | 
 
 
 def _interval(hits: Tensor, clusters: Tensor, prompts: int) -> tuple[float, float]:
-    """95 % interval of a share; pairs of one prompt are drawn together, as they are not independent."""
+    """95 % interval of a share; pairs of one prompt are resampled together because they are not independent."""
     if prompts == len(hits):
         low, high = wilson_interval(hits.mean(), prompts)
     else:
@@ -178,19 +179,13 @@ def _interval(hits: Tensor, clusters: Tensor, prompts: int) -> tuple[float, floa
 
 
 def describe(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the metrics as rows of a table: name and value."""
+    """Return the metrics as table rows of name and value."""
 
-    def shown(name: str, form: str = ".3f") -> str:
+    def shown(name: str, form: str) -> str:
         return "-" if metrics[name] is None else format(metrics[name], form)
 
-    rows = [
-        ("judge/consistency", shown("consistency")),
-        ("judge/position_bias", shown("position_bias", "+.3f")),
-        ("judge/tie_rate", shown("tie_rate")),
-        ("judge/parse_fail", shown("parse_fail")),
-        ("judge/entropy", shown("entropy")),
-        ("judge/letter_mass", shown("letter_mass")),
-    ]
+    names = ("consistency", "position_bias", "tie_rate", "parse_fail", "entropy", "letter_mass")
+    rows = [(f"judge/{name}", shown(name, "+.3f" if name == "position_bias" else ".3f")) for name in names]
     found = metrics["agreement"]
     if found is not None:
         low, high = found["ci"]

@@ -1,20 +1,20 @@
-"""Constitutions: written principles to criticise, revise and compare by, as versioned YAML (arXiv 2212.08073).
+"""Constitutions: principles for critique, revision and comparison, as versioned YAML (arXiv 2212.08073); their prompts.
 
-A file holds plain values alone, each is checked, and the whole has a fingerprint that goes wherever its labels go::
+A file holds plain values. Each value is checked, and labels carry the fingerprint of the whole::
 
     name: harmless
     version: 1
     language: en
-    revising:              # principles to criticise and to revise by
+    revising:              # principles for critique and revision
       - id: danger
         critique: Say where your last answer could ...
         revision: Rewrite your last answer so that ...
-    comparing:             # principles to compare by
+    comparing:             # principles for comparison
       - id: danger
         question: Which answer is less likely to ...?
     revision_examples: [{prompt, completion, principle, critique, revision}, ...]
     comparison_examples: [{prompt, first, second, principle, answer: A or B}, ...]
-    wording: {...}         # what is said around them, see `Wording`; English where it is left out
+    wording: {...}         # text around the principles, see `Wording`; English by default
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,26 +30,21 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from rlhf_lightning.data.feedback.records import digest
+from rlhf_lightning.data.feedback.records import digest, text_of
 from rlhf_lightning.errors import MissingError
-from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, ConstitutionError, Wording
+from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, ConstitutionError, Wording, as_text
+from rlhf_lightning.types import Message, Prompt
 
 SHIPPED = Path(__file__).parent / "constitutions"
 LARGEST_FILE = 1_000_000
-"""Bytes of a constitution: principles are read by people."""
+"""Maximum bytes of a constitution."""
 
 Letter = Literal["A", "B"]
 
 
 @dataclass(frozen=True)
 class RevisingPrinciple:
-    """A principle to criticise and to revise an answer by.
-
-    Attributes:
-        id: short name, unique in its list.
-        critique: the request for a critique.
-        revision: the request for a revision.
-    """
+    """A principle for critique and revision: its id, the request for a critique and the request for a revision."""
 
     id: str
     critique: str
@@ -57,15 +53,7 @@ class RevisingPrinciple:
 
 @dataclass(frozen=True)
 class RevisionExample:
-    """An answer that was criticised and revised, shown before the one at hand.
-
-    Attributes:
-        prompt: what was asked.
-        completion: what was answered.
-        principle: id of the principle.
-        critique: what is wrong with it.
-        revision: the better answer.
-    """
+    """A few-shot example: a prompt, its completion, the id of a principle, the critique and the revision."""
 
     prompt: str
     completion: str
@@ -76,15 +64,7 @@ class RevisionExample:
 
 @dataclass(frozen=True)
 class ComparisonExample:
-    """Two answers that were compared, shown before those at hand.
-
-    Attributes:
-        prompt: what was asked.
-        first: the answer shown as (A).
-        second: the answer shown as (B).
-        principle: id of the principle.
-        answer: the letter of the better one.
-    """
+    """A few-shot example: a prompt, answers (A) and (B), the id of a principle, and the letter of the better answer."""
 
     prompt: str
     first: str
@@ -95,17 +75,17 @@ class ComparisonExample:
 
 @dataclass(frozen=True)
 class Constitution:
-    """Principles and the words that they are put in.
+    """Principles, few-shot examples and wording.
 
     Attributes:
-        name: what it is called.
-        version: counts its editions.
-        language: of everything in it, such as ``en``.
-        revising: principles to criticise and revise by.
-        comparing: principles to compare by.
-        revision_examples: shown before a critique.
-        comparison_examples: shown before a comparison.
-        wording: what is said around the principles.
+        name: name of the constitution.
+        version: version number.
+        language: language of its texts, such as ``en``.
+        revising: principles for critique and revision.
+        comparing: principles for comparison.
+        revision_examples: examples shown before a critique.
+        comparison_examples: examples shown before a comparison.
+        wording: text around the principles.
     """
 
     name: str
@@ -139,25 +119,25 @@ class Constitution:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything in it: two constitutions with equal fingerprints ask the same."""
+        """Hash of the whole content."""
         return digest(dataclasses.asdict(self))
 
     @property
     def title(self) -> str:
-        """Name, version and the beginning of the fingerprint."""
+        """Name, version and start of the fingerprint."""
         return f"{self.name} v{self.version} ({self.fingerprint[:8]})"
 
     def revising_principle(self, id: str) -> RevisingPrinciple:
-        """The principle to revise by of that id."""
+        """Return the revising principle with this id."""
         return next(principle for principle in self.revising if principle.id == id)
 
     def comparing_principle(self, id: str) -> ComparingPrinciple:
-        """The principle to compare by of that id."""
+        """Return the comparing principle with this id."""
         return next(principle for principle in self.comparing if principle.id == id)
 
 
 def shipped() -> list[str]:
-    """Names of the constitutions that come with the package."""
+    """Return the names of the shipped constitutions."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
@@ -168,8 +148,8 @@ def load_constitution(spec: str) -> Constitution:
         spec: name of a shipped one, or the path of a YAML file.
 
     Raises:
-        MissingError: there is none of that name, and no such file.
-        ConstitutionError: the file is no constitution; the message names the place.
+        MissingError: neither a shipped constitution nor a file has this name.
+        ConstitutionError: the file is not a constitution; the message names the place.
     """
     path = SHIPPED / f"{spec}.yaml" if spec in shipped() else Path(spec).expanduser()
     if not path.is_file():
@@ -191,7 +171,7 @@ def load_constitution(spec: str) -> Constitution:
 
 
 def _require_wording(content: Any) -> None:
-    """Judges and critics asked half in English would answer in either language."""
+    """Require all wording in another language: a judge asked half in English answers in either language."""
     if not isinstance(content, dict) or str(content.get("language")).split("-")[0] == "en":
         return
     given = content.get("wording")
@@ -264,3 +244,113 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 def _at(where: str, name: Any) -> str:
     return f"{where}.{name}" if where else str(name)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def answered(prompt: Prompt, completion: str | list[Message]) -> Prompt:
+    """Return a prompt and its completion as one text or conversation, in the form of the prompt."""
+    if isinstance(prompt, str):
+        return prompt + spaced(prompt, text_of(completion))
+    turns = completion if isinstance(completion, list) else [_turn("assistant", completion)]
+    if prompt and prompt[-1]["role"] == "assistant":  # left open, to be continued
+        return [*prompt[:-1], _turn("assistant", prompt[-1]["content"] + turns[0]["content"]), *turns[1:]]
+    return [*prompt, *turns]
+
+
+def spaced(prompt: Prompt, completion: str) -> str:
+    """Return a completion with a space between it and a plain prompt if neither has one."""
+    apart = not isinstance(prompt, str) or not prompt or prompt[-1].isspace() or completion[:1].isspace()
+    return completion if apart else f" {completion}"
+
+
+def critique_prompt(
+    constitution: Constitution, principle: RevisingPrinciple, prompt: Prompt, completion: str
+) -> Prompt:
+    """Return the prompt of a critique: examples, conversation, request."""
+    wording, whole = constitution.wording, answered(prompt, completion)
+    if isinstance(whole, str):
+        opened = f"\n\n{wording.critique_request}: {principle.critique}\n\n{wording.critique}:"
+        return _examples_in_text(constitution) + whole + opened
+    return _after_examples(constitution, whole, with_critique=True) + [_turn("user", principle.critique)]
+
+
+def revision_prompt(
+    constitution: Constitution, principle: RevisingPrinciple, prompt: Prompt, completion: str, critique: str | None
+) -> Prompt:
+    """Return the prompt of a revision; without a critique the request follows the answer."""
+    wording, whole = constitution.wording, answered(prompt, completion)
+    if isinstance(whole, str):
+        asked = f"\n\n{wording.revision_request}: {principle.revision}\n\n{wording.revision}:"
+        if critique is None:
+            return _examples_in_text(constitution, with_critique=False) + whole + asked
+        return f"{critique_prompt(constitution, principle, prompt, completion)} {critique}{asked}"
+    turns = _after_examples(constitution, whole, with_critique=critique is not None)
+    if critique is not None:
+        turns += [_turn("user", principle.critique), _turn("assistant", critique)]
+    return [*turns, _turn("user", principle.revision)]
+
+
+def comparison_messages(
+    constitution: Constitution, principle: ComparingPrinciple, prompt: Prompt, first: str, second: str
+) -> list[Message]:
+    """Return the messages to a judge: examples with their answers, then the question."""
+    turns: list[Message] = []
+    for example in constitution.comparison_examples:
+        shown = constitution.comparing_principle(example.principle)
+        turns.append(_turn("user", _filled(constitution.wording, shown, example.prompt, example.first, example.second)))
+        turns.append(_turn("assistant", _verdict(constitution.wording, example)))
+    return [*turns, _turn("user", _filled(constitution.wording, principle, prompt, first, second))]
+
+
+def _filled(wording: Wording, principle: ComparingPrinciple, prompt: Prompt, first: str, second: str) -> str:
+    """Fill the placeholders of the question; inserted text is not searched for placeholders."""
+    values = {
+        "conversation": _transcript(wording, prompt),
+        "question": principle.question,
+        "first": first.strip(),
+        "second": second.strip(),
+    }
+    return re.sub(r"\{(\w+)\}", lambda place: values[place.group(1)], wording.comparison)
+
+
+def _transcript(wording: Wording, prompt: Prompt) -> str:
+    """Return a prompt as a transcript; a plain text that is one already is unchanged."""
+    if isinstance(prompt, str):
+        told = re.search(rf"^\s*(?:Human|{re.escape(wording.human)}):", prompt)
+        return prompt.strip() if told else f"{wording.human}: {prompt.strip()}"
+    return as_text(prompt, wording).removesuffix(f"\n\n{wording.assistant}:")
+
+
+def _verdict(wording: Wording, example: ComparisonExample) -> str:
+    return f"{wording.answer}{example.answer}{')' if wording.answer.endswith('(') else ''}"
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _after_examples(constitution: Constitution, conversation: list[Message], with_critique: bool) -> list[Message]:
+    """Insert the turns of the examples after the system turns of a conversation."""
+    shown: list[Message] = []
+    for example in constitution.revision_examples:
+        principle = constitution.revising_principle(example.principle)
+        shown += [_turn("user", example.prompt), _turn("assistant", example.completion)]
+        if with_critique:
+            shown += [_turn("user", principle.critique), _turn("assistant", example.critique)]
+        shown += [_turn("user", principle.revision), _turn("assistant", example.revision)]
+    systems = next((place for place, turn in enumerate(conversation) if turn["role"] != "system"), 0)
+    return [*conversation[:systems], *shown, *conversation[systems:]]
+
+
+def _examples_in_text(constitution: Constitution, with_critique: bool = True) -> str:
+    wording, parts = constitution.wording, []
+    for example in constitution.revision_examples:
+        principle = constitution.revising_principle(example.principle)
+        said = [(wording.human, example.prompt), (wording.assistant, example.completion)]
+        if with_critique:
+            said += [(wording.critique_request, principle.critique), (wording.critique, example.critique)]
+        said += [(wording.revision_request, principle.revision), (wording.revision, example.revision)]
+        parts.append("\n\n".join(f"{head}: {text}" for head, text in said) + "\n\n---\n\n")
+    return "".join(parts)

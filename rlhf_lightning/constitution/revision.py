@@ -1,8 +1,7 @@
 """Critique and revision in rounds, from prompts to demonstrations (Constitutional AI, arXiv 2212.08073, section 3).
 
-A prompt is answered; then, round after round, a principle is drawn, the answer criticised by it and revised, and the
-revision takes the answer's place. A revision that is none (see `REASONS`) is kept out, and the next round goes on from
-the answer before it.
+In each round a principle is drawn, the answer is criticized and revised by it, and the revision replaces the answer. An
+unusable revision (see `REASONS`) is dropped, and the next round starts from the answer before it.
 """
 
 from __future__ import annotations
@@ -13,25 +12,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from rlhf_lightning.constitution.dialogue import critique_prompt, revision_prompt, spaced
-from rlhf_lightning.constitution.principles import Constitution, RevisingPrinciple
+from rlhf_lightning.constitution.principles import (
+    Constitution,
+    RevisingPrinciple,
+    critique_prompt,
+    revision_prompt,
+    spaced,
+)
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.scoring.judges.judge import Writer, Written, first_paragraphs
 from rlhf_lightning.types import Prompt
 
 MOST_ROUNDS = 31
-"""Rounds of a prompt: each has two episodes of its own, beside the first answer's."""
+"""Maximum rounds of a prompt: each takes two episode numbers."""
 
 REASONS = {
-    "empty": "the critique or the revision says nothing",
-    "refused": "the critique refuses to be one",
+    "empty": "the critique or the revision is empty",
+    "refused": "the critique is a refusal",
     "meta": "the revision talks about itself instead of answering",
-    "unchanged": "the revision is the answer that was to be revised",
-    "unfinished": "the revision was cut off at its longest",
-    "too_long": "what was to be read does not fit into the model's context",
+    "unchanged": "the revision equals the answer to be revised",
+    "unfinished": "the revision reached the maximum length",
+    "too_long": "the prompt does not fit into the model's context",
     "no_answer": "the first answer is empty",
 }
-"""Why a revision is kept out."""
+"""Reasons why a revision is dropped."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,10 @@ class RevisionSettings:
     """How answers are revised.
 
     Args:
-        rounds: times that each answer is revised.
-        critique: ask for a critique before each revision; without, the revision is asked for at once.
-        keep_unfinished: also keep revisions that were cut off at their longest.
-        seed: of the draw of principles.
+        rounds: revisions of each answer.
+        critique: ask for a critique before each revision.
+        keep_unfinished: also keep revisions that reached the maximum length.
+        seed: seed of the drawn principles.
     """
 
     rounds: int = 4
@@ -53,8 +57,7 @@ class RevisionSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= MOST_ROUNDS:
             raise SettingError(
-                "setting-out-of-range",
-                f"rounds is {self.rounds}: it must be between 1 and {MOST_ROUNDS}",
+                "setting-out-of-range", f"rounds is {self.rounds}: it must be between 1 and {MOST_ROUNDS}"
             )
 
 
@@ -64,10 +67,10 @@ class Round:
 
     Attributes:
         principle: id of the principle.
-        parent: the answer that was to be revised.
-        critique: what was said against it; None where no critique was asked for.
+        parent: the answer to be revised.
+        critique: the critique; None if none was asked for.
         revision: the revised answer.
-        refused: why it is kept out, a key of `REASONS`; empty where it is kept.
+        refused: why it is dropped, a key of `REASONS`; empty if it is kept.
     """
 
     principle: str
@@ -79,13 +82,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Chain:
-    """A prompt, its first answer, and the rounds of revision.
-
-    Attributes:
-        prompt: plain text or messages.
-        answer: the first answer.
-        rounds: in their order.
-    """
+    """A prompt, its first answer, and the rounds of revision."""
 
     prompt: Prompt
     answer: str
@@ -102,18 +99,18 @@ def revise(
 ) -> list[Chain]:
     """Answer prompts and revise the answers, each round for all prompts together.
 
-    Prompt p answers in episode 64 p, criticises in 64 p + 2 r - 1 and revises in 64 p + 2 r of round r, so that the
-    same rows come out however the prompts are parted. No principle is drawn twice for a prompt before all were once.
+    Prompt p answers in episode 64 p, criticizes in 64 p + 2 r - 1 and revises in 64 p + 2 r of round r, so that rows do
+    not depend on how prompts are batched. A prompt gets each principle once before any twice.
 
     Args:
-        writer: answers, criticises and revises.
-        constitution: has the principles, the examples and the words.
-        prompts: what is answered.
-        settings: rounds, and what is kept.
-        start: number of the first prompt.
+        writer: writes answers, critiques and revisions.
+        constitution: principles, examples and wording.
+        prompts: prompts to answer.
+        settings: number of rounds, and which revisions are kept.
+        start: index of the first prompt.
 
     Raises:
-        DataError: the constitution has no principles to revise by.
+        DataError: the constitution has no revising principles.
     """
     if not constitution.revising:
         raise DataError(
@@ -141,7 +138,7 @@ def revise(
 
 
 def drawn_principle(constitution: Constitution, seed: int, number: int, turn: int) -> RevisingPrinciple:
-    """The principle of a round of prompt ``number``: each once, in an order of the prompt's own, before any twice."""
+    """Principle of a round of prompt ``number``, from a random order of its own."""
     order = random.Random(f"{seed}/revising/{number}").sample(constitution.revising, len(constitution.revising))
     return order[(turn - 1) % len(order)]
 
@@ -160,7 +157,7 @@ def _round(
     writer: Writer, constitution: Constitution, principles: list[RevisingPrinciple], asked: list[_Asked],
     settings: RevisionSettings,
 ) -> list[Round]:  # fmt: skip
-    """Criticise and revise one answer of each prompt."""
+    """Criticize and revise one answer of each prompt."""
     critiques: list[Written | None] = [None] * len(asked)
     if settings.critique:
         read = [
@@ -190,7 +187,7 @@ def _text(written: Written | None) -> str | None:
 
 
 def _tidy(written: Written | None, prompt: Prompt, constitution: Constitution) -> Written | None:
-    """Without space around it; a transcript ends where its writer goes on with somebody else's part."""
+    """Strip a text; cut a transcript where the writer continues with another speaker's turn."""
     if written is None or not isinstance(prompt, str):
         return written and Written(written.text.strip(), written.finished)
     own = first_paragraphs(written.text, constitution.wording)
@@ -208,14 +205,14 @@ def _judged(
 def refusal_of(
     constitution: Constitution, parent: str, critique: str | None, revision: Written | None, settings: RevisionSettings
 ) -> str:
-    """Return why a revision is kept out, a key of `REASONS`; empty where it is kept.
+    """Return why a revision is dropped, a key of `REASONS`; empty if it is kept.
 
     Args:
-        constitution: knows how refusals and talk about the revision begin.
-        parent: the answer that was to be revised.
-        critique: None where none was asked for, or it could not be written.
-        revision: None where it could not be written.
-        settings: whether a critique was asked for, and a cut-off revision is kept.
+        constitution: has the beginnings of refusals and of meta-talk.
+        parent: the answer to be revised.
+        critique: None if none was asked for, or it could not be written.
+        revision: None if it could not be written.
+        settings: revision settings.
     """
     wording = constitution.wording
     if revision is None or (settings.critique and critique is None):
@@ -240,10 +237,9 @@ Mix = Literal["last", "all"]
 
 
 def demonstrations(chain: Chain, mix: Mix) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a prompt: its last revision, or those of all rounds; none where every one was kept out.
+    """Yield the rows of a prompt: its last revision, or all; none if every revision was dropped.
 
-    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent and critique. A plain
-    text's completion begins with the space that parts it from the prompt.
+    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent and critique.
     """
     kept = [(turn, one) for turn, one in enumerate(chain.rounds, start=1) if not one.refused]
     for turn, one in kept if mix == "all" else kept[-1:]:
@@ -252,7 +248,7 @@ def demonstrations(chain: Chain, mix: Mix) -> Iterator[dict[str, Any]]:
 
 
 def revision_report(chains: Sequence[Chain]) -> dict[str, Any]:
-    """Return what became of the revisions: counts by round and reason, and how much longer revisions are."""
+    """Count the revisions by round and reason, with the length ratio of revision to answer."""
     turns = max((len(chain.rounds) for chain in chains), default=0)
     rounds = []
     for turn in range(turns):

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data import collation
 from rlhf_lightning.data.batching import BatchPlan
 from rlhf_lightning.data.cache import Part, hash_of
+from rlhf_lightning.data.feedback.database import is_store
 from rlhf_lightning.data.feedback.rows import RowKind
-from rlhf_lightning.data.feedback.snapshots import is_store
 from rlhf_lightning.data.held_out import held_out_rows, weighted_rows
 from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
 from rlhf_lightning.data.reading import Report

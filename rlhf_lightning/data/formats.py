@@ -47,6 +47,7 @@ UNPAIRED_FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 PROCESS_FORMS: tuple[Form, ...] = (("prompt", "completions", "labels"),)
 PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",), ("chosen", "rejected"), ("instruction",), ("input",))
+ALL_FORMS = (*DEMONSTRATION_FORMS, *PREFERENCE_FORMS, *UNPAIRED_FORMS, *PROCESS_FORMS, *PROMPT_FORMS)
 
 
 def form_of(row: Row, forms: tuple[Form, ...]) -> Form:

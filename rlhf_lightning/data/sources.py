@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rlhf_lightning.compat import dataset_fingerprint
+from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
-from rlhf_lightning.data.feedback.snapshots import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 

@@ -1,10 +1,10 @@
-"""``rlhf annotate``: people compare completions in the browser; ``rlhf annotate export``: their labels as a file."""
+"""``rlhf annotate``: label completions in the browser; ``rlhf annotate export``: write the labels to a file."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +14,15 @@ from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
+    from rlhf_lightning.people.candidates import SamplingAhead
     from rlhf_lightning.people.selectors import Selector
     from rlhf_lightning.people.store import FeedbackStore
+    from rlhf_lightning.types import Prompt
 
 DEFAULTS = SamplingArguments()
 
 AHEAD, POOL = 16, 256
-"""Items sampled ahead where nothing chooses among them, and where something does."""
+"""Items sampled ahead without and with --select."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def gathered(argv: Sequence[str], option: str) -> list[str]:
-    """The command line with an option that has several values, or is given several times, written as one list."""
+    """Rewrite an option with several values, or given several times, as one JSON list."""
     values, rest, empty, following = [], [], False, False
     for argument in argv:
         if argument == option:
@@ -48,7 +50,7 @@ def gathered(argv: Sequence[str], option: str) -> list[str]:
             rest.append(argument)
             following = False
     if empty:
-        return list(argv)  # one has no value, which the parser says
+        return list(argv)  # the parser reports the missing value
     return [*rest, option, json.dumps(values)] if values else rest
 
 
@@ -71,84 +73,75 @@ def annotate(
     port: int = 8765,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Serve a page on which people compare completions, blind and with sides at random, and keep what they say.
+    """Serve a page for blind comparison of completions with random sides, and store the judgements.
 
-    Completions are sampled while people work (--prompts with --model, given twice to compare two models), or are given
-    (--pairs). Without either, labelling goes on with what the store holds. `rlhf annotate export` writes the labels to
-    a file; every DataModule also takes the store itself: --data.source feedback.db.
+    Completions are sampled while people work (--prompts with --model, given twice to compare two models) or come from
+    a file (--pairs). Without either, the items in the store are labelled. `rlhf annotate export` writes the labels to a
+    file; DataModules also read the store itself: --data.source feedback.db.
 
     Args:
-        store: file of the labels, such as feedback.db; made if there is none.
+        store: feedback store, such as feedback.db; created if missing.
         prompts: file of prompts, in any form that `rlhf generate` reads.
-        model: folder of a policy, whole or adapter; once more for each further one.
+        model: folder of a policy (whole or adapter); repeat for further policies.
         pairs: file of preferences in any form that training reads; their labels are not shown.
         candidates: completions of each item; more than two are ranked.
-        select: which item is shown next: random; uncertainty (the reward models' mean preference is nearest to a
-            coin's), disagreement (it varies most between them), diversity (the least like what was shown), or the
-            import path of a Selector of your own. By default they are shown as they come.
-        ensemble: folders of reward models trained on labels made before: one or more for uncertainty, two or more for
-            disagreement.
-        ahead: items that are sampled ahead of the annotators, and from which --select chooses; 16 where it is not
-            given, and 256 with --select.
+        select: order of the items: random, uncertainty (mean preference of the reward models nearest to 0.5),
+            disagreement (between them), diversity (least similar to those shown), or a Selector by import path. null
+            keeps the order in which items were added.
+        ensemble: folders of trained reward models: one or more for uncertainty, two or more for disagreement.
+        ahead: items sampled ahead of the annotators; by default 16, and 256 with --select.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        annotators_per_item: how many people judge each item.
+        annotators_per_item: annotators for each item.
         repeats: share of items shown again with sides swapped, to measure consistency.
-        reasons: what may have decided, to be ticked.
-        flags: what may be wrong with an item, to be ticked.
-        annotators: names, with commas between; each gets a link with a token of its own, and nobody else comes in.
-            Needed where --host is not this machine alone.
-        host: address to listen on; the default is reached from this machine alone.
+        reasons: reasons for a choice that can be ticked.
+        flags: problems of an item that can be ticked.
+        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required where
+            --host is not this machine only.
+        host: address to listen on; the default is reached from this machine only.
         port: port to listen on; 0 takes a free one.
-        sampling: how completions are sampled.
+        sampling: sampling settings.
     """
     from rlhf_lightning.people.labeller import require_web_server
 
     require_web_server()
-    from rlhf_lightning.data.feedback.snapshots import SUFFIX
+    from rlhf_lightning.data.feedback.database import SUFFIX
     from rlhf_lightning.people.handing_out import Policy
     from rlhf_lightning.people.server import FLAGS, REASONS, PageSettings, make_app
-    from rlhf_lightning.people.serving import door_of, listen, make_server, say_where
+    from rlhf_lightning.people.serving import access_policy, listen, make_server, print_urls
     from rlhf_lightning.people.store import FeedbackStore
 
     path = Path(store)
     if path.suffix != SUFFIX:
         raise SettingError(
             "wrong-file-ending",
-            f"the store {store} does not end in {SUFFIX}: training knows a store by it, so name one that does",
+            f"the store {store} does not end in {SUFFIX}, by which training recognizes a store; rename it",
         )
     if (prompts is None) != (model is None):
         raise SettingError("conflicting-settings", "--prompts and --model go together: give both, or neither")
-    door = door_of(path, host, annotators)
+    access = access_policy(path, host, annotators)
     selector = selector_of(select, ensemble, sampling.seed)
     given = None
     if pairs is not None:
         from rlhf_lightning.people.candidates import given_items
 
-        given = list(given_items(pairs))  # before a store is made for them
+        given = given_items(pairs)  # read first: a wrong file must leave no store behind
     with ExitStack() as stack:
         listening = stack.enter_context(closing(listen(host, port)))
         opened = stack.enter_context(FeedbackStore(path, Policy(annotators_per_item, repeats, seed=sampling.seed)))
-        if given is not None:
+        if pairs is not None and given is not None:
+            report_left_out(pairs, [item.columns for item in given])
             print(f"{pairs}: {opened.add(given):,} items are new")
         if selector is not None:
             opened.rank(selector)
-        state: Callable[[], str] = str
+        choices = tuple(reasons or REASONS), tuple(flags or FLAGS)
+        page = PageSettings(*choices)
         if prompts is not None and model is not None:
-            state = stack.enter_context(
-                sampling_ahead(
-                    opened,
-                    prompts,
-                    model,
-                    candidates,
-                    sampling,
-                    ahead or (AHEAD if selector is None else POOL),
-                    as_chat,
-                    selector,
-                )
-            ).state
-        page = PageSettings(tuple(reasons or REASONS), tuple(flags or FLAGS), state)
-        app = make_app(opened, door, page)
-        say_where(listening, host, door)
+            ahead = ahead or (AHEAD if selector is None else POOL)
+            source = sampling_ahead(opened, prompts, model, candidates, sampling, ahead, as_chat, selector)
+            sampler = stack.enter_context(source)
+            page = PageSettings(*choices, sampler.state, sampler.left)
+        app = make_app(opened, access, page)
+        print_urls(listening, host, access)
         make_server(app).run(sockets=[listening])
     return 0
 
@@ -156,12 +149,8 @@ def annotate(
 def sampling_ahead(
     store: "FeedbackStore", prompts: str, models: list[str], candidates: int, sampling: SamplingArguments, ahead: int,
     as_chat: bool, selector: "Selector | None",
-) -> Any:  # fmt: skip
-    """Load the models, and return what samples from them in a thread.
-
-    Raises:
-        ValueError: there are fewer completions than models, or a model or the prompts cannot be used.
-    """
+) -> "SamplingAhead":  # fmt: skip
+    """Load the models and return the sampler of the page's items."""
     from rlhf_lightning.commands.generate import read_prompts
     from rlhf_lightning.commands.quiet import quieten
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES
@@ -176,21 +165,35 @@ def sampling_ahead(
     rows = read_prompts(prompts, as_chat)
     policies, settings = load_policies(models, sampling), sampling.settings()
     at_once = max(min(ahead, sampling.batch_size), 1)
-    batches = sampled_items(policies, rows, candidates, settings, sampling.seed, at_once, store.has_prompt)
-    return SamplingAhead(store, batches, ahead, selector)
+    report_left_out(prompts, [columns for _, columns in rows])
+    unsampled = sum(not store.has_prompt(prompt) for prompt, _ in rows)
+
+    def skip(prompt: "Prompt") -> bool:
+        nonlocal unsampled
+        known = store.has_prompt(prompt)
+        unsampled -= not known
+        return known
+
+    batches = sampled_items(policies, rows, candidates, settings, sampling.seed, at_once, skip)
+    return SamplingAhead(store, batches, ahead, selector, lambda: unsampled)
+
+
+def report_left_out(path: str, columns: "Sequence[dict[str, Any]]") -> None:
+    """Say which columns of a file do not come along when a store is trained on."""
+    from rlhf_lightning.data.feedback.rows import TAKEN_COLUMNS
+
+    taken = sorted({name for row in columns for name in row} & TAKEN_COLUMNS)
+    if taken:
+        print(f"{path}: training on the store leaves out {', '.join(taken)}: forms and labels use these columns")
 
 
 def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "Selector | None":
-    """What --select names; None without it.
-
-    Raises:
-        SettingError: it names no selector, it lacks reward models, or they are given to none.
-    """
+    """Return the selector of --select; None without it."""
     if select is None:
         if ensemble:
             raise SettingError(
                 "conflicting-settings",
-                "--ensemble serves --select uncertainty or disagreement: give one of them",
+                "--ensemble serves --select uncertainty or disagreement: give one of them, or leave --ensemble out",
             )
         return None
     from rlhf_lightning.people.selectors import load_selector
@@ -209,24 +212,22 @@ def export(
     """Write the labels of a store to a file that training reads.
 
     Args:
-        store: the store; people may go on labelling.
+        store: feedback store; labelling may continue meanwhile.
         out: file to write, .jsonl or .parquet.
         kind: preference (pairs with soft labels and margins, or ranked lists), unpaired (each completion good or bad),
-            demonstration (what annotators rewrote), prompt, or judgement (each as it was made).
-        labels: how several judgements of one pair become a label: their mean, or by the annotators' estimated
-            reliability.
-        annotators: names, with commas between, of those whose judgements count; by default everybody's.
-        snapshot: number of the last row of judgements; by default all there are.
+            demonstration (rewritten completions), prompt, or judgement (each as it was made).
+        labels: label of several judgements of one pair: their mean, or weighted by estimated reliability.
+        annotators: names separated by commas, of the annotators whose judgements count; by default all.
+        snapshot: number of the last row of judgements; by default the newest.
     """
     from rlhf_lightning.commands.generate import write_lines
+    from rlhf_lightning.data.feedback.database import reading, snapshot_of
     from rlhf_lightning.data.feedback.rows import rows_of
-    from rlhf_lightning.data.feedback.snapshots import reading, snapshot_of
 
     target = Path(out)
     if target.suffix not in (".jsonl", ".parquet"):
         raise SettingError(
-            "wrong-file-ending",
-            f"{out} ends in neither .jsonl nor .parquet: give it one of these endings",
+            "wrong-file-ending", f"{out} ends in neither .jsonl nor .parquet: give it one of these endings"
         )
     with reading(Path(store)) as connection:
         taken = snapshot_of(connection, snapshot)
@@ -246,10 +247,10 @@ def export(
 
 
 def write_parquet(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a Parquet file; it appears when all is done.
+    """Write a Parquet file, renamed into place when it is complete.
 
     Raises:
-        DataError: a column holds text in one row and messages in another, which a table cannot.
+        DataError: a column holds text in one row and messages in another.
     """
     import pyarrow
     import pyarrow.parquet

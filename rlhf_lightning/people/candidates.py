@@ -1,4 +1,4 @@
-"""Items to be judged: completions sampled from policies, or pairs and lists that a file gives."""
+"""Items for labelling: completions sampled from policies, or pairs and lists from a file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.errors import DataError, MissingError, SettingError
@@ -23,18 +24,11 @@ if TYPE_CHECKING:
 
 
 TRIES = 4
-"""Samples drawn for a completion before two that are equal are given up: a model may have one answer only."""
+"""Samples drawn for a completion that differs from the others, before the prompt is left out."""
 
 
 class Sampled(NamedTuple):
-    """A policy that is sampled from.
-
-    Attributes:
-        name: as it was named.
-        model: the policy.
-        tokenizer: its tokenizer.
-        engine: what draws.
-    """
+    """A policy to sample from, with the name the user gave it, its tokenizer and its engine."""
 
     name: str
     model: Any
@@ -54,23 +48,23 @@ def sampled_items(
     settings: SamplingSettings,
     seed: int,
     at_once: int,
-    skip: Any,
+    skip: Callable[[Prompt], bool],
     start: int = 0,
 ) -> Iterator[list[Item]]:
-    """Yield items, some prompts at a time. Completion c of prompt p is of policy c modulo the number of policies.
+    """Yield items for some prompts at a time; completion c comes from policy c modulo the number of policies.
 
-    Its episode is (p * count + c) * `TRIES`, or one of the next where that gave a text which the item has already; a
-    prompt whose policies have nothing different to say is left out.
+    Completion c of prompt p is episode (p * count + c) * `TRIES`, or one of the next if its text repeats another one.
+    A prompt without enough different completions is left out.
 
     Args:
-        policies: where completions come from.
-        rows: prompts with their further columns.
+        policies: policies to sample from.
+        rows: prompts with their other columns.
         count: completions of each item.
-        settings: of the sampling.
-        seed: of the sampling.
-        at_once: prompts sampled together.
-        skip: says of a prompt whether it has been sampled before.
-        start: number of the first prompt that is sampled.
+        settings: sampling settings.
+        seed: sampling seed.
+        at_once: prompts sampled at a time.
+        skip: whether a prompt is to be left out, for example because it was sampled before.
+        start: index of the first prompt.
     """
     numbered = list(enumerate(rows))
     for begin in range(start, len(numbered), at_once):
@@ -125,10 +119,10 @@ def _sample(
 
 
 def given_rows(path: str) -> list[CanonicalRow]:
-    """Preferences of a file, ties and lists among them. Rows that cannot be used are counted and named.
+    """Read preferences, ties and ranked lists from a file; unusable rows are counted and reported.
 
     Raises:
-        MissingError: there is no such file.
+        MissingError: the file does not exist.
         DataError: no row has two completions.
     """
     from rlhf_lightning.data.canonical import REASONS, RowRefused
@@ -154,10 +148,10 @@ def given_rows(path: str) -> list[CanonicalRow]:
 
 
 def given_items(path: str) -> list[Item]:
-    """Items of a file of preferences; who won there is not kept.
+    """Return the items of a file of preferences, without its labels.
 
     Raises:
-        MissingError: there is no such file.
+        MissingError: the file does not exist.
         DataError: no row has two completions, or one has too many.
     """
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
@@ -175,21 +169,27 @@ def given_items(path: str) -> list[Item]:
 
 
 PAUSE = 0.25
-"""Seconds between two looks at how many items wait."""
+"""Seconds between two counts of the waiting items."""
 
 
 class SamplingAhead:
-    """Fills a store with items, as many ahead as asked.
+    """Context manager that keeps a store filled with items from a background thread.
 
     Args:
-        store: where they go.
-        batches: draws the next few items; sampling takes place in its ``next``.
-        ahead: items that nobody has been given yet; sampling rests while there are as many.
-        selector: says which of them is given out next; None gives them out as they came.
+        store: store to fill.
+        batches: samples the next items in its ``next``.
+        ahead: items without an annotator above which sampling pauses.
+        selector: orders the items; None keeps the order of sampling.
+        unsampled: returns how many prompts are still to be sampled.
     """
 
     def __init__(
-        self, store: FeedbackStore, batches: Iterator[Sequence[Item]], ahead: int, selector: Selector | None = None
+        self,
+        store: FeedbackStore,
+        batches: Iterator[Sequence[Item]],
+        ahead: int,
+        selector: Selector | None = None,
+        unsampled: Callable[[], int] = lambda: 0,
     ) -> None:
         if ahead < 1:
             raise SettingError(
@@ -197,6 +197,7 @@ class SamplingAhead:
                 f"ahead is {ahead}: it must be 1 or more, as an item waits for the next annotator",
             )
         self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
+        self.unsampled = unsampled
         self.failure: str | None = None
         self._done, self._stop = False, threading.Event()
         self._thread = threading.Thread(target=self._fill, name="sampling ahead", daemon=True)
@@ -210,10 +211,14 @@ class SamplingAhead:
         self._thread.join(timeout=30)
 
     def state(self) -> str:
-        """What somebody is told for whom there is nothing; empty where nothing more will come."""
+        """Return the message for an annotator without an item; empty if nothing more will come."""
         if self.failure is not None:
             return f"Sampling has stopped: {self.failure}"
         return "" if self._done else "The next completions are being written."
+
+    def left(self, count: int) -> int:
+        """Return the judgements left, from the items that the store has left: prompts to be sampled count too."""
+        return count + (0 if self._done or self.failure is not None else self.unsampled())
 
     def _fill(self) -> None:
         try:
@@ -229,6 +234,9 @@ class SamplingAhead:
                     self.store.add(batch)
                     if self.selector is not None:
                         self.store.rank(self.selector)
-        except Exception as error:  # people go on with what is there, and whoever runs the server sees why
-            self.failure = str(error).strip() or type(error).__name__
-            traceback.print_exc()
+        except Exception as error:  # annotators go on with the items there are
+            sentence = failure_sentence(error)
+            self.failure = sentence or str(error).strip() or type(error).__name__
+            if sentence is None:
+                traceback.print_exc()
+            print(f"sampling has stopped: {self.failure}", file=sys.stderr, flush=True)

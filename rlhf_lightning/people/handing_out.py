@@ -1,4 +1,4 @@
-"""Who is given what: as many annotators for each item as asked, sides at random, hidden repeats with sides swapped."""
+"""Choose what each annotator is shown: next items, random sides, hidden repeats with sides swapped."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from rlhf_lightning.errors import SettingError
 
 COUNTED = "('ranking', 'tie', 'both_bad')"
-"""Verdicts that say something of an item."""
+"""Verdicts that give a label."""
 
 Row = tuple[int, int, int, str]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How items are given out.
+    """How items are handed out.
 
     Args:
-        annotators: how many people judge each item.
-        repeats: share of hidden repeats among what an annotator is given.
-        distance: judgements between an item and its repeat, so that nobody remembers it.
-        lease: seconds for which an item that was given out counts as being judged.
+        annotators: annotators for each item.
+        repeats: share of hidden repeats among the items an annotator is shown.
+        distance: minimum number of judgements between an item and its repeat.
+        lease: seconds for which an item that was handed out counts as being judged.
         seed: seed of sides and repeats.
+        salt: salt of sides and repeats in a new store. null draws a secret one, so that annotators cannot predict
+            sides; an empty text makes simulated labelling reproducible.
     """
 
     annotators: int = 1
@@ -32,19 +34,19 @@ class Policy:
     distance: int = 10
     lease: float = 900.0
     seed: int = 0
+    salt: str | None = None
 
     def __post_init__(self) -> None:
         if self.annotators < 1:
             raise SettingError(
-                "setting-out-of-range",
-                f"annotators is {self.annotators}: it must be 1 or more for each item",
+                "setting-out-of-range", f"annotators is {self.annotators}: it must be 1 or more for each item"
             )
         if not 0 <= self.repeats < 1:
             raise SettingError("setting-out-of-range", f"repeats is {self.repeats}: it must be in [0, 1)")
 
 
 def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
-    """What the annotator was given first of all that stands open: after an undo, what was taken back."""
+    """The annotator's oldest assignment without a judgement; after an undo, the one taken back."""
     row: Row | None = db.execute(
         "SELECT id, item, repeat, shown FROM assignments a WHERE annotator = ? "
         "AND NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id) ORDER BY id LIMIT 1",
@@ -54,10 +56,10 @@ def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
 
 
 def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: float) -> int | None:
-    """An item that wants a judgement, that the annotator has not had, and that not enough others are judging.
+    """An item that needs a judgement, is new to the annotator, and is not with enough others already.
 
-    Items that somebody has been given come first, then those of the highest value, then the others, equals in the order
-    in which they came.
+    Items that were handed out before come first, then those with the highest selector value, then the others; ties are
+    broken by the order in which items were added.
     """
     row = db.execute(
         "SELECT i.id, EXISTS (SELECT 1 FROM assignments WHERE item = i.id) AS begun "
@@ -72,12 +74,12 @@ def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: floa
     return None if row is None else int(row[0])
 
 
-def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy) -> int | None:
-    """An item that the annotator has judged some time ago and is to judge again; mostly None."""
+def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy, key: int | str) -> int | None:
+    """An item that the annotator judged some time ago and is to judge again; usually None."""
     if policy.repeats == 0:
         return None
     (done,) = db.execute("SELECT count(*) FROM live WHERE annotator = ?", [annotator]).fetchone()
-    if chance(policy.seed, "repeat", annotator, done) >= policy.repeats:
+    if chance(key, "repeat", annotator, done) >= policy.repeats:
         return None
     rows = db.execute(
         "SELECT item FROM live l WHERE annotator = ? AND repeat = 0 AND verdict IN ('ranking', 'tie') AND "
@@ -86,21 +88,21 @@ def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy) -> int |
         [annotator],
     ).fetchall()
     able = rows[: max(len(rows) - policy.distance, 0)]
-    return int(able[int(chance(policy.seed, "which", annotator, done) * len(able))][0]) if able else None
+    return int(able[int(chance(key, "which", annotator, done) * len(able))][0]) if able else None
 
 
-def sides(db: sqlite3.Connection, annotator: str, item: int, repeat: bool, policy: Policy) -> tuple[int, ...]:
-    """The order in which the item's completions are shown; a repeat's is the reverse of the first time's."""
+def sides(db: sqlite3.Connection, annotator: str, item: int, repeat: bool, key: int | str) -> tuple[int, ...]:
+    """The order in which the item's completions are shown; a repeat reverses the order of the first time."""
     if repeat:
         (shown,) = db.execute(
             "SELECT shown FROM assignments WHERE annotator = ? AND item = ? AND repeat = 0", [annotator, item]
         ).fetchone()
         return tuple(reversed(json.loads(shown)))
     (count,) = db.execute("SELECT count(*) FROM candidates WHERE item = ?", [item]).fetchone()
-    return tuple(sorted(range(count), key=lambda place: chance(policy.seed, "side", annotator, item, place)))
+    return tuple(sorted(range(count), key=lambda place: chance(key, "side", annotator, item, place)))
 
 
 def chance(*values: object) -> float:
-    """A number in [0, 1) that the values decide: the same labelling gives the same sides, whatever is restarted."""
-    key = json.dumps(values).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "big") / 2**48
+    """A number in [0, 1) determined by the values, so that a restart changes nothing."""
+    digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48

@@ -1,75 +1,154 @@
-"""Completions as HTML that cannot do anything: Markdown is laid out, everything else is shown as what it is."""
+"""Render untrusted text as safe HTML that shows everything a model is trained on.
+
+Markdown is laid out as far as it loses nothing. Links, images, tags, entities and link definitions stay as they are
+written, and hidden characters are written out.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.types import Message, Prompt
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 LONGEST_MARKDOWN = 50_000
-"""Characters beyond which a text is shown as it is: laying it out would keep others waiting."""
+"""Characters up to which Markdown is laid out; laying out longer text would block other requests."""
 
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-"""Characters that are not seen and change what is: controls, direction overrides, zero-width spaces and joiners."""
+DEEPEST_MARKDOWN = 20
+"""Levels of nesting up to which Markdown is laid out."""
+
+MOST_GROWTH = 12
+"""Characters of HTML for each character of text up to which the layout is used."""
+
+MARKUP = frozenset("\\`*_#>-+|~:=")
+"""Characters that Markdown may consume as markup."""
+
+HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Controls, direction overrides, tags, soft hyphens, half surrogate pairs, line and paragraph separators."""
+
+FILLERS = (
+    (0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2060, 0x206F), (0x2800, 0x2800),
+    (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB), (0xE0000, 0xE0FFF),
+)  # fmt: skip
+"""Ranges of further characters that are drawn as nothing or as a blank: joiners, fillers, variation selectors."""
 
 JOINERS = "\u200c\u200d"
-"""Needed by several scripts and by emoji, so left as they are."""
+"""Joiners that several scripts and emoji need."""
+
+SELECTORS = "\ufe0e\ufe0f"
+"""Variation selectors that choose between text and emoji style."""
 
 
 def shown_text(text: str) -> str:
-    """The text with every character that would hide or turn others written out, as in ``[U+202E]``."""
+    """Return the text with every hidden character written out, as in ``[U+202E]``."""
     plain = text.replace("\r\n", "\n").replace("\r", "\n")
-    return HIDDEN.sub(lambda found: found[0] if found[0] in JOINERS else f"[U+{ord(found[0]):04X}]", plain)
+    if plain.isascii() and plain.isprintable():
+        return plain
+    return "".join(
+        f"[U+{ord(one):04X}]" if _is_hidden(one) and not _is_needed(plain, place) else one
+        for place, one in enumerate(plain)
+    )
 
 
+def _is_hidden(character: str) -> bool:
+    if character in "\n\t" or "\x20" <= character < "\x7f":
+        return False
+    code = ord(character)
+    return unicodedata.category(character) in HIDDEN_CATEGORIES or any(low <= code <= high for low, high in FILLERS)
+
+
+def _is_needed(text: str, place: int) -> bool:
+    """Whether a joiner or a variation selector has its place in a script or an emoji."""
+    before = text[place - 1] if place else " "
+    if text[place] in JOINERS:
+        after = text[place + 1 : place + 2] or " "
+        return (_is_emoji(before) and _is_emoji(after)) or (_is_joined(before) and _is_joined(after))
+    return text[place] in SELECTORS and (before in "0123456789#*" or _is_emoji(before))
+
+
+def _is_emoji(character: str) -> bool:
+    return character in SELECTORS or (not character.isascii() and unicodedata.category(character)[0] == "S")
+
+
+def _is_joined(character: str) -> bool:
+    """Whether a character is of a script that uses joiners: Arabic to Myanmar, Khmer, Mongolian."""
+    return 0x0600 <= ord(character) <= 0x10FF or 0x1780 <= ord(character) <= 0x18AF
+
+
+@lru_cache(maxsize=256)
 def to_html(text: str) -> str:
-    """Markdown as HTML: no tag, link or image of the text's own becomes one of the page.
-
-    An annotator has no need to follow a model's links, so a link is its words and its address, to be read.
-    """
+    """Return Markdown as HTML, or the text as it is where laying it out would lose some of it."""
     plain = shown_text(text)
-    if len(plain) > LONGEST_MARKDOWN:
-        return f"<pre class='plain'>{escape(plain)}</pre>"
-    return str(_renderer().render(plain))
+    if len(plain) <= LONGEST_MARKDOWN:
+        tokens = _renderer().parse(plain)
+        if _content(plain) == _content("".join(_texts(tokens))):
+            html = str(_renderer().renderer.render(tokens, _renderer().options, {}))
+            if len(html) <= MOST_GROWTH * (len(plain) + 100):
+                return html
+    return f"<pre class='plain'>{escape(plain)}</pre>"
+
+
+def _content(text: str) -> str:
+    """The characters that layout must keep."""
+    return "".join(one for one in text if one not in MARKUP and not one.isspace())
+
+
+def _texts(tokens: Iterable[Any]) -> Iterator[str]:
+    """Everything that rendering shows: text, code, info strings, numbers of lists."""
+    for token in tokens:
+        if token.type == "inline":
+            yield from _texts(token.children or ())
+        elif token.type == "fence":
+            yield token.info + token.content
+        elif token.type == "list_item_open":
+            yield token.info + (token.markup if token.info else "")
+        else:
+            yield token.content
 
 
 @lru_cache(maxsize=1)
 def _renderer() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    renderer = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True, "maxNesting": 20})
-    renderer.enable(["table", "strikethrough"]).disable(["image", "html_block", "html_inline"])
-    # What a text calls a language becomes a class of the page otherwise.
+    options = {"html": False, "linkify": False, "breaks": True, "maxNesting": DEEPEST_MARKDOWN}
+    renderer = MarkdownIt("commonmark", options).enable(["table", "strikethrough"])
+    renderer.disable(["image", "link", "autolink", "reference", "entity", "html_block", "html_inline"])
     renderer.add_render_rule("fence", _code)
-    renderer.add_render_rule("link_open", _link_open)
-    renderer.add_render_rule("link_close", _link_close)
+    renderer.add_render_rule("list_item_open", _list_item)
     return renderer
 
 
 def _code(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
-    return f"<pre><code>{escape(tokens[place].content)}</code></pre>\n"
+    """A code block with its info string, which would become a class of the page otherwise."""
+    info = tokens[place].info.strip()
+    shown = f"<span class='info'>{escape(info)}</span>\n" if info else ""
+    return f"<pre>{shown}<code>{escape(tokens[place].content)}</code></pre>\n"
 
 
-def _link_open(self: Any, tokens: Sequence[Any], place: int, options: Any, env: dict[str, Any]) -> str:
-    env.setdefault("addresses", []).append(str(tokens[place].attrGet("href") or ""))
-    return "<span class='link'>"
-
-
-def _link_close(self: Any, tokens: Sequence[Any], place: int, options: Any, env: dict[str, Any]) -> str:
-    return f"</span> <span class='address'>({escape(env['addresses'].pop())})</span>"
+def _list_item(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+    """A list item with the number that the text gives it; browsers count from the first one otherwise."""
+    number = tokens[place].info
+    return f"<li value='{int(number)}'>" if number else "<li>"
 
 
 def turns_of(prompt: Prompt) -> list[dict[str, str]]:
-    """The turns of a prompt, each with its role and its text as HTML; plain text is one turn without a role."""
-    if isinstance(prompt, str):
-        return [{"role": "", "html": to_html(prompt), "text": shown_text(prompt)}]
-    return [
-        {"role": turn["role"], "html": to_html(turn["content"]), "text": shown_text(turn["content"])} for turn in prompt
-    ]
+    """Return the turns of a prompt with role, HTML and text; plain text is one turn without a role."""
+    turns = [("", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
+    return [{"role": role, "html": to_html(text), "text": shown_text(text)} for role, text in turns]
+
+
+def completion_shown(completion: str | list[Message]) -> dict[str, str]:
+    """Return HTML and text of a completion; the turns of a longer one are headed by their roles."""
+    turns = turns_of(completion)
+    if len(turns) == 1 and turns[0]["role"] in ("", "assistant"):
+        return {"html": turns[0]["html"], "text": turns[0]["text"]}
+    return {
+        "html": "".join(f"<h2 class='role'>{escape(turn['role'])}</h2>{turn['html']}" for turn in turns),
+        "text": "\n\n".join(f"[{turn['role']}]\n{turn['text']}" for turn in turns),
+    }

@@ -1,99 +1,118 @@
-"""Who labels: the seam between a store that waits for labels and people, simulated annotators or an AI."""
+"""Labellers: people on the page, simulated annotators, or a class of your own; they bring labels into a store."""
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
+import json
+import math
+import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
-from rlhf_lightning.errors import StateError
+from rlhf_lightning.data.feedback.records import STRENGTHS
+from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
+from rlhf_lightning.types import Prompt
 
 More = Callable[[], bool]
-"""Puts further items into a store where nothing is left to judge; False if there are none to be had."""
+"""Adds items to a store that has nothing left to judge; returns False if there are none."""
 
 PAUSE = 0.5
-"""Seconds between two looks at how many labels there are."""
+"""Seconds between two counts of the labels."""
 
 NOTICE = 60.0
-"""Seconds between two lines that say so."""
+"""Seconds between two progress lines."""
 
 
 def require_web_server() -> None:
-    """Raise where what the page needs is not installed, before anything else is done.
+    """Raise if a package that the page needs is not installed.
 
     Raises:
-        StateError: it is not.
+        StateError: a package is missing.
     """
     missing = [name for name in ("starlette", "uvicorn", "markdown_it") if importlib.util.find_spec(name) is None]
     if missing:
         raise StateError(
-            "missing-package",
-            f"the page needs {', '.join(missing)}: pip install 'rlhf-lightning[annotate]'",
+            "missing-package", f"the page needs {', '.join(missing)}: pip install 'rlhf-lightning[annotate]'"
         )
 
 
 class Labeller(ABC):
-    """Brings labels into a store.
+    """Base class of labellers. `rlhf loop` takes any subclass by ``class_path`` and ``init_args``.
 
-    One method is to be written; `FeedbackStore.next` says what is to be judged, None where nothing is, and
-    `FeedbackStore.judge` keeps what was said of it. `rlhf loop` takes any subclass by ``class_path`` and ``init_args``.
+    A subclass defines `label`: `FeedbackStore.next` gives an assignment, `FeedbackStore.judge` records its answer.
     """
 
     lease: ClassVar[float] = 900.0
-    """Seconds for which an item that was given out counts as being judged, see `handing_out.Policy`."""
+    """Seconds for which an item that was handed out counts as being judged, see `handing_out.Policy`."""
+
+    salt: ClassVar[str | None] = None
+    """Salt of a store's sides, see `handing_out.Policy`; empty for programs, whose labels are then reproducible."""
+
+    def prepare(self) -> None:
+        """Raise if labelling cannot start; called before anything is sampled."""
+        return None
 
     @abstractmethod
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
-        """Return when the store has ``count`` labels, those counted that were there before.
+        """Return when the store has ``count`` labels, or when nothing is left to judge and ``more`` adds nothing.
 
-        Or when nothing is left to judge and ``more`` has nothing to add. It may be killed anywhere and is then called
-        anew: what was judged is in the store.
+        It may be killed at any point and is then called again; recorded judgements stay in the store.
 
         Args:
-            store: opened for labelling, with items that wait.
-            count: labels as `FeedbackStore.labels` counts them.
-            more: to be called when nothing is left to judge and labels are still wanted, as when some items were
-                skipped: puts further items into the store. Where it returns False there are none.
+            store: store with items, opened for labelling.
+            count: labels wanted, as `FeedbackStore.labels` counts them; earlier ones count.
+            more: adds items when nothing is left to judge, for example because some were skipped. Returns False if
+                there are none.
         """
 
 
 class PeopleLabeller(Labeller):
-    """People, on the page that `rlhf annotate` serves; waits until they have judged enough.
+    """People on the page that `rlhf annotate` serves; waits until they have judged enough.
 
-    What somebody skips goes to the others. When nobody is left to give it to, further pairs are sampled, while the page
-    stays open.
+    Skipped items go to other annotators. When nobody is left for them, further pairs are sampled.
 
     Args:
-        host: address to listen on; the default is reached from this machine alone.
+        host: address to listen on; the default is reached from this machine only.
         port: port to listen on; 0 takes a free one.
-        annotators: names, with commas between; each gets a link with a token of its own, and nobody else comes in.
-            Needed where the host is not this machine alone.
+        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required where
+            the host is not this machine only.
 
     Raises:
         StateError: the web server is not installed.
-        SettingError: other machines could reach the page, and nobody is named.
+        SettingError: other machines can reach the page and no annotator is named.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8765, annotators: str | None = None) -> None:
         require_web_server()
-        from rlhf_lightning.people.access import named
+        from rlhf_lightning.people.serving import checked_names
 
-        named(host, annotators)
+        checked_names(host, annotators)
         self.host, self.port, self.annotators = host, port, annotators
 
-    def label(self, store: FeedbackStore, count: int, more: More) -> None:
-        """Serve the page and wait."""
-        from rlhf_lightning.people.server import PageSettings, make_app
-        from rlhf_lightning.people.serving import door_of, listen, say_where, served
+    def prepare(self) -> None:
+        """Raise if the port is taken."""
+        from rlhf_lightning.people.serving import listen
 
-        door, supply = door_of(store.path, self.host, self.annotators), Supply(store, count, more)
+        listen(self.host, self.port).close()
+
+    def label(self, store: FeedbackStore, count: int, more: More) -> None:
+        """Serve the page until there are enough labels."""
+        from rlhf_lightning.people.server import PageSettings, make_app
+        from rlhf_lightning.people.serving import access_policy, listen, print_urls, served
+
+        access, supply = access_policy(store.path, self.host, self.annotators), Supply(store, count, more)
         listening = listen(self.host, self.port)
-        with served(make_app(store, door, PageSettings(state=supply.state)), listening):
-            say_where(listening, self.host, door)
+        page = PageSettings(state=supply.state, left=lambda _: max(count - store.labels(), 0))
+        with served(make_app(store, access, page), listening):
+            print_urls(listening, self.host, access)
             told = 0.0
             while (done := store.labels()) < count and not supply.is_over():
                 if time.monotonic() - told > NOTICE:
@@ -104,12 +123,12 @@ class PeopleLabeller(Labeller):
 
 
 class Supply:
-    """Further items for a store, when somebody has nothing to judge and what is being judged will not be enough.
+    """Further items for a store, when an annotator is idle and the open assignments will not be enough.
 
     Args:
-        store: which people judge from.
+        store: store that people judge from.
         count: labels wanted.
-        more: puts further items into the store.
+        more: adds items to the store.
     """
 
     def __init__(self, store: FeedbackStore, count: int, more: More) -> None:
@@ -118,21 +137,226 @@ class Supply:
         self._idle = threading.Event()
 
     def state(self) -> str:
-        """What somebody is told for whom there is nothing; that they asked is noted."""
+        """Return the message for an annotator without an item, and remember that one is idle."""
         self._idle.set()
-        if self.exhausted or self.store.labels() >= self.count:
+        if self.store.labels() >= self.count:
+            return "This round has its labels. If there is another one, it appears here after training."
+        if self.exhausted:
             return ""
         return "Others are judging the last ones." if self._enough() else "The next completions are being written."
 
     def refill(self) -> None:
-        """Put further items into the store if they are wanted."""
+        """Add items if they are needed."""
         if self._idle.is_set() and not self.exhausted and not self._enough():
             self.exhausted = not self.more()
         self._idle.clear()
 
     def is_over(self) -> bool:
-        """Whether nothing more will come, and nobody is judging what there was."""
+        """Whether no items will come and nobody is judging."""
         return self.exhausted and self.store.waiting() == 0 and self.store.being_judged() == 0
 
     def _enough(self) -> bool:
         return self.store.labels() + self.store.being_judged() >= self.count
+
+
+# ---- simulated annotators --------------------------------------------------------------------------------------------
+
+LEVELS = (1.0, 2.0, 4.0)
+"""Differences of perceived value, in log-odds, above which a choice is rated slightly, clearly and far better."""
+
+
+class PageError(StateError):
+    """The page refused a request or did not answer."""
+
+
+class Page:
+    """Client of the page's routes over one persistent connection.
+
+    A request without an answer is repeated; a judgement counts once by its key.
+
+    Args:
+        address: address of the page, such as ``http://127.0.0.1:8765``.
+        patience: seconds for which a request is repeated.
+    """
+
+    def __init__(self, address: str, patience: float = 30.0) -> None:
+        parts = urlsplit(address)
+        self.patience, self.cookie = patience, ""
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+
+    def enter(self, name: str) -> None:
+        """Sign in under a name."""
+        self.ask("/api/enter", {"name": name})
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Send a request, repeat it until it is answered, and return the JSON of the answer.
+
+        Raises:
+            PageError: the answer is a refusal, or none came.
+        """
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                status, text = self._send(path, body)
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                status, text = 503, str(error) or type(error).__name__
+            if status < 400:
+                return json.loads(text)
+            if status < 500 or time.monotonic() > until:
+                raise PageError("request-refused", f"{path} was answered with {status}: {text}")
+            time.sleep(0.05)
+
+    def _send(self, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
+        headers = {"cookie": self.cookie} if self.cookie else {}
+        if body is None:
+            self._connection.request("GET", path, headers=headers)
+        else:
+            headers["content-type"] = "application/json"
+            self._connection.request("POST", path, json.dumps(body), headers)
+        answer = self._connection.getresponse()
+        text = answer.read().decode()
+        self.cookie = (answer.getheader("set-cookie") or self.cookie).partition(";")[0]
+        return answer.status, text
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+class SimulatedAnnotator:
+    r"""Simulated annotator after Bradley and Terry.
+
+    The perceived value of a completion is gold / temperature plus Gumbel noise, plus ``position_bias`` for the first
+    one; the highest is chosen: P(first) = sigmoid((gold_1 - gold_2) / temperature + position_bias). Longer lists are
+    ranked by perceived value (Plackett-Luce). For a careless annotator, gold counts as 0.
+
+    Args:
+        name: name of the annotator.
+        gold_reward: known true reward of (prompt, completion).
+        temperature: difference of gold reward that is preferred with odds e : 1.
+        position_bias: log-odds towards the completion shown first.
+        careless: whether the annotator ignores the gold reward.
+        seed: seed of the noise, together with the name and the assignment.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        gold_reward: GoldReward,
+        temperature: float = 1 / 12,
+        position_bias: float = 0.0,
+        careless: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if temperature <= 0:
+            raise SettingError(
+                "setting-out-of-range",
+                f"temperature is {temperature}: it must be positive; near 0, the annotator never errs",
+            )
+        self.name, self.gold_reward, self.temperature = name, gold_reward, temperature
+        self.position_bias, self.careless, self.seed = position_bias, careless, seed
+
+    def answer(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the judgement of an item, as the page takes it.
+
+        Args:
+            item: the item as ``/api/item`` describes it.
+        """
+        prompt = shown_prompt(item["prompt"])
+        noise = random.Random(f"{self.seed}/{self.name}/{item['assignment']}")
+        values = []
+        for place, candidate in enumerate(item["candidates"]):
+            gold = 0.0 if self.careless else self.gold_reward(prompt, candidate["raw"])
+            gumbel = -math.log(-math.log(max(noise.random(), 1e-300)))
+            values.append(gold / self.temperature + gumbel + (self.position_bias if place == 0 else 0.0))
+        order = sorted(range(len(values)), key=lambda place: -values[place])
+        body: dict[str, Any] = {
+            "key": f"{self.name}/{item['assignment']}".rjust(16, "-")[-64:],
+            "store": item.get("store"),
+            "assignment": item["assignment"],
+            "verdict": "ranking",
+            "ranks": [order.index(place) for place in range(len(values))],
+        }
+        if len(values) == 2:
+            body["strength"] = strength_of(abs(values[0] - values[1]))
+        return body
+
+
+def shown_prompt(turns: Sequence[Mapping[str, str]]) -> Prompt:
+    """Return the prompt that the page shows."""
+    if len(turns) == 1 and not turns[0]["role"]:
+        return turns[0]["text"]
+    return [{"role": turn["role"], "content": turn["text"]} for turn in turns]
+
+
+def strength_of(difference: float) -> int:
+    """Return the rated strength, 1 to `STRENGTHS`, of a difference in perceived value."""
+    return min(1 + sum(difference > level for level in LEVELS), STRENGTHS)
+
+
+class SimulatedAnnotators(Labeller):
+    """Simulated annotators who take turns over the page's HTTP routes; interruptions do not change their labels.
+
+    Args:
+        gold_reward: import path of a function (prompt, completion) -> gold reward.
+        annotators: number of annotators.
+        temperature: difference of gold reward that is preferred with odds e : 1.
+        careless: share of annotators who ignore the gold reward.
+        position_bias: log-odds towards the completion shown first.
+        seed: seed of their noise.
+
+    Raises:
+        SettingError: a number is out of range, or the import path names no function.
+    """
+
+    lease = math.inf
+    salt = ""
+
+    def __init__(
+        self,
+        gold_reward: str,
+        annotators: int = 4,
+        temperature: float = 1 / 12,
+        careless: float = 0.0,
+        position_bias: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        require_web_server()
+        if annotators < 1 or not 0 <= careless <= 1:
+            raise SettingError(
+                "setting-out-of-range",
+                f"annotators is {annotators} and careless {careless}: give 1 or more annotators, and the careless "
+                "share of them, from 0 to 1",
+            )
+        gold, wild = load_gold_reward(gold_reward), round(careless * annotators)
+        self.annotators = [
+            SimulatedAnnotator(f"simulated-{n}", gold, temperature, position_bias, n < wild, seed)
+            for n in range(annotators)
+        ]
+
+    def label(self, store: FeedbackStore, count: int, more: More) -> None:
+        """Serve the page on a free port and judge on it."""
+        from rlhf_lightning.people.server import make_app
+        from rlhf_lightning.people.serving import listen, served
+
+        with ExitStack() as stack:
+            port = stack.enter_context(served(make_app(store), listen("127.0.0.1", 0)))
+            pages = [stack.enter_context(closing(Page(f"http://127.0.0.1:{port}"))) for _ in self.annotators]
+            for page, annotator in zip(pages, self.annotators, strict=True):
+                page.enter(annotator.name)
+                if annotator.name == store.last()[1]:
+                    page.ask("/api/item")  # the answer to a judgement holds it, unless a kill came between
+            while store.labels() < count and (self._judge_one(store, pages) or more()):
+                pass
+
+    def _judge_one(self, store: FeedbackStore, pages: Sequence[Page]) -> bool:
+        """Let the next annotator with an item judge it; return False if there is none."""
+        turn, _ = store.last()
+        for number in range(turn, turn + len(pages)):
+            page, annotator = pages[number % len(pages)], self.annotators[number % len(pages)]
+            item = page.ask("/api/item")["item"]
+            if item is not None:
+                page.ask("/api/judgements", annotator.answer(item))
+                return True
+        return False

@@ -1,4 +1,4 @@
-"""``rlhf loop``: settings, and the command."""
+"""``rlhf loop``: settings and command."""
 
 import inspect
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from typing import Literal
 import docstring_parser
 from jsonargparse import ActionConfigFile
 
-import rlhf_lightning.people.simulated  # noqa: F401  labellers by their short names
 from rlhf_lightning.commands.parsing import PlainParser, with_underscores
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.people.labeller import Labeller
@@ -17,41 +16,36 @@ from rlhf_lightning.recipes import resolve_recipe
 
 @dataclass
 class LoopSettings:
-    """Rounds of sampling, labelling, training and evaluation; each round learns from all labels there are.
+    """Run rounds of sampling, labelling, training and evaluation; each round learns from all labels so far.
 
-    A round is the folder ``RUNS_FOLDER/NAME/round_<k>``: its store of labels, the run folders of its stages, and its
-    completions on held-out prompts. What is done is in ``state.json``: the same command goes on where it was cut off.
-    Where more pairs are skipped than there are to spare, further ones are sampled; where the policy has none, the round
-    goes on with the labels it has.
+    Each round has a folder ``RUNS_FOLDER/NAME/round_<k>`` with its feedback store, its runs and its completions on
+    held-out prompts. ``state.json`` records finished steps: the same command resumes an interrupted loop. If too many
+    pairs are skipped, further ones are sampled; if the policy gives no more, the round uses the labels it has.
 
     Args:
-        name: of the loop, and of its folder.
-        init_from: folder of the policy that the first pairs are sampled from, that training starts from and that the KL
-            is measured from; mostly an SFT model.
+        name: name of the loop and of its folder.
+        init_from: policy that the first pairs are sampled from, where training starts and KL is measured from.
         prompts: file of prompts, in any form that `rlhf generate` reads.
         eval_prompts: file of held-out prompts.
-        reward_config: YAML file of `rlhf fit` for the reward model; start, data, seeds and folders are filled in.
-        policy_config: the same for the policy: any objective that learns from preferences, or on-policy from scores.
-        labeller: who labels; a Labeller, by class_path and init_args.
-        rounds: how many; more than before goes on with a loop that was done.
+        reward_config: `rlhf fit` config of the reward model; start, data, seeds and folders are filled in.
+        policy_config: `rlhf fit` config of the policy: any objective on preferences, or on-policy.
+        labeller: the Labeller, by class_path and init_args.
+        rounds: number of rounds; a higher number continues a finished loop.
         labels: labels of each round.
-        pool: pairs sampled in each round, from which `select` chooses; by default a quarter more than `labels`.
-        select: which pair is labelled next, as `rlhf annotate --select` takes it; reward models are those of the round
-            before, so that the first round is in random order. None takes them as they were sampled.
-        members: reward models trained in each round, with different seeds; disagreement needs two or more. The policy
-            is trained on their mean score.
-        start: what each round's training starts from: ``first`` is init_from, ``latest`` is the policy of the round
-            before.
-        gold_reward: import path of a function (prompt, completion) -> known true reward; evaluation alone uses it.
-        scorer: what judges held-out completions where there is no gold reward: anything `--model.scorer` takes; by
-            default the round's own reward models.
-        annotators_per_item: how many judge each pair.
+        pool: pairs sampled in each round; by default a quarter more than labels.
+        select: order of the pairs, as in `rlhf annotate --select`, by the reward models of the round before; the first
+            round is in random order. null keeps the order of sampling.
+        members: reward models of each round, with different seeds; the policy is trained on their mean score.
+        start: policy that each round starts training from: first (init_from) or latest (of the round before).
+        gold_reward: import path of a function (prompt, completion) -> known true reward, for evaluation only.
+        scorer: scorer of held-out completions without a gold reward; by default the round's reward models.
+        annotators_per_item: annotators for each pair.
         repeats: share of pairs shown again with sides swapped, to measure consistency.
-        temperature: of the sampling; logits are divided by it.
-        max_new_tokens: longest completion, tokens.
-        batch_size: completions decoded side by side.
-        runs_folder: where loops are kept.
-        seed: of sampling, sides, weights and order.
+        temperature: softmax temperature of sampling.
+        max_new_tokens: maximum length of a completion, tokens.
+        batch_size: completions decoded at the same time.
+        runs_folder: folder of loops.
+        seed: seed of sampling, sides, weights and data order.
     """
 
     name: str
@@ -95,7 +89,7 @@ class LoopSettings:
         return self.pairs_for(self.labels) if self.pool is None else self.pool
 
     def pairs_for(self, labels: int) -> int:
-        """Pairs that so many labels want, and a quarter more: some are skipped."""
+        """Pairs for so many labels, and a quarter more because some are skipped."""
         items = -(-labels // self.annotators_per_item)
         return items + -(-items // 4)
 

@@ -1,4 +1,4 @@
-"""A loop and its rounds: what is done in which order, from what, and with which seed."""
+"""Rounds of a loop: their steps, inputs and seeds, and the state file that resumes them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.errors import DataError, MissingError, SettingError, StateError
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.loop import LoopSettings
-from rlhf_lightning.people.loop_report import REPORT, write_report
 from rlhf_lightning.people.loop_steps import (
+    REPORT,
     ensemble_of,
     evaluate,
     labels_of,
@@ -27,6 +27,7 @@ from rlhf_lightning.people.loop_steps import (
     sample_pairs,
     train_stage,
     win_rate,
+    write_report,
 )
 from rlhf_lightning.people.selectors import Selector, load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore, counts
@@ -39,22 +40,22 @@ from rlhf_lightning.types import Prompt
 
 STATE_FILE = "state.json"
 FILES = ("prompts", "eval_prompts", "reward_config", "policy_config")
-"""Settings that name a file whose contents decide what a loop does."""
+"""Settings that name a file whose content a loop depends on."""
 
 MAY_CHANGE = ("rounds",)
-"""Settings that a loop may be continued under another value of."""
+"""Settings that may change when a loop is resumed."""
 
 
 class LoopState:
-    """Steps that are done, by name, and their results.
+    """Finished steps of a loop, by name, with their results.
 
     Args:
-        folder: of the loop.
-        settings: plain values of all its settings.
-        files: fingerprint of each file that they name, see `fingerprints`.
+        folder: folder of the loop.
+        settings: plain values of all settings.
+        files: fingerprints of the files that they name, see `fingerprints`.
 
     Raises:
-        SettingError: the folder holds a loop with other settings, or with files that have changed since.
+        SettingError: the loop in the folder was started with other settings or other content of a file.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -79,10 +80,7 @@ class LoopState:
                 )
 
     def step(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a step's result; it is done now unless it was done before.
-
-        Work must bear being cut off anywhere and begun again.
-        """
+        """Return a step's result; run it unless it is finished. Steps may be killed anywhere and run again."""
         if name not in self.steps:
             print(f"\nloop: {name}", flush=True)
             began = time.monotonic()
@@ -95,10 +93,10 @@ class LoopState:
 
 
 def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Hash the content of each file of `FILES`, by the setting's name; for YAML its values alone, without comments.
+    """Hash the content of each file of `FILES`; for YAML the values without comments.
 
     Raises:
-        MissingError: there is no such file.
+        MissingError: a file does not exist.
     """
     found = {}
     for name in FILES:
@@ -114,21 +112,21 @@ def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def seed_of(*values: Any) -> int:
-    """A seed that the values decide; nearby values give seeds that have nothing to do with each other."""
+    """Derive a seed from the values; nearby values give unrelated seeds."""
     digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
-    """Run a loop, or go on with it.
+    """Run or resume a loop.
 
     Args:
-        settings: of the loop.
-        plain: the same as plain values, by which they are compared with what the loop was begun with.
+        settings: settings of the loop.
+        plain: the same as plain values, compared with those the loop was started with.
 
     Raises:
         SettingError: the loop was started with other settings.
-        StateError: another process runs it.
+        StateError: another process runs it, or its labeller cannot start.
     """
     quieten()
     folder = Path(settings.runs_folder) / checked_run_name(settings.name)
@@ -138,18 +136,17 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
             Loop(settings, folder, LoopState(folder, plain, fingerprints(plain))).run()
     except Timeout:
         raise StateError(
-            "loop-locked",
-            f"another process runs the loop in {folder}; wait for it to finish, or give another --name",
+            "loop-locked", f"another process runs the loop in {folder}; wait for it to finish, or give another --name"
         ) from None
 
 
 class Loop:
-    """A loop and its folder.
+    """A loop in its folder.
 
     Args:
-        settings: what is done.
-        folder: where.
-        state: what of it is done already.
+        settings: settings of the loop.
+        folder: folder of the loop.
+        state: finished steps.
     """
 
     def __init__(self, settings: LoopSettings, folder: Path, state: LoopState) -> None:
@@ -165,87 +162,75 @@ class Loop:
                 f"set it to {wanted} or more",
             )
 
-    # ---- the order of things -----------------------------------------------------------------------------------------
-
     def run(self) -> None:
-        """Do what is not done yet."""
-        self.state.step("start/evaluate", self.evaluate_start)
+        """Run the steps that are not finished."""
+        if any(f"round_{number}/label" not in self.state.steps for number in range(self.settings.rounds)):
+            self.settings.labeller.prepare()
+        self.state.step("start/evaluate", self._evaluate_start)
         for number in range(self.settings.rounds):
-            steps: dict[str, Callable[[int], dict[str, Any]]] = {"sample": self.sample, "label": self.label}
-            steps |= {self.reward_stage(m): partial(self.reward, m) for m in range(self.settings.members)}
-            steps |= {"policy": self.policy, "evaluate": self.evaluate}
+            steps: dict[str, Callable[[int], dict[str, Any]]] = {"sample": self._sample, "label": self._label}
+            steps |= {self._reward_stage(m): partial(self._reward, m) for m in range(self.settings.members)}
+            steps |= {"policy": self._policy, "evaluate": self._evaluate}
             for name, work in steps.items():
                 self.state.step(f"round_{number}/{name}", partial(work, number))
-            self.report(number + 1)
+            self._report(number + 1)
 
-    def result(self, number: int, name: str) -> dict[str, Any]:
-        """What a step of a round gave."""
+    def _result(self, number: int, name: str) -> dict[str, Any]:
         return dict(self.state.steps[f"round_{number}/{name}"])
 
-    def round_folder(self, number: int) -> Path:
-        """The folder of a round."""
+    def _round_folder(self, number: int) -> Path:
         return self.folder / f"round_{number}"
 
-    def reward_stage(self, member: int) -> str:
-        """The name of a reward model's stage."""
+    def _reward_stage(self, member: int) -> str:
         return "reward" if self.settings.members == 1 else f"reward_{member}"
 
-    def reward_models(self, number: int) -> list[str]:
-        """The reward models of a round."""
-        return [self.result(number, self.reward_stage(m))["model"] for m in range(self.settings.members)]
+    def _reward_models(self, number: int) -> list[str]:
+        return [self._result(number, self._reward_stage(m))["model"] for m in range(self.settings.members)]
 
-    def latest(self, number: int) -> str:
-        """The policy that a round begins with."""
-        return self.settings.init_from if number == 0 else str(self.result(number - 1, "policy")["model"])
+    def _latest(self, number: int) -> str:
+        return self.settings.init_from if number == 0 else str(self._result(number - 1, "policy")["model"])
 
-    def start(self, number: int) -> str:
-        """The policy that a round's training starts from."""
-        return self.settings.init_from if self.settings.start == "first" else self.latest(number)
+    def _start(self, number: int) -> str:
+        return self.settings.init_from if self.settings.start == "first" else self._latest(number)
 
-    def seed(self, *values: Any) -> int:
-        """A seed of its own for each purpose."""
+    def _seed(self, *values: Any) -> int:
         return seed_of(self.settings.seed, *values)
 
     @property
-    def sampling(self) -> SamplingSettings:
-        """How completions are sampled."""
+    def _sampling(self) -> SamplingSettings:
         one = self.settings
         return SamplingSettings(one.max_new_tokens, one.temperature, batch_size=one.batch_size)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def open_store(self, number: int) -> FeedbackStore:
-        """The store of a round, opened for labelling."""
+    def _open_store(self, number: int) -> FeedbackStore:
         one = self.settings
-        policy = Policy(one.annotators_per_item, one.repeats, lease=one.labeller.lease, seed=self.seed("page", number))
-        return FeedbackStore(self.store_path(number), policy)
+        seed, labeller = self._seed("page", number), one.labeller
+        policy = Policy(one.annotators_per_item, one.repeats, lease=labeller.lease, seed=seed, salt=labeller.salt)
+        return FeedbackStore(self._store_path(number), policy)
 
-    def store_path(self, number: int) -> Path:
-        """The file of a round's labels."""
-        return self.round_folder(number) / "feedback.db"
+    def _store_path(self, number: int) -> Path:
+        return self._round_folder(number) / "feedback.db"
 
-    def sample(self, number: int) -> dict[str, Any]:
-        """Sample the round's pairs from the latest policy."""
+    def _sample(self, number: int) -> dict[str, Any]:
         one = self.settings
-        with self.open_store(number) as store:
+        with self._open_store(number) as store:
             pairs = self._sampled(store, number, one.pairs)
         if pairs < one.pairs:
             raise DataError(
                 "too-few-pairs",
-                f"{self.latest(number)} gave {pairs} pairs of different answers to the prompts of {one.prompts}, and "
+                f"{self._latest(number)} gave {pairs} pairs of different answers to the prompts of {one.prompts}, and "
                 f"{one.pairs} are wanted: give more prompts, or a higher temperature",
             )
         return {"pairs": pairs}
 
     def _sampled(self, store: FeedbackStore, number: int, count: int) -> int:
-        """Bring a round's store to so many pairs; return how many it has."""
-        policy, seed = self.latest(number), self.seed("sample", number)
-        return sample_pairs(store, policy, self.settings.prompts, count, self.sampling, seed)
+        policy, seed = self._latest(number), self._seed("sample", number)
+        return sample_pairs(store, policy, self.settings.prompts, count, self._sampling, seed)
 
-    def label(self, number: int) -> dict[str, Any]:
-        """Have them labelled."""
-        with self.open_store(number) as store:
-            selector = self.selector(number)
+    def _label(self, number: int) -> dict[str, Any]:
+        with self._open_store(number) as store:
+            selector = self._selector(number)
             if selector is not None:
                 store.rank(selector)
             self.settings.labeller.label(store, self.settings.labels, partial(self._more, store, number, selector))
@@ -261,7 +246,7 @@ class Loop:
             return labels_of(store)
 
     def _more(self, store: FeedbackStore, number: int, selector: Selector | None) -> bool:
-        """Sample the pairs that labels are still wanted of, and some to spare."""
+        """Sample further pairs for the missing labels; return whether there are any."""
         with store.reading() as connection:
             held = counts(connection)["items"]
         wanted = self.settings.pairs_for(self.settings.labels - store.labels())
@@ -271,68 +256,57 @@ class Loop:
             store.rank(selector)
         return found > held
 
-    def selector(self, number: int) -> Selector | None:
-        """What chooses a round's pairs; in the first one chance stands in where reward models are needed."""
+    def _selector(self, number: int) -> Selector | None:
         select = self.settings.select
         if select is None:
             return None
         if number == 0 and selector_class(select).members > 0:
             print(f"the first round is in random order: {select} asks the reward models of the round before")
-            return load_selector("random", [], self.seed("select", number))
-        models = self.reward_models(number - 1) if number > 0 else []
-        return load_selector(select, models, self.seed("select", number))
+            return load_selector("random", [], self._seed("select", number))
+        models = self._reward_models(number - 1) if number > 0 else []
+        return load_selector(select, models, self._seed("select", number))
 
-    def labelled(self, number: int) -> list[str]:
-        """The labels up to a round, as the source of a DataModule."""
-        return [f"{self.store_path(k)}@{self.result(k, 'label')['snapshot']}" for k in range(number + 1)]
+    def _labelled(self, number: int) -> list[str]:
+        return [f"{self._store_path(k)}@{self._result(k, 'label')['snapshot']}" for k in range(number + 1)]
 
-    def stage_flags(self, number: int, stage: str) -> dict[str, Any]:
-        """What every stage of a round is given."""
-        seed = self.seed(stage, number)
+    def _stage_flags(self, number: int, stage: str) -> dict[str, Any]:
+        seed = self._seed(stage, number)
         return {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
 
-    def reward(self, member: int, number: int) -> dict[str, Any]:
-        """Train a reward model on all labels so far."""
-        stage, one = self.reward_stage(member), self.settings
-        flags = {**self.stage_flags(number, stage), "model.init_from": one.init_from}
-        flags["data.source"] = self.labelled(number)
-        return train_stage(self.round_folder(number), stage, one.reward_config, flags)
+    def _reward(self, member: int, number: int) -> dict[str, Any]:
+        stage, one = self._reward_stage(member), self.settings
+        flags = {**self._stage_flags(number, stage), "model.init_from": one.init_from}
+        flags["data.source"] = self._labelled(number)
+        return train_stage(self._round_folder(number), stage, one.reward_config, flags)
 
-    def policy(self, number: int) -> dict[str, Any]:
-        """Train the policy, on all labels so far or against the reward models."""
+    def _policy(self, number: int) -> dict[str, Any]:
         one = self.settings
-        flags = {**self.stage_flags(number, "policy"), "model.init_from": self.start(number)}
+        flags = {**self._stage_flags(number, "policy"), "model.init_from": self._start(number)}
         if self.on_policy:
-            flags |= {"data.source": one.prompts, "model.scorer": ensemble_of(self.reward_models(number))}
+            flags |= {"data.source": one.prompts, "model.scorer": ensemble_of(self._reward_models(number))}
         else:
-            flags["data.source"] = self.labelled(number)
-        return train_stage(self.round_folder(number), "policy", one.policy_config, flags)
+            flags["data.source"] = self._labelled(number)
+        return train_stage(self._round_folder(number), "policy", one.policy_config, flags)
 
-    def evaluate_start(self) -> dict[str, Any]:
-        """Evaluate the policy that everything starts from."""
-        return self._evaluated(self.settings.init_from, self.folder / "start", self.judge())
+    def _evaluate_start(self) -> dict[str, Any]:
+        return self._evaluated(self.settings.init_from, self.folder / "start", self._judge())
 
-    def evaluate(self, number: int) -> dict[str, Any]:
-        """Evaluate a round's policy on held-out prompts, and beside the first one."""
-        folder, judge = self.round_folder(number), self.judge(number)
-        figures = self._evaluated(self.result(number, "policy")["model"], folder, judge)
-        wins = win_rate(folder, self.folder / "start", judge, self.seed("evaluate"))
-        return {**figures, **wins, "labels": sum(self.result(k, "label")["labels"] for k in range(number + 1))}
+    def _evaluate(self, number: int) -> dict[str, Any]:
+        folder, judge = self._round_folder(number), self._judge(number)
+        figures = self._evaluated(self._result(number, "policy")["model"], folder, judge)
+        wins = win_rate(folder, self.folder / "start", judge, self._seed("evaluate"))
+        return {**figures, **wins, "labels": sum(self._result(k, "label")["labels"] for k in range(number + 1))}
 
-    def judge(self, number: int | None = None) -> Scorer | None:
-        """What scores held-out completions of a round; None before there is anything."""
+    def _judge(self, number: int | None = None) -> Scorer | None:
         if self.settings.scorer is not None:
             return load_scorer(self.settings.scorer)
-        return None if number is None else load_scorer(ensemble_of(self.reward_models(number)))
+        return None if number is None else load_scorer(ensemble_of(self._reward_models(number)))
 
     def _evaluated(self, policy: str, folder: Path, judge: Scorer | None) -> dict[str, Any]:
-        one, seed = self.settings, self.seed("evaluate")
-        return evaluate(policy, one.init_from, one.eval_prompts, self.sampling, seed, judge, self.gold_reward, folder)
+        one, seed = self.settings, self._seed("evaluate")
+        return evaluate(policy, one.init_from, one.eval_prompts, self._sampling, seed, judge, self.gold_reward, folder)
 
-    # ---- report ------------------------------------------------------------------------------------------------------
-
-    def report(self, rounds: int) -> None:
-        """Write the table, the picture and TensorBoard's scalars of the first rounds."""
-        figures = [self.result(number, "evaluate") for number in range(rounds)]
+    def _report(self, rounds: int) -> None:
+        figures = [self._result(number, "evaluate") for number in range(rounds)]
         start = {**self.state.steps["start/evaluate"], "labels": 0}
         print(f"\n{write_report(self.folder, self.settings.name, [start, *figures])}\n\nreport: {self.folder / REPORT}")

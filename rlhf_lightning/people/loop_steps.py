@@ -1,6 +1,6 @@
-"""The steps of a loop: pairs are sampled, labelled, learned from, and the policy is evaluated.
+"""Steps of a loop: sample pairs, train stages, evaluate policies, write the report.
 
-Each can be killed anywhere and begun again, and ends in the same bits.
+Each step may be killed anywhere and run again; the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -9,44 +9,52 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
 import torch
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 import rlhf_lightning.modules  # noqa: F401  objectives by their short names
 from rlhf_lightning.commands import train
 from rlhf_lightning.commands.generate import SamplingArguments, load_for_sampling, read_prompts, write_lines
 from rlhf_lightning.commands.messages import subclasses_of
+from rlhf_lightning.data.feedback.database import items_of, judgements_of
 from rlhf_lightning.data.feedback.records import Item
-from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
+from rlhf_lightning.evaluation.report import interval, markdown_table, write_markdown
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
 from rlhf_lightning.runs.run import CONFIG_FILE, MODEL_FOLDER, versions
+from rlhf_lightning.runs.run_records import EVENTS
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import ask_scorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import Prompt, PromptBatch
 
-AT_ONCE = 64
-"""Prompts sampled together."""
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
-COMPLETIONS_FILE = "completions.jsonl"
+AT_ONCE = 64
+"""Prompts sampled at a time."""
+
+COMPLETIONS_FILE, REPORT, PLOT = "completions.jsonl", "loop.md", "loop.png"
+FIGURES = ("gold_reward", "win_rate", "score", "kl", "length", "finished")
 
 
 def sample_pairs(
     store: FeedbackStore, policy: str, prompts: str, count: int, settings: SamplingSettings, seed: int
 ) -> int:
-    """Put pairs of two completions of the policy into a store until it holds ``count``, and return how many it holds.
+    """Add pairs of two completions of the policy to a store until it holds ``count``; return how many it holds.
 
-    Prompts are taken in random order, and again from the start where there are fewer than pairs; what the store holds
-    is gone on with. Fewer than ``count`` are what the policy gives two different answers to.
+    Prompts come in random order, several times if there are fewer than pairs, starting after those in the store. The
+    result is below ``count`` if the policy does not give two different answers often enough.
     """
     rows = read_prompts(prompts, as_chat=False)
     random.Random(seed).shuffle(rows)
@@ -67,7 +75,7 @@ def sample_pairs(
 
 
 def _after(items: Sequence[Item], seed: int) -> tuple[int, int]:
-    """Where sampling goes on after these: turn through the prompts, and number of the prompt in it."""
+    """Where sampling resumes after these items: pass over the prompts, and index of the prompt in it."""
     if not items:
         return 0, 0
     last = items[-1].candidates[0]
@@ -76,7 +84,7 @@ def _after(items: Sequence[Item], seed: int) -> tuple[int, int]:
 
 
 def labels_of(store: FeedbackStore) -> dict[str, Any]:
-    """Return what is known of the labels in a store."""
+    """Summarize the labels of a store."""
     with store.reading() as connection:
         judged = judgements_of(connection)
     snapshot = store.snapshot()
@@ -90,13 +98,13 @@ def labels_of(store: FeedbackStore) -> dict[str, Any]:
 
 
 def train_stage(folder: Path, stage: str, config: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a stage by `rlhf fit`, or go on with what was cut off; return the model's folder.
+    """Train a stage with `rlhf fit`, or resume it; return the folder of its model.
 
     Args:
-        folder: of the round; the run is ``folder/stage``.
-        stage: its name.
+        folder: folder of the round; the run is ``folder/stage``.
+        stage: name of the stage.
         config: YAML file.
-        flags: settings beyond the file's.
+        flags: settings that override the file.
     """
     argv = ["--config", config, "--runs_folder", str(folder), "--run_name", stage]
     for name, value in flags.items():
@@ -115,7 +123,7 @@ def _can_go_on(run: Path) -> bool:
 
 
 def learns_from_prompts(config: str) -> bool:
-    """Whether the objective of a YAML file samples for itself and learns from scores, instead of from labels.
+    """Whether the objective of a YAML file is on-policy, so that it learns from scores instead of labels.
 
     Raises:
         SettingError: the file names no objective.
@@ -132,13 +140,10 @@ def learns_from_prompts(config: str) -> bool:
 
 
 def ensemble_of(models: Sequence[str]) -> Any:
-    """What `load_scorer` takes for the mean score of reward models."""
+    """Scorer setting for the mean score of reward models."""
     if len(models) == 1:
         return models[0]
-    return {
-        "class_path": "rlhf_lightning.scoring.Ensemble",
-        "init_args": {"scorers": list(models), "penalty": 0.0},
-    }
+    return {"class_path": "rlhf_lightning.scoring.Ensemble", "init_args": {"scorers": list(models), "penalty": 0.0}}
 
 
 def evaluate(
@@ -151,7 +156,7 @@ def evaluate(
     gold_reward: Callable[[Prompt, str], float] | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Answer the held-out prompts; write the completions into ``folder`` and return means with 95 % intervals."""
+    """Answer held-out prompts; write the completions to ``folder``; return means with 95 % intervals."""
     rows: list[Prompt] = [prompt for prompt, _ in read_prompts(prompts, as_chat=False)]
     model, tokenizer = load_for_sampling(policy)
     device = next(model.parameters()).device
@@ -184,15 +189,13 @@ def _lines(samples: ScoredSamples) -> list[dict[str, Any]]:
 
 
 def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> dict[str, Any]:
-    """Share of held-out prompts on which a policy's completion beats another's, a tie counted half, with its interval.
-
-    The gold reward decides where it is known, else the scorer.
+    """Win rate of a policy's held-out completions against another's, by gold reward or scorer; a tie counts half.
 
     Args:
-        folder: where `evaluate` wrote the completions.
-        against: where it wrote the other's.
-        scorer: scores the other's; None with a gold reward.
-        seed: of the interval.
+        folder: folder that `evaluate` wrote the completions to.
+        against: folder of the other policy's completions.
+        scorer: scorer of the other completions; None with a gold reward.
+        seed: seed of the bootstrap interval.
     """
     mine, theirs = (
         [json.loads(line) for line in (place / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
@@ -207,3 +210,92 @@ def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> d
     wins = [0.5 + 0.5 * ((one[name] > value) - (one[name] < value)) for one, value in zip(mine, other, strict=True)]
     found = mean_with_interval(torch.tensor(wins, dtype=torch.float64), seed)
     return {"win_rate": found["mean"], "win_rate_ci": found["ci"]}
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+class LabelPoint(NamedTuple):
+    """A measurement after so many labels, with its interval."""
+
+    labels: int
+    value: float
+    low: float
+    high: float
+
+
+def draw_label_curves(
+    panels: Mapping[str, Mapping[str, Sequence[LabelPoint]]], path: str | Path, title: str = ""
+) -> Path:
+    """Plot one panel for each figure of merit with one curve for each method; return the path."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.2), constrained_layout=True, squeeze=False
+    )
+    for axis, (merit, methods) in zip(axes[0], panels.items(), strict=True):
+        for method, points in methods.items():
+            line = sorted(points)
+            labels, values = [point.labels for point in line], [point.value for point in line]
+            axis.plot(labels, values, marker="o", markersize=4, label=method)
+            axis.fill_between(labels, [point.low for point in line], [point.high for point in line], alpha=0.15)
+        axis.set_xlabel("labels")
+        axis.set_ylabel(merit)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, loc="lower right")
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return Path(path)
+
+
+def write_report(folder: Path, name: str, points: Sequence[Mapping[str, Any]]) -> str:
+    """Write loop.md, loop.png and the TensorBoard event file; return the table.
+
+    Args:
+        folder: folder of the loop.
+        name: name of the loop.
+        points: figures of the initial policy and of each round, with the labels spent.
+    """
+    shown = [figure for figure in FIGURES if any(figure in point for point in points)]
+    merit = "gold_reward" if "gold_reward" in shown else "win_rate"
+    curve = [LabelPoint(point["labels"], point[merit], *point[f"{merit}_ci"]) for point in points if merit in point]
+    draw_label_curves({merit.replace("_", " "): {name: curve}}, folder / PLOT)
+    table = _table(points, shown)
+    write_markdown(folder / REPORT, _page(name, table))
+    _write_scalars(folder, points, shown)
+    return table
+
+
+def _table(points: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> str:
+    header, rows = ["labels"], [[point["labels"]] for point in points]
+    for figure in shown:
+        has_interval = any(f"{figure}_ci" in point for point in points)
+        header += [figure.replace("_", " "), "95 % interval"] if has_interval else [figure]
+        for row, point in zip(rows, points, strict=True):
+            row.append(point.get(figure))
+            if has_interval:
+                row.append(interval(point[f"{figure}_ci"]) if f"{figure}_ci" in point else "")
+    return markdown_table(header, rows)
+
+
+def _page(name: str, table: str) -> str:
+    return (
+        f"# The loop {name}\n\n"
+        "Each row is a policy trained on so many labels and evaluated on held-out prompts; 0 labels is the initial "
+        "policy. Gold reward is the known true reward, which is never trained on. Win rate is against the initial "
+        "policy on the same prompts; a tie counts half. Score is that of the round's reward models, so scores of "
+        "different rounds do not compare. KL is from the initial policy, in nats per completion.\n\n"
+        f"{table}\n\n![curve]({PLOT})\n"
+    )
+
+
+def _write_scalars(folder: Path, points: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> None:
+    """Write a new event file in place of the earlier one."""
+    earlier = list(folder.glob(EVENTS))
+    with SummaryWriter(str(folder)) as writer:
+        for point in points:
+            for figure in shown:
+                if figure in point:
+                    writer.add_scalar(f"loop/{figure}", point[figure], point["labels"])
+    for file in earlier:
+        file.unlink()

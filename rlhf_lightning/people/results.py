@@ -1,4 +1,4 @@
-"""What the labels say: agreement, win rates of models, each annotator's consistency and side bias, and growth."""
+"""Results of labelling: agreement, win rates of models, annotators' consistency and side bias, growth."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import torch
+
+from rlhf_lightning.data.feedback.database import item_of, judgements_of, snapshot_of
 from rlhf_lightning.data.feedback.records import StoredJudgement
-from rlhf_lightning.data.feedback.snapshots import item_of, judgements_of, snapshot_of
+from rlhf_lightning.data.feedback.rows import pair_votes, reliabilities, vote_table
+from rlhf_lightning.functional.agreement import krippendorff_alpha
+from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.people.store import counts
 
 
 class Rate(NamedTuple):
-    """A share with its 95 % interval.
-
-    Attributes:
-        share: in [0, 1].
-        low: lower end of Wilson's interval.
-        high: upper end.
-        size: what it is a share of.
-    """
+    """A share in [0, 1] of ``size``, with the ends of its 95 % Wilson interval."""
 
     share: float
     low: float
@@ -30,16 +28,16 @@ class Rate(NamedTuple):
 
 
 class AnnotatorResults(NamedTuple):
-    """One annotator.
+    """Results of one annotator.
 
     Attributes:
-        name: who.
-        judged: judgements that stand, repeats among them, skips not.
+        name: name of the annotator.
+        judged: standing judgements, with repeats and without skips.
         skipped: items skipped.
         seconds: median time of a judgement.
-        consistency: share of hidden repeats judged as the first time; None without one.
-        left: share of choices between two that fell on the left; None without one. 0.5 is no bias.
-        reliability: estimated probability that a choice is right; None where nobody else judged the same.
+        consistency: share of hidden repeats judged as the first time; None without repeats.
+        left: share of choices between two that chose the left; None without choices. 0.5 is no bias.
+        reliability: estimated probability that a choice is right; None with fewer than three annotators.
     """
 
     name: str
@@ -52,9 +50,7 @@ class AnnotatorResults(NamedTuple):
 
 
 def rate(hits: float, count: int) -> Rate | None:
-    """A share with Wilson's interval; None of nothing."""
-    from rlhf_lightning.functional.statistics import wilson_interval
-
+    """Return a share with its interval; None if ``count`` is 0."""
     if count == 0:
         return None
     low, high = wilson_interval(hits / count, count)
@@ -62,7 +58,7 @@ def rate(hits: float, count: int) -> Rate | None:
 
 
 def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
-    """Everything that the results page shows."""
+    """Compute everything that the results page shows."""
     judged = judgements_of(connection)
     return {
         "counts": counts(connection),
@@ -75,16 +71,11 @@ def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
 
 
 def agreement(judgements: Iterable[StoredJudgement]) -> tuple[float, int] | None:
-    """Krippendorff's alpha of choices between two completions, and the pairs that two or more judged; None of none.
+    """Krippendorff's alpha of choices between two completions, and the number of pairs judged by two or more.
 
-    A tie is half as far from a choice as its opposite. Each pair counts in both orders: which of its completions comes
-    first means nothing, and where that is always the better model's, agreeing would otherwise pass for chance.
+    A tie is half as far from a choice as its opposite. Each pair counts in both orders: the order has no meaning, and
+    if the better model always came first, agreement would pass for chance. None without shared pairs.
     """
-    import torch
-
-    from rlhf_lightning.data.feedback.snapshots import pair_votes, vote_table
-    from rlhf_lightning.functional.agreement import krippendorff_alpha
-
     shared = {pair: votes for pair, votes in pair_votes(judgements).items() if len(votes) > 1}
     if not shared:
         return None
@@ -94,12 +85,10 @@ def agreement(judgements: Iterable[StoredJudgement]) -> tuple[float, int] | None
 
 
 def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgement]) -> list[tuple[str, Rate]]:
-    """How often each model's completion is preferred to another model's, a tie counted half; the best first.
+    """Share of comparisons with other models that each model wins, a tie counted half; the best first.
 
-    An item counts once, whatever the number of its judgements, for they are not independent of each other.
+    An item counts once, because its judgements are not independent of each other.
     """
-    from rlhf_lightning.data.feedback.snapshots import pair_votes
-
     values: dict[str, dict[int, list[float]]] = {}
     models: dict[int, list[str | None]] = {}
     for (item, a, b), votes in pair_votes(judgements).items():
@@ -121,9 +110,7 @@ def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgeme
 
 
 def annotator_results(judgements: Sequence[StoredJudgement]) -> list[AnnotatorResults]:
-    """Each annotator, by name."""
-    from rlhf_lightning.data.feedback.snapshots import reliabilities
-
+    """Return the results of each annotator, by name."""
     names = sorted({one.annotator for one in judgements})
     several = len({one.annotator for one in judgements if not one.repeat and one.verdict != "skip"}) > 2
     known = reliabilities(judgements) if several else {}
@@ -144,11 +131,11 @@ def _annotator(name: str, mine: list[StoredJudgement], known: dict[str, float]) 
 
 
 WIDTH, HEIGHT = 640, 160
-"""Of the drawing of growth, in its own units."""
+"""Size of the growth plot, SVG units."""
 
 
 def growth(judgements: Sequence[StoredJudgement]) -> dict[str, Any] | None:
-    """The count of labels over time as the points of a line; None before there are two."""
+    """Number of labels over time as points of a line; None before there are two."""
     times = [datetime.fromisoformat(one.judged).timestamp() for one in judgements]
     if len(times) < 2 or times[-1] <= times[0]:
         return None

@@ -1,6 +1,6 @@
-"""Which of the items that wait is judged next: selectors say how much each judgement would tell.
+"""Active selection of the next item: selectors give each item a value, and the highest is judged first.
 
-A new one is a class with one method, in a file of one's own: ``rlhf annotate --select my_selection.LongestSelector``.
+A selector of your own is a class with one method: ``rlhf annotate --select my_selection.LongestSelector``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rlhf_lightning.people.handing_out import chance
 from rlhf_lightning.scoring.scorer import ask_scorer, load_scorer
 
 FEATURES = 512
-"""Buckets that n-grams are hashed into."""
+"""Hash buckets of n-grams."""
 
 
 class EnsembleScores(Protocol):
-    """Reward models that score the completions of items; ``len`` is how many there are."""
+    """Reward models that score the completions of items; ``len`` is their number."""
 
     def __len__(self) -> int:
         """Number of reward models."""
@@ -36,18 +36,18 @@ class EnsembleScores(Protocol):
 
 
 class Selector(ABC):
-    """Says of items how much a judgement of them would tell.
+    """Base class of selectors.
 
     Args:
-        ensemble: reward models trained on what has been judged so far; None without any.
-        seed: of whatever is drawn.
+        ensemble: reward models trained on the judgements so far; None without any.
+        seed: seed of random choices.
 
     Raises:
         SettingError: there are fewer reward models than `members`.
     """
 
     members: ClassVar[int] = 0
-    """Reward models that it needs."""
+    """Reward models needed."""
 
     def __init__(self, ensemble: EnsembleScores | None = None, seed: int = 0) -> None:
         given = 0 if ensemble is None else len(ensemble)
@@ -63,31 +63,29 @@ class Selector(ABC):
     @property
     def ensemble(self) -> EnsembleScores:
         """The reward models."""
-        assert self._ensemble is not None, f"{type(self).__name__} must say how many members it needs"
+        assert self._ensemble is not None, f"{type(self).__name__} must set members"
         return self._ensemble
 
     @abstractmethod
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return a number for each item; the largest is judged first.
-
-        It is asked again when items come in, in a thread that no annotator waits for.
+        """Return a value for each item; the highest is judged first. Called again when items are added.
 
         Args:
-            items: that nobody has been given yet.
-            given: that somebody has been given, in that order.
+            items: items that were never handed out.
+            given: items that were handed out, in that order.
         """
 
 
 class RandomSelector(Selector):
-    """Any item is as good as another: what the other selectors are to be compared with."""
+    """Random order: the baseline of the other selectors."""
 
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return a number in [0, 1) that seed and texts decide."""
+        """Return a number in [0, 1) determined by seed and texts."""
         return [chance(self.seed, "select", item.key) for item in items]
 
 
 class UncertaintySelector(Selector):
-    """What the reward models, taken together, know least about; one is enough (`functional.active.uncertainty`)."""
+    """Items whose mean preference probability is nearest to 0.5 (`functional.active.uncertainty`)."""
 
     members = 1
 
@@ -97,7 +95,7 @@ class UncertaintySelector(Selector):
 
 
 class DisagreementSelector(Selector):
-    """What the reward models contradict each other about (`functional.active.disagreement`)."""
+    """Items on which the reward models disagree most (`functional.active.disagreement`)."""
 
     members = 2
 
@@ -107,10 +105,10 @@ class DisagreementSelector(Selector):
 
 
 class DiversitySelector(Selector):
-    """What is least like anything given so far, by the words of prompt and completions; needs no reward model."""
+    """Items least similar to those handed out, by n-grams of prompt and completions; needs no reward model."""
 
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return minus the place in the order of `functional.active.farthest_first`."""
+        """Return minus the rank in the order of `functional.active.farthest_first`."""
         order = farthest_first(ngram_features(items), ngram_features(given))
         values = torch.empty(len(items))
         values[order] = -torch.arange(len(items), dtype=values.dtype)
@@ -118,9 +116,9 @@ class DiversitySelector(Selector):
 
 
 def ngram_features(items: Sequence[Item]) -> Tensor:
-    """Words and pairs of neighbouring words of each item, hashed and counted, shape (items, `FEATURES`), length 1.
+    """Hashed counts of words and word bigrams, log(1 + count), normalized to length 1, shape (items, `FEATURES`).
 
-    The prompt's and the completions' are told apart; a count weighs log(1 + count).
+    Prompt and completions are counted separately.
     """
     counts = torch.zeros(len(items), FEATURES)
     for row, item in enumerate(items):
@@ -141,20 +139,20 @@ def _bucket(part: str, gram: str) -> int:
 
 
 def short_name(kind: type[Selector]) -> str:
-    """What a selector is called on the command line: ``uncertainty`` for `UncertaintySelector`."""
+    """Name of a selector on the command line: ``uncertainty`` for `UncertaintySelector`."""
     return kind.__name__.removesuffix("Selector").lower()
 
 
 def shipped_selectors() -> dict[str, type[Selector]]:
-    """The selectors of this file by their short names."""
+    """Selectors of this file by their short names."""
     return {short_name(kind): kind for kind in Selector.__subclasses__() if kind.__module__ == __name__}
 
 
 class RewardModels:
-    """The scores of items by several scorers; each item is scored once.
+    """Scores of items by several scorers; each item is scored once.
 
     Args:
-        names: each what `load_scorer` takes: a reward model's folder, or the import path of a function.
+        names: scorers as `load_scorer` takes them: folders of reward models or import paths of functions.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -170,7 +168,7 @@ class RewardModels:
         """Return the scores of each item's completions, shape (members, completions) each.
 
         Raises:
-            DataError: a scorer has no score for a completion.
+            DataError: a scorer gave no score for a completion.
         """
         new = list({item.key: item for item in items if item.key not in self._scores}.values())
         if new:
@@ -198,21 +196,16 @@ def load_selector(name: str, ensemble: Sequence[str], seed: int) -> Selector:
     """Return the selector of a short name such as ``uncertainty``, or of an import path such as ``my_file.MySelector``.
 
     Args:
-        name: the name.
+        name: short name or import path.
         ensemble: reward models, each as `load_scorer` takes it.
         seed: seed of the selector's random choices.
 
     Raises:
-        SettingError: see `loading.load_class`.
-        SettingError: it needs more reward models.
+        SettingError: the name is unknown (see `loading.load_class`), or the selector needs more reward models.
     """
     return selector_class(name)(RewardModels(ensemble) if ensemble else None, seed)
 
 
 def selector_class(name: str) -> type[Selector]:
-    """Return the class of a short name or an import path.
-
-    Raises:
-        SettingError: see `loading.load_class`.
-    """
+    """Return the class of a short name or an import path."""
     return load_class(name, Selector, shipped_selectors(), "selector")

@@ -1,8 +1,10 @@
-"""The pages and what they ask for: the next item, a judgement, an undo, the results."""
+"""Web application of the page: next item, judgement, undo, results."""
 
 from __future__ import annotations
 
 import json
+import sqlite3
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +14,28 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
-from rlhf_lightning.data.feedback.records import Answer, Assignment, Conflict, JudgementRefused, NotAsked, encoded
-from rlhf_lightning.errors import SettingError
-from rlhf_lightning.people.access import COOKIE, Door, Guard, is_name
-from rlhf_lightning.people.hostile_text import shown_text, to_html, turns_of
+from rlhf_lightning.data.feedback.records import (
+    LONGEST_SECONDS,
+    Answer,
+    Assignment,
+    Conflict,
+    JudgementRefused,
+    NotAsked,
+    encoded,
+)  # fmt: skip
+from rlhf_lightning.errors import RlhfError, SettingError
+from rlhf_lightning.people.hostile_text import completion_shown, turns_of
 from rlhf_lightning.people.results import results_of
+from rlhf_lightning.people.serving import RESERVED_NAMES, AccessPolicy, Guard, is_name
 from rlhf_lightning.people.store import FeedbackStore
 
+COOKIE = "annotator"
 REASONS = ("correct", "helpful", "clear", "harmless", "honest", "style")
 FLAGS = ("broken prompt", "harmful", "personal data", "outside my knowledge")
 PAGE = Path(__file__).with_name("page")
@@ -35,17 +46,19 @@ YEAR = 365 * 24 * 3600
 
 @dataclass(frozen=True)
 class PageSettings:
-    """What the page asks.
+    """Choices and messages of the page.
 
     Attributes:
-        reasons: what may have decided.
-        flags: what may be wrong with an item.
-        state: says what is being sampled, or why nothing is; empty where nothing more will come.
+        reasons: reasons for a choice that can be ticked.
+        flags: problems of an item that can be ticked.
+        state: message for an annotator without an item; empty if nothing more will come.
+        left: number of judgements left, from the number of items that the store has left.
     """
 
     reasons: tuple[str, ...] = REASONS
     flags: tuple[str, ...] = FLAGS
     state: Callable[[], str] = lambda: ""
+    left: Callable[[int], int] = lambda count: count
 
     def __post_init__(self) -> None:
         for choices in (self.reasons, self.flags):
@@ -57,15 +70,16 @@ class PageSettings:
                 )
 
 
-def make_app(store: FeedbackStore, door: Door | None = None, settings: PageSettings | None = None) -> Starlette:
-    """The web application of a store.
+def make_app(store: FeedbackStore, access: AccessPolicy | None = None, settings: PageSettings | None = None) -> ASGIApp:
+    """Return the web application of a store.
 
     Args:
-        store: opened for labelling.
-        door: who may come in; None lets everybody in under the name they give, for the loopback.
-        settings: what the page asks.
+        store: store opened for labelling.
+        access: who may use the page; None lets anybody in under the name they give, for the loopback.
+        settings: choices and messages of the page.
     """
-    pages = _Pages(store, door or Door(), settings or PageSettings())
+    access = access or AccessPolicy()
+    pages = _Pages(store, access, settings or PageSettings())
     routes = [
         Route("/", pages.annotate),
         Route("/enter", pages.enter),
@@ -76,20 +90,31 @@ def make_app(store: FeedbackStore, door: Door | None = None, settings: PageSetti
         Route("/results", pages.results),
         Mount("/assets", StaticFiles(directory=PAGE / "assets")),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, any_host=pages.door.tokens is not None)])
+    failures = dict.fromkeys((RlhfError, sqlite3.Error), _failure)
+    # Outermost, so that the answer to a request that failed has the security headers too.
+    app = Starlette(routes=routes, exception_handlers=failures)
+    app.router.redirect_slashes = False
+    return Guard(app, any_host=access.tokens is not None)
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    """Answer with the reason why the store cannot be read or written, and tell whoever runs the server."""
+    said = str(error) if isinstance(error, RlhfError) else f"the feedback store cannot be read or written ({error})"
+    print(f"annotation page: {said}", file=sys.stderr, flush=True)
+    return PlainTextResponse(said, 500)
 
 
 class _Pages:
-    """Answers requests. Everything that touches the store runs in threads, so that nobody waits for another's disk."""
+    """Request handlers. Store access runs in threads, so that no request waits for another one's disk access."""
 
-    def __init__(self, store: FeedbackStore, door: Door, settings: PageSettings) -> None:
-        self.store, self.door, self.settings = store, door, settings
+    def __init__(self, store: FeedbackStore, access: AccessPolicy, settings: PageSettings) -> None:
+        self.store, self.access, self.settings = store, access, settings
         self.templates = Environment(
             loader=PackageLoader("rlhf_lightning.people", "page"), autoescape=True, undefined=StrictUndefined
         )
 
     def _who(self, request: Request) -> str | None:
-        return self.door.name_of(request.cookies.get(COOKIE))
+        return self.access.name_of(request.cookies.get(COOKIE))
 
     def _annotator(self, request: Request) -> str:
         name = self._who(request)
@@ -100,42 +125,45 @@ class _Pages:
     def _html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         return HTMLResponse(self.templates.get_template(template).render(**values), status)
 
-    # ---- coming in --------------------------------------------------------------------------------------------------
+    # ---- signing in -------------------------------------------------------------------------------------------------
 
     async def enter(self, request: Request) -> Response:
         """Take a token from a link, or ask for a name."""
-        if self.door.tokens is None:
+        if self.access.tokens is None:
             return self._html("enter.html", asks=True)
         token = request.query_params.get("token")
-        if self.door.name_of(token) is None:
+        if self.access.name_of(token) is None:
             return self._html("enter.html", 401, asks=False)
         response = RedirectResponse("/", 303)
         assert token is not None
-        self._set_cookie(response, token)
+        self._set_cookie(request, response, token)
         return response
 
     async def say_name(self, request: Request) -> Response:
-        """Take a name, where names are taken."""
-        name = str((await _json_of(request)).get("name", "")).strip()
-        if self.door.tokens is not None:
+        """Take the name of an annotator on the loopback."""
+        name = (await _json_of(request)).get("name")
+        if self.access.tokens is not None:
             raise HTTPException(403, "come in by the link that you were given")
+        name = name.strip() if isinstance(name, str) else ""
         if not is_name(name):
-            raise HTTPException(400, "a name has letters, digits and _.@- only, at most 64")
+            reserved = ", ".join(RESERVED_NAMES)
+            raise HTTPException(400, f"a name has 1 to 64 letters, digits and _.@-, and is none of {reserved}")
         response = JSONResponse({"name": name})
-        self._set_cookie(response, name)
+        self._set_cookie(request, response, name)
         return response
 
-    def _set_cookie(self, response: Response, value: str) -> None:
-        response.set_cookie(COOKIE, value, max_age=YEAR, httponly=True, samesite="lax", path="/")
+    def _set_cookie(self, request: Request, response: Response, value: str) -> None:
+        secure = request.scope["scheme"] == "https"
+        response.set_cookie(COOKIE, value, max_age=YEAR, httponly=True, samesite="lax", path="/", secure=secure)
 
     # ---- labelling --------------------------------------------------------------------------------------------------
 
     async def annotate(self, request: Request) -> Response:
-        """The page that labels are made on."""
+        """The labelling page."""
         name = self._who(request)
         if name is None:
             return RedirectResponse("/enter", 303)
-        may = self.door.sees_results(name)
+        may = self.access.sees_results(name)
         reasons, flags = self.settings.reasons, self.settings.flags
         return self._html("annotate.html", name=name, sees_results=may, reasons=reasons, flags=flags)
 
@@ -144,9 +172,11 @@ class _Pages:
         return JSONResponse(await run_in_threadpool(self._next, self._annotator(request)))
 
     async def judge(self, request: Request) -> Response:
-        """Keep a judgement, and give the next item along with its receipt."""
+        """Record a judgement; answer with its number and the next item."""
         name, body = self._annotator(request), await _json_of(request)
         try:
+            if body.get("store") != self.store.id:
+                raise NotAsked("not-asked", "this page shows another store; here is the next item")
             answer = self._answer(body)
             number = await run_in_threadpool(self.store.judge, name, _whole(body, "assignment"), _key(body), answer)
         except (Conflict, NotAsked) as error:
@@ -156,7 +186,7 @@ class _Pages:
         return JSONResponse({"id": number, "next": await run_in_threadpool(self._next, name)})
 
     async def undo(self, request: Request) -> Response:
-        """Take back the last judgement, and give its item again."""
+        """Undo the last judgement and give its item again."""
         name, body = self._annotator(request), await _json_of(request)
         try:
             number = await run_in_threadpool(self.store.undo, name, _key(body))
@@ -166,9 +196,13 @@ class _Pages:
 
     def _next(self, name: str) -> dict[str, Any]:
         found = self.store.next(name)
-        progress = self.store.progress(name)._asdict()
-        item = None if found is None else described(found)
-        return {"item": item, "progress": progress, "state": self.settings.state() if item is None else ""}
+        progress = self.store.progress(name)
+        item = None if found is None else {"store": self.store.id, **described(found)}
+        return {
+            "item": item,
+            "progress": progress._replace(left=self.settings.left(progress.left))._asdict(),
+            "state": self.settings.state() if item is None else "",
+        }
 
     def _answer(self, body: dict[str, Any]) -> Answer:
         ranks, edited = body.get("ranks"), body.get("edited")
@@ -177,10 +211,10 @@ class _Pages:
         if ranks is not None and not (isinstance(ranks, list) and all(type(rank) is int for rank in ranks)):
             raise JudgementRefused("invalid-ranks", "ranks must be whole numbers")
         seconds = body.get("seconds", 0)
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-            raise JudgementRefused("invalid-seconds", "the seconds spent must be a number")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_SECONDS:
+            raise JudgementRefused("invalid-seconds", f"seconds must be a number from 0 to {LONGEST_SECONDS:,}")
         return Answer(
-            verdict=body.get("verdict"),  # type: ignore[arg-type]  # the store refuses what is none
+            verdict=body.get("verdict"),  # type: ignore[arg-type]  # the store refuses others
             ranks=None if ranks is None else tuple(ranks),
             strength=None if body.get("strength") is None else _whole(body, "strength"),
             reasons=_chosen(body, "reasons", self.settings.reasons),
@@ -195,7 +229,7 @@ class _Pages:
     async def results(self, request: Request) -> Response:
         """Agreement, win rates, annotators and growth."""
         name = self._who(request)
-        if not self.door.sees_results(name):
+        if not self.access.sees_results(name):
             return self._html("enter.html", 403, asks=False)
 
         def compute() -> dict[str, Any]:
@@ -206,25 +240,23 @@ class _Pages:
 
 
 def described(found: Assignment) -> dict[str, Any]:
-    """What the page is told of an item: texts, and nothing that would tell models, places or repeats apart."""
+    """Describe an item to the page: texts alone, without model, place or repeat, so that labelling is blind."""
     candidates = [found.item.candidates[place] for place in found.shown]
     return {
         "assignment": found.id,
         "prompt": turns_of(found.item.prompt),
-        "candidates": [
-            {"html": to_html(one.text), "text": shown_text(one.text), "raw": one.text} for one in candidates
-        ],
+        "candidates": [{**completion_shown(one.completion), "raw": one.text} for one in candidates],
     }
 
 
 async def _json_of(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body())
-        encoded(body).encode()  # half a surrogate pair is no text that could be kept
+        encoded(body).encode()  # half a surrogate pair cannot be stored
     except (ValueError, RecursionError):
-        raise HTTPException(400, "the request is no JSON") from None
+        raise HTTPException(400, "the request is not JSON") from None
     if not isinstance(body, dict):
-        raise HTTPException(400, "the request is no JSON object")
+        raise HTTPException(400, "the request is not a JSON object")
     return body
 
 

@@ -1,4 +1,4 @@
-"""The feedback store: items go in, are given out to annotators, and come back judged. Nothing is ever deleted."""
+"""Feedback store opened for labelling: add items, hand them out, record judgements. Nothing is ever deleted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from rlhf_lightning.data.feedback.database import open_for_writing
+from rlhf_lightning.data.feedback.database import item_of, open_for_writing, snapshot_of
 from rlhf_lightning.data.feedback.records import (
     Answer,
     Assignment,
@@ -28,7 +28,6 @@ from rlhf_lightning.data.feedback.records import (
     encoded,
     in_item_order,
 )
-from rlhf_lightning.data.feedback.snapshots import item_of, snapshot_of
 from rlhf_lightning.errors import ContractError, StateError
 from rlhf_lightning.people.handing_out import COUNTED, Policy, fresh_item, open_assignment, repeat_item, sides
 from rlhf_lightning.types import Prompt
@@ -36,13 +35,15 @@ from rlhf_lightning.types import Prompt
 if TYPE_CHECKING:
     from rlhf_lightning.people.selectors import Selector
 
+WAITING = "items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id)"
+
 
 class Progress(NamedTuple):
-    """Where an annotator stands.
+    """Progress of an annotator.
 
     Attributes:
-        judged: judgements of this annotator, skipped items apart.
-        left: judgements that are still wanted of this annotator.
+        judged: judgements of this annotator, without skipped items.
+        left: items of the store that still need this annotator's judgement.
         seconds: mean time of a judgement, seconds; 0 before the first.
     """
 
@@ -52,22 +53,23 @@ class Progress(NamedTuple):
 
 
 class FeedbackStore:
-    """A store opened for labelling; training reads it with `reading` meanwhile.
+    """A store opened for labelling. Training may read it at the same time, see `database.reading`.
 
-    One process at a time may have it open, and any number of threads of that process.
+    One process at a time may open it; its threads share it.
 
     Args:
-        path: the file; made if there is none.
-        policy: how items are given out.
-        clock: seconds since 1970.
+        path: the file; created if missing. Symbolic links are resolved.
+        policy: how items are handed out.
+        clock: returns seconds since 1970.
 
     Raises:
         StateError: another process has it open.
-        DataError: the file is no feedback store.
+        DataError: the file is not a feedback store.
     """
 
     def __init__(self, path: str | Path, policy: Policy | None = None, clock: Callable[[], float] = time.time) -> None:
-        self.path, self.policy, self.clock = Path(path), policy or Policy(), clock
+        # Two names of one file must share one lock and one write-ahead log.
+        self.path, self.policy, self.clock = Path(path).resolve(), policy or Policy(), clock
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self.path}.lock", blocking=False, thread_local=False)
         try:
@@ -79,13 +81,16 @@ class FeedbackStore:
             ) from None
         self._turn = threading.RLock()
         try:
-            self._connection = open_for_writing(self.path)
+            self._connection = open_for_writing(self.path, self.policy.salt)
+            self.id, salt = self._connection.execute("SELECT id, salt FROM store").fetchone()
+            self._inode = self.path.stat().st_ino
         except BaseException:
             self._lock.release()
             raise
+        self._key: int | str = f"{salt}/{self.policy.seed}" if salt else self.policy.seed
 
     def close(self) -> None:
-        """Close the store and let another process have it."""
+        """Close the store and release its lock."""
         with self._turn:
             self._connection.close()
             self._lock.release()
@@ -98,8 +103,9 @@ class FeedbackStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it happens and is on the disk, or none of it."""
+        """Run the block as one durable transaction."""
         with self._turn:
+            self._require_file()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -107,17 +113,28 @@ class FeedbackStore:
                 self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
+            self._require_file("-wal")
+
+    def _require_file(self, *suffixes: str) -> None:
+        """Raise if the file is gone: SQLite would go on writing to the deleted file without an error."""
+        there = self.path.exists() and self.path.stat().st_ino == self._inode
+        if not there or not all(Path(f"{self.path}{suffix}").exists() for suffix in suffixes):
+            raise StateError(
+                "store-removed",
+                f"{self.path} was removed or replaced while it was open, so no label can be kept: stop the server, "
+                "restore the file, and start again",
+            )
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for statements that change nothing."""
+        """The connection, for read-only statements."""
         with self._turn:
             yield self._connection
 
     # ---- items ------------------------------------------------------------------------------------------------------
 
     def add(self, items: Iterable[Item]) -> int:
-        """Add items; those that are there already are left alone. Return how many were new."""
+        """Add items that the store does not have yet; return how many were new."""
         with self._transaction() as db:
             return sum(self._add(db, item) for item in items)
 
@@ -141,24 +158,18 @@ class FeedbackStore:
         return True
 
     def has_prompt(self, prompt: Prompt) -> bool:
-        """Whether an item of this prompt is there."""
-        with self._turn:
-            found = self._connection.execute("SELECT 1 FROM items WHERE prompt_key = ?", [digest(prompt)]).fetchone()
-            return found is not None
+        """Whether the store has an item of this prompt."""
+        return bool(self._count("SELECT count(*) FROM items WHERE prompt_key = ?", digest(prompt)))
 
     def waiting(self) -> int:
-        """Items that still want a judgement and that nobody has been given."""
-        with self._turn:
-            (count,) = self._connection.execute(
-                "SELECT count(*) FROM items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id)"
-            ).fetchone()
-            return int(count)
+        """Count the items that were never handed out."""
+        return self._count(f"SELECT count(*) FROM {WAITING}")
 
     def rank(self, selector: Selector) -> None:
-        """Ask a selector which of the items that wait are to be given out first; annotators go on meanwhile."""
+        """Let a selector order the items that were never handed out; annotators are not blocked."""
         given, waiting = (
             "SELECT item FROM assignments WHERE repeat = 0 GROUP BY item ORDER BY min(id)",
-            "SELECT id FROM items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id) ORDER BY id",
+            f"SELECT id FROM {WAITING} ORDER BY id",
         )
         with self._turn:
             known, asked = (
@@ -180,21 +191,21 @@ class FeedbackStore:
             rows = [(item.id, value) for item, value in zip(asked, values, strict=True)]
             db.executemany("INSERT OR REPLACE INTO item_values VALUES (?, ?)", rows)
 
-    # ---- what annotators do -----------------------------------------------------------------------------------------
+    # ---- annotating -------------------------------------------------------------------------------------------------
 
     def next(self, annotator: str) -> Assignment | None:
-        """What the annotator is to judge next; None where nothing is wanted of them now.
+        """The annotator's next assignment; None if there is nothing to judge now.
 
-        The same until it is judged, sides included: a page that is loaded again shows what it showed.
+        It stays the same, sides included, until it is judged, so a reloaded page shows what it showed.
         """
         with self._transaction() as db:
             found = open_assignment(db, annotator)
             if found is None:
-                repeat = repeat_item(db, annotator, self.policy)
+                repeat = repeat_item(db, annotator, self.policy, self._key)
                 item = repeat if repeat is not None else fresh_item(db, annotator, self.policy, self.clock())
                 if item is None:
                     return None
-                shown = sides(db, annotator, item, repeat is not None, self.policy)
+                shown = sides(db, annotator, item, repeat is not None, self._key)
                 cursor = db.execute(
                     "INSERT INTO assignments (annotator, item, repeat, shown, given) VALUES (?, ?, ?, ?, ?)",
                     (annotator, item, int(repeat is not None), encoded(shown), self.clock()),
@@ -205,18 +216,19 @@ class FeedbackStore:
             return Assignment(number, item_of(db, item), tuple(json.loads(shown_text)), bool(repeats))
 
     def judge(self, annotator: str, assignment: int, key: str, answer: Answer) -> int:
-        """Keep a judgement; return its row number. When this returns, the judgement is on the disk.
+        """Record a judgement and return its row number. When this returns, the judgement is on disk.
 
         Args:
-            annotator: who judges.
-            assignment: what was asked.
-            key: made anew for each judgement: a request that is sent again with its key is the same judgement.
+            annotator: name of the annotator.
+            assignment: number of the assignment.
+            key: idempotency key, new for each judgement: a request repeated with its key counts once.
             answer: the judgement.
 
         Raises:
-            Conflict: it has been judged already, under another key.
-            NotAsked: the assignment is not this annotator's, or another store's.
-            JudgementRefused: the answer does not fit it.
+            Conflict: the assignment was judged already, under another key.
+            NotAsked: the assignment is not this annotator's.
+            JudgementRefused: the answer does not fit the assignment.
+            StateError: the store's file was removed.
         """
         with self._transaction() as db:
             if (known := self._known(db, annotator, key, assignment)) is not None:
@@ -250,16 +262,13 @@ class FeedbackStore:
         return cursor.lastrowid
 
     def undo(self, annotator: str, key: str) -> int | None:
-        """Take back the annotator's last judgement, which is then asked again; return the row number of the undoing.
+        """Withdraw the annotator's last judgement, so that it is asked again; return the number of the new row.
 
-        The judgement stays in the store, and a row says that it was taken back.
+        The judgement stays in the store, and a row records its withdrawal. Returns None if there is nothing to undo.
 
         Args:
-            annotator: who takes it back.
-            key: as in `judge`.
-
-        Returns:
-            None if there is nothing to take back.
+            annotator: name of the annotator.
+            key: idempotency key, as in `judge`.
         """
         with self._transaction() as db:
             if (known := self._known(db, annotator, key, None)) is not None:
@@ -276,7 +285,7 @@ class FeedbackStore:
             return cursor.lastrowid
 
     def _known(self, db: sqlite3.Connection, annotator: str, key: str, assignment: int | None) -> int | None:
-        """The row that an earlier request with this key made."""
+        """The row that an earlier request with this key wrote."""
         row = db.execute("SELECT id, annotator, assignment, undoes FROM judgements WHERE key = ?", [key]).fetchone()
         if row is None:
             return None
@@ -285,10 +294,10 @@ class FeedbackStore:
             raise JudgementRefused("other-judgements-key", "the key belongs to another judgement")
         return int(row[0])
 
-    # ---- where things stand -----------------------------------------------------------------------------------------
+    # ---- counts -----------------------------------------------------------------------------------------------------
 
     def progress(self, annotator: str) -> Progress:
-        """Count what the annotator has done and what is left."""
+        """Count the annotator's judgements and the items left."""
         with self._turn:
             judged, seconds = self._connection.execute(
                 f"SELECT count(*), avg(seconds) FROM live WHERE annotator = ? AND verdict IN {COUNTED}", [annotator]
@@ -303,46 +312,40 @@ class FeedbackStore:
         return Progress(judged, left, seconds or 0.0)
 
     def labels(self) -> int:
-        """Judgements that training learns from: hidden repeats and skipped items are none."""
-        with self._turn:
-            (count,) = self._connection.execute(
-                f"SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN {COUNTED}"
-            ).fetchone()
-            return int(count)
+        """Count the labels: judgements without hidden repeats and skipped items."""
+        return self._count(f"SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN {COUNTED}")
 
     def being_judged(self) -> int:
-        """Items that are in somebody's hands: labels that may come in without anything being given out."""
-        with self._turn:
-            (count,) = self._connection.execute(
-                "SELECT count(*) FROM assignments a WHERE repeat = 0 AND given > ? AND "
-                "NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id)",
-                [self.clock() - self.policy.lease],
-            ).fetchone()
-            return int(count)
+        """Count the items that somebody is judging now."""
+        return self._count(
+            "SELECT count(*) FROM assignments a WHERE repeat = 0 AND given > ? AND "
+            "NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id)",
+            self.clock() - self.policy.lease,
+        )
 
     def last(self) -> tuple[int, str]:
-        """Number of the last row of judgements, and whose it is; 0 and an empty name where there is none."""
+        """Number and annotator of the last row of judgements; 0 and an empty name if there is none."""
         with self._turn:
             row = self._connection.execute("SELECT id, annotator FROM judgements ORDER BY id DESC LIMIT 1").fetchone()
             return (0, "") if row is None else (int(row[0]), str(row[1]))
 
     def snapshot(self) -> Snapshot:
-        """All judgements there are now."""
+        """Snapshot of all judgements so far."""
         with self._turn:
             return snapshot_of(self._connection)
+
+    def _count(self, query: str, *values: Any) -> int:
+        with self._turn:
+            return int(self._connection.execute(query, values).fetchone()[0])
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self.clock(), UTC).isoformat(timespec="milliseconds")
 
 
 def counts(connection: sqlite3.Connection) -> dict[str, Any]:
-    """Items, judgements that stand, and annotators."""
-    items, judgements, annotators = (
-        connection.execute(f"SELECT {what}").fetchone()[0]
-        for what in (
-            "(SELECT count(*) FROM items)",
-            "(SELECT count(*) FROM live)",
-            "(SELECT count(DISTINCT annotator) FROM live)",
-        )
-    )
-    return {"items": items, "judgements": judgements, "annotators": annotators}
+    """Count items, standing judgements and annotators."""
+    queries = {
+        "items": "count(*) FROM items", "judgements": "count(*) FROM live",
+        "annotators": "count(DISTINCT annotator) FROM live",
+    }  # fmt: skip
+    return {name: connection.execute(f"SELECT {query}").fetchone()[0] for name, query in queries.items()}

@@ -7,12 +7,14 @@ import pytest
 import yaml
 from conftest import refused
 
-from rlhf_lightning.constitution.dialogue import comparison_messages, critique_prompt, revision_prompt
 from rlhf_lightning.constitution.principles import (
     Constitution,
     ConstitutionError,
     RevisingPrinciple,
+    comparison_messages,
+    critique_prompt,
     load_constitution,
+    revision_prompt,
     shipped,
 )
 from rlhf_lightning.scoring.judges.judge import first_paragraphs

@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
     assert "is of an interrupted run with another seed" in capsys.readouterr().err
     assert rlhf([*given, "--out", "parts.jsonl"]) == 0
     assert my_judge.Judge.asked == 2 * (150 - 64)
-    assert "parts.jsonl.partial: going on after 64 of 150" in capsys.readouterr().out
+    assert "parts.jsonl.partial: resuming after 64 of 150" in capsys.readouterr().out
     assert Path("parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 

@@ -79,7 +79,8 @@ def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys)
         while told["item"] is not None or told["state"]:
             if told["item"] is not None:
                 done += 1
-                body = {"key": f"a key of its own {done}", "assignment": told["item"]["assignment"]}
+                place = {name: told["item"][name] for name in ("store", "assignment")}
+                body = {"key": f"a key of its own {done}", **place}
                 client.post("/api/judgements", json={**body, "verdict": "ranking", "ranks": [0, 1], "strength": 4})
             told = client.get("/api/item").json()
 
@@ -109,7 +110,8 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
         client.post("/api/enter", json={"name": "ann"})
         while (item := client.get("/api/item").json()["item"]) is not None:
             seen.append(item["prompt"][0]["text"])
-            body = {"key": f"a key of its own {len(seen)}", "assignment": item["assignment"], "verdict": "tie"}
+            body = {"key": f"a key of its own {len(seen)}", "store": item["store"], "assignment": item["assignment"]}
+            body["verdict"] = "tie"
             client.post("/api/judgements", json=body)
 
     monkeypatch.setattr(uvicorn.Server, "run", look_through)

@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from tiny_run import rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.data.feedback.database import items_of, judgements_of, reading
 from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
-from rlhf_lightning.data.feedback.snapshots import items_of, judgements_of, reading
 from rlhf_lightning.people import loop_rounds, loop_steps
 from rlhf_lightning.people.handing_out import Policy
-from rlhf_lightning.people.labeller import Labeller, PeopleLabeller
+from rlhf_lightning.people.labeller import Labeller, Page, PeopleLabeller
 from rlhf_lightning.people.serving import listen
-from rlhf_lightning.people.simulated import Page
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.runs import ModelExport
 
@@ -294,7 +293,8 @@ def test_people_are_waited_for(tmp_path, capsys):
         for n in range(3):
             asked = page.ask("/api/item")["item"]
             verdict = {"verdict": "skip"} if n == 0 else {"verdict": "ranking", "ranks": [0, 1]}
-            page.ask("/api/judgements", {"key": f"a key of its own {n}", "assignment": asked["assignment"], **verdict})
+            place = {"store": asked["store"], "assignment": asked["assignment"]}
+            page.ask("/api/judgements", {"key": f"a key of its own {n}", **place, **verdict})
         page.close()
 
     person = threading.Thread(target=work)
@@ -321,8 +321,8 @@ def skipper(port, skips, count):
                 continue
             verdict = {"verdict": "skip"} if done < skips else {"verdict": "tie"}
             done += 1
-            body = {"key": f"a key of its own {skips} {done}", "assignment": told["item"]["assignment"], **verdict}
-            page.ask("/api/judgements", body)
+            place = {"store": told["item"]["store"], "assignment": told["item"]["assignment"]}
+            page.ask("/api/judgements", {"key": f"a key of its own {skips} {done}", **place, **verdict})
         page.close()
 
     made = threading.Thread(target=work)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.data.feedback.database import judgements_of
 from rlhf_lightning.data.feedback.records import Candidate, Item
-from rlhf_lightning.data.feedback.snapshots import judgements_of
 from rlhf_lightning.people.server import make_app
 from rlhf_lightning.people.serving import listen
 

@@ -10,9 +10,9 @@ from conftest import refused
 from tiny_folders import policy_folder, reward_folder  # noqa: F401
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
+from rlhf_lightning.data.feedback.database import reading
 from rlhf_lightning.data.feedback.records import Answer
 from rlhf_lightning.data.feedback.rows import rows_of
-from rlhf_lightning.data.feedback.snapshots import reading
 from rlhf_lightning.data.files import read_file
 from rlhf_lightning.data.sources import at_snapshot, parse_sources
 from rlhf_lightning.people.annotate import export

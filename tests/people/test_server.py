@@ -8,11 +8,18 @@ import pytest
 from conftest import refused
 from starlette.testclient import TestClient
 
+from rlhf_lightning.data.feedback.database import judgements_of
 from rlhf_lightning.data.feedback.records import Candidate, Item
-from rlhf_lightning.data.feedback.snapshots import judgements_of
-from rlhf_lightning.people.access import LARGEST_BODY, Door, is_loopback, is_name, named, tokens_beside
 from rlhf_lightning.people.hostile_text import shown_text, to_html
 from rlhf_lightning.people.server import PageSettings, make_app
+from rlhf_lightning.people.serving import (
+    LARGEST_BODY,
+    AccessPolicy,
+    checked_names,
+    is_loopback,
+    is_name,
+    stored_tokens,
+)
 
 from .conftest import pair, ranked_item
 
@@ -21,8 +28,9 @@ SITE = "http://localhost:8765"
 
 @pytest.fixture
 def make_client(make_store):
-    def make(items=3, name="ann", door=None, settings=None, **policy):
-        made = TestClient(make_app(make_store(items, **policy), door, settings), base_url=SITE, follow_redirects=False)
+    def make(items=3, name="ann", access=None, settings=None, **policy):
+        app = make_app(make_store(items, **policy), access, settings)
+        made = TestClient(app, base_url=SITE, follow_redirects=False)
         if name is not None:
             assert made.post("/api/enter", json={"name": name}).status_code == 200
         return made
@@ -30,8 +38,12 @@ def make_client(make_store):
     return make
 
 
+def place_of(item):
+    return {"store": item["store"], "assignment": item["assignment"]}
+
+
 def judge(client, item, key="a key of 16 or more", **answer):
-    return client.post("/api/judgements", json={"key": key, "assignment": item["assignment"], **answer})
+    return client.post("/api/judgements", json={"key": key, **place_of(item), **answer})
 
 
 def item_of(client):
@@ -62,7 +74,7 @@ def test_labelling_from_the_door_to_the_end(make_client):
 def test_an_item_tells_nothing_of_models_places_or_repeats(make_client):
     client = make_client(1)
     told = client.get("/api/item").text
-    assert set(json.loads(told)["item"]) == {"assignment", "prompt", "candidates"}
+    assert set(json.loads(told)["item"]) == {"store", "assignment", "prompt", "candidates"}
     assert "models/" not in told and "temperature" not in told and "repeat" not in told and "t0" not in told
 
 
@@ -92,8 +104,7 @@ def test_a_page_waits_where_completions_are_being_written(make_client):
 )
 def test_wrong_judgements_are_refused_in_a_sentence(make_client, change, status):
     client = make_client(1)
-    body = {"key": "a key of 16 or more", "assignment": item_of(client)["assignment"], "verdict": "ranking",
-            "ranks": [0, 1], **change}  # fmt: skip
+    body = {"key": "a key of 16 or more", **place_of(item_of(client)), "verdict": "ranking", "ranks": [0, 1], **change}
     answer = client.post("/api/judgements", json=body)
     assert answer.status_code == status and "Traceback" not in answer.text and answer.text
     assert client.get("/api/item").json()["progress"]["judged"] == 0
@@ -101,7 +112,7 @@ def test_wrong_judgements_are_refused_in_a_sentence(make_client, change, status)
 
 def test_requests_of_other_sites_are_refused(make_client):
     client = make_client(1)
-    body = {"key": "a key of 16 or more", "assignment": item_of(client)["assignment"], "verdict": "tie"}
+    body = {"key": "a key of 16 or more", **place_of(item_of(client)), "verdict": "tie"}
 
     def post(**headers):
         return client.post("/api/judgements", json=body, headers=headers).status_code
@@ -147,10 +158,10 @@ def test_every_answer_lets_no_script_but_its_own_run(make_client):
 
 
 def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
-    tokens = tokens_beside(tmp_path / "feedback.db", ["ann", "bob"])
-    assert tokens_beside(tmp_path / "feedback.db", ["ann", "bob"]) == tokens, "links stay good"
+    tokens = stored_tokens(tmp_path / "feedback.db", ["ann", "bob"])
+    assert stored_tokens(tmp_path / "feedback.db", ["ann", "bob"]) == tokens, "links stay good"
     assert (tmp_path / "feedback.db.tokens").stat().st_mode & 0o077 == 0
-    client = make_client(2, name=None, door=Door(tokens), annotators=2)
+    client = make_client(2, name=None, access=AccessPolicy(tokens), annotators=2)
     assert client.post("/api/enter", json={"name": "ann"}).status_code == 403
     client.cookies.set("annotator", "ann")
     assert client.get("/api/item").status_code == 401, "a name is no token"
@@ -166,7 +177,7 @@ def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
     client.cookies.set("annotator", tokens["owner"])
     assert client.get("/results").status_code == 200
     with refused("invalid-name", "invalid annotator name 'owner'"):
-        named("0.0.0.0", "owner")
+        checked_names("0.0.0.0", "owner")
 
 
 def test_names_and_hosts():
@@ -195,7 +206,7 @@ def test_hostile_texts_become_harmless(text):
     allowed = {"p", "pre", "code", "span", "table", "thead", "tbody", "tr", "th", "td", "br", "em", "strong"}
     tags = re.findall(r"<\s*/?\s*([^\s>/]*)([^>]*)>", html)
     assert {name for name, _ in tags} <= allowed, html
-    assert {rest for _, rest in tags} <= {"", " /", " class='link'", " class='address'"}, html
+    assert {rest for _, rest in tags} <= {"", " /", " class='info'", " class='plain'"}, html
 
 
 def test_what_is_hidden_is_shown():
@@ -208,7 +219,7 @@ def test_markdown_is_laid_out():
     html = to_html("# Title\n\n- **one**\n- `two`\n\n[words](http://a.example/b)\n\n| a | b |\n|---|---|\n| 1 | 2 |")
     for part in ("<h1>Title</h1>", "<strong>one</strong>", "<code>two</code>", "<td>1</td>"):
         assert part in html
-    assert "<span class='link'>words</span> <span class='address'>(http://a.example/b)</span>" in html
+    assert "[words](http://a.example/b)" in html, "a link is its text and its address"
     assert to_html("<b>" * 20_000).startswith("<pre class='plain'>&lt;b&gt;"), "very long texts stay as they are"
     assert len(to_html("[" * 20_000)) >= 20_000 and to_html(">" * 5_000)
 

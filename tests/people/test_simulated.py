@@ -8,9 +8,9 @@ from statistics import mean
 import pytest
 from conftest import refused
 
+from rlhf_lightning.data.feedback.database import judgements_of
 from rlhf_lightning.data.feedback.records import Candidate, Item
-from rlhf_lightning.data.feedback.snapshots import judgements_of
-from rlhf_lightning.people.simulated import Page, PageError, SimulatedAnnotator, SimulatedAnnotators, strength_of
+from rlhf_lightning.people.labeller import Page, PageError, SimulatedAnnotator, SimulatedAnnotators, strength_of
 
 from .conftest import pair, ranked_item
 
@@ -71,7 +71,7 @@ def test_they_label_through_the_page(make_store):
 def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
     """Killed after each of several judgements, at whatever the process did then, and gone on with in another."""
     items = [pair(n) for n in range(24)]
-    settings = {"repeats": 0.2, "distance": 2, "annotators": 2, "lease": math.inf}
+    settings = {"repeats": 0.2, "distance": 2, "annotators": 2, "lease": math.inf, "salt": ""}
     whole = make_store(items, **settings)
     people = SimulatedAnnotators(GOLD, annotators=3, temperature=0.1)
     people.label(whole, 40, no_more)

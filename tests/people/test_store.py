@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 from conftest import refused
 
+from rlhf_lightning.data.feedback.database import is_store, judgements_of, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.records import Answer, Conflict, Item, JudgementRefused, NotAsked
-from rlhf_lightning.data.feedback.snapshots import is_store, judgements_of, reading, snapshot_of, split_name
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.store import FeedbackStore
 
@@ -206,7 +206,7 @@ def test_a_snapshot_stays_what_it_was(make_store):
 def test_the_same_labels_have_the_same_fingerprint(make_store):
     prints = set()
     for name, answer in (("a.db", LEFT), ("b.db", LEFT), ("c.db", RIGHT)):
-        store = make_store(2, name=name, clock=lambda: 1000.0)
+        store = make_store(2, name=name, clock=lambda: 1000.0, salt="")
         label(store, "ann", answer)
         prints.add(store.snapshot().fingerprint)
     assert len(prints) == 2

@@ -1,1 +1,1 @@
-"""The format of the feedback store: items, judgements, snapshots, and the rows that training reads of them."""
+"""Feedback store: its file format, its records, and the training rows made of them."""

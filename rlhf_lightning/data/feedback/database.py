@@ -1,23 +1,32 @@
-"""The tables of a feedback store, and connections to them.
-
-SQLite from the standard library: one file, transactions, readers beside a writer, nothing to install or to run. Tables
-are few and their statements short, so that a layer between would be longer than what it hides.
-"""
+"""Feedback store as one SQLite file: tables, connections, items, judgements and snapshots."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
+import secrets
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, get_args
 
+from rlhf_lightning.data.feedback.records import Candidate, Item, Snapshot, StoredJudgement, Verdict, encoded
 from rlhf_lightning.errors import DataError, MissingError
 
-MARK = 0x524C4846  # "RLHF"
-"""Application id in the file's header: tells a feedback store from any other database."""
+SUFFIX = ".db"
 
-VERSION = 1
+MARK = 0x524C4846  # "RLHF"
+"""Application id in the file header; tells a feedback store from other SQLite databases."""
+
+VERSION = 2
 
 TABLES = """
+-- One row. The id tells this store from every other; the salt keeps sides and repeats from being predicted.
+CREATE TABLE store (id TEXT NOT NULL, salt TEXT NOT NULL) STRICT;
+
 CREATE TABLE items (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     key TEXT NOT NULL UNIQUE,
@@ -50,7 +59,7 @@ CREATE TABLE assignments (
 ) STRICT;
 CREATE INDEX assignments_of_an_item ON assignments (item);
 
--- A judgement, or (with undoes) the taking back of one. The key makes a request that is sent twice count once.
+-- A judgement, or (with undoes) the withdrawal of one. The key makes a repeated request count once.
 CREATE TABLE judgements (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     key TEXT NOT NULL UNIQUE,
@@ -71,34 +80,51 @@ CREATE TABLE judgements (
 CREATE INDEX judgements_of_an_assignment ON judgements (assignment);
 CREATE INDEX judgements_of_an_annotator ON judgements (annotator);
 
--- Judgements that stand. The plus keeps the planner from the index of undoes, which it takes to be unique for NULL too.
+-- Judgements that stand. The plus keeps the planner off the index of undoes, which it takes to be unique for NULL too.
 CREATE VIEW live AS
     SELECT j.*, a.item, a.repeat, a.shown
     FROM judgements j JOIN assignments a ON a.id = j.assignment
     WHERE +j.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id);
 """
 
-FOREVER = "".join(
+IMMUTABLE = "".join(
     f"CREATE TRIGGER {table}_stay_{verb} BEFORE {verb} ON {table} "
     f"BEGIN SELECT RAISE(ABORT, 'rows of {table} are never changed'); END;\n"
-    for table in ("items", "candidates", "judgements")
+    for table in ("store", "items", "candidates", "judgements")
     for verb in ("UPDATE", "DELETE")
 )
-"""What people said cannot be changed, by this package or by a slip in a database shell."""
-
+"""Triggers that keep judgements from being changed, by this package or in a database shell."""
 
 VALUES = "CREATE TEMP TABLE item_values (item INTEGER PRIMARY KEY, value REAL NOT NULL) STRICT"
-"""What a selector said of items: this process's opinion, and no part of the file."""
+"""Selector values of items; they belong to this process and are not part of the file."""
+
+STANDING = (
+    "SELECT j.id, j.annotator, a.item, a.repeat, a.shown, j.verdict, j.ranks, j.strength, j.reasons, j.flags, "
+    "j.edited, j.edited_place, j.seconds, j.judged, (SELECT count(*) FROM candidates c WHERE c.item = a.item) "
+    "FROM judgements j JOIN assignments a ON a.id = j.assignment WHERE j.undoes IS NULL AND j.id <= :upto AND "
+    "NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id AND u.id <= :upto) ORDER BY j.id"
+)
+"""Judgements that were not withdrawn by row ``upto``."""
+
+NO_LIMIT = 2**62
+"""A row number that no store reaches."""
 
 
-def open_for_writing(path: Path) -> sqlite3.Connection:
-    """Open a store, made now if there is none.
+# ---- connections -----------------------------------------------------------------------------------------------------
+
+
+def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
+    """Open a store for writing; create it if the file does not exist.
 
     Write-ahead logging lets training read while people label. With ``synchronous`` FULL a commit returns when the log
-    is on the disk: a label that was confirmed outlives the process, and the power.
+    is on disk, so a confirmed judgement survives a killed process and a power failure.
+
+    Args:
+        path: the file.
+        salt: salt of a new store; null draws a secret one.
 
     Raises:
-        DataError: the file is no feedback store.
+        DataError: the file is not a feedback store, or cannot be written safely.
     """
     new = not path.exists() or path.stat().st_size == 0
     if new:
@@ -106,6 +132,12 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     if path.is_dir():
         raise DataError("not-a-store", f"{path} is a folder, not a feedback store; name a .db file")
+    if path.stat().st_nlink > 1:
+        raise DataError(
+            "store-not-writable",
+            f"{path} has {path.stat().st_nlink} hard links, and SQLite loses data written through two of them; label "
+            "in a copy of the file",
+        )
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
     try:
         if not new:
@@ -120,9 +152,11 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         if new:
+            salt = secrets.token_hex(16) if salt is None else salt
             connection.executescript(
-                f"BEGIN IMMEDIATE;\n{TABLES}\n{FOREVER}\nPRAGMA application_id = {MARK};\n"
-                f"PRAGMA user_version = {VERSION};\nCOMMIT;"
+                f"BEGIN IMMEDIATE;\n{TABLES}\n{IMMUTABLE}\nINSERT INTO store VALUES ('{secrets.token_hex(8)}', "
+                f"CAST(X'{salt.encode().hex()}' AS TEXT));\n"
+                f"PRAGMA application_id = {MARK};\nPRAGMA user_version = {VERSION};\nCOMMIT;"
             )
         connection.execute(VALUES)
     except BaseException:
@@ -131,22 +165,21 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def open_for_reading(path: Path) -> sqlite3.Connection:
-    """Open a store that is there, to read it; people may go on labelling.
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a store read-only and see it as it is now, whatever is added later.
 
     Raises:
-        MissingError: there is none.
-        ValueError: the file is no feedback store.
+        MissingError: the file does not exist.
+        DataError: the file is not a feedback store.
     """
     if not path.is_file():
         raise MissingError("no-store", f"there is no feedback store {path} (in {Path.cwd()}); check the path")
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=30)
-    try:
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)) as connection:
         _check(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+        connection.execute("BEGIN")
+        yield connection
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
@@ -164,3 +197,129 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} is a feedback store of version {version}, and this release reads version "
             f"{VERSION}; use the release that wrote it",
         )
+
+
+def is_store(name: str) -> bool:
+    """Whether a data source is named like a feedback store: ``feedback.db`` or ``feedback.db@1200``."""
+    return split_name(name)[0].suffix == SUFFIX
+
+
+def split_name(name: str) -> tuple[Path, int | None]:
+    """Split ``feedback.db@1200`` into the file and the row number (None if not given)."""
+    found = re.fullmatch(rf"(.*\{SUFFIX})@(\d+)", name)
+    return (Path(found[1]).expanduser(), int(found[2])) if found else (Path(name).expanduser(), None)
+
+
+# ---- contents --------------------------------------------------------------------------------------------------------
+
+
+def item_of(connection: sqlite3.Connection, number: int) -> Item:
+    """Read an item by its number.
+
+    Raises:
+        DataError: the store holds no such item, or a damaged one.
+    """
+    where = f"item {number}"
+    row = connection.execute("SELECT prompt, columns FROM items WHERE id = ?", [number]).fetchone()
+    if row is None:
+        raise _damaged(where, "is missing, and a judgement names it")
+    prompt, columns = _text_or_turns(row[0], where, "prompt"), _plain(row[1], where, "columns")
+    if not isinstance(columns, dict):
+        raise _damaged(where, "has columns that are not a mapping of names to values")
+    rows = connection.execute(
+        "SELECT completion, model, sampling, seed, episode FROM candidates WHERE item = ? ORDER BY place", [number]
+    )
+    candidates = tuple(
+        Candidate(
+            _text_or_turns(text, where, "a completion"), model,
+            None if sampling is None else _plain(sampling, where, "sampling"), seed, episode,
+        )
+        for text, model, sampling, seed, episode in rows
+    )  # fmt: skip
+    return Item(prompt, candidates, columns, number)
+
+
+def items_of(connection: sqlite3.Connection) -> Iterator[Item]:
+    """Yield all items in the order in which they were added."""
+    for (number,) in connection.execute("SELECT id FROM items ORDER BY id").fetchall():
+        yield item_of(connection, number)
+
+
+def judgements_of(connection: sqlite3.Connection, upto: int = NO_LIMIT) -> list[StoredJudgement]:
+    """Return the judgements that stood at row ``upto``, in the order in which they were made.
+
+    Raises:
+        DataError: one of them is damaged.
+    """
+    return [_judgement(row) for row in connection.execute(STANDING, {"upto": upto})]
+
+
+def _judgement(row: tuple[Any, ...]) -> StoredJudgement:
+    number, annotator, item, repeat, shown, verdict, ranks, strength, reasons, flags, *rest, count = row
+    where = f"judgement {number}"
+    order = _list_of(int, shown, where, "shown")
+    levels = None if ranks is None else _list_of(int, ranks, where, "ranks")
+    if sorted(order) != list(range(count)) or (levels is not None and len(levels) != count):
+        raise _damaged(where, f"does not fit the {count} completions of item {item}")
+    if verdict not in get_args(Verdict) or (verdict == "ranking") != (levels is not None):
+        raise _damaged(where, f"has the verdict {verdict!r} with {'no ' if levels is None else ''}ranks")
+    return StoredJudgement(
+        number, annotator, item, bool(repeat), order, verdict, levels, strength,
+        _list_of(str, reasons, where, "reasons"), _list_of(str, flags, where, "flags"), *rest,
+    )  # fmt: skip
+
+
+def _damaged(where: str, what: str) -> DataError:
+    return DataError("damaged-store", f"the feedback store is damaged: {where} {what}; restore it from a copy")
+
+
+def _plain(text: Any, where: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise _damaged(where, f"has {name} that cannot be read as JSON") from None
+
+
+def _list_of(kind: type, text: Any, where: str, name: str) -> tuple[Any, ...]:
+    value = _plain(text, where, name)
+    if not isinstance(value, list) or not all(type(one) is kind for one in value):
+        raise _damaged(where, f"has {name} that are not a list of {kind.__name__}")
+    return tuple(value)
+
+
+def _text_or_turns(text: Any, where: str, name: str) -> Any:
+    value = _plain(text, where, name)
+    turns = value if isinstance(value, list) else [{"role": "", "content": value}]
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(part), str) for part in ("role", "content")):
+            raise _damaged(where, f"has {name} that is neither text nor a list of messages")
+    return value
+
+
+def snapshot_of(connection: sqlite3.Connection, upto: int | None = None) -> Snapshot:
+    """Hash the judgements up to a row and the items they judge; later judgements do not change the hash.
+
+    Args:
+        connection: connection to the store.
+        upto: number of the last row; None takes the last one there is.
+
+    Raises:
+        DataError: the store does not have that row yet.
+    """
+    (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM judgements").fetchone()
+    if upto is not None and upto > last:
+        raise DataError(
+            "no-such-snapshot",
+            f"the store has {last} rows of judgements, so there is no row number {upto}; choose a number up to {last}",
+        )
+    upto = last if upto is None else upto
+    hashed = hashlib.blake2b(digest_size=16)
+    rows = connection.execute(
+        "SELECT j.id, j.annotator, i.key, a.repeat, a.shown, j.undoes, j.verdict, j.ranks, j.strength, j.reasons, "
+        "j.flags, j.edited, j.edited_place, j.seconds, j.judged FROM judgements j "
+        "JOIN assignments a ON a.id = j.assignment JOIN items i ON i.id = a.item WHERE j.id <= ? ORDER BY j.id",
+        [upto],
+    )
+    for row in rows:
+        hashed.update(encoded(row).encode())
+    return Snapshot(upto, hashed.hexdigest())

@@ -1,10 +1,9 @@
-"""What the store holds, as typed records: items, judgements, and what an annotator is asked."""
+"""Typed records of the feedback store: items, answers, judgements, assignments, snapshots."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,37 +14,45 @@ from rlhf_lightning.types import Message, Prompt
 Verdict = Literal["ranking", "tie", "both_bad", "skip"]
 
 STRENGTHS = 4
-"""Levels of how much better a completion is: 1 hardly, 2 slightly, 3 clearly, 4 far better."""
+"""Levels of preference strength: 1 hardly better, 2 slightly, 3 clearly, 4 far better."""
 
 LONGEST_TEXT = 100_000
-"""Characters of an edited completion."""
+"""Maximum characters of an edited completion."""
+
+LONGEST_SECONDS = 1_000_000
+"""Maximum time of a judgement, seconds."""
 
 MOST_CANDIDATES = 9
-"""Completions of an item: each has a digit on the keyboard."""
+"""Maximum completions of an item: each has a digit key on the page."""
 
 
 class JudgementRefused(RlhfError, ValueError):
-    """A judgement that cannot be what the annotator meant; the message says why."""
+    """A judgement that is malformed or inconsistent."""
 
 
 class Conflict(RlhfError, ValueError):
-    """A judgement of something that has been judged already."""
+    """A second judgement of an assignment that has been judged already."""
 
 
 class NotAsked(RlhfError, ValueError):
-    """A judgement of something that was never asked: a page that was left open shows another store's."""
+    """A judgement of an assignment that this annotator was never given, as from a page of another store."""
+
+
+def text_of(completion: str | list[Message]) -> str:
+    """Return a completion as one text: the contents of its turns."""
+    return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A completion to be judged, and where it comes from.
+    """A completion to be judged, with its provenance.
 
     Attributes:
         completion: plain text or messages.
-        model: folder or name of the model that wrote it; None where nobody knows.
-        sampling: settings it was sampled with.
-        seed: seed of the sampling.
-        episode: number of the episode under that seed.
+        model: folder or name of the model that wrote it; None if unknown.
+        sampling: sampling settings.
+        seed: sampling seed.
+        episode: episode number under that seed.
     """
 
     completion: str | list[Message]
@@ -56,21 +63,19 @@ class Candidate:
 
     @property
     def text(self) -> str:
-        """The completion as one text: the content of its turns."""
-        if isinstance(self.completion, str):
-            return self.completion
-        return "\n\n".join(turn["content"] for turn in self.completion)
+        """The completion as one text."""
+        return text_of(self.completion)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt with the completions to be compared.
+    """A prompt and the completions to be compared.
 
     Attributes:
         prompt: plain text or messages.
-        candidates: two or more.
-        columns: further columns of the prompt's row.
-        id: number in the store, 0 before it is there.
+        candidates: two or more completions.
+        columns: other columns of the prompt's row.
+        id: number in the store; 0 before it is added.
     """
 
     prompt: Prompt
@@ -87,22 +92,22 @@ class Item:
 
     @property
     def key(self) -> str:
-        """Hash of prompt and completions: the same comparison is in a store once."""
+        """Hash of prompt and completions; a store holds each key once."""
         return digest([self.prompt, [candidate.completion for candidate in self.candidates]])
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an annotator says about an item, completions numbered as they were shown.
+    """An annotator's answer about an item, with completions numbered as shown.
 
     Attributes:
-        verdict: ``ranking`` by ``ranks``; ``tie``: equally good; ``both_bad``: all are bad; ``skip``: cannot say.
-        ranks: for a ranking, the rank of each completion as shown, 0 is best, equal ranks are ties.
-        strength: how much better the chosen one of two is, 1 to `STRENGTHS`; None where it was not said.
-        reasons: what decided.
-        flags: what is wrong with the item.
-        edited: a completion as it should have been; None without one.
-        edited_place: which of the completions, as shown, was edited.
+        verdict: ``ranking`` (by ``ranks``), ``tie``, ``both_bad`` (all are bad) or ``skip`` (no opinion).
+        ranks: rank of each completion as shown; 0 is best, equal ranks are ties.
+        strength: how much better the chosen one of two is, 1 to `STRENGTHS`; None if not rated.
+        reasons: reasons for the choice.
+        flags: problems of the item.
+        edited: a completion rewritten as it should have been; None without one.
+        edited_place: index of the edited completion, as shown.
         seconds: time spent, seconds.
     """
 
@@ -116,7 +121,7 @@ class Answer:
     seconds: float = 0.0
 
     def check(self, count: int) -> None:
-        """Raise `JudgementRefused` unless it is an answer about ``count`` completions."""
+        """Raise `JudgementRefused` unless this is a valid answer about ``count`` completions."""
         if self.verdict not in get_args(Verdict):
             raise JudgementRefused(
                 "unknown-verdict",
@@ -153,26 +158,26 @@ class Answer:
             raise JudgementRefused(
                 "invalid-place", f"the edited place is {self.edited_place}: it must be between 0 and {count - 1}"
             )
-        if not (math.isfinite(self.seconds) and 0 <= self.seconds <= 1e6):
+        if not 0 <= self.seconds <= LONGEST_SECONDS:
             raise JudgementRefused(
-                "invalid-seconds", f"the seconds spent are {self.seconds}: they must be between 0 and 1,000,000"
+                "invalid-seconds", f"the seconds spent are {self.seconds}: they must be from 0 to {LONGEST_SECONDS:,}"
             )
 
 
 @dataclass(frozen=True)
 class StoredJudgement:
-    """A judgement as the store keeps it, completions numbered as the item has them.
+    """A judgement as stored, with completions numbered as in the item.
 
     Attributes:
-        id: row number; rows are never changed and never go.
-        annotator: who judged.
-        item: number of the item.
-        repeat: whether the annotator had judged the item before: a measure of consistency, no label.
-        shown: the completions in the order in which they were shown.
+        id: row number; rows are never changed or deleted.
+        annotator: name of the annotator.
+        item: item number.
+        repeat: whether this is a hidden repeat, which measures consistency and is not a label.
+        shown: indices of the completions in the order shown.
         verdict, strength, reasons, flags, edited, seconds: as in `Answer`.
         ranks: rank of each completion.
-        edited_place: the completion that was edited.
-        judged: when, ISO 8601, UTC.
+        edited_place: index of the edited completion.
+        judged: time of the judgement, ISO 8601, UTC.
     """
 
     id: int
@@ -192,20 +197,20 @@ class StoredJudgement:
 
     @property
     def picked_left(self) -> bool | None:
-        """Whether the first of two completions shown was chosen; None where neither was, or there were more."""
+        """Whether the left one of two completions was chosen; None for ties and longer lists."""
         if self.ranks is None or len(self.shown) != 2:
             return None
         return self.ranks[self.shown[0]] < self.ranks[self.shown[1]]
 
 
 class Assignment(NamedTuple):
-    """What an annotator is asked.
+    """An item given to an annotator.
 
     Attributes:
         id: number in the store.
-        item: what is to be judged.
-        shown: the item's completions in the order in which they are shown.
-        repeat: whether the annotator has judged it before.
+        item: the item to judge.
+        shown: indices of the item's completions in the order shown.
+        repeat: whether the annotator has judged the item before.
     """
 
     id: int
@@ -215,11 +220,11 @@ class Assignment(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All judgements up to one.
+    """The state of a store at one row of its judgements.
 
     Attributes:
-        upto: row number of the last; 0 where there is none.
-        fingerprint: hash of these judgements and of what they judge.
+        upto: row number of the last judgement; 0 if there is none.
+        fingerprint: hash of the judgements and of the items they judge.
     """
 
     upto: int
@@ -227,18 +232,16 @@ class Snapshot(NamedTuple):
 
 
 def digest(value: Any) -> str:
-    """Hash of a plain value."""
+    """Hash a plain value."""
     return hashlib.blake2b(encoded(value).encode(), digest_size=16).hexdigest()
 
 
 def encoded(value: Any) -> str:
-    """JSON of a plain value, one spelling for each."""
+    """Encode a plain value as canonical JSON."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def in_item_order(ranks: Sequence[int], shown: Sequence[int]) -> tuple[int, ...]:
-    """Ranks of completions as the item has them, from ranks in the order in which they were shown."""
-    found = [0] * len(shown)
-    for place, rank in zip(shown, ranks, strict=True):
-        found[place] = rank
-    return tuple(found)
+    """Reorder ranks from the order shown to the order of the item."""
+    by_place = dict(zip(shown, ranks, strict=True))
+    return tuple(by_place[place] for place in range(len(shown)))

@@ -1,45 +1,55 @@
-"""Judgements as rows of the forms that training reads: preferences, completions judged alone, demonstrations, prompts.
+"""Training rows from judgements: preferences, single completions, demonstrations, prompts; and annotators' votes.
 
-Hidden repeats measure an annotator and are no labels; neither is what was skipped.
+Hidden repeats and skipped items give no labels.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any, Literal
 
+import torch
+
+from rlhf_lightning.data.feedback.database import NO_LIMIT, item_of, judgements_of
 from rlhf_lightning.data.feedback.records import STRENGTHS, Item, StoredJudgement, digest
-from rlhf_lightning.data.feedback.snapshots import FOREVER, item_of, judgements_of
+from rlhf_lightning.data.formats import ALL_FORMS, LABELS
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.functional.agreement import annotator_reliability
 
 RowKind = Literal["preference", "unpaired", "demonstration", "prompt", "judgement"]
 Labels = Literal["mean", "reliability"]
 Row = dict[str, Any]
 Reliabilities = Mapping[str, float] | None
 
+TAKEN_COLUMNS = {name for form in ALL_FORMS for name in form} | {*LABELS, "ranks", "prompts"}
+"""Columns that a form or a label uses. A prompt's own ones would pass for judgements, so rows leave them out."""
+
 
 def rows_of(
     connection: sqlite3.Connection,
     kind: RowKind = "preference",
-    upto: int = FOREVER,
+    upto: int = NO_LIMIT,
     labels: Labels = "mean",
     annotators: Sequence[str] | None = None,
 ) -> Iterator[Row]:
-    """Rows of one kind from the judgements that stood at row ``upto``, in the order of the items.
+    """Yield rows of one kind from the judgements that stood at row ``upto``, in item order.
+
+    A row also carries the other columns of its prompt, except `TAKEN_COLUMNS`.
 
     Args:
-        connection: to the store.
-        kind: what the rows are for; ``judgement`` gives each judgement as it was made.
-        upto: number of the last row.
-        labels: how several judgements of an item become one: their plain ``mean``, or by the annotators' estimated
-            ``reliability``.
-        annotators: whose judgements count; None for everybody's.
+        connection: connection to the store.
+        kind: kind of rows; ``judgement`` gives each judgement as it was made.
+        upto: number of the last row of judgements.
+        labels: how several judgements of an item become one label: ``mean``, or ``reliability`` (weighted by the
+            annotators' estimated reliability).
+        annotators: annotators whose judgements count; None for all.
 
     Raises:
-        ValueError: one of them has judged nothing.
+        DataError: a named annotator has no judgements, or the store is damaged.
     """
-    judged = _of(judgements_of(connection, upto), annotators)
+    judged = _by_annotators(judgements_of(connection, upto), annotators)
     if kind == "prompt":
         yield from prompts(connection, judged)
         return
@@ -47,19 +57,16 @@ def rows_of(
     for one in judged:
         if kind in ("judgement", "demonstration") or not (one.repeat or one.verdict == "skip"):
             grouped.setdefault(one.item, []).append(one)
-    known: Reliabilities = None
-    if labels == "reliability" and kind in ("preference", "unpaired"):
-        from rlhf_lightning.data.feedback.snapshots import reliabilities
-
-        known = reliabilities(judged)
-    of_kind: dict[str, Callable[[Item, list[StoredJudgement], Reliabilities], Iterable[Row]]] = {
-        "preference": preferences, "unpaired": judged_alone, "demonstration": demonstrations, "judgement": raw,
-    }  # fmt: skip
+    weighted = labels == "reliability" and kind in ("preference", "unpaired")
+    known = reliabilities(judged) if weighted else None
+    make: Callable[[Item, list[StoredJudgement], Reliabilities], Iterable[Row]] = {
+        "preference": preferences, "unpaired": single_completions, "demonstration": demonstrations, "judgement": raw,
+    }[kind]  # fmt: skip
     for number in sorted(grouped):
-        yield from of_kind[kind](item_of(connection, number), grouped[number], known)
+        yield from make(item_of(connection, number), grouped[number], known)
 
 
-def _of(judgements: list[StoredJudgement], annotators: Sequence[str] | None) -> list[StoredJudgement]:
+def _by_annotators(judgements: list[StoredJudgement], annotators: Sequence[str] | None) -> list[StoredJudgement]:
     if annotators is None:
         return judgements
     known = {one.annotator for one in judgements}
@@ -73,20 +80,20 @@ def _of(judgements: list[StoredJudgement], annotators: Sequence[str] | None) -> 
 
 
 def prompts(connection: sqlite3.Connection, judgements: list[StoredJudgement]) -> Iterator[Row]:
-    """Each prompt that was judged, once."""
+    """Yield each judged prompt once."""
     seen = set()
     for number in sorted({one.item for one in judgements}):
         item = item_of(connection, number)
         if (key := digest(item.prompt)) not in seen:
             seen.add(key)
-            yield {**item.columns, "prompt": item.prompt}
+            yield {**_columns(item), "prompt": item.prompt}
 
 
 def preferences(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
-    """A pair with the share of votes for the chosen side and its rated margin; or each ranking of a longer list.
+    """A pair with its share of votes and mean rated margin, or each ranking of a longer list.
 
-    A tie, and two that are both bad, is half a vote for each side. Several rankings of one list share its weight, so
-    that the loss is their mean.
+    A tie, and ``both_bad``, is half a vote for each side. Several rankings of one list share its weight, so that the
+    loss is their mean.
     """
     if len(item.candidates) > 2:
         yield from _rankings(item, judgements, known)
@@ -104,7 +111,7 @@ def preferences(item: Item, judgements: list[StoredJudgement], known: Reliabilit
 
 def _share(judgements: list[StoredJudgement], known: Reliabilities) -> float:
     """Probability that the first of two is better."""
-    votes = [vote(one) for one in judgements]
+    votes = [_vote(one.ranks, 0, 1) for one in judgements]
     if known is None:
         return sum(votes) / len(votes)
     odds = 1.0
@@ -114,21 +121,25 @@ def _share(judgements: list[StoredJudgement], known: Reliabilities) -> float:
     return odds / (1 + odds)
 
 
-def vote(judgement: StoredJudgement) -> float:
-    """Of two completions: 1 for the first, 0 for the second, 0.5 for neither."""
-    if judgement.ranks is None:
-        return 0.5
-    return 1.0 if judgement.ranks[0] < judgement.ranks[1] else 0.0
+def _vote(ranks: Sequence[int] | None, a: int, b: int) -> float:
+    """1 if completion a ranks above b, 0 if below, 0.5 for a tie or no ranks."""
+    return 0.5 if ranks is None else 0.5 + 0.5 * ((ranks[a] < ranks[b]) - (ranks[a] > ranks[b]))
 
 
 def _margin(judgements: list[StoredJudgement]) -> float:
     """Mean rated strength towards the first of two, in [-1, 1]: the lowest level is 0, as in Llama 2 (2307.09288)."""
-    rated = [((one.strength or 1) - 1) / (STRENGTHS - 1) * (2 * vote(one) - 1) for one in judgements]
+    rated = [
+        ((one.strength or 1) - 1) / (STRENGTHS - 1) * (2 * _vote(one.ranks, 0, 1) - 1) for one in judgements
+    ]  # fmt: skip
     return sum(rated) / len(rated)
 
 
+def _weights(judgements: list[StoredJudgement], known: Reliabilities) -> list[float]:
+    return [1.0 if known is None else max(2 * known[one.annotator] - 1, 0.0) for one in judgements]
+
+
 def _rankings(item: Item, judgements: list[StoredJudgement], known: Reliabilities) -> Iterable[Row]:
-    weights = [1.0 if known is None else max(2 * known[one.annotator] - 1, 0.0) for one in judgements]
+    weights = _weights(judgements, known)
     total = sum(weights)
     for one, weight in zip(judgements, weights, strict=True):
         if weight > 0:
@@ -140,12 +151,12 @@ def _rankings(item: Item, judgements: list[StoredJudgement], known: Reliabilitie
             }
 
 
-def judged_alone(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
-    """Each completion as good or bad: the best of a ranking counts 1, the worst 0, all that are bad 0, a tie half.
+def single_completions(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
+    """Each completion as good or bad: the best of a ranking counts 1, the worst 0, ``both_bad`` 0, a tie 0.5.
 
-    The mean decides; a mean of a half says nothing and gives no row, and what is nearer to it weighs less.
+    The mean decides. A mean of 0.5 gives no row, and the weight grows with the distance from it.
     """
-    weights = [1.0 if known is None else max(2 * known[one.annotator] - 1, 0.0) for one in judgements]
+    weights = _weights(judgements, known)
     for place, candidate in enumerate(item.candidates):
         total = sum(weights)
         good = sum(w * _goodness(one, place) for w, one in zip(weights, judgements, strict=True))
@@ -179,20 +190,51 @@ def demonstrations(item: Item, judgements: list[StoredJudgement], known: Reliabi
 def raw(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
     """Each judgement as it was made."""
     for one in judgements:
-        yield {
-            **vars(one),
-            "prompt": item.prompt,
-            "completions": [vars(candidate) for candidate in item.candidates],
-        }
+        yield {**vars(one), "prompt": item.prompt, "completions": [vars(candidate) for candidate in item.candidates]}
+
+
+def _columns(item: Item) -> Row:
+    return {name: value for name, value in item.columns.items() if name not in TAKEN_COLUMNS}
 
 
 def _provenance(item: Item, judgements: list[StoredJudgement], places: Iterable[int]) -> Row:
-    flags = sorted({flag for one in judgements for flag in one.flags})
     return {
-        **item.columns,
+        **_columns(item),
         "prompt": item.prompt,
         "item": item.id,
         "models": [item.candidates[place].model for place in places],
         "judgements": len(judgements),
-        "flags": flags,
+        "flags": sorted({flag for one in judgements for flag in one.flags}),
     }
+
+
+# ---- votes -----------------------------------------------------------------------------------------------------------
+
+PairVotes = dict[tuple[int, int, int], dict[str, float]]
+
+
+def pair_votes(judgements: Iterable[StoredJudgement]) -> PairVotes:
+    """Each annotator's vote on every two completions of an item: 1 for the first, 0 for the second, 0.5 for neither."""
+    votes: PairVotes = {}
+    for one in judgements:
+        if one.repeat or one.verdict == "skip":
+            continue
+        for a, b in combinations(range(len(one.shown)), 2):
+            votes.setdefault((one.item, a, b), {})[one.annotator] = _vote(one.ranks, a, b)
+    return votes
+
+
+def vote_table(votes: PairVotes) -> tuple[list[str], torch.Tensor]:
+    """Return annotator names and their votes, shape (annotators, pairs), NaN where a vote is missing."""
+    names = sorted({name for given in votes.values() for name in given})
+    table = [[given.get(name, float("nan")) for given in votes.values()] for name in names]
+    return names, torch.tensor(table, dtype=torch.float64).reshape(len(names), len(votes))
+
+
+def reliabilities(judgements: Iterable[StoredJudgement]) -> dict[str, float]:
+    """Probability that each annotator's choice is right, by `annotator_reliability` on all pairs of completions."""
+    names, table = vote_table(pair_votes(judgements))
+    if not names:
+        return {}
+    rates, _ = annotator_reliability(table)
+    return dict(zip(names, rates.tolist(), strict=True))

@@ -6,14 +6,18 @@ from conftest import make_tiny_tokenizer, refused
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.commands.generate import load_for_sampling
-from rlhf_lightning.constitution.dialogue import as_text, comparison_messages
 from rlhf_lightning.constitution.labelling import LabelSettings, label_pairs
-from rlhf_lightning.constitution.principles import ComparingPrinciple, Constitution, RevisingPrinciple
+from rlhf_lightning.constitution.principles import (
+    ComparingPrinciple,
+    Constitution,
+    RevisingPrinciple,
+    comparison_messages,
+)
 from rlhf_lightning.constitution.revision import RevisionSettings, revise
 from rlhf_lightning.models import loading
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring.judges import LocalJudge, LocalWriter, load_judge
-from rlhf_lightning.scoring.judges.judge import Judge, Pair, Question
+from rlhf_lightning.scoring.judges.judge import Judge, Pair, Question, as_text
 from rlhf_lightning.scoring.judges.local import letter_ids, next_logits, shared_length
 
 RULES = Constitution(

@@ -1,9 +1,9 @@
 "use strict";
 
-// Texts of models arrive as HTML that the server has made harmless, and as plain text. Nothing else is ever set as HTML.
+// Model texts arrive as HTML that the server has sanitized, and as plain text. Nothing else is ever set as HTML.
 
 const at = (id) => document.getElementById(id);
-const work = { item: null, chosen: null, ranking: [], tiesNext: false, edits: null, plain: false, busy: false };
+const work = { item: null, chosen: null, ranking: [], tiesNext: false, edits: null, plain: false, busy: false, timer: null };
 const clock = { spent: 0, since: null };
 
 function element(tag, className, text) {
@@ -18,7 +18,7 @@ function newKey() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// ---- time: only while the page is looked at ----
+// ---- time: counted only while the page is visible ----
 
 function startClock() {
   clock.spent = 0;
@@ -43,7 +43,7 @@ setInterval(() => {
   if (work.item) at("clock").textContent = `${Math.floor(seconds())} s`;
 }, 500);
 
-// ---- talking to the server ----
+// ---- requests ----
 
 async function ask(path, body) {
   const settings = body === undefined ? {} : {
@@ -51,7 +51,8 @@ async function ask(path, body) {
     headers: { "content-type": "application/json" },
     body: JSON.stringify(body),
   };
-  // A judgement that may not have arrived is sent again with the same key until it is confirmed: it counts once.
+  // Without an answer, a request is repeated with the same key until it is confirmed: it counts once. An answer that is
+  // an error ends it.
   for (let wait = 500; ; wait = Math.min(wait * 2, 15000)) {
     let answer = null;
     try {
@@ -59,8 +60,8 @@ async function ask(path, body) {
     } catch {
       answer = null;
     }
-    if (answer && answer.status < 500) return answer;
-    say("Not saved yet: the server does not answer. Trying again …", true);
+    if (answer) return answer;
+    say(body ? "Not saved yet: the server does not answer. Trying again …" : "The server does not answer. Trying again …", true);
     await new Promise((resolve) => setTimeout(resolve, wait));
   }
 }
@@ -68,7 +69,8 @@ async function ask(path, body) {
 async function load() {
   const answer = await ask("/api/item");
   if (answer.status === 401) location.assign("/enter");
-  else show(await answer.json());
+  else if (answer.ok) show(await answer.json());
+  else fail(await answer.text());
 }
 
 async function send(path, body) {
@@ -87,6 +89,8 @@ async function send(path, body) {
     } else if (answer.status === 409) {
       await load();
       say("That one is judged already, or no longer asked; here is the next.");
+    } else if (answer.status >= 500) {
+      fail(await answer.text());
     } else {
       say(await answer.text(), true);
     }
@@ -94,6 +98,11 @@ async function send(path, body) {
     work.busy = false;
     document.body.classList.remove("busy");
   }
+}
+
+function fail(reason) {
+  at("actions").hidden = false;
+  say(`The server reports an error: ${reason} Reload the page to try again.`, true);
 }
 
 function say(text, isProblem) {
@@ -104,6 +113,7 @@ function say(text, isProblem) {
 // ---- showing an item ----
 
 function show({ item, progress, state }) {
+  clearTimeout(work.timer);
   Object.assign(work, { item, chosen: null, ranking: [], tiesNext: false, edits: null });
   const all = progress.judged + progress.left;
   at("done").style.width = `${all ? (100 * progress.judged) / all : 0}%`;
@@ -117,9 +127,9 @@ function show({ item, progress, state }) {
     at("clock").textContent = "";
     at("message").replaceChildren(
       element("h1", "", state ? "One moment" : "Nothing left to judge"),
-      element("p", "", state || "Every item that wants your judgement has it. Thank you."),
+      element("p", "", state || "You have judged every item that needs your judgement. Thank you."),
     );
-    if (state) setTimeout(load, 1500);
+    if (state) work.timer = setTimeout(load, 1500);
     return;
   }
   document.body.classList.toggle("pair", item.candidates.length === 2);
@@ -143,7 +153,6 @@ function text({ html, text: plain }) {
     made.append(element("pre", "plain", plain));
   } else {
     made.innerHTML = html;
-    made.rendered = html;
   }
   made.rendered = html;
   return made;
@@ -226,7 +235,7 @@ function ticked(name) {
 function judge(verdict, strength) {
   if (!work.item) return;
   const count = work.item.candidates.length;
-  const body = { assignment: work.item.assignment, verdict, seconds: seconds(), reasons: ticked("reasons"), flags: ticked("flags") };
+  const body = { store: work.item.store, assignment: work.item.assignment, verdict, seconds: seconds(), reasons: ticked("reasons"), flags: ticked("flags") };
   if (verdict === "ranking" && count === 2) {
     if (work.chosen === null) return say("Choose one first: ← or →.", true);
     body.ranks = work.chosen === 0 ? [0, 1] : [1, 0];
@@ -242,7 +251,7 @@ function judge(verdict, strength) {
   send("/api/judgements", body);
 }
 
-// ---- writing how it should have been ----
+// ---- editing ----
 
 function edit() {
   if (!work.item || document.querySelector(".candidate textarea")) return;
@@ -293,7 +302,7 @@ const keys = { t: "tie", b: "both_bad", s: "skip", u: "undo", e: "edit", m: "pla
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-  // What has the focus keeps the keys that it answers to; Enter does nothing to a box that can be ticked.
+  // A focused control keeps the keys that it handles; Enter does nothing to a checkbox.
   if (event.key === " " || (event.key === "Enter" && event.target.closest?.("button, summary, a"))) return;
   const pair = work.item && work.item.candidates.length === 2;
   const digit = /^[1-9]$/.test(event.key) ? Number(event.key) : 0;
