@@ -11,10 +11,12 @@ import importlib
 import inspect
 import pkgutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from rlhf_lightning.errors import MissingError, SettingError
@@ -122,6 +124,30 @@ def shipped_classes(room: str, base: Any) -> dict[str, Any]:
             if own and issubclass(kind, base):
                 found[name] = kind
     return found
+
+
+def refuse_repeated_keys(text: str) -> None:
+    """Refuse YAML in which a mapping has the same key twice: all but the last would be dropped in silence.
+
+    Raises:
+        SettingError: ``repeated-key``.
+    """
+    nodes, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in counts.items() if count > 1]:
+                line = node.start_mark.line + 1
+                raise SettingError(
+                    "repeated-key", f"the key {twice[0]!r} stands twice in the mapping at line {line}: remove one"
+                )
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

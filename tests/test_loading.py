@@ -8,7 +8,15 @@ import pytest
 from conftest import refused
 from jsonargparse import Namespace
 
-from rlhf_lightning.loading import import_path, import_user_module, load, load_class, nearest, shipped_classes
+from rlhf_lightning.loading import (
+    import_path,
+    import_user_module,
+    load,
+    load_class,
+    nearest,
+    refuse_repeated_keys,
+    shipped_classes,
+)
 
 MADE: list[str] = []
 
@@ -127,3 +135,13 @@ def test_a_users_module_is_imported_by_name_or_file(tmp_path: Path, monkeypatch:
         import_user_module(str(tmp_path / "absent.py"))
     with refused("not-importable", "absent_module"):
         import_user_module("absent_module")
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "b: [{a: 1, a: 1}]", "b: &x {a: 1, 'a': 2}\nc: *x"])
+def test_a_key_that_stands_twice_is_refused(text: str) -> None:
+    with refused("repeated-key", "'a'", "twice"):
+        refuse_repeated_keys(text)
+
+
+def test_a_key_may_stand_in_several_mappings() -> None:
+    refuse_repeated_keys("a: {a: 1}\nb: &x {a: 1}\nc: [*x, *x, a, a]\nd: {<<: *x, a: 2}")

@@ -13,15 +13,27 @@ from typing import Any, NamedTuple, NoReturn
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from rlhf_lightning.commands.messages import explain
 from rlhf_lightning.errors import SettingError
+from rlhf_lightning.loading import refuse_repeated_keys
 from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
 # A scorer written as class_path and init_args stays as it is written: the module makes it, and checkpoints keep it.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
+_load_yaml = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """Read a config or a value as jsonargparse does, each key of a config once."""
+    if "\n" in text:
+        refuse_repeated_keys(text)
+    return _load_yaml(text)
+
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 BOOLEANS = ("true", "false", "yes", "no")
 

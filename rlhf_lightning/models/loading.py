@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -63,6 +64,8 @@ class LoraSettings:
     alpha: int = 32
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+
+    ranges: ClassVar[Mapping[str, str]] = {"r": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}
 
 
 @dataclass(frozen=True)

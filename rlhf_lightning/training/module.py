@@ -189,6 +189,8 @@ class AlignmentModule(LightningModule):
             trust_remote_code=trusted,
         )  # fmt: skip
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        if self.lora is not None:
+            check_ranges(LoraSettings, vars(self.lora))
         self.pack_rows, self.compile_layers = pack_rows, compile_layers
         self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay

@@ -78,6 +78,12 @@ def test_numbers_outside_their_range_are_refused(name: str, setting: str, value:
         kind(**required, **{setting: value})
 
 
+@pytest.mark.parametrize(("setting", "value"), [("r", 0), ("alpha", -1), ("dropout", 1.0)])
+def test_settings_of_an_adapter_have_ranges_too(setting: str, value: float) -> None:
+    with refused("setting-out-of-range", f"{setting} of LoraSettings is {value}"):
+        modules.DPOModule(init_from="nowhere", lora={setting: value})
+
+
 def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     asked = [sys.executable, "-m", "rlhf_lightning.cli", "fit", "--config", "recipe:dpo", "--model.beta", "-1"]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -85,3 +91,11 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == "rlhf: beta of DPOModule is -1.0: it must lie in (0, inf)"
     assert "Traceback" not in done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name == "dpo"]
+
+
+def test_a_key_that_stands_twice_in_a_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("model:\n  class_path: DPOModule\n  init_args:\n    beta: 1\n    beta: 2\n")
+    asked = [sys.executable, "-m", "rlhf_lightning.cli", "fit", "--config", "twice.yaml"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the key 'beta' stands twice in the mapping at line 4" in done.stderr.splitlines()[-1]
