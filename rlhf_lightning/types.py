@@ -20,8 +20,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 from torch import Tensor
 
-Message = dict[str, str]
-"""One turn of a conversation: ``{"role": "user" | "assistant" | "system", "content": text}``."""
+Message = dict[str, Any]
+"""One turn of a conversation: ``{"role": "user" | "assistant" | "system" | "tool", "content": text}``.
+
+A turn may also hold ``reasoning_content`` (the thought before an answer), ``tool_calls``, ``tool_call_id``, ``name`` and
+``weight`` (of its tokens in the loss, 1 unless given). The first turn holds ``tools``, the descriptions of tools.
+"""
 
 Prompt = str | list[Message]
 """What is given to the policy: plain text, or the turns of a conversation."""

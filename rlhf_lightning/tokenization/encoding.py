@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.tokenization.facts import MOST_KEPT, Facts, end_token_ids, facts_of
-from rlhf_lightning.tokenization.rendering import Rendered, Span, render_completion, render_prompt, render_steps
+from rlhf_lightning.tokenization.facts import Facts, end_token_ids, facts_of
+from rlhf_lightning.tokenization.rendering import (
+    TAIL,
+    Rendered,
+    render_completion,
+    render_prompt,
+    render_steps,
+    restored,
+    tail_of,
+)
 from rlhf_lightning.types import Message, Prompt
 
 
@@ -20,15 +28,17 @@ class Encoded(NamedTuple):
         ids: token ids.
         supervised: for each id whether a loss may look at it.
         escaped: whether a content spelt a control token, and was encoded as the characters it is made of.
+        merges: whether the tokenizer would encode the text otherwise together with what comes before it.
     """
 
     ids: list[int]
     supervised: list[bool]
     escaped: bool = False
+    merges: bool = False
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: messages with the template's generation prompt; plain text after BOS, if there is one.
+    """Encode a prompt: messages with the template's generation prompt; plain text after BOS, if there is one.
 
     A prompt whose last turn is the assistant's is left open, to be continued.
     """
@@ -38,7 +48,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, completion: str | list[Message], prompt: Prompt
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a completion, end token included, and which of them a loss may look at.
+    """Encode a completion, end token included, and tell which ids a loss may look at.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -54,12 +64,12 @@ def encode_completion(
 def encode_steps(
     tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a completion in steps, and for each id whether a step ends with it. See `render_steps` for arguments."""
+    """Encode a completion in steps, and tell for each id whether a step ends with it; see `render_steps`."""
     return joined_steps(encode_rendered(tokenizer, render_steps(tokenizer, steps, separator, prompt)))
 
 
 def joined_steps(pieces: Sequence[Encoded]) -> tuple[list[int], list[bool]]:
-    """Ids of a completion from those of its steps, and for each id whether a step ends with it."""
+    """Join the ids of steps, and tell for each id whether a step ends with it."""
     ids = [index for piece in pieces for index in piece.ids]
     return ids, [place == len(piece.ids) - 1 for piece in pieces for place in range(len(piece.ids))]
 
@@ -67,34 +77,79 @@ def joined_steps(pieces: Sequence[Encoded]) -> tuple[list[int], list[bool]]:
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> list[Encoded]:
     """Encode many rendered texts at once."""
     facts = facts_of(tokenizer)
-    texts = [span.text for one in rendered for span in one.spans]
-    encoded = iter(_encode(tokenizer, texts) if texts else [])
-    return [_encoded(tokenizer, facts, one, [next(encoded) for _ in one.spans]) for one in rendered]
+    pieces = [_pieces(facts, one) for one in rendered]
+    texts = [(text, before) for one in pieces for text, before in one]
+    joints = [(one.before, one.before + pieces[place][0][0][:TAIL]) for place, one in _with_joint(facts, rendered)]
+    encoded = iter(_encode_after(tokenizer, facts, texts))
+    alone = _encode(tokenizer, [text for pair in joints for text in pair])
+    joint_ids = iter(zip(alone[::2], alone[1::2], strict=True))
+    with_joint = {place for place, _ in _with_joint(facts, rendered)}
+    done = []
+    for place, one in enumerate(rendered):
+        parts = [next(encoded) for _ in one.spans]
+        merges = place in with_joint and _merges(*next(joint_ids), parts[0])
+        done.append(_encoded(tokenizer, facts, one, pieces[place], parts, merges))
+    return done
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, facts: Facts, one: Rendered, parts: list[list[int]]) -> Encoded:
-    spans, escaped = one.spans, False
-    if one.careful and not _as_written(tokenizer, facts, one, parts):
-        spans, escaped = one.careful, True
-        parts = [_literal(tokenizer, facts, s) if s.literal else _known(tokenizer, facts, s.text) for s in spans]
+def _pieces(facts: Facts, one: Rendered) -> list[tuple[str, str]]:
+    """Return each span's text, and the end of the text before it."""
+    found, before = [], one.before
+    for span in one.spans:
+        found.append((span.text, before))
+        before = tail_of(facts, before + span.text)
+    return found
+
+
+def _with_joint(facts: Facts, rendered: Sequence[Rendered]) -> Iterator[tuple[int, Rendered]]:
+    """Yield the texts that may merge with what comes before them, with their places."""
+    for place, one in enumerate(rendered):
+        first = one.spans[0].text if one.spans else ""
+        if not first or not one.before or "\ue000" in one.before + first[:TAIL]:
+            continue
+        if not facts.written.search(one.before) and not facts.written.match(first):
+            yield place, one
+
+
+def _merges(before: list[int], joint: list[int], after: list[int]) -> bool:
+    return joint[: len(before)] != before or joint[len(before) : len(before) + 1] != after[:1]
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    one: Rendered,
+    pieces: list[tuple[str, str]],
+    parts: list[list[int]],
+    merges: bool,
+) -> Encoded:
+    escaped = False
+    for place, (text, before) in enumerate(pieces):
+        if "\ue000" in text or not _as_written(tokenizer, facts, text, parts[place]):
+            parts[place], escaped = _carefully(tokenizer, facts, text, before), True
     ids = [index for part in parts for index in part]
-    supervised = [span.supervised for part, span in zip(parts, spans, strict=True) for _ in part]
+    supervised = [span.supervised for part, span in zip(parts, one.spans, strict=True) for _ in part]
     if one.opening and tuple(ids[: len(one.opening)]) != one.opening:
         ids, supervised = [*one.opening, *ids], [False] * len(one.opening) + supervised
     if one.closing and tuple(ids[-len(one.closing) :]) != one.closing:
         ids, supervised = [*ids, *one.closing], supervised + [True] * len(one.closing)
-    return Encoded(ids, supervised, escaped)
+    return Encoded(ids, supervised, escaped, merges)
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of a completion up to its first end token, without special tokens."""
-    ends = set(end_token_ids(tokenizer))
+    """Decode a completion up to its first end token, without special tokens, but with thought tags."""
+    facts = facts_of(tokenizer)
+    ends, said = set(end_token_ids(tokenizer)), set(facts.speakable.values())
+    special = set(tokenizer.all_special_ids) | {facts.control[name] for name in facts.control}
     kept = []
-    for index in ids:
-        if int(index) in ends:
+    for index in map(int, ids):
+        if index in ends:
             break
-        kept.append(int(index))
-    return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        kept.append(index)
+    if said.isdisjoint(tokenizer.all_special_ids):
+        return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    kept = [index for index in kept if index in said or index not in special]
+    return tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
 
 def truncate(
@@ -108,14 +163,14 @@ def truncate(
 
     The prompt loses its left end, so that its latest turn stays: beyond ``max_prompt_length``, and, when the row is too
     long, as much as the longest completion asks for but never below half of ``max_length`` (or ``max_prompt_length``).
-    Completions then lose their right end, and with it the end token: what was cut off has not ended.
+    Completions then lose their right end, and with it the end token: a truncated completion has not ended.
 
     Args:
         prompt_ids: ids of the prompt.
         completions: ids of each completion of that prompt.
         max_length: most tokens of prompt and completion together; None for no bound.
         max_prompt_length: most tokens of the prompt; None for no bound of its own.
-        keep: ids at the very beginning of the prompt that stay in any case (BOS).
+        keep: ids at the very beginning of the prompt that always stay (BOS).
     """
     prompt = len(prompt_ids) if max_prompt_length is None else min(len(prompt_ids), max_prompt_length)
     if max_length is not None:
@@ -129,49 +184,70 @@ def truncate(
     return prompt_ids, list(completions)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], split: bool = False) -> list[list[int]]:
+    if not texts:
+        return []
+    settings = {"split_special_tokens": True} if split else {}
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **settings)
+    return encoded["input_ids"]
 
 
-def _known(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str) -> list[int]:
-    if text not in facts.encoded:
-        if len(facts.encoded) >= MOST_KEPT:
-            facts.encoded.clear()
-        facts.encoded[text] = _encode(tokenizer, [text])[0] if text else []
-    return facts.encoded[text]
+def _encode_after(
+    tokenizer: PreTrainedTokenizerBase, facts: Facts, texts: Sequence[tuple[str, str]], split: bool = False
+) -> list[list[int]]:
+    """Encode texts, each by itself but without the space that some tokenizers put before a first word."""
+    if not facts.anchor:
+        return _encode(tokenizer, [text for text, _ in texts], split)
+    anchored = [bool(text) and bool(before) and not _spaced(facts, before) for text, before in texts]
+    found = _encode(tokenizer, ["\n" + text if put else text for (text, _), put in zip(texts, anchored, strict=True)], split)
+    size = len(facts.anchor)
+    for place, (text, _) in enumerate(texts):
+        if anchored[place]:
+            begins = tuple(found[place][:size]) == facts.anchor
+            found[place] = found[place][size:] if begins else _encode(tokenizer, [text], split)[0]
+    return found
 
 
-def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, rendered: Rendered, parts: list[list[int]]) -> bool:
-    """Whether the control tokens found are those the template wrote, so that no content was taken for one."""
-    control = facts.control_ids
-    found = [i for ids in parts for i in ids if i in control]
-    written = [s.text for s in rendered.careful if not s.literal]
-    if found != [i for text in written for i in _known(tokenizer, facts, text) if i in control]:
+def _spaced(facts: Facts, before: str) -> bool:
+    return facts.spaced_after_control and facts.written.fullmatch(before) is not None
+
+
+def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, ids: list[int]) -> bool:
+    """Tell whether the control tokens in the ids are those spelt in the text, so that no content was taken for one."""
+    if facts.unknown is not None and facts.unknown[0] in text:
         return False
-    if facts.unknown is None or not any(facts.unknown[1] in ids for ids in parts):
-        return True
-    return not any(facts.unknown[0] in span.text for span in rendered.careful if span.literal)
+    control = facts.control_ids
+    found = [index for index in ids if index in control]
+    return found == [facts.control[name.strip()] for name in facts.written.findall(text)]
 
 
-def _literal(tokenizer: PreTrainedTokenizerBase, facts: Facts, span: Span) -> list[int]:
-    """Ids of a content, none of them a control token that its speaker may not say."""
-    control = facts.guarded_ids if span.spoken else facts.control_ids
-    (whole,) = _plainly(tokenizer, [span.text])
-    if control.isdisjoint(whole):
-        return whole
-    # The tokenizer recognises a token that is not marked special, or has it as a word: but not its two parts.
-    names = sorted((name for name, index in facts.control.items() if index in control), key=len, reverse=True)
-    pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, names))})", span.text) if piece]
-    parts = [part for piece in pieces for part in ((piece[:1], piece[1:]) if piece in facts.control else (piece,))]
+def _carefully(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, before: str) -> list[int]:
+    """Encode a text whose control tokens are those spelt in it, and guards as the plain characters they stand for."""
     ids: list[int] = []
-    for part, found in zip(parts, _plainly(tokenizer, parts), strict=True):
-        if not control.isdisjoint(found):  # a spelling that is made equal to a token's, by case or by Unicode's forms
-            found = [index for letter in _plainly(tokenizer, list(part)) for index in letter]
-        ids += [index for index in found if index not in control]
+    place = 0
+    for found in [*facts.written.finditer(text), None]:
+        plain = restored(facts, text[place : found.start() if found else len(text)])
+        if plain:
+            ids += _literal(tokenizer, facts, plain, before)
+        if found:
+            ids.append(facts.control[found[0].strip()])
+            place, before = found.end(), found[0]
     return ids
 
 
-def _plainly(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
+def _literal(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, before: str = "") -> list[int]:
+    """Encode a text so that none of its ids is a control token."""
+    control = facts.control_ids
+    (whole,) = _encode_after(tokenizer, facts, [(text, before)], split=True)
+    if control.isdisjoint(whole):
+        return whole
+    # The tokenizer recognises a token that is not marked special, or has it as a word: but not its two parts.
+    names = sorted(facts.control, key=len, reverse=True)
+    pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, names))})", text) if piece]
+    parts = [part for piece in pieces for part in ((piece[:1], piece[1:]) if piece in facts.control else (piece,))]
+    ids: list[int] = []
+    for part, found in zip(parts, _encode(tokenizer, parts, split=True), strict=True):
+        if not control.isdisjoint(found):  # a spelling that is made equal to a token's, by case or by Unicode's forms
+            found = [index for letter in _encode(tokenizer, list(part), split=True) for index in letter]
+        ids += [index for index in found if index not in control]
+    return ids

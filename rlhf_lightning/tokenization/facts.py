@@ -1,45 +1,85 @@
-"""What has to be found out about a tokenizer and its chat template, once for each."""
+"""Facts about a tokenizer and its chat template that have to be found by trying, once for each."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.tokenization.sandbox import literal_text
-from rlhf_lightning.tokenization.templates import ChatTemplateError, apply_template, template_of
+from rlhf_lightning.tokenization.templates import (
+    PINNED_DATE,
+    ChatTemplateError,
+    TurnsRefused,
+    apply_template,
+    template_args_of,
+    template_of,
+)
+from rlhf_lightning.types import Message
 
-MOST_KEPT = 4096
-"""Scaffolds, and encoded pieces of them, that are kept: data may have ever new sequences of roles."""
+THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+"""Pairs of texts that open and close a thought."""
+
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which templates look for the thought of a turn."""
+
+OWN_KEYS = ("weight", "tools")
+"""Keys of a message that templates do not get."""
+
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "\ue000call\ue001", "arguments": {"a": "\ue000b"}}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "\ue000call\ue001",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "d"}}, "required": []},
+    },
+}
 
 
 class Facts:
-    """What has been found out about one tokenizer and its chat template. Holds no reference to the tokenizer.
+    """Facts about one tokenizer and its chat template. Holds no reference to the tokenizer.
 
     Attributes:
         control: the control tokens and their ids: those marked special, and those that the chat template writes. No
             content is ever encoded as one.
-        unknown: the unknown token and its id, unless a control token is in its place. It stands for text, and is no
-            control token where a text does not spell it.
-        speakable: control tokens that only the assistant's own turn may hold, such as ``<think>``: written by the
-            template, but neither marked special nor part of what stands around a turn.
-        end_of_turn: control token that ends a turn of the assistant's.
-        kept_space: by role, whether the template keeps space at the left and at the right of a content.
+        unknown: the unknown token and its id, unless a control token is in its place. It stands for text.
+        speakable: control tokens that the assistant's own turn may hold, such as ``<think>``: thought tags, and tokens
+            that the template writes, but neither marked special nor part of what stands around a turn.
+        end_of_turn: control token that ends a turn of the assistant.
+        call_end: control token that ends a turn of the assistant with tool calls.
+        trims_right: whether the template drops space at the end of the assistant's content.
         opening: ids that the tokenizer puts in front of a text.
+        anchor: ids of a text that is put before a continuation while it is encoded, for tokenizers that would
+            otherwise begin it with a space; empty for other tokenizers.
+        spaced_after_control: whether such a tokenizer begins the text after a control token with a space, too.
+        parts: whether the template reads contents as lists of parts only.
+        reads_thoughts: whether the template reads the thought of a turn from `THOUGHT_KEYS`.
+        moves_thoughts: whether a thought in the content has to be moved to those keys.
+        thinks: whether the template knows thought tags.
+        calls: how the template reads tool calls: arguments as an object or as JSON text, and whether a call without
+            text has null content; None if it ignores tool calls.
+        dated: whether the template writes a date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.key = _identity(tokenizer)
         self.eos: int = tokenizer.eos_token_id
-        self.scaffolds: dict[tuple[tuple[str, ...], bool], tuple[str | int, ...]] = {}
-        self.encoded: dict[str, list[int]] = {}
         self.end_of_turn: str | None = None
-        self.kept_space: dict[str, tuple[bool, bool]] = {}
+        self.call_end: str | None = None
+        self.trims_right = False
+        self.parts = False
+        self.reads_thoughts = self.moves_thoughts = self.thinks = False
+        self.calls: tuple[Literal["object", "text"], bool] | None = None
+        self.dated = False
         added = tokenizer.added_tokens_decoder
         unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in (self.eos, tokenizer.bos_token_id) else None
         self.unknown = None if unknown is None else (tokenizer.unk_token, unknown)
@@ -47,9 +87,13 @@ class Facts:
         named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self.control: dict[str, int] = {**{token: index for token, index in named if index != unknown}, **special}
         self.speakable: dict[str, int] = {}
+        self.spaces = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
         begin = tokenizer.bos_token_id
         plain = tokenizer("").input_ids
         self.opening: tuple[int, ...] = (begin,) if begin is not None and plain[:1] == [begin] else ()
+        self._find_space_marks(tokenizer)
+
+    # ---- the tokenizer ----------------------------------------------------------------------------------------------
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -61,49 +105,170 @@ class Facts:
         """Ids of the control tokens that the assistant's own turn may not hold either."""
         return self.control_ids - frozenset(self.speakable.values())
 
+    @cached_property
+    def spellings(self) -> list[str]:
+        """Texts that are guarded in contents: control tokens, the unknown token, and the guard's own mark."""
+        unknown = [] if self.unknown is None else [self.unknown[0]]
+        return sorted({*self.control, *unknown, "\ue000"}, key=lambda text: (-len(text), text))
+
+    @cached_property
+    def guards(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """Patterns of the spellings that no content may hold, and of those that the assistant's may not hold either."""
+        spoken = [text for text in self.spellings if text not in self.speakable]
+        return _any_of(self.spellings), _any_of(spoken)
+
+    @cached_property
+    def written(self) -> re.Pattern[str]:
+        """Pattern of control tokens in rendered text, with the space that belongs to them."""
+        names = sorted(self.control, key=len, reverse=True)
+        spaces = [self.spaces.get(name, (False, False)) for name in names]
+        marks = [
+            (r"\s*" if left else "") + re.escape(name) + (r"\s*" if right else "")
+            for name, (left, right) in zip(names, spaces, strict=True)
+        ]
+        return re.compile("|".join(marks) or r"(?!)")
+
     @property
     def ends(self) -> tuple[int, ...]:
-        """Ids that end a completion."""
-        turn = None if self.end_of_turn is None else self.control[self.end_of_turn]
-        return (self.eos,) if turn is None or turn == self.eos else (self.eos, turn)
+        """Ids that end a completion: EOS, the end of a turn, and the end of a turn with tool calls."""
+        turns = [self.control[name] for name in (self.end_of_turn, self.call_end) if name is not None]
+        return tuple(dict.fromkeys([self.eos, *turns]))
+
+    def _find_space_marks(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        alone, mark, both, after = encode("a"), encode("\n"), encode("\na"), encode(f"{tokenizer.eos_token}a")
+        spaced = both[: len(mark)] == mark and both[len(mark) :] != alone
+        self.anchor: tuple[int, ...] = tuple(mark) if spaced else ()
+        self.spaced_after_control = after[1:] == alone
+
+    # ---- the chat template ------------------------------------------------------------------------------------------
+
+    def for_template(self, message: Message) -> Message:
+        """Return a message in the form that the template reads."""
+        made = {name: value for name, value in message.items() if name not in OWN_KEYS}
+        thought = next((made.pop(name) for name in THOUGHT_KEYS if made.get(name)), None)
+        content = made["content"]
+        if thought is None and self.moves_thoughts and message["role"] == "assistant":
+            thought, content = thought_and_answer(content)
+        if thought is not None and self.reads_thoughts:
+            made.update(dict.fromkeys(THOUGHT_KEYS, thought))
+        elif thought is not None and self.thinks:
+            opened, closed = THOUGHT_TAGS[0]
+            content = f"{opened}\n{thought}\n{closed}\n\n{content}"
+        if calls := made.get("tool_calls"):
+            form, null = self.calls or ("object", False)
+            made["tool_calls"] = [_call_in(form, call) for call in calls]
+            content = None if null and content == "" else content
+        made["content"] = [{"type": "text", "text": content or ""}] if self.parts else content
+        return made
 
     def read_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Find the template's turn markers, its end of turn, and where it trims contents."""
-        roles = ("user", "assistant")
-        written = _written(scaffold(tokenizer, self, (*roles, "user"))) + literal_text(template_of(tokenizer))
-        around = _written(scaffold(tokenizer, self, ("user",), generation=True))
-        last = scaffold(tokenizer, self, roles)[-1]
-        for index, token in tokenizer.added_tokens_decoder.items():
-            if token.content in self.control or token.content not in written or not _MARK.search(token.content):
-                continue
-            self.control[token.content] = index
-            if token.content not in around and token.content not in str(last):
-                self.speakable[token.content] = index
-        found = [(last.find(c), c) for c in self.control if c in last] if isinstance(last, str) else []
+        """Find out what the template writes and reads."""
+        self._read_contents(tokenizer)
+        asked = self._write(tokenizer, _turns("user"), generation=True)
+        told = self._write(tokenizer, _turns("user", "assistant", "user"))
+        last = self._write(tokenizer, _turns("user", "assistant")).rpartition("\ue000assistant\ue001")[2]
+        source = literal_text(template_of(tokenizer))
+        self._read_markers(tokenizer, told + source, asked, last)
+        found = [(last.find(c), c) for c in self.control if c in last]
         self.end_of_turn = min(found, default=(0, None), key=lambda place: (place[0], -len(place[1] or "")))[1]
-        padded = [{"role": role, "content": f" \n\ue000{role}\ue001\n "} for role in roles]
-        text = apply_template(tokenizer, padded, generation=False)
-        for role in roles:
-            self.kept_space[role] = (f" \n\ue000{role}" in text, f"{role}\ue001\n " in text)
+        self.dated = "strftime_now" in template_of(tokenizer)
+        self._read_thoughts(tokenizer, source)
+        self._read_calls(tokenizer)
+
+    def _write(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation: bool = False) -> str:
+        given = [{**m, "content": [{"type": "text", "text": m["content"]}]} if self.parts else m for m in messages]
+        return apply_template(tokenizer, given, generation)
+
+    def _read_contents(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        padded = [{"role": role, "content": f"\ue000{role}\ue001\n "} for role in ("user", "assistant")]
+        for self.parts in (False, True):
+            with contextlib.suppress(TurnsRefused):
+                text = self._write(tokenizer, padded)
+                if all(f"\ue000{role}\ue001" in text for role in ("user", "assistant")):
+                    self.trims_right = "assistant\ue001\n " not in text
+                    return
+        self.parts = False
+
+    def _read_markers(self, tokenizer: PreTrainedTokenizerBase, written: str, asked: str, last: str) -> None:
+        around = asked.rpartition("\ue000user\ue001")
+        tags = {tag for pair in THOUGHT_TAGS for tag in pair}
+        for index, token in tokenizer.added_tokens_decoder.items():
+            name = token.content
+            if name not in written or not _MARK.search(name):
+                continue
+            if name in tags or (name not in self.control and name not in around[0] + around[2] and name not in last):
+                self.speakable[name] = index
+            self.control[name] = index
+
+    def _read_thoughts(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+        self.thinks = any(tag in source for pair in THOUGHT_TAGS for tag in pair)
+        opened, closed = THOUGHT_TAGS[0]
+        (told,) = _turns("assistant")
+        named = {**told, **dict.fromkeys(THOUGHT_KEYS, "\ue000thought")}
+        inside = {**told, "content": f"{opened}\n\ue000thought\n{closed}\n\n{told['content']}"}
+        with contextlib.suppress(TurnsRefused):
+            text = self._write(tokenizer, [*_turns("user"), named])
+            self.reads_thoughts = "\ue000thought" in text
+            other = self._write(tokenizer, [*_turns("user"), inside])
+            self.moves_thoughts = self.reads_thoughts and other.count(opened) != text.count(opened)
+
+    def _read_calls(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        forms: tuple[Literal["object", "text"], ...] = ("object", "text")
+        for form, null, count in product(forms, (False, True), (2, 1)):
+            calls = [_call_in(form, _CALL)] * count
+            call = {"role": "assistant", "content": None if null else "", "tool_calls": calls}
+            with contextlib.suppress(TurnsRefused):
+                text = apply_template(tokenizer, [*_turns("user"), call], False, tools=[_TOOL])
+                said = text.rpartition("\ue000user\ue001")[2]
+                if "\ue000call\ue001" in said and "\ue000b" in said and '\\"' not in said:
+                    self.calls = (form, null)
+                    names = [n for n in self.control if n not in self.speakable and said.rstrip().endswith(n)]
+                    self.call_end = max((n for n in names if said.count(n) == 1), key=len, default=None)
+                    return
+
+
+def thought_and_answer(content: str) -> tuple[str | None, str]:
+    """Split a content into the thought at its beginning and the rest; None without exactly one thought."""
+    for opened, closed in THOUGHT_TAGS:
+        thought, found, answer = content.partition(closed)
+        thought = thought.lstrip().removeprefix(opened)
+        if found and closed not in answer and opened not in thought + answer:
+            return thought.strip(), answer.lstrip()
+    return None, content
 
 
 _FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, Facts] = WeakKeyDictionary()
-
 
 _MARK = re.compile(r"[^\w\s]")
 """What an added token holds that is more than a word or a line break, and so may mark something."""
 
 
-def _written(pieces: tuple[str | int, ...]) -> str:
-    return "\0".join(piece for piece in pieces if isinstance(piece, str))
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)))
+
+
+def _turns(*roles: str) -> list[Message]:
+    return [{"role": role, "content": f"\ue000{role}\ue001"} for role in roles]
+
+
+def _call_in(form: Literal["object", "text"], call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if form == "text" and not isinstance(function["arguments"], str):
+        function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return {**call, "function": function}
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    return (tokenizer.chat_template, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
+    args = template_args_of(tokenizer)
+    written = json.dumps(args, sort_keys=True, default=str) if args else ""
+    return (tokenizer.chat_template, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, written)
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
-    """What is known of a tokenizer, found out on first use and after a change."""
+    """Return the facts about a tokenizer, found on first use and after a change."""
     facts = _FACTS.get(tokenizer)
     if facts is None or facts.key != _identity(tokenizer):
         facts = Facts(tokenizer)
@@ -114,34 +279,18 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     return facts
 
 
-def scaffold(
-    tokenizer: PreTrainedTokenizerBase, facts: Facts, roles: tuple[str, ...], generation: bool = False
-) -> tuple[str | int, ...]:
-    """What the template writes around the contents of turns with these roles: texts, and indices of contents."""
-    known = facts.scaffolds.get((roles, generation))
-    if known is None:
-        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-        pieces = re.split("\ue000([0-9]+)\ue001", apply_template(tokenizer, marked, generation))
-        known = tuple(int(piece) if i % 2 else piece for i, piece in enumerate(pieces))
-        if len(roles) <= 16:  # longer conversations rarely share their roles with another
-            if len(facts.scaffolds) >= MOST_KEPT:
-                facts.scaffolds.clear()
-            facts.scaffolds[(roles, generation)] = known
-    return known
-
-
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a completion: EOS, and the chat template's end of turn where that is another token."""
+    """Return the ids that end a completion: EOS, and the chat template's ends of a turn where those are other tokens."""
     return facts_of(tokenizer).ends
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that the tokenizer itself puts in front of a text: BOS, or none."""
+    """Return the ids that the tokenizer itself puts in front of a text: BOS, or none."""
     return facts_of(tokenizer).opening
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides how text becomes ids: vocabulary, rules, special tokens and chat template."""
+    """Hash everything that decides how text becomes ids: vocabulary, rules, special tokens, template and its args."""
     digest = hashlib.blake2b(digest_size=16)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -151,5 +300,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode("utf-8", "surrogatepass"))
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
-    digest.update(repr((tokenizer.chat_template, facts_of(tokenizer).opening)).encode("utf-8", "surrogatepass"))
+    facts = facts_of(tokenizer)
+    decided = (tokenizer.chat_template, facts.opening, facts.key[-1], PINNED_DATE if facts.dated else None)
+    digest.update(repr(decided).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

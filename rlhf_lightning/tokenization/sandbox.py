@@ -14,7 +14,6 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
@@ -179,7 +178,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         own = {"join": self._joined, "replace": self._replaced, "indent": self._indented, "tojson": self._to_json}
         hooks = {"each": self._each, "written": self.concat, "made": lambda value: self.budget.made(value)}
         self.filters = {**offered, **own, **hooks}
-        functions = {"dict": dict, "namespace": QuietNamespace, "raise_exception": _raise, "strftime_now": _time_now}
+        functions = {"dict": dict, "namespace": QuietNamespace, "raise_exception": _raise}
         self.globals = {"range": self.globals["range"], **functions}
 
     @property
@@ -337,8 +336,17 @@ def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
         SecurityError: it reaches for what it may not have.
     """
     environment, template = compiled(text)
-    environment.begin(len(messages), sum(len(message["content"]) for message in messages))
-    return template.render(messages=messages, tools=None, documents=None, **variables)
+    environment.begin(len(messages), characters_in([messages, variables]))
+    return template.render(**{"tools": None, "documents": None, **variables, "messages": messages})
+
+
+def characters_in(value: Any) -> int:
+    """Count the characters of all texts in nested lists and dictionaries."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters_in, value)) + sum(map(characters_in, value.values()))
+    return sum(map(characters_in, value)) if isinstance(value, list | tuple) else 0
 
 
 @lru_cache(maxsize=64)
@@ -363,6 +371,3 @@ def _check_name(name: Any) -> None:
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
-
-def _time_now(format: str) -> str:
-    return datetime.now().strftime(format[:100])

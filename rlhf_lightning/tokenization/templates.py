@@ -1,13 +1,15 @@
-"""Chat templates: those that ship, and how any is applied."""
+"""Chat templates: the shipped ones, and how any template is applied to messages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.tokenization import sandbox
 from rlhf_lightning.types import Message
 
@@ -25,27 +27,31 @@ PLAIN = (
 CHAT_TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
 """Templates that ship with the package. ``default`` is ``chatml`` where its two tokens are known, else ``plain``."""
 
-
 CUT = "\ue002"
 """Marks where the last turn is left open; a private-use character that templates do not trim."""
 
 LARGE_TURNS, LARGE_CHARACTERS = 1000, 1_000_000
-"""A conversation larger than this may itself be why a template takes too long; of a smaller one the template is."""
+"""A conversation larger than this may be the reason why a template exceeds its time; otherwise the template is."""
+
+PINNED_DATE = "2025-01-01"
+"""Date that ``strftime_now`` gives a template, unless ``template_args`` has ``now``."""
+
+RESERVED_ARGS = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
 
 
 class ChatTemplateError(ModelError):
-    """There is no chat template, or none that can be used."""
+    """There is no chat template, or it cannot be used."""
 
 
 class TurnsRefused(ChatTemplateError):
-    """The chat template cannot render these turns; others it may."""
+    """The chat template cannot render these turns; it may render others."""
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of a tokenizer's chat template; of several, the one for conversations without tools.
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:
+    """Return a tokenizer's chat template; of several, the default one or the one for conversations with tools.
 
     Raises:
-        ChatTemplateError: if it has none.
+        ChatTemplateError: if the tokenizer has no chat template.
     """
     template = tokenizer.chat_template
     if not template:
@@ -55,42 +61,93 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
             "conversational (messages); give chat_template the text of a Jinja template, the "
             "path of a .jinja file, or 'default'",
         )
-    return template if isinstance(template, str) else tokenizer.get_chat_template()
+    return template if isinstance(template, str) else tokenizer.get_chat_template(tools=[{}] if tools else None)
+
+
+def template_args_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the variables that every rendering with this tokenizer's template gets."""
+    return tokenizer.init_kwargs.get("template_args") or {}
+
+
+def set_template_args(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> None:
+    """Give every rendering these variables; they are saved with the tokenizer.
+
+    Args:
+        tokenizer: is changed.
+        given: e.g. ``enable_thinking``, ``date_string``, ``tools``, ``documents``; ``now`` is the date (ISO 8601) that
+            the template's ``strftime_now`` writes.
+
+    Raises:
+        SettingError: if a name is reserved or ``now`` is not a date.
+    """
+    made = {name: value.isoformat() if isinstance(value, date) else value for name, value in given.items()}
+    for name in made:
+        if name in RESERVED_ARGS:
+            raise SettingError("reserved-template-arg", f"template_args cannot set {name!r}; remove it")
+    _clock(made.get("now"))
+    tokenizer.init_kwargs["template_args"] = made
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool, open_turn: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    generation: bool,
+    open_turn: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> str:
-    """Text of some messages.
+    """Render messages, as written for the template (see `Facts.for_template`).
 
     Args:
-        tokenizer: its template is applied.
+        tokenizer: its template is applied, with its ``template_args``.
         messages: the turns.
         generation: whether the assistant's next turn is opened at the end.
         open_turn: whether the last turn is left open.
+        tools: descriptions of tools; None takes those of ``template_args``.
 
     Raises:
-        ChatTemplateError: if there is no template, or it breaks the bounds of `sandbox`.
+        ChatTemplateError: if there is no template, or it exceeds the bounds of `sandbox`.
         TurnsRefused: if it refuses these messages.
     """
-    template = template_of(tokenizer)
-    turns = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + CUT}] if open_turn else messages
+    args = dict(template_args_of(tokenizer))
+    clock = _clock(args.pop("now", None))
+    if tools:
+        args["tools"] = tools
+    template = template_of(tokenizer, bool(args.get("tools")))
+    turns = [*messages[:-1], _left_open(messages[-1])] if open_turn else messages
+    settings = {**tokenizer.special_tokens_map, **args, "strftime_now": clock}
     try:
-        text = sandbox.render(template, turns, add_generation_prompt=generation, **tokenizer.special_tokens_map)
+        text = sandbox.render(template, turns, add_generation_prompt=generation, **settings)
     except (SecurityError, TemplateSyntaxError, OverflowError, MemoryError, RecursionError) as error:
-        raise ChatTemplateError(
-            "chat-template-refused",
-            f"the chat template is refused: {str(error).rstrip('.')}; fix the template, or choose "
-            "another with chat_template",
-        ) from error
+        raise _refused(ChatTemplateError, error) from error
     except sandbox.OutOfBounds as error:
-        large = len(messages) > LARGE_TURNS or sum(len(m["content"]) for m in messages) > LARGE_CHARACTERS
-        raise (TurnsRefused if large else ChatTemplateError)(
-            "chat-template-refused",
-            f"the chat template is refused: {str(error).rstrip('.')}; fix the template, or choose "
-            "another with chat_template",
-        ) from error
-    except Exception as error:  # a template is a stranger's program: it may raise anything
+        large = len(messages) > LARGE_TURNS or sandbox.characters_in(messages) > LARGE_CHARACTERS
+        raise _refused(TurnsRefused if large else ChatTemplateError, error) from error
+    except Exception as error:  # a template is untrusted code and may raise anything
         roles = ", ".join(message["role"] for message in messages[:8])
         raise TurnsRefused("turns-refused", f"the chat template refuses the turns ({roles}): {error}") from error
     return text.rpartition(CUT)[0] if open_turn else text
+
+
+def _left_open(message: Message) -> Message:
+    content = message["content"]
+    if isinstance(content, list):
+        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + CUT}]}
+    return {**message, "content": (content or "") + CUT}
+
+
+def _refused(kind: type[ChatTemplateError], error: Exception) -> ChatTemplateError:
+    reason = str(error).rstrip(".")
+    return kind(
+        "chat-template-refused",
+        f"the chat template is refused: {reason}; fix the template, or choose another with chat_template",
+    )
+
+
+def _clock(now: Any) -> Any:
+    try:
+        moment = datetime.fromisoformat(str(now or PINNED_DATE))
+    except ValueError:
+        raise SettingError(
+            "bad-template-date", f"now in template_args is {now!r}; write a date such as {PINNED_DATE}"
+        ) from None
+    return lambda format: moment.strftime(format[:100])

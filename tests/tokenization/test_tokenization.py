@@ -60,7 +60,7 @@ def test_plain_text_that_a_template_wrote_keeps_its_control_tokens(tiny_tokenize
     ]
     asked, said = encode_rendered(tiny_tokenizer, rendered)
     assert asked.ids == spell(USER, "\nx", END, "\n", ASSISTANT, "\n")
-    assert said == (spell(" y", EOS), [True] * 3, False), "no second EOS"
+    assert said[:3] == (spell(" y", EOS), [True] * 3, False), "no second EOS"
 
 
 def test_prompt_and_completion_are_encoded_apart(tiny_tokenizer):
