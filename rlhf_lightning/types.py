@@ -23,8 +23,8 @@ from torch import Tensor
 Message = dict[str, Any]
 """One turn of a conversation: ``{"role": "user" | "assistant" | "system" | "tool", "content": text}``.
 
-A turn may also hold ``reasoning_content`` (the thought before an answer), ``tool_calls``, ``tool_call_id``, ``name`` and
-``weight`` (of its tokens in the loss, 1 unless given). The first turn holds ``tools``, the descriptions of tools.
+A turn may also hold ``reasoning_content`` (the thought before an answer), ``tool_calls``, ``tool_call_id``, ``name``
+and ``weight`` (of its tokens in the loss, 1 unless given). The first turn holds ``tools``, the descriptions of tools.
 """
 
 Prompt = str | list[Message]

@@ -24,9 +24,8 @@ from hostile_rows import FORMATS, Hostile
 from small_tokenizers import TOKENIZERS
 
 from rlhf_lightning.data import collation
-from rlhf_lightning.data.canonical import CanonicalRow, RowRefused
-from rlhf_lightning.data.kinds import KINDS
-from rlhf_lightning.data.reading import Report, read_row
+from rlhf_lightning.data.canonical import CanonicalRow, Report, RowRefused
+from rlhf_lightning.data.formats import KINDS, read_row
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.data.sources import Source, read_rows
 from rlhf_lightning.data.streaming import RowStream

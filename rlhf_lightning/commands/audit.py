@@ -110,7 +110,7 @@ def audited(
     """
     from rlhf_lightning.data.audit import Audit
     from rlhf_lightning.data.files import Unreadable
-    from rlhf_lightning.data.kinds import kind_of
+    from rlhf_lightning.data.formats import kind_of
     from rlhf_lightning.data.sources import Source, read_rows
 
     rows: Iterator[RawRow] = read_rows(Source(data, rows=most, split=split))

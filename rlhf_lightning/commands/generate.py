@@ -165,8 +165,7 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     """
     from rlhf_lightning.data.canonical import REASONS, RowRefused
     from rlhf_lightning.data.files import Unreadable
-    from rlhf_lightning.data.formats import prompt
-    from rlhf_lightning.data.reading import read_row
+    from rlhf_lightning.data.formats import prompt, read_row
     from rlhf_lightning.data.sources import Source, read_rows
 
     if not Path(path).exists():

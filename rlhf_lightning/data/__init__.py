@@ -2,11 +2,8 @@
 
 from rlhf_lightning.data.batching import BatchPlan, PlannedStep
 from rlhf_lightning.data.datamodule import AlignmentDataModule
-from rlhf_lightning.data.preference import PreferenceDataModule
-from rlhf_lightning.data.process import ProcessDataModule
+from rlhf_lightning.data.offline import PreferenceDataModule, ProcessDataModule, SFTDataModule, UnpairedDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
-from rlhf_lightning.data.sft import SFTDataModule
-from rlhf_lightning.data.unpaired import UnpairedDataModule
 
 __all__ = [
     "AlignmentDataModule", "BatchPlan", "PlannedStep", "PreferenceDataModule", "ProcessDataModule",

@@ -16,19 +16,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.canonical import REASONS, CanonicalRow, Row, RowRefused
-from rlhf_lightning.data.damage import (
+from rlhf_lightning.data.files import Unreadable
+from rlhf_lightning.data.findings import (
     CONTROL_TOKENS,
     DAMAGE,
     SPEAKERS,
+    Preferences,
     contents_of,
     damage_of,
     key_of,
     normalised,
 )
-from rlhf_lightning.data.files import Unreadable
-from rlhf_lightning.data.kinds import KINDS
-from rlhf_lightning.data.pairs import Preferences
-from rlhf_lightning.data.reading import read_row
+from rlhf_lightning.data.formats import KINDS, read_row
 from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Encoder, Outcome
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.tokenization import truncate
@@ -103,7 +102,7 @@ class Audit:
     """Takes in rows, then says what was found.
 
     Args:
-        kind: key of `kinds.KINDS`.
+        kind: key of `formats.KINDS`.
         columns: new name of each column to be renamed.
         as_chat: whether plain text becomes a user's and an assistant's turn.
         tokenizer: the policy's; None leaves out what only tokens show.

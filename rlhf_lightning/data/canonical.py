@@ -1,9 +1,10 @@
-"""What rows of every form are read into, and the reasons for which one is refused."""
+"""The canonical row that every form is read into, the reasons for refusing a row, and the count of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlhf_lightning.errors import RlhfError
@@ -12,24 +13,35 @@ from rlhf_lightning.types import Message, Prompt
 Row = Mapping[str, Any]
 
 ROLES = {
-    "user": "user", "human": "user", "system": "system", "developer": "developer", "tool": "tool",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "user": "user", "human": "user", "system": "system", "developer": "developer",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant",
 }  # fmt: skip
-"""Roles known, and the role each is read as. No other passes: a role becomes part of the template's own text."""
+"""Accepted roles, and the role each is read as. Any other is refused: a role becomes part of the template's text."""
 
 REASONS = {
     "unreadable_line": "the line is not a JSON object in UTF-8, nor a row of its table",
     "duplicate_key": "an object has a key twice",
     "too_deep": "lists or objects are nested deeper than 64 levels",
-    "broken_text": "it is no valid Unicode: broken UTF-8, or half a surrogate pair",
+    "broken_text": "the text is not valid Unicode: broken UTF-8, or half a surrogate pair",
     "missing_columns": "a column of its form is missing",
-    "empty_prompt": "the prompt is empty, or no text",
-    "empty_completion": "a completion is empty, or no text",
-    "empty_turn": "a turn says nothing",
+    "empty_prompt": "the prompt is empty, or not text",
+    "empty_completion": "a completion is empty, or not text",
+    "empty_turn": "a turn is empty",
     "malformed_messages": "the messages are not a list of {role, content}",
+    "json_text": "a column holds messages as JSON text that cannot be read, or only some columns do; store lists",
+    "media": "it has images, audio or video, which are not read; remove them, or rename their column",
     "unknown_role": "a role is none of " + ", ".join(sorted(set(ROLES.values()))),
+    "bad_tool_call": "a tool call or the description of a tool is not {name, arguments}, or not valid JSON",
+    "tools_without_messages": "tools are described, but the prompt is plain text; use messages, or set as_chat",
+    "bad_turn_weight": "weight, train, trainable, loss_mask or loss of a turn is not true, false or a number from 0 up",
+    "trained_turn": "a turn that is not the assistant's is marked as trained, which is not supported",
+    "two_systems": "the system column and a system turn differ",
+    "bad_history": "history is not a list of messages, or of pairs of a question and an answer",
     "no_user_turn": "the prompt has no user turn",
     "no_assistant_turn": "the conversation has no assistant turn",
+    "no_learned_turn": "every turn of the assistant is marked as not trained",
     "prompts_differ": "chosen and rejected answer different prompts",
     "turns_do_not_alternate": "a transcript's turns do not alternate",
     "inline_role_marker": "a transcript's turn holds another role marker",
@@ -37,12 +49,19 @@ REASONS = {
     "bad_label": "the label is none of true, false, 1, 0 and -1",
     "bad_vote": "a vote on two completions is none of 1, 2, 0 and tie",
     "bad_step_labels": "the labels are not one number between 0 and 1, or null, for each step",
-    "bad_number": "preference, margin, weight or a rank is no number in its range",
-    "bad_data_column": "a column that the objective asks for holds no number",
+    "bad_number": "preference, margin, weight or a rank is not a number in its range",
+    "bad_data_column": "a column that the objective asks for does not hold a number",
     "single_completion": "a ranked list needs two completions",
     "too_many_completions": "a ranked list has more than 256 completions",
     "all_tied": "all completions of a ranked list have the same rank",
     "template_refuses": "the chat template refuses the turns",
+    "turn_left_out": "the chat template leaves out a turn",
+    "thought_left_out": "the chat template leaves out the thought of a learned turn",
+    "thought_closed": "the generation prompt closes the thought that a turn has; see enable_thinking in template_args",
+    "tools_left_out": "the chat template leaves out the descriptions of tools",
+    "tool_calls_left_out": "the chat template leaves out tool calls",
+    "prompt_not_continued": "the chat template renders the answer so that it does not continue its prompt",
+    "control_token_read": "a turn spells a control token on which the chat template acts",
     "nothing_supervised": "no supervised token is left after truncation",
 }
 """What each reason for dropping a row means."""
@@ -72,7 +91,8 @@ class CanonicalRow:
         target: probability that the better ranked of two is better.
         margin: rated strength of the preference, 0 where unrated.
         weight: weight of the row.
-        columns: the columns that are no part of the form; and the labels of steps, None where one was not judged.
+        columns: the columns that are not part of the form; and the labels of steps, None where one was not judged.
+        unused: keys of turns that nothing reads.
     """
 
     prompt: Prompt | None
@@ -82,3 +102,88 @@ class CanonicalRow:
     margin: float = 0.0
     weight: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """Counts of rows; ``read == kept + sum(dropped.values())`` always.
+
+    Attributes:
+        read: rows read.
+        kept: rows kept.
+        dropped: rows dropped, by reason (see `REASONS`).
+        truncated: kept rows whose ``prompt`` or ``completion`` lost tokens.
+        tokens: supervised tokens of the kept rows.
+        escaped: kept rows whose text spells a control token, which is encoded as the characters it is made of.
+        merged: kept rows whose prompt and completion the tokenizer would encode otherwise together.
+        split: kept conversations that became a row for each learned turn, because the template rewrites earlier turns.
+        last_turn: kept rows of several learned turns, of which only the last is learned.
+        unused: kept rows with a column or a key of a turn that nothing reads, by its name.
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    escaped: int = 0
+    merged: int = 0
+    split: int = 0
+    last_turn: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str) -> None:
+        """Count a row that is dropped."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def leave_unused(self, names: Iterable[str]) -> None:
+        """Count a kept row with columns or keys that nothing reads."""
+        for name in names:
+            self.unused[name] = self.unused.get(name, 0) + 1
+
+    def __add__(self, other: Report) -> Report:
+        """Add up the counts."""
+        mine: dict[str, Any] = vars(self)
+        theirs = vars(other)
+        return Report(**{
+            name: dict(Counter(value) + Counter(theirs[name])) if isinstance(value, dict) else value + theirs[name]
+            for name, value in mine.items()
+        })  # fmt: skip
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The counts as ``data/...`` metrics."""
+        counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens}
+        rare = {"escaped": self.escaped, "boundary_mismatch": self.merged, "split": self.split}
+        counts |= {name: count for name, count in {**rare, "last_turn": self.last_turn}.items() if count}
+        counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
+        counts |= {f"truncated_{part}": count for part, count in self.truncated.items()}
+        return {f"data/{name}": float(count) for name, count in counts.items()}
+
+    def describe(self, where: str) -> str:
+        """Describe the rows of ``where`` in one sentence, with the reason of every row dropped."""
+        text = f"{where}: {self.read:,} rows read, {self.kept:,} kept"
+        if self.dropped:
+            reasons = sorted(self.dropped.items(), key=lambda item: -item[1])
+            text += ", dropped: " + ", ".join(f"{count:,} {reason} ({REASONS[reason]})" for reason, count in reasons)
+        if self.truncated:
+            text += "; truncated: " + ", ".join(f"{count:,} {part}s" for part, count in sorted(self.truncated.items()))
+        for count, meaning in (
+            (self.escaped, "spell control tokens, which stay plain text (rendered: true if a template wrote the data)"),
+            (self.merged, "would be tokenized otherwise if prompt and completion were encoded together"),
+            (self.split, "became a row for each learned turn, because the chat template rewrites earlier turns"),
+            (self.last_turn, "have several turns of the assistant, of which only the last is learned"),
+        ):
+            text += f"; {count:,} {meaning}" if count else ""
+        if self.unused:
+            text += "; not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in self.unused.items())
+        return text + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a copy in plain values."""
+        return asdict(self)
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take over the counts that `to_dict` gave."""
+        vars(self).update(asdict(Report(**values)))

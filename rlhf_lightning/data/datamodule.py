@@ -17,14 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data import collation
-from rlhf_lightning.data.batching import BatchPlan
-from rlhf_lightning.data.cache import Part, hash_of
+from rlhf_lightning.data.batching import BatchPlan, held_out_rows, weighted_rows
+from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.feedback.database import is_store
 from rlhf_lightning.data.feedback.rows import RowKind
-from rlhf_lightning.data.held_out import held_out_rows, weighted_rows
 from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
-from rlhf_lightning.data.reading import Report
-from rlhf_lightning.data.row_store import RowStore
+from rlhf_lightning.data.row_store import Part, RowStore, hash_of
 from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, source_fingerprint, source_stamp
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
@@ -57,6 +55,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         as_chat: make plain text a user's turn and an assistant's turn of the chat template.
         rendered: plain text was written by a chat template before, so that control tokens in it are such. Otherwise
             they are encoded as the characters they are made of, as they always are in messages.
+        last_turn_only: learn only the last turn of the assistant in a conversation, and none before it.
         batch_size: rows of an optimizer step, over all ranks.
         micro_batch_size: most rows of one forward pass on one rank (of prompts, episodes); None for no bound.
         max_tokens: most tokens of one forward pass on one rank, padding included where the module packs no rows; None
@@ -95,6 +94,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         columns: dict[str, str] | None = None,
         as_chat: bool = False,
         rendered: bool = False,
+        last_turn_only: bool = False,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         max_tokens: int | None = None,
@@ -121,6 +121,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.columns = columns or {}
         self.as_chat = as_chat
         self.rendered = rendered
+        self.last_turn_only = last_turn_only
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens

@@ -1,57 +1,87 @@
 """Rows of every supported form, read into one canonical row, or refused with a reason.
 
-Demonstrations: ``messages``; ``prompt`` + ``completion``; ``input`` + ``output``; ``instruction`` (+ ``input``) +
-``output``; ``text`` alone. Preferences: ``prompt`` + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt
-is what both begin with (turns in common, or a transcript of "Human:" and "Assistant:" turns); ``prompt`` +
-``completions`` best first, or with ``ranks``; ``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2 for
-the better one, 0 or "tie") or ``labels`` (a list of such votes). Judged alone: a demonstration with ``label``, or a
-preference, whose two completions become two rows. Judged step by step: ``prompt`` + ``completions``, the steps of one
-completion, + ``labels``. Prompts: ``prompt``, or what the other forms have before the completion.
-Text may be plain or conversational (a list of messages) everywhere.
+Demonstrations: ``messages`` or ``conversations``; ``prompt`` + ``completion``; ``instruction`` (+ ``input``) +
+``output``; ``input`` + ``output``; ``text`` alone. Preferences: ``prompt`` (or ``conversations``, or ``instruction`` +
+``input``) + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt is what both begin with (turns in common,
+or a transcript of "Human:" and "Assistant:" turns); ``prompt`` + ``completions`` best first, or with ``ranks``;
+``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2 for the better one, 0 or "tie") or ``labels`` (a
+list of such votes). Judged alone: a demonstration with ``label``, or a preference, whose two completions become two
+rows. Judged step by step: ``prompt`` + ``completions``, the steps of one completion, + ``labels``. Prompts: ``prompt``,
+or what the other forms have before the completion. Text may be plain or messages everywhere.
 
-``preference`` (probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the
-row) are optional numbers. All other columns are handed on.
+``system``, ``history`` (earlier turns) and ``tools`` go into the prompt of any form. ``preference`` (probability that
+chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the row) are optional numbers. All
+other columns are handed on.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rlhf_lightning.data.canonical import CanonicalRow, Row, RowRefused
-from rlhf_lightning.data.pairs import pair_of
-from rlhf_lightning.data.turns import completion_of, messages_of, one_style, parted, prompt_of, text_of, with_user
+from rlhf_lightning.data.files import Unreadable
+from rlhf_lightning.data.turns import (
+    LARGEST,
+    MEDIA,
+    completion_of,
+    context_of,
+    from_json,
+    in_context,
+    messages_of,
+    one_style,
+    pair_of,
+    parted,
+    prompt_of,
+    spells_turns,
+    text_of,
+    unused_keys,
+    with_user,
+)
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import Message, Prompt
 
 LABELS = ("preference", "margin", "weight")
-
-LARGEST = 1e6
-"""Largest weight, and largest margin either way: beyond it a loss in single precision has no finite value."""
 
 MOST_COMPLETIONS = 256
 """Completions of a ranked list: every two of them can become a pair."""
 
 Form = tuple[str, ...]
 DEMONSTRATION_FORMS: tuple[Form, ...] = (
-    ("messages",), ("prompt", "completion"), ("instruction", "output"), ("input", "output"), ("text",),
+    ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("input", "output"),
+    ("text",),
 )  # fmt: skip
 PREFERENCE_FORMS: tuple[Form, ...] = (
-    ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completions"),
-    ("prompt", "completion_1", "completion_2", "label"), ("prompt", "completion_1", "completion_2", "labels"),
+    ("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"),
+    ("chosen", "rejected"), ("prompt", "completions"), ("prompt", "completion_1", "completion_2", "label"),
+    ("prompt", "completion_1", "completion_2", "labels"),
 )  # fmt: skip
 UNPAIRED_FORMS: tuple[Form, ...] = (
-    ("prompt", "completion", "label"), ("messages", "label"), *PREFERENCE_FORMS[:2],
+    ("prompt", "completion", "label"), ("messages", "label"), ("conversations", "label"), *PREFERENCE_FORMS[:4],
 )  # fmt: skip
 PROCESS_FORMS: tuple[Form, ...] = (("prompt", "completions", "labels"),)
-PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",), ("chosen", "rejected"), ("instruction",), ("input",))
+PROMPT_FORMS: tuple[Form, ...] = (
+    ("prompt",), ("messages",), ("conversations",), ("chosen", "rejected"), ("instruction",), ("input",)
+)  # fmt: skip
 ALL_FORMS = (*DEMONSTRATION_FORMS, *PREFERENCE_FORMS, *UNPAIRED_FORMS, *PROCESS_FORMS, *PROMPT_FORMS)
+
+OTHER_NAMES = {
+    "prompt": ("question", "query", "problem", "user", "context"),
+    "completion": ("response", "answer", "solution", "target", "reply"),
+    "chosen": ("preferred", "better", "win", "positive"),
+    "rejected": ("dispreferred", "worse", "lose", "negative"),
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "completions": ("responses", "answers"),
+    "label": ("is_good", "thumbs_up"),
+}
+"""Names that other data sets have for a column."""
 
 
 def form_of(row: Row, forms: tuple[Form, ...]) -> Form:
-    """The first of the forms whose columns the row has."""
+    """Return the first of the forms whose columns the row has."""
     for form in forms:
         if all(column in row for column in form):
             return form
@@ -61,14 +91,20 @@ def form_of(row: Row, forms: tuple[Form, ...]) -> Form:
 def check_columns(found: Iterable[str], forms: tuple[Form, ...], where: str) -> None:
     """Raise if no form's columns are among those found, naming them and the nearest match."""
     found = list(dict.fromkeys(found))
-    if not any(set(form) <= set(found) for form in forms):
+    matched = next((form for form in forms if set(form) <= set(found)), None)
+    asked = next((name for name in OTHER_NAMES["prompt"] if name in found), None)
+    if matched is None or (matched == ("chosen", "rejected") and asked is not None):
         raise no_form(found, forms, where)
 
 
 def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataError:
     """Return the error of columns that hold no form, with the nearest right names."""
     missing = {column for form in forms for column in form} - set(found)
-    near = {c: m[0] for c in found if (m := difflib.get_close_matches(c, missing, n=1, cutoff=0.6))}
+    near = {}
+    for name in found:
+        known = [wanted for wanted in missing if name in OTHER_NAMES.get(wanted, ())]
+        if match := known or difflib.get_close_matches(name, missing, n=1, cutoff=0.8):
+            near[name] = match[0]
     hint = "".join(f" Did you mean {wanted!r} by {column!r}?" for column, wanted in near.items())
     accepted = "; ".join(" + ".join(form) for form in forms)
     return DataError(
@@ -78,10 +114,30 @@ def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataEr
     )
 
 
+def _with_lists(row: Row) -> Row:
+    """Read columns that hold messages as JSON text, where all columns with messages do."""
+    if "conversations" in row and "messages" not in row and "chosen" not in row:
+        row = {**row, "messages": row["conversations"]}
+    texts = {name: row[name] for name in ("prompt", "completion", "chosen", "rejected") if name in row}
+    spelt = [name for name, value in texts.items() if spells_turns(value)]
+    if len(spelt) > 1 and len(spelt) == len(texts):  # a text alone may be somebody's words
+        row = {**row, **{name: from_json(texts[name], "json_text") for name in spelt}}
+    for name in ("messages", "conversations"):
+        if isinstance(row.get(name), str):
+            row = {**row, name: from_json(row[name], "malformed_messages")}
+    return row
+
+
+def _check_media(row: Row) -> None:
+    if any(row.get(name) for name in MEDIA):
+        raise RowRefused("media")
+
+
 def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt and the completion to imitate."""
+    row = _with_lists(row)
     form = form_of(row, DEMONSTRATION_FORMS)
-    used = {*form, *LABELS}
+    used = {*form, *LABELS, "conversations"}
     prompt: Prompt | None
     completion: str | list[Message]
     if form == ("messages",):
@@ -94,7 +150,9 @@ def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
     else:
         prompt, completion = prompt_of(row[form[0]]), completion_of(row[form[1]])
     if prompt is not None:
+        used |= context_of(row)
         prompt, (completion,) = one_style(prompt, [completion], as_chat)
+        prompt = in_context(row, prompt)
     return CanonicalRow(prompt, [completion], [0], weight=_label(row, "weight", 1.0), columns=_others(row, used))
 
 
@@ -105,8 +163,9 @@ def preference_with_ties(row: Row, as_chat: bool = False) -> CanonicalRow:
 
 def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> CanonicalRow:
     """A prompt and two or more completions with their ranks."""
+    row = _with_lists(row)
     form = form_of(row, PREFERENCE_FORMS)
-    used = {*form, *LABELS}
+    used = {*form, *LABELS, *context_of(row)}
     if "completion_1" in form:
         row = {**row, **_voted(row, form[-1])}
         form = ("prompt", "chosen", "rejected")
@@ -114,9 +173,15 @@ def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> Cano
         used.add("ranks")
         prompt, completions, ranks = _ranked(row, keep_tied)
     else:
-        prompt, completions = pair_of(row, "prompt" in form)
+        if form[0] == "conversations":
+            row = {**row, "prompt": row["conversations"]}
+        elif form[0] == "instruction":
+            used.add("input")
+            row = {**row, "prompt": _instruction(row)}
+        prompt, completions = pair_of(row, form[0] != "chosen")
         ranks = [0, 1]
     prompt, completions = one_style(prompt, completions, as_chat)
+    prompt = in_context(row, prompt)
     if len(completions) == 2 and completions[0] == completions[1]:
         raise RowRefused("identical_completions")
     return CanonicalRow(
@@ -130,6 +195,7 @@ def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> Cano
 
 def unpaired(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt and completions that are good (rank 0) or bad (rank 1): one with its label, or a pair's two."""
+    row = _with_lists(row)
     form = form_of(row, UNPAIRED_FORMS)
     if "label" not in form:
         return preference(row, as_chat)
@@ -158,7 +224,8 @@ def process(row: Row, as_chat: bool = False) -> CanonicalRow:
         raise RowRefused("bad_step_labels")
     texts = [text_of(step, "empty_completion") for step in steps]
     found, _ = one_style(prompt_of(row["prompt"]), [], as_chat)
-    columns = {**_others(row, {*form, *LABELS}), "labels": [_step_label(label) for label in labels]}
+    found = in_context(row, found)
+    columns = {**_others(row, {*form, *LABELS, *context_of(row)}), "labels": [_step_label(label) for label in labels]}
     return CanonicalRow(found, list(texts), [0], weight=_label(row, "weight", 1.0), columns=columns)
 
 
@@ -172,8 +239,9 @@ def _step_label(value: Any) -> float | None:
 
 def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt alone; further columns are handed on to the scorer."""
+    row = _with_lists(row)
     form = form_of(row, PROMPT_FORMS)
-    used = {*form}
+    used = {*form, "conversations", *context_of(row)}
     if form == ("messages",):
         turns = messages_of(row["messages"])
         while turns and turns[-1]["role"] == "assistant":
@@ -187,11 +255,101 @@ def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
     else:
         found = prompt_of(row[form[0]])
     found, _ = one_style(found, [], as_chat)
+    found = in_context(row, found)
     # A scorer is called with the prompts and the completions sampled for them, and with the columns by their names.
     return CanonicalRow(found, columns=_others(row, used | {"prompts", "completions"}))
 
 
 Reader = Callable[[Row, bool], CanonicalRow]
+
+
+class Kind(NamedTuple):
+    """Rows of one kind.
+
+    Attributes:
+        read: reads a row of any form of that kind.
+        forms: the forms it reads.
+    """
+
+    read: Reader
+    forms: tuple[Form, ...]
+
+
+KINDS = {
+    "process": Kind(process, PROCESS_FORMS),
+    "preference": Kind(preference_with_ties, PREFERENCE_FORMS),
+    "unpaired": Kind(unpaired, UNPAIRED_FORMS[:3]),
+    "sft": Kind(demonstration, DEMONSTRATION_FORMS),
+    "prompt": Kind(prompt, PROMPT_FORMS),
+}
+"""Kinds by the name of their DataModule, those whose forms ask for more columns first."""
+
+
+def kind_of(columns: Iterable[str], where: str) -> str:
+    """Return the name of the first kind with a form that the columns hold.
+
+    Args:
+        columns: names of columns.
+        where: what has them, for the message.
+
+    Raises:
+        DataError: they hold no form, with the nearest right names.
+    """
+    found = list(dict.fromkeys(columns))
+    for name, kind in KINDS.items():
+        if any(set(form) <= set(found) for form in kind.forms):
+            return name
+    raise no_form(found, tuple(dict.fromkeys(form for kind in KINDS.values() for form in kind.forms)), where)
+
+
+DEEPEST = 64
+"""Levels of lists and objects in a row: what is deeper could not be written to JSON and read again everywhere."""
+
+
+def read_row(
+    row: Row | Unreadable, read: Reader, as_chat: bool = False, columns: Mapping[str, str] | None = None
+) -> CanonicalRow:
+    """Read one row.
+
+    Args:
+        row: as its source gave it.
+        read: reads a row of any form of one kind.
+        as_chat: whether plain text becomes a user's and an assistant's turn.
+        columns: new name of each column to be renamed.
+
+    Raises:
+        RowRefused: it cannot be used.
+    """
+    if isinstance(row, Unreadable):
+        raise RowRefused(row.reason)
+    if _deeper(row, DEEPEST):
+        raise RowRefused("too_deep")
+    if columns:
+        covered = set(columns.values()) - set(columns)
+        row = {columns.get(name, name): value for name, value in row.items() if name not in covered}
+    _check_media(row)
+    canonical = read(row, as_chat)
+    canonical.unused = tuple(dict.fromkeys(unused_keys(row.values())))
+    try:
+        parts = [canonical.prompt, canonical.completions, canonical.columns]
+        json.dumps(parts, ensure_ascii=False, default=str).encode("utf-8")
+    except (UnicodeError, ValueError, TypeError):
+        raise RowRefused("broken_text") from None
+    return canonical
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, Mapping | list | tuple)
+        ]
+        if not layer:
+            return False
+    return True
 
 
 def _others(row: Row, used: set[str]) -> dict[str, Any]:

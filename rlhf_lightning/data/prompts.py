@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from rlhf_lightning.data import collation, formats
-from rlhf_lightning.data.cache import Part
+from rlhf_lightning.data.batching import endless_rows
+from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.datamodule import AlignmentDataModule
-from rlhf_lightning.data.held_out import endless_rows
 from rlhf_lightning.data.loader import Collate, EpochSteps, PromptSteps, StepLoader
-from rlhf_lightning.data.reading import Report
-from rlhf_lightning.data.row_store import RowStore
+from rlhf_lightning.data.row_store import Part, RowStore
 from rlhf_lightning.data.sources import parse_sources
 from rlhf_lightning.data.streaming import StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
@@ -93,8 +92,9 @@ class PromptDataModule(AlignmentDataModule):
         """Reads prompts."""
         limit = self.max_prompt_length or self.max_length
         return Encoder(
-            formats.prompt, formats.PROMPT_FORMS, self.columns, None, limit, self.as_chat, rendered=self.rendered
-        )
+            formats.prompt, formats.PROMPT_FORMS, self.columns, None, limit, self.as_chat, rendered=self.rendered,
+            hands_on=True,
+        )  # fmt: skip
 
     def collator(self) -> Collate:
         """Prompts numbered from 0."""
@@ -105,14 +105,9 @@ class PromptDataModule(AlignmentDataModule):
         parts = super().parts()
         if self.pretraining_sources:
             encoder = Encoder(
-                formats.demonstration,
-                formats.DEMONSTRATION_FORMS,
-                {},
-                self.max_length,
-                None,
-                self.as_chat,
-                rendered=self.rendered,
-            )
+                formats.demonstration, formats.DEMONSTRATION_FORMS, {}, self.max_length, None, self.as_chat,
+                rendered=self.rendered, turnwise=True, last_turn_only=self.last_turn_only,
+            )  # fmt: skip
             parts["pretraining"] = Part(self.pretraining_sources, None, encoder)
         return parts
 

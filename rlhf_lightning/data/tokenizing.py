@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.canonical import CanonicalRow, Row, RowRefused
+from rlhf_lightning.data.canonical import REASONS, CanonicalRow, Report, Row, RowRefused
 from rlhf_lightning.data.files import Unreadable
-from rlhf_lightning.data.formats import Form, Reader, check_columns
-from rlhf_lightning.data.reading import Report, read_row
+from rlhf_lightning.data.formats import Form, Reader, check_columns, read_row
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.tokenization import (
     Encoded,
@@ -24,12 +23,14 @@ from rlhf_lightning.tokenization import (
     encode_rendered,
     joined_steps,
     opening_ids,
+    render_answers,
     render_completion,
     render_prompt,
     render_steps,
+    render_turns,
     truncate,
 )
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.types import Message, Prompt
 
 CHUNK = 512
 PEEK = 100
@@ -79,6 +80,10 @@ class Outcome(NamedTuple):
         reason: why it is dropped, a key of `canonical.REASONS`; None if it is kept.
         truncated: which of ``prompt`` and ``completion`` lost tokens.
         escaped: whether a text of it spells a control token.
+        merged: whether prompt and completion would be encoded otherwise together.
+        split: whether each learned turn became a row.
+        last_turn: whether of several learned turns only the last is learned.
+        unused: columns and keys of turns that nothing reads.
     """
 
     row: CanonicalRow | None = None
@@ -86,6 +91,18 @@ class Outcome(NamedTuple):
     reason: str | None = None
     truncated: tuple[str, ...] = ()
     escaped: bool = False
+    merged: bool = False
+    split: bool = False
+    last_turn: bool = False
+    unused: tuple[str, ...] = ()
+
+
+class _Case(NamedTuple):
+    """One prompt with its completions, rendered: a row, or a learned turn of one."""
+
+    texts: list[Rendered]
+    context: Prompt | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,9 @@ class Encoder:
         separator: what stands between two steps, where the completions of a row are the steps of one.
         rendered: whether plain text was written by a chat template, so that control tokens in it are such.
         slots: columns that the objective asks for as numbers, by their new names.
+        turnwise: whether a conversation may become a row for each learned turn.
+        last_turn_only: whether only the last turn of the assistant is learned.
+        hands_on: whether further columns are read by somebody (a scorer).
     """
 
     read: Reader
@@ -117,6 +137,9 @@ class Encoder:
     separator: str | None = None
     rendered: bool = False
     slots: tuple[str, ...] = ()
+    turnwise: bool = False
+    last_turn_only: bool = False
+    hands_on: bool = False
 
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
@@ -173,6 +196,10 @@ class Encoder:
                 continue
             report.kept += 1
             report.escaped += outcome.escaped
+            report.merged += outcome.merged
+            report.split += outcome.split
+            report.last_turn += outcome.last_turn
+            report.leave_unused(outcome.unused)
             report.tokens += sum(sum(flags) for piece in outcome.encoded for flags in piece.supervised)
             for part in outcome.truncated:
                 report.truncated[part] = report.truncated.get(part, 0) + 1
@@ -181,44 +208,82 @@ class Encoder:
 
     def outcomes(self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable]) -> list[Outcome]:
         """Encode some rows at once; one outcome for each."""
-        read: list[CanonicalRow | RowRefused] = []
-        rendered: list[Rendered] = []
-        slots: list[dict[str, float]] = []  # of the rows that are read
+        read: list[tuple[CanonicalRow, list[_Case], dict[str, float]] | RowRefused] = []
         for row in rows:
             try:
                 canonical = read_row(row, self.read, self.as_chat, self.columns)
                 numbers = self._numbers(canonical)
-                rendered += self._render(tokenizer, canonical)
-                read.append(canonical)
-                slots.append(numbers)
+                read.append((canonical, self._render(tokenizer, canonical), numbers))
             except RowRefused as refusal:
                 read.append(refusal)
-        encoded, numbers_of = iter(encode_rendered(tokenizer, rendered)), iter(slots)
+        texts = [text for one in read if not isinstance(one, RowRefused) for case in one[1] for text in case.texts]
+        encoded = iter(encode_rendered(tokenizer, texts))
         done: list[Outcome] = []
         for one in read:
             if isinstance(one, RowRefused):
                 done.append(Outcome(reason=one.code))
                 continue
-            try:
-                parts = [next(encoded) for _ in range(len(one.completions) + (one.prompt is not None))]
-                done.append(self._encoded(tokenizer, one, parts, next(numbers_of)))
-            except RowRefused as refusal:
-                done.append(Outcome(reason=refusal.code))
+            canonical, cases, slots = one
+            parts = [[next(encoded) for _ in case.texts] for case in cases]
+            done.append(self._outcome(tokenizer, canonical, cases, parts, slots))
         return done
 
-    def _render(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[Rendered]:
+    def _render(self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow) -> list[_Case]:
         prompt, rendered = row.prompt, self.rendered
         try:
             if prompt is None:
                 whole = render_completion(tokenizer, str(row.completions[0]), "", rendered)
-                return [whole._replace(opening=opening_ids(tokenizer))]
-            asked = render_prompt(tokenizer, prompt, rendered)
+                return [_Case([whole._replace(opening=opening_ids(tokenizer))], None)]
             if self.separator is not None:
                 steps = [str(step) for step in row.completions]
-                return [asked, *render_steps(tokenizer, steps, self.separator, prompt, rendered)]
-            return [asked, *(render_completion(tokenizer, said, prompt, rendered) for said in row.completions)]
-        except TurnsRefused:
-            raise RowRefused("template_refuses") from None
+                texts = render_steps(tokenizer, steps, self.separator, prompt, rendered)
+                return [_Case([render_prompt(tokenizer, prompt, rendered), *texts], prompt)]
+            if self.turnwise and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+                turns = [*prompt, *_as_turns(row.completions[0])]
+                found = render_turns(tokenizer, turns, self.last_turn_only)
+                return [_Case([one.prompt, one.completion], one.context, one.weight) for one in found]
+            return [_Case(render_answers(tokenizer, prompt, row.completions, rendered, self.last_turn_only), prompt)]
+        except TurnsRefused as refusal:
+            reason = refusal.code.replace("-", "_")
+            raise RowRefused(reason if reason in REASONS else "template_refuses") from None
+
+    def _outcome(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        row: CanonicalRow,
+        cases: list[_Case],
+        parts: list[list[Encoded]],
+        slots: Mapping[str, float],
+    ) -> Outcome:
+        made: list[EncodedRow] = []
+        cuts: set[str] = set()
+        refusal: RowRefused | None = None
+        for case, encoded in zip(cases, parts, strict=True):
+            try:
+                one, cut = self._encoded(tokenizer, row, case, encoded, slots)
+                made += _apart(one) if self.apart else _pairs(one) if self.pairwise else [one]
+                cuts |= cut
+            except RowRefused as error:  # of several turns some may have been cut off
+                refusal = error
+        if not made:
+            return Outcome(reason=refusal.code if refusal is not None else "no_learned_turn")
+        every = [one for encoded in parts for one in encoded]
+        return Outcome(
+            row,
+            made,
+            None,
+            tuple(sorted(cuts, reverse=True)),
+            escaped=any(one.escaped for one in every),
+            merged=any(one.merges for one in every),
+            split=len(cases) > 1,
+            last_turn=any(text.last_turn for case in cases for text in case.texts),
+            unused=self._unused(row),
+        )
+
+    def _unused(self, row: CanonicalRow) -> tuple[str, ...]:
+        used = {*self.slots, *(("labels",) if self.separator is not None else ())}
+        columns = [] if self.hands_on else [f"column {name!r}" for name in row.columns if name not in used]
+        return (*columns, *(f"key {name!r} of turns" for name in row.unused))
 
     def _numbers(self, row: CanonicalRow) -> dict[str, float]:
         """Return what the row's slots hold."""
@@ -233,35 +298,43 @@ class Encoder:
         return found
 
     def _encoded(
-        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, parts: list[Encoded], slots: Mapping[str, float]
-    ) -> Outcome:
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        row: CanonicalRow,
+        case: _Case,
+        parts: list[Encoded],
+        slots: Mapping[str, float],
+    ) -> tuple[EncodedRow, set[str]]:
         if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
-            ids, flags, escaped = parts[0]
-            prompt, answers = ids[:1], [Encoded(ids[1:], flags[1:], escaped)]
+            whole = parts[0]
+            prompt, answers = whole.ids[:1], [whole._replace(ids=whole.ids[1:], supervised=whole.supervised[1:])]
             text: Prompt = tokenizer.decode(prompt, skip_special_tokens=True)
         else:
-            prompt, answers, text = parts[0].ids, parts[1:], row.prompt
+            prompt, answers, text = parts[0].ids, parts[1:], case.context or row.prompt
         if self.separator is not None:
             answers = [_judged(answers, row.columns["labels"])]
         if not prompt:
             raise RowRefused("empty_prompt")
         opening = opening_ids(tokenizer)
         keep = len(opening) if tuple(prompt[: len(opening)]) == opening else 0
-        whole = [answer.ids for answer in answers]
-        cut, completions = truncate(prompt, whole, self.max_length, self.max_prompt_length, keep)
+        full = [answer.ids for answer in answers]
+        cut, completions = truncate(prompt, full, self.max_length, self.max_prompt_length, keep)
         supervised = [one.supervised[: len(ids)] for ids, one in zip(completions, answers, strict=True)]
         if any(not any(flags) for flags in supervised):
             raise RowRefused("nothing_supervised")
         if len(completions) > 1 and all(ids == completions[0] for ids in completions):
             raise RowRefused("identical_completions")
-        cuts = ["prompt"] if len(cut) < len(prompt) else []
-        cuts += ["completion"] if any(len(a) < len(b) for a, b in zip(completions, whole, strict=True)) else []
+        cuts = {"prompt"} if len(cut) < len(prompt) else set()
+        cuts |= {"completion"} if any(len(a) < len(b) for a, b in zip(completions, full, strict=True)) else set()
         one = EncodedRow(
-            cut, completions, supervised, row.ranks, row.target, row.margin, row.weight, text, row.columns,
-            _number(row.completions[0] if row.prompt is None else row.prompt), slots=slots,
+            cut, completions, supervised, row.ranks, row.target, row.margin, row.weight * case.weight, text,
+            row.columns, _number(row.completions[0] if row.prompt is None else row.prompt), slots=slots,
         )  # fmt: skip
-        made = _apart(one) if self.apart else _pairs(one) if self.pairwise else [one]
-        return Outcome(row, made, None, tuple(cuts), any(part.escaped for part in parts))
+        return one, cuts
+
+
+def _as_turns(completion: str | list[Message]) -> list[Message]:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
 def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:
@@ -280,27 +353,19 @@ def _apart(row: EncodedRow) -> list[EncodedRow]:
 
 
 def _pairs(row: EncodedRow) -> list[EncodedRow]:
-    """All pairs of completions of different rank."""
-    pairs = []
-    for i, better in enumerate(row.ranks):
-        for j in range(len(row.ranks)):
-            if better < row.ranks[j] and row.completions[i] != row.completions[j]:
-                pairs.append(
-                    EncodedRow(
-                        row.prompt,
-                        [row.completions[i], row.completions[j]],
-                        [row.supervised[i], row.supervised[j]],
-                        [0, 1],
-                        row.target,
-                        row.margin,
-                        row.weight,
-                        row.text,
-                        row.columns,
-                        row.group,
-                        row.source,
-                        row.slots,
-                    )  # fmt: skip
-                )
+    """Return all pairs of completions of different rank."""
+    places = range(len(row.ranks))
+    pairs = [
+        replace(
+            row,
+            completions=[row.completions[i], row.completions[j]],
+            supervised=[row.supervised[i], row.supervised[j]],
+            ranks=[0, 1],
+        )
+        for i in places
+        for j in places
+        if row.ranks[i] < row.ranks[j] and row.completions[i] != row.completions[j]
+    ]
     if not pairs:
         raise RowRefused("identical_completions")
     return pairs

@@ -1,76 +1,237 @@
-"""Values of a row to texts and turns: one spelling of roles, no empty turn, a user in every prompt."""
+"""Values of a row to texts and turns, and the prompt that two completions share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from rlhf_lightning.data.canonical import ROLES, RowRefused
+from rlhf_lightning.data.canonical import ROLES, Row, RowRefused
 from rlhf_lightning.types import Message, Prompt
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+FLAGS = ("weight", "train", "trainable", "loss_mask", "loss")
+"""Keys of a turn that say how much it counts in the loss."""
+
+TURN_KEYS = {
+    "role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "tools", *THOUGHTS,
+    *FLAGS,
+}  # fmt: skip
+"""Keys of a turn that are read."""
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns, and types of the parts of a content, that hold no text."""
+
+LARGEST = 1e6
+"""Largest weight, and largest margin either way: beyond it a loss in single precision has no finite value."""
+
+_JSON_TURNS = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 
 
 def text_of(value: Any, reason: str) -> str:
-    """Text that says something; anything else is refused for that reason."""
+    """Return a text that is not blank; anything else is refused for that reason."""
     if not isinstance(value, str) or not value.strip():
         raise RowRefused(reason)
     return value
 
 
+def spells_turns(value: Any) -> bool:
+    """Tell whether a text is a list of messages written as JSON, or as Python would print it."""
+    return isinstance(value, str) and _JSON_TURNS.match(value) is not None
+
+
+def from_json(value: str, reason: str) -> Any:
+    """Parse JSON text; what is not valid is refused for that reason."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowRefused(reason) from None
+
+
 def messages_of(value: Any) -> list[Message]:
-    """Turns of a list of messages, with the roles of `ROLES`; no turn is empty."""
+    """Read a list of messages, in the roles of `ROLES`; no turn is empty."""
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list | tuple) or not value:
         raise RowRefused("malformed_messages")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, Mapping):
+    turns = [_message(turn) for turn in value]
+    return [turn for turn in turns if turn is not None]
+
+
+def _message(turn: Any) -> Message | None:
+    if not isinstance(turn, Mapping):
+        raise RowRefused("malformed_messages")
+    name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(name, str):
+        raise RowRefused("malformed_messages")
+    if name.lower() not in ROLES:
+        raise RowRefused("unknown_role")
+    role = ROLES[name.lower()]
+    content, thought = _text_of_parts(content)
+    calls = _calls_of(turn, name, content)
+    made: Message = {"role": role, "content": "" if name == "function_call" else content or ""}
+    for key in THOUGHTS:
+        if turn.get(key) is not None and not isinstance(turn[key], str):
             raise RowRefused("malformed_messages")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # parts, of which only text can be learned from
-            texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-            content = "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
-        if not isinstance(role, str) or not (content is None or isinstance(content, str)):
+        thought = thought or turn.get(key) or ""
+    if thought.strip() and role == "assistant":
+        made["reasoning_content"] = thought
+    if calls:
+        made["tool_calls"] = calls
+    made |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    if (weight := _weight_of(turn, role)) != 1:
+        made["weight"] = weight
+    if not made["content"].strip() and not calls and role != "tool":
+        if role == "system":
+            return None  # an empty system prompt is often a mere placeholder
+        raise RowRefused("empty_turn")
+    return made
+
+
+def _text_of_parts(content: Any) -> tuple[str | None, str]:
+    """Return the text of a content, and the thought in it; a content may be a list of parts."""
+    if content is None or isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list | tuple):
+        raise RowRefused("malformed_messages")
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if str(kind).removeprefix("input_").removesuffix("_url") in MEDIA:
+            raise RowRefused("media")
+        text = part.get("thinking" if kind == "thinking" else "text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
             raise RowRefused("malformed_messages")
-        if role.lower() not in ROLES:
-            raise RowRefused("unknown_role")
-        if content is None or not content.strip():
-            if ROLES[role.lower()] == "system":
-                continue  # an empty system prompt says nothing, and is often a mere placeholder
-            raise RowRefused("empty_turn")
-        turns.append({"role": ROLES[role.lower()], "content": content})
+        (thoughts if kind == "thinking" else texts).append(text)
+    return "".join(texts), "".join(thoughts)
+
+
+def _calls_of(turn: Mapping[str, Any], name: str, content: str | None) -> list[dict[str, Any]]:
+    calls = turn.get("tool_calls") or turn.get("function_call") or []
+    if name == "function_call":
+        calls = from_json(text_of(content, "bad_tool_call"), "bad_tool_call")
+    elif isinstance(calls, str):
+        calls = from_json(calls, "bad_tool_call")
+    if calls and ROLES[name.lower()] != "assistant":
+        raise RowRefused("bad_tool_call")
+    return [_call(one) for one in ([calls] if isinstance(calls, Mapping) else calls)]
+
+
+def _call(value: Any) -> dict[str, Any]:
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowRefused("bad_tool_call")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = from_json(arguments, "bad_tool_call") if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise RowRefused("bad_tool_call")
+    made: dict[str, Any] = {"type": "function"}
+    if isinstance(value.get("id"), str):
+        made["id"] = value["id"]
+    return {**made, "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _weight_of(turn: Mapping[str, Any], role: str) -> float:
+    weight = 1.0
+    given = [turn[key] for key in FLAGS if turn.get(key) is not None]
+    for value in given:
+        if not isinstance(value, bool | int | float) or not 0 <= value <= LARGEST:
+            raise RowRefused("bad_turn_weight")
+        weight *= float(value)
+    if role != "assistant":
+        if any(given):
+            raise RowRefused("trained_turn")
+        return 1.0
+    return weight
+
+
+def tools_of(value: Any) -> list[Any]:
+    """Read the descriptions of tools: a list of objects, or JSON text."""
+    if isinstance(value, str):
+        value = from_json(value, "bad_tool_call") if value.strip() else []
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
+        raise RowRefused("bad_tool_call")
+    found = [_without_nulls(one) for one in value]  # tables fill in nulls where another row's tool has a key
+    if not all(isinstance(one.get("function", one).get("name"), str) for one in found):
+        raise RowRefused("bad_tool_call")
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def history_of(value: Any) -> list[Message]:
+    """Read earlier turns: messages, or pairs of a question and an answer."""
+    if value is None or (isinstance(value, list | tuple) and not value):
+        return []
+    if not isinstance(value, list | tuple):
+        raise RowRefused("bad_history")
+    if all(isinstance(one, Mapping) for one in value):
+        return messages_of(value)
+    turns: list[Message] = []
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowRefused("bad_history")
+        asked, said = (text_of(one, "bad_history") for one in pair)
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     return turns
 
 
+def unused_keys(values: Iterable[Any]) -> Iterator[str]:
+    """Yield the keys of turns that nothing reads, from the columns of a row."""
+    for value in values:
+        for turn in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(turn, Mapping) and ("role" in turn or "from" in turn):
+                yield from (str(key) for key, one in turn.items() if key not in TURN_KEYS and one is not None)
+
+
 def with_user(turns: list[Message]) -> list[Message]:
-    """The turns, if there is a user's among them."""
+    """Return the turns if a user's is among them."""
     if not any(turn["role"] == "user" for turn in turns):
         raise RowRefused("no_user_turn")
     return turns
 
 
 def prompt_of(value: Any) -> Prompt:
-    """A prompt: text, or turns with a user's among them."""
-    if isinstance(value, list | tuple) and value:
+    """Read a prompt: text, or turns with a user's among them."""
+    if isinstance(value, list | tuple | Mapping) and value:
         return with_user(messages_of(value))
+    if spells_turns(value):
+        raise RowRefused("json_text")
     return text_of(value, "empty_prompt")
 
 
 def completion_of(value: Any) -> str | list[Message]:
-    """A completion: text, or turns up to the assistant's last."""
-    if isinstance(value, list | tuple) and value:
+    """Read a completion: text, or turns up to the assistant's last."""
+    if isinstance(value, list | tuple | Mapping) and value:
         turns = messages_of(value)
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()
         if not turns:
             raise RowRefused("no_assistant_turn")
+        if all(turn.get("weight", 1) == 0 for turn in turns if turn["role"] == "assistant"):
+            raise RowRefused("no_learned_turn")
         return turns
+    if spells_turns(value):
+        raise RowRefused("json_text")
     return text_of(value, "empty_completion")
 
 
 def parted(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The turns before the first of the assistant, and the rest up to its last."""
+    """Split into the turns before the first of the assistant, and the rest up to its last."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         raise RowRefused("no_assistant_turn")
+    if all(turns[i].get("weight", 1) == 0 for i in answers):
+        raise RowRefused("no_learned_turn")
     return with_user(turns[: answers[0]]), turns[answers[0] : answers[-1] + 1]
 
 
@@ -82,3 +243,105 @@ def one_style(prompt: Prompt, completions: list[Any], as_chat: bool) -> tuple[Pr
     if any(c[0]["role"] != "assistant" for c in turned):
         raise RowRefused("prompts_differ")
     return prompt, completions
+
+
+def context_of(row: Row) -> set[str]:
+    """Return which of the columns ``system``, ``history`` and ``tools`` a row has."""
+    systems = {"system"} if isinstance(row.get("system", 0), str | None) else set()
+    return systems | {name for name in ("history", "tools") if name in row}
+
+
+def in_context(row: Row, prompt: Prompt) -> Prompt:
+    """Put a row's ``system``, ``history`` and ``tools`` into its prompt, which becomes messages."""
+    system, history = row.get("system"), history_of(row.get("history"))
+    if context_of(row) - {"tools"}:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(system, str) and system.strip():
+            first = prompt[0] if prompt[0]["role"] == "system" else None
+            if first is not None and first["content"].strip() != system.strip():
+                raise RowRefused("two_systems")
+            prompt = prompt if first is not None else [{"role": "system", "content": system}, *prompt]
+        begins = 1 if prompt[0]["role"] == "system" else 0
+        prompt = [*prompt[:begins], *history, *prompt[begins:]]
+    if tools := tools_of(row.get("tools")):
+        if isinstance(prompt, str):
+            raise RowRefused("tools_without_messages")
+        prompt = [{**prompt[0], "tools": tools}, *prompt[1:]]
+    return prompt
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def pair_of(row: Row, explicit: bool) -> tuple[Prompt, list[Any]]:
+    """Read the prompt of a pair, and its two completions, chosen first.
+
+    Args:
+        row: has ``chosen`` and ``rejected``, and ``prompt`` if it is explicit.
+        explicit: whether the prompt has a column of its own; otherwise it is what both sides begin with.
+
+    Raises:
+        RowRefused: if the two sides do not answer one prompt.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, list | Mapping) and isinstance(rejected, list | Mapping):
+        both = [messages_of(chosen), messages_of(rejected)]
+        if explicit and all(turns and turns[0]["role"] == "assistant" for turns in both):
+            return prompt_of(row["prompt"]), [completion_of(chosen), completion_of(rejected)]
+        return _common_turns(*both)  # some sets repeat the prompt in both columns
+    if explicit:
+        return prompt_of(row["prompt"]), [completion_of(chosen), completion_of(rejected)]
+    texts = [text_of(chosen, "empty_completion"), text_of(rejected, "empty_completion")]
+    if any(map(spells_turns, texts)):
+        raise RowRefused("json_text")
+    if any(_MARKER.search("\n\n" + text.lstrip()) for text in texts):
+        return _transcripts(*texts)
+    return _common_text(*texts)
+
+
+def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, list[Any]]:
+    if chosen == rejected:
+        raise RowRefused("identical_completions")
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None or any(turns[same]["role"] != "assistant" for turns in (chosen, rejected)):
+        raise RowRefused("prompts_differ")
+    return with_user(chosen[:same]), [completion_of(chosen[same:]), completion_of(rejected[same:])]
+
+
+def _common_text(chosen: str, rejected: str) -> tuple[Prompt, list[Any]]:
+    if chosen == rejected:
+        raise RowRefused("identical_completions")
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None:
+        same = min(len(chosen), len(rejected))
+    if same and chosen[same - 1] == " ":
+        same -= 1  # the space belongs to the word after it
+    prompt = text_of(chosen[:same], "empty_prompt")
+    return prompt, [text_of(chosen[same:], "empty_completion"), text_of(rejected[same:], "empty_completion")]
+
+
+_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_INLINE = re.compile(r"\b(Human|Assistant) ?:")
+
+
+def _transcripts(chosen: str, rejected: str) -> tuple[Prompt, list[Any]]:
+    """Read the turns of two whole transcripts that share all but their last turn."""
+    both = []
+    for text in (chosen, rejected):
+        head, *rest = _MARKER.split("\n\n" + text.lstrip())
+        if head.strip():
+            raise RowRefused("no_user_turn")
+        roles = {"Human": "user", "Assistant": "assistant"}
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        both.append([{"role": roles[role], "content": content.strip()} for role, content in pairs])
+    turns = both[0] + both[1]
+    if any(not turn["content"] for turn in turns):
+        raise RowRefused("empty_turn")
+    if both[0][:-1] != both[1][:-1]:
+        raise RowRefused("prompts_differ")
+    for one in both:
+        if [turn["role"] for turn in one] != ["user", "assistant"] * (len(one) // 2) or not one:
+            raise RowRefused("turns_do_not_alternate")
+    if any(_INLINE.search(turn["content"]) for turn in turns):
+        raise RowRefused("inline_role_marker")
+    return both[0][:-1], [[both[0][-1]], [both[1][-1]]]

@@ -126,8 +126,7 @@ def given_rows(path: str) -> list[CanonicalRow]:
         DataError: no row has two completions.
     """
     from rlhf_lightning.data.canonical import REASONS, RowRefused
-    from rlhf_lightning.data.formats import preference_with_ties
-    from rlhf_lightning.data.reading import read_row
+    from rlhf_lightning.data.formats import preference_with_ties, read_row
     from rlhf_lightning.data.sources import Source, read_rows
 
     if not Path(path).exists():

@@ -199,7 +199,9 @@ def _encode_after(
     if not facts.anchor:
         return _encode(tokenizer, [text for text, _ in texts], split)
     anchored = [bool(text) and bool(before) and not _spaced(facts, before) for text, before in texts]
-    found = _encode(tokenizer, ["\n" + text if put else text for (text, _), put in zip(texts, anchored, strict=True)], split)
+    found = _encode(
+        tokenizer, ["\n" + text if put else text for (text, _), put in zip(texts, anchored, strict=True)], split
+    )
     size = len(facts.anchor)
     for place, (text, _) in enumerate(texts):
         if anchored[place]:

@@ -280,7 +280,7 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a completion: EOS, and the chat template's ends of a turn where those are other tokens."""
+    """Return the ids that end a completion: EOS, and the chat template's ends of a turn."""
     return facts_of(tokenizer).ends
 
 

@@ -5,7 +5,7 @@ with its generation prompt; the completion is what the rendering with the answer
 renders earlier turns otherwise once the conversation goes on (it drops old thoughts), every learned turn gets a prompt
 of its own, see `render_turns`.
 
-What spells a control token in a content is replaced by a guard before rendering (`\\ue000`, a number, `\\ue001`), so that
+What spells a control token in a content is replaced by a guard before rendering (U+E000, a number, U+E001), so that
 control tokens in the text are the template's own. `encoding` puts the spelling back, as plain characters.
 """
 
@@ -330,9 +330,7 @@ class _Conversation:
             "the chat template renders an answer so that it does not continue the generation prompt",
         )
 
-    def _after_opening(
-        self, asked: str, header: str, tags: tuple[str, str] | None, turn: str, message: Message
-    ) -> str:
+    def _after_opening(self, asked: str, header: str, tags: tuple[str, str] | None, turn: str, message: Message) -> str:
         """Return a turn's text after its generation prompt, which may have opened or closed a thought."""
         if tags is None:
             return turn.lstrip() if asked[-1:].isspace() else turn

@@ -370,4 +370,3 @@ def _check_name(name: Any) -> None:
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
-

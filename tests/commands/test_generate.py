@@ -128,7 +128,7 @@ def test_rows_without_a_prompt_are_counted_and_named(policy_folder, capsys):
     )
     assert len(rows) == 1
     told = capsys.readouterr().err
-    assert "2 rows: the prompt is empty, or no text" in told and "1 rows: the line is not a JSON object" in told
+    assert "2 rows: the prompt is empty, or not text" in told and "1 rows: the line is not a JSON object" in told
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from conftest import refused
 from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
 from rlhf_lightning.data.canonical import REASONS
 from rlhf_lightning.data.files import UNREADABLE
-from rlhf_lightning.data.kinds import kind_of
-from rlhf_lightning.data.pairs import Preferences
+from rlhf_lightning.data.findings import Preferences
+from rlhf_lightning.data.formats import kind_of
 
 
 def pair(prompt, chosen, rejected, **columns):

@@ -157,7 +157,7 @@ REFUSED = [
     (demonstration, {"messages": "hello"}, "malformed_messages"),
     (demonstration, {"messages": [user("p"), "c"]}, "malformed_messages"),
     (demonstration, {"messages": [user("p"), {"role": 1, "content": "c"}]}, "malformed_messages"),
-    (demonstration, {"messages": [user([{"type": "image"}]), assistant("c")]}, "malformed_messages"),
+    (demonstration, {"messages": [user([{"type": "image"}]), assistant("c")]}, "media"),
     (demonstration, {"messages": [user("p"), assistant("")]}, "empty_turn"),
     (demonstration, {"messages": [user("p"), assistant(None)]}, "empty_turn"),
     (demonstration, {"messages": [user("p"), {"role": "user<|end|>", "content": "c"}]}, "unknown_role"),
@@ -212,7 +212,7 @@ def test_misnamed_columns_are_named_with_the_nearest_right_one():
         check_columns(["promt", "choosen", "rejected", "id"], PREFERENCE_FORMS, "pairs.jsonl")
     said = str(error.value)
     assert said.startswith("pairs.jsonl has the columns 'promt', 'choosen', 'rejected', 'id'")
-    assert "prompt + chosen + rejected; chosen + rejected; prompt + completions" in said
+    assert "prompt + chosen + rejected; conversations + chosen + rejected; " in said
     assert "Did you mean 'prompt' by 'promt'?" in said and "Did you mean 'chosen' by 'choosen'?" in said
     assert "columns: {question: prompt}" in said
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.data.canonical import REASONS, RowRefused
-from rlhf_lightning.data.formats import demonstration, preference, unpaired
-from rlhf_lightning.data.reading import read_row
+from rlhf_lightning.data.formats import demonstration, preference, read_row, unpaired
 from rlhf_lightning.tokenization import encoding
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "experiments" / "reliability"))

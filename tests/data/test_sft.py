@@ -165,8 +165,8 @@ def test_the_report_is_read_aloud(ready, write_rows, caplog):
     data = ready(SFTDataModule(source))
     said = data.report.describe("rows")
     assert said == (
-        "rows: 4 rows read, 2 kept, dropped: 1 empty_prompt (the prompt is empty, or no text), "
-        "1 empty_completion (a completion is empty, or no text)."
+        "rows: 4 rows read, 2 kept, dropped: 1 empty_prompt (the prompt is empty, or not text), "
+        "1 empty_completion (a completion is empty, or not text)."
     )
     assert data.report.metrics["data/dropped_empty_prompt"] == 1.0
     assert said.removeprefix("rows") in caplog.text

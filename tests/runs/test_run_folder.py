@@ -11,7 +11,7 @@ from conftest import refused
 from tiny_run import BASIC, rows_of
 
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.data.reading import Report
+from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.runs import ModelExport, PredictionWriter
 from rlhf_lightning.runs.manifest import describe_data, git_state
 from rlhf_lightning.runs.run import checked_run_name, find_run, reserve_version

@@ -1,0 +1,191 @@
+"""DataModules of demonstrations, preferences, judged completions and judged steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_lightning.data import collation, formats
+from rlhf_lightning.data.batching import shuffled
+from rlhf_lightning.data.datamodule import AlignmentDataModule
+from rlhf_lightning.data.loader import Collate, StepLoader
+from rlhf_lightning.data.row_store import RowStore
+from rlhf_lightning.data.tokenizing import Encoder
+from rlhf_lightning.errors import DataError
+from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, ProcessBatch, RankedBatch, UnpairedBatch
+
+
+class SFTDataModule(AlignmentDataModule):
+    """Demonstrations: ``messages``, ``prompt`` + ``completion``, ``input`` + ``output``, ``instruction`` (+ ``input``)
+    + ``output``, or ``text`` alone (every token after the first is learned).
+
+    In a conversation of several turns every turn of the assistant is learned, with its end token, and no other.
+
+    Args:
+        source: where the demonstrations come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (DemonstrationBatch,)
+    judgements = "demonstration"
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads demonstrations."""
+        return Encoder(
+            formats.demonstration, formats.DEMONSTRATION_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat, rendered=self.rendered, turnwise=True, last_turn_only=self.last_turn_only,
+        )  # fmt: skip
+
+    def collator(self) -> Collate:
+        """One completion for each prompt."""
+        return collation.demonstrations
+
+
+class PreferenceDataModule(AlignmentDataModule):
+    """Preferences: ``prompt`` + ``chosen`` + ``rejected``, ``chosen`` + ``rejected`` with the prompt in both (turns, or
+    a transcript of Human and Assistant), or ``prompt`` + ``completions`` best first (+ ``ranks``, equal ones are ties).
+
+    Two completions with a verdict are read too: ``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2, 0
+    or "tie" for neither), or ``labels``, the votes of several. The better one is chosen, and the mean vote is its
+    ``preference``: 0.5 for a tie.
+
+    ``preference`` is the probability that chosen is the better one, ``margin`` its rated strength. A module that takes
+    pairs gets every pair of different rank of a ranked list; one that takes ranked groups gets a pair as a group of
+    two.
+
+    Args:
+        source: where the preferences come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (PreferenceBatch, RankedBatch)
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads preferences."""
+        read = formats.preference_with_ties if self.needs.ties else formats.preference
+        return Encoder(
+            read, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat, pairwise=self.batch_type is PreferenceBatch, rendered=self.rendered,
+            last_turn_only=self.last_turn_only,
+        )  # fmt: skip
+
+    def collator(self) -> Collate:
+        """Pairs, or groups of ranked completions."""
+        return collation.pairs if self.batch_type is PreferenceBatch else collation.groups
+
+
+class UnpairedDataModule(AlignmentDataModule):
+    """Rows judged alone: ``prompt`` + ``completion`` + ``label`` or ``messages`` + ``label``, the label true or 1 for a
+    good completion, false, 0 or -1 for a bad one. A preference (``chosen`` + ``rejected``) becomes two rows.
+
+    Where the module asks for them (KTO), every prompt also comes with a completion of another row. Who gets whose is
+    fixed with the data and the seed: it depends neither on the epoch nor on how steps are cut, and the completion never
+    answers the same prompt.
+
+    Args:
+        source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (UnpairedBatch,)
+    judgements = "unpaired"
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads judged completions."""
+        return Encoder(
+            formats.unpaired, formats.UNPAIRED_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat, apart=True, rendered=self.rendered, last_turn_only=self.last_turn_only,
+        )  # fmt: skip
+
+    def setup(self, stage: str) -> None:
+        """Map the encoded rows into memory and fix who gets whose completion, held-out rows apart."""
+        super().setup(stage)
+        self.partners: dict[int, dict[int, int]] = {}
+        if self.needs.mismatched and not self.streaming:
+            for store, rows in ((self.store, self.train_rows), (self.eval_store, self.held_out)):
+                if len(rows):
+                    known = self.partners.setdefault(id(store), {})
+                    known.update(mismatched_rows(store.arrays["group"], rows, self.seed))
+
+    def collator(self) -> Collate:
+        """One judged completion for each prompt."""
+        return self._collate
+
+    def _collate(self, store: RowStore, rows: Sequence[int]) -> UnpairedBatch:
+        if not self.needs.mismatched:
+            return collation.unpaired(store, rows)
+        partners = self.partners.get(id(store))
+        if partners is None:  # a step of a stream knows no other rows than its own
+            partners = mismatched_rows(store.arrays["group"], np.arange(len(store)), self.seed)
+        return collation.unpaired(store, rows, partners, self.max_length)
+
+
+def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int, int]:
+    """Return for each row another one, of another prompt, whose completion is put after its prompt.
+
+    Rows are put in a shuffled ring and look back along it to the first row of another prompt.
+
+    Args:
+        groups: number of each stored row's prompt.
+        rows: the rows to pair.
+        seed: seed of the ring.
+
+    Raises:
+        DataError: all rows have one prompt.
+    """
+    ring = rows[shuffled(len(rows), seed, 0)]
+    prompts = groups[ring]
+    if (prompts == prompts[0]).all():
+        raise DataError(
+            "one-prompt",
+            f"all {len(rows)} rows have the same prompt, and mismatched completions (KTO) need "
+            "at least two prompts; add rows of other prompts",
+        )
+    pairs = {}
+    for place, row in enumerate(ring.tolist()):
+        back = place - 1
+        while prompts[back] == prompts[place]:
+            back -= 1
+        pairs[row] = int(ring[back])
+    return pairs
+
+
+class ProcessDataModule(AlignmentDataModule):
+    """Stepwise judgements: ``prompt`` + ``completions`` (the steps of one completion, in order) + ``labels`` (for each
+    step true or false, the probability that it is right, or null where nobody judged it).
+
+    Each step is encoded by itself, followed by the module's ``step_separator``, the last one by the end token instead,
+    and judged at its last token. The tokens of a step that the counts speak of (``progress/tokens``, the mean of the
+    loss) are these: the judged steps. Truncation takes the steps that it cuts out of the loss.
+
+    Args:
+        source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
+    """
+
+    batch_types = (ProcessBatch,)
+
+    def __init__(self, source: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+
+    def encoder(self) -> Encoder:
+        """Reads judged steps."""
+        return Encoder(
+            formats.process, formats.PROCESS_FORMS, self.columns, self.max_length, self.max_prompt_length,
+            self.as_chat, separator=self.needs.step_separator, rendered=self.rendered,
+        )  # fmt: skip
+
+    def collator(self) -> Collate:
+        """One completion for each prompt, with its steps' labels."""
+        return collation.judged_steps
+
+    def predict_dataloader(self) -> StepLoader:
+        """Held-out rows, else the training rows, with their completions."""
+        return self._in_order(*self._shown(), self.collator())
