@@ -144,12 +144,12 @@ class Report:
 
     def __add__(self, other: Report) -> Report:
         """Add up the counts."""
-        mine: dict[str, Any] = vars(self)
-        theirs = vars(other)
-        return Report(**{
-            name: dict(Counter(value) + Counter(theirs[name])) if isinstance(value, dict) else value + theirs[name]
-            for name, value in mine.items()
-        })  # fmt: skip
+        summed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            other_value = vars(other)[name]
+            both = isinstance(value, dict)
+            summed[name] = dict(Counter(value) + Counter(other_value)) if both else value + other_value
+        return Report(**summed)
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from rlhf_lightning.data.feedback.database import NO_LIMIT, item_of, judgements_of
 from rlhf_lightning.data.feedback.records import STRENGTHS, Item, StoredJudgement, digest
 from rlhf_lightning.data.formats import ALL_FORMS, LABELS
+from rlhf_lightning.data.turns import MEDIA
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.functional.agreement import annotator_reliability
 
@@ -23,7 +24,7 @@ Labels = Literal["mean", "reliability"]
 Row = dict[str, Any]
 Reliabilities = Mapping[str, float] | None
 
-TAKEN_COLUMNS = {name for form in ALL_FORMS for name in form} | {*LABELS, "ranks", "prompts"}
+TAKEN_COLUMNS = {name for form in ALL_FORMS for name in form} | {*LABELS, *MEDIA, "ranks", "prompts", "system", "history", "tools"}
 """Columns that a form or a label uses. A prompt's own ones would pass for judgements, so rows leave them out."""
 
 
