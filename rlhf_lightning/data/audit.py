@@ -16,8 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.canonical import REASONS, CanonicalRow, Row, RowRefused
-from rlhf_lightning.data.files import Unreadable
-from rlhf_lightning.data.findings import (
+from rlhf_lightning.data.defects import (
     CONTROL_TOKENS,
     DAMAGE,
     SPEAKERS,
@@ -27,6 +26,7 @@ from rlhf_lightning.data.findings import (
     key_of,
     normalised,
 )
+from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.formats import KINDS, read_row
 from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Encoder, Outcome
 from rlhf_lightning.functional.statistics import wilson_interval

@@ -5,8 +5,8 @@ from conftest import refused
 
 from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
 from rlhf_lightning.data.canonical import REASONS
+from rlhf_lightning.data.defects import Preferences
 from rlhf_lightning.data.files import UNREADABLE
-from rlhf_lightning.data.findings import Preferences
 from rlhf_lightning.data.formats import kind_of
 
 
