@@ -453,13 +453,13 @@ def test_a_refusal_without_a_code_would_be_seen():
 def test_a_wrong_import_would_be_seen():
     """The reading above finds imports in functions, under conditions and in every spelling."""
     tree = ast.parse(
-        "def f():\n    from rlhf_lightning import modules\nif True:\n    import rlhf_lightning.data.with_completions as d\n"
+        "def f():\n    from rlhf_lightning import modules\nif True:\n    import rlhf_lightning.data.prompts as d\n"
     )
     assert {name for _, name in imported_modules(tree)} == {
-        "rlhf_lightning.data.with_completions",
+        "rlhf_lightning.data.prompts",
         "rlhf_lightning.modules",
     }
-    assert imports_at_module_level(tree) == ["rlhf_lightning.data.with_completions"]
+    assert imports_at_module_level(tree) == ["rlhf_lightning.data.prompts"]
 
 
 BUILDING_BLOCKS = {
