@@ -503,7 +503,7 @@ def test_every_function_has_a_user():
 # one thing. Any other file name stands once.
 NOUNS = {
     "audit", "coupled", "critic_free", "distillation", "export", "loading", "offline", "on_policy",
-    "online_preference", "preference", "process", "ranking", "sft", "unpaired",
+    "online_preference", "preference", "process", "ranking", "unpaired",
 }  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 from rlhf_lightning.data.batching import BatchPlan, PlannedStep
 from rlhf_lightning.data.datamodule import AlignmentDataModule
-from rlhf_lightning.data.prompts import PromptDataModule
-from rlhf_lightning.data.with_completions import (
+from rlhf_lightning.data.offline import (
     PreferenceDataModule,
     ProcessDataModule,
     SFTDataModule,
     UnpairedDataModule,
 )
+from rlhf_lightning.data.prompts import PromptDataModule
 
 __all__ = [
     "AlignmentDataModule", "BatchPlan", "PlannedStep", "PreferenceDataModule", "ProcessDataModule",

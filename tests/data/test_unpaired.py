@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.data import UnpairedDataModule
 from rlhf_lightning.data.formats import unpaired
-from rlhf_lightning.data.with_completions import mismatched_rows
+from rlhf_lightning.data.offline import mismatched_rows
 from rlhf_lightning.types import DataNeeds, UnpairedBatch
 
 ROWS = [
