@@ -1,6 +1,7 @@
 """A new shipped objective is a class, a YAML file and a test: everything else finds it by itself."""
 
 import ast
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -82,4 +83,5 @@ def test_type_checkers_read_every_file_that_exports(room: str) -> None:
     kinds = shipped_classes(f"rlhf_lightning.{room}", base.Scorer if room == "scoring" else object)
     missing = {kind.__module__ for kind in kinds.values()} - read
     assert not missing, f"add a star import below TYPE_CHECKING in {room}/__init__.py: {sorted(missing)}"
+    assert not [name for name in read if importlib.util.find_spec(name) is None], "a star import of a file that is gone"
     assert {name for name in base.__all__ if hasattr(base, name)} == set(base.__all__)

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from functional.pair_losses import dpo_loss
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import kl_k1, masked_whiten
 from rlhf_lightning.functional.policy_gradient import token_rewards
-from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.modules import (
     BCOModule,
     DPOModule,

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from functional.pair_losses import dpo_loss
 from wrong_objectives import caught_by
 
-from rlhf_lightning.functional.preference import dpo_loss
 from rlhf_lightning.modules import IterativeDPOModule, NashMDModule, OnlineDPOModule, XPOModule
 from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.rollout import RolloutModule

@@ -7,6 +7,7 @@ import contextvars
 import inspect
 import os
 import shutil
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -146,7 +147,10 @@ class TrainParser(PlainParser, LightningArgumentParser):
         self.formatter_class = HelpFormatter
         needed = "".join(sorted(f" --{action.dest} VALUE" for action in parser_actions(self) if action.required))
         self.usage = f"rlhf fit --model {kind.__name__}{needed} [--model.SETTING VALUE ...] --data CLASS ..."
-        self.description = "\n\n".join(filter(None, [title, doc.short_description, doc.long_description]))
+        files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
+        parts = (part for text in files for part in text.strip().split("\n\n"))
+        notation = next((part for part in parts if part.startswith("Notation:")), None)
+        self.description = "\n\n".join(filter(None, [title, doc.short_description, doc.long_description, notation]))
         assert self.groups is not None
         self.groups["model"].title = "settings"
 

@@ -1,21 +1,26 @@
-"""From a judge's log-probabilities to preference labels (Constitutional AI, arXiv 2212.08073).
+"""From verdicts of judges and people to preference labels, and how far the judges and people agree.
 
-A judge sees two completions as options A and B and names one. Tensors have one entry per comparison.
+A judge sees two completions as options A and B and names one (Constitutional AI, arXiv 2212.08073). Tensors have one
+entry per comparison unless said otherwise.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
+# --- labels from log-probabilities -----------------------------------------------------------------------------------
+
 
 def option_logprobs(variant_logprobs: Tensor) -> Tensor:
     """Log-probability of an option that may be written in several ways ("A", " A", "(A)"): their logsumexp.
 
     Args:
-        variant_logprobs: shape (comparisons, variants); minus infinity where a way does not apply.
+        variant_logprobs: shape (comparisons, variants); minus infinity where a variant does not apply.
     """
     return at_least_float32(variant_logprobs).logsumexp(-1)
 
@@ -23,9 +28,9 @@ def option_logprobs(variant_logprobs: Tensor) -> Tensor:
 def preference_probability(
     first_logprobs: Tensor, second_logprobs: Tensor, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    r"""Probability that the judge prefers the first option, sigmoid(l_A - l_B), held within [low, high].
+    r"""Probability that the judge prefers the first option, sigmoid(l_A - l_B), clamped to [low, high].
 
-    Normalising over the two options matters, as a judge puts mass on other tokens too.
+    The two options are normalised, since a judge gives some probability to other tokens.
 
     Args:
         first_logprobs: l_A, shape (comparisons,).
@@ -38,11 +43,11 @@ def preference_probability(
 
 
 def debiased_probability(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; equal ones give 1/2 to the bit.
+    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; exactly 1/2 for equal p.
 
     Args:
-        probability: p, that the first option wins where the completion stands first, shape (comparisons,).
-        swapped_probability: p_swapped, that the first option wins where it stands second, shape (comparisons,).
+        probability: p, that the first option wins where the completion comes first, shape (comparisons,).
+        swapped_probability: p_swapped, that the first option wins where it comes second, shape (comparisons,).
     """
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return (probability - swapped_probability) / 2 + 0.5
@@ -52,8 +57,8 @@ def debiased_probability_from_logits(logit: Tensor, swapped_logit: Tensor) -> Te
     r"""Preference for a completion with the log-odds averaged over both orders, sigmoid((z - z_swapped) / 2).
 
     Args:
-        logit: z = l_A - l_B where the completion stands first, shape (comparisons,).
-        swapped_logit: l_A - l_B where it stands second, shape (comparisons,).
+        logit: z = l_A - l_B where the completion comes first, shape (comparisons,).
+        swapped_logit: l_A - l_B where it comes second, shape (comparisons,).
     """
     require_shape("comparisons", logit=logit, swapped_logit=swapped_logit)
     return torch.sigmoid((at_least_float32(logit) - at_least_float32(swapped_logit)) / 2)
@@ -62,18 +67,18 @@ def debiased_probability_from_logits(logit: Tensor, swapped_logit: Tensor) -> Te
 def verdict(probability: Tensor, swapped_probability: Tensor) -> Tensor:
     """1 where both orders prefer the completion, 0 where neither does, 0.5 (a tie) where they disagree.
 
-    The share of comparisons that are no tie is the judge's consistency.
+    The judge's consistency is the share of comparisons that are not ties.
 
     Args:
-        probability: that the first option wins where the completion stands first, shape (comparisons,).
-        swapped_probability: that the first option wins where it stands second, shape (comparisons,).
+        probability: that the first option wins where the completion comes first, shape (comparisons,).
+        swapped_probability: that the first option wins where it comes second, shape (comparisons,).
     """
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return ((probability - 0.5).sign() - (swapped_probability - 0.5).sign()).div(2).trunc() / 2 + 0.5
 
 
 def position_bias(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    """Mean preference for whatever stands first, minus a half; 0 for a judge that ignores order.
+    """Mean preference for the option that comes first, minus a half; 0 for a judge that ignores order.
 
     Args:
         probability: that the first option wins, in one order, shape (comparisons,).
@@ -84,7 +89,7 @@ def position_bias(probability: Tensor, swapped_probability: Tensor) -> Tensor:
 
 
 def label_entropy(probability: Tensor) -> Tensor:
-    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 of one that cannot tell, 0 of a sure one.
+    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 for p = 1/2, 0 for a certain label.
 
     Args:
         probability: p, shape (comparisons,).
@@ -95,12 +100,79 @@ def label_entropy(probability: Tensor) -> Tensor:
     return entropy
 
 
+# --- agreement -------------------------------------------------------------------------------------------------------
+
+
 def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:
-    """1 where a judge prefers what people prefer, 0 where it prefers the other, 0.5 where it cannot tell.
+    """1 where a judge prefers what people prefer, 0 where it prefers the other, 0.5 where either has a tie.
 
     Args:
         preference: the judge's probability that the first completion is better, shape (comparisons,).
-        human_preference: people's, same shape; none is 0.5.
+        human_preference: people's, same shape; 0.5 is a tie.
     """
     require_shape("comparisons", preference=preference, human_preference=human_preference)
     return ((preference - 0.5).sign() * (human_preference - 0.5).sign() + 1) / 2
+
+
+def krippendorff_alpha(values: Tensor, metric: Literal["nominal", "ordinal", "interval"] = "nominal") -> Tensor:
+    r"""Agreement of any number of annotators, 1 - D_o / D_e (Krippendorff 2011, Computing Alpha-Reliability).
+
+    D_o is the mean squared distance within units, D_e that of all values regardless of unit: 1 is perfect agreement, 0
+    is chance, below 0 is systematic disagreement. In a unit with m values each ordered pair counts 1 / (m - 1); a unit
+    with fewer than two values is left out.
+
+    Args:
+        values: value of each annotator (rows) for each unit, NaN where there is none, shape (annotators, units).
+        metric: distance of two values. ``nominal``: 0 or 1; ``interval``: their difference; ``ordinal``: the number of
+            values between them, with both ends counted half.
+
+    Returns:
+        A scalar in float64; NaN where no unit has two values, or all values are equal.
+    """
+    require_shape("annotators units", values=values)
+    known = ~values.isnan()
+    paired = known & (known.sum(0) > 1)
+    levels = values[paired].double().unique()
+    member = (values.double().unsqueeze(-1) == levels) & paired.unsqueeze(-1)  # (annotators, units, levels)
+    counts = member.double().sum(0)  # (units, levels)
+    per_unit = counts.sum(-1)
+    pairs = counts.unsqueeze(-1) * counts.unsqueeze(-2) - torch.diag_embed(counts)
+    coincidences = (pairs / (per_unit - 1).clamp(min=1)[:, None, None]).sum(0)  # (levels, levels)
+    totals = coincidences.sum(-1)
+    expected = (totals.unsqueeze(-1) * totals - torch.diag(totals)) / (totals.sum() - 1)
+    if metric == "nominal":
+        distance = 1 - torch.eye(len(levels), dtype=torch.float64, device=levels.device)
+    else:
+        place = levels if metric == "interval" else totals.cumsum(0) - totals / 2
+        distance = (place.unsqueeze(-1) - place) ** 2
+    alpha: Tensor = 1 - (coincidences * distance).sum() / (expected * distance).sum()
+    return alpha
+
+
+def annotator_reliability(votes: Tensor, iterations: int = 200, prior: float = 2.0) -> tuple[Tensor, Tensor]:
+    r"""Probability that each annotator is right, and that the first of each pair is better (Dawid and Skene 1979).
+
+    One rate for each annotator, since sides are shown at random: P(vote right) = r_a. Expectation-maximisation from the
+    mean vote: z_i = sigmoid(\sum_a (2 v_{ai} - 1) log(r_a / (1 - r_a))), r_a = the mean agreement of a's votes with z.
+    An annotator who agrees with nobody ends near 1/2 and has no weight; below 1/2 votes count the other way round.
+
+    Args:
+        votes: 1 for the first, 0 for the second, 0.5 for a tie, NaN where there is none, shape (annotators, pairs).
+        iterations: steps of expectation-maximisation.
+        prior: pseudo-votes of each annotator, three quarters of them right, which regularise rates of few votes.
+
+    Returns:
+        r, shape (annotators,), and z, shape (pairs,); float64.
+    """
+    require_shape("annotators pairs", votes=votes)
+    known = (~votes.isnan()).double()
+    first = votes.double().nan_to_num(0.5)
+    lead = (2 * first - 1) * known
+    better = (first * known).sum(0) / known.sum(0).clamp(min=1)
+    rates = lead.new_full((len(votes),), 0.75)
+    decided = known * (lead != 0)  # a tie does not show who is right
+    for _ in range(iterations):
+        right = (decided * (first * better + (1 - first) * (1 - better))).sum(-1)
+        rates = (right + 0.75 * prior) / (decided.sum(-1) + prior)
+        better = torch.sigmoid(torch.logit(rates) @ lead)
+    return rates, better

@@ -149,6 +149,18 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return at_least_float32(logits) / temperature
 
 
+def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: float = 0.5) -> Tensor:
+    r"""Logits of Nash-MD's opponent, the geometric mixture policy^{1 - c} reference^c (Munos et al., arXiv 2312.00886).
+
+    Args:
+        policy_logits: shape (..., vocabulary).
+        reference_logits: same shape.
+        mixture: c, share of the reference.
+    """
+    require_shape("...", policy_logits=policy_logits, reference_logits=reference_logits)
+    return torch.lerp(at_least_float32(policy_logits), at_least_float32(reference_logits), mixture)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """Return log(1 - e^x) for x < 0 without cancellation (Maechler 2012); x is held one epsilon below 0.
 

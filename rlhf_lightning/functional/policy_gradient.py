@@ -1,7 +1,9 @@
-"""Policy gradients: rewards per token, advantages and returns, and the critic's loss (PPO, arXiv 1707.06347).
+"""Policy gradients: rewards per token, advantages with and without a critic, and the critic's loss.
 
-Token tensors are (rows, length), right-padded; ``rows`` are called episodes where they are a whole rollout. A loss
-comes back per token, for the caller to reduce.
+Token tensors are (rows, length), right-padded; ``rows`` are called episodes where they are a whole rollout. ``group``
+is the index of the prompt that each episode answers, int64 from 0, shape (episodes,). A score is NaN where a sample
+could not be scored: it enters no baseline, and its advantage is 0. A loss comes back per token, for the caller to
+reduce.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_
 
 
 def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coef: float | Tensor) -> Tensor:
-    """Reward of each token: -kl_coef * kl everywhere, and the score on top at the last completion token.
+    """Reward of each token, -kl_coef * kl, plus the score at the last completion token; 0 under the mask.
 
     The KL-shaped reward of Ziegler et al. (arXiv 1909.08593, Eq. 2), one token at a time.
 
@@ -23,10 +25,7 @@ def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coef: 
         scores: score of each completion, shape (episodes,).
         kl: KL estimate of each token, normally `kl_k1`, shape (episodes, length).
         completion_mask: bool, shape (episodes, length).
-        kl_coef: rewards per nat.
-
-    Returns:
-        Rewards, shape (episodes, length), 0 under the mask.
+        kl_coef: KL penalty coefficient, reward units per nat.
     """
     require_shape("episodes", scores=scores, rows_of_mask=completion_mask.any(-1))
     require_shape("episodes length", kl=kl, completion_mask=completion_mask)
@@ -41,14 +40,14 @@ def rewards_after_end(
 ) -> tuple[Tensor, Tensor]:
     """`token_rewards` in the layout of Huang et al. (arXiv 2403.17031): the score comes one slot after the end token.
 
-    The extra slot is the state whose input is the end token. It has a value and takes part in advantages and value
-    loss, but no action is taken there, so it takes no part in the policy loss.
+    The extra slot is the state whose input is the end token. It has a value, so it enters advantages and value loss.
+    No action is taken there, so it does not enter the policy loss.
 
     Args:
         scores: score of each completion, shape (episodes,).
         kl: KL estimate of each token, shape (episodes, length).
         completion_mask: bool, shape (episodes, length); may have holes.
-        kl_coef: rewards per nat.
+        kl_coef: KL penalty coefficient, reward units per nat.
 
     Returns:
         Rewards and the mask of states with a value, both of shape (episodes, length + 1).
@@ -76,7 +75,7 @@ def generalized_advantages(
         values: V, the critic's value of the state before each token, shape (episodes, length).
         completion_mask: bool, shape (episodes, length).
         gamma: discount per token.
-        lam: 0 trusts the critic (A = delta), 1 does not (R = reward to go); of all episodes, or shape (episodes,).
+        lam: GAE lambda, 0 for A = delta, 1 for R = reward to go; a scalar, or shape (episodes,).
 
     Returns:
         Advantages, not whitened, and returns; both of shape (episodes, length), 0 under the mask.
@@ -108,13 +107,13 @@ def discounted_returns(rewards: Tensor, completion_mask: Tensor, gamma: float = 
 def missing_eos_scores(
     scores: Tensor, finished: Tensor, penalty: float | None = None, replacement: float | None = None
 ) -> Tensor:
-    """Scores with unfinished completions penalised, as a scorer never saw one without its end token.
+    """Penalise the scores of unfinished completions.
 
     Args:
         scores: shape (episodes,).
         finished: bool, True where the completion ended by itself, shape (episodes,).
         penalty: subtracted from an unfinished completion's score.
-        replacement: takes the place of an unfinished completion's score; -1 in Huang et al. (arXiv 2403.17031).
+        replacement: score of an unfinished completion; -1 in Huang et al. (arXiv 2403.17031).
 
     Raises:
         SettingError: if both penalty and replacement are given.
@@ -137,14 +136,11 @@ def adapted_kl_coef(
     kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2).
 
     Args:
-        kl_coef: coefficient that this rollout used.
+        kl_coef: coefficient that this rollout used, a scalar.
         kl: sequence KL in nats, summed over tokens and averaged over the rollout's completions.
-        target: sequence KL to hold.
+        target: sequence KL to steer towards.
         horizon: episodes over which the coefficient may change by a fifth.
         episodes: completions in this rollout.
-
-    Returns:
-        A scalar.
     """
     error = (torch.as_tensor(kl) / target - 1).clamp(-0.2, 0.2)
     return kl_coef * (1 + error * episodes / horizon)
@@ -168,9 +164,6 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
         old_values: V_old, the critic's when the rollout was collected, shape (rows, length).
         returns: R, shape (rows, length).
         clip: how far a value may move within a rollout; None for the plain squared error.
-
-    Returns:
-        One loss per token, shape (rows, length).
     """
     require_shape("rows length", values=values, old_values=old_values, returns=returns)
     unclipped = (values - returns) ** 2
@@ -181,14 +174,107 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 def value_clip_fraction(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
-    """1 on each token whose gradient `clipped_value_loss` cuts off, else 0.
-
-    Args:
-        values: the critic's values now, shape (rows, length).
-        old_values: the critic's when the rollout was collected, shape (rows, length).
-        returns: shape (rows, length).
-        clip: how far a value may move within a rollout.
-    """
+    """1 on each token whose gradient `clipped_value_loss`, with the same arguments, sets to 0; else 0."""
     require_shape("rows length", values=values, old_values=old_values, returns=returns)
     clipped = values.clamp(old_values - clip, old_values + clip)
     return ((clipped - returns) ** 2 > (values - returns) ** 2).type_as(values)
+
+
+# --- advantages without a critic: baselines from other samples' scores -----------------------------------------------
+
+
+def group_mean_advantages(scores: Tensor, group: Tensor) -> Tensor:
+    """Score minus the mean score of its group (GRPO, arXiv 2402.03300), exactly 0 in a group of equal scores.
+
+    Args:
+        scores: shape (episodes,).
+        group: shape (episodes,).
+    """
+    return _centered(scores, group)[0]
+
+
+def leave_one_out_advantages(scores: Tensor, group: Tensor) -> Tensor:
+    r"""Score minus the mean score of the group's other samples (RLOO, Ahmadian et al., arXiv 2402.14740).
+
+    Equals G / (G - 1) * (score - mean of the group). A sample without siblings gets 0.
+
+    Args:
+        scores: shape (episodes,).
+        group: shape (episodes,).
+    """
+    centered, count = _centered(scores, group)
+    return centered * count / (count - 1).clamp(min=1)
+
+
+def greedy_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
+    """Score minus the score of the greedy completion of the same prompt (ReMax, Li et al., arXiv 2310.10505).
+
+    Args:
+        scores: shape (episodes,).
+        greedy_scores: score of the greedy completion of each episode's prompt, shape (episodes,).
+    """
+    require_shape("episodes", scores=scores, greedy_scores=greedy_scores)
+    return torch.nan_to_num(at_least_float32(scores) - at_least_float32(greedy_scores), nan=0.0)
+
+
+def group_deviation(scores: Tensor, group: Tensor, unbiased: bool = True) -> Tensor:
+    """Standard deviation of the scores of each episode's group, shape (episodes,) (GRPO, arXiv 2402.03300).
+
+    Args:
+        scores: shape (episodes,).
+        group: shape (episodes,).
+        unbiased: divide squares by G - 1 instead of G.
+    """
+    centered, count = _centered(scores, group)
+    squares = torch.zeros_like(centered).index_add(0, group, centered**2)[group]
+    return (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
+
+
+def over_tokens(advantages: Tensor, completion_mask: Tensor) -> Tensor:
+    """Give every completion token the advantage of its episode, shape (episodes, length), 0 under the mask.
+
+    Args:
+        advantages: shape (episodes,).
+        completion_mask: bool, shape (episodes, length).
+    """
+    require_shape("episodes", advantages=advantages, rows_of_mask=completion_mask.any(-1))
+    return torch.where(completion_mask, advantages.unsqueeze(-1), 0.0)
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    r"""DAPO's soft overlong penalty, added to the score (Yu et al., arXiv 2503.14476, Eq. 13).
+
+    0 up to max_length - buffer, then falling linearly to -1 at max_length, and -1 beyond.
+
+    Args:
+        lengths: tokens of each completion, shape (episodes,).
+        max_length: length at which the penalty is full.
+        buffer: tokens over which the penalty grows.
+    """
+    return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+def informative_groups(scores: Tensor, group: Tensor) -> Tensor:
+    """True for groups with different scores, bool, shape (groups,): only those have a gradient (DAPO).
+
+    Args:
+        scores: shape (episodes,).
+        group: shape (episodes,).
+    """
+    differs = (_centered(scores, group)[0] != 0).long()
+    return torch.zeros_like(torch.bincount(group)).index_add(0, group, differs) > 0
+
+
+def _centered(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Score minus its group's mean (0 where NaN), and how many samples of its group have a score."""
+    require_shape("episodes", scores=scores, group=group)
+    scores = at_least_float32(scores)
+    scorable = ~scores.isnan()
+    groups = torch.bincount(group).type_as(scores)
+    # Relative to the group's lowest score, equal scores are exact zeros, and so is their distance from their mean.
+    present = torch.where(scorable, scores, torch.inf)
+    lowest = torch.full_like(groups, torch.inf).scatter_reduce(0, group, present, "amin")
+    above = torch.where(scorable, scores - lowest[group], 0.0)
+    count = torch.zeros_like(groups).index_add(0, group, scorable.type_as(scores))
+    mean = torch.zeros_like(groups).index_add(0, group, above) / count.clamp(min=1)
+    return torch.where(scorable, above - mean[group], 0.0), count[group]

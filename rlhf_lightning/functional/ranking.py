@@ -1,4 +1,8 @@
-"""Losses on the scores of compared completions: Bradley-Terry and its margin, soft-label and ranked forms."""
+"""Losses on scores of reward models: comparisons, rankings, and steps of reasoning.
+
+A loss comes back per pair, group or step. r are the scores. ``group`` is the index of each completion's group, int64
+from 0 without gaps, and ``ranks`` its rank in the group: 0 is best, equal ranks are ties.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,13 @@ from torch import Tensor
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
 
 def bradley_terry_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor | None = None, margin: Tensor | None = None
 ) -> Tensor:
-    r"""Negative log-likelihood of a comparison, -log sigmoid(r_c - r_r), with optional soft label and margin.
+    r"""Negative log-likelihood of a comparison in nats, -log sigmoid(r_c - r_r), with optional soft label and margin.
 
     -p log sigmoid(delta - mu) - (1 - p) log sigmoid(-delta - mu), delta = r_c - r_r. p = 1 and mu = 0 is Eq. 1 of
     InstructGPT (arXiv 2203.02155) for two completions, mu > 0 is Eq. 2 of Llama 2 (arXiv 2307.09288). Exchanging the
@@ -25,10 +31,7 @@ def bradley_terry_loss(
         chosen_scores: r_c, shape (pairs,).
         rejected_scores: r_r, shape (pairs,).
         target: p, probability that chosen is the better one, shape (pairs,); None means 1.
-        margin: mu, gap of scores that a rated preference must clear, shape (pairs,); None means 0. Evaluate without.
-
-    Returns:
-        One loss per pair in nats, shape (pairs,).
+        margin: mu, gap of scores that a rated preference must exceed, shape (pairs,); None means 0. Evaluate without.
     """
     require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores, target=target, margin=margin)
     delta = at_least_float32(chosen_scores) - at_least_float32(rejected_scores)
@@ -49,63 +52,19 @@ def centering_penalty(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     return (at_least_float32(chosen_scores) + at_least_float32(rejected_scores)) ** 2
 
 
-def untied_pairs(group: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of one group whose ranks differ, as indices (better, worse), each of shape (pairs,).
-
-    Args:
-        group: index of each completion's group, int64, shape (completions,).
-        ranks: rank within the group, 0 is best; int64, shape (completions,).
-    """
-    require_shape("completions", group=group, ranks=ranks)
-    better, worse = (_same_group(group) & (ranks.unsqueeze(1) < ranks.unsqueeze(0))).nonzero(as_tuple=True)
-    return better, worse
-
-
-def ranked_pairs_loss(
-    scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, margin: Tensor, centering: float = 0.0
-) -> Tensor:
-    r"""Bradley-Terry loss averaged over all untied pairs of each group, so that a prompt weighs one (InstructGPT).
-
-    1 / \binom{K}{2} \sum_{i beats j} -log sigmoid(r_i - r_j), Eq. 1 of arXiv 2203.02155, plus
-    ``centering`` * mean (r_i + r_j)^2. A group without an untied pair gives exactly 0 and no gradient.
-
-    Args:
-        scores: r, shape (completions,).
-        group: index of each completion's group, int64 below the number of groups, shape (completions,).
-        ranks: rank within the group, 0 is best, equal ranks are ties; int64, shape (completions,).
-        target: probability that the better ranked of a pair is better, shape (groups,); 1 for plain labels.
-        margin: rated strength of the preference, shape (groups,); 0 where unrated.
-        centering: weight of `centering_penalty`.
-
-    Returns:
-        One loss per group, shape (groups,).
-    """
-    require_shape("completions", scores=scores, group=group, ranks=ranks)
-    require_shape("groups", target=target, margin=margin)
-    better, worse = untied_pairs(group, ranks)
-    pair_group = group[better]
-    losses = bradley_terry_loss(scores[better], scores[worse], target[pair_group], margin[pair_group])
-    losses = losses + centering * centering_penalty(scores[better], scores[worse])
-    pairs = torch.bincount(pair_group, minlength=len(target))
-    return losses.new_zeros(len(target)).index_add(0, pair_group, losses) / pairs.clamp(min=1)
-
-
 def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor, tie_share: float) -> Tensor:
-    r"""Negative log-likelihood of a comparison that may end in a tie (Davidson 1970, JASA 65, 317).
+    r"""Negative log-likelihood in nats of a comparison that may end in a tie (Davidson 1970, JASA 65, 317).
 
     P(chosen) : P(rejected) : P(tie) = e^{delta / 2} : e^{-delta / 2} : nu, delta = r_c - r_r. Equal scores tie with
-    probability nu / (2 + nu), which is ``tie_share``; towards 0 ties vanish and this is `bradley_terry_loss` of the
-    untied. The target says how the comparison ended: 1 and 0 are wins, 0.5 a tie, and between them it is the mean of
-    verdicts, of which as many are ties as can be: |2 p - 1| of them are wins of the likelier side and the rest ties.
+    probability nu / (2 + nu), which is ``tie_share``; as it goes to 0 this becomes `bradley_terry_loss` of the untied
+    pairs. A target of 1 or 0 is a win and 0.5 a tie. A target between them is a mean of verdicts: the likelier side
+    wins |2 p - 1| of them, and the rest are ties.
 
     Args:
         chosen_scores: r_c, shape (pairs,).
         rejected_scores: r_r, shape (pairs,).
         target: p, shape (pairs,).
-        tie_share: probability that equals tie, in (0, 1).
-
-    Returns:
-        One loss per pair in nats, shape (pairs,).
+        tie_share: probability that completions with equal scores tie, in (0, 1).
 
     Raises:
         SettingError: tie_share is outside (0, 1).
@@ -121,17 +80,60 @@ def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor
     return -(shares * logprobs).sum(-1)
 
 
-def ranked_davidson_loss(
-    scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, tie_share: float, centering: float = 0.0
+# --- rankings --------------------------------------------------------------------------------------------------------
+
+
+def untied_pairs(group: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of one group with different ranks, as indices (better, worse), each of shape (pairs,).
+
+    Args:
+        group: int64, shape (completions,).
+        ranks: int64, shape (completions,).
+    """
+    require_shape("completions", group=group, ranks=ranks)
+    better, worse = (_same_group(group) & (ranks.unsqueeze(1) < ranks.unsqueeze(0))).nonzero(as_tuple=True)
+    return better, worse
+
+
+def ranked_pairs_loss(
+    scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, margin: Tensor, centering: float = 0.0
 ) -> Tensor:
-    """`davidson_loss` averaged over all pairs of each group, equal ranks being ties, so that a prompt weighs one.
+    r"""Bradley-Terry loss averaged over the untied pairs of each group, so that every prompt has the same weight.
+
+    1 / \binom{K}{2} \sum_{i beats j} -log sigmoid(r_i - r_j) (InstructGPT, arXiv 2203.02155, Eq. 1), plus
+    ``centering`` * mean (r_i + r_j)^2. A group without an untied pair gives exactly 0 and no gradient.
 
     Args:
         scores: r, shape (completions,).
-        group: index of each completion's group, int64 below the number of groups, shape (completions,).
-        ranks: rank within the group, 0 is best, equal ranks are ties; int64, shape (completions,).
-        target: of each group's pairs of different rank, the better ranked as chosen, shape (groups,).
-        tie_share: probability that equals tie, in (0, 1).
+        group: int64, shape (completions,).
+        ranks: int64, shape (completions,).
+        target: probability that the better ranked of a pair is better, shape (groups,); 1 for plain labels.
+        margin: rated strength of the preference, shape (groups,); 0 where unrated.
+        centering: weight of `centering_penalty`.
+
+    Returns:
+        One loss per group, shape (groups,).
+    """
+    require_shape("completions", scores=scores, group=group, ranks=ranks)
+    require_shape("groups", target=target, margin=margin)
+    better, worse = untied_pairs(group, ranks)
+    of_pair = group[better]
+    losses = bradley_terry_loss(scores[better], scores[worse], target[of_pair], margin[of_pair])
+    losses = losses + centering * centering_penalty(scores[better], scores[worse])
+    return _mean_by_group(losses, of_pair, len(target))
+
+
+def ranked_davidson_loss(
+    scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, tie_share: float, centering: float = 0.0
+) -> Tensor:
+    """`davidson_loss` averaged over all pairs of each group, with equal ranks as ties.
+
+    Args:
+        scores: r, shape (completions,).
+        group: int64, shape (completions,).
+        ranks: int64, shape (completions,).
+        target: label of each group's pairs with different ranks, the better ranked as chosen, shape (groups,).
+        tie_share: probability that completions with equal scores tie, in (0, 1).
         centering: weight of `centering_penalty`.
 
     Returns:
@@ -140,27 +142,26 @@ def ranked_davidson_loss(
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     tied = (_same_group(group) & (ranks.unsqueeze(1) == ranks.unsqueeze(0))).triu(1).nonzero(as_tuple=True)
     better, worse = (torch.cat(sides) for sides in zip(untied_pairs(group, ranks), tied, strict=True))
-    pair_group = group[better]
-    verdicts = torch.where(ranks[better] == ranks[worse], 0.5, target[pair_group])
+    of_pair = group[better]
+    verdicts = torch.where(ranks[better] == ranks[worse], 0.5, target[of_pair])
     losses = davidson_loss(scores[better], scores[worse], verdicts, tie_share)
     losses = losses + centering * centering_penalty(scores[better], scores[worse])
-    pairs = torch.bincount(pair_group, minlength=len(target))
-    return losses.new_zeros(len(target)).index_add(0, pair_group, losses) / pairs.clamp(min=1)
+    return _mean_by_group(losses, of_pair, len(target))
 
 
 def plackett_luce_loss(scores: Tensor, group: Tensor, ranks: Tensor) -> Tensor:
-    r"""Negative log-likelihood of a whole ranking: each completion is picked ahead of all that rank below it.
+    r"""Negative log-likelihood of a ranking in nats: each completion is picked ahead of all that rank below it.
 
-    \sum_k [logsumexp_{j ranked at or below k} r_j - r_k] (Plackett 1975; Luce 1959). Completions tied with each other
-    do not compete, so a group of ties gives exactly 0; a group of two gives `bradley_terry_loss`.
+    \sum_k [logsumexp_{j ranked at or below k} r_j - r_k] (Plackett 1975; Luce 1959). Tied completions do not compete:
+    a group of ties gives exactly 0. A group of two gives `bradley_terry_loss`.
 
     Args:
         scores: r, shape (completions,).
-        group: index of each completion's group, int64 from 0 without gaps, shape (completions,).
-        ranks: rank within the group, 0 is best; int64, shape (completions,).
+        group: int64, shape (completions,).
+        ranks: int64, shape (completions,).
 
     Returns:
-        One loss per group in nats, shape (groups,).
+        One loss per group, shape (groups,).
     """
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     scores = at_least_float32(scores)
@@ -173,3 +174,65 @@ def plackett_luce_loss(scores: Tensor, group: Tensor, ranks: Tensor) -> Tensor:
 
 def _same_group(group: Tensor) -> Tensor:
     return group.unsqueeze(1) == group.unsqueeze(0)
+
+
+def _mean_by_group(losses: Tensor, of_pair: Tensor, groups: int) -> Tensor:
+    """Average the losses of each group's pairs; 0 for a group without pairs."""
+    pairs = torch.bincount(of_pair, minlength=groups)
+    return losses.new_zeros(groups).index_add(0, of_pair, losses) / pairs.clamp(min=1)
+
+
+# --- steps: process reward models ------------------------------------------------------------------------------------
+
+
+def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    r"""Cross-entropy of each step's label in nats, -y log sigmoid(s) - (1 - y) log sigmoid(-s), shape (steps,).
+
+    Lightman et al. (arXiv 2305.20050, Section 2.6). The minimiser is the label's log-odds, log(y / (1 - y)). A score of
+    0 costs log 2 for any label.
+
+    Args:
+        scores: s, log-odds that the step is right, shape (steps,).
+        labels: y, probability that it is right, shape (steps,).
+    """
+    require_shape("steps", scores=scores, labels=labels)
+    scores = at_least_float32(scores)
+    return -labels * F.logsigmoid(scores) - (1 - labels) * F.logsigmoid(-scores)
+
+
+def first_errors(right: Tensor, row: Tensor, position: Tensor, rows: int) -> Tensor:
+    """Position of each completion's first wrong step, int64, shape (rows,); -1 where every step is right.
+
+    Args:
+        right: bool, shape (steps,).
+        row: index of the completion each step belongs to, int64, shape (steps,).
+        position: number of each step within its completion, int64, shape (steps,).
+        rows: number of completions.
+    """
+    require_shape("steps", right=right, row=row, position=position)
+    none = torch.iinfo(torch.int64).max
+    first = torch.full((rows,), none, dtype=torch.int64, device=right.device)
+    first = first.scatter_reduce(0, row, torch.where(right, none, position), "amin")
+    return torch.where(first == none, -1, first)
+
+
+def aggregated_steps(log_probs: Tensor, row: Tensor, rows: int, how: str) -> Tensor:
+    """Aggregate the log-probabilities that steps are right into one number per completion, shape (rows,).
+
+    Args:
+        log_probs: log-probability that each step is right, steps of a completion in order, shape (steps,).
+        row: index of the completion each step belongs to, int64 in rising order, shape (steps,).
+        rows: number of completions; each must have a step.
+        how: "min" (the least), "product" (the sum of logs) or "last".
+
+    Raises:
+        SettingError: there is no such aggregate.
+    """
+    require_shape("steps", log_probs=log_probs, row=row)
+    if how == "min":
+        return log_probs.new_zeros(rows).scatter_reduce(0, row, log_probs, "amin")  # no log-probability is above 0
+    if how == "product":
+        return log_probs.new_zeros(rows).index_add(0, row, log_probs)
+    if how != "last":
+        raise SettingError("unknown-choice", f"aggregate is {how!r}; choose 'min', 'product' or 'last'")
+    return log_probs[torch.bincount(row, minlength=rows).cumsum(0) - 1]

@@ -1,7 +1,6 @@
-"""Optimising by selection: which of several samples of a prompt to keep.
+"""Selection: which of several samples to keep, to pair, or to ask people about.
 
-Scores are (..., samples): several samples of one prompt along the last dimension. NaN marks a sample that is missing or
-could not be scored.
+NaN marks a sample that is missing or could not be scored.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
+# --- best of n: scores of several samples of one prompt along the last dimension -------------------------------------
+
 
 def best_of_n(scores: Tensor) -> Tensor:
-    """Index of the best-scored sample, the first one among equals; a missing sample is never chosen while one is there.
+    """Index of the best-scored sample, the first among equals; a missing sample is chosen only if all are missing.
 
     Args:
         scores: shape (..., samples).
@@ -26,7 +27,7 @@ def soft_best_of_n(scores: Tensor, temperature: float) -> Tensor:
 
     Args:
         scores: shape (..., samples).
-        temperature: 0.5 and the like; towards 0 it is best-of-n, towards infinity a fair draw.
+        temperature: 0.5 for example; towards 0 it is best-of-n, towards infinity a uniform draw.
     """
     return (torch.where(scores.isnan(), -torch.inf, at_least_float32(scores)) / temperature).softmax(-1)
 
@@ -46,3 +47,97 @@ def weighted_best_of_n(answers: Tensor, weights: Tensor) -> Tensor:
     same = (answers.unsqueeze(-1) == answers.unsqueeze(-2)).type_as(weights)
     votes = (same @ weights.unsqueeze(-1)).squeeze(-1)
     return torch.where(answers < 0, -torch.inf, votes).argmax(-1)
+
+
+# --- pairs of a rollout ----------------------------------------------------------------------------------------------
+
+
+def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the best- and of the worst-scored sample of each group; groups of equal scores are left out.
+
+    Args:
+        scores: shape (episodes,); a sample with NaN is neither.
+        group: index of the prompt each episode answers, int64 from 0, shape (episodes,).
+
+    Returns:
+        Chosen and rejected episodes, each of shape (pairs,), in the order of their groups.
+    """
+    require_shape("episodes", scores=scores, group=group)
+    groups = torch.bincount(group)
+    member = group == torch.arange(len(groups), device=group.device).unsqueeze(-1)
+    member = member & ~scores.isnan()  # (groups, episodes)
+    highest, chosen = torch.where(member, scores, -torch.inf).max(-1)
+    lowest, rejected = torch.where(member, scores, torch.inf).min(-1)
+    return chosen[highest > lowest], rejected[highest > lowest]
+
+
+# --- active learning: how informative the label of a comparison is ---------------------------------------------------
+# Scores are (members, completions): of one prompt's completions, by each reward model of an ensemble. A list of more
+# than two completions is all of its pairs, and its value is their mean.
+
+
+def preference_probabilities(scores: Tensor) -> Tensor:
+    """Probability that the first of two completions is preferred, sigmoid(r_a - r_b), for every pair a before b.
+
+    Args:
+        scores: shape (members, completions).
+
+    Returns:
+        Shape (members, pairs).
+    """
+    require_shape("members completions", scores=scores)
+    scores = at_least_float32(scores)
+    first, second = torch.triu_indices(scores.shape[1], scores.shape[1], 1, device=scores.device)
+    return torch.sigmoid(scores[:, first] - scores[:, second])
+
+
+def uncertainty(scores: Tensor) -> Tensor:
+    """Uncertainty of the ensemble's mean probability, 1 - |2 p - 1|, a scalar: 1 for p = 1/2, 0 for a certain p.
+
+    Uncertainty sampling of Lewis and Gale (1994, arXiv cmp-lg/9407020), for two classes.
+
+    Args:
+        scores: shape (members, completions).
+    """
+    return (1 - (2 * preference_probabilities(scores).mean(0) - 1).abs()).mean()
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """Variance of the preference probability over the members, a scalar in [0, 1/4].
+
+    Query by committee; its use for reward models is Christiano et al. (2017, arXiv 1706.03741), Section 2.2.4.
+
+    Args:
+        scores: shape (members, completions).
+    """
+    return preference_probabilities(scores).var(0, correction=0).mean()
+
+
+def farthest_first(features: Tensor, known: Tensor) -> Tensor:
+    """Order in which each point is the farthest from all earlier and known points; ties go to the first.
+
+    The greedy cover of Gonzalez (1985), which Sener and Savarese (2018, arXiv 1708.00489) use as a core-set. Without
+    known points, the point nearest to the mean comes first. Computes (points + known) * points distances.
+
+    Args:
+        features: shape (points, size).
+        known: shape (known, size).
+
+    Returns:
+        Indices of the points, int64, shape (points,).
+    """
+    require_shape("points size", features=features)
+    require_shape("known size", known=known)
+    features, known = at_least_float32(features), at_least_float32(known)
+    count = len(features)
+    order = torch.empty(count, dtype=torch.int64, device=features.device)
+    distance = torch.full((count,), torch.inf, dtype=features.dtype, device=features.device)
+    if len(known) and count:
+        distance = torch.cdist(features, known).amin(1)
+    for place in range(count):
+        central = place == 0 and not len(known)
+        chosen = (features - features.mean(0)).norm(dim=1).argmin() if central else distance.argmax()
+        order[place] = chosen
+        distance = torch.minimum(distance, (features - features[chosen]).norm(dim=1))
+        distance[chosen] = -torch.inf
+    return order

@@ -1,7 +1,7 @@
-"""Surrogate objectives of policy gradients: probability ratios, and the losses that are made of them.
+"""Losses of policy gradients: probability ratios, surrogate objectives, sampler corrections and aggregations.
 
 Token tensors are (rows, length), right-padded. A is the advantage; a loss comes back per token and is minimised. At
-ratio 1 every loss here has the gradient of -A log policy.
+ratio 1 every surrogate here has the gradient of -A log policy.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from rlhf_lightning.functional.logprobs import (
     masked_sum,
     require_shape,
 )
+from rlhf_lightning.types import Aggregation
 
 RatioName = Literal["token", "sequence", "sequence_product", "none"]
+CorrectionName = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
+AggregationName = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant"]
 
 # --- ratios ----------------------------------------------------------------------------------------------------------
 
@@ -36,48 +39,39 @@ def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""Probability ratio of each whole completion, e^{\sum_t log-ratio}, held within e^{+-20}.
+    r"""Probability ratio of each whole completion, e^{\sum_t log-ratio}, clamped to e^{+-20}, shape (rows,).
 
     Args:
         logprobs: the policy's, shape (rows, length).
         old_logprobs: the policy's at the rollout's start, shape (rows, length).
         completion_mask: bool, shape (rows, length).
-
-    Returns:
-        Shape (rows,).
     """
     log_ratio = masked_sum(kl_k1(logprobs, old_logprobs), completion_mask)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def geometric_sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""GSPO's ratio of each completion, the geometric mean of its token ratios (Zheng et al., arXiv 2507.18071).
+    r"""GSPO's ratio of each completion, the geometric mean of its token ratios, shape (rows,) (arXiv 2507.18071).
 
     Args:
         logprobs: the policy's, shape (rows, length).
         old_logprobs: the policy's at the rollout's start, shape (rows, length).
         completion_mask: bool, shape (rows, length).
-
-    Returns:
-        Shape (rows,).
     """
     log_ratio = masked_mean(kl_k1(logprobs, old_logprobs), completion_mask, dim=-1)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def over_sequence(ratio: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""Give each token its completion's ratio with the token's own gradient, sg(ratio) e^{lp - sg(lp)}.
+    r"""Give each token its completion's ratio with the token's own gradient, sg(ratio) e^{lp - sg(lp)}; 1 if masked.
 
     GSPO-token of Zheng et al. (arXiv 2507.18071, Eq. 14). With one advantage per completion, a token mean per row of
     `geometric_sequence_ratio`, and a token sum per row of `sequence_ratio`, have the gradient of the ratio itself.
 
     Args:
-        ratio: of each completion, shape (rows,).
+        ratio: ratio of each completion, shape (rows,).
         logprobs: the policy's, with gradient, shape (rows, length).
         completion_mask: bool, shape (rows, length).
-
-    Returns:
-        Shape (rows, length); 1 under the mask.
     """
     own_gradient = token_ratio(logprobs, logprobs.detach())  # its value is 1
     return torch.where(completion_mask, ratio.detach().unsqueeze(-1) * own_gradient, 1.0)
@@ -88,7 +82,7 @@ def policy_ratio(name: RatioName, logprobs: Tensor, old_logprobs: Tensor, comple
 
     Args:
         name: "token" (PPO), "sequence" (GSPO's geometric mean), "sequence_product" (the whole completion's, RLOO), or
-            "none": 1 with the gradient of log policy, for samples of this very policy.
+            "none": 1 with the gradient of log policy, for samples of the current policy.
         logprobs: the policy's, with gradient, shape (rows, length).
         old_logprobs: the policy's at the rollout's start, shape (rows, length).
         completion_mask: bool, shape (rows, length).
@@ -121,9 +115,6 @@ def clipped_surrogate_loss(
         dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
         clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
         ratio_cap: delta > 1 + clip_high caps the unclipped ratio too (INTELLECT-2, arXiv 2505.07291); None for no cap.
-
-    Returns:
-        One loss per element of ``ratio``.
     """
     require_shape("...", ratio=ratio, advantages=advantages)
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -142,15 +133,9 @@ def clip_fractions(
     clip_high: float | None = None,
     ratio_cap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Mark the tokens whose gradient `clipped_surrogate_loss` cuts off; the means over tokens are the clip fractions.
+    """Mark the tokens whose gradient `clipped_surrogate_loss`, with the same arguments, sets to 0.
 
-    Args:
-        ratio: as for the loss.
-        advantages: as for the loss.
-        clip: as for the loss.
-        dual_clip: as for the loss.
-        clip_high: as for the loss.
-        ratio_cap: as for the loss.
+    The means over tokens are the clip fractions.
 
     Returns:
         1 or 0 on each element, by name: "clip_fraction_low" (A < 0 below 1 - clip), "clip_fraction_high" (A > 0 above
@@ -184,7 +169,7 @@ def soft_gate_loss(
 
 
 def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Williams's policy gradient as a loss per token, -A * logprob; for samples of this very policy.
+    """Williams's policy gradient as a loss per token, -A * logprob; for samples of the current policy.
 
     Args:
         logprobs: the policy's, with gradient, shape (rows, length).
@@ -212,3 +197,135 @@ def cispo_loss(
     if high is not None or low is not None:
         weight = weight.clamp(low, high)
     return weight * reinforce_loss(logprobs, advantages)
+
+
+# --- sampler corrections ---------------------------------------------------------------------------------------------
+# A sampled token has three log-probabilities: behaviour (the sampling engine's), old (the trainer's forward pass at the
+# rollout's start) and the policy's now. A correction multiplies the loss by a weight of delta = old - behaviour,
+# without gradient. The ratio of the policy gradient is of now and old, and does not change.
+
+
+def sampler_weights(
+    correction: CorrectionName,
+    old_logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    completion_mask: Tensor,
+    high: float = 2.0,
+    low: float = 0.5,
+) -> Tensor:
+    r"""Return the sampler correction's weight of each token, shape (rows, length).
+
+    - token_truncate: min(e^{delta_t}, high); truncated importance sampling (Ionides 2008).
+    - token_mask: e^{delta_t} where low <= e^{delta_t} <= high, else 0; IcePop.
+    - sequence_truncate: min(e^{\sum_t delta_t}, high), one weight for a completion.
+    - sequence_mask: e^{\sum_t delta_t} up to high, 0 above.
+    - geometric_mask: 1 where low <= e^{mean_t delta_t} <= high, else 0; it rejects whole completions.
+
+    Args:
+        correction: one of the above.
+        old_logprobs: the policy's at the rollout's start, from the trainer's forward pass, shape (rows, length).
+        behaviour_logprobs: the same as the sampling engine reported them, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+        high: largest weight, or largest ratio that is kept.
+        low: smallest ratio that the token and geometric masks keep.
+    """
+    if correction.startswith("token"):
+        ratio = token_ratio(old_logprobs, behaviour_logprobs)
+    else:
+        of_sequence = geometric_sequence_ratio if correction == "geometric_mask" else sequence_ratio
+        ratio = of_sequence(old_logprobs, behaviour_logprobs, completion_mask).unsqueeze(-1).expand(old_logprobs.shape)
+    if correction.endswith("truncate"):
+        return ratio.clamp(max=high)
+    kept = (ratio <= high) if correction == "sequence_mask" else (ratio <= high) & (ratio >= low)
+    return torch.where(kept, torch.ones_like(ratio) if correction == "geometric_mask" else ratio, 0.0)
+
+
+def normalised_weights(weights: Tensor, completion_mask: Tensor, batch_mean: Tensor | None = None) -> Tensor:
+    """Divide weights by their mean over the tokens of the batch, so that a correction keeps the step size (verl).
+
+    Args:
+        weights: shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+        batch_mean: mean over the whole batch and all ranks, a scalar; None takes the mean of these rows.
+    """
+    mean = masked_mean(weights, completion_mask) if batch_mean is None else batch_mean
+    return weights / mean.clamp_min(1e-8)
+
+
+def off_policy_weights(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, threshold: float
+) -> Tensor:
+    """Return 0 where A < 0 and the completion's mean of old - now exceeds ``threshold``, else 1 (DeepSeek-V3.2).
+
+    Bad completions that have become much less likely than they were are no longer learned from.
+
+    Args:
+        logprobs: the policy's now, shape (rows, length).
+        old_logprobs: the policy's at the rollout's start, shape (rows, length).
+        advantages: A, shape (rows, length).
+        completion_mask: bool, shape (rows, length).
+        threshold: nats per token.
+    """
+    moved = masked_mean(kl_k1(old_logprobs, logprobs.detach()), completion_mask, dim=-1).unsqueeze(-1)
+    return ((advantages >= 0) | (moved <= threshold)).type_as(old_logprobs)
+
+
+# --- aggregations ----------------------------------------------------------------------------------------------------
+# An aggregation is a weight for each token and a divisor. The loss of an optimizer step is the weighted sum over all
+# micro-batches and ranks, divided by the sum of their divisors, so how a batch is cut changes neither value nor
+# gradient.
+
+
+def token_mean(learned: Tensor) -> Aggregation:
+    r"""Every token has the same weight: \sum m l / \sum m (PPO; DAPO, arXiv 2503.14476).
+
+    Args:
+        learned: m, bool, True on the tokens that are learned from, shape (rows, length).
+    """
+    return Aggregation(learned.float(), learned.sum())
+
+
+def sequence_mean_token_mean(learned: Tensor) -> Aggregation:
+    r"""Every completion has the same weight: the mean over rows of each row's token mean (GRPO, arXiv 2402.03300).
+
+    Args:
+        learned: bool, shape (rows, length). Fully masked rows do not count.
+    """
+    return Aggregation(learned / learned.sum(-1, keepdim=True).clamp_min(1), learned.any(-1).sum())
+
+
+def sequence_mean_token_sum(learned: Tensor) -> Aggregation:
+    r"""The mean over rows of each row's token sum: the policy gradient of whole completions (RLOO, arXiv 2402.14740).
+
+    Args:
+        learned: bool, shape (rows, length). Fully masked rows do not count.
+    """
+    return Aggregation(learned.float(), learned.any(-1).sum())
+
+
+def constant_length(learned: Tensor, max_length: int) -> Aggregation:
+    r"""Divide by a constant, \sum m l / (rows * max_length), so that length has no effect (Dr. GRPO, 2503.20783).
+
+    Args:
+        learned: m, bool, shape (rows, length). Fully masked rows count too.
+        max_length: the constant per row.
+    """
+    return Aggregation(learned / max_length, torch.tensor(float(len(learned))))
+
+
+def aggregate(name: AggregationName, learned: Tensor, max_length: int) -> Aggregation:
+    """Return the named aggregation.
+
+    Args:
+        name: one of `AggregationName`.
+        learned: bool, True on the tokens that are learned from, shape (rows, length).
+        max_length: the constant per row of "constant".
+    """
+    if name == "constant":
+        return constant_length(learned, max_length)
+    choices = {
+        "token_mean": token_mean,
+        "sequence_mean_token_mean": sequence_mean_token_mean,
+        "sequence_mean_token_sum": sequence_mean_token_sum,
+    }
+    return choices[name](learned)

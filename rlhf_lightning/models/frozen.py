@@ -16,6 +16,9 @@ from rlhf_lightning.models.sharding import is_sharded, whole
 class FrozenPolicy(ABC):
     """Base of reference and teacher."""
 
+    moved: bool = False
+    """Whether its weights have followed the policy's."""
+
     _whole_head: tuple[Tensor, Tensor | None] | None = None
 
     @abstractmethod

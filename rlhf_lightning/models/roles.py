@@ -95,7 +95,7 @@ class Reference(FrozenPolicy):
         """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
         for _, reference, policy in self._followed():
             reference.copy_(torch.lerp(reference, policy.to(reference), alpha))
-        self._whole_head = None
+        self.moved, self._whole_head = True, None
 
     def moved_weights(self) -> dict[str, Tensor]:
         """Return the copy's weights that follow the policy's, for a checkpoint."""
@@ -106,7 +106,7 @@ class Reference(FrozenPolicy):
         """Put the copy where a checkpoint had it."""
         for name, reference, _ in self._followed():
             reference.copy_(cut_like(weights[name], reference))
-        self._whole_head = None
+        self.moved, self._whole_head = True, None
 
     def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""

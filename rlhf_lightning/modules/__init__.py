@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.modules.reference_free import *
     from rlhf_lightning.modules.reward import *
     from rlhf_lightning.modules.sft import *
-    from rlhf_lightning.modules.sided_preference import *
     from rlhf_lightning.modules.unpaired import *
 
 _SHIPPED = shipped_classes(__name__, object)

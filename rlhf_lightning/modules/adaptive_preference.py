@@ -1,4 +1,7 @@
-"""Preference objectives that change while they train: weights of pairs and of tokens, a moving beta or reference."""
+"""Preference objectives that change while they train: weights of pairs and of tokens, a moving beta or reference.
+
+The notation is that of `dpo`.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rlhf_lightning.functional.preference import dpo_loss, wpo_weights
+from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, masked_mean
 from rlhf_lightning.modules.dpo import DPOModule, PairObjective, tilted
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
 
 ROUNDING = 1e-4
-"""Nats within which margins are alike: where the policy is still the reference, all their deviation is noise."""
+"""Nats within which margins count as equal: while policy = reference, their deviation is rounding noise."""
 
 
 class WPOWeighting(PairObjective):
-    r"""Mixin that weights the pairs of any objective by how much they look like the policy's own samples.
+    r"""Mixin that weights the pairs of any objective by how likely the policy itself would have written them.
 
     Put it before the objective: ``class WPOSimPOModule(WPOWeighting, SimPOModule)``. Losses that break the pairing
     (AOT) cannot be weighted by pair.
@@ -33,12 +37,17 @@ class WPOWeighting(PairObjective):
         further = super().token_statistics(policy_logits, reference_logits, targets)
         return {**further, "log_collisions": (2 * policy_logits.detach().log_softmax(-1)).logsumexp(-1)}
 
+    def completion_weights(self, logprobs: Tensor, log_collisions: Tensor, mask: Tensor) -> Tensor:
+        """Return w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} of completions, shape (pairs,), without gradient."""
+        closeness = masked_mean(logprobs.detach() - log_collisions.detach(), mask, dim=-1)
+        return closeness.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the next objective's losses, each times w(chosen) w(rejected), shape (pairs,)."""
-        grids, slots = pairs, pairs.extras
-        chosen = wpo_weights(grids.policy_chosen_logprobs, slots["chosen_log_collisions"], grids.chosen_mask)
-        rejected = wpo_weights(grids.policy_rejected_logprobs, slots["rejected_log_collisions"], grids.rejected_mask)
-        weights = (chosen * rejected).clamp_max(torch.inf if self.max_pair_weight is None else self.max_pair_weight)
+        slots = pairs.extras
+        chosen = (pairs.policy_chosen_logprobs, slots["chosen_log_collisions"], pairs.chosen_mask)
+        rejected = (pairs.policy_rejected_logprobs, slots["rejected_log_collisions"], pairs.rejected_mask)
+        weights = self.completion_weights(*chosen) * self.completion_weights(*rejected)
+        weights = weights.clamp_max(torch.inf if self.max_pair_weight is None else self.max_pair_weight)
         values, metrics = as_loss(super().preference_loss(pairs))
         return Loss(weights * values, {**metrics, "pair_weight": weights})
 
@@ -46,14 +55,12 @@ class WPOWeighting(PairObjective):
 class WPOModule(WPOWeighting, DPOModule):
     r"""WPO: DPO in which pairs count by how likely the policy itself would have written them.
 
-    loss = w(y_c) w(y_r) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient (Zhou et al.,
-    2406.11827, Section 3). Policy = reference gives w(y_c) w(y_r) log 2.
-
-    Target: reference * exp(reward / beta), normalised, as DPO's: both orders of a pair have one weight, so each pair
-    alone is at its best there.
+    loss = w(y_w) w(y_l) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient, which is 1 where tokens
+    are as likely as the policy's samples on average (Zhou et al., 2406.11827, Section 3). L_0 = w(y_w) w(y_l) log 2.
+    Target: reference * exp(reward / beta), normalised, as DPO's: both orders of a pair have the same weight.
 
     Args:
-        max_pair_weight: bound of the weight of a pair; None does not bound it.
+        max_pair_weight: upper bound of a pair's weight; null for no bound.
     """
 
     paper = "Zhou et al. 2024, arXiv 2406.11827"
@@ -64,24 +71,23 @@ class WPOModule(WPOWeighting, DPOModule):
         self.max_pair_weight = max_pair_weight
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(reward / beta), normalised."""
         return None if self.label_smoothing else tilted(problem, self.beta)
 
 
 class BetaDPOModule(DPOModule):
-    r"""beta-DPO: each step has a beta of its own, larger where its pairs are far apart; outlying pairs are left out.
+    r"""beta-DPO: each step has its own beta, larger where its margins are large; outlying pairs are left out.
 
-    beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with d the margin and m its moving mean; the share
-    ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s the moving deviation (Wu et al.,
-    2407.08639, Section 4, as released). Policy = reference gives log 2. Held-out pairs are measured at ``beta`` itself.
-
-    Target: no closed form; the minimiser of the population loss where every step is the population: the moving mean is
-    then at rest at the mean, which leaves beta, and so DPO's place. How pairs meet in smaller steps moves it.
+    loss = -log sigmoid(beta_step (a_w - a_l)), beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with d = a_w -
+    a_l and m its moving mean; the share ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s
+    the moving deviation (Wu et al., 2407.08639, Section 4, as released). L_0 = log 2. Held-out pairs are measured at
+    ``beta``.
+    Target: no closed form; the minimiser of the population loss where every step is the population: the moving mean
+    then equals the mean, so beta_step = beta, as in DPO. With smaller steps it depends on which pairs meet.
 
     Args:
         alpha: how strongly beta follows the margins.
-        keep: share of the pairs of a step that are kept.
-        momentum: of the moving mean and deviation, both from 0 and moved before they are used.
+        keep: share of a step's pairs that are kept.
+        momentum: EMA decay of the moving mean and deviation; both start at 0 and are updated before they are used.
     """
 
     paper = "Wu et al. 2024, arXiv 2407.08639"
@@ -94,27 +100,32 @@ class BetaDPOModule(DPOModule):
         self.margin_mean, self.margin_std = 0.0, 0.0
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,); 0 for those left out, whose share the others make up."""
-        margin, plain = pairs.margin, dpo_loss(pairs.margin, self.beta, pairs.target)
-        if not torch.is_grad_enabled():  # held-out pairs are measured at the given beta, and move nothing
-            return plain
+        """Return one loss per pair, shape (pairs,): 0 for those left out; the others are scaled up in return."""
+        margin = pairs.margin
+
+        def dpo(beta: float | Tensor) -> Tensor:
+            x = beta * margin
+            return -pairs.target * logsigmoid(x) - (1 - pairs.target) * logsigmoid(-x)
+
+        if not torch.is_grad_enabled():
+            return dpo(self.beta)
         known = margin.detach()
-        if not bool(known.isfinite().all()):  # the update will be skipped; the moving values must not keep this
-            return Loss(plain, {"step_beta": torch.full_like(known, self.beta)})
+        if not bool(known.isfinite().all()):  # the update will be skipped; NaN must not enter the moving values
+            return Loss(dpo(self.beta), {"step_beta": torch.full_like(known, self.beta)})
         if len(known) > 1:
             self.margin_mean += (1 - self.momentum) * (float(known.mean()) - self.margin_mean)
             self.margin_std += (1 - self.momentum) * (float(known.std()) - self.margin_std)
         kept = self._kept(known)
         beta = (self.beta * (1 + self.alpha * (known[kept].mean() - self.margin_mean))).clamp(min=1e-3)
-        values = dpo_loss(margin, beta, pairs.target) * kept * (len(margin) / kept.sum())
+        values = dpo(beta) * kept * (len(margin) / kept.sum())
         return Loss(values, {"step_beta": beta.expand(len(margin))})
 
     def _kept(self, margin: Tensor) -> Tensor:
-        """Draw the pairs to keep, bool, shape (pairs,): addressed by the update, so that every rank draws alike."""
+        """Draw the pairs to keep, bool, shape (pairs,); the draw is addressed by the update, so all ranks agree."""
         count = max(round(self.keep * len(margin)), 1)
         if count == len(margin) or self.margin_std <= ROUNDING:
             return torch.ones_like(margin, dtype=torch.bool)
-        order = margin.argsort()  # the pairs come rank after rank: in their own order all numbers of ranks draw alike
+        order = margin.argsort()  # pairs arrive in rank order; sorted, any number of ranks draws alike
         apart = (margin[order] - self.margin_mean) / self.margin_std
         weights = torch.exp(-0.5 * apart**2).double().clamp_min(1e-300).cpu()
         generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**63)
@@ -123,24 +134,21 @@ class BetaDPOModule(DPOModule):
         return kept
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the moving mean and deviation of the margins."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["margins"] = [self.margin_mean, self.margin_std]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the moving mean and deviation."""
         super().on_load_checkpoint(checkpoint)
         self.margin_mean, self.margin_std = checkpoint["margins"]
 
 
 class LDDPOModule(DPOModule):
-    r"""LD-DPO: the tokens that only the longer completion has count less, so that length is not what is learned.
+    r"""LD-DPO: tokens beyond the shorter completion's length count less, so that length itself is not learned.
 
-    DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` behind them (Liu et al.,
-    2409.06411). Policy = reference gives log 2; alpha 1 is DPO.
-
+    DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` on the later ones (Liu et
+    al., 2409.06411). L_0 = log 2. alpha 1 is DPO.
     Target: no closed form; the minimiser of the population loss. A token's weight depends on the other completion, so
-    that no reward of a completion alone gives all margins.
+    no reward of single completions gives all margins.
 
     Args:
         alpha: weight of the tokens beyond the shorter completion's length.
@@ -154,25 +162,24 @@ class LDDPOModule(DPOModule):
         self.alpha = alpha
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-        """Return beta times the weighted sums of token log-ratios."""
         shared = torch.minimum(pairs.chosen_lengths, pairs.rejected_lengths).unsqueeze(-1)
-        weights = [
-            torch.where(mask.cumsum(-1) <= shared, 1.0, self.alpha) * mask
-            for mask in (pairs.chosen_mask, pairs.rejected_mask)
-        ]
+
+        def reward(logratio: Tensor, mask: Tensor) -> Tensor:
+            weights = torch.where(mask.cumsum(-1) <= shared, 1.0, self.alpha) * mask
+            return self.beta * (logratio * weights).sum(-1)
+
         chosen, rejected = pairs.token_logratios
-        return self.beta * (chosen * weights[0]).sum(-1), self.beta * (rejected * weights[1]).sum(-1)
+        return reward(chosen, pairs.chosen_mask), reward(rejected, pairs.rejected_mask)
 
 
 class TRDPOModule(DPOModule):
     r"""TR-DPO: DPO whose reference follows the policy, so that the start does not hold it back for ever.
 
-    Every ``reference_every`` updates each reference weight becomes alpha policy + (1 - alpha) reference (Gorbatovski et
-    al., 2404.09656, Eq. 5); alpha 1 replaces the reference. Policy = reference gives log 2. With an
-    adapter the reference is a model of its own: a mixture of adapters has the rank of all of them together.
-
-    Target: reference * exp(reward / beta), normalised, with the reference of the moment. Each move makes it another: at
-    rest between hard moves (alpha 1), the k-th leads to start * exp((k + 1) reward / beta).
+    The loss is DPO's. Every ``reference_every`` updates each reference weight becomes alpha policy + (1 - alpha)
+    reference (Gorbatovski et al., 2404.09656, Eq. 5); alpha 1 replaces the reference. L_0 = log 2. With an adapter the
+    reference is a separate model, since a mixture of adapters has a higher rank.
+    Target: reference * exp(reward / beta), normalised, with the current reference. Where training converges between
+    hard moves (alpha 1), the k-th move leads to start * exp((k + 1) reward / beta).
 
     Args:
         alpha: share of the policy in the new reference.
@@ -193,16 +200,3 @@ class TRDPOModule(DPOModule):
         if self.updates % self.reference_every == 0:
             assert self.reference is not None
             self.reference.follow(self.alpha)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference's weights once they have moved: nothing else knows where they are."""
-        super().on_save_checkpoint(checkpoint)
-        if self.updates >= self.reference_every:
-            assert self.reference is not None
-            checkpoint["reference"] = self.reference.moved_weights()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the reference where it was; an export goes without it."""
-        super().on_load_checkpoint(checkpoint)
-        if self.reference is not None and "reference" in checkpoint:
-            self.reference.restore(checkpoint["reference"])

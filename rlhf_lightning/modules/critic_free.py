@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.functional import critic_free as functional
 from rlhf_lightning.functional.logprobs import masked_whiten
-from rlhf_lightning.functional.policy_gradient import discounted_returns, token_rewards
+from rlhf_lightning.functional.policy_gradient import (
+    discounted_returns,
+    greedy_advantages,
+    group_deviation,
+    group_mean_advantages,
+    informative_groups,
+    leave_one_out_advantages,
+    over_tokens,
+    token_rewards,
+)
 from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
@@ -109,17 +117,17 @@ class CriticFreeModule(OnPolicyModule):
         """
         if self.baseline == "greedy":
             assert rollout.baseline_scores is not None
-            centred = functional.greedy_advantages(rewards, rollout.baseline_scores)
+            centred = greedy_advantages(rewards, rollout.baseline_scores)
         elif self.baseline == "none":
             centred = torch.nan_to_num(rewards)
         elif self.baseline == "leave_one_out":
-            centred = functional.leave_one_out_advantages(rewards, rollout.group)
+            centred = leave_one_out_advantages(rewards, rollout.group)
         else:
-            centred = functional.group_mean_advantages(rewards, rollout.group)
+            centred = group_mean_advantages(rewards, rollout.group)
         if self.advantage_scale == "none":
             return centred
         if self.advantage_scale == "group":
-            deviation = functional.group_deviation(rewards, rollout.group, self.scale_unbiased)
+            deviation = group_deviation(rewards, rollout.group, self.scale_unbiased)
         else:
             deviation = self._batch_deviation(rewards)
         return centred / (deviation + self.scale_epsilon)
@@ -141,7 +149,7 @@ class CriticFreeModule(OnPolicyModule):
         if self.credit == "reward_to_go":
             advantages = discounted_returns(torch.nan_to_num(rewards), scorable, self.gamma)
         else:
-            advantages = functional.over_tokens(self.episode_advantages(rewards.sum(-1), rollout), mask)
+            advantages = over_tokens(self.episode_advantages(rewards.sum(-1), rollout), mask)
         if self.whiten_advantages:
             mean, variance = moments_over_ranks(self.trainer.strategy, advantages, scorable)
             advantages = masked_whiten(advantages, scorable, mean=mean, var=variance)
@@ -202,7 +210,7 @@ class CriticFreeModule(OnPolicyModule):
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
         """Add the share of groups whose scores are equal, which teach nothing, and the rounds of dynamic sampling."""
         if self.needs_group:
-            informative = functional.informative_groups(rollout.scores, rollout.group)
+            informative = informative_groups(rollout.scores, rollout.group)
             meter.add("rollout/frac_score_zero_std", (~informative).double())
         if self.dynamic_sampling:
             meter.add("rollout/sampling_rounds", torch.tensor(float(self._rounds)))
@@ -226,7 +234,7 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
 def _first_episodes(drawn: Samples, informative: bool = False) -> list[int]:
     """Number of the first episode of each group, or only of the groups whose scores differ."""
     groups = int(drawn.batch.group.max()) + 1
-    wanted = functional.informative_groups(drawn.scores, drawn.batch.group).tolist() if informative else [True] * groups
+    wanted = informative_groups(drawn.scores, drawn.batch.group).tolist() if informative else [True] * groups
     return [int(drawn.batch.episodes[drawn.batch.group == g].min()) for g in range(groups) if wanted[g]]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,8 +21,7 @@ from rlhf_lightning.functional.distillation import (
 )
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import token_rewards
-from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, load_policy
-from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.causal_lm import OverLogits
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.teacher import Teacher
 from rlhf_lightning.sampling.counter_rng import uniform
@@ -114,14 +112,9 @@ class GKDModule(OfflineModule):
         self.softmax_temperature, self.chunk_tokens = softmax_temperature, chunk_tokens
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
 
-    @property
-    def model(self) -> CausalLM:
-        """The student."""
-        return self.policy
-
     def load_models(self) -> None:
         """Load the student to train and the teacher frozen."""
-        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+        super().load_models()
         self.teacher = Teacher(self.teacher_name, self.tokenizer, self.load_settings)
 
     def frozen_models(self) -> Sequence[nn.Module]:
@@ -223,10 +216,6 @@ class GKDModule(OfflineModule):
                 "distill/top1_agreement": top1_agreement(*both),
             }
         return {"loss": loss.values, **measured, **loss.metrics}
-
-    def export(self, folder: str | Path) -> Path:
-        """Write the student as a Hugging Face folder."""
-        return export_policy(self.policy, self.tokenizer, folder)
 
 
 def address_of(update: int, prompt: Tensor, completion: Tensor) -> int:

@@ -1,10 +1,16 @@
-"""Direct preference optimisation, and what every objective on preference pairs shares."""
+"""Direct preference optimisation, and what every objective on preference pairs shares.
+
+Notation: y_w and y_l are the chosen and the rejected completion of a pair, S_w and S_l the policy's log-probabilities
+of them, n_w and n_l their lengths in tokens, a_w and a_l their log-ratios log policy(y) - log reference(y). The
+implicit rewards are u = beta a_w and v = beta a_l, and the reward margin is x = u - v, unless the objective says
+otherwise. L_0 is the loss of a pair where policy = reference. Equations are those of a certain label; the loss of a
+soft label p is p * loss + (1 - p) * loss of the swapped pair.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +18,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
-from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.training.coupled import WholeStep, differentiable_parts, whole_step
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, as_loss
@@ -24,7 +27,7 @@ from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, Prefe
 
 
 class PairObjective(AlignmentModule):
-    """Losses on preference pairs, from fixed data or the policy's own samples.
+    """Base of losses on preference pairs, whether the pairs come from data or from the policy's own samples.
 
     A subclass overrides one or more of ``implicit_reward``, ``pair_loss`` and ``preference_loss``.
     """
@@ -34,30 +37,30 @@ class PairObjective(AlignmentModule):
     label_smoothing: float = 0.0
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-        """Return the rewards (chosen, rejected) that the policy implies, here beta log(policy / reference).
+        """Return the rewards u of chosen and v of rejected that the policy implies, each of shape (pairs,).
 
-        Metrics are measured in them, and the default loss is of their difference. Both have shape (pairs,).
+        The default loss is of their difference, and the reward metrics are measured in them.
         """
         return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
 
     def reward_margin(self, pairs: PreferenceLogprobs) -> Tensor:
-        """Return the implicit reward of chosen minus that of rejected, shape (pairs,)."""
+        """Return x = u - v, the implicit reward of chosen minus that of rejected, shape (pairs,)."""
         chosen, rejected = self.implicit_reward(pairs)
         return chosen - rejected
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the loss of pairs whose chosen side is better for certain, here -log sigmoid(x), shape (pairs,)."""
+        """Return the loss of pairs whose chosen side is certainly better, here -log sigmoid(x), shape (pairs,)."""
         return -logsigmoid(self.reward_margin(pair))
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return p pair_loss(pair) + (1 - p) pair_loss(swapped pair), shape (pairs,); metrics per pair are mixed alike.
+        """Return p * pair_loss(pair) + (1 - p) * pair_loss(swapped pair), shape (pairs,); metrics are mixed alike.
 
-        Override it for losses of another form: those that compare the pairs of a step.
+        Override it for a loss that is not of this form, such as one that compares the pairs of a step.
         """
         p = pairs.target
-        if p.device.type == "cpu" and bool((p == 1).all()):  # a GPU would have to be waited for
+        if p.device.type == "cpu" and bool((p == 1).all()):  # on a GPU the test would wait for the device
             return self.pair_loss(pairs)
-        # A side without weight is given the other side's values: 0 times an infinite loss or slope would be NaN.
+        # 0 * inf is NaN: where an order has probability 0, compute the loss of the other order instead.
         swapped = pairs.swapped()
         agrees = as_loss(self.pair_loss(pairs.where(p > 0, swapped)))
         disagrees = as_loss(self.pair_loss(swapped.where(p < 1, pairs)))
@@ -79,35 +82,34 @@ class PairObjective(AlignmentModule):
 
     @property
     def value_at_reference(self) -> float | None:
-        """What each pair loses where the policy is the reference; None if it depends on the pair or on its slots.
+        """Loss of each pair where policy = reference; None if it depends on the pair or its slots.
 
-        The loss itself is asked, about two pairs of unequal lengths and log-probabilities.
+        It is computed from two pairs with unequal lengths and log-probabilities.
         """
         if not self.needs_reference:
             return None
         logprobs = torch.tensor([[-1.0, 0.0], [-0.5, -3.0]], dtype=torch.float64)
         both = torch.cat([logprobs, logprobs.flip(0)])
-        pairs = stacked_pairs(both, both, both != 0, {})
         try:
             with torch.no_grad():
-                values = as_loss(self.preference_loss(pairs)).values
-        except KeyError:  # a slot
+                values = as_loss(self.preference_loss(stacked_pairs(both, both, both != 0, {}))).values
+        except KeyError:  # the loss reads a slot
             return None
         return float(values[0]) if values.allclose(values[0]) else None
 
     def measure_pairs(self, pairs: PreferenceLogprobs, loss: Loss, count: int, meter: Meter) -> None:
-        """Add implicit rewards, margin, accuracy (ties count half) and the loss's own metrics.
+        """Add implicit rewards, margin, accuracy (ties count half) and the loss's own metrics to the meter.
 
         Args:
             pairs: log-probabilities of the pairs.
-            loss: of each pair.
-            count: pairs that the sum of losses is divided by.
+            loss: loss of each pair.
+            count: number of pairs that the sum of losses is divided by, as in training. Every other metric is a mean
+                over the weighted pairs.
             meter: collects the metrics.
         """
         with torch.no_grad():
             chosen, rejected = self.implicit_reward(pairs)
         weights = pairs.weights
-        # The loss is what is trained, a sum over the count of pairs; everything else is a mean over the weighted pairs.
         meter.add_ratio("loss", (loss.values * weights).sum(), count)
         metrics = {
             "chosen_reward": chosen,
@@ -125,20 +127,15 @@ class PairObjective(AlignmentModule):
 class DPOModule(PairObjective, OfflineModule):
     r"""Direct preference optimisation: the policy is its own reward model.
 
-    loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), where
-    d = log policy(y_c)/reference(y_c) - log policy(y_r)/reference(y_r) and p is the probability that chosen is better
-    (Eq. 7 of Rafailov et al., 2305.18290, for p = 1). Policy = reference gives log 2.
-
+    loss = -log sigmoid(x), x = beta [log policy(y_w)/reference(y_w) - log policy(y_l)/reference(y_l)] (Rafailov et al.,
+    2305.18290, Eq. 7). L_0 = log 2.
     Target: reference * exp(reward / beta), normalised (Eq. 4), where labels are Bradley-Terry in the rewards.
 
-    A subclass writes ``pair_loss`` for a certain label, or another ``implicit_reward``: the loss of a soft label p is
-    p * loss + (1 - p) * loss of the swapped pair. Log-probabilities, masks, lengths and weights are at hand.
-
     Args:
-        beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
-        label_smoothing: share s of the labels taken to be wrong; p becomes (1 - s) p + s (1 - p) for every loss.
-        cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning), by
-            the content of weights and rows, so that later epochs and runs forward the policy alone.
+        beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
+        label_smoothing: share s of labels assumed to be wrong; p becomes (1 - s) p + s (1 - p) for every loss.
+        cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning),
+            keyed by weights and rows, so that later epochs and runs need no reference forward pass.
 
     Raises:
         SettingError: a setting is outside its range, or the objective takes labels as certain.
@@ -150,33 +147,16 @@ class DPOModule(PairObjective, OfflineModule):
     headline_metrics = ("val/loss", "val/reward_margin", "val/reward_accuracy")
 
     def __init__(
-        self,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        cache_reference: bool = True,
-        learning_rate: float = 1e-6,
-        warmup: float = 0.1,
-        **kwargs: Any,
-    ) -> None:
+        self, beta: float = 0.1, label_smoothing: float = 0.0, cache_reference: bool = True,
+        learning_rate: float = 1e-6, warmup: float = 0.1, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
         if label_smoothing and not self.weighs_rows:
             takes = f"{type(self).__name__} takes labels as certain"
-            raise SettingError("labels-are-certain", f"label_smoothing is {label_smoothing}, but {takes}")
+            raise SettingError("labels-are-certain", f"label_smoothing is {label_smoothing}, but {takes}: set it to 0")
         self.beta, self.label_smoothing, self.cache_reference = beta, label_smoothing, cache_reference
 
-    @property
-    def model(self) -> CausalLM:
-        """The policy."""
-        return self.policy
-
-    def load_models(self) -> None:
-        """Load the policy and its reference."""
-        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        if self.needs_reference:
-            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=self.reference_moves)
-
     def loss_sum(self, batch: PreferenceBatch, meter: Meter) -> Tensor:
-        """Return the summed losses of a micro-batch's pairs."""
         return self._measured_loss(self.preference_logprobs(batch), meter).sum()
 
     def _measured_loss(self, pairs: PreferenceLogprobs, meter: Meter) -> Tensor:
@@ -186,7 +166,7 @@ class DPOModule(PairObjective, OfflineModule):
         return loss.values * pairs.weights
 
     def smoothed(self, target: Tensor) -> Tensor:
-        """Return labels, probabilities that chosen is better, with the share that is taken to be wrong mixed in."""
+        """Return labels p with label smoothing applied."""
         return target * (1 - 2 * self.label_smoothing) + self.label_smoothing
 
     def preference_logprobs(self, batch: PreferenceBatch) -> PreferenceLogprobs:
@@ -211,36 +191,32 @@ class DPOModule(PairObjective, OfflineModule):
     # -- losses that couple the pairs of a step ------------------------------------------------------------------------
 
     def training_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
-        """Take one optimizer step; a loss that couples pairs is taken over all of the step's pairs at once."""
+        """Take one optimizer step; a loss that couples pairs is computed on all pairs of the step at once."""
         if not self._couples(step):
             super().training_step(step, batch_idx)
             return
         whole, meter = self._whole_step(step), Meter()
         pairs, leaves = whole.with_leaves()
-        loss = self._measured_loss(pairs, meter)
-        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        values = self._measured_loss(pairs, meter)
+        gradients = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
         slopes = {name: slope for name, slope in zip(leaves, gradients, strict=True) if slope is not None}
-        parts, values = zip(step.micro_batches, whole.rows, strict=True), loss.detach()
-        losses = [
-            partial(
-                self._with_gradient, batch, {name: slope[rows] for name, slope in slopes.items()}, values[rows].sum()
-            )
-            for batch, rows in parts
-        ]
+        losses = []
+        for batch, rows in zip(step.micro_batches, whole.rows, strict=True):
+            own = {name: slope[rows] for name, slope in slopes.items()}
+            losses.append(partial(self._with_gradient, batch, own, values.detach()[rows].sum()))
         norm = self.update(losses, step.rows)
         self.episodes += step.rows
         self.tokens += step.tokens
         self.log_training(meter, grad_norm=norm)
 
     def validation_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
-        """Add the metrics of held-out pairs; coupled ones are judged together, as in training."""
         if self._couples(step):
             self._measured_loss(self._whole_step(step).logprobs, self._evaluation)
         else:
             super().validation_step(step, batch_idx)
 
     def _couples(self, step: Step[PreferenceBatch]) -> bool:
-        """Whether the loss of this step needs more pairs than a micro-batch has."""
+        """Whether the loss of this step needs more pairs than one micro-batch has."""
         return self.batch_coupled and len(step.micro_batches) * self.trainer.world_size > 1
 
     def _whole_step(self, step: Step[PreferenceBatch]) -> WholeStep:
@@ -249,15 +225,11 @@ class DPOModule(PairObjective, OfflineModule):
             return whole_step(self, [self.preference_logprobs(batch) for batch in step.micro_batches])
 
     def _with_gradient(self, batch: PreferenceBatch, slopes: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return ``value``, with the given gradients by the micro-batch's log-probabilities and slots."""
+        """Return ``value`` with the given gradients with respect to the micro-batch's log-probabilities and slots."""
         again = differentiable_parts(self.preference_logprobs(batch))
         carriers = [(again[name] * slope[:, : again[name].shape[1]]).sum() for name, slope in slopes.items()]
         carrier = torch.stack(carriers).sum()
         return value + carrier - carrier.detach()
-
-    def export(self, folder: str | Path) -> Path:
-        """Write the policy as a Hugging Face folder."""
-        return export_policy(self.policy, self.tokenizer, folder)
 
 
 def stacked_pairs(
@@ -265,19 +237,15 @@ def stacked_pairs(
 ) -> PreferenceLogprobs:
     """Return pairs, certain and of weight 1, from grids of shape (2 pairs, length): chosen rows, then rejected ones."""
     count = len(mask) // 2
-    chosen, rejected, ones = slice(None, count), slice(count, None), policy.new_ones(count)
+    ones = policy.new_ones(count)
+
+    def sides(grid: Tensor | None) -> tuple[Any, Any]:
+        return (None, None) if grid is None else (grid[:count], grid[count:])
+
     return PreferenceLogprobs(
-        policy_chosen_logprobs=policy[chosen],
-        policy_rejected_logprobs=policy[rejected],
-        reference_chosen_logprobs=None if reference is None else reference[chosen],
-        reference_rejected_logprobs=None if reference is None else reference[rejected],
-        chosen_mask=mask[chosen],
-        rejected_mask=mask[rejected],
-        target=ones,
-        rated_margin=0 * ones,
-        weights=ones,
-        extras=of_sides(statistics, count),
-    )
+        *sides(policy), *sides(reference), *sides(mask),
+        target=ones, rated_margin=0 * ones, weights=ones, extras=of_sides(statistics, count),
+    )  # fmt: skip
 
 
 def tilted(problem: EnumeratedProblem, beta: float) -> Tensor:
@@ -286,12 +254,12 @@ def tilted(problem: EnumeratedProblem, beta: float) -> Tensor:
 
 
 def normalised(problem: EnumeratedProblem, values: Tensor, ratio: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return reference * ratio(value + c), each prompt's c so that it sums to 1, shape (prompts, completions).
+    """Return reference * ratio(value + c), with each prompt's c such that it sums to 1, shape (prompts, completions).
 
     Args:
         problem: the enumerated problem.
         values: value of each completion (reward, win rate), shape (prompts, completions).
-        ratio: policy / reference of a shifted value; grows with it, and may reach infinity.
+        ratio: policy / reference at a shifted value; it must increase, and may reach infinity.
     """
     low, high = -1e9 * torch.ones_like(values[:, :1]), 1e9 * torch.ones_like(values[:, :1])
     for _ in range(200):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rlhf_lightning.functional.aggregation import AggregationName
 from rlhf_lightning.functional.logprobs import KLEstimator
-from rlhf_lightning.functional.surrogates import RatioName
+from rlhf_lightning.functional.surrogates import AggregationName, RatioName
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule, ScaleName
 from rlhf_lightning.training.on_policy import KLPlace, ObjectiveName
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.functional.aggregation import AggregationName
-from rlhf_lightning.functional.online_preference import nash_md_logits
-from rlhf_lightning.functional.surrogates import RatioName
+from rlhf_lightning.functional.logprobs import nash_md_logits
+from rlhf_lightning.functional.surrogates import AggregationName, RatioName
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
 from rlhf_lightning.modules.dpo import tilted
@@ -98,19 +97,6 @@ class IterativeDPOModule(OnlineDPOModule):
         super().check_rollout(rollout)
         if self.rollouts and self.moves_reference and self.rollouts % self.rollouts_per_round == 0:
             self.invariants.check_first_kl(rollout)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference's weights once they have moved: nothing else knows where they are."""
-        super().on_save_checkpoint(checkpoint)
-        if self.moves_reference and self.rollouts > self.rollouts_per_round:
-            assert self.reference is not None
-            checkpoint["reference"] = self.reference.moved_weights()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the reference where it was; an export goes without it."""
-        super().on_load_checkpoint(checkpoint)
-        if self.reference is not None and "reference" in checkpoint:
-            self.reference.restore(checkpoint["reference"])
 
 
 class XPOModule(OnlineDPOModule):

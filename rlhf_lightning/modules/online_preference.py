@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.functional.online_preference import best_and_worst
+from rlhf_lightning.functional.selection import best_and_worst
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes

@@ -1,9 +1,7 @@
-"""Objectives on the margin of a preference pair.
+"""Objectives on preference pairs with a fixed reference. The notation is that of `dpo`.
 
-In every docstring a_w and a_l are the log-ratios log policy/reference of chosen and rejected, d = a_w - a_l is the
-margin and x the difference of implicit rewards, beta d unless the class says otherwise. Formulas are those of a certain
-label; a soft label is the expectation over both orders of the pair. The population is all pairs, drawn alike, each
-order weighted by its probability of being preferred.
+The population loss is the mean over all pairs, drawn with equal probability, with each order weighted by its
+probability of being preferred.
 """
 
 from __future__ import annotations
@@ -21,17 +19,15 @@ from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
 class ConservativeDPOModule(DPOModule):
-    r"""cDPO: DPO that takes a share of the labels to be wrong.
+    r"""cDPO: DPO that assumes a share of the labels to be wrong.
 
     loss = -(1 - s) log sigmoid(x) - s log sigmoid(-x), s = ``label_smoothing`` (Mitchell 2023, a note on DPO with noisy
-    preferences). Policy = reference gives log 2. The margin of a certain label is pulled towards logit(1 - s), never
-    beyond.
-
+    preferences). L_0 = log 2. The best margin of a certain label is logit(1 - s).
     Target: no closed form; the minimiser of the population loss. Where labels are noisy already, DPO itself finds the
-    rewards and this does not.
+    rewards and cDPO does not.
 
     Args:
-        label_smoothing: share of labels taken to be wrong; p becomes (1 - s) p + s (1 - p).
+        label_smoothing: share s of labels assumed to be wrong; p becomes (1 - s) p + s (1 - p).
     """
 
     paper = "Mitchell 2023, a note on DPO with noisy preferences"
@@ -41,13 +37,12 @@ class ConservativeDPOModule(DPOModule):
 
 
 class RobustDPOModule(DPOModule):
-    r"""Robust DPO: unbiased for the clean labels when each was flipped with a known rate.
+    r"""Robust DPO: an unbiased estimate of DPO's loss on the clean labels, when each was flipped with a known rate.
 
     loss = [-(1 - e) log sigmoid(x) + e log sigmoid(-x)] / (1 - 2e), e = ``flip_rate`` (Chowdhury et al., 2403.00409);
-    it may be negative. Policy = reference gives log 2. A pair preferred with probability below e has no finite optimum.
-
-    Target: reference * exp(reward / beta), normalised, where the labels are Bradley-Terry ones of the rewards, flipped
-    with rate e; of other labels no closed form; the minimiser of the population loss.
+    it may be negative. L_0 = log 2. A pair preferred with probability below e has no finite optimum.
+    Target: reference * exp(reward / beta), normalised, where labels are Bradley-Terry in the rewards, flipped with rate
+    e; for other labels no closed form: the minimiser of the population loss.
 
     Args:
         flip_rate: share of the labels that were flipped, below 0.5.
@@ -61,29 +56,26 @@ class RobustDPOModule(DPOModule):
         self.flip_rate = flip_rate
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the unbiased estimate of DPO's loss on the clean label, shape (pairs,)."""
         x, e = self.reward_margin(pair), self.flip_rate
         return (-(1 - e) * logsigmoid(x) + e * logsigmoid(-x)) / (1 - 2 * e)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the policy whose margins are the log-odds of the clean labels, where those are Bradley-Terry."""
         odds = torch.logit((self.smoothed(problem.preference) - self.flip_rate) / (1 - 2 * self.flip_rate))
-        rewards = odds[:, :, 0]  # against the first completion
+        rewards = odds[:, :, 0]  # relative to the first completion
         consistent = torch.allclose(odds, rewards[:, :, None] - rewards[:, None, :], atol=1e-9)
         return torch.softmax(problem.reference.log() + rewards / self.beta, -1) if consistent else None
 
 
 class IPOModule(DPOModule):
-    r"""Identity preference optimisation: margins regressed on a constant, so that they cannot run away.
+    r"""Identity preference optimisation: margins are regressed on a constant, so that they stay bounded.
 
-    loss = (d - 1 / (2 beta))^2, with a_w and a_l averaged over tokens (Azar et al., 2310.12036, Eq. 17; the average is
-    the authors' practice) or summed as in the paper. Policy = reference gives 1 / (4 beta^2).
-
+    loss = (a_w - a_l - 1 / (2 beta))^2 = ((x - 1/2) / beta)^2, with log-ratios averaged over tokens (the authors'
+    practice) or summed as in the paper (Azar et al., 2310.12036, Eq. 17). L_0 = 1 / (4 beta^2).
     Target: with sums reference * exp(E p / beta), normalised, E p a completion's mean win rate; with averages over n
-    tokens reference * exp(n (E p / beta + c)), each prompt's c so that it sums to 1.
+    tokens reference * exp(n (E p / beta + c)), each prompt's c such that it sums to 1.
 
     Args:
-        beta: the paper's tau: strength of the pull towards the reference; averages need a larger one.
+        beta: the paper's tau, the strength of the pull towards the reference; averages need a larger one.
         average: divide each side's log-ratio by its length.
     """
 
@@ -94,28 +86,23 @@ class IPOModule(DPOModule):
         self.average = average
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-        """Return beta a, divided by the length where log-ratios are averaged."""
         return per_token(pairs, *super().implicit_reward(pairs)) if self.average else super().implicit_reward(pairs)
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return ((x - 1/2) / beta)^2, shape (pairs,)."""
         return ((self.reward_margin(pair) - 0.5) / self.beta) ** 2
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(n (mean win rate / beta + c)), n the tokens that a log-ratio is averaged over."""
         lengths = problem.lengths if self.average else torch.ones_like(problem.lengths)
         wins = self.smoothed(problem.preference).mean(-1) / self.beta
         return normalised(problem, wins, lambda shifted: torch.exp(lengths * shifted))
 
 
 class HingeModule(DPOModule):
-    r"""SLiC's hinge on the margin, normalised by the reference as in RSO.
+    r"""SLiC's hinge loss on the margin, normalised by the reference as in RSO.
 
-    loss = max(0, 1 - x) (Zhao et al., 2305.10425; Liu et al., 2309.06657). Policy = reference gives 1. Beyond
-    x = 1 a pair teaches nothing.
-
-    Target: no closed form; any minimiser of the population loss. It follows each pair's likelier label, not how likely
-    that is, and need not be unique.
+    loss = max(0, 1 - x) (Zhao et al., 2305.10425; Liu et al., 2309.06657). L_0 = 1. A pair with x > 1 has no gradient.
+    Target: no closed form; any minimiser of the population loss. It follows each pair's likelier label, whatever its
+    probability, and need not be unique.
     """
 
     paper = "Zhao et al. 2023, arXiv 2305.10425"
@@ -124,21 +111,18 @@ class HingeModule(DPOModule):
         super().__init__(beta=beta, **kwargs)
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return max(0, 1 - x), shape (pairs,)."""
         return torch.relu(1 - self.reward_margin(pair))
 
 
 class EXOModule(DPOModule):
     r"""EXO for pairs: the reverse KL from the policy's preference to the smoothed label.
 
-    loss = sigmoid(x) [log sigmoid(x) - log(1 - e)] + sigmoid(-x) [log sigmoid(-x) - log e], e = ``epsilon``
-    (Ji et al., 2402.00856). Policy = reference gives 2.7612 for e = 1e-3. A pair alone is at its best at
-    x = (2 p - 1) logit(1 - e).
-
+    loss = sigmoid(x) [log sigmoid(x) - log(1 - e)] + sigmoid(-x) [log sigmoid(-x) - log e], e = ``epsilon`` (Ji et al.,
+    2402.00856). L_0 = 2.7612 for e = 1e-3. The best margin of a single pair is x = (2 p - 1) logit(1 - e).
     Target: no closed form; the minimiser of the population loss.
 
     Args:
-        epsilon: smoothing of the label, above 0.
+        epsilon: label smoothing inside the KL, above 0.
     """
 
     paper = "Ji et al. 2024, arXiv 2402.00856"
@@ -149,69 +133,20 @@ class EXOModule(DPOModule):
         self.epsilon = epsilon
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the KL to the smoothed label, shape (pairs,)."""
         x = self.reward_margin(pair)
         right = torch.sigmoid(x) * (logsigmoid(x) - math.log1p(-self.epsilon))
         return right + torch.sigmoid(-x) * (logsigmoid(-x) - math.log(self.epsilon))
 
 
-class AOTModule(DPOModule):
-    r"""AOT on pairs: the whole distribution of margins is made to dominate the reference's.
-
-    loss = -log sigmoid(beta (sort(policy margins) - sort(reference margins))) over all pairs of the optimizer step
-    (Melnyk et al., 2406.05882). Policy = reference gives log 2. Labels are taken as certain and pairs as equal:
-    sorting breaks the pairing that a label or a weight belongs to.
-
-    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
-    several. How pairs meet in smaller steps moves it.
-    """
-
-    paper = "Melnyk et al. 2024, arXiv 2406.05882"
-    batch_coupled = True
-    weighs_rows = False  # a sorted margin belongs to no row
-
-    def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(beta=beta, **kwargs)
-
-    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per rank of the sorted margins, shape (pairs,)."""
-        policy = pairs.chosen_sequence_logprobs - pairs.rejected_sequence_logprobs
-        reference = policy.detach() - pairs.margin.detach()
-        return -logsigmoid(self.beta * (policy.sort().values - reference.sort().values))
-
-
-class UnpairedAOTModule(DPOModule):
-    r"""AOT without pairing: chosen log-ratios dominate rejected ones as distributions.
-
-    loss = -log sigmoid(beta (sort(a_w) - sort(a_l))) over all pairs of the optimizer step (Melnyk et al., 2406.05882).
-    Policy = reference gives log 2. Labels are taken as certain and pairs as equal.
-
-    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
-    several. How pairs meet in smaller steps moves it.
-    """
-
-    paper = "Melnyk et al. 2024, arXiv 2406.05882"
-    batch_coupled = True
-    weighs_rows = False
-
-    def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(beta=beta, **kwargs)
-
-    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per rank of the sorted log-ratios, shape (pairs,)."""
-        return -logsigmoid(self.beta * (pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values))
-
-
 class DiscoPOPModule(DPOModule):
-    r"""DiscoPOP: a blend of the logistic and the exponential loss that a language model discovered.
+    r"""DiscoPOP: a blend of the logistic and the exponential loss, discovered by a language model.
 
-    loss = (1 - g)(-log sigmoid(x)) + g e^{-x}, g = sigmoid(x / temperature) (Lu et al., 2406.08414).
-    Policy = reference gives (1 + log 2) / 2. Not monotone: about x = 0 its gradient shrinks the margin.
-
+    loss = (1 - g)(-log sigmoid(x)) + g e^{-x}, g = sigmoid(x / temperature) (Lu et al., 2406.08414). L_0 = (1 + log 2)
+    / 2. It is not monotone: near x = 0 its gradient shrinks the margin.
     Target: no closed form; a minimiser of the population loss, which is not convex and has several.
 
     Args:
-        temperature: of the gate g.
+        temperature: temperature of the gate g.
     """
 
     paper = "Lu et al. 2024, arXiv 2406.08414"
@@ -222,19 +157,16 @@ class DiscoPOPModule(DPOModule):
         self.temperature = temperature
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the gated blend, shape (pairs,)."""
         x = self.reward_margin(pair)
         gate = torch.sigmoid(x / self.temperature)
         return -(1 - gate) * logsigmoid(x) + gate * torch.exp(-x.clamp(min=-MAX_LOG_RATIO))
 
 
 class LengthNormalizedDPOModule(DPOModule):
-    r"""DPO on log-ratios per token, so that length earns nothing.
+    r"""DPO on log-ratios per token, so that length is not rewarded.
 
-    loss = -log sigmoid(beta (a_w / n_w - a_l / n_l)), n the lengths in tokens (Lambert et al., 2411.15124).
-    Policy = reference gives log 2.
-
-    Target: reference * exp(n (reward + c) / beta), each prompt's c so that it sums to 1.
+    loss = -log sigmoid(beta (a_w / n_w - a_l / n_l)) (Lambert et al., 2411.15124). L_0 = log 2.
+    Target: reference * exp(n (reward + c) / beta), each prompt's c such that it sums to 1.
     """
 
     paper = "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124"
@@ -243,23 +175,19 @@ class LengthNormalizedDPOModule(DPOModule):
         super().__init__(beta=beta, **kwargs)
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-        """Return beta a / n."""
         return per_token(pairs, *super().implicit_reward(pairs))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(n (reward + c) / beta)."""
         if self.label_smoothing:
             return None
         return normalised(problem, problem.rewards, lambda shifted: torch.exp(problem.lengths * shifted / self.beta))
 
 
 class RPOModule(DPOModule):
-    r"""DPO with the chosen completion's likelihood, so that its probability cannot fall with the rejected one's.
+    r"""DPO plus the likelihood of the chosen completion, so that its probability cannot fall with the rejected one's.
 
-    loss = -log sigmoid(x) - alpha S_w / n_w, S_w the policy's log-probability of the chosen completion of n_w tokens
-    (Pang et al., 2404.19733; Liu et al., 2405.16436, use alpha 0.005). Policy = reference gives log 2 + alpha * NLL per
-    token.
-
+    loss = -log sigmoid(x) - alpha S_w / n_w (Pang et al., 2404.19733; Liu et al., 2405.16436, use alpha 0.005). When
+    policy = reference, the loss is log 2 + alpha * NLL per token.
     Target: no closed form; the minimiser of the population loss, between DPO's and the chosen completions' frequencies
     over lengths.
 
@@ -275,9 +203,195 @@ class RPOModule(DPOModule):
         self.alpha = alpha
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the logistic loss plus alpha NLL per token, shape (pairs,)."""
         nll = -mean_logprobs(pair)[0]
         return Loss(-logsigmoid(self.reward_margin(pair)) + self.alpha * nll, {"nll_loss": nll})
+
+
+class AOTModule(DPOModule):
+    r"""AOT on pairs: the policy's margins dominate the reference's as a distribution.
+
+    loss = -log sigmoid(beta (sort(S_w - S_l) - sort(the reference's S_w - S_l))), sorted over all pairs of the
+    optimizer step (Melnyk et al., 2406.05882). L_0 = log 2. Sorting breaks the pairing, so labels are taken as certain
+    and weights are refused.
+    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
+    several. With smaller steps it depends on which pairs meet.
+    """
+
+    paper = "Melnyk et al. 2024, arXiv 2406.05882"
+    batch_coupled = True
+    weighs_rows = False
+
+    def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(beta=beta, **kwargs)
+
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
+        policy = pairs.chosen_sequence_logprobs - pairs.rejected_sequence_logprobs
+        reference = policy.detach() - pairs.margin.detach()
+        return -logsigmoid(self.beta * (policy.sort().values - reference.sort().values))
+
+
+class UnpairedAOTModule(AOTModule):
+    r"""AOT without pairing: chosen log-ratios dominate rejected ones as a distribution.
+
+    loss = -log sigmoid(beta (sort(a_w) - sort(a_l))), sorted over all pairs of the optimizer step (Melnyk et al.,
+    2406.05882). L_0 = log 2. Labels are taken as certain and weights are refused.
+    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
+    several. With smaller steps it depends on which pairs meet.
+    """
+
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
+        return -logsigmoid(self.beta * (pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values))
+
+
+class NCAModule(DPOModule):
+    r"""NCA for pairs: noise contrast that keeps the chosen completion's own probability up.
+
+    loss = -log sigmoid(u) - 1/2 log sigmoid(-u) - 1/2 log sigmoid(-v) (Chen et al., 2402.05369). L_0 = 2 log 2.
+    Target: no closed form; the minimiser of the population loss.
+    """
+
+    paper = "Chen et al. 2024, arXiv 2402.05369"
+
+    def __init__(self, beta: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(beta=beta, **kwargs)
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        u, v = self.implicit_reward(pair)
+        return -logsigmoid(u) - logsigmoid(-u) / 2 - logsigmoid(-v) / 2
+
+
+class BCOPairModule(DPOModule):
+    r"""BCO on pairs: a binary classifier of good and bad, whose logit is the implicit reward.
+
+    loss = -log sigmoid(u - delta) - log sigmoid(-(v - delta)) (Jung et al., 2404.04656), delta the mean of all u and v
+    of the optimizer step, without gradient. L_0 = 2 log 2.
+    Target: no closed form; the policy that minimises the population loss at its own delta.
+    """
+
+    paper = "Jung et al. 2024, arXiv 2404.04656"
+    batch_coupled = True
+
+    def __init__(self, beta: float = 0.01, learning_rate: float = 5e-7, **kwargs: Any) -> None:
+        super().__init__(beta=beta, learning_rate=learning_rate, **kwargs)
+
+    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
+        chosen, rejected = self.implicit_reward(pairs)
+        total = ((chosen + rejected) / 2 * pairs.weights).sum() / pairs.weights.sum().clamp_min(1e-12)
+        slots = {**pairs.extras, "delta": total.detach().expand(len(chosen))}
+        return super().preference_loss(pairs._replace(extras=slots))
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        (u, v), delta = self.implicit_reward(pair), pair.extras["delta"]
+        return -logsigmoid(u - delta) - logsigmoid(delta - v)
+
+
+class SPPOModule(DPOModule):
+    r"""SPPO with hard labels: one step of self-play, each log-ratio regressed on a constant.
+
+    loss = (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2 (Wu et al., 2405.00675). L_0 = 1 / (2 beta^2).
+    Target: no closed form; the minimiser of the population loss.
+
+    Args:
+        beta: inverse of the step size eta of the self-play game.
+    """
+
+    paper = "Wu et al. 2024, arXiv 2405.00675"
+
+    def __init__(self, beta: float = 0.001, **kwargs: Any) -> None:
+        super().__init__(beta=beta, **kwargs)
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        u, v = self.implicit_reward(pair)
+        return ((u - 0.5) / self.beta) ** 2 + ((v + 0.5) / self.beta) ** 2
+
+
+class APOZeroModule(DPOModule):
+    r"""APO-zero, for chosen completions better than the policy's own: chosen goes up, rejected down.
+
+    loss = 1 - sigmoid(u) + sigmoid(v) (D'Oosterlinck et al., 2408.06266). L_0 = 1.
+    Target: no closed form; the minimiser of the population loss. The loss is bounded, so the probability of poor
+    completions may go to 0.
+    """
+
+    paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266"
+
+    def __init__(self, learning_rate: float = 2e-7, **kwargs: Any) -> None:
+        super().__init__(learning_rate=learning_rate, **kwargs)
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        u, v = self.implicit_reward(pair)
+        return torch.sigmoid(-u) + torch.sigmoid(v)
+
+
+class APODownModule(APOZeroModule):
+    r"""APO-down, for chosen completions worse than the policy's own: both go down, rejected further.
+
+    loss = sigmoid(u) + 1 - sigmoid(x) (D'Oosterlinck et al., 2408.06266). L_0 = 1.
+    Target: no closed form; the minimiser of the population loss. u is pushed down on every chosen completion, so a
+    prompt may be left with a single completion.
+    """
+
+    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
+        u, v = self.implicit_reward(pair)
+        return torch.sigmoid(u) + torch.sigmoid(v - u)
+
+
+class ForwardKLDPOModule(DPOModule):
+    r"""f-DPO with the forward KL as KL penalty: no completion of the reference loses all its probability.
+
+    loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = 1 - e^{-a} (Wang et al., 2309.16240). L_0 = log 2. For another
+    divergence, override ``f`` and ``ratio``.
+    Target: beta (1 - reference/policy) = reward + c, each prompt's c such that the policy sums to 1.
+    """
+
+    paper = "Wang et al. 2023, arXiv 2309.16240"
+    alpha = 1.0
+
+    def f(self, logratio: Tensor) -> Tensor:
+        """Return f of log-ratios a, shape (pairs,); here (1 - e^{-alpha a}) / alpha."""
+        return -torch.expm1(-(self.alpha * logratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) / self.alpha
+
+    def ratio(self, value: Tensor) -> Tensor:
+        """Return the ratio policy/reference at which f has a value; infinite where f does not reach the value."""
+        return (1 - self.alpha * value).clamp_min(1e-300) ** (-1 / self.alpha)
+
+    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+        return self.beta * self.f(pairs.chosen_logratio), self.beta * self.f(pairs.rejected_logratio)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        return None if self.label_smoothing else normalised(problem, problem.rewards / self.beta, self.ratio)
+
+
+class AlphaDPOModule(ForwardKLDPOModule):
+    r"""f-DPO with an alpha-divergence as KL penalty: between the reverse KL (DPO) and the forward KL.
+
+    loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = (1 - e^{-alpha a}) / alpha (Wang et al., 2309.16240), where
+    alpha a is clamped to +-20. L_0 = log 2.
+    Target: beta f(log policy/reference) = reward + c, each prompt's c such that the policy sums to 1.
+
+    Args:
+        alpha: 1 is the forward KL; the limit 0, the reverse KL, is DPOModule.
+    """
+
+    ranges = {"alpha": "(0, inf)"}
+
+    def __init__(self, alpha: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.alpha = alpha
+
+
+class JensenShannonDPOModule(ForwardKLDPOModule):
+    r"""f-DPO with the Jensen-Shannon divergence as KL penalty.
+
+    loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = log 2 + log sigmoid(a) (Wang et al., 2309.16240). L_0 = log 2.
+    Target: beta f(log policy/reference) = reward + c, each prompt's c such that the policy sums to 1.
+    """
+
+    def f(self, logratio: Tensor) -> Tensor:
+        return math.log(2) + logsigmoid(logratio)
+
+    def ratio(self, value: Tensor) -> Tensor:
+        return (2 * torch.exp(-value) - 1).clamp_min(1e-300).reciprocal()
 
 
 def per_token(pairs: PreferenceLogprobs, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import DataError, SettingError
-from rlhf_lightning.functional.process import first_errors, step_loss
+from rlhf_lightning.functional.ranking import first_errors, step_loss
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import STEP_SEPARATOR
 from rlhf_lightning.modules.reward import RewardModule

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, load_policy
-from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.causal_lm import OverLogits
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
@@ -44,15 +42,6 @@ class SFTModule(OfflineModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, lr_schedule=lr_schedule, warmup=warmup, **kwargs)
-
-    @property
-    def model(self) -> CausalLM:
-        """The policy."""
-        return self.policy
-
-    def load_models(self) -> None:
-        """Load the policy."""
-        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
 
     def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
         """Return one loss per token, shape (rows, length). The override point of this family."""
@@ -94,7 +83,3 @@ class SFTModule(OfflineModule):
         if "negative_logprob" in means:
             means["perplexity"] = math.exp(min(means["negative_logprob"], 50.0))
         return means
-
-    def export(self, folder: str | Path) -> Path:
-        """Write the policy as a Hugging Face folder."""
-        return export_policy(self.policy, self.tokenizer, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.errors import undefined
-from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
-from rlhf_lightning.models.causal_lm import CausalLM, TokenOutputs, load_policy
-from rlhf_lightning.models.export import export_policy
-from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.functional.logprobs import at_least_float32
+from rlhf_lightning.models.causal_lm import TokenOutputs
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
@@ -59,17 +56,6 @@ class UnpairedModule(OfflineModule):
     def data_needs(self) -> DataNeeds:
         """Mismatched completions are asked for where the objective needs them."""
         return super().data_needs._replace(mismatched=self.needs_mismatched)
-
-    @property
-    def model(self) -> CausalLM:
-        """The policy."""
-        return self.policy
-
-    def load_models(self) -> None:
-        """Load the policy and its reference."""
-        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
-        if self.needs_reference:
-            self.reference = Reference(self.policy, self.init_from, self.load_settings)
 
     # -- override points ----------------------------------------------------------------------------------------------
 
@@ -160,10 +146,6 @@ class UnpairedModule(OfflineModule):
             means["reward_margin"] = means["desirable_reward"] - means["undesirable_reward"]
         return means
 
-    def export(self, folder: str | Path) -> Path:
-        """Write the policy as a Hugging Face folder."""
-        return export_policy(self.policy, self.tokenizer, folder)
-
 
 class KTOModule(UnpairedModule):
     r"""Kahneman-Tversky optimisation: gains and losses against what the policy earns on average.
@@ -193,13 +175,14 @@ class KTOModule(UnpairedModule):
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
-        """Return z0, nats, at least 0."""
-        return kto_reference_point(mismatched) if len(mismatched) else matched.new_zeros(())
+        if not len(mismatched):
+            return matched.new_zeros(())
+        return at_least_float32(mismatched).mean().clamp(min=0).detach()
 
     def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
-        """Return one loss per row, shape (rows,)."""
-        weights = (self.desirable_weight, self.undesirable_weight)
-        return kto_loss(logprobs.logratio, logprobs.desirable, logprobs.reference_point, self.beta, *weights)
+        advantage = self.beta * (logprobs.logratio - logprobs.reference_point)
+        gain, loss = torch.sigmoid(-advantage), torch.sigmoid(advantage)
+        return torch.where(logprobs.desirable, self.desirable_weight * gain, self.undesirable_weight * loss)
 
 
 class BCOModule(UnpairedModule):

@@ -13,7 +13,7 @@ import torch
 from rlhf_lightning.data.feedback.database import item_of, judgements_of, snapshot_of
 from rlhf_lightning.data.feedback.records import StoredJudgement
 from rlhf_lightning.data.feedback.rows import pair_votes, reliabilities, vote_table
-from rlhf_lightning.functional.agreement import krippendorff_alpha
+from rlhf_lightning.functional.judging import krippendorff_alpha
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.people.store import counts
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.errors import DataError, SettingError
-from rlhf_lightning.functional.active import disagreement, farthest_first, uncertainty
+from rlhf_lightning.functional.selection import disagreement, farthest_first, uncertainty
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.people.handing_out import chance
 from rlhf_lightning.scoring.scorer import ask_scorer, load_scorer
@@ -85,7 +85,7 @@ class RandomSelector(Selector):
 
 
 class UncertaintySelector(Selector):
-    """Items whose mean preference probability is nearest to 0.5 (`functional.active.uncertainty`)."""
+    """Items whose mean preference probability is nearest to 0.5 (`functional.selection.uncertainty`)."""
 
     members = 1
 
@@ -95,7 +95,7 @@ class UncertaintySelector(Selector):
 
 
 class DisagreementSelector(Selector):
-    """Items on which the reward models disagree most (`functional.active.disagreement`)."""
+    """Items on which the reward models disagree most (`functional.selection.disagreement`)."""
 
     members = 2
 
@@ -108,7 +108,7 @@ class DiversitySelector(Selector):
     """Items least similar to those handed out, by n-grams of prompt and completions; needs no reward model."""
 
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return minus the rank in the order of `functional.active.farthest_first`."""
+        """Return minus the rank in the order of `functional.selection.farthest_first`."""
         order = farthest_first(ngram_features(items), ngram_features(given))
         values = torch.empty(len(items))
         values[order] = -torch.arange(len(items), dtype=values.dtype)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.functional.process import aggregated_steps
+from rlhf_lightning.functional.ranking import aggregated_steps
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select

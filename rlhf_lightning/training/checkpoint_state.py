@@ -73,7 +73,8 @@ def check_names(module: AlignmentModule, found: set[str]) -> None:
 
 
 def saved(module: AlignmentModule) -> dict[str, Any]:
-    """Return the counters, the names of the trained weights, and the fingerprints of what these stand on."""
+    """Return counters, names of the trained weights, fingerprints of what they stand on, and a reference that moved."""
+    reference = module.reference
     return {
         "sharded": module.device_mesh is not None,
         "trained": sorted(kept_names(module)),
@@ -83,6 +84,7 @@ def saved(module: AlignmentModule) -> dict[str, Any]:
         "started_from": dict(module.fingerprints),
         "random": of_all_ranks(module, random_state(module.device)),
         "asked": module.asked,
+        **({"reference": reference.moved_weights()} if reference is not None and reference.moved else {}),
     }
 
 
@@ -105,6 +107,8 @@ def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
     module.asked_before = checkpoint.get("asked")
     if module.lora is not None or module.reference is not None:
         _check_backbone(module, checkpoint["started_from"])
+    if module.reference is not None and "reference" in checkpoint:
+        module.reference.restore(checkpoint["reference"])
 
 
 def begin(module: AlignmentModule) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import undefined
-from rlhf_lightning.models.causal_lm import TokenOutputs
+from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
+from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import cache_folder, content_hash, resolve_folder
 from rlhf_lightning.models.reference_cache import ReferenceCache
+from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import Sequences, Step
@@ -26,6 +29,19 @@ class OfflineModule(AlignmentModule):
 
     cache_reference = False
     """Whether the reference's log-probabilities are kept on disk; a setting of the families that have one."""
+
+    @property
+    def model(self) -> nn.Module:
+        return self.policy
+
+    def load_models(self) -> None:
+        """Load the policy, and the reference where the objective needs one."""
+        self.policy = load_policy(self.init_from, self.load_settings, self.lora)
+        if self.needs_reference:
+            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=self.reference_moves)
+
+    def export(self, folder: str | Path) -> Path:
+        return export_policy(self.policy, self.tokenizer, folder)
 
     @cached_property
     def reference_cache(self) -> ReferenceCache | None:

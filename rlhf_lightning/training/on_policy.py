@@ -28,23 +28,21 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import undefined
-from rlhf_lightning.functional.aggregation import AggregationName, aggregate
-from rlhf_lightning.functional.critic_free import overlong_penalty
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, KLEstimator, kl_estimate
-from rlhf_lightning.functional.policy_gradient import adapted_kl_coef
-from rlhf_lightning.functional.sampler_correction import (
-    CorrectionName,
-    normalised_weights,
-    off_policy_weights,
-    sampler_weights,
-)
+from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, overlong_penalty
 from rlhf_lightning.functional.surrogates import (
+    AggregationName,
+    CorrectionName,
     RatioName,
+    aggregate,
     cispo_loss,
     clip_fractions,
     clipped_surrogate_loss,
+    normalised_weights,
+    off_policy_weights,
     policy_ratio,
     reinforce_loss,
+    sampler_weights,
     soft_gate_loss,
     token_ratio,
 )

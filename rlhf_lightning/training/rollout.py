@@ -15,7 +15,7 @@ from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
-from rlhf_lightning.functional.sampler_correction import CorrectionName
+from rlhf_lightning.functional.surrogates import CorrectionName
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout

@@ -11,7 +11,7 @@ from scipy.optimize import root
 from scipy.special import expit, log_softmax
 from torch import Tensor
 
-from rlhf_lightning.functional.online_preference import nash_md_logits
+from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule

@@ -7,11 +7,18 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_lightning import modules
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import PreferenceLogprobs
+
+
+def dpo_loss(margin: Tensor, beta: float, target: Tensor | None = None) -> Tensor:
+    """DPO's loss written out, which other objectives are compared with; a target of None is a certain label."""
+    agrees, disagrees = F.softplus(-beta * margin), F.softplus(beta * margin)
+    return agrees if target is None else target * agrees + (1 - target) * disagrees
 
 
 @cache

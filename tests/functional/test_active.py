@@ -5,7 +5,7 @@ import math
 import torch
 from conftest import refused
 
-from rlhf_lightning.functional.active import disagreement, farthest_first, preference_probabilities, uncertainty
+from rlhf_lightning.functional.selection import disagreement, farthest_first, preference_probabilities, uncertainty
 
 LOG3 = math.log(3.0)  # a margin that makes one side three times as likely
 

@@ -3,7 +3,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.functional.logprobs import token_logprobs
-from rlhf_lightning.functional.preference import wpo_weights
 from rlhf_lightning.modules import BetaDPOModule
 from rlhf_lightning.training.module import as_loss
 
@@ -16,7 +15,8 @@ MARGIN = [0.7, -0.6, 0.9]
 def wpo_of_two_tokens(t):
     p = t([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]])
     logprobs = token_logprobs(p.log(), torch.tensor([[0, 1]]))
-    return wpo_weights(logprobs, p.square().sum(-1).log(), torch.ones(1, 2, dtype=torch.bool))
+    collisions, mask = p.square().sum(-1).log(), torch.ones(1, 2, dtype=torch.bool)
+    return unloaded("WPOModule").completion_weights(logprobs, collisions, mask)
 
 
 def beta_dpo(margin, mean=0.0, std=0.0, **settings):

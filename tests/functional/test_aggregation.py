@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.aggregation import (
+from rlhf_lightning.functional.surrogates import (
     aggregate,
     constant_length,
     sequence_mean_token_mean,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_lightning.functional.agreement import annotator_reliability, krippendorff_alpha
+from rlhf_lightning.functional.judging import annotator_reliability, krippendorff_alpha
 from rlhf_lightning.functional.ranking import bradley_terry_loss
 
 NAN = float("nan")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.critic_free import (
+from rlhf_lightning.functional.logprobs import masked_whiten
+from rlhf_lightning.functional.policy_gradient import (
     greedy_advantages,
     group_deviation,
     group_mean_advantages,
@@ -14,7 +15,6 @@ from rlhf_lightning.functional.critic_free import (
     over_tokens,
     overlong_penalty,
 )
-from rlhf_lightning.functional.logprobs import masked_whiten
 
 from .worked import Worked, check, each, normal, property_test
 

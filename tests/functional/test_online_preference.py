@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.online_preference import best_and_worst, nash_md_logits
+from rlhf_lightning.functional.logprobs import nash_md_logits
+from rlhf_lightning.functional.selection import best_and_worst
 from rlhf_lightning.training.module import as_loss
 
 from .pair_losses import certain_pairs, unloaded

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.preference import dpo_loss, wpo_weights
+from rlhf_lightning.training.module import as_loss
 
-from .pair_losses import certain_pairs, loss_of, of_margin, unloaded
+from .pair_losses import certain_pairs, dpo_loss, loss_of, of_margin, unloaded
 from .worked import Worked, check, each, gradient, normal, property_test
 
 POLICY_CHOSEN, POLICY_REJECTED = [-10, -13, -7], [-11, -12.6, -7.6]
@@ -50,6 +50,12 @@ def averages(name):
     return lambda c, r: sums(name)(c, r, **AVERAGED)
 
 
+def smoothed(chosen, rejected):
+    """cDPO's loss at a tenth of wrong labels."""
+    module, pairs = unloaded("ConservativeDPOModule", beta=BETA), certain_pairs(chosen, rejected)
+    return as_loss(module.preference_loss(pairs._replace(target=module.smoothed(pairs.target)))).values
+
+
 def aot_of_margins(policy_margin, reference_margin, beta=BETA):
     nothing = torch.zeros_like(policy_margin)
     return loss_of("AOTModule", beta=beta)(policy_margin, nothing, reference_chosen=reference_margin)
@@ -72,7 +78,7 @@ def rpo(margin, sequence_logprobs, mean_length, alpha=1.0):
 OF_LOG_RATIOS = {
     # name: (loss of chosen and rejected log-ratios at beta 0.1, its value at policy = reference)
     "dpo": (sums("DPOModule"), math.log(2)),
-    "cdpo": (lambda c, r: dpo_loss(c - r, BETA, torch.full_like(c, 0.9)), math.log(2)),
+    "cdpo": (smoothed, math.log(2)),
     "robust": (sums("RobustDPOModule"), math.log(2)),
     "ipo": (sums("IPOModule", average=False), 1 / (4 * BETA**2)),
     "ipo averaged": (averages("IPOModule"), 1 / (4 * BETA**2)),
@@ -106,7 +112,7 @@ WORKED = [
     Worked("reward margin", lambda t: BETA * margin(t).mean(), 0.03333333),
     Worked("reward accuracy", lambda t: (margin(t) > 0).double().mean(), 0.66666667),
     Worked("dpo", lambda t: sums("DPOModule")(*log_ratios(t)).mean(), 0.67717200),
-    Worked("cdpo", lambda t: dpo_loss(margin(t), BETA, t([0.9, 0.9, 0.9])).mean(), 0.68050534),
+    Worked("cdpo", lambda t: smoothed(*log_ratios(t)).mean(), 0.68050534),
     Worked("robust", lambda t: sums("RobustDPOModule", flip_rate=0.1)(*log_ratios(t)).mean(), 0.67300534),
     Worked("ipo averaged", lambda t: sums("IPOModule")(*log_ratios(t), *lengths()).mean(), 24.45737245),
     Worked("ipo with sums", lambda t: sums("IPOModule", average=False)(*log_ratios(t)).mean(), 22.22),
@@ -209,14 +215,20 @@ def test_robust_dpo_averages_to_dpo_over_flipped_labels(seed, flip_rate):
 def test_a_soft_label_is_met_where_the_implied_probability_equals_it(seed, p):
     best = torch.tensor([math.log(p / (1 - p)) / BETA], dtype=torch.float64)
     target = torch.tensor([p], dtype=torch.float64)
-    (slope,) = gradient(lambda m: dpo_loss(m, BETA, target), best)
+
+    def soft(margin, p):
+        pairs = certain_pairs(margin, torch.zeros_like(margin))._replace(target=p)
+        return as_loss(unloaded("DPOModule", beta=BETA).preference_loss(pairs)).values
+
+    (slope,) = gradient(lambda m: soft(m, target), best)
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
     margins = normal(seed, 1)
-    torch.testing.assert_close(dpo_loss(margins, BETA, target), dpo_loss(-margins, BETA, 1 - target))
+    torch.testing.assert_close(soft(margins, target), dpo_loss(margins, BETA, target))
+    torch.testing.assert_close(soft(margins, target), soft(-margins, 1 - target))
 
 
 def test_dpo_gradient_is_beta_times_the_probability_of_error():
-    (slope,) = gradient(lambda m: dpo_loss(m, 0.3), torch.tensor([2.0], dtype=torch.float64))
+    (slope,) = gradient(of_margin("DPOModule", beta=0.3), torch.tensor([2.0], dtype=torch.float64))
     torch.testing.assert_close(slope.item(), -0.3 / (1 + math.exp(0.6)))
 
 
@@ -261,21 +273,9 @@ def test_rpo_adds_the_likelihood_of_chosen_alone():
     assert slope.item() == pytest.approx(-0.125, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("margin", "target", "sentence"),
-    [
-        (torch.zeros(2, 3), None, r"\(pairs\).*margin \(2, 3\)"),
-        (torch.zeros(2), torch.ones(3), r"margin \(2,\), target \(3,\)"),
-    ],
-)
-def test_bad_input_is_refused_in_one_sentence(margin, target, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        dpo_loss(margin, BETA, target)
-
-
 def test_wpo_ignores_padding_and_passes_no_gradient():
     logprobs = torch.tensor([[-1.0, -2.0, float("nan")]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])
-    weights = wpo_weights(logprobs, torch.tensor([[-0.5, -0.5, 7.0]]), mask)
+    weights = unloaded("WPOModule").completion_weights(logprobs, torch.tensor([[-0.5, -0.5, 7.0]]), mask)
     torch.testing.assert_close(weights, torch.tensor([-1.0]).exp())
     assert not weights.requires_grad

@@ -5,7 +5,7 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.process import aggregated_steps, first_errors, step_loss
+from rlhf_lightning.functional.ranking import aggregated_steps, first_errors, step_loss
 
 from .worked import Worked, check, each, gradient, normal, property_test
 

@@ -5,9 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.preference import dpo_loss
-
-from .pair_losses import certain_pairs, loss_of, unloaded
+from .pair_losses import certain_pairs, dpo_loss, loss_of, unloaded
 from .worked import Worked, check, each, gradient, normal, property_test
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf_lightning.functional.sampler_correction import normalised_weights, off_policy_weights, sampler_weights
+from rlhf_lightning.functional.surrogates import normalised_weights, off_policy_weights, sampler_weights
 
 from .worked import Worked, check, each
 

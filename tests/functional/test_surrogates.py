@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.aggregation import sequence_mean_token_mean, sequence_mean_token_sum, token_mean
-from rlhf_lightning.functional.critic_free import over_tokens
+from rlhf_lightning.functional.policy_gradient import over_tokens
 from rlhf_lightning.functional.surrogates import (
     cispo_loss,
     clip_fractions,
@@ -15,8 +14,11 @@ from rlhf_lightning.functional.surrogates import (
     over_sequence,
     policy_ratio,
     reinforce_loss,
+    sequence_mean_token_mean,
+    sequence_mean_token_sum,
     sequence_ratio,
     soft_gate_loss,
+    token_mean,
     token_ratio,
 )
 

@@ -2,17 +2,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.unpaired import kto_loss, kto_reference_point
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.types import UnpairedLogprobs
 
+from .pair_losses import unloaded
 from .worked import Worked, check, each, gradient, normal, property_test
 
 DESIRABLE_RATIOS, UNDESIRABLE_RATIOS = [0.5, -0.2, 0.4], [-0.2, 0.4, -0.5]
 LABELS = torch.tensor([True] * 3 + [False] * 3)
 
 
+def kto_reference_point(mismatched):
+    return unloaded("KTOModule").reference_point(torch.zeros(0), mismatched)
+
+
+def kto_loss(ratios, labels, reference_point, beta=0.1, **weights):
+    """The module's loss of completions of one token with these log-ratios."""
+    grid, ones = ratios.unsqueeze(-1), torch.ones_like(ratios)
+    given = UnpairedLogprobs(grid, torch.zeros_like(grid), grid == grid, labels, ones, reference_point)
+    return as_loss(unloaded("KTOModule", beta=beta, **weights).unpaired_loss(given)).values
+
+
 def losses(t, **weights):
     reference_point = kto_reference_point(t([0.3, -0.1, 0.4]))
-    return kto_loss(t(DESIRABLE_RATIOS + UNDESIRABLE_RATIOS), LABELS, reference_point, 0.1, **weights)
+    return kto_loss(t(DESIRABLE_RATIOS + UNDESIRABLE_RATIOS), LABELS, reference_point, **weights)
 
 
 WORKED = [
@@ -31,7 +44,9 @@ def test_worked_number(case, dtype):
 
 
 def test_at_the_reference_every_row_gives_half_its_weight():
-    found = kto_loss(torch.zeros(2), torch.tensor([True, False]), torch.zeros(()), 0.1, 2.0, 3.0)
+    found = kto_loss(
+        torch.zeros(2), torch.tensor([True, False]), torch.zeros(()), desirable_weight=2.0, undesirable_weight=3.0
+    )
     assert found.tolist() == [1.0, 1.5]
 
 

@@ -31,7 +31,7 @@ from training.test_updates import in_double
 from rlhf_lightning import modules
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules import DPOModule
-from rlhf_lightning.modules import dpo as dpo_file
+from rlhf_lightning.training import offline
 from rlhf_lightning.training.coupled import whole_step
 from rlhf_lightning.types import PreferenceLogprobs, Step
 
@@ -242,12 +242,12 @@ def test_a_reference_is_loaded_where_it_is_needed_and_only_there(
     free = {"ReferenceFreeDPOModule", "SimPOModule", "ORPOModule", "CPOModule"}
     asked = []
 
-    class Watched(dpo_file.Reference):
+    class Watched(offline.Reference):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             asked.append(args)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(dpo_file, "Reference", Watched)
+    monkeypatch.setattr(offline, "Reference", Watched)
     module = made(name, policy_folder)
     module.configure_model()
     assert len(asked) == (name not in free)

@@ -17,7 +17,7 @@ from rlhf_lightning.data.feedback.records import STRENGTHS, Item, StoredJudgemen
 from rlhf_lightning.data.formats import ALL_FORMS, LABELS
 from rlhf_lightning.data.turns import MEDIA
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.functional.agreement import annotator_reliability
+from rlhf_lightning.functional.judging import annotator_reliability
 
 RowKind = Literal["preference", "unpaired", "demonstration", "prompt", "judgement"]
 Labels = Literal["mean", "reliability"]
