@@ -502,8 +502,7 @@ def test_every_function_has_a_user():
 # Nouns of the field that stand in several layers: the formula, the batch, the module, the check of one objective or
 # one thing. Any other file name stands once.
 NOUNS = {
-    "audit", "coupled", "critic_free", "distillation", "export", "loading", "offline", "on_policy",
-    "online_preference", "preference", "process", "ranking", "unpaired",
+    "audit", "coupled", "distillation", "export", "loading", "offline", "on_policy", "online_preference", "ranking",
 }  # fmt: skip
 
 
