@@ -436,5 +436,18 @@ def load_reward_hf_model(name: str, settings: LoadSettings, outputs: int = 1, **
 
 
 def output_names(folder: str | Path) -> tuple[str, ...]:
-    """Return the names of a reward model's outputs; empty where it has a single one."""
-    return tuple(backbone_record(folder).get(OUTPUT_NAMES, ())) if (Path(folder) / BACKBONE_FILE).is_file() else ()
+    """Return the names of a reward model's outputs, a foreign classifier's labels; empty if it has a single output."""
+    if (Path(folder) / BACKBONE_FILE).is_file():
+        return tuple(backbone_record(folder).get(OUTPUT_NAMES, ()))
+    labels = classifier_labels(folder)
+    return labels if len(labels) > 1 else ()
+
+
+def classifier_labels(folder: str | Path) -> tuple[str, ...]:
+    """Return the labels of a folder or hub id whose config names a sequence classifier; empty for other models."""
+    if is_adapter(str(folder)):
+        return ()
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if not any("SequenceClassification" in kind for kind in config.architectures or ()):
+        return ()
+    return tuple(str(config.id2label[place]) for place in range(config.num_labels))

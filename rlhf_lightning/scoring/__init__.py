@@ -14,6 +14,7 @@ from rlhf_lightning.scoring.scorer import load_scorer as load_scorer
 if TYPE_CHECKING:
     from rlhf_lightning.scoring.answers import *
     from rlhf_lightning.scoring.composition import *
+    from rlhf_lightning.scoring.encoders import *
     from rlhf_lightning.scoring.faults import *
     from rlhf_lightning.scoring.ifeval import *
     from rlhf_lightning.scoring.instructions import *

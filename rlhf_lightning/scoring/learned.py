@@ -1,8 +1,9 @@
-"""Trained reward models and process reward models as scorers."""
+"""Trained reward models as scorers: causal and process reward models."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,19 +11,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.ranking import aggregated_steps
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
-from rlhf_lightning.models.loading import BACKBONE_FILE, STEP_SEPARATOR, LoadSettings, output_names, resolve_folder
+from rlhf_lightning.models.loading import (
+    BACKBONE_FILE,
+    STEP_SEPARATOR,
+    LoadSettings,
+    backbone_record,
+    classifier_labels,
+    output_names,
+    resolve_folder,
+)
 from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import in_step
+from rlhf_lightning.scoring.encoders import is_encoder, label_index
 from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Judgement, MicroBatchLimits, Prompt, Sequences
 
@@ -31,19 +42,32 @@ class LearnedScorer(Scorer):
     """Scores completions with a reward model's folder, relative to the demonstrations' mean score stored in it.
 
     An adapter's folder is scored on its backbone, quantised as in training. It shares the policy's backbone if that is
-    the
-    same.
+    the same.
 
     Args:
         folder: Hugging Face folder with a scalar head, whole or an adapter on its backbone.
         max_tokens: cells of one forward pass, rows times the longest row.
         dtype: precision of the weights; null takes the run's, or fp32 without a run.
+        label: of several outputs the one that is the score; null takes the first. All are parts of the judgement.
+
+    Raises:
+        ModelError: the folder's model has no trained head, or is an encoder.
+        SettingError: there is no such label.
     """
 
-    def __init__(self, folder: str, max_tokens: int = 16_384, dtype: str | None = None) -> None:
+    def __init__(
+        self, folder: str, max_tokens: int = 16_384, dtype: str | None = None, label: str | None = None
+    ) -> None:
         self.folder, self.max_tokens, self.dtype = resolve_folder(folder), max_tokens, dtype
+        if is_encoder(self.folder):
+            raise ModelError(
+                "encoder-as-decoder", f"{folder} is an encoder; use EncoderScorer, or the folder's name alone as scorer"
+            )
+        refuse_untrained_head(self.folder)
         self.tokenizer = tokenization.load_tokenizer(self.folder)
         self.output_names = output_names(self.folder)
+        own = bool(backbone_record(self.folder)) if Path(self.folder).is_dir() else False
+        self.score_index = label_index(self.folder, self.output_names, label, own)
         self._model: ScalarModel | None = None
 
     @property
@@ -76,12 +100,12 @@ class LearnedScorer(Scorer):
         return mine.chat_template == theirs.chat_template and mine.get_vocab() == theirs.get_vocab()
 
     def score_of(self, outputs: Tensor) -> Tensor:
-        """Return the score of a reward model of several outputs: the first.
+        """Return the score of a reward model of several outputs: the one that ``label`` names.
 
         Args:
             outputs: shape (completions, outputs), in the order of ``output_names``.
         """
-        return outputs[:, 0]
+        return outputs[:, self.score_index]
 
     def score_sequences(self, sequences: Sequences) -> Tensor:
         """Return the scores of tokenized completions, fp32, shape (completions,)."""
@@ -207,6 +231,27 @@ def _sequences(
         parents=tuple(range(len(encoded))),
         supervised=tuple(torch.tensor(flags, dtype=torch.bool) for _, flags in encoded),
     )
+
+
+def refuse_untrained_head(folder: str) -> None:
+    """Refuse a model without trained weights of a scalar head: transformers would draw a random one.
+
+    Raises:
+        ModelError: the folder's weights have no head, or a hub id's config names no sequence classifier.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        trained = bool(classifier_labels(folder))
+    else:
+        files = sorted(path.glob("*.safetensors"))
+        names = [name for file in files for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
+        trained = not files or any(re.search(r"(^|\.)score\.", name) for name in names)
+    if not trained:
+        raise ModelError(
+            "untrained-head",
+            f"{folder} has no trained reward head: as a scorer it would give random scores; name a reward model's "
+            "folder, or train one first (rlhf fit --config recipe:reward)",
+        )
 
 
 def stored_separator(folder: str) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ContractError, DataError, RlhfError, undefined
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.loading import LoadSettings, resolve_folder
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 Scores = Sequence[float | None | Judgement] | Tensor
@@ -326,11 +326,14 @@ def load_scorer(spec: Any) -> Scorer:
         SettingError: see `loading.load`.
         MissingError: there is no such folder.
     """
+    from rlhf_lightning.scoring.encoders import EncoderScorer, is_encoder
     from rlhf_lightning.scoring.learned import LearnedScorer, ProcessScorer, stored_separator
 
     spec = str(spec) if isinstance(spec, Path) else spec
     if isinstance(spec, str) and (Path(spec).expanduser().is_dir() or "/" in spec):
-        return ProcessScorer(spec) if stored_separator(spec) else LearnedScorer(spec)
+        if stored_separator(spec):
+            return ProcessScorer(spec)
+        return EncoderScorer(spec) if is_encoder(resolve_folder(spec)) else LearnedScorer(spec)
     found = load(spec, Callable, shipped_classes("rlhf_lightning.scoring", Scorer), "scorer")
     return found if isinstance(found, Scorer) else FunctionScorer(found)
 
