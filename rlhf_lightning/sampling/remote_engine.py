@@ -284,6 +284,8 @@ def _read_text(
     tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], limit: int, end_ids: Sequence[int]
 ) -> Tensor:
     """Return the tokens of a completion that came as text; add an end token if it ended by itself."""
+    if not isinstance(choice["text"], str):
+        raise ValueError("the text is missing")
     ids = tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
     ids = [*ids[: next((i for i, token in enumerate(ids) if token in end_ids), len(ids))]]
     if choice["finish_reason"] == "stop" and len(ids) < limit:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import refused
 from small_server import BASE, SmallServer, serving
-from tiny_models import EOS, random_rows
+from tiny_models import EOS, VOCABULARY, random_rows
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
@@ -222,6 +222,31 @@ def test_an_answer_that_is_no_completion_is_refused(
 ) -> None:
     server.spoil = spoil
     with refused("server-answer-unusable", message):
+        draw(RemoteEngine(server.url, BASE), policy, max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    "ids", [[-1], [10**9], [2**70], [VOCABULARY], [7.9], [True], ["7"], [None], [[7]], "7", {"0": 7}, 7]
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_an_id_that_is_none_of_the_policys_is_refused(
+    policy: CausalLM, server: SmallServer, ids: Any, named: bool
+) -> None:
+    """Given as ids, or in the places of the tokens' texts."""
+    table: dict[str, Any] = {"token_logprobs": [-1.0]}
+    if named:
+        table["tokens"] = [f"token_id:{token}" for token in ids] if isinstance(ids, list) else ids
+        if ids == ["7"]:
+            table["tokens"] = ["seven"]
+    server.spoil = spoilt(logprobs=table, token_ids=None if named else ids)
+    with refused("server-answer-unusable", server.url):
+        draw(RemoteEngine(server.url, BASE), policy, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("value", [1e400, float("nan"), -1e400, 10**400, True, "-1", None, [-1.0], 0.5])
+def test_a_log_probability_that_is_none_is_refused(policy: CausalLM, server: SmallServer, value: Any) -> None:
+    server.spoil = spoilt(logprobs={"token_logprobs": [value]}, token_ids=[40])
+    with refused("server-answer-unusable", server.url):
         draw(RemoteEngine(server.url, BASE), policy, max_new_tokens=6)
 
 
