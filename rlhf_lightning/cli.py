@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,11 +110,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe has gone (`rlhf generate ... | head`); what Python flushes at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    except SystemExit as error:
+        place = _foreign_exit(error)
+        if place is None:
+            raise
+        return _fail(
+            f"{place} called sys.exit({error.code!r}) in the middle of `rlhf {name}`; raise an exception there instead",
+            FAILURE,
+        )
     except Exception as error:
         sentence = importlib.import_module("rlhf_lightning.commands.failures").failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
         return _fail(sentence, USAGE_ERROR if getattr(error, "code", "") in COMMAND_LINE_CODES else FAILURE)
+
+
+def _foreign_exit(error: SystemExit) -> str | None:
+    """Return file and line of a user's or another package's sys.exit, which must not end a command as a success.
+
+    None for exits of this package and of its parsers.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame in frames if frame.f_globals.get("__name__") != "_sitebuiltins"]
+    package = str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+    if package in ("rlhf_lightning", "jsonargparse", "argparse"):
+        return None
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame is frames[-1]]
+    return f"{frames[-1].f_code.co_filename}:{lines[-1]}"
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -83,6 +83,8 @@ def import_path(path: str, what: str = "object") -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise SettingError("not-importable", f"{what} {path!r} cannot be imported: {error}") from error
+    except SystemExit as error:
+        raise _exits(module_name, error) from error
     if not hasattr(module, attribute):
         near = nearest(attribute, (name for name in vars(module) if not name.startswith("_")))
         hint = f"; did you mean {module_name}.{near}?" if near else ""
@@ -109,7 +111,17 @@ def import_user_module(name: str) -> str:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise SettingError("not-importable", f"module {name!r} cannot be imported: {error}") from error
+    except SystemExit as error:
+        raise _exits(name, error) from error
     return name
+
+
+def _exits(module: str, error: SystemExit) -> SettingError:
+    return SettingError(
+        "not-importable",
+        f"module {module!r} calls sys.exit({error.code!r}) when it is imported; put its script part under "
+        "if __name__ == '__main__'",
+    )
 
 
 def shipped_classes(room: str, base: Any) -> dict[str, Any]:

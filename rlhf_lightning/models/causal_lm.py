@@ -35,6 +35,7 @@ from rlhf_lightning.models.loading import (
     load_hf_model,
     load_weights,
     prepare_for_training,
+    refuse_nonfinite_weights,
     refuse_other_quantization,
     refuse_reward_adapter,
     resolve_folder,
@@ -318,6 +319,7 @@ def load_policy(
     prepare_for_training(model, settings)
     if lora is not None:
         model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
+    refuse_nonfinite_weights(model, init_from)
     return CausalLM(model, value_head, source)
 
 

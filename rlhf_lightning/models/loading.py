@@ -281,6 +281,24 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
     return model
 
 
+def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model with NaN or infinity in its weights: sampled or scored with, it gives nonsense in silence.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    for key, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        # The sum reads each weight once and copies none; it may overflow where no weight is infinite.
+        if not bool(weight.detach().sum(dtype=torch.float32).isfinite()) and not bool(weight.isfinite().all()):
+            raise ModelError(
+                "non-finite-weights",
+                f"{name} has NaN or infinity in its weights ({key}); use an earlier checkpoint, or train with a "
+                "lower learning rate",
+            )
+
+
 def backbone_record(folder: str | Path) -> dict[str, Any]:
     """Return what a stage's folder says of the backbone it was trained from; nothing where it says nothing."""
     record = Path(folder) / BACKBONE_FILE

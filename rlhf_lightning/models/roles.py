@@ -39,6 +39,7 @@ from rlhf_lightning.models.loading import (
     load_reward_hf_model,
     output_names,
     prepare_for_training,
+    refuse_nonfinite_weights,
 )
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
@@ -193,10 +194,13 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
             name = free_name(policy, REWARD)
             add_adapter(policy.model, name, start.config, start.weights)
             model: ScalarModel = AdapterScalar(policy, name, start.head, _bias(folder))
+            refuse_nonfinite_weights(policy.model, folder)
+            refuse_nonfinite_weights(model, folder)
             return model.requires_grad_(False).eval()
     record = backbone_record(folder) if is_adapter(folder) else {}
     settings = replace(settings, quantization=record.get("quantization"), from_scratch=False)
     hf = load_reward_hf_model(folder, settings, max(len(output_names(folder)), 1), **changes)
+    refuse_nonfinite_weights(hf, folder)
     prepare_for_training(hf, replace(settings, activation_checkpointing=False))
     return ScalarModel(hf, bias=float(getattr(hf.config, SCORE_BIAS, 0.0))).requires_grad_(False).eval()
 

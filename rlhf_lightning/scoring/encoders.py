@@ -15,7 +15,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.folders import require_safetensors
-from rlhf_lightning.models.loading import LoadSettings, classifier_labels, is_adapter, resolve_folder
+from rlhf_lightning.models.loading import (
+    LoadSettings,
+    classifier_labels,
+    is_adapter,
+    refuse_nonfinite_weights,
+    resolve_folder,
+)
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores
 from rlhf_lightning.tokenization.templates import apply_template
 from rlhf_lightning.types import Judgement, Message, MicroBatchLimits, Prompt
@@ -65,6 +71,7 @@ class EncoderScorer(Scorer):
                 "untrained-head", f"{self.folder} lacks weights for {missing}: its scores would be random; name a "
                 "trained reward model",
             )  # fmt: skip
+        refuse_nonfinite_weights(model, self.folder)
         return model.to(self._device).requires_grad_(False).eval()
 
     def to(self, device: torch.device) -> EncoderScorer:

@@ -37,6 +37,7 @@ from rlhf_lightning.models.loading import (
     fingerprint,
     is_adapter,
     load_base_of_adapter,
+    refuse_nonfinite_weights,
     resolve_folder,
 )
 from rlhf_lightning.models.roles import Reference
@@ -400,10 +401,25 @@ class AlignmentModule(LightningModule):
     def on_validation_start(self) -> None:
         """Frozen models follow to the device when validation runs on its own."""
         self.place_frozen_models()
+        self.refuse_nonfinite_weights()
 
     def on_test_start(self) -> None:
         """Frozen models follow to the device."""
         self.place_frozen_models()
+        self.refuse_nonfinite_weights()
+
+    def on_predict_start(self) -> None:
+        """Refuse weights of a checkpoint that are not finite."""
+        self.refuse_nonfinite_weights()
+
+    def refuse_nonfinite_weights(self) -> None:
+        """Refuse to evaluate a checkpoint with NaN or infinity in its weights; training has its own guard.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        if self.trainer.state.fn != "fit":
+            refuse_nonfinite_weights(self, "the checkpoint")
 
     def place_frozen_models(self) -> None:
         """Move the frozen models to the device, in eval mode."""
