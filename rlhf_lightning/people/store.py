@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sqlite3
 import threading
 import time
@@ -117,8 +118,9 @@ class FeedbackStore:
 
     def _require_file(self, *suffixes: str) -> None:
         """Raise if the file is gone: SQLite would go on writing to the deleted file without an error."""
-        there = self.path.exists() and self.path.stat().st_ino == self._inode
-        if not there or not all(Path(f"{self.path}{suffix}").exists() for suffix in suffixes):
+        found = self.path.stat() if self.path.exists() else None
+        names = [f"{self.path}{suffix}" for suffix in suffixes]
+        if found is None or found.st_ino != self._inode or found.st_size == 0 or not all(map(os.path.exists, names)):
             raise StateError(
                 "store-removed",
                 f"{self.path} was removed or replaced while it was open, so no label can be kept: stop the server, "

@@ -11,7 +11,7 @@ from tiny_folders import policy_folder, reward_folder  # noqa: F401
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
 from rlhf_lightning.data.feedback.database import reading
-from rlhf_lightning.data.feedback.records import Answer
+from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
 from rlhf_lightning.data.feedback.rows import rows_of
 from rlhf_lightning.data.files import read_file
 from rlhf_lightning.data.sources import at_snapshot, parse_sources
@@ -37,6 +37,30 @@ def test_one_judgement_of_a_pair(make_store):
     assert (row["preference"], row["margin"]) == (1.0, pytest.approx(2 / 3))
     assert (row["item"], row["judgements"], row["flags"], row["topic"]) == (1, 1, ["harmful"], "t0")
     assert row["models"] == ["models/b", "models/a"]
+
+
+FORM_COLUMNS = [
+    "messages", "prompt", "completion", "instruction", "output", "input", "text", "chosen", "rejected", "completions",
+    "completion_1", "completion_2", "label", "labels", "ranks", "preference", "margin", "weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired", "demonstration", "prompt"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_column_of_the_prompt_passes_for_a_judgement(make_store, ready, kind, count):
+    """Whatever columns a file of prompts has, a row says what people said, and trains as it does without them."""
+    plain, filled = ({"topic": "t"}, {"topic": "t", **{name: "from the file" for name in FORM_COLUMNS}})
+    filled |= {"weight": 9.0, "margin": 3.0, "preference": 0.1, "label": False, "ranks": [1, 0, 0], "labels": [0]}
+    modules = {"preference": PreferenceDataModule, "unpaired": UnpairedDataModule, "demonstration": SFTDataModule}
+    seen = []
+    for name, columns in (("plain.db", plain), ("filled.db", filled)):
+        candidates = tuple(Candidate(f"answer {n}") for n in range(count))
+        store = make_store([Item(f"q {n}", candidates, columns) for n in range(4)], name=name, salt="")
+        for _ in range(4):
+            label(store, "ann", lambda asked: Answer("ranking", tuple(asked.shown), edited="e", edited_place=0))
+        seen.append((rows(store, kind), batches(ready(modules.get(kind, PromptDataModule)(str(store.path))))))
+    assert seen[0][0] == seen[1][0] and all(row["topic"] == "t" for row in seen[1][0])
+    assert repr(seen[0][1]) == repr(seen[1][1])
 
 
 def test_several_judgements_of_a_pair_are_their_mean(make_store):

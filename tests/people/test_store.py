@@ -8,10 +8,13 @@ from collections import Counter
 
 import pytest
 from conftest import refused
+from starlette.testclient import TestClient
 
 from rlhf_lightning.data.feedback.database import is_store, judgements_of, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.records import Answer, Conflict, Item, JudgementRefused, NotAsked
-from rlhf_lightning.people.handing_out import Policy
+from rlhf_lightning.data.feedback.rows import rows_of
+from rlhf_lightning.people.handing_out import Policy, chance
+from rlhf_lightning.people.server import make_app
 from rlhf_lightning.people.store import FeedbackStore
 
 from .conftest import LEFT, RIGHT, label, pair, prefer, ranked_item
@@ -165,6 +168,131 @@ def test_hidden_repeats_come_later_with_sides_swapped(make_store):
         (first,) = [m for m, other in enumerate(given) if other.item == asked.item and not other.repeat]
         assert n - first > 5 and asked.shown == given[first].shown[::-1]
     assert max(Counter(asked.item.id for asked in given).values()) == 2
+
+
+def unlinked(path):
+    path.unlink()
+
+
+def replaced(path):
+    (path.parent / "other").write_bytes(path.read_bytes())
+    (path.parent / "other").replace(path)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def folder_moved(path):
+    path.parent.rename(path.parent.with_name("moved"))
+
+
+def log_unlinked(path):
+    path.with_name(f"{path.name}-wal").unlink()
+
+
+@pytest.mark.parametrize("harm", [unlinked, replaced, emptied, folder_moved, log_unlinked])
+def test_no_label_is_confirmed_once_the_file_is_gone(tmp_path, harm):
+    (tmp_path / "labels").mkdir()
+    store = FeedbackStore(tmp_path / "labels" / "feedback.db", Policy(repeats=0.0))
+    store.add([pair(0), pair(1)])
+    asked, _ = label(store, "ann", LEFT)
+    following = store.next("ann")
+    harm(store.path)
+    with refused("store-removed", "stop the server"):
+        store.judge("ann", following.id, "k" * 16, LEFT)
+    with refused("store-removed"):
+        store.next("bob")
+
+
+def test_two_names_of_a_file_share_one_lock(tmp_path):
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    store = FeedbackStore(folder / "feedback.db")
+    (tmp_path / "file.db").symlink_to(folder / "feedback.db")
+    (tmp_path / "chain.db").symlink_to(tmp_path / "file.db")
+    (tmp_path / "folder").symlink_to(folder)
+    for name in ("file.db", "chain.db", "folder/feedback.db", "labels/../labels/feedback.db"):
+        with refused("store-locked"):
+            FeedbackStore(tmp_path / name)
+    store.close()
+    with FeedbackStore(tmp_path / "chain.db") as again:
+        assert again.path == (folder / "feedback.db").resolve()
+    os.link(folder / "feedback.db", tmp_path / "hard.db")
+    for path in (tmp_path / "hard.db", folder / "feedback.db"):
+        with refused("store-not-writable", "has 2 hard links"):
+            FeedbackStore(path)
+
+
+def test_sides_and_repeats_cannot_be_foretold(make_store, tmp_path):
+    """From the seed, the name and the numbers of the items, that is; a store keeps its salt."""
+
+    def shown(name, **policy):
+        store = make_store(64, name=name, **policy)
+        found = [label(store, "ann", LEFT)[0] for _ in range(64)]
+        store.close()
+        return [(one.item.id, one.repeat, one.shown) for one in found]
+
+    policy = {"repeats": 0.3, "distance": 1, "seed": 5}
+    first, second = shown("a.db", **policy), shown("b.db", **policy)
+    assert first != second and shown("c.db", salt="", **policy) == shown("d.db", salt="", **policy)
+    calculated = [
+        tuple(sorted(range(2), key=lambda place: chance(5, "side", "ann", item, place))) for item in range(1, 65)
+    ]
+    assert [one for _, repeat, one in first if not repeat] != calculated[
+        : len([1 for _, repeat, _ in first if not repeat])
+    ]
+    with FeedbackStore(tmp_path / "a.db", Policy(salt="")) as again, again.reading() as connection:
+        (salt,) = connection.execute("SELECT salt FROM store").fetchone()
+    assert len(salt) == 32
+
+
+DAMAGE = {
+    "item missing": "DELETE FROM items",
+    "completions missing": "DELETE FROM candidates",
+    "columns are a list": "UPDATE items SET columns = '[1, 2]'",
+    "columns are no JSON": "UPDATE items SET columns = '{'",
+    "prompt is a number": "UPDATE items SET prompt = '7'",
+    "prompt is a mapping": "UPDATE items SET prompt = '{}'",
+    "turns without content": """UPDATE items SET prompt = '[{"role": "user"}]'""",
+    "completion is a list of numbers": "UPDATE candidates SET completion = '[1]'",
+    "sampling is no JSON": "UPDATE candidates SET sampling = 'x'",
+    "ranks are lists": "UPDATE judgements SET ranks = '[[0], [1]]'",
+    "ranks are a mapping": "UPDATE judgements SET ranks = '{}'",
+    "ranks are texts": """UPDATE judgements SET ranks = '["0", "1"]'""",
+    "ranks are too many": "UPDATE judgements SET ranks = '[0, 1, 2]'",
+    "ranks are missing": "UPDATE judgements SET ranks = NULL",
+    "sides are twice the same": "UPDATE assignments SET shown = '[0, 0]'",
+    "sides are a number": "UPDATE assignments SET shown = '0'",
+    "reasons are a number": "UPDATE judgements SET reasons = '1'",
+    "flags are lists": "UPDATE judgements SET flags = '[[]]'",
+    "deep JSON": f"UPDATE items SET columns = '{'[' * 100_000}'",
+    "another verdict": "UPDATE judgements SET verdict = 'best'",
+}
+
+
+@pytest.mark.parametrize("statement", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_store_is_one_sentence(make_store, statement):
+    store = make_store(1)
+    label(store, "ann", prefer(0))
+    store.close()
+    connection = sqlite3.connect(store.path)
+    for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        connection.execute(f"DROP TRIGGER {name}")
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+    kinds = ("preference", "unpaired", "judgement")
+    for kind in kinds:
+        with refused("damaged-store", "restore it from a copy"), reading(store.path) as connection:
+            list(rows_of(connection, kind))
+    with FeedbackStore(store.path, Policy(repeats=0.0)) as again:
+        client = TestClient(make_app(again), base_url="http://localhost:1")
+        client.post("/api/enter", json={"name": "bob"})
+        client.post("/api/enter", json={"name": "ann"})
+        for answer in (client.get("/api/item"), client.get("/results")):
+            assert answer.status_code in (200, 500) and "Traceback" not in answer.text
+            assert answer.status_code == 200 or "is damaged" in answer.text
 
 
 def test_a_second_process_is_refused(make_store, tmp_path):
