@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.people.hostile_text import shown_text, to_html
 from rlhf_lightning.people.server import PageSettings, make_app
 from rlhf_lightning.people.serving import (
+    HEADERS,
     LARGEST_BODY,
     AccessPolicy,
     checked_names,
@@ -130,6 +132,122 @@ def test_requests_of_other_sites_are_refused(make_client):
     assert client.get("/", headers={"host": "evil.example"}).status_code == 421, "a name made to point here"
     assert client.get("/api/item").json()["progress"]["judged"] == 0
     assert post(origin=SITE, **{"sec-fetch-site": "same-origin"}) == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[", "http://", "//", "\x7f", "https://localhost:8765", "http://localhost", "http://LOCALHOST:8765x",
+               "http://localhost:8765/", "http://a@localhost:8765", "null", "", "http://localhost:99999999"],
+)  # fmt: skip
+def test_any_other_origin_is_refused(make_client, origin):
+    """By scheme, host and port; what is no address is another site's too."""
+    client = make_client(1)
+    answer = client.post("/api/undo", json={"key": "k" * 16}, headers={"origin": origin})
+    assert (answer.status_code, answer.headers["x-content-type-options"]) == (403, "nosniff")
+    assert client.post("/api/undo", json={"key": "k" * 16}, headers={"origin": SITE}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["[", "a b", "localhost:", "localhost:port", "[::1", "a/b", "", "localhost@evil", "\xff"]
+)
+def test_a_host_that_is_none_is_refused(make_client, make_store, host):
+    for access in (None, AccessPolicy({"ann": "token"})):
+        app = make_app(make_store(0, name=f"{access is None}.db"), access)
+        answer = TestClient(app, base_url=SITE, follow_redirects=False).get(
+            "/", headers={"host": host.encode("latin-1")}
+        )
+        assert answer.status_code == 400 and "content-security-policy" in answer.headers
+
+
+@pytest.mark.parametrize(
+    "seconds", ["1e400", "-1e400", "1" + "0" * 400, "-1", "NaN", "Infinity", "true", '"5"', "[1]", "1e7"]
+)
+def test_seconds_that_are_none_are_refused(make_client, seconds):
+    client = make_client(1)
+    body = json.dumps({"key": "k" * 16, **place_of(item_of(client)), "verdict": "tie", "seconds": 0})
+    kind = {"content-type": "application/json"}
+    answer = client.post("/api/judgements", content=body.replace('"seconds": 0', f'"seconds": {seconds}'), headers=kind)
+    assert answer.status_code == 400 and answer.headers["x-content-type-options"] == "nosniff"
+    assert client.get("/api/item").json()["progress"]["judged"] == 0
+
+
+def test_names_that_stand_for_nothing_are_refused(make_client):
+    client = make_client(1, name=None)
+    for name in (None, True, False, 5, 1.5, ["ann"], {"ann": 1}, "null", "None", "TRUE", "false", "", " ", "a" * 65):
+        assert client.post("/api/enter", json={"name": name}).status_code == 400, name
+    assert client.post("/api/enter", json={}).status_code == 400 and client.get("/api/item").status_code == 401
+    for name in ("null", "True", "ann,none"):
+        with refused("invalid-name"):
+            checked_names("127.0.0.1", name)
+
+
+def test_cookies_behind_tls_are_secure(make_store):
+    for scheme, secure in (("http", False), ("https", True)):
+        app = make_app(make_store(0, name=f"{scheme}.db"))
+        with_token = make_app(make_store(0, name=f"{scheme}-token.db"), AccessPolicy({"ann": "token"}))
+        named = TestClient(app, base_url=f"{scheme}://localhost").post("/api/enter", json={"name": "ann"})
+        entered = TestClient(with_token, base_url=f"{scheme}://lab.example", follow_redirects=False).get(
+            "/enter?token=token"
+        )
+        assert all(("Secure" in one.headers["set-cookie"]) is secure for one in (named, entered))
+
+
+def test_a_page_that_was_left_open_judges_nothing_of_another_store(make_client, make_store):
+    """As over two rounds of a loop, whose assignments have the same numbers."""
+    client, other = make_client(2), TestClient(make_app(make_store(2, name="round_1.db")), base_url=SITE)
+    other.post("/api/enter", json={"name": "ann"})
+    mine, theirs = item_of(client), item_of(other)
+    assert mine["assignment"] == theirs["assignment"] and mine["store"] != theirs["store"]
+    assert judge(other, mine, verdict="tie").status_code == 409
+    for wrong in (None, 0, "", [mine["store"]]):
+        assert judge(other, {**theirs, "store": wrong}, verdict="tie").status_code == 409
+    assert other.get("/api/item").json()["progress"]["judged"] == 0
+    assert judge(other, theirs, verdict="tie").status_code == 200
+
+
+def test_what_is_left_counts_what_is_still_to_come(make_client):
+    client = make_client(2, settings=PageSettings(left=lambda count: count + 40))
+    assert client.get("/api/item").json()["progress"]["left"] == 42
+
+
+def test_a_store_that_fails_is_said_with_all_headers(make_client, make_store, capsys):
+    store = make_store(2, name="gone.db")
+    client = TestClient(make_app(store), base_url=SITE)
+    client.post("/api/enter", json={"name": "ann"})
+    item = item_of(client)
+    store.path.unlink()
+    answer = judge(client, item, verdict="tie")
+    assert answer.status_code == 500 and "was removed or replaced" in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "was removed or replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [sqlite3.OperationalError("database or disk is full"), ZeroDivisionError("a bug")])
+def test_every_failure_has_the_security_headers(make_store, monkeypatch, failure):
+    store = make_store(1)
+    client = TestClient(make_app(store), base_url=SITE, raise_server_exceptions=False)
+    client.post("/api/enter", json={"name": "ann"})
+    monkeypatch.setattr(store, "next", lambda name: (_ for _ in ()).throw(failure))
+    answer = client.get("/api/item")
+    assert answer.status_code == 500 and HEADERS.items() <= dict(answer.headers).items()
+    assert ("disk is full" in answer.text) is isinstance(failure, sqlite3.Error) and "Traceback" not in answer.text
+
+
+def test_every_refusal_has_the_security_headers(make_client):
+    client = make_client(1, name=None)
+    answers = [
+        client.get(path) for path in ("/absent", "/assets/../server.py", "/assets/%00", "/api/item", "/results/")
+    ]
+    answers += [
+        client.request(method, "/api/item") for method in ("DELETE", "PUT", "PATCH", "OPTIONS", "HEAD", "TRACE")
+    ]
+    answers += [
+        client.post("/api/enter", content=b"{"),
+        client.post("/results", json={}),
+        client.get("/?" + "a" * 5000),
+    ]
+    for answer in answers:
+        assert HEADERS.items() <= dict(answer.headers).items(), (answer.request.url, answer.status_code)
+        assert answer.status_code < 500
 
 
 def test_large_and_broken_bodies_are_refused(make_client):
