@@ -196,7 +196,7 @@ class SamplingAhead:
                 f"ahead is {ahead}: it must be 1 or more, as an item waits for the next annotator",
             )
         self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
-        self.unsampled = unsampled
+        self._unsampled, self._coming = unsampled, unsampled()
         self.failure: str | None = None
         self._done, self._stop = False, threading.Event()
         self._thread = threading.Thread(target=self._fill, name="sampling ahead", daemon=True)
@@ -217,7 +217,7 @@ class SamplingAhead:
 
     def left(self, count: int) -> int:
         """Return the judgements left, from the items that the store has left: prompts to be sampled count too."""
-        return count + (0 if self._done or self.failure is not None else self.unsampled())
+        return count + (0 if self._done or self.failure is not None else self._coming)
 
     def _fill(self) -> None:
         try:
@@ -231,6 +231,7 @@ class SamplingAhead:
                     return
                 if not self._stop.is_set():
                     self.store.add(batch)
+                    self._coming = self._unsampled()
                     if self.selector is not None:
                         self.store.rank(self.selector)
         except Exception as error:  # annotators go on with the items there are

@@ -110,7 +110,7 @@ class PeopleLabeller(Labeller):
 
         access, supply = access_policy(store.path, self.host, self.annotators), Supply(store, count, more)
         listening = listen(self.host, self.port)
-        page = PageSettings(state=supply.state, left=lambda _: max(count - store.labels(), 0))
+        page = PageSettings(state=supply.state, left=supply.left)
         with served(make_app(store, access, page), listening):
             print_urls(listening, self.host, access)
             told = 0.0
@@ -144,6 +144,10 @@ class Supply:
         if self.exhausted:
             return ""
         return "Others are judging the last ones." if self._enough() else "The next completions are being written."
+
+    def left(self, count: int) -> int:
+        """Return the labels left, whatever number of items the store has left."""
+        return max(self.count - self.store.labels(), 0)
 
     def refill(self) -> None:
         """Add items if they are needed."""

@@ -3,6 +3,7 @@
 import json
 import socket
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,28 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
     flags = ["--store", "f.db", "--port", "0", "--pairs", "pairs.jsonl", "--repeats", "0"]
     assert rlhf(["annotate", *flags, "--ensemble", reward_folder, "--select", "uncertainty"]) == 0
     assert seen == sorted(doubts, key=lambda prompt: -doubts[prompt])
+
+
+def test_what_is_left_counts_the_prompts_to_be_sampled(policy_folder, monkeypatch, capsys):
+    """And the columns that training will not take from the file are named."""
+    rows = [{"prompt": f"p {n}", "chosen": "a", "margin": 1, "topic": "t"} for n in range(5)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def look(server, sockets):
+        client = TestClient(server.config.app, base_url="http://localhost:1")
+        client.post("/api/enter", json={"name": "ann"})
+        while client.get("/api/item").json()["item"] is None:
+            time.sleep(0.05)
+        time.sleep(0.3)  # for the count, which follows the items
+        seen.append(client.get("/api/item").json()["progress"]["left"])
+
+    monkeypatch.setattr(uvicorn.Server, "run", look)
+    flags = ["--store", "f.db", "--port", "0", "--max-new-tokens", "6", "--ahead", "1", "--repeats", "0"]
+    for _ in range(2):  # the second server finds what the first one sampled
+        assert rlhf(["annotate", *flags, "--prompts", "prompts.jsonl", "--model", policy_folder]) == 0
+    assert seen == [5, 5]
+    assert "training on the store leaves out chosen, margin" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

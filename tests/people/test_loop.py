@@ -20,7 +20,7 @@ from rlhf_lightning.data.feedback.database import items_of, judgements_of, readi
 from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
 from rlhf_lightning.people import loop_rounds, loop_steps
 from rlhf_lightning.people.handing_out import Policy
-from rlhf_lightning.people.labeller import Labeller, Page, PeopleLabeller
+from rlhf_lightning.people.labeller import Labeller, Page, PeopleLabeller, Supply
 from rlhf_lightning.people.serving import listen
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.runs import ModelExport
@@ -351,6 +351,28 @@ def test_people_who_skip_all_there_is_are_given_more(tmp_path, monkeypatch):
         PeopleLabeller(port=port).label(store, 20, more)
         person.join()
         assert store.labels() < 20 and len(asked) == 3, "nothing is left, and nobody is waited for"
+
+
+def test_a_taken_port_is_said_before_anything_is_sampled(flags, capsys):
+    at = flags.index("--labeller")
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        flags = [*flags[:at], "--labeller", "PeopleLabeller", "--labeller.port", port, *flags[at + 4 :]]
+        assert rlhf(flags) == 1
+    assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+    assert not list(Path("runs").rglob("*.db")) and not list(Path("runs").rglob("completions.jsonl"))
+
+
+def test_a_page_says_what_its_round_has_left(tmp_path):
+    """Labels that the round wants, however many pairs are sampled; then that another round may come."""
+    with FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0)) as store:
+        store.add(Item(f"q {n}", PAIR) for n in range(9))
+        supply = Supply(store, 2, lambda: False)
+        assert supply.left(9) == 2 and supply.state() == "The next completions are being written."
+        for n in range(2):
+            asked = store.next("ann")
+            store.judge("ann", asked.id, f"a key of its own {n}", Answer("tie"))
+        assert supply.left(7) == 0 and "has its labels" in supply.state()
 
 
 def test_where_other_machines_could_come_in_is_said_before_anything_is_sampled(flags, capsys):
