@@ -19,6 +19,8 @@ class OffsetDPOModule(DPOModule):
         offset: gap, in implicit-reward units, that a pair must clear.
     """
 
+    no_target = "no closed form: the offset moves both orders of a pair"
+
     def __init__(self, offset: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.offset = offset
@@ -34,6 +36,8 @@ class BestOfGroupModule(CriticFreeModule):
     Args:
         gain: advantage of the best completion.
     """
+
+    no_target = "no closed form: what is learned depends on the whole group"
 
     def __init__(self, scorer: Any, gain: float = 1.0, **kwargs: Any) -> None:
         super().__init__(scorer=scorer, **kwargs)

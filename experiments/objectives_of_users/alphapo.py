@@ -24,6 +24,7 @@ class AlphaPOModule(DPOModule):
 
     paper = "Gupta et al. 2025, arXiv 2501.03884"
     needs_reference = False
+    no_target = "no closed form: rewards are powers of probabilities per token"
     ranges = {"gamma": "(-inf, inf)", "alpha": "(-inf, inf)"}
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.25, alpha: float = 0.25, **kwargs: Any) -> None:

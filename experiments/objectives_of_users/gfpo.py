@@ -23,6 +23,7 @@ class GFPOModule(GRPOModule):
     """
 
     paper = "Shrivastava et al. 2025, arXiv 2508.09726"
+    no_target = "no closed form: what is kept depends on the whole group"
 
     def __init__(
         self, scorer: Any, kept: int = 2, metric: Literal["length", "efficiency"] = "length", **kwargs: Any

@@ -15,13 +15,14 @@ class GMPOModule(GRPOModule):
     loss = -A exp(mean_t clipped d_t), d = log policy - log old; d is bounded by log_clip where A > 0, and by -log_clip
     from below where A < 0 (Zhao et al., 2507.20673, Eq. 4 and its code). At ratio 1 its gradient is GRPO's.
 
-    Target: no closed form: GRPO's at the same kl_coef.
+    Target: GRPO's at the same kl_coef.
 
     Args:
         log_clip: bound of each token's log-ratio; the paper clips ratios to [e^-0.4, e^0.4].
     """
 
     paper = "Zhao et al. 2025, arXiv 2507.20673"
+    target_of = GRPOModule
 
     def __init__(self, scorer: Any, kl_coef: float = 0.0, log_clip: float = 0.4, **kwargs: Any) -> None:
         super().__init__(scorer=scorer, kl_coef=kl_coef, **kwargs)

@@ -20,7 +20,7 @@ class KLCovModule(DAPOModule):
     (Cui et al., 2505.22617, Eq. 12 and its code). Before the first update |log policy - log old| is 0 up to rounding,
     whose sign would be its slope: it pays nothing below `ROUNDING`.
 
-    Target: no closed form: which tokens pay depends on the minibatch.
+    Target: DAPO's: at ratio 1 no token pays.
 
     Args:
         share: of the minibatch's tokens that pay, at least one.
@@ -28,6 +28,7 @@ class KLCovModule(DAPOModule):
     """
 
     paper = "Cui et al. 2025, arXiv 2505.22617"
+    target_of = DAPOModule
     needs_minibatch = True
     needs_minibatch_logprobs = True
 

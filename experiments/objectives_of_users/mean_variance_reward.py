@@ -17,10 +17,11 @@ class MeanVarianceRewardModule(RewardModule):
     r"""Scores that are normal variables, N(m, e^v): chosen is better with probability Phi(d / sqrt(e^v_w + e^v_l)).
 
     loss = -p log Phi(z) - (1 - p) log Phi(-z) with z = (m_w - m_l) / sqrt(e^v_w + e^v_l), for pairs (Thurstone 1927,
-    "A law of comparative judgment", case III).
+    "A law of comparative judgment", case III). v and z are held within 20.
     """
 
     paper = "Thurstone 1927, A law of comparative judgment"
+    no_target = "no closed form: Bradley-Terry preferences are no probits"
     output_names = ("mean", "log_variance")
 
     def __init__(self, **kwargs: Any) -> None:
@@ -29,7 +30,8 @@ class MeanVarianceRewardModule(RewardModule):
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         """Return one loss per pair, shape (groups,)."""
         won, lost = (scores.extras["outputs"][order] for order in ranked(scores))
-        z = (won[:, 0] - lost[:, 0]) * (won[:, 1].exp() + lost[:, 1].exp()).rsqrt()
+        variances = won[:, 1].clamp(-20, 20).exp() + lost[:, 1].clamp(-20, 20).exp()
+        z = ((won[:, 0] - lost[:, 0]) * variances.rsqrt()).clamp(-20, 20)
         return -scores.target * log_ndtr(z) - (1 - scores.target) * log_ndtr(-z)
 
 

@@ -23,6 +23,7 @@ class MPOModule(BCOPairModule):
     """
 
     paper = "Wang et al. 2024, arXiv 2411.10442"
+    no_target = "no closed form: three losses are mixed"
     ranges = {name: "[0, inf)" for name in ("preference_weight", "quality_weight", "generation_weight")}
 
     def __init__(

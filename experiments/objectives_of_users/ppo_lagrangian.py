@@ -27,6 +27,7 @@ class PPOLagrangianModule(PPOModule):
     """
 
     paper = "Dai et al. 2023, arXiv 2310.12773"
+    no_target = "no closed form: lambda moves with the costs"
 
     def __init__(
         self,

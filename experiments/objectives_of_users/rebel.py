@@ -25,6 +25,11 @@ class REBELModule(OnlineDPOModule):
     """
 
     paper = "Gao et al. 2024, arXiv 2404.16767"
+    no_target = "no closed form: every rollout solves one step of mirror descent"
+    means_it = {
+        **dict.fromkeys(("best is chosen", "every pair", "ties"), "both samples are regressed on, in either order"),
+        "reference logprobs": "the policy that sampled stands in the reference's place (Eq. 1)",
+    }
 
     def __init__(self, scorer: Any, eta: float = 1.0, **kwargs: Any) -> None:
         super().__init__(scorer=scorer, beta=1 / eta, **kwargs)

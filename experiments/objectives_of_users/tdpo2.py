@@ -20,6 +20,7 @@ class TDPO2Module(DPOModule):
     """
 
     paper = "Zeng et al. 2024, arXiv 2404.11999"
+    no_target = "no closed form: the margin holds a detached KL of each completion"
     needs_reference_logits = True
 
     def __init__(self, alpha: float = 0.5, **kwargs: Any) -> None:

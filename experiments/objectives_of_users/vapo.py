@@ -25,6 +25,8 @@ class VAPOModule(PPOModule):
     """
 
     paper = "Yue et al. 2025, arXiv 2504.05118"
+    no_target = "no closed form: lambda depends on the length, and right answers are imitated"
+    means_it = dict.fromkeys(("ratio one", "clip"), "right answers are imitated too (Eq. 12)")
     needs_minibatch = True
 
     def __init__(

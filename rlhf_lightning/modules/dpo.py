@@ -90,9 +90,10 @@ class PairObjective(AlignmentModule):
             return None
         logprobs = torch.tensor([[-1.0, 0.0], [-0.5, -3.0]], dtype=torch.float64)
         both = torch.cat([logprobs, logprobs.flip(0)])
+        pairs = stacked_pairs(both, both, both != 0, {})._replace(rated_margin=torch.arange(2.0).double())
         try:
             with torch.no_grad():
-                values = as_loss(self.preference_loss(stacked_pairs(both, both, both != 0, {}))).values
+                values = as_loss(self.preference_loss(pairs)).values
         except KeyError:  # the loss reads a slot
             return None
         return float(values[0]) if values.allclose(values[0]) else None

@@ -440,6 +440,16 @@ class AlignmentModule(LightningModule):
         """
         return None
 
+    target_of: ClassVar[type[AlignmentModule] | None] = None
+    """Shipped class whose target is this class's too, for ``rlhf verify``."""
+
+    no_target: ClassVar[str] = ""
+    """Why no target can be stated; ``rlhf verify`` shows the reason in place of a comparison."""
+
+    means_it: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Checks of ``rlhf verify`` that this objective fails by design, each with the reason: {"gradcheck": "the weight is
+    detached (Eq. 7)"}. They count as advice where the target is reached or ``no_target`` says why there is none."""
+
     @property
     def value_at_reference(self) -> float | None:
         """What each row loses where the policy is the reference; None if that depends on the row, or is unknown."""

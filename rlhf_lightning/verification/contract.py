@@ -14,35 +14,44 @@ import torch
 
 from rlhf_lightning.errors import ContractError
 from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.process_reward import ProcessRewardModule
+from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
-from rlhf_lightning.verification.checks.distillation import divergence_checks, sampled_distillation_checks
-from rlhf_lightning.verification.checks.offline import offline_checks
-from rlhf_lightning.verification.checks.on_policy import on_policy_checks
-from rlhf_lightning.verification.checks.online_preference import online_checks, opponent_check
-from rlhf_lightning.verification.checks.process import process_checks
-from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most
-from rlhf_lightning.verification.convergence import Convergence, converge, small_world
+from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, scores_of, small_world
+from rlhf_lightning.verification.distillation_checks import divergence_checks, sampled_distillation_checks
+from rlhf_lightning.verification.offline_checks import offline_checks
+from rlhf_lightning.verification.on_policy_checks import on_policy_checks
+from rlhf_lightning.verification.online_checks import online_checks, opponent_check
+from rlhf_lightning.verification.reward_checks import process_checks, reward_checks
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.verification.world import EnumerableWorld
 
 __all__ = ["Check", "Verification", "verify"]
 
+REACHED = 1e-3
+"""Distance within which a target counts as reached."""
+
+ALWAYS = ("target", "convergence")
+"""Checks that no class can mean to fail."""
+
 
 class Verification(NamedTuple):
-    """What became of a class.
+    """Result of verifying one class.
 
     Attributes:
-        name: of the class.
-        settings: that it was made with.
-        checks: one by one.
-        convergence: where it came to rest.
-        control: expected reward after a short run on true labels less that on labels that say nothing.
-        seconds: of everything.
+        name: name of the class.
+        settings: settings it was made with.
+        checks: one result per check.
+        convergence: where training came to rest; None where it was not trained.
+        control: expected reward after a short run on true labels, less the same on uninformative labels.
+        seconds: duration of everything.
     """
 
     name: str
@@ -53,14 +62,24 @@ class Verification(NamedTuple):
     seconds: float
 
     @property
+    def failed(self) -> list[Check]:
+        """Checks that failed and that the class does not mean to fail, a missing target apart."""
+        return [check for check in self.checks if not (check.held or check.meant) and check.name != "target"]
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a target, or the reason why there is none, is known."""
+        return all(check.held or check.meant for check in self.checks if check.name == "target")
+
+    @property
     def held(self) -> bool:
-        """Whether every check held."""
-        return all(check.held for check in self.checks)
+        """Whether every check held, and the class was compared with a target or says why not."""
+        return not self.failed and self.has_target
 
 
 @cache
 def world_and_folder() -> tuple[EnumerableWorld, str]:
-    """The world of verification and its policy's folder, written once a process."""
+    """Return the world of verification and its policy's folder, written once per process."""
     world = small_world()
     return world, world.write(Path(tempfile.mkdtemp(prefix="rlhf_verify_")) / "policy")
 
@@ -72,13 +91,19 @@ def verify(
 
     Args:
         kind: the class, any subclass of a family's module.
-        settings: arguments of the class; what they leave out gets values that the small world can follow.
+        settings: arguments of the class; the others get values that suit the small world.
         with_convergence: also train it to rest and compare with its target.
 
     Raises:
-        ContractError: the class belongs to no family that has a contract.
+        ContractError: the class belongs to no family with a contract, or its declarations for `rlhf verify` are wrong.
+        SettingError: a setting that the class needs is missing.
     """
     started = time.perf_counter()
+    if not issubclass(kind, RolloutModule) and not hasattr(kind, "loss_sum"):
+        raise ContractError(
+            "not-verifiable",
+            f"{kind.__name__} has no override point of a known family: there is no contract to verify",
+        )
     world, folder = world_and_folder()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny here
@@ -86,40 +111,20 @@ def verify(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             subject = Subject(kind, world, folder, settings)
-            on_policy = issubclass(kind, RolloutModule)
-            if not on_policy and not hasattr(kind, "loss_sum"):
-                raise ContractError(
-                    "not-verifiable",
-                    f"{kind.__name__} has no override point of a known family: there is no contract to verify",
-                )
             checks = contract_of(kind)(subject)
-            control = subject.short_run(False) - subject.short_run(True)
-            if control < 1e-4:  # an objective that is not monotone at the reference may need to come to rest
-                ends = (converge(subject.fresh(), world, 300, shuffled=shuffled) for shuffled in (False, True))
-                control = next(ends).gold_after - next(ends).gold_after
-            checks.append(
-                at_least(
-                    "control", control, 1e-4, "true labels must earn more gold reward than labels that say nothing"
-                )
-            )
+            control = measured_control(subject)
+            advice = "true labels must earn more gold reward than uninformative labels"
+            checks.append(at_least("control", control, 1e-4, advice))
             found = None
             if with_convergence:
                 module = subject.fresh()
                 # A rare pair counts by the product of two small chances, and takes its time.
-                found = converge(module, world, steps=600 if issubclass(kind, OnlineDPOModule) else 300)
-                if found.target is not None:
-                    checks.append(
-                        at_most(
-                            "convergence",
-                            found.distance,
-                            1e-3,
-                            f"the policy it comes to rest at is not its target "
-                            f"({found.source}); it earns {found.gold_after:.3f} at KL {found.kl:.3f}",
-                        )
-                    )
-                checks.append(export_check(module, world))
+                steps = 600 if issubclass(kind, OnlineDPOModule) else 300
+                found = converge(module, world, steps, judge=judge_of(subject))
+                checks += [*target_checks(kind, found), export_check(module, world)]
     finally:
         torch.set_num_threads(threads)
+    checks = with_reasons(kind, checks)
     return Verification(kind.__name__, subject.settings, checks, found, control, time.perf_counter() - started)
 
 
@@ -135,23 +140,98 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
         return online_checks
     if issubclass(kind, NashMDModule):
         return lambda subject: [*on_policy_checks(subject), opponent_check(subject)]
+    if issubclass(kind, RewardModule):
+        return reward_checks
     return on_policy_checks if issubclass(kind, OnPolicyModule) else offline_checks
 
 
-def export_check(module: Any, world: EnumerableWorld) -> Check:
-    """What is handed over is what was trained."""
-    from rlhf_lightning.models.layout import padded_layout
-    from rlhf_lightning.modules.reward import RewardModule
-    from rlhf_lightning.scoring import LearnedScorer
+def measured_control(subject: Subject) -> float:
+    """Return how much more gold reward true labels earn than uninformative ones."""
+    control = subject.short_run(False) - subject.short_run(True)
+    if control >= 1e-4:
+        return control
+    # An objective that is not monotone at the reference may need to come to rest.
+    ends = (converge(subject.fresh(), subject.world, 300, shuffled=shuffled) for shuffled in (False, True))
+    return next(ends).gold_after - next(ends).gold_after
 
-    rows = [(prompt, index) for prompt in range(world.config.prompts) for index in range(len(world.completions))]
-    layout = padded_layout(world.sequences(rows))
+
+# -- the target -------------------------------------------------------------------------------------------------------
+
+
+def judge_of(subject: Subject) -> Any:
+    """Return the module whose target the class is compared with: itself, or the class that ``target_of`` names."""
+    named = subject.kind.target_of
+    if named is None:
+        return None
+    return Subject(named, subject.world, subject.folder, subject.settings_for(named)).fresh()
+
+
+def inherits_target(kind: type[AlignmentModule]) -> bool:
+    """Whether a class of a user's own takes over the closed form of a shipped one."""
+    shipped = "rlhf_lightning."
+    owners = [base for base in kind.__mro__ if {"target_policy", "reaches_kl_optimum"} & vars(base).keys()]
+    return not kind.__module__.startswith(shipped) and owners[0].__module__.startswith(shipped)
+
+
+def target_checks(kind: type[AlignmentModule], found: Convergence) -> list[Check]:
+    """Compare where training came to rest with the target; a class without one has to say why."""
+    reached = found.target is not None and found.distance <= REACHED
+    rest = f"it comes to rest at gold reward {found.gold_after:.3f}, KL {found.kl:.3f}"
+    how = (
+        "override target_policy; or name a shipped class with the same target, target_of = DPOModule; or say why "
+        'nothing is known, no_target = "the reason"'
+    )
+    if kind.no_target and not reached:
+        return [at_least("target", 0, 1, rest)._replace(meant=kind.no_target)]
+    if found.target is None:
+        return [at_least("target", 0, 1, f"the class is compared with no target; {rest}: {how}")]
+    if not reached and kind.target_of is None and inherits_target(kind):
+        advice = f"the target that the class inherits is {found.distance:.2g} away; {rest}: {how}"
+        return [at_least("target", 0, 1, advice)]
+    return [
+        at_least("target", 1, 1, ""),
+        at_most(
+            "convergence",
+            found.distance,
+            REACHED,
+            f"the policy it comes to rest at is not its target ({found.source}): it earns {found.gold_after:.3f} at "
+            f"KL {found.kl:.3f}",
+        ),
+    ]
+
+
+def with_reasons(kind: type[AlignmentModule], checks: list[Check]) -> list[Check]:
+    """Give failed checks the reasons of ``means_it``: where the target is reached, or a reason says why there is none.
+
+    Raises:
+        ContractError: ``means_it`` names a check that does not exist or always has to hold.
+    """
+    names = {check.name for check in checks}
+    unknown = sorted(name for name in kind.means_it if name not in names or name in ALWAYS)
+    if unknown:
+        raise ContractError(
+            "unknown-check",
+            f"{kind.__name__}.means_it names {unknown[0]!r}: it must be one of {', '.join(sorted(names))}, and "
+            f"{' and '.join(ALWAYS)} always count",
+        )
+    targets = [check for check in checks if check.name in ALWAYS]
+    if not targets or not all(check.held or check.meant for check in targets):
+        return checks
+    return [
+        check._replace(meant=kind.means_it[check.name]) if not check.held and check.name in kind.means_it else check
+        for check in checks
+    ]
+
+
+def export_check(module: Any, world: EnumerableWorld) -> Check:
+    """Check that the exported folder gives the same numbers as the trained module."""
+    layout = padded_layout(world.sequences(all_rows(world)))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         module.float()
         exported = str(module.export(Path(folder) / "model"))
         if isinstance(module, RewardModule):
-            trained = module.reward_model(layout) - module.reward_model.bias
-            apart = (LearnedScorer(exported).score_sequences(world.sequences(rows)) - trained).abs().max()
+            trained = scores_of(module, layout) - module.reward_model.bias
+            apart = (LearnedScorer(exported).score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
         else:
             trained = module.policy(layout).logprobs.sum(-1)
             apart = (load_policy(exported)(layout).logprobs.sum(-1) - trained).abs().max()

@@ -8,7 +8,7 @@ is optimisation without noise.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from rlhf_lightning.errors import ContractError
+from rlhf_lightning.models.layout import Layout, padded_layout
 from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
@@ -30,8 +31,8 @@ from rlhf_lightning.types import (
     RankedBatch,
     UnpairedBatch,
 )
+from rlhf_lightning.verification import population, resting_points
 from rlhf_lightning.verification.exact import expectation_of, rest_of
-from rlhf_lightning.verification.oracles import coupled, population, resting_points
 from rlhf_lightning.verification.world import EnumerableWorld
 
 
@@ -80,6 +81,7 @@ def converge(
     steps: int = 500,
     learning_rate: float = 0.2,
     shuffled: bool = False,
+    judge: AlignmentModule | None = None,
 ) -> Convergence:
     """Train a module to rest on exact expectations and compare with its target.
 
@@ -89,6 +91,7 @@ def converge(
         steps: updates; the learning rate falls to 0 along a cosine.
         learning_rate: of Adam at the start.
         shuffled: take labels or scores that say nothing (all equally likely), as a control.
+        judge: module whose target it is compared with; None takes its own.
 
     Raises:
         TypeError: no population is known for the batch that the module takes.
@@ -98,7 +101,7 @@ def converge(
     minimise(expected_loss(module, world, shuffled), module, steps, learning_rate)
     policy = policy_of(module, world)
     seconds = time.perf_counter() - started
-    target, source, distance = judged(module, world, policy)
+    target, source, distance = judged(module if judge is None else judge, world, policy)
     golds = (world.expected_reward(world.problem.reference), world.expected_reward(policy))
     return Convergence(policy, target, source, distance, *golds, world.kl(policy), seconds)
 
@@ -168,7 +171,7 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         raise ContractError(
             "not-verifiable", f"{type(module).__name__} overrides how it samples: its expectation cannot be enumerated"
         )
-    copies = None if module.weighs_rows else coupled.COPIES
+    copies = None if module.weighs_rows else population.COPIES
     batches: dict[type, Callable[[], Any]] = {
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
         PreferenceBatch: lambda: world.preferences(copies),
@@ -176,9 +179,9 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         ProcessBatch: world.judged_steps,
         UnpairedBatch: world.judgements,
     }
-    batch = batches[kind]()
+    batch = with_columns(batches[kind](), module.data_columns, world, informative=not shuffled)
     if shuffled and copies is not None:
-        batch = world.preferences(copies, informative=False)
+        batch = with_columns(world.preferences(copies, informative=False), module.data_columns, world, False)
     elif shuffled and kind is ProcessBatch:
         batch = batch._replace(labels=tuple(torch.full_like(labels, 0.5) for labels in batch.labels))
     elif shuffled:
@@ -204,6 +207,23 @@ def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[
     return loss
 
 
+def with_columns(batch: Any, names: Sequence[str], world: EnumerableWorld, informative: bool = True) -> Any:
+    """Return a batch with the columns that an objective declares: the reward of each row's completion in the first.
+
+    Of pairs and groups it is the reward of the first completion less that of the last; further columns hold it plus 1,
+    plus 2 and so on. Uninformative columns hold 0.
+    """
+    if not names:
+        return batch
+    sequences, count = batch.sequences, len(batch.weights)
+    rewards = torch.stack([world.reward_of(sequences, row) for row in range(len(sequences.completions))])
+    if len(rewards) > count:
+        sides = rewards.view(2, count) if isinstance(batch, PreferenceBatch) else rewards.view(count, -1).T
+        rewards = sides[0] - sides[-1]
+    values = rewards if informative else torch.zeros_like(rewards)
+    return batch._replace(extras={**batch.extras, **{name: values + place for place, name in enumerate(names)}})
+
+
 @torch.no_grad()
 def say_nothing(module: Any, world: EnumerableWorld) -> None:
     """Let a module's teacher say what the reference says, from which nothing can be learned."""
@@ -216,14 +236,22 @@ def demonstrated(world: EnumerableWorld) -> Tensor:
     return torch.softmax(world.problem.preference.mean(-1), -1)
 
 
+def all_rows(world: EnumerableWorld) -> list[tuple[int, int]]:
+    """Return (prompt, completion) of every completion."""
+    return [(p, i) for p in range(world.config.prompts) for i in range(len(world.completions))]
+
+
+def scores_of(module: RewardModule, layout: Layout) -> Tensor:
+    """Return a reward module's score of each completion, shape (completions,)."""
+    outputs = module.reward_model(layout)
+    return module.score_of(outputs) if module.outputs > 1 else outputs
+
+
 @torch.no_grad()
 def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
     """Return the probability of each completion, shape (prompts, completions); of scores, their softmax."""
-    rows = [(p, i) for p in range(world.config.prompts) for i in range(len(world.completions))]
     if isinstance(module, RewardModule):
-        from rlhf_lightning.models.layout import padded_layout
-
-        scores = module.reward_model(padded_layout(world.sequences(rows)))
+        scores = scores_of(module, padded_layout(world.sequences(all_rows(world))))
         return torch.softmax(scores.double().view(world.config.prompts, -1), -1)
     policy: Any = module.model
     return world.probabilities(policy.model.model.table.weight)
@@ -245,7 +273,7 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
         target = demonstrated(world)
     elif resting is not None:
         target = torch.tensor(np.array(resting))
-    elif name in coupled.LOSSES:
+    elif name in population.COUPLED:
         return _judged_together(name, problems, module, policy)
     elif name in population.FIXED_POINTS:
         target = torch.tensor(np.array(population.fixed_point(population.FIXED_POINTS[name], problems, module)))
@@ -266,9 +294,9 @@ def _judged_together(
     name: str, problems: list[population.Population], module: Any, policy: Tensor
 ) -> tuple[Tensor, str, float]:
     """Compare the losses: minimisers of sorted values are neither unique nor all found from one start."""
-    pairs, loss = coupled.pairs_of(problems), coupled.LOSSES[name]
-    best = coupled.minimiser(loss, pairs, module.beta, policy.numpy())
-    reached, least = (coupled.value(name, at, pairs, module) for at in (policy.numpy(), best))
+    pairs, loss = population.pairs_of(problems), population.COUPLED[name]
+    best = population.joint_minimiser(loss, pairs, module.beta, policy.numpy())
+    reached, least = (population.joint_loss(name, at, pairs, module) for at in (policy.numpy(), best))
     return torch.tensor(best), "excess loss", reached - least
 
 

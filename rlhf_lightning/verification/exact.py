@@ -18,7 +18,7 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
-from rlhf_lightning.types import PolicyLogprobs, Rollout
+from rlhf_lightning.types import Advantages, Minibatch, PolicyLogprobs, Rollout
 from rlhf_lightning.verification.world import END, EnumerableWorld
 
 
@@ -51,19 +51,22 @@ class PolicyGradient:
     def loss(self) -> Tensor:
         """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
         module, layout = self.module, padded_layout(self.sequences)
-        outputs = module.policy_outputs(layout, with_entropy=module.entropy_coef != 0)
+        outputs = module.policy_outputs(layout, with_entropy=True)
         old, mask = outputs.logprobs.detach(), layout.completion_mask
+        assert outputs.entropy is not None
         reference = None if module.reference is None else module.reference.logprobs(layout, module.sampling.temperature)
         rollout = Rollout(
             self.sequences, mask, old, reference, torch.zeros_like(old), self.scores, self.finished, self.group,
             behaviour_logprobs=old, episodes=torch.arange(len(self.rows)), baseline_scores=self.baseline_scores(),
+            entropy=outputs.entropy.detach(), extras={name: part.detach() for name, part in outputs.extras.items()},
         )  # fmt: skip
         rewards = module.shape_rewards(rollout)
-        values = rewards.new_zeros(rewards.shape)
-        advantages = module.advantages(rollout._replace(values=values), rewards)
+        rollout = rollout._replace(values=rewards.new_zeros(rewards.shape))
+        advantages = module.advantages(rollout, rewards)
         logprobs = PolicyLogprobs(
-            outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, behaviour_logprobs=old
-        )
+            outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, behaviour_logprobs=old,
+            extras=outputs.extras, rollout=rollout, minibatch=minibatch_of(module, rollout, advantages),
+        )  # fmt: skip
         loss = as_loss(module.policy_loss(logprobs)).values
         learned = mask if advantages.learned is None else advantages.learned
         aggregation = module.aggregation(learned)
@@ -90,6 +93,13 @@ class PolicyGradient:
                 prefix = int(transitions[prefix, ids[-1]])
             found.append(self.rewards[prompt, index[tuple(ids)]])
         return torch.stack(found)[self.index[0]]
+
+
+def minibatch_of(module: OnPolicyModule, rollout: Rollout, advantages: Advantages) -> Minibatch | None:
+    """Return the whole rollout as one minibatch, for losses that look at it; None for others."""
+    rows = list(range(len(rollout.scores)))
+    view = module.minibatch_view(rollout, advantages, rows, module.cut(rollout.sequences, rows))
+    return None if view is None else view._replace(rows=torch.arange(len(rows)))
 
 
 def expectation_of(module: RolloutModule) -> Any:

@@ -24,6 +24,9 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+"""Chat template: the contents of all turns, one after the other."""
+
 IMPOSSIBLE = -1e4
 """Logit of tokens that no completion has: their probability is exactly 0, and so is its gradient."""
 
@@ -44,12 +47,19 @@ class TabularConfig(PretrainedConfig):
         self.num_hidden_layers, self.num_attention_heads = 1, 1
         self.vocab_size = self.hidden_size = 1 + tokens + prompts
         # Ids: 0 pads, 1 ends, 2 .. tokens are the other answer tokens, the rest are prompts.
-        super().__init__(**{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, **kwargs})
+        defaults = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_labels": 1}
+        super().__init__(**{**defaults, **kwargs})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Prompts, tokens and longest completion, the arguments that make the same table."""
+        return {"prompts": self.prompts, "tokens": self.tokens, "max_new_tokens": self.max_new_tokens}
 
     def transitions(self) -> Tensor:
         """Return the prefix that each prefix and token lead to, int64, shape (prefixes, vocabulary).
 
-        Prefix 0 is nothing read yet, prefix 1 whatever no sampler reaches.
+        Prefix 0 is nothing read yet, prefix 1 whatever no sampler reaches. A prompt token begins anew: what a teacher
+        reads before the prompt changes nothing.
         """
         rows: list[list[int]] = [[0] + [1] * (self.vocab_size - 1), [1] * self.vocab_size]
         level: list[int] = []
@@ -66,7 +76,9 @@ class TabularConfig(PretrainedConfig):
                         following.append(len(rows))
                     rows.append([1] * self.vocab_size)
             level = following
-        return torch.tensor(rows)
+        table = torch.tensor(rows)
+        table[:, 1 + self.tokens :] = table[0, 1 + self.tokens :]
+        return table
 
 
 class _IdentityHead(nn.Module):
@@ -151,12 +163,12 @@ class TabularForCausalLM(TabularPreTrainedModel):
 
 
 class TabularForSequenceClassification(TabularPreTrainedModel):
-    """A reward model or critic: a scalar of each prefix's row."""
+    """A reward model or critic: numbers made of each prefix's row."""
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
         self.model = TabularModel(config)
-        self.score = nn.Linear(config.vocab_size, 1, bias=False)
+        self.score = nn.Linear(config.vocab_size, config.num_labels, bias=False)
         self.post_init()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> SequenceClassifierOutputWithPast:
@@ -184,7 +196,9 @@ def make_tokenizer(config: TabularConfig) -> Any:
     words = ["<|pad|>", "<|eos|>", *letters, *(f"p{index}" for index in range(config.prompts))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<|pad|>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|eos|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|eos|>", chat_template=TEMPLATE
+    )
 
 
 register()

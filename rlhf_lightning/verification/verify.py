@@ -16,7 +16,7 @@ from rlhf_lightning.commands.parsing import usage_error, with_underscores
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.report import markdown_table
 
-HELD, FAILED, COULD_NOT_RUN = 0, 1, 2
+HELD, FAILED, COULD_NOT_RUN, NO_TARGET = 0, 1, 2, 3
 HELP = """usage: rlhf verify [my_objective.MyModule ...] [--model.SETTING VALUE ...] [options]
 
 Run objectives, unedited, through the contract of their family in a small world whose every completion is listed:
@@ -29,7 +29,7 @@ to rest at, compared with the one the class declares or, for shipped classes, an
   --json FILE            write every check to a file
   --markdown FILE        write the table of all classes to a file
 
-Exit status: 0 every check holds, 1 one failed, 2 it could not run."""
+Exit status: 0 every check holds, 1 one failed, 2 one could not run, 3 every check holds and a class has no target."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
         )
     if "markdown" in options:
         Path(options["markdown"]).write_text(page(done), encoding="utf-8")
-    if status == HELD and not all(found.held for found in done):
-        status = FAILED
-    return status
+    if status == HELD and any(found.failed for found in done):
+        return FAILED
+    return NO_TARGET if status == HELD and not all(found.has_target for found in done) else status
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
@@ -111,20 +111,30 @@ def find(name: str) -> type[Any]:
 
 def report_of(found: Any, brief: bool) -> str:
     """Return the table of a class, or of many classes one line each and what failed."""
-    failed = [check for check in found.checks if not check.held]
-    verdict = "all hold" if not failed else f"{len(failed)} FAILED"
+    failed = [check for check in found.checks if not (check.held or check.meant)]
+    verdict = "all hold" if not found.failed else f"{len(found.failed)} FAILED"
+    verdict += "" if found.has_target else ", no target"
     lines = [f"{found.name}: {len(found.checks)} checks, {verdict}, {found.seconds:.1f} s"]
+    shown = [check for check in found.checks if not brief or not check.held]
     rows = [
-        [check.name, f"{check.measured:.3g}", f"{'>=' if check.least else '<='} {check.bound:.3g}",
-         "yes" if check.held else "NO"]
-        for check in (failed if brief else found.checks)
-    ]  # fmt: skip
+        [check.name, f"{check.measured:.3g}", f"{'>=' if check.least else '<='} {check.bound:.3g}", word_for(check)]
+        for check in shown
+    ]
     if rows:
         lines.append(markdown_table(["check", "measured", "bound", "pass"], rows))
     lines += [f"  {check.name}: {check.advice}" for check in failed]
     if not brief:
         lines.append(rest_of(found))
     return "\n".join(lines)
+
+
+def word_for(check: Any) -> str:
+    """Return what the table says of a check: yes, NO, or why the class means to fail it."""
+    if check.held:
+        return "yes"
+    if not check.meant:
+        return "NO"
+    return f"{'none' if check.name == 'target' else 'meant'}: {check.meant}"
 
 
 def rest_of(found: Any) -> str:
@@ -134,7 +144,7 @@ def rest_of(found: Any) -> str:
         return ""
     where = f"comes to rest at gold reward {end.gold_after:.3f} (reference {end.gold_before:.3f}), KL {end.kl:.3f}"
     if end.target is None:
-        return f"{where}; the class declares no target (override target_policy), so it is compared with none"
+        return f"{where}; it is compared with no target"
     return f"{where}; target: {end.source}, distance {end.distance:.2g}"
 
 

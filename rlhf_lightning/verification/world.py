@@ -161,21 +161,22 @@ class EnumerableWorld:
         model.model.table.weight.data.copy_(table)
         return self._write(model, folder)
 
-    def write_reward_model(self, folder: str | Path, scores: Tensor | None = None) -> str:
-        """Write a reward model's folder whose score is each completion's reward and 0 of every other prefix.
+    def write_reward_model(self, folder: str | Path, scores: Tensor | None = None, outputs: int = 1) -> str:
+        """Write a reward model's folder whose first output is each completion's reward and 0 of every other prefix.
 
         Args:
             folder: where to.
             scores: other scores than the rewards, shape (prompts, completions).
+            outputs: numbers that the head gives; further ones are 0.
         """
         scores = self.rewards if scores is None else scores
-        model = TabularForSequenceClassification(self.config)
+        model = TabularForSequenceClassification(TabularConfig(**self.config.sizes, num_labels=outputs))
         prefixes, tokens, mask = self.walks
         transitions, last = self.config.transitions(), mask.sum(-1, keepdim=True) - 1
         ends = transitions[prefixes.gather(-1, last), tokens.gather(-1, last)].squeeze(-1)
         model.model.table.weight.data.zero_()
         model.model.table.weight.data[ends.flatten(), 0] = scores.flatten().float()
-        model.score.weight.data.copy_(torch.eye(self.config.vocab_size)[:1])
+        model.score.weight.data.copy_(torch.eye(self.config.vocab_size)[:outputs])
         return self._write(model, folder)
 
     def _write(self, model: Any, folder: str | Path) -> str:
@@ -198,6 +199,11 @@ class EnumerableWorld:
             parents=tuple(range(len(rows))),
             supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in completions),
         )
+
+    def reward_of(self, sequences: Sequences, row: int) -> Tensor:
+        """Return the reward of one completion, shape ()."""
+        prompt = int(sequences.prompts[sequences.parents[row]][0]) - 1 - self.config.tokens
+        return self.rewards[prompt, self.completions.index(tuple(sequences.completions[row].tolist()))]
 
     def _pairs(self) -> list[tuple[int, int, int]]:
         count = len(self.completions)

@@ -22,10 +22,10 @@ from rlhf_lightning import modules
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.modules import CriticFreeModule, PPOModule
 from rlhf_lightning.verification.convergence import prepare
-from rlhf_lightning.verification.estimators import mean_test, questions_of, rollout_gradients, trained
 from rlhf_lightning.verification.table_model import IMPOSSIBLE
 from rlhf_lightning.verification.world import EnumerableWorld
 from verification import paper_estimators as paper
+from verification.estimators import mean_test, questions_of, rollout_gradients, trained
 from verification.paper_estimators import ESTIMATORS, Every, Formula, Settings, every_rollout, these_rollouts
 
 SAMPLES, ROLLOUTS = 3, 700

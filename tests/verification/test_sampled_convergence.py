@@ -13,8 +13,8 @@ from rlhf_lightning.modules import CriticFreeModule
 from rlhf_lightning.types import Step
 from rlhf_lightning.verification.contract import world_and_folder
 from rlhf_lightning.verification.convergence import converge, descend, judged, policy_of
-from rlhf_lightning.verification.estimators import questions_of
 from rlhf_lightning.verification.world import EnumerableWorld
+from verification.estimators import questions_of
 
 ROLLOUTS, GROUPS, SAMPLES = 120, 64, 2
 CASES: dict[str, dict[str, Any]] = {

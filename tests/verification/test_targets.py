@@ -21,9 +21,9 @@ from rlhf_lightning.modules import (
     TRDPOModule,
     XPOModule,
 )
+from rlhf_lightning.verification import population, resting_points
 from rlhf_lightning.verification.contract import Subject, world_and_folder
 from rlhf_lightning.verification.convergence import converge, expected_loss, minimise, policy_of, population_of
-from rlhf_lightning.verification.oracles import coupled, population, resting_points
 
 SHIPPED = objective_classes()
 
@@ -52,7 +52,7 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
     if kind.__name__ in resting_points.METHODS:
         assert "where its mean update vanishes" in stated, stated
         return
-    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *coupled.LOSSES}
+    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *population.COUPLED}
     assert kind.__name__ in transcribed and "population loss" in stated, stated
 
 
@@ -88,9 +88,9 @@ def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
     world, folder = world_and_folder()
     module = Subject(AOTModule, world, folder).fresh()
     policy = converge(module, world, steps=400).policy.numpy()
-    pairs = coupled.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
-    apart = coupled.minimiser(coupled.aot, pairs, module.beta, world.problem.reference.numpy())
-    losses = [coupled.value("AOTModule", found, pairs, module) for found in (policy, apart)]
+    pairs = population.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
+    apart = population.joint_minimiser(population.aot, pairs, module.beta, world.problem.reference.numpy())
+    losses = [population.joint_loss("AOTModule", found, pairs, module) for found in (policy, apart)]
     assert abs(losses[0] - losses[1]) < 1e-5
 
 

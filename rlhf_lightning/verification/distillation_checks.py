@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Step
-from rlhf_lightning.verification.checks.offline import cut, cut_checks, point_checks, some_rows, step_gradient
-from rlhf_lightning.verification.checks.on_policy import Case, loss_checks, mask_checks
-from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most, field_function
+from rlhf_lightning.verification.offline_checks import cut, cut_checks, point_checks, some_rows, step_gradient
+from rlhf_lightning.verification.on_policy_checks import Case, loss_checks, mask_checks
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function
 
 UPDATES = 400
 """Coins that are thrown to measure how often a step learns on samples."""

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.special import log_softmax
 
-from rlhf_lightning.verification.oracles.population import Array, Population
+from rlhf_lightning.verification.population import Array, Population
 
 STILL = 1e-9
 """Largest component of a mean update that counts as none."""

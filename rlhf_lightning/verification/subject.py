@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.types import (
     DistillationLogits,
     PolicyLogprobs,
     PreferenceLogprobs,
-    ProcessBatch,
     ProcessScores,
+    RankedBatch,
     RankedScores,
     TokenLogprobs,
     UnpairedLogprobs,
 )
-from rlhf_lightning.verification.convergence import expected_loss, prepare
+from rlhf_lightning.verification.convergence import descend, expected_loss, policy_of, prepare
 from rlhf_lightning.verification.world import EnumerableWorld
 
 SMALL_WORLD_SETTINGS: dict[str, Any] = {
@@ -43,12 +46,13 @@ class Check(NamedTuple):
     """One line of the table.
 
     Attributes:
-        name: of the check.
-        measured: what was found.
-        bound: what it may be at most, or at least where ``least``.
-        held: whether it is.
-        advice: what to look at if it is not.
+        name: name of the check.
+        measured: measured value.
+        bound: upper bound of the value, or lower bound where ``least``.
+        held: whether the value keeps the bound.
+        advice: what to look at where it does not.
         least: whether the bound is a lower one.
+        meant: reason that the class gives for failing; empty for none.
     """
 
     name: str
@@ -57,16 +61,17 @@ class Check(NamedTuple):
     held: bool
     advice: str
     least: bool = False
+    meant: str = ""
 
 
 def at_most(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
-    """A value that should be small; NaN never is."""
+    """Return the check of an upper bound; NaN fails."""
     value = float(measured)
     return Check(name, value, bound, value <= bound, advice)
 
 
 def at_least(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
-    """A value that should be large; NaN never is."""
+    """Return the check of a lower bound; NaN fails."""
     value = float(measured)
     return Check(name, value, bound, value >= bound, advice, least=True)
 
@@ -85,7 +90,41 @@ class Subject:
         self, kind: type[AlignmentModule], world: EnumerableWorld, folder: str, settings: dict[str, Any] | None = None
     ) -> None:
         self.kind, self.world, self.folder = kind, world, folder
-        self.settings = {**self._defaults(), **(settings or {})}
+        self.settings = self._accepted(dict(settings or {}))
+
+    def _accepted(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the given settings and the small world's defaults, without defaults that the class sets itself.
+
+        Raises:
+            SettingError: the class needs a setting that is not given, or sets a given one itself.
+        """
+        settings, name = {**self._defaults(), **given}, self.kind.__name__
+        while True:
+            try:
+                self.outputs = getattr(self.kind(init_from=self.folder, **settings), "outputs", 1)
+                return settings
+            except TypeError as error:
+                missing = re.search(r"missing \d+ required .*arguments?: (.+)", str(error))
+                if missing is not None:
+                    raise SettingError(
+                        "missing-setting", f"{name} needs {missing[1]}: give each as --model.NAME VALUE"
+                    ) from error
+                fixed = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+                if fixed is None:
+                    raise
+                if fixed[1] in given:
+                    raise SettingError("class-sets-it", f"{name} sets {fixed[1]} itself: leave it out") from error
+                del settings[fixed[1]]
+
+    def settings_for(self, other: type[AlignmentModule]) -> dict[str, Any]:
+        """Return this subject's settings, defaults of the class included, that another class takes too."""
+        effective = dict(self.kind(init_from=self.folder, **self.settings).hparams)
+        known = {name for base in other.__mro__ for name in _parameters(base)} - {"init_from"}
+        return {**{name: effective[name] for name in known if name in effective}, **self.only(known)}
+
+    def only(self, names: set[str]) -> dict[str, Any]:
+        """Return the settings of some names."""
+        return {name: value for name, value in self.settings.items() if name in names}
 
     def _defaults(self) -> dict[str, Any]:
         known = {name for base in self.kind.__mro__ for name in _parameters(base)}
@@ -128,10 +167,12 @@ class Subject:
         A new head on the policy would give every score the huge logits of impossible tokens, which cancel in
         differences alone.
         """
-        if self.kind.batch_type is not ProcessBatch:
+        scores = issubclass(self.kind, RewardModule)
+        if not scores or (self.kind.batch_type is RankedBatch and self.outputs == 1):
             return self.folder
         blank = torch.zeros_like(self.world.rewards)
-        return self.world.write_reward_model(Path(self.folder).with_name("untaught"), blank)
+        folder = Path(self.folder).with_name(f"untaught_{self.outputs}")
+        return self.world.write_reward_model(folder, blank, self.outputs)
 
     @cached_property
     def module(self) -> Any:
@@ -144,7 +185,7 @@ class Subject:
         return next(name for name in OVERRIDE_POINTS if hasattr(self.kind, name))
 
     def seen(self, module: Any, run: Callable[[], Any]) -> Any:
-        """Return what the override point was given while ``run`` ran."""
+        """Return what the override point was given while ``run`` ran; None if it was not called."""
         found: list[Any] = []
         original = getattr(module, self.overridden)
 
@@ -157,7 +198,7 @@ class Subject:
             run()
         finally:
             vars(module).pop(self.overridden, None)
-        return found[0]
+        return found[0] if found else None
 
     def values(self, module: Any, given: Any) -> Tensor:
         """Return the losses that the override point gives for its input."""
@@ -172,8 +213,6 @@ class Subject:
 
     def short_run(self, shuffled: bool, steps: int = 25, learning_rate: float = 0.02) -> float:
         """Return the expected reward after a few updates on exact expectations."""
-        from rlhf_lightning.verification.convergence import descend, policy_of
-
         module = self.fresh()
         parameters = [p for p in module.parameters() if p.requires_grad]
         descend(expected_loss(module, self.world, shuffled), parameters, steps, learning_rate)
@@ -198,21 +237,36 @@ DIFFERENTIATED: dict[type, Sequence[str]] = {
 
 def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
     """Return the input of an override point with fresh leaves for what carries gradient, and the leaves."""
-    names = DIFFERENTIATED[type(given)]
-    leaves = [getattr(given, name).detach().clone().requires_grad_() for name in names]
     plain: dict[str, Any] = {name: part.detach() for name, part in given._asdict().items() if isinstance(part, Tensor)}
     if hasattr(given, "extras"):
         plain["extras"] = {name: values.detach() for name, values in given.extras.items()}
-    return given._replace(**{**plain, **dict(zip(names, leaves, strict=True))}), leaves
+    given = given._replace(**plain)
+    if has_outputs(given):
+        leaves = [given.extras["outputs"].clone().requires_grad_()]
+    else:
+        leaves = [getattr(given, name).clone().requires_grad_() for name in DIFFERENTIATED[type(given)]]
+    return with_parts(given, leaves), leaves
+
+
+def has_outputs(given: Any) -> bool:
+    """Whether the scores that a loss sees are made of a head's several outputs."""
+    return isinstance(given, RankedScores) and "outputs" in given.extras
+
+
+def with_parts(given: Any, parts: Sequence[Tensor], module: Any = None) -> Any:
+    """Return the input of an override point with other values of what carries gradient."""
+    if has_outputs(given):
+        scores = given.scores if module is None else module.score_of(parts[0])
+        return given._replace(scores=scores, extras={**given.extras, "outputs": parts[0]})
+    return given._replace(**dict(zip(DIFFERENTIATED[type(given)], parts, strict=True)))
 
 
 def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Return the override point as a function of its differentiated fields, and those fields."""
     prepared, leaves = with_leaves(given)
-    names = DIFFERENTIATED[type(given)]
 
     def function(*parts: Tensor) -> Tensor:
-        return subject.values(module, prepared._replace(**dict(zip(names, parts, strict=True))))
+        return subject.values(module, with_parts(prepared, parts, module))
 
     return partial(function), leaves
 

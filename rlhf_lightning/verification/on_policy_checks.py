@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.types import Advantages, CriticValues, PolicyLogprobs, Rollout
-from rlhf_lightning.verification.checks.subject import (
+from rlhf_lightning.types import Advantages, CriticValues, Minibatch, PolicyLogprobs, Rollout
+from rlhf_lightning.verification.convergence import descend, policy_of
+from rlhf_lightning.verification.exact import PolicyGradient, minibatch_of
+from rlhf_lightning.verification.subject import (
     Check,
     Subject,
     at_least,
@@ -17,8 +19,6 @@ from rlhf_lightning.verification.checks.subject import (
     field_function,
     with_leaves,
 )
-from rlhf_lightning.verification.convergence import descend, policy_of
-from rlhf_lightning.verification.exact import PolicyGradient
 
 
 class Case:
@@ -47,7 +47,14 @@ class Case:
             self.advantages.advantages.detach(),
             rollout.completion_mask,
             rollout.behaviour_logprobs,
+            extras=rollout.extras,
+            rollout=rollout,
+            minibatch=minibatch_of(self.module, rollout, self.advantages),
         )
+        # What changes for the rows changes for the minibatch that they are of.
+        shared = {name: part for name, part in changes.items() if name in Minibatch._fields}
+        if plain.minibatch is not None:
+            plain = plain._replace(minibatch=plain.minibatch._replace(**shared))
         return plain._replace(**changes)
 
 

@@ -18,14 +18,28 @@ from rlhf_lightning.types import (
     RankedScores,
     Sequences,
     Step,
+    TokenLogprobs,
     UnpairedBatch,
     UnpairedLogprobs,
 )
-from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most, field_function
+from rlhf_lightning.verification.convergence import with_columns
+from rlhf_lightning.verification.subject import (
+    Check,
+    Subject,
+    at_least,
+    at_most,
+    field_function,
+    with_leaves,
+    with_parts,
+)
 
 
 def some_rows(subject: Subject) -> Any:
     """Return a small batch of rows of unequal length, soft labels and unequal weights."""
+    return with_columns(_some_rows(subject), subject.kind.data_columns, subject.world)
+
+
+def _some_rows(subject: Subject) -> Any:
     world, kind = subject.world, subject.kind.batch_type
     weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5, 1.0], dtype=torch.float64)
     firsts, seconds = [(0, 0), (0, 3), (1, 1), (1, 5), (0, 6), (1, 0)], [(0, 2), (0, 0), (1, 4), (1, 0), (0, 1), (1, 6)]
@@ -119,11 +133,12 @@ def offline_checks(subject: Subject) -> list[Check]:
     """Return the checks of an objective on fixed data, convergence left out."""
     module, batch = subject.module, some_rows(subject)
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    if given is None:  # the loss is all in `loss_sum`
+        return cut_checks(subject, batch)
     checks = [*input_checks(subject, given, batch), *cut_checks(subject, batch)]
     if not isinstance(given, RankedScores):
         checks.append(padding_check(subject, given))
-    checks += [*point_checks(subject, given), *family_checks(subject, given, batch)]
-    return checks
+    return [*checks, *point_checks(subject, given), *family_checks(subject, given, batch)]
 
 
 def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
@@ -246,20 +261,35 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
         right = False
     if not _has_detached_parts(subject):
         checks.append(at_least("gradcheck", float(right), 1, "the gradient is not the loss's: look for a detach"))
-    worst = 0.0
-    for scale in (1e3, -1e3):
-        extreme = [
-            leaf.detach() * 0 + scale * (leaf.detach() != 0) * sign for leaf, sign in zip(leaves, (1, -1), strict=False)
-        ]
-        extreme = [part.requires_grad_() for part in extreme]
-        values = function(*extreme)
-        grads = torch.autograd.grad(values.sum(), extreme, allow_unused=True)
-        finite = [values.isfinite().all(), *(g.isfinite().all() for g in grads if g is not None)]
-        worst = max(worst, float(not all(map(bool, finite))))
+    broken = [scale for scale in (1e3, -1e3) if not _finite_at(subject, given, scale)]
     checks.append(
-        at_most("extremes", worst, 0, "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)")
+        at_most("extremes", len(broken), 0, "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)")
     )
     return checks
+
+
+def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
+    """Whether loss and gradient are finite for log-probabilities, scores or logits of a thousand.
+
+    Log-probabilities are at most 0: a log-ratio of a thousand comes from the reference's.
+    """
+    values: dict[str, Any] = {}
+    for name, sign in (("policy_chosen", 1), ("policy_rejected", -1), ("policy", 1), ("", 1)):
+        own = f"{name}_logprobs".removeprefix("_")
+        if not isinstance(getattr(given, own, None), Tensor):
+            continue
+        there = getattr(given, own).detach()
+        theirs = own.replace("policy", "reference")
+        rises = sign * scale > 0
+        values[own] = 0 * there if rises else -abs(scale) * (there != 0)
+        if theirs != own and getattr(given, theirs, None) is not None:
+            values[theirs] = -abs(scale) * (there != 0) if rises else 0 * there
+    prepared, leaves = with_leaves(given._replace(**values))
+    if not values:
+        leaves = [(scale * (leaf.detach() != 0)).requires_grad_() for leaf in leaves]
+    losses = subject.values(subject.module, with_parts(prepared, leaves, subject.module))
+    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    return all(bool(part.isfinite().all()) for part in (losses, *gradients) if part is not None)
 
 
 def _has_detached_parts(subject: Subject) -> bool:
@@ -281,9 +311,7 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
         checks += pair_checks(subject, given)
     elif isinstance(given, UnpairedLogprobs):
         checks.append(judgement_direction(subject, given))
-    elif isinstance(given, RankedScores):
-        checks += ranking_checks(subject, given)
-    else:
+    elif isinstance(given, TokenLogprobs):
         function, (leaf,) = field_function(subject, subject.module, given)
         gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0][given.completion_mask]
         checks.append(at_most("direction", gradient.max(), -1e-12, "a demonstration's tokens must become likelier"))
@@ -336,19 +364,3 @@ def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
     rows = torch.autograd.grad(function(leaf).sum(), leaf)[0].sum(-1)
     wanted = torch.where(given.desirable, -rows, rows)
     return at_least("direction", wanted.min(), 1e-12, "good completions must rise and bad ones fall: look at the sign")
-
-
-def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
-    """A constant on all scores of a prompt says nothing; the better ranked rises."""
-    module, checks = subject.module, []
-    if not getattr(module, "centering", 0):
-        plain, moved = subject.values(module, given), subject.values(module, given._replace(scores=given.scores + 3.0))
-        checks.append(
-            at_most("shift", (moved - plain).abs().max().detach(), 1e-9, "only differences of scores mean anything")
-        )
-    certain = given._replace(target=torch.ones_like(given.target))
-    function, (leaf,) = field_function(subject, module, certain)
-    gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
-    pull = torch.where(given.ranks == 0, -gradient, gradient).min()
-    checks.append(at_least("direction", pull, 1e-12, "rank 0 is the best: its score must rise, the other's fall"))
-    return checks

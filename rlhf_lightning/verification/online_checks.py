@@ -10,10 +10,10 @@ from torch import Tensor
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Rollout, Sequences
-from rlhf_lightning.verification.checks.offline import input_checks, padding_check, pair_checks, point_checks
-from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.verification.convergence import policy_of
 from rlhf_lightning.verification.exact import PairPopulation, opponent_of
+from rlhf_lightning.verification.offline_checks import input_checks, padding_check, pair_checks, point_checks
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 
 MANY = 500
 """Samples of each prompt that frequencies are taken of."""

@@ -8,9 +8,9 @@ import torch
 
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import ProcessBatch, ProcessScores
-from rlhf_lightning.verification.checks.offline import cut_checks, point_checks
-from rlhf_lightning.verification.checks.subject import Check, Subject, at_least, at_most, field_function
+from rlhf_lightning.types import ProcessBatch, ProcessScores, RankedScores
+from rlhf_lightning.verification.offline_checks import cut_checks, offline_checks, point_checks, some_rows
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function, has_outputs
 
 
 def some_judged_rows(subject: Subject) -> ProcessBatch:
@@ -78,3 +78,31 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
         at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
         at_most("labels", apart, 1e-9, "a soft label's loss is the expectation over right and wrong"),
     ]
+
+
+def reward_checks(subject: Subject) -> list[Check]:
+    """Return the checks of a reward model of whole completions, convergence left out."""
+    batch, module = some_rows(subject), subject.module
+    given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    further = ranking_checks(subject, given) if isinstance(given, RankedScores) else []
+    return [*offline_checks(subject), *further]
+
+
+def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
+    """Check that a constant on all scores of a prompt changes nothing, and that the better ranked rises."""
+    module, checks = subject.module, []
+    certain = given._replace(target=torch.ones_like(given.target))
+    function, (leaf,) = field_function(subject, module, certain)
+    way = torch.ones_like(leaf)
+    if has_outputs(given):
+        way = torch.autograd.grad(module.score_of(leaf).sum(), leaf)[0]
+    if not getattr(module, "centering", 0):
+        moved = function(leaf.detach() + 3.0 * way) - function(leaf.detach())
+        advice = "only differences of scores mean anything"
+        checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
+    gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+    if has_outputs(given):
+        gradient = (gradient * way).sum(-1)
+    pull = torch.where(given.ranks == 0, -gradient, gradient).min()
+    checks.append(at_least("direction", pull, 1e-12, "rank 0 is the best: its score must rise, the other's fall"))
+    return checks

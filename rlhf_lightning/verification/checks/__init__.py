@@ -1,1 +1,0 @@
-"""The checks of each family's contract."""
