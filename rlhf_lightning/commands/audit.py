@@ -39,6 +39,7 @@ def audit(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     chat_template: str | None = None,
+    template_args: dict[str, Any] | None = None,
     as_chat: bool = False,
     columns: dict[str, str] | None = None,
     split: str = "train",
@@ -60,6 +61,7 @@ def audit(
         max_length: most tokens of prompt and completion, as in training; needs a tokenizer.
         max_prompt_length: most tokens of the prompt, as in training; needs a tokenizer.
         chat_template: template to use instead of the tokenizer's own.
+        template_args: variables of the chat template, as in '{enable_thinking: false}'.
         as_chat: make plain text a user's turn and an assistant's turn.
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
         split: split of a Hub name or of a folder with several.
@@ -78,7 +80,7 @@ def audit(
         )
     settings = {
         "columns": columns, "as_chat": as_chat, "max_length": max_length, "max_prompt_length": max_prompt_length,
-        "tokenizer": None if tokenizer is None else load(tokenizer, chat_template),
+        "tokenizer": None if tokenizer is None else load(tokenizer, chat_template, template_args),
     }  # fmt: skip
     train = audited(data, split, rows, kind, settings)
     reports = [summary(train, data)]
@@ -92,12 +94,14 @@ def audit(
     return 1 if strict and found else 0
 
 
-def load(tokenizer: str, chat_template: str | None) -> "PreTrainedTokenizerBase":
+def load(
+    tokenizer: str, chat_template: str | None, template_args: dict[str, Any] | None = None
+) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a folder, Hub name or .gguf file."""
     from rlhf_lightning.models.loading import resolve_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
-    return load_tokenizer(resolve_folder(tokenizer), chat_template)
+    return load_tokenizer(resolve_folder(tokenizer), chat_template, template_args=template_args)
 
 
 def audited(

@@ -34,6 +34,7 @@ class SamplingArguments:
         batch_size: completions decoded side by side, or requests in flight.
         engine: what draws: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
         chat_template: template to use instead of the tokenizer's own.
+        template_args: variables of the chat template, as in '{enable_thinking: false}'.
         dtype: precision of the weights, float32 or bfloat16.
         seed: seed of the sampling and of every other random choice of the command.
     """
@@ -45,6 +46,7 @@ class SamplingArguments:
     batch_size: int = 16
     engine: dict[str, Any] | str | None = None
     chat_template: str | None = None
+    template_args: dict[str, Any] | None = None
     dtype: str = "float32"
     seed: int = 0
 
@@ -76,7 +78,7 @@ class SamplingArguments:
         """Load a policy and its tokenizer, see `commands.generate.load_for_sampling`."""
         from rlhf_lightning.commands.generate import load_for_sampling
 
-        return load_for_sampling(model, self.dtype, self.chat_template)
+        return load_for_sampling(model, self.dtype, self.chat_template, self.template_args)
 
     def provenance(self) -> dict[str, Any]:
         """Return what decides the samples beside model and seed, in plain values."""
@@ -194,7 +196,10 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
 
 
 def load_for_sampling(
-    model: str, dtype: str = "float32", chat_template: str | None = None
+    model: str,
+    dtype: str = "float32",
+    chat_template: str | None = None,
+    template_args: dict[str, Any] | None = None,
 ) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """Load a policy and its tokenizer onto the best device there is.
 
@@ -212,7 +217,7 @@ def load_for_sampling(
     if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
         raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
     refuse_reward_model(name)
-    tokenizer = load_tokenizer(name, chat_template)
+    tokenizer = load_tokenizer(name, chat_template, template_args=template_args)
     policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return policy.to(accelerator or "cpu"), tokenizer

@@ -85,7 +85,8 @@ def critique(
         **asdict(settings),
     }
     task = {**provenance, "model": model_stamp(model), "dtype": sampling.dtype, "prompts": digest(rows)}
-    journal = Journal(target, {**task, "chat_template": sampling.chat_template})
+    template = {"chat_template": sampling.chat_template, "template_args": sampling.template_args}
+    journal = Journal(target, {**task, **template})
     writer = _writer(model, server_model, api_key, sampling)
     at_once = sampling.batch_size * CHUNKS_AT_ONCE
     if journal.done:
@@ -135,7 +136,7 @@ def _writer(model: str, server_model: str | None, api_key: str | None, sampling:
         return writer
     if server_model is None:
         raise SettingError("missing-setting", "a server needs server_model: give the name of the model on it")
-    for name in ("engine", "chat_template"):
+    for name in ("engine", "chat_template", "template_args"):
         if getattr(sampling, name) is not None:
             raise SettingError(
                 "conflicting-settings", f"{name} belongs to a model on this machine; {model} is a server: leave it out"

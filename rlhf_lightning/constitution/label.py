@@ -222,6 +222,8 @@ class SampledPairs:
         self.task = {"content": digest([list(row) for row in self.rows]), "model": model_stamp(model)}
         if sampling.chat_template is not None:
             self.task["chat_template"] = sampling.chat_template
+        if sampling.template_args is not None:
+            self.task["template_args"] = sampling.template_args
 
     def parts(self, done: int) -> Iterator[Part]:
         """Yield the pairs of some prompts at a time."""

@@ -27,6 +27,7 @@ from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, sou
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
 from rlhf_lightning.types import DataNeeds, MicroBatchLimits, Prompt, RankedBatch, Step, TakesData
 
 GIVERS = {
@@ -190,6 +191,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             raise SettingError(
                 "not-with-streaming", "a feedback store is read whole and cannot be streamed; set streaming to false"
             )
+        if any("[" in source.split for source in self.sources):
+            raise SettingError("not-with-streaming", "a slice of a split cannot be streamed; leave the slice out")
         if self.rows is not None or any(source.rows is not None for source in self.sources):
             raise SettingError(
                 "not-with-streaming",
@@ -325,6 +328,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.snapshots = snapshots_of([*self.sources, *self.eval_sources])
 
     def _announce(self, parts: dict[str, Part]) -> None:
+        if self.tokenizer.chat_template and facts_of(self.tokenizer).dated:
+            date = template_args_of(self.tokenizer).get("now", PINNED_DATE)
+            rank_zero_info(f"The chat template writes a date, which is {date}; template_args.now sets another.")
         if self.streaming:
             self.stream.peek()
             rank_zero_info(f"{', '.join(map(str, self.sources))}: streamed; rows are counted as they are read.")

@@ -13,16 +13,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
-from rlhf_lightning.data.files import SUFFIXES, RawRow, read_file
+from rlhf_lightning.data.files import FORMATS, RawRow, format_of, read_file, without_filled_nulls
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 
@@ -34,7 +37,7 @@ class Source:
         path: Hub name, file, glob, or folder written by ``save_to_disk``.
         weight: how often each of its rows is seen in one epoch: 1 once, 2 twice, 0.5 a fresh half of them each epoch.
         rows: read only the first so many rows.
-        split: split of a Hub name or of a folder with several.
+        split: split of a Hub name or of a folder, with or without a slice: ``test``, ``train[:10%]``, ``train[100:]``.
         name: configuration of a Hub name.
         columns: new name of each of its columns to be renamed, in place of the DataModule's ``columns``.
         labels: of a feedback store: how several judgements of a pair become its label, ``mean`` or ``reliability``.
@@ -126,46 +129,133 @@ def _one(item: Any) -> Source:
     return one
 
 
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
+    "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation", "heldout": "validation",
+}  # fmt: skip
+"""Words in the name of a file, and the split that they name."""
+
+DOCUMENTS = re.compile(
+    r"(licen[cs]e|copying|notice|readme|changelog|authors|citation|requirements|dataset_infos?|state)\b", re.IGNORECASE
+)
+"""Names of files that accompany data."""
+
+SLICE = re.compile(r"([^\[\]+]+)(?:\[(-?[0-9]+%?)?:(-?[0-9]+%?)?\])?\Z")
+
+
 def files_of(source: Source) -> list[Path] | None:
-    """The files a source names, in order; None if it is a Hub name or a folder written by ``save_to_disk``.
+    """Return the files a source names, in order; None if it is a Hub name or a folder written by ``save_to_disk``.
+
+    Of a folder these are the files of the split, by the words in their names. Licences and the like are left out.
 
     Raises:
         MissingError: if it looks like a file or a glob and there is none.
+        DataError: if a folder or a glob mixes formats or splits.
     """
     path = Path(source.path).expanduser()
+    split = SLICE.match(source.split)
+    if split is None and path.exists():
+        bounds_of(source.split, 0)
+    name = split[1] if split else source.split
     if path.is_file():
+        _check_no_split(source, name)
         return [path]
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return None
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        if found:
-            return found
-        raise MissingError(
-            "no-data", f"the folder {source.path} holds no saved dataset and no {', '.join(SUFFIXES)} file"
-        )
+        return _files_in(path, name)
     if any(mark in source.path for mark in "*?["):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        if found:
-            return found
-        raise MissingError("no-data", f"no file matches {source.path!r} (in {Path.cwd()}); check the pattern")
-    if path.suffix in SUFFIXES or source.path.count("/") > 1 or source.path.startswith((".", "~", "/")):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not found:
+            raise MissingError("no-data", f"no file matches {source.path!r} (in {Path.cwd()}); check the pattern")
+        _check_no_split(source, name)
+        splits = {_split_of(file) for file in found}
+        if len(splits) > 1:
+            raise DataError(
+                "mixed-files",
+                f"{source.path!r} matches files of several splits: {_names(found)}; narrow the pattern",
+            )
+        return found
+    suffix = format_of(path) is not None
+    if suffix or source.path.count("/") > 1 or source.path.startswith((".", "~", "/")):
         raise MissingError("no-data", f"there is no file {source.path!r} (in {Path.cwd()}); check the path")
     return None
 
 
+def _check_no_split(source: Source, name: str) -> None:
+    if name != "train":
+        raise SettingError(
+            "split-of-a-file",
+            f"split of {source.path} is {source.split!r}, but a file is not divided into splits; name the file of that "
+            "split, or take a slice such as train[:10%]",
+        )
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")
+
+
+def _split_of(file: Path) -> str | None:
+    words = re.split(r"[^a-z]+", f"{file.parent.name} {file.name}".lower() if _in_split(file) else file.name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def _in_split(file: Path) -> bool:
+    return file.parent.name.lower() in SPLIT_WORDS
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    """Return a folder's files of one format and split: its own, else those of data/ or of a folder for each split."""
+    places = [folder, folder / "data", *(one for one in sorted(folder.iterdir()) if one.name.lower() in SPLIT_WORDS)]
+    files: list[Path] = []
+    for place in places:
+        if place.is_dir() and (place != folder / "data" or not files):
+            files += [file for file in sorted(place.iterdir()) if file.is_file() and _is_data(file)]
+    if any(format_of(file) != "txt" for file in files):
+        files = [file for file in files if format_of(file) != "txt"]
+    if not files:
+        raise MissingError(
+            "no-data", f"the folder {folder} holds no saved dataset and no {', '.join(FORMATS)} file; check the path"
+        )
+    if len({format_of(file) for file in files}) > 1:
+        raise DataError("mixed-files", f"the folder {folder} mixes formats: {_names(files)}; name the files by a glob")
+    splits = {file: _split_of(file) for file in files}
+    asked = SPLIT_WORDS.get(split.lower(), split)
+    found = [file for file in files if splits[file] == asked]
+    others = [file for file in files if splits[file] is None]
+    if found and others:
+        raise DataError(
+            "mixed-files",
+            f"the folder {folder} has files of the split {split!r} ({_names(found)}) and others ({_names(others)}); "
+            "name the files by a glob",
+        )
+    found = others if not found and asked == "train" else found
+    if not found:
+        known = ", ".join(sorted({one or "train" for one in splits.values()}))
+        raise DataError("no-such-split", f"{folder} has no split {split!r}; choose one of {known}")
+    return found
+
+
+def _is_data(file: Path) -> bool:
+    hidden = file.name.startswith((".", "_"))
+    return format_of(file) is not None and not hidden and DOCUMENTS.match(file.name) is None
+
+
 def load_hub(source: Source, streaming: bool = False) -> Any:
-    """The `datasets` object of a Hub name or of a folder written by ``save_to_disk``."""
+    """Load the `datasets` object of a Hub name or of a folder written by ``save_to_disk``."""
     import datasets  # a second to import: not needed for files
 
     if Path(source.path).expanduser().is_dir():
         data = datasets.load_from_disk(str(Path(source.path).expanduser()))
+        split = SLICE.match(source.split)
+        name = split[1] if split else source.split
         if isinstance(data, datasets.DatasetDict):
-            if source.split not in data:
+            if name not in data:
                 raise DataError(
-                    "no-such-split", f"{source.path} has no split {source.split!r}; choose one of {', '.join(data)}"
+                    "no-such-split", f"{source.path} has no split {name!r}; choose one of {', '.join(data)}"
                 )
-            data = data[source.split]
+            data = data[name]
+        data = data.select(range(*bounds_of(source.split, len(data))))
         return data.to_iterable_dataset(num_shards=min(64, max(len(data), 1))) if streaming else data
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split, streaming=streaming)
@@ -174,6 +264,26 @@ def load_hub(source: Source, streaming: bool = False) -> Any:
         raise MissingError(
             "no-data", f"{source.path!r} is not a file here, and the Hub did not provide it: {reason}"
         ) from error
+
+
+def bounds_of(split: str, count: int) -> tuple[int, int]:
+    """Return the first row of a split's slice and the one after its last, such as of ``train[10%:20%]``.
+
+    Raises:
+        SettingError: the split is not written like that.
+    """
+    found = SLICE.match(split)
+    if found is None:
+        raise SettingError(
+            "bad-split",
+            f"split is {split!r}; write a name, or a name and a slice such as train[:100] or train[10%:20%]",
+        )
+    places = []
+    for given, default in ((found[2], 0), (found[3], count)):
+        place = default if given is None else int(given.removesuffix("%"))
+        place = round(place * count / 100) if given is not None and given.endswith("%") else place
+        places.append(min(max(place + count if place < 0 else place, 0), count))
+    return places[0], max(places)
 
 
 def source_fingerprint(source: Source) -> str:
@@ -188,8 +298,10 @@ def source_fingerprint(source: Source) -> str:
     files = files_of(source)
     if files is None:
         digest.update(dataset_fingerprint(load_hub(source)).encode())
+    if files is not None and "[" in source.split:
+        digest.update(source.split.encode())
     for file in files or []:
-        digest.update(file.suffix.encode())
+        digest.update("".join(file.suffixes).encode())
         status = file.stat()
         digest.update(_content_hash(file, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
@@ -214,9 +326,15 @@ def read_rows(source: Source) -> Iterator[RawRow]:
     if is_store(source.path):
         rows = _judged_rows(source)
     elif (files := files_of(source)) is None:
-        rows = iter(load_hub(source))
+        rows = map(without_filled_nulls, load_hub(source))
     else:
         rows = (row for file in files for row in read_file(file))
+        if "[" in source.split:
+            count = (
+                sum(1 for file in files for _ in read_file(file)) if "%" in source.split or "-" in source.split else 0
+            )
+            start, stop = bounds_of(source.split, count or sys.maxsize)
+            rows = islice(rows, start, stop)
     for count, row in enumerate(rows):
         if source.rows is not None and count >= source.rows:
             return

@@ -97,7 +97,9 @@ class LearnedScorer(Scorer):
     def shares_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return whether token ids mean the same to both, so that completions need not be encoded again."""
         mine, theirs = self.tokenizer, tokenizer
-        return mine.chat_template == theirs.chat_template and mine.get_vocab() == theirs.get_vocab()
+        args = tokenization.template_args_of
+        same = mine.chat_template == theirs.chat_template and args(mine) == args(theirs)
+        return same and mine.get_vocab() == theirs.get_vocab()
 
     def score_of(self, outputs: Tensor) -> Tensor:
         """Return the score of a reward model of several outputs: the one that ``label`` names.

@@ -35,6 +35,7 @@ from rlhf_lightning.tokenization.rendering import (
 )
 from rlhf_lightning.tokenization.templates import (
     CHAT_TEMPLATES,
+    PINNED_DATE,
     ChatTemplateError,
     TurnsRefused,
     set_template_args,
@@ -43,7 +44,7 @@ from rlhf_lightning.tokenization.templates import (
 from rlhf_lightning.tokenization.tokenizers import load_tokenizer
 
 __all__ = [
-    "CHAT_TEMPLATES", "ChatTemplateError", "Encoded", "Rendered", "RenderedTurn", "Span", "TurnsRefused",
+    "CHAT_TEMPLATES", "PINNED_DATE", "ChatTemplateError", "Encoded", "Rendered", "RenderedTurn", "Span", "TurnsRefused",
     "completion_text", "encode_completion", "encode_prompt", "encode_rendered", "encode_steps", "end_token_ids",
     "facts_of", "joined_steps", "load_tokenizer", "opening_ids", "render_answers", "render_completion",
     "render_prompt", "render_steps", "render_turns", "set_template_args", "template_args_of",

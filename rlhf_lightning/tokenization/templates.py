@@ -66,7 +66,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:
 
 def template_args_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the variables that every rendering with this tokenizer's template gets."""
-    return tokenizer.init_kwargs.get("template_args") or {}
+    found = tokenizer.init_kwargs.get("template_args")
+    return found if isinstance(found, dict) else {}
 
 
 def set_template_args(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> None:
@@ -74,13 +75,14 @@ def set_template_args(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, An
 
     Args:
         tokenizer: is changed.
-        given: e.g. ``enable_thinking``, ``date_string``, ``tools``, ``documents``; ``now`` is the date (ISO 8601) that
-            the template's ``strftime_now`` writes.
+        given: e.g. ``enable_thinking``, ``date_string``, ``tools``, ``documents``; null leaves a variable out. ``now``
+            is the date (ISO 8601) that the template's ``strftime_now`` writes.
 
     Raises:
         SettingError: if a name is reserved or ``now`` is not a date.
     """
     made = {name: value.isoformat() if isinstance(value, date) else value for name, value in given.items()}
+    made = {name: value for name, value in made.items() if value is not None}
     for name in made:
         if name in RESERVED_ARGS:
             raise SettingError("reserved-template-arg", f"template_args cannot set {name!r}; remove it")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
 from rlhf_lightning.tokenization.facts import end_token_ids
-from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES
+from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, set_template_args, template_args_of
 
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
 def load_tokenizer(
-    name_or_folder: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
+    name_or_folder: str | Path,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    template_args: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
 
@@ -28,6 +33,8 @@ def load_tokenizer(
             ``plain``, or ``default``, which is the first of those two that the vocabulary allows. None keeps the
             tokenizer's own.
         trust_remote_code: run the Python code that the tokenizer brings along, if any.
+        template_args: variables of the template, such as ``enable_thinking``; added to those saved with the tokenizer,
+            see `templates.set_template_args`.
 
     Raises:
         MissingError: if there is no tokenizer under that name.
@@ -54,6 +61,8 @@ def load_tokenizer(
         )
     if chat_template is not None:
         tokenizer.chat_template = _template_text(tokenizer, chat_template)
+    if args := {**template_args_of(tokenizer), **(template_args or {})}:
+        set_template_args(tokenizer, args)
     _ensure_pad(tokenizer)
     return tokenizer
 

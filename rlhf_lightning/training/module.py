@@ -82,6 +82,8 @@ class AlignmentModule(LightningModule):
         init_from: hub id, model folder, adapter folder or .gguf file to start from.
         tokenizer: hub id or folder of another tokenizer than the model's own.
         chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
+        template_args: variables of the chat template, such as enable_thinking, documents, tools, or now (the date that
+            it writes); they are saved with the tokenizer.
         from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
         trust_remote_code: hub ids or folders of models, those very ones, whose own Python code may be run; None runs
             none. Others are refused if they need any.
@@ -153,6 +155,7 @@ class AlignmentModule(LightningModule):
         init_from: str,
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        template_args: dict[str, Any] | None = None,
         from_scratch: bool = False,
         trust_remote_code: list[str] | None = None,
         lora: LoraSettings | None = None,
@@ -184,6 +187,7 @@ class AlignmentModule(LightningModule):
         self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # without code in them
         check_ranges(type(self), self.hparams)
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
+        self.template_args = template_args
         trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
@@ -249,7 +253,7 @@ class AlignmentModule(LightningModule):
         if self._tokenizer is None:
             name = self.tokenizer_name or resolve_folder(self.init_from)
             trusted = trusts(name, self.load_settings.trust_remote_code)
-            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template, trusted)
+            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template, trusted, self.template_args)
         return self._tokenizer
 
     @property

@@ -154,3 +154,64 @@ def test_fingerprints_tell_contents_not_names(tmp_path):
     assert source_fingerprint(Source(str(tmp_path / "b.jsonl"))) == first
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n')
     assert source_fingerprint(Source(str(tmp_path / "b.jsonl"))) != first
+
+
+def test_a_folder_gives_the_files_of_one_split_and_format(tmp_path):
+    def names(split="train", path=tmp_path):
+        return [file.name for file in files_of(Source(str(path), split=split))]
+
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "LICENSE.txt", "README.md", "dataset_infos.json"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    assert names() == ["train-0.jsonl", "train-1.jsonl"] and names("test") == ["test.jsonl"]
+    with refused("no-such-split", "has no split 'validation'", "choose one of test, train"):
+        names("validation")
+    (tmp_path / "more.jsonl").write_text("")
+    with refused("mixed-files", "train-0.jsonl", "and others (more.jsonl)", "by a glob"):
+        names()
+    (tmp_path / "more.csv").write_text("")
+    with refused("mixed-files", "mixes formats", "more.csv"):
+        names()
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "data" / "validation-00000-of-00001.parquet").write_text("")
+    (tmp_path / "hub" / "data" / "train-00000-of-00001.parquet").write_text("")
+    assert names("dev", tmp_path / "hub") == ["validation-00000-of-00001.parquet"]
+    for split in ("train", "test"):
+        (tmp_path / "folders" / split).mkdir(parents=True)
+        (tmp_path / "folders" / split / "a.jsonl").write_text("")
+    assert [file.parent.name for file in files_of(Source(str(tmp_path / "folders"), split="test"))] == ["test"]
+
+
+def test_globs_and_files_have_no_splits(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "a.JSONL"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with refused("mixed-files", "matches files of several splits", "narrow the pattern"):
+        read(tmp_path / "*.jsonl")
+    assert read(tmp_path / "te*.jsonl") == [{"a": 1}]
+    for path in ("test.jsonl", "te*.jsonl"):
+        with refused("split-of-a-file", "is not divided into splits"):
+            read(tmp_path / path, split="test")
+    with refused("no-data", "there is no file", "A.JSONL"):
+        read(tmp_path / "A.JSONL")
+
+
+@pytest.mark.parametrize(
+    ("split", "wanted"),
+    [
+        ("train", range(10)), ("train[:3]", range(3)), ("train[10%:30%]", range(1, 3)), ("train[-2:]", range(8, 10)),
+        ("train[8:20]", range(8, 10)), ("train[:-50%]", range(5)), ("train[5:2]", range(0)),
+    ],
+)  # fmt: skip
+def test_slices_of_splits(tmp_path, split, wanted):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "rows.jsonl").write_text(lines([{"n": n} for n in range(10)]))
+    assert [row["n"] for row in read(tmp_path / "rows.jsonl", split=split)] == list(wanted)
+    datasets.Dataset.from_list([{"n": n} for n in range(10)]).save_to_disk(str(tmp_path / "saved"))
+    assert [row["n"] for row in read(tmp_path / "saved", split=split)] == list(wanted)
+    whole = source_fingerprint(Source(str(tmp_path / "rows.jsonl")))
+    assert (source_fingerprint(Source(str(tmp_path / "rows.jsonl"), split=split)) == whole) == (split == "train")
+
+
+def test_slices_that_are_none_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(lines(ROWS))
+    with refused("bad-split", "train[1:2:3]", "train[:100]"):
+        read(tmp_path / "rows.jsonl", split="train[1:2:3]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ class LocalJudge:
         tokenizer: tokenizer of a loaded model; null loads the folder's own.
         dtype: precision of the weights, float32 or bfloat16.
         chat_template: template to use instead of the tokenizer's own.
+        template_args: variables of the chat template, such as enable_thinking.
         max_tokens: cells of one forward pass, questions times the longest of them.
         max_length: longer questions get no answer, tokens; null takes the model's context length.
         reasoning_tokens: longest reasoning, tokens.
@@ -118,6 +120,7 @@ class LocalJudge:
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str = "float32",
         chat_template: str | None = None,
+        template_args: dict[str, Any] | None = None,
         max_tokens: int = 8192,
         max_length: int | None = None,
         reasoning_tokens: int = 256,
@@ -125,7 +128,9 @@ class LocalJudge:
     ) -> None:
         if isinstance(model, str):
             self.name = name or model
-            self.model, self.tokenizer = load_model(model, dtype), load_tokenizer(resolve_folder(model), chat_template)
+            folder = resolve_folder(model)
+            self.model = load_model(model, dtype)
+            self.tokenizer = load_tokenizer(folder, chat_template, template_args=template_args)
         else:
             if tokenizer is None:
                 raise SettingError(
