@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo drill parity clean run-real run-real-smoke run-real-grpo \
+.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo drill parity clean chat-templates run-real run-real-smoke run-real-grpo \
         run-parity
 
 help:  ## what there is
@@ -33,6 +33,7 @@ help:  ## what there is
 	@echo "make constitution Constitutional AI where harm is known, and SmolLM2 as judge; experiments/constitution/results.md"
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
+	@echo "make chat-templates fetch published chat templates into the cache, with which tests compare what is learned"
 	@echo "make docs         build the documentation into site/, offline, with strict links (make docs-serve shows it)"
 	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
 	@echo "make format       ruff's fixes and formatting"
@@ -69,6 +70,11 @@ check: $(ENV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Templates that a released package carries; the tests compare with them, and nothing else uses them.
+chat-templates: $(ENV)  ## published chat templates for the tests
+	@mkdir -p .cache/wheels && $(PIP) download --no-deps --dest .cache/wheels trl==1.16.0
+	@$(PY) -c 'import os, pathlib, zipfile; to = pathlib.Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf_lightning").expanduser() / "chat_templates"; to.mkdir(parents=True, exist_ok=True); wheel = zipfile.ZipFile(next(pathlib.Path(".cache/wheels").glob("trl-*.whl"))); [(to / pathlib.Path(name).name).write_bytes(wheel.read(name)) for name in wheel.namelist() if name.endswith(".jinja")]'
 
 docs: $(ENV)
 	DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict --quiet
