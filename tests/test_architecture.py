@@ -13,8 +13,9 @@ PACKAGE = ROOT / "rlhf_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 TOP_LEVEL = set(
-    ".ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CODE_OF_CONDUCT.md CONTRIBUTING.md LICENSE "
-    "Makefile README.md SECURITY.md docs experiments mkdocs.yml pyproject.toml requirements.lock rlhf_lightning tests".split()
+    ".ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CODE_OF_CONDUCT.md CONTRIBUTING.md "
+    "LICENSE Makefile README.md SECURITY.md docs experiments mkdocs.yml pyproject.toml requirements.lock "
+    "rlhf_lightning tests".split()
 )
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own

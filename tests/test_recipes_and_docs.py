@@ -2,12 +2,13 @@
 
 import re
 import shlex
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rlhf_lightning import cli
+from rlhf_lightning import cli, data, modules
 from rlhf_lightning.commands import quickstart
 from rlhf_lightning.commands.parsing import PlainParser, with_underscores
 from rlhf_lightning.commands.train import RlhfCLI
@@ -180,3 +181,31 @@ def without_placeholders(arguments: list[str]) -> list[str]:
 def test_links_lead_somewhere(guide):
     missing = [path for path in re.findall(r"\]\(([^)#:]+)\)", guide.read_text()) if not (guide.parent / path).exists()]
     assert not missing
+
+
+def settings_of(room) -> set[str]:
+    """The names of all arguments of the classes that a room exports, inherited ones included."""
+    classes = [found for found in vars(room).values() if isinstance(found, type)]
+    names = {name for found in classes for base in found.__mro__ for name in signature(base.__init__).parameters}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=relative)
+def test_settings_classes_and_recipes_that_a_guide_names_exist(guide):
+    text = guide.read_text()
+    for group, room in (("model", modules), ("data", data)):
+        named = set(re.findall(rf"`(?:--)?{group}\.([a-z_]+)", text))
+        assert named <= settings_of(room), f"no class has {sorted(named - settings_of(room))}"
+    classes = set(re.findall(r"`([A-Z][A-Za-z]+Module)`", text))
+    assert not {name for name in classes if not hasattr(modules, name) and not hasattr(data, name)} - NOT_OURS
+    assert all(Path(resolve_recipe(name)).is_file() for name in re.findall(r"recipe:[a-z_/]*[a-z_]", text))
+
+
+NOT_OURS = {
+    "LightningModule",
+    "LightningDataModule",
+    "DataModule",
+    "OffsetDPOModule",
+    "OnPolicyModule",
+    "RolloutModule",
+}
