@@ -165,7 +165,7 @@ class OpponentSharpened(NashMDModule):
 @caught_by("convergence")
 class LeashPaidTokenByToken(NashMDModule):
     def target_policy(self, problem):
-        return self.best_answer(problem, problem.reference)
+        return self.best_response(problem, problem.reference)
 
     def __init__(self, **kwargs):
         super().__init__(**{**kwargs, "mixture": 1.0, "kl_place": "loss", "kl_estimator": "k2"})

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.modules.ppo import *
     from rlhf_lightning.modules.preference import *
     from rlhf_lightning.modules.process_reward import *
-    from rlhf_lightning.modules.ranking import *
     from rlhf_lightning.modules.reference_free import *
     from rlhf_lightning.modules.reward import *
     from rlhf_lightning.modules.sft import *

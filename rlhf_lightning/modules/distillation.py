@@ -1,4 +1,4 @@
-"""Distillation: a student learns a teacher's distributions, on given completions or on its own."""
+"""Distillation: a student learns a teacher's distributions, on given completions or on its own samples."""
 
 from __future__ import annotations
 
@@ -44,36 +44,36 @@ from rlhf_lightning.types import (
 )
 
 COIN = 2**32 - 1
-"""Position at which the coin of an update is addressed: no completion is so long."""
+"""Position that addresses an update's coin; no completion is that long."""
 
 
 class GKDModule(OfflineModule):
     r"""Generalized knowledge distillation: the divergence of the student's next-token distribution from the teacher's.
 
-    loss = (1/N) \sum_{rows} w \sum_t D_beta(teacher || student)(. | x, y_{<t}) with D_beta = beta KL(P || M) +
-    (1 - beta) KL(Q || M), P the teacher, Q the student and M = beta P + (1 - beta) Q (Agarwal et al., arXiv 2306.13649,
-    Eq. 1 and Algorithm 1); beta 0 and 1 are KL(P || Q) and KL(Q || P). N are the completion tokens of the whole
-    optimizer step. 0, and without gradient, where the student is the teacher.
+    loss = (1/N) \sum_{rows} w \sum_t D_beta(teacher || student)(. | x, y_{<t}) with D_beta = beta KL(P || M) + (1 -
+    beta) KL(Q || M), P the teacher, Q the student and M = beta P + (1 - beta) Q (Agarwal et al., arXiv 2306.13649, Eq.
+    1 and Algorithm 1); beta 0 and 1 are KL(P || Q) and KL(Q || P). N is the number of completion tokens of the whole
+    optimizer step. When the student equals the teacher, loss and gradient are 0.
 
     With probability ``on_policy_fraction`` an optimizer step learns on completions that the student samples for the
-    step's prompts, without gradient through the sampling, otherwise on the data's. Which of the two is a function of
-    seed and update, a sample one of seed, update and its row's own ids: neither sees ranks, micro-batches or where a
-    run was resumed. Validation looks at the data's completions.
+    step's prompts, without gradient through the sampling; otherwise it learns on the data's completions. This choice
+    depends on seed and update alone, and a sample on seed, update and its row's ids. So ranks, micro-batches and
+    resuming do not change them. Validation uses the data's completions.
 
-    Target: the teacher, wherever data or samples lead.
+    Target: the teacher, on every prefix that data or samples contain.
 
     Args:
         teacher: hub id or folder of the policy to learn from. It must have the student's tokenizer.
-        beta: the teacher's share of the mixture, in [0, 1]: 0 covers all that the teacher says, 1 keeps to its modes.
+        beta: the teacher's share of the mixture; 0 covers the whole teacher distribution, 1 seeks its modes.
         on_policy_fraction: probability that a step learns on the student's own samples (the paper's lambda).
-        temperature: of the student's samples.
-        softmax_temperature: of both distributions in the divergence.
+        temperature: sampling temperature of the student.
+        softmax_temperature: temperature of both distributions in the divergence.
         max_new_tokens: longest sampled completion, tokens.
-        sampling_batch_size: completions decoded side by side; None decodes a micro-batch at once.
-        chunk_tokens: tokens whose logits are held at a time.
+        sampling_batch_size: completions decoded in parallel; null decodes a micro-batch at once.
+        chunk_tokens: tokens whose logits are in memory at a time.
 
     Raises:
-        ValueError: the teacher has another tokenizer, or beta or on_policy_fraction is outside [0, 1].
+        SettingError: a setting is outside its range, or the teacher has another tokenizer.
     """
 
     paper = "Agarwal et al. 2024, arXiv 2306.13649"
@@ -93,80 +93,65 @@ class GKDModule(OfflineModule):
     teacher_name: str  # never None here
 
     def __init__(
-        self,
-        teacher: str,
-        beta: float = 0.5,
-        on_policy_fraction: float = 0.5,
-        temperature: float = 0.9,
-        softmax_temperature: float = 1.0,
-        max_new_tokens: int = 128,
-        sampling_batch_size: int | None = None,
-        chunk_tokens: int = 1024,
-        learning_rate: float = 2e-5,
-        lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
-        warmup: float = 0.03,
-        **kwargs: Any,
-    ) -> None:
+        self, teacher: str, beta: float = 0.5, on_policy_fraction: float = 0.5, temperature: float = 0.9,
+        softmax_temperature: float = 1.0, max_new_tokens: int = 128, sampling_batch_size: int | None = None,
+        chunk_tokens: int = 1024, learning_rate: float = 2e-5,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "cosine", warmup: float = 0.03, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate=learning_rate, lr_schedule=lr_schedule, warmup=warmup, **kwargs)
         self.teacher_name, self.beta, self.on_policy_fraction = teacher, beta, on_policy_fraction
         self.softmax_temperature, self.chunk_tokens = softmax_temperature, chunk_tokens
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
 
     def load_models(self) -> None:
-        """Load the student to train and the teacher frozen."""
         super().load_models()
         self.teacher = Teacher(self.teacher_name, self.tokenizer, self.load_settings)
 
     def frozen_models(self) -> Sequence[nn.Module]:
-        """The teacher."""
         return self.teacher.models
 
     # -- the override points ------------------------------------------------------------------------------------------
 
     def teacher_sequences(self, sequences: Sequences) -> Sequences:
-        """Return what the teacher reads for a micro-batch: the same completions, on these prompts or on others.
+        """Return the teacher's sequences for the student's: the same completions, with the same or other prompts.
 
-        Context distillation puts instructions before the prompt here, which the student does not see. Longer prompts
-        make the teacher's forward pass larger than ``data.max_tokens``.
-
-        Args:
-            sequences: what the student reads.
+        Context distillation adds instructions to the prompt here, which the student does not see. Longer prompts make
+        the teacher's forward pass larger than ``data.max_tokens``.
         """
         return sequences
 
     def distillation_loss(self, logits: DistillationLogits) -> Tensor | Loss:
         """Return one loss per token, shape (tokens,).
 
-        It sees a chunk of a micro-batch's completion tokens at a time, and is called once more in the backward pass.
+        It is called with a chunk of a micro-batch's completion tokens, and once more in the backward pass.
         """
         return generalized_jsd(logits.student_logits, logits.teacher_logits, self.beta, self.softmax_temperature)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the teacher, where every divergence is 0."""
         return problem.teacher
 
     # -- whose completions --------------------------------------------------------------------------------------------
 
     def learns_from_samples(self, update: int) -> bool:
-        """Whether an update is on the student's own samples; alike on every rank."""
+        """Whether an update learns on the student's own samples; every rank decides alike."""
         coin = uniform(self.seed, torch.tensor([update]), torch.tensor([COIN]))
         return bool(coin < self.on_policy_fraction)
 
     def training_step(self, step: Step[DemonstrationBatch], batch_idx: int) -> None:
-        """Take one optimizer step, on the student's completions if the coin of this update says so."""
+        """Take one optimizer step, on the student's samples or on the data's completions."""
         if self.learns_from_samples(self.updates):
             step = self.with_samples(step)
         super().training_step(step, batch_idx)
 
     def with_samples(self, step: Step[DemonstrationBatch]) -> Step[DemonstrationBatch]:
-        """Return the step with completions that the student has sampled for its prompts, and their count of tokens."""
+        """Return the step with completions that the student samples for its prompts, and their token count."""
         batches = tuple(batch._replace(sequences=self.sampled(batch.sequences)) for batch in step.micro_batches)
         tokens = torch.tensor(float(sum(len(ids) for batch in batches for ids in batch.sequences.completions)))
         everyone = self.trainer.strategy.reduce(tokens.to(self.device).double(), reduce_op="sum")
         return step._replace(micro_batches=batches, tokens=int(everyone))
 
     def sampled(self, sequences: Sequences) -> Sequences:
-        """Return the prompts with a completion that the student has sampled for each."""
+        """Return the prompts with a completion that the student samples for each."""
         prompts = tuple(sequences.prompts[parent] for parent in sequences.parents)
         rows = zip(prompts, sequences.completions, strict=True)
         episodes = torch.tensor([address_of(self.updates, *row) for row in rows], dtype=torch.long)
@@ -178,7 +163,6 @@ class GKDModule(OfflineModule):
     # -- one micro-batch ----------------------------------------------------------------------------------------------
 
     def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:
-        """Return the summed divergences of a micro-batch's completion tokens."""
         layout = self.lay_out(batch.sequences)
         teacher_states = self._teacher_states(batch.sequences, layout)
         asked = OverLogits(layout, self._of_chunk, (layout.targets, teacher_states), self.chunk_tokens)
@@ -191,7 +175,7 @@ class GKDModule(OfflineModule):
         return losses.sum()
 
     def _teacher_states(self, sequences: Sequences, layout: Layout) -> Tensor:
-        """Return the teacher's state before each of the student's supervised tokens."""
+        """Return the teacher's hidden state that predicts each of the student's supervised tokens."""
         read = self.teacher_sequences(sequences)
         if read is sequences:
             return self.teacher.predicting_states(layout)
@@ -209,7 +193,7 @@ class GKDModule(OfflineModule):
         both = common_vocabulary(student_logits, self.teacher.logits(teacher_hidden))
         logits = DistillationLogits(*both, targets)
         loss = as_loss(self.distillation_loss(logits))
-        with torch.no_grad():  # after the loss, so that the backward pass does not compute them again
+        with torch.no_grad():  # after the loss, so that the backward pass does not recompute them
             measured = {
                 "distill/kl_forward": forward_kl(*both),
                 "distill/kl_reverse": reverse_kl(*both),
@@ -219,9 +203,9 @@ class GKDModule(OfflineModule):
 
 
 def address_of(update: int, prompt: Tensor, completion: Tensor) -> int:
-    """Return an episode's number for the sample of a row: a hash of the update and of all that the row says.
+    """Return the episode number of a row's sample: a hash of the update and the row's ids.
 
-    Rows are cut and dealt to ranks by length, so that a place in the batch would not do.
+    The row's place in the batch would depend on ranks and micro-batches.
     """
     ids = torch.cat([torch.tensor([update, len(prompt)]), prompt, completion]).long()
     digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).digest()
@@ -229,21 +213,21 @@ def address_of(update: int, prompt: Tensor, completion: Tensor) -> int:
 
 
 class OnPolicyDistillationModule(OnPolicyModule):
-    r"""On-policy distillation by samples: each token that the student draws is judged by the teacher's log-probability.
+    r"""On-policy distillation: the advantage of each token that the student samples is the teacher's log-ratio.
 
-    A_t = log teacher(y_t | x, y_{<t}) - log student(y_t | x, y_{<t}), detached, in a policy-gradient loss, mean over
-    tokens, without baseline: the k1 estimate of KL(student || teacher) token by token, no token paying for those after
-    it (Lu et al. 2025, "On-Policy Distillation"). Of either model one log-probability a token is all that is needed,
-    never a whole distribution. Where the student is the teacher every advantage is 0.
+    A_t = log teacher(y_t | x, y_{<t}) - log student(y_t | x, y_{<t}), without gradient, in a policy-gradient loss, mean
+    over tokens, without baseline (Lu et al. 2025, "On-Policy Distillation"). It is minus the k1 estimate of
+    KL(student || teacher) of each token; later tokens do not enter. It needs one log-probability per token, not whole
+    distributions. When the student equals the teacher, every advantage is 0.
 
-    The teacher stands where other on-policy modules have their reference: ``rollout/kl`` is KL(student || teacher) of
-    whole completions, ``distill/kl_reverse`` the same per token.
+    The teacher takes the place of the reference: ``rollout/kl`` is KL(student || teacher) of whole completions, and
+    ``distill/kl_reverse`` the same per token.
 
     Target: the teacher, where every advantage is 0.
 
     Args:
         teacher: hub id or folder of the policy to learn from. It must have the student's tokenizer.
-        scorer: measures completions (``rollout/score``), which nothing is learned from; null measures none.
+        scorer: scores completions for the metric ``rollout/score``, without effect on training; null for no scores.
 
     Raises:
         SettingError: the teacher has another tokenizer.
@@ -270,27 +254,25 @@ class OnPolicyDistillationModule(OnPolicyModule):
         self.teacher_name, self.scores_nothing = teacher, scorer is None
 
     def load_models(self) -> None:
-        """Load the student to train and the teacher frozen, in the reference's place."""
+        """Load the student to train and, in the reference's place, the frozen teacher."""
         super().load_models()
         self.teacher = Teacher(self.teacher_name, self.tokenizer, self.load_settings)
         self.reference = self.teacher  # type: ignore[assignment]
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the score on the last token of each completion, which is logged and not learned from."""
+        """Return the score on the last token of each completion, for the metrics alone."""
         return token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        """Return what the teacher thinks of each token beyond what the student does."""
         assert rollout.reference_logprobs is not None
         mask = rollout.completion_mask
         return Advantages(distillation_advantages(rollout.reference_logprobs, rollout.old_logprobs, mask), None)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the teacher, where every advantage is 0."""
         return problem.teacher
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add the reverse KL per token, and leave out scores where nothing gives any."""
+        """Add the reverse KL per token, and drop scores where there is no scorer."""
         super().measure_rollout(rollout, meter)
         assert rollout.reference_logprobs is not None
         meter.add(
@@ -301,6 +283,6 @@ class OnPolicyDistillationModule(OnPolicyModule):
                 meter.forget(f"rollout/{name}")
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check the rollout; what it is compared with is no copy of the policy, so the first KL may be anything."""
+        """Check lengths and sampler; the first KL may have any value, as the teacher is not a copy of the policy."""
         self.invariants.check_lengths(rollout)
         self.invariants.check_sampler(rollout)

@@ -1,4 +1,4 @@
-"""Online preference objectives whose samples meet another player: the last round's policy, the reference, a mixture."""
+"""Online preference objectives against an opponent: the last round's policy, the reference, or a mixture."""
 
 from __future__ import annotations
 
@@ -32,30 +32,28 @@ from rlhf_lightning.types import (
 )
 
 OPPONENTS = 2**62
-"""Added to an episode's number for its opponent's random numbers: a run counts its own up from 0 and validation's down
-from -1, and neither gets here."""
+"""Added to an episode's number for its opponent's random numbers. Runs count up from 0, validation down from -1, so
+neither reaches these numbers."""
 
 
 class IterativeDPOModule(OnlineDPOModule):
-    r"""Iterative DPO: rounds of sampling and training, each held against the policy that the last one ended with.
+    r"""Iterative DPO: rounds of sampling and training, with the policy at the end of the last round as reference.
 
     loss = online DPO's on the best and the worst of ``data.samples_per_prompt`` samples, with the reference of the
     round (Xu et al., 2312.16682; Yuan et al., 2401.10020, Section 2.4). A round starts with fresh optimizer moments.
-    Policy = reference gives log 2.
+    When policy = reference, the loss is log 2.
 
     Target: with soft labels reference * exp(score / beta), normalised, with the reference of the round. Where rounds
-    come to rest, the k-th leads to start * exp(k score / beta).
+    converge, the k-th leads to start * exp(k score / beta).
 
     Args:
-        rollouts_per_round: rollouts between two rounds.
-        reference_of_round: "last": the reference becomes the policy that the last round ended with; "start": it stays
-            what training started from. With an adapter, a reference that moves is a model of its own.
+        rollouts_per_round: rollouts per round.
+        reference_of_round: "last": the policy at the end of the last round; "start": the model that training started
+            from. With an adapter, a reference that moves is a separate model.
     """
 
     paper = "Xu et al. 2023, arXiv 2312.16682"
-    ranges = {
-        "rollouts_per_round": "[1, inf)",
-    }
+    ranges = {"rollouts_per_round": "[1, inf)"}
 
     def __init__(
         self, rollouts_per_round: int = 50, reference_of_round: Literal["last", "start"] = "last", **kwargs: Any
@@ -69,23 +67,23 @@ class IterativeDPOModule(OnlineDPOModule):
 
     @property
     def moves_reference(self) -> bool:
-        """Whether rounds have references of their own."""
+        """Whether each round has its own reference."""
         return self.reference_of_round == "last"
 
     def load_reference_and_scorer(self) -> None:
-        """Load what is not trained; a reference that will move is a model of its own in every case."""
+        """Load what is not trained; a reference that will move is always a separate model."""
         super().load_reference_and_scorer()
         if self.reference is not None and self.reference.copy is None and self.moves_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
 
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
-        """Collect one rollout and take all its updates; now and then a new round begins first."""
+        """Begin a new round where one is due, then collect one rollout and take all its updates."""
         if self.rollouts and self.rollouts % self.rollouts_per_round == 0:
             self.begin_round()
         super().training_step(step, batch_idx)
 
     def begin_round(self) -> None:
-        """Make the policy the reference, and forget the optimizer's moments: they belong to the last round's loss."""
+        """Make the policy the reference, and reset the optimizer's moments, which belong to the last round's loss."""
         if self.moves_reference:
             assert self.reference is not None
             self.reference.follow()
@@ -93,24 +91,24 @@ class IterativeDPOModule(OnlineDPOModule):
         optimizer.optimizer.state.clear()
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check a rollout; at the start of a round the reference is the policy once more."""
+        """Check a rollout; at the start of a round policy = reference."""
         super().check_rollout(rollout)
         if self.rollouts and self.moves_reference and self.rollouts % self.rollouts_per_round == 0:
             self.invariants.check_first_kl(rollout)
 
 
 class XPOModule(OnlineDPOModule):
-    r"""XPO: online DPO of a sample against one of the reference's, with a bonus for leaving what the reference writes.
+    r"""XPO: online DPO between a sample of the policy and one of the reference, with an exploration bonus.
 
-    loss = DPO(y, y') + alpha log policy(y'), y from the policy and y' from the reference, better and worse by score
-    (Xie et al., 2405.21046, Algorithm 1). Policy = reference gives log 2 + alpha log policy(y'). The second of each
-    prompt's two samples is the reference's: every sample has an episode number, so random numbers of its own.
+    loss = DPO(y, y') + alpha log policy(y'), y from the policy and y' from the reference, chosen and rejected by score
+    (Xie et al., 2405.21046, Algorithm 1). When policy = reference, the loss is log 2 + alpha log policy(y'). The second
+    of each prompt's two samples is the reference's, with its own episode number and random numbers.
 
-    Target: no closed form; with soft labels near reference * exp(score / beta), which the bonus moves in proportion to
+    Target: no closed form; with soft labels near reference * exp(score / beta), shifted by the bonus in proportion to
     alpha.
 
     Args:
-        alpha: weight of the bonus.
+        alpha: weight of the exploration bonus.
     """
 
     paper = "Xie et al. 2024, arXiv 2405.21046"
@@ -121,25 +119,24 @@ class XPOModule(OnlineDPOModule):
         self.alpha = alpha
 
     def by_reference(self, group: Tensor) -> Tensor:
-        """Return True for the second sample of each prompt, shape (episodes,); a single sample is the policy's."""
+        """Return True for the second sample of each prompt, shape (episodes,)."""
         rows = torch.arange(len(group), device=group.device)
         first = torch.full_like(group, len(group)).scatter_reduce(0, group, rows, "amin")
         return rows != first[group]
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return DPO's loss plus alpha log policy(y'), shape (pairs,)."""
         sides = (pair.chosen_sequence_logprobs, pair.rejected_sequence_logprobs)
         explored = torch.where(pair.extras["chosen_by_reference"], *sides)
         dpo = as_loss(super().pair_loss(pair)).values
         return Loss(dpo + self.alpha * explored, {"explored_logprob": explored})
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return online DPO's optimum where there is no bonus: a pair is at its best there whoever sampled it."""
+        """Return online DPO's optimum where there is no bonus; it does not depend on which model sampled a pair."""
         known = self.has_losses_of(XPOModule) and not self.alpha and self.soft_labels
         return tilted(problem, self.beta) if known and self.sampling.temperature == 1 else None
 
     def check_groups(self, rollout: Rollout) -> None:
-        """Refuse prompts with more samples than one of the policy and one of the reference."""
+        """Refuse prompts with more than one sample of the policy and one of the reference."""
         super().check_groups(rollout)
         most = int(torch.bincount(rollout.group).max())
         if most != 2:
@@ -151,33 +148,26 @@ class XPOModule(OnlineDPOModule):
 
 
 class NashMDModule(CriticFreeModule):
-    r"""Nash-MD: policy gradient of the chance to beat an opponent that is drawn between the policy and its reference.
+    r"""Nash-MD: policy gradient of the probability to beat an opponent between the policy and its reference.
 
     loss = -(P(y beats y') - 1/2 - kl_coef log policy(y)/reference(y)) log policy(y), the bracket without gradient; y
     from the policy, y' token by token from policy^{1 - c} reference^c, c = ``mixture``; P = sigmoid(score(y) -
-    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have random numbers of their own and cost one more
-    decode a completion.
-
-    Paying the KL token by token, kl_coef sum_t sg(lp_t - lp_ref_t) lp_t (``kl_place: loss``, ``kl_estimator: k2``),
-    leaves out what a token costs later on, and rests elsewhere.
+    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have their own random numbers and cost one more
+    decode per completion. The KL as a loss per token (``kl_place: loss``, ``kl_estimator: k2``) ignores the KL of later
+    tokens and has another optimum.
 
     Target: no closed form; where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the
-    Nash equilibrium of the game regularised by the KL, for c = 1 the best answer to the reference.
+    Nash equilibrium of the KL-regularised game, for c = 1 the best response to the reference.
 
     Args:
-        scorer: what scores completions; differences of scores are log-odds of winning.
-        kl_coef: strength of the KL leash, chances to win per nat.
+        scorer: what scores completions; score differences are log-odds of winning.
+        kl_coef: KL penalty coefficient, in win probability per nat.
         mixture: c, the reference's share in the opponent.
-        temperature: of sampling, the opponent's too, and of every log-probability.
-
-    Raises:
-        ValueError: ``mixture`` is outside [0, 1].
+        temperature: softmax temperature of policy and opponent, used both for sampling and for log-probabilities.
     """
 
     paper = "Munos et al. 2023, arXiv 2312.00886"
-    ranges = {
-        "mixture": "[0, 1]",
-    }
+    ranges = {"mixture": "[0, 1]"}
     needs_group = False
 
     def __init__(
@@ -193,11 +183,10 @@ class NashMDModule(CriticFreeModule):
 
     @property
     def holds_reference(self) -> bool:
-        """The opponent is made of it."""
-        return self.needs_reference
+        return self.needs_reference  # the opponent is made of it
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score; while training, an opponent of each sample is scored beside it."""
+        """Sample and score; in training also sample and score an opponent of each sample."""
         drawn = super().draw(batches)
         if not self.trainer.training:
             return drawn
@@ -215,28 +204,28 @@ class NashMDModule(CriticFreeModule):
         """Return P(y beats y'), shape (episodes,); NaN where either has no score."""
         assert rollout.baseline_scores is not None
         lead = rollout.scores - rollout.baseline_scores
-        return lead.double().sigmoid().to(lead.dtype)  # each device has a sigmoid of its own in single precision
+        return lead.double().sigmoid().to(lead.dtype)  # in single precision devices round sigmoid differently
 
     def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """Return the chance to win less a half, and less what the rewards pay for KL, shape (episodes,)."""
+        """Return the win probability minus 1/2 and the KL penalty, shape (episodes,)."""
         return torch.nan_to_num(self.win_probability(rollout) - 0.5 + rewards - rollout.scores)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the best answer to the reference for c = 1, and the game's equilibrium for c = 0, at temperature 1.
+        """Return the best response to the reference for c = 1, and the game's equilibrium for c = 0, at temperature 1.
 
-        Between them the opponent is made token by token, which a list of completions does not say.
+        Between them the opponent is drawn token by token, which an enumerated problem does not describe.
         """
         if not self.reaches_kl_optimum() or self.mixture not in (0, 1):
             return None
         if self.mixture:
-            return self.best_answer(problem, problem.reference)
+            return self.best_response(problem, problem.reference)
         policy = problem.reference
         for _ in range(10_000):
-            policy = (policy + self.best_answer(problem, policy)) / 2
-        found = bool((policy - self.best_answer(problem, policy)).abs().max() < 1e-9)
-        return policy if found else None  # there always is one, but by half-steps a weak leash circles it
+            policy = (policy + self.best_response(problem, policy)) / 2
+        found = bool((policy - self.best_response(problem, policy)).abs().max() < 1e-9)
+        return policy if found else None  # it exists, but half-steps circle it where the KL penalty is weak
 
-    def best_answer(self, problem: EnumeratedProblem, opponent: Tensor) -> Tensor:
+    def best_response(self, problem: EnumeratedProblem, opponent: Tensor) -> Tensor:
         """Return what maximises E P(y beats y') - kl_coef KL(policy || reference) for a fixed opponent's y'.
 
         Args:
@@ -247,6 +236,6 @@ class NashMDModule(CriticFreeModule):
         return torch.softmax(problem.reference.log() + wins / self.kl_coef, -1)
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
-        """Add how often the policy beats its opponent."""
+        """Add the policy's win rate against its opponent."""
         wins = self.win_probability(rollout)
         meter.add("rollout/win_rate", wins, ~wins.isnan())

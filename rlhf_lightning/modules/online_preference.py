@@ -1,4 +1,4 @@
-"""Preference objectives on pairs that the policy samples itself and a scorer judges."""
+"""Online DPO: preference pairs that the policy samples itself and a scorer judges."""
 
 from __future__ import annotations
 
@@ -30,30 +30,29 @@ from rlhf_lightning.types import (
 
 
 class OnlineDPOModule(PairObjective, RolloutModule):
-    r"""Online DPO: the policy's own samples are the pairs; of each prompt's, the best is chosen and the worst rejected.
+    r"""Online DPO: among the policy's samples of each prompt, the best is chosen and the worst rejected.
 
-    loss = -p log sigmoid(beta d) - (1 - p) log sigmoid(-beta d), d = log policy(y_c)/reference(y_c)
-    - log policy(y_r)/reference(y_r), both sampled from the policy (Guo et al., 2402.04792, Eq. 4, for p = 1). Policy =
-    reference gives log 2. Samples of one prompt that score alike form no pair; with ``soft_labels`` p =
-    sigmoid(score_c - score_r).
+    loss = -log sigmoid(x), x = beta [log policy(y_w)/reference(y_w) - log policy(y_l)/reference(y_l)], both sampled
+    from the policy (Guo et al., 2402.04792, Eq. 4). When policy = reference, the loss is log 2. Samples with equal
+    scores form no pair. With ``soft_labels`` the pair is labelled p = sigmoid(score_w - score_l) instead of 1.
 
     A subclass changes the objective by overriding ``pair_loss`` or ``implicit_reward``, as for a `DPOModule`.
 
-    Target: with ``soft_labels`` reference * exp(score / beta), normalised: every pair is at its best there, however it
-    was sampled. Labels that are certain ask for ever larger margins, and no policy is at rest.
+    Target: with ``soft_labels`` reference * exp(score / beta), normalised, which is the optimum of every pair, however
+    it was sampled. Certain labels ask for ever larger margins, so no policy is optimal.
 
     Args:
-        scorer: what scores completions: a reward model's folder, an importable function
-            ``(prompts, completions, **columns) -> scores``, or a Scorer. It takes the place of the annotator.
-        beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
-        soft_labels: take scores as log-odds: chosen is better with probability sigmoid(score difference), not for sure.
-        temperature: of sampling and of every log-probability.
+        scorer: what scores completions, in place of an annotator: a reward model's folder, an importable function
+            ``(prompts, completions, **columns) -> scores``, or a Scorer.
+        beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
+        soft_labels: read scores as log-odds: chosen is better with probability sigmoid(score difference).
+        temperature: softmax temperature, used both for sampling and for log-probabilities.
         ppo_epochs: passes over each rollout.
-        mini_batch_size: episodes of one optimizer step over all ranks, a multiple of the samples of a prompt; None
-            takes the whole rollout.
+        mini_batch_size: episodes per optimizer step over all ranks, a multiple of the samples per prompt; null takes
+            the whole rollout.
 
     Raises:
-        ValueError: a prompt has a single sample, or a minibatch would part the samples of one.
+        SettingError: a prompt has a single sample, or a minibatch would split the samples of a prompt.
     """
 
     paper = "Guo et al. 2024, arXiv 2402.04792"
@@ -61,15 +60,9 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     """Whether completions of one prompt are compared."""
 
     def __init__(
-        self,
-        scorer: Any,
-        beta: float = 0.1,
-        soft_labels: bool = False,
-        temperature: float = 0.9,
-        ppo_epochs: int = 1,
-        learning_rate: float = 5e-7,
-        **kwargs: Any,
-    ) -> None:
+        self, scorer: Any, beta: float = 0.1, soft_labels: bool = False, temperature: float = 0.9, ppo_epochs: int = 1,
+        learning_rate: float = 5e-7, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             scorer=scorer, temperature=temperature, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs
         )
@@ -78,14 +71,14 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     # -- override points ----------------------------------------------------------------------------------------------
 
     def pairs(self, rollout: Rollout) -> Pairs:
-        """Return the pairs of a rollout: of each prompt the best against the worst sample, unless they score alike."""
+        """Return the pairs of a rollout: the best against the worst sample of each prompt, if their scores differ."""
         chosen, rejected = best_and_worst(rollout.scores, rollout.group)
         gap = rollout.scores[chosen] - rollout.scores[rejected]
         ones = torch.ones_like(gap)
         return Pairs(chosen, rejected, torch.sigmoid(gap) if self.soft_labels else ones, gap, ones)
 
     def by_reference(self, group: Tensor) -> Tensor:
-        """Return which samples the reference draws in place of the policy, bool, shape (episodes,): here none.
+        """Return which samples the reference draws instead of the policy, bool, shape (episodes,); here none.
 
         Args:
             group: index of the prompt each sample answers, int64, shape (episodes,).
@@ -95,7 +88,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return reference * exp(score / beta), normalised, with soft labels at temperature 1.
 
-        There beta d = score difference for every pair, where its gradient is 0; and nowhere else: the completion of the
+        There x equals the score difference of every pair, so the gradient is 0. Elsewhere the completion with the
         largest beta log(policy / reference) - score is pushed down by every other one.
         """
         known = self.soft_labels and self.sampling.temperature == 1
@@ -104,7 +97,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     # -- one rollout --------------------------------------------------------------------------------------------------
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score a completion for each prompt, from the model whose turn it is."""
+        """Sample and score a completion for each prompt, from the policy or the reference."""
         batch = batches[0]
         explores = self.by_reference(batch.group)
         if self.reference is None or not bool(explores.any()):
@@ -131,7 +124,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         return norm
 
     def minibatch_units(self, rollout: Rollout) -> dict[int, list[int]]:
-        """Rows of each prompt, by the number of its first episode: no minibatch parts them."""
+        """Return the rows of each prompt, by the number of its first episode; a minibatch takes all or none of them."""
         return groups_of(rollout)
 
     def learn_pairs(self, rollout: Rollout, pairs: Pairs, rows: list[int], batch: PromptBatch, meter: Meter) -> float:
@@ -144,13 +137,13 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         size = self.limits.micro_batch_size
         limits = self.limits._replace(micro_batch_size=None if size is None else max(size // 2, 1))
         parts = [pairs.at(mine[torch.tensor(cut)]) for cut in cut_micro_batches(cells, limits)]
-        # Without a backward pass, and without metrics, this rank would keep the others waiting.
+        # A rank without pairs takes part in the collectives with pairs of weight 0.
         parts += [no_pair(rollout)] * (max(most_passes(self.policy, len(parts)), 1) - len(parts))
         losses: list[Callable[[], Tensor]] = [partial(self.pair_loss_sum, rollout, part, meter) for part in parts]
         return self.update(losses + self.further_losses(batch, count, meter), count)
 
     def preference_logprobs(self, rollout: Rollout, pairs: Pairs) -> PreferenceLogprobs:
-        """Forward the completions of some pairs together through the policy; the rollout has the reference's."""
+        """Forward the completions of some pairs together through the policy; the rollout holds the reference's part."""
         rows = torch.cat([pairs.chosen, pairs.rejected])
         layout = self.lay_out(select(rollout.sequences, rows.tolist()))
         outputs = self.policy_outputs(layout, self.sampling.temperature)
@@ -183,7 +176,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     # -- what must hold, and what is measured -------------------------------------------------------------------------
 
     def check_groups(self, rollout: Rollout) -> None:
-        """Refuse prompts with a single sample, and minibatches that would part the samples of one."""
+        """Refuse prompts with a single sample, and minibatches that would split the samples of a prompt."""
         samples = int(torch.bincount(rollout.group).min())
         if samples < 2:
             raise SettingError(
@@ -194,12 +187,12 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         if self.mini_batch_size is not None and self.mini_batch_size % samples:
             raise SettingError(
                 "parts-groups",
-                f"mini_batch_size is {self.mini_batch_size} and would part the {samples} samples of a prompt: set it "
+                f"mini_batch_size is {self.mini_batch_size} and would split the {samples} samples of a prompt: set it "
                 "to a multiple of data.samples_per_prompt",
             )
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check a rollout before anything is learned from it, each sample against the model that drew it."""
+        """Check each sample against the model that drew it."""
         explored = self.by_reference(rollout.group).unsqueeze(-1)
         if rollout.reference_logprobs is not None:
             drawn = torch.where(explored, rollout.reference_logprobs, rollout.old_logprobs)
@@ -207,7 +200,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         super().check_rollout(rollout)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add what describes the policy's own samples, before any update."""
+        """Add the metrics of the samples that the policy drew."""
         own = (~self.by_reference(rollout.group)).nonzero().squeeze(-1).tolist()
         super().measure_rollout(select_episodes(rollout, own), meter)
 
@@ -223,14 +216,14 @@ def groups_of(rollout: Rollout) -> dict[int, list[int]]:
 
 
 def no_pair(rollout: Rollout) -> Pairs:
-    """Return a pair of weight 0, for a rank that has none: its loss and its share of every metric are 0."""
+    """Return a pair of weight 0, for a rank that has none; its loss and its weight in every metric are 0."""
     row = torch.zeros(1, dtype=torch.long, device=rollout.scores.device)
     nothing = torch.zeros_like(rollout.scores[row])
     return Pairs(row, row, torch.ones_like(nothing), nothing, nothing)
 
 
 def _moved(rollout: Rollout, pairs: Pairs, logprobs: PreferenceLogprobs) -> PolicyLogprobs:
-    """Return both sides of the pairs beside what they were when they were sampled."""
+    """Return the log-probabilities of both sides of the pairs, now and when they were sampled."""
     rows = torch.cat([pairs.chosen, pairs.rejected])
     now = torch.cat([logprobs.policy_chosen_logprobs, logprobs.policy_rejected_logprobs])
     mask = torch.cat([logprobs.chosen_mask, logprobs.rejected_mask]) & (pairs.weights > 0).repeat(2).unsqueeze(-1)

@@ -22,22 +22,22 @@ class ProcessRewardModule(RewardModule):
     r"""A reward model of reasoning: the log-odds that each step of a completion is right.
 
     loss = (1/N) \sum_{rows} w \sum_{steps} [-y log sigmoid(s) - (1 - y) log sigmoid(-s)], y the step's label and s the
-    scalar head's value at the step's last token, so that a step is judged on all that stands before it and on nothing
-    behind it (Lightman et al., arXiv 2305.20050, Section 2.6, with one logit for their two tokens). N are the judged
-    steps of the whole optimizer step: every step weighs the same, whether its completion has many or few. Soft labels
-    (Math-Shepherd, arXiv 2312.08935) are probabilities. Scores of 0 give log 2.
+    scalar head's value at the step's last token, which sees the step and everything before it (Lightman et al., arXiv
+    2305.20050, Section 2.6, with one logit for their two tokens). N is the number of judged steps of the whole
+    optimizer step, so every step has the same weight. Soft labels (Math-Shepherd, arXiv 2312.08935) are probabilities.
+    Scores of 0 give log 2.
 
     ``step_accuracy`` counts steps on the right side of 0. ``first_error_f1`` is ProcessBench's (arXiv 2412.06559): the
-    harmonic mean of the share of wrong completions whose first wrong step is found, and of right ones all of whose
-    steps pass. Labels of exactly 0.5 count for neither side in the first and as right in the second.
+    harmonic mean of two shares, of wrong completions whose first wrong step is found and of right completions without
+    a step judged wrong. A label of exactly 0.5 is left out of the first metric and counts as right in the second.
 
-    The exported folder is a reward model's whose score at a completion's end is that of its last step, and names the
-    separator: as a scorer it splits completions at it and takes the least of their steps, see `ProcessScorer`.
+    The exported folder holds a reward model and its step separator. As a scorer it splits completions at the separator
+    and takes the lowest score of their steps, see `ProcessScorer`.
 
     Target: the log-odds of each step's labels.
 
     Args:
-        step_separator: what stands between two steps, in the data's steps and in the completions scored later.
+        step_separator: text between two steps, in the data and in the completions that are scored later.
     """
 
     paper = "Lightman et al. 2023, arXiv 2305.20050"
@@ -48,27 +48,25 @@ class ProcessRewardModule(RewardModule):
     def __init__(self, step_separator: str = "\n", **kwargs: Any) -> None:
         super().__init__(centering=0.0, normalise=False, outputs=1, **kwargs)
         if not step_separator:
-            raise SettingError("missing-setting", "step_separator is empty: steps could not be told apart")
+            raise SettingError("missing-setting", "step_separator is empty: set the text between two steps")
         self.step_separator = step_separator
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Steps are separated as the reward model will meet them."""
         return super().data_needs._replace(step_separator=self.step_separator)
 
     def load_models(self) -> None:
-        """Load the backbone and give it a scalar head where it has none; log-odds are relative to nothing."""
         super().load_models()
-        self.reward_model.bias = 0.0
+        self.reward_model.bias = 0.0  # scores are log-odds, which a bias would shift
 
     def process_loss(self, scores: ProcessScores) -> Tensor | Loss:
-        """Return one loss per step, shape (steps,). The override point of this family."""
+        """Return one loss per step, shape (steps,); other objectives on judged steps override it."""
         return step_loss(scores.scores, scores.labels)
 
     def step_scores(self, batch: ProcessBatch) -> ProcessScores:
         """Return the score of each judged step, from one forward."""
         layout = padded_layout(batch.sequences).to(self.device)
-        ends = layout._replace(predictors=layout.predictors + 1)  # not what predicts a step's last token, but the token
+        ends = layout._replace(predictors=layout.predictors + 1)  # the state of a step's last token, not the one before
         mask = layout.completion_mask
         grid = self.reward_model(ends, per_token=True)
         row = layout.cells.div(mask.shape[1], rounding_mode="floor")
@@ -82,7 +80,6 @@ class ProcessRewardModule(RewardModule):
         return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device), extras)
 
     def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]
-        """Return the summed losses of a micro-batch's judged steps."""
         scores = self.step_scores(batch)
         loss = as_loss(self.process_loss(scores))
         losses = loss.values * scores.weights[scores.row]
@@ -93,7 +90,7 @@ class ProcessRewardModule(RewardModule):
         return losses.sum()
 
     def _measure_steps(self, scores: ProcessScores, meter: Meter) -> None:
-        """Add how many steps, and how many completions, are judged right."""
+        """Add the accuracy over steps and over completions."""
         said, labelled = scores.scores.detach() > 0, scores.labels
         meter.add("step_accuracy", ((said == (labelled > 0.5)) & (scores.scores != 0)).double(), labelled != 0.5)
         meter.add("score", scores.scores)
@@ -104,7 +101,6 @@ class ProcessRewardModule(RewardModule):
         meter.add("right_accepted", (found == true).double(), true < 0)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return held-out metrics, and the F1 of first errors."""
         means = super().evaluation_metrics()
         if "first_error_found" in means:
             found, accepted = means["first_error_found"], means["right_accepted"]
@@ -129,5 +125,4 @@ class ProcessRewardModule(RewardModule):
 
     @property
     def facts_of_scores(self) -> dict[str, Any]:
-        """The separator, at which a scorer splits."""
         return {STEP_SEPARATOR: self.step_separator}

@@ -1,4 +1,4 @@
-"""Reward models from human rankings."""
+"""Reward models from human comparisons and rankings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from rlhf_lightning.errors import SettingError
-from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
+from rlhf_lightning.functional.ranking import (
+    plackett_luce_loss,
+    ranked_davidson_loss,
+    ranked_pairs_loss,
+    untied_pairs,
+)
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import (
     OUTPUT_NAMES,
@@ -29,7 +33,7 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.training.slots import on_device
-from rlhf_lightning.types import EnumeratedProblem, RankedBatch, RankedScores, Step
+from rlhf_lightning.types import DataNeeds, EnumeratedProblem, RankedBatch, RankedScores, Step
 
 
 class RewardModule(OfflineModule):
@@ -37,56 +41,44 @@ class RewardModule(OfflineModule):
 
     For a pair, loss = -p log sigmoid(d - m) - (1 - p) log sigmoid(-(d - m)) with d = score(chosen) - score(rejected),
     p the probability that chosen is better (1 for a plain label) and m its rated margin (Bradley-Terry; Stiennon et al.
-    2009.01325, margins of Llama 2, 2307.09288). A ranked list counts the mean over its untied pairs, each completion
-    forwarded once (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2.
+    2009.01325; margins of Llama 2, 2307.09288). The loss of a ranked list is the mean over its untied pairs, with one
+    forward pass per completion (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2. The score is a linear head on
+    the last completion token's hidden state, initialised from N(0, 1/(hidden size + 1)).
 
     Target: scores that are the rewards up to a constant for each prompt, where preferences are Bradley-Terry in them;
     with ``centering`` no closed form.
 
-    The score is a linear head on the last completion token's hidden state, drawn from N(0, 1/(hidden size + 1)).
-
     Args:
         centering: weight of (score(chosen) + score(rejected))^2, which keeps scores near zero (Eisenstein et al.,
             2312.09244); 0.01 there.
-        normalise: after training, report scores relative to the mean score of the best-ranked training completions, so
-            that demonstrations score 0 on average (InstructGPT). The exported weights stay as trained; the bias
-            travels in the folder's config.json.
-        outputs: numbers that the head gives for each completion: several attributes, or a mean and a variance. With
-            more than one, ``score_of`` makes a score of them, a loss finds them in ``RankedScores.extras["outputs"]``,
-            and whoever scores with the exported folder gets them as the parts of a `Judgement`.
+        normalise: after training, subtract the mean score of the best-ranked training completions from every score, so
+            that demonstrations score 0 on average (InstructGPT). The weights do not change; the bias is kept in the
+            exported config.json.
+        outputs: outputs of the head per completion: several attributes, or a mean and a variance. With more than one,
+            ``score_of`` makes a score of them, a loss finds them in ``RankedScores.extras["outputs"]``, and the
+            exported model returns them as the parts of a `Judgement`.
     """
 
     paper = "Stiennon et al. 2020, arXiv 2009.01325"
-    ranges = {
-        "centering": "[0, inf)",
-        "outputs": "[1, inf)",
-    }
+    ranges = {"centering": "[0, inf)", "outputs": "[1, inf)"}
     batch_type: ClassVar[type] = RankedBatch
     has_policy = False
     headline_metrics = ("val/loss", "val/accuracy", "val/ece")
 
     def __init__(
-        self,
-        centering: float = 0.0,
-        normalise: bool = True,
-        outputs: int = 1,
-        learning_rate: float = 9e-6,
-        adam_eps: float = 1e-5,
-        **kwargs: Any,
-    ) -> None:
+        self, centering: float = 0.0, normalise: bool = True, outputs: int = 1, learning_rate: float = 9e-6,
+        adam_eps: float = 1e-5, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
-        if outputs < 1:
-            raise SettingError("reward-outputs", f"outputs is {outputs}: a reward model has at least one")
         self.centering, self.normalise, self.outputs = centering, normalise, outputs
         self._judged: list[Tensor] = []  # confidence in each held-out pair, and whether it was right
 
     @property
     def model(self) -> ScalarModel:
-        """The reward model."""
         return self.reward_model
 
     def load_models(self) -> None:
-        """Load the backbone and give it a scalar head where it has none; an adapter is trained on, not stacked upon."""
+        """Load the backbone and give it a scalar head where it has none; training continues an existing adapter."""
         name = resolve_folder(self.init_from)
         continued = name if self.lora is not None and is_adapter(name) else None
         if continued is not None:
@@ -101,11 +93,11 @@ class RewardModule(OfflineModule):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the head's outputs, which a scorer calls the parts of its judgements by."""
+        """Names of the head's outputs, which are the names of the parts of a scorer's judgements."""
         return tuple(f"output_{number}" for number in range(self.outputs))
 
     def score_of(self, outputs: Tensor) -> Tensor:
-        """Return the score that a head of several outputs gives, shape (completions,): their first.
+        """Return the score that a head of several outputs gives, shape (completions,); here the first output.
 
         Args:
             outputs: shape (completions, outputs).
@@ -113,17 +105,16 @@ class RewardModule(OfflineModule):
         return outputs[:, 0]
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
-        """Return one loss per group, shape (groups,). The override point of this family."""
+        """Return one loss per group, shape (groups,); other objectives on rankings override it."""
         return ranked_pairs_loss(
             scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
         )
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return the scores that are the log-odds of the preferences: the rewards, each prompt's mean taken off."""
+        """Return the scores whose differences are the log-odds: the rewards minus each prompt's mean."""
         return None if self.centering else problem.rewards - problem.rewards.mean(-1, keepdim=True)
 
     def loss_sum(self, batch: RankedBatch, meter: Meter) -> Tensor:
-        """Return the summed losses of a micro-batch's groups."""
         scores, extras = self.reward_model(self.lay_out(batch.sequences)), on_device(batch.extras, self.device)
         if self.outputs > 1:
             scores, extras = self.score_of(scores), {**extras, "outputs": scores}
@@ -138,7 +129,7 @@ class RewardModule(OfflineModule):
         return (loss.values * ranked.weights).sum()
 
     def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
-        """Add accuracy (equal scores count as wrong), margins and calibration over all pairs that are no ties."""
+        """Add accuracy (equal scores count as wrong), margins and calibration over all untied pairs."""
         better, worse = untied_pairs(ranked.group, ranked.ranks)
         told_apart = ranked.target[ranked.group[better]] != 0.5
         better, worse = better[told_apart], worse[told_apart]
@@ -155,27 +146,25 @@ class RewardModule(OfflineModule):
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:
-        """The demonstrations' mean is taken over the last epoch, when the scores have settled."""
+        """Start the mean score of the best-ranked completions anew: that of the last epoch counts."""
         self._best_scores = Meter()
 
     def on_train_epoch_end(self) -> None:
-        """Set the bias that scores are reported relative to."""
+        """Set the bias that is subtracted from scores."""
         means = self._best_scores.means(self.trainer.strategy)
         if self.normalise and means:
             self.reward_model.bias = means["score"]
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
         super().on_validation_epoch_start()
         self._judged = []
 
     def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
         super().on_test_epoch_start()
         self._judged = []
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return held-out metrics; ``ece`` bins the confidence max(p, 1-p), since chosen is always the label."""
+        """Return held-out metrics; ``ece`` bins the confidence max(p, 1 - p), since chosen is always the label."""
         means = super().evaluation_metrics()
         judged = gathered_rows(self, torch.cat([torch.zeros(0, 2, device=self.device), *self._judged]))
         if len(judged):
@@ -199,24 +188,73 @@ class RewardModule(OfflineModule):
         return rows
 
     def export(self, folder: str | Path) -> Path:
-        """Write the reward model as a Hugging Face folder."""
         source = self.backbone_source() if self.lora is not None else resolve_folder(self.init_from)
         facts = {OUTPUT_NAMES: list(self.output_names)} if self.outputs > 1 else {}
         return export_reward_model(self.reward_model, self.tokenizer, folder, source, **facts, **self.facts_of_scores)
 
     @property
     def facts_of_scores(self) -> dict[str, Any]:
-        """What whoever scores with the exported folder has to know beside the weights."""
+        """Further entries of the exported config.json, which scorers read."""
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the bias with the weights, and the mean that is being taken for the next one."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["score_bias"] = self.reward_model.bias
         checkpoint["best_scores"] = of_all_ranks(self, self._best_scores.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
         super().on_load_checkpoint(checkpoint)
         self.reward_model.bias = checkpoint["score_bias"]
         self._best_scores.load_state_dict(checkpoint["best_scores"], *rank_of(self))
+
+
+class PlackettLuceModule(RewardModule):
+    r"""Reward model of whole rankings: the best completion is picked first, then the best of the rest.
+
+    loss = sum_k [logsumexp_{j ranked at or below k} score_j - score_k] (Plackett 1975, Luce 1959; for reward models Zhu
+    et al., 2301.11270). K equal scores give log K!. For pairs it is `RewardModule`'s loss. Soft labels, margins and
+    ``centering`` belong to pairs and have no effect.
+
+    Target: scores that are the rewards up to a constant for each prompt, where rankings are Plackett-Luce in them.
+    """
+
+    paper = "Zhu et al. 2023, arXiv 2301.11270"
+
+    def ranking_loss(self, scores: RankedScores) -> Tensor:
+        return plackett_luce_loss(scores.scores, scores.group, scores.ranks)
+
+
+class DavidsonModule(RewardModule):
+    r"""Reward model of comparisons that may end in a tie, which `RewardModule` can only read as a toss-up.
+
+    P(i wins) : P(j wins) : P(tie) = e^{d / 2} : e^{-d / 2} : nu with d = score_i - score_j (Davidson 1970; for
+    preference optimisation Chen et al., arXiv 2409.17431): a tie says that two scores are close. A pair's
+    ``preference`` of 0.5 is a tie; a value between 0.5 and 1 is a mean of verdicts with wins and ties. Equal ranks of a
+    list are ties, and lists of ties alone are kept. The loss of a list is the mean over its pairs. Rated margins have
+    no effect. Equal scores give -log((1 - tie_share) / 2) for a win and -log(tie_share) for a tie.
+
+    Target: no closed form; the minimiser of the population loss. From comparisons drawn from its own model it recovers
+    the scores.
+
+    Args:
+        tie_share: probability that two completions of equal score are called a tie, nu / (2 + nu). It describes the
+            annotators and is not trained; count it on pairs that annotators cannot tell apart.
+    """
+
+    paper = "Davidson 1970; Chen et al. 2024, arXiv 2409.17431"
+    ranges = {"tie_share": "(0, 1)"}
+
+    def __init__(self, tie_share: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tie_share = tie_share
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        return super().data_needs._replace(ties=True)
+
+    def ranking_loss(self, scores: RankedScores) -> Tensor:
+        s = scores
+        return ranked_davidson_loss(s.scores, s.group, s.ranks, s.target, self.tie_share, self.centering)
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        return None  # the enumerated problem has no ties, so it is not of this model

@@ -21,12 +21,9 @@ class SFTModule(OfflineModule):
     r"""Supervised fine-tuning: imitate demonstrations.
 
     loss = -(1/N) \sum_{rows} w \sum_t log policy(y_t | x, y_{<t}), N the supervised tokens of the whole optimizer step
-    (InstructGPT, 2203.02155, Section 3.5). Only completion tokens count, the end token among them.
+    (InstructGPT, 2203.02155, Section 3.5). Only completion tokens count, including the end token.
 
     Target: the distribution that the demonstrations were drawn from.
-
-    Raises:
-        TypeError: the DataModule does not yield demonstrations.
     """
 
     paper = "Ouyang et al. 2022, arXiv 2203.02155"
@@ -44,11 +41,11 @@ class SFTModule(OfflineModule):
         super().__init__(learning_rate=learning_rate, lr_schedule=lr_schedule, warmup=warmup, **kwargs)
 
     def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
-        """Return one loss per token, shape (rows, length). The override point of this family."""
+        """Return one loss per token, shape (rows, length); other objectives on demonstrations override it."""
         return -logprobs.logprobs * logprobs.weights.unsqueeze(-1)
 
     def statistics_asked(self, layout: Layout, temperature: float = 1.0) -> OverLogits | None:
-        """Return what to ask of the policy's forward; in evaluation also whether each token is the likeliest."""
+        """Add, in evaluation, whether each token is the most likely one."""
         asked = super().statistics_asked(layout, temperature)
         if torch.is_grad_enabled():
             return asked
@@ -60,7 +57,6 @@ class SFTModule(OfflineModule):
         return OverLogits(layout, evaluated, (layout.targets,) if asked is None else asked.further)
 
     def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:
-        """Return the summed token losses of a micro-batch."""
         layout = self.lay_out(batch.sequences)
         evaluating = not torch.is_grad_enabled()
         outputs = self.policy_outputs(layout, with_entropy=evaluating)

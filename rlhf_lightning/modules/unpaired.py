@@ -1,4 +1,4 @@
-"""Objectives on completions that were each judged alone, good or bad, with no pairing."""
+"""Objectives on completions that were each judged alone, as desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rlhf_lightning.types import DataNeeds, Loss, Sequences, Step, UnpairedBatch
 class UnpairedModule(OfflineModule):
     r"""Base of the objectives on rows judged alone. A subclass overrides ``unpaired_loss`` and ``reference_point``.
 
-    What a reward is compared with is taken over the whole optimizer step and all ranks, in a first pass without
-    gradient, so that how a step is cut changes nothing.
+    The reference point, which rewards are compared with, is computed over the whole optimizer step and all ranks, in a
+    first pass without gradient. So micro-batches and ranks do not change it.
 
     Args:
-        beta: strength of the pull towards the reference; the implicit reward is beta * log(policy / reference).
-        cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning), by
-            the content of weights and rows, so that later epochs and runs forward the policy alone.
+        beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
+        cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning),
+            keyed by weights and rows, so that later epochs and runs need no reference forward pass.
     """
 
     batch_type = UnpairedBatch
@@ -54,7 +54,6 @@ class UnpairedModule(OfflineModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Mismatched completions are asked for where the objective needs them."""
         return super().data_needs._replace(mismatched=self.needs_mismatched)
 
     # -- override points ----------------------------------------------------------------------------------------------
@@ -64,11 +63,11 @@ class UnpairedModule(OfflineModule):
         raise undefined(self, "unpaired_loss")
 
     def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
-        """Return what a reward is compared with, a scalar.
+        """Return the reference point of a step, a scalar.
 
         Args:
             matched: log policy - log reference of the step's rows on all ranks, shape (rows,).
-            mismatched: the same of other rows' completions after these prompts; empty unless asked for.
+            mismatched: the same for other rows' completions after these prompts; empty without ``needs_mismatched``.
         """
         return matched.new_zeros(())
 
@@ -81,14 +80,13 @@ class UnpairedModule(OfflineModule):
         self._reference_point = None
 
     def validation_step(self, step: Step[UnpairedBatch], batch_idx: int) -> None:
-        """Add the metrics of held-out rows."""
         self._reference_point = self._point_of(step)
         super().validation_step(step, batch_idx)
         self._reference_point = None
 
     @torch.no_grad()
     def _point_of(self, step: Step[UnpairedBatch]) -> Tensor:
-        """Return the reference point of a step: every rank's log-ratios go into it."""
+        """Return the reference point of a step, from the log-ratios of all ranks."""
         batches = step.micro_batches
         sides: list[list[Sequences]] = [
             [batch.sequences for batch in batches],
@@ -120,7 +118,6 @@ class UnpairedModule(OfflineModule):
         )
 
     def loss_sum(self, batch: UnpairedBatch, meter: Meter) -> Tensor:
-        """Return the summed losses of a micro-batch's rows."""
         point = self._reference_point
         if point is None:  # a micro-batch on its own is its own step
             point = self._point_of(Step((batch,), len(batch.desirable), 0))
@@ -130,7 +127,7 @@ class UnpairedModule(OfflineModule):
         return (loss.values * logprobs.weights).sum()
 
     def _measure(self, logprobs: UnpairedLogprobs, loss: Loss, meter: Meter) -> None:
-        """Add the implicit rewards of both kinds of rows, and the point they are compared with."""
+        """Add the implicit rewards of both kinds of rows, and the reference point."""
         rewards = self.beta * logprobs.logratio.detach()
         meter.add_ratio("loss", (loss.values * logprobs.weights).sum(), len(rewards))
         meter.add("desirable_reward", rewards, logprobs.desirable)
@@ -140,7 +137,7 @@ class UnpairedModule(OfflineModule):
             meter.add(name, values)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return held-out metrics; the margin is the gap between the mean rewards of good and of bad rows."""
+        """Return held-out metrics; the margin is the mean reward of desirable rows minus that of undesirable ones."""
         means = super().evaluation_metrics()
         if "desirable_reward" in means:
             means["reward_margin"] = means["desirable_reward"] - means["undesirable_reward"]
@@ -148,24 +145,23 @@ class UnpairedModule(OfflineModule):
 
 
 class KTOModule(UnpairedModule):
-    r"""Kahneman-Tversky optimisation: gains and losses against what the policy earns on average.
+    r"""Kahneman-Tversky optimisation: gains and losses relative to the policy's average reward.
 
     loss = lambda_D (1 - sigmoid(beta (a - z0))) for a desirable row, lambda_U (1 - sigmoid(beta (z0 - a))) for an
     undesirable one, a the log-ratio of the completion and z0 = max(0, mean log-ratio of mismatched completions) an
-    estimate of KL(policy || reference) (Ethayarajh et al., 2402.01306, Section 4). Policy = reference gives lambda / 2.
+    estimate of KL(policy || reference), without gradient (Ethayarajh et al., 2402.01306, Section 4). When policy =
+    reference, the loss is lambda / 2.
 
-    Target: no closed form; the policy that minimises the population loss for the z0 that it itself has.
+    Target: no closed form; the policy that minimises the population loss at its own z0.
 
     Args:
-        desirable_weight: lambda_D; with n_D good and n_U bad rows choose lambda_D n_D / (lambda_U n_U) in [1, 3/2].
+        desirable_weight: lambda_D; with n_D desirable and n_U undesirable rows choose lambda_D n_D / (lambda_U n_U) in
+            [1, 3/2].
         undesirable_weight: lambda_U.
     """
 
     paper = "Ethayarajh et al. 2024, arXiv 2402.01306"
-    ranges = {
-        "desirable_weight": "[0, inf)",
-        "undesirable_weight": "[0, inf)",
-    }
+    ranges = {"desirable_weight": "[0, inf)", "undesirable_weight": "[0, inf)"}
     needs_mismatched = True
 
     def __init__(
@@ -186,13 +182,13 @@ class KTOModule(UnpairedModule):
 
 
 class BCOModule(UnpairedModule):
-    r"""Binary classifier optimisation: good or bad, with the implicit reward as the logit.
+    r"""Binary classifier optimisation: desirable or undesirable, with the implicit reward as the logit.
 
     loss = -log sigmoid(beta a - delta) for a desirable row, -log sigmoid(-(beta a - delta)) for an undesirable one;
-    delta is the mean reward of the rows of the optimizer step, without gradient (Jung et al., 2404.04656,
-    Section 4). Policy = reference gives log 2.
+    delta is the mean reward of the rows of the optimizer step, without gradient (Jung et al., 2404.04656, Section 4).
+    When policy = reference, the loss is log 2.
 
-    Target: no closed form; the policy that minimises the population loss for the delta that it itself has.
+    Target: no closed form; the policy that minimises the population loss at its own delta.
     """
 
     paper = "Jung et al. 2024, arXiv 2404.04656"
@@ -205,11 +201,9 @@ class BCOModule(UnpairedModule):
         return self.beta * matched.mean() if len(matched) else matched.new_zeros(())
 
     def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
-        """Return one loss per row, shape (rows,)."""
         logits = self.beta * logprobs.logratio - logprobs.reference_point
         return -logsigmoid(torch.where(logprobs.desirable, logits, -logits))
 
     @property
     def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference."""
         return math.log(2)

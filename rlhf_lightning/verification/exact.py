@@ -196,7 +196,7 @@ def rest_of(module: Any, world: EnumerableWorld) -> Tensor | None:
         solved = [policy for policy in found if policy is not None]
         return torch.tensor(np.array(solved)) if len(solved) == len(found) else None
     if type(module) is NashMDModule and module.kl_coef:
-        return module.best_answer(world.problem, opponent_of(module, world))
+        return module.best_response(world.problem, opponent_of(module, world))
     return None
 
 
