@@ -1,7 +1,8 @@
 """Distillation of a teacher into a student on the same ids: divergences of full distributions, and sampled advantages.
 
-Logits are (..., vocabulary) and already shifted; a value comes back per token, for the caller to mask and reduce. Both
-models must share a tokenizer. The teacher's tensors carry no gradient, which is the caller's to see to.
+Logits are (..., vocabulary) and already shifted; a value comes back per token, shape (...), for the caller to mask and
+reduce. Both models must share a tokenizer. The caller detaches the teacher's tensors. ``temperature`` is that of both
+softmaxes.
 """
 
 from __future__ import annotations
@@ -19,42 +20,19 @@ from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_
 
 
 def common_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Both logits without the rows that pad one model's vocabulary to a rounder size.
-
-    Args:
-        student_logits: shape (..., student vocabulary).
-        teacher_logits: shape (..., teacher vocabulary).
-    """
+    """Cut both logits to the smaller vocabulary: the larger one is padded to a rounder size."""
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return student_logits[..., :size], teacher_logits[..., :size]
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""KL(teacher || student) of each token in nats: mass-covering, the student must put mass where the teacher does.
-
-    Args:
-        student_logits: shape (..., vocabulary).
-        teacher_logits: same shape.
-        temperature: of both softmaxes.
-
-    Returns:
-        Shape (...); 0 where the two agree.
-    """
+    r"""KL(teacher || student) of each token in nats: mass-covering, the student must cover the teacher."""
     student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
     return _kl(teacher, student)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""KL(student || teacher) of each token in nats: mode-seeking, the student keeps to what the teacher would say.
-
-    Args:
-        student_logits: shape (..., vocabulary).
-        teacher_logits: same shape.
-        temperature: of both softmaxes.
-
-    Returns:
-        Shape (...); 0 where the two agree.
-    """
+    r"""KL(student || teacher) of each token in nats: mode-seeking, the student avoids unlikely tokens."""
     student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
     return _kl(student, teacher)
 
@@ -68,17 +46,8 @@ def generalized_jsd(
     space. Symmetric at beta 0.5. It tends to 0 at both ends of beta, where by convention the KL that it is
     proportional to takes its place: beta 0 gives `forward_kl`, beta 1 `reverse_kl`.
 
-    Args:
-        student_logits: shape (..., vocabulary).
-        teacher_logits: same shape.
-        beta: the teacher's share of the mixture, in [0, 1].
-        temperature: of both softmaxes.
-
-    Returns:
-        Shape (...); 0 where the two agree.
-
     Raises:
-        SettingError: if beta is outside [0, 1].
+        SettingError: beta is outside [0, 1].
     """
     if not 0 <= beta <= 1:
         raise SettingError("setting-out-of-range", f"beta is {beta}: it must be in [0, 1]")
@@ -118,12 +87,7 @@ def distillation_advantages(teacher_logprobs: Tensor, logprobs: Tensor, completi
 
 
 def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """1 on each token where student and teacher find the same id most likely, else 0; shape (...).
-
-    Args:
-        student_logits: shape (..., vocabulary).
-        teacher_logits: same shape.
-    """
+    """1 on each token where student and teacher have the same most likely id, else 0; shape (...)."""
     require_shape("...", student_logits=student_logits, teacher_logits=teacher_logits)
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
 
@@ -131,17 +95,14 @@ def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
 ) -> Tensor:
-    """Logits of a language-model head, softcap * tanh(scale * (hidden W^T + bias) / softcap), in float32 or wider.
+    """Logits of an LM head, softcap * tanh(scale * (hidden W^T + bias) / softcap), in float32 or wider.
 
     Args:
         hidden: last hidden states, shape (tokens, d).
-        weight: the head's, shape (vocabulary, d).
-        bias: the head's, shape (vocabulary,).
+        weight: weight of the head, shape (vocabulary, d).
+        bias: bias of the head, shape (vocabulary,).
         softcap: bound of the logits (Gemma 2); None for no bound.
         scale: factor on the logits (Cohere, Granite); applied first.
-
-    Returns:
-        Shape (tokens, vocabulary).
     """
     logits = at_least_float32(F.linear(hidden.type_as(weight), weight, bias)) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -150,20 +111,17 @@ def head_logits(
 def chunked_over_tokens(
     function: Callable[..., Mapping[str, Tensor]], *tensors: Tensor, chunk_tokens: int = 1024
 ) -> dict[str, Tensor]:
-    """Values per token of a function that makes something large of each token, a chunk of tokens at a time.
+    """Call a function on one chunk of tokens at a time; return its values by name, each of shape (tokens,).
 
-    With gradient, a chunk keeps its inputs alone and is computed again in the backward pass, so that neither pass holds
-    more than one chunk of what the function makes. Where the function computes further values without gradient, it does
-    so after those with: the second computation stops as soon as it has all that the gradient needs.
+    With gradient, only a chunk's inputs are kept and the chunk is recomputed in the backward pass, so neither pass
+    holds more than one chunk of intermediate values. The function should compute values without gradient last:
+    recomputation stops as soon as it has all that the gradient needs.
 
     Args:
         function: called with a chunk of each tensor; returns values per token by name, each of shape (chunk,). Weights
-            that it holds get their gradients too. It must draw no random numbers.
+            in its closure get their gradients too. It must draw no random numbers.
         tensors: each of shape (tokens, ...).
         chunk_tokens: tokens of a chunk.
-
-    Returns:
-        The values of all tokens by name, each of shape (tokens,).
     """
     parts = []
     for chunk in zip(*(tensor.split(chunk_tokens) for tensor in tensors), strict=True):

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens, and the masked arithmetic every objective stands on.
+"""Log-probabilities of tokens, and the masked arithmetic that every objective uses.
 
-Three numerical rules hold throughout. Logits are widened to float32 before any exponential; a log-probability is the
-gathered logit minus a logsumexp; and what a mask hides is replaced by `torch.where` before it is multiplied or
+Three numerical rules hold throughout. Logits are widened to float32 before any exponential. A log-probability is the
+gathered logit minus a logsumexp. Masked values are replaced by `torch.where` before they are multiplied or
 exponentiated, because 0 * NaN is NaN.
 """
 
@@ -28,17 +28,13 @@ KEPT_LOGITS = 2**24
 
 
 CHUNK_LOGITS = 2**26
-"""A chunk of logits has at most so many elements (256 MiB in float32), however large the vocabulary."""
+"""Largest number of elements of a chunk of logits (256 MiB in float32), for any vocabulary."""
 
 
 def chunk_size(chunk_tokens: int, vocabulary: int) -> int:
-    """Return the tokens of a chunk of logits: at most ``chunk_tokens``, and `CHUNK_LOGITS` elements, but one token.
+    """Return the tokens of a chunk of logits: ``chunk_tokens``, fewer for `CHUNK_LOGITS` elements, at least one.
 
-    Up to 65,536 words that is 1,024 tokens; from there on what a chunk takes no longer grows with the vocabulary.
-
-    Args:
-        chunk_tokens: most tokens.
-        vocabulary: logits of each token.
+    For 1,024 tokens the memory of a chunk stops growing at a vocabulary of 65,536.
     """
     return max(min(chunk_tokens, CHUNK_LOGITS // vocabulary), 1)
 
@@ -59,15 +55,15 @@ def require_shape(shape: str, **tensors: Tensor | None) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32, or as it is where its dtype is wider: bfloat16 sums stop growing after 256 terms."""
+    """Return ``x`` in float32, or unchanged in float64: bfloat16 sums stop growing after 256 terms."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = -1) -> Tensor:
-    """Sum of ``x`` where ``mask`` is True; 0 where nothing is.
+    """Sum of ``x`` where ``mask`` is True; 0 where no element is.
 
     Args:
-        x: any shape; what the mask hides may be NaN.
+        x: any shape; masked elements may be NaN.
         mask: bool, the shape of ``x``.
         dim: dimension(s) to sum over, None for all.
     """
@@ -76,13 +72,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = -1) 
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask`` is True, sum(mask * x) / max(sum(mask), 1); 0 where nothing is.
-
-    Args:
-        x: any shape; what the mask hides may be NaN.
-        mask: bool, the shape of ``x``.
-        dim: dimension(s) to average over, None for all.
-    """
+    """Mean of ``x`` where ``mask`` is True, sum(mask * x) / max(sum(mask), 1); arguments as for `masked_sum`."""
     return masked_sum(x, mask, dim) / mask.sum(dim).clamp(min=1)
 
 
@@ -96,9 +86,9 @@ def masked_whiten(
     Args:
         x: any shape.
         mask: bool, the shape of ``x``.
-        shift_mean: False adds the mean back, as one does for rewards, whose sign carries meaning.
-        mean: mean to use instead of this tensor's own, so that whitening can span ranks. A scalar.
-        var: biased variance to use instead of this tensor's own. A scalar.
+        shift_mean: False adds the mean back, as for rewards, whose sign has a meaning.
+        mean: mean to use instead of this tensor's, a scalar, so that whitening can span ranks.
+        var: biased variance to use instead of this tensor's, a scalar.
     """
     x = at_least_float32(x)
     mean = masked_mean(x, mask) if mean is None else mean
@@ -113,10 +103,10 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
     Args:
         logits: shape (..., vocabulary); row t scores ``ids[..., t]``, so the caller has shifted already.
         ids: int64, shape (...).
-        temperature: of the softmax; the one that the ids were sampled at.
+        temperature: softmax temperature, the one that the ids were sampled at.
 
     Raises:
-        ValueError: if the leading shapes differ, or the temperature is not positive.
+        RlhfError: the leading shapes differ, or the temperature is not positive.
     """
     require_shape("...", logits_without_vocabulary=logits[..., 0], ids=ids)
     scaled = _scaled(logits, temperature)
@@ -130,10 +120,7 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Args:
         logits: shape (..., vocabulary); minus infinity marks tokens that cannot occur.
-        temperature: of the softmax.
-
-    Returns:
-        Entropy, shape (...); log V for uniform logits.
+        temperature: softmax temperature.
     """
     scaled = _scaled(logits, temperature)
     scaled = scaled.clamp(min=torch.finfo(scaled.dtype).min)  # 0 * -inf is NaN, 0 * the smallest float is 0
@@ -162,27 +149,15 @@ def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: flo
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - e^x) for x < 0 without cancellation (Maechler 2012); x is held one epsilon below 0.
-
-    Args:
-        x: log of a probability, any shape.
-    """
+    """Return log(1 - e^x) of log-probabilities x without cancellation (Maechler 2012); x is clamped below 0."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = x > -math.log(2)
-    # The inner `where` keeps the branch that is not taken away from its pole: its gradient would be NaN.
+    # The inner `where` keeps the unused branch away from its pole, where its gradient would be NaN.
     return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(torch.where(near, -1.0, x))))
 
 
 def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token KL estimate d = log policy - log reference: unbiased, signed; the one to put in a reward.
-
-    As a differentiable loss on the policy's own samples its expected gradient is 0. Estimators after Schulman (2020),
-    "Approximating KL divergence".
-
-    Args:
-        logprobs: the policy's, any shape, on tokens that the policy sampled.
-        reference_logprobs: the reference's, same shape.
-    """
+    """Per-token KL estimate k1 = log policy - log reference, see `kl_estimate`; both have the same shape."""
     require_shape("...", logprobs=logprobs, reference_logprobs=reference_logprobs)
     return at_least_float32(logprobs) - at_least_float32(reference_logprobs)
 
@@ -194,7 +169,7 @@ def kl_estimate(
 
     With d = log policy - log reference:
 
-    - k1 = d: unbiased, signed. As a loss its expected gradient is 0; it belongs in a reward.
+    - k1 = d: unbiased, signed. As a loss its expected gradient is 0; use it in a reward.
     - k2 = d^2 / 2: biased, never negative. As a loss its gradient is the reverse KL's.
     - k3 = e^(-d) - 1 + d: unbiased, never negative (GRPO, arXiv 2402.03300, Eq. 4). As a loss its gradient is that of
       KL(reference || policy).
@@ -224,21 +199,21 @@ def chunked_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""`token_logprobs` of a language-model head that never holds more than one chunk of logits.
+    r"""`token_logprobs` of an LM head that never holds more than one chunk of logits.
 
     z = softcap * tanh(scale * (hidden W^T + bias) / softcap) / temperature, and the log-probability is
     z_{target} - logsumexp(z). Neither pass holds (tokens, vocabulary) elements, unless that is at most `KEPT_LOGITS`
-    and the head trains. With a frozen head the backward pass recomputes nothing: d logprob / d hidden is stored, one
-    row of width d per token. A trainable head recomputes each chunk.
+    and the head trains. A frozen head stores d logprob / d hidden, one row of width d per token, and recomputes nothing
+    in the backward pass. A trainable head recomputes each chunk.
 
     Args:
         hidden: last hidden states at the positions that predict ``targets``, shape (tokens, d).
-        weight: the head's, shape (vocabulary, d).
+        weight: weight of the head, shape (vocabulary, d).
         targets: int64, shape (tokens,).
-        bias: the head's, shape (vocabulary,).
-        temperature: of the softmax; applied last.
+        bias: bias of the head, shape (vocabulary,).
+        temperature: softmax temperature; applied last.
         with_entropy: also return the entropy of each distribution, with gradient.
-        chunk_tokens: most tokens whose logits are held at a time, see `chunk_size`.
+        chunk_tokens: largest number of tokens per chunk, see `chunk_size`.
         softcap: bound of the logits (Gemma 2); None for no bound.
         scale: factor on the logits (Cohere, Granite); applied first.
 
@@ -302,7 +277,7 @@ def _entropy_slope(log_softmax: Tensor) -> Tensor:
 def _store_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, into: list[Tensor | None]
 ) -> Tensor:
-    """Fill one chunk's log-probabilities, entropies and their directions, whichever are wanted; return the logits."""
+    """Fill those of one chunk's log-probabilities, entropies and directions that are not None; return the logits."""
     logprobs, entropy, logprob_directions, entropy_directions = into
     logits = head.logits(hidden, weight, bias)
     log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
@@ -319,7 +294,7 @@ def _store_chunk(
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """See `chunked_logprobs`. Two ways back: stored directions (frozen head), or the logits of each chunk again."""
+    """See `chunked_logprobs`. The backward pass uses stored directions (frozen head) or recomputes each chunk."""
 
     @staticmethod
     def forward(
@@ -341,7 +316,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits = _store_chunk(hidden[rows], weight, bias, targets[rows], head, into)
             if kept is not None:
                 kept[rows] = logits
-            del logits  # or it would stay while the next chunk's are made
+            del logits  # frees the memory before the next chunk's are computed
         if store:
             ctx.save_for_backward(logprob_directions, entropy_directions)
         elif ctx.trainable:
@@ -380,12 +355,12 @@ def _through_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor
             slope.add_(_entropy_slope(log_softmax).mul_(grad_entropy[rows, None]))
         slope = slope.mul_(ctx.head.slope(logits)).type_as(weight)  # now with respect to hidden W^T + bias
         _add_chunk(grads, rows, slope, hidden[rows], weight)
-        del logits, log_softmax, slope  # or they would stay while the next chunk's are made
+        del logits, log_softmax, slope  # frees the memory before the next chunk's are computed
     return tuple(None if g is None else g.type_as(x) for g, x in zip(grads, inputs, strict=True))
 
 
 def _add_chunk(grads: list[Tensor | None], rows: slice, slope: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Add to the gradients of hidden, weight and bias what one chunk's slope, (chunk, vocabulary), gives them."""
+    """Add one chunk's part to the gradients of hidden, weight and bias; slope has shape (chunk, vocabulary)."""
     grad_hidden, grad_weight, grad_bias = grads
     if grad_hidden is not None:
         grad_hidden[rows] = slope @ weight

@@ -1,7 +1,7 @@
 """Statistics of evaluation: calibration, win rates, best-of-n curves, over-optimisation fits and benchmark scores.
 
 ``delta`` is the score of the chosen completion minus the score of the rejected one, shape (pairs,); its sigmoid is the
-probability the reward model gives to the label.
+probability that the reward model gives to the label. A verdict is 1 for a win, 0.5 for a tie and 0 for a loss.
 """
 
 from __future__ import annotations
@@ -20,13 +20,6 @@ def calibration_error(delta: Tensor, bins: int = 10) -> Tensor:
 
     Confidence is max(p, 1 - p), p = sigmoid(delta), in equal bins on [0.5, 1]; a comparison is right where p > 0.5.
     Bins of p itself would be wrong: chosen is always the label.
-
-    Args:
-        delta: shape (pairs,).
-        bins: how many.
-
-    Returns:
-        A scalar in [0, 1].
     """
     require_shape("pairs", delta=delta)
     delta = at_least_float32(delta)
@@ -37,21 +30,13 @@ def calibration_error(delta: Tensor, bins: int = 10) -> Tensor:
 
 
 def brier_score(delta: Tensor) -> Tensor:
-    """Squared distance of each probability from its label, (1 - sigmoid(delta))^2; average it over pairs.
-
-    Args:
-        delta: shape (pairs,); 0 gives 0.25.
-    """
+    """Squared distance of each probability from its label, (1 - sigmoid(delta))^2; average it over pairs."""
     require_shape("pairs", delta=delta)
     return torch.sigmoid(-at_least_float32(delta)) ** 2
 
 
 def log_loss(delta: Tensor) -> Tensor:
-    """Negative log-likelihood of each label in nats, -log sigmoid(delta); average it over pairs.
-
-    Args:
-        delta: shape (pairs,); 0 gives log 2.
-    """
+    """Negative log-likelihood of each label in nats, -log sigmoid(delta); average it over pairs."""
     require_shape("pairs", delta=delta)
     return -F.logsigmoid(at_least_float32(delta))
 
@@ -60,11 +45,7 @@ def log_loss(delta: Tensor) -> Tensor:
 
 
 def win_rate(verdicts: Tensor) -> Tensor:
-    """Share of wins with a tie counted as half of one.
-
-    Args:
-        verdicts: 1 a win, 0.5 a tie, 0 a loss, shape (prompts,).
-    """
+    """Share of wins, with a tie as half a win; ``verdicts`` have shape (prompts,)."""
     require_shape("prompts", verdicts=verdicts)
     return at_least_float32(verdicts).mean()
 
@@ -100,8 +81,9 @@ def bootstrap_interval(
         values: shape (rows,).
         draws: resamples.
         seed: of the resampling.
-        clusters: index of the prompt each row belongs to, int64 from 0, shape (rows,): rows of one prompt are drawn
-            together, as they are not independent. None where every row is a prompt of its own.
+        clusters: index of each row's prompt, int64 from 0, shape (rows,): rows of one prompt are not independent, so
+        they
+            are drawn together. None where each row has its own prompt.
         level: coverage.
 
     Returns:
@@ -134,26 +116,18 @@ def length_terms(length_difference: Tensor) -> Tensor:
 
 
 def length_controlled_win_rate(verdicts: Tensor, length_difference: Tensor) -> Tensor:
-    """Win rate that the judge would give at equal lengths, sigmoid(theta) of `length_controlled_fit`.
-
-    Args:
-        verdicts: 1 a win, 0.5 a tie, 0 a loss, or a probability, shape (prompts,).
-        length_difference: length of the judged completion minus the baseline's, shape (prompts,).
-
-    Returns:
-        A scalar in [0, 1], float64.
-    """
+    """Win rate that the judge would give at equal lengths, sigmoid(theta) of `length_controlled_fit`, float64."""
     return torch.sigmoid(length_controlled_fit(verdicts, length_difference)[0])
 
 
 def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
     r"""Preference and length bias of a judge, the smallest form of AlpacaEval 2's regression (arXiv 2404.04475).
 
-    verdict ~ sigmoid(theta + phi `length_terms`), fitted by Newton's method. Their term for each prompt's difficulty is
-    left out.
+    verdict ~ sigmoid(theta + phi `length_terms`), fitted by Newton's method, without their term for each prompt's
+    difficulty.
 
     Args:
-        verdicts: 1 a win, 0.5 a tie, 0 a loss, or a probability, shape (prompts,).
+        verdicts: verdicts or probabilities, shape (prompts,).
         length_difference: length of the judged completion minus the baseline's, shape (prompts,).
         ridge: squared penalty on both coefficients, in pseudo-prompts, so that a clean sweep stays finite.
 
@@ -181,9 +155,6 @@ def best_of_n_kl(n: Tensor | int) -> Tensor:
     r"""KL in nats of the best-of-n policy from the one it samples, log n - (n - 1) / n (Stiennon et al., 2009.01325).
 
     Exact where scores never tie, otherwise an upper bound (Beirami et al., arXiv 2401.01879). n = 1 gives 0.
-
-    Args:
-        n: samples per prompt, any shape.
     """
     samples = torch.as_tensor(n, dtype=torch.float64)
     return samples.log() - (samples - 1) / samples
@@ -193,7 +164,7 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
     r"""Unbiased expected gold score of the proxy's best of n, for n = 1 .. N, from N samples.
 
     \sum_i C(i - 1, n - 1) / C(N, n) gold_{(i)}, samples sorted ascending by proxy (Nakano et al., arXiv 2112.09332,
-    App. I): the mean over all subsets of size n. Among samples the proxy cannot tell apart, each is as likely chosen.
+    App. I): the mean over all subsets of size n. Samples with equal proxy scores are equally likely to be chosen.
 
     Args:
         proxy: score that selects, shape (..., samples).
@@ -229,82 +200,48 @@ def pass_at_k(samples: Tensor | int, correct: Tensor, k: Tensor | int) -> Tensor
 
 
 def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
-    """Log of the binomial coefficient C(n, k) by lgamma; minus infinity where k > n.
-
-    Args:
-        n: shape broadcastable with ``k``, 0 or more.
-        k: 0 or more.
-    """
+    """Log of the binomial coefficient C(n, k) by lgamma; minus infinity where k > n."""
     inside = k <= n
     left = torch.where(inside, n - k, 0)
     return torch.where(inside, (n + 1).lgamma() - (k + 1).lgamma() - (left + 1).lgamma(), -torch.inf)
 
 
 # --- over-optimisation -----------------------------------------------------------------------------------------------
+# Gao et al. (arXiv 2210.10760): gold score as a function of d = \sqrt{KL in nats}. alpha is the initial slope under
+# best-of-n and the score at d = 1 under RL, beta the over-optimisation. Fits take two or more distinct distances above
+# 0, and gold scores minus their value at distance 0, both of shape (points,).
 
 
 def best_of_n_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    r"""Gold score under best-of-n, R(d) = d (alpha - beta d), d = \sqrt{KL} (Gao et al., arXiv 2210.10760).
-
-    Args:
-        distance: d, any shape.
-        alpha: initial slope.
-        beta: over-optimisation.
-    """
+    r"""Gold score under best-of-n, R(d) = d (alpha - beta d)."""
     return distance * (alpha - beta * distance)
 
 
 def best_of_n_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor, Tensor]:
-    r"""Distance and gold score at the top of `best_of_n_overoptimization`, alpha / (2 beta) and alpha^2 / (4 beta).
-
-    Args:
-        alpha: initial slope.
-        beta: over-optimisation, above 0.
-    """
+    r"""Distance and gold score at the peak of `best_of_n_overoptimization`, alpha / (2 beta) and alpha^2 / (4 beta)."""
     alpha, beta = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(beta, dtype=torch.float64)
     return alpha / (2 * beta), alpha**2 / (4 * beta)
 
 
 def rl_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    r"""Gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0 (Gao et al., 2210.10760).
-
-    Args:
-        distance: d = \sqrt{KL}, any shape.
-        alpha: gold score at d = 1.
-        beta: over-optimisation.
-    """
+    r"""Gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0."""
     return alpha * distance - beta * torch.xlogy(distance, distance)
 
 
 def rl_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor, Tensor]:
-    r"""Distance d* = e^{alpha / beta - 1} and gold score beta d* at the top of `rl_overoptimization`.
-
-    Args:
-        alpha: gold score at d = 1.
-        beta: over-optimisation, above 0.
-    """
+    r"""Distance d* = e^{alpha / beta - 1} and gold score beta d* at the peak of `rl_overoptimization`."""
     alpha, beta = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(beta, dtype=torch.float64)
     distance = torch.exp(alpha / beta - 1)
     return distance, beta * distance
 
 
 def best_of_n_overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares alpha and beta of `best_of_n_overoptimization`.
-
-    Args:
-        distance: square root of the KL in nats, two or more distinct above 0, shape (points,).
-        gold: gold score minus its value at distance 0, shape (points,).
-    """
+    """Least-squares alpha and beta of `best_of_n_overoptimization`."""
     return _linear_fit(distance, -(distance**2), gold)
 
 
 def rl_overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares alpha and beta of `rl_overoptimization`.
-
-    Args:
-        distance: square root of the KL in nats, two or more distinct above 0, shape (points,).
-        gold: gold score minus its value at distance 0, shape (points,).
-    """
+    """Least-squares alpha and beta of `rl_overoptimization`."""
     return _linear_fit(distance, -torch.xlogy(distance, distance), gold)
 
 

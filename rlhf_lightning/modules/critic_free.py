@@ -35,53 +35,41 @@ ScaleName = Literal["group", "batch", "none"]
 class CriticFreeModule(OnPolicyModule):
     r"""Policy gradient whose baseline comes from other samples: by default REINFORCE with the group's mean as baseline.
 
-    loss = aggregation(objective(ratio, A) + kl_coef * KL loss), A = (reward - baseline) / scale. Here: the score minus
-    the group's mean, token ratios, the clipped surrogate, the mean over tokens, and the KL in the reward. At ratio 1
-    the gradient is that of -A log policy.
+    loss = aggregation(objective(ratio, A) + kl_coef * KL loss), A = (reward - baseline) / scale. The defaults are the
+    score minus the group's mean, token ratios, the clipped surrogate, the mean over tokens, and the KL in the reward.
+    At ratio 1 the gradient is that of -A log policy.
 
     Target: reference * exp(score / kl_coef), normalised, as rollouts grow; without a KL penalty the best completions
     take all.
 
     Args:
-        baseline: what is subtracted from a completion's reward. "group_mean": the mean of its prompt's completions
-            (2402.03300); "leave_one_out": of the other ones (RLOO, 2402.14740); "greedy": the score of the prompt's
-            greedy completion (ReMax, 2310.10505), one more decode a prompt; "none": nothing.
-        advantage_scale: what the difference is divided by. "group": the deviation of the prompt's rewards (GRPO);
-            "batch": of the whole rollout's (Lite PPO, 2508.08221); "none": 1.
-        scale_epsilon: added to the deviation.
-        scale_unbiased: divide squares by n - 1 in the deviation.
-        credit: "completion" gives each token its completion's advantage; "reward_to_go" the sum of the rewards from it
-            on, discounted by ``gamma`` (REINFORCE++, 2501.03262).
+        baseline: what is subtracted from a completion's reward. "group_mean": the mean over its prompt's completions
+            (2402.03300); "leave_one_out": the mean over the others (RLOO, 2402.14740); "greedy": the score of the
+            prompt's greedy completion (ReMax, 2310.10505), one more decode per prompt; "none": nothing.
+        advantage_scale: what the difference is divided by. "group": the standard deviation of the prompt's rewards
+            (GRPO); "batch": that of the whole rollout's (Lite PPO, 2508.08221); "none": 1.
+        scale_epsilon: added to the standard deviation.
+        scale_unbiased: divide squares by n - 1 in the standard deviation.
+        credit: "completion" gives each token its completion's advantage; "reward_to_go" the sum of the rewards from
+            that token on, discounted by ``gamma`` (REINFORCE++, 2501.03262).
         gamma: discount per token of "reward_to_go".
         whiten_advantages: give advantages zero mean and unit variance over all tokens of the rollout.
-        mask_truncated: learn nothing from completions that did not end by themselves (DAPO, 2503.14476).
-        dynamic_sampling: keep only groups whose scores differ (DAPO); needs candidate prompts, see
+        mask_truncated: ignore completions without an end token in the loss (DAPO, 2503.14476).
+        dynamic_sampling: keep only groups with different scores (DAPO); needs candidate prompts, see
             ``PromptDataModule.candidate_rounds``.
         ppo_epochs: passes over each rollout.
     """
 
     paper = "Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740"
-    ranges = {
-        "scale_epsilon": "[0, inf)",
-        "gamma": "[0, 1]",
-    }
+    ranges = {"scale_epsilon": "[0, inf)", "gamma": "[0, 1]"}
 
     def __init__(
-        self,
-        scorer: Any,
-        baseline: BaselineName = "group_mean",
-        advantage_scale: ScaleName = "none",
-        scale_epsilon: float = 1e-4,
-        scale_unbiased: bool = True,
-        credit: Literal["completion", "reward_to_go"] = "completion",
-        gamma: float = 1.0,
-        whiten_advantages: bool = False,
-        mask_truncated: bool = False,
-        dynamic_sampling: bool = False,
-        ppo_epochs: int = 1,
-        learning_rate: float = 1e-6,
-        **kwargs: Any,
-    ) -> None:
+        self, scorer: Any, baseline: BaselineName = "group_mean", advantage_scale: ScaleName = "none",
+        scale_epsilon: float = 1e-4, scale_unbiased: bool = True,
+        credit: Literal["completion", "reward_to_go"] = "completion", gamma: float = 1.0,
+        whiten_advantages: bool = False, mask_truncated: bool = False, dynamic_sampling: bool = False,
+        ppo_epochs: int = 1, learning_rate: float = 1e-6, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(scorer=scorer, ppo_epochs=ppo_epochs, learning_rate=learning_rate, **kwargs)
         self.baseline, self.advantage_scale = baseline, advantage_scale
         self.scale_epsilon, self.scale_unbiased = scale_epsilon, scale_unbiased
@@ -104,7 +92,6 @@ class CriticFreeModule(OnPolicyModule):
     # -- advantages ---------------------------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the reward of each token: the score on the last, and the KL where the reward pays it."""
         rewards = token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
         return with_token_rewards(rewards, rollout)
 
@@ -142,7 +129,6 @@ class CriticFreeModule(OnPolicyModule):
         return variance.sqrt().to(rewards)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        """Return the advantage of each token, whitened and restricted to finished completions if asked."""
         self._check_groups(rollout)
         mask = rollout.completion_mask
         scorable = mask & ~rollout.scores.isnan().unsqueeze(-1)
@@ -157,14 +143,13 @@ class CriticFreeModule(OnPolicyModule):
         return Advantages(advantages, None, learned)
 
     def reaches_kl_optimum(self) -> bool:
-        """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum."""
         every = not (self.mask_truncated or self.dynamic_sampling)
         return super().reaches_kl_optimum() and self.advantage_scale != "group" and self.gamma == 1 and every
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score a completion for each prompt, and what the baseline needs."""
+        """Sample and score a completion for each prompt, and the greedy completions of a greedy baseline."""
         drawn = self._draw_informative(batches) if self.dynamic_sampling else super().draw(batches)
         if self.baseline != "greedy":
             return drawn
@@ -208,7 +193,7 @@ class CriticFreeModule(OnPolicyModule):
             )
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
-        """Add the share of groups whose scores are equal, which teach nothing, and the rounds of dynamic sampling."""
+        """Add the share of groups with equal scores, which have no gradient, and the rounds of dynamic sampling."""
         if self.needs_group:
             informative = informative_groups(rollout.scores, rollout.group)
             meter.add("rollout/frac_score_zero_std", (~informative).double())
@@ -232,14 +217,14 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
 
 
 def _first_episodes(drawn: Samples, informative: bool = False) -> list[int]:
-    """Number of the first episode of each group, or only of the groups whose scores differ."""
+    """Return the number of the first episode of each group, or only of groups with different scores."""
     groups = int(drawn.batch.group.max()) + 1
     wanted = informative_groups(drawn.scores, drawn.batch.group).tolist() if informative else [True] * groups
     return [int(drawn.batch.episodes[drawn.batch.group == g].min()) for g in range(groups) if wanted[g]]
 
 
 def _rows_of(drawn: Samples, firsts: set[int]) -> list[int]:
-    """Rows of the groups whose first episode is named."""
+    """Return the rows of the groups with these first episodes."""
     group = drawn.batch.group
     kept = {g for g, first in enumerate(_first_episodes(drawn)) if first in firsts}
     return [row for row, g in enumerate(group.tolist()) if g in kept]

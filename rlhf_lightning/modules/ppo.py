@@ -51,61 +51,44 @@ class PPOModule(OnPolicyModule):
     has no closed form.
 
     Args:
-        critic: "separate" trains a network of its own; "shared" a zero-initialised head on the policy's trunk, one
-            forward for both; "adapter" an adapter and head of its own on the policy's backbone, which saves memory and
-            not time.
-        critic_init: folder a critic of its own starts from; None takes the reward model's folder where the scorer is
-            one (for "adapter": one on the policy's backbone), else the policy's.
+        critic: "separate" trains a separate network; "shared" a zero-initialised head on the policy's trunk, with one
+            forward pass for both; "adapter" a separate adapter and head on the policy's backbone, which saves memory
+            but not time.
+        critic_init: folder that a separate or adapter critic starts from; null takes the reward model's folder where
+        the
+            scorer is one (for "adapter": one on the policy's backbone), else the policy's.
         value_coef: weight of the value loss.
-        value_clip: how far values may move from the rollout's before the larger loss counts; None does not clip.
+        value_clip: how far values may move from the rollout's before the larger loss counts; null does not clip.
         gamma: discount per token.
         lam: GAE lambda: 0 bootstraps fully from the critic, 1 uses Monte-Carlo returns.
         whiten_advantages: give advantages zero mean and unit variance over the rollout.
         whiten_rewards: give rewards unit variance over the rollout, keeping their mean.
-        reward_slot: where the score goes: "end" on the last completion token, "after_eos" on a slot of its own whose
-            state has read the end token (Huang et al.).
+        reward_slot: where the score goes: "end" is the last completion token, "after_eos" a separate slot after it,
+            whose state has read the end token (Huang et al.).
         pretraining_coef: weight of the language-model loss on the data's ``pretraining`` text (PPO-ptx, InstructGPT);
             27.8 there.
 
     Raises:
-        ValueError: the scorer returns another number of scores than completions, or one that is not finite.
+        SettingError: a setting is outside its range, or two settings contradict each other.
     """
 
     learns_unscored = False
     paper = "Ziegler et al. 2019, arXiv 1909.08593"
     ranges = {
-        "value_coef": "[0, inf)",
-        "value_clip": "(0, inf)",
-        "gamma": "[0, 1]",
-        "lam": "[0, 1]",
+        "value_coef": "[0, inf)", "value_clip": "(0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]",
         "pretraining_coef": "[0, inf)",
-    }
+    }  # fmt: skip
 
     def __init__(
-        self,
-        scorer: Any,
-        critic: Literal["separate", "adapter", "shared"] = "separate",
-        critic_init: str | None = None,
-        value_coef: float = 0.1,
-        value_clip: float | None = 0.2,
-        gamma: float = 1.0,
-        lam: float = 0.95,
-        whiten_advantages: bool = True,
-        whiten_rewards: bool = False,
-        reward_slot: Literal["end", "after_eos"] = "end",
-        pretraining_coef: float = 0.0,
-        missing_eos_score: float | None = -1.0,
-        learning_rate: float = 3e-6,
-        adam_eps: float = 1e-5,
-        **kwargs: Any,
-    ) -> None:
+        self, scorer: Any, critic: Literal["separate", "adapter", "shared"] = "separate",
+        critic_init: str | None = None, value_coef: float = 0.1, value_clip: float | None = 0.2, gamma: float = 1.0,
+        lam: float = 0.95, whiten_advantages: bool = True, whiten_rewards: bool = False,
+        reward_slot: Literal["end", "after_eos"] = "end", pretraining_coef: float = 0.0,
+        missing_eos_score: float | None = -1.0, learning_rate: float = 3e-6, adam_eps: float = 1e-5, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
-            scorer=scorer,
-            missing_eos_score=missing_eos_score,
-            learning_rate=learning_rate,
-            adam_eps=adam_eps,
-            **kwargs,
-        )
+            scorer=scorer, missing_eos_score=missing_eos_score, learning_rate=learning_rate, adam_eps=adam_eps, **kwargs
+        )  # fmt: skip
         if critic not in ("separate", "adapter", "shared"):
             raise SettingError("unknown-critic", f"critic is {critic!r}: it must be 'separate', 'adapter' or 'shared'")
         if critic == "adapter" and self.lora is None:
@@ -135,7 +118,7 @@ class PPOModule(OnPolicyModule):
             self.critic = self._add_critic()
 
     def _add_critic(self) -> ScalarModel:
-        """Put the critic on the policy's backbone, from the reward model where that is an adapter on it too."""
+        """Put the critic on the policy's backbone; it starts from the reward model if that is an adapter on it too."""
         assert self.lora is not None
         start = None if self.critic_init is None else resolve_folder(self.critic_init)
         folder = getattr(self.scorer, "folder", None)
@@ -144,12 +127,12 @@ class PPOModule(OnPolicyModule):
         return add_critic(self.policy, self.lora, None if start == resolve_folder(self.init_from) else start)
 
     def _load_critic(self) -> ScalarModel:
-        """Load the critic from the reward model, its head included; from the policy it gets a head of zeros."""
+        """Load the critic from the reward model with its head, or from the policy with a head of zeros."""
         start = self.critic_init
         if start is None:
             start = getattr(self.scorer, "folder", None) or self.init_from
         own = start == self.init_from
-        # Every weight of it is trained, so they are whole and in fp32 whatever the policy's backbone is in.
+        # All its weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone.
         whole = replace(self.load_settings, quantization=None, dtype="float32")
         settings = whole if own else replace(whole, from_scratch=False)
         model = load_reward_hf_model(resolve_folder(start), settings)
@@ -161,7 +144,6 @@ class PPOModule(OnPolicyModule):
     # -- override points ----------------------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the reward of each token: the KL penalty, and the score at its slot."""
         mask, kl = rollout.completion_mask, self.reward_kl(rollout)
         if self.reward_slot == "after_eos":
             rewards, mask = rewards_after_end(rollout.scores, kl, mask, self.kl_coef)
@@ -201,24 +183,22 @@ class PPOModule(OnPolicyModule):
         return clipped_value_loss(values.values, values.old_values, values.returns, self.value_clip)
 
     def score_slots(self, rollout: Rollout) -> Tensor | None:
-        """Return the slot on which each score must land; whitening spreads every score over all of them."""
-        if self.whiten_rewards:
+        if self.whiten_rewards:  # which spreads every score over all slots
             return None
         last = last_learned(rollout.completion_mask)
         return last + 1 if self.reward_slot == "after_eos" else last
 
     def reaches_kl_optimum(self) -> bool:
-        """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum."""
         return super().reaches_kl_optimum() and self.gamma == 1 and not self.whiten_rewards
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 
     def _value_layout(self, layout: Layout) -> Layout:
-        """The states that have a value: those before each token, and with ``after_eos`` the one after the end."""
+        """Return the states with a value: those before each token, and with ``after_eos`` the one after the end."""
         return layout.with_end_state() if self.reward_slot == "after_eos" else layout
 
     def _value_mask(self, rollout: Rollout) -> Tensor:
-        """True on states that have a value, shape (episodes, states)."""
+        """Return True on states that have a value, shape (episodes, states)."""
         mask = rollout.completion_mask
         if self.reward_slot == "end":
             return mask
@@ -226,7 +206,7 @@ class PPOModule(OnPolicyModule):
         return torch.nn.functional.pad(mask, (0, 1)).scatter(1, end, True)
 
     def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
-        """Forward the policy, and the critic with it where the trunk is shared."""
+        """Forward the policy, together with a critic on a shared trunk."""
         shared = self._value_layout(layout) if self.critic is None else None
         return super().policy_outputs(layout, temperature, value_layout=shared, **asked)
 
@@ -236,27 +216,25 @@ class PPOModule(OnPolicyModule):
             assert shared_values is not None
             return shared_values
         states = self._value_layout(layout)
-        # Scores are reported relative to the reward model's bias, so the values of a critic made from it are too.
+        # The reward model's bias is subtracted from scores, so it is from the values of a critic made from it.
         values: Tensor = self.critic(states, per_token=True)
         return values - self.critic.bias * states.completion_mask
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:
-        """Whether sampling found all that a forward would; not on a shared trunk, whose forward gives values too."""
+        """Whether sampling gave all statistics; on a shared trunk the values still need a forward pass."""
         return self.critic is not None and super().sampler_stats_suffice(samples)
 
     def forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
-        """Add the critic's values to what the forward passes find."""
+        """Add the critic's values."""
         grids = super().forward_statistics(layout, with_policy)
         if self.critic is not None:
             grids["values"] = self._values(layout, None)
         return grids
 
     def critic_states(self, rollout: Rollout) -> Tensor:
-        """Return which states have a value to learn: of completions with a score, and the one after the end too."""
         return self._value_mask(rollout) & _scored(rollout)
 
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
-        """Return the value loss of each state, weighted."""
         states = self._value_layout(layout)
         mask, count = states.completion_mask & _scored(rollout)[rows], states.completion_mask.shape[1]
         now = self._values(layout, outputs.values)
@@ -276,13 +254,13 @@ class PPOModule(OnPolicyModule):
         return Loss(self.value_coef * masked, metrics)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add the critic's values to what describes the rollout."""
+        """Add the critic's values."""
         super().measure_rollout(rollout, meter)
         if rollout.values is not None:
             meter.add("rollout/value", rollout.values, self._value_mask(rollout))
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
-        """Add the share of the returns' variance that the critic foresaw: 1 is perfect, 0 no better than their mean."""
+        """Add the explained variance of the returns: 1 is perfect, 0 no better than their mean."""
         mask = self._value_mask(rollout) & _scored(rollout)
         assert rollout.values is not None and advantages.returns is not None
         mean, _ = moments_over_ranks(self.trainer.strategy, advantages.returns, mask)
@@ -293,7 +271,7 @@ class PPOModule(OnPolicyModule):
     # -- pretraining mix ----------------------------------------------------------------------------------------------
 
     def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return the language-model loss on the pretraining text, its mean over tokens times the coefficient."""
+        """Return the language-model loss on the pretraining text: its mean over tokens, times the coefficient."""
         if not self.pretraining_coef or batch.pretraining is None:
             return []
         sequences = batch.pretraining.sequences
@@ -308,7 +286,7 @@ class PPOModule(OnPolicyModule):
             return scale * negative.sum()
 
         cuts = cut_sequences(sequences, None, self.limits)
-        cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text of its own
+        cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text
         return [partial(loss, cut) for cut in cuts]
 
 
