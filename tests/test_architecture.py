@@ -502,7 +502,7 @@ def test_every_function_has_a_user():
 
 # Nouns of the field that stand in several layers: the formula, the batch, the module, the check of one objective or
 # one thing. Any other file name stands once.
-NOUNS = {"audit", "distillation", "export", "loading", "offline", "ranking"}
+NOUNS = {"audit", "distillation", "export", "loading", "offline"}
 
 
 def repeated(names: list[str]) -> set[str]:
