@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.errors import DataError, SettingError, StateError
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -130,15 +130,41 @@ def stored_tokens(store: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the tokens of the annotators and of the owner from a file next to the store, so that links stay valid.
 
     The store itself may be handed on as data and holds no token.
+
+    Raises:
+        DataError: the file is not a mapping from names to different tokens of 16 characters or more.
     """
     file = store.with_name(f"{store.name}.tokens")
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = _read_tokens(file) if file.is_file() else {}
     known |= {name: secrets.token_urlsafe(24) for name in (OWNER, *names) if name not in known}
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     with open(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
         json.dump(known, stream, indent=2)
     os.replace(partial, file)
     return {name: known[name] for name in (OWNER, *names)}
+
+
+def _read_tokens(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _bad_tokens(file, f"it is not JSON ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise _bad_tokens(file, f"it holds a {type(found).__name__}")
+    for name, token in found.items():
+        if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{16,}", token):
+            raise _bad_tokens(file, f"the token of {name!r} is not a text of 16 ASCII characters or more")
+    if len(set(found.values())) < len(found):
+        raise _bad_tokens(file, "two names have the same token")
+    return found
+
+
+def _bad_tokens(file: Path, fault: str) -> DataError:
+    return DataError(
+        "bad-tokens-file",
+        f"{file} must map names to tokens, but {fault}; restore it, or delete it: new links are made then, and the old "
+        "ones stop working",
+    )
 
 
 def access_policy(store: Path, host: str, annotators: str | None) -> AccessPolicy:

@@ -275,6 +275,32 @@ def test_every_answer_lets_no_script_but_its_own_run(make_client):
         assert not re.search(r"<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", page), path
 
 
+LONG = "x" * 24
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [LONG], [["ann", LONG]], LONG, 7, None, True, {"ann": 7}, {"ann": None}, {"ann": [LONG]}, {"ann": {}},
+        {"ann": ""},
+        {"ann": "short"}, {"ann": "ü" * 24}, {"ann": " " * 24}, {"ann": LONG, "bob": LONG}, {"owner": 1e400},
+    ],
+)  # fmt: skip
+def test_a_tokens_file_of_something_else_is_refused(content, tmp_path):
+    file = tmp_path / "feedback.db.tokens"
+    file.write_text(json.dumps(content))
+    with refused("bad-tokens-file", str(file), "restore it, or delete it"):
+        stored_tokens(tmp_path / "feedback.db", ["ann", "bob"])
+    assert json.loads(file.read_text()) == content, "the file stays as it was"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"SQLite format 3"])
+def test_a_tokens_file_that_is_no_json_is_refused(content, tmp_path):
+    (tmp_path / "feedback.db.tokens").write_bytes(content)
+    with refused("bad-tokens-file", "it is not JSON"):
+        stored_tokens(tmp_path / "feedback.db", ["ann"])
+
+
 def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
     tokens = stored_tokens(tmp_path / "feedback.db", ["ann", "bob"])
     assert stored_tokens(tmp_path / "feedback.db", ["ann", "bob"]) == tokens, "links stay good"
