@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from rlhf_lightning.commands.messages import explain
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.loading import refuse_repeated_keys
+from rlhf_lightning.loading import refuse_repeated_keys, shipped_classes
 from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
@@ -27,10 +28,37 @@ _load_yaml = get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """Read a config or a value as jsonargparse does, each key of a config once."""
+    """Read a config or a value as jsonargparse does, each key of a config once, scorers and engines by short names."""
     if "\n" in text:
         refuse_repeated_keys(text)
-    return _load_yaml(text)
+    found = _load_yaml(text)
+    return with_full_paths(found) if "class_path" in text else found
+
+
+def with_full_paths(value: Any) -> Any:
+    """Return settings with the import paths of shipped scorers and engines in the place of their short names.
+
+    jsonargparse resolves short names of modules and DataModules, but not those of classes within an open setting.
+    """
+    if isinstance(value, list):
+        return [with_full_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: with_full_paths(item) for key, item in value.items()}
+    name = found.get("class_path")
+    if isinstance(name, str) and name.isidentifier() and name in (paths := _short_paths()):
+        found["class_path"] = paths[name]
+    return found
+
+
+@cache
+def _short_paths() -> dict[str, str]:
+    from rlhf_lightning.sampling.engines import SamplingEngine
+    from rlhf_lightning.scoring import Scorer
+
+    scorers = {name: f"rlhf_lightning.scoring.{name}" for name in shipped_classes("rlhf_lightning.scoring", Scorer)}
+    engines = shipped_classes("rlhf_lightning.sampling", SamplingEngine)
+    return scorers | {name: f"{kind.__module__}.{name}" for name, kind in engines.items()}
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))

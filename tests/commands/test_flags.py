@@ -1,5 +1,6 @@
 """Flags: config files come first wherever they stand, and nested settings are reached."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,18 @@ import yaml
 from conftest import refused
 from tiny_run import BASIC
 
-from rlhf_lightning.commands.parsing import NestedFlag, configs_first, flags, put_nested, split_nested
+from rlhf_lightning.commands.parsing import (
+    NestedFlag,
+    configs_first,
+    flags,
+    put_nested,
+    split_nested,
+    with_full_paths,
+)
 from rlhf_lightning.commands.train import main, run
+from rlhf_lightning.sampling.engines import load_engine
+from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.scoring import load_scorer
 
 MODEL = ["--model", "GRPOModule", "--model.init_from", "x", "--data", "PromptDataModule", "--data.source", "y"]
 
@@ -65,7 +76,7 @@ def test_settings_of_a_class_that_was_not_chosen_are_named(capsys):
 )  # fmt: skip
 def test_flags_reach_into_a_scorer(chosen, capsys):
     assert printed(capsys, *MODEL, *chosen)["scorer"] == {
-        "class_path": "InstructionScorer", "init_args": {"limit": 0.5}
+        "class_path": "rlhf_lightning.scoring.InstructionScorer", "init_args": {"limit": 0.5}
     }  # fmt: skip
 
 
@@ -119,3 +130,32 @@ def test_only_open_settings_are_taken_off_the_command_line():
     ]
     assert split_nested(argv) == (argv[:-1], [NestedFlag("scorer", ("init_args", "a"), 1)])
     assert flags(["--a", "1", "--a=2", "-c", "x"]) == {"--a": "1", "--config": "x"}
+
+
+SUM = {"class_path": "WeightedSum", "init_args": {"scorers": {
+    "length": {"class_path": "LengthPenalty", "init_args": {"coef": 0.5}}, "again": "RepetitionPenalty"}}}  # fmt: skip
+TOLERANT = {"class_path": "FaultTolerant", "init_args": {"scorer": {"class_path": "ZeroScorer"}}}
+LISTED = {"class_path": "Ensemble", "init_args": {"scorers": [{"class_path": "ZeroScorer"}, "RepetitionPenalty"]}}
+
+
+@pytest.mark.parametrize("scorer", [SUM, TOLERANT, LISTED, "ZeroScorer"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_shipped_scorers_and_engines_go_by_short_names_at_every_depth(scorer, in_file, policy_folder, capsys):
+    """In a file, in a flag, alone, within each other, in a list."""
+    arguments = {"init_from": policy_folder, "engine": {"class_path": "GenerateEngine"}}
+    config = {
+        "model": {"class_path": "GRPOModule", "init_args": arguments | ({"scorer": scorer} if in_file else {})},
+        "data": {"class_path": "PromptDataModule", "init_args": {"source": "rows.jsonl"}},
+    }
+    Path("grpo.yaml").write_text(yaml.safe_dump(config))
+    given = [] if in_file else ["--model.scorer", scorer if isinstance(scorer, str) else json.dumps(scorer)]
+    found = printed(capsys, "--config", "grpo.yaml", *given)
+    assert isinstance(load_engine(found["engine"]), GenerateEngine)
+    assert type(load_scorer(found["scorer"])) is type(load_scorer(scorer))
+
+
+def test_a_class_of_a_user_keeps_its_path():
+    described = {"class_path": "my_file.ZeroScorer", "init_args": {"class_path": "nothing shipped"}}
+    assert with_full_paths({"scorer": described, "n": [1, "ZeroScorer"]}) == {
+        "scorer": described, "n": [1, "ZeroScorer"]
+    }  # fmt: skip
