@@ -1,7 +1,7 @@
-"""Private API of other packages that this one cannot do without, each with the version it was read from.
+"""The private API of other packages that this package needs, with the version it was read from.
 
-Nothing else in the package reaches for a private name of another package. tests/test_compat.py holds one test for each
-function here: it says in one sentence what has changed.
+No other file uses a private name of another package. tests/test_compat.py has a test for each function, which says in
+one sentence what has changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def attached_trainer(module: Any) -> Any | None:
-    """Return a module's trainer, None where it has none; ``module.trainer`` raises there."""
+    """Return a module's trainer or None; ``module.trainer`` raises without one."""
     return module._trainer
 
 
@@ -22,10 +22,10 @@ def attached_datamodule(trainer: Any) -> Any:
 
 
 def restore_loader_position(trainer: Any) -> None:
-    """Put the data where the checkpoint had it, if the trainer has thrown that away.
+    """Restore the data's position from the checkpoint if the trainer has not.
 
-    It does so where its loaders were made before the checkpoint is loaded, as ``trainer.estimated_stepping_batches``
-    makes them: what the checkpoint says is then never given to them.
+    The trainer drops it if its loaders were made before the checkpoint is loaded, as by
+    ``trainer.estimated_stepping_batches``.
     """
     loop = trainer.fit_loop
     if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
@@ -34,7 +34,7 @@ def restore_loader_position(trainer: Any) -> None:
 
 
 def set_logged_step(trainer: Any, step: int) -> None:
-    """Have whatever logs from now on log at x = step; Lightning's own count is of batches."""
+    """Set the x-axis of later logging to ``step``; Lightning counts batches."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
@@ -44,7 +44,7 @@ def checkpoint_period(callback: Any) -> tuple[int, Any]:
 
 
 def validation_follows(trainer: Any) -> bool:
-    """Return whether a validation follows the training step that has just ended."""
+    """Return whether a validation follows the current training step."""
     loop = trainer.fit_loop.epoch_loop
     return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher)) and not loop.val_loop.skip
 
@@ -55,13 +55,13 @@ def epoch_is_done(trainer: Any) -> bool:
 
 
 def dump_checkpoint(trainer: Any) -> dict[str, Any]:
-    """Return what Lightning writes into a checkpoint, without the barrier of ``trainer.save_checkpoint``."""
+    """Return Lightning's checkpoint without the barrier of ``trainer.save_checkpoint``."""
     checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     return checkpoint
 
 
 def remember_signal_handlers(trainer: Any, handlers: dict[int, Any]) -> None:
-    """Have Lightning put these handlers back when the trainer is torn down, in place of those it found."""
+    """Set the signal handlers that Lightning restores when the trainer is torn down."""
     trainer._signal_connector._original_handlers.update(handlers)
 
 
@@ -72,7 +72,7 @@ def cluster_environment(trainer: Any) -> Any:
 
 
 def mesh_sizes(strategy: Any) -> tuple[int | str, int | str]:
-    """Return ``data_parallel_size`` and ``tensor_parallel_size`` as a ModelParallelStrategy was given them."""
+    """Return ``data_parallel_size`` and ``tensor_parallel_size`` as given to a ModelParallelStrategy."""
     return strategy._data_parallel_size, strategy._tensor_parallel_size
 
 
@@ -106,7 +106,7 @@ def event_file(logger: Any) -> str:
 
 
 def has_prefix(logger: Any) -> bool:
-    """Return whether a TensorBoardLogger puts a prefix before the names of metrics."""
+    """Return whether a TensorBoardLogger adds a prefix to the names of metrics."""
     return bool(logger._prefix)
 
 
@@ -127,12 +127,12 @@ def type_of_option(action: Any) -> Any:
 
 
 def uses_sdpa(model: Any) -> bool:
-    """Return whether a model's family has the kernel ``sdpa``, and this model runs it."""
+    """Return whether a model supports the kernel ``sdpa`` and uses it."""
     return bool(model._supports_sdpa) and model.config._attn_implementation == "sdpa"
 
 
 def is_stateful(model: Any) -> bool:
-    """Return whether a model keeps a recurrent state, which no mask reaches."""
+    """Return whether a model has a recurrent state, which masks do not affect."""
     return bool(getattr(model, "_is_stateful", False))
 
 
@@ -140,12 +140,12 @@ def is_stateful(model: Any) -> bool:
 
 
 def adapter_switch(layer: Any) -> tuple[str | list[str], bool]:
-    """Return which adapters an adapted layer reads, and whether it reads none."""
+    """Return the active adapters of a layer, and whether adapters are disabled."""
     return layer._active_adapter, layer._disable_adapters
 
 
 def set_adapter_switch(layer: Any, switch: tuple[str | list[str], bool]) -> None:
-    """Set which adapters a layer reads; peft's own way changes ``requires_grad`` too."""
+    """Set a layer's active adapters; peft's own method changes ``requires_grad`` too."""
     layer._active_adapter, layer._disable_adapters = switch
 
 
@@ -153,7 +153,7 @@ def set_adapter_switch(layer: Any, switch: tuple[str | list[str], bool]) -> None
 
 
 def allow_graphs(count: int) -> None:
-    """Let torch.compile keep so many graphs of a function."""
+    """Let torch.compile keep ``count`` graphs of a function."""
     import torch
 
     settings: Any = torch._dynamo.config
@@ -161,12 +161,12 @@ def allow_graphs(count: int) -> None:
 
 
 def memory_format_encoding() -> Any:
-    """Return the enumeration that shard metadata name a tensor's memory format by."""
+    """Return the enumeration of memory formats in shard metadata."""
     from torch.distributed.checkpoint import metadata
 
     return metadata._MEM_FORMAT_ENCODING
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Return the hash that ``datasets`` keeps of what a dataset was made from."""
+    """Return the fingerprint that ``datasets`` keeps of a dataset."""
     return str(dataset._fingerprint)

@@ -1,4 +1,4 @@
-"""Errors with a stable code: what a program, a test or a page of the docs matches; the sentence may be rewritten."""
+"""Errors with a stable code, which programs, tests and docs match; the sentence may be rewritten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class RlhfError(Exception):
 
     Args:
         code: stable name of the mistake in kebab-case, such as ``unknown-recipe``.
-        sentence: what is wrong, with the value and the place; then what to do.
+        sentence: what is wrong, with the value and the place, and what to do.
     """
 
     def __init__(self, code: str, sentence: str) -> None:
@@ -39,19 +39,19 @@ class MissingError(RlhfError, FileNotFoundError):
 
 
 class StateError(RlhfError, RuntimeError):
-    """Something that is refused in the state that the run, checkpoint or process is in."""
+    """A request that the state of a run, checkpoint or process does not allow."""
 
 
 class PackageError(RlhfError, ModuleNotFoundError):
-    """An optional package that a setting needs and that is not installed."""
+    """An optional package that is needed and not installed."""
 
 
 class ContractError(RlhfError, TypeError):
-    """A user's class or function that does not keep the contract it is used by."""
+    """A user's class or function that breaks its contract."""
 
 
 def undefined(thing: object, name: str) -> ContractError:
-    """Return the error of a base class whose subclass lacks a method or property that it is used by."""
+    """Return the error for a subclass that lacks a required method or property."""
     return ContractError("undefined-method", f"{type(thing).__name__} must define {name!r}")
 
 

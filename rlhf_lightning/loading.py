@@ -1,7 +1,7 @@
-"""Load what a user named: a short name, an import path or ``{class_path, init_args}``.
+"""Load an object that a user named: by a short name, an import path or ``{class_path, init_args}``.
 
-Importing a path runs the code of its module, so only names that the user typed may come here: names in a checkpoint go
-through `runs.checkpoint_metadata.own_code` first. Nothing is called before it is known to be of the right kind.
+Importing a path runs its module's code, so only names that the user typed may be loaded. Names in a checkpoint pass
+`runs.checkpoint_metadata.own_code` first. Nothing is called before its kind is checked.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
     """Return the object that ``spec`` describes.
 
     Args:
-        spec: an object that is one already; a class; a short name in ``shipped``; an import path such as
-            ``my_file.MyClass``, of a class without required arguments or of an object; or
-            ``{"class_path": NAME, "init_args": {...}}``, a dict or jsonargparse's Namespace.
-        base: class of the result; `collections.abc.Callable` for anything that can be called.
-        shipped: classes and functions that need no import path, by short name.
+        spec: a finished object; a class; a short name in ``shipped``; an import path such as ``my_file.MyClass`` of
+            an object or of a class without required arguments; or ``{"class_path": NAME, "init_args": {...}}`` as a
+            dict or jsonargparse's Namespace.
+        base: class of the result; `collections.abc.Callable` for anything callable.
+        shipped: classes and functions by short name.
         what: noun for messages, such as ``scorer``.
 
     Raises:
@@ -62,7 +62,7 @@ def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
 
 
 def load_class(name: str, base: type, shipped: Mapping[str, Any], what: str) -> Any:
-    """Return the subclass of ``base`` that a short name or an import path names; it is not instantiated.
+    """Return the subclass of ``base`` with a short name or an import path, without instantiating it.
 
     Raises:
         SettingError: ``unknown-name``, ``not-importable`` or ``wrong-kind``.
@@ -95,7 +95,7 @@ def import_path(path: str, what: str = "object") -> Any:
 
 
 def import_user_module(name: str) -> str:
-    """Import a user's module by its name or its .py file, so that its classes can be found; return its name.
+    """Import a user's module by its name or .py file and return its name.
 
     Raises:
         MissingError: ``no-file``.
@@ -125,7 +125,7 @@ def _exits(module: str, error: SystemExit) -> SettingError:
 
 
 def shipped_classes(room: str, base: Any) -> dict[str, Any]:
-    """Return the public classes that the files of a package define and that inherit from ``base``, by name."""
+    """Return the public classes defined in the files of a package that inherit from ``base``, by name."""
     found = {}
     for entry in pkgutil.iter_modules(importlib.import_module(room).__path__):
         if entry.ispkg:
@@ -163,10 +163,9 @@ def refuse_repeated_keys(text: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant, or None.
+    """Return the most similar known name, or None.
 
-    Spelling decides; initials (``lr`` for ``learning_rate``) and whole words (``epochs`` for ``max_epochs``) count as
-    near too.
+    Initials (``lr`` for ``learning_rate``) and whole words (``epochs`` for ``max_epochs``) count as similar too.
     """
 
     def likeness(candidate: str) -> float:
@@ -198,7 +197,6 @@ def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
 
 
 def _check_kind(found: Any, base: Any, name: str, what: str, of_class: bool) -> None:
-    """Refuse a class or an object that is not of the right kind, before it is called."""
     if of_class and isinstance(found, type) and issubclass(found, base):
         return
     if not of_class and isinstance(found, base):

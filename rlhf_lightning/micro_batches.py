@@ -1,7 +1,7 @@
-"""The one owner of micro-batch cutting: plain arithmetic on the costs of rows, for fixed data and for rollouts alike.
+"""Cut rows into micro-batches by their cost, for fixed data and for rollouts.
 
-Rows are sorted by cost and cut so that little padding is paid for: as few micro-batches as the limits allow, and those
-as even as that number allows. How rows are cut never changes a gradient.
+Rows are sorted by cost, so that little is padded, and cut into as few and as even micro-batches as the limits allow.
+The cut never changes a gradient.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def cut_micro_batches(
 
     Args:
         costs: tokens of each unit.
-        limits: bounds of a micro-batch. A unit above them stands alone.
-        packed: whether units are laid end to end, so that a micro-batch takes the sum of its costs; otherwise each is
+        limits: bounds of a micro-batch; a larger unit gets a micro-batch of its own.
+        packed: whether units are packed, so that a micro-batch costs the sum of its units; otherwise each unit is
             padded to the longest.
-        rows: rows of each unit; None counts each as one.
+        rows: rows of each unit; None counts 1 each.
         multiple_of: the number of micro-batches is a multiple of this (ranks).
 
     Returns:
-        Units of each micro-batch, the costliest first; together every unit once. Micro-batches are empty only where
-        ``multiple_of`` asks for more of them than there are units.
+        Units of each micro-batch, largest first, every unit once. Micro-batches are empty only if ``multiple_of`` asks
+        for more of them than there are units.
     """
     costs = np.asarray(costs, dtype=np.int64)
     if not len(costs):
@@ -46,25 +46,25 @@ def cut_micro_batches(
 
 
 def cells_of(costs: Sequence[int], packed: bool) -> int:
-    """Return the cells that a micro-batch takes: the sum of its costs, or rows times the longest where it is padded."""
+    """Return the cells of a micro-batch: the sum of its costs if packed, else rows times the longest."""
     return sum(costs) if packed else len(costs) * max(costs, default=0)
 
 
 class _Cut:
-    """Units in falling order of cost, and the most rows that a micro-batch may hold."""
+    """A search for the cut; ``costs`` are in falling order."""
 
     def __init__(self, costs: list[int], sizes: list[int], most: int, packed: bool) -> None:
         self.costs, self.sizes, self.most, self.packed = costs, sizes, most, packed
 
     def spans(self, max_tokens: int | None, multiple_of: int) -> list[tuple[int, int]]:
-        """Return where each micro-batch starts and stops."""
+        """Return (start, stop) of each micro-batch."""
         costs = self.costs
         limit = max_tokens or sum(costs) + costs[0] * len(costs)
         wanted = multiple_of * -(-len(self.filled(limit)) // multiple_of)
         if wanted == 1:
             return [(0, len(costs))]
-        low, high = min(costs[0], limit), limit  # a unit above the limit stands alone, and widens no other
-        while low < high:  # the smallest token limit that needs no more micro-batches
+        low, high = min(costs[0], limit), limit  # a larger unit stands alone
+        while low < high:  # search the smallest token limit that needs no more micro-batches
             middle = (low + high) // 2
             if len(self.filled(middle)) <= wanted:
                 high = middle
@@ -80,7 +80,7 @@ class _Cut:
         return cuts
 
     def filled(self, limit: int) -> list[tuple[int, int]]:
-        """Fill micro-batches one after the other, costliest units first: the fewest that the limits allow."""
+        """Fill one micro-batch after the other: the fewest that the limits allow."""
         costs, sizes, cuts, start = self.costs, self.sizes, [], 0
         while start < len(costs):
             stop, cells, rows = start + 1, costs[start], sizes[start]

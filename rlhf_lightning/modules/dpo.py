@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.training.coupled import WholeStep, differentiable_parts, whole_step
+from rlhf_lightning.training.gathering import WholeStep, differentiable_parts, whole_step
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.training.offline import OfflineModule
-from rlhf_lightning.training.slots import of_sides, on_device
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
 
 
@@ -186,7 +185,7 @@ class DPOModule(PairObjective, OfflineModule):
             target=self.smoothed(batch.target.to(self.device)),
             rated_margin=batch.margin.to(self.device),
             weights=batch.weights.to(self.device),
-            extras={**on_device(batch.extras, self.device), **pairs.extras},
+            extras={**self.slots_of(batch), **pairs.extras},
         )
 
     # -- losses that couple the pairs of a step ------------------------------------------------------------------------
@@ -269,3 +268,14 @@ def normalised(problem: EnumeratedProblem, values: Tensor, ratio: Callable[[Tens
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     policy = problem.reference * ratio(values + low)
     return policy / policy.sum(-1, keepdim=True)
+
+
+def of_sides(extras: Mapping[str, Tensor], pairs: int) -> dict[str, Tensor]:
+    """Part slots of chosen completions stacked on rejected ones into ``chosen_NAME`` and ``rejected_NAME``.
+
+    Args:
+        extras: slots of the completions, each of shape (2 * pairs, ...).
+        pairs: number of pairs.
+    """
+    sides = {"chosen": slice(None, pairs), "rejected": slice(pairs, None)}
+    return {f"{side}_{name}": values[rows] for name, values in extras.items() for side, rows in sides.items()}

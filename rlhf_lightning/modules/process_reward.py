@@ -14,7 +14,6 @@ from rlhf_lightning.models.loading import STEP_SEPARATOR
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import DataNeeds, Loss, ProcessBatch, ProcessScores, Step
 
 
@@ -76,7 +75,7 @@ class ProcessRewardModule(RewardModule):
                 "wrong-number", f"{len(labels)} labels for {len(row)} judged steps: a batch needs one of each"
             )
         position = (mask.cumsum(-1) - 1)[mask]
-        extras = on_device(batch.extras, self.device)
+        extras = self.slots_of(batch)
         return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device), extras)
 
     def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]

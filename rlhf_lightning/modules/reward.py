@@ -32,7 +32,6 @@ from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
-from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, RankedBatch, RankedScores, Step
 
 
@@ -115,7 +114,7 @@ class RewardModule(OfflineModule):
         return None if self.centering else problem.rewards - problem.rewards.mean(-1, keepdim=True)
 
     def loss_sum(self, batch: RankedBatch, meter: Meter) -> Tensor:
-        scores, extras = self.reward_model(self.lay_out(batch.sequences)), on_device(batch.extras, self.device)
+        scores, extras = self.reward_model(self.lay_out(batch.sequences)), self.slots_of(batch)
         if self.outputs > 1:
             scores, extras = self.score_of(scores), {**extras, "outputs": scores}
         group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)

@@ -13,7 +13,6 @@ from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
-from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
 
 
@@ -61,7 +60,7 @@ class SFTModule(OfflineModule):
         evaluating = not torch.is_grad_enabled()
         outputs = self.policy_outputs(layout, with_entropy=evaluating)
         mask = layout.completion_mask
-        extras = {**on_device(batch.extras, self.device), **outputs.extras}
+        extras = {**self.slots_of(batch), **outputs.extras}
         logprobs = TokenLogprobs(outputs.logprobs, mask, batch.weights.to(self.device), extras)
         loss = as_loss(self.token_loss(logprobs))
         meter.add("loss", loss.values, mask)

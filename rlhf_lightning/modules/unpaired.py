@@ -16,7 +16,6 @@ from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
-from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import DataNeeds, Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
 
 
@@ -114,7 +113,7 @@ class UnpairedModule(OfflineModule):
             desirable=batch.desirable.to(self.device),
             weights=batch.weights.to(self.device),
             reference_point=reference_point,
-            extras={**on_device(batch.extras, self.device), **outputs.extras},
+            extras={**self.slots_of(batch), **outputs.extras},
         )
 
     def loss_sum(self, batch: UnpairedBatch, meter: Meter) -> Tensor:

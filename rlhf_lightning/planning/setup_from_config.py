@@ -26,10 +26,9 @@ from rlhf_lightning.models.loading import LoadSettings, LoraSettings, backbone_r
 from rlhf_lightning.planning.estimate import trained_skeleton
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup
-from rlhf_lightning.training.compatibility import check
+from rlhf_lightning.training.compatibility import check, settled_precision
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.optimizers import made
-from rlhf_lightning.training.precision import settled_precision
 from rlhf_lightning.training.rollout import RolloutModule
 
 _LLAMA_3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072}

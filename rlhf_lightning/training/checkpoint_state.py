@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a module beside Lightning's own, and whether it fits the module that takes it up."""
+"""A module's own part of a checkpoint, and checks that a checkpoint fits the module that resumes from it."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ ANOTHER_STRATEGY = (
 )
 
 COUNTERS = ("updates", "episodes", "tokens", "rollouts", "steps", "skipped_updates")
-"""They address sampling, give TensorBoard's x-axes, and say which training steps are logged."""
+"""They address random numbers, are TensorBoard's x-axes, and decide which training steps are logged."""
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Return the names of the weights that training changes, a tied one under its first."""
+    """Return the names of the trainable weights, a tied weight under its first name."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def kept_names(module: AlignmentModule) -> set[str]:
-    """Return the names of the weights that a checkpoint holds: all that were trainable at any time.
+    """Return the names of the weights in a checkpoint: all that were trainable at any time.
 
-    Callbacks freeze weights in the course of a run, which by then are not those that they were loaded as.
+    A callback may freeze weights during a run, after training has changed them.
     """
     module.ever_trained |= trained_names(module)
     return module.ever_trained
 
 
 def drop_untrained(module: AlignmentModule, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Leave weights out of a state that were never trainable; a hook, which also serves a module inside another."""
+    """Drop weights that were never trainable from a state dict; a hook that also works for a nested module."""
     kept = kept_names(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
         del state[name]
 
 
 def excuse_untrained(module: AlignmentModule, keys: Any) -> None:
-    """Take weights that no checkpoint holds from the missing keys; a hook, like `drop_untrained`."""
+    """Remove weights that no checkpoint holds from the missing keys; a hook like `drop_untrained`."""
     kept, missing = kept_names(module), keys.missing_keys
     missing[:] = [name for name in missing if any(name == one or name.endswith(f".{one}") for one in kept)]
 
 
 def check_names(module: AlignmentModule, found: set[str]) -> None:
-    """Compare the names of trained weights with those in a checkpoint.
+    """Compare the names of trained weights with those found in a checkpoint.
 
     Raises:
-        RuntimeError: they are not the same.
+        StateError: ``checkpoint-does-not-fit``.
     """
     known = {name for name, _ in module.named_parameters()}
     missing, unknown = sorted(kept_names(module) - found), sorted(found - known)
@@ -73,7 +73,7 @@ def check_names(module: AlignmentModule, found: set[str]) -> None:
 
 
 def saved(module: AlignmentModule) -> dict[str, Any]:
-    """Return counters, names of the trained weights, fingerprints of what they stand on, and a reference that moved."""
+    """Return counters, names of trained weights, random states, fingerprints of frozen weights, a moved reference."""
     reference = module.reference
     return {
         "sharded": module.device_mesh is not None,
@@ -89,15 +89,14 @@ def saved(module: AlignmentModule) -> dict[str, Any]:
 
 
 def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
-    """Take up what ``saved`` returned.
+    """Restore what ``saved`` returned.
 
     Raises:
-        RuntimeError: frozen weights, which no checkpoint holds, are not those it was trained on; or, where weights are
-            cut over ranks, the checkpoint is of another model or another strategy.
+        StateError: ``another-start``, ``another-strategy`` or ``checkpoint-does-not-fit``.
     """
     if module.device_mesh is not None:
         if not checkpoint["sharded"] and module.trainer.state.fn == "fit":
-            raise StateError("another-strategy", f"{ANOTHER_STRATEGY}: the optimizer's state is in another order")
+            raise StateError("another-strategy", f"{ANOTHER_STRATEGY}: the optimizer's state has another order")
         check_names(module, set(checkpoint["trained"]))
     for name in COUNTERS:
         setattr(module, name, checkpoint["progress"][name])
@@ -112,10 +111,10 @@ def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
 
 
 def begin(module: AlignmentModule) -> None:
-    """Take up, when everything is built and training begins, where the data and all random numbers stood.
+    """Restore the position of the data and all random numbers when a resumed training begins.
 
     Raises:
-        ValueError: the run has another number of ranks, and draws masks of dropout, of which each rank has its own.
+        StateError: ``another-world-size``: the number of ranks has changed, and the model has dropout.
     """
     states, module.resumed_random = module.resumed_random, None
     if states is None:
@@ -129,22 +128,22 @@ def begin(module: AlignmentModule) -> None:
     if any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
         raise StateError(
             "another-world-size",
-            f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: masks of dropout belong to a "
-            f"rank, so the run would be another one; resume on {len(states)}, or with model.lora.dropout 0",
+            f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: each rank draws its own "
+            f"dropout masks, so results would change; resume on {len(states)} ranks, or with model.lora.dropout 0",
         )
-    # Nothing here draws from these, and what a user's own code draws should at least differ from rank to rank.
+    # The package draws nothing from these generators; a user's code should at least draw differently on each rank.
     seed_rank(module.seed, module.updates, module.global_rank)
 
 
 def end(module: AlignmentModule) -> None:
-    """Give back the random state that the caller of a resumed run had."""
+    """Restore the random state of the caller of a resumed run."""
     state, module.callers_random = module.callers_random, None
     if state is not None:
         set_random_state(state, module.device)
 
 
 def freeze_as_before(module: AlignmentModule) -> None:
-    """Freeze and unfreeze weights as they were in the checkpoint; callbacks do so at the start of an epoch alone."""
+    """Freeze and unfreeze weights as in the checkpoint; callbacks do so only at the start of an epoch."""
     before, module.trainable_before = module.trainable_before, set()
     if before and before != trained_names(module):
         for name, parameter in module.named_parameters():
@@ -155,7 +154,7 @@ def freeze_as_before(module: AlignmentModule) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return where the random numbers of this process stand: Python's, NumPy's, torch's, the device's."""
+    """Return the random states of Python, NumPy, torch and the device."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -168,7 +167,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put random numbers where ``random_state`` found them."""
+    """Set the random states that ``random_state`` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]
@@ -179,7 +178,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def seed_rank(*numbers: int) -> None:
-    """Seed everything from some numbers."""
+    """Seed Python, NumPy and torch from some numbers."""
     words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -187,13 +186,13 @@ def seed_rank(*numbers: int) -> None:
 
 
 def rank_of(module: AlignmentModule) -> tuple[int, int]:
-    """Return which rank this is and how many there are; one without a trainer, as where weights are exported."""
+    """Return this rank and the number of ranks; (0, 1) without a trainer, as in an export."""
     trainer = attached_trainer(module)
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 def of_all_ranks(module: AlignmentModule, value: Any) -> list[Any]:
-    """Return every rank's value, rank after rank; all ranks call it together."""
+    """Gather a value from every rank, in the order of ranks."""
     if module.trainer.world_size == 1:
         return [value]
     everyone: list[Any] = [None] * module.trainer.world_size
@@ -202,20 +201,19 @@ def of_all_ranks(module: AlignmentModule, value: Any) -> list[Any]:
 
 
 def _check_backbone(module: AlignmentModule, before: Mapping[str, Any]) -> None:
-    """Hold the frozen weights to those that the checkpoint was trained on."""
     now = module.fingerprints
     for part in ("backbone", "adapter", "quantization"):
         if before[part] != now[part]:
             raise StateError(
                 "another-start",
                 f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
-                f"{str(now[part])[:8]} ({module.init_from}). Frozen weights are in no checkpoint, so resume from the "
-                "same init_from",
+                f"{str(now[part])[:8]} ({module.init_from}). Checkpoints hold no frozen weights: resume from the same "
+                "init_from",
             )
 
 
 def plain(value: Any) -> Any:
-    """Return hyper-parameters as plain types, which a checkpoint can hold and load without running code."""
+    """Return hyper-parameters as plain types, which load from a checkpoint without running code."""
     if isinstance(value, functools.partial):
         return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,4 +1,4 @@
-"""Sample completions and have them judged; select, join and gather what is known about them."""
+"""Sample completions and have them judged; select, join and gather their statistics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequ
 
 
 class Samples(NamedTuple):
-    """Prompts, a completion sampled for each, and what the scorer says of it. Further tensors are fp32, (episodes,).
+    """Prompts, a completion sampled for each, and its judgement. Tensors are fp32 of shape (episodes,).
 
     Attributes:
         batch: the prompts, one per completion.
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
         token_rewards: reward of each token, one tensor per completion; empty where no completion has any.
         feedback: judgement in words of each completion; empty where no completion has any.
         baseline_scores: score that each completion's is compared with; None in methods without.
-        left_out: completions that were judged too and are not learned from; None in methods without.
+        left_out: completions that were judged and dropped; None in methods that keep all.
     """
 
     batch: PromptBatch
@@ -59,22 +59,22 @@ class Samples(NamedTuple):
 
 
 class RolloutCollector:
-    """Draws completions from a policy and has them scored.
+    """Sample completions from a policy and score them.
 
-    The completions of episode e are a function of the policy's weights, the seed and e alone: not of the batch they
-    are drawn in, of the ranks, or of where a run was resumed.
+    The completion of episode e is a function of the policy's weights, the seed and e alone, whatever the batch, the
+    ranks or where a run was resumed.
 
     Args:
-        scorer: a Scorer, a function, or what `scoring.load_scorer` finds by name.
-        sampling: how completions are drawn.
+        scorer: a Scorer, a function, or what `scoring.load_scorer` accepts.
+        sampling: how completions are sampled.
         seed: seed of the run.
-        missing_eos_score: score of a completion that did not end by itself, in place of the scorer's.
-        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
-        engine: what draws, or what `load_engine` makes one of.
+        missing_eos_score: replaces the score of a completion without an end token.
+        missing_eos_penalty: subtracted from the score of a completion without an end token.
+        engine: the sampling engine, or what `load_engine` accepts.
         shape: changes judgements before the rule for a missing end token.
 
     Raises:
-        SettingError: samples are not the policy's own distribution, or both rules for a missing end are given.
+        SettingError: samples would not follow the policy's distribution, or both rules for a missing end are given.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class RolloutCollector:
         sampling: SamplingSettings | None = None,
         mixture: Mixture | None = None,
     ) -> Completions:
-        """Sample one completion for each prompt of the batch, from its episode's random numbers."""
+        """Sample one completion for each prompt, with the random numbers of its episode."""
         ends = tokenization.end_token_ids(tokenizer)
         settings = sampling or self.sampling
         drawn = self.engine.sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
@@ -130,7 +130,7 @@ class RolloutCollector:
         return drawn._replace(texts=texts)
 
     def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
-        """Return completions with their judgements, the rule for a missing end token applied to their scores."""
+        """Judge completions and apply the rule for a missing end token to their scores."""
         judged = self.raw_judgements(tokenizer, completions, batch)
         judged = self.shape(judged) if completions.ids else judged
         raw = judged.scores
@@ -139,7 +139,7 @@ class RolloutCollector:
         return Samples(batch, completions, scores, judged.parts, judged.token_rewards, judged.feedback)
 
     def score(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Tensor:
-        """Return the score of each completion, with the rule for a missing end token; fp32, (episodes,)."""
+        """Return each completion's score after the rule for a missing end token, fp32, shape (episodes,)."""
         return self.judge(tokenizer, completions, batch).scores
 
     def raw_judgements(
@@ -152,7 +152,7 @@ class RolloutCollector:
         """
         scorer, count = self.scorer, len(completions.ids)
         if count == 0 and not scorer.models:
-            return Judgements(torch.zeros(0))  # without rows the columns that it may ask for are unknown
+            return Judgements(torch.zeros(0))  # without rows the columns that a scorer may need are unknown
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             return checked_judgements(scorer.score_sequences(completions.after(batch.prompts)), count, name)
@@ -160,7 +160,7 @@ class RolloutCollector:
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
-    """Return the named rows of a batch; groups are numbered anew."""
+    """Return some rows of a batch; groups are renumbered."""
     index = torch.tensor(list(rows), dtype=torch.long)
     group = batch.group[index]
     return batch._replace(
@@ -175,7 +175,7 @@ def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
 
 
 def joined(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
-    """Join the named rows of several draws; groups are numbered on."""
+    """Join some rows of several draws; groups keep counting across draws."""
     batches = [select_prompts(samples.batch, rows) for samples, rows in parts]
     groups, first = [], 0
     for batch in batches:
@@ -206,17 +206,17 @@ def _part(samples: Samples, name: str) -> Tensor:
 
 
 def _picked(parts: Sequence[tuple[Samples, Sequence[int]]], field: str, missing: Any) -> tuple[Any, ...]:
-    """Return a field of the named rows that a draw has for all of its rows or for none."""
+    """Return a field of some rows; each draw has it for all of its rows or for none."""
     if not any(getattr(samples, field) for samples, _ in parts):
         return ()
     return tuple((getattr(samples, field) or {row: missing})[row] for samples, rows in parts for row in rows)
 
 
 def merged_completions(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Completions:
-    """Return the named completions of several calls, one after the other.
+    """Concatenate some rows of several calls' completions.
 
     Args:
-        parts: completions, and which of them to take.
+        parts: completions with the rows to take.
     """
     picked = [(part, row) for part, rows in parts for row in rows]
 
@@ -231,9 +231,9 @@ def merged_completions(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Co
 
 
 def prompts_of(rollout: Rollout, batch: PromptBatch) -> PromptBatch:
-    """Return the prompts that a rollout answers, with what goes beside them in ``batch``.
+    """Return the prompts that a rollout answers, with the pretraining text of ``batch``.
 
-    They differ from the batch's own where a method chooses among candidates.
+    They are not the batch's own prompts if a method chooses among candidates.
     """
     assert rollout.episodes is not None
     return batch._replace(
@@ -247,13 +247,13 @@ def prompts_of(rollout: Rollout, batch: PromptBatch) -> PromptBatch:
 
 
 def last_learned(mask: Tensor) -> Tensor:
-    """Return the place of the last True of each row, int64, shape (rows,); masks may have holes."""
+    """Return the index of the last True of each row, int64, shape (rows,); masks may have holes."""
     places = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, places, 0).amax(-1) if mask.shape[1] else mask.sum(-1)
 
 
 def with_token_rewards(rewards: Tensor, rollout: Rollout) -> Tensor:
-    """Add the rewards of single tokens that a scorer or an environment gave."""
+    """Add the token rewards that a scorer or an environment gave."""
     given = rollout.token_rewards
     if given is None:
         return rewards
@@ -265,9 +265,9 @@ def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = 
 
     Args:
         rollout: the rollout.
-        rows: the episodes, by their place.
-        length: completion tokens that token tensors are cut to; None keeps them all. Grids with further slots, such as
-            values after the end token, keep these.
+        rows: indices of the episodes.
+        length: number of completion tokens to keep; None keeps all. Grids with further slots, such as values after the
+            end token, keep these.
     """
     index, width = torch.tensor(list(rows), dtype=torch.long), rollout.completion_mask.shape[1]
 
@@ -286,7 +286,7 @@ def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = 
 
 
 def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
-    """Leave completions without a score out of all that is learned."""
+    """Exclude completions without a score from everything that is learned."""
     scored = ~rollout.scores.isnan().unsqueeze(-1)
     learned = rollout.completion_mask if advantages.learned is None else advantages.learned
     returns = None if advantages.returns is None else torch.where(scored, advantages.returns, 0.0)
@@ -305,17 +305,17 @@ def gather_grids(
     forward: Callable[[Layout], Mapping[str, Tensor | None]],
     lay_out: Callable[[Sequences], Layout],
 ) -> dict[str, Tensor]:
-    """Run ``forward`` over micro-batches of the sequences and put what it returns on one (rows, length) grid each.
+    """Run ``forward`` over micro-batches and collect its tensors as one (rows, length) grid for each name.
 
     Args:
         sequences: prompts and completions.
         cuts: rows of each micro-batch.
-        forward: returns per-token tensors of a layout, shape (rows of it, its length or more); None ones are left out.
-        lay_out: arranges a micro-batch for the model.
+        forward: returns per-token tensors of a layout by name, shape (rows, length or more); None is left out.
+        lay_out: lays a micro-batch out for the model.
     """
     rows, length = len(sequences.completions), max((len(ids) for ids in sequences.completions), default=1)
     grids: dict[str, Tensor] = {}
-    for cut in cuts or [[]]:  # a rank without rows has grids too
+    for cut in cuts or [[]]:  # a rank without rows needs grids too
         layout = lay_out(select(sequences, cut))
         for name, part in forward(layout).items():
             if part is None:
@@ -328,7 +328,7 @@ def gather_grids(
 
 
 def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Put one tensor per row on the grid of ``like``, shape (rows, length), 0 behind each row's end."""
+    """Pad one tensor per row with 0 to the shape of ``like``, (rows, length)."""
     grid = torch.zeros(like.shape, dtype=rows[0].dtype if rows else torch.float32)
     for index, values in enumerate(rows):
         grid[index, : len(values)] = values
@@ -336,7 +336,7 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def measure_samples(meter: Meter, rollout: Rollout) -> None:
-    """Add scores and their parts, the share of completions that ended by themselves, and their length."""
+    """Add scores and their parts, the share of completions with an end token, and lengths."""
     scores, finished, lengths = rollout.scores, rollout.finished, rollout.completion_mask.sum(-1)
     known = ~scores.isnan()
     for name, values in rollout.parts.items():
@@ -348,7 +348,7 @@ def measure_samples(meter: Meter, rollout: Rollout) -> None:
 
 
 def with_score_std(means: dict[str, float], prefix: str = "rollout/") -> dict[str, Any]:
-    """Replace the mean square of the scores by their standard deviation."""
+    """Replace the mean square of the scores by the standard deviation."""
     if f"{prefix}score_squared" in means:
         spread = means.pop(f"{prefix}score_squared") - means[f"{prefix}score"] ** 2
         means[f"{prefix}score_std"] = max(spread, 0.0) ** 0.5

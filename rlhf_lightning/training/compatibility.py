@@ -1,15 +1,25 @@
-"""Which combinations of strategy, precision, quantisation, objective and devices work, asked before a weight is loaded.
+"""Check that strategy, precision, callbacks and trainer settings work together, before any weight is loaded.
 
-Each rule is a function of plain values that returns why a combination does not work and the nearest one that does, or
-None. `check` asks them all.
+Each ``refused_*`` rule is a function of plain values. It returns why a combination fails and the nearest one that
+works, or None. `check` asks all of them; `check_trainer` asks what concerns callbacks and the trainer's own settings.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -17,13 +27,14 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import AutoConfig
 
-from rlhf_lightning.compat import mesh_sizes
+from rlhf_lightning.compat import checkpoint_period, mesh_sizes
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.folders import trusts
-from rlhf_lightning.models.loading import is_adapter, resolve_folder
+from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
 
 if TYPE_CHECKING:
@@ -33,11 +44,14 @@ SHARDED = "ModelParallelStrategy"
 
 
 class IncompatibleError(SettingError):
-    """The run's settings do not go together."""
+    """The run's settings do not work together."""
+
+
+# -- strategy, precision, quantization --------------------------------------------------------------------------------
 
 
 def refused_strategy(strategy: str) -> str | None:
-    """Refuse strategies that train wrongly, or fail, where a module takes its optimizer steps itself.
+    """Refuse strategies that fail, or train wrongly, with manual optimization.
 
     Args:
         strategy: kind of the strategy, see `kind_of`, or a name as the trainer takes it.
@@ -45,64 +59,54 @@ def refused_strategy(strategy: str) -> str | None:
     name = strategy.lower()
     if "fsdp" in name:
         return (
-            "the strategy fsdp (FSDP1) fails when a module takes its optimizer steps itself, as all do here, and it "
-            f"cannot clip by norm: use {SHARDED} (FSDP2), laid over a run by recipe:hardware/fsdp"
+            "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and it cannot clip "
+            f"by norm: use {SHARDED} (FSDP2), for example with recipe:hardware/fsdp"
         )
     if "deepspeed" in name:
         return (
-            "DeepSpeed's engine counts micro-batches and clips gradients by itself, which the modules here do: use "
-            f"{SHARDED} (FSDP2), laid over a run by recipe:hardware/fsdp"
+            "DeepSpeed's engine counts micro-batches and clips gradients, which the modules here do themselves: use "
+            f"{SHARDED} (FSDP2), for example with recipe:hardware/fsdp"
         )
     return None
 
 
 def refused_precision(precision: str) -> str | None:
-    """Refuse fp16: its gradients are scaled, and would be clipped before they are unscaled."""
+    """Refuse fp16, whose scaled gradients would be clipped before they are unscaled."""
     if precision not in ("16", "16-mixed", "16-true"):
         return None
     return f"trainer.precision={precision} would clip gradients before they are unscaled; use bf16-mixed or 32-true"
 
 
 def refused_quantization(strategy: str, quantization: str | None) -> str | None:
-    """Refuse to cut 4-bit weights over ranks.
-
-    Args:
-        strategy: kind of the strategy.
-        quantization: name of the weights' quantisation; None for plain weights.
-    """
+    """Refuse to shard quantized weights."""
     if quantization is None or strategy != SHARDED:
         return None
     return (
-        f"{quantization} weights cannot be cut over ranks: a shard would part the blocks that share a scale. Use ddp, "
-        f"or one GPU, with {quantization}, or {SHARDED} with bfloat16 weights"
+        f"{quantization} weights cannot be sharded: a shard would split the blocks that share a scale. Use ddp, or one "
+        f"GPU, with {quantization}, or {SHARDED} with bfloat16 weights"
     )
 
 
 def refused_compilation(strategy: str, device: str) -> str | None:
-    """Refuse to compile layers where that cannot work.
-
-    Args:
-        strategy: kind of the strategy.
-        device: kind of device that the model runs on.
-    """
+    """Refuse to compile layers under sharding, or without a compiler for the kind of device."""
     if strategy == SHARDED:
-        return f"compile_layers does not go with {SHARDED}, which cuts each layer: set model.compile_layers to false"
+        return f"compile_layers does not work with {SHARDED}, which shards each layer: set model.compile_layers=false"
     missing = missing_compiler(device)
     return None if missing is None else f"{missing}: install one, or set model.compile_layers to false"
 
 
 def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: int) -> str | None:
-    """Refuse a mesh that is not the ranks', or is left to defaults that cut the model where data should be shared.
+    """Refuse a mesh that does not match the ranks, or one left to defaults that shard the model instead of the data.
 
     Args:
-        data_parallel: ranks that see other data, as the strategy was given it.
-        tensor_parallel: ranks that hold one model together, as the strategy was given it.
+        data_parallel: ranks that see different data, as given to the strategy.
+        tensor_parallel: ranks that hold one model together, as given to the strategy.
         ranks: processes of the run.
     """
     if isinstance(data_parallel, str) or isinstance(tensor_parallel, str):
         given = f"data_parallel_size={data_parallel}, tensor_parallel_size={tensor_parallel}"
         return (
-            f"{SHARDED} with {given} would cut each matrix over all devices of a host: set "
+            f"{SHARDED} with {given} would shard each matrix over all devices of a host: set "
             f"data_parallel_size={ranks} and tensor_parallel_size=1"
         )
     if data_parallel * tensor_parallel == ranks:
@@ -118,74 +122,53 @@ def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: i
 
 
 def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool, heads: int | None) -> str | None:
-    """Refuse to cut matrices that nothing says how to cut.
+    """Refuse tensor parallelism for adapters, and for models without a plan that fits.
 
     Args:
         tensor_parallel: ranks that hold one model together.
         lora: whether an adapter is trained.
-        has_plan: whether transformers has a plan for the model's family.
+        has_plan: whether transformers has a tensor-parallel plan for the model's family.
         heads: key and value heads of the model, if known.
     """
     remedy = "set tensor_parallel_size=1 and data_parallel_size to the number of ranks"
     if lora:
-        return f"tensor parallelism cuts the matrices that an adapter hangs on: {remedy}, or train every weight"
+        return f"tensor parallelism shards the matrices that an adapter hangs on: {remedy}, or train every weight"
     if not has_plan:
         return f"transformers has no tensor-parallel plan for this model's family: {remedy}"
     if heads is not None and heads % tensor_parallel:
-        return f"{heads} key and value heads cannot be dealt to tensor_parallel_size={tensor_parallel} ranks: {remedy}"
+        return f"{heads} key and value heads cannot be divided by tensor_parallel_size={tensor_parallel}: {remedy}"
     return None
 
 
 def refused_roles(strategy: str, critic: str | None) -> str | None:
-    """Refuse a critic that forwards the policy's backbone by itself: only the policy's own call gathers cut weights.
-
-    Args:
-        strategy: kind of the strategy.
-        critic: what the critic is; None in families without one.
-    """
+    """Refuse a critic that forwards the policy's backbone: only the policy's own call gathers sharded weights."""
     if strategy != SHARDED or critic != "adapter":
         return None
-    return f"critic=adapter forwards the policy's backbone, whose weights {SHARDED} cuts: use critic=shared or separate"
+    return f"critic=adapter forwards the policy's backbone, which {SHARDED} shards: use critic=shared or separate"
 
 
 def refused_stacked_adapter(strategy: str, has_policy: bool, lora: bool, starts_from_adapter: bool) -> str | None:
-    """Refuse reward adapters on top of an adapter, which an export merges in one piece.
-
-    Args:
-        strategy: kind of the strategy.
-        has_policy: whether the stage trains a policy.
-        lora: whether an adapter is trained.
-        starts_from_adapter: whether it starts from an adapter's folder.
-    """
+    """Refuse a sharded reward adapter on top of another adapter, which an export must merge in one piece."""
     if strategy != SHARDED or has_policy or not lora or not starts_from_adapter:
         return None
     return (
-        f"a reward adapter on top of another adapter is merged when it is exported, and {SHARDED} cuts its weights: "
-        "start from a merged model (rlhf export --merge), or use ddp"
+        f"a reward adapter on top of another adapter is merged at export, and {SHARDED} shards its weights: start from "
+        "a merged model (rlhf export --merge), or use ddp"
     )
 
 
-def refused_share(rows: int, shares: int, unit: str) -> str | None:
-    """Refuse more ranks than there is work in a step.
+# -- sharing a batch between ranks ------------------------------------------------------------------------------------
 
-    Args:
-        rows: rows, or for on-policy modules prompts, of a training step over all ranks.
-        shares: ranks that see other data.
-        unit: what the rows are.
-    """
+
+def refused_share(rows: int, shares: int, unit: str) -> str | None:
+    """Refuse more data-parallel ranks than a training step has rows, or prompts."""
     if rows >= shares:
         return None
     return f"{shares} ranks cannot share {rows} {unit} a step: raise data.batch_size, or use at most {rows} ranks"
 
 
 def refused_division(prompts: int, shares: int, samples: int) -> str | None:
-    """Refuse rollouts whose prompts ranks cannot share evenly.
-
-    Args:
-        prompts: prompts of a rollout over all ranks.
-        shares: ranks that see other data.
-        samples: completions of each prompt.
-    """
+    """Refuse rollouts whose prompts cannot be divided evenly between data-parallel ranks."""
     if prompts % shares == 0:
         return None
     nearest = max(round(prompts / shares), 1) * shares * samples
@@ -193,6 +176,15 @@ def refused_division(prompts: int, shares: int, samples: int) -> str | None:
         f"{shares} ranks cannot share the {prompts} prompts of a rollout evenly: set data.batch_size={nearest} "
         f"({nearest // samples} prompts, samples_per_prompt {samples})"
     )
+
+
+def refused_shares(datamodule: Any, shares: int) -> list[str | None]:
+    """Refuse a batch that the ranks cannot share; its unit is prompts where there is ``samples_per_prompt``."""
+    samples = getattr(datamodule, "samples_per_prompt", None)
+    if samples is None:
+        return [refused_share(datamodule.batch_size, shares, "rows")]
+    prompts = datamodule.batch_size // samples
+    return [refused_share(prompts, shares, "prompts"), refused_division(prompts, shares, samples)]
 
 
 # -- asked of a trainer -----------------------------------------------------------------------------------------------
@@ -204,11 +196,11 @@ def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fit
     Args:
         trainer: the trainer.
         module: the module.
-        datamodule: where its data comes from, if that is a DataModule.
-        fits: whether it is to train, rather than to evaluate.
+        datamodule: the DataModule, if there is one.
+        fits: whether the run trains; evaluation accepts any batch size.
 
     Raises:
-        IncompatibleError: it does not work; the message says why and names the nearest combination that does.
+        IncompatibleError: ``incompatible-settings``, with the nearest combination that works.
     """
     for reason in refusals(trainer, module, datamodule if fits else None):
         if reason is not None:
@@ -216,12 +208,12 @@ def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fit
 
 
 def refusals(trainer: Trainer, module: AlignmentModule, datamodule: Any = None) -> Iterator[str | None]:
-    """Yield what each rule says of a combination; later ones lean on what earlier ones found in order."""
+    """Yield what each rule says; later rules assume that earlier ones found nothing."""
     kind, ranks = kind_of(trainer.strategy), trainer.num_devices * trainer.num_nodes
     lora = module.lora is not None
     yield refused_strategy(kind)
     yield refused_precision(str(trainer.precision))
-    yield refused_quantization(kind, quantization_of(module))
+    yield refused_quantization(kind, module.load_settings.quantization)
     if module.compile_layers:
         yield refused_compilation(kind, trainer.strategy.root_device.type)
     yield refused_roles(kind, module.critic_kind)
@@ -237,34 +229,173 @@ def refusals(trainer: Trainer, module: AlignmentModule, datamodule: Any = None) 
         yield from refused_shares(datamodule, ranks // together)
 
 
-def refused_shares(datamodule: Any, shares: int) -> list[str | None]:
-    """Refuse a batch that ranks cannot share.
-
-    Args:
-        datamodule: gives rows, or where it has ``samples_per_prompt``, prompts.
-        shares: ranks that see other data.
-    """
-    samples = getattr(datamodule, "samples_per_prompt", None)
-    if samples is None:
-        return [refused_share(datamodule.batch_size, shares, "rows")]
-    prompts = datamodule.batch_size // samples
-    return [refused_share(prompts, shares, "prompts"), refused_division(prompts, shares, samples)]
-
-
 def kind_of(strategy: Strategy) -> str:
     """Return "single", "ddp", "fsdp", "ModelParallelStrategy", or another strategy's class name."""
     kinds = {SingleDeviceStrategy: "single", DDPStrategy: "ddp", FSDPStrategy: "fsdp", ModelParallelStrategy: SHARDED}
     return next((name for kind, name in kinds.items() if isinstance(strategy, kind)), type(strategy).__name__)
 
 
-def quantization_of(module: AlignmentModule) -> str | None:
-    """Return the quantisation that a module's weights are to be loaded in; None for plain weights."""
-    return module.load_settings.quantization
-
-
 def plan_of(module: AlignmentModule) -> tuple[bool, int | None]:
-    """Return whether a module's model has a tensor-parallel plan, and its key and value heads; reads config.json."""
+    """Return from config.json whether a model has a tensor-parallel plan, and its number of key and value heads."""
     name = resolve_folder(module.init_from)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code))
     heads = getattr(config, "num_key_value_heads", None)
     return tensor_plan(config) is not None, heads
+
+
+# -- precision of the weights -----------------------------------------------------------------------------------------
+
+
+class FrozenBFloat16(Precision):
+    """``bf16-true`` for adapters: frozen weights in bf16, trained weights in fp32, and nothing is cast.
+
+    Lightning's own plugin casts the trained weights too, where an update below 1/256 of a weight vanishes. It also
+    makes bf16 the default of every new tensor, the losses' among them.
+    """
+
+    precision = "bf16-true"
+
+
+def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: bool, fits: bool) -> LoadSettings:
+    """Return how weights are loaded under the trainer's precision.
+
+    Args:
+        trainer: the trainer; under ``bf16-true`` its precision plugin is replaced.
+        settings: the module's own.
+        trains_adapter: whether an adapter is trained rather than every weight.
+        fits: whether the run trains.
+
+    Raises:
+        SettingError: ``quantized-training`` or ``bf16-training``: trained weights would be quantized or in bf16.
+    """
+    if str(trainer.precision) == "bf16-true":
+        trainer.strategy.precision_plugin = FrozenBFloat16()
+        settings = replace(settings, dtype="bfloat16")
+    if settings.quantization is not None:
+        settings = replace(settings, device=str(trainer.strategy.root_device))
+    if not fits or trains_adapter:
+        return settings
+    if settings.quantization is not None:
+        raise SettingError(
+            "quantized-training",
+            f"quantization={settings.quantization} keeps the weights frozen, so there is nothing to train: set lora "
+            "(for example --model.lora.r 16), or quantization=null",
+        )
+    if settings.dtype == "bfloat16":
+        raise SettingError(
+            "bf16-training",
+            "every weight is trained and would be kept in bf16, where an update below 1/256 of a weight vanishes. Use "
+            "trainer.precision=bf16-mixed with dtype=float32 (products in bf16, weights in fp32), or set lora (frozen "
+            "weights in bf16, the adapter in fp32)",
+        )
+    return settings
+
+
+# -- callbacks and settings of the trainer ----------------------------------------------------------------------------
+
+
+class Refusal(NamedTuple):
+    """Why a run is refused: the stable code, and the sentence with what to do."""
+
+    code: str
+    sentence: str
+
+
+ONE_STEP = (
+    "one item of the data is one optimizer step already, cut into micro-batches: set data.batch_size for the rows of a "
+    "step, and data.micro_batch_size or data.max_tokens for memory"
+)
+CALLBACKS: dict[type, Refusal] = {
+    GradientAccumulationScheduler: Refusal("accumulated-batches", f"GradientAccumulationScheduler: {ONE_STEP}"),
+    StochasticWeightAveraging: Refusal(
+        "stochastic-weight-averaging",
+        "StochasticWeightAveraging copies the module before its weights are loaded, and would average nothing: use "
+        "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
+    ),
+    BatchSizeFinder: Refusal(
+        "batch-size-finder",
+        "BatchSizeFinder would change what the model learns: batch_size is the size of an optimizer step. For memory "
+        "set data.max_tokens; `rlhf plan` says what a run takes",
+    ),
+    LearningRateFinder: Refusal(
+        "learning-rate-finder",
+        "LearningRateFinder needs automatic optimization: compare short runs with different model.learning_rate",
+    ),
+}
+"""Callbacks that do not work with manual optimization."""
+
+
+def check_trainer(trainer: Trainer, module: AlignmentModule) -> None:
+    """Refuse settings and callbacks of a trainer about to fit that cannot work, before anything is loaded.
+
+    Raises:
+        SettingError: with the code of the refusal.
+    """
+    for refusal in trainer_refusals(trainer, module):
+        raise SettingError(*refusal)
+    # Lightning warns at each save that the weights are those after the update, which is intended here.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+
+
+def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refusal]:
+    """Yield why a run is refused."""
+    if trainer.gradient_clip_val is not None:
+        yield Refusal(
+            "trainer-clips-gradients",
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips gradients itself, after the last "
+            "micro-batch; set model.max_grad_norm",
+        )
+    if trainer.accumulate_grad_batches != 1:
+        yield Refusal(
+            "accumulated-batches", f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: {ONE_STEP}"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        yield from (refusal for kind, refusal in CALLBACKS.items() if isinstance(callback, kind))
+        if isinstance(callback, ModelCheckpoint):
+            yield from refused_checkpoint_period(*checkpoint_period(callback), module)
+
+
+def refused_checkpoint_period(every: int, interval: Any, module: AlignmentModule) -> Iterator[Refusal]:
+    """Refuse a ModelCheckpoint that would silently leave out checkpoints.
+
+    Args:
+        every: its ``every_n_train_steps``: optimizer updates, checked when a training step ends.
+        interval: its ``train_time_interval``.
+        module: gives ``updates_per_step``.
+    """
+    instead = "use rlhf_lightning.runs.RunCheckpoint(every_n_updates=..., every_n_rollouts=...)"
+    if interval is not None:
+        yield Refusal(
+            "checkpoint-by-time",
+            f"ModelCheckpoint(train_time_interval={interval}) never saves with manual optimization: {instead}, or "
+            "every_n_train_steps",
+        )
+    per_step = module.updates_per_step if every > 1 else 1
+    if every % per_step:
+        yield Refusal(
+            "checkpoint-within-rollout",
+            f"ModelCheckpoint(every_n_train_steps={every}) counts updates, and saves only after a rollout, which takes "
+            f"{per_step} updates: give a multiple of {per_step}, or {instead}",
+        )
+
+
+def check_optimizers(trainer: Trainer) -> None:
+    """Refuse several optimizers, and a plateau scheduler that would never be stepped.
+
+    Raises:
+        SettingError: ``several-optimizers`` or ``plateau-without-validation``.
+    """
+    if len(trainer.optimizers) != 1:
+        raise SettingError(
+            "several-optimizers",
+            f"configure_optimizers makes {len(trainer.optimizers)} optimizers, and update() steps one: give the "
+            "weights as groups of one optimizer ([{'params': ..., 'lr': ...}, ...])",
+        )
+    plateau = any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs)
+    if plateau and not trainer.enable_validation:
+        raise SettingError(
+            "plateau-without-validation",
+            "ReduceLROnPlateau is stepped once per validation, and this run has none: give held-out rows "
+            "(data.eval_source) and leave trainer.limit_val_batches above 0",
+        )

@@ -1,4 +1,4 @@
-"""What must hold in every rollout, whatever the objective: checked while training, and logged as metrics."""
+"""Check what must hold in every rollout of any objective, and log it as metrics."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.types import PolicyLogprobs, Rollout
 
 NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
-"""What is measured."""
 
 
 class InvariantError(StateError):
-    """A rollout breaks what must hold; what would be learned from it is wrong."""
+    """A rollout violates an invariant, so that training on it would be wrong."""
 
 
 class Invariants:
-    """Checks of a rollout. Each raises or warns, and leaves its measured value to be logged.
+    """Checks of a rollout. Each raises or warns, and keeps its measured value for the log.
 
-    Bounds are for fp32, where what should be equal differs by rounding alone; lower precisions are held to a mean, and
-    so is a model that computes in one although its log-probabilities are fp32 (``exact`` False).
+    In fp32 the largest difference is bounded, since only rounding may differ. In lower precision the mean is bounded,
+    also where a model computes in lower precision and returns fp32 (``exact`` False).
 
     Args:
-        on_violation: "raise", or "warn" and go on.
+        on_violation: "raise", or "warn" and continue.
     """
 
     def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
@@ -37,8 +36,8 @@ class Invariants:
         self._measured: dict[str, float] = {}
 
     def take(self, strategy: Strategy) -> dict[str, float]:
-        """Return the largest values on any rank that were measured since the last call, as metrics."""
-        # A rank without rows has measured less than the others: all of them compare the same names.
+        """Return the largest values measured on any rank since the last call, as metrics."""
+        # A rank without rows has measured fewer names: all ranks compare the same list.
         here = [self._measured.get(name, -1.0) for name in NAMES]
         self._measured = {}
         precision = torch.float32 if strategy.root_device.type == "mps" else torch.float64
@@ -47,18 +46,19 @@ class Invariants:
         return {f"invariant/{name}": value for name, value in zip(NAMES, largest.tolist(), strict=True) if value >= 0}
 
     def check_ratio(self, logprobs: PolicyLogprobs) -> None:
-        """Before the first update of a rollout the policy is the one that sampled: every ratio is 1."""
+        """Check that every ratio is 1 before the first update of a rollout."""
         mask = logprobs.completion_mask
         moved = torch.expm1((logprobs.logprobs.detach() - logprobs.old_logprobs)[mask]).abs()
         self._check_difference(
             "ratio", moved, logprobs.logprobs, 1e-4, 1e-2,
-            "policy and rollout were forwarded differently: dropout, a temperature left out, other padding",
+            "policy and rollout were forwarded differently: dropout, a missing temperature, other padding",
         )  # fmt: skip
 
     def check_sampler(self, rollout: Rollout) -> None:
-        """The sampling engine and the trainer's forward give the same log-probabilities.
+        """Check that the sampling engine and the trainer's forward give the same log-probabilities.
 
-        Where the engine computes elsewhere (``own_sampler`` False) it is measured, and left to importance correction.
+        For an engine that computes elsewhere (``own_sampler`` False) the difference is only measured: the sampler
+        correction accounts for it.
         """
         if rollout.behaviour_logprobs is None:
             return
@@ -68,22 +68,22 @@ class Invariants:
             return
         self._check_difference(
             "sampler", apart, rollout.old_logprobs, 1e-2, 5e-2,
-            "the sampler used other weights, another temperature, or truncated the distribution (top_p, top_k)",
+            "the sampler used different weights, another temperature, or a truncated distribution (top_p, top_k)",
         )  # fmt: skip
 
     def check_lengths(self, rollout: Rollout) -> None:
-        """The mask counts exactly the tokens that the policy wrote, the end token among them."""
+        """Check that the mask counts exactly the policy's tokens, including the end token."""
         lengths = torch.tensor([int(mask.sum()) for mask in rollout.sequences.supervised], dtype=torch.long)
         wrong = (rollout.completion_mask.sum(-1).cpu() != lengths).sum()
-        self._check("mask", float(wrong), 0.0, "completions whose mask does not count their tokens: look at the layout")
+        self._check("mask", float(wrong), 0.0, "the layout masks other tokens than the completion has")
 
     def check_scores(self, scores: Tensor, rewards: Tensor, slots: Tensor) -> None:
-        """Each completion's score is in the rewards, on its slot and on no other; it may be scaled.
+        """Check that each completion's score, perhaps scaled, is in the rewards on its slot and on no other.
 
         Args:
-            scores: of each completion, shape (episodes,); rewards were made of them with gradient.
+            scores: shape (episodes,); the rewards were computed from them with gradient.
             rewards: shape (episodes, slots).
-            slots: where each score belongs, shape (episodes,).
+            slots: slot of each score, shape (episodes,).
         """
         known = ~scores.detach().isnan()
         place = torch.zeros_like(rewards, dtype=torch.bool).scatter(1, slots.unsqueeze(1), True)
@@ -95,11 +95,11 @@ class Invariants:
         self._check(
             "score_slot", float(wrong.max()) if wrong.numel() else 0.0, 1e-5,
             "shape_rewards puts a score on another slot than score_slots says, or on more than one "
-            "(return None from score_slots where scores are spread on purpose)",
+            "(return None from score_slots if scores are spread on purpose)",
         )  # fmt: skip
 
     def check_first_kl(self, rollout: Rollout) -> None:
-        """Before any update the policy is the reference: no completion costs KL."""
+        """Check that the KL of every completion is 0 before any update."""
         if rollout.reference_logprobs is None:
             return
         apart = (rollout.old_logprobs - rollout.reference_logprobs)[rollout.completion_mask].abs()
@@ -111,7 +111,6 @@ class Invariants:
     def _check_difference(
         self, name: str, values: Tensor, like: Tensor, bound: float, mean_bound: float, cause: str
     ) -> None:
-        """Hold the largest of the values to a bound, or in a lower precision their mean."""
         if not values.numel():
             return
         if (
@@ -127,7 +126,7 @@ class Invariants:
         self._measured[name] = max(self._measured.get(name, 0.0), value)
         if value <= bound:
             return
-        message = f"invariant {name}: measured {value:.3g}, at most {bound:.3g} is rounding; the usual cause: {cause}"
+        message = f"invariant {name}: measured {value:.3g}, rounding is at most {bound:.3g}; the usual cause: {cause}"
         if self.on_violation == "raise":
-            raise InvariantError(f"invariant-{name}", f"{message}. on_violation=warn continues anyway")
+            raise InvariantError(f"invariant-{name}", f"{message}. Set model.on_violation=warn to continue")
         rank_zero_warn(message)

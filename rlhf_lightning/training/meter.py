@@ -1,4 +1,4 @@
-"""Metrics of one optimizer step or one evaluation, summed over micro-batches and ranks before they are divided."""
+"""Metrics of an optimizer step or an evaluation: sums over micro-batches and ranks, divided at the end."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from rlhf_lightning.compat import event_writer, has_prefix
 
 
 class Meter:
-    """Weighted means that do not depend on how a batch was cut.
+    """Weighted means that do not depend on micro-batches and ranks.
 
-    A mean of micro-batch means weighs a short micro-batch like a long one; here numerators and denominators travel
-    separately until the end. Every rank must add the same names.
+    A mean of micro-batch means would weigh a short micro-batch like a long one, so numerators and denominators are
+    summed separately. Every rank must add the same names.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add values of any shape, those under ``mask`` alone."""
+        """Add values of any shape, only those under ``mask``."""
         values = values.detach().double()
         weights = torch.ones_like(values) if mask is None else mask.to(values.dtype)
         values = torch.where(weights > 0, values, 0.0)
         self._add(name, torch.stack([(values * weights).sum(), weights.sum()]))
 
     def add_ratio(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
-        """Add a part of a quotient whose numerators and denominators sum, such as a loss over its tokens."""
+        """Add to the numerator and denominator of a quotient, such as a loss over its tokens."""
         pair = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (numerator, denominator)])
         self._add(name, pair)
 
@@ -42,34 +42,28 @@ class Meter:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def forget(self, name: str) -> None:
-        """Drop what was added under ``name``."""
+        """Drop a name."""
         self._sums.pop(name, None)
 
     def add_nothing(self, like: Meter) -> None:
-        """Add every name of another meter with no weight: a rank without rows must know the names too."""
+        """Add the names of another meter with weight 0: a rank without rows must know them too."""
         for name in like._sums:
             self._add(name, torch.zeros(2, dtype=torch.float64))
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return the numerator and denominator of each name that this rank has added."""
+        """Return this rank's numerator and denominator of each name."""
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
     def load_state_dict(self, states: Sequence[Mapping[str, list[float]]], rank: int, ranks: int) -> None:
-        """Take up this rank's share of what all ranks had added; where their number is another, the first has it all.
-
-        Args:
-            states: each rank's ``state_dict``.
-            rank: this rank.
-            ranks: how many there are now.
-        """
+        """Restore this rank's sums from the states of all ranks; if their number has changed, rank 0 takes all sums."""
         self._sums = {}
         for owner, state in enumerate(states):
             mine = owner == rank if len(states) == ranks else rank == 0
-            for name, pair in state.items():  # the names are known everywhere
+            for name, pair in state.items():  # every rank needs every name
                 self._add(name, torch.tensor(pair if mine else [0.0, 0.0], dtype=torch.float64))
 
     def means(self, strategy: Strategy) -> dict[str, float]:
-        """Return the mean of each name over all that was added on all ranks. One collective for all of them."""
+        """Return the mean of each name over all ranks, in one collective."""
         if not self._sums:
             return {}
         table = torch.stack(list(self._sums.values())).to(strategy.root_device)
@@ -82,7 +76,7 @@ class Meter:
 
 
 def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of the unmasked values of all ranks, scalars: whitening must not see ranks."""
+    """Return the mean and biased variance of the unmasked values of all ranks, two scalars, for whitening."""
     count = strategy.reduce(mask.sum().double(), reduce_op="sum").clamp_min(1)
     mean = strategy.reduce(torch.where(mask, values, 0.0).sum().double(), reduce_op="sum") / count
     squares = torch.where(mask, (values - mean) ** 2, 0.0).sum().double()
@@ -91,10 +85,10 @@ def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tupl
 
 
 def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int) -> None:
-    """Log metrics at x = step, on the first rank alone.
+    """Log metrics at x = step, on rank 0.
 
-    TensorBoard gets all of them as one event: Lightning's logger writes one for each, which takes a model of a million
-    parameters a hundredth of its step.
+    TensorBoard gets all of them as one event. Lightning's logger writes one event per metric, which costs a model of a
+    million parameters 1 % of its step.
     """
     for logger in loggers:
         if type(logger) is TensorBoardLogger and not has_prefix(logger):
@@ -104,9 +98,9 @@ def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int)
 
 
 def log_over(loggers: Iterable[Logger], axis: str, metrics: dict[str, float], position: int) -> None:
-    """Log metrics again over another x-axis than updates, under ``by_<axis>/``, to TensorBoard alone.
+    """Log metrics to TensorBoard over another x-axis than updates, under ``by_<axis>/``.
 
-    Its views know one x-axis a tag. Other loggers count updates, and have the axis as ``progress/<axis>`` in each row.
+    TensorBoard has one x-axis per tag. Other loggers have the axis as ``progress/<axis>`` in each row.
     """
     views = [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
     log_scalars(views, {f"by_{axis}/{name}": value for name, value in metrics.items()}, position)

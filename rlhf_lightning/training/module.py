@@ -1,4 +1,4 @@
-"""What every stage shares: tokenizer, model, one way to take an optimizer step, logging, checkpoints, export."""
+"""The base of every stage: tokenizer, models, the optimizer step, logging, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -46,93 +46,85 @@ from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
-from rlhf_lightning.training.compatibility import check
+from rlhf_lightning.training.compatibility import check, check_optimizers, check_trainer, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, log_over, log_scalars
 from rlhf_lightning.training.optimization import (
     RateSchedule,
+    Skips,
     clip_by_global_norm,
     parameter_groups,
     schedule_factor,
     updates_of_run,
     without_gradient_sync,
 )
-from rlhf_lightning.training.precision import settled_precision
 from rlhf_lightning.training.settings import check_ranges
-from rlhf_lightning.training.skips import Skips
-from rlhf_lightning.training.trainer_settings import check_optimizers, check_trainer
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, Prompt, Sequences, Step
 
 
 class AlignmentModule(LightningModule):
-    """Base of every stage. One item of the DataLoader is one optimizer step, already cut into micro-batches.
+    """Base of every stage. One item of the DataLoader is one optimizer step, cut into micro-batches.
 
-    Because the module sees a whole step at once it optimizes by hand: the loss of each micro-batch is its sum divided
-    by the count over all micro-batches and ranks, so how a batch was cut never changes a gradient, and a checkpoint
-    always lies between two steps.
+    The module uses manual optimization. The loss of a micro-batch is its sum divided by the count over all
+    micro-batches and ranks, so the cut never changes a gradient. A checkpoint always lies between two steps.
 
-    A subclass may override what has a public name. The points that are meant for it: ``load_models``, ``model``,
-    ``export`` and ``frozen_models`` (which models there are); ``make_optimizer`` and ``configure_optimizers``;
-    ``updates_per_step``; ``evaluation_metrics``, ``headline_metrics`` and ``progress`` (what is logged);
-    ``target_policy`` and ``value_at_reference`` (what `rlhf verify` compares with); ``predict_step``;
-    ``on_save_checkpoint`` and ``on_load_checkpoint`` (state of its own). A hook of Lightning that is overridden calls
-    ``super()`` first.
+    A subclass may override any public name. Intended for it are: ``load_models``, ``model``, ``export`` and
+    ``frozen_models``; ``data_needs``; ``make_optimizer`` and ``configure_optimizers``; ``updates_per_step``;
+    ``evaluation_metrics``, ``headline_metrics`` and ``progress`` (what is logged); ``target_policy`` and
+    ``value_at_reference`` (what `rlhf verify` compares with); ``predict_step``; ``on_save_checkpoint`` and
+    ``on_load_checkpoint`` (state of its own). An overridden hook of Lightning calls ``super()`` first.
 
     Args:
         init_from: hub id, model folder, adapter folder or .gguf file to start from.
         tokenizer: hub id or folder of another tokenizer than the model's own.
-        chat_template: Jinja text or file that turns messages into a prompt; None keeps the tokenizer's own.
-        template_args: variables of the chat template, such as enable_thinking, documents, tools, or now (the date that
-            it writes); they are saved with the tokenizer.
-        from_scratch: draw new weights from the config in ``init_from`` instead of reading any.
-        trust_remote_code: hub ids or folders of models, those very ones, whose own Python code may be run; None runs
-            none. Others are refused if they need any.
-        lora: train a low-rank adapter on the frozen backbone; None trains every weight.
-        quantization: keep the frozen backbone of an adapter in 4 bits ("nf4", its scales quantised too) or 8 ("int8");
-            None keeps it in ``dtype``, in which 4-bit weights are also multiplied.
-        dtype: precision of the weights. "bfloat16" is for the frozen ones of an adapter: what is trained stays in
-            fp32.
-        frozen_dtype: precision of models that stand beside the trained one (reference, reward model); None takes
-            ``dtype``.
-        attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
-        compile_layers: compile the decoder layers with torch.compile for training, which takes a C++ compiler on the
-            CPU and Triton on a GPU. The first pass of each kind is slow, whatever the shapes that follow; sampling runs
-            as it is. Changes no result beyond rounding.
+        chat_template: Jinja text or file that renders messages as a prompt; null keeps the tokenizer's own.
+        template_args: variables of the chat template, such as enable_thinking, documents, tools, or now (the current
+            date); they are saved with the tokenizer.
+        from_scratch: draw new weights from the config in ``init_from`` instead of loading weights.
+        trust_remote_code: hub ids or folders whose custom modelling code may be executed; other models that need
+            custom code are refused.
+        lora: train a low-rank adapter on the frozen backbone; null trains every weight.
+        quantization: quantize an adapter's frozen backbone to 4 bits ("nf4") or 8 bits ("int8"); null keeps ``dtype``.
+        dtype: precision of the weights; "bfloat16" is for an adapter's frozen weights, and trained weights stay fp32.
+        frozen_dtype: precision of reference and reward model; null takes ``dtype``.
+        attn_implementation: transformers' name of the attention kernel; null lets transformers choose.
+        compile_layers: compile the decoder layers with torch.compile for training; needs a C++ compiler on the CPU and
+            Triton on a GPU. Changes results only by rounding.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        pack_rows: lay sequences end to end in a row and compute a prompt once for all its completions, where the model
-            can and it costs less than padding each; changes no result beyond rounding.
+        pack_rows: pack sequences into rows, and compute a prompt once for all its completions, where this costs less
+            than padding and the model supports it. Changes results only by rounding.
         learning_rate: peak learning rate of AdamW.
         betas: AdamW's decay rates of the two moments.
         adam_eps: AdamW's epsilon.
-        weight_decay: AdamW's decoupled weight decay, on matrices alone.
-        lr_schedule: shape of the learning rate after warm-up, over the updates of the whole run.
-        warmup: updates of linear warm-up, or below 1 the share of all updates.
-        fused_optimizer: take AdamW's step in one kernel for all weights of a device; the same step up to rounding.
-        optimizer: makes another optimizer of the trainable weights, by class_path and init_args; null takes AdamW with
-            the settings above, which are refused beside it. Its weight decay is of all weights, vectors too.
-        lr_scheduler: makes another learning-rate scheduler of the optimizer; null takes ``lr_schedule`` and ``warmup``.
-            It is stepped once per update, ReduceLROnPlateau once per validation.
-        max_grad_norm: clip the gradient's global norm to this; None does not clip.
-        max_skipped_updates: an update whose loss or gradient is NaN or infinite is skipped; after so many in a row the
-            run stops.
-        seed: seed of new weights and of sampling; null takes ``seed_everything``'s, or 0 without one.
+        weight_decay: AdamW's decoupled weight decay, on matrices only.
+        lr_schedule: learning-rate schedule after warm-up, over the updates of the whole run.
+        warmup: updates of linear warm-up; a number below 1 is a share of all updates.
+        fused_optimizer: use the fused AdamW kernel; the same step up to rounding.
+        optimizer: another optimizer, by class_path and init_args; null takes AdamW with the settings above, which are
+            refused together with another optimizer. Its weight decay covers all weights.
+        lr_scheduler: another learning-rate scheduler; null takes ``lr_schedule`` and ``warmup``. It is stepped once
+            per update, ReduceLROnPlateau once per validation.
+        max_grad_norm: clip the gradient's global norm to this; null does not clip.
+        max_skipped_updates: stop after this many consecutive updates with a non-finite loss or gradient, which are
+            skipped.
+        seed: seed of new weights and of sampling; null takes that of ``seed_everything``, or 0 without one.
     """
 
     paper: ClassVar[str] = ""
-    """Where the objective comes from: authors, year, arXiv number."""
+    """Source of the objective: authors, year, arXiv number."""
 
     batch_type: ClassVar[type]
     has_policy: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
     reference_moves: ClassVar[bool] = False
-    """Whether the reference changes while training (TR-DPO), so that its log-probabilities cannot be cached."""
+    """Whether the reference changes during training (TR-DPO), so that its log-probabilities cannot be cached."""
 
     teacher_name: str | None = None
-    """Model that the policy is distilled from; None for an objective without one."""
+    """Model that the policy is distilled from; None without a teacher."""
 
     critic_kind: str | None = None
-    """How PPO makes its critic; None for an objective without one."""
+    """PPO's kind of critic; None without a critic."""
 
     weighs_rows: ClassVar[bool] = True
     """Whether the loss of a row can be weighted by row."""
@@ -148,7 +140,7 @@ class AlignmentModule(LightningModule):
         "max_skipped_updates": "[1, inf)",
         "seed": "(-inf, inf)",
     }
-    """Interval of each setting that this class adds, such as "(0, inf)"; those of its bases hold as well."""
+    """Interval of each setting that this class adds, such as "(0, inf)"; those of its bases apply too."""
 
     def __init__(
         self,
@@ -184,7 +176,7 @@ class AlignmentModule(LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.save_hyperparameters()
         self.hparams["seed"] = seed
-        self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # without code in them
+        self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # loadable without running code
         check_ranges(type(self), self.hparams)
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
         self.template_args = template_args
@@ -219,9 +211,9 @@ class AlignmentModule(LightningModule):
         self._evaluation = Meter()
 
     def __getattr__(self, name: str) -> Any:
-        """Find parameters and submodules, and say which error a property has raised.
+        """Find parameters and submodules, and report an AttributeError raised inside a property.
 
-        torch reports an AttributeError inside a property as a missing property.
+        torch would report the property as missing.
 
         Raises:
             ContractError: ``failing-property``.
@@ -249,7 +241,7 @@ class AlignmentModule(LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that every part of the run uses, read on first use."""
+        """The tokenizer of the whole run, loaded on first use."""
         if self._tokenizer is None:
             name = self.tokenizer_name or resolve_folder(self.init_from)
             trusted = trusts(name, self.load_settings.trust_remote_code)
@@ -258,24 +250,24 @@ class AlignmentModule(LightningModule):
 
     @property
     def model(self) -> nn.Module:
-        """The model this stage trains and hands over."""
+        """The model that this stage trains and exports."""
         raise undefined(self, "model")
 
     @property
     def scorer(self) -> Scorer | None:
-        """What scores completions; None for a stage without a scorer."""
+        """The scorer of completions; None without a scorer."""
         return None
 
     @property
     def holds_reference(self) -> bool:
-        """Whether a reference is loaded with these settings."""
+        """Whether these settings load a reference."""
         return self.needs_reference
 
     @property
     def packs_rows(self) -> bool:
-        """Whether sequences may share rows, and completions their prompt: asked for, and all loaded models can.
+        """Whether sequences are packed into rows: asked for, and supported by all loaded models.
 
-        Not where layers are compiled: the blocks of each row would make a graph of their own.
+        Compiled layers are not packed: the blocks of each row would need a graph of their own.
         """
         return self.pack_rows and self._reads_trees and not self.compile_layers
 
@@ -283,47 +275,50 @@ class AlignmentModule(LightningModule):
         """Lay sequences out for the model, on its device."""
         return lay_out(sequences, self.packs_rows).to(self.device)
 
+    def slots_of(self, batch: Any) -> dict[str, Tensor]:
+        """Return a batch's slots on the module's device."""
+        return {name: values.to(self.device) for name, values in batch.extras.items()}
+
     def load_models(self) -> None:
-        """Load the models of the stage and register the trained ones. Called once, before training or evaluation."""
+        """Load the models of the stage, once, and register the trained ones as submodules."""
         raise undefined(self, "load_models")
 
     def frozen_models(self) -> Sequence[nn.Module]:
-        """Models that serve training without being trained; kept off the module, out of checkpoints and optimizers."""
+        """Models that are not trained; they are not submodules, and not in checkpoints and optimizers."""
         return () if self.reference is None else self.reference.models
 
     def configure_model(self) -> None:
-        """Load the models when Lightning asks for them; it asks again for validation and testing."""
+        """Load the models the first time that Lightning asks."""
         if not self._models_loaded:
-            # Lightning would have every new tensor on the accelerator, where heads and adapters are drawn otherwise.
+            # On Lightning's default device, the accelerator, heads and adapters would be drawn differently.
             with torch.device("cpu"):
                 self._load_once()
         if self.device_mesh is not None:
-            self._cut_over_ranks(self.device_mesh)
+            self._shard(self.device_mesh)
 
     def _settle_precision(self) -> None:
         trains, fits = self.lora is not None, self.trainer.state.fn == "fit"
         self.load_settings = settled_precision(self.trainer, self.load_settings, trains, fits)
 
     def _load_once(self) -> None:
-        if attached_trainer(self) is not None:  # some callbacks have the weights read before `setup`
+        if attached_trainer(self) is not None:  # some callbacks need the weights before `setup`
             self._settle_precision()
         self.load_models()
         self._models_loaded = True
-        checkpoint_state.kept_names(self)  # what a callback freezes later has been trained by then
-        self.fingerprints = self.started_from()  # now: the folder may be gone when a checkpoint is written
-        # One layout goes to all of them: policy and critic, reference or teacher.
+        checkpoint_state.kept_names(self)  # a callback may freeze weights later, after training has changed them
+        self.fingerprints = self.started_from()  # the folder may be gone when a checkpoint is written
+        # Policy, critic, reference and teacher read the same layout.
         parts = (*self.children(), *self.frozen_models())
         readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
         self._reads_trees = bool(readers) and all(readers)
 
-    def _cut_over_ranks(self, mesh: DeviceMesh) -> None:
-        """Cut what is trained and what is frozen over the ranks, under a strategy with a mesh."""
+    def _shard(self, mesh: DeviceMesh) -> None:
         trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
         for model in (*trained, *self.frozen_models()):
             shard(model, mesh, str(self.trainer.precision))
-        # The strategy would ask a checkpoint for frozen and tied weights too; `on_load_checkpoint` looks instead.
+        # The strategy would expect frozen and tied weights in a checkpoint; `on_load_checkpoint` checks the names.
         self.strict_loading = False
-        # What is gathered for the first time in inference mode could never be trained.
+        # Weights that are gathered for the first time in inference mode could not be trained.
         trainer = self.trainer
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,
@@ -337,12 +332,12 @@ class AlignmentModule(LightningModule):
     _validated_at: int | None = None
     _reads_trees = False
     fingerprints: Mapping[str, str | None] = MappingProxyType({})
-    """Fingerprints of the weights that training started from, taken when they were read."""
+    """Fingerprints of the weights that training started from, taken when they were loaded."""
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse what cannot work, and read the weights now where a callback freezes some of them in its ``setup``.
+        """Refuse what cannot work, and load the weights if a callback freezes some of them in its ``setup``.
 
-        Lightning calls this hook first of all. Callbacks that a subclass returns are added to the trainer's.
+        Lightning calls this hook first. Callbacks that a subclass returns are added to the trainer's.
 
         Raises:
             SettingError: a setting of the trainer, or a callback, does not work with this module.
@@ -354,12 +349,12 @@ class AlignmentModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Check that the data yields what this objective takes, and settle precisions, before any weight is read.
+        """Check that data, strategy and precision fit this objective, before any weight is loaded.
 
         Raises:
-            IncompatibleError: strategy, precision, devices and batch do not go together.
-            TypeError: the DataModule yields another kind of batch.
-            ValueError: trained weights would be kept in bf16 or quantised.
+            IncompatibleError: strategy, precision, devices and batch do not work together.
+            ContractError: ``wrong-batch-type``: the DataModule yields another kind of batch.
+            SettingError: trained weights would be in bf16 or quantized.
         """
         self._settle_precision()
         datamodule = attached_datamodule(self.trainer)
@@ -371,7 +366,7 @@ class AlignmentModule(LightningModule):
             raise ContractError("wrong-batch-type", f"{wanted}, but {type(datamodule).__name__} yields {names}")
 
     def on_fit_start(self) -> None:
-        """Train mode for what is trained, eval mode for what is not; frozen models move to the device."""
+        """Set train mode, and place the frozen models in eval mode."""
         self.train()
         self.place_frozen_models()
         if self.compile_layers:
@@ -380,7 +375,7 @@ class AlignmentModule(LightningModule):
                     compile_layers(model)
 
     def on_train_start(self) -> None:
-        """Resume: the optimizer takes the settings asked for now, data and random numbers continue where they stood."""
+        """Resume: give the optimizer the settings asked for now, restore data position and random numbers."""
         check_optimizers(self.trainer)
         checkpoint_state.freeze_as_before(self)
         before, self.asked_before = self.asked_before, None
@@ -390,25 +385,25 @@ class AlignmentModule(LightningModule):
         checkpoint_state.begin(self)
 
     def on_fit_end(self) -> None:
-        """A resumed run gives back the caller's random state."""
+        """Restore the random state of a resumed run's caller."""
         checkpoint_state.end(self)
 
     def on_train_end(self) -> None:
-        """Say so where ``max_steps`` has ended the run without a validation of its last weights."""
+        """Report it if ``max_steps`` ended the run without a validation of its last weights."""
         ended = 0 < self.trainer.max_steps <= self.trainer.global_step
         if ended and self.trainer.enable_validation and self._validated_at != self.updates:
             rank_zero_info(
-                f"max_steps={self.trainer.max_steps} has ended the run after update {self.updates}, which was not "
+                f"max_steps={self.trainer.max_steps} ended the run after update {self.updates}, which was not "
                 f"validated: check_val_every_n_epoch={self.trainer.check_val_every_n_epoch}"
             )
 
     def on_validation_start(self) -> None:
-        """Frozen models follow to the device when validation runs on its own."""
+        """Place the frozen models: validation may run without a fit."""
         self.place_frozen_models()
         self.refuse_nonfinite_weights()
 
     def on_test_start(self) -> None:
-        """Frozen models follow to the device."""
+        """Place the frozen models."""
         self.place_frozen_models()
         self.refuse_nonfinite_weights()
 
@@ -431,7 +426,7 @@ class AlignmentModule(LightningModule):
             model.to(self.device).eval()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave ragged batches on the CPU: they are laid out there, and only the layout moves."""
+        """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device."""
         return batch
 
     # -- what the objective aims at -----------------------------------------------------------------------------------
@@ -439,8 +434,8 @@ class AlignmentModule(LightningModule):
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the policy that minimises this objective exactly, shape (prompts, completions); None if unknown.
 
-        ``rlhf verify`` trains the module in a world whose completions can all be listed, and compares. A stage without
-        a policy returns its scores.
+        ``rlhf verify`` compares it with the module trained on an enumerable world. A stage without a policy returns
+        its scores.
         """
         return None
 
@@ -456,35 +451,35 @@ class AlignmentModule(LightningModule):
 
     @property
     def value_at_reference(self) -> float | None:
-        """What each row loses where the policy is the reference; None if that depends on the row, or is unknown."""
+        """Each row's loss when policy = reference; None if it depends on the row, or is unknown."""
         return None
 
     # -- what the objective looks at ----------------------------------------------------------------------------------
 
     data_columns: ClassVar[tuple[str, ...]] = ()
-    """Columns of the data that the objective sees as slots: a number for each row, pair, group or prompt. A row where
-    one is missing or no number is dropped and counted."""
+    """Columns of numbers that the objective gets as slots, one value for each row, pair, group or prompt. Rows without
+    a number there are dropped and counted."""
 
     needs_reference_logits: ClassVar[bool] = False
-    """Whether ``token_statistics`` looks at the reference's logits, which cost a forward pass of their own."""
+    """Whether ``token_statistics`` reads the reference's logits, which cost a forward pass."""
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
-    """Layers whose states the objective sees as the slots ``hidden_N``: what each token is predicted from, without
-    gradient, shape (rows, length, hidden size); -1 is the last."""
+    """Layers whose hidden states the objective gets as slots ``hidden_N``, at the positions that predict each token,
+    without gradient, shape (rows, length, hidden size); -1 is the last."""
 
     def token_statistics(
         self, policy_logits: Tensor, reference_logits: Tensor | None, targets: Tensor
     ) -> Mapping[str, Tensor]:
         """Return statistics of whole next-token distributions, which arrive in ``extras`` under their names.
 
-        Called with a chunk of tokens at a time, and again in the backward pass, so that (tokens, vocabulary) never
-        exists. Values may carry a gradient to the policy's logits; compute those that carry none last. Of pairs they
-        arrive as ``chosen_NAME`` and ``rejected_NAME``; of rollouts those at its start in ``Rollout.extras``, those of
-        the update in ``PolicyLogprobs.extras``.
+        Called for a chunk of tokens at a time, and again in the backward pass, so that (tokens, vocabulary) is never
+        held. Values may carry a gradient to the policy's logits; compute those without gradient last. Statistics of
+        pairs are named ``chosen_NAME`` and ``rejected_NAME``. Those at a rollout's start are in ``Rollout.extras``,
+        those of an update in ``PolicyLogprobs.extras``.
 
         Args:
             policy_logits: divided by the temperature, fp32 or wider, shape (tokens, vocabulary).
-            reference_logits: the reference's alike, without gradient; None unless ``needs_reference_logits``.
+            reference_logits: the reference's, without gradient; None unless ``needs_reference_logits``.
             targets: id of each token, int64, shape (tokens,).
 
         Returns:
@@ -493,9 +488,9 @@ class AlignmentModule(LightningModule):
         return {}
 
     def statistics_asked(self, layout: Layout, temperature: float = 1.0) -> OverLogits | None:
-        """Return what to ask of the policy's forward beside log-probabilities; None for nothing.
+        """Return the statistics that the policy's forward computes; None for none.
 
-        With ``needs_reference_logits`` the reference's log-probabilities come with it, as ``reference_logprobs``.
+        With ``needs_reference_logits`` they include the reference's log-probabilities, as ``reference_logprobs``.
         """
         if type(self).token_statistics is AlignmentModule.token_statistics:
             return None
@@ -511,7 +506,7 @@ class AlignmentModule(LightningModule):
         return OverLogits(layout, compared, (layout.targets, reference.predicting_states(layout)))
 
     def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
-        """Forward the policy, and compute the statistics that the objective declares."""
+        """Forward the policy and compute the objective's statistics."""
         statistics = self.statistics_asked(layout, temperature)
         outputs: TokenOutputs = self.model(
             layout, temperature, statistics=statistics, hidden_layers=self.hidden_layers, **asked
@@ -522,14 +517,14 @@ class AlignmentModule(LightningModule):
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps in one training step; on-policy modules take several from one rollout."""
+        """Optimizer steps in one training step; on-policy modules make several from one rollout."""
         return 1
 
     def total_updates(self) -> int:
         """Return the optimizer steps of the whole run, which the learning-rate schedule spans.
 
         Raises:
-            ValueError: neither ``max_epochs`` nor ``max_steps`` bounds the run and the schedule is not constant.
+            SettingError: ``endless-schedule``: nothing bounds the run, and the schedule is not constant.
         """
         total = updates_of_run(self.trainer, self.updates_per_step)
         if total is None and self.lr_schedule != "constant":
@@ -540,11 +535,11 @@ class AlignmentModule(LightningModule):
         return total or 1
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer of the trainable weights, and its scheduler; `update` steps both.
+        """Make the optimizer of the trainable weights and its scheduler; `update` steps both.
 
         Raises:
-            SettingError: ``optimizer`` or ``lr_scheduler`` makes something else.
-            StateError: the checkpoint that is resumed was trained with another class of either.
+            SettingError: ``no-optimizer``: ``optimizer`` or ``lr_scheduler`` makes something else.
+            StateError: ``another-optimizer``: the resumed checkpoint was trained with another class.
         """
         optimizer = self.make_optimizer()
         scheduler: LRScheduler | None = None
@@ -558,11 +553,11 @@ class AlignmentModule(LightningModule):
         if self.asked_before is not None:
             optimizers.check_same_kinds(self.asked, self.asked_before)
         if isinstance(scheduler, ReduceLROnPlateau):
-            optimizers.monitored(scheduler)  # refused now rather than after the first epoch
+            optimizers.monitored(scheduler)  # refuses now rather than after the first epoch
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def make_optimizer(self) -> Optimizer:
-        """Make the optimizer of the trainable weights: what ``optimizer`` makes, else AdamW."""
+        """Make the optimizer of the trainable weights: ``optimizer``, or by default AdamW."""
         if self.optimizer is not None:
             trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
             return optimizers.made(self.optimizer, "optimizer", trainable, (Optimizer,))
@@ -572,29 +567,28 @@ class AlignmentModule(LightningModule):
         )
 
     def on_before_clip(self) -> None:
-        """Look at or change the gradients, summed over micro-batches and ranks, before their norm is clipped."""
+        """Read or change the gradients, summed over micro-batches and ranks, before they are clipped."""
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
-        """Take one optimizer step, or none where the loss or its gradient is not finite on any rank.
+        """Make one optimizer step, unless the loss or its gradient is non-finite on any rank.
 
-        Either may be without the other: a term that is no number may have no gradient, or have it masked away. The
-        update counts all the same, so that the schedule and what is keyed on updates stay where they would be; weights
-        and the optimizer's moments do not change.
+        A skipped update changes neither weights nor moments. It still counts, so that the schedule and everything
+        keyed on updates stay in place.
 
         Args:
             losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
                 graph is freed before the next.
-            count: rows or tokens of the step over all ranks and micro-batches; the loss is the sum divided by it.
+            count: rows or tokens of the step over all ranks and micro-batches, which divides the summed loss.
 
         Returns:
             Norm of the gradient before clipping.
 
         Raises:
-            DivergenceError: this is the last of ``max_skipped_updates`` in a row.
+            DivergenceError: ``max_skipped_updates`` consecutive updates were skipped.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        # Strategies average gradients over the shares of the data, so a sum over them needs the factor back.
+        # Strategies average gradients over data-parallel ranks; the factor makes the average a sum.
         scale = data_ranks(self)[1] / max(count, 1)
         total = torch.zeros((), device=self.device)
         for index, loss in enumerate(losses):
@@ -606,10 +600,11 @@ class AlignmentModule(LightningModule):
         self.on_before_clip()
         norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
-        # The norm is of all ranks' gradients, and so is the sum of their losses: all decide alike.
+        # The norm and the loss are of all ranks, so all ranks decide alike. The loss can be non-finite while its
+        # gradient is finite, for example where a mask removes it.
         finite = math.isfinite(float(summed_over_ranks(self, total))) and math.isfinite(norm)
         if not finite:
-            optimizer.zero_grad()  # a weight without a gradient is left alone, and every counter of steps goes on
+            optimizer.zero_grad()  # a step without gradients changes no weight, and advances Lightning's counters
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
@@ -622,22 +617,22 @@ class AlignmentModule(LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def log_training(self, meter: Meter, **further: float) -> None:
-        """Log one training step's metrics at x = updates, on every rank alike, and the counters beside them.
+        """Log one training step's metrics, and the counters, at x = updates; every rank calls it.
 
-        They go to the loggers and to ``trainer.callback_metrics`` at once: ``self.log`` would cost a small model a
-        sixth of its time, and its x-axis counts batches.
+        They go directly to the loggers and ``trainer.callback_metrics``: ``self.log`` would cost a small model a sixth
+        of its time, and its x-axis counts batches.
         """
         found = {**meter.means(self.trainer.strategy), **further}
         metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics["train/skipped_updates"] = float(self.skipped_updates)
         metrics |= self.progress()
-        # ModelCheckpoint takes "step" for its file names; without it, it would find the last validation's.
+        # ModelCheckpoint uses "step" in file names, and would otherwise find that of the last validation.
         now = {**metrics, "step": float(self.updates)}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in now.items()})
         set_logged_step(self.trainer, self.updates)
         if 0 < self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True  # also within an epoch the run ends with a validation
+            self.trainer.should_stop = True  # within an epoch too the run ends with a validation
         self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.steps % max(every, 1) == 0:
@@ -647,32 +642,32 @@ class AlignmentModule(LightningModule):
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a whole validation or test pass under ``prefix``."""
         self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
-        # Lightning takes this name as the x-axis, where its default would count batches.
+        # Lightning uses this name as the x-axis; its default would count batches.
         self.log("step", float(self.updates), on_step=False, on_epoch=True)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._log_over_work({f"{prefix}/{name}": value for name, value in metrics.items()})
 
     def _log_over_work(self, metrics: Mapping[str, float]) -> None:
-        """Log the headline metrics again over episodes and over tokens: an update of one objective is not another's."""
+        """Log the headline metrics over episodes and tokens too, to compare objectives with different updates."""
         headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
         for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
             log_over(self.loggers, axis, headline, position)
 
     def progress(self) -> dict[str, float]:
-        """How far the run is, in the units that runs are compared by."""
+        """Return the run's counters as metrics."""
         names = ("updates", "episodes", "tokens", "rollouts")
         return {f"progress/{name}": float(getattr(self, name)) for name in names}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
+        """Reset the evaluation metrics."""
         self._evaluation = Meter()
 
     def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
+        """Reset the evaluation metrics."""
         self._evaluation = Meter()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics; ReduceLROnPlateau looks at them."""
+        """Log the validation metrics, and step ReduceLROnPlateau with them."""
         metrics = self.evaluation_metrics()
         self._validated_at = self.updates
         self.log_evaluation("val", metrics)
@@ -686,7 +681,7 @@ class AlignmentModule(LightningModule):
         self.log_evaluation("test", self.evaluation_metrics())
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return the metrics of the evaluation that has just run."""
+        """Return the metrics of the current evaluation."""
         return self._evaluation.means(self.trainer.strategy)
 
     # -- use ----------------------------------------------------------------------------------------------------------
@@ -714,10 +709,10 @@ class AlignmentModule(LightningModule):
         )
 
     sampling = SamplingSettings()
-    """How ``predict`` samples; on-policy modules set their own."""
+    """Sampling settings of ``predict``; on-policy modules set their own."""
 
     engine: SamplingEngine = SlotEngine()
-    """What samples; on-policy modules set their own."""
+    """The sampling engine; on-policy modules set their own."""
 
     def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
         """Answer each prompt: one row per completion with its summed log-probability."""
@@ -731,40 +726,40 @@ class AlignmentModule(LightningModule):
         return rows
 
     def export(self, folder: str | Path) -> Path:
-        """Write the trained model as a Hugging Face folder that the next stage starts from."""
+        """Write the trained model as a Hugging Face folder for the next stage."""
         raise undefined(self, "export")
 
     def backbone_source(self) -> str:
-        """Return the folder or hub id of the frozen weights that an adapter of this run hangs on."""
+        """Return the folder or hub id of the backbone under this run's adapter."""
         name = resolve_folder(self.init_from)
         return load_base_of_adapter(name) if is_adapter(name) else name
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights that a checkpoint holds; a missing or unknown one is an error.
+        """Load the weights in a checkpoint.
 
         Raises:
-            RuntimeError: the checkpoint's trainable weights are not this module's.
+            StateError: ``checkpoint-does-not-fit``: a trainable weight is missing, or a weight is unknown.
         """
         if strict:
             checkpoint_state.check_names(self, set(state_dict))
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what a module is beside its weights. A family with further state calls this and adds to it."""
+        """Save the module's state other than weights; an override calls this and adds its own."""
         checkpoint.update(checkpoint_state.saved(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again.
+        """Restore that state.
 
         Raises:
-            RuntimeError: the checkpoint is of another model, of other frozen weights, or of another strategy.
+            StateError: the checkpoint is of another model, other frozen weights, or another strategy.
         """
         checkpoint_state.restore(self, checkpoint)
 
     def started_from(self) -> dict[str, str | None]:
-        """Return fingerprints of the weights that training started from: the backbone, and the adapter on it."""
+        """Return fingerprints of the weights that training starts from: backbone and adapter."""
         name = resolve_folder(self.init_from)
         return {
             "backbone": fingerprint(self.backbone_source()),
@@ -774,5 +769,5 @@ class AlignmentModule(LightningModule):
 
 
 def as_loss(returned: Tensor | Loss) -> Loss:
-    """Accept an objective's bare values as well as a Loss."""
+    """Return an objective's result as a Loss; bare values have no metrics."""
     return returned if isinstance(returned, Loss) else Loss(returned)

@@ -1,4 +1,4 @@
-"""Stages that learn from fixed data: one training step is one optimizer step over given sequences."""
+"""Stages that learn from fixed data: one training step is one optimizer step."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rlhf_lightning.types import Sequences, Step
 
 
 class OfflineModule(AlignmentModule):
-    """Base of the stages on fixed data. A family implements ``loss_sum``; the loop is here."""
+    """Base of the stages on fixed data. A family implements ``loss_sum``."""
 
     counts_tokens: ClassVar[bool] = False
     """Whether the loss is a mean over tokens (SFT) rather than over rows."""
 
     cache_reference = False
-    """Whether the reference's log-probabilities are kept on disk; a setting of the families that have one."""
+    """Whether the reference's log-probabilities are kept on disk; a setting of families with a reference."""
 
     @property
     def model(self) -> nn.Module:
@@ -45,26 +45,21 @@ class OfflineModule(AlignmentModule):
 
     @cached_property
     def reference_cache(self) -> ReferenceCache | None:
-        """Where the log-probabilities of this run's reference are kept; None where they are not."""
+        """The cache of this run's reference log-probabilities; None without a cache."""
         if not self.cache_reference or self.reference_moves or self.load_settings.from_scratch:
             return None
-        if self.device_mesh is not None:  # a rank that finds a row would make a pass less than one that does not
+        if self.device_mesh is not None:  # a cache hit on one rank would let its forward passes fall out of step
             return None
         weights = content_hash(resolve_folder(self.init_from))
         if weights is None:
             return None
-        computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # products differ, weights may not
-        if self.trainer.world_size > 1:  # else chance would say which rank computes a row that two of them have
+        computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # products differ though weights agree
+        if self.trainer.world_size > 1:  # otherwise two ranks with the same row would race to compute it
             computed_in += f"_{self.global_rank}_of_{self.trainer.world_size}"
         return ReferenceCache(cache_folder() / "reference" / f"{weights[:32]}_{computed_in}.sqlite")
 
     def reference_logprobs(self, sequences: Sequences, layout: Layout) -> Tensor:
-        """Return the reference's log-probabilities of completions, shape (completions, length), without gradient.
-
-        Args:
-            sequences: prompts and completions.
-            layout: the same, laid out.
-        """
+        """Return the reference's log-probabilities of completions, shape (completions, length), without gradient."""
         assert self.reference is not None
         cache = self.reference_cache
         if cache is None:
@@ -75,15 +70,15 @@ class OfflineModule(AlignmentModule):
             return kept.to(self.device)
         computed = self.reference.logprobs(layout)
         cache.write(sequences, computed)
-        # Rows that were there before are taken from there, although just computed anew in other company, which rounds
-        # otherwise: a run that is resumed finds the whole batch, and has to learn from the same numbers.
+        # Rows that were cached before keep their cached values. Another batch rounds differently, and a resumed run,
+        # which finds the whole batch in the cache, must learn from the same numbers.
         kept = cache.read(sequences, layout.completion_mask, dtype)
         return computed if kept is None else kept.to(computed)
 
     def both_logprobs(self, sequences: Sequences, layout: Layout) -> tuple[TokenOutputs, Tensor | None]:
-        """Forward completions through the policy, with its statistics, and through the reference where there is one.
+        """Forward completions through the policy, with its statistics, and through the reference if there is one.
 
-        Statistics that look at the reference's logits forward it each time, so that nothing is read from the cache.
+        Statistics of the reference's logits need its forward each time, so the cache is not used for them.
         """
         outputs = self.policy_outputs(layout)
         if "reference_logprobs" in outputs.extras:
@@ -104,7 +99,7 @@ class OfflineModule(AlignmentModule):
         self.log_training(meter, grad_norm=norm)
 
     def loss_count(self, step: Step[Any]) -> int:
-        """Return what the sum of losses is divided by: tokens or rows of the step over all ranks."""
+        """Return the divisor of the summed losses: tokens or rows of the step over all ranks."""
         return step.tokens if self.counts_tokens else step.rows
 
     def validation_step(self, step: Step[Any], batch_idx: int) -> None:

@@ -56,7 +56,7 @@ from rlhf_lightning.training.collector import (
     select_episodes,
     without_unscored,
 )
-from rlhf_lightning.training.gathering import each_share, gathered_rows
+from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.rollout import RolloutModule
@@ -147,14 +147,13 @@ class OnPolicyModule(RolloutModule):
         "overlong_buffer": "[1, inf)",
     }
     learns_unscored: ClassVar[bool] = True
-    """Whether a completion without a score, whose advantage is 0, takes part in updates all the same: in the KL that is
-    a loss, and in what lengths are averaged over."""
+    """Whether completions without a score, whose advantage is 0, still count in the KL loss and in averages."""
 
     needs_minibatch: bool = False
-    """Whether ``policy_loss`` looks at ``logprobs.minibatch``: all episodes of the step, of all ranks."""
+    """Whether ``policy_loss`` reads ``logprobs.minibatch``: the step's episodes of all ranks."""
 
     needs_minibatch_logprobs: ClassVar[bool] = False
-    """Whether it looks at the policy's current log-probabilities of them too: one more forward without gradient."""
+    """Whether it also reads the policy's current log-probabilities of them: one more forward without gradient."""
 
     def __init__(
         self,
@@ -205,7 +204,7 @@ class OnPolicyModule(RolloutModule):
     # -- from a rollout to updates ------------------------------------------------------------------------------------
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
-        """Shape rewards, take advantages, and make one update per minibatch; return the last gradient norm."""
+        """Compute rewards and advantages, and make one update per minibatch; return the last gradient norm."""
         self.check_rollout(rollout)
         rewards = self.checked_rewards(rollout)
         advantages = self.advantages(rollout, rewards)
@@ -222,23 +221,26 @@ class OnPolicyModule(RolloutModule):
     def learn_minibatch(
         self, rollout: Rollout, advantages: Advantages, rows: list[int], batch: PromptBatch, meter: Meter
     ) -> float:
-        """Take one optimizer step on some episodes of the rollout."""
+        """Make one optimizer step on some episodes of the rollout."""
         learned = rollout.completion_mask if advantages.learned is None else advantages.learned
         count = float(self.sum_over_ranks(self.aggregation(learned[rows]).divisor))
         cuts = self.cut(rollout.sequences, rows)
-        minibatch = self.minibatch_view(rollout, advantages, rows, cuts)
+        minibatch = None
+        if self.needs_minibatch or self.needs_minibatch_logprobs:
+            now = self._logprobs_now(rollout.sequences, cuts) if self.needs_minibatch_logprobs else None
+            minibatch = whole_minibatch(self, rollout, advantages, rows, now)
         states = float(self.sum_over_ranks(self.critic_states(rollout)[rows].sum()))
         scale = count / max(states, 1.0)
         loss = partial(self.token_loss_sum, rollout, advantages, minibatch=minibatch, critic_scale=scale)
         losses: list[Callable[[], Tensor]] = [partial(loss, cut, meter) for cut in cuts]
-        # Without a backward pass here the gradients of the ranks that have rows would wait for ever.
+        # Ranks without rows need backward passes too: the gradient averaging of the others waits for them.
         missing = max(most_passes(self.policy, len(cuts)), 1) - len(cuts)
         losses += [partial(self._loss_of_nothing, loss, meter)] * missing
-        # The rollout's passes go last: where ranks add gradients up after the last one, it must touch every weight.
+        # The rollout's passes go last: DDP averages gradients after the last pass, which must touch every weight.
         return self.update(self.further_losses(batch, count, meter) + losses, count)
 
     def _loss_of_nothing(self, loss: Callable[[list[int], Meter], Tensor], meter: Meter) -> Tensor:
-        """Return a loss that changes nothing, for a rank without rows left while others have some."""
+        """Return a loss of 0 for a rank without rows, while other ranks have rows."""
         unused = Meter()
         nothing = 0.0 * loss([0], unused)
         meter.add_nothing(unused)
@@ -253,7 +255,7 @@ class OnPolicyModule(RolloutModule):
         minibatch: Minibatch | None = None,
         critic_scale: float = 1.0,
     ) -> Tensor:
-        """Return the weighted sum of a micro-batch's token losses, to be divided by the minibatch's count."""
+        """Return the weighted sum of a micro-batch's token losses; ``update`` divides it by the minibatch's count."""
         layout = self.lay_out(select(rollout.sequences, cut))
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
         rows = torch.tensor(cut, device=self.device)
@@ -289,44 +291,8 @@ class OnPolicyModule(RolloutModule):
         meter.add_ratio("loss", total, aggregation.divisor)
         return total
 
-    def minibatch_view(
-        self, rollout: Rollout, advantages: Advantages, rows: list[int], cuts: list[list[int]]
-    ) -> Minibatch | None:
-        """Return all ranks' episodes of a minibatch; ``rows`` is the place of each of this rank's, -1 of others.
-
-        None unless the class declares that its loss looks at them: nothing is gathered then.
-        """
-        if not (self.needs_minibatch or self.needs_minibatch_logprobs):
-            return None
-        assert rollout.episodes is not None
-        mask, learned = rollout.completion_mask, advantages.learned
-        entropy = torch.zeros_like(rollout.old_logprobs) if rollout.entropy is None else rollout.entropy
-        grids = {
-            "old_logprobs": rollout.old_logprobs,
-            "entropy": entropy,
-            "advantages": advantages.advantages,
-            "completion_mask": mask,
-            "learned": mask if learned is None else learned,
-        }
-        if rollout.behaviour_logprobs is not None:
-            grids["behaviour_logprobs"] = rollout.behaviour_logprobs
-        if self.needs_minibatch_logprobs:
-            grids["logprobs"] = self._logprobs_now(rollout.sequences, cuts)
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        width = int(each_share(self, torch.tensor(mask.shape[1], device=self.device)).max())
-        episodes = rollout.episodes.to(self.device)
-        first = torch.stack([episodes[rollout.group == group].min() for group in rollout.group])
-        fields = {
-            name: torch.nn.functional.pad(grid[index], (0, width - grid.shape[1])) for name, grid in grids.items()
-        } | {"scores": rollout.scores[index], "group": first[index], "episodes": episodes[index]}
-        counts = each_share(self, torch.tensor(len(rows), device=self.device)).tolist()
-        everyone = {name: gathered_rows(self, values, counts) for name, values in fields.items()}
-        numbers, order = everyone.pop("episodes").sort()
-        places = torch.full_like(episodes, -1).scatter(0, index, torch.searchsorted(numbers, episodes[index]))
-        return Minibatch(rows=places, **{name: values[order] for name, values in everyone.items()})
-
     def _logprobs_now(self, sequences: Sequences, cuts: list[list[int]]) -> Tensor:
-        """Return the policy's log-probabilities as it is, without gradient, shape (episodes, length)."""
+        """Return the policy's current log-probabilities without gradient, shape (episodes, length)."""
 
         def forward(layout: Layout) -> dict[str, Tensor | None]:
             before_pass()
@@ -343,23 +309,23 @@ class OnPolicyModule(RolloutModule):
         raise undefined(self, "shape_rewards")
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        """Return the advantage of each token, and the critic's target where there is one."""
+        """Return the advantage of each token, and the critic's targets if there is a critic."""
         raise undefined(self, "advantages")
 
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
-        """Return the critic's loss per state, in families that have one."""
+        """Return the critic's loss per state, in families with a critic."""
         return Loss(torch.zeros_like(outputs.logprobs))
 
     def critic_states(self, rollout: Rollout) -> Tensor:
-        """Return which states the critic learns from, bool, shape (episodes, states): its loss is a mean over them."""
+        """Return the states that the critic's loss is averaged over, bool, shape (episodes, states)."""
         return rollout.completion_mask
 
     def score_slots(self, rollout: Rollout) -> Tensor | None:
-        """Return the slot on which each completion's score must land, shape (episodes,); None where it is spread."""
+        """Return the slot on which each completion's score must be, shape (episodes,); None if scores are spread."""
         return last_learned(rollout.completion_mask)
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
-        """Add what describes the advantages, in families that have more to say of them."""
+        """Add metrics of the advantages."""
 
     # -- the parts of the loss ----------------------------------------------------------------------------------------
 
@@ -382,7 +348,7 @@ class OnPolicyModule(RolloutModule):
         return reinforce_loss(logprobs.logprobs, advantages)
 
     def aggregation(self, learned: Tensor) -> Aggregation:
-        """Return how token losses become one.
+        """Return how token losses are averaged.
 
         Args:
             learned: bool, True on the tokens that are learned from, shape (rows, length).
@@ -390,7 +356,7 @@ class OnPolicyModule(RolloutModule):
         return aggregate(self.aggregation_name, learned, self.sampling.max_new_tokens)
 
     def kl_loss(self, logprobs: PolicyLogprobs) -> Tensor | None:
-        """Return the KL estimate of each token as a loss in nats, shape (rows, length); None where it is no loss."""
+        """Return each token's KL loss in nats, shape (rows, length); None if the KL is in the reward or 0."""
         if self.kl_place == "reward" or not self.kl_coef:
             return None
         assert logprobs.reference_logprobs is not None
@@ -398,7 +364,7 @@ class OnPolicyModule(RolloutModule):
         return token_ratio(logprobs.logprobs, logprobs.old_logprobs) * kl if self.kl_times_ratio else kl
 
     def sampler_weight(self, logprobs: PolicyLogprobs) -> Tensor | None:
-        """Return the weight of each token that corrects for the sampler, shape (rows, length); None for none."""
+        """Return the sampler correction of each token, shape (rows, length); None without a correction."""
         weight = None
         if self.sampler_correction is not None:
             weight = self._correction(logprobs)
@@ -439,7 +405,7 @@ class OnPolicyModule(RolloutModule):
     # -- rewards ------------------------------------------------------------------------------------------------------
 
     def reward_kl(self, rollout: Rollout) -> Tensor:
-        """Return the KL that each token's reward pays, nats, shape (episodes, length); 0 where it is a loss."""
+        """Return the KL that each token's reward pays, nats, shape (episodes, length); 0 if the KL is a loss."""
         if self.kl_place == "loss" or not self.kl_coef:
             return torch.zeros_like(rollout.old_logprobs)
         assert rollout.reference_logprobs is not None
@@ -447,7 +413,7 @@ class OnPolicyModule(RolloutModule):
         return kl_estimate(rollout.old_logprobs, rollout.reference_logprobs, self.kl_estimator, clamp)
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score a completion for each prompt; those near the length limit lose up to 1 of their score."""
+        """Sample and score completions; ``overlong_buffer`` subtracts up to 1 from the score of long ones."""
         drawn = super().draw(batches)
         if self.overlong_buffer is None:
             return drawn
@@ -459,8 +425,8 @@ class OnPolicyModule(RolloutModule):
     def reaches_kl_optimum(self) -> bool:
         """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum.
 
-        The KL must be paid exactly (k1 in the reward, a fixed coefficient), and all else may differ from the policy
-        gradient of whole completions in scale alone: no weight by length, no other score, no entropy bonus.
+        The KL must be exact (k1 in the reward, a fixed coefficient). The rest may differ from the policy gradient of
+        whole completions only in scale: no weight by length, no other score, no entropy bonus.
         """
         pays_kl = self.kl_coef > 0 and self.kl_target is None and (self.kl_place, self.kl_estimator) == ("reward", "k1")
         plain = self.aggregation_name != "sequence_mean_token_mean" and self.overlong_buffer is None
@@ -475,9 +441,9 @@ class OnPolicyModule(RolloutModule):
     # -- what must hold, and what is logged ---------------------------------------------------------------------------
 
     def checked_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the shaped rewards, after a check that each score landed on its slot and nowhere else.
+        """Return the shaped rewards, after checking that each score is on its slot and nowhere else.
 
-        The check differentiates the rewards by the scores, so that ``shape_rewards`` is called once and may scale.
+        The check differentiates the rewards by the scores, so ``shape_rewards`` is called once and may scale scores.
         """
         slots = self.score_slots(rollout)
         if slots is None:
@@ -490,26 +456,26 @@ class OnPolicyModule(RolloutModule):
         return rewards.detach()
 
     def log_rollout(self, meter: Meter, norm: float, episodes: int, **further: float) -> dict[str, float]:
-        """Log one rollout, and steer the KL coefficient."""
+        """Log one rollout, and adapt the KL coefficient towards ``kl_target``."""
         means = super().log_rollout(meter, norm, episodes, kl_coef=self.kl_coef, **further)
-        # A KL that is not finite would stay in the coefficient, and a skipped update would not have been the last.
+        # A non-finite KL would make the coefficient non-finite for the rest of the run.
         if self.kl_target is not None and math.isfinite(means.get("kl", math.nan)):
             self.kl_coef = float(adapted_kl_coef(self.kl_coef, means["kl"], self.kl_target, self.kl_horizon, episodes))
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the KL coefficient with the counters."""
+        """Save the KL coefficient too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coef"] = self.kl_coef
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the KL coefficient."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
 
 
 def _contradictions(m: OnPolicyModule) -> dict[str, tuple[bool, str]]:
-    """Return whether one setting makes another meaningless, and the sentence that says so, by error code."""
+    """Return by error code whether two settings contradict each other, and the error's sentence."""
     high = 1 + (m.clip if m.clip_high is None else m.clip_high)
     return {
         "kl-without-gradient": (

@@ -1,4 +1,4 @@
-"""Which optimizer and learning-rate scheduler a run takes, and which of their settings a resumed run takes anew."""
+"""Make the optimizer and learning-rate scheduler of a run, and give a resumed run the settings asked for now."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SHORT_FORM = {
     "optimizer": ("learning_rate", "betas", "adam_eps", "weight_decay", "fused_optimizer"),
     "lr_scheduler": ("lr_schedule", "warmup"),
 }
-"""Settings of the default optimizer and of the default schedule: without effect where another one is given."""
+"""Settings that only the default optimizer, or the default schedule, reads."""
 
 MOVING = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "verbose"}
-"""What a scheduler counts, beside private attributes: no settings."""
+"""Attributes of a scheduler that are counters, not settings."""
 
 
 def refuse_both(module: AlignmentModule) -> None:
-    """Refuse an optimizer, or a scheduler, beside settings of the default one.
+    """Refuse an optimizer, or a scheduler, together with settings of the default one.
 
     Raises:
         SettingError: ``optimizer-and-short-form``.
@@ -44,14 +44,13 @@ def refuse_both(module: AlignmentModule) -> None:
             listed = ", ".join(f"model.{name}={getattr(module, name)}" for name in given)
             raise SettingError(
                 "optimizer-and-short-form",
-                f"model.{replacement} is given, and so is {listed}, which only the default {replacement} reads: give "
-                f"it to model.{replacement}.init_args instead, and leave model.{given[0]} at its default "
-                f"{defaults[given[0]]}",
+                f"model.{replacement} is given together with {listed}, which only the default {replacement} reads: set "
+                f"it in model.{replacement}.init_args, and leave model.{given[0]} at its default {defaults[given[0]]}",
             )
 
 
 def default_of(kind: type, name: str) -> Any:
-    """Return the default of a constructor's argument, looked for in the class and then in its bases."""
+    """Return the default of a constructor's argument, from the class or the first base that has it."""
     for base in kind.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if name in parameters:
@@ -64,10 +63,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def factory(spec: Any, setting: str) -> Callable[[Any], Any]:
-    """Return the function that makes an optimizer of weights, or a scheduler of an optimizer.
+    """Return the function that makes an optimizer from weights, or a scheduler from an optimizer.
 
     Args:
-        spec: a function, a class, its dotted path, or its ``class_path`` and ``init_args`` as a checkpoint keeps them.
+        spec: a function, a class, its dotted path, or its ``class_path`` and ``init_args`` as kept in a checkpoint.
         setting: name of the setting, for the error.
 
     Raises:
@@ -85,7 +84,7 @@ def made(spec: Any, setting: str, of: Any, kinds: tuple[type[Made], ...]) -> Mad
     """Make the optimizer, or the scheduler, that a setting asks for.
 
     Raises:
-        SettingError: ``no-optimizer``: something else came of it.
+        SettingError: ``no-optimizer``: it made something else.
     """
     found = factory(spec, setting)(of)
     if not isinstance(found, kinds):
@@ -100,12 +99,7 @@ def made(spec: Any, setting: str, of: Any, kinds: tuple[type[Made], ...]) -> Mad
 
 
 def asked(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Return the settings of a fresh optimizer and its scheduler as plain data, to be compared when a run is resumed.
-
-    Args:
-        optimizer: the optimizer; its groups already have the ``initial_lr`` that a scheduler notes.
-        scheduler: the scheduler, no step taken; None where there is none.
-    """
+    """Return the settings of a new optimizer and its scheduler as plain data, to compare them when a run is resumed."""
     groups = [
         {name: _plain(value) for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         | {"lr": _plain(group.get("initial_lr", group["lr"]))}
@@ -122,7 +116,7 @@ def asked(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
 
 
 def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Refuse to resume with another optimizer or scheduler: its state is not the other's.
+    """Refuse to resume with another class of optimizer or scheduler.
 
     Raises:
         StateError: ``another-optimizer``.
@@ -131,20 +125,20 @@ def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         if now[part] != before[part]:
             raise StateError(
                 "another-optimizer",
-                f"the checkpoint was trained with the {part} {before[part]}, and this run has {now[part]}, whose state "
-                "is another: resume with the same class, or start a new run from the exported model (model.init_from)",
+                f"the checkpoint was trained with the {part} {before[part]}, whose state {now[part]} cannot take: "
+                "resume with the same class, or start a new run from the exported model (model.init_from)",
             )
 
 
 def take_new_settings(optimizer: Optimizer, scheduler: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Give a resumed optimizer and scheduler the settings that are asked for now; moments and counts stay.
+    """Give a restored optimizer and scheduler the settings asked for now; moments and counters stay.
 
-    A setting that is asked for as before is left alone, so that an unchanged run is resumed bit for bit. The default
-    schedule computes its learning rate from the new peak; another scheduler's is scaled with the peak.
+    Unchanged settings are left alone, so that an unchanged run is resumed bit for bit. The default schedule computes
+    its learning rate from the new peak; the learning rate of another scheduler is scaled with the peak.
 
     Args:
-        optimizer: the optimizer, its state restored.
-        scheduler: its scheduler, restored; None where there is none.
+        optimizer: the restored optimizer.
+        scheduler: its restored scheduler, or None.
         now: `asked` of this run.
         before: `asked` of the run that wrote the checkpoint.
     """
@@ -152,7 +146,7 @@ def take_new_settings(optimizer: Optimizer, scheduler: Any, now: Mapping[str, An
         changed = {name: value for name, value in now["schedule"].items() if before["schedule"].get(name) != value}
         for name, value in changed.items():
             setattr(scheduler, name, value)
-    groups = zip(optimizer.param_groups, now["groups"], before["groups"], strict=False)  # a callback may add further
+    groups = zip(optimizer.param_groups, now["groups"], before["groups"], strict=False)  # a callback may add groups
     for index, (group, new, old) in enumerate(groups):
         for name, value in new.items():
             if old.get(name) != value and name != "lr":
@@ -184,23 +178,23 @@ def _plain(value: Any) -> Any:
 
 
 def monitored(scheduler: ReduceLROnPlateau) -> str:
-    """Return the metric that a plateau scheduler looks at.
+    """Return the metric that a plateau scheduler monitors.
 
     Raises:
-        SettingError: ``plateau-without-monitor``: torch's own class does not say which.
+        SettingError: ``plateau-without-monitor``: torch's own class names none.
     """
     name = getattr(scheduler, "monitor", None)
     if name is None:
         raise SettingError(
             "plateau-without-monitor",
-            "torch's ReduceLROnPlateau does not say which metric it looks at: use "
+            "torch's ReduceLROnPlateau does not name the metric that it monitors: use "
             "lightning.pytorch.cli.ReduceLROnPlateau with monitor (for example val/loss)",
         )
     return str(name)
 
 
 def step_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:
-    """Show a plateau scheduler its metric after a validation.
+    """Step a plateau scheduler with its metric after a validation.
 
     Raises:
         SettingError: ``unknown-monitor``: validation does not log it.

@@ -41,47 +41,42 @@ from rlhf_lightning.training.invariants import Invariants
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.optimization import rows_of_step
-from rlhf_lightning.training.slots import on_device
 from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
-"""Grids of a forward that are fields of the rollout; others are slots."""
+"""Statistics that are fields of the rollout; all others are slots."""
 
 MINIBATCHES = 2**31
-"""Position at which an episode's place among minibatches is addressed: no completion is so long."""
+"""Position that addresses the random order of minibatches, beyond the length of any completion."""
 
 
 class RolloutModule(AlignmentModule):
-    """Base of the stages that sample, have their samples judged, and learn from them.
+    """Base of the stages that sample completions, have them judged, and learn from them.
 
-    A family overrides ``learn``; sampling, scoring, minibatches, logging and checkpoints are here. The completions of
-    episode e are a function of the weights, the seed and e alone.
-
-    A training step is: ``collect`` (``draw``, then ``statistics``), ``learn`` over ``minibatches``, ``log_rollout``,
-    ``on_rollout_end``. What a user may override: ``draw``, ``shape_judgements``, ``learn``, ``check_rollout``,
+    A family overrides ``learn``. A training step is: ``collect`` (``draw``, then ``statistics``), ``learn`` over
+    ``minibatches``, ``log_rollout``, ``on_rollout_end``. The completion of episode e is a function of the weights, the
+    seed and e alone. What a user may override: ``draw``, ``shape_judgements``, ``learn``, ``check_rollout``,
     ``measure_rollout``, ``minibatch_units``, ``further_losses``, ``on_rollout_end``.
 
     Args:
-        scorer: what scores completions: a reward model's folder, an importable function
-            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args. A completion
-            whose score is None teaches nothing; ``FaultTolerant`` makes one of a scorer's faults.
-        max_new_tokens: longest completion, tokens.
-        temperature: of sampling and of every log-probability.
-        sampling_batch_size: completions decoded side by side, waiting prompts taking the place of finished ones; None
-            decodes a whole rollout at once.
-        engine: what samples, by class_path and init_args, in training, validation and sample tables; None samples in
+        scorer: scores completions: a reward model's folder, an importable function
+            ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args. Completions
+            with score None are not learned from.
+        max_new_tokens: maximum length of a completion, tokens.
+        temperature: softmax temperature of sampling and of all log-probabilities.
+        sampling_batch_size: completions decoded at the same time (continuous batching); null decodes all at once.
+        engine: sampling engine of training, validation and sample tables, by class_path and init_args; null samples in
             this process.
-        reuse_behaviour_logprobs: take log-probabilities and entropies as sampling found them and spare a forward of the
-            policy, in fp32 and on whole weights; the ratio before the first update is then 1 up to rounding.
+        reuse_behaviour_logprobs: take log-probabilities and entropies from sampling and save a forward of the policy;
+            only in fp32 and on unsharded weights. The first ratio is then 1 up to rounding.
         ppo_epochs: passes over each rollout.
-        mini_batch_size: episodes of one optimizer step over all ranks; None takes the whole rollout.
-        early_stop_kl: leave a rollout's epochs once the approximate KL to the old policy exceeds 1.5 times this, nats
-            per token; None never does.
-        missing_eos_score: score of a completion that did not end by itself, in place of the scorer's; None keeps the
-            scorer's.
-        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
-        on_violation: what happens when a rollout breaks what must hold (a ratio of 1 before the first update, one score
-            a completion ...): "raise", or "warn" and go on.
+        mini_batch_size: episodes of one optimizer step over all ranks; null takes the whole rollout.
+        early_stop_kl: end a rollout's updates when the approximate KL to the old policy exceeds 1.5 times this, nats
+            per token; null never does.
+        missing_eos_score: replaces the score of a completion without an end token; null keeps the scorer's.
+        missing_eos_penalty: subtracted from the score of a completion without an end token.
+        on_violation: "raise" or "warn" when a rollout violates an invariant, such as a ratio of 1 before the first
+            update.
     """
 
     batch_type = PromptBatch
@@ -101,7 +96,7 @@ class RolloutModule(AlignmentModule):
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
     sampler_correction: CorrectionName | None = None
-    """How a family corrects for a sampling engine whose log-probabilities differ from the trainer's; None for not."""
+    """Correction for a sampling engine whose log-probabilities differ from the trainer's; None for no correction."""
 
     def __init__(
         self,
@@ -141,7 +136,7 @@ class RolloutModule(AlignmentModule):
 
     @property
     def scorer(self) -> Scorer:
-        """What scores completions; loaded on first use."""
+        """The scorer, loaded on first use."""
         return self.collector.scorer
 
     def load_models(self) -> None:
@@ -150,16 +145,16 @@ class RolloutModule(AlignmentModule):
         self.load_reference_and_scorer()
 
     def load_reference_and_scorer(self) -> None:
-        """Load what stays frozen: the reference, unless the policy's backbone is it, and the scorer."""
+        """Load the frozen reference and the scorer."""
         self._check_engine()
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings)
-        # A scorer that cannot be loaded should fail now, not after the first rollout.
+        # A scorer that cannot be loaded fails now rather than after the first rollout.
         self.scorer.load_beside(self.policy if self.device_mesh is None else None, self.load_settings)
         self.invariants.exact = self.load_settings.is_exact
 
     def _check_engine(self) -> None:
-        """Refuse an engine with numbers of its own where nothing corrects for them."""
+        """Refuse an engine whose log-probabilities differ from the trainer's if nothing corrects for them."""
         engine = self.collector.engine
         self.invariants.own_sampler = engine.exact
         if engine.exact:
@@ -167,18 +162,18 @@ class RolloutModule(AlignmentModule):
         if not engine.reports_logprobs:
             raise SettingError(
                 "engine-without-logprobs",
-                f"{type(engine).__name__} does not say how likely its own draws were: it serves evaluation, but there "
-                "is nothing to correct a gradient by",
+                f"{type(engine).__name__} does not report log-probabilities, so gradients cannot be corrected for it: "
+                "use it for evaluation only",
             )
         if self.sampler_correction is None:
             raise SettingError(
                 "uncorrected-engine",
-                f"{type(engine).__name__} draws with other numbers than the trainer's, and {type(self).__name__} does "
+                f"{type(engine).__name__} has other log-probabilities than the trainer, and {type(self).__name__} does "
                 "not correct for them: set model.sampler_correction (token_truncate is usual), or leave engine out",
             )
 
     def frozen_models(self) -> Sequence[nn.Module]:
-        """The reference, and the networks that the scorer holds."""
+        """The reference, and the scorer's networks."""
         return (*super().frozen_models(), *self.scorer.models)
 
     def place_frozen_models(self) -> None:
@@ -195,7 +190,7 @@ class RolloutModule(AlignmentModule):
     # -- one rollout --------------------------------------------------------------------------------------------------
 
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
-        """Collect one rollout and take all its updates."""
+        """Collect one rollout and make all its updates."""
         meter, self.limits = Meter(), step.limits
         rollout = self.collect(*step.micro_batches)
         norm = self.learn(rollout, prompts_of(rollout, step.micro_batches[0]), meter)
@@ -206,8 +201,8 @@ class RolloutModule(AlignmentModule):
         self._end_rollout(rollout, means)
 
     def collect(self, *batches: PromptBatch) -> Rollout:
-        """Sample completions, have them judged, and take the statistics that the rollout's updates start from."""
-        self.scorer.take_metrics()  # of completions that belong to no rollout, such as a sample table's
+        """Sample completions, have them judged, and compute the statistics that updates start from."""
+        self.scorer.take_metrics()  # drop metrics of completions outside a rollout, such as a sample table's
         samples = self.draw(batches)
         grids = self.statistics(samples)
         batch, mask, device = samples.batch, grids["completion_mask"], grids["logprobs"].device
@@ -238,41 +233,41 @@ class RolloutModule(AlignmentModule):
             row_ids=tuple(batch.row_ids),
             extras={
                 **{name: values for name, values in grids.items() if name not in FIELDS},
-                **on_device(batch.extras, device),
+                **self.slots_of(batch),
             },
         )
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample a completion for each prompt and have it judged. A family that chooses among samples overrides this.
+        """Sample a completion for each prompt and have it judged.
 
         Args:
-            batches: prompts of the rollout; further batches are candidates for families that need more.
+            batches: prompts of the rollout; further batches are candidates for families that choose among samples.
         """
         return self.collector.draw(self.policy, self.tokenizer, batches[0])
 
     def shape_judgements(self, judged: Judgements) -> Judgements:
         """Return the judgements that are learned from, given the scorer's own of one or more completions.
 
-        The place to mix the parts of a judgement into its score: missing_eos_score, missing_eos_penalty and baselines
-        look at what is returned here. Called in training and in validation.
+        Mix the parts of a judgement into its score here: missing_eos_score, missing_eos_penalty and baselines apply to
+        what is returned. Called in training and validation.
         """
         return judged
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
-        """Take all updates of a rollout; return the gradient norm of the last.
+        """Make all updates of a rollout; return the gradient norm of the last.
 
         Args:
             rollout: this rank's episodes.
-            batch: their prompts, and the text that is mixed in beside them.
-            meter: takes the metrics of the rollout and of its updates.
+            batch: their prompts, and pretraining text to mix in.
+            meter: collects the metrics of the rollout and its updates.
         """
         raise undefined(self, "learn")
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Move the module's own state after a training rollout and its updates; see `Scorer.on_rollout_end`."""
+        """Update the module's own state after a training rollout; see `Scorer.on_rollout_end`."""
 
     def _end_rollout(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Tell module, scorer, DataModule and callbacks that a training rollout has ended."""
+        """Call ``on_rollout_end`` of module, scorer, DataModule and callbacks."""
         self.on_rollout_end(rollout, means)
         self.scorer.on_rollout_end(rollout, means)
         datamodule = attached_datamodule(self.trainer)
@@ -283,9 +278,10 @@ class RolloutModule(AlignmentModule):
                 callback.on_rollout_end(self.trainer, self, rollout, means)
 
     def statistics(self, samples: Samples) -> dict[str, Tensor]:
-        """Return what is to be known of sampled completions, one (episodes, length) grid for each name.
+        """Compute per-token statistics of sampled completions; each value has shape (episodes, length).
 
-        The models forward them as training will, without gradient; the policy unless sampling has said it all.
+        The models forward the completions as in training, without gradient. The policy is not forwarded if sampling
+        has reported everything.
         """
         sequences, known = samples.sequences, self.sampler_stats_suffice(samples)
         idle = partial(self.forward_statistics, free_layout().to(self.device), not known)
@@ -304,8 +300,8 @@ class RolloutModule(AlignmentModule):
     def sampler_stats_suffice(self, samples: Samples) -> bool:
         """Whether the sampler's log-probabilities and entropies replace a forward of the policy.
 
-        Not in lower precisions, whose rounding would move the ratio from 1; nor where weights are sharded, which
-        make their passes together.
+        They do not in lower precision, where rounding would move the ratio from 1, nor with sharded weights, where all
+        ranks must make the same passes.
         """
         exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
         asks_more = self.hidden_layers or type(self).token_statistics is not AlignmentModule.token_statistics
@@ -313,11 +309,11 @@ class RolloutModule(AlignmentModule):
         return self.reuse_behaviour_logprobs and known and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """Cut episodes into micro-batches by the step's limits, in training as for a rollout's statistics."""
+        """Cut episodes into micro-batches within the step's limits."""
         return cut_sequences(sequences, rows, self.limits, self.packs_rows)
 
     def forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
-        """Return what one forward of the reference, and one of the policy, say about a micro-batch."""
+        """Forward a micro-batch through policy and reference, and return their per-token statistics."""
         grids = {"completion_mask": layout.completion_mask}
         if with_policy:
             outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=True)
@@ -332,10 +328,10 @@ class RolloutModule(AlignmentModule):
     # -- updates ------------------------------------------------------------------------------------------------------
 
     def minibatches(self, rollout: Rollout, meter: Meter) -> Iterator[list[int]]:
-        """Yield this rank's rows of each minibatch of each epoch, until the policy has moved too far."""
+        """Yield this rank's rows of each minibatch of each epoch, until ``early_stop_kl`` ends the rollout."""
         for epoch in range(self.ppo_epochs):
             for number, rows in enumerate(self._epoch(rollout, epoch)):
-                self._untouched = epoch == number == 0  # the policy is still the one that sampled
+                self._untouched = epoch == number == 0  # the policy has not changed since sampling
                 yield rows
                 if self._should_stop(meter):
                     return
@@ -352,16 +348,15 @@ class RolloutModule(AlignmentModule):
             yield [row for unit in order[start : start + size] if unit in mine for row in mine[unit]]
 
     def minibatch_units(self, rollout: Rollout) -> dict[int, list[int]]:
-        """Return rows that no minibatch may part, by a number that no other rank has: here single episodes."""
+        """Return rows that stay in one minibatch, keyed by a number unique over ranks: here single episodes."""
         assert rollout.episodes is not None
         return {int(episode): [row] for row, episode in enumerate(rollout.episodes)}
 
     def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return losses on other text than the rollout's, as functions, to be divided by ``count`` like the rest."""
+        """Return losses on other text than the rollout's, as functions; they too are divided by ``count``."""
         return []
 
     def _should_stop(self, meter: Meter) -> bool:
-        """Whether the policy has moved far enough from the one that sampled; all ranks decide alike."""
         if self.early_stop_kl is None:
             return False
         moved = meter.means(self.trainer.strategy)["last_approx_kl"]
@@ -375,14 +370,14 @@ class RolloutModule(AlignmentModule):
     # -- what must hold, and what is measured -------------------------------------------------------------------------
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check a rollout before anything is learned from it."""
+        """Check the invariants of a rollout before its updates."""
         self.invariants.check_lengths(rollout)
         self.invariants.check_sampler(rollout)
         if self.updates == 0:
             self.invariants.check_first_kl(rollout)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add what describes the rollout itself, before any update, in training and in validation."""
+        """Add metrics of the rollout itself, before any update, in training and validation."""
         measure_samples(meter, rollout)
         if rollout.entropy is not None:
             meter.add("rollout/entropy", rollout.entropy, rollout.completion_mask)
@@ -393,14 +388,14 @@ class RolloutModule(AlignmentModule):
             meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
 
     def measure_update(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
-        """Add how far the update has moved the policy from the one that sampled."""
+        """Add the KL and ratio of the current policy to the one that sampled."""
         now, old, mask = logprobs.logprobs.detach(), logprobs.old_logprobs, logprobs.completion_mask
         for name in ("approx_kl",) if self.early_stop_kl is None else ("approx_kl", "last_approx_kl"):
             meter.add(name, approx_kl(now, old), mask)
         meter.add("ratio", (now - old).exp(), mask)
 
     def log_rollout(self, meter: Meter, norm: float, episodes: int, **further: float) -> dict[str, float]:
-        """Log one rollout at x = updates; return its means over all ranks, without the prefix ``rollout/``."""
+        """Log one rollout at x = updates; return its means over ranks without the prefix ``rollout/``."""
         means = meter.means(self.trainer.strategy)
         rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
@@ -411,7 +406,7 @@ class RolloutModule(AlignmentModule):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
-        """Sample and score held-out prompts, and measure the KL to the reference on them."""
+        """Sample and score held-out prompts, and measure the KL to the reference."""
         self.limits = step.limits
         with unmoved(self.scorer):
             for batch in step.micro_batches:
@@ -432,12 +427,12 @@ class RolloutModule(AlignmentModule):
         return export_policy(self.policy, self.tokenizer, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the scorer's state with the counters."""
+        """Save the scorer's state too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["scorer"] = of_all_ranks(self, self.scorer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it; an export goes without the scorer."""
+        """Restore the scorer's state."""
         super().on_load_checkpoint(checkpoint)
         (rank, ranks), states = rank_of(self), checkpoint["scorer"]
         if any(states):

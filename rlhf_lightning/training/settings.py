@@ -1,4 +1,4 @@
-"""Ranges of settings, which each class states for its own, and contradictions between settings."""
+"""Check settings: the range of each, stated by its class, and contradictions between settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def check_ranges(kind: type, settings: Mapping[str, Any]) -> None:
     """Refuse settings outside the ranges that a class and its bases state.
 
     Args:
-        kind: class whose ``ranges`` map names of settings to intervals, such as "(0, inf)" or "[0, 0.5)".
-        settings: values by name, numbers or tuples of numbers; others, and settings without a range, are accepted.
+        kind: its ``ranges`` map names of settings to intervals, such as "(0, inf)" or "[0, 0.5)".
+        settings: values by name; only numbers and tuples of numbers are checked.
 
     Raises:
-        SettingError: a value lies outside its interval, or is NaN.
+        SettingError: ``setting-out-of-range``: a value lies outside its interval, or is NaN.
     """
     ranges: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -33,10 +33,10 @@ def refuse_contradictions(contradictions: Mapping[str, tuple[bool, str]]) -> Non
     """Refuse settings that contradict each other.
 
     Args:
-        contradictions: whether settings contradict each other and the sentence that says so, by error code.
+        contradictions: by error code, whether the settings contradict each other, and the error's sentence.
 
     Raises:
-        SettingError: under the code of the first contradiction.
+        SettingError: with the code of the first contradiction.
     """
     for code, (contradicts, sentence) in contradictions.items():
         if contradicts:

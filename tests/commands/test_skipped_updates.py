@@ -50,9 +50,7 @@ def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, 
     settings = ["--model.poison", "[0, 4, 5, 6]", "--model.masked", masked, "--checkpoint.every_n_updates", "2"]
     assert rlhf(["fit", *POISONED, *settings]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(
-        "rlhf: loss or gradient of 3 updates in a row, the last of them update 7, is NaN or infinite"
-    )
+    assert said.startswith("rlhf: non-finite loss or gradient in 3 consecutive updates (last: 7)")
     assert "the last good checkpoint is runs/poisoned/version_0/checkpoints/update_000006.ckpt" in said
     folder = Path("runs/poisoned/version_0")
     assert [row["rows"] for row in rows_of(folder / "skipped_updates.jsonl")] == [[0, 1], [8, 9], [10, 11], [12, 13]]

@@ -19,5 +19,5 @@ def test_ranks_skip_and_stop_alike(pool: RankPool, policy_folder: str, strategy:
     assert all(torch.equal(first[name], second[name]) for name in first)
     answers = pool.run(2, "skip", **case, poison=[1, 2, 3])
     for answer in answers:
-        assert answer["failure"].startswith("DivergenceError: loss or gradient of 3 updates in a row")
+        assert answer["failure"].startswith("DivergenceError: non-finite loss or gradient in 3 consecutive updates")
         assert (answer["skipped"], answer["updates"]) == (3, 4)

@@ -53,9 +53,9 @@ def test_fp16_names_bf16(precision: str) -> None:
     assert "use bf16-mixed" in refused(SingleDeviceStrategy("cpu"), 1, precision=precision)
 
 
-def test_quantised_weights_are_not_cut() -> None:
-    reason = rules.refused_quantization("ModelParallelStrategy", "nf4")
-    assert reason is not None and "nf4" in reason and "Use ddp" in reason
+def test_quantised_weights_are_not_sharded() -> None:
+    module = DPOModule(init_from="none", quantization="nf4", lora={"r": 2})
+    assert "nf4 weights cannot be sharded" in refused(ModelParallelStrategy(**SIZES), 2, module)
     assert rules.refused_quantization("ddp", "nf4") is None
     assert rules.refused_quantization("ModelParallelStrategy", None) is None
 
@@ -67,7 +67,7 @@ def test_the_mesh_must_be_the_ranks() -> None:
     assert "set data_parallel_size=3 and tensor_parallel_size=1" in refused(uneven, 3)
 
 
-def test_matrices_are_cut_where_a_plan_says_how(tmp_path: Path) -> None:
+def test_matrices_are_sharded_where_a_plan_says_how(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "llama")
     two = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     check(trainer_with(two, 2), DPOModule(init_from=folder), SimpleNamespace(batch_size=4))

@@ -300,7 +300,7 @@ def test_max_steps_within_an_epoch_ends_with_a_validation(policy_folder: str, fa
 def test_max_steps_without_a_validation_says_so(policy_folder: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trained("sft", policy_folder, max_steps=3, max_epochs=-1, check_val_every_n_epoch=2)
-    assert "max_steps=3 has ended the run after update 3, which was not validated" in caplog.text
+    assert "max_steps=3 ended the run after update 3, which was not validated" in caplog.text
 
 
 # -- callbacks and loggers --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_models import (
     MetricsLog,
     demonstration_step,
@@ -28,7 +28,7 @@ from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.training.precision import settled_precision
+from rlhf_lightning.training.compatibility import settled_precision
 from rlhf_lightning.types import Loss, PreferenceLogprobs
 
 LORA = LoraSettings(r=4)
@@ -141,10 +141,7 @@ def test_a_small_update_is_not_lost(policy_folder: str, tmp_path: Path) -> None:
     assert all(1e-6 < drift < 1e-4 for drift in drifted)
 
 
-def test_quantised_weights_cannot_be_sharded() -> None:
-    trainer: Any = SimpleNamespace(precision="32-true", strategy=ModelParallelStrategy(data_parallel_size=2))
+def test_quantised_weights_are_made_where_they_stay() -> None:
+    trainer: Any = SimpleNamespace(precision="32-true", strategy=SingleDeviceStrategy(torch.device("cpu")))
     settings = LoadSettings(quantization="nf4")
-    with pytest.raises(ValueError, match="quantization=nf4 cannot be sharded: use strategy ddp or a single device"):
-        settled_precision(trainer, settings, trains_adapter=True, fits=True)
-    trainer.strategy = SingleDeviceStrategy(torch.device("cpu"))
     assert settled_precision(trainer, settings, trains_adapter=True, fits=True) == settings
