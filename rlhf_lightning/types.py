@@ -1,16 +1,15 @@
-"""The glossary: what travels between data, models, losses and modules, as small typed tuples.
+"""The glossary: the typed tuples that data, models, losses and modules exchange.
 
-Shapes use these letters throughout the package: ``rows`` completions of a batch, ``length`` completion tokens (padded
-on the right with zeros), ``pairs`` preference pairs, ``groups`` prompts with several completions.
+Shapes: ``rows`` completions of a batch, ``length`` completion tokens (padded on the right with zeros), ``pairs``
+preference pairs, ``groups`` prompts with several completions. Two invariants hold everywhere:
 
-Two invariants hold everywhere and make the properties below one-liners:
+* a ``*_logprobs`` tensor is exactly 0 where its mask is False, so its sum over ``length`` is the sequence
+  log-probability;
+* masks are made from lengths, not from pad ids, and are True on completion tokens up to and including the end token.
 
-* a ``*_logprobs`` tensor is exactly 0 where its mask is False: its sum over ``length`` is the sequence log-probability;
-* masks come from lengths and are True on completion tokens up to and including the end token, never from pad ids.
-
-``extras`` are the slots of an objective: tensors that no field names, with one value for each row or each completion
-token. They come from columns of the data (``data_columns``), per-token statistics (``token_statistics``), and scorers.
-Micro-batches, packing, ranks and minibatches treat them as fields.
+``extras`` are the slots of an objective: further tensors by name, with one value for each row or completion token. They
+come from columns of the data (``data_columns``), per-token statistics (``token_statistics``), and scorers.
+Micro-batching, packing, ranks and minibatches treat them like fields.
 """
 
 from __future__ import annotations
@@ -28,19 +27,18 @@ and ``weight`` (of its tokens in the loss, 1 unless given). The first turn holds
 """
 
 Prompt = str | list[Message]
-"""What is given to the policy: plain text, or the turns of a conversation."""
+"""A prompt: plain text, or the turns of a conversation."""
 
 
 class Sequences(NamedTuple):
-    """Prompts and the completions that hang on them, ragged: nothing is padded before ``models.layout``.
+    """Prompts and their completions, ragged: ``models.layout`` pads or packs them.
 
     Attributes:
         prompts: token ids of each prompt, int64, each of shape (prompt tokens,).
         completions: token ids of each completion, int64, each of shape (completion tokens,).
-        parents: for each completion the index of its prompt.
-        supervised: for each completion a bool mask over its tokens: True where a loss may look. False on the user
-            turns inside a multi-turn demonstration; all True for a sampled or compared completion; True on the ends of
-            judged steps alone.
+        parents: index of each completion's prompt.
+        supervised: bool mask over each completion's tokens, True on tokens that a loss may read: all tokens of a
+            sampled or compared completion, the assistant turns of a demonstration, the last tokens of judged steps.
     """
 
     prompts: tuple[Tensor, ...]
@@ -60,7 +58,7 @@ class DemonstrationBatch(NamedTuple):
     Attributes:
         sequences: the demonstrations.
         weights: weight of each demonstration, shape (rows,).
-        extras: slots by name, see the module's text; shape (rows,).
+        extras: slots, shape (rows,).
     """
 
     sequences: Sequences
@@ -69,14 +67,14 @@ class DemonstrationBatch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Pairs: completions ``0 .. pairs-1`` are chosen, ``pairs .. 2*pairs-1`` rejected; both halves share their prompts.
+    """Pairs: completions ``0 .. pairs-1`` are chosen, ``pairs .. 2*pairs-1`` rejected, of the same prompts.
 
     Attributes:
         sequences: prompts, and chosen completions stacked on rejected ones.
-        target: probability that chosen is the better one, shape (pairs,); 1 for a plain label, 0.5 for a tie.
+        target: probability that chosen is better, shape (pairs,); 1 for a plain label, 0.5 for a tie.
         margin: rated strength of the preference, shape (pairs,); 0 where unrated.
         weights: weight of each pair, shape (pairs,).
-        extras: slots by name, see the module's text; shape (pairs,).
+        extras: slots, shape (pairs,).
     """
 
     sequences: Sequences
@@ -87,15 +85,15 @@ class PreferenceBatch(NamedTuple):
 
 
 class RankedBatch(NamedTuple):
-    """Groups of two or more completions of one prompt with their ranks; a pair is a group of two.
+    """Groups of two or more ranked completions of one prompt; a pair is a group of two.
 
     Attributes:
         sequences: prompts (one a group) and their completions.
-        ranks: rank of each completion within its group, 0 is best, equal ranks are ties; int64, shape (completions,).
-        target: for groups of two, the probability that the better ranked is better, else 1; shape (groups,).
+        ranks: rank of each completion in its group, 0 is best, equal ranks are ties; int64, shape (completions,).
+        target: in groups of two, the probability that the better ranked is better, otherwise 1; shape (groups,).
         margin: rated strength of the preference, 0 where unrated; shape (groups,).
         weights: weight of each group, shape (groups,).
-        extras: slots by name, see the module's text; shape (groups,).
+        extras: slots, shape (groups,).
     """
 
     sequences: Sequences
@@ -107,14 +105,14 @@ class RankedBatch(NamedTuple):
 
 
 class ProcessBatch(NamedTuple):
-    """Completions whose steps were judged one by one, one completion per prompt.
+    """Completions with judged steps, one completion per prompt.
 
     Attributes:
-        sequences: the completions; ``supervised`` is True on the last token of each judged step and nowhere else.
-        labels: for each completion the probability that each judged step is right, in order, each of shape (judged
-            steps,); 0 or 1 for plain labels.
+        sequences: the completions; ``supervised`` is True only on the last token of each judged step.
+        labels: probability that each judged step is right, one tensor of shape (judged steps,) per completion; 0 or 1
+            for plain labels.
         weights: weight of each completion, shape (rows,).
-        extras: slots by name, see the module's text; shape (rows,).
+        extras: slots, shape (rows,).
     """
 
     sequences: Sequences
@@ -124,15 +122,15 @@ class ProcessBatch(NamedTuple):
 
 
 class UnpairedBatch(NamedTuple):
-    """Completions that were each judged alone, one per prompt.
+    """Completions judged alone, one per prompt.
 
     Attributes:
         sequences: the judged completions.
-        mismatched: each prompt with a completion that was given to another one, paired when the data was made (KTO's
-            estimate of how far the policy is from the reference); None where the module does not ask for it.
-        desirable: bool, True where the completion was judged good, shape (rows,).
+        mismatched: each prompt with the completion of another prompt, for KTO's estimate of the KL; None unless the
+            module asks for it.
+        desirable: bool, True if the completion was judged good, shape (rows,).
         weights: weight of each row, shape (rows,).
-        extras: slots by name, see the module's text; shape (rows,).
+        extras: slots, shape (rows,).
     """
 
     sequences: Sequences
@@ -143,17 +141,16 @@ class UnpairedBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Prompts to answer, and everything a scorer may want to know about them.
+    """Prompts to answer, with the columns that a scorer may need.
 
     Attributes:
         prompts: token ids of each prompt, rendered with the generation prompt; int64, each (prompt tokens,).
-        texts: each prompt as the data gave it: plain text or messages.
-        columns: the further columns of the data, each a list with one value per prompt (``answer``, ``category`` ...).
-        episodes: number of each prompt's episode in the run; sampling is addressed by it. int64, shape (prompts,).
-        group: index of the distinct prompt each row answers; equal for the samples of one group. int64, shape
-            (prompts,).
-        pretraining: text to mix into the policy's updates (PPO-ptx); None where none is mixed.
-        extras: slots by name, see the module's text; shape (prompts,).
+        texts: each prompt as given by the data: plain text or messages.
+        columns: further columns of the data, each a list with one value per prompt (``answer``, ``category`` ...).
+        episodes: number of each prompt's episode in the run, which addresses its random numbers; int64, (prompts,).
+        group: index of the distinct prompt of each row, equal for the samples of one group; int64, (prompts,).
+        pretraining: text to mix into the policy's updates (PPO-ptx), or None.
+        extras: slots, shape (prompts,).
     """
 
     prompts: tuple[Tensor, ...]
@@ -199,12 +196,11 @@ class TakesData(Protocol):
 
 
 class MicroBatchLimits(NamedTuple):
-    """Bounds of one forward and backward pass on a rank. They change memory and speed, and no gradient.
+    """Bounds of one forward and backward pass on a rank. They change memory and speed, but no gradient.
 
     Attributes:
-        micro_batch_size: most rows (demonstrations, pairs, groups, episodes); None for no bound.
-        max_tokens: most tokens, padding included where rows are not packed; a longer single row stands alone. None for
-            no bound.
+        micro_batch_size: most rows (demonstrations, pairs, groups, episodes), or None.
+        max_tokens: most tokens, including padding if rows are not packed; a longer row stands alone. None for no bound.
     """
 
     micro_batch_size: int | None = None
@@ -217,18 +213,17 @@ Batch = TypeVar("Batch")
 
 
 class Step(NamedTuple, Generic[Batch]):
-    """What a DataLoader yields for one optimizer step: this rank's share, already cut into micro-batches.
+    """One item of a DataLoader: this rank's share of an optimizer step, cut into micro-batches.
 
-    A step of prompts is one rollout. Its micro-batches hold prompts to sample for; the module cuts what it sampled by
-    ``limits``.
+    A step of prompts is one rollout; the module cuts its samples within ``limits``.
 
     Attributes:
         micro_batches: batches that each fit in memory; every rank gets the same number.
         rows: rows (pairs, groups, prompts) of this step over all ranks and micro-batches.
         tokens: supervised completion tokens of this step over all ranks and micro-batches.
-        row_ids: numbers of those rows, counted from 0 among the ones that the data kept; of prompts once each, however
-            many samples they get; empty for a stream, which numbers nothing.
-        limits: bounds of each forward pass; fixed data is cut by them already.
+        row_ids: numbers of those rows among the rows that the data kept, from 0; a prompt with several samples counts
+            once. Empty for a stream.
+        limits: bounds of each forward pass; fixed data is cut already.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -245,7 +240,7 @@ class TokenLogprobs(NamedTuple):
         logprobs: shape (rows, length), 0 where ``completion_mask`` is False.
         completion_mask: bool, shape (rows, length).
         weights: weight of each row, shape (rows,).
-        extras: slots by name, see the module's text; shape (rows,) or (rows, length).
+        extras: slots, shape (rows,) or (rows, length).
     """
 
     logprobs: Tensor
@@ -265,12 +260,10 @@ class TokenLogprobs(NamedTuple):
 
 
 class DistillationLogits(NamedTuple):
-    """What a divergence of a student from its teacher may look at, for some completion tokens, over the vocabulary that
-    both share.
+    """Input of a distillation loss: logits of some completion tokens over the shared vocabulary.
 
     Attributes:
-        student_logits: the student's logits of the next token, with gradient, fp32 or wider, shape (tokens,
-            vocabulary).
+        student_logits: the student's logits, with gradient, fp32 or wider, shape (tokens, vocabulary).
         teacher_logits: the teacher's, without gradient, same shape.
         targets: id of each completion token, int64, shape (tokens,).
     """
@@ -281,19 +274,19 @@ class DistillationLogits(NamedTuple):
 
 
 class PreferenceLogprobs(NamedTuple):
-    """What a loss on preference pairs may look at. Token tensors are (pairs, length) and 0 under the mask.
+    """Input of a loss on preference pairs. Token tensors have shape (pairs, length) and are 0 outside the mask.
 
     Attributes:
         policy_chosen_logprobs: the policy's log-probabilities of the chosen completions.
         policy_rejected_logprobs: the policy's log-probabilities of the rejected completions.
-        reference_chosen_logprobs: the reference's, without gradient; None where the module has no reference.
-        reference_rejected_logprobs: the reference's, without gradient; None where the module has no reference.
+        reference_chosen_logprobs: the reference's, without gradient; None without a reference.
+        reference_rejected_logprobs: the reference's, without gradient; None without a reference.
         chosen_mask: bool, True on the chosen completion's tokens.
         rejected_mask: bool, True on the rejected completion's tokens.
-        target: probability that chosen is the better one, shape (pairs,).
+        target: probability that chosen is better, shape (pairs,).
         rated_margin: rated strength of the preference, 0 where unrated, shape (pairs,).
         weights: weight of each pair, shape (pairs,).
-        extras: slots by name, see the module's text; shape (pairs,) or (pairs, length). Slots of one side are
+        extras: slots, shape (pairs,) or (pairs, length). Slots of one side are
             ``chosen_NAME`` and ``rejected_NAME``.
     """
 
@@ -309,7 +302,7 @@ class PreferenceLogprobs(NamedTuple):
     extras: Mapping[str, Tensor] = {}
 
     def swapped(self) -> PreferenceLogprobs:
-        """Return the same pairs with chosen and rejected exchanged, slots of one side included; p becomes 1 - p."""
+        """Return the pairs with chosen and rejected exchanged, including their slots; the target becomes 1 - target."""
         fields = {_other_side(name): value for name, value in self._asdict().items()}
         extras = {_other_side(name): value for name, value in self.extras.items()}
         return PreferenceLogprobs(**{**fields, "target": 1 - self.target, "extras": extras})
@@ -349,7 +342,7 @@ class PreferenceLogprobs(NamedTuple):
 
     @property
     def chosen_logratio(self) -> Tensor:
-        """log policy(chosen) - log reference(chosen), shape (pairs,); without a reference the first term alone."""
+        """log policy(chosen) - log reference(chosen), shape (pairs,); without a reference only the first term."""
         policy = self.chosen_sequence_logprobs
         return policy if self.reference_chosen_logprobs is None else policy - self.reference_chosen_logprobs.sum(-1)
 
@@ -374,23 +367,23 @@ class PreferenceLogprobs(NamedTuple):
 
 
 def _other_side(name: str) -> str:
-    """Return the name of the field or slot that has the same of the other completion of a pair."""
+    """Return the corresponding field or slot of the other completion."""
     sides = {"chosen": "rejected", "rejected": "chosen"}
     return "_".join(sides.get(word, word) for word in name.split("_"))
 
 
 class UnpairedLogprobs(NamedTuple):
-    """What a loss on completions judged alone may look at. Token tensors are (rows, length) and 0 under the mask.
+    """Input of a loss on completions judged alone. Token tensors have shape (rows, length) and are 0 outside the mask.
 
     Attributes:
         policy_logprobs: the policy's log-probabilities of the completions.
-        reference_logprobs: the reference's, without gradient; None where the module has no reference.
+        reference_logprobs: the reference's, without gradient; None without a reference.
         completion_mask: bool, True on completion tokens.
-        desirable: bool, True where the completion was judged good, shape (rows,).
+        desirable: bool, True if the completion was judged good, shape (rows,).
         weights: weight of each row, shape (rows,).
-        reference_point: what a row's reward is compared with, taken over the whole optimizer step without gradient
-            (KTO's z0 in nats, BCO's delta in reward units), shape ().
-        extras: slots by name, see the module's text; shape (rows,) or (rows, length).
+        reference_point: baseline of the rewards over the whole optimizer step, without gradient (KTO's z0 in nats,
+            BCO's delta in reward units), shape ().
+        extras: slots, shape (rows,) or (rows, length).
     """
 
     policy_logprobs: Tensor
@@ -408,22 +401,22 @@ class UnpairedLogprobs(NamedTuple):
 
     @property
     def logratio(self) -> Tensor:
-        """log policy - log reference of each completion, shape (rows,); without a reference the first term alone."""
+        """log policy - log reference of each completion, shape (rows,); without a reference only the first term."""
         policy = self.policy_logprobs.sum(-1)
         return policy if self.reference_logprobs is None else policy - self.reference_logprobs.sum(-1)
 
 
 class RankedScores(NamedTuple):
-    """What a loss on ranked completions may look at.
+    """Input of a loss on ranked completions.
 
     Attributes:
         scores: the reward model's score of each completion, shape (completions,).
-        group: index of the group (prompt) each completion belongs to, int64, shape (completions,).
-        ranks: rank within the group, 0 is best, equal ranks are ties; int64, shape (completions,).
-        target: probability that the better ranked of a pair is better, shape (groups,); used for groups of two.
+        group: index of each completion's group (prompt), int64, shape (completions,).
+        ranks: rank in the group, 0 is best, equal ranks are ties; int64, shape (completions,).
+        target: in groups of two, the probability that the better ranked is better, shape (groups,).
         margin: rated strength of the preference, shape (groups,).
         weights: weight of each group, shape (groups,).
-        extras: slots by name, see the module's text; shape (groups,).
+        extras: slots, shape (groups,).
     """
 
     scores: Tensor
@@ -436,16 +429,15 @@ class RankedScores(NamedTuple):
 
 
 class ProcessScores(NamedTuple):
-    """What a loss on judged steps may look at.
+    """Input of a loss on judged steps.
 
     Attributes:
-        scores: the reward model's score of each step, read at its last token: log-odds that it is right; shape
-            (steps,).
+        scores: the reward model's score at each step's last token: log-odds that the step is right; shape (steps,).
         labels: probability that each step is right, shape (steps,).
-        row: index of the completion each step belongs to, int64, shape (steps,).
-        position: number of each step among its completion's judged ones, 0 is the first; int64, shape (steps,).
+        row: index of each step's completion, int64, shape (steps,).
+        position: index of each step among its completion's judged steps, from 0; int64, shape (steps,).
         weights: weight of each completion, shape (rows,).
-        extras: slots by name, see the module's text; shape (rows,).
+        extras: slots, shape (rows,).
     """
 
     scores: Tensor
@@ -457,14 +449,14 @@ class ProcessScores(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """A conversation between the policy and an environment, as far as it has come.
+    """An unfinished conversation between the policy and an environment.
 
     Attributes:
         row: the data row that it began with.
-        messages: the turns so far, the policy's last one included.
-        ids: token ids after the first prompt: the policy's turns as it drew them, and the environment's replies.
-        learned: for each of ``ids`` whether the policy drew it.
-        number: number of the episode in the run; random numbers are addressed by it and the position in ``ids``.
+        messages: the turns so far, including the policy's last one.
+        ids: token ids after the first prompt: the policy's turns as sampled, and the environment's replies.
+        learned: whether the policy sampled each of ``ids``.
+        number: number of the episode in the run; with the position in ``ids`` it addresses random numbers.
     """
 
     row: Mapping[str, Any]
@@ -475,11 +467,11 @@ class Episode(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What an environment says after a turn of the policy.
+    """An environment's reply to a turn of the policy.
 
     Attributes:
-        text: the reply, rendered by the chat template; None where ``ids`` gives its tokens.
-        ids: token ids of the reply; the policy sees them and does not learn them.
+        text: the reply, rendered by the chat template; None if ``ids`` gives its tokens.
+        ids: token ids of the reply, which the policy reads and does not learn.
         reward: reward of the turn, added to the turn's last token.
         done: whether the episode ends here, without the reply.
     """
@@ -491,25 +483,25 @@ class Reply(NamedTuple):
 
 
 class Environment(Protocol):
-    """What the policy acts in: prompts in, replies out."""
+    """An environment: it gives the first prompt and replies to the policy's turns."""
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """Return the first prompt of an episode."""
         ...
 
     def reply(self, episode: Episode) -> Reply:
-        """Return what comes back after the policy's turn."""
+        """Return the reply to the policy's last turn."""
         ...
 
 
 class Judgement(NamedTuple):
-    """All that a scorer says of one completion. A scorer may return it in place of a number.
+    """A scorer's full judgement of one completion, which it may return in place of a number.
 
     Attributes:
-        score: the completion's number; None where it cannot be judged.
+        score: the completion's score; None if it cannot be judged.
         parts: further numbers by name (several rewards, costs ...), logged as ``rollout/score_NAME``.
-        token_rewards: reward of each completion token, the end token included; fewer are filled up with 0. None where
-            there are none. They are added to the rewards of the tokens; the score stays on the last token.
+        token_rewards: reward of each completion token, including the end token, added to the token rewards; fewer
+            are padded with 0. The score stays on the last token.
         feedback: the judgement in words.
     """
 
@@ -520,11 +512,11 @@ class Judgement(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Completions that were sampled and judged for a rollout, and that it does not learn from.
+    """Completions that were sampled and judged for a rollout and dropped.
 
     Attributes:
-        row_ids: number of the data row that each one's prompt comes from; empty for a stream.
-        scores: the scorer's score of each, shape (completions,); NaN where it cannot be judged.
+        row_ids: number of each completion's data row; empty for a stream.
+        scores: score of each completion, shape (completions,); NaN if it cannot be judged.
     """
 
     row_ids: tuple[int, ...]
@@ -532,32 +524,31 @@ class LeftOut(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Completions sampled from the policy, and all that is known about them. Token tensors are (episodes, length).
+    """Completions sampled from the policy, with their statistics. Token tensors have shape (episodes, length).
 
     Attributes:
         sequences: prompts and sampled completions, ragged; one prompt per episode.
-        completion_mask: bool, True on the policy's tokens up to and including the end token. False on padding, and on
-            tokens that an environment wrote between the policy's turns.
+        completion_mask: bool, True on the policy's tokens including the end token; False on an environment's tokens.
         old_logprobs: the policy's log-probabilities at the rollout's start, by the trainer's forward.
-        reference_logprobs: the reference's log-probabilities; None where the module has no reference.
-        values: the critic's value of the state before each token; None where the module has no critic.
-        scores: the scorer's score of each completion, shape (episodes,); NaN where it cannot be judged.
-        finished: bool, True where the completion ended by itself (end token), shape (episodes,).
-        group: index of the prompt each episode answers, int64, shape (episodes,).
-        behaviour_logprobs: what the sampling engine drew with; None where nothing was sampled.
-        episodes: number of each episode in the run, int64, shape (episodes,); None where nothing was sampled.
-        baseline_scores: score that each episode's is compared with (ReMax: the greedy completion's), shape (episodes,);
-            None in methods without.
-        entropy: entropy of the policy's next-token distribution at the rollout's start, nats; None where unknown.
-        parts: named scores of a `Judgement`, each of shape (episodes,); NaN where a completion has none.
-        token_rewards: reward of each token by the scorer or the environment, beside the score; None without any.
-        feedback: judgement in words of each completion; None where there is none.
-        prompts: each prompt as the data gave it.
+        reference_logprobs: the reference's log-probabilities; None without a reference.
+        values: the critic's value of the state before each token; None without a critic.
+        scores: score of each completion, shape (episodes,); NaN if it cannot be judged.
+        finished: bool, True if the completion has an end token, shape (episodes,).
+        group: index of each episode's prompt, int64, shape (episodes,).
+        behaviour_logprobs: the sampling engine's log-probabilities; None if nothing was sampled.
+        episodes: number of each episode in the run, int64, shape (episodes,); None if nothing was sampled.
+        baseline_scores: score that each episode's is compared with (ReMax: of the greedy completion), shape
+            (episodes,), or None.
+        entropy: entropy of the policy's next-token distribution at the rollout's start, nats; None if unknown.
+        parts: named scores of a `Judgement`, each of shape (episodes,); NaN if a completion has none.
+        token_rewards: token rewards from the scorer or the environment, without the score; None without any.
+        feedback: each completion's judgement in words, or None.
+        prompts: each prompt as given by the data.
         texts: text of each completion, without the end token.
         columns: further columns of the data, each a list with one value per episode.
-        row_ids: number of the data row that each episode's prompt comes from; empty for a stream.
+        row_ids: number of each episode's data row; empty for a stream.
         left_out: this rank's completions that dynamic sampling judged and dropped; None in methods that keep all.
-        extras: slots by name, see the module's text; shape (episodes,) or (episodes, length).
+        extras: slots, shape (episodes,) or (episodes, length).
     """
 
     sequences: Sequences
@@ -584,13 +575,13 @@ class Rollout(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which samples of a rollout are compared. All have shape (pairs,).
+    """Pairs of samples of a rollout. All tensors have shape (pairs,).
 
     Attributes:
-        chosen: episode that is the better one, int64.
-        rejected: episode of the same prompt that is the worse one, int64.
-        target: probability that chosen is the better one.
-        rated_margin: how much higher chosen scored.
+        chosen: index of the better episode, int64.
+        rejected: index of the worse episode of the same prompt, int64.
+        target: probability that chosen is better.
+        rated_margin: score of chosen minus score of rejected.
         weights: weight of each pair.
     """
 
@@ -601,15 +592,15 @@ class Pairs(NamedTuple):
     weights: Tensor
 
     def at(self, index: Tensor) -> Pairs:
-        """Return the pairs at the given places."""
+        """Return the pairs at some indices."""
         return Pairs(*(part[index] for part in self))
 
 
 class Advantages(NamedTuple):
-    """What a rollout teaches.
+    """Advantages of a rollout, and the critic's targets.
 
     Attributes:
-        advantages: shape (episodes, length), 0 under the mask.
+        advantages: shape (episodes, length), 0 outside the mask.
         returns: the critic's regression target, shape (episodes, length); None without a critic.
         learned: bool, True on the tokens that are learned from, shape (episodes, length); None for all.
     """
@@ -620,11 +611,11 @@ class Advantages(NamedTuple):
 
 
 class Aggregation(NamedTuple):
-    """Weights of token losses, and what their weighted sum is divided by.
+    """How token losses are averaged: a weighted sum over a divisor.
 
     Attributes:
-        weights: weight of each token, shape (rows, length), 0 under the mask.
-        divisor: of these rows, a scalar; summed over micro-batches and ranks before it divides.
+        weights: weight of each token, shape (rows, length), 0 outside the mask.
+        divisor: these rows' share of the divisor, a scalar; summed over micro-batches and ranks before the division.
     """
 
     weights: Tensor
@@ -638,8 +629,8 @@ class Aggregation(NamedTuple):
 class Minibatch(NamedTuple):
     """All episodes of one optimizer step, of all micro-batches and ranks, without gradient.
 
-    For methods that select or rank tokens: the same view for any micro-batch size and number of ranks. Episodes are
-    ordered by their number in the run. Token tensors are (episodes, length).
+    For methods that select or rank tokens. Episodes are ordered by their number in the run, so the view is the same for
+    any micro-batch size and number of ranks. Token tensors have shape (episodes, length).
 
     Attributes:
         old_logprobs: the policy's log-probabilities at the rollout's start.
@@ -649,8 +640,8 @@ class Minibatch(NamedTuple):
         learned: bool, True on the tokens that are learned from.
         scores: score of each completion, shape (episodes,).
         group: number of the first episode of each completion's prompt, int64, shape (episodes,).
-        rows: place of each row of the micro-batch among these episodes, int64, shape (rows,).
-        behaviour_logprobs: what the sampling engine drew with; None where nothing was sampled.
+        rows: index of each row of the micro-batch among these episodes, int64, shape (rows,).
+        behaviour_logprobs: the sampling engine's log-probabilities; None if nothing was sampled.
         logprobs: the policy's log-probabilities before the update; None unless the class sets
             ``needs_minibatch_logprobs``.
     """
@@ -668,18 +659,18 @@ class Minibatch(NamedTuple):
 
 
 class PolicyLogprobs(NamedTuple):
-    """What a policy-gradient loss may look at, for some rows of a rollout. Token tensors are (rows, length).
+    """Input of a policy-gradient loss, for some rows of a rollout. Token tensors have shape (rows, length).
 
     Attributes:
-        logprobs: the policy's log-probabilities now, with gradient, 0 under the mask.
+        logprobs: the policy's current log-probabilities, with gradient, 0 outside the mask.
         old_logprobs: the policy's at the rollout's start.
-        reference_logprobs: the reference's; None where the module has no reference.
+        reference_logprobs: the reference's; None without a reference.
         entropy: entropy of the policy's next-token distribution in nats, with gradient; None unless asked for.
         advantages: advantage of each token.
         completion_mask: bool, True on the policy's tokens.
-        behaviour_logprobs: what the sampling engine drew with; None where nothing was sampled.
-        extras: slots by name, see the module's text; shape (rows,) or (rows, length).
-        rollout: these rows of the rollout, cut to this micro-batch's length; None where there is no rollout.
+        behaviour_logprobs: the sampling engine's; None if nothing was sampled.
+        extras: slots, shape (rows,) or (rows, length).
+        rollout: these rows of the rollout, cut to this micro-batch's length, or None.
         minibatch: all rows of this optimizer step; None unless the class sets ``needs_minibatch``.
     """
 
@@ -696,10 +687,10 @@ class PolicyLogprobs(NamedTuple):
 
 
 class CriticValues(NamedTuple):
-    """What a value loss may look at, for some rows of a rollout. All tensors are (rows, length).
+    """Input of a value loss, for some rows of a rollout. All tensors have shape (rows, length).
 
     Attributes:
-        values: the critic's values now, with gradient.
+        values: the critic's current values, with gradient.
         old_values: the critic's values when the rollout was collected.
         returns: regression target, advantages + old values.
         completion_mask: bool, True on completion tokens.
@@ -712,12 +703,12 @@ class CriticValues(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What an objective returns when it has metrics of its own.
+    """An objective's losses with metrics of its own.
 
     Attributes:
-        values: one loss per row, shape (rows,), or per token, shape (rows, length). Reduction over tokens,
-            micro-batches and ranks belongs to the module, never to the objective.
-        metrics: further values of either shape, reduced alike and logged under their names.
+        values: loss of each row, shape (rows,), or token, shape (rows, length). The module averages them over tokens,
+            micro-batches and ranks.
+        metrics: further values of either shape by name, averaged in the same way and logged.
     """
 
     values: Tensor
@@ -725,7 +716,7 @@ class Loss(NamedTuple):
 
 
 class EnumeratedProblem(NamedTuple):
-    """A world so small that every completion of every prompt is listed: what an objective's exact solution is made of.
+    """An enumerable world with every completion of every prompt, from which exact solutions are computed.
 
     Attributes:
         reference: the reference's probability of each completion, fp64, shape (prompts, completions); rows sum to 1.

@@ -402,10 +402,7 @@ class AlignmentModule(LightningModule):
         self.place_frozen_models()
         self.refuse_nonfinite_weights()
 
-    def on_test_start(self) -> None:
-        """Place the frozen models."""
-        self.place_frozen_models()
-        self.refuse_nonfinite_weights()
+    on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
         """Refuse weights of a checkpoint that are not finite."""
@@ -662,9 +659,7 @@ class AlignmentModule(LightningModule):
         """Reset the evaluation metrics."""
         self._evaluation = Meter()
 
-    def on_test_epoch_start(self) -> None:
-        """Reset the evaluation metrics."""
-        self._evaluation = Meter()
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, and step ReduceLROnPlateau with them."""

@@ -204,7 +204,6 @@ class OnPolicyModule(RolloutModule):
     # -- from a rollout to updates ------------------------------------------------------------------------------------
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
-        """Compute rewards and advantages, and make one update per minibatch; return the last gradient norm."""
         self.check_rollout(rollout)
         rewards = self.checked_rewards(rollout)
         advantages = self.advantages(rollout, rewards)
@@ -433,7 +432,6 @@ class OnPolicyModule(RolloutModule):
         return pays_kl and plain and not self.entropy_coef and self.sampling.temperature == 1
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(score / kl_coef), normalised, where the settings reach it."""
         if not self.reaches_kl_optimum():
             return None
         return torch.softmax(problem.reference.log() + problem.rewards / self.kl_coef, -1)
@@ -464,12 +462,10 @@ class OnPolicyModule(RolloutModule):
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the KL coefficient too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coef"] = self.kl_coef
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the KL coefficient."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
 

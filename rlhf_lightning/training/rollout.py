@@ -131,16 +131,13 @@ class RolloutModule(AlignmentModule):
 
     @property
     def model(self) -> CausalLM:
-        """The policy."""
         return self.policy
 
     @property
     def scorer(self) -> Scorer:
-        """The scorer, loaded on first use."""
         return self.collector.scorer
 
     def load_models(self) -> None:
-        """Load the policy to train, reference and scorer frozen."""
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
         self.load_reference_and_scorer()
 
@@ -173,17 +170,14 @@ class RolloutModule(AlignmentModule):
             )
 
     def frozen_models(self) -> Sequence[nn.Module]:
-        """The reference, and the scorer's networks."""
         return (*super().frozen_models(), *self.scorer.models)
 
     def place_frozen_models(self) -> None:
-        """Move the reference and the scorer to the device."""
         super().place_frozen_models()
         self.scorer.to(self.device)
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps of one rollout: epochs times minibatches."""
         episodes = rows_of_step(self.trainer)
         return self.ppo_epochs * math.ceil(episodes / (self.mini_batch_size or episodes))
 
@@ -418,21 +412,17 @@ class RolloutModule(AlignmentModule):
         self.validation_step(step, batch_idx)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return held-out metrics without the rollout prefix."""
         means = {name.removeprefix("rollout/"): value for name, value in super().evaluation_metrics().items()}
         return with_score_std(means, prefix="")
 
     def export(self, folder: str | Path) -> Path:
-        """Write the policy as a Hugging Face folder."""
         return export_policy(self.policy, self.tokenizer, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the scorer's state too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["scorer"] = of_all_ranks(self, self.scorer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the scorer's state."""
         super().on_load_checkpoint(checkpoint)
         (rank, ranks), states = rank_of(self), checkpoint["scorer"]
         if any(states):

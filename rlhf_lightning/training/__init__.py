@@ -1,1 +1,0 @@
-"""The engine below the modules: optimizer steps, rollouts, minibatches, metrics, collectives, checkpoint state."""
