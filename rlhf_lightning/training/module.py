@@ -659,7 +659,9 @@ class AlignmentModule(LightningModule):
         """Reset the evaluation metrics."""
         self._evaluation = Meter()
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """Reset the evaluation metrics."""
+        self._evaluation = Meter()
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, and step ReduceLROnPlateau with them."""
