@@ -60,6 +60,7 @@ train.run(["fit", "--model", "probe.WatchedGRPOModule", "--model.scorer", "probe
 print("FRAMES", json.dumps(found))
 """
 
+# Homes of the preference objectives at any revision; a file that a revision lacks counts 0.
 PREFERENCE = ("dpo", "preference", "sided_preference", "adaptive_preference", "reference_free")
 FORMULAS = ("preference", "reference_free", "adaptive_preference")
 

@@ -1,9 +1,12 @@
 """Policy gradients: rewards per token, advantages with and without a critic, and the critic's loss.
 
-Token tensors are (rows, length), right-padded; ``rows`` are called episodes where they are a whole rollout. ``group``
-is the index of the prompt that each episode answers, int64 from 0, shape (episodes,). A score is NaN where a sample
-could not be scored: it enters no baseline, and its advantage is 0. A loss comes back per token, for the caller to
-reduce.
+Token tensors are (rows, length), right-padded; ``rows`` are called episodes where they are a whole rollout. They are
+rewards r, the critic's values V now and ``old_values`` when the rollout was collected, returns R, the KL estimate
+``kl`` (normally k1, nats) and the bool ``completion_mask``. ``scores`` and ``finished`` (the completion ended by
+itself) have shape (episodes,), and so has ``group``, the index of the prompt that each episode answers, int64 from 0. A
+score is NaN where a sample could not be scored: it enters no baseline, and its advantage is 0. ``gamma`` is the
+discount per token, ``kl_coef`` the KL penalty coefficient in reward units per nat. A loss comes back per token, for the
+caller to reduce.
 """
 
 from __future__ import annotations
@@ -20,12 +23,6 @@ def token_rewards(scores: Tensor, kl: Tensor, completion_mask: Tensor, kl_coef: 
     """Reward of each token, -kl_coef * kl, plus the score at the last completion token; 0 under the mask.
 
     The KL-shaped reward of Ziegler et al. (arXiv 1909.08593, Eq. 2), one token at a time.
-
-    Args:
-        scores: score of each completion, shape (episodes,).
-        kl: KL estimate of each token, normally `kl_k1`, shape (episodes, length).
-        completion_mask: bool, shape (episodes, length).
-        kl_coef: KL penalty coefficient, reward units per nat.
     """
     require_shape("episodes", scores=scores, rows_of_mask=completion_mask.any(-1))
     require_shape("episodes length", kl=kl, completion_mask=completion_mask)
@@ -42,12 +39,6 @@ def rewards_after_end(
 
     The extra slot is the state whose input is the end token. It has a value, so it enters advantages and value loss.
     No action is taken there, so it does not enter the policy loss.
-
-    Args:
-        scores: score of each completion, shape (episodes,).
-        kl: KL estimate of each token, shape (episodes, length).
-        completion_mask: bool, shape (episodes, length); may have holes.
-        kl_coef: KL penalty coefficient, reward units per nat.
 
     Returns:
         Rewards and the mask of states with a value, both of shape (episodes, length + 1).
@@ -71,10 +62,6 @@ def generalized_advantages(
     end. A masked token inside a completion (a tool's output) is passed over: V_{t+1} and A_{t+1} carry through it.
 
     Args:
-        rewards: r, shape (episodes, length).
-        values: V, the critic's value of the state before each token, shape (episodes, length).
-        completion_mask: bool, shape (episodes, length).
-        gamma: discount per token.
         lam: GAE lambda, 0 for A = delta, 1 for R = reward to go; a scalar, or shape (episodes,).
 
     Returns:
@@ -94,13 +81,7 @@ def generalized_advantages(
 
 
 def discounted_returns(rewards: Tensor, completion_mask: Tensor, gamma: float = 1.0) -> Tensor:
-    r"""Reward to go, R_t = r_t + gamma R_{t+1}, passing over masked tokens; 0 under the mask.
-
-    Args:
-        rewards: shape (episodes, length).
-        completion_mask: bool, shape (episodes, length).
-        gamma: discount per token.
-    """
+    r"""Reward to go, R_t = r_t + gamma R_{t+1}, passing over masked tokens; 0 under the mask."""
     return generalized_advantages(rewards, torch.zeros_like(rewards), completion_mask, gamma, lam=1.0)[1]
 
 
@@ -110,8 +91,6 @@ def missing_eos_scores(
     """Penalise the scores of unfinished completions.
 
     Args:
-        scores: shape (episodes,).
-        finished: bool, True where the completion ended by itself, shape (episodes,).
         penalty: subtracted from an unfinished completion's score.
         replacement: score of an unfinished completion; -1 in Huang et al. (arXiv 2403.17031).
 
@@ -133,11 +112,10 @@ def adapted_kl_coef(
 ) -> Tensor:
     r"""KL coefficient after a rollout, steered towards a target KL (Ziegler et al., arXiv 1909.08593).
 
-    kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2).
+    kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2), kl the sequence KL in nats: summed
+    over tokens and averaged over the rollout's completions.
 
     Args:
-        kl_coef: coefficient that this rollout used, a scalar.
-        kl: sequence KL in nats, summed over tokens and averaged over the rollout's completions.
         target: sequence KL to steer towards.
         horizon: episodes over which the coefficient may change by a fifth.
         episodes: completions in this rollout.
@@ -147,12 +125,7 @@ def adapted_kl_coef(
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """How far updates have moved the policy within a rollout, 1/2 (logprobs - old_logprobs)^2 per token in nats.
-
-    Args:
-        logprobs: the policy's, any shape.
-        old_logprobs: the policy's when it sampled, same shape.
-    """
+    """How far updates have moved the policy within a rollout, 1/2 (logprobs - old_logprobs)^2 per token in nats."""
     return kl_k1(logprobs, old_logprobs).square() / 2
 
 
@@ -160,9 +133,6 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     r"""Pessimistic squared error of the critic, 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2).
 
     Args:
-        values: V, the critic's values now, with gradient, shape (rows, length).
-        old_values: V_old, the critic's when the rollout was collected, shape (rows, length).
-        returns: R, shape (rows, length).
         clip: how far a value may move within a rollout; None for the plain squared error.
     """
     require_shape("rows length", values=values, old_values=old_values, returns=returns)
@@ -184,12 +154,7 @@ def value_clip_fraction(values: Tensor, old_values: Tensor, returns: Tensor, cli
 
 
 def group_mean_advantages(scores: Tensor, group: Tensor) -> Tensor:
-    """Score minus the mean score of its group (GRPO, arXiv 2402.03300), exactly 0 in a group of equal scores.
-
-    Args:
-        scores: shape (episodes,).
-        group: shape (episodes,).
-    """
+    """Score minus the mean score of its group (GRPO, arXiv 2402.03300), exactly 0 in a group of equal scores."""
     return _centered(scores, group)[0]
 
 
@@ -197,10 +162,6 @@ def leave_one_out_advantages(scores: Tensor, group: Tensor) -> Tensor:
     r"""Score minus the mean score of the group's other samples (RLOO, Ahmadian et al., arXiv 2402.14740).
 
     Equals G / (G - 1) * (score - mean of the group). A sample without siblings gets 0.
-
-    Args:
-        scores: shape (episodes,).
-        group: shape (episodes,).
     """
     centered, count = _centered(scores, group)
     return centered * count / (count - 1).clamp(min=1)
@@ -210,7 +171,6 @@ def greedy_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
     """Score minus the score of the greedy completion of the same prompt (ReMax, Li et al., arXiv 2310.10505).
 
     Args:
-        scores: shape (episodes,).
         greedy_scores: score of the greedy completion of each episode's prompt, shape (episodes,).
     """
     require_shape("episodes", scores=scores, greedy_scores=greedy_scores)
@@ -221,8 +181,6 @@ def group_deviation(scores: Tensor, group: Tensor, unbiased: bool = True) -> Ten
     """Standard deviation of the scores of each episode's group, shape (episodes,) (GRPO, arXiv 2402.03300).
 
     Args:
-        scores: shape (episodes,).
-        group: shape (episodes,).
         unbiased: divide squares by G - 1 instead of G.
     """
     centered, count = _centered(scores, group)
@@ -235,7 +193,6 @@ def over_tokens(advantages: Tensor, completion_mask: Tensor) -> Tensor:
 
     Args:
         advantages: shape (episodes,).
-        completion_mask: bool, shape (episodes, length).
     """
     require_shape("episodes", advantages=advantages, rows_of_mask=completion_mask.any(-1))
     return torch.where(completion_mask, advantages.unsqueeze(-1), 0.0)
@@ -255,12 +212,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 
 
 def informative_groups(scores: Tensor, group: Tensor) -> Tensor:
-    """True for groups with different scores, bool, shape (groups,): only those have a gradient (DAPO).
-
-    Args:
-        scores: shape (episodes,).
-        group: shape (episodes,).
-    """
+    """True for groups with different scores, bool, shape (groups,): only those have a gradient (DAPO)."""
     differs = (_centered(scores, group)[0] != 0).long()
     return torch.zeros_like(torch.bincount(group)).index_add(0, group, differs) > 0
 

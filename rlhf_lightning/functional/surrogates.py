@@ -1,7 +1,9 @@
 """Losses of policy gradients: probability ratios, surrogate objectives, sampler corrections and aggregations.
 
-Token tensors are (rows, length), right-padded. A is the advantage; a loss comes back per token and is minimised. At
-ratio 1 every surrogate here has the gradient of -A log policy.
+Token tensors are (rows, length), right-padded: ``logprobs`` and ``old_logprobs`` are the policy's, now (with gradient)
+and at the rollout's start; ``behaviour_logprobs`` are the sampling engine's; ``advantages`` A are 0 under the mask.
+``completion_mask``, and ``learned`` for the tokens that are learned from, are bool. A loss comes back per token and is
+minimised. At ratio 1 every surrogate here has the gradient of -A log policy.
 """
 
 from __future__ import annotations
@@ -29,35 +31,18 @@ AggregationName = Literal["token_mean", "sequence_mean_token_mean", "sequence_me
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Probability ratio of each token, policy / old policy; the log-ratio is clamped to +-20 before `exp`.
-
-    Args:
-        logprobs: the policy's, any shape.
-        old_logprobs: the policy's at the rollout's start, same shape.
-    """
+    """Probability ratio of each token, policy / old policy; the log-ratio is clamped to +-20 before `exp`."""
     return kl_k1(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""Probability ratio of each whole completion, e^{\sum_t log-ratio}, clamped to e^{+-20}, shape (rows,).
-
-    Args:
-        logprobs: the policy's, shape (rows, length).
-        old_logprobs: the policy's at the rollout's start, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
-    """
+    r"""Probability ratio of each whole completion, e^{\sum_t log-ratio}, clamped to e^{+-20}, shape (rows,)."""
     log_ratio = masked_sum(kl_k1(logprobs, old_logprobs), completion_mask)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def geometric_sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""GSPO's ratio of each completion, the geometric mean of its token ratios, shape (rows,) (arXiv 2507.18071).
-
-    Args:
-        logprobs: the policy's, shape (rows, length).
-        old_logprobs: the policy's at the rollout's start, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
-    """
+    r"""GSPO's ratio of each completion, the geometric mean of its token ratios, shape (rows,) (arXiv 2507.18071)."""
     log_ratio = masked_mean(kl_k1(logprobs, old_logprobs), completion_mask, dim=-1)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
@@ -70,8 +55,6 @@ def over_sequence(ratio: Tensor, logprobs: Tensor, completion_mask: Tensor) -> T
 
     Args:
         ratio: ratio of each completion, shape (rows,).
-        logprobs: the policy's, with gradient, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
     """
     own_gradient = token_ratio(logprobs, logprobs.detach())  # its value is 1
     return torch.where(completion_mask, ratio.detach().unsqueeze(-1) * own_gradient, 1.0)
@@ -83,9 +66,6 @@ def policy_ratio(name: RatioName, logprobs: Tensor, old_logprobs: Tensor, comple
     Args:
         name: "token" (PPO), "sequence" (GSPO's geometric mean), "sequence_product" (the whole completion's, RLOO), or
             "none": 1 with the gradient of log policy, for samples of the current policy.
-        logprobs: the policy's, with gradient, shape (rows, length).
-        old_logprobs: the policy's at the rollout's start, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
     """
     if name in ("token", "none"):
         return token_ratio(logprobs, old_logprobs if name == "token" else logprobs.detach())
@@ -110,7 +90,6 @@ def clipped_surrogate_loss(
 
     Args:
         ratio: probability ratio per token or sequence, any shape.
-        advantages: A, same shape.
         clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
         dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
         clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
@@ -159,7 +138,6 @@ def soft_gate_loss(
 
     Args:
         ratio: probability ratio, any shape.
-        advantages: A, same shape.
         temperature: tau where A > 0.
         temperature_negative: tau elsewhere; a larger one fades faster.
     """
@@ -169,12 +147,7 @@ def soft_gate_loss(
 
 
 def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Williams's policy gradient as a loss per token, -A * logprob; for samples of the current policy.
-
-    Args:
-        logprobs: the policy's, with gradient, shape (rows, length).
-        advantages: A, shape (rows, length), 0 under the mask.
-    """
+    """Williams's policy gradient as a loss per token, -A * logprob; for samples of the current policy."""
     require_shape("rows length", logprobs=logprobs, advantages=advantages)
     return -advantages * at_least_float32(logprobs)
 
@@ -188,8 +161,6 @@ def cispo_loss(
 
     Args:
         ratio: probability ratio of each token, shape (rows, length).
-        logprobs: the policy's, with gradient, shape (rows, length).
-        advantages: A, shape (rows, length), 0 under the mask.
         high: largest weight; 5 in ScaleRL (arXiv 2510.13786); None for no bound.
         low: smallest weight, as in verl and NeMo-RL; None for no bound.
     """
@@ -223,9 +194,6 @@ def sampler_weights(
 
     Args:
         correction: one of the above.
-        old_logprobs: the policy's at the rollout's start, from the trainer's forward pass, shape (rows, length).
-        behaviour_logprobs: the same as the sampling engine reported them, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
         high: largest weight, or largest ratio that is kept.
         low: smallest ratio that the token and geometric masks keep.
     """
@@ -245,7 +213,6 @@ def normalised_weights(weights: Tensor, completion_mask: Tensor, batch_mean: Ten
 
     Args:
         weights: shape (rows, length).
-        completion_mask: bool, shape (rows, length).
         batch_mean: mean over the whole batch and all ranks, a scalar; None takes the mean of these rows.
     """
     mean = masked_mean(weights, completion_mask) if batch_mean is None else batch_mean
@@ -260,10 +227,6 @@ def off_policy_weights(
     Bad completions that have become much less likely than they were are no longer learned from.
 
     Args:
-        logprobs: the policy's now, shape (rows, length).
-        old_logprobs: the policy's at the rollout's start, shape (rows, length).
-        advantages: A, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
         threshold: nats per token.
     """
     moved = masked_mean(kl_k1(old_logprobs, logprobs.detach()), completion_mask, dim=-1).unsqueeze(-1)
@@ -274,32 +237,22 @@ def off_policy_weights(
 # An aggregation is a weight for each token and a divisor. The loss of an optimizer step is the weighted sum over all
 # micro-batches and ranks, divided by the sum of their divisors, so how a batch is cut changes neither value nor
 # gradient.
+# In the equations m is ``learned`` and l the loss of a token. A row without learned tokens counts in `constant_length`
+# alone.
 
 
 def token_mean(learned: Tensor) -> Aggregation:
-    r"""Every token has the same weight: \sum m l / \sum m (PPO; DAPO, arXiv 2503.14476).
-
-    Args:
-        learned: m, bool, True on the tokens that are learned from, shape (rows, length).
-    """
+    r"""Every token has the same weight: \sum m l / \sum m (PPO; DAPO, arXiv 2503.14476)."""
     return Aggregation(learned.float(), learned.sum())
 
 
 def sequence_mean_token_mean(learned: Tensor) -> Aggregation:
-    r"""Every completion has the same weight: the mean over rows of each row's token mean (GRPO, arXiv 2402.03300).
-
-    Args:
-        learned: bool, shape (rows, length). Fully masked rows do not count.
-    """
+    r"""Every completion has the same weight: the mean over rows of each row's token mean (GRPO, arXiv 2402.03300)."""
     return Aggregation(learned / learned.sum(-1, keepdim=True).clamp_min(1), learned.any(-1).sum())
 
 
 def sequence_mean_token_sum(learned: Tensor) -> Aggregation:
-    r"""The mean over rows of each row's token sum: the policy gradient of whole completions (RLOO, arXiv 2402.14740).
-
-    Args:
-        learned: bool, shape (rows, length). Fully masked rows do not count.
-    """
+    r"""The mean over rows of each row's token sum: the policy gradient of completions (RLOO, arXiv 2402.14740)."""
     return Aggregation(learned.float(), learned.any(-1).sum())
 
 
@@ -307,7 +260,6 @@ def constant_length(learned: Tensor, max_length: int) -> Aggregation:
     r"""Divide by a constant, \sum m l / (rows * max_length), so that length has no effect (Dr. GRPO, 2503.20783).
 
     Args:
-        learned: m, bool, shape (rows, length). Fully masked rows count too.
         max_length: the constant per row.
     """
     return Aggregation(learned / max_length, torch.tensor(float(len(learned))))
@@ -318,7 +270,6 @@ def aggregate(name: AggregationName, learned: Tensor, max_length: int) -> Aggreg
 
     Args:
         name: one of `AggregationName`.
-        learned: bool, True on the tokens that are learned from, shape (rows, length).
         max_length: the constant per row of "constant".
     """
     if name == "constant":

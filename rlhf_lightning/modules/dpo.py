@@ -81,7 +81,7 @@ class PairObjective(AlignmentModule):
 
     @property
     def value_at_reference(self) -> float | None:
-        """Loss of each pair where policy = reference; None if it depends on the pair or its slots.
+        """L_0, the loss of each pair where policy = reference; None if it depends on the pair or its slots.
 
         It is computed from two pairs with unequal lengths and log-probabilities.
         """

@@ -101,8 +101,8 @@ class HingeModule(DPOModule):
     r"""SLiC's hinge loss on the margin, normalised by the reference as in RSO.
 
     loss = max(0, 1 - x) (Zhao et al., 2305.10425; Liu et al., 2309.06657). L_0 = 1. A pair with x > 1 has no gradient.
-    Target: no closed form; any minimiser of the population loss. It follows each pair's likelier label, whatever its
-    probability, and need not be unique.
+    Target: no closed form; any minimiser of the population loss. It follows each pair's likelier label, however
+    likely it is, and need not be unique.
     """
 
     paper = "Zhao et al. 2023, arXiv 2305.10425"
@@ -213,8 +213,8 @@ class AOTModule(DPOModule):
     loss = -log sigmoid(beta (sort(S_w - S_l) - sort(the reference's S_w - S_l))), sorted over all pairs of the
     optimizer step (Melnyk et al., 2406.05882). L_0 = log 2. Sorting breaks the pairing, so labels are taken as certain
     and weights are refused.
-    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
-    several. With smaller steps it depends on which pairs meet.
+    Target: no closed form; where every step is the population, one of several minimisers of the population loss. With
+    smaller steps it depends on which pairs meet.
     """
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"
@@ -235,8 +235,8 @@ class UnpairedAOTModule(AOTModule):
 
     loss = -log sigmoid(beta (sort(a_w) - sort(a_l))), sorted over all pairs of the optimizer step (Melnyk et al.,
     2406.05882). L_0 = log 2. Labels are taken as certain and weights are refused.
-    Target: no closed form; a minimiser of the population loss where every step is the population, of which there are
-    several. With smaller steps it depends on which pairs meet.
+    Target: no closed form; where every step is the population, one of several minimisers of the population loss. With
+    smaller steps it depends on which pairs meet.
     """
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:

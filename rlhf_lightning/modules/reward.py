@@ -145,7 +145,7 @@ class RewardModule(OfflineModule):
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:
-        """Start the mean score of the best-ranked completions anew: that of the last epoch counts."""
+        """Reset the mean score of the best-ranked completions; that of the last epoch counts."""
         self._best_scores = Meter()
 
     def on_train_epoch_end(self) -> None:
