@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rlhf_lightning.errors import printable
+
 
 class Command(NamedTuple):
     """A row of ``rlhf --help``.
@@ -141,7 +143,7 @@ def _foreign_exit(error: SystemExit) -> str | None:
 
 def _fail(sentence: str, status: int) -> int:
     """Print why nothing came of it; return the exit status."""
-    print(f"rlhf: {sentence}", file=sys.stderr)
+    print(f"rlhf: {printable(sentence)}", file=sys.stderr)
     return status
 
 

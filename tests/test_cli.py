@@ -144,3 +144,14 @@ def test_help_imports_neither_torch_nor_lightning_and_the_package_runs_as_a_modu
     )
     shown = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert shown.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_failure_of_any_kind_is_printable(monkeypatch, capsys):
+    """What a sentence quotes may come from a model's folder, a file or a server, and by way of another package."""
+
+    def fails(argv):
+        raise ValueError("cannot read \x1b[2J\u202eevil\u200b")
+
+    monkeypatch.setattr("rlhf_lightning.commands.generate.main", fails)
+    assert main(["generate"]) == 1
+    assert "cannot read \\x1b[2J\\u202eevil\\u200b" in capsys.readouterr().err

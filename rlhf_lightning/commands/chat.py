@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import printable
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import Message, Prompt
@@ -81,7 +82,7 @@ def converse(conversation: "Conversation", typed: Iterator[str], show: Callable[
         else:
             try:
                 for piece in conversation.answer(text):
-                    show(piece, end="", flush=True)
+                    show(printable(piece), end="", flush=True)
             except KeyboardInterrupt:
                 show(" (stopped)", end="")
             show("")

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from rlhf_lightning.commands.messages import explain
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, printable
 from rlhf_lightning.loading import refuse_repeated_keys, shipped_classes
 from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
@@ -83,7 +83,7 @@ class PlainParser(ArgumentParser):
 
 def usage_error(prog: str, sentence: str) -> NoReturn:
     """Print what is wrong with a command line and exit with status 2."""
-    print(f"{prog}: {sentence}\n`{prog} --help` lists the options.", file=sys.stderr)
+    print(f"{prog}: {printable(sentence)}\n`{prog} --help` lists the options.", file=sys.stderr)
     raise SystemExit(2)
 
 

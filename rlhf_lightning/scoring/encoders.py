@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rlhf_lightning.errors import ModelError, SettingError
+from rlhf_lightning.errors import ModelError, SettingError, printable
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.folders import require_safetensors
 from rlhf_lightning.models.loading import (
@@ -138,8 +138,10 @@ def label_index(folder: str, names: Sequence[str], label: str | None, own: bool)
         )
     if label is None and names and not own:
         warnings.warn(
-            f"{folder} has the labels {', '.join(map(str, names))}; the score is the first, {names[0]}: set label to "
-            "choose another",
+            printable(
+                f"{folder} has the labels {', '.join(names)}; the score is the first, {names[0]}: set label to choose "
+                "another"
+            ),
             stacklevel=3,
         )
     return 0 if label is None else list(names).index(label)

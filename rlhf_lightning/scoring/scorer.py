@@ -26,6 +26,8 @@ RESERVED_PARTS = ("std", "squared", "missing")
 """Names that no part of a `Judgement` may have: the metric ``rollout/score_NAME`` has another meaning."""
 
 
+LONGEST_PART_NAME = 100
+
 LARGEST_SCORE = 1e6
 """Scores beyond this are warned of."""
 
@@ -260,7 +262,14 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
     each = [one if isinstance(one, Judgement) else Judgement(one) for one in listed]
     scores = checked_scores([one.score for one in each], count, name)
     parts = {}
-    for part in sorted({part for one in each for part in one.parts}):
+    names = {part for one in each for part in one.parts}
+    for part in names:  # they become names of metrics, in files and on terminals
+        if not isinstance(part, str) or not part.isprintable() or not 0 < len(part) <= LONGEST_PART_NAME:
+            raise ContractError(
+                "part-name",
+                f"{name} calls a part {part!r:.200}; use up to {LONGEST_PART_NAME} printable characters",
+            )
+    for part in sorted(names):
         if part in RESERVED_PARTS:
             raise ContractError("reserved-part", f"{name} calls a part {part!r}, which is reserved: rename it")
         found = [math.nan if one.parts.get(part) is None else one.parts[part] for one in each]

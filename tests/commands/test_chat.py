@@ -140,3 +140,15 @@ def test_help_and_errors(capsys):
     assert capsys.readouterr().err == (
         "rlhf: there is no model folder ./absent; check the path, or give a Hub id (owner/name)\n"
     )
+
+
+def test_an_answer_cannot_act_on_the_terminal():
+    """A model, or the server behind an engine, may write control sequences: they are written out."""
+
+    class Hostile:
+        def answer(self, text):
+            yield from ["a\x1b]0;owned\x07", "\u202eb\n", "ü\t\x9b2J"]
+
+    shown = []
+    converse(Hostile(), iter(["hello"]), lambda text="", **options: shown.append(text))
+    assert "".join(shown) == "a\\x1b]0;owned\\x07\\u202eb\nü\t\\x9b2J"

@@ -177,3 +177,44 @@ def test_what_is_wrong_is_named(make, code, message):
 def test_a_spec_that_names_no_scorer_is_refused(spec, code, words):
     with refused(code, *words):
         load_scorer(spec)
+
+
+def zero(prompts, completions, **columns):
+    return [0.0] * len(completions)
+
+
+def one(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def test_a_list_of_scorers_is_named_by_place():
+    total = WeightedSum([zero, one], weights=[5.0, 2.0])
+    (judged,) = total(["p"], ["c"])
+    assert judged.score == 2.0 and judged.parts == {"0": 0.0, "1": 1.0}
+    assert WeightedSum([zero, one], weights={"1": 3})(["p"], ["c"])[0].score == 3.0
+
+
+@pytest.mark.parametrize(
+    ("scorers", "weights", "code"),
+    [
+        ("my_scores.brevity", None, "wrong-arguments"),
+        (7, None, "wrong-arguments"),
+        (None, None, "wrong-arguments"),
+        ([], None, "no-scorers"),
+        ({}, None, "no-scorers"),
+        ([zero], "high", "wrong-arguments"),
+        ([zero], 2.0, "wrong-arguments"),
+        ([zero], [1.0, 2.0], "unknown-scorer"),
+        ([zero], ["high"], "not-a-number"),
+        ([zero], [None], "not-a-number"),
+        ([zero], [True], "not-a-number"),
+        ([zero], [[1.0]], "not-a-number"),
+        ([zero], [math.nan], "not-a-number"),
+        ([zero], [math.inf], "not-a-number"),
+        ({"a": zero}, {"b": 1.0}, "unknown-scorer"),
+        ([7], None, "wrong-kind"),
+    ],
+)
+def test_what_is_no_weighted_sum_is_refused(scorers, weights, code):
+    with refused(code):
+        WeightedSum(scorers, weights)

@@ -1,4 +1,5 @@
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from conftest import refused
 
 from rlhf_lightning.scoring import LearnedScorer, Scorer, checked_scores, load_scorer
+from rlhf_lightning.scoring.scorer import BadScoresError, checked_judgements
+from rlhf_lightning.types import Judgement
 
 SOURCE = '''
 """Scores of one's own."""
@@ -118,3 +121,26 @@ def test_scores_carry_no_gradient() -> None:
 def test_scores_that_cannot_be_learned_from_are_refused(scores: Any, code: str, message: str) -> None:
     with refused(code, message):
         checked_scores(scores, 3, "scorer 'x'")
+
+
+@pytest.mark.parametrize("part", ["", "a\x1b[2J", "\u202eb", "line\nbreak", "x" * 101, 7, None])
+def test_the_name_of_a_part_is_printable_and_short(part):
+    with refused("part-name", "printable characters"):
+        checked_judgements([Judgement(1.0, {part: 1.0, "good": 2.0})], 1, "x")
+
+
+def test_scores_out_of_all_proportion_are_warned_of():
+    for scores in ([1e30, 1.0], [-1e30, 1.0], torch.tensor([1e7, 0.0])):
+        with pytest.warns(UserWarning, match="returned scores beyond 1e\\+06"):
+            checked_scores(scores, 2, "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked_scores([1e5, None], 2, "x")
+
+
+@pytest.mark.parametrize(
+    "scores", [{0: 1.0}, {1.0, 2.0}, "12", [[1.0, 2.0]], [10**400, 1.0], [1 + 2j, 1.0], [b"1", 1.0]]
+)
+def test_what_is_no_list_of_numbers_is_refused(scores):
+    with pytest.raises(BadScoresError, match="x "):
+        checked_scores(scores, 2, "x")

@@ -167,3 +167,29 @@ def test_wrong_arguments():
         RemoteJudge("http://127.0.0.1:1", "big", read="mind")
     with refused("setting-out-of-range", "requests is 0"):
         RemoteJudge("http://127.0.0.1:1", "big", requests=0)
+
+
+@pytest.mark.parametrize("value", ["nan", "-1.0", None, True, [-1.0], 0.5, -(10**400)])
+@pytest.mark.parametrize("where", ["chosen", "likely"])
+def test_a_log_probability_that_is_no_number_is_refused(value, where):
+    def reply(body):
+        spoilt = place("A", -0.1, A=-0.1, B=-2.4)
+        (spoilt if where == "chosen" else spoilt["top_logprobs"][1])["logprob"] = value
+        return said("A", [spoilt])
+
+    with serving(reply) as server, refused("server-answer-unusable", "top_logprobs", "set read to text"):
+        RemoteJudge(server.url, "big", retries=0)([question("x", "y")])
+
+
+@pytest.mark.parametrize(
+    "values", [("high", -1.0), (True, -1.0), (None, -1.0), (math.inf, -1.0), (-1.0, 2.0), (-1.0, [0.0]), (-1.0, 1e30)]
+)
+def test_numbers_of_an_own_judge_that_are_none_are_refused(values):
+    class Own:
+        name = "own"
+
+        def __call__(self, questions):
+            return [JudgeAnswer(*values)] * len(questions)
+
+    with refused("not-a-logprob", "judge own", "at most 0"):
+        label_pairs(Own(), RULES, [Pair("p", "y", "x")])
