@@ -2,11 +2,11 @@
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
@@ -19,8 +19,6 @@ DEFAULTS = SamplingArguments()
 
 FOUND_AT_ONCE = 64
 """Pairs between two journal entries."""
-
-Part = tuple[int, list["Pair"]]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -94,10 +92,10 @@ def label(
             f"{principles}: draw fewer for each pair",
         )
     if pairs is not None:
-        work: Work = GivenPairs(pairs)
+        work = given_work(pairs)
     else:
         assert prompts is not None and model is not None
-        work = SampledPairs(prompts, model, sampling, as_chat)
+        work = sampled_work(prompts, model, sampling, as_chat)
     judging = load_judge(judge, _with_dtype(judge, judge_args, sampling.dtype))
     provenance = {
         "judge": judging.name,
@@ -171,71 +169,53 @@ def given_pairs(path: str) -> "list[Pair]":
     return found
 
 
-class Work(Protocol):
-    """Source of pairs.
+class Work(NamedTuple):
+    """Pairs to label: entries of the report, other values that the pairs depend on, number of pairs or prompts.
 
-    Attributes:
-        provenance: entries of the report.
-        task: other values that the pairs depend on.
-        total: number of pairs or prompts.
+    ``parts(done)`` yields some pairs at a time with the progress after them, starting after ``done``.
     """
 
     provenance: dict[str, Any]
     task: dict[str, Any]
     total: int
-
-    def parts(self, done: int) -> Iterator[Part]:
-        """Yield some pairs at a time with the progress after them, starting after ``done``."""
-        ...
+    parts: Callable[[int], Iterator[tuple[int, list["Pair"]]]]
 
 
-class GivenPairs:
+def given_work(path: str) -> Work:
     """The pairs of a file."""
+    from rlhf_lightning.data.feedback.records import digest
 
-    def __init__(self, path: str) -> None:
-        from rlhf_lightning.data.feedback.records import digest
+    pairs = given_pairs(path)
 
-        self.pairs = given_pairs(path)
-        self.total = len(self.pairs)
-        self.provenance = {"pairs": path}
-        self.task = {"content": digest([list(pair) for pair in self.pairs])}
-
-    def parts(self, done: int) -> Iterator[Part]:
-        """Yield the pairs in order."""
-        for start in range(done, self.total, FOUND_AT_ONCE):
-            part = self.pairs[start : start + FOUND_AT_ONCE]
+    def parts(done: int) -> Iterator[tuple[int, list["Pair"]]]:
+        for start in range(done, len(pairs), FOUND_AT_ONCE):
+            part = pairs[start : start + FOUND_AT_ONCE]
             yield start + len(part), part
 
+    return Work({"pairs": path}, {"content": digest([list(pair) for pair in pairs])}, len(pairs), parts)
 
-class SampledPairs:
+
+def sampled_work(prompts: str, model: str, sampling: SamplingArguments, as_chat: bool) -> Work:
     """Two different completions of each prompt, sampled as `rlhf annotate` does."""
+    from rlhf_lightning.commands.generate import read_prompts
+    from rlhf_lightning.commands.journal import model_stamp
+    from rlhf_lightning.data.feedback.records import digest
+    from rlhf_lightning.people.candidates import load_policies, sampled_items
+    from rlhf_lightning.scoring.judges.judge import Pair
 
-    def __init__(self, prompts: str, model: str, sampling: SamplingArguments, as_chat: bool) -> None:
-        from rlhf_lightning.commands.generate import read_prompts
-        from rlhf_lightning.commands.journal import model_stamp
-        from rlhf_lightning.data.feedback.records import digest
+    rows = read_prompts(prompts, as_chat)
+    task: dict[str, Any] = {"content": digest([list(row) for row in rows]), "model": model_stamp(model)}
+    for name in ("chat_template", "template_args"):
+        if getattr(sampling, name) is not None:
+            task[name] = getattr(sampling, name)
 
-        self.rows = read_prompts(prompts, as_chat)
-        self.model, self.sampling = model, sampling
-        self.total = len(self.rows)
-        self.provenance = {"prompts": prompts, "model": model, "sampling": sampling.provenance()}
-        self.task = {"content": digest([list(row) for row in self.rows]), "model": model_stamp(model)}
-        if sampling.chat_template is not None:
-            self.task["chat_template"] = sampling.chat_template
-        if sampling.template_args is not None:
-            self.task["template_args"] = sampling.template_args
+    def parts(done: int) -> Iterator[tuple[int, list["Pair"]]]:
+        policies, at_once = load_policies([model], sampling), max(sampling.batch_size, FOUND_AT_ONCE)
+        items = sampled_items(
+            policies, rows, 2, sampling.settings(), sampling.seed, at_once, lambda _: False, done
+        )  # fmt: skip
+        for start, part in zip(range(done, len(rows), at_once), items, strict=True):
+            pairs = [Pair(one.prompt, *(side.completion for side in one.candidates), None, one.columns) for one in part]
+            yield min(start + at_once, len(rows)), pairs
 
-    def parts(self, done: int) -> Iterator[Part]:
-        """Yield the pairs of some prompts at a time."""
-        from rlhf_lightning.people.candidates import load_policies, sampled_items
-        from rlhf_lightning.scoring.judges.judge import Pair
-
-        policies, settings = load_policies([self.model], self.sampling), self.sampling.settings()
-        at_once = max(self.sampling.batch_size, FOUND_AT_ONCE)
-        items = sampled_items(policies, self.rows, 2, settings, self.sampling.seed, at_once, lambda _: False, done)
-        for start, part in zip(range(done, self.total, at_once), items, strict=True):
-            pairs = []
-            for item in part:
-                first, second = item.candidates
-                pairs.append(Pair(item.prompt, first.completion, second.completion, None, item.columns))
-            yield min(start + at_once, self.total), pairs
+    return Work({"prompts": prompts, "model": model, "sampling": sampling.provenance()}, task, len(rows), parts)

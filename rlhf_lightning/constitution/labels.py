@@ -63,10 +63,6 @@ class LabelledPair(NamedTuple):
     def row(self, judge: str, constitution: str) -> dict[str, Any]:
         """Return the training row of the pair, with the label's provenance.
 
-        Args:
-            judge: name of the judge.
-            constitution: fingerprint of the constitution.
-
         Raises:
             DataError: the pair has no label.
         """

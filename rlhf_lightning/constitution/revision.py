@@ -118,16 +118,19 @@ def revise(
             f"the constitution {constitution.name} has no principles to revise by: list some under revising",
         )
     numbers = [start + place for place in range(len(prompts))]
-    answers = [_tidy(one, prompt, constitution) for one, prompt in zip(
-        writer(prompts, [_episode(number, 0) for number in numbers]), prompts, strict=True
-    )]  # fmt: skip
+    answers = _write(writer, constitution, prompts, [_episode(number, 0) for number in numbers])
     current = [one.text if one is not None else "" for one in answers]
     rounds: list[list[Round]] = [[] for _ in prompts]
     live = [place for place, text in enumerate(current) if text]
     for turn in range(1, settings.rounds + 1):
-        principles = [drawn_principle(constitution, settings.seed, numbers[place], turn) for place in live]
-        asked = [_Asked(prompts[place], current[place], _episode(numbers[place], 2 * turn)) for place in live]
-        for place, done in zip(live, _round(writer, constitution, principles, asked, settings), strict=True):
+        asked = [
+            _Asked(
+                drawn_principle(constitution, settings.seed, numbers[place], turn), prompts[place], current[place],
+                _episode(numbers[place], 2 * turn),
+            )
+            for place in live
+        ]  # fmt: skip
+        for place, done in zip(live, _round(writer, constitution, asked, settings), strict=True):
             rounds[place].append(done)
             if not done.refused:
                 current[place] = done.revision
@@ -144,6 +147,7 @@ def drawn_principle(constitution: Constitution, seed: int, number: int, turn: in
 
 
 class _Asked(NamedTuple):
+    principle: RevisingPrinciple
     prompt: Prompt
     parent: str
     episode: int
@@ -153,33 +157,32 @@ def _episode(number: int, call: int) -> int:
     return number * 2 * (MOST_ROUNDS + 1) + call
 
 
-def _round(
-    writer: Writer, constitution: Constitution, principles: list[RevisingPrinciple], asked: list[_Asked],
-    settings: RevisionSettings,
-) -> list[Round]:  # fmt: skip
+def _write(
+    writer: Writer, constitution: Constitution, prompts: Sequence[Prompt], episodes: list[int]
+) -> list[Written | None]:
+    drawn = writer(prompts, episodes)
+    return [_tidy(one, prompt, constitution) for one, prompt in zip(drawn, prompts, strict=True)]
+
+
+def _round(writer: Writer, constitution: Constitution, asked: list[_Asked], settings: RevisionSettings) -> list[Round]:
     """Criticize and revise one answer of each prompt."""
     critiques: list[Written | None] = [None] * len(asked)
     if settings.critique:
-        read = [
-            critique_prompt(constitution, p, one.prompt, one.parent) for p, one in zip(principles, asked, strict=True)
-        ]
-        drawn = writer(read, [one.episode - 1 for one in asked])
-        critiques = [_tidy(one, prompt, constitution) for one, prompt in zip(drawn, read, strict=True)]
-    wanted = [place for place, one in enumerate(critiques) if not settings.critique or one is not None]
+        read = [critique_prompt(constitution, one.principle, one.prompt, one.parent) for one in asked]
+        critiques = _write(writer, constitution, read, [one.episode - 1 for one in asked])
+    wanted = [(place, one) for place, one in enumerate(asked) if not settings.critique or critiques[place] is not None]
     read = [
-        revision_prompt(
-            constitution, principles[place], asked[place].prompt, asked[place].parent, _text(critiques[place])
-        )
-        for place in wanted
+        revision_prompt(constitution, one.principle, one.prompt, one.parent, _text(critiques[place]))
+        for place, one in wanted
     ]
-    drawn = writer(read, [asked[place].episode for place in wanted])
-    revised: dict[int, Written | None] = {
-        place: _tidy(one, prompt, constitution) for place, one, prompt in zip(wanted, drawn, read, strict=True)
-    }
-    return [
-        _judged(constitution, principle, one, critiques[place], revised.get(place), settings)
-        for place, (principle, one) in enumerate(zip(principles, asked, strict=True))
-    ]
+    drawn = _write(writer, constitution, read, [one.episode for _, one in wanted])
+    revised = {place: revision for (place, _), revision in zip(wanted, drawn, strict=True)}
+    rounds = []
+    for place, one in enumerate(asked):
+        critique, revision = _text(critiques[place]), revised.get(place)
+        reason = refusal_of(constitution, one.parent, critique, revision, settings)
+        rounds.append(Round(one.principle.id, one.parent, critique, _text(revision) or "", reason))
+    return rounds
 
 
 def _text(written: Written | None) -> str | None:
@@ -194,26 +197,10 @@ def _tidy(written: Written | None, prompt: Prompt, constitution: Constitution) -
     return Written(own.strip(), written.finished or own != written.text)
 
 
-def _judged(
-    constitution: Constitution, principle: RevisingPrinciple, asked: _Asked, critique: Written | None,
-    revision: Written | None, settings: RevisionSettings,
-) -> Round:  # fmt: skip
-    reason = refusal_of(constitution, asked.parent, _text(critique), revision, settings)
-    return Round(principle.id, asked.parent, _text(critique), _text(revision) or "", reason)
-
-
 def refusal_of(
     constitution: Constitution, parent: str, critique: str | None, revision: Written | None, settings: RevisionSettings
 ) -> str:
-    """Return why a revision is dropped, a key of `REASONS`; empty if it is kept.
-
-    Args:
-        constitution: has the beginnings of refusals and of meta-talk.
-        parent: the answer to be revised.
-        critique: None if none was asked for, or it could not be written.
-        revision: None if it could not be written.
-        settings: revision settings.
-    """
+    """Return why a revision is dropped, a key of `REASONS`; empty if it is kept."""
     wording = constitution.wording
     if revision is None or (settings.critique and critique is None):
         return "too_long"

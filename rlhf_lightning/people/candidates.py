@@ -7,21 +7,26 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from rlhf_lightning import tokenization
 from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.data.feedback.records import Item
+from rlhf_lightning.data.canonical import REASONS, CanonicalRow, RowRefused
+from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
+from rlhf_lightning.data.formats import preference_with_ties, read_row
+from rlhf_lightning.data.sources import Source, read_rows
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.types import Prompt
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.canonical import CanonicalRow
     from rlhf_lightning.people.selectors import Selector
-    from rlhf_lightning.sampling.engines import SamplingSettings
-    from rlhf_lightning.types import Prompt
-
 
 TRIES = 4
 """Samples drawn for a completion that differs from the others, before the prompt is left out."""
@@ -76,10 +81,6 @@ def sampled_items(
 def _items(
     policies: Sequence[Sampled], chunk: Sequence[Any], count: int, settings: SamplingSettings, seed: int
 ) -> list[Item]:
-    from dataclasses import asdict
-
-    from rlhf_lightning.data.feedback.records import Candidate, Item
-
     sampling = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     found: dict[int, list[Candidate]] = {number: [] for number, _ in chunk}
     for place in range(count):
@@ -108,10 +109,6 @@ def _items(
 def _sample(
     policy: Sampled, prompts: Sequence[Prompt], episodes: Sequence[int], settings: SamplingSettings, seed: int
 ) -> list[str]:
-    import torch
-
-    from rlhf_lightning import tokenization
-
     encoded = [torch.tensor(tokenization.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts]
     ends = tokenization.end_token_ids(policy.tokenizer)
     drawn = policy.engine.sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends)
@@ -125,10 +122,6 @@ def given_rows(path: str) -> list[CanonicalRow]:
         MissingError: the file does not exist.
         DataError: no row has two completions.
     """
-    from rlhf_lightning.data.canonical import REASONS, RowRefused
-    from rlhf_lightning.data.formats import preference_with_ties, read_row
-    from rlhf_lightning.data.sources import Source, read_rows
-
     if not Path(path).exists():
         raise MissingError("no-file", f"there is no file {path}")
     found: list[CanonicalRow] = []
@@ -153,8 +146,6 @@ def given_items(path: str) -> list[Item]:
         MissingError: the file does not exist.
         DataError: no row has two completions, or one has too many.
     """
-    from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
-
     items: list[Item] = []
     for row in given_rows(path):
         assert row.prompt is not None

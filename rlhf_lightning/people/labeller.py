@@ -123,13 +123,7 @@ class PeopleLabeller(Labeller):
 
 
 class Supply:
-    """Further items for a store, when an annotator is idle and the open assignments will not be enough.
-
-    Args:
-        store: store that people judge from.
-        count: labels wanted.
-        more: adds items to the store.
-    """
+    """Further items for a store, when an annotator is idle and the open assignments will not be enough."""
 
     def __init__(self, store: FeedbackStore, count: int, more: More) -> None:
         self.store, self.count, self.more = store, count, more
@@ -177,10 +171,6 @@ class Page:
     """Client of the page's routes over one persistent connection.
 
     A request without an answer is repeated; a judgement counts once by its key.
-
-    Args:
-        address: address of the page, such as ``http://127.0.0.1:8765``.
-        patience: seconds for which a request is repeated.
     """
 
     def __init__(self, address: str, patience: float = 30.0) -> None:

@@ -49,11 +49,6 @@ MAY_CHANGE = ("rounds",)
 class LoopState:
     """Finished steps of a loop, by name, with their results.
 
-    Args:
-        folder: folder of the loop.
-        settings: plain values of all settings.
-        files: fingerprints of the files that they name, see `fingerprints`.
-
     Raises:
         SettingError: the loop in the folder was started with other settings or other content of a file.
     """
@@ -120,10 +115,6 @@ def seed_of(*values: Any) -> int:
 def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
     """Run or resume a loop.
 
-    Args:
-        settings: settings of the loop.
-        plain: the same as plain values, compared with those the loop was started with.
-
     Raises:
         SettingError: the loop was started with other settings.
         StateError: another process runs it, or its labeller cannot start.
@@ -141,13 +132,7 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
 
 
 class Loop:
-    """A loop in its folder.
-
-    Args:
-        settings: settings of the loop.
-        folder: folder of the loop.
-        state: finished steps.
-    """
+    """A loop in its folder."""
 
     def __init__(self, settings: LoopSettings, folder: Path, state: LoopState) -> None:
         self.settings, self.folder, self.state = settings, folder, state
@@ -242,7 +227,9 @@ class Loop:
                     "loop again",
                 )
             if found < wanted:
-                print(f"round {number} has {found} of {wanted} labels and goes on: there are no further pairs to judge")
+                print(
+                    f"round {number} has {found} of {wanted} labels and continues: there are no further pairs to judge"
+                )
             return labels_of(store)
 
     def _more(self, store: FeedbackStore, number: int, selector: Selector | None) -> bool:

@@ -98,23 +98,16 @@ def labels_of(store: FeedbackStore) -> dict[str, Any]:
 
 
 def train_stage(folder: Path, stage: str, config: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a stage with `rlhf fit`, or resume it; return the folder of its model.
-
-    Args:
-        folder: folder of the round; the run is ``folder/stage``.
-        stage: name of the stage.
-        config: YAML file.
-        flags: settings that override the file.
-    """
+    """Train a stage with `rlhf fit`, or resume it; return the folder of its model."""
     argv = ["--config", config, "--runs_folder", str(folder), "--run_name", stage]
     for name, value in flags.items():
         argv += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    begun = [run for _, run in versions(folder / stage) if _can_go_on(run)]
-    done = train.run(["fit", "--resume", str(begun[-1])] if begun else ["fit", *argv])
+    started = [run for _, run in versions(folder / stage) if _can_resume(run)]
+    done = train.run(["fit", "--resume", str(started[-1])] if started else ["fit", *argv])
     return {"model": str(Path(done.folder or folder) / MODEL_FOLDER)}
 
 
-def _can_go_on(run: Path) -> bool:
+def _can_resume(run: Path) -> bool:
     try:
         last_checkpoint(run)
     except FileNotFoundError:
@@ -189,14 +182,7 @@ def _lines(samples: ScoredSamples) -> list[dict[str, Any]]:
 
 
 def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> dict[str, Any]:
-    """Win rate of a policy's held-out completions against another's, by gold reward or scorer; a tie counts half.
-
-    Args:
-        folder: folder that `evaluate` wrote the completions to.
-        against: folder of the other policy's completions.
-        scorer: scorer of the other completions; None with a gold reward.
-        seed: seed of the bootstrap interval.
-    """
+    """Win rate of a policy's held-out completions against another's, by gold reward or scorer; a tie counts half."""
     mine, theirs = (
         [json.loads(line) for line in (place / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
         for place in (folder, against)
@@ -249,13 +235,7 @@ def draw_label_curves(
 
 
 def write_report(folder: Path, name: str, points: Sequence[Mapping[str, Any]]) -> str:
-    """Write loop.md, loop.png and the TensorBoard event file; return the table.
-
-    Args:
-        folder: folder of the loop.
-        name: name of the loop.
-        points: figures of the initial policy and of each round, with the labels spent.
-    """
+    """Write loop.md, loop.png and the TensorBoard event file; return the table."""
     shown = [figure for figure in FIGURES if any(figure in point for point in points)]
     merit = "gold_reward" if "gold_reward" in shown else "win_rate"
     curve = [LabelPoint(point["labels"], point[merit], *point[f"{merit}_ci"]) for point in points if merit in point]

@@ -149,11 +149,7 @@ def shipped_selectors() -> dict[str, type[Selector]]:
 
 
 class RewardModels:
-    """Scores of items by several scorers; each item is scored once.
-
-    Args:
-        names: scorers as `load_scorer` takes them: folders of reward models or import paths of functions.
-    """
+    """Scores of items by several scorers; each item is scored once."""
 
     def __init__(self, names: Sequence[str]) -> None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -194,11 +190,6 @@ class RewardModels:
 
 def load_selector(name: str, ensemble: Sequence[str], seed: int) -> Selector:
     """Return the selector of a short name such as ``uncertainty``, or of an import path such as ``my_file.MySelector``.
-
-    Args:
-        name: short name or import path.
-        ensemble: reward models, each as `load_scorer` takes it.
-        seed: seed of the selector's random choices.
 
     Raises:
         SettingError: the name is unknown (see `loading.load_class`), or the selector needs more reward models.

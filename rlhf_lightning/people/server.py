@@ -71,13 +71,7 @@ class PageSettings:
 
 
 def make_app(store: FeedbackStore, access: AccessPolicy | None = None, settings: PageSettings | None = None) -> ASGIApp:
-    """Return the web application of a store.
-
-    Args:
-        store: store opened for labelling.
-        access: who may use the page; None lets anybody in under the name they give, for the loopback.
-        settings: choices and messages of the page.
-    """
+    """Return the web application of a store."""
     access = access or AccessPolicy()
     pages = _Pages(store, access, settings or PageSettings())
     routes = [
@@ -143,7 +137,7 @@ class _Pages:
         """Take the name of an annotator on the loopback."""
         name = (await _json_of(request)).get("name")
         if self.access.tokens is not None:
-            raise HTTPException(403, "come in by the link that you were given")
+            raise HTTPException(403, "use the link that you were given")
         name = name.strip() if isinstance(name, str) else ""
         if not is_name(name):
             reserved = ", ".join(RESERVED_NAMES)

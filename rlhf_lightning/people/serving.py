@@ -103,10 +103,6 @@ def is_loopback(host: str) -> bool:
 def checked_names(host: str, annotators: str | None) -> list[str]:
     """Return the annotators who may use the page; an empty list where everybody on this machine may.
 
-    Args:
-        host: address that the server listens on.
-        annotators: names separated by commas.
-
     Raises:
         SettingError: other machines can reach the page and no annotator is named, or a name is invalid.
     """
@@ -169,11 +165,6 @@ def _bad_tokens(file: Path, fault: str) -> DataError:
 
 def access_policy(store: Path, host: str, annotators: str | None) -> AccessPolicy:
     """Return the access policy of a store's page: anybody on this machine, or holders of a token.
-
-    Args:
-        store: the store; tokens are kept next to it.
-        host: address that the server listens on.
-        annotators: names separated by commas; None where everybody on this machine may label.
 
     Raises:
         SettingError: see `checked_names`.

@@ -267,10 +267,6 @@ class FeedbackStore:
         """Withdraw the annotator's last judgement, so that it is asked again; return the number of the new row.
 
         The judgement stays in the store, and a row records its withdrawal. Returns None if there is nothing to undo.
-
-        Args:
-            annotator: name of the annotator.
-            key: idempotency key, as in `judge`.
         """
         with self._transaction() as db:
             if (known := self._known(db, annotator, key, None)) is not None:

@@ -152,7 +152,7 @@ def test_a_model_judges(given, policy_folder):
         (["--principles", "17"], "has 16 principles to compare by"),
         (["--pairs", "nothing.jsonl"], "there is no file nothing.jsonl"),
         (["--judge", "os.system"], "judge 'os.system' has no name"),
-        (["--judge_args.api_key", "sk-1234"], "judge_args.api_key is no name of an environment variable"),
+        (["--judge_args.api_key", "sk-1234"], "judge_args.api_key is not the name of an environment variable"),
         (["--least-mass", "1"], "least_mass is 1.0"),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flag
     flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
     monkeypatch.setattr(loop_rounds.Loop, "_more", lambda *_: False)
     assert rlhf(flags) == 0
-    assert "round 0 has 3 of 8 labels and goes on" in capsys.readouterr().out
+    assert "round 0 has 3 of 8 labels and continues" in capsys.readouterr().out
     assert steps_of(Path("runs/loop/tiny"))["round_0/evaluate"]["labels"] == 3
 
 

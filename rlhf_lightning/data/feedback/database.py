@@ -117,11 +117,8 @@ def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
     """Open a store for writing; create it if the file does not exist.
 
     Write-ahead logging lets training read while people label. With ``synchronous`` FULL a commit returns when the log
-    is on disk, so a confirmed judgement survives a killed process and a power failure.
-
-    Args:
-        path: the file.
-        salt: salt of a new store; null draws a secret one.
+    is on disk, so a confirmed judgement survives a killed process and a power failure. A new store draws a secret salt
+    unless one is given.
 
     Raises:
         DataError: the file is not a feedback store, or cannot be written safely.
@@ -298,10 +295,6 @@ def _text_or_turns(text: Any, where: str, name: str) -> Any:
 
 def snapshot_of(connection: sqlite3.Connection, upto: int | None = None) -> Snapshot:
     """Hash the judgements up to a row and the items they judge; later judgements do not change the hash.
-
-    Args:
-        connection: connection to the store.
-        upto: number of the last row; None takes the last one there is.
 
     Raises:
         DataError: the store does not have that row yet.
