@@ -55,10 +55,10 @@ class LoopState:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path = folder / STATE_FILE
-        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-        self.steps: dict[str, Any] = known.get("steps", {})
-        earlier, self.settings, self.files = known.get("settings"), dict(settings), dict(files)
-        if earlier is not None:
+        self.steps: dict[str, Any] = {}
+        self.settings, self.files = dict(settings), dict(files)
+        if self.path.is_file():
+            earlier, hashes = self._read()
             changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != earlier.get(name)]
             if changed:
                 said = ", ".join(f"{name} {earlier.get(name)} (now {settings[name]})" for name in changed)
@@ -66,13 +66,27 @@ class LoopState:
                     "settings-changed",
                     f"the loop in {folder} was started with {said}: give another --name, or the same settings",
                 )
-            edited = [settings[name] for name, found in self.files.items() if found != known["files"].get(name)]
+            edited = [settings[name] for name, found in self.files.items() if found != hashes.get(name)]
             if edited:
                 raise SettingError(
                     "files-changed",
                     f"{' and '.join(edited)} changed since the loop in {folder} was started: give another --name, or "
                     "restore the earlier content",
                 )
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the finished steps; return the settings and the fingerprints of the files."""
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            parts = [known[name] for name in ("steps", "settings", "files")]
+            if not all(isinstance(part, dict) for part in (*parts, *parts[0].values())):
+                raise TypeError("steps, settings and files must be mappings")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise StateError(
+                "damaged-state", f"{self.path} is damaged ({error}): restore it from a copy, or give another --name"
+            ) from None
+        self.steps = parts[0]
+        return parts[1], parts[2]
 
     def step(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a step's result; run it unless it is finished. Steps may be killed anywhere and run again."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from rlhf_lightning.data.feedback.database import item_of, open_for_writing, snapshot_of
+from rlhf_lightning.data.feedback.database import identity_of, item_of, open_for_writing, snapshot_of
 from rlhf_lightning.data.feedback.records import (
     Answer,
     Assignment,
@@ -83,7 +83,7 @@ class FeedbackStore:
         self._turn = threading.RLock()
         try:
             self._connection = open_for_writing(self.path, self.policy.salt)
-            self.id, salt = self._connection.execute("SELECT id, salt FROM store").fetchone()
+            self.id, salt = identity_of(self._connection)
             self._inode = self.path.stat().st_ino
         except BaseException:
             self._lock.release()

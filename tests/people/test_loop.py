@@ -217,6 +217,15 @@ def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flag
     assert steps_of(Path("runs/loop/tiny"))["round_0/evaluate"]["labels"] == 3
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", "{}", '{"steps": []}', '{"steps": {"a": 1}, "settings": {}, "files": {}}']
+)
+def test_a_damaged_state_is_one_sentence(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with refused("damaged-state", "give another --name"):
+        loop_rounds.LoopState(tmp_path, {}, {})
+
+
 def test_edited_files_are_refused(tmp_path):
     """By what they hold: a comment changes nothing."""
     settings = {}

@@ -268,6 +268,11 @@ DAMAGE = {
     "flags are lists": "UPDATE judgements SET flags = '[[]]'",
     "deep JSON": f"UPDATE items SET columns = '{'[' * 100_000}'",
     "another verdict": "UPDATE judgements SET verdict = 'best'",
+    "ranks with gaps": "UPDATE judgements SET ranks = '[0, 5]'",
+    "a strength beyond the scale": "UPDATE judgements SET strength = 99",
+    "seconds before the start": "UPDATE judgements SET seconds = -1",
+    "an edit of no completion": "UPDATE judgements SET edited = 'x', edited_place = 7",
+    "a time that is none": "UPDATE judgements SET judged = 'noon'",
 }
 
 
@@ -293,6 +298,21 @@ def test_a_damaged_store_is_one_sentence(make_store, statement):
         for answer in (client.get("/api/item"), client.get("/results")):
             assert answer.status_code in (200, 500) and "Traceback" not in answer.text
             assert answer.status_code == 200 or "is damaged" in answer.text
+
+
+@pytest.mark.parametrize("statement", ["DELETE FROM store", "INSERT INTO store VALUES ('a', 'b')"])
+def test_a_store_without_its_own_id_is_refused(make_store, statement):
+    store = make_store(1)
+    store.close()
+    connection = sqlite3.connect(store.path)
+    connection.execute("DROP TRIGGER store_stay_DELETE")
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+    with refused("damaged-store"):
+        FeedbackStore(store.path)
+    with FeedbackStore(store.path.with_name("other.db")):
+        pass
 
 
 def test_a_second_process_is_refused(make_store, tmp_path):

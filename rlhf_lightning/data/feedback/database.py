@@ -10,10 +10,19 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from rlhf_lightning.data.feedback.records import Candidate, Item, Snapshot, StoredJudgement, Verdict, encoded
+from rlhf_lightning.data.feedback.records import (
+    Answer,
+    Candidate,
+    Item,
+    JudgementRefused,
+    Snapshot,
+    StoredJudgement,
+    encoded,
+)  # fmt: skip
 from rlhf_lightning.errors import DataError, MissingError
 
 SUFFIX = ".db"
@@ -256,14 +265,30 @@ def _judgement(row: tuple[Any, ...]) -> StoredJudgement:
     where = f"judgement {number}"
     order = _list_of(int, shown, where, "shown")
     levels = None if ranks is None else _list_of(int, ranks, where, "ranks")
-    if sorted(order) != list(range(count)) or (levels is not None and len(levels) != count):
+    said = _list_of(str, reasons, where, "reasons"), _list_of(str, flags, where, "flags")
+    edited, place, seconds, judged = rest
+    try:
+        Answer(verdict, levels, strength, *said, edited, place, seconds).check(count)
+        datetime.fromisoformat(judged)
+    except (JudgementRefused, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(where, f"is invalid ({error})") from None
+    if sorted(order) != list(range(count)):
         raise _damaged(where, f"does not fit the {count} completions of item {item}")
-    if verdict not in get_args(Verdict) or (verdict == "ranking") != (levels is not None):
-        raise _damaged(where, f"has the verdict {verdict!r} with {'no ' if levels is None else ''}ranks")
     return StoredJudgement(
-        number, annotator, item, bool(repeat), order, verdict, levels, strength,
-        _list_of(str, reasons, where, "reasons"), _list_of(str, flags, where, "flags"), *rest,
+        number, annotator, item, bool(repeat), order, verdict, levels, strength, *said, edited, place, seconds, judged
     )  # fmt: skip
+
+
+def identity_of(connection: sqlite3.Connection) -> tuple[str, str]:
+    """Return the id and the salt of a store.
+
+    Raises:
+        DataError: the store has none.
+    """
+    rows = connection.execute("SELECT id, salt FROM store").fetchall()
+    if len(rows) != 1 or not all(isinstance(value, str) for value in rows[0]):
+        raise _damaged("the table store", "does not hold one id and one salt")
+    return rows[0][0], rows[0][1]
 
 
 def _damaged(where: str, what: str) -> DataError:
