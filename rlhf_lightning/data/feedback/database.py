@@ -22,7 +22,7 @@ from rlhf_lightning.data.feedback.records import (
     Snapshot,
     StoredJudgement,
     encoded,
-)  # fmt: skip
+)
 from rlhf_lightning.errors import DataError, MissingError
 
 SUFFIX = ".db"
