@@ -211,11 +211,13 @@ def sampled_work(prompts: str, model: str, sampling: SamplingArguments, as_chat:
 
     def parts(done: int) -> Iterator[tuple[int, list["Pair"]]]:
         policies, at_once = load_policies([model], sampling), max(sampling.batch_size, FOUND_AT_ONCE)
-        items = sampled_items(
-            policies, rows, 2, sampling.settings(), sampling.seed, at_once, lambda _: False, done
-        )  # fmt: skip
+        settings, seed = sampling.settings(), sampling.seed
+        items = sampled_items(policies, rows, 2, settings, seed, at_once, lambda _: False, done)
         for start, part in zip(range(done, len(rows), at_once), items, strict=True):
-            pairs = [Pair(one.prompt, *(side.completion for side in one.candidates), None, one.columns) for one in part]
+            pairs = []
+            for item in part:
+                first, second = item.candidates
+                pairs.append(Pair(item.prompt, first.completion, second.completion, None, item.columns))
             yield min(start + at_once, len(rows)), pairs
 
     return Work({"prompts": prompts, "model": model, "sampling": sampling.provenance()}, task, len(rows), parts)
