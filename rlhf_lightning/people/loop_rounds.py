@@ -76,15 +76,19 @@ class LoopState:
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the finished steps; return the settings and the fingerprints of the files."""
+        parts: list[Any] = []
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             parts = [known[name] for name in ("steps", "settings", "files")]
-            if not all(isinstance(part, dict) for part in (*parts, *parts[0].values())):
-                raise TypeError("steps, settings and files must be mappings")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            sound = all(isinstance(part, dict) for part in (*parts, *parts[0].values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
             raise StateError(
-                "damaged-state", f"{self.path} is damaged ({error}): restore it from a copy, or give another --name"
-            ) from None
+                "damaged-state",
+                f"{self.path} does not hold the steps, settings and files of a loop: restore it from a copy, or give "
+                "another --name",
+            )
         self.steps = parts[0]
         return parts[1], parts[2]
 
