@@ -136,6 +136,19 @@ def is_stateful(model: Any) -> bool:
     return bool(getattr(model, "_is_stateful", False))
 
 
+def attention_kernel(config: Any) -> str | None:
+    """Return the attention kernel that a model with this config runs."""
+    kernel: str | None = config._attn_implementation
+    return kernel
+
+
+def new_model(kind: Any, config: Any, kernel: str) -> Any:
+    """Build a model of a class from a config, in fp32, with newly drawn weights and an attention kernel."""
+    import torch
+
+    return kind._from_config(config, dtype=torch.float32, attn_implementation=kernel)
+
+
 # -- peft 0.21 --------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +160,18 @@ def adapter_switch(layer: Any) -> tuple[str | list[str], bool]:
 def set_adapter_switch(layer: Any, switch: tuple[str | list[str], bool]) -> None:
     """Set a layer's active adapters; peft's own method changes ``requires_grad`` too."""
     layer._active_adapter, layer._disable_adapters = switch
+
+
+def bypasses_adapters(model: Any, name: str) -> bool:
+    """Return whether peft refuses an adapter on a layer because a fused kernel of the family reads its weight."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 # -- torch 2.13 and datasets 4 ----------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_models import tiny_config
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import compat
 from rlhf_lightning.commands.train import RlhfCLI
@@ -185,3 +187,16 @@ def test_lightning_puts_back_the_signal_handlers_it_remembers() -> None:
         assert signal.getsignal(signal.SIGTERM) is callers, "Lightning keeps the handlers it puts back elsewhere"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_model_is_built_with_a_kernel_and_names_it() -> None:
+    kind = AutoModelForCausalLM.from_config(tiny_config()).__class__
+    model = compat.new_model(kind, tiny_config(), "eager")
+    assert compat.attention_kernel(model.config) == "eager", "transformers: configs name their kernel otherwise"
+    assert model.dtype == torch.float32
+
+
+def test_peft_says_which_layers_a_fused_kernel_reads() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type="mamba"))
+    assert compat.bypasses_adapters(model, "layers.0.mixer.out_proj"), "peft: the check of Mamba's layers has moved"
+    assert not compat.bypasses_adapters(model, "layers.0.mixer.in_proj")

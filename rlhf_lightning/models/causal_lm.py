@@ -6,15 +6,19 @@ runs in chunks: [rows, width, vocabulary] never exists.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_lightning.errors import ModelError, SettingError, StateError
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
@@ -22,6 +26,8 @@ from rlhf_lightning.functional.logprobs import (
     at_least_float32,
     chunk_size,
     chunked_logprobs,
+    token_entropy,
+    token_logprobs,
 )
 from rlhf_lightning.models.adapters import REFERENCE, with_adapter
 from rlhf_lightning.models.compiling import uncompiled
@@ -40,7 +46,15 @@ from rlhf_lightning.models.loading import (
     refuse_reward_adapter,
     resolve_folder,
 )
-from rlhf_lightning.models.scalar_head import head_dtype, hidden_states, reads_trees, trunk, unwrapped
+from rlhf_lightning.models.scalar_head import (
+    cells_of,
+    head_dtype,
+    hidden_states,
+    reads_trees,
+    text_config,
+    trunk,
+    unwrapped,
+)
 from rlhf_lightning.models.sharding import decoder_layers
 
 
@@ -66,29 +80,41 @@ class DecodingStep(NamedTuple):
 
     Attributes:
         input_ids: int64, shape (rows, width): prompts padded on the left, or with a filled cache one token a row.
-        attention_mask: int64, shape (rows, cached + width), 0 on padding.
-        positions: position of each token of ``input_ids`` in its text.
-        cache: keys and values of the tokens before, filled further by the forward; None keeps none.
+        attention_mask: int64, shape (rows, cached + width), 0 on padding; None where no row is padded.
+        positions: position of each token of ``input_ids`` in its text; None lets the model count them.
+        cache: keys and values of the tokens before, filled further by the forward; an `OwnCache` is the model's to
+            make; None keeps none.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor
+    attention_mask: Tensor | None = None
+    positions: Tensor | None = None
     cache: Any = None
+
+
+class OwnCache:
+    """A cache that the model makes in its first forward: keys and values, recurrent states, or both."""
+
+    def __init__(self) -> None:
+        self.kept: Any = None
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be kept several times."""
+        self.kept.reorder_cache(rows)
 
 
 class OverLogits(NamedTuple):
     """A function of whole next-token distributions, asked of a forward: it gets the logits a chunk at a time.
 
     Attributes:
-        layout: sequences in rows.
+        layout: sequences in rows; None where the states are given.
         function: called with the logits of a chunk of supervised tokens, fp32 or wider, shape (chunk, vocabulary), and
             the same chunk of each further tensor; returns values per token by name, see `chunked_over_tokens`.
         further: tensors of shape (tokens, ...) that are cut like the logits.
         chunk_tokens: most tokens whose logits are held at a time, see `functional.logprobs.chunk_size`.
     """
 
-    layout: Layout
+    layout: Layout | None
     function: Callable[..., Mapping[str, Tensor]]
     further: tuple[Tensor, ...] = ()
     chunk_tokens: int = 1024
@@ -100,8 +126,29 @@ class PredictingStates(NamedTuple):
     layout: Layout
 
 
+LogitsPath = Literal["product", "head", "forward"]
+"""How logits are made. ``product``: states times the LM head's weight, with the softcap and the scale of the config.
+``head``: the model's own forward with the states in place of its trunk's, so that it computes the logits itself.
+``forward``: the model's own forward of whole sequences, whose logits are all in memory at once."""
+
+
+Decoding = Literal["slots", "batches", "equal", "uncached"]
+"""How completions are decoded. ``slots``: rows enter and leave a running batch. ``batches``: prompts start together,
+padded on the left. ``equal``: prompts of the same length start together, without padding. ``uncached``: the same,
+and every token is computed from the whole text before it."""
+
+
+class OwnLogits(NamedTuple):
+    """What is asked of a forward that ours is compared with: the logits of the model's own, of one sequence."""
+
+    input_ids: Tensor
+
+
 class CausalLM(nn.Module):
     """A causal language model, with an optional value head on the same trunk.
+
+    ``reads_trees``, ``pads_rows``, ``logits_path`` and ``decoding`` say how it is forwarded; `models.self_check` sets
+    what agrees with the model's own forward.
 
     Args:
         model: the Hugging Face model, possibly wrapped by peft.
@@ -113,16 +160,21 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.source = source
+        self.reads_trees = reads_trees(model)
+        """Whether the model reads rows of several sequences, see `models.layout.packed_layout`."""
+        self.pads_rows = True
+        """Whether rows of different lengths are forwarded together; else those of each length are."""
+        self.decoding: Decoding | None = None
+        self.self_check = False
+        """Whether decoding is checked when the model first samples."""
+        self.logits_path: LogitsPath = "product"
+        if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
+            self.logits_path = "head"  # an adapter on the head is no single weight
         self.value_head: nn.Linear | None = None
         if value_head:
-            self.value_head = nn.Linear(model.config.hidden_size, 1)
+            self.value_head = nn.Linear(text_config(model).hidden_size, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-
-    @property
-    def reads_trees(self) -> bool:
-        """Whether the model can read rows of several sequences, see `models.layout.packed_layout`."""
-        return reads_trees(self.model)
 
     @property
     def has_adapter(self) -> bool:
@@ -141,19 +193,28 @@ class CausalLM(nn.Module):
             return self.over_logits(layout, *args, **kwargs)
         if isinstance(layout, PredictingStates):
             return self.predicting_states(layout.layout)
+        if isinstance(layout, OwnLogits):
+            return unwrapped(self.model)(input_ids=layout.input_ids.unsqueeze(0), use_cache=False).logits[0]
         return self.logprobs(layout, *args, **kwargs)
 
     def next_token_logits(self, step: DecodingStep) -> Tensor:
         """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
+        read = unwrapped(self.model) if self.logits_path == "forward" else trunk(self.model)
+        options = {"attention_mask": step.attention_mask, "position_ids": step.positions}
+        options = {name: value for name, value in options.items() if value is not None}
+        keyword = "past_key_values"
+        if not takes(read, keyword) and takes(read, "cache_params"):
+            keyword = "cache_params"
+        own = isinstance(step.cache, OwnCache)
+        options[keyword] = step.cache.kept if own else step.cache
+        if options[keyword] is None:
+            del options[keyword]
         with uncompiled(self):
-            hidden = trunk(self.model)(
-                input_ids=step.input_ids,
-                attention_mask=step.attention_mask,
-                position_ids=step.positions,
-                past_key_values=step.cache,
-                use_cache=step.cache is not None,
-            ).last_hidden_state[:, -1]
-        return self.logits(hidden)
+            found = read(input_ids=step.input_ids, use_cache=step.cache is not None, **options)
+        if own:
+            step.cache.kept = found[keyword]
+        last = (found.logits if self.logits_path == "forward" else found.last_hidden_state)[:, -1]
+        return self.logits(last)
 
     def logprobs(
         self,
@@ -176,22 +237,13 @@ class CausalLM(nn.Module):
             hidden_layers: also return the states of these layers; -1 is the last.
         """
         with kept_states(self, hidden_layers, layout) as kept:
-            states = hidden_states(self.model, layout)
+            states = self._states(layout)
         hidden = states[layout.predictors]
-        head, config = unwrapped(self.model).get_output_embeddings(), self.model.config
-        softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
-        logprobs, entropy = chunked_logprobs(
-            hidden,
-            head.weight,
-            layout.targets,
-            bias=head.bias,
-            temperature=temperature,
-            with_entropy=with_entropy,
-            softcap=softcap,
-            scale=scale,
-        )
+        logprobs, entropy = self._token_logprobs(hidden, layout.targets, temperature, with_entropy)
         values = None
         if value_layout is not None and self.value_head is not None:
+            if self.logits_path == "forward":
+                states = hidden_states(self.model, layout, self.pads_rows)
             valued = states[value_layout.predictors].to(head_dtype(self.value_head))
             values = value_layout.scatter(at_least_float32(self.value_head(valued)).squeeze(-1))
         found = {} if statistics is None else self.over_states(hidden, statistics, temperature)
@@ -202,8 +254,34 @@ class CausalLM(nn.Module):
             {name: layout.scatter(per_token) for name, per_token in {**found, **kept}.items()},
         )
 
+    def _token_logprobs(
+        self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probability and entropy of each target, from the states that predict it."""
+        if self.logits_path == "product":
+            weight, bias = self.head()
+            config = text_config(self.model)
+            return chunked_logprobs(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                with_entropy=with_entropy,
+                softcap=getattr(config, "final_logit_softcapping", None),
+                scale=logit_scale(config),
+            )
+
+        def of_chunk(logits: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+            found = {"logprobs": token_logprobs(logits, targets)}
+            return found | {"entropy": token_entropy(logits)} if with_entropy else found
+
+        found = self.over_states(hidden, OverLogits(None, of_chunk, (targets,)), temperature)
+        return found["logprobs"], found.get("entropy")
+
     def over_logits(self, asked: OverLogits) -> dict[str, Tensor]:
         """Return what a function makes of the logits of each supervised token, by name, each of shape (tokens,)."""
+        assert asked.layout is not None
         return self.over_states(self.predicting_states(asked.layout), asked)
 
     def over_states(self, hidden: Tensor, asked: OverLogits, temperature: float = 1.0) -> dict[str, Tensor]:
@@ -212,12 +290,23 @@ class CausalLM(nn.Module):
         def of_chunk(hidden: Tensor, *further: Tensor) -> Mapping[str, Tensor]:
             return asked.function(self.logits(hidden) / temperature, *further)
 
-        size = chunk_size(asked.chunk_tokens, unwrapped(self.model).get_output_embeddings().weight.shape[0])
+        if not len(hidden):  # a rank without rows
+            return {name: value[:0] for name, value in of_chunk(hidden, *asked.further).items()}
+        size = chunk_size(asked.chunk_tokens, text_config(self.model).vocab_size)
         return chunked_over_tokens(of_chunk, hidden, *asked.further, chunk_tokens=size)
 
     def predicting_states(self, layout: Layout) -> Tensor:
-        """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
-        return hidden_states(self.model, layout)[layout.predictors]
+        """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size).
+
+        Where the model makes its logits from whole sequences alone, the logits take their place.
+        """
+        return self._states(layout)[layout.predictors]
+
+    def _states(self, layout: Layout) -> Tensor:
+        """Return what `logits` takes, for each of the layout's cells."""
+        if self.logits_path == "forward":
+            return cells_of(unwrapped(self.model), layout, "logits", self.pads_rows)
+        return hidden_states(self.model, layout, self.pads_rows)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the LM head."""
@@ -231,7 +320,13 @@ class CausalLM(nn.Module):
             hidden: last hidden states, shape (tokens, hidden size).
             head: weight and bias of the head, where the model's own are sharded.
         """
-        (weight, bias), config = head or self.head(), self.model.config
+        if self.logits_path == "forward":
+            return at_least_float32(hidden)
+        if self.logits_path == "head":
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            with returning(trunk(self.model), hidden.unsqueeze(0)):
+                return at_least_float32(unwrapped(self.model)(input_ids=ids, use_cache=False).logits[0])
+        (weight, bias), config = head or self.head(), text_config(self.model)
         return head_logits(hidden, weight, bias, getattr(config, "final_logit_softcapping", None), logit_scale(config))
 
     @contextmanager
@@ -248,6 +343,37 @@ class CausalLM(nn.Module):
             )
         with with_adapter(self.model, REFERENCE if REFERENCE in self.model.peft_config else None):
             yield
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has an argument of this name."""
+    kind: Any = type(module)
+    return name in _arguments(kind)
+
+
+@functools.cache
+def _arguments(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+class TrunkOutput(BaseModelOutputWithPast):
+    """What a trunk returns to the forward of its model: states, and None for whatever else that asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return object.__getattribute__(self, name) if name.startswith("__") else None
+
+
+@contextmanager
+def returning(module: nn.Module, states: Tensor) -> Iterator[None]:
+    """Have a trunk return these states whatever it is called with, so that its model computes their logits."""
+    own = module.__dict__.get("forward")
+    module.forward = lambda *_, **__: TrunkOutput(last_hidden_state=states)
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager
@@ -320,7 +446,12 @@ def load_policy(
     if lora is not None:
         model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
     refuse_nonfinite_weights(model, init_from)
-    return CausalLM(model, value_head, source)
+    policy = CausalLM(model, value_head, source)
+    if settings.self_check:
+        from rlhf_lightning.models.self_check import check_class  # it forwards a CausalLM
+
+        check_class(policy, lora)
+    return policy
 
 
 def refuse_reward_model(name: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.sharding import is_sharded, whole
@@ -40,6 +41,13 @@ class FrozenPolicy(ABC):
     def predicting_states(self, layout: Layout) -> Tensor:
         """Return the states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
         owner = self.head_owner
+        if is_sharded(owner) and owner.logits_path != "product":
+            raise ModelError(
+                "sharded-own-logits",
+                f"{type(owner.model).__name__} computes logits in its own forward, which cannot be called on states "
+                "while its weights are sharded; train without sharding, or with an objective that needs no whole "
+                "distributions",
+            )
         if self._whole_head is None and is_sharded(owner):
             # Ranks ask for different numbers of chunks of logits, and gathering a weight takes all ranks at once.
             weight, bias = owner.head()
@@ -50,4 +58,7 @@ class FrozenPolicy(ABC):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits of hidden states, fp32 or wider, shape (tokens, vocabulary)."""
-        return self.head_owner.logits(hidden, self._whole_head)
+        if self.head_owner.logits_path == "product":
+            return self.head_owner.logits(hidden, self._whole_head)
+        with self.as_model() as model:
+            return model.logits(hidden)

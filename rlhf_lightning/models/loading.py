@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,8 +25,15 @@ from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
+from rlhf_lightning.compat import bypasses_adapters
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
 from rlhf_lightning.models.adapters import (
     REFERENCE,
@@ -37,7 +45,7 @@ from rlhf_lightning.models.adapters import (
 from rlhf_lightning.models.folders import SAFETENSORS, explained, require_safetensors, trusts
 from rlhf_lightning.models.low_rank import use_low_rank_products
 from rlhf_lightning.models.quantization import Quantization, leave_the_file, quantization_config, use_one_arithmetic
-from rlhf_lightning.models.scalar_head import initialise_head
+from rlhf_lightning.models.scalar_head import initialise_head, text_config
 
 BACKBONE_FILE = "backbone.json"
 SCORE_BIAS = "score_bias"
@@ -82,6 +90,7 @@ class LoadSettings:
         frozen_dtype: precision of models that are never trained; None takes ``dtype``.
         device: where quantised weights are made; others move later.
         trust_remote_code: names of the models whose own Python code may be run.
+        self_check: compare our forward with the model's own when it is loaded, see `models.self_check`.
 
     Raises:
         SettingError: weights would be drawn from scratch and quantised: nothing could train them.
@@ -96,6 +105,7 @@ class LoadSettings:
     frozen_dtype: str | None = None
     device: str = "cpu"
     trust_remote_code: tuple[str, ...] = ()
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.from_scratch:
@@ -232,12 +242,39 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
     trusted = trusts(name, settings.trust_remote_code)
     options: dict[str, Any] = {**config_changes, "trust_remote_code": trusted}
     try:
-        return _load_hf_model(name, kind, settings, options)
+        if kind is AutoModelForCausalLM:
+            _refuse_encoder_decoder(name, trusted)
+        model = _load_hf_model(name, kind, settings, options)
+        if kind is AutoModelForSequenceClassification and not isinstance(getattr(model, "score", None), nn.Module):
+            raise ModelError(
+                "no-score-head",
+                f"{name}: {type(model).__name__} has no head named score on the state of the last token (it is an "
+                "encoder); start a reward model from a causal language model",
+            )
+        return model
     except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                "unsupported-class",
+                f"{name}: transformers has no {kind.__name__.removeprefix('AutoModelFor')} class for a "
+                f"{AutoConfig.from_pretrained(name, trust_remote_code=trusted).model_type} model; name a model of "
+                "another family",
+            ) from error
         refusal = explained(name, error)
         if refusal is None:
             raise
         raise ModelError("custom-code", refusal) from error
+
+
+def _refuse_encoder_decoder(name: str, trusted: bool) -> None:
+    """Refuse a model whose completions are decoded from an encoder's states: only half of it would be loaded."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            "encoder-decoder",
+            f"{name} is an encoder-decoder ({config.model_type}): without its encoder its decoder is another model; "
+            "name a causal language model",
+        )
 
 
 def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[str, Any]) -> Any:
@@ -253,7 +290,7 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
             further = {k: v for k, v in options.items() if k in ("attn_implementation", "trust_remote_code")}
             model = kind.from_config(config, dtype=settings.torch_dtype, **further)
         if hasattr(model, "score"):
-            initialise_head(model.score, model.config.hidden_size, settings.seed)
+            initialise_head(model.score, text_config(model).hidden_size, settings.seed)
         return model
     require_safetensors(name)
     if Path(name).is_dir() and not any(Path(name).glob(SAFETENSORS)):
@@ -267,7 +304,7 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
     )
     missing = set(report["missing_keys"]) if report["missing_keys"] else set()
     if any(key.startswith("score.") for key in missing):
-        initialise_head(model.score, model.config.hidden_size, settings.seed)
+        initialise_head(model.score, text_config(model).hidden_size, settings.seed)
         missing = {key for key in missing if not key.startswith("score.")}
     if missing:
         few = ", ".join(sorted(missing)[:3])
@@ -396,6 +433,7 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        exclude_modules=unadaptable(model) if lora.targets == "all-linear" else None,
         task_type=task_type,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
     )
@@ -404,6 +442,22 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
         adapted = get_peft_model(model, config)
     use_low_rank_products(adapted)
     return adapted
+
+
+def unadaptable(model: Any) -> list[str] | None:
+    """Return linear layers that no adapter fits: those that return more than a tensor, as some routers do, and those
+    whose weight a fused recurrent kernel reads past the adapter.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in layers if bypasses_adapters(model, name) or not _returns_tensor(module)] or None
+
+
+def _returns_tensor(layer: nn.Linear) -> bool:
+    """Whether a linear layer returns a tensor; a class of its own is called once to see."""
+    if not type(layer).__module__.startswith("transformers.models.") or layer.weight.is_meta:
+        return True
+    with torch.no_grad():
+        return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), torch.Tensor)
 
 
 def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
@@ -427,25 +481,43 @@ def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: s
     return model
 
 
-def prepare_for_training(model: Any, settings: LoadSettings, dropout: float = 0.0) -> None:
+def prepare_for_training(model: Any, settings: LoadSettings | None = None, dropout: float = 0.0) -> None:
     """Set dropout, activation checkpointing and the padding embedding the way every stage needs them.
 
-    Dropout is off unless asked for: a policy that drops units gives a ratio other than 1 before any update. Embeddings
-    lose their ``padding_idx``: masks come from lengths, and where pad and end token share an id the end token's
-    embedding would silently never be trained.
+    Dropout is off unless asked for, in every form that models have it: modules, numbers that they keep, fields of the
+    config that they read when called, and noise on a router's inputs. A policy that drops units gives a ratio other
+    than 1 before any update. Embeddings lose their ``padding_idx``: masks come from lengths, and where pad and end
+    token share an id the end token's embedding would silently never be trained.
     """
+    configs = {id(model.config): model.config}
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and not any(part in type(module).__module__ for part in ("peft",)):
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            configs[id(module.config)] = module.config
+        if type(module).__module__ == nn.Dropout.__module__:
             module.p = dropout
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = dropout
+        else:
+            _set_dropout(module, dropout)
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
-    if settings.activation_checkpointing:
+    for config in configs.values():
+        _set_dropout(config, dropout)
+    if settings is not None and settings.activation_checkpointing:
         kwargs = {"use_reentrant": False, "context_fn": partial(recomputation_contexts, model)}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
+
+
+def _set_dropout(holder: Any, dropout: float) -> None:
+    """Set the numbers of a module or config that are probabilities to drop something, or the size of a noise."""
+    for name, value in list(vars(holder).items()):
+        if isinstance(value, float) and (DROPOUT.search(name) or NOISE.search(name)):
+            whole = "layerdrop" in name or NOISE.search(name)  # what drops whole layers is never asked for
+            setattr(holder, name, 0.0 if whole else dropout)
+
+
+DROPOUT = re.compile(r"drop(out|_prob|_rate)?|pdrop|layerdrop")
+NOISE = re.compile(r"jitter")
 
 
 def load_reward_hf_model(name: str, settings: LoadSettings, outputs: int = 1, **config_changes: Any) -> Any:

@@ -42,7 +42,8 @@ from rlhf_lightning.models.loading import (
     refuse_nonfinite_weights,
 )
 from rlhf_lightning.models.quantization import quantization_of
-from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrapped
+from rlhf_lightning.models.self_check import check_class
 from rlhf_lightning.models.sharding import cut_like, whole
 
 
@@ -143,6 +144,16 @@ class AdapterScalar(ScalarModel):
         return self._policy[0]
 
     @property
+    def reads_trees(self) -> bool:  # type: ignore[override]
+        """Whether the policy's backbone reads rows of several sequences."""
+        return self.policy.reads_trees
+
+    @property
+    def pads_rows(self) -> bool:  # type: ignore[override]
+        """Whether the policy's backbone is forwarded on rows of different lengths together."""
+        return self.policy.pads_rows
+
+    @property
     def model(self) -> Any:
         """The Hugging Face model that all roles share."""
         return self.policy.model
@@ -202,7 +213,15 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
     hf = load_reward_hf_model(folder, settings, max(len(output_names(folder)), 1), **changes)
     refuse_nonfinite_weights(hf, folder)
     prepare_for_training(hf, replace(settings, activation_checkpointing=False))
-    return ScalarModel(hf, bias=float(getattr(hf.config, SCORE_BIAS, 0.0))).requires_grad_(False).eval()
+    return scalar_model(hf, settings).requires_grad_(False).eval()
+
+
+def scalar_model(hf: Any, settings: LoadSettings) -> ScalarModel:
+    """Return a Hugging Face model with a scalar head as a ScalarModel, its forward checked against the model's own."""
+    model = ScalarModel(hf, bias=float(getattr(hf.config, SCORE_BIAS, 0.0)))
+    if settings.self_check:
+        check_class(model)
+    return model
 
 
 def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = None) -> AdapterScalar:
@@ -231,7 +250,7 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
     start.config.lora_dropout = lora.dropout
     name = free_name(policy, CRITIC)
     add_adapter(model, name, start.config, start.weights, trainable=True)
-    zeros = torch.zeros(1, model.config.hidden_size)
+    zeros = torch.zeros(1, text_config(model).hidden_size)
     bias = 0.0 if start_from is None else _bias(start_from)
     return AdapterScalar(policy, name, zeros if start.head is None else start.head, bias)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import is_stateful, uses_sdpa
 from rlhf_lightning.functional.logprobs import at_least_float32
@@ -29,11 +30,10 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
         self.bias = bias
-
-    @property
-    def reads_trees(self) -> bool:
-        """Whether the model can read rows of several sequences, see `models.layout.packed_layout`."""
-        return reads_trees(self.model)
+        self.reads_trees = reads_trees(model)
+        """Whether the model reads rows of several sequences, see `models.layout.packed_layout`."""
+        self.pads_rows = True
+        """Whether rows of different lengths are forwarded together; else those of each length are."""
 
     @property
     def head(self) -> nn.Module:
@@ -51,7 +51,7 @@ class ScalarModel(nn.Module):
             Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values. Of a head of several outputs
             shape (completions, outputs), or (completions, length, outputs).
         """
-        hidden = hidden_states(self.model, layout)
+        hidden = hidden_states(self.model, layout, self.pads_rows)
         wanted = hidden[layout.predictors if per_token else layout.last]
         head = self.head
         found = at_least_float32(head(wanted.to(head_dtype(head))))
@@ -59,13 +59,41 @@ class ScalarModel(nn.Module):
         return layout.scatter(scalars) if per_token else scalars
 
 
-def hidden_states(model: Any, layout: Layout) -> Tensor:
-    """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size)."""
-    options: dict[str, Any] = {}
-    if layout.packed is not None:
-        nothing = SEES_NOTHING.to(layout.input_ids.device)
-        options = {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
-    return trunk(model)(input_ids=layout.input_ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
+def hidden_states(model: Any, layout: Layout, pads_rows: bool = True) -> Tensor:
+    """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size).
+
+    Args:
+        model: the Hugging Face model, possibly wrapped by peft.
+        layout: sequences in rows.
+        pads_rows: whether rows of different lengths may be forwarded together.
+    """
+    return cells_of(trunk(model), layout, "last_hidden_state", pads_rows)
+
+
+def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> Tensor:
+    """Return what a module gives for each of the layout's cells under a name, shape (rows * width, ...)."""
+    rows, width = layout.input_ids.shape
+    if pads_rows or layout.packed is not None:
+        return module(input_ids=layout.input_ids, use_cache=False, **options_of(layout))[name].flatten(0, 1)
+    lengths = layout.last % width + 1 if len(layout.last) else torch.full((rows,), width)
+    found: Tensor | None = None
+    for length in lengths.unique().tolist():
+        (members,) = (lengths == length).nonzero(as_tuple=True)
+        part = module(input_ids=layout.input_ids[members, :length], use_cache=False)[name]
+        if found is None:
+            found = part.new_zeros(rows, width, part.shape[-1])
+        padded = torch.nn.functional.pad(part, (0, 0, 0, width - length))
+        found = found.index_copy(0, members, padded)
+    assert found is not None
+    return found.flatten(0, 1)
+
+
+def options_of(layout: Layout) -> dict[str, Any]:
+    """Return what a model is told of a layout beside its ids."""
+    if layout.packed is None:
+        return {}
+    nothing = SEES_NOTHING.to(layout.input_ids.device)
+    return {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
 
 
 def reads_trees(model: Any) -> bool:
@@ -75,7 +103,8 @@ def reads_trees(model: Any) -> bool:
     Kernels that make their own masks (flash, flex), windows that slide over a row, recurrent layers and position biases
     do not.
     """
-    config, inner = unwrapped(model).config, unwrapped(model)
+    inner = unwrapped(model)
+    config = text_config(inner)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     takes_positions = "position_ids" in inspect.signature(trunk(model).forward).parameters
     return bool(
@@ -101,9 +130,18 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def text_config(model: Any) -> Any:
+    """The config of the part that reads text: of a multimodal model a config within its config."""
+    return unwrapped(model).config.get_text_config(decoder=True)
+
+
 def trunk(model: Any) -> nn.Module:
     """The transformer below the head: token ids in, hidden states out."""
-    return unwrapped(model).base_model
+    inner = unwrapped(model)
+    found = inner.base_model
+    if found is inner:  # the class names its trunk otherwise than it keeps it
+        found = next((part for part in inner.children() if isinstance(part, PreTrainedModel)), inner)
+    return found
 
 
 def head_dtype(head: nn.Module) -> torch.dtype:

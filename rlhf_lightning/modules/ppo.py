@@ -22,7 +22,7 @@ from rlhf_lightning.functional.policy_gradient import (
 from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
-from rlhf_lightning.models.roles import add_critic, belongs_to
+from rlhf_lightning.models.roles import add_critic, belongs_to, scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
@@ -139,7 +139,7 @@ class PPOModule(OnPolicyModule):
         if own:
             torch.nn.init.zeros_(model.score.weight)
         prepare_for_training(model, settings)
-        return ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
+        return scalar_model(model, self.load_settings)
 
     # -- override points ----------------------------------------------------------------------------------------------
 

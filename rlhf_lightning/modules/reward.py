@@ -26,6 +26,7 @@ from rlhf_lightning.models.loading import (
     refuse_other_quantization,
     resolve_folder,
 )
+from rlhf_lightning.models.roles import scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.gathering import gathered_rows
@@ -87,7 +88,7 @@ class RewardModule(OfflineModule):
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:
             model = add_lora(model, self.lora, "SEQ_CLS", continued, self.seed)
-        self.reward_model = ScalarModel(model, bias=float(getattr(model.config, "score_bias", 0.0)))
+        self.reward_model = scalar_model(model, self.load_settings)
         self._best_scores = Meter()
 
     @property

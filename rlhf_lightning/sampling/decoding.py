@@ -6,17 +6,16 @@ column. One step then writes one column for every row, and the batch is never wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
+from rlhf_lightning.models.causal_lm import CausalLM, Decoding, DecodingStep, OwnCache, takes
 from rlhf_lightning.models.scalar_head import trunk
 
 ROOM = 256
@@ -139,19 +138,45 @@ class Prefix(NamedTuple):
 
     Attributes:
         logits: logits after each prompt, shape (prompts, vocabulary).
-        cache: keys and values of the prompts, padded on the left.
+        cache: keys and values of the prompts, padded on the left, or whatever else the model keeps of them.
         other: the same prompts prefilled by the second model of a mixture.
     """
 
     logits: Tensor
-    cache: DynamicCache
+    cache: Any
     other: Prefix | None = None
 
     def select(self, row: int) -> Prefix:
         """Return one prompt alone; the others are dropped."""
         index = torch.tensor([row], device=self.logits.device)
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)
         return Prefix(self.logits[index], self.cache, None if self.other is None else self.other.select(row))
+
+
+class TokenRows:
+    """The tokens of each row so far, shape (rows, width): what a model reads again that keeps nothing."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.ids = self.ids[rows]
+
+
+def takes_positions(model: CausalLM) -> bool:
+    """Whether a model is told the positions of its tokens; else it may count them from its cache."""
+    return takes(trunk(model.model), "position_ids")
+
+
+def default_decoding(model: CausalLM) -> Decoding:
+    """Return how a model decodes that was not checked.
+
+    Windows and recurrent states belong to rows that started together, and so do positions that a model counts itself.
+    """
+    layers = DynamicCache(config=model.model.config).layers
+    slots = takes_positions(model) and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return "slots" if slots else "batches"
 
 
 class Decoder:
@@ -165,19 +190,27 @@ class Decoder:
 
     def __init__(self, model: CausalLM, slots: int, room: int) -> None:
         self.model, self.config = model, model.model.config
-        layers = DynamicCache(config=self.config).layers
-        takes_positions = "position_ids" in inspect.signature(trunk(model.model).forward).parameters
-        self.refills = takes_positions and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-        """Whether rows may enter a running batch. Sliding windows and recurrent states need rows that started together,
-        and a model without position_ids may derive positions from its cache."""
-        self.cache: Cache | None = None
-        if self.refills:
-            self.cache = Cache(layers=[SlotLayer(slots, min(room, ROOM)) for _ in layers])
+        self.decoding: Decoding = model.decoding or default_decoding(model)
+        self.cache: Any = None
+        self.columns = 0  # cached so far, if the decoder does not refill
+        self.slots, self.room = slots, min(room, ROOM)
+
+    @property
+    def refills(self) -> bool:
+        """Whether rows may enter beside running ones."""
+        return self.decoding == "slots"
+
+    @property
+    def equal_lengths(self) -> bool:
+        """Whether prompts that are read together must have the same length."""
+        return self.decoding in ("equal", "uncached")
 
     @property
     def width(self) -> int:
-        """Return the number of cached columns."""
-        return 0 if self.cache is None else int(self.cache.get_seq_length())
+        """Columns that have been read."""
+        if self.refills:
+            return 0 if self.cache is None else int(self.cache.get_seq_length())
+        return self.columns
 
     def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
         """Forward prompts, each an int64 tensor of its tokens."""
@@ -188,9 +221,25 @@ class Decoder:
             input_ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
         input_ids, mask = input_ids.to(device), mask.to(device)
+        if not self.refills:
+            return self._read_together(input_ids, mask)
         cache = DynamicCache(config=self.config)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         return Prefix(self.model(DecodingStep(input_ids, mask, positions, cache)), cache)
+
+    def _read_together(self, input_ids: Tensor, mask: Tensor) -> Prefix:
+        """Read prompts that start together; the model makes the cache itself, if it keeps one."""
+        self.columns = input_ids.shape[1]
+        if self.decoding == "uncached":
+            return Prefix(self.model(DecodingStep(input_ids)), TokenRows(input_ids))
+        cache = OwnCache()
+        if self.equal_lengths:
+            return Prefix(self.model(DecodingStep(input_ids, cache=cache)), cache)
+        return Prefix(self.model(DecodingStep(input_ids, mask, self._positions(mask), cache)), cache)
+
+    def _positions(self, mask: Tensor) -> Tensor | None:
+        """Return positions of padded prompts, where the model takes any."""
+        return (mask.cumsum(-1) - 1).clamp_min(0) if takes_positions(self.model) else None
 
     def enter(self, prefix: Prefix, rows: Tensor, slots: Tensor) -> None:
         """Put prefilled prompts into slots.
@@ -203,10 +252,11 @@ class Decoder:
         whole = torch.equal(rows, torch.arange(len(prefix.logits), device=rows.device))
         if not self.refills:
             if not whole:
-                prefix.cache.batch_select_indices(rows)
+                prefix.cache.reorder_cache(rows)
             self.cache = prefix.cache
             return
-        assert self.cache is not None
+        if self.cache is None:
+            self.cache = Cache(layers=[SlotLayer(self.slots, self.room) for _ in prefix.cache.layers])
         for layer, read in zip(self.cache.layers, prefix.cache.layers, strict=True):
             keys, values = (read.keys, read.values) if whole else (read.keys[rows], read.values[rows])
             layer.enter(keys, values, slots)
@@ -219,14 +269,21 @@ class Decoder:
             lengths: tokens of each row including this one, int64, shape (rows,).
         """
         width = self.width + 1
+        self.columns += 1
+        if self.decoding == "uncached":
+            self.cache.ids = torch.cat([self.cache.ids, tokens.unsqueeze(-1)], -1)
+            return self.model(DecodingStep(self.cache.ids))
+        if self.equal_lengths:
+            return self.model(DecodingStep(tokens.unsqueeze(-1), cache=self.cache))
         mask = (torch.arange(width, device=lengths.device) >= width - lengths.unsqueeze(-1)).long()
-        return self.model(DecodingStep(tokens.unsqueeze(-1), mask, lengths.unsqueeze(-1) - 1, self.cache))
+        positions = lengths.unsqueeze(-1) - 1 if takes_positions(self.model) else None
+        return self.model(DecodingStep(tokens.unsqueeze(-1), mask, positions, self.cache))
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows alone; they move to the first slots in their order."""
-        if isinstance(self.cache, DynamicCache):
-            self.cache.batch_select_indices(rows)
-        elif self.cache is not None:
+        if not self.refills:
+            self.cache.reorder_cache(rows)
+        else:
             for layer in self.cache.layers:
                 layer.keep(rows)
 
@@ -245,7 +302,8 @@ class MixedDecoder(Decoder):
         self.mixture = mixture
         with mixture.other() as other:
             self.other = Decoder(other, slots, room)
-        self.refills = self.other.refills = self.refills and self.other.refills
+        for decoder in (self, self.other):
+            decoder.decoding = max(self.decoding, self.other.decoding, key=get_args(Decoding).index)
 
     def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
         own = super().prefill(prompts)

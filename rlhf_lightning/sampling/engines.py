@@ -167,6 +167,12 @@ class SlotEngine(SamplingEngine):
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
+        from rlhf_lightning.sampling.decoding_check import settle_decoding  # it samples with this engine
+
+        settle_decoding(model)
+        if request.mixture is not None:
+            with request.mixture.other() as other:
+                settle_decoding(other)
         run = _Run(model, request)
         idle = partial(idle_pass, model, request.mixture)
         with inference_mode_of(model), in_step(model, idle) as before_pass:
@@ -230,8 +236,8 @@ class _Run:
         self.counts = torch.zeros(len(prompts), dtype=torch.long)
         self.ended = torch.zeros(len(prompts), dtype=torch.bool)
 
-    def _free_all_slots(self) -> None:
-        slots = min(self.slots, len(self.waiting))
+    def _free_all_slots(self, slots: int | None = None) -> None:
+        slots = min(self.slots, len(self.waiting)) if slots is None else slots
         self.owners = torch.zeros(slots, dtype=torch.long)  # completion in each slot
         self.active = torch.zeros(slots, dtype=torch.bool)
         self.drawn = torch.zeros(slots, dtype=torch.long)  # completion tokens so far
@@ -263,6 +269,10 @@ class _Run:
         if not self.decoder.refills:
             self._free_all_slots()
         free = (~self.active).nonzero().squeeze(-1).tolist()[: len(self.waiting)]
+        if self.decoder.equal_lengths:
+            length = len(self.prompts[self.waiting[0]])
+            free = free[: sum(len(self.prompts[row]) == length for row in self.waiting)]
+            self._free_all_slots(len(free))
         rows = [self.waiting.popleft() for _ in free]
         fresh = {self.keys[row]: row for row in reversed(rows) if self.keys[row] not in self.held}
         distinct = [row for row in rows if fresh.get(self.keys[row]) == row]

@@ -42,6 +42,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
 from rlhf_lightning.scoring import Scorer
@@ -83,6 +84,8 @@ class AlignmentModule(LightningModule):
         from_scratch: draw new weights from the config in ``init_from`` instead of loading weights.
         trust_remote_code: hub ids or folders whose custom modelling code may be executed; other models that need
             custom code are refused.
+        self_check: compare our log-probabilities with the model's own forward, on a small copy and on two short
+            sequences; a path that disagrees falls back to a slower one, with a message.
         lora: train a low-rank adapter on the frozen backbone; null trains every weight.
         quantization: quantize an adapter's frozen backbone to 4 bits ("nf4") or 8 bits ("int8"); null keeps ``dtype``.
         dtype: precision of the weights; "bfloat16" is for an adapter's frozen weights, and trained weights stay fp32.
@@ -150,6 +153,7 @@ class AlignmentModule(LightningModule):
         template_args: dict[str, Any] | None = None,
         from_scratch: bool = False,
         trust_remote_code: list[str] | None = None,
+        self_check: bool = True,
         lora: LoraSettings | None = None,
         quantization: Literal["nf4", "int8"] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
@@ -184,6 +188,7 @@ class AlignmentModule(LightningModule):
         self.load_settings = LoadSettings(
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
             trust_remote_code=trusted,
+            self_check=self_check,
         )  # fmt: skip
         self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         if self.lora is not None:
@@ -307,7 +312,10 @@ class AlignmentModule(LightningModule):
         self._models_loaded = True
         checkpoint_state.kept_names(self)  # a callback may freeze weights later, after training has changed them
         self.fingerprints = self.started_from()  # the folder may be gone when a checkpoint is written
-        # Policy, critic, reference and teacher read the same layout.
+        self._note_layout()
+
+    def _note_layout(self) -> None:
+        """Note whether all models read packed rows: policy, critic, reference and teacher read the same layout."""
         parts = (*self.children(), *self.frozen_models())
         readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
         self._reads_trees = bool(readers) and all(readers)
@@ -331,6 +339,7 @@ class AlignmentModule(LightningModule):
     _models_loaded = False
     _validated_at: int | None = None
     _reads_trees = False
+    _weights_checked = False
     fingerprints: Mapping[str, str | None] = MappingProxyType({})
     """Fingerprints of the weights that training started from, taken when they were loaded."""
 
@@ -421,6 +430,12 @@ class AlignmentModule(LightningModule):
         """Move the frozen models to the device, in eval mode."""
         for model in self.frozen_models():
             model.to(self.device).eval()
+        if self.load_settings.self_check and not self._weights_checked:
+            self._weights_checked = True
+            for model in (*self.children(), *self.frozen_models()):
+                if isinstance(model, CausalLM | ScalarModel):
+                    check_weights(model, self.trainer.precision_plugin.forward_context())
+            self._note_layout()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device."""

@@ -25,8 +25,8 @@ from tiny_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_lightning.models import scalar_head
 from rlhf_lightning.models.loading import LoraSettings
-from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.tokenization.facts import Facts
@@ -574,7 +574,7 @@ def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
     assert not module.packs_rows  # nothing is loaded, so nothing is known
     module.configure_model()
     assert module.packs_rows == asked
-    monkeypatch.setattr(ScalarModel, "reads_trees", False)
+    monkeypatch.setattr(scalar_head, "reads_trees", lambda _: False)
     module = ppo(policy_folder, pack_rows=asked)
     module.configure_model()
     assert not module.packs_rows

@@ -1,0 +1,426 @@
+"""A model checked against itself: our forward against its class's own ``forward(...).logits``.
+
+`check_class` compares them on a small copy of the model (see `models.small_copy`) when it is loaded, so that windows,
+chunks and softcaps that short sequences of the real model never reach are crossed. What it finds is kept in the cache
+by class, config and versions. `check_weights` compares them on the real weights, on their device and in their
+precision. A path that disagrees is left for the next one, with a line that gives the reason: packed rows -> a row for
+each sequence; the LM head's weight -> the model's own head -> its own forward. If none agrees, the model is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+import transformers
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from rlhf_lightning.compat import attention_kernel
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.functional.logprobs import at_least_float32, token_logprobs
+from rlhf_lightning.models.causal_lm import CausalLM, LogitsPath, OwnLogits, inference_mode_of
+from rlhf_lightning.models.layout import Layout, packed_layout, padded_layout, select
+from rlhf_lightning.models.loading import LoraSettings, add_lora, cache_folder, prepare_for_training
+from rlhf_lightning.models.packing import trees_of
+from rlhf_lightning.models.scalar_head import ScalarModel, reads_trees, unwrapped
+from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.models.small_copy import VOCABULARY, small_copy
+from rlhf_lightning.types import Sequences
+
+CLOSE = 1e-4
+"""Largest difference of log-probabilities that the small copy, in fp32, may show, nats."""
+CLOSE_BY_DTYPE: dict[torch.dtype, float] = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""The same for the mean over the tokens of real weights: a mistake moves it by whole nats."""
+
+
+class Findings(NamedTuple):
+    """How a class of models is forwarded.
+
+    Attributes:
+        reads_trees: whether packed rows agree with the model's own forward.
+        pads_rows: whether rows of different lengths agree with it when they are forwarded together.
+        logits_path: how logits are made, see `models.causal_lm.LogitsPath`.
+        lines: what users are told.
+        refusal: code and sentence, where no path agrees.
+    """
+
+    reads_trees: bool
+    pads_rows: bool
+    logits_path: LogitsPath
+    lines: tuple[str, ...] = ()
+    refusal: tuple[str, str] | None = None
+
+
+# -- the small copy ---------------------------------------------------------------------------------------------------
+
+
+def check_class(model: CausalLM | ScalarModel, lora: LoraSettings | None = None) -> None:
+    """Check a small copy of a model's class and config, and have the model forwarded as the copy agrees with itself.
+
+    Args:
+        model: the loaded model.
+        lora: the adapter that it is to train; its gradients are checked too.
+
+    Raises:
+        ModelError: no path agrees with the model's own forward, or it attends to later tokens.
+    """
+    found = _found_once(model, lora)
+    for line in found.lines:
+        rank_zero_info(line)
+    if found.refusal is not None:
+        raise ModelError(*found.refusal)
+    model.reads_trees = model.reads_trees and found.reads_trees
+    model.pads_rows = found.pads_rows
+    if isinstance(model, CausalLM):
+        model.self_check = True
+        if model.logits_path == "product":
+            model.logits_path = found.logits_path
+
+
+_found: dict[str, Findings] = {}
+
+
+def _found_once(model: CausalLM | ScalarModel, lora: LoraSettings | None) -> Findings:
+    """Return the findings for a model's class and config, from this process or from the cache."""
+    key = check_key(model.model, "forward", [] if lora is None else lora.targets)
+    if key not in _found:
+        file = cache_folder() / "self_check" / f"{key}.json"
+        scores = isinstance(model, ScalarModel)
+        found = _read(file) or (examine_scalar if scores else examine)(unwrapped(model.model), lora)
+        write_finding(file, found)
+        _found[key] = found
+    return _found[key]
+
+
+def check_key(model: Any, *further: Any) -> str:
+    """Return what a check's result depends on: the model's class and config, this package and its libraries."""
+    inner = unwrapped(model)
+    config = inner.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id"):
+        config.pop(name, None)
+    files: list[str | Path] = [inspect.getfile(type(inner)), *sorted(Path(__file__).parent.glob("*.py"))]
+    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    versions = [torch.__version__, transformers.__version__, code]
+    kernel = attention_kernel(inner.config)
+    parts = [type(inner).__qualname__, config, kernel, versions, further]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _read(file: Path) -> Findings | None:
+    try:
+        trees, pads, path, lines, refusal = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Findings(trees, pads, path, tuple(lines), None if refusal is None else (refusal[0], refusal[1]))
+
+
+def write_finding(file: Path, found: Any) -> None:
+    """Write a finding to the cache; a cache that cannot be written costs time alone."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        pass
+
+
+def copy_of(model: Any) -> Any:
+    """Build the small copy of a model's class and config, with dropout off; raises what the class raises."""
+    inner = unwrapped(model)
+    small = small_copy(inner)
+    prepare_for_training(small)
+    return small
+
+
+def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]:
+    """Return a small copy whose own forward was seen to work; else None and what to say."""
+    name = type(model).__name__
+    try:
+        small = copy_of(model)
+        own = [own_logits(small, ids) for ids in _whole_sequences(EXAMPLES)]
+        if all(bool(logits.isfinite().all()) for logits in own):
+            return small, None
+        reason = "its logits are not finite"
+    except Exception as error:  # whatever a class raises of settings that nobody tried
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    line = f"{name}: no small copy to check could be built ({reason}); its real weights are checked alone"
+    return None, Findings(trees, True, "product", (line,))
+
+
+def examine(model: Any, lora: LoraSettings | None = None) -> Findings:
+    """Compare the paths of a small copy of a causal language model with its own forward."""
+    name, trees = type(model).__name__, reads_trees(model)
+    small, found = working_copy(model, trees)
+    if found is not None:
+        return found
+    if (refusal := _not_causal(name, small)) is not None:
+        return Findings(False, True, "product", (), refusal)
+    policy = CausalLM(small).eval()
+    lines, agrees = _settle_padded(name, policy)
+    if not agrees:
+        sentence = f"{name}: {lines[0]}, whichever way they are computed; train another model"
+        return Findings(False, True, "product", (), ("self-check-failed", sentence))
+    trees = trees and policy.pads_rows
+    if trees:
+        trees, line = _agree_packed(name, [_apart(policy, part, _packed(part)) for part in (APART, EXAMPLES)])
+        lines += line
+    if lora is not None:
+        lines += _gradients_of_adapter(name, small, lora, policy)
+    return Findings(trees, policy.pads_rows, policy.logits_path, tuple(lines))
+
+
+def examine_scalar(model: Any, _lora: LoraSettings | None = None) -> Findings:
+    """Compare the scores of a small copy of a reward model with its own forward of each sequence alone."""
+    name, trees = type(model).__name__, reads_trees(model)
+    small, found = working_copy(model, trees)
+    if found is not None:
+        return found
+    scalar = ScalarModel(small).eval()
+    apart: list[float] = []
+    for pads in (True, False):
+        scalar.pads_rows = pads
+        apart.append(_scores_apart(scalar, padded_layout(EXAMPLES)))
+        if apart[-1] <= CLOSE:
+            break
+    else:
+        sentence = f"{name}: scores differ from the model's own forward by {apart[0]:.2g}; start from another model"
+        return Findings(False, True, "product", (), ("self-check-failed", sentence))
+    lines = []
+    if not scalar.pads_rows:
+        lines.append(
+            f"{name}: scores in padded rows differ from those of each sequence alone by {apart[0]:.2g}; sequences of "
+            "different lengths are forwarded one after the other"
+        )
+    trees = trees and scalar.pads_rows
+    if trees:
+        trees, line = _agree_packed(name, [_scores_apart(scalar, _packed(EXAMPLES))])
+        lines += line
+    return Findings(trees, scalar.pads_rows, "product", tuple(lines))
+
+
+@torch.no_grad()
+def _scores_apart(scalar: ScalarModel, layout: Layout) -> float:
+    try:
+        expected = torch.stack([own_logits(scalar.model, ids) for ids in _whole_sequences(EXAMPLES)])
+        found = scalar(layout)
+        return float((found.view_as(expected) - expected).abs().nan_to_num(torch.inf).max())
+    except Exception:  # a path that a class was not made for fails in many ways
+        return float("inf")
+
+
+def _agree_packed(name: str, apart: list[float]) -> tuple[bool, list[str]]:
+    """Return whether packed rows agree, and a line if they do not."""
+    if max(apart) <= CLOSE:
+        return True, []
+    told = f"packed rows differ from the model's own forward by {_nats(max(apart))}"
+    return False, [f"{name}: {told}; each sequence gets a row of its own"]
+
+
+def _settle_padded(name: str, policy: CausalLM) -> tuple[list[str], bool]:
+    """Set the first way to forward padded rows that agrees; return lines on it, and whether one does."""
+    first = None
+    for pads, path in itertools.product((True, False), get_args(LogitsPath)):
+        policy.pads_rows, policy.logits_path = pads, path
+        apart = _apart(policy, EXAMPLES, padded_layout(EXAMPLES))
+        first = apart if first is None else first
+        if apart > CLOSE:
+            continue
+        lines = []
+        if path != "product":
+            lines.append(
+                f"{name}: log-probabilities from the LM head's weight differ from the model's own by {_nats(first)}; "
+                f"logits come from {PATHS[path]}"
+            )
+        if not pads:
+            lines.append(
+                f"{name}: log-probabilities in padded rows differ from those of each sequence alone by "
+                f"{_nats(first)}; sequences of different lengths are forwarded one after the other"
+            )
+        return lines, True
+    return [f"log-probabilities differ from the model's own forward by {_nats(first or 0.0)}"], False
+
+
+PATHS: dict[LogitsPath, str] = {
+    "product": "the LM head's weight",
+    "head": "the model's own head",
+    "forward": "the model's own forward, which holds those of whole sequences in memory",
+}
+
+
+def _ids(*lengths: int) -> tuple[Tensor, ...]:
+    """Return random token ids, the same each time, none of a special token's."""
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.randint(5, VOCABULARY - 4, (length,), generator=generator) for length in lengths)
+
+
+def _sequences(prompts: Sequence[int], completions: Sequence[int], parents: Sequence[int]) -> Sequences:
+    ids = _ids(*prompts, *completions)
+    drawn = ids[len(prompts) :]
+    return Sequences(
+        ids[: len(prompts)], drawn, tuple(parents), tuple(torch.ones(len(one), dtype=torch.bool) for one in drawn)
+    )
+
+
+EXAMPLES = _sequences((9, 5, 12), (6, 9, 4, 7, 3), (0, 1, 2, 0, 0))
+"""Several completions of a prompt, and prompts alone, longer than the limits of a small copy."""
+
+
+def _whole_sequences(sequences: Sequences) -> list[Tensor]:
+    pairs = zip(sequences.parents, sequences.completions, strict=True)
+    return [torch.cat([sequences.prompts[parent], completion]) for parent, completion in pairs]
+
+
+def _packed(sequences: Sequences) -> Layout:
+    """Return prompts packed in a row, each with all its completions."""
+    return packed_layout(sequences, list(trees_of(sequences)))
+
+
+APART = select(EXAMPLES, [0, 1, 2])
+"""The same with a completion for each prompt."""
+
+
+@torch.no_grad()
+def own_logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of a class's own forward of one sequence, fp32 or wider, shape (tokens, vocabulary).
+
+    Args:
+        model: a Hugging Face model, or a CausalLM, through which sharded weights are gathered.
+        ids: int64, shape (tokens,).
+    """
+    ids = ids.to(next(model.parameters()).device)
+    if isinstance(model, CausalLM):
+        return at_least_float32(model(OwnLogits(ids)))
+    return at_least_float32(unwrapped(model)(input_ids=ids.unsqueeze(0), use_cache=False).logits[0])
+
+
+def own_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
+    """Return log-probabilities of a completion's tokens by a class's own forward of the sequence alone."""
+    logits = own_logits(model, torch.cat([prompt, completion]))
+    return token_logprobs(logits[len(prompt) - 1 : -1], completion.to(logits.device)).cpu()
+
+
+@torch.no_grad()
+def differences(policy: CausalLM, sequences: Sequences, layout: Layout) -> Tensor:
+    """Return how far our log-probabilities are from the model's own forward, nats, one for each completion token."""
+    found = policy(layout.to(next(policy.parameters()).device)).logprobs.cpu()
+    apart = []
+    for row, parent, completion in zip(itertools.count(), sequences.parents, sequences.completions, strict=False):
+        expected = own_logprobs(policy, sequences.prompts[parent], completion)
+        apart.append((found[row, : len(completion)] - expected).abs())
+    return torch.cat(apart).nan_to_num(torch.inf)
+
+
+def _apart(policy: CausalLM, sequences: Sequences, layout: Layout) -> float:
+    try:
+        return float(differences(policy, sequences, layout).max())
+    except Exception:  # a path that a class was not made for fails in many ways
+        return float("inf")
+
+
+def _nats(apart: float) -> str:
+    return "an error" if apart == float("inf") else f"{apart:.2g} nats"
+
+
+def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
+    """Return the refusal of a model in which a token sees later ones; None for a causal one."""
+    ids = _whole_sequences(EXAMPLES)[0]
+    other = ids.clone()
+    other[-1] = (other[-1] + 1) % VOCABULARY
+    apart = (own_logits(small, ids)[:-1] - own_logits(small, other)[:-1]).abs().max()
+    if float(apart) <= CLOSE:
+        return None
+    return (
+        "not-causal",
+        f"{name} is an encoder or a prefix language model: its tokens see those that follow, so it has no next-token "
+        "probabilities; train a causal language model (a decoder), or set is_decoder in its config if it is one",
+    )
+
+
+def _gradients_of_adapter(name: str, small: Any, lora: LoraSettings, checked: CausalLM) -> list[str]:
+    """Return a line on adapted layers that no token reaches."""
+    adapted = add_lora(copy.deepcopy(small), LoraSettings(r=2, alpha=4, targets=lora.targets), "CAUSAL_LM")
+    policy = CausalLM(adapted)
+    policy.pads_rows = checked.pads_rows
+    if policy.logits_path == "product":
+        policy.logits_path = checked.logits_path
+    policy(padded_layout(EXAMPLES)).logprobs.sum().backward()
+    weights = {
+        key: weight for key, weight in adapted.named_parameters() if "lora_B" in key or "lora_embedding_B" in key
+    }
+    still = [key for key, weight in weights.items() if weight.grad is None or not bool(weight.grad.any())]
+    if not still:
+        return []
+    layer = still[0].removeprefix("base_model.model.").split(".lora_")[0]
+    return [f"{name}: {len(still)} of {len(weights)} adapted layers get no gradient from text ({layer} ...)"]
+
+
+# -- real weights -----------------------------------------------------------------------------------------------------
+
+
+def check_weights(model: CausalLM | ScalarModel, autocast: AbstractContextManager[Any] | None = None) -> None:
+    """Check two short sequences on the real weights, and fall back where they disagree with the model's own forward.
+
+    Args:
+        model: the loaded model, on its device; of sharded weights every rank must call.
+        autocast: the precision context of the run; None for none.
+
+    Raises:
+        ModelError: no path agrees.
+    """
+    with inference_mode_of(model), autocast or nullcontext():
+        if isinstance(model, CausalLM):
+            _check_policy(model)
+
+
+def _check_policy(policy: CausalLM) -> None:
+    name, sequences = type(unwrapped(policy.model)).__name__, _sequences((6, 4), (5, 3, 4), (0, 1, 0))
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(policy.parameters()).dtype
+    limit = CLOSE_BY_DTYPE.get(dtype, CLOSE)
+
+    def apart(layout: Layout) -> float:
+        return float(differences(policy, sequences, layout).mean())
+
+    if policy.reads_trees and (found := apart(_packed(sequences))) > limit:
+        policy.reads_trees = False
+        rank_zero_info(
+            f"{name}: packed rows of these weights differ from the model's own forward by {_nats(found)}; each "
+            "sequence gets a row of its own"
+        )
+    if policy.reads_trees:
+        return
+    if is_sharded(policy) and not policy.pads_rows:
+        raise ModelError(
+            "sharded-lengths",
+            f"{name}: each length is forwarded by itself, which ranks with other lengths cannot follow while weights "
+            "are sharded; train it without sharding",
+        )
+    paths = get_args(LogitsPath)
+    first = None
+    for path in paths[paths.index(policy.logits_path) :]:
+        policy.logits_path = path
+        found = apart(padded_layout(sequences))
+        if found <= limit:
+            if first is not None:
+                rank_zero_info(
+                    f"{name}: log-probabilities of these weights differ from the model's own forward by "
+                    f"{_nats(first)}; logits come from {PATHS[path]}"
+                )
+            return
+        first = found if first is None else first
+    raise ModelError(
+        "self-check-failed",
+        f"{name}: log-probabilities of these weights differ from the model's own forward by {_nats(first or 0.0)} "
+        f"in {dtype}, whichever way they are computed; try another dtype or attn_implementation, or set "
+        "self_check: false if you know that its forward is not to be compared with",
+    )
