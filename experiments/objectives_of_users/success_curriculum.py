@@ -45,7 +45,7 @@ class SuccessCurriculum(PromptDataModule):
             row_ids += rollout.left_out.row_ids
             scores = torch.cat([scores, rollout.left_out.scores.to(scores)])
         judged = ~scores.isnan()
-        mine = torch.tensor(row_ids, device=judged.device)[judged], scores[judged] > self.threshold
+        mine = torch.tensor(row_ids, dtype=torch.long, device=judged.device)[judged], scores[judged] > self.threshold
         rows, solved = (gathered_rows(module, one.to(module.device)) for one in mine)
         for row in rows.unique().tolist():
             share = float(solved[rows == row].float().mean())

@@ -260,7 +260,7 @@ def described(name: str, setup: Setup, found: Plan, limit: int | None, helpful: 
     machine, batch, rows = setup.machine, found.micro_batch, setup.rows
     trains = "every weight" if setup.lora is None else f"an adapter of rank {setup.lora.r}"
     trains += f" on {setup.quantization}" if setup.quantization else ""
-    kind = {"single": "", "ddp": ", ddp", "sharded": ", cut over ranks"}[machine.strategy]
+    kind = {"single": "", "ddp": ", ddp", "sharded": ", sharded"}[machine.strategy]
     ranks = machine.data_ranks * machine.tensor_ranks
     where = f"{ranks} {'GPU' if machine.gpu else 'CPU process'}{'' if ranks == 1 else 's' if machine.gpu else 'es'}"
     lines = [f"{name}: {trains}, {machine.precision}, {where}{kind}", ""]

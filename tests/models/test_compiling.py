@@ -106,9 +106,9 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert "set model.compile_layers to false" in refusal(SingleDeviceStrategy("cpu"), module)
 
 
-def test_layers_that_are_cut_over_ranks_are_not_compiled() -> None:
+def test_sharded_layers_are_not_compiled() -> None:
     reason = refused_compilation("ModelParallelStrategy", "cpu")
-    assert reason is not None and "does not go with ModelParallelStrategy" in reason
+    assert reason is not None and "does not work with ModelParallelStrategy" in reason
 
 
 def refusal(strategy: Any, module: Any) -> str:
