@@ -249,8 +249,10 @@ class OnPolicyDistillationModule(OnPolicyModule):
     ) -> None:
         given = ZeroScorer() if scorer is None else scorer
         super().__init__(
-            scorer=given, ppo_epochs=ppo_epochs, learning_rate=learning_rate, kl_coef=0.0, kl_target=None, **kwargs
-        )
+            scorer=given, ppo_epochs=ppo_epochs, learning_rate=learning_rate, kl_coef=0.0, kl_target=None,
+            kl_horizon=1, kl_place="reward", kl_estimator="k1", kl_times_ratio=False, kl_clamp=None,
+            overlong_buffer=None, **kwargs,
+        )  # fmt: skip
         self.teacher_name, self.scores_nothing = teacher, scorer is None
 
     def load_models(self) -> None:

@@ -123,9 +123,7 @@ def test_tensor_parallel_ranks_see_the_same_rows_once(
     assert_equal(pool.run(ranks, "train", **run), expected)
 
 
-def test_a_sharded_reward_model_scores_the_same(
-    pool: RankPool, policy_folder: str, reward_folder: str
-) -> None:
+def test_a_sharded_reward_model_scores_the_same(pool: RankPool, policy_folder: str, reward_folder: str) -> None:
     settings = {"scorer": reward_folder, "max_tokens": 24, "missing_eos_score": None, "updates": 2}
     compare(pool, "PPOModule", policy_folder, 2, "fsdp", 1, **settings)
 
