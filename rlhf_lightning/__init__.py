@@ -1,7 +1,7 @@
 """The PyTorch Lightning framework for research on learning from human feedback.
 
-The public classes are read from their rooms when they are first asked for, so that ``rlhf --help`` need not load torch.
-What a room exports is exported here: a new objective needs no line in this file.
+Public classes are imported on first access, so that ``rlhf --help`` does not load torch. All exports of ``modules`` and
+``data`` are exported here: a new objective needs no line in this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import Loss as Loss
 
 _ROOMS = ("modules", "data")
-"""Rooms whose modules and DataModules are all public here."""
+"""Packages whose modules and DataModules are all exported here."""
 
 _SINGLE = {
     "LearnedScorer": "scoring",
@@ -29,14 +29,14 @@ _SINGLE = {
     "Scorer": "scoring",
     "WPOWeighting": "modules",
 }
-"""Further classes, by the file or room that they live in."""
+"""Further classes and their modules."""
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public class from the room it lives in."""
+    """Import and return a public class."""
     if name in _SINGLE:
         return getattr(importlib.import_module(f"{__name__}.{_SINGLE[name]}"), name)
-    if name == "__all__" or name.endswith("Module"):  # asking for anything else must not import the rooms
+    if name == "__all__" or name.endswith("Module"):  # other names must not import torch
         rooms = [importlib.import_module(f"{__name__}.{room}") for room in _ROOMS]
         if name == "__all__":
             return sorted({*_SINGLE, *(kind for room in rooms for kind in room.__all__ if kind.endswith("Module"))})

@@ -1,4 +1,4 @@
-"""``rlhf``: one table of commands. Only the chosen command's module is imported, so that help answers at once."""
+"""``rlhf``: the table of commands. Only the module of the chosen command is imported, so that help is fast."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from rlhf_lightning.errors import printable
 
 
 class Command(NamedTuple):
-    """A row of ``rlhf --help``.
+    """A command: the module whose ``main(argv)`` runs it, and its line in ``rlhf --help``.
 
-    Attributes:
-        module: the module whose ``main(argv)`` runs the command; for training commands argv starts with the name.
-        help: one line.
+    For training commands argv starts with the command's name.
     """
 
     module: str
@@ -28,29 +26,37 @@ class Command(NamedTuple):
 
 TRAINING = "rlhf_lightning.commands.train"
 TRAINING_COMMANDS = {
-    "fit": Command(TRAINING, "train a module on data: SFT, reward model, PPO, DPO or an objective of yours"),
-    "validate": Command(TRAINING, "compute the metrics of the held-out rows"),
-    "test": Command(TRAINING, "the same metrics under test/"),
+    "fit": Command(TRAINING, "train: SFT, reward model, PPO, DPO or your own objective"),
+    "validate": Command(TRAINING, "compute the metrics of the held-out rows, as val/"),
+    "test": Command(TRAINING, "compute the metrics of the held-out rows, as test/"),
     "predict": Command(TRAINING, "write completions or scores to predictions.jsonl"),
 }
 TOOL_COMMANDS = {
-    "quickstart": Command("rlhf_lightning.commands.quickstart", "the whole pipeline on the embedded world, in minutes"),
-    "audit": Command("rlhf_lightning.commands.audit", "what is wrong with a data set, before it is trained on"),
-    "plan": Command("rlhf_lightning.planning.plan", "what memory and work a run would take, before it starts"),
-    "annotate": Command("rlhf_lightning.people.annotate", "people compare completions in the browser; export"),
-    "loop": Command("rlhf_lightning.people.loop", "rounds of sampling, labelling, training and evaluation"),
-    "chat": Command("rlhf_lightning.commands.chat", "talk to a policy in the terminal"),
-    "generate": Command("rlhf_lightning.commands.generate", "answer a file of prompts"),
-    "best-of-n": Command("rlhf_lightning.commands.best_of_n", "sample, score and keep the best as demonstrations"),
-    "critique": Command("rlhf_lightning.constitution.critique", "answer, criticise and revise under a constitution"),
-    "label": Command("rlhf_lightning.constitution.label", "a judge compares pairs under a constitution: AI feedback"),
-    "export": Command("rlhf_lightning.commands.export", "turn a checkpoint or an adapter into a Hugging Face folder"),
-    "objectives": Command("rlhf_lightning.commands.objectives", "list every objective: paper, data, what it is"),
-    "verify": Command("rlhf_lightning.verification.verify", "prove an objective, shipped or your own, correct"),
+    "quickstart": Command(
+        "rlhf_lightning.commands.quickstart", "run the whole pipeline on a small built-in world, in minutes"
+    ),
+    "audit": Command("rlhf_lightning.commands.audit", "check a data set before training on it"),
+    "plan": Command("rlhf_lightning.planning.plan", "estimate the memory and compute of a run before it starts"),
+    "annotate": Command("rlhf_lightning.people.annotate", "let people compare completions in the browser"),
+    "loop": Command("rlhf_lightning.people.loop", "run rounds of sampling, labelling, training and evaluation"),
+    "chat": Command("rlhf_lightning.commands.chat", "chat with a policy in the terminal"),
+    "generate": Command("rlhf_lightning.commands.generate", "sample completions for a file of prompts"),
+    "best-of-n": Command(
+        "rlhf_lightning.commands.best_of_n", "sample, score, and keep the best completions as demonstrations"
+    ),
+    "critique": Command(
+        "rlhf_lightning.constitution.critique", "sample, critique and revise completions under a constitution"
+    ),
+    "label": Command(
+        "rlhf_lightning.constitution.label", "label pairs with a judge model under a constitution (AI feedback)"
+    ),
+    "export": Command("rlhf_lightning.commands.export", "write a checkpoint or an adapter as a Hugging Face folder"),
+    "objectives": Command("rlhf_lightning.commands.objectives", "list the objectives with their papers and data"),
+    "verify": Command("rlhf_lightning.verification.verify", "test that an objective, shipped or your own, is correct"),
 }
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 COMMAND_LINE_CODES = ("unknown-recipe", "no-class-to-set")
-"""Codes of errors that the command line itself has, which end with status 2."""
+"""Codes of errors in the command line itself: the exit status is 2."""
 
 
 def help_text() -> str:
@@ -78,12 +84,12 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``rlhf``; return its exit status: 0, 1 a run failed, 2 the command line was wrong.
+    """Run ``rlhf`` and return its exit status: 0 for success, 1 for a failure, 2 for a wrong command line.
 
-    A failure is said in one sentence; the variable RLHF_DEBUG=1 shows the traceback instead.
+    A failure is printed as one sentence; RLHF_DEBUG=1 in the environment shows the traceback instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Before anything is imported that reads them; what is trained on here is often private.
+    # Set before the libraries that read them are imported: the data here is often private.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -100,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
         return _fail(f"there is no command {name!r}: {hint}", USAGE_ERROR)
-    # `python -m` finds modules in the working directory, a console script does not: a user's own objective lives there.
+    # A console script does not search the working directory, where a user's own objective lives.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -109,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe has gone (`rlhf generate ... | head`); what Python flushes at exit must not complain.
+        # The reader of the pipe has ended (`rlhf generate ... | head`); the flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except SystemExit as error:
@@ -142,7 +148,6 @@ def _foreign_exit(error: SystemExit) -> str | None:
 
 
 def _fail(sentence: str, status: int) -> int:
-    """Print why nothing came of it; return the exit status."""
     print(f"rlhf: {printable(sentence)}", file=sys.stderr)
     return status
 

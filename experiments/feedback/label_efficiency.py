@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from rlhf_lightning.commands.generate import load_for_sampling
-from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.data.feedback.database import items_of
 from rlhf_lightning.evaluation.policies import ScoredSamples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/label_efficiency"))
     parser.add_argument("--page", type=Path, default=HERE / "label_efficiency.md")
     arguments = parser.parse_args()
-    quieten()
+    silence_libraries()
     for seed in arguments.seeds:
         for selector in arguments.selectors:
             chain(selector, seed, arguments)
@@ -161,7 +161,7 @@ def accuracy(models: Sequence[str], sft: str, prompts: str) -> float:
 def held_out(sft: str, prompts: str) -> ScoredSamples:
     """Two answers of the SFT policy to each held-out prompt, with their gold rewards."""
     asked = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines()]
-    policy, tokenizer = load_for_sampling(sft)
+    policy, tokenizer = SamplingArguments().load(sft)
     return sample_and_score(policy, tokenizer, asked, SAMPLING, HELD_OUT_SEED, 2, gold_reward=gold_of_conversation)
 
 

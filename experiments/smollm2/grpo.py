@@ -147,10 +147,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from rlhf_lightning.commands import train
     from rlhf_lightning.commands.quickstart import fresh_folder
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.models.loading import resolve_folder
 
-    quieten()
+    silence_libraries()
     out, seed = fresh_folder(arguments.out), arguments.seed
     paths = write_prompts(out / "data", arguments.data, arguments.smoke)
     start = resolve_folder(arguments.model)

@@ -109,14 +109,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import real_report
 
     from rlhf_lightning.commands.quickstart import fresh_folder
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.evaluation.policies import sample_and_score
     from rlhf_lightning.models.causal_lm import load_policy, load_reference
     from rlhf_lightning.models.loading import cache_folder, resolve_folder
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.tokenization import load_tokenizer
 
-    quieten()
+    silence_libraries()
     budget, seed = real_stages.SMOKE if arguments.smoke else real_stages.FULL, arguments.seed
     out = fresh_folder(arguments.out)
     paths = real_stages.write_data(out / "data", cache_folder() / "real", arguments.data, budget)

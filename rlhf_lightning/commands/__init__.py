@@ -1,5 +1,5 @@
-"""The commands of ``rlhf``, one file each: ``main(argv) -> int`` is all that ``rlhf_lightning.cli`` asks of them."""
+"""The commands of ``rlhf``, one file each with ``main(argv) -> int``."""
 
-from rlhf_lightning.commands.quiet import quieten_messages
+from rlhf_lightning.commands.quiet import silence_log_messages
 
-quieten_messages()
+silence_log_messages()

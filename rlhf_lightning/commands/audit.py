@@ -1,4 +1,4 @@
-"""``rlhf audit``: what is wrong with a data set, before anything is trained on it."""
+"""``rlhf audit``: check a data set before training on it."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.files import RawRow
 
 SHOWN = 10
-"""Row numbers of a finding that are printed."""
+"""Row numbers printed for each finding."""
 FIRST = 100
-"""Rows whose columns decide the kind."""
+"""Rows whose columns determine the kind."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,13 +47,14 @@ def audit(
     json: str | None = None,
     strict: bool = False,
 ) -> int:
-    """Say what is wrong with a data set: rows that training would drop, duplicates, leaks into the evaluation data,
-    contradicting labels, a length that gives the answer away, truncation, turns out of order, damaged text.
+    """Check a data set for rows that training would drop, duplicates, leaks into the evaluation data, contradicting
+    labels, labels that the length predicts, truncation, turns out of order and damaged text.
 
-    Texts are never printed, only counts and the numbers of rows, from 1 in the order of the data. Memory does not grow
-    with the length of texts.
+    Prints counts and row numbers (from 1, in the order of the data), never texts. Memory use is independent of the
+    length of texts.
 
     Args:
+<<<<<<< HEAD
         data: a .jsonl, .json, .parquet, .csv or .txt file, a glob, a folder written by save_to_disk, or a Hub name.
         eval: data that models will be evaluated on, in the same forms: audited too, and searched for what is in both.
         kind: what the rows are for; by default their columns say.
@@ -63,20 +64,30 @@ def audit(
         chat_template: template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
         as_chat: make plain text a user's turn and an assistant's turn.
+=======
+        data: .jsonl, .json, .parquet, .csv or .txt file, glob, folder written by save_to_disk, or Hub name.
+        eval: evaluation data in the same forms: checked too, and searched for rows of the training data.
+        kind: type of the rows; by default derived from their columns.
+        tokenizer: folder or Hub name of a tokenizer or model, for lengths in tokens and its control tokens.
+        max_length: longest prompt and completion in tokens, as in training; needs a tokenizer.
+        max_prompt_length: longest prompt in tokens, as in training; needs a tokenizer.
+        chat_template: chat template to use instead of the tokenizer's own.
+        as_chat: read plain text as a user turn and an assistant turn.
+>>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
-        split: split of a Hub name or of a folder with several.
-        rows: read only the first so many rows.
-        json: file for everything found, with the numbers of all rows.
+        split: split of a Hub dataset or of a folder with several.
+        rows: read only the first rows.
+        json: file for all findings, with the numbers of all rows.
         strict: exit with status 1 if anything was found.
     """
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.audit import summary
 
-    quieten()
+    silence_libraries()
     if tokenizer is None and (max_length or max_prompt_length or chat_template):
         raise SettingError(
             "missing-setting",
-            "max_length, max_prompt_length and chat_template are about tokens: name a --tokenizer too",
+            "max_length, max_prompt_length and chat_template need a --tokenizer",
         )
     settings = {
         "columns": columns, "as_chat": as_chat, "max_length": max_length, "max_prompt_length": max_prompt_length,
@@ -107,10 +118,10 @@ def load(
 def audited(
     data: str, split: str, most: int | None, kind: str | None, settings: dict[str, Any], train: "Audit | None" = None
 ) -> "Audit":
-    """Audit one source, against the training data if that is given.
+    """Audit one source, and compare it with the training data if that is given.
 
     Raises:
-        DataError: it is empty, or its columns are of no known form.
+        DataError: it is empty, or its columns are unknown.
     """
     from rlhf_lightning.data.audit import Audit
     from rlhf_lightning.data.files import Unreadable
@@ -121,11 +132,11 @@ def audited(
     first = list(islice(rows, FIRST))
     names = [name for row in first if not isinstance(row, Unreadable) for name in row]
     if not first:
-        raise DataError("no-rows", f"{data} is empty: it holds no row.")
+        raise DataError("no-rows", f"{data} has no rows")
     if not names:
         raise DataError(
             "no-usable-rows",
-            f"{data}: none of its first {len(first)} rows can be read; a row is a JSON object in UTF-8.",
+            f"{data}: none of its first {len(first)} rows can be read; each row must be a JSON object in UTF-8",
         )
     renames = settings["columns"] or {}
     found = Audit(kind or kind_of([renames.get(name, name) for name in names], data), **settings)
@@ -138,7 +149,7 @@ def audited(
 
 
 def page(report: dict[str, Any], width: int) -> str:
-    """A report as text, at most ``width`` columns wide."""
+    """Return a report as text, at most ``width`` columns wide."""
     read = report["read"]
     head = f"{report['source']}: {report['kind']} data, {read:,} rows, {report['usable']:,} of them usable"
     lines = [*textwrap.wrap(head, width, subsequent_indent="  ")]

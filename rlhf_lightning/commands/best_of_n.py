@@ -1,4 +1,4 @@
-"""``rlhf best-of-n``: sample, score and keep completions as demonstrations (best-of-n, RAFT, rejection sampling)."""
+"""``rlhf best-of-n``: sample, score and select demonstrations (best-of-n, RAFT, rejection sampling)."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -36,39 +36,32 @@ def best_of_n(
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Sample completions of each prompt, score them, and write those worth imitating as demonstrations.
+    """Sample completions of each prompt, score them, and write the selected ones as demonstrations.
 
     A line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct), as
     SFTDataModule reads them: supervised fine-tuning on the file is one round of RAFT (Dong et al., arXiv 2304.06767).
-    With --keep random the same samples give the control: what imitating oneself does without any selection.
-    Empty completions are never kept, and those that did not end by themselves only on demand.
+    --keep random is the control: fine-tuning on own samples without selection. Empty completions are never kept.
 
     Args:
-        model: folder of a policy (whole or adapter), .gguf file or hub id.
-        scorer: reward model's folder, or import path of a function, that scores the completions.
-        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
-        out: JSONL file of demonstrations to write; it appears when all is done.
+        model: folder of a policy (weights or adapter), .gguf file or hub id.
+        scorer: folder of a reward model, or import path of a function, that scores the completions.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
+        out: JSONL file of demonstrations to write; it appears when it is complete.
         n: completions per prompt.
-        keep: best (of each prompt, equals by lot), random (one of each prompt), top-k (the best of all prompts
-            together, which are those of easy prompts) or threshold (all that score at least so much).
-        top: how many top-k keeps.
-        threshold: least score that threshold keeps.
-        keep_unfinished: also keep completions that were cut off at their longest.
-        as_chat: put a plain-text prompt into a user turn of the chat template.
-        sampling: how completions are sampled.
+        keep: best (of each prompt; ties are broken at random), random (one of each prompt), top-k (the best over all
+            prompts, which favours easy prompts) or threshold (all with at least this score).
+        top: how many completions top-k keeps.
+        threshold: lowest score that threshold keeps.
+        keep_unfinished: also keep completions that were truncated at max_new_tokens.
+        as_chat: put plain-text prompts into a user turn of the chat template.
+        sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import (
-        Speed,
-        completions,
-        read_prompts,
-        scorer_beside,
-        write_lines,
-    )
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.generate import Speed, completions, read_prompts, scorer_beside, write_lines
+    from rlhf_lightning.commands.quiet import silence_libraries
 
     _check(n, keep, top, threshold)
-    quieten()
-    sampling.settings()  # refused before anything is read
+    silence_libraries()
+    sampling.settings()  # raises before anything is read
     asked = read_prompts(prompts, as_chat)
     policy, tokenizer = sampling.load(model)
     score = scorer_beside(scorer, policy)
@@ -80,7 +73,7 @@ def best_of_n(
     if not kept:
         raise DataError(
             "no-usable-rows",
-            f"none of {len(rows)} completions is kept: {sum(not row['finished'] for row in rows)} were cut off at "
+            f"none of {len(rows)} completions is kept: {sum(not row['finished'] for row in rows)} were truncated at "
             f"max_new_tokens, and the best score is {max(row['score'] for row in rows):.4g}; raise max_new_tokens, set "
             "keep_unfinished, or lower the threshold",
         )
@@ -106,21 +99,15 @@ def selected(
     groups: Sequence[Sequence[Row]], keep: Keep, top: int | None, threshold: float | None, keep_unfinished: bool,
     seed: int,
 ) -> list[tuple[int, Row]]:  # fmt: skip
-    """Return what is kept, in the order of the prompts: the number of its group, and the row.
+    """Return the selected rows in the order of the prompts, each with the index of its group.
 
-    Args:
-        groups: the samples of each prompt.
-        keep: the rule.
-        top: how many top-k keeps.
-        threshold: least score that threshold keeps.
-        keep_unfinished: whether a completion may be cut off.
-        seed: seed of the lot that decides between equals.
+    ``groups`` are the samples of each prompt; ``seed`` breaks ties. The other arguments are those of `best_of_n`.
     """
     lot = random.Random(seed)
     usable = [
         [row for row in group if row["completion"].strip() and (row["finished"] or keep_unfinished)] for group in groups
     ]
-    if keep == "random":  # among all samples, so that it is one draw from the policy
+    if keep == "random":
         chosen = [(place, lot.choice(rows)) for place, rows in enumerate(usable) if rows]
     else:
         drawn = [(place, row, lot.random()) for place, rows in enumerate(usable) for row in rows]
@@ -141,7 +128,7 @@ def selected(
 
 
 def demonstration(row: Row, group: Sequence[Row]) -> Row:
-    """Return a kept completion as a line of demonstrations."""
+    """Return a selected completion as a demonstration."""
     about = {"score": row["score"], "n": len(group), "unique": _distinct(group) / len(group)}
     return {"prompt": row["prompt"], "completion": row["completion"], **about}
 
@@ -151,18 +138,18 @@ def _distinct(rows: Sequence[Row]) -> int:
 
 
 class SelectionReport(NamedTuple):
-    """What selection did.
+    """Statistics of a selection.
 
     Attributes:
-        kept: demonstrations.
+        kept: number of demonstrations.
         acceptance: their share of all samples.
         answered: share of prompts with a demonstration.
         unique: mean share of a prompt's samples that are distinct.
-        finished: share of samples that ended by themselves.
-        mean_score: of all samples.
+        finished: share of samples with an end token.
+        mean_score: mean score of all samples.
         best_score: mean over prompts of the best sample, finished or not.
-        kept_score: mean of the demonstrations.
-        length_shift: mean tokens of the demonstrations less those of all samples.
+        kept_score: mean score of the demonstrations.
+        length_shift: mean tokens of the demonstrations minus those of all samples.
     """
 
     kept: int
@@ -176,19 +163,20 @@ class SelectionReport(NamedTuple):
     length_shift: float
 
     def describe(self) -> str:
-        """Three lines of it."""
+        """Return three lines of text."""
+        longer = "longer" if self.length_shift >= 0 else "shorter"
         return (
-            f"kept {self.kept:,} completions: {self.acceptance:.1%} of the samples, {self.answered:.1%} of the prompts "
-            f"have one\n"
-            f"score {self.mean_score:.4g} on average, {self.best_score:.4g} the best of each prompt, "
-            f"{self.kept_score:.4g} kept\n"
-            f"{self.unique:.1%} of a prompt's samples are distinct, {self.finished:.1%} ended by themselves; kept ones "
-            f"are {self.length_shift:+.1f} tokens longer than all"
+            f"kept {self.kept:,} completions: {self.acceptance:.1%} of the samples, for {self.answered:.1%} of the "
+            f"prompts\n"
+            f"mean score: {self.mean_score:.4g} of all samples, {self.best_score:.4g} of the best of each prompt, "
+            f"{self.kept_score:.4g} of the kept ones\n"
+            f"{self.unique:.1%} of a prompt's samples are distinct, {self.finished:.1%} reached an end token; kept "
+            f"completions are {abs(self.length_shift):.1f} tokens {longer} than the mean"
         )
 
 
 def report_of(groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> SelectionReport:
-    """Return what selection did to the samples."""
+    """Return the statistics of a selection."""
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / max(len(values), 1)

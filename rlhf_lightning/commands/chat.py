@@ -1,4 +1,4 @@
-"""``rlhf chat``: talk to a policy in the terminal."""
+"""``rlhf chat``: chat with a policy in the terminal."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 DEFAULTS = SamplingArguments(temperature=0.7)
 
 TOKENS_AT_A_TIME = 8
-"""Tokens that are sampled before they are shown."""
-HELP = "/reset begins a new conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer"
+"""Tokens sampled between two outputs."""
+HELP = "/reset starts a new conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,23 +26,19 @@ def main(argv: Sequence[str]) -> int:
     return run_function(chat, argv, "rlhf chat", positional=["folder"], without=["batch_size"])
 
 
-def chat(
-    folder: str,
-    system: str | None = None,
-    sampling: SamplingArguments = DEFAULTS,
-) -> int:
-    """Talk to a policy, turn by turn. From a pipe, each line is a turn and each answer is printed.
+def chat(folder: str, system: str | None = None, sampling: SamplingArguments = DEFAULTS) -> int:
+    """Chat with a policy. From a pipe, each line is a turn and each answer is printed.
 
-    A tokenizer without a chat template gets each line as plain text to continue, without the turns before.
+    Without a chat template each line is continued as plain text, without the earlier turns.
 
     Args:
-        folder: folder of a policy (whole or adapter), .gguf file or hub id, as in runs/dpo/version_0/model.
-        system: system prompt that opens each conversation.
-        sampling: how answers are sampled; with one seed the same lines get the same answers.
+        folder: folder of a policy (weights or adapter), .gguf file or hub id, such as runs/dpo/version_0/model.
+        system: system prompt of each conversation.
+        sampling: sampling settings; the same seed and lines give the same answers.
     """
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
     settings, engine = sampling.settings(), sampling.make_engine()
     policy, tokenizer = sampling.load(folder)
     conversation = Conversation(policy, tokenizer, settings, sampling.seed, system, engine)
@@ -50,13 +46,13 @@ def chat(
     if interactive:
         print(f"{folder}\n{HELP}")
         if not conversation.has_turns:
-            print("this tokenizer has no chat template: each line is continued as plain text")
+            print("the tokenizer has no chat template: each line is continued as plain text")
     converse(conversation, lines(interactive), print)
     return 0
 
 
 def lines(interactive: bool) -> Iterator[str]:
-    """Yield what the user types, until the input ends."""
+    """Yield the lines of input until it ends."""
     while True:
         try:
             yield input("> " if interactive else "")
@@ -67,7 +63,7 @@ def lines(interactive: bool) -> Iterator[str]:
 
 
 def converse(conversation: "Conversation", typed: Iterator[str], show: Callable[..., None]) -> None:
-    """Answer each line; lines that begin with a slash are commands."""
+    """Answer each line; lines that start with a slash are commands."""
     for line in typed:
         text = line.strip()
         if not text:
@@ -89,16 +85,7 @@ def converse(conversation: "Conversation", typed: Iterator[str], show: Callable[
 
 
 class Conversation:
-    """A conversation with a policy.
-
-    Args:
-        policy: the policy.
-        tokenizer: its tokenizer; without a chat template every line stands alone.
-        settings: how answers are sampled.
-        seed: seed of the sampling.
-        system: system prompt.
-        engine: what draws; None for this process's own.
-    """
+    """A conversation with a policy; without a chat template there are no turns."""
 
     def __init__(
         self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None, engine: Any = None
@@ -114,12 +101,12 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns but the system prompt. Answers repeat from here if the lines do."""
+        """Delete all turns except the system prompt, and restart the random numbers."""
         self.turns = [{"role": "system", "content": self.system}] if self.system and self.has_turns else []
         self.drawn = 0
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yield the answer to a line piece by piece; what was shown is remembered even if the rest is not wanted."""
+        """Yield the answer to a line in pieces; a stopped answer stays in the conversation as far as it was shown."""
         prompt: Prompt = text
         if self.has_turns:
             self.turns.append({"role": "user", "content": text})
@@ -134,7 +121,7 @@ class Conversation:
                 self.turns.append({"role": "assistant", "content": said or "…"})
 
     def _pieces(self, prompt: "Prompt") -> Iterator[str]:
-        """Sample some tokens at a time, so that a slow machine shows that it works."""
+        """Sample a few tokens at a time, so that slow machines show progress."""
         import torch
 
         from rlhf_lightning import tokenization
@@ -152,7 +139,7 @@ class Conversation:
             ids += drawn.ids[0].tolist()
             finished = bool(drawn.finished[0])
             text = tokenization.completion_text(self.tokenizer, ids)
-            # A character cut in two decodes to a replacement mark: it waits for its other half.
+            # An incomplete character decodes to U+FFFD; it is shown when the rest has been sampled.
             steady = text.rstrip("\ufffd")
             if steady.startswith(shown):
                 yield steady[len(shown) :]

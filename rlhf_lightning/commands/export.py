@@ -1,4 +1,4 @@
-"""``rlhf export``: a checkpoint or an adapter becomes a Hugging Face folder."""
+"""``rlhf export``: write a checkpoint or an adapter as a Hugging Face folder."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rlhf_lightning.training.module import AlignmentModule
 
 PROBE_TEXTS, PROBE_TOKENS = 4, 64
-"""How many texts a merged model is compared with its adapter on, and how long they are."""
+"""Number and length of the random texts on which a merged model is compared with its adapter."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf export``."""
-    # `import` is a word of Python's own and cannot name a parameter.
+    # `import` is a Python keyword and cannot name a parameter.
     renamed = ["--import_module" + a.removeprefix("--import") if a.partition("=")[0] == "--import" else a for a in argv]
     return run_function(export, renamed, "rlhf export", positional=["source"])
 
@@ -30,30 +30,30 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
 
     Args:
         source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge.
-        out: folder to write; it must not exist yet.
-        merge: merge a LoRA adapter into its backbone in fp32, report the largest difference to the logits of the model
-            that was trained (on a quantised backbone it is the quantisation's), and keep the adapter in OUT.adapter.
-        best: of a run, take the best checkpoint instead of the last.
-        import_module: also written --import: module or .py file of your own with the class that wrote the checkpoint; a
-            checkpoint alone has nothing imported but what is shipped here.
+        out: folder to write; it must not exist.
+        merge: merge a LoRA adapter into its backbone in fp32, print the largest difference to the logits of the trained
+            model (large for a quantised backbone), and keep the adapter in OUT.adapter.
+        best: take the best checkpoint of a run instead of the last.
+        import_module: also --import: your module or .py file with the class that wrote the checkpoint. Names in a
+            checkpoint are never imported otherwise.
     """
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.loading import import_user_module
 
-    quieten()
+    silence_libraries()
     target, path = Path(out), Path(source)
     if target.exists():
-        raise SettingError("output-exists", f"{out} exists already, and nothing is overwritten: name a new folder")
+        raise SettingError("output-exists", f"{out} exists already and is not overwritten: give a new folder")
     own = None if import_module is None else import_user_module(import_module)
     if (path / "adapter_config.json").is_file():
         if not merge:
             raise SettingError(
-                "already-exported", f"{source} is an adapter's folder already; --merge merges it into its backbone"
+                "already-exported", f"{source} is already an adapter folder; --merge merges it into its backbone"
             )
         _report(merge_adapter(path, target), target, path)
         return 0
     if (path / "config.json").is_file():
-        raise SettingError("already-exported", f"{source} is a Hugging Face folder already: there is nothing to export")
+        raise SettingError("already-exported", f"{source} is already a Hugging Face folder")
     checkpoint = find_checkpoint(path, best)
     module = module_from(checkpoint, own)
     if not merge or module.lora is None:
@@ -62,21 +62,19 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
         return 0
     adapter = target.with_name(f"{target.name}.adapter")
     if adapter.exists():
-        raise SettingError(
-            "output-exists", f"{adapter}, where the adapter is kept, exists already: name another folder"
-        )
+        raise SettingError("output-exists", f"the adapter's folder {adapter} exists already: give another --out")
     module.export(adapter)
     _report(merge_adapter(adapter, target), target, adapter)
     return 0
 
 
 def _report(difference: float, target: Path, adapter: Path) -> None:
-    print(f"merged into {target}; the largest difference of a logit to the unmerged adapter is {difference:.2e}")
-    print(f"the adapter is kept in {adapter}")
+    print(f"merged into {target}; largest difference to the logits of the unmerged adapter: {difference:.2e}")
+    print(f"the adapter is in {adapter}")
 
 
 def find_checkpoint(path: Path, best: bool = False) -> Path:
-    """Return the checkpoint that is meant: the file itself, or the last or best of a run.
+    """Return the checkpoint at ``path``, or the last or best checkpoint of the run there.
 
     Raises:
         MissingError: there is none.
@@ -96,20 +94,21 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
         return inside_run(last_checkpoint(run), run)
     if not (run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT).exists():
         raise MissingError(
-            "no-checkpoint", f"{run} has no best checkpoint: it was not validated; export the last one, without --best"
+            "no-checkpoint", f"{run} has no best checkpoint, since it was not validated; omit --best to export the last"
         )
     return inside_run(run / CHECKPOINTS_FOLDER / BEST_CHECKPOINT, run)
 
 
 def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
-    """Build the module that wrote a checkpoint and load its weights; no code is run that the file names.
+    """Build the module that wrote a checkpoint and load its weights; foreign code named in the file is not run.
 
     Args:
         checkpoint: the file, or the folder of shards.
-        own: module that the user named, whose classes may be made beside this package's.
+        own: module named by the user, whose classes are allowed too.
 
     Raises:
-        ValueError: the file is no checkpoint of an AlignmentModule, or its class cannot be found.
+        DataError: the file is not a checkpoint of an AlignmentModule.
+        SettingError: its class cannot be found, or is foreign.
     """
     from lightning.pytorch.cli import instantiate_module
 
@@ -125,16 +124,16 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     if name is None:
         raise DataError(
             "checkpoint-without-class",
-            f"{checkpoint} does not say which class wrote it: export a checkpoint that `rlhf fit` wrote",
+            f"{checkpoint} does not name the class that wrote it: export a checkpoint of `rlhf fit`",
         )
     if name.partition(".")[0] not in (PACKAGE, (own or "").partition(".")[0]):
         raise SettingError(
             "foreign-code",
-            f"{checkpoint} was written by {name}: name its module with --import {name.rpartition('.')[0]} to export it",
+            f"{checkpoint} was written by {name}: add --import {name.rpartition('.')[0]} to export it",
         )
     load_class(name, AlignmentModule, {}, f"class in {checkpoint}")
     module = instantiate_module(AlignmentModule, without_code(settings, own or PACKAGE))
-    # The frozen copy would take memory and is not exported.
+    # The frozen reference needs memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
     module.on_load_checkpoint(state)
@@ -143,14 +142,10 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
 
 
 def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
-    """Return a checkpoint's settings without the code that they name, of which an export needs none.
-
-    Args:
-        settings: of the checkpoint.
-        named: module that the user named; its own code stays.
+    """Return a checkpoint's settings without scorer and engine code, which an export does not need.
 
     Raises:
-        ValueError: they name code elsewhere than as the scorer or the engine.
+        DataError: other settings name code outside this package and the module ``named`` by the user.
     """
     from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, own_code
 
@@ -162,17 +157,17 @@ def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
     if unknown:
         raise DataError(
             "foreign-code",
-            f"the checkpoint names code outside this package in {', '.join(unknown)}: it cannot be exported",
+            f"the checkpoint cannot be exported: its settings {', '.join(unknown)} name code outside this package",
         )
     return kept
 
 
 def merge_adapter(adapter: Path, target: Path) -> float:
-    """Merge an adapter into its full-precision backbone in fp32 and write the whole; return what that changes.
+    """Merge an adapter into its full-precision backbone in fp32 and write the result.
 
     Returns:
-        The largest difference of a logit between the adapter on its backbone as it was trained, quantised if it was,
-        and the written folder, read back.
+        The largest difference of a logit between the adapter on its (quantised) backbone as trained and the written
+        folder.
     """
     import json
 
@@ -206,7 +201,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
 
 
 def trained(adapter: Path, kind: Any, quantization: Any, changes: dict[str, Any]) -> Any:
-    """Return the model as it was trained: the adapter beside its backbone, unmerged."""
+    """Load the unmerged adapter on its backbone, as it was trained."""
     from peft import PeftModel
 
     from rlhf_lightning.models.loading import LoadSettings, load_base_of_adapter, load_hf_model
@@ -216,7 +211,7 @@ def trained(adapter: Path, kind: Any, quantization: Any, changes: dict[str, Any]
 
 
 def probe(model: Any) -> "Tensor":
-    """Return a model's outputs on a few fixed texts of tokens drawn from its vocabulary."""
+    """Return a model's logits on a few fixed random token sequences."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""``rlhf generate``: answer a file of prompts; and what all commands that sample share."""
+"""``rlhf generate``: sample completions for a file of prompts; also code shared by all commands that sample."""
 
 # No postponed annotations: to resolve them jsonargparse would import everything under TYPE_CHECKING at start-up.
 
@@ -27,6 +27,7 @@ class SamplingArguments:
     """How a command samples completions; `run_function` makes a flag of each field.
 
     Args:
+<<<<<<< HEAD
         temperature: logits are divided by it; 0 takes the likeliest token.
         max_new_tokens: longest completion, tokens.
         top_p: keep the smallest set of tokens with this probability.
@@ -35,8 +36,17 @@ class SamplingArguments:
         engine: what draws: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
         chat_template: template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
+=======
+        temperature: softmax temperature; 0 is greedy decoding.
+        max_new_tokens: longest completion in tokens.
+        top_p: sample from the smallest set of tokens with this probability.
+        top_k: sample from this many most probable tokens; 0 keeps all.
+        batch_size: completions decoded in one batch, or concurrent requests.
+        engine: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
+        chat_template: chat template to use instead of the tokenizer's own.
+>>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
         dtype: precision of the weights, float32 or bfloat16.
-        seed: seed of the sampling and of every other random choice of the command.
+        seed: seed of all random choices of the command.
     """
 
     temperature: float = 1.0
@@ -55,33 +65,45 @@ class SamplingArguments:
             raise SettingError("setting-out-of-range", f"batch_size is {self.batch_size}: it must be at least 1")
 
     def settings(self) -> "SamplingSettings":
-        """Return the settings of the engine.
-
-        Raises:
-            ValueError: a value is out of range.
-        """
+        """Return the engine's settings; raise a SettingError if a value is out of range."""
         from rlhf_lightning.sampling.engines import SamplingSettings
 
         return SamplingSettings(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.batch_size)
 
     def make_engine(self) -> "SamplingEngine":
-        """Return the engine that is asked for.
-
-        Raises:
-            SettingError: see `loading.load`.
-        """
+        """Load the engine; raises as `loading.load` does."""
         from rlhf_lightning.sampling.engines import load_engine
 
         return load_engine(self.engine)
 
     def load(self, model: str) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
-        """Load a policy and its tokenizer, see `commands.generate.load_for_sampling`."""
-        from rlhf_lightning.commands.generate import load_for_sampling
+        """Load a policy and its tokenizer onto the best device.
 
+<<<<<<< HEAD
         return load_for_sampling(model, self.dtype, self.chat_template, self.template_args)
+=======
+        Raises:
+            MissingError: there is no such folder, or no weights in it.
+            ValueError: it is a reward model.
+        """
+        import torch
+
+        from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
+        from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
+        from rlhf_lightning.tokenization import load_tokenizer
+
+        name = resolve_folder(model)
+        if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
+            raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
+        refuse_reward_model(name)
+        tokenizer = load_tokenizer(name, self.chat_template)
+        policy = load_policy(name, LoadSettings(dtype=self.dtype)).requires_grad_(False).eval()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return policy.to(accelerator or "cpu"), tokenizer
+>>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
 
     def provenance(self) -> dict[str, Any]:
-        """Return what decides the samples beside model and seed, in plain values."""
+        """Return the settings that the samples depend on, without model and seed, as plain values."""
         drawn = {name: value for name, value in asdict(self.settings()).items() if name != "batch_size"}
         return {**drawn, "engine": self.engine} if self.engine is not None else drawn
 
@@ -95,7 +117,7 @@ if TYPE_CHECKING:
 DEFAULTS = SamplingArguments()
 
 CHUNKS_AT_ONCE = 8
-"""How many batches are handed to the sampler together: it sorts them by length, so more waste less."""
+"""Batches passed to the engine in one call: it sorts prompts by length, so a larger call has less padding."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,27 +134,27 @@ def generate(
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Answer each prompt of a file and write one JSON line per completion.
+    """Sample completions for each prompt of a file and write one JSON line per completion.
 
     A line has prompt, sample, completion, logprob (the sum over its tokens at the temperature), finished, length, score
     (with --scorer, which may add score_NAME and feedback) and the further columns of the prompt's row. The same seed
     gives the same completions for every batch size.
 
     Args:
-        model: folder of a policy (whole or adapter), .gguf file or hub id.
-        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
-        out: JSONL file to write; it appears when all is done.
+        model: folder of a policy (weights or adapter), .gguf file or hub id.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
+        out: JSONL file to write; it appears when it is complete.
         samples: completions per prompt.
-        scorer: reward model's folder, or import path of a function, that scores the completions.
-        as_chat: put a plain-text prompt into a user turn of the chat template.
-        sampling: how completions are sampled.
+        scorer: folder of a reward model, or import path of a function, that scores the completions.
+        as_chat: put plain-text prompts into a user turn of the chat template.
+        sampling: sampling settings.
     """
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
 
     if samples < 1:
         raise SettingError("setting-out-of-range", f"samples is {samples}: it must be at least 1")
-    quieten()
-    sampling.settings()  # refused before anything is read
+    silence_libraries()
+    sampling.settings()  # raises before anything is read
     rows = read_prompts(prompts, as_chat)
     policy, tokenizer = sampling.load(model)
     score = None if scorer is None else scorer_beside(scorer, policy)
@@ -144,7 +166,7 @@ def generate(
 
 
 def write_lines(target: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON line for each row; the file appears when all is done."""
+    """Write a JSON line for each row; the file appears when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -159,7 +181,7 @@ def write_lines(target: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":
-    """Return prompts with their further columns; rows without a prompt are counted and named, not lost.
+    """Return prompts with their further columns; rows without a prompt are counted on stderr.
 
     Raises:
         MissingError: there is no such file.
@@ -188,13 +210,14 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     if not rows:
         columns = ", ".join(sorted(found)) or "none"
         raise DataError(
-            "no-usable-rows", f"{path} has no prompt to answer ({said or 'it is empty'}); its columns are {columns}"
+            "no-usable-rows", f"{path} has no usable prompt ({said or 'it is empty'}); its columns are {columns}"
         )
     if said:
-        print(f"{path}: left out {said}", file=sys.stderr)
+        print(f"{path}: skipped {said}", file=sys.stderr)
     return rows
 
 
+<<<<<<< HEAD
 def load_for_sampling(
     model: str,
     dtype: str = "float32",
@@ -223,6 +246,8 @@ def load_for_sampling(
     return policy.to(accelerator or "cpu"), tokenizer
 
 
+=======
+>>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
 def scorer_beside(spec: str, policy: "CausalLM") -> Any:
     """Load a scorer onto the policy's device."""
     from rlhf_lightning.scoring import load_scorer
@@ -266,13 +291,10 @@ def completions(
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {
-                "prompt": prompt,
-                "sample": index % samples,
-                "completion": text,
-                "logprob": float(drawn.logprobs[index].sum()),
-                "finished": bool(drawn.finished[index]),
+                "prompt": prompt, "sample": index % samples, "completion": text,
+                "logprob": float(drawn.logprobs[index].sum()), "finished": bool(drawn.finished[index]),
                 "length": len(drawn.ids[index]),
-            }
+            }  # fmt: skip
             if score is not None:
                 row["score"] = judged[index].score
                 row |= {f"score_{name}": value for name, value in judged[index].parts.items() if not math.isnan(value)}
@@ -282,11 +304,7 @@ def completions(
 
 
 class Speed:
-    """Progress of sampling: a bar on a terminal, a line every ten seconds anywhere else.
-
-    Args:
-        total: completions to be sampled.
-    """
+    """Progress of sampling ``total`` completions: a bar on a terminal, a line every ten seconds anywhere else."""
 
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
@@ -297,7 +315,7 @@ class Speed:
         self.bar = tqdm(total=total, unit="completion", disable=not self.on_terminal, dynamic_ncols=True)
 
     def completed(self, count: int) -> None:
-        """Count completions as they are done."""
+        """Count finished completions."""
         self.done += count
         self.bar.set_postfix_str(f"{self.per_second:,.0f} tokens/s", refresh=False)
         self.bar.update(count)
@@ -309,10 +327,10 @@ class Speed:
 
     @property
     def per_second(self) -> float:
-        """Completion tokens per second so far."""
+        """Sampled tokens per second so far."""
         return self.tokens / max(time.monotonic() - self.began, 1e-9)
 
     def finish(self) -> str:
-        """Close the bar; return the sum of it."""
+        """Close the bar and return a summary."""
         self.bar.close()
         return f"{self.done:,} completions, {self.tokens:,} tokens, {self.per_second:,.0f} tokens/s"

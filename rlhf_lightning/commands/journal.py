@@ -1,4 +1,4 @@
-"""Work done so far, kept on the disk line by line: a command that was killed goes on where it stopped."""
+"""A journal of finished work: a killed command resumes where it stopped."""
 
 import json
 import os
@@ -10,14 +10,13 @@ from rlhf_lightning.errors import SettingError
 
 
 class Journal:
-    """A file beside the one to be written: what is being done, then a line for each part that is done.
+    """A file ``TARGET.partial``: a line with the task, then one synced line for each finished part.
 
-    It is there once a part is done. A line is one write that is flushed to the disk; one that was torn is left out, and
-    done again.
+    An incomplete last line is dropped, and its part repeated.
 
     Args:
-        target: the file that all of it becomes.
-        task: settings that the results depend on, plain values; a journal of another task is refused.
+        target: the final output file.
+        task: the settings that the results depend on, as plain values.
 
     Raises:
         SettingError: there is a journal of another task.
@@ -29,17 +28,17 @@ class Journal:
         self.records: list[Any] = []
         self.done = 0
         if self.path.exists():
-            self._take_up()
+            self._resume()
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         found = json.loads(whole[0])["task"] if whole else self.task
         if found != self.task:
             other = [name for name in {**found, **self.task} if found.get(name) != self.task.get(name)]
             raise SettingError(
                 "settings-changed",
-                f"{self.path} is of an interrupted run with another {', '.join(other)}: give the same settings to "
-                "resume it, or remove it to start anew",
+                f"{self.path} belongs to an interrupted run with another {', '.join(other)}: give the same settings to "
+                "resume it, or delete it to start over",
             )
         for line in whole[1:]:
             part = json.loads(line)
@@ -49,12 +48,7 @@ class Journal:
             file.truncate(sum(map(len, whole)))
 
     def add(self, done: int, records: list[Any]) -> None:
-        """Keep the records of a part.
-
-        Args:
-            done: how much is done now, from the beginning.
-            records: plain values.
-        """
+        """Write the records of a part, plain values; ``done`` is the total progress."""
         self.records += json.loads(json.dumps(records))
         self.done = done
         lines = [{"done": done, "records": records}]
@@ -67,12 +61,12 @@ class Journal:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Forget it: what it led to is written."""
+        """Delete the journal after the output is written."""
         self.path.unlink(missing_ok=True)
 
 
 def model_stamp(name: str) -> Any:
-    """Name of a model, with sizes and times of its files: another one under the same name is another task."""
+    """Return a model's name with sizes and times of its files, to notice a changed model."""
     folder = Path(name).expanduser()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder] if folder.is_file() else []
     return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in one sentence with the nearest right name, from what jsonargparse objects to."""
+"""One-sentence messages for wrong command lines, from jsonargparse's own: what is wrong and the nearest name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASS = re.compile(r"given class_path '([^']+)'")
 
 
 def parameters_of(class_path: str) -> list[str]:
-    """Return the names of a class's arguments, those it hands on through ``**kwargs`` included."""
+    """Return the names of a class's arguments, including those passed on through ``**kwargs``."""
     probe = ArgumentParser(exit_on_error=False)
     try:
         return list(probe.add_class_arguments(import_path(class_path), fail_untyped=False))
@@ -28,7 +28,7 @@ def parameters_of(class_path: str) -> list[str]:
 
 
 def subclasses_of(base: type) -> dict[str, type]:
-    """Return the imported subclasses of a class by their short names, abstract ones left out."""
+    """Return the imported concrete subclasses of a class by name."""
     found: dict[str, type] = {}
     children: list[type] = base.__subclasses__()
     for child in children:
@@ -39,12 +39,7 @@ def subclasses_of(base: type) -> dict[str, type]:
 
 
 def explain(message: str, parser: Any = None) -> str:
-    """Say in one sentence what jsonargparse objects to.
-
-    Args:
-        message: its own words.
-        parser: the parser that was used; it knows the right names.
-    """
+    """Return one sentence for an error message of jsonargparse; ``parser`` knows the valid names."""
     header = HEADER_KEY.match(message)
     key = header.group(1) if header else ""
     class_path = found.group(1) if (found := CLASS.search(message)) else ""
@@ -61,7 +56,7 @@ def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str |
     if found:
         given = found.group(1).split()[0]
         if not given.startswith("-"):
-            return f"{given!r} stands alone: values follow an option such as --config {given}"
+            return f"unexpected argument {given!r}: a value follows an option, such as --config {given}"
         name, dashes = given.lstrip("-").partition("=")[0], "--"
     else:
         found = re.search(r"does not accept option '([^']+)'", message)
@@ -74,7 +69,7 @@ def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str |
 
 
 def _nearest_key(name: str, parser: Any) -> str | None:
-    """Return the dotted setting nearest to ``name``, class arguments written as ``model.beta`` included."""
+    """Return the dotted setting nearest to ``name``, including arguments of classes such as ``model.beta``."""
     keys = known_keys(parser)
     head, _, tail = name.partition(".")
     tail = tail.removeprefix("init_args.")
@@ -92,7 +87,7 @@ def _nearest_key(name: str, parser: Any) -> str | None:
 
 
 def known_keys(parser: Any) -> list[str]:
-    """Return the dotted settings of a parser; where a class can be chosen, the arguments of all that are imported."""
+    """Return the dotted settings of a parser, including the arguments of all imported modules and DataModules."""
     keys: list[str] = []
     for action in parser_actions(parser):
         if not isinstance(action.dest, str) or action.dest in ("help", "print_config") or action.dest.endswith(".help"):
@@ -106,7 +101,7 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def _base_class(action: Any) -> type | None:
-    """Return the class whose subclasses an option takes, if it is such an option."""
+    """Return the base class of an option that takes a class; else None."""
     hint = type_of_option(action)
     candidates = [hint, *getattr(hint, "__args__", ())]
     return next((c for c in candidates if inspect.isclass(c) and c.__module__ not in ("builtins", "types")), None)
@@ -121,14 +116,14 @@ def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str
     if name == "class_path":
         given = re.search(r"'class_path': '([^']+)'", message)
         short = given.group(1).rpartition(".")[2] if given else short
-        return f"{key}: the arguments of {short} go under init_args, beside class_path"
+        return f"{key}: put the arguments of {short} under init_args, next to class_path"
     near = nearest(name, known)
     hint = f"the nearest is {key}.{near}" if near else f"it takes {', '.join(known) or 'none'}"
-    return f"{key}.{name} is no argument of {short}; {hint}"
+    return f"{key}.{name} is not an argument of {short}; {hint}"
 
 
 def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """A required argument that nobody gave."""
+    """A required argument that is missing."""
     found = re.search(r"the following arguments are required: ([^\n]+)", message)
     if not found:
         return None
@@ -140,7 +135,7 @@ def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None
     options = {action.dest: action.option_strings for action in parser_actions(parser)}
     asked = ", ".join(f"--{name}" if options.get(name, True) else name.upper() for name in names)
     classes = {"model", "data"} & {name for name in names if options.get(name, True)}
-    hint = "; a class is named as in --model DPOModule, or by a --config file" if classes else ""
+    hint = "; give a class as in --model DPOModule, or a --config file" if classes else ""
     return f"missing: {asked}{hint}"
 
 
@@ -152,7 +147,7 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
         known = sorted(subclasses_of(base)) if base else []
         near = nearest(given, known)
         hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
-        own = f"A class of your own is named with its module, as my_objective.{given}"
+        own = f"Write your own class with its module, as my_objective.{given}"
         return f"{key}: there is no class {given}; {hint} {own}"
     if class_path and (found := re.search(r"(No module named [^\n]+|cannot import name [^\n]+)", message)):
         return f"{key}: {class_path} cannot be imported from {os.getcwd()}: {found.group(1).strip()}"
@@ -161,17 +156,16 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
         near = nearest(name, [n for n, value in vars(sys.modules[module]).items() if inspect.isclass(value)])
         return f"{key}: {module} has no class {name}" + (f"; the nearest is {module}.{near}" if near else "")
     if found := re.search(r"does not correspond to a subclass of (\w+)", message):
-        return f"{key}: {given} is no subclass of {found.group(1)}"
+        return f"{key}: {given} is not a subclass of {found.group(1)}"
     if found := re.search(r"Expected an instantiatable class, but (\S*) ?is abstract", message):
         name = found.group(1) or given
         if name == given and (lacking := _abstract_methods(given)):
-            return f"{key}: {name} cannot be used yet: it must define {', '.join(lacking)}"
-        return f"{key}: {name.rpartition('.')[2]} is only the base; name a class, as in --{key} CLASS"
+            return f"{key}: {name} is abstract: it must define {', '.join(lacking)}"
+        return f"{key}: {name.rpartition('.')[2]} is an abstract base class; choose a class with --{key} CLASS"
     return None
 
 
 def _abstract_methods(class_path: str) -> list[str]:
-    """Return the methods that a class still has to define."""
     module, _, name = class_path.rpartition(".")
     return sorted(getattr(getattr(sys.modules.get(module), name, None), "__abstractmethods__", ()))
 
@@ -206,16 +200,16 @@ def _type_name(expected: str) -> str:
 
 
 def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """A config file that is not there or is no YAML."""
+    """A config file that is missing or is not YAML."""
     if found := re.search(r"File does not exist: '([^']+)'", message):
         return f"there is no file {found.group(1)}"
     if found := re.search(r"Problems parsing config: (.+)", message, re.DOTALL):
-        return f"the config file is no YAML: {' '.join(found.group(1).split())}"
+        return f"invalid YAML in the config file: {' '.join(found.group(1).split())}"
     return None
 
 
 def _tidied(message: str) -> str:
-    """Fold a message nobody foresaw into a line without the parser's internals."""
+    """Join the lines of any other message, without the parser's internals."""
     internal = ("Given value", "Subtypes:", "Does not validate", "Errors:", "Expected a <class 'NoneType'>")
     lines = [line.strip(" -") for line in message.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith(internal))

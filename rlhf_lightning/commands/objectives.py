@@ -1,4 +1,4 @@
-"""``rlhf objectives``: every objective there is, found by walking the package."""
+"""``rlhf objectives``: list the objectives, found by walking the package."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ from rlhf_lightning.loading import shipped_classes
 
 
 class Objective(NamedTuple):
-    """What a class says about itself.
-
-    Attributes:
-        name: of the class.
-        family: what it is listed under.
-        paper: where it comes from.
-        needs: batch of its DataModule, and whether it needs a reference and a scorer.
-        summary: first line of its docstring.
-    """
+    """A row of the list: class, family, paper, required data and models, first line of the docstring."""
 
     name: str
     family: str
@@ -45,7 +37,7 @@ FAMILIES = {
     "CriticFreeModule": "on-policy, without a critic",
     "PPOModule": "on-policy, with a critic",
 }
-"""Name of each family, by the class that heads it."""
+"""Name of each family, by its base class."""
 
 DATA = {
     "DemonstrationBatch": "demonstrations",
@@ -63,10 +55,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def objectives(name: str | None = None, json: str | None = None) -> int:
-    """List every objective: its paper, the data it needs, and what it is.
+    """List the objectives with their papers and the data they need.
 
     Args:
-        name: show all that is known of one class instead.
+        name: show the description of one class instead.
         json: also write the list to this file.
     """
     found = objective_classes()
@@ -90,7 +82,7 @@ def _write(rows: Sequence[Objective], path: Path) -> None:
 
 
 def objective_classes() -> list[type[Any]]:
-    """Return every concrete objective of the package: the classes of the modules room that name a paper."""
+    """Return the objectives of the package: the classes of `rlhf_lightning.modules` that name a paper."""
     from rlhf_lightning.modules import AlignmentModule
 
     found = {
@@ -101,12 +93,12 @@ def objective_classes() -> list[type[Any]]:
 
 
 def family_of(kind: type[Any]) -> str:
-    """Return the family a class belongs to."""
+    """Return the family of a class."""
     return next((FAMILIES[base.__name__] for base in kind.__mro__ if base.__name__ in FAMILIES), "preference pairs")
 
 
 def described(kind: type[Any]) -> Objective:
-    """Return what a class says about itself."""
+    """Return the row of a class."""
     needs = DATA.get(kind.batch_type.__name__, kind.batch_type.__name__)
     needs += ", reference" if kind.needs_reference else ""
     needs += "".join(f", {name}" for name in ("teacher", "scorer") if _requires(kind, name))
@@ -115,14 +107,14 @@ def described(kind: type[Any]) -> Objective:
 
 
 def _requires(kind: type[Any], name: str) -> bool:
-    """Whether a class cannot be made without an argument: the first class to name it has no default for it."""
+    """Whether a class has a required argument of this name."""
     signatures = (inspect.signature(vars(base)["__init__"]) for base in kind.__mro__ if "__init__" in vars(base))
     found = next((signature.parameters[name] for signature in signatures if name in signature.parameters), None)
     return found is not None and found.default is inspect.Parameter.empty
 
 
 def table(rows: Sequence[Objective], width: int) -> str:
-    """Return the list as text of at most so many columns."""
+    """Return the list as text of at most ``width`` columns."""
     names = max(len(row.name) for row in rows)
     lines: list[str] = []
     for family in dict.fromkeys(row.family for row in rows):
@@ -136,5 +128,5 @@ def table(rows: Sequence[Objective], width: int) -> str:
             )
             facts = f"{row.paper}; needs {row.needs}"
             lines += textwrap.wrap(facts, width, initial_indent=indent, subsequent_indent=indent)
-    count = f"{len(rows)} objectives. `rlhf objectives --name NAME` shows one, `rlhf verify NAME` proves it."
+    count = f"{len(rows)} objectives. `rlhf objectives --name NAME` describes one, `rlhf verify NAME` tests it."
     return "\n".join([*lines, "", count]).lstrip("\n")

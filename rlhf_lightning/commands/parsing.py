@@ -22,7 +22,7 @@ from rlhf_lightning.loading import refuse_repeated_keys, shipped_classes
 from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
-# A scorer written as class_path and init_args stays as it is written: the module makes it, and checkpoints keep it.
+# The module makes scorers from class_path and init_args, and checkpoints store these; the parser must not.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
 _load_yaml = get_loader("yaml")
 
@@ -67,14 +67,14 @@ BOOLEANS = ("true", "false", "yes", "no")
 
 
 class PlainParser(ArgumentParser):
-    """A parser whose errors are one sentence. Abbreviated options are refused: a typo must not become a setting."""
+    """A parser with one-sentence errors and without abbreviated options: a typo must not become a setting."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and what would be right, and exit with status 2."""
+        """Print what is wrong and the remedy, and exit with status 2."""
         if not self.exit_on_error or os.environ.get("RLHF_DEBUG"):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -94,16 +94,16 @@ def run_function(
     positional: Sequence[str] = (),
     without: Sequence[str] = (),
 ) -> int:
-    """Call a command's function with the arguments of a command line; signature and docstring are its help.
+    """Call a command's function with the arguments of a command line; its signature and docstring are the help.
+
+    A parameter whose default is a dataclass becomes one option for each field.
 
     Args:
-        function: its parameters become options ``--name``; ``max-new-tokens`` may be written for ``max_new_tokens``.
+        function: its parameters become options ``--name``.
         argv: the command line after the command's name.
-        prog: what the help calls the program.
-        positional: parameters that are given by place instead.
-        without: fields of a dataclass that become no options.
-
-    A parameter whose default is a dataclass becomes one option for each field, described by the dataclass.
+        prog: name of the program in the help.
+        positional: parameters that are positional arguments.
+        without: fields of dataclasses that are not options.
     """
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
@@ -140,10 +140,8 @@ def _switched_on(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
 def with_underscores(argv: Sequence[str]) -> list[str]:
     """Rewrite ``--max-new-tokens`` to ``--max_new_tokens`` and ``recipe:NAME`` to the path of the packaged file.
 
-    Both spellings of an option are common, and no argument has a hyphen.
-
     Raises:
-        ValueError: there is no such recipe.
+        MissingError: the recipe does not exist.
     """
 
     def rewritten(argument: str) -> str:
@@ -156,7 +154,7 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
 
 
 def written_secret(settings: Any, where: str = "") -> str | None:
-    """Return what is wrong with the first setting that holds a key, not the key itself; None where none does."""
+    """Return a sentence about the first setting that contains a secret, without the secret; None if none does."""
     for setting, value in _texts(settings, where):
         if setting.rpartition(".")[2] == "api_key" and not names_variable(value):
             return f"{setting} {NO_VARIABLE}"
@@ -166,7 +164,7 @@ def written_secret(settings: Any, where: str = "") -> str | None:
 
 
 def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Yield every text in some settings, under its dotted name."""
+    """Yield every string in the settings with its dotted name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             name = where if key == "init_args" else f"{where}.{key}".lstrip(".")
@@ -179,11 +177,11 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 OPEN_SETTINGS = ("scorer", "scorers", "engine")
-"""Settings that take any object's description. The parser knows nothing of what is in it."""
+"""Settings that describe any object; the parser does not know their arguments."""
 
 
 def option_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """Return every option with its value, ``--name value`` and ``--name=value`` alike; ``-c`` is ``--config``."""
+    """Return every option with its value, from ``--name value`` and ``--name=value``; ``-c`` is ``--config``."""
     found = []
     for position, argument in enumerate(argv):
         if argument.startswith("-"):
@@ -194,7 +192,7 @@ def option_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def flags(argv: Sequence[str]) -> dict[str, str]:
-    """Return the options of a command line as written; of a repeated one the first."""
+    """Return the options of a command line as text; the first of a repeated option."""
     found: dict[str, str] = {}
     for name, value in option_pairs(argv):
         found.setdefault(name, value)
@@ -202,7 +200,7 @@ def flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def configs_first(argv: Sequence[str]) -> list[str]:
-    """Put the config files behind the command's name: flags win over them wherever they stand."""
+    """Move the config files to the front, so that flags override them in any order."""
     configs: list[str] = []
     rest: list[str] = []
     arguments = iter(argv[1:])
@@ -217,12 +215,12 @@ def configs_first(argv: Sequence[str]) -> list[str]:
 
 
 class NestedFlag(NamedTuple):
-    """A flag that reaches into an open setting: ``--model.scorer.init_args.limit 0.5``.
+    """A flag that sets a key inside an open setting: ``--model.scorer.init_args.limit 0.5``.
 
     Attributes:
         setting: the open setting, ``scorer``.
         path: keys in its description, ``("init_args", "limit")``.
-        value: what is put there.
+        value: the new value.
     """
 
     setting: str
@@ -231,7 +229,7 @@ class NestedFlag(NamedTuple):
 
 
 def split_nested(argv: Sequence[str]) -> tuple[list[str], list[NestedFlag]]:
-    """Return a command line without the flags that reach into open settings, and those flags."""
+    """Separate the flags that reach into open settings from the rest of a command line."""
     pattern = re.compile(rf"--model\.(?:init_args\.)?({'|'.join(OPEN_SETTINGS)})\.([^=]+)(?:=(.*))?", re.DOTALL)
     rest: list[str] = []
     nested: list[NestedFlag] = []
@@ -249,14 +247,10 @@ def split_nested(argv: Sequence[str]) -> tuple[list[str], list[NestedFlag]]:
 
 
 def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
-    """Return a description, ``{"class_path": ..., "init_args": ...}``, with one value in it changed.
-
-    Args:
-        description: what the setting was: a description, a class's name, or None.
-        flag: the change.
+    """Return a description ``{"class_path": ..., "init_args": ...}`` (or a class name) changed by a flag.
 
     Raises:
-        SettingError: there is no class yet that could take the argument.
+        SettingError: ``no-class-to-set``.
     """
     name = f"model.{flag.setting}"
     if flag.path == ("class_path",):
@@ -264,7 +258,7 @@ def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
         return dict(description) if same else {"class_path": flag.value, "init_args": {}}
     if isinstance(description, str) and ("/" in description or Path(description).is_dir()):
         raise SettingError(
-            "no-class-to-set", f"{name} is the folder {description}, which takes no arguments; name a class"
+            "no-class-to-set", f"{name} is the folder {description}, which has no arguments; give a class"
         )
     if description is None:
         raise SettingError("no-class-to-set", f"--{name}.{'.'.join(flag.path)} needs a class: give --{name} CLASS too")
@@ -276,7 +270,6 @@ def _as_description(value: Any) -> Any:
 
 
 def _changed(value: Any, path: tuple[str, ...], new: Any) -> Any:
-    """Return nested dicts and lists with one value changed."""
     if not path:
         return new
     key, rest = path[0], path[1:]
@@ -289,7 +282,7 @@ def _changed(value: Any, path: tuple[str, ...], new: Any) -> Any:
 
 
 def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list[str]]]:
-    """Return each config file of a command line with the class and the arguments that it gives to ``part``."""
+    """Return each config file of a command line with the class and the argument names in its section ``part``."""
     found = []
     for name, file in option_pairs(argv):
         if name == "--config" and Path(file).is_file():

@@ -1,4 +1,4 @@
-"""``rlhf quickstart``: the whole pipeline on the embedded world, from random weights to a report."""
+"""``rlhf quickstart``: run the whole pipeline on a small built-in world, from random weights to a report."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ FRONTIER_PROMPTS = 200
 
 
 class Run(NamedTuple):
-    """A finished stage: its folder, and the metrics of its last validation."""
+    """A finished stage: its run folder and the metrics of its last validation."""
 
     folder: Path
     metrics: dict[str, float]
 
     @property
     def model(self) -> str:
-        """The folder the next stage starts from."""
+        """The model folder that the next stage starts from."""
         return str(self.folder / "model")
 
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fresh_folder(out: Path) -> Path:
-    """Make an empty folder; an earlier report there is moved aside under a number, never overwritten."""
+    """Make an empty folder; an earlier report there is renamed with a number."""
     if out.exists() and any(out.iterdir()):
         number = 1
         while (earlier := out.with_name(f"{out.name}.{number}")).exists():
@@ -90,7 +90,7 @@ def fresh_folder(out: Path) -> Path:
 
 
 def train_stages(configs: Path, out: Path, seed: int) -> dict[str, Run]:
-    """Train SFT, the reward model, PPO against it, and DPO, each through ``rlhf fit`` and its YAML."""
+    """Train SFT, the reward model, PPO and DPO, each with ``rlhf fit`` and its YAML file."""
     runs: dict[str, Run] = {}
     world = out / "world"
     pairs = ("--data.source", f"{world}/pairs_train.jsonl", "--data.eval_source", f"{world}/pairs_test.jsonl")
@@ -113,7 +113,7 @@ def train_stages(configs: Path, out: Path, seed: int) -> dict[str, Run]:
 def evaluate(
     out: Path, runs: dict[str, Run], world: dict[str, Any], seed: int
 ) -> tuple[dict[str, Any], dict[str, ScoredSamples], list[FrontierPoint]]:
-    """Sample every policy on the held-out prompts; return the report, the samples and the frontier's points."""
+    """Sample every policy on the held-out prompts; return report, samples and points of the plot."""
     tokenizer = load_tokenizer(runs["sft"].model)
     prompts = _read_prompts(out / "world" / "prompts_test.jsonl")
     reference, scorer = load_reference(runs["sft"].model), LearnedScorer(runs["reward"].model)
@@ -164,7 +164,7 @@ def _point(method: str, samples: ScoredSamples, label: str = "") -> FrontierPoin
 
 
 def policy_report(samples: ScoredSamples, seed: int) -> dict[str, Any]:
-    """Return the figures of one policy."""
+    """Return the metrics of one policy."""
     assert samples.gold is not None and samples.scores is not None and samples.kl is not None
     gold = mean_with_interval(samples.gold, seed)
     return {
@@ -178,7 +178,7 @@ def policy_report(samples: ScoredSamples, seed: int) -> dict[str, Any]:
 
 
 def summary_table(report: dict[str, Any]) -> str:
-    """Return the table that the command prints."""
+    """Return the printed table."""
     world, reward = report["world"], report["reward_model"]
     rows: list[list[Any]] = [["demonstrations", world["demonstrations_gold"], "", None, None, None, None]]
     for stage in ("sft", "dpo", "ppo"):
@@ -198,12 +198,13 @@ def summary_table(report: dict[str, Any]) -> str:
 
 
 def markdown_report(report: dict[str, Any], table: str, samples: dict[str, ScoredSamples], runs: dict[str, Run]) -> str:
-    """Return report.md: the table, the frontier, and answers before and after."""
+    """Return report.md: the table, the plot, and sample answers of each policy."""
     parts = [
         f"# Quickstart, seed {report['seed']}",
         table,
-        "Score is the reward model's; gold reward is the world's own and was never trained on. KL is measured from the "
-        "SFT policy, in nats per completion. All policies answer the same held-out prompts at temperature 1.",
+        "The score is the reward model's. The gold reward is the world's true reward, never used in training. KL is "
+        "measured from the SFT policy, in nats per completion. All policies answer the same held-out prompts at "
+        "temperature 1.",
         "![frontier](frontier.png)",
         "## Answers before and after",
     ]

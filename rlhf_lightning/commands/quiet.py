@@ -1,4 +1,4 @@
-"""What the libraries say that helps nobody here, each with the reason why it is not shown. The one place for it."""
+"""Messages and warnings of libraries that are silenced, each with the reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import warnings
 SILENCED_MESSAGES = {
     "lightning.pytorch.utilities.rank_zero": (
         "💡 Tip:",  # advertisements for hosted services
-        "GPU available:",  # the device is in the manifest; on a CPU three lines say that there is nothing
+        "GPU available:",  # the device is in the manifest
         "TPU available:",
         "HPU available:",
-        "`Trainer.fit` stopped:",  # every run that ends as asked says so
+        "`Trainer.fit` stopped:",  # printed at the normal end of every run
     ),
     "lightning.fabric.utilities.rank_zero": ("GPU available:", "TPU available:"),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # kernels that training cannot use
@@ -23,32 +23,32 @@ SILENCED_MESSAGES = {
 }
 
 SILENCED_WARNINGS = (
-    # The loaders read token ids that are in memory: worker processes would only add start-up time.
+    # The loaders read token ids from memory: worker processes would only add start-up time.
     r"The '\w+_dataloader' does not have many workers.*",
     # Short runs on small data are common here, and the default logs every step.
     r"The number of training batches \(.*\) is smaller than the logging interval.*",
-    # A run without held-out rows has an empty list of loaders, which is what was asked for.
+    # A run without held-out rows has an empty list of loaders.
     r"Total length of `list` across ranks is zero.*",
-    # A checkpoint folder that is resumed is not empty, by design.
+    # On resume the checkpoint folder is not empty.
     r"Checkpoint directory .* exists and is not empty.*",
-    # Modules leave ragged batches on the CPU by design, whatever DataModule they come from.
+    # Modules leave ragged batches on the CPU by design.
     r"You have overridden `transfer_batch_to_device` in `LightningModule`.*",
-    # Modules sum numerators and denominators over the ranks themselves, before they log the quotient.
+    # Modules reduce numerators and denominators over ranks themselves before they log the quotient.
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`.*",
-    # Modules log the x-axis (updates) under the name that Lightning reads it from, in training and in evaluation.
+    # Modules log the x-axis (updates) as `step`, which Lightning reads.
     r"You called `self.log\('step', .*",
-    # Only some operations have a deterministic form; the default asks for it where it exists.
+    # The default `deterministic: warn` uses deterministic kernels where they exist.
     r".*does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms.*",
-    # What peft asks transformers under a former name.
+    # peft uses a deprecated name of transformers.
     r"`is_gradient_checkpointing` is deprecated.*",
-    # Internal to Lightning and torch, nothing a user could change.
+    # Internal to Lightning and torch; users cannot change it.
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`LeafSpec`.*",
 )
 
 
 class _Silence(logging.Filter):
-    """Drop messages that contain one of some texts."""
+    """Drop messages that contain one of the texts."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class _Silence(logging.Filter):
         return not any(text in message for text in self.texts)
 
 
-def quieten_messages() -> None:
-    """Silence log messages that ask for nothing; some come while a library is imported, so this comes before."""
+def silence_log_messages() -> None:
+    """Silence log messages; call it before the libraries are imported, since some messages come then."""
     if os.environ.get("RLHF_DEBUG"):
         return
     for name, texts in SILENCED_MESSAGES.items():
@@ -69,29 +69,29 @@ def quieten_messages() -> None:
             logger.addFilter(_Silence(texts))
 
 
-def quieten() -> None:
-    """Silence adverts and warnings that ask for nothing. RLHF_DEBUG=1 leaves everything as it is."""
-    # The tokenizers' thread pool and forked workers exclude each other, and warn about it at length.
+def silence_libraries() -> None:
+    """Silence log messages and warnings of libraries. RLHF_DEBUG=1 keeps all of them."""
+    # The tokenizers' thread pool does not work in forked workers, and warns about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RLHF_DEBUG"):
         return
-    quieten_messages()
+    silence_log_messages()
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    _quieten_transformers()
-    threading.excepthook = _without_events_writer
+    _silence_transformers()
+    threading.excepthook = _ignore_event_writer
 
 
-def _without_events_writer(failure: threading.ExceptHookArgs) -> None:
-    """Say nothing of TensorBoard's writing thread: whoever logs next is handed its exception."""
+def _ignore_event_writer(failure: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's writer thread: the next call that logs raises its exception."""
     trace = failure.exc_traceback
     files = [] if trace is None else [frame.filename for frame in traceback.extract_tb(trace)]
     if not any(file.endswith("event_file_writer.py") for file in files):
         threading.__excepthook__(failure)
 
 
-def _quieten_transformers() -> None:
-    """Drop transformers' notes on loading; a bar per shard of weights belongs on a terminal alone."""
+def _silence_transformers() -> None:
+    """Silence transformers' notes on loading; show progress bars of loading on a terminal only."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

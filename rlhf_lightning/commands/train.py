@@ -35,7 +35,7 @@ from rlhf_lightning.commands.parsing import (
     with_underscores,
     written_secret,
 )
-from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.compat import parser_actions, setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
@@ -91,31 +91,31 @@ CALLBACK_GROUPS: dict[str, type[Callback]] = {
 }
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    # The DataModules cut each step for all ranks themselves; Lightning's sampler would cut it again.
+    # The DataModules distribute each step over ranks; Lightning's sampler would do it a second time.
     "use_distributed_sampler": False,
-    # Lightning's default is a thousand epochs; one is where most stages stop.
+    # Lightning's default is 1000 epochs; most stages need one.
     "max_epochs": 1,
-    # A step is a whole optimizer step of a language model: logging each costs nothing beside it.
+    # Logging costs little compared with an optimizer step of a language model.
     "log_every_n_steps": 1,
-    # Validation before training would spend time and say nothing; bad rows are found when they are read.
+    # Bad rows are found when they are read, so a sanity check only takes time.
     "num_sanity_val_steps": 0,
-    # A table of submodules; what is trained is said in one line instead.
+    # RunManifest prints the number of parameters in one line.
     "enable_model_summary": False,
-    # The same seed gives the same numbers wherever an operation has a deterministic form.
+    # Deterministic kernels where they exist: the same seed gives the same numbers.
     "deterministic": "warn",
-    # RunHparams does it, with the metrics that runs are compared by.
+    # RunHparams logs them together with the headline metrics.
     "enable_autolog_hparams": False,
 }
 
 DESCRIPTIONS = {
     "fit": "Train a module on data. Example: rlhf fit --config recipe:dpo --data.source pairs.jsonl",
-    "validate": "Compute the metrics of the held-out rows, under val/.",
-    "test": "Compute the metrics of the held-out rows, under test/.",
+    "validate": "Compute the metrics of the held-out rows, as val/.",
+    "test": "Compute the metrics of the held-out rows, as test/.",
     "predict": "Write completions (policies) or scores (reward models) of the held-out prompts to predictions.jsonl.",
-    "plan": "Say what memory and work `rlhf fit` with these settings takes on each rank, and what would make it fit.",
+    "plan": "Estimate memory and compute of `rlhf fit` on each rank, and suggest settings that fit.",
 }
 
-PLAIN_CHECKPOINT_ERROR = "name the checkpoint's file, or continue a run with --resume RUN"
+CHECKPOINT_REMEDY = "give the path of a checkpoint, or continue a run with --resume RUN"
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -123,10 +123,10 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class TrainParser(PlainParser, LightningArgumentParser):
-    """Lightning's parser with errors of one sentence; loggers need not be told where to write."""
+    """Lightning's parser with one-sentence errors; a logger's folder and name are optional."""
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class; where a logger writes is null unless the user says it."""
+        """Add the arguments of a class; those of a logger that set its folder and name default to null."""
         if not (isinstance(theclass, type) and issubclass(theclass, Logger)):
             added = super().add_class_arguments(theclass, *args, **kwargs)
             if str(self.description).startswith("Help for --model.help"):
@@ -137,7 +137,7 @@ class TrainParser(PlainParser, LightningArgumentParser):
         added = super().add_class_arguments(theclass, *args, **kwargs)
         for name in open_ones:
             kind = int | str | None if name == "version" else str | None
-            self.add_argument(f"--{name}", type=kind, default=None, help="null: as the run folder says")
+            self.add_argument(f"--{name}", type=kind, default=None, help="null: from the run folder")
         return [*added, *open_ones]
 
     def describe_objective(self, kind: type) -> None:
@@ -156,13 +156,13 @@ class TrainParser(PlainParser, LightningArgumentParser):
 
 
 class RunConfig(SaveConfigCallback):
-    """Write config.yaml: everything the run was given, defaults included.
+    """Write config.yaml with all settings, defaults included.
 
-    A resumed run keeps its file; where settings changed, the earlier one stays beside it under a number.
+    If a resumed run changes settings, the earlier file is renamed to config.<n>.yaml.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, rank zero alone."""
+        """Write the file on rank zero."""
         folder = run_folder(trainer)
         if self.already_saved or not folder.writes:
             return
@@ -170,10 +170,10 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
         config = self.config.clone()
         config.pop("resume", None)
-        # Whoever runs this file again wants the same run anew, not the rest of this one.
+        # A run from this file starts from the beginning, not from this run's checkpoint.
         if config.ckpt_path and run_of(config.ckpt_path) == path.parent.absolute():
             config.ckpt_path = None
-        # Without the nulls a setting that was switched off would come back with its default.
+        # Without nulls a setting that was turned off would get its default again.
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             number = 1
@@ -184,14 +184,10 @@ class RunConfig(SaveConfigCallback):
 
 
 class RlhfCLI(LightningCLI):
-    """The training commands. Instantiating it runs one.
-
-    Args:
-        args: the command line, the command's name first.
-    """
+    """The training commands. Instantiating the class runs the command line ``args``, which starts with its name."""
 
     shown: ClassVar[str | None] = None
-    """What the command is called where that is not its name: `rlhf plan` reads the settings of `fit`."""
+    """Displayed name of the command, if it differs: `rlhf plan` reads the settings of `fit`."""
 
     def __init__(self, args: Sequence[str]) -> None:
         self.argv, self.nested_flags = split_nested(configs_first(args))
@@ -221,40 +217,39 @@ class RlhfCLI(LightningCLI):
 
     @property
     def folder(self) -> Path | None:
-        """Where the run is: ``runs/<name>/version_<n>``; None on ranks but zero and in a rehearsal."""
+        """The run folder, ``runs/<name>/version_<n>``; None on other ranks than zero and with fast_dev_run."""
         return None if self.run_folder is None else self.run_folder.path
 
     # -- parsing ------------------------------------------------------------------------------------------------------
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Make the parser, which calls itself what the user called the command."""
+        """Make the parser under the displayed name of the command."""
         super().setup_parser(*args, **kwargs)
         for name, parser in subcommand_parsers(self).items():
             parser.prog = f"rlhf {self.shown or name}"
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the command with the arguments of the trainer's method that are not for the command line.
+        """Return the given command with the arguments of the trainer's method that are not options.
 
-        Only the command that was given: a parser for each would cost a second at every start.
+        Building the parsers of all commands would take another second.
         """
         loaders = {"train_dataloaders", "val_dataloaders"} if self.argv[0] == "fit" else {"dataloaders"}
         return {self.argv[0]: loaders | {"model", "datamodule", "weights_only", "verbose", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what a run folder needs. All commands take the same, so that a run's config.yaml serves each of them."""
-        parser.add_argument(
-            "--run_name", type=str | None, default=None, help="name of the run; else the config file's or the module's"
-        )
-        parser.add_argument("--runs_folder", type=str, default="runs", help="where runs are kept")
-        parser.add_argument(
-            "--resume", type=str | None, default=None, help="fit: continue this run (runs/NAME or one version) in place"
-        )
+        """Add the options of the run folder, the same for all commands: each can read a run's config.yaml."""
+        for name, default, text in (
+            ("run_name", None, "name of the run; null: the name of the config file or module"),
+            ("runs_folder", "runs", "folder of all runs"),
+            ("resume", None, "fit: continue this run (runs/NAME or one version) in its folder"),
+        ):
+            parser.add_argument(f"--{name}", type=str if default else str | None, default=default, help=text)
         for group, callback in CALLBACK_GROUPS.items():
             parser.add_lightning_class_args(callback, group)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and check what can be checked before anything is loaded."""
-        # The parser would print the settings before the nested flags change them.
+        """Parse, and check what can be checked before models and data are loaded."""
+        # The parser would print the settings without the nested flags.
         prints = bool(self.nested_flags) and any(argument.startswith("--print_config") for argument in self.argv)
         if prints:
             self.argv = [argument for argument in self.argv if not argument.startswith("--print_config")]
@@ -264,25 +259,25 @@ class RlhfCLI(LightningCLI):
         if prints:
             print(subcommand_parsers(self)[self.argv[0]].dump(config, skip_none=False, skip_validation=True), end="")
             raise SystemExit(0)
-        self.say_what_does_not_apply(config)
+        self.announce_dropped(config)
         data = config.data.get("init_args") or {}
-        # In config.yaml a feedback store has its row number: run again or resumed, it is the same data.
+        # config.yaml records the row number of a feedback store, so that a repeated or resumed run has the same data.
         for name in ("source", "eval_source"):
             if data.get(name) is not None:
                 data[name] = at_snapshot(data[name])
         self.refuse_clashes(self.shown or self.config.subcommand, self.config[self.config.subcommand])
 
     def put_nested_flags(self, model: Namespace) -> None:
-        """Change what flags such as ``--model.scorer.init_args.limit`` name inside settings that are objects."""
+        """Apply flags such as ``--model.scorer.init_args.limit``, which set a key inside an open setting."""
         for flag in self.nested_flags:
             settings = model.init_args
             if flag.setting not in settings:
                 short = model.class_path.rpartition(".")[2]
-                usage_error(f"rlhf {self.shown or self.argv[0]}", f"model.{flag.setting} is no argument of {short}")
+                usage_error(f"rlhf {self.shown or self.argv[0]}", f"model.{flag.setting} is not an argument of {short}")
             settings[flag.setting] = put_nested(as_plain(settings[flag.setting]), flag)
 
-    def say_what_does_not_apply(self, config: Namespace) -> None:
-        """Name the settings of a config file that were dropped because another class was chosen."""
+    def announce_dropped(self, config: Namespace) -> None:
+        """Print the settings of a config file that were dropped because another class was chosen."""
         for part in ("model", "data"):
             chosen = config[part].class_path.rpartition(".")[2]
             for file, kind, names in config_settings(self.argv, part):
@@ -292,7 +287,7 @@ class RlhfCLI(LightningCLI):
                     announce(f"{Path(file).name} is for {kind}: {', '.join(dropped)} do not apply to {chosen}")
 
     def refuse_clashes(self, command: str, config: Namespace) -> None:
-        """Refuse settings that Lightning would refuse later, or that would train wrongly without an error."""
+        """Refuse settings that Lightning would refuse later or that would silently train wrongly."""
 
         def refuse(sentence: str) -> None:
             usage_error(f"rlhf {command}", sentence)
@@ -305,7 +300,7 @@ class RlhfCLI(LightningCLI):
             refuse("trainer.gradient_clip_val does not work with manual optimization; set model.max_grad_norm")
         if trainer.accumulate_grad_batches != 1:
             refuse(
-                "trainer.accumulate_grad_batches does not apply: data.batch_size rows make one optimizer step, cut "
+                "trainer.accumulate_grad_batches does not apply: data.batch_size rows are one optimizer step, split "
                 "into micro-batches by data.micro_batch_size or data.max_tokens"
             )
         for reason in (refused_precision(str(trainer.precision)), refused_strategy(str(trainer.strategy))):
@@ -313,22 +308,22 @@ class RlhfCLI(LightningCLI):
                 refuse(reason)
         if not hasattr(import_path(model.class_path), "batch_type"):
             known = ", ".join(sorted(subclasses_of(AlignmentModule)))
-            refuse(f"model names no objective but its base class; choose one with --model CLASS: {known}")
+            refuse(f"model is an abstract base class; choose an objective with --model CLASS: {known}")
         if config.resume and command != "fit":
-            refuse("--resume continues training; to evaluate a run give its config.yaml and --ckpt_path")
+            refuse("--resume continues training; to evaluate a run, give its config.yaml and --ckpt_path")
         if config.ckpt_path in ("last", "best"):
-            refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run's folder; {PLAIN_CHECKPOINT_ERROR}")
+            refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run folder; {CHECKPOINT_REMEDY}")
         if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
-            refuse(f"there is no checkpoint {config.ckpt_path}; {PLAIN_CHECKPOINT_ERROR}")
+            refuse(f"there is no checkpoint {config.ckpt_path}; {CHECKPOINT_REMEDY}")
         if config.ckpt_path is not None and Path(config.ckpt_path).exists():
             if not config.resume and (reason := damage(Path(config.ckpt_path))) is not None:
-                refuse(f"{config.ckpt_path} is damaged: {reason}; `--resume RUN` takes the newest whole one of a run")
+                refuse(f"{config.ckpt_path} is damaged: {reason}; `--resume RUN` finds the newest undamaged one")
             reason = refused_checkpoint(Path(config.ckpt_path), SHARDED in str(trainer.strategy), command == "fit")
             if reason is not None:
                 refuse(reason)
 
     def _parse_ckpt_path(self) -> None:
-        """Fill in from the checkpoint what nobody gave. Lightning's own lets the checkpoint win, its class even."""
+        """Read settings that were not given from the checkpoint. In Lightning the checkpoint overrides them all."""
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
         path = config.get("ckpt_path")
@@ -339,8 +334,8 @@ class RlhfCLI(LightningCLI):
         if trained is not None and not is_same_class(trained, asked):
             usage_error(
                 f"rlhf {command}",
-                f"{path} was written by {trained}, but the model is {asked}; name the same class, or start {asked} "
-                "from the exported weights with --model.init_from",
+                f"{path} was written by {trained}, but the model is {asked}; give the same class, or start {asked} "
+                "from exported weights with --model.init_from",
             )
         given = as_plain(self.parser.parse_args(self.argv, defaults=False)[command].get("model", {}))
         given = given.get("init_args", {}) if isinstance(given, Mapping) else {}
@@ -349,11 +344,12 @@ class RlhfCLI(LightningCLI):
         for name, code in own_code({name: value for name, value in kept.items() if name not in given}, asked):
             usage_error(
                 f"rlhf {command}",
-                f"{path} asks for the code {code} as model.{name}, and a checkpoint is data: give --model.{name} again",
+                f"{path} names the code {code} as model.{name}, which is not run from a checkpoint: give "
+                f"--model.{name} again",
             )
         for name, value in given.items():
             if name in kept and as_plain(kept[name]) != value and not isinstance(value, Mapping):
-                announce(f"model.{name} is {value} as given here; the checkpoint was trained with {kept[name]}")
+                announce(f"model.{name} is {value} as given; the checkpoint was trained with {kept[name]}")
         model = {"class_path": asked, "init_args": merged(kept, given)}
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
         self.put_nested_flags(self.config[command].model)
@@ -361,7 +357,7 @@ class RlhfCLI(LightningCLI):
     # -- building -----------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Fill in seeds that are null from ``seed_everything``, so that config.yaml records them."""
+        """Set seeds that are null to ``seed_everything``, so that config.yaml records them."""
         config = self.config[self.subcommand]
         everything = config.seed_everything
         seed = 0 if isinstance(everything, bool) else everything
@@ -370,13 +366,13 @@ class RlhfCLI(LightningCLI):
             if "seed" in settings and settings["seed"] is None:
                 settings["seed"] = seed
             elif settings.get("seed", seed) != seed and "--seed_everything" in flags(self.argv):
-                announce(f"{part}.seed is {settings['seed']} as given, which wins over seed_everything {seed}")
+                announce(f"{part}.seed is {settings['seed']} as given, which overrides seed_everything {seed}")
 
     def instantiate_classes(self) -> None:
-        """Make the run folder, then loggers, model, data and trainer."""
+        """Make the run folder first, then loggers, model, data and trainer."""
         rehearses = self.config[self.subcommand].trainer.fast_dev_run
         self.run_folder = None if rehearses else self.choose_folder()
-        with self.nothing_left_behind():
+        with self.cleanup_on_failure():
             self.config_init = self.parser.instantiate(self.with_placed_loggers())
             self.datamodule = setting_of(self, self.config_init, "data")
             self.model = setting_of(self, self.config_init, "model")
@@ -386,11 +382,11 @@ class RlhfCLI(LightningCLI):
                 keep_earlier_rows(self.trainer)
 
     def with_placed_loggers(self) -> Namespace:
-        """Return the settings with loggers that write into the run folder; config.yaml keeps what the user gave."""
+        """Return the settings with loggers that write into the run folder; config.yaml keeps the given ones."""
         config = self.config.clone()
         trainer, folder = config[self.subcommand].trainer, self.folder
         runs = Path(config[self.subcommand].runs_folder)
-        if folder is None:  # another rank than zero, where loggers write nothing, or a rehearsal
+        if folder is None:  # another rank, where loggers write nothing, or fast_dev_run
             folder = runs / "run" / "version_0"
         if not folder.is_relative_to(runs):  # resumed by its path
             runs = folder.parent.parent
@@ -402,7 +398,7 @@ class RlhfCLI(LightningCLI):
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer with the run's folder and logger."""
+        """Build the trainer with the run folder and its logger."""
         for callback in self.trainer_defaults["callbacks"]:
             if isinstance(callback, RunHparams):
                 callback.data_settings = as_plain(self.config[self.subcommand].data).get("init_args", {})
@@ -415,7 +411,7 @@ class RlhfCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def choose_folder(self) -> RunFolder | None:
-        """Return the run folder: the resumed one, or a new version. Rank zero chooses and tells the other ranks."""
+        """Return the resumed run folder or a new version. Rank zero chooses and broadcasts it later."""
         config = self.config[self.subcommand]
         continued = self.continued_run()
         if continued is not None:
@@ -435,7 +431,7 @@ class RlhfCLI(LightningCLI):
         return RunFolder(folder)
 
     def continued_run(self) -> Path | None:
-        """Return the run that is continued in its own folder, or None for a new one."""
+        """Return the run to continue in its own folder; None for a new run."""
         config = self.config[self.subcommand]
         if config.resume:
             return find_run(config.resume, config.runs_folder)
@@ -447,7 +443,7 @@ class RlhfCLI(LightningCLI):
         return None
 
     def run_logger(self) -> TensorBoardLogger:
-        """Return a TensorBoard logger that writes into the run's folder."""
+        """Return a TensorBoard logger that writes into the run folder."""
         config = self.config[self.subcommand]
         if self.folder is None:
             return TensorBoardLogger(config.runs_folder, config.run_name, default_hp_metric=False)
@@ -460,7 +456,7 @@ class RlhfCLI(LightningCLI):
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out callbacks that the trainer's own switches turn off."""
+        """Remove callbacks that the trainer's switches turn off."""
         unwanted: list[type[Callback]] = []
         if config.get("enable_checkpointing") is False:
             unwanted.append(Checkpoint)
@@ -473,24 +469,24 @@ class RlhfCLI(LightningCLI):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Load checkpoints without running code from them; rows of predict go to the file, not to memory."""
+        """Load checkpoints without running code from them; keep no predictions in memory."""
         further: dict[str, Any] = {"return_predictions": False} if subcommand == "predict" else {}
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True, **further}
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command: Lightning calls this when everything is made."""
+        """Run the command; Lightning calls this after instantiation."""
         self.start(subcommand)
 
     def start(self, subcommand: str) -> None:
-        """Run what can be run, and leave no folder behind for a run that failed before it began."""
-        with self.nothing_left_behind():
+        """Check the combination of settings and run the command."""
+        with self.cleanup_on_failure():
             check(self.trainer, self.model, self.datamodule, fits=subcommand == "fit")
             super()._run_subcommand(subcommand)
         self.unlock()
 
     @contextlib.contextmanager
-    def nothing_left_behind(self) -> Iterator[None]:
-        """Delete the new folder of a run that fails before it began, and release the lock of one that fails."""
+    def cleanup_on_failure(self) -> Iterator[None]:
+        """On failure release the lock, and delete the new folder of a run that did not start."""
         try:
             yield
         except BaseException:
@@ -502,30 +498,30 @@ class RlhfCLI(LightningCLI):
             raise
 
     def unlock(self) -> None:
-        """Let other processes train in the run folder."""
+        """Release the lock of the run folder."""
         if self.lock is not None:
             release_lock(self.lock)
             self.lock = None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a training command; ``argv`` begins with its name."""
+    """Run a training command; ``argv`` starts with its name."""
     run(argv)
     return 0
 
 
 def run(argv: Sequence[str]) -> RlhfCLI:
-    """Run a training command in this process and return what it built: ``.trainer``, ``.model``, ``.folder``."""
-    quieten()
-    # jsonargparse leaves its parser, and through it the models and Adam's moments, in a context variable. In a context
-    # of its own it goes with the result, so that the next run of this process does not stand beside the last in memory.
+    """Run a training command in this process; the result has ``.trainer``, ``.model`` and ``.folder``."""
+    silence_libraries()
+    # jsonargparse keeps its parser, and through it the models and Adam's moments, in a context variable. A copied
+    # context frees them together with the result, before the next run in this process.
     with callers_random_state():
         return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
 
 
 @contextlib.contextmanager
 def callers_random_state() -> Iterator[None]:
-    """Give back the generators of Python, NumPy and torch, and Lightning's seed, as they were before a run."""
+    """Restore the random state of Python, NumPy and torch, and Lightning's seed, after a run."""
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     state, seeds = random_state(device), {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
     try:
@@ -539,7 +535,7 @@ def callers_random_state() -> Iterator[None]:
 
 
 def resumed(argv: Sequence[str]) -> list[str]:
-    """Put the config and the last checkpoint of the run that ``--resume`` names in front of the given flags.
+    """Insert the config and the last checkpoint of the run that ``--resume`` names.
 
     Raises:
         MissingError: there is no such run, or it has no checkpoint.
@@ -555,14 +551,14 @@ def resumed(argv: Sequence[str]) -> list[str]:
 
 
 def run_of(checkpoint: str) -> Path | None:
-    """Return the folder of the run that a checkpoint lies in, None for one that lies elsewhere."""
+    """Return the run folder that contains a checkpoint; None if there is none."""
     path = Path(checkpoint).absolute()
     run = path.parent.parent
     return run if path.parent.name == CHECKPOINTS_FOLDER and (run / MANIFEST_FILE).is_file() else None
 
 
 def default_run_name(argv: Sequence[str], config: Namespace) -> str:
-    """Return the name of the first config file, or else the module's: ``dpo`` for dpo.yaml and for DPOModule."""
+    """Return the name of the first config file, or of the module: ``dpo`` for dpo.yaml and for DPOModule."""
     path = flags(argv).get("--config", "")
     if path and Path(path).is_file() and Path(path).stem != Path(CONFIG_FILE).stem:
         return Path(path).stem
@@ -570,7 +566,7 @@ def default_run_name(argv: Sequence[str], config: Namespace) -> str:
 
 
 def usage_of(command: str) -> str:
-    """Return the usage line; the parser's own would list a hundred options."""
+    """Return the usage line; the parser's own lists a hundred options."""
     resume = " [--resume RUN]" if command == "fit" else ""
     return (
         f"rlhf {command} [--config FILE.yaml ...] [--model CLASS] [--model.ARGUMENT VALUE ...] [--data CLASS] "

@@ -61,13 +61,13 @@ def critique(
     """
     from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts, write_lines
     from rlhf_lightning.commands.journal import Journal, model_stamp
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.constitution.principles import load_constitution
     from rlhf_lightning.constitution.revision import RevisionSettings, demonstrations, revise, revision_report
     from rlhf_lightning.data.feedback.records import digest
     from rlhf_lightning.evaluation.report import write_json
 
-    quieten()
+    silence_libraries()
     rules, target = load_constitution(constitution), Path(out)
     if not rules.revising:
         raise DataError(

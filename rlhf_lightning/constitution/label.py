@@ -71,7 +71,7 @@ def label(
     """
     from rlhf_lightning.commands.journal import Journal, model_stamp
     from rlhf_lightning.commands.parsing import written_secret
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.constitution.labelling import LabelSettings, compared
     from rlhf_lightning.constitution.principles import load_constitution
     from rlhf_lightning.scoring.judges import load_judge
@@ -82,7 +82,7 @@ def label(
         )
     if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
         raise SettingError("written-secret", secret)
-    quieten()
+    silence_libraries()
     rules = load_constitution(constitution)
     settings = LabelSettings(principles, average, reasoning, least_mass, sampling.seed)
     if len(rules.comparing) < principles:

@@ -152,7 +152,7 @@ def sampling_ahead(
 ) -> "SamplingAhead":  # fmt: skip
     """Load the models and return the sampler of the page's items."""
     from rlhf_lightning.commands.generate import read_prompts
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES
     from rlhf_lightning.people.candidates import SamplingAhead, load_policies, sampled_items
 
@@ -161,7 +161,7 @@ def sampling_ahead(
             "setting-out-of-range",
             f"candidates is {candidates}: give 2 to {MOST_CANDIDATES}, one or more for each of {len(models)} models",
         )
-    quieten()
+    silence_libraries()
     rows = read_prompts(prompts, as_chat)
     policies, settings = load_policies(models, sampling), sampling.settings()
     at_once = max(min(ahead, sampling.batch_size), 1)

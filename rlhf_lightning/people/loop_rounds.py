@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.errors import DataError, MissingError, SettingError, StateError
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.loop import LoopSettings
@@ -137,7 +137,7 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
         SettingError: the loop was started with other settings.
         StateError: another process runs it, or its labeller cannot start.
     """
-    quieten()
+    silence_libraries()
     folder = Path(settings.runs_folder) / checked_run_name(settings.name)
     folder.mkdir(parents=True, exist_ok=True)
     try:

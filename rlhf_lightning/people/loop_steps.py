@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import rlhf_lightning.modules  # noqa: F401  objectives by their short names
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.generate import SamplingArguments, load_for_sampling, read_prompts, write_lines
+from rlhf_lightning.commands.generate import SamplingArguments, read_prompts, write_lines
 from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.data.feedback.database import items_of, judgements_of
 from rlhf_lightning.data.feedback.records import Item
@@ -151,7 +151,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer held-out prompts; write the completions to ``folder``; return means with 95 % intervals."""
     rows: list[Prompt] = [prompt for prompt, _ in read_prompts(prompts, as_chat=False)]
-    model, tokenizer = load_for_sampling(policy)
+    model, tokenizer = SamplingArguments().load(policy)
     device = next(model.parameters()).device
     anchor = load_reference(reference).to(device)
     samples = sample_and_score(

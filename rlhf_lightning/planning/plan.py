@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import flags, option_pairs, with_underscores
-from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.compat import setting_of
 from rlhf_lightning.models.loading import LoraSettings
@@ -72,7 +72,7 @@ class PlanCLI(RlhfCLI):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    quieten()
+    silence_libraries()
     argv = with_underscores(argv)
     cli = contextvars.copy_context().run(PlanCLI, ["fit", *argv, *placeholders(argv)])
     settings = cli.config_init.fit

@@ -1,4 +1,4 @@
-"""How files come into a run folder: whole or not at all, or appended while training and cut back on resume."""
+"""Files of a run folder: atomic writes, and append-only files that are truncated on resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, sync it and rename it into place."""
+    """Write a file atomically: under a temporary name, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -22,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Sync a finished file or folder to the disk and rename it over ``path``; readers see the old or the new, whole."""
+    """Sync a finished file or folder to disk and rename it over ``path``; readers see the old or the new one."""
     for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
         if file.is_file():
             sync(file)
@@ -43,13 +43,13 @@ def sync(path: Path) -> None:
 
 
 class AppendedFile:
-    """A file that only grows while a run trains, and is cut back when the run resumes from an earlier checkpoint.
+    """An append-only file that is truncated when the run resumes from an earlier checkpoint.
 
-    A checkpoint keeps the ``length`` at its time. Event files of TensorBoard, samples.jsonl and skipped_updates.jsonl
-    are of this kind.
+    A checkpoint records the ``length``. TensorBoard's event files, samples.jsonl and skipped_updates.jsonl are such
+    files.
 
     Args:
-        path: the file; it need not exist.
+        path: the file; it may be absent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class AppendedFile:
 
     @property
     def length(self) -> int:
-        """Length in bytes; 0 without a file."""
+        """Length in bytes; 0 if the file is absent."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ class AppendedFile:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def cut_back(self, length: int) -> None:
-        """Drop everything after the first ``length`` bytes; a file of length 0 is deleted."""
+        """Truncate the file to ``length`` bytes; a file of length 0 is deleted."""
         if length == 0:
             self.path.unlink(missing_ok=True)
         elif self.length > length:

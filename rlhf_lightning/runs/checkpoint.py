@@ -1,4 +1,4 @@
-"""Checkpoints keyed on updates and rollouts, written whole or not at all."""
+"""Checkpoints keyed on updates and rollouts, each written completely or not at all."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from rlhf_lightning.runs.checkpoint_files import (
     seal,
 )
 from rlhf_lightning.runs.interruptions import PreemptedError, StopSignal, exit_status, requeue
-from rlhf_lightning.runs.run import aligned, is_rehearsal, run_folder, updates_of
+from rlhf_lightning.runs.run import aligned, check_period, is_rehearsal, passes_multiple, run_folder, updates_of
 from rlhf_lightning.training.checkpoint_state import random_state, set_random_state
 
 DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
 
-VALIDATION_TO_COME = {
+PENDING_VALIDATION = {
     "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
     "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
     "is_last_batch": False,
 }
-"""Progress of Lightning's validation loop as after a kill in its first batch: it runs anew, from the first."""
+"""Progress of Lightning's validation loop as after a kill in its first batch: on resume it restarts from there."""
 
 Place = Literal["step", "before validation", "epoch's end"]
 """Where in Lightning's loops a checkpoint is written."""
@@ -49,22 +49,21 @@ class RunCheckpoint(Checkpoint):
     """Save the run every so many updates or rollouts, after each validation, and at the end of each epoch.
 
     Lightning's ModelCheckpoint counts optimizer steps, of which one rollout takes many, and never saves by time under
-    manual optimization. Here a training step is whole when it ends (all updates of a rollout, no gradient left over),
-    so a checkpoint between two steps needs nothing else. ``checkpoints/`` holds ``update_<n>.ckpt``, ``last.ckpt`` and
-    ``best.ckpt`` (links to two of them). A file appears under its name only when it is complete and on the disk.
+    manual optimization. Here a training step ends with all updates of its rollout done and no gradient left over, so a
+    checkpoint between two steps is complete. ``checkpoints/`` holds ``update_<n>.ckpt``, and ``last.ckpt`` and
+    ``best.ckpt`` as links. A file appears under its name only when it is complete and synced to disk.
 
-    On SIGTERM, and under SLURM on the signal before the end of its time, the run finishes its step, saves and ends with
-    exit status 75; a second signal ends it at once.
+    On SIGTERM, and under SLURM on the signal before the time limit, the run finishes its step, saves and exits with
+    status 75. A second signal ends it immediately.
 
     Args:
-        every_n_updates: save once this many further optimizer updates are done.
-        every_n_rollouts: save once this many further rollouts are done; for on-policy modules.
-        after_validation: save after each validation, so that the best can be kept.
-        keep_last: how many of the newest are kept; null keeps all.
-        keep_best: how many of the best by ``monitor`` are kept beside those.
-        monitor: the validation metric that ranks checkpoints; null takes val/loss (less is better), or where that is
-            not logged val/score (more is better).
-        mode: whether less ("min") or more ("max") of ``monitor`` is better; null is "min" for a metric you name.
+        every_n_updates: save after this many further optimizer updates.
+        every_n_rollouts: save after this many further rollouts (on-policy modules).
+        after_validation: save after each validation, so that the best checkpoint can be kept.
+        keep_last: number of newest checkpoints to keep; null keeps all.
+        keep_best: number of best checkpoints by ``monitor`` to keep in addition.
+        monitor: validation metric that ranks checkpoints; null takes val/loss (min), else val/score (max).
+        mode: "min" or "max": which values of ``monitor`` are better; null is "min" for a metric that you name.
     """
 
     def __init__(
@@ -82,12 +81,8 @@ class RunCheckpoint(Checkpoint):
             raise SettingError(
                 "setting-out-of-range", f"checkpoint.keep_last is {keep_last}: give 1 or more, or null to keep all"
             )
-        for name, value in (("every_n_updates", every_n_updates), ("every_n_rollouts", every_n_rollouts)):
-            if value is not None and value < 1:
-                raise SettingError(
-                    "setting-out-of-range",
-                    f"checkpoint.{name} is {value}: give a positive number, or null to turn it off",
-                )
+        check_period("checkpoint.every_n_updates", every_n_updates)
+        check_period("checkpoint.every_n_rollouts", every_n_rollouts)
         self.every_n_updates = every_n_updates
         self.every_n_rollouts = every_n_rollouts
         self.after_validation = after_validation
@@ -96,19 +91,19 @@ class RunCheckpoint(Checkpoint):
         self.monitor = monitor
         self.mode = mode
         self.folder: Path | None = None
-        self.saved: list[str] = []  # names of the files kept, oldest first
-        self.scores: dict[str, float] = {}  # of those, the ones that were validated
-        self.interim: str | None = None  # the one that only an end before its time has made
+        self.saved: list[str] = []  # names of retained files, oldest first
+        self.scores: dict[str, float] = {}  # monitored value of those that were validated
+        self.interim: str | None = None  # the checkpoint that exists only because the run was stopped early
         self._at: dict[str, int] = {"updates": 0, "rollouts": 0}  # the counters at the last save
         self._saved_at: int | None = None
-        self._due = self._stopping = False  # a checkpoint, or the end, waits for what belongs to this step
+        self._due = self._stopping = False  # a save, or the stop, waits for the validation or epoch end of this step
         self._started = False
-        self._random: dict[str, Any] = {}  # where random numbers stood when validation began
+        self._random: dict[str, Any] = {}  # random state when validation began
         self._signal = StopSignal()
 
     @property
     def best_model_path(self) -> str:
-        """The best checkpoint so far; empty before any was validated. Lightning asks for it by this name."""
+        """The best checkpoint so far; empty before any was validated. Lightning reads it by this name."""
         best = self._best(1)
         return str(self.folder / best[0]) if best and self.folder else ""
 
@@ -122,10 +117,10 @@ class RunCheckpoint(Checkpoint):
         self.folder = run_folder(trainer).checkpoints
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Give up what lies behind the checkpoint that is resumed from, before curves and samples are cut back to it.
+        """Delete checkpoints newer than the one resumed from, before curves and samples are cut back to it.
 
-        A kill while the last checkpoint was put in place, or the user's wish, may have left later ones; resumed from
-        after that, they would lack what was cut off.
+        Newer ones exist after a kill while the last checkpoint was renamed, or when the user chose an earlier one.
+        They would lack the records that are cut off.
         """
         assert self.folder is not None
         loaded = Path(str(trainer.ckpt_path)).resolve()
@@ -136,25 +131,25 @@ class RunCheckpoint(Checkpoint):
             return
         own = self.folder / state["saved"][-1]
         if loaded.is_file() and not (own.exists() and own.samefile(loaded)):
-            # Saved twice at the same update, the second time behind a validation: what is under the name now is later.
-            # Other ranks may still be reading what was loaded, so its own name is left as it is.
+            # The same update was saved twice, before and after a validation: the file under the name is the later one.
+            # Other ranks may still be reading the loaded file, so it keeps its own name too.
             link(loaded, own)
         self.load_state_dict(state)
-        self._point(own.name)
+        self._update_links(own.name)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals from here on: the first samples may take long."""
         self._signal.listen_early()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the caller's signal handler back."""
+        """Restore the caller's signal handlers."""
         self._signal.stop_listening()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where training starts, which after a resume is not zero; stop if told to meanwhile."""
+        """Start counting, after a resume from where training continues; stop if a signal came in the meantime."""
         self._at, self._started = self._counters(pl_module), True
         updates = updates_of(pl_module)
-        # Of the checkpoint that is resumed from nothing is to be written anew, least of all without its score.
+        # The checkpoint that is resumed from must not be written again: that would lose its score.
         self._saved_at = updates if updates and checkpoint_name(updates) in self.saved else None
         self._signal.listen(trainer)
         self._stopping |= self._signal.asked(trainer)
@@ -165,14 +160,14 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when a multiple of the period was reached or passed, or the run was told to stop.
+        """Save when the period has passed or the run was told to stop.
 
-        Where validation follows it belongs to this step, and so does what an epoch does at its end: a run that resumed
-        from a checkpoint before them would leave them out. So the checkpoint waits.
+        A validation or an epoch end that follows belongs to this step: a run that resumed from a checkpoint before it
+        would skip it. So the checkpoint waits.
         """
         now = self._counters(pl_module)
         for name, period in (("updates", self.every_n_updates), ("rollouts", self.every_n_rollouts)):
-            self._due |= period is not None and now[name] // period > self._at[name] // period
+            self._due |= passes_multiple(self._at[name], now[name], period)
         self._stopping |= self._signal.asked(trainer)
         if validation_follows(trainer) or epoch_is_done(trainer):
             return
@@ -181,7 +176,7 @@ class RunCheckpoint(Checkpoint):
         self._stop_if_told(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before a validation; it runs when the run is resumed."""
+        """Stop before a validation; it runs after the resume."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._random = random_state(pl_module.device)
             self._stop_before_validation(trainer, pl_module)
@@ -193,7 +188,7 @@ class RunCheckpoint(Checkpoint):
             self._stop_if_told(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Stop in the middle of a validation, which may be long; all of it runs when the run is resumed."""
+        """Stop in the middle of a validation, which may be long; all of it runs after the resume."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._stopping |= self._signal.asked(trainer)
             self._stop_before_validation(trainer, pl_module)
@@ -204,13 +199,13 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, pl_module, self._score(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where training stands, unless validation just did."""
+        """Save, unless the validation of this update just did."""
         self._stopping |= self._signal.asked(trainer)
         self.save(trainer, pl_module, place="epoch's end")
         self._stop_if_told(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give a run that was killed behind its last step the end that it did not get: Lightning leaves that out."""
+        """Run the training-end hooks of a run that was killed after its last step: on resume Lightning skips them."""
         if not self._started and trainer.ckpt_path is not None:
             pl_module.to(trainer.strategy.root_device)
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -220,17 +215,13 @@ class RunCheckpoint(Checkpoint):
                 callback.on_train_end(trainer, pl_module)
 
     def _stop_if_told(self, trainer: Trainer, module: LightningModule) -> None:
-        """End the run if it was told to; its checkpoint is written.
-
-        Raises:
-            PreemptedError: it was.
-        """
+        """Raise PreemptedError if the run was told to stop; its checkpoint is written."""
         if not self._stopping:
             return
         received = self._signal.received
         sentence = (
             f"{self._signal.name()}: stopped after {updates_of(module)} updates, {self.last_model_path} is written; "
-            f"`rlhf fit --resume {self.folder and self.folder.parent}` goes on from it"
+            f"`rlhf fit --resume {self.folder and self.folder.parent}` continues from it"
         )
         if trainer.is_global_zero:
             print(sentence, flush=True)
@@ -242,17 +233,16 @@ class RunCheckpoint(Checkpoint):
     def save(
         self, trainer: Trainer, module: LightningModule, score: float | None = None, place: Place = "step"
     ) -> None:
-        """Write a checkpoint of now; all ranks call it together.
+        """Write a checkpoint of the current state; all ranks call it together.
 
         Args:
             trainer: the trainer.
             module: the module.
             score: value of ``monitor`` for these weights; None where they were not validated.
-            place: where a run that resumes from it goes on: behind this step, with its validation, or with the next
-                epoch.
+            place: where a run that resumes from it continues.
 
         Raises:
-            CheckpointFailedError: it could not be written. The ones before are as they were.
+            CheckpointFailedError: it could not be written. Earlier checkpoints are unchanged.
         """
         updates = updates_of(module)
         if is_rehearsal(trainer) or (updates == self._saved_at and score is None):
@@ -260,29 +250,29 @@ class RunCheckpoint(Checkpoint):
         assert self.folder is not None
         before = (list(self.saved), dict(self.scores), self.interim)
         name = checkpoint_name(updates)
-        # The lists are part of the checkpoint, so they change before it is written and files go only afterwards.
+        # The lists are part of the checkpoint, so they change before it is written; files are deleted only afterwards.
         self._remember(name, score, interim=self._stopping and not self._due and place != "epoch's end")
         half = self.folder / f".{name}.partial"
         steps = (
             partial(self._prepare, trainer, half),
             partial(self._write, trainer, half, place),
             partial(self._seal, trainer, half),
-            partial(self._place, trainer, half, name),
+            partial(self._rename, trainer, half, name),
         )
         for step in steps:
             reason = attempted(step)
-            # After each, so that no rank waits in the next one's collectives for another whose disk is full.
+            # Asked after each step, so that no rank waits in the next one's collectives for a rank whose disk is full.
             if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
                 self.saved, self.scores, self.interim = before
                 if trainer.is_global_zero:
                     remove(half)
                 raise CheckpointFailedError(
-                    "checkpoint-not-written", self._failure_message(name, reason or "another rank says why")
+                    "checkpoint-not-written", self._failure_message(name, reason or "another rank prints the reason")
                 )
         self._saved_at, self._at, self._due = updates, self._counters(module), False
 
     def _prepare(self, trainer: Trainer, half: Path) -> None:
-        """Make room, and write out what was logged before: the checkpoint says how much that is."""
+        """Make the folder and flush the loggers: the checkpoint records how long their files are."""
         if trainer.is_global_zero:
             half.parent.mkdir(parents=True, exist_ok=True)
             remove(half)
@@ -290,28 +280,26 @@ class RunCheckpoint(Checkpoint):
                 logger.save()
 
     def _write(self, trainer: Trainer, half: Path, place: Place) -> None:
-        """Write the files of a checkpoint under another name."""
-        # Not trainer.save_checkpoint, whose barrier is another collective than the one that follows a failure.
+        # trainer.save_checkpoint has a barrier, which would not match the collective that follows a failure.
         state = dump_checkpoint(trainer)
         patch_loop_state(state["loops"]["fit_loop"], place)
         trainer.strategy.save_checkpoint(state, half)
 
     def _seal(self, trainer: Trainer, half: Path) -> None:
-        """Put checksums into a sharded checkpoint's folder."""
+        """Put checksums into the folder of a sharded checkpoint."""
         if half.is_dir():
             checksums = gathered_checksums(half, trainer.global_rank)
             if trainer.is_global_zero:
                 seal(half, checksums)
 
-    def _place(self, trainer: Trainer, half: Path, name: str) -> None:
-        """Give a checkpoint its name, and put the folder in order."""
+    def _rename(self, trainer: Trainer, half: Path, name: str) -> None:
         assert self.folder is not None
         if trainer.is_global_zero:
             replace_checkpoint(half, self.folder / name)
-            self._point(name)
+            self._update_links(name)
 
-    def _point(self, last: str) -> None:
-        """Point the links to the newest and the best, and delete what is not kept."""
+    def _update_links(self, last: str) -> None:
+        """Point the links to the newest and the best checkpoint, and delete those that are not retained."""
         assert self.folder is not None
         link(self.folder / last, self.folder / LAST_CHECKPOINT)
         best = self._best(1)
@@ -322,42 +310,41 @@ class RunCheckpoint(Checkpoint):
         remove_others(self.folder, self.saved)
 
     def _failure_message(self, name: str, reason: str) -> str:
-        """Return that a checkpoint was not written, and which one is whole."""
         assert self.folder is not None
         failed = f"the checkpoint {self.folder / name} could not be written ({reason})"
         if not self.saved:
-            return f"{failed}, and there is none before it"
+            return f"{failed}, and there is no earlier one"
         resume = f"`rlhf fit --resume {self.folder.parent}`"
-        return f"{failed}; {self.last_model_path} is whole: make room, and {resume} goes on from it"
+        return f"{failed}; {self.last_model_path} is complete: free some space, and {resume} continues from it"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names and scores of the checkpoints, plain so that they load without unpickling."""
+        """Return names and scores of the checkpoints as plain values, which load without unpickling."""
         return {
             "saved": list(self.saved), "scores": dict(self.scores), "interim": self.interim, "monitor": self.monitor,
             "mode": self.mode,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the bookkeeping of the run that is continued."""
+        """Restore the records of the run that is continued."""
         self.saved, self.scores = list(state_dict["saved"]), dict(state_dict["scores"])
         self.interim = state_dict["interim"]
-        if self.folder is not None:  # somebody may have tidied up
-            # The last one is this checkpoint, which rank zero may be giving back its name just now.
+        if self.folder is not None:  # the user may have deleted files
+            # The last name is this checkpoint's, which rank zero may be restoring at this moment.
             self.saved = [name for name in self.saved if name == self.saved[-1] or (self.folder / name).exists()]
             self.scores = {name: score for name, score in self.scores.items() if name in self.saved}
         if self.monitor is None:
             self.monitor, self.mode = state_dict["monitor"], state_dict["mode"]
         elif self.monitor != state_dict["monitor"]:
-            self.scores = {}  # of another metric, so they rank nothing here
+            self.scores = {}  # values of another metric
 
     def _counters(self, module: LightningModule) -> dict[str, int]:
         return {"updates": updates_of(module), "rollouts": aligned(module).rollouts}
 
     def _score(self, trainer: Trainer) -> float | None:
-        """Return the monitored value, and settle what is monitored when validation first runs.
+        """Return the monitored value; the first validation settles which metric is monitored.
 
         Raises:
-            SettingError: a metric was named that validation does not log.
+            SettingError: the named metric is not logged by validation.
         """
         if self.monitor is None:
             for name, mode in DEFAULT_MONITORS.items():
@@ -376,16 +363,16 @@ class RunCheckpoint(Checkpoint):
         return float(found)
 
     def _best(self, count: int) -> list[str]:
-        """Return the names of the best checkpoints, best first; of equals the older."""
+        """Return the names of the best checkpoints, best first; the older one wins a tie."""
         sign = -1 if self.mode == "max" else 1
         ranked = sorted((name for name in self.saved if name in self.scores), key=lambda name: sign * self.scores[name])
         return ranked[:count]
 
     def _remember(self, name: str, score: float | None, interim: bool) -> None:
-        """Put a checkpoint on the lists, and drop from them what is neither among the newest nor the best.
+        """Record a checkpoint, and drop those that are neither among the newest nor the best.
 
-        One that only an end before its time has made drives out none and goes with the next: which are kept in the end
-        does not depend on when a run was told to stop.
+        An interim checkpoint replaces none and is dropped with the next save: which checkpoints remain at the end
+        does not depend on when a run was stopped.
         """
         self.saved = [*(kept for kept in self.saved if kept not in (name, self.interim)), name]
         self.scores = {kept: score for kept, score in self.scores.items() if kept in self.saved and kept != name}
@@ -400,10 +387,29 @@ class RunCheckpoint(Checkpoint):
         self.scores = {name: score for name, score in self.scores.items() if name in kept}
 
 
-def attempted(step: Callable[[], None]) -> str | None:
-    """Do a step of writing a checkpoint; return why it did not work, None where it did.
+def patch_loop_state(loop: dict[str, Any], place: Place) -> None:
+    """Change the state of Lightning's loops in a checkpoint so that a resumed run continues at the right place.
 
-    torch says of a full disk what it says of everything, and a failure on any rank by an exception of its own.
+    Lightning alone skips a validation that was due. Where ``max_steps`` bounds a run, it takes the end of an epoch for
+    its middle and trains on one more batch. A due validation leaves a mark that would also trigger at the next one,
+    unless started batches are counted as completed.
+    """
+    if place == "before validation":
+        loop["epoch_loop.val_loop.batch_progress"] = PENDING_VALIDATION
+    else:
+        validated = loop["epoch_loop.val_loop.batch_progress"]["total"]
+        validated.update(dict.fromkeys(validated, validated["ready"]))
+    if place == "epoch's end":
+        for count in loop["epoch_progress"].values():
+            count["completed"] = count["processed"]
+        batches = loop["epoch_loop.batch_progress"]
+        batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False
+
+
+def attempted(step: Callable[[], None]) -> str | None:
+    """Run a step of writing a checkpoint; return why it failed, or None.
+
+    torch reports a full disk as a RuntimeError, and a failure on any rank as a CheckpointException.
     """
     try:
         step()
@@ -417,29 +423,10 @@ def attempted(step: Callable[[], None]) -> str | None:
 
 
 def gathered_checksums(folder: Path, rank: int) -> dict[str, Checksum]:
-    """Return the checksums of all ranks' shards: each rank reads what it wrote, which is in memory still."""
+    """Return the checksums of all ranks' shards; each rank reads its own, which are still in the page cache."""
     mine = {file.name: checksum(file) for file in folder.glob(f"__{rank}_*.distcp")}
     everyone: list[Any] = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
     return {name: found for part in everyone for name, found in part.items()}
-
-
-def patch_loop_state(loop: dict[str, Any], place: Place) -> None:
-    """Change the state of Lightning's loops, as it is in a checkpoint, so that a resumed run goes on where it should.
-
-    Of itself Lightning leaves out a validation that was to come, and where ``max_steps`` bounds a run it takes the end
-    of an epoch for its middle and trains on one more batch of it. A validation that was to come leaves a mark that
-    never goes: it is taken for the next one's too, unless what was begun is counted as done.
-    """
-    if place == "before validation":
-        loop["epoch_loop.val_loop.batch_progress"] = VALIDATION_TO_COME
-    else:
-        validated = loop["epoch_loop.val_loop.batch_progress"]["total"]
-        validated.update(dict.fromkeys(validated, validated["ready"]))
-    if place == "epoch's end":
-        for count in loop["epoch_progress"].values():
-            count["completed"] = count["processed"]
-        batches = loop["epoch_loop.batch_progress"]
-        batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False

@@ -1,7 +1,7 @@
-"""Checkpoints as files: they come into place whole or not at all, carry checksums, and a damaged one is passed over.
+"""Checkpoint files: atomic writes, checksums, links, and the search for the newest undamaged checkpoint.
 
-A checkpoint is a file, whose zip format has a CRC-32 of each part, or, sharded, a folder with ``checksums.json`` in it.
-Either appears under its name by one renaming, checksums included, so that no kill leaves one without the other.
+A checkpoint is a zip file with a CRC-32 of each part or, if sharded, a folder with ``checksums.json``. One rename puts
+either under its name, checksums included, so that a kill cannot separate them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class CheckpointFailedError(RlhfError, OSError):
 
 
 class Checksum(NamedTuple):
-    """What tells a damaged file: its size in bytes and its CRC-32."""
+    """Size in bytes and CRC-32 of a file."""
 
     size: int
     crc: int
 
 
 def checkpoint_name(updates: int) -> str:
-    """Return the name of the checkpoint after so many updates."""
+    """Return the file name of the checkpoint after this many updates."""
     return f"update_{updates:06d}.ckpt"
 
 
-# -- written ----------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def checksum(path: Path) -> Checksum:
@@ -59,17 +59,17 @@ def checksum(path: Path) -> Checksum:
 
 
 def seal(folder: Path, checksums: dict[str, Checksum]) -> None:
-    """Write the checksums of a sharded checkpoint's files into its folder; files that lack one are read for it."""
+    """Write checksums.json into a sharded checkpoint's folder; checksums that are missing are computed."""
     rest = [file for file in folder.iterdir() if file.is_file() and file.name not in checksums]
     whole = checksums | {file.name: checksum(file) for file in rest}
     write_text(folder / CHECKSUMS_FILE, json.dumps(whole, sort_keys=True) + "\n")
 
 
 def replace_checkpoint(partial: Path, path: Path) -> None:
-    """Give a finished checkpoint its name.
+    """Rename a finished checkpoint into place.
 
-    A folder cannot be renamed over another in one step: the one before steps aside, where ``last_checkpoint`` finds it
-    if the process is killed in between.
+    A folder cannot replace another in one step: the old one is renamed first, and ``last_checkpoint`` restores it if
+    the process is killed in between.
     """
     aside = _aside(path)
     if path.is_dir():
@@ -80,7 +80,7 @@ def replace_checkpoint(partial: Path, path: Path) -> None:
 
 
 def link(target: Path, name: Path) -> None:
-    """Make ``name`` the same file as ``target`` in one step, or for a sharded checkpoint, a folder, point to it."""
+    """Make ``name`` a hard link to ``target`` in one step, or a symbolic link if it is a sharded checkpoint."""
     partial = name.with_name(f".{name.name}.partial")
     remove(partial)
     try:
@@ -103,10 +103,7 @@ def remove(path: Path) -> None:
 
 
 def remove_others(folder: Path, kept: Iterable[str]) -> None:
-    """Delete what lies in a checkpoint folder and is not kept: dropped ones, halves, and those of an abandoned future.
-
-    Whoever resumes from an earlier checkpoint gives up the later ones.
-    """
+    """Delete checkpoints that are not retained: superseded, partially written, or newer than the one resumed from."""
     names = {*kept, LAST_CHECKPOINT, BEST_CHECKPOINT}
     for path in folder.iterdir():
         ours = CHECKPOINT_NAME.fullmatch(path.name) or re.fullmatch(r"\..*\.ckpt\.(partial|old)", path.name)
@@ -114,14 +111,11 @@ def remove_others(folder: Path, kept: Iterable[str]) -> None:
             remove(path)
 
 
-# -- found again ------------------------------------------------------------------------------------------------------
+# -- finding ----------------------------------------------------------------------------------------------------------
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files; None where every checksum holds.
-
-    A folder that another program wrote has no checksums: nothing is known of it.
-    """
+    """Return what is wrong with a checkpoint's files; None if every checksum matches, or a folder has none."""
     if not path.is_dir():
         return _damage_of_file(path)
     index = path / CHECKSUMS_FILE
@@ -146,20 +140,20 @@ def _damage_of_file(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as parts:
             broken = parts.testzip()
-    # A flipped bit may also turn a part into one that is compressed, encrypted or of another size than it has.
+    # After a flipped bit a part may also claim to be compressed, encrypted or of another size.
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, OSError):
-        return "it is cut short, or no checkpoint"
+        return "it is truncated, or not a checkpoint"
     return None if broken is None else f"its part {broken} is damaged"
 
 
 def last_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint of a run that is whole, and say which ones are not.
+    """Return the newest undamaged checkpoint of a run, and print which ones are damaged.
 
     Raises:
-        MissingError: the run has none. Starting afresh would not be resuming.
+        MissingError: the run has none.
     """
     folder = run / CHECKPOINTS_FOLDER
-    _bring_back(folder)
+    _restore_replaced(folder)
     numbered = [path for path in folder.glob("update_*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
     candidates = [folder / LAST_CHECKPOINT, *sorted(numbered, key=_number, reverse=True)]
     reasons: list[str] = []
@@ -181,11 +175,11 @@ def last_checkpoint(run: Path) -> Path:
 @rank_zero_only
 def _warn(folder: Path, reasons: list[str], path: Path) -> None:
     if reasons:
-        print(f"damaged in {folder}: {', '.join(reasons)}; {path.name} is the newest whole checkpoint", flush=True)
+        print(f"damaged in {folder}: {', '.join(reasons)}; {path.name} is the newest complete checkpoint", flush=True)
 
 
-def _bring_back(folder: Path) -> None:
-    """Give a checkpoint back its name that had stepped aside for a successor that never came."""
+def _restore_replaced(folder: Path) -> None:
+    """Undo the first rename of `replace_checkpoint` if a kill prevented the second."""
     for aside in folder.glob(".update_*.ckpt.old"):
         path = folder / aside.name.removeprefix(".").removesuffix(".old")
         if not path.exists():

@@ -25,16 +25,16 @@ SHARDED_META = "meta.pt"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's file, or the settings of a sharded one's folder; tensors stay on the disk until used.
+    """Read a checkpoint, or the settings of a sharded one; tensors are memory-mapped.
 
     Raises:
-        DataError: it is no checkpoint, or holds more than plain tensors and settings.
+        DataError: it is not a checkpoint, or contains more than plain tensors and settings.
     """
     file = path / SHARDED_META if path.is_dir() else path
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        # torch says at length how to believe the file all the same; what is wrong with it is one line of that.
+        # torch's message is mostly about how to load the file anyway; one line says what is wrong.
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
         raise DataError(
@@ -43,10 +43,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """Return the trained weights in a checkpoint, those of a sharded one put together.
+    """Return the trained weights in a checkpoint; shards are joined.
 
     Raises:
-        DataError: it is no checkpoint, or holds more than plain tensors and settings.
+        DataError: it is not a checkpoint, or contains more than plain tensors and settings.
     """
     if not path.is_dir():
         return read_checkpoint(path)["state_dict"]
@@ -58,34 +58,32 @@ def weights_in(path: Path) -> dict[str, Tensor]:
 
 
 def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
-    """Return why a checkpoint cannot be loaded under a strategy; None where it can.
+    """Return why a checkpoint cannot be loaded under a strategy; None if it can.
 
     Args:
         path: the checkpoint.
-        sharded: whether the strategy cuts weights over ranks.
-        resumes: whether training goes on from it, and so its optimizer's state is needed too.
+        sharded: whether the strategy shards weights.
+        resumes: whether training continues from it, so that the optimizer's state is needed too.
 
     Raises:
-        DataError: it is no checkpoint of plain tensors and settings.
+        DataError: it is not a checkpoint of plain tensors and settings.
     """
     if path.is_dir():
         sharded_metadata(path)
+        if sharded:
+            return None
         return (
-            None
-            if sharded
-            else (
-                f"{path} is a folder of shards, which ModelParallelStrategy alone can load: resume with it "
-                "(recipe:hardware/fsdp), or write the weights as a model's folder with `rlhf export`"
-            )
+            f"{path} is a folder of shards, which only ModelParallelStrategy can load: resume with it "
+            "(recipe:hardware/fsdp), or write the weights as a model folder with `rlhf export`"
         )
     written_sharded = read_checkpoint(path).get("sharded", False)
     return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
 
 
 def is_same_class(written: str, asked: str) -> bool:
-    """Whether a checkpoint's class is the one that was asked for; a package may offer it under a shorter path as well.
+    """Whether a checkpoint's class is the requested one, possibly under another import path.
 
-    What the checkpoint names is imported from the package of the one that was asked for, and from nowhere else.
+    Only the package of the requested class is imported, never another that the checkpoint names.
     """
     if written == asked or written.partition(".")[0] != asked.partition(".")[0]:
         return written == asked
@@ -96,10 +94,10 @@ def is_same_class(written: str, asked: str) -> bool:
 
 
 def checkpoint_hparams(path: Path) -> dict[str, Any]:
-    """Return the hyper-parameters in a checkpoint, with the class that had them under ``_class_path``."""
+    """Return the hyper-parameters in a checkpoint, with their class under ``_class_path``."""
     hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
-    hparams.pop("trust_remote_code", None)  # whose code may be run is for the user to say, each time
+    hparams.pop("trust_remote_code", None)  # the user decides each time which code may be run
     return hparams
 
 
@@ -107,13 +105,13 @@ def inside_run(checkpoint: Path, run: Path) -> Path:
     """Return a run's checkpoint if it lies in the run's folder.
 
     Raises:
-        DataError: it is a link to somewhere else: whoever can write there decides what is loaded.
+        DataError: it is a link to another place, where other users may be able to write.
     """
     if not checkpoint.resolve().is_relative_to(run.resolve()):
         raise DataError(
             "link-out-of-run",
-            f"{checkpoint} is a link that leaves its run, to {checkpoint.resolve()}: name that checkpoint itself with "
-            "--ckpt_path if you trust it",
+            f"{checkpoint} is a link out of its run, to {checkpoint.resolve()}: give that checkpoint as --ckpt_path if "
+            "you trust it",
         )
     return checkpoint
 
@@ -126,13 +124,13 @@ OPTIMIZER_SETTINGS = ("optimizer", "lr_scheduler")
 
 
 def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tuple[str, str]]:
-    """Yield what in a checkpoint's settings names code that nobody asked for: the setting, and the path of the code.
+    """Yield the settings of a checkpoint that name foreign code, each with the import path.
 
-    Weights are data, and following such a name would import whatever module the file asks for.
+    A checkpoint is data: following such a name would import any module that the file asks for.
 
     Args:
-        settings: of the checkpoint.
-        named: class or module that the user named, whose package may be imported beside this one.
+        settings: settings of the checkpoint.
+        named: class or module that the user named; its package may be imported too.
     """
     for setting, value in settings.items():
         for path in _paths(value, setting in SPECS):
@@ -143,9 +141,9 @@ def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tupl
 
 
 def _paths(value: Any, spec: bool) -> Iterator[str]:
-    """Yield the texts in a setting that name code; where ``spec``, the setting is a scorer, an engine or some of them.
+    """Yield the strings in a setting that name code; folders and hub ids are skipped, since they hold weights.
 
-    Folders and hub ids are left out: what they hold is weights.
+    With ``spec`` the value is that of a setting in `SPECS`.
     """
     if isinstance(value, Namespace):
         value = value.as_dict()
@@ -172,7 +170,7 @@ def as_plain(value: Any) -> Any:
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with those in ``over`` put on top, nested ones key by key."""
+    """Return ``under`` updated with ``over``, nested settings key by key."""
     result = dict(under)
     for key, value in over.items():
         nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -181,10 +179,13 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharded_metadata(path: Path) -> Any:
-    """Return what a sharded checkpoint says of its tensors, all of it known to be plain.
+    """Return the metadata of a sharded checkpoint, all of it checked to be plain.
+
+    torch describes the shards in a pickle, ``.metadata``, and stores values that are not tensors (a learning rate, a
+    step) in pickles too. Lightning's strategy unpickles both in a way that can run code, so they are checked first.
 
     Raises:
-        DataError: a file names anything but tensors and plain values, or lies outside the checkpoint.
+        DataError: a file contains more than tensors and plain values, or lies outside the checkpoint.
     """
     try:
         with (path / ".metadata").open("rb") as file:
@@ -200,12 +201,12 @@ def sharded_metadata(path: Path) -> Any:
 
 
 def _check(path: Path, place: Any, plain: bool) -> None:
-    """Check that an entry lies in the checkpoint, and that one that is no tensor is a plain value."""
+    """Check that an entry lies in the checkpoint and, if it is not a tensor, is a plain value."""
     file = path / str(place.relative_path)
     if file.resolve().parent != path.resolve():
-        raise pickle.UnpicklingError(f"it keeps {place.relative_path} outside its folder")
+        raise pickle.UnpicklingError(f"{place.relative_path} lies outside its folder")
     if getattr(place, "transform_descriptors", None):
-        raise pickle.UnpicklingError(f"{place.relative_path} is encoded in a way that is not read here")
+        raise pickle.UnpicklingError(f"{place.relative_path} has an unsupported encoding")
     if plain:
         with file.open("rb") as stream:
             stream.seek(place.offset)
@@ -213,16 +214,16 @@ def _check(path: Path, place: Any, plain: bool) -> None:
 
 
 def _member(kind: Any, name: str) -> Any:
-    """Stands for ``getattr``, with which an enumeration's member is pickled, and reads nothing else."""
+    """Replace ``getattr``, which pickles use for members of an enumeration; allow nothing else."""
     if kind is not memory_format_encoding() or name not in kind.__members__:
-        raise pickle.UnpicklingError(f"it asks for {name} of {kind}")
+        raise pickle.UnpicklingError(f"it reads the attribute {name} of {kind}")
     return kind[name]
 
 
 class _TensorDescriptions(pickle.Unpickler):
-    """Reads the classes that describe tensors and where they lie, each by its whole name, and nothing else.
+    """Unpickler that allows only the classes that describe tensors and their places, each by its full name.
 
-    A module that is known as a whole would give away all that it imports: names may have dots.
+    Whole modules are not allowed: a dotted name would reach everything that they import.
     """
 
     KNOWN = frozenset({

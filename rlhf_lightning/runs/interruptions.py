@@ -24,12 +24,7 @@ PREEMPTED = 75
 
 
 class PreemptedError(SystemExit):
-    """The run ends here because it was told to; everything is in its checkpoint.
-
-    Args:
-        sentence: what was done.
-        status: exit status of the process.
-    """
+    """The run was told to stop and has written a checkpoint; the exit status is ``status``."""
 
     def __init__(self, sentence: str, status: int) -> None:
         super().__init__(status)
@@ -40,9 +35,11 @@ class PreemptedError(SystemExit):
 
 
 class StopSignal:
-    """Takes note of SIGTERM, and under SLURM of the signal that announces the end of the job's time.
+    """Record SIGTERM, and under SLURM the signal before the time limit; the run stops at its next safe point.
 
-    After the first one the signals have their usual effect again: a second SIGTERM or Ctrl-C ends the process at once.
+    Lightning's own handler broadcasts from inside the signal, when a rank may be in another collective. It also stops
+    without a checkpoint and with exit status 0, which a scheduler reads as success. After the first signal the default
+    handlers are restored: a second SIGTERM or Ctrl-C ends the process immediately.
     """
 
     def __init__(self) -> None:
@@ -50,20 +47,20 @@ class StopSignal:
         self._before: dict[int, Any] = {}  # the caller's handlers
 
     def listen_early(self) -> None:
-        """Note a SIGTERM that comes before training starts; Lightning's handlers, put in place later, call this one."""
+        """Record a SIGTERM that comes before training starts; Lightning's handlers, installed later, call this one."""
         self.received = None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             signal.signal(signal.SIGTERM, self._note)
 
     def stop_listening(self) -> None:
-        """Give the caller's handlers back, unless Lightning has come to remember them."""
+        """Restore the caller's handlers, unless Lightning will."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def listen(self, trainer: Trainer) -> None:
-        """Put the handlers in place of Lightning's, which gives back the caller's when the trainer is torn down."""
+        """Replace Lightning's handlers; Lightning restores the caller's when the trainer is torn down."""
         before, self._before = self._before, {}
         if threading.current_thread() is not threading.main_thread():
             return
@@ -81,16 +78,16 @@ class StopSignal:
             signal.signal(usual, signal.SIG_DFL)
 
     def asked(self, trainer: Trainer) -> bool:
-        """Whether any rank was told to stop; with several ranks one collective, and all of them ask together."""
+        """Whether any rank was told to stop; a collective that all ranks call together."""
         return not trainer.strategy.reduce_boolean_decision(self.received is None, all=True)
 
     def name(self) -> str:
-        """What this rank received."""
+        """Name of the signal that this rank received."""
         return "told to stop" if self.received is None else signal.Signals(self.received).name
 
 
 def slurm_signal(trainer: Trainer) -> int | None:
-    """Return the signal by which SLURM announces the end of a job's time, where Lightning would requeue the job."""
+    """Return the signal that SLURM sends before the time limit, if Lightning would requeue the job."""
     environment: Any = cluster_environment(trainer)
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal or signal.SIGUSR1
@@ -98,7 +95,7 @@ def slurm_signal(trainer: Trainer) -> int | None:
 
 
 def requeue(trainer: Trainer, received: int | None) -> None:
-    """Have SLURM run the job again, where the signal was the announced one: it knows nothing of exit statuses then."""
+    """Requeue the SLURM job if it was stopped before its time limit; SLURM ignores the exit status there."""
     if received is None or received != slurm_signal(trainer) or not trainer.is_global_zero:
         return
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
@@ -111,16 +108,13 @@ def requeue(trainer: Trainer, received: int | None) -> None:
 
 
 def exit_status(trainer: Trainer) -> int:
-    """Return the exit status of this rank.
-
-    Processes that the trainer itself started end with 0: it kills the run when one of them ends with anything else.
-    """
+    """Return the exit status of this rank: 0 in processes that the trainer started, which kills the run otherwise."""
     started_here = isinstance(cluster_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
     return 0 if started_here else PREEMPTED
 
 
 SECONDS_TO_END = 5.0
-"""How long a process that has let go of its connections may take until it is gone."""
+"""How long a process that has closed its connections may take to end."""
 
 
 class Member(NamedTuple):
@@ -131,10 +125,9 @@ class Member(NamedTuple):
 
 
 class RankWatch(Callback):
-    """Tell the ranks' processes to each other, so that a run that breaks off can name the rank that is gone.
+    """Exchange the ranks' process ids, so that a failed collective can name the rank that is gone.
 
-    The name is a note on the exception. A process of the same host is looked up; of another host all that is known is
-    that none of its ranks was seen to end.
+    The name is added to the exception as a note. Only processes on the same host can be checked.
     """
 
     def __init__(self) -> None:
@@ -142,23 +135,19 @@ class RankWatch(Callback):
         self.members: list[Member] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gather host and process of every rank."""
+        """Gather the host and process id of every rank."""
         if trainer.world_size > 1 and dist.is_initialized():
             self.members = [Member("", 0)] * trainer.world_size
             dist.all_gather_object(self.members, Member(socket.gethostname(), os.getpid()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Name the ranks that are gone, if a collective failed."""
+        """Add the ranks that are gone to the exception of a failed collective."""
         failed = isinstance(exception, dist.DistError) or any(sign in str(exception) for sign in ("/gloo/", "NCCL"))
         if failed and self.members:
             exception.add_note(self.gone(trainer.global_rank))
 
     def gone(self, rank: int) -> str:
-        """Return a phrase on the ranks that are gone.
-
-        Args:
-            rank: the one that asks.
-        """
+        """Return a phrase that names the ranks that are gone, as seen from ``rank``."""
         here = self.members[rank].host
         near = [number for number, member in enumerate(self.members) if member.host == here and number != rank]
         deadline = time.monotonic() + SECONDS_TO_END
@@ -171,12 +160,12 @@ class RankWatch(Callback):
             return ", ".join(f"rank {n} (process {self.members[n].process} on this host) has ended" for n in dead)
         far = [f"{n} on {member.host}" for n, member in enumerate(self.members) if member.host != here]
         if far:
-            return f"it is one on another host (rank {', '.join(far)})"
-        return f"all {len(self.members)} processes are there, and one of them hangs"
+            return f"it runs on another host (rank {', '.join(far)})"
+        return f"all {len(self.members)} processes are alive, and one of them hangs"
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process of this host is gone, or dead and not yet waited for."""
+    """Whether a process of this host is gone or a zombie."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -185,5 +174,5 @@ def has_ended(process: int) -> bool:
         return False
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-    except (OSError, IndexError):  # no such file system, or gone this very moment
+    except (OSError, IndexError):  # no /proc, or the process has just ended
         return False

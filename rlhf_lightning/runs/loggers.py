@@ -1,4 +1,4 @@
-"""Loggers: where they write, the tables and hyper-parameters that they get."""
+"""Loggers: their folders, and the tables and hyper-parameters that they receive."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rlhf_lightning.compat import attached_datamodule, event_writer
 from rlhf_lightning.runs.run import aligned, updates_of
 
 PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_location")
-"""Arguments by which a logger says where it writes and what it calls the run; null leaves them to the run folder."""
+"""Arguments that set a logger's folder and run name; null derives them from the run folder."""
 
 
 def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
-    """Return a logger's arguments, with those of `PLACES` that are null filled in from the run folder.
+    """Return a logger's arguments; those of `PLACES` that are null are derived from the run folder.
 
     TensorBoard and CSV loggers write into the folder itself. Others get it as ``save_dir`` and are named after it.
-    MLflow's runs share a database in the runs folder, so that one server shows them all.
+    MLflow's runs share a database in the runs folder, so that one server shows all of them.
 
     Args:
         kind: the logger's class.
-        given: its arguments, null in `PLACES` for what the user left open.
+        given: its arguments.
         folder: the run folder, ``runs/<name>/version_<n>``.
         runs: the folder of all runs.
     """
@@ -50,17 +50,17 @@ def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path,
 
 
 def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text: str, step: int) -> bool:
-    """Log a table to a logger that takes tables or text; return whether it does.
+    """Log a table; return whether the logger accepts tables or text.
 
-    Known are TensorBoard (``experiment.add_text``), W&B and every logger with its ``log_table(key, columns, data,
-    step)``, MLflow (``experiment.log_table(run_id, data, file)``), trackio (``trackio.Table``), and loggers of your
-    own with ``log_text(key, text, step)``.
+    Supported are TensorBoard (``experiment.add_text``), W&B and other loggers with ``log_table(key, columns, data,
+    step)``, MLflow (``experiment.log_table(run_id, data, file)``), trackio (``trackio.Table``), and loggers with
+    ``log_text(key, text, step)``.
 
     Args:
         logger: the logger.
         name: name of the table.
-        rows: the table, the same keys in each row.
-        text: the table as markdown.
+        rows: the table, with the same keys in each row.
+        text: the table as Markdown.
         step: updates so far.
     """
     experiment: Any = getattr(logger, "experiment", None)
@@ -86,10 +86,7 @@ def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text
 def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return all settings of a run, named as on the command line (``model.beta``), as text, numbers and booleans.
 
-    Args:
-        module: the module, with its hyper-parameters.
-        trainer: the trainer.
-        data: arguments of the DataModule; None takes its hyper-parameters, if it keeps any.
+    ``data`` holds the arguments of the DataModule; None takes its hyper-parameters.
     """
     flat: dict[str, Any] = {"model": type(module).__name__}
     flat.update(_flat("model", module.hparams))
@@ -103,7 +100,7 @@ def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, A
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested settings to dotted names; Lightning's own entries (``_class_path``) are left out."""
+    """Flatten nested settings to dotted names, without Lightning's own entries (``_class_path``)."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if str(key).startswith("_"):
@@ -116,14 +113,14 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RunHparams(Callback):
-    """Fill the HPARAMS tab.
+    """Fill TensorBoard's HPARAMS tab.
 
-    Lightning's own way either adds a meaningless ``hp_metric`` or plots a made-up first value of every metric. Here the
-    settings are written at the start with the names of the module's ``headline_metrics``, and no values: those come
-    from what validation logs, and at the end of training the final ones are written under the last step.
+    Lightning either adds a meaningless ``hp_metric`` or plots an invented first value of every metric. This callback
+    writes the settings at the start with the names of the module's ``headline_metrics`` and without values. Validation
+    logs the values, and the final ones are written when training ends.
 
     Args:
-        data_settings: arguments of the DataModule, which does not keep them itself.
+        data_settings: arguments of the DataModule, which does not store them itself.
     """
 
     def __init__(self, data_settings: Mapping[str, Any] | None = None) -> None:
@@ -132,7 +129,7 @@ class RunHparams(Callback):
         self._earlier: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write settings and the names of the metrics."""
+        """Write the settings and the names of the metrics."""
         if not trainer.is_global_zero:
             return
         flat, tags = flat_hparams(pl_module, trainer, self.data_settings), aligned(pl_module).headline_metrics
@@ -150,18 +147,18 @@ class RunHparams(Callback):
         final = self._headlines(trainer, pl_module)
         if trainer.is_global_zero and final:
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):  # others take a metric's last value by themselves
+                if isinstance(logger, TensorBoardLogger):  # others use the last value of a metric
                     logger.log_metrics(final, updates_of(pl_module))
 
     def _headlines(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """Return the latest value of each headline metric, in this session or those before it."""
+        """Return the latest value of each headline metric, earlier sessions included."""
         values, tags = trainer.callback_metrics, aligned(module).headline_metrics
         return self._earlier | {tag: float(values[tag]) for tag in tags if tag in values}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the latest values: a run may be resumed behind its last validation."""
+        """Store the latest values: a run may be resumed after its last validation."""
         checkpoint["headlines"] = self._headlines(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore the latest values."""
         self._earlier = checkpoint.get("headlines", {})

@@ -1,4 +1,4 @@
-"""What a run was: versions, code, command, data. Enough to run it again."""
+"""manifest.json: the versions, code, command and data that a run can be repeated from."""
 
 from __future__ import annotations
 
@@ -22,26 +22,16 @@ from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.run import aligned, run_folder, updates_of
 
-PACKAGES = (
-    "rlhf-lightning",
-    "torch",
-    "lightning",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "peft",
-    "torchmetrics",
-    "numpy",
-)
+PACKAGES = "rlhf-lightning torch lightning transformers tokenizers datasets peft torchmetrics numpy".split()
 
 
 class RunManifest(Callback):
     """Write manifest.json: package versions, Python, git state, command line, seed, data fingerprint and report, times.
 
-    A run that is resumed keeps one entry per session. Nothing is read from the environment, so no secret gets in.
+    A resumed run has one entry per session. Environment variables are not recorded, since they may hold secrets.
 
     Args:
-        command: the command line; None takes the process's own.
+        command: the command line; None is this process's own.
     """
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
@@ -51,7 +41,7 @@ class RunManifest(Callback):
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write what is known once the data is read."""
+        """Write the manifest after the data is read."""
         folder = run_folder(trainer)
         if not folder.writes:
             return
@@ -72,7 +62,6 @@ class RunManifest(Callback):
         self._write()
 
     def _session(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the entry of this process."""
         return {
             "command": shlex.join(self.command),
             "ranks": trainer.world_size,
@@ -83,22 +72,22 @@ class RunManifest(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record and say how much is trained."""
+        """Record and print the number of parameters."""
         if not trainer.is_global_zero:
             return
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        print(f"{type(pl_module).__name__}: {total:,} parameters, {trained:,} of them trained")
+        print(f"{type(pl_module).__name__}: {total:,} parameters, {trained:,} trainable")
         if self.path is not None:
             self.record["parameters"] = {"total": total, "trained": trained}
             self._write()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Record that the run ended well."""
+        """Record that the run finished."""
         self._end(pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Record why the run ended, if the disk has room for it: the reason itself is what must be said."""
+        """Record why the run ended; a full disk must not hide the reason."""
         with contextlib.suppress(OSError):
             self._end(pl_module, f"{type(exception).__name__}: {exception}"[:500])
 
@@ -113,7 +102,7 @@ class RunManifest(Callback):
 
 
 def now() -> str:
-    """Return the time, UTC, to the second."""
+    """Return the current UTC time to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -129,7 +118,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return commit, branch and whether files differ from the commit; None outside a repository or without git."""
+    """Return commit, branch and number of changed files; None outside a repository or without git."""
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
@@ -146,7 +135,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_data(datamodule: Any) -> dict[str, Any] | None:
-    """Return the DataModule's fingerprint, its feedback stores', and what it kept, dropped and truncated."""
+    """Return the fingerprints of the data and its feedback stores, and the report of kept and dropped rows."""
     if datamodule is None:
         return None
     report = getattr(datamodule, "report", None)
@@ -160,7 +149,7 @@ def describe_data(datamodule: Any) -> dict[str, Any] | None:
 
 
 def describe_template(module: LightningModule) -> str | None:
-    """Return the hash of the tokenizer's chat template, None without one."""
+    """Return the hash of the tokenizer's chat template, or None."""
     tokenizer = aligned(module).tokenizer
     template = None if tokenizer is None else tokenizer.chat_template
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]

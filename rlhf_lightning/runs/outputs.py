@@ -10,39 +10,44 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.atomic_files import AppendedFile, move_into_place
-from rlhf_lightning.runs.run import EXPORTS_FOLDER, MODEL_FOLDER, aligned, is_rehearsal, run_folder, updates_of
+from rlhf_lightning.runs.run import (
+    EXPORTS_FOLDER,
+    MODEL_FOLDER,
+    aligned,
+    check_period,
+    is_rehearsal,
+    passes_multiple,
+    run_folder,
+    updates_of,
+)
 
 
 class ModelExport(Callback):
-    """Write ``model/`` when training ends, and on the way ``exports/update_<n>/`` where asked for.
+    """Export ``model/``, the Hugging Face folder that the next stage starts from, when training ends.
 
     Args:
-        enabled: false leaves the weights in the checkpoints alone; `rlhf export` turns those into a folder later.
-        every_n_updates: also export once this many further updates are done; for curves over a run.
+        enabled: false exports nothing; `rlhf export` can export a checkpoint later.
+        every_n_updates: also export ``exports/update_<n>/`` after this many further updates.
     """
 
     def __init__(self, enabled: bool = True, every_n_updates: int | None = None) -> None:
         super().__init__()
-        if every_n_updates is not None and every_n_updates < 1:
-            raise SettingError(
-                "setting-out-of-range", f"export.every_n_updates is {every_n_updates}: give a positive number, or null"
-            )
+        check_period("export.every_n_updates", every_n_updates)
         self.enabled = enabled
         self.every_n_updates = every_n_updates
         self._exported_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where training starts."""
+        """Start counting, after a resume from where training continues."""
         self._exported_at = updates_of(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Export when a multiple of the period was reached or passed."""
-        updates, period = updates_of(pl_module), self.every_n_updates
-        if self.enabled and period is not None and updates // period > self._exported_at // period:
+        """Export when the period has passed."""
+        updates = updates_of(pl_module)
+        if self.enabled and passes_multiple(self._exported_at, updates, self.every_n_updates):
             self._exported_at = updates
             self._export(trainer, pl_module, f"{EXPORTS_FOLDER}/update_{updates:06d}")
 
@@ -54,7 +59,6 @@ class ModelExport(Callback):
                 print(f"model: {run_folder(trainer).model}")
 
     def _export(self, trainer: Trainer, module: LightningModule, name: str) -> None:
-        """Write one folder; the module's export puts it in place whole."""
         if is_rehearsal(trainer):
             return
         folder = run_folder(trainer)
@@ -64,12 +68,12 @@ class ModelExport(Callback):
 
 
 class PredictionWriter(Callback):
-    """Write the rows that ``predict_step`` returns, as they come, to one JSONL file.
+    """Write the rows that ``predict_step`` returns to one JSONL file, which appears when it is complete.
 
-    The file appears under its name when all rows are in it. Several ranks write parts, joined in the ranks' order.
+    Each rank writes a part; the parts are joined in the order of ranks.
 
     Args:
-        path: the file; null takes predictions.jsonl in the run's folder.
+        path: the file; null is predictions.jsonl in the run folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -79,7 +83,7 @@ class PredictionWriter(Callback):
         self.rows = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the file and begin this rank's part anew."""
+        """Find the file and delete an earlier part of this rank."""
         self.path = Path(self.given) if self.given else run_folder(trainer).predictions
         self.rows = 0
         self._part(trainer.global_rank).unlink(missing_ok=True)
@@ -93,13 +97,13 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append the rows of a step."""
+        """Append the rows of a batch."""
         rows: Sequence[dict[str, Any]] = outputs or ()
         AppendedFile(self._part(trainer.global_rank)).append(rows)
         self.rows += len(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the parts and put the file in place."""
+        """Join the parts and rename the file into place."""
         assert self.path is not None
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
@@ -122,35 +126,34 @@ class PredictionWriter(Callback):
 
 
 class SkippedUpdates(Callback):
-    """Write skipped_updates.jsonl: a row for each training step with updates that were skipped.
+    """Write skipped_updates.jsonl: a row for each training step in which non-finite updates were skipped.
 
-    Each has ``update`` (the counter after the step), ``skipped`` (how many of its updates), and ``rows``: numbers of
-    the step's rows over all ranks, counted from 0 among those that the data kept. There is no file where nothing was
-    skipped.
+    A row has ``update`` (the counter after the step), ``skipped`` (how many of its updates), and ``rows``: the indices
+    of the step's rows over all ranks, counted from 0 among the rows that the data kept.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._rows: list[int] | None = None  # of the step that is being taken
+        self._rows: list[int] | None = None  # of the current step
         self._before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the folder here, where all ranks do; an exception may reach one rank alone."""
+        """Find the folder here, together with all ranks; an exception may reach only one of them."""
         run_folder(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what the step is made of."""
+        """Remember the rows of the step."""
         self._rows = list(batch.row_ids)
         self._before = aligned(pl_module).skipped_updates
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the step down if updates were skipped."""
+        """Record the step if updates were skipped."""
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the step down that ended the run."""
+        """Record the step that ended the run."""
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:

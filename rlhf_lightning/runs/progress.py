@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line every ten seconds anywhere else."""
+"""The progress of a run: a bar on a terminal, a line every ten seconds anywhere else."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunProgress(TQDMProgressBar):
-    """Show loss, tokens per second and the time left of the whole run.
-
-    A log file or a pipe gets one plain line every ten seconds instead of thousands of redrawn bars.
+    """Show loss, tokens per second and the remaining time of the whole run.
 
     Args:
         seconds: seconds between two lines where there is no terminal.
-        clock: gives the time in seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, seconds: float = SECONDS_BETWEEN_LINES, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +54,7 @@ class RunProgress(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance."""
+        """Count the step; print a line if one is due or the run is at its end."""
         self._steps += 1
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         total = steps_of_run(trainer)
@@ -67,12 +65,12 @@ class RunProgress(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what stands beside the bar."""
+        """Return the figures after the bar."""
         shown: dict[str, Any] = {**self._figures(trainer, pl_module), **trainer.progress_bar_metrics}
         return shown
 
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
-        """Return loss, speed and time left as text; what is not known yet is left out."""
+        """Return the known ones of loss, speed and remaining time as text."""
         figures: dict[str, str] = {"update": str(updates_of(module))}
         for label, tag in (("loss", "train/loss"), ("score", "rollout/score"), ("KL", "rollout/kl")):
             value = trainer.callback_metrics.get(tag)
@@ -89,7 +87,7 @@ class RunProgress(TQDMProgressBar):
         return figures
 
     def _step(self, trainer: Trainer) -> int:
-        """Return the training steps done in the run, those before a resume included."""
+        """Return the number of training steps, those before a resume included."""
         return trainer.fit_loop.total_batch_idx + 1
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +106,7 @@ class RunProgress(TQDMProgressBar):
         self._evaluated("prediction", args, kwargs)
 
     def _evaluated(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Print how far an evaluation is, when a line is due."""
+        """Print the progress of an evaluation when a line is due."""
         if not self._is_due():
             return
         trainer, index = args[0], kwargs.get("batch_idx", args[4] if len(args) > 4 else 0)
@@ -122,7 +120,6 @@ class RunProgress(TQDMProgressBar):
         return not self.on_terminal and bar_is_enabled(self) and self.clock() - self._printed >= self.seconds
 
     def _line(self, what: str, step: int, total: int | None, figures: dict[str, str]) -> None:
-        """Print one line."""
         if self.on_terminal or not bar_is_enabled(self):
             return
         self._printed = self.clock()
@@ -130,7 +127,7 @@ class RunProgress(TQDMProgressBar):
         print(f"{what} {share}  {'  '.join(f'{name} {value}' for name, value in figures.items())}".rstrip(), flush=True)
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print without tearing the bar, and also where there is none."""
+        """Print without breaking the bar, and also where there is none."""
         if self.on_terminal:
             super().print(*args, sep=sep, **kwargs)
         elif bar_is_enabled(self):
@@ -138,9 +135,9 @@ class RunProgress(TQDMProgressBar):
 
 
 def steps_of_run(trainer: Trainer) -> int | None:
-    """Return the training steps of the whole run, None where nothing bounds it.
+    """Return the training steps of the whole run; None if nothing bounds it.
 
-    ``max_steps`` counts optimizer steps, of which an on-policy training step takes several.
+    ``max_steps`` counts optimizer steps, and an on-policy training step takes several.
     """
     per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
     bounds = []

@@ -1,4 +1,4 @@
-"""A run is one folder: what is in it, how it is named, found and locked.
+"""The run folder: its files, its name, how it is found and locked.
 
 ``runs/<name>/version_<n>/`` holds config.yaml, manifest.json, checkpoints/, samples.jsonl, model/ and loggers' files.
 """
@@ -33,10 +33,10 @@ LOCK_FILE = ".training"
 
 
 class RunFolder:
-    """The folder of one run: one object for all loggers and callbacks of a trainer.
+    """The folder of one run, shared by all loggers and callbacks of a trainer.
 
     ``rlhf fit`` makes it before any logger. Without the command line, ``RunFolder(path).attach(trainer)`` chooses the
-    folder; a trainer that has none yet gets one the first time `run_folder` is asked.
+    folder; otherwise `run_folder` makes one on its first call.
 
     Args:
         path: the folder.
@@ -46,23 +46,19 @@ class RunFolder:
         self.path = Path(path)
         self.writes = False
         """Whether this process writes into the folder: rank zero, unless it is a rehearsal."""
-        self._shared = False  # whether all ranks know the folder
+        self.is_shared = False
+        """Whether all ranks know the folder."""
 
     def attach(self, trainer: Trainer) -> RunFolder:
-        """Make this the folder of a trainer, whatever its loggers, and return it."""
+        """Make this the folder of a trainer, whichever loggers it has, and return it."""
         trainer._rlhf_run_folder = self  # type: ignore[attr-defined]
         return self
 
     def share(self, trainer: Trainer) -> None:
-        """Give every rank the path that rank zero has; all ranks call it together."""
+        """Broadcast rank zero's path to every rank; all ranks call it together."""
         self.path = Path(trainer.strategy.broadcast(str(self.path)))
         self.writes = writes_files(trainer)
-        self._shared = True
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether all ranks know the folder."""
-        return self._shared
+        self.is_shared = True
 
     @property
     def config(self) -> Path:
@@ -101,9 +97,9 @@ class RunFolder:
 
 
 def run_folder(trainer: Trainer) -> RunFolder:
-    """Return the trainer's run folder, the same object for every callback; all ranks ask together the first time.
+    """Return the trainer's run folder, the same object for every callback; all ranks make the first call together.
 
-    Without an attached folder it is the one that a TensorBoard or CSV logger writes to, or else a new version under
+    Without an attached folder it is the folder of a TensorBoard or CSV logger, or else a new version under
     ``default_root_dir/runs/<module>/``.
     """
     folder: RunFolder | None = getattr(trainer, "_rlhf_run_folder", None)
@@ -115,7 +111,7 @@ def run_folder(trainer: Trainer) -> RunFolder:
 
 
 def _unattached_folder(trainer: Trainer) -> Path:
-    """Return the folder of a trainer that was made without one; ranks but zero return any path."""
+    """Return the folder of a trainer without one; the path matters on rank zero only."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger | CSVLogger):
             return Path(logger.log_dir)
@@ -126,12 +122,12 @@ def _unattached_folder(trainer: Trainer) -> Path:
 
 
 def module_run_name(class_name: str) -> str:
-    """Return the name of runs of a module that were given none: ``dpo`` for ``DPOModule``."""
+    """Return the default name of a module's runs: ``dpo`` for ``DPOModule``."""
     return class_name.removesuffix("Module").lower() or "run"
 
 
 def is_rehearsal(trainer: Any) -> bool:
-    """Whether this is ``fast_dev_run``, which leaves nothing behind."""
+    """Whether this is ``fast_dev_run``, which writes no files."""
     return bool(trainer.fast_dev_run)
 
 
@@ -160,32 +156,47 @@ def updates_of(module: LightningModule) -> int:
     return aligned(module).updates
 
 
+def check_period(name: str, value: int | None) -> None:
+    """Refuse a period that is neither null nor positive.
+
+    Raises:
+        SettingError: ``setting-out-of-range``.
+    """
+    if value is not None and value < 1:
+        raise SettingError("setting-out-of-range", f"{name} is {value}: give a positive number, or null to turn it off")
+
+
+def passes_multiple(before: int, now: int, period: int | None) -> bool:
+    """Whether a counter reached or passed a multiple of the period; never with the period None."""
+    return period is not None and now // period > before // period
+
+
 def checked_run_name(name: str) -> str:
     """Return a run's name if it stays inside the runs folder.
 
     Raises:
-        SettingError: the name is absolute, climbs out with "..", or has characters that trouble file systems.
+        SettingError: the name is absolute, contains "..", or has characters that are unsafe in file names.
     """
     parts = name.split("/")
     if not all(re.fullmatch(r"[\w][\w.\-=+]*", part) for part in parts):
         raise SettingError(
             "invalid-run-name",
-            f"run_name is {name!r}: it must be made of letters, digits, '_', '-', '.', '=' and '+' "
-            "(and '/' between groups of runs), and stay inside the runs folder",
+            f"run_name is {name!r}: use letters, digits, '_', '-', '.', '=' and '+' (and '/' between groups of runs) "
+            "for a name inside the runs folder",
         )
     return name
 
 
 def reserve_version(runs: Path, name: str) -> Path:
-    """Create and return the next ``version_<n>`` folder of a run's name; two runs that start together get two.
+    """Create and return the next ``version_<n>`` folder of a run's name; runs that start together get one each.
 
     Raises:
-        SettingError: the name leaves the runs folder, by itself or through a link.
+        SettingError: the name leads out of the runs folder, also through a link.
     """
     parent = runs / checked_run_name(name)
     if not parent.resolve().is_relative_to(runs.resolve()):
         raise SettingError(
-            "invalid-run-name", f"run_name is {name!r}, and {parent} is a link that leaves {runs}: choose another name"
+            "invalid-run-name", f"run_name is {name!r}, but {parent} is a link out of {runs}: choose another name"
         )
     parent.mkdir(parents=True, exist_ok=True)
     version = max((number for number, _ in versions(parent)), default=-1) + 1
@@ -200,10 +211,10 @@ def reserve_version(runs: Path, name: str) -> Path:
 
 
 def acquire_lock(folder: Path) -> IO[bytes]:
-    """Lock a run folder against other training processes, until `release_lock` or the end of this process.
+    """Lock a run folder against other training processes until `release_lock` or the end of this process.
 
     Raises:
-        StateError: another process trains there.
+        StateError: another process holds the lock.
     """
     path = folder / LOCK_FILE
     lock = path.open("wb")
@@ -212,7 +223,7 @@ def acquire_lock(folder: Path) -> IO[bytes]:
     import fcntl
 
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by the workers of a killed run
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers of a killed run
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return lock  # a file system without locks
@@ -222,7 +233,7 @@ def acquire_lock(folder: Path) -> IO[bytes]:
             f"run folder {folder} is locked by another training process; wait for it to finish, or start a new run",
         ) from None
     if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-        lock.close()  # just released by another process, which has deleted the file
+        lock.close()  # another process has just released the lock and deleted the file
         return acquire_lock(folder)
     return lock
 
@@ -245,7 +256,7 @@ def _version(path: Path) -> re.Match[str] | None:
 
 
 def find_run(name: str, runs: str = "runs") -> Path:
-    """Return the version folder that ``--resume`` names: a version, or a run whose latest training is meant.
+    """Return the version folder that ``--resume`` names: a version, or the latest training run of a name.
 
     Raises:
         MissingError: there is no such run.
@@ -260,12 +271,12 @@ def find_run(name: str, runs: str = "runs") -> Path:
         if (path / CONFIG_FILE).is_file():
             return path
     known = sorted({str(folder.parent) for folder in Path(runs).rglob("version_*") if _version(folder)})
-    hint = f"; there are {', '.join(known[:8])}" if known else f"; {runs}/ holds none"
-    raise MissingError("unknown-run", f"there is no run to resume at {name}{hint}")
+    hint = f"the runs are {', '.join(known[:8])}" if known else f"{runs}/ has no runs"
+    raise MissingError("unknown-run", f"no run found at {name}; {hint}")
 
 
 def _was_trained(folder: Path) -> bool:
-    """Whether a version is a training run, rather than an evaluation that shares its name."""
+    """Whether a version is a training run and not an evaluation under the same name."""
     if (folder / CHECKPOINTS_FOLDER).is_dir():
         return True
     manifest = folder / MANIFEST_FILE

@@ -1,4 +1,4 @@
-"""What a run has logged up to a checkpoint: a resumed run cuts its records back to that, without gap or overlap."""
+"""Log files of a run: a resumed run truncates them to its checkpoint, so that curves have no gap or overlap."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ METRICS_FILE = "metrics.csv"
 
 
 class RunRecords(Callback):
-    """Keep in each checkpoint how long the records were, and cut them back to that on resume.
+    """Store the lengths of the log files in each checkpoint, and truncate them on resume.
 
-    Records are event files of TensorBoard, metrics.csv of CSV loggers, samples.jsonl and skipped_updates.jsonl.
-    TensorBoard's own ``purge_step`` knows one x-axis, where there are three (updates, episodes, tokens).
+    The files are TensorBoard's event files, metrics.csv of CSV loggers, samples.jsonl and skipped_updates.jsonl.
+    TensorBoard's ``purge_step`` supports one x-axis, but there are three (updates, episodes, tokens).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.lengths: dict[str, int] | None = None  # in the checkpoint that is resumed from
+        self.lengths: dict[str, int] | None = None  # from the checkpoint
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the lengths until training starts."""
         self.lengths = checkpoint.get("records")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut off what came after the checkpoint, if it is one of this run."""
+        """Truncate the files, if the checkpoint is one of this run."""
         folder, lengths, self.lengths = run_folder(trainer), self.lengths, None
         if lengths is None or not folder.writes:
             return
@@ -50,7 +50,7 @@ class RunRecords(Callback):
                 AppendedFile(path).cut_back(lengths.get(name, 0))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write out everything that was logged, and keep the length of each record."""
+        """Flush the loggers and store the length of each file."""
         folder = run_folder(trainer)
         if not folder.writes:
             return
@@ -69,7 +69,7 @@ class RunRecords(Callback):
 def keep_earlier_rows(trainer: Trainer) -> None:
     """Open the CSV loggers of a trainer that is about to run, and keep the rows of an earlier session.
 
-    Lightning's CSVLogger deletes the metrics.csv that it finds, and warns of any other file in its folder.
+    Lightning's CSVLogger deletes an existing metrics.csv, and warns about other files in its folder.
     """
     for logger in _csv_loggers(trainer):
         path = Path(logger.log_dir) / METRICS_FILE
@@ -87,7 +87,7 @@ def keep_earlier_rows(trainer: Trainer) -> None:
 def wait_for_a_later_name(folder: Path) -> None:
     """Wait up to a second until a new event file sorts after those in the folder.
 
-    TensorBoard reads event files in the order of their names, which begin with the second they were made in.
+    TensorBoard reads event files in the order of their names, which start with the creation time in seconds.
     """
     made = [int(part) for file in folder.glob(EVENTS) if (part := file.name.split(".")[3]).isdecimal()]
     while made and int(time.time()) <= max(made) <= int(time.time()) + 1:
@@ -95,13 +95,12 @@ def wait_for_a_later_name(folder: Path) -> None:
 
 
 def _appended_files(trainer: Trainer, folder: RunFolder) -> dict[str, Path]:
-    """Return the files that only grow, by name; names of event files are unique wherever they lie."""
+    """Return the append-only files by name; names of event files are unique."""
     events = [file for logger in _tensorboard_loggers(trainer) for file in Path(logger.log_dir).glob(EVENTS)]
     return {path.name: path for path in (folder.path / SAMPLES_FILE, folder.path / SKIPPED_FILE, *events)}
 
 
 def _csv_files(trainer: Trainer, folder: RunFolder) -> dict[str, Path]:
-    """Return metrics.csv of each CSV logger, by its place among them."""
     paths = [Path(logger.log_dir) / METRICS_FILE for logger in _csv_loggers(trainer)]
     return {f"{METRICS_FILE} {number}": path for number, path in enumerate(paths)}
 
@@ -115,7 +114,7 @@ def _csv_loggers(trainer: Trainer) -> list[CSVLogger]:
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a CSV file; none of either without a file."""
+    """Return the header and the rows of a CSV file; both are empty if it is absent."""
     if not path.is_file():
         return [], []
     with path.open(newline="", encoding="utf-8") as file:
@@ -124,7 +123,6 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _cut_back_rows(path: Path, count: int) -> None:
-    """Keep the first ``count`` rows of a CSV file."""
     header, rows = _read_rows(path)
     if len(rows) > count:
         with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,10 +1,11 @@
-"""Sample the policy while it is trained: a table in every logger that takes one, and rows in samples.jsonl."""
+"""Sample tables: completions of a few fixed prompts during training, in the loggers and in samples.jsonl."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.loggers import log_table
-from rlhf_lightning.runs.run import aligned, run_folder, updates_of
+from rlhf_lightning.runs.run import aligned, check_period, passes_multiple, run_folder, updates_of
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
@@ -21,20 +22,20 @@ from rlhf_lightning.types import Prompt
 
 UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
-"""Characters of a prompt or completion that the table shows; samples.jsonl has all of them."""
+"""Characters of a prompt or completion that the table shows; samples.jsonl has the full text."""
 
 
 class SampleTable(Callback):
-    """Let the policy answer the same few prompts before, during and after training.
+    """Sample completions of the same few prompts before, during and after training.
 
-    Sampling is addressed by (seed, episode, position), so a table differs from the one before by the policy alone. The
-    prompts come from the held-out rows where there are any. Stages without a policy are left alone.
+    Random numbers are addressed by (seed, episode, position), so tables differ only by the policy. The prompts are
+    held-out rows if there are any. Stages without a policy have no table.
 
     Args:
-        prompts: how many prompts; 0 samples nothing.
-        every_n_updates: sample once this many further updates are done, beside the start, each validation and the end.
-        max_new_tokens: longest completion, tokens; null takes the module's own limit.
-        temperature: logits are divided by it, 0 takes the likeliest token; null takes the module's own.
+        prompts: number of prompts; 0 turns the table off.
+        every_n_updates: also sample after this many further updates (always: start, validations, end).
+        max_new_tokens: longest completion in tokens; null takes the module's limit.
+        temperature: softmax temperature, 0 for greedy decoding; null takes the module's.
         seed: seed of the sampling.
     """
 
@@ -48,13 +49,8 @@ class SampleTable(Callback):
     ) -> None:
         super().__init__()
         if prompts < 0:
-            raise SettingError(
-                "setting-out-of-range", f"samples.prompts is {prompts}: give a number of prompts, 0 for none"
-            )
-        if every_n_updates is not None and every_n_updates < 1:
-            raise SettingError(
-                "setting-out-of-range", f"samples.every_n_updates is {every_n_updates}: give a positive number, or null"
-            )
+            raise SettingError("setting-out-of-range", f"samples.prompts is {prompts}: give 0 (off) or more")
+        check_period("samples.every_n_updates", every_n_updates)
         self.count = prompts
         self.every_n_updates = every_n_updates
         self.max_new_tokens = max_new_tokens
@@ -78,26 +74,25 @@ class SampleTable(Callback):
             self.sample(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep when the policy was last sampled."""
+        """Store when the policy was last sampled."""
         if self.prompts:
             checkpoint["samples"] = {"sampled_at": self._sampled_at}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore it on every rank: all ranks sample together or not at all."""
+        """Restore it on every rank: all ranks must sample together."""
         if "samples" in checkpoint:
             self._sampled_at, self._resumed = checkpoint["samples"]["sampled_at"], True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Sample when a multiple of the period was reached or passed."""
-        if self.every_n_updates is not None and self._sampled_at is not None:
-            passed = updates_of(pl_module) // self.every_n_updates > self._sampled_at // self.every_n_updates
-            if passed:
-                self.sample(trainer, pl_module)
+        """Sample when the period has passed."""
+        sampled_at = self._sampled_at
+        if sampled_at is not None and passes_multiple(sampled_at, updates_of(pl_module), self.every_n_updates):
+            self.sample(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample beside the metrics of the same weights."""
+        """Sample from the weights that were validated."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.sample(trainer, pl_module)
 
@@ -106,26 +101,17 @@ class SampleTable(Callback):
         self.sample(trainer, pl_module)
 
     def sample(self, trainer: Trainer, module: LightningModule) -> None:
-        """Answer and record, once per update. Every rank answers, since a sharded policy needs all of them."""
+        """Sample and log, once per update. Every rank samples, since a sharded policy needs all of them."""
         updates = updates_of(module)
         if not self.prompts or updates == self._sampled_at:
             return
         self._sampled_at = updates
         answers = aligned(module).answer(self.prompts, self.settings(aligned(module).sampling), self.seed)
         scores = self._scores(module, answers.texts)
-        rows: list[dict[str, Any]] = [
-            {
-                "update": updates,
-                "prompt": prompt,
-                "completion": text,
-                "score": score,
-                "finished": bool(finished),
-                "length": len(ids),
-            }
-            for prompt, text, score, finished, ids in zip(
-                self.prompts, answers.texts, scores, answers.finished, answers.ids, strict=True
-            )
-        ]
+        finished, lengths = map(bool, answers.finished), map(len, answers.ids)
+        columns = zip(self.prompts, answers.texts, scores, finished, lengths, strict=True)
+        names = ("prompt", "completion", "score", "finished", "length")
+        rows = [{"update": updates, **dict(zip(names, row, strict=True))} for row in columns]
         folder = run_folder(trainer)
         if folder.writes:
             folder.samples.append(rows)
@@ -134,17 +120,12 @@ class SampleTable(Callback):
                 log_table(logger, "samples", shown, as_table(rows), updates)
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
-        """Return the module's own sampling with what was asked for here."""
-        return SamplingSettings(
-            max_new_tokens=own.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
-            temperature=own.temperature if self.temperature is None else self.temperature,
-            top_p=own.top_p,
-            top_k=own.top_k,
-            batch_size=own.batch_size,
-        )
+        """Return the module's sampling settings, changed by those given here."""
+        given = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        return replace(own, **{name: value for name, value in given.items() if value is not None})
 
     def _scores(self, module: LightningModule, completions: Sequence[str]) -> list[float | None]:
-        """Return the scorer's scores; None without a scorer and where it could not score."""
+        """Return the scorer's scores; None where there is none."""
         scorer = aligned(module).scorer
         if scorer is None:
             return [None] * len(completions)
@@ -157,7 +138,7 @@ class SampleTable(Callback):
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as a markdown table for TensorBoard."""
+    """Return rows as a Markdown table."""
     lines = ["| prompt | completion | score | finished | length |", "|---|---|---|---|---|"]
     for row in rows:
         score = "" if row["score"] is None else f"{row['score']:.3f}"
@@ -168,12 +149,12 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def as_text(prompt: Prompt) -> str:
-    """Return a prompt as one text, the turns of a conversation on lines of their own."""
+    """Return a prompt as text, with one line for each turn of a conversation."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def cell(text: str) -> str:
-    """Return text that markdown and HTML show as it is, in one table cell and not too long."""
+    """Return text as a table cell: shortened, and escaped for Markdown and HTML."""
     if len(text) > LONGEST_CELL:
         text = text[: LONGEST_CELL - 1] + "…"
     text = re.sub(r"([\\`*_{}\[\]()#+\-.!|~])", r"\\\1", html.escape(text, quote=False))

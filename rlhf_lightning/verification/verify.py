@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
         return COULD_NOT_RUN
     from transformers.utils import logging as transformers_logging
 
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.verification.contract import Verification, verify
 
-    quieten()
+    silence_libraries()
     transformers_logging.disable_progress_bar()
     done: list[Verification] = []
     status = HELD

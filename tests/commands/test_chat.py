@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.chat import HELP, Conversation, converse
-from rlhf_lightning.commands.generate import load_for_sampling
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization import encode_prompt, load_tokenizer
 
@@ -25,7 +25,7 @@ class Shown:
 
 @pytest.fixture
 def conversation(policy_folder):
-    policy, tokenizer = load_for_sampling(policy_folder)
+    policy, tokenizer = SamplingArguments().load(policy_folder)
     return Conversation(policy, tokenizer, SamplingSettings(max_new_tokens=20, temperature=0.0), system="Be kind")
 
 
@@ -120,7 +120,7 @@ def test_a_pipe_gets_an_answer_a_line(policy_folder, monkeypatch, capsys):
 
 
 def test_without_a_chat_template_each_line_stands_alone(plain_folder):
-    policy, tokenizer = load_for_sampling(plain_folder)
+    policy, tokenizer = SamplingArguments().load(plain_folder)
     conversation = Conversation(policy, tokenizer, SamplingSettings(max_new_tokens=6, temperature=0.0), system="unused")
     first = "".join(conversation.answer("hello"))
     assert "".join(conversation.answer("hello")) == first == greedy(plain_folder, "hello", 6)

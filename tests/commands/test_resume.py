@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(harm: Any, monkeypatch:
     resumed = run(["fit", "--resume", "runs/cut"])
     told = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
     assert len(told) == 1 and told[0].startswith(f"damaged in {folder}: last.ckpt (it")
-    assert told[0].endswith("; update_000004.ckpt is the newest whole checkpoint")
+    assert told[0].endswith("; update_000004.ckpt is the newest complete checkpoint")
     assert_same(whole, resumed.folder)
 
 
@@ -241,7 +241,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) ->
             changed[place] ^= 1 << bit
             file.write_bytes(changed)
             told.add(damage(file))
-    assert "it is cut short, or no checkpoint" in told
+    assert "it is truncated, or not a checkpoint" in told
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(monkeypatch: Any, capsys: Any) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train import main, run
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.loading import import_path
@@ -162,7 +162,7 @@ def test_a_finished_run_continues_for_further_epochs():
 
 def test_resuming_without_a_checkpoint_is_an_error_and_no_fresh_start(capsys):
     assert rlhf(["fit", "--resume", "runs/nothing"]) == 1
-    assert "there is no run to resume at runs/nothing" in capsys.readouterr().err
+    assert "no run found at runs/nothing" in capsys.readouterr().err
     run(["fit", *BASIC, "--trainer.enable_checkpointing", "false", "--run_name", "bare"])
     before = (Path("runs/bare/version_0/samples.jsonl")).read_text()
     assert rlhf(["fit", "--resume", "runs/bare"]) == 1
@@ -332,7 +332,7 @@ def test_nothing_but_the_run_is_said(capsys, recwarn):
     told = capsys.readouterr()
     assert re.sub(r"\d[\d,]*(\.\d+)?", "#", told.out).splitlines() == [
         "run: runs/slope/version_#",
-        "SlopeModule: # parameters, # of them trained",
+        "SlopeModule: # parameters, # trainable",
         "training #/# (# %)  update #  loss #  tokens/s #  left #:#",
         "model: runs/slope/version_#/model",
     ]
@@ -348,8 +348,8 @@ def test_trainer_settings_the_modules_need_are_set():
 
 
 def test_what_is_silenced_is_the_noise_and_nothing_else(monkeypatch):
-    quieten()
-    quieten()
+    silence_libraries()
+    silence_libraries()
     lightning, fabric = (logging.getLogger(f"lightning.{room}.utilities.{name}") for room, name in
                          (("pytorch", "rank_zero"), ("fabric", "seed")))  # fmt: skip
 
@@ -362,7 +362,7 @@ def test_what_is_silenced_is_the_noise_and_nothing_else(monkeypatch):
     assert len([f for f in lightning.filters if type(f).__name__ == "_Silence"]) == 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        quieten()
+        silence_libraries()
         warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck.", stacklevel=1)
         warnings.warn("Total length of `list` across ranks is zero. Please make sure", stacklevel=1)
         warnings.warn("Your loss is NaN", stacklevel=1)

@@ -150,7 +150,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_file():
     assert failure.value.code == "checkpoint-not-written"
     assert str(failure.value).replace(str(Path.cwd()), ".").replace("./", "") == (
         "the checkpoint checkpoints/update_000006.ckpt could not be written ([Errno 27] File too large); "
-        "checkpoints/update_000003.ckpt is whole: make room, and `rlhf fit --resume .` goes on from it"
+        "checkpoints/update_000003.ckpt is complete: free some space, and `rlhf fit --resume .` continues from it"
     )
     assert [path.name for path in sorted(Path("checkpoints").iterdir())] == ["last.ckpt", "update_000003.ckpt"]
     assert updates_in("last.ckpt") == 3 and last_checkpoint(Path()).name == "last.ckpt"

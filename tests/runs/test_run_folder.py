@@ -47,7 +47,7 @@ def test_names_that_are_fine(name):
 
 def test_a_run_that_is_not_there_names_those_that_are():
     reserve_version(Path("runs"), "dpo")
-    with refused("unknown-run", "there is no run to resume at dop; there are runs/dpo"):
+    with refused("unknown-run", "no run found at dop; the runs are runs/dpo"):
         find_run("dop")
 
 

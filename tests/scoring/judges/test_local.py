@@ -5,7 +5,7 @@ import torch
 from conftest import make_tiny_tokenizer, refused
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.commands.generate import load_for_sampling
+from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.constitution.labelling import LabelSettings, label_pairs
 from rlhf_lightning.constitution.principles import (
     ComparingPrinciple,
@@ -138,7 +138,7 @@ def test_every_spelling_of_a_letter_counts():
 
 
 def test_a_local_critic_gives_the_same_rows_however_they_are_parted(policy_folder):
-    policy, tokenizer = load_for_sampling(policy_folder)
+    policy, tokenizer = SamplingArguments().load(policy_folder)
     sampling = SamplingSettings(max_new_tokens=8, batch_size=2)
     writer = LocalWriter(policy, tokenizer, sampling, 3, "tiny")
     prompts = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
