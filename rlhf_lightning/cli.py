@@ -110,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
+        if name in TRAINING_COMMANDS:  # help and wrong flags, without importing torch
+            found = importlib.import_module("rlhf_lightning.commands.settings").quick_answer(arguments)
+            if found is not None:
+                print(found.text, file=sys.stderr if found.status else sys.stdout, flush=True)
+                return int(found.status)
         module = importlib.import_module(commands[name].module)
         return int(module.main(arguments if name in TRAINING_COMMANDS else arguments[1:]) or 0)
     except KeyboardInterrupt:

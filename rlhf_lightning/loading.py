@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 
 from rlhf_lightning.errors import MissingError, SettingError
 
@@ -37,6 +36,8 @@ def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
         SettingError: ``unknown-name`` (with the nearest name), ``not-importable``, ``wrong-kind`` or
             ``wrong-arguments``.
     """
+    from jsonargparse import Namespace  # slow to import; `nearest` serves help that must be fast
+
     name: Any
     arguments: Mapping[str, Any] = {}
     if isinstance(spec, Namespace):

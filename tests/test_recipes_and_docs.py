@@ -10,7 +10,8 @@ import yaml
 
 from rlhf_lightning import cli, data, modules
 from rlhf_lightning.commands import quickstart
-from rlhf_lightning.commands.parsing import PlainParser, with_underscores
+from rlhf_lightning.commands.flags import with_underscores
+from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.recipes import resolve_recipe
 

@@ -24,11 +24,12 @@ from smollm2 import smollm2  # beside this file
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.quickstart import SAMPLING, fresh_folder
+from rlhf_lightning.commands.quickstart import fresh_folder
 from rlhf_lightning.evaluation.policies import sample_and_score
 from rlhf_lightning.evaluation.report import write_json, write_markdown
 from rlhf_lightning.functional.statistics import bootstrap_interval
 from rlhf_lightning.models.causal_lm import load_policy, load_reference
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds.hazards import harmlessness, helpfulness, write_hazards
@@ -158,7 +159,9 @@ def measured(models: dict[str, str], world: Path, seed: int, samples: int) -> di
             ("harmlessness", "risky_test", harmlessness, samples),
         ):
             prompts = _prompts(world / f"{file}.jsonl")
-            drawn = sample_and_score(policy, tokenizer, prompts, SAMPLING, seed + 1, each, reference, None, gold)
+            drawn = sample_and_score(
+                policy, tokenizer, prompts, SamplingSettings(max_new_tokens=48), seed + 1, each, reference, None, gold
+            )
             assert drawn.gold is not None and drawn.kl is not None
             gain = drawn.gold - first.setdefault(what, drawn.gold)
             values[what] = _with_interval(drawn.gold, each)

@@ -19,10 +19,10 @@ import torch
 from settings import REASONS, runs  # beside this file
 
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.quickstart import SAMPLING
 from rlhf_lightning.evaluation.policies import mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.models.causal_lm import load_policy, load_reference
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Prompt
@@ -97,8 +97,8 @@ def measured(folder: str, start: Path, seed: int) -> dict[str, Any]:
     prompts: list[Prompt] = [json.loads(line)["prompt"] for line in lines]
     scorer, reference = LearnedScorer(load(start, "reward")), load_reference(load(start, "sft"))
     samples = sample_and_score(
-        load_policy(folder), load_tokenizer(folder), prompts, SAMPLING, seed + 1, 1, reference, scorer,
-        gold_of_conversation,
+        load_policy(folder), load_tokenizer(folder), prompts, SamplingSettings(max_new_tokens=48),
+        seed + 1, 1, reference, scorer,        gold_of_conversation,
     )  # fmt: skip
     assert samples.gold is not None and samples.scores is not None and samples.kl is not None
     gold = mean_with_interval(samples.gold, seed)

@@ -54,17 +54,6 @@ def audit(
     length of texts.
 
     Args:
-<<<<<<< HEAD
-        data: a .jsonl, .json, .parquet, .csv or .txt file, a glob, a folder written by save_to_disk, or a Hub name.
-        eval: data that models will be evaluated on, in the same forms: audited too, and searched for what is in both.
-        kind: what the rows are for; by default their columns say.
-        tokenizer: folder or Hub name of a tokenizer or model: lengths are then tokens, and control tokens its own.
-        max_length: most tokens of prompt and completion, as in training; needs a tokenizer.
-        max_prompt_length: most tokens of the prompt, as in training; needs a tokenizer.
-        chat_template: template to use instead of the tokenizer's own.
-        template_args: variables of the chat template, as in '{enable_thinking: false}'.
-        as_chat: make plain text a user's turn and an assistant's turn.
-=======
         data: .jsonl, .json, .parquet, .csv or .txt file, glob, folder written by save_to_disk, or Hub name.
         eval: evaluation data in the same forms: checked too, and searched for rows of the training data.
         kind: type of the rows; by default derived from their columns.
@@ -72,8 +61,8 @@ def audit(
         max_length: longest prompt and completion in tokens, as in training; needs a tokenizer.
         max_prompt_length: longest prompt in tokens, as in training; needs a tokenizer.
         chat_template: chat template to use instead of the tokenizer's own.
+        template_args: variables of the chat template, as in '{enable_thinking: false}'.
         as_chat: read plain text as a user turn and an assistant turn.
->>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
         split: split of a Hub dataset or of a folder with several.
         rows: read only the first rows.

@@ -138,29 +138,17 @@ def _distinct(rows: Sequence[Row]) -> int:
 
 
 class SelectionReport(NamedTuple):
-    """Statistics of a selection.
+    """Statistics of a selection."""
 
-    Attributes:
-        kept: number of demonstrations.
-        acceptance: their share of all samples.
-        answered: share of prompts with a demonstration.
-        unique: mean share of a prompt's samples that are distinct.
-        finished: share of samples with an end token.
-        mean_score: mean score of all samples.
-        best_score: mean over prompts of the best sample, finished or not.
-        kept_score: mean score of the demonstrations.
-        length_shift: mean tokens of the demonstrations minus those of all samples.
-    """
-
-    kept: int
-    acceptance: float
-    answered: float
-    unique: float
-    finished: float
-    mean_score: float
-    best_score: float
-    kept_score: float
-    length_shift: float
+    kept: int  # number of demonstrations
+    acceptance: float  # their share of all samples
+    answered: float  # share of prompts with a demonstration
+    unique: float  # mean share of a prompt's samples that are distinct
+    finished: float  # share of samples with an end token
+    mean_score: float  # mean score of all samples
+    best_score: float  # mean over prompts of the best sample, finished or not
+    kept_score: float  # mean score of the demonstrations
+    length_shift: float  # mean tokens of the demonstrations minus those of all samples
 
     def describe(self) -> str:
         """Return three lines of text."""

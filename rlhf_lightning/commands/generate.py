@@ -27,16 +27,6 @@ class SamplingArguments:
     """How a command samples completions; `run_function` makes a flag of each field.
 
     Args:
-<<<<<<< HEAD
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        max_new_tokens: longest completion, tokens.
-        top_p: keep the smallest set of tokens with this probability.
-        top_k: keep this many likeliest tokens; 0 keeps all.
-        batch_size: completions decoded side by side, or requests in flight.
-        engine: what draws: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
-        chat_template: template to use instead of the tokenizer's own.
-        template_args: variables of the chat template, as in '{enable_thinking: false}'.
-=======
         temperature: softmax temperature; 0 is greedy decoding.
         max_new_tokens: longest completion in tokens.
         top_p: sample from the smallest set of tokens with this probability.
@@ -44,7 +34,7 @@ class SamplingArguments:
         batch_size: completions decoded in one batch, or concurrent requests.
         engine: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
         chat_template: chat template to use instead of the tokenizer's own.
->>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
+        template_args: variables of the chat template, as in '{enable_thinking: false}'.
         dtype: precision of the weights, float32 or bfloat16.
         seed: seed of all random choices of the command.
     """
@@ -79,9 +69,6 @@ class SamplingArguments:
     def load(self, model: str) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
         """Load a policy and its tokenizer onto the best device.
 
-<<<<<<< HEAD
-        return load_for_sampling(model, self.dtype, self.chat_template, self.template_args)
-=======
         Raises:
             MissingError: there is no such folder, or no weights in it.
             ValueError: it is a reward model.
@@ -96,11 +83,10 @@ class SamplingArguments:
         if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
             raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
         refuse_reward_model(name)
-        tokenizer = load_tokenizer(name, self.chat_template)
+        tokenizer = load_tokenizer(name, self.chat_template, template_args=self.template_args)
         policy = load_policy(name, LoadSettings(dtype=self.dtype)).requires_grad_(False).eval()
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return policy.to(accelerator or "cpu"), tokenizer
->>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings that the samples depend on, without model and seed, as plain values."""
@@ -217,37 +203,6 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     return rows
 
 
-<<<<<<< HEAD
-def load_for_sampling(
-    model: str,
-    dtype: str = "float32",
-    chat_template: str | None = None,
-    template_args: dict[str, Any] | None = None,
-) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
-    """Load a policy and its tokenizer onto the best device there is.
-
-    Raises:
-        MissingError: there is no such folder, or no weights in it.
-        ValueError: it is a reward model.
-    """
-    import torch
-
-    from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
-    from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
-    from rlhf_lightning.tokenization import load_tokenizer
-
-    name = resolve_folder(model)
-    if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
-        raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
-    refuse_reward_model(name)
-    tokenizer = load_tokenizer(name, chat_template, template_args=template_args)
-    policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return policy.to(accelerator or "cpu"), tokenizer
-
-
-=======
->>>>>>> fef100c (runs, commands: write docstrings, help and messages in standard terms)
 def scorer_beside(spec: str, policy: "CausalLM") -> Any:
     """Load a scorer onto the policy's device."""
     from rlhf_lightning.scoring import load_scorer

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from rlhf_lightning.commands.settings import CLASS_ALIASES, PARTS, all_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
 
@@ -63,40 +64,22 @@ def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str |
         if not found:
             return None
         name, dashes = found.group(1), ""
-    near = _nearest_key(name, parser)
-    hint = f"; the nearest is {dashes}{near}" if near else ""
-    return f"there is no setting {dashes}{name}{hint}"
-
-
-def _nearest_key(name: str, parser: Any) -> str | None:
-    """Return the dotted setting nearest to ``name``, including arguments of classes such as ``model.beta``."""
-    keys = known_keys(parser)
-    head, _, tail = name.partition(".")
-    tail = tail.removeprefix("init_args.")
-    groups = {known.partition(".")[0] for known in keys}
-    if tail:
-        group = head if head in groups else nearest(head, groups)
-        if group is None:
-            return None
-        inside = {known.partition(".")[2]: known for known in keys if known.startswith(f"{group}.")}
-        near = tail if tail in inside else nearest(tail, inside)
-        return inside[near] if near else (name.replace(head, group, 1) if group != head else None)
-    last = {known.rpartition(".")[2]: known for known in sorted(keys, key=lambda known: -known.count("."))}
-    near = name if name in last else nearest(name, last)
-    return last[near] if near else None
+    hint = suggestion(name, known_keys(parser), dashes)
+    return f"there is no setting {dashes}{name}" + (f"; {hint}" if hint else "")
 
 
 def known_keys(parser: Any) -> list[str]:
-    """Return the dotted settings of a parser, including the arguments of all imported modules and DataModules."""
+    """Return the dotted settings of a parser, including arguments of shipped and imported modules and DataModules."""
     keys: list[str] = []
     for action in parser_actions(parser):
         if not isinstance(action.dest, str) or action.dest in ("help", "print_config") or action.dest.endswith(".help"):
             continue
         keys.append(action.dest)
-        base = _base_class(action)
-        for child in subclasses_of(base).values() if base is not None and action.dest in ("model", "data") else ():
-            path = f"{child.__module__}.{child.__qualname__}"
-            keys += [f"{action.dest}.{name}" for name in parameters_of(path)]
+        base = _base_class(action) if action.dest in PARTS else None
+        keys += all_names() if base is not None else ()
+        for child in subclasses_of(base).values() if base is not None else ():
+            if not child.__module__.startswith("rlhf_lightning."):
+                keys += [f"{action.dest}.{name}" for name in parameters_of(f"{child.__module__}.{child.__qualname__}")]
     return keys
 
 
@@ -117,8 +100,8 @@ def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str
         given = re.search(r"'class_path': '([^']+)'", message)
         short = given.group(1).rpartition(".")[2] if given else short
         return f"{key}: put the arguments of {short} under init_args, next to class_path"
-    near = nearest(name, known)
-    hint = f"the nearest is {key}.{near}" if near else f"it takes {', '.join(known) or 'none'}"
+    hint = suggestion(f"{key}.{name}", [f"{key}.{one}" for one in known], "")
+    hint = hint or f"it takes {', '.join(known) or 'none'}"
     return f"{key}.{name} is not an argument of {short}; {hint}"
 
 
@@ -145,7 +128,7 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
     if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
         base = next((_base_class(a) for a in parser_actions(parser) if a.dest == key), None)
         known = sorted(subclasses_of(base)) if base else []
-        near = nearest(given, known)
+        near = CLASS_ALIASES.get(given) or nearest(given, known)
         hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
         own = f"Write your own class with its module, as my_objective.{given}"
         return f"{key}: there is no class {given}; {hint} {own}"

@@ -1,17 +1,19 @@
-"""``rlhf objectives``: list the objectives, found by walking the package."""
+"""``rlhf objectives``, and the index of all settings of the shipped classes that it and the help read."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.commands.settings import GROUPS, INDEX, PARTS, REFUSED, index, is_stale
 from rlhf_lightning.loading import shipped_classes
 
 
@@ -61,16 +63,20 @@ def objectives(name: str | None = None, json: str | None = None) -> int:
         name: show the description of one class instead.
         json: also write the list to this file.
     """
-    found = objective_classes()
+    found = class_entries(objective_classes()) if is_stale() else index()["model"]
     if name is not None:
-        kinds = {kind.__name__: kind for kind in found}
-        if name not in kinds:
+        if name not in found:
             print(f"rlhf objectives: there is no {name}: `rlhf objectives` lists them all", file=sys.stderr)
             return 2
-        kind = kinds[name]
-        print(f"{name}  ({kind.paper})\n\n{inspect.getdoc(kind)}\n\n`rlhf fit --model.help {name}` lists its settings.")
+        entry = found[name]
+        print(f"{name}  ({entry['paper']})\n\n{entry['doc']}\n\n`rlhf fit --model.help {name}` lists its settings.")
         return 0
-    rows = [described(kind) for kind in found]
+    rows = [
+        Objective(kind, entry["family"], entry["paper"], entry["needs"], entry["doc"].partition("\n\n")[0])
+        for kind, entry in found.items()
+        if entry["paper"]
+    ]
+    rows = [row._replace(summary=row.summary.replace("\n", " ")) for row in rows]
     print(table(rows, shutil.get_terminal_size((100, 24)).columns))
     if json is not None:
         _write(rows, Path(json))
@@ -79,6 +85,28 @@ def objectives(name: str | None = None, json: str | None = None) -> int:
 
 def _write(rows: Sequence[Objective], path: Path) -> None:
     path.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Objective], width: int) -> str:
+    """Return the list as text of at most ``width`` columns."""
+    names = max(len(row.name) for row in rows)
+    lines: list[str] = []
+    for family in dict.fromkeys(row.family for row in rows):
+        lines += ["", family]
+        for row in rows:
+            if row.family != family:
+                continue
+            indent = " " * (names + 4)
+            lines += textwrap.wrap(
+                row.summary, width, initial_indent=f"  {row.name:<{names}}  ", subsequent_indent=indent
+            )
+            facts = f"{row.paper}; needs {row.needs}"
+            lines += textwrap.wrap(facts, width, initial_indent=indent, subsequent_indent=indent)
+    count = f"{len(rows)} objectives. `rlhf objectives --name NAME` describes one, `rlhf verify NAME` tests it."
+    return "\n".join([*lines, "", count]).lstrip("\n")
+
+
+# -- from the classes -------------------------------------------------------------------------------------------------
 
 
 def objective_classes() -> list[type[Any]]:
@@ -113,20 +141,120 @@ def _requires(kind: type[Any], name: str) -> bool:
     return found is not None and found.default is inspect.Parameter.empty
 
 
-def table(rows: Sequence[Objective], width: int) -> str:
-    """Return the list as text of at most ``width`` columns."""
-    names = max(len(row.name) for row in rows)
-    lines: list[str] = []
-    for family in dict.fromkeys(row.family for row in rows):
-        lines += ["", family]
-        for row in rows:
-            if row.family != family:
-                continue
-            indent = " " * (names + 4)
-            lines += textwrap.wrap(
-                row.summary, width, initial_indent=f"  {row.name:<{names}}  ", subsequent_indent=indent
-            )
-            facts = f"{row.paper}; needs {row.needs}"
-            lines += textwrap.wrap(facts, width, initial_indent=indent, subsequent_indent=indent)
-    count = f"{len(rows)} objectives. `rlhf objectives --name NAME` describes one, `rlhf verify NAME` tests it."
-    return "\n".join([*lines, "", count]).lstrip("\n")
+def class_doc(kind: type[Any]) -> str:
+    """Return the description of a class without its arguments, and the notation of the file of a base class."""
+    doc = re.split(r"\n\s*\nArgs:", inspect.getdoc(kind) or "")[0]
+    files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
+    parts = (part for text in files for part in text.strip().split("\n\n"))
+    return "\n\n".join([doc, *[part for part in parts if part.startswith("Notation:")][:1]])
+
+
+def class_entries(kinds: Sequence[type[Any]]) -> dict[str, Any]:
+    """Return name, description and paper of classes as in the index, without their settings."""
+    entries: dict[str, Any] = {}
+    for kind in kinds:
+        entries[kind.__name__] = {"doc": class_doc(kind), "paper": ""}
+        if getattr(kind, "paper", ""):
+            row = described(kind)
+            entries[kind.__name__] |= {"paper": row.paper, "family": row.family, "needs": row.needs}
+    return entries
+
+
+def build_index() -> str:
+    """Return the index of settings as JSON text, one entry per line."""
+    from rlhf_lightning import data
+    from rlhf_lightning.commands.messages import subclasses_of
+    from rlhf_lightning.commands.parsing import PlainParser
+    from rlhf_lightning.commands.train import training_parser
+    from rlhf_lightning.modules import AlignmentModule
+
+    numbers: dict[tuple[str, str, str, str], int] = {}
+
+    def numbered(parser: Any) -> list[int]:
+        return [numbers.setdefault(row, len(numbers)) for row in parser_rows(parser)]
+
+    shipped = {
+        "model": objective_classes(),
+        "data": [
+            getattr(data, name) for name in sorted(data.__all__) if name in subclasses_of(data.AlignmentDataModule)
+        ],
+    }
+    found: dict[str, dict[str, Any]] = {"run": numbered(training_parser())}  # type: ignore[dict-item]
+    for part in PARTS:
+        found[part] = class_entries(shipped[part])
+        for kind in shipped[part]:
+            parser = PlainParser(exit_on_error=False)
+            parser.add_class_arguments(kind, fail_untyped=False)
+            found[part][kind.__name__]["settings"] = numbered(parser)
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in numbers)
+    parts = ",\n".join(
+        f'"{part}": {{\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry, ensure_ascii=False)}"
+                                       for name, entry in found[part].items()) + "\n}"
+        for part in PARTS
+    )  # fmt: skip
+    named = shipped_classes("rlhf_lightning.modules", AlignmentModule).keys() | {
+        "AlignmentModule",
+        "AlignmentDataModule",
+    }
+    bases = json.dumps(sorted(named - found["model"].keys()))
+    return f'{{"settings": [\n{rows}\n],\n"run": {json.dumps(found["run"])},\n"bases": {bases},\n{parts}\n}}\n'
+
+
+def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
+    """Return name, type, default and help of a parser's options; fields of optional dataclasses are listed too."""
+    from dataclasses import MISSING, fields, is_dataclass
+
+    import docstring_parser
+
+    from rlhf_lightning.compat import parser_actions, type_of_option
+
+    rows = []
+    for action in parser_actions(parser):
+        name = str(action.dest)
+        if name in GROUPS or name in REFUSED or name.endswith(".help"):
+            continue
+        hint = type_of_option(action) or type(action.default)
+        default = "required" if action.required else written(action.default)
+        rows.append((name, type_text(hint), default, plain_help(action.help or "")))
+        for kind in (kind for kind in get_args(hint) if is_dataclass(kind)):
+            helps = {one.arg_name: one.description for one in docstring_parser.parse(kind.__doc__ or "").params}
+            for field in fields(kind):
+                value = "required" if field.default is MISSING else written(field.default)
+                text = plain_help(helps.get(field.name) or "")
+                rows.append((f"{name}.{field.name}", str(field.type).replace(" ", ""), value, text))
+    return rows
+
+
+def written(value: Any) -> str:
+    """Return a default as YAML writes it."""
+    if isinstance(value, Mapping | list | tuple | str | bool | int | float) or value is None:
+        return json.dumps(value).strip('"')
+    return str(value)
+
+
+def type_text(hint: Any) -> str:
+    """Return a type as help shows it: ``float``, ``int|null``, ``nf4|int8``."""
+    if hint is type(None):
+        return "null"
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if hint in (str, int, float, bool, dict, list, tuple):
+        return str(hint.__name__)
+    if get_origin(hint) in (dict, list, tuple):
+        return str(get_origin(hint).__name__)  # type: ignore[union-attr]
+    arguments = get_args(hint)
+    if arguments and get_origin(hint).__name__ in ("Union", "UnionType"):  # type: ignore[union-attr]
+        return "|".join(dict.fromkeys("|".join(type_text(one) for one in arguments).split("|")))
+    return "CLASS"
+
+
+def plain_help(text: str) -> str:
+    """Return the first paragraph of a help text without Sphinx markup."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", " ".join(text.split("\n\n")[0].split()))
+    return re.sub(r" ?Default: .*$", "", text.replace("``", "")).strip()
+
+
+if __name__ == "__main__":
+    INDEX.write_text(build_index(), encoding="utf-8")
+    index.cache_clear()
+    print(f"{INDEX}: {len(index()['settings'])} settings of {sum(len(index()[part]) for part in PARTS)} classes")

@@ -10,16 +10,8 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_lightning.commands import train
-from rlhf_lightning.evaluation.policies import (
-    ScoredSamples,
-    best_of_n,
-    best_of_n_score,
-    mean_with_interval,
-    sample_and_score,
-)
 from rlhf_lightning.evaluation.report import (
     FrontierPoint,
     draw_frontier,
@@ -28,18 +20,15 @@ from rlhf_lightning.evaluation.report import (
     write_json,
     write_markdown,
 )
-from rlhf_lightning.functional.statistics import best_of_n_kl
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy, load_reference
 from rlhf_lightning.recipes import FOLDER
-from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.scoring import LearnedScorer
-from rlhf_lightning.tokenization import load_tokenizer
-from rlhf_lightning.types import Prompt
-from rlhf_lightning.worlds.assistant import gold_of_conversation, write_world
+
+if TYPE_CHECKING:
+    from rlhf_lightning.evaluation.policies import ScoredSamples
+    from rlhf_lightning.models.causal_lm import CausalLM
+    from rlhf_lightning.types import Prompt
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 BEST_OF = (1, 2, 4, 8, 16)
-SAMPLING = SamplingSettings(max_new_tokens=48, temperature=1.0)
 FRONTIER_PROMPTS = 200
 
 
@@ -62,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the report and the runs")
     parser.add_argument("--configs", type=Path, default=FOLDER / "assistant", help="folder of the four YAML files")
     arguments = parser.parse_args(argv)
+    from rlhf_lightning.worlds.assistant import write_world  # slow to import, as below: help must be fast
+
     started = time.perf_counter()
     out = fresh_folder(arguments.out)
     world = write_world(out / "world", seed=arguments.seed)
@@ -91,6 +82,8 @@ def fresh_folder(out: Path) -> Path:
 
 def train_stages(configs: Path, out: Path, seed: int) -> dict[str, Run]:
     """Train SFT, the reward model, PPO and DPO, each with ``rlhf fit`` and its YAML file."""
+    from rlhf_lightning.commands import train
+
     runs: dict[str, Run] = {}
     world = out / "world"
     pairs = ("--data.source", f"{world}/pairs_train.jsonl", "--data.eval_source", f"{world}/pairs_test.jsonl")
@@ -114,13 +107,22 @@ def evaluate(
     out: Path, runs: dict[str, Run], world: dict[str, Any], seed: int
 ) -> tuple[dict[str, Any], dict[str, ScoredSamples], list[FrontierPoint]]:
     """Sample every policy on the held-out prompts; return report, samples and points of the plot."""
+    from rlhf_lightning.evaluation.policies import best_of_n, best_of_n_score, sample_and_score
+    from rlhf_lightning.functional.statistics import best_of_n_kl
+    from rlhf_lightning.models.causal_lm import load_policy, load_reference
+    from rlhf_lightning.sampling.engines import SamplingSettings
+    from rlhf_lightning.scoring import LearnedScorer
+    from rlhf_lightning.tokenization import load_tokenizer
+    from rlhf_lightning.worlds.assistant import gold_of_conversation
+
+    sampling = SamplingSettings(max_new_tokens=48)
     tokenizer = load_tokenizer(runs["sft"].model)
     prompts = _read_prompts(out / "world" / "prompts_test.jsonl")
     reference, scorer = load_reference(runs["sft"].model), LearnedScorer(runs["reward"].model)
 
     def measure(policy: CausalLM, chosen: list[Prompt], each: int = 1) -> ScoredSamples:
         return sample_and_score(
-            policy, tokenizer, chosen, SAMPLING, seed + 1, each, reference, scorer, gold_of_conversation
+            policy, tokenizer, chosen, sampling, seed + 1, each, reference, scorer, gold_of_conversation
         )
 
     samples = {stage: measure(load_policy(runs[stage].model), prompts) for stage in ("sft", "ppo", "dpo")}
@@ -166,6 +168,8 @@ def _point(method: str, samples: ScoredSamples, label: str = "") -> FrontierPoin
 def policy_report(samples: ScoredSamples, seed: int) -> dict[str, Any]:
     """Return the metrics of one policy."""
     assert samples.gold is not None and samples.scores is not None and samples.kl is not None
+    from rlhf_lightning.evaluation.policies import mean_with_interval
+
     gold = mean_with_interval(samples.gold, seed)
     return {
         "gold_reward": gold["mean"],
@@ -179,6 +183,8 @@ def policy_report(samples: ScoredSamples, seed: int) -> dict[str, Any]:
 
 def summary_table(report: dict[str, Any]) -> str:
     """Return the printed table."""
+    from rlhf_lightning.functional.statistics import best_of_n_kl
+
     world, reward = report["world"], report["reward_model"]
     rows: list[list[Any]] = [["demonstrations", world["demonstrations_gold"], "", None, None, None, None]]
     for stage in ("sft", "dpo", "ppo"):

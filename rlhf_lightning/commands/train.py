@@ -7,13 +7,11 @@ import contextvars
 import inspect
 import os
 import shutil
-import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
-import docstring_parser
 import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -23,19 +21,19 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
-from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.parsing import (
-    PlainParser,
+from rlhf_lightning.commands.flags import (
     config_settings,
     configs_first,
     flags,
     put_nested,
     split_nested,
-    usage_error,
     with_underscores,
-    written_secret,
 )
+from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.objectives import class_doc
+from rlhf_lightning.commands.parsing import PlainParser, usage_error, written_secret
 from rlhf_lightning.commands.quiet import silence_libraries
+from rlhf_lightning.commands.settings import REFUSED
 from rlhf_lightning.compat import parser_actions, setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
@@ -142,15 +140,11 @@ class TrainParser(PlainParser, LightningArgumentParser):
 
     def describe_objective(self, kind: type) -> None:
         """Let ``--model.help CLASS`` print a usage line, the paper, the equation and the target above the settings."""
-        doc = docstring_parser.parse(inspect.cleandoc(kind.__doc__ or ""))
         title = ": ".join(filter(None, [kind.__name__, getattr(kind, "paper", "")]))
         self.formatter_class = HelpFormatter
         needed = "".join(sorted(f" --{action.dest} VALUE" for action in parser_actions(self) if action.required))
         self.usage = f"rlhf fit --model {kind.__name__}{needed} [--model.SETTING VALUE ...] --data CLASS ..."
-        files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
-        parts = (part for text in files for part in text.strip().split("\n\n"))
-        notation = next((part for part in parts if part.startswith("Notation:")), None)
-        self.description = "\n\n".join(filter(None, [title, doc.short_description, doc.long_description, notation]))
+        self.description = f"{title}\n\n{class_doc(kind)}"
         assert self.groups is not None
         self.groups["model"].title = "settings"
 
@@ -227,6 +221,8 @@ class RlhfCLI(LightningCLI):
         super().setup_parser(*args, **kwargs)
         for name, parser in subcommand_parsers(self).items():
             parser.prog = f"rlhf {self.shown or name}"
+            for action in parser_actions(parser):
+                action.help = SUPPRESS if action.dest in REFUSED else action.help
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the given command with the arguments of the trainer's method that are not options.
@@ -502,6 +498,20 @@ class RlhfCLI(LightningCLI):
         if self.lock is not None:
             release_lock(self.lock)
             self.lock = None
+
+
+def training_parser() -> LightningArgumentParser:
+    """Return the parser of `rlhf fit`."""
+
+    class ParserOnly(RlhfCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            self.config = Namespace(subcommand=None)
+
+        def before_instantiate_classes(self) -> None: ...
+
+        def instantiate_classes(self) -> None: ...
+
+    return subcommand_parsers(ParserOnly(["fit"]))["fit"]
 
 
 def main(argv: Sequence[str]) -> int:

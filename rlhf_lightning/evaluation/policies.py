@@ -1,4 +1,4 @@
-"""Policies on held-out prompts: sampled afresh, scored by proxy and by gold, with the KL that it cost."""
+"""Evaluate policies on held-out prompts: samples, proxy score, gold reward and KL from the reference."""
 
 from __future__ import annotations
 
@@ -24,25 +24,15 @@ MAX_TOKENS = 16_384
 
 
 class ScoredSamples(NamedTuple):
-    """Completions of a policy and what is known about each. All tensors have shape (completions,).
+    """Completions of a policy with their metrics. All tensors have shape (completions,)."""
 
-    Attributes:
-        prompts: the prompt of each completion.
-        completions: their texts.
-        scores: the scorer's score of each; None without a scorer.
-        gold: gold reward of each; None where no gold reward is known.
-        kl: sum over tokens of log policy - log reference, nats; None without a reference.
-        lengths: tokens, the end token included.
-        finished: whether each ended by itself.
-    """
-
-    prompts: list[Prompt]
-    completions: list[str]
-    scores: Tensor | None
-    gold: Tensor | None
-    kl: Tensor | None
-    lengths: Tensor
-    finished: Tensor
+    prompts: list[Prompt]  # the prompt of each completion
+    completions: list[str]  # their texts
+    scores: Tensor | None  # the scorer's score of each; None without a scorer
+    gold: Tensor | None  # gold reward of each; None where no gold reward is known
+    kl: Tensor | None  # sum over tokens of log policy - log reference, nats; None without a reference
+    lengths: Tensor  # tokens, the end token included
+    finished: Tensor  # whether each ended by itself
 
 
 def sample_and_score(
@@ -58,18 +48,18 @@ def sample_and_score(
 ) -> ScoredSamples:
     """Sample completions of every prompt and measure them.
 
-    The same seed draws the same random numbers for every policy, so that policies are compared on paired samples.
+    With the same seed all policies use the same random numbers, so that they are compared on paired samples.
 
     Args:
         policy: the model to sample from.
         tokenizer: its tokenizer.
         prompts: held-out prompts.
-        sampling: temperature and length limit.
-        seed: seed of the samples.
-        samples_per_prompt: completions per prompt, neighbours in the result.
-        reference: the model the KL is measured from.
+        sampling: sampling settings.
+        seed: seed of the sampling.
+        samples_per_prompt: completions per prompt, adjacent in the result.
+        reference: model from which the KL is measured.
         scorer: proxy score.
-        gold_reward: known true reward of (prompt, completion).
+        gold_reward: true reward of (prompt, completion).
     """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     encoded = tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in repeated)
@@ -103,7 +93,7 @@ def sample_and_score(
 
 
 def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, temperature: float = 1.0) -> Tensor:
-    """Return the KL estimate of each completion: log policy - log reference summed over its tokens, nats."""
+    """Return the KL estimate of each completion in nats: the sum over tokens of log policy - log reference."""
     device, totals = next(policy.parameters()).device, torch.zeros(len(sequences.completions))
     with inference_mode_of(policy), inference_mode_of(reference):
         share = policy.reads_trees and reference.reads_trees
@@ -115,17 +105,17 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
 
 
 def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
-    """Return the gold reward of the best of ``n`` by proxy score, for each prompt, shape (prompts,).
+    """Return the gold reward of the best of ``n`` by proxy score for each prompt, shape (prompts,).
 
-    The unbiased estimate over all choices of n among the samples of a prompt (equal to sampling n and taking the best).
+    This is the unbiased estimate over all subsets of n of a prompt's samples.
 
     Raises:
-        DataError: the samples carry no scores or no gold reward.
+        DataError: the samples have no scores or no gold reward.
     """
     if samples.scores is None or samples.gold is None:
         raise DataError(
             "no-scores",
-            "best-of-n chooses by score and is judged by gold reward: sample with a scorer and a gold reward",
+            "best-of-n needs scores and gold rewards: sample with a scorer and a gold reward",
         )
     scores = samples.scores.double().view(-1, samples_per_prompt)
     gold = samples.gold.view(-1, samples_per_prompt)
@@ -133,9 +123,9 @@ def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor
 
 
 def best_of_n_score(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
-    """Return the proxy score of the best of ``n`` by that score, for each prompt, shape (prompts,)."""
+    """Return the proxy score of the best of ``n`` by that score for each prompt, shape (prompts,)."""
     if samples.scores is None:
-        raise DataError("no-scores", "best-of-n chooses by score: sample with a scorer")
+        raise DataError("no-scores", "best-of-n needs scores: sample with a scorer")
     scores = samples.scores.double().view(-1, samples_per_prompt)
     return torch.stack([best_of_n_curve(s, s)[n - 1] for s in scores])
 

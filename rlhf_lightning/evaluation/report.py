@@ -10,16 +10,13 @@ from typing import Any, NamedTuple
 
 
 def write_json(path: str | Path, report: Mapping[str, Any]) -> Path:
-    """Write a report, whole or not at all. Returns its path."""
-    return _write(Path(path), json.dumps(report, indent=2) + "\n")
+    """Write a report atomically and return its path."""
+    return write_markdown(path, json.dumps(report, indent=2) + "\n")
 
 
 def write_markdown(path: str | Path, text: str) -> Path:
-    """Write a report, whole or not at all. Returns its path."""
-    return _write(Path(path), text)
-
-
-def _write(path: Path, text: str) -> Path:
+    """Write a report atomically and return its path."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -28,7 +25,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table; columns are padded so that it also reads well in a terminal."""
+    """Return a Markdown table with padded columns, readable in a terminal."""
     cells = [[cell(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in cells]
@@ -38,7 +35,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as a table cell: three decimals, line breaks and bars escaped."""
+    """Return a value as a table cell: three decimals, without line breaks and bars."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value)
     if isinstance(value, float):
@@ -52,21 +49,13 @@ def interval(ci: Sequence[float], digits: int = 3) -> str:
 
 
 class FrontierPoint(NamedTuple):
-    """One policy on the frontier.
+    """A policy in the plot of reward against KL."""
 
-    Attributes:
-        method: name of the curve it lies on.
-        kl: KL to the reference, nats per completion.
-        gold_reward: mean gold reward.
-        score: mean proxy score.
-        label: text beside the point; empty for none.
-    """
-
-    method: str
-    kl: float
-    gold_reward: float
-    score: float
-    label: str = ""
+    method: str  # name of the curve it lies on
+    kl: float  # KL to the reference, nats per completion
+    gold_reward: float  # mean gold reward
+    score: float  # mean proxy score
+    label: str = ""  # text beside the point; empty for none
 
 
 COLOURS = {"ppo": "#c44e52", "dpo": "#4c72b0", "best of n": "#555555", "sft": "#55a868"}

@@ -8,7 +8,8 @@ from typing import Literal
 import docstring_parser
 from jsonargparse import ActionConfigFile
 
-from rlhf_lightning.commands.parsing import PlainParser, with_underscores
+from rlhf_lightning.commands.flags import with_underscores
+from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.people.labeller import Labeller
 from rlhf_lightning.recipes import resolve_recipe

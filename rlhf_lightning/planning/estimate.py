@@ -1,20 +1,18 @@
-r"""How much memory and work a run would take on each rank, from settings alone.
+r"""Memory and compute of a run on each rank, estimated from its settings.
 
-A training step passes through moments that hold different things, and the peak is the largest of them:
+The peak is the largest of these moments of a training step:
 
-    sampling         weights, optimizer, gradients, KV cache, one step's distributions
-    statistics       weights, optimizer, gradients; all models forward the rollout
+    sampling         weights, optimizer, gradients, KV cache, the distributions of one decoding step
+    statistics       weights, optimizer, gradients, activations and logits of the rollout's forward passes
     backward begins  weights, optimizer, the micro-batch's activations, logits; gradients from the second micro-batch on
     backward ends    weights, optimizer, gradients, one block's activations
     update           weights, optimizer, gradients, the optimizer's temporaries
 
-While a rollout is collected the gradients are those of the last update.
+During sampling the gradients are those of the last update. In a backward pass activations shrink while gradients grow,
+both block by block, so the peak is at its beginning or end.
 
-Activations fall while gradients rise, both block by block, so between beginning and end of a backward pass nothing
-larger occurs than at one of them.
-
-Rows are all alike and as long as asked. Families that are not built like Llama are counted as if they were; tensor
-parallelism as if it cut every weight; what GPUs' allocators round up, and NCCL holds, not at all.
+All rows have the same length. Every family is counted as Llama-like, tensor parallelism as if it sharded all weights;
+rounding by GPU allocators and NCCL buffers are not counted.
 """
 
 from __future__ import annotations
@@ -43,49 +41,33 @@ from rlhf_lightning.planning.setup import (
 )
 
 SCORED_CELLS = 16_384
-"""Cells of a reward model's forward pass, see `scoring.LearnedScorer`."""
+"""Tokens per forward pass of a reward model, see `scoring.LearnedScorer`."""
 
 HOLES_FULL, HOLES_ADAPTER = 0.2, 0.3
-"""What glibc's heap holds beside activations in freed pieces too small for the next tensor, as a share of them.
+"""Fragmentation of glibc's heap as a share of the activations, with all weights trained and with an adapter.
 
-Measured on SmolLM2-135M (experiments/benchmarks/plan.md). Beside an adapter more is freed for each tensor that is kept,
-so its holes are larger. With MALLOC_MMAP_THRESHOLD_=131072 in the environment there are none. GPUs have
-an allocator of their own, which rounds blocks up and whose holes are not counted here.
+Measured on SmolLM2-135M (experiments/benchmarks/plan.md). With MALLOC_MMAP_THRESHOLD_=131072 in the environment there
+is none. Fragmentation on GPUs is not counted.
 """
 
 
 class Role(NamedTuple):
-    """A model of the run.
+    """A model of the run."""
 
-    Attributes:
-        name: its part.
-        parameters: elements.
-        trained: of them, those that training changes.
-        bytes: of its weights on a rank.
-    """
-
-    name: str
-    parameters: int
-    trained: int
-    bytes: int
+    name: str  # policy, critic, reference ...
+    parameters: int  # number of weights
+    trained: int  # number of trained weights
+    bytes: int  # bytes of its weights on a rank
 
 
 class Plan(NamedTuple):
-    """What a run would take.
+    """The estimate of a run."""
 
-    Attributes:
-        roles: its models.
-        micro_batch: the widest micro-batch.
-        moments: bytes on the fullest rank by moment and by what holds them.
-        tokens: of a training step over all ranks, prompts counted for each completion; of a rollout those sampled.
-        flops: floating-point operations of a training step over all ranks, by what they are for.
-    """
-
-    roles: tuple[Role, ...]
-    micro_batch: MicroBatch
-    moments: dict[str, dict[str, int]]
-    tokens: int
-    flops: dict[str, int]
+    roles: tuple[Role, ...]  # the models
+    micro_batch: MicroBatch  # the largest micro-batch
+    moments: dict[str, dict[str, int]]  # bytes on the fullest rank by moment and holder
+    tokens: int  # of a training step over all ranks, prompts counted for each completion; of a rollout those sampled
+    flops: dict[str, int]  # FLOPs of a training step over all ranks, by purpose
 
     @property
     def fullest(self) -> str:
@@ -114,7 +96,7 @@ def config_of(text: str) -> Any:
 
 
 def trained_skeleton(setup: Setup) -> Skeleton:
-    """The model that is trained, with a critic on its trunk where that is where it lives."""
+    """Return the trained model, including a critic that shares its trunk."""
     lora = json.dumps(None if setup.lora is None else vars(setup.lora))
     found = _skeleton(setup.config, lora, setup.scalar, setup.critic == "shared", setup.adapters)
     if setup.critic != "adapter":
@@ -125,7 +107,7 @@ def trained_skeleton(setup: Setup) -> Skeleton:
 
 
 def _roles(setup: Setup) -> list[tuple[str, Skeleton, int, str | None]]:
-    """Name, weights, bytes of a frozen element and quantisation of every model of a run, the trained first."""
+    """Return name, weights, bytes per frozen element and quantisation of every model, the trained one first."""
     name = "reward model" if setup.scalar else "policy"
     found = [(name, trained_skeleton(setup), setup.bytes, setup.quantization)]
     if setup.critic == "separate":
@@ -138,7 +120,7 @@ def _roles(setup: Setup) -> list[tuple[str, Skeleton, int, str | None]]:
 
 
 def trained_passes(setup: Setup, batch: MicroBatch) -> list[Pass]:
-    """How each model that trains is forwarded, in one graph: the policy, and a critic that forwards by itself."""
+    """Return the forward passes with gradient in one graph: the policy's, and that of a critic of its own."""
     machine = setup.machine
     low = machine.strategy == "sharded" and machine.autocast
     how = Pass(
@@ -159,7 +141,7 @@ def trained_passes(setup: Setup, batch: MicroBatch) -> list[Pass]:
 
 
 def _targets(lora: LoraSettings | None) -> frozenset[str]:
-    """The projections that an adapter hangs on; names of other families count as all of them."""
+    """Return the adapted projections; names of other families count as all of them."""
     if lora is None or isinstance(lora.targets, str):
         return frozenset(memory.PROJECTIONS)
     return frozenset(lora.targets) & frozenset(memory.PROJECTIONS) or frozenset(memory.PROJECTIONS)
@@ -169,7 +151,7 @@ def _targets(lora: LoraSettings | None) -> frozenset[str]:
 
 
 def plan(setup: Setup) -> Plan:
-    """Return what a run would take."""
+    """Return the estimate of a run."""
     batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
     machine, roles = setup.machine, _roles(setup)
     tensor = machine.tensor_ranks
@@ -199,9 +181,9 @@ def plan(setup: Setup) -> Plan:
 
 
 def _gathered_bytes(setup: Setup, roles: list[tuple[str, Skeleton, int, str | None]]) -> int:
-    """Bytes that FSDP2 holds together: of each trained model what belongs to no block, from its call to the end of its
-    backward pass, and of one model two blocks, this and the next; of what trains also the gradients before they are
-    summed and cut again, in the computation's precision and in fp32.
+    """Return the bytes that FSDP2 gathers: of each trained model the weights outside the blocks, during forward and
+    backward pass; of one model two blocks, the current and the next; of trained weights also the gradients before they
+    are reduced and sharded, in compute precision and in fp32.
     """
     low = BF16 if setup.machine.autocast else FP32
     total, widest = 0, 0
@@ -220,7 +202,7 @@ def _gathered_bytes(setup: Setup, roles: list[tuple[str, Skeleton, int, str | No
 def _moments(
     setup: Setup, batch: MicroBatch, roles: list[tuple[str, Skeleton, int, str | None]], gradients: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes by moment and holder, of what is not always there."""
+    """Return bytes by moment and holder, without those that are always allocated."""
     block = DecoderSizes.of(config_of(setup.config))
     passes = trained_passes(setup, batch)
     tensor = setup.machine.tensor_ranks
@@ -253,7 +235,7 @@ def _moments(
 
 
 def _forward(block: DecoderSizes, how: Pass, batch: MicroBatch, language: bool) -> tuple[int, int]:
-    """Bytes of activations and logits in flight in a forward pass without gradient."""
+    """Return the bytes of activations and logits in a forward pass without gradient."""
     logits = memory.head_bytes(block, batch.tokens, False, gradient=False) if language else 0
     return memory.forward_bytes(block, how, batch.rows, batch.width), logits
 
@@ -269,7 +251,7 @@ def _aside(setup: Setup, batch: MicroBatch, frozen: Frozen) -> tuple[int, int]:
 
 
 def _rollout_moments(setup: Setup, block: DecoderSizes, how: Pass, gradients: int) -> dict[str, dict[str, int]]:
-    """Bytes while completions are drawn, and while the rollout is scored and forwarded for its statistics."""
+    """Return the bytes while completions are sampled, and while the rollout is scored and its statistics computed."""
     assert setup.rollout is not None
     rows, machine = setup.rows, setup.machine
     mine = math.ceil(setup.rollout.prompts * rows.completions / machine.data_ranks)
@@ -294,11 +276,11 @@ def _rollout_moments(setup: Setup, block: DecoderSizes, how: Pass, gradients: in
     }
 
 
-# -- work -------------------------------------------------------------------------------------------------------------
+# -- compute ----------------------------------------------------------------------------------------------------------
 
 
 def _flops(setup: Setup, batch: MicroBatch) -> dict[str, int]:
-    """Floating-point operations of a training step over all ranks."""
+    """Return the FLOPs of a training step over all ranks by purpose."""
     block, passes = DecoderSizes.of(config_of(setup.config)), trained_passes(setup, batch)
     updates = 1 if setup.rollout is None else setup.rollout.updates
     rows = setup.rows

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.parsing import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.compat import setting_of
@@ -28,19 +28,19 @@ from rlhf_lightning.training.module import AlignmentModule
 FITS, DOES_NOT_FIT = 0, 1
 GB = 1e9
 PLACEHOLDERS = {"model.init_from": A_MODEL, "data.source": "rows.jsonl", "model.scorer": A_MODEL}
-"""What a run must be given and a plan can do without."""
+"""Values for required settings that an estimate does not need."""
 
 
 @dataclass
 class Assumed:
-    """What a plan cannot know from a run's settings.
+    """Assumptions that are not settings of a run.
 
     Args:
-        config: the trained model's sizes, where ``model.init_from`` is not here: a config.json, its text, as
+        config: sizes of the trained model if ``model.init_from`` is not available: a config.json, its text, as
             '{"hidden_size": 4096, ...}', or a published architecture such as Llama-3.1-8B.
-        prompt_length: tokens of a prompt; None takes data.max_prompt_length, else half of data.max_length.
-        completion_length: tokens of a completion; None takes what the prompt leaves of data.max_length, of rollouts
-            model.max_new_tokens.
+        prompt_length: tokens of a prompt; null takes data.max_prompt_length, else half of data.max_length.
+        completion_length: tokens of a completion; null takes the rest of data.max_length (rollouts:
+            model.max_new_tokens).
     """
 
     config: str | None = None
@@ -49,19 +49,19 @@ class Assumed:
 
 
 class PlanCLI(RlhfCLI):
-    """Reads a command line as ``rlhf fit`` does, and makes module, data and strategy, but no trainer and no folder."""
+    """Parse a command line like ``rlhf fit`` and make module, data and strategy, but no trainer and no folder."""
 
     shown = "plan"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what a plan is asked beside a run's settings."""
+        """Add the options of `rlhf plan`."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--memory", type=float | None, default=None, help="GB that each device has")
+        parser.add_argument("--memory", type=float | None, default=None, help="memory of each device in GB")
         parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
         parser.add_class_arguments(Assumed, "plan")
 
     def instantiate_classes(self) -> None:
-        """Make the module, the data and the strategy alone."""
+        """Make only module, data and strategy."""
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule = setting_of(self, self.config_init, "data")
         self.model = setting_of(self, self.config_init, "model")
@@ -87,11 +87,11 @@ def main(argv: Sequence[str]) -> int:
     return DOES_NOT_FIT if helpful else FITS
 
 
-# -- what was asked ---------------------------------------------------------------------------------------------------
+# -- arguments --------------------------------------------------------------------------------------------------------
 
 
 def placeholders(argv: Sequence[str]) -> list[str]:
-    """Return flags for what a run needs and nobody gave: a plan needs neither data nor, with --plan.config, a model."""
+    """Return flags for required settings that are missing: a plan needs no data and, with --plan.config, no model."""
     given, files = flags(argv), [value for name, value in option_pairs(argv) if name == "--config"]
     known = {name.removeprefix("--").replace(".init_args", "") for name in given}
     kind = given.get("--model", given.get("--model.class_path", ""))
@@ -118,7 +118,7 @@ def _full_path(kind: str) -> str:
 
 
 def _keys(settings: Any, prefix: str = "") -> list[str]:
-    """Dotted names of a config file's settings, written as on the command line."""
+    """Return the dotted names of a config file's settings, as on the command line."""
     if not isinstance(settings, dict):
         return [prefix]
     inner = [
@@ -129,34 +129,24 @@ def _keys(settings: Any, prefix: str = "") -> list[str]:
     return [prefix, *inner]
 
 
-# -- what would make it fit --------------------------------------------------------------------------------------------
+# -- remedies ---------------------------------------------------------------------------------------------------------
 
 NODE = 8
-"""GPUs of a host, as most have them."""
+"""GPUs of a host."""
 
 
 class Remedy(NamedTuple):
-    """A change that takes less memory.
+    """A change of settings that needs less memory."""
 
-    Attributes:
-        flags: what to add to the command line, one or several changes together.
-        setup: the run so changed.
-        peak: bytes on the fullest rank.
-    """
-
-    flags: tuple[str, ...]
-    setup: Setup
-    peak: int
+    flags: tuple[str, ...]  # flags to add, for one or several changes together
+    setup: Setup  # the changed run
+    peak: int  # bytes on the fullest rank
 
 
 def remedies(setup: Setup, limit: int) -> list[Remedy]:
-    """Return what would make a run fit: every single change that does, else the first changes that do together.
+    """Return the single changes that make a run fit into ``limit`` bytes per rank, else the first combination.
 
-    Where even all of them do not, all of them are returned as one, with the peak that remains.
-
-    Args:
-        setup: a run that does not fit.
-        limit: bytes that a rank may hold.
+    If even all changes together do not fit, return them as one remedy with its peak.
     """
     fitting: dict[str, Remedy] = {}
     for flag, changed in changes(setup):
@@ -172,7 +162,7 @@ def remedies(setup: Setup, limit: int) -> list[Remedy]:
 
 
 def _next(so_far: Remedy) -> Remedy | None:
-    """Make the first further change that helps, as strongly as it can be made."""
+    """Add the first further change that helps, at its strongest value."""
     done = {_argument(flag) for flag in so_far.flags}
     strongest: dict[str, Remedy] = {}
     for flag, changed in changes(so_far.setup):
@@ -188,7 +178,7 @@ def _argument(flag: str) -> str:
 
 
 def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Yield flags that lower memory and the run they lead to; the first ones change no result beyond rounding."""
+    """Yield flags that lower memory, each with the changed run; the first ones change results only by rounding."""
     yield from _smaller_micro_batches(setup)
     machine = setup.machine
     if not setup.checkpointing:
@@ -215,13 +205,13 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
 
 
 def _on_ranks(ranks: int, data_ranks: int) -> str:
-    """Flags of a run on so many GPUs, over several hosts where one has too few."""
+    """Return the flags for this many GPUs, on several hosts if needed."""
     hosts = f"{NODE} --trainer.num_nodes {math.ceil(ranks / NODE)}" if ranks > NODE else f"{ranks}"
     return f"--trainer.devices {hosts} --trainer.strategy.data_parallel_size {data_ranks}"
 
 
 def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Yield bounds of a half, a quarter ... of the micro-batch's cells, down to one row."""
+    """Yield limits of a half, a quarter ... of the micro-batch, down to one row."""
     batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
     for halvings in range(1, 1 + math.floor(math.log2(max(batch.rows, 1)))):
         cells = batch.width * max(batch.rows >> halvings, 1)
@@ -229,10 +219,7 @@ def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
 
 
 def _fewer_weights(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Yield an adapter in place of all weights, half or a quarter of the bytes for what stands still, a shared critic.
-
-    They change what is trained.
-    """
+    """Yield changes of what is trained: an adapter, lower precision of frozen weights, a shared critic."""
     if setup.lora is None:
         beside = tuple(frozen for frozen in setup.frozen if frozen.name != "reference")
         refers = len(beside) < len(setup.frozen)
@@ -244,21 +231,18 @@ def _fewer_weights(setup: Setup) -> Iterator[tuple[str, Setup]]:
             four = replace(adapted, bytes=BF16, quantization="nf4")
             yield "--model.lora.r 16 --model.dtype bfloat16 --model.quantization nf4", four
     elif setup.quantization is None and setup.machine.strategy != "sharded":
-        yield (
-            "--model.quantization nf4 --model.dtype bfloat16",
-            replace(setup, bytes=BF16, quantization="nf4"),
-        )
+        yield "--model.quantization nf4 --model.dtype bfloat16", replace(setup, bytes=BF16, quantization="nf4")
     if setup.critic == "separate":
         yield "--model.critic shared", replace(setup, critic="shared")
 
 
-# -- what is answered -------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def described(name: str, setup: Setup, found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> str:
     """Return the plan as text."""
     machine, batch, rows = setup.machine, found.micro_batch, setup.rows
-    trains = "every weight" if setup.lora is None else f"an adapter of rank {setup.lora.r}"
+    trains = "all weights" if setup.lora is None else f"an adapter of rank {setup.lora.r}"
     trains += f" on {setup.quantization}" if setup.quantization else ""
     kind = {"single": "", "ddp": ", ddp", "sharded": ", sharded"}[machine.strategy]
     ranks = machine.data_ranks * machine.tensor_ranks
@@ -273,7 +257,7 @@ def described(name: str, setup: Setup, found: Plan, limit: int | None, helpful: 
     lines += [
         "",
         f"an update: {rows.groups} prompts of {rows.prompt} tokens{each} of {rows.completion}; "
-        f"{_times(batch.passes, 'micro-batch')} a rank of {batch.rows} x {batch.width} cells",
+        f"{_times(batch.passes, 'micro-batch')} a rank of {batch.rows} x {batch.width} tokens",
         f"a {what}:  {found.tokens:,} tokens, {_flops(sum(found.flops.values()))} "
         f"({', '.join(f'{part} {_flops(count)}' for part, count in found.flops.items())})",
         "",
@@ -285,7 +269,7 @@ def described(name: str, setup: Setup, found: Plan, limit: int | None, helpful: 
 
 
 def _table(found: Plan) -> list[str]:
-    """Bytes by holder and moment."""
+    """Return the lines of the table of memory by holder and moment."""
     holders = list(dict.fromkeys(holder for parts in found.moments.values() for holder in parts))
     lines = ["GB a rank         " + "".join(f"{moment:>17}" for moment in found.moments)]
     for holder in holders:
@@ -296,16 +280,16 @@ def _table(found: Plan) -> list[str]:
 
 
 def _verdict(found: Plan, limit: int | None, helpful: Sequence[Remedy]) -> list[str]:
-    """Whether it fits, and what would help."""
+    """Return the lines that say whether the run fits, and the remedies."""
     if limit is None:
         return []
     if not helpful:
         return [f"fits {limit / GB:g} GB; {(limit - found.peak) / GB:.2f} GB to spare"]
     lines = [f"does not fit {limit / GB:g} GB; {(found.peak - limit) / GB:.2f} GB too much", ""]
     if helpful[0].peak > limit:
-        lines.append("not even all of these together would do:" if helpful[0].flags else "no setting would help")
+        lines.append("all of these together are not enough:" if helpful[0].flags else "no setting would help")
     else:
-        lines.append("each of these would do:" if len(helpful[0].flags) == 1 else "these together would do:")
+        lines.append("each of these is enough:" if len(helpful[0].flags) == 1 else "these together are enough:")
     for remedy in helpful:
         lines += [f"  {flag}" for flag in remedy.flags[:-1]]
         lines += [f"  {flag:<72}{remedy.peak / GB:>8.2f} GB" for flag in remedy.flags[-1:]]
@@ -336,6 +320,6 @@ def _times(count: int, noun: str) -> str:
 
 
 def _flops(count: float) -> str:
-    """Floating-point operations in the largest unit that leaves digits before the point."""
+    """Return FLOPs with a unit prefix."""
     power = min(int(math.log10(max(count, 1))) // 3, 6)
     return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"

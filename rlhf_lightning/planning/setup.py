@@ -20,58 +20,38 @@ from rlhf_lightning.planning.memory import FP32
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would run.
+    """The devices and the parallelism of a run."""
 
-    Args:
-        gpu: whether on GPUs.
-        data_ranks: ranks that see other data.
-        tensor_ranks: ranks that hold one model together.
-        strategy: "single", "ddp", or "sharded" (FSDP2).
-        precision: the trainer's.
-        process_bytes: what a process holds beside tensors.
-        holes: whether the allocator keeps freed pieces between activations.
-    """
-
-    gpu: bool = False
-    data_ranks: int = 1
-    tensor_ranks: int = 1
-    strategy: str = "single"
-    precision: str = "32-true"
-    process_bytes: int = 0
-    holes: bool = False
+    gpu: bool = False  # GPUs rather than CPU processes
+    data_ranks: int = 1  # ranks with different data
+    tensor_ranks: int = 1  # ranks that share one model
+    strategy: str = "single"  # "single", "ddp", or "sharded" (FSDP2)
+    precision: str = "32-true"  # trainer.precision
+    process_bytes: int = 0  # memory of a process outside tensors
+    holes: bool = False  # whether the allocator's heap fragments, see `estimate.HOLES_FULL`
 
     @property
     def cuts(self) -> int:
-        """Ranks that weights, gradients and moments are cut over, matrices over the tensor-parallel ones besides."""
+        """Number of ranks that weights, gradients and optimizer state are sharded over, without tensor parallelism."""
         return self.data_ranks if self.strategy == "sharded" else 1
 
     @property
     def autocast(self) -> bool:
-        """Whether products run in bf16 whatever the weights are in."""
+        """Whether matrix products run in bf16 while weights stay in fp32."""
         return self.precision == "bf16-mixed"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one optimizer step learns from, all rows alike.
+    """The rows of one optimizer step, all of the same length."""
 
-    Args:
-        groups: prompts over all ranks: demonstrations, pairs, or the prompts of a minibatch.
-        completions: of each prompt.
-        prompt: tokens of a prompt.
-        completion: tokens of a completion.
-        micro_batch_size: most completions of a micro-batch; None for no bound.
-        max_tokens: most cells of a micro-batch; None for no bound.
-        parts_groups: whether a prompt's completions may lie in several micro-batches (rollouts).
-    """
-
-    groups: int
-    completions: int
-    prompt: int
-    completion: int
-    micro_batch_size: int | None = None
-    max_tokens: int | None = None
-    parts_groups: bool = False
+    groups: int  # prompts over all ranks: demonstrations, pairs, or the prompts of a minibatch
+    completions: int  # completions per prompt
+    prompt: int  # tokens of a prompt
+    completion: int  # tokens of a completion
+    micro_batch_size: int | None = None  # limit in completions; None for no limit
+    max_tokens: int | None = None  # limit of a micro-batch in tokens, padding included
+    parts_groups: bool = False  # whether micro-batches may split a prompt's completions (rollouts)
 
     @property
     def length(self) -> int:
@@ -81,112 +61,64 @@ class Rows:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What a training step samples before its updates.
+    """What a training step samples before its updates."""
 
-    Args:
-        prompts: over all ranks.
-        slots: completions that a rank decodes side by side; None takes all.
-        updates: optimizer steps that are taken on it.
-    """
-
-    prompts: int
-    slots: int | None
-    updates: int
+    prompts: int  # prompts over all ranks
+    slots: int | None  # completions that a rank decodes in one batch; None for all
+    updates: int  # optimizer steps per rollout
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model that stands beside the trained one.
+    """A frozen model next to the trained one."""
 
-    Args:
-        name: its part.
-        config: its Hugging Face config, as JSON.
-        scalar: whether it gives scores.
-        bytes: of an element.
-        quantization: of its matrices.
-        judges: whether it forwards the rows of every micro-batch with the policy (reference, teacher).
-    """
-
-    name: str
-    config: str
-    scalar: bool
-    bytes: int
-    quantization: str | None = None
-    judges: bool = True
+    name: str  # its role
+    config: str  # its Hugging Face config, as JSON
+    scalar: bool  # whether it is a reward model
+    bytes: int  # bytes per element
+    quantization: str | None = None  # of its linear layers
+    judges: bool = True  # whether it forwards every micro-batch like the policy (reference, teacher)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run, as far as memory and work depend on it.
+    """All that memory and compute of a run depend on."""
 
-    Args:
-        config: the trained model's Hugging Face config, as JSON.
-        rows: what an optimizer step learns from.
-        machine: where it runs.
-        scalar: whether a score is trained rather than a policy.
-        lora: the adapter that trains; None trains every weight.
-        quantization: of the adapter's backbone.
-        bytes: of an element of the adapter's backbone.
-        checkpointing: whether activations are recomputed.
-        eager: whether attention is written out.
-        packs_rows: whether a prompt is computed once for its completions.
-        critic: "separate", "shared", "adapter" or None.
-        adapters: further frozen adapters on the backbone.
-        adapter_reference: whether the policy without its adapter forwards every micro-batch too.
-        frozen: the models beside it.
-        rollout: what is sampled first; None on fixed data.
-        optimizer_bytes: the optimizer's state, for each weight that trains; AdamW keeps two moments.
-    """
-
-    config: str
-    rows: Rows
-    machine: Machine
-    scalar: bool = False
-    lora: LoraSettings | None = None
-    quantization: str | None = None
-    bytes: int = FP32
-    checkpointing: bool = False
-    eager: bool = False
-    packs_rows: bool = True
-    critic: str | None = None
-    adapters: int = 0
-    adapter_reference: bool = False
-    frozen: tuple[Frozen, ...] = ()
-    rollout: RolloutPlan | None = None
-    optimizer_bytes: float = 2 * FP32
+    config: str  # the trained model's Hugging Face config, as JSON
+    rows: Rows  # the rows of an optimizer step
+    machine: Machine  # devices and parallelism
+    scalar: bool = False  # whether a reward model is trained rather than a policy
+    lora: LoraSettings | None = None  # the trained adapter; None trains all weights
+    quantization: str | None = None  # quantisation of the frozen backbone
+    bytes: int = FP32  # bytes per element of the frozen backbone
+    checkpointing: bool = False  # activation checkpointing
+    eager: bool = False  # attention without fused kernels
+    packs_rows: bool = True  # whether a prompt is computed once for all its completions
+    critic: str | None = None  # "separate", "shared", "adapter" or None
+    adapters: int = 0  # additional frozen adapters on the backbone
+    adapter_reference: bool = False  # whether the policy without its adapter is the reference
+    frozen: tuple[Frozen, ...] = ()  # the other models
+    rollout: RolloutPlan | None = None  # the rollout; None for fixed data
+    optimizer_bytes: float = 2 * FP32  # optimizer state per trained weight; AdamW has two moments
 
 
 class MicroBatch(NamedTuple):
-    """The widest micro-batch of a rank.
+    """The largest micro-batch of a rank."""
 
-    Attributes:
-        rows: rows of cells.
-        width: cells of a row.
-        tokens: supervised tokens.
-        masked: whether completions share a prompt's row.
-        passes: micro-batches of an optimizer step on a rank.
-    """
-
-    rows: int
-    width: int
-    tokens: int
-    masked: bool
-    passes: int
+    rows: int  # rows of the batch
+    width: int  # tokens of a row, padding included
+    tokens: int  # supervised tokens
+    masked: bool  # whether completions share their prompt's row (prompt trees)
+    passes: int  # micro-batches per optimizer step on a rank
 
     @property
     def cells(self) -> int:
-        """Cells of a forward pass."""
+        """Tokens of a forward pass, padding included."""
         return self.rows * self.width
 
 
 def micro_batch(rows: Rows, ranks: int, packs_rows: bool) -> MicroBatch:
-    """Cut an optimizer step of equal rows as the data's plan and the rollouts' do.
-
-    Args:
-        rows: what the step learns from.
-        ranks: ranks that share it.
-        packs_rows: whether a prompt may be computed once for its completions.
-    """
+    """Split an optimizer step of equal rows into micro-batches, as `data.BatchPlan` and rollouts do."""
     most, limit = rows.micro_batch_size or math.inf, rows.max_tokens or math.inf
     members = 1
     if packs_rows and rows.completions > 1:
@@ -194,7 +126,7 @@ def micro_batch(rows: Rows, ranks: int, packs_rows: bool) -> MicroBatch:
         if rows.parts_groups:
             members = int(min(members, most, max((limit - rows.prompt) // rows.completion, 1)))
     width = rows.prompt + members * rows.completion
-    trees = math.ceil(rows.completions / members)  # rows that a prompt takes
+    trees = math.ceil(rows.completions / members)  # rows per prompt
     if rows.parts_groups:
         mine = math.ceil(rows.groups / ranks) * trees
         fit = int(max(1, min(mine, most // members, limit // width)))
@@ -208,56 +140,43 @@ def micro_batch(rows: Rows, ranks: int, packs_rows: bool) -> MicroBatch:
 
 
 class Parameter(NamedTuple):
-    """A weight that a role would have.
+    """A weight tensor of a model."""
 
-    Attributes:
-        shape: of the whole weight.
-        trained: whether training changes it.
-        matrix: whether it is one of the backbone's products, which quantisation keeps in 4 or 8 bits where they are
-            frozen: no embedding, head or adapter.
-    """
-
-    shape: tuple[int, ...]
-    trained: bool
+    shape: tuple[int, ...]  # before sharding
+    trained: bool  # whether training changes it
+    # whether it is one of the backbone's products, which quantisation keeps in 4 or 8 bits where they are frozen: no
+    # embedding, head or adapter
     matrix: bool
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def share(self, ranks: int) -> int:
-        """Elements on the fullest rank where the first dimension is dealt in equal pieces, the last ones short or
-        empty (FSDP2's cut).
-        """
+        """Elements on the fullest rank when FSDP2 shards the first dimension."""
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:]) if self.shape else 1
 
 
 class Skeleton(NamedTuple):
-    """A model without its numbers.
+    """The weight shapes of a model."""
 
-    Attributes:
-        parameters: its weights, tied ones once.
-        outside: weights that belong to no decoder layer, as elements.
-        packs_rows: whether it can read a prompt once for several completions.
-    """
-
-    parameters: tuple[Parameter, ...]
-    outside: int
-    packs_rows: bool
+    parameters: tuple[Parameter, ...]  # its weights, tied ones once
+    outside: int  # elements outside the decoder layers
+    packs_rows: bool  # whether it can compute a prompt once for several completions
 
 
 def skeleton(
     config: Any, lora: LoraSettings | None = None, scalar: bool = False, value_head: bool = False, adapters: int = 0
 ) -> Skeleton:
-    """Build a model on the meta device, which gives tensors shapes and no memory, and list its weights.
+    """Build a model on the meta device, without memory for weights, and list its weights.
 
     Args:
         config: the Hugging Face config.
-        lora: the adapter that trains; None trains every weight.
-        scalar: a score instead of a language model's head.
-        value_head: a further scalar head on the trunk, with a bias.
-        adapters: further adapters of the same sizes that stay frozen.
+        lora: the trained adapter; None trains all weights.
+        scalar: whether it has a scalar head instead of an LM head.
+        value_head: whether it also has a value head with a bias.
+        adapters: number of additional frozen adapters of the same size.
     """
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = copy.deepcopy(config)
@@ -282,7 +201,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _matrices(model: nn.Module) -> set[int]:
-    """Ids of the weights of all linear layers but the head."""
+    """Return the ids of the weights of all linear layers except the head."""
     return {
         id(module.weight)
         for name, module in model.named_modules()
@@ -291,16 +210,10 @@ def _matrices(model: nn.Module) -> set[int]:
 
 
 def quantized_bytes(count: int, kind: str, rows: int) -> int:
-    r"""Bytes of a quantised matrix.
+    r"""Return the bytes of a quantised matrix with ``count`` weights and ``rows`` outputs.
 
-    nf4 with its scales quantised too: n/2 for the codes, a byte for each block of 64, an fp32 scale for each 256 of
-    those blocks, and two tables and an offset of 17 + 256 numbers: about 0.516 a weight. int8: a byte a weight and an
-    fp32 scale a row.
-
-    Args:
-        count: weights.
-        kind: "nf4" or "int8".
-        rows: outputs of the matrix.
+    nf4 with double quantisation: n/2 for the codes, 1 per block of 64 weights, an fp32 scale per 256 blocks, and 273
+    fp32 numbers of tables and offset: about 0.516 per weight. int8: 1 per weight and an fp32 scale per row.
     """
     if kind == "int8":
         return count + FP32 * rows
@@ -311,14 +224,7 @@ def quantized_bytes(count: int, kind: str, rows: int) -> int:
 def weight_bytes(
     parameters: Sequence[Parameter], frozen_bytes: int, quantization: str | None = None, ranks: int = 1
 ) -> int:
-    """Bytes of a model's weights on a rank: trained ones in fp32.
-
-    Args:
-        parameters: its weights.
-        frozen_bytes: of an element that is not trained.
-        quantization: "nf4", "int8" or None.
-        ranks: ranks that the weights are cut over.
-    """
+    """Return the bytes of a model's weights on each of ``ranks`` ranks that share them; trained weights are in fp32."""
     total = 0
     for part in parameters:
         if quantization is not None and part.matrix and not part.trained:
@@ -329,5 +235,5 @@ def weight_bytes(
 
 
 def trained_share(parameters: Sequence[Parameter], ranks: int = 1) -> int:
-    """Weights that train, on the fullest rank."""
+    """Return the number of trained weights on the fullest rank."""
     return sum(part.share(ranks) for part in parameters if part.trained)

@@ -31,58 +31,49 @@ from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.optimizers import made
 from rlhf_lightning.training.rollout import RolloutModule
 
-_LLAMA_3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072}
-_SMOLLM2 = {"head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
-_SMALL = {"tie_word_embeddings": True}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072}
+_TIED = {"tie_word_embeddings": True}
+_SMOLLM2 = {"head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192} | _TIED
+_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 131072} | _TIED
+
+
+def _sizes(*values: int, **further: Any) -> dict[str, Any]:
+    return {**dict(zip(_SIZES, values, strict=True)), **further}
+
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # Dubey et al. 2024 (2407.21783), Table 3.
-    "Llama-3.1-8B": _LLAMA_3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "Llama-3.1-70B": _LLAMA_3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    # The models' own cards.
-    "Llama-3.2-1B": _LLAMA_3
-    | _SMALL
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-    | {"head_dim": 64},
-    "Llama-3.2-3B": _LLAMA_3
-    | _SMALL
-    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+    # Dubey et al. 2024 (2407.21783), Table 3; for 3.2 the models' cards.
+    "Llama-3.1-8B": _sizes(4096, 14336, 32, 32, 8, head_dim=128, **_LLAMA_3),
+    "Llama-3.1-70B": _sizes(8192, 28672, 80, 64, 8, head_dim=128, **_LLAMA_3),
+    "Llama-3.2-1B": _sizes(2048, 8192, 16, 32, 8, head_dim=64, **_LLAMA_3, **_TIED),
+    "Llama-3.2-3B": _sizes(3072, 8192, 28, 24, 8, head_dim=128, **_LLAMA_3, **_TIED),
     # Allal et al. 2025 (2502.02737) and the models' cards.
-    "SmolLM2-135M": _SMOLLM2
-    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    | {"num_key_value_heads": 3},
-    "SmolLM2-360M": _SMOLLM2
-    | {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
-    | {"num_key_value_heads": 5},
-    "SmolLM2-1.7B": _SMOLLM2
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
-    | {"num_key_value_heads": 32},
+    "SmolLM2-135M": _sizes(576, 1536, 30, 9, 3, **_SMOLLM2),
+    "SmolLM2-360M": _sizes(960, 2560, 32, 15, 5, **_SMOLLM2),
+    "SmolLM2-1.7B": _sizes(2048, 8192, 24, 32, 32, **_SMOLLM2),
     # Qwen team 2025 (2412.15115) and the model's card.
-    "Qwen2.5-1.5B": _SMALL
-    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072, "model_type": "qwen2"},
+    "Qwen2.5-1.5B": _sizes(1536, 8960, 28, 12, 2, **_QWEN),
 }
-"""Architectures by the name of their base model, of transformers' "llama" family unless they say otherwise."""
+"""Architectures by the name of their base model; the family is "llama" unless given."""
 
 
 def published(name: str) -> dict[str, Any] | None:
-    """Return the config of a published architecture, whoever owns the hub id and however it was tuned; else None."""
+    """Return the config of a published architecture under any owner, base or Instruct; else None."""
     short = name.rpartition("/")[2].removesuffix("-Instruct")
     return {"model_type": "llama", **PUBLISHED[short]} if short in PUBLISHED else None
 
 
 def config_text(name: str) -> str:
-    """Return a model's Hugging Face config as JSON; no weight is read.
+    """Return a model's Hugging Face config as JSON, without reading weights.
 
     Args:
-        name: a config as JSON text (of the family "llama" where it names none) or as a .json file; a folder, whole
-            weights or an adapter, whose backbone's config is meant; a .gguf file; a published architecture; a hub id.
+        name: a config as JSON text (default family "llama") or .json file; a folder of weights or of an adapter (for
+            its backbone); a .gguf file; a published architecture; or a hub id.
 
     Raises:
-        MissingError: nothing says what the sizes of ``name`` are.
-        DataError: the text is no JSON object.
+        MissingError: the sizes of ``name`` are unknown.
+        DataError: the text is not a JSON object.
     """
     if name.lstrip().startswith("{"):
         try:
@@ -107,8 +98,8 @@ def config_text(name: str) -> str:
     except (OSError, ValueError) as error:
         raise MissingError(
             "no-model",
-            f"the sizes of {name} are not known here: give them with --plan.config, as a config.json, as "
-            f"'{{\"hidden_size\": 4096, ...}}', or by one of the names {', '.join(PUBLISHED)}",
+            f"the sizes of {name} are unknown: give them with --plan.config, as a config.json, as "
+            f"'{{\"hidden_size\": 4096, ...}}', or as one of {', '.join(PUBLISHED)}",
         ) from error
     return _as_text(json.loads(Path(found).read_text()))
 
@@ -123,23 +114,23 @@ def _as_text(config: Any) -> str:
 
 
 CONTEXT_BYTES = int(0.6e9)
-"""What a CUDA process holds on its GPU beside tensors: context, kernels, cuBLAS and NCCL workspaces. Not measured."""
+"""GPU memory of a CUDA process outside tensors: context, kernels, cuBLAS and NCCL workspaces. Not measured."""
 
 A_MODEL = "model"
-"""Stands for a model that nobody named: it has the sizes of the trained one."""
+"""Placeholder for a model that was not given: it has the sizes of the trained one."""
 
 
 def setup_of(module: AlignmentModule, datamodule: Any, trainer: Namespace, assumed: Any) -> Setup:
-    """Return a run as far as memory and work depend on it.
+    """Return all that memory and compute of a run depend on.
 
     Args:
         module: the module, nothing loaded.
-        datamodule: where its rows come from.
+        datamodule: its DataModule.
         trainer: the trainer's arguments.
-        assumed: what settings do not say.
+        assumed: `planning.plan.Assumed`.
 
     Raises:
-        ValueError: the combination does not work, as `rlhf fit` would say before it loads weights.
+        SettingError: the combination does not work, as in `rlhf fit`.
     """
     if module.batch_type not in datamodule.batch_types:
         names = " or ".join(sorted(kind.__name__ for kind in datamodule.batch_types))
@@ -174,7 +165,7 @@ def setup_of(module: AlignmentModule, datamodule: Any, trainer: Namespace, assum
 
 
 def optimizer_bytes(module: AlignmentModule) -> float:
-    """Return the bytes of optimizer state for each trained weight: AdamW's, or measured on a matrix of 1024 x 1024."""
+    """Return the bytes of optimizer state per trained weight: AdamW's, or measured on a 1024 x 1024 matrix."""
     if module.optimizer is None:
         return 2 * FP32
     weight = torch.nn.Parameter(torch.zeros(1024, 1024))
@@ -186,14 +177,14 @@ def optimizer_bytes(module: AlignmentModule) -> float:
 
 
 def _continued(folder: str, lora: LoraSettings) -> LoraSettings:
-    """The sizes of an adapter that is trained on."""
+    """Return the LoRA settings of an existing adapter that is trained further."""
     record = json.loads((Path(folder) / "adapter_config.json").read_text())
     targets = record["target_modules"]
     return replace(lora, r=record["r"], targets=targets if isinstance(targets, str) else sorted(targets))
 
 
 def machine_of(trainer: Namespace) -> tuple[Machine, Any]:
-    """Return where a run would run, and what stands in for its trainer where combinations are checked."""
+    """Return the machine of a run, and a stand-in for its trainer for the check of combinations."""
     gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
     ranks = _devices(trainer.devices, gpu) * trainer.num_nodes
     precision = str(trainer.precision or "32-true")
@@ -217,13 +208,13 @@ def machine_of(trainer: Namespace) -> tuple[Machine, Any]:
 
 
 def _own_bytes() -> int:
-    """What this process has held at most: it has imported what a run imports, and no weight."""
+    """Return the peak memory of this process, which has imported all packages and loaded no weights."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
 
 def _devices(given: Any, gpu: bool) -> int:
-    """Devices of a host; "auto" means those of this one."""
+    """Return the number of devices of a host; "auto" counts those of this host."""
     if isinstance(given, list):
         return len(given)
     if str(given) in ("auto", "-1"):
@@ -233,7 +224,7 @@ def _devices(given: Any, gpu: bool) -> int:
 
 
 def rows_of(module: AlignmentModule, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPlan | None]:
-    """Return what an optimizer step learns from and what is sampled before it, all rows as long as settings allow."""
+    """Return the rows of an optimizer step and the rollout before it, all rows as long as settings allow."""
     longest = datamodule.max_length or 1024
     if not isinstance(module, RolloutModule):
         prompt = assumed.prompt_length or (
@@ -262,7 +253,7 @@ def rows_of(module: AlignmentModule, datamodule: Any, assumed: Any) -> tuple[Row
 
 
 def with_frozen(setup: Setup, module: AlignmentModule, settings: LoadSettings) -> Setup:
-    """Add the models that stand beside the trained one, or the adapters on its backbone that play their parts."""
+    """Add the other models: frozen ones, or adapters on the backbone of the trained one."""
     size = BF16 if (settings.frozen_dtype or settings.dtype) == "bfloat16" else FP32
     frozen: list[Frozen] = []
     moves = module.reference_moves
@@ -289,7 +280,7 @@ def with_frozen(setup: Setup, module: AlignmentModule, settings: LoadSettings) -
 
 
 def reward_models(scorer: Any) -> list[str]:
-    """Return the folders that a scorer, or the scorers it is composed of, would load; functions load none."""
+    """Return the model folders that a scorer and its component scorers would load."""
     if isinstance(scorer, Namespace):
         scorer = scorer.as_dict()
     if isinstance(scorer, dict):

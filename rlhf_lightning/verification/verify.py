@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.objectives import objective_classes
-from rlhf_lightning.commands.parsing import usage_error, with_underscores
+from rlhf_lightning.commands.parsing import usage_error
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.report import markdown_table
 

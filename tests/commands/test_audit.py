@@ -50,7 +50,7 @@ def test_many_rows_are_shortened(write_rows, capsys):
 @pytest.mark.parametrize(
     ("content", "arguments", "said"),
     [
-        ("", [], "is empty: it holds no row"),
+        ("", [], "has no rows"),
         ("nonsense\n", [], "none of its first 1 rows can be read"),
         ('{"promt": 1, "choosen": 2}\n', [], "Did you mean 'prompt' by 'promt'?"),
         ('{"prompt": "x"}\n', ["--columns", "{question: prompt}"], "columns renames 'question'"),

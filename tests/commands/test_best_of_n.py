@@ -104,8 +104,8 @@ def test_the_best_of_the_very_samples_that_generate_draws(given, policy_folder, 
         assert row["completion"] in [one["completion"] for one in group]
         assert set(row) == {"prompt", "completion", "score", "n", "unique"} and row["n"] == 5
     told = capsys.readouterr().out
-    assert "kept 2 completions: 20.0% of the samples, 100.0% of the prompts have one" in told
-    assert f"{sum(row['score'] for row in samples) / 10:.4g} on average" in told
+    assert "kept 2 completions: 20.0% of the samples, for 100.0% of the prompts" in told
+    assert f"{sum(row['score'] for row in samples) / 10:.4g} of all samples" in told
 
 
 def test_what_is_written_is_read_as_demonstrations(given, policy_folder, cache):

@@ -61,7 +61,7 @@ def test_an_earlier_checkpoint_gives_earlier_weights(policy_folder, data):
 def test_the_best_checkpoint_can_be_asked_for(policy_folder, data, capsys):
     folder = fit("SFT", policy_folder)
     assert rlhf(["export", str(folder), "--best", "--out", "best"]) == 1
-    assert "has no best checkpoint: it was not validated" in capsys.readouterr().err
+    assert "has no best checkpoint, since it was not validated" in capsys.readouterr().err
     validated = fit("SFT", policy_folder, "--data.eval_rows", "4", "--run_name", "validated")
     assert rlhf(["export", "runs/validated", "--out", "best", "--best"]) == 0
     assert torch.equal(outputs("best", AutoModelForCausalLM), outputs(validated / "model", AutoModelForCausalLM))
@@ -92,7 +92,7 @@ def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, d
         assert difference < 1e-4 and gap < 1e-4
         assert not Path(out, "adapter_config.json").exists()
         kept = folder / "model" if source == folder / "model" else Path(f"{out}.adapter")
-        assert f"the adapter is kept in {kept}" in told
+        assert f"the adapter is in {kept}" in told
         assert (kept / "adapter_model.safetensors").is_file()
     assert [path.name for path in Path().glob("*.adapter")] == ["from_run.adapter"]
 
@@ -117,7 +117,7 @@ def test_an_adapter_from_four_bits_is_merged_into_full_precision_and_the_gap_is_
     assert rlhf(["export", str(folder), "--out", "again", "--merge", "true"]) == 0
     Path("taken.adapter").mkdir()
     assert rlhf(["export", str(folder), "--out", "taken", "--merge", "true"]) == 1
-    assert "taken.adapter, where the adapter is kept, exists already" in capsys.readouterr().err
+    assert "the adapter's folder taken.adapter exists already" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, tmp_path):
@@ -158,7 +158,7 @@ def test_a_class_of_ones_own_is_imported_from_where_it_lies(policy_folder, data,
         ).folder  # fmt: skip
     monkeypatch.delitem(__import__("sys").modules, "own_stage")
     assert rlhf(["export", str(trained), "--out", "exported"]) == 1
-    assert "was written by own_stage.OwnModule: name its module with --import own_stage" in capsys.readouterr().err
+    assert "was written by own_stage.OwnModule: add --import own_stage" in capsys.readouterr().err
     assert rlhf(["export", str(trained), "--out", "exported", "--import", "elsewhere/own_stage.py"]) == 0
     assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(trained / "model", AutoModelForCausalLM))
 
@@ -177,8 +177,8 @@ def test_what_cannot_be_exported_is_said(policy_folder, capsys):
         ("runs/absent", "out", "there is no run"),
         (policy_folder, "out", "is a Hugging Face folder already"),
         ("adapter", "out", "is an adapter's folder already; --merge merges it"),
-        ("foreign.ckpt", "out", "does not say which class wrote it"),
-        ("class.ckpt", "out", "was written by collections.OrderedDict: name its module"),
+        ("foreign.ckpt", "out", "does not name the class that wrote it"),
+        ("class.ckpt", "out", "was written by collections.OrderedDict: add --import"),
         ("text.ckpt", "out", "cannot be read as a checkpoint of plain tensors and settings"),
     ):
         assert rlhf(["export", source, "--out", out]) == 1, source

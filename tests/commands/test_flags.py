@@ -8,14 +8,8 @@ import yaml
 from conftest import refused
 from tiny_run import BASIC
 
-from rlhf_lightning.commands.parsing import (
-    NestedFlag,
-    configs_first,
-    flags,
-    put_nested,
-    split_nested,
-    with_full_paths,
-)
+from rlhf_lightning.commands.flags import NestedFlag, configs_first, flags, put_nested, split_nested
+from rlhf_lightning.commands.parsing import with_full_paths
 from rlhf_lightning.commands.train import main, run
 from rlhf_lightning.sampling.engines import load_engine
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
@@ -114,7 +108,7 @@ def test_arguments_without_a_class_are_refused():
 def test_a_class_without_the_setting_is_named(capsys):
     with pytest.raises(SystemExit) as status:
         main(["fit", *BASIC, "--model.engine.init_args.url", "x"])
-    assert status.value.code == 2 and "model.engine is no argument of SlopeModule" in capsys.readouterr().err
+    assert status.value.code == 2 and "model.engine is not an argument of SlopeModule" in capsys.readouterr().err
 
 
 def test_only_open_settings_are_taken_off_the_command_line():

@@ -136,9 +136,9 @@ def test_rows_without_a_prompt_are_counted_and_named(policy_folder, capsys):
     [
         (
             '{"question": "ab"}\n',
-            "has no prompt to answer (1 rows: a column of its form is missing); its columns are question",
+            "has no usable prompt (1 rows: a column of its form is missing); its columns are question",
         ),
-        ("", "prompts.jsonl has no prompt to answer (it is empty); its columns are none"),
+        ("", "prompts.jsonl has no usable prompt (it is empty); its columns are none"),
         (None, "there is no file prompts.jsonl"),
     ],
 )

@@ -3,8 +3,9 @@
 import pytest
 from tiny_run import BASIC
 
+from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
-from rlhf_lightning.commands.parsing import run_function, with_underscores
+from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.commands.train import main
 from rlhf_lightning.loading import nearest
 
@@ -20,13 +21,19 @@ data:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--model.lr", "1"], "model.lr is no argument of SlopeModule; the nearest is model.learning_rate"),
-        (["--model.init_args.lr", "1"], "model.lr is no argument of SlopeModule; the nearest is model.learning_rate"),
-        (["--data.cuont", "3"], "data.cuont is no argument of NumbersDataModule; the nearest is data.count"),
-        (["--data.eval-row", "3"], "data.eval_row is no argument of NumbersDataModule; the nearest is data.eval_rows"),
+        (["--model.lr", "1"], "model.lr is not an argument of SlopeModule; use model.learning_rate"),
+        (
+            ["--model.init_args.lr", "1"],
+            "model.lr is not an argument of SlopeModule; use model.learning_rate",
+        ),
+        (["--data.cuont", "3"], "data.cuont is not an argument of NumbersDataModule; the nearest is data.count"),
+        (
+            ["--data.eval-row", "3"],
+            "data.eval_row is not an argument of NumbersDataModule; the nearest is data.eval_rows",
+        ),
         (["--trainer.max_epoch", "1"], "there is no setting --trainer.max_epoch; the nearest is --trainer.max_epochs"),
         (["--epochs=3"], "there is no setting --epochs; the nearest is --trainer.max_epochs"),
-        (["--lr", "3"], "there is no setting --lr; the nearest is --model.learning_rate"),
+        (["--lr", "3"], "there is no setting --lr; use --model.learning_rate"),
         (["--ckptpath", "x"], "there is no setting --ckptpath; the nearest is --ckpt_path"),
         (["--samples.prompt", "1"], "there is no setting --samples.prompt; the nearest is --samples.prompts"),
         (["--model", "SlopModule"], "model: there is no class SlopModule; did you mean SlopeModule?"),
@@ -37,17 +44,17 @@ data:
         ),
         (
             ["--model", "tiny_run.NumbersDataModule"],
-            "model: tiny_run.NumbersDataModule is no subclass of AlignmentModule",
+            "model: tiny_run.NumbersDataModule is not a subclass of AlignmentModule",
         ),
         (
             ["--data", "tiny_run.UnfinishedDataModule"],
-            "UnfinishedDataModule cannot be used yet: it must define further",
+            "UnfinishedDataModule is abstract: it must define further",
         ),
         (["--model.slope", "steep"], "model.slope must be a number, not steep"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs must be a whole number or null, not x"),
-        (["--trainer.logger.name", "x"], "trainer.logger: Logger is only the base; name a class"),
+        (["--trainer.logger.name", "x"], "trainer.logger: Logger is an abstract base class; choose a class"),
         (["-c", "absent.yaml"], "absent.yaml"),
-        (["stray"], "'stray' stands alone"),
+        (["stray"], "unexpected argument 'stray'"),
     ],
 )
 def test_wrong_flags_are_said_in_one_sentence(flags, sentence, capsys):
@@ -62,20 +69,20 @@ def test_wrong_flags_are_said_in_one_sentence(flags, sentence, capsys):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (YAML.replace("slope:", "sloop:"), "model.sloop is no argument of SlopeModule; the nearest is model.slope"),
+        (YAML.replace("slope:", "sloop:"), "model.sloop is not an argument of SlopeModule; the nearest is model.slope"),
         (
             YAML + "trainer: {max_epoch: 2}\n",
             "there is no setting trainer.max_epoch; the nearest is trainer.max_epochs",
         ),
         (YAML.replace("data:", "daat:"), "there is no setting daat"),
-        (YAML.replace("  init_args: {slope: 1.0}", "  slope: 1.0"), "the arguments of SlopeModule go under init_args"),
-        (YAML.replace("{slope: 1.0}", "{slope: [}"), "the config file is no YAML"),
+        (YAML.replace("  init_args: {slope: 1.0}", "  slope: 1.0"), "put the arguments of SlopeModule under init_args"),
+        (YAML.replace("{slope: 1.0}", "{slope: [}"), "invalid YAML in the config file"),
         (
             YAML.replace("SlopeModule", "SlopingModule"),
             "tiny_run has no class SlopingModule; the nearest is tiny_run.SlopeModule",
         ),
-        ("model: {slope: 2}\n", "model.slope is no argument of AlignmentModule"),
-        (YAML.split("data:")[0], "missing: --data; a class is named as in --model DPOModule, or by a --config file"),
+        ("model: {slope: 2}\n", "model.slope is not an argument of AlignmentModule"),
+        (YAML.split("data:")[0], "missing: --data; give a class as in --model DPOModule, or a --config file"),
     ],
 )
 def test_wrong_yaml_is_said_in_one_sentence(text, sentence, capsys, tmp_path):
@@ -108,8 +115,8 @@ def test_missing_arguments_are_named_with_their_class(capsys):
         (["--trainer.accumulate_grad_batches", "4"], "data.micro_batch_size or data.max_tokens"),
         (["--trainer.precision", "16-mixed"], "use bf16-mixed or 32-true"),
         (["--trainer.strategy", "fsdp"], "ModelParallelStrategy"),
-        (["--model", "OfflineModule", "--model.init_from", "x"], "model names no objective but its base class"),
-        (["--ckpt_path", "last"], "finds nothing in a new run's folder"),
+        (["--model", "OfflineModule", "--model.init_from", "x"], "model is an abstract base class"),
+        (["--ckpt_path", "last"], "finds nothing in a new run folder"),
         (["--ckpt_path", "nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
     ],
 )

@@ -288,7 +288,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         f"SIGTERM: stopped after {updates} updates, runs/cut/version_0/checkpoints/update_{updates:06d}.ckpt is "
-        "written; `rlhf fit --resume runs/cut/version_0` goes on from it"
+        "written; `rlhf fit --resume runs/cut/version_0` continues from it"
     )
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     manifest = json.loads(Path("runs/cut/version_0/manifest.json").read_text())

@@ -163,4 +163,4 @@ def test_a_seed_of_its_own_wins_over_seed_everything(ppo, capsys):
     own = ["--model.seed", "1", "--data.seed", "1"]
     first, other = drawn_by(ppo, "--seed_everything", "1"), drawn_by(ppo, "--seed_everything", "2", *own)
     assert first[:2] == other[:2] and torch.equal(first[2], other[2])
-    assert "data.seed is 1 as given, which wins over seed_everything 2" in capsys.readouterr().out
+    assert "data.seed is 1 as given, which overrides seed_everything 2" in capsys.readouterr().out

@@ -216,8 +216,8 @@ def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defau
     assert (given.learning_rate, given.offset, given.slope) == (0.7, 0.125, 0.5)
     assert (cli.model.learning_rate, cli.model.offset, cli.model.slope) == (0.7, 0.125, 0.5)
     told = capsys.readouterr().out
-    assert "model.learning_rate is 0.7 as given here; the checkpoint was trained with 0.1" in told
-    assert "model.offset is 0.125 as given here; the checkpoint was trained with 0.25" in told
+    assert "model.learning_rate is 0.7 as given; the checkpoint was trained with 0.1" in told
+    assert "model.offset is 0.125 as given; the checkpoint was trained with 0.25" in told
 
 
 def test_a_checkpoint_of_another_class_is_refused(capsys):

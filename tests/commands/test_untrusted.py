@@ -127,10 +127,10 @@ def test_a_runs_newest_checkpoint_is_no_link_to_elsewhere(capsys: pytest.Capture
         path = Path(CHECKPOINT).with_name(name)
         path.unlink()
         path.symlink_to(Path("elsewhere.ckpt").absolute())
-    assert "is a link that leaves its run" in refused(["fit", "--resume", "runs/slope"], capsys)
+    assert "is a link out of its run" in refused(["fit", "--resume", "runs/slope"], capsys)
     for further in ([], ["--best"]):
         command = ["export", "runs/slope", "--out", "out", "--import", "tiny_run", *further]
-        assert "is a link that leaves its run" in refused(command, capsys)
+        assert "is a link out of its run" in refused(command, capsys)
 
 
 PEDDLER = "peddler"

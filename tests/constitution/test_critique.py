@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
         rlhf([*flags, "--out", "parts.jsonl"])
     assert not Path("parts.jsonl").exists()
     assert rlhf([*flags, "--out", "parts.jsonl", "--temperature", "0.5"]) == 1
-    assert "is of an interrupted run with another sampling" in capsys.readouterr().err
+    assert "belongs to an interrupted run with another sampling" in capsys.readouterr().err
     assert rlhf([*flags, "--out", "parts.jsonl"]) == 0
     assert "parts.jsonl.partial: resuming after 2 of 5 prompts" in capsys.readouterr().out
     assert Path("parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()

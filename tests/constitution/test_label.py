@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
     monkeypatch.setattr(my_judge.Judge, "most", 10**9, raising=False)
     my_judge.Judge.asked = 0
     assert rlhf([*given, "--out", "parts.jsonl", "--seed", "1"]) == 1
-    assert "is of an interrupted run with another seed" in capsys.readouterr().err
+    assert "belongs to an interrupted run with another seed" in capsys.readouterr().err
     assert rlhf([*given, "--out", "parts.jsonl"]) == 0
     assert my_judge.Judge.asked == 2 * (150 - 64)
     assert "parts.jsonl.partial: resuming after 64 of 150" in capsys.readouterr().out

@@ -273,7 +273,7 @@ def test_a_config_is_read_from_text_file_and_folder(tmp_path):
 
 def test_a_model_that_nothing_is_known_of_is_named_with_the_way_out(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with refused("no-model", "nobody/nothing are not known here", "--plan.config"):
+    with refused("no-model", "nobody/nothing are unknown", "--plan.config"):
         config_text("nobody/nothing")
 
 

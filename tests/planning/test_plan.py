@@ -41,7 +41,7 @@ def test_a_small_run_is_planned_from_its_folder(policy_folder, capsys):
     assert (found["tokens_per_step"], found["fits"], found["remedies"]) == (4 * 2 * 64, None, [])
     assert found["peak_bytes"] == max(sum(parts.values()) for parts in found["bytes"].values())
     shown = capsys.readouterr().out
-    assert "DPOModule: every weight, 32-true, 1 CPU process" in shown
+    assert "DPOModule: all weights, 32-true, 1 CPU process" in shown
     assert f"{'reference':<16}{weights:>17,}{0:>17,}" in shown
     assert f"peak: {found['peak_bytes'] / 1e9:.2f} GB a rank, {found['peak_moment']}" in shown
 
@@ -110,7 +110,7 @@ def test_what_does_not_fit_exits_with_one_and_names_what_would_help(capsys):
     found = planned(*flags, "--config", str(HARDWARE / "single_gpu.yaml"), "--memory", "80", status=1)
     assert not found["fits"] and all(one["peak_bytes"] <= 80e9 for one in found["remedies"])
     shown = capsys.readouterr().out
-    assert "does not fit 80 GB" in shown and "would do:" in shown
+    assert "does not fit 80 GB" in shown and "enough:" in shown
     for one in found["remedies"]:
         assert all(flag in shown for flag in one["flags"])
 
@@ -118,7 +118,7 @@ def test_what_does_not_fit_exits_with_one_and_names_what_would_help(capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--model.lr", "1"], "rlhf plan: model.lr is no argument of DPOModule; the nearest is model.learning_rate"),
+        (["--model.lr", "1"], "rlhf plan: model.lr is not an argument of DPOModule; use model.learning_rate"),
         (["--memori", "3"], "rlhf plan: there is no setting --memori; the nearest is --memory"),
         (["--trainer.gradient_clip_val", "1"], "rlhf plan: trainer.gradient_clip_val does not work"),
         (["--trainer.precision", "16-mixed"], "rlhf plan: trainer.precision=16-mixed would clip gradients"),
@@ -144,7 +144,7 @@ def test_wrong_flags_are_refused_as_in_fit(flags, sentence, capsys):
             "data_parallel_size=8 x tensor_parallel_size=1, but there are 4 ranks",
         ),
         (["--trainer.devices", "9", "--data.batch_size", "8"], "9 ranks cannot share 8 rows a step"),
-        (["--plan.config", "nobody/nothing"], "the sizes of nobody/nothing are not known here"),
+        (["--plan.config", "nobody/nothing"], "the sizes of nobody/nothing are unknown"),
     ],
 )
 def test_what_fit_would_refuse_before_it_loads_weights_is_refused(flags, sentence, capsys, monkeypatch):

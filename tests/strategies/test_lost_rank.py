@@ -26,5 +26,5 @@ def test_the_others_end_and_name_it(
     began = time.monotonic()
     (said,) = own_pool.lose(2, "lose", rank=rank, name=name, folder=policy_folder, strategy=strategy)
     print(f"{name}, {strategy}: ended {time.monotonic() - began:.1f} s after the start")
-    assert said.startswith(f"another rank does not answer: rank {rank} (process ")
+    assert said.startswith(f"another rank does not respond: rank {rank} (process ")
     assert "on this host) has ended" in said and "--resume" in said and "\n" not in said

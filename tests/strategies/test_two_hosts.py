@@ -162,7 +162,7 @@ def test_a_run_ends_when_the_wire_is_cut_and_goes_on_when_it_is_back(
     assert all(status != 0 for status in statuses)
     assert 8 <= newest_update(run) < STEPS
     for rank in (0, 1):
-        assert "another rank does not answer" in hosts.said(rank) and "--resume" in hosts.said(rank)
+        assert "another rank does not respond" in hosts.said(rank) and "--resume" in hosts.said(rank)
         assert "Traceback" not in hosts.said(rank).partition("another rank")[0]
 
     hosts.wire("up")

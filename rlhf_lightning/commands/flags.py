@@ -1,0 +1,141 @@
+"""Command lines as text, before any parser: options, config files, and flags inside nested settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.recipes import resolve_recipe
+
+OPEN_SETTINGS = ("scorer", "scorers", "engine")
+"""Settings that describe any object; the parser does not know their arguments."""
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--max-new-tokens`` to ``--max_new_tokens`` and ``recipe:NAME`` to the path of the packaged file.
+
+    Raises:
+        MissingError: the recipe does not exist.
+    """
+
+    def rewritten(argument: str) -> str:
+        if not argument.startswith("--"):
+            return resolve_recipe(argument)
+        name, equals, value = argument[2:].partition("=")
+        return f"--{name.replace('-', '_')}{equals}{resolve_recipe(value)}"
+
+    return [rewritten(argument) for argument in argv]
+
+
+def option_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Return every option with its value, from ``--name value`` and ``--name=value``; ``-c`` is ``--config``."""
+    found = []
+    for position, argument in enumerate(argv):
+        if argument.startswith("-"):
+            name, equals, value = argument.partition("=")
+            following = "".join(argv[position + 1 : position + 2])
+            found.append(({"-c": "--config"}.get(name, name), value if equals else following))
+    return found
+
+
+def flags(argv: Sequence[str]) -> dict[str, str]:
+    """Return the options of a command line as text; the first of a repeated option."""
+    found: dict[str, str] = {}
+    for name, value in option_pairs(argv):
+        found.setdefault(name, value)
+    return found
+
+
+def configs_first(argv: Sequence[str]) -> list[str]:
+    """Move the config files to the front, so that flags override them in any order."""
+    configs: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument in ("--config", "-c"):
+            configs += [argument, *([value] if (value := next(arguments, None)) is not None else [])]
+        elif argument.startswith(("--config=", "-c=")):
+            configs.append(argument)
+        else:
+            rest.append(argument)
+    return [*argv[:1], *configs, *rest]
+
+
+class NestedFlag(NamedTuple):
+    """A flag that sets a key inside an open setting: ``--model.scorer.init_args.limit 0.5``."""
+
+    setting: str  # the open setting, ``scorer``
+    path: tuple[str, ...]  # keys in its description, ``("init_args", "limit")``
+    value: Any  # the new value
+
+
+def split_nested(argv: Sequence[str]) -> tuple[list[str], list[NestedFlag]]:
+    """Separate the flags that reach into open settings from the rest of a command line."""
+    from jsonargparse import get_loader  # slow to import
+
+    pattern = re.compile(rf"--model\.(?:init_args\.)?({'|'.join(OPEN_SETTINGS)})\.([^=]+)(?:=(.*))?", re.DOTALL)
+    rest: list[str] = []
+    nested: list[NestedFlag] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = pattern.fullmatch(argument)
+        if match is None or match[2] == "help":
+            rest.append(argument)
+            continue
+        text = match[3] if match[3] is not None else next(arguments, "")
+        path = tuple(match[2].split("."))
+        path = path if path[0] in ("class_path", "init_args") else ("init_args", *path)
+        nested.append(NestedFlag(match[1], path, get_loader("yaml")(text)))
+    return rest, nested
+
+
+def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
+    """Return a description ``{"class_path": ..., "init_args": ...}`` (or a class name) changed by a flag.
+
+    Raises:
+        SettingError: ``no-class-to-set``.
+    """
+    name = f"model.{flag.setting}"
+    if flag.path == ("class_path",):
+        same = isinstance(description, Mapping) and description.get("class_path") == flag.value
+        return dict(description) if same else {"class_path": flag.value, "init_args": {}}
+    if isinstance(description, str) and ("/" in description or Path(description).is_dir()):
+        raise SettingError(
+            "no-class-to-set", f"{name} is the folder {description}, which has no arguments; give a class"
+        )
+    if description is None:
+        raise SettingError("no-class-to-set", f"--{name}.{'.'.join(flag.path)} needs a class: give --{name} CLASS too")
+    return _changed(_as_description(description), flag.path, flag.value)
+
+
+def _as_description(value: Any) -> Any:
+    return {"class_path": value, "init_args": {}} if isinstance(value, str) else value
+
+
+def _changed(value: Any, path: tuple[str, ...], new: Any) -> Any:
+    if not path:
+        return new
+    key, rest = path[0], path[1:]
+    if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+        return [_changed(item, rest, new) if place == int(key) else item for place, item in enumerate(value)]
+    if key == "init_args":
+        value = _as_description(value)
+    found = dict(value) if isinstance(value, Mapping) else {}
+    return {**found, key: _changed(found.get(key), rest, new)}
+
+
+def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list[str]]]:
+    """Return each config file of a command line with the class and the argument names in its section ``part``."""
+    found = []
+    for name, file in option_pairs(argv):
+        if name == "--config" and Path(file).is_file():
+            read = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            section = read.get(part) if isinstance(read, dict) else None
+            if isinstance(section, dict) and isinstance(section.get("class_path"), str):
+                found.append((file, section["class_path"], list(section.get("init_args") or {})))
+    return found

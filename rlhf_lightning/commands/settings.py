@@ -1,0 +1,408 @@
+"""Every setting of the shipped classes, from a generated index: help, misspelt flags and names of other libraries.
+
+The index, settings.json, answers within a second what would take a parser ten: importing torch and the shipped classes.
+``python -m rlhf_lightning.commands.objectives`` writes it again; a test compares it with the classes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
+from rlhf_lightning.loading import nearest
+
+INDEX = Path(__file__).with_name("settings.json")
+PARTS = ("model", "data")
+GROUPS = frozenset(
+    ["config", "help", "print_config", *PARTS, "trainer", "checkpoint", "samples", "export", "predictions"]
+)
+"""Options that are no settings: of the command, and one for the YAML file of each group."""
+REFUSED = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
+"""Trainer flags that the modules refuse; help does not list them."""
+
+PAGE = """\
+usage: rlhf {command} [--config FILE.yaml|recipe:NAME ...] [--model CLASS] [--data CLASS] [--GROUP.SETTING VALUE ...]
+
+examples:
+  rlhf fit --config recipe:sft --model.init_from MODEL --data.source demonstrations.jsonl
+  rlhf fit --config recipe:dpo --model.init_from runs/sft/version_0/model --data.source pairs.jsonl
+  rlhf fit --config recipe:ppo --model.init_from runs/sft/version_0/model --model.scorer runs/reward/version_0/model \\
+    --data.source prompts.jsonl
+  rlhf fit --model my_file.MyObjective --data PreferenceDataModule --data.source pairs.jsonl --model.init_from MODEL
+  rlhf fit --resume runs/dpo
+
+frequent settings:
+  --config FILE|recipe:NAME          settings as YAML; later files and flags override earlier files
+  --model CLASS                      the objective: SFTModule, RewardModule, DPOModule, PPOModule, GRPOModule, your own
+  --model.init_from MODEL            folder, adapter folder, .gguf file or Hub id of the model to start from
+  --model.learning_rate VALUE        peak learning rate
+  --model.lora.r RANK                train a LoRA adapter instead of all weights
+  --data CLASS                       SFTDataModule, PreferenceDataModule, PromptDataModule, UnpairedDataModule ...
+  --data.source DATA                 .jsonl, .json, .parquet, .csv file, feedback store or Hub dataset
+  --data.eval_rows N                 rows held out for validation; --data.eval_source takes them from another source
+  --data.batch_size N                rows of one optimizer step over all devices
+  --data.micro_batch_size N          rows of one forward pass on a device; lower it if memory runs out
+  --data.max_length N                longest prompt and completion in tokens
+  --trainer.max_epochs N             epochs (default 1)
+  --trainer.precision bf16-mixed     compute in bfloat16
+  --trainer.devices N                number of devices; --config recipe:hardware/fsdp shards the model over them
+  --run_name NAME                    name of the folder below runs/
+  --resume RUN                       continue a run from its last checkpoint
+  --seed_everything N                seed of weights, data order and sampling (default 0)
+
+more help:
+  rlhf {command} --model.help CLASS        equation, paper and all settings of an objective
+  rlhf {command} --data.help CLASS         all settings of a DataModule
+  rlhf {command} --model CLASS --help      settings of the classes that flags and config files choose
+  rlhf {command} --help GROUP              trainer, checkpoint, samples, export or predictions
+  rlhf {command} --help all                every option, from the parser itself
+  rlhf objectives                     the objectives with their papers and data
+  rlhf plan ...                       memory and compute of a run, from the same flags
+"""
+
+ALIASES = """
+per_device_train_batch_size: data.micro_batch_size data.batch_size
+per_gpu_train_batch_size: data.micro_batch_size data.batch_size
+per_device_eval_batch_size: data.eval_batch_size
+micro_train_batch_size: data.micro_batch_size data.batch_size
+micro_batch_size_per_gpu: data.micro_batch_size
+ppo_micro_batch_size_per_gpu: data.micro_batch_size
+micro_rollout_batch_size: model.sampling_batch_size
+rollout_batch_size: data.batch_size data.samples_per_prompt
+train_batch_size: data.batch_size
+global_batch_size: data.batch_size
+gen_batch_size: data.batch_size
+gradient_accumulation_steps: data.batch_size data.micro_batch_size
+accumulate_grad_batches: data.batch_size data.micro_batch_size
+gradient_clip_val: model.max_grad_norm
+grad_clip: model.max_grad_norm
+clip_grad: model.max_grad_norm
+max_norm: model.max_grad_norm
+num_train_epochs: trainer.max_epochs
+num_epochs: trainer.max_epochs
+total_epochs: trainer.max_epochs
+nepochs: trainer.max_epochs
+total_training_steps: trainer.max_steps
+num_steps: trainer.max_steps
+num_mini_batches: model.mini_batch_size
+ppo_mini_batch_size: model.mini_batch_size
+num_ppo_epochs: model.ppo_epochs
+num_iterations: model.ppo_epochs
+num_generations: data.samples_per_prompt
+n_samples_per_prompt: data.samples_per_prompt
+rollout.n: data.samples_per_prompt
+num_return_sequences: data.samples_per_prompt
+rloo_k: data.samples_per_prompt
+max_completion_length: model.max_new_tokens
+max_response_length: model.max_new_tokens
+response_length: model.max_new_tokens
+generate_max_len: model.max_new_tokens
+max_tokens_per_sample: model.max_new_tokens
+max_seq_length: data.max_length
+max_seq_len: data.max_length
+cutoff_len: data.max_length
+max_len: data.max_length
+prompt_max_len: data.max_prompt_length
+max_token_len_per_gpu: data.max_tokens
+ppo_max_token_len_per_gpu: data.max_tokens
+model_name_or_path: model.init_from
+model_name: model.init_from
+pretrain: model.init_from
+model_path: model.init_from
+model.path: model.init_from
+ref_model: model.init_from
+reward_model: model.scorer
+reward_model_path: model.scorer
+reward_pretrain: model.scorer
+reward_funcs: model.scorer
+remote_rm_url: model.scorer
+critic_pretrain: model.critic_init
+value_model_path: model.critic_init
+tokenizer_name_or_path: model.tokenizer
+lr: model.learning_rate
+actor_learning_rate: model.learning_rate
+optim.lr: model.learning_rate
+lr_scheduler_type: model.lr_schedule
+warmup_ratio: model.warmup
+warmup_steps: model.warmup
+num_warmup_steps: model.warmup
+lr_warmup_steps: model.warmup
+adam_beta1: model.betas
+adam_beta2: model.betas
+adam_epsilon: model.adam_eps
+optim: model.optimizer
+init_kl_coef: model.kl_coef
+kl_loss_coef: model.kl_coef
+kl_penalty_coef: model.kl_coef
+kl_loss_type: model.kl_estimator
+use_kl_loss: model.kl_place
+target_kl: model.kl_target model.early_stop_kl
+cliprange: model.clip
+clip_ratio: model.clip
+epsilon: model.clip
+eps_clip: model.clip
+clip_ratio_low: model.clip
+epsilon_high: model.clip_high
+clip_ratio_high: model.clip_high
+cliprange_value: model.value_clip
+value_clip_range: model.value_clip
+vf_coef: model.value_coef
+lambd: model.lam
+gae_lambda: model.lam
+entropy_coeff: model.entropy_coef
+missing_eos_penalty: model.missing_eos_penalty
+loss_agg_mode: model.aggregation
+pref_beta: model.beta
+lora_r: model.lora.r
+lora_rank: model.lora.r
+lora_alpha: model.lora.alpha
+lora_dropout: model.lora.dropout
+lora_target: model.lora.targets
+lora_target_modules: model.lora.targets
+target_modules: model.lora.targets
+use_peft: model.lora.r
+load_in_4bit: model.quantization
+load_in_8bit: model.quantization
+quantization_bit: model.quantization
+torch_dtype: model.dtype trainer.precision
+bf16: trainer.precision
+fp16: trainer.precision
+mixed_precision: trainer.precision
+gradient_checkpointing: model.activation_checkpointing
+enable_gradient_checkpointing: model.activation_checkpointing
+flash_attn: model.attn_implementation
+torch_compile: model.compile_layers
+packing: model.pack_rows
+packing_samples: model.pack_rows
+dataset: data.source
+dataset_name: data.source
+prompt_data: data.source
+train_files: data.source
+train_file: data.source
+val_files: data.eval_source
+eval_dataset: data.eval_source
+val_size: data.eval_rows
+max_samples: data.rows
+apply_chat_template: data.as_chat
+template: model.chat_template
+dataloader_num_workers: data.num_workers
+preprocessing_num_workers: data.num_workers
+output_dir: runs_folder run_name
+save_path: runs_folder run_name
+default_local_dir: runs_folder
+experiment_name: run_name
+save_steps: checkpoint.every_n_updates
+save_freq: checkpoint.every_n_updates
+save_total_limit: checkpoint.keep_last
+max_ckpt_num: checkpoint.keep_last
+eval_steps: trainer.val_check_interval
+test_freq: trainer.val_check_interval
+logging_steps: trainer.log_every_n_steps
+report_to: trainer.logger
+use_wandb: trainer.logger
+resume_from_checkpoint: resume
+load_checkpoint: resume
+n_gpus_per_node: trainer.devices
+num_processes: trainer.devices
+nnodes: trainer.num_nodes
+num_machines: trainer.num_nodes
+deepspeed: trainer.strategy
+zero_stage: trainer.strategy
+fsdp: trainer.strategy
+vllm_server_base_url: model.engine
+use_vllm: model.engine
+"""
+"""Settings of TRL, OpenRLHF, verl, LLaMA-Factory and the Hugging Face Trainer, and those that replace them here."""
+
+CLASS_ALIASES = {
+    "DPOTrainer": "DPOModule", "DPOConfig": "DPOModule", "SFTTrainer": "SFTModule", "SFTConfig": "SFTModule",
+    "RewardTrainer": "RewardModule", "RewardConfig": "RewardModule", "PPOTrainer": "PPOModule",
+    "PPOConfig": "PPOModule", "GRPOTrainer": "GRPOModule", "GRPOConfig": "GRPOModule", "RLOOTrainer": "RLOOModule",
+    "KTOTrainer": "KTOModule", "ORPOTrainer": "ORPOModule", "CPOTrainer": "CPOModule", "BCOTrainer": "BCOModule",
+    "OnlineDPOTrainer": "OnlineDPOModule", "NashMDTrainer": "NashMDModule", "XPOTrainer": "XPOModule",
+    "GKDTrainer": "GKDModule", "PRMTrainer": "ProcessRewardModule",
+}  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """A line of help: dotted name, type, default and description."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+class Answered(NamedTuple):
+    """The exit status of a command line that was answered from the index, and its text."""
+
+    status: int
+    text: str
+
+
+@lru_cache(maxsize=1)
+def index() -> dict[str, Any]:
+    """Return the index: ``settings``; ``run``, ``model`` and ``data`` refer to them by number."""
+    found: dict[str, Any] = json.loads(INDEX.read_text(encoding="utf-8"))
+    return found
+
+
+def is_stale() -> bool:
+    """Whether a source file is over a minute newer than the index: then only the classes themselves are right."""
+    rooms = [INDEX.parents[1] / room for room in ("modules", "data", "training", "runs")]
+    newest = max(path.stat().st_mtime for room in rooms for path in [room, *room.glob("*.py")])
+    return newest > INDEX.stat().st_mtime + 60
+
+
+def class_entry(part: str, name: str) -> dict[str, Any] | None:
+    """Return the entry of a shipped class by its short name or import path; None for other classes."""
+    path, _, short = name.rpartition(".")
+    entry: dict[str, Any] | None = index()[part].get(short)
+    return entry if entry is not None and (not path or path.startswith("rlhf_lightning")) else None
+
+
+def settings_of(numbers: Iterable[int], prefix: str = "") -> list[Setting]:
+    """Return the settings of an entry, their names below ``prefix``."""
+    rows = index()["settings"]
+    return [Setting(f"{prefix}{name}", *rest) for name, *rest in (rows[number] for number in numbers)]
+
+
+@lru_cache(maxsize=1)
+def all_names() -> frozenset[str]:
+    """Return the dotted names of all settings of a run and of all shipped classes."""
+    names = {setting.name for setting in settings_of(index()["run"])}
+    for part in PARTS:
+        names |= {s.name for entry in index()[part].values() for s in settings_of(entry["settings"], f"{part}.")}
+    return frozenset(names | GROUPS)
+
+
+def suggestion(name: str, known: Iterable[str], dashes: str = "--") -> str | None:
+    """Return a hint at the known setting that ``name`` probably means, by spelling or as another library's name."""
+    known = set(known)
+    tail = name.rpartition(".")[2]
+    table = dict(line.split(": ") for line in ALIASES.strip().splitlines())
+    key = name.replace(".init_args.", ".")
+    for alias in (key, ".".join(key.split(".")[-2:]), tail):
+        if alias in table and known & set(table[alias].split()):
+            return "use " + " and ".join(f"{dashes}{target}" for target in table[alias].split() if target in known)
+    group, _, inside = key.partition(".")
+    groups = {one.partition(".")[0] for one in known if "." in one}
+    if inside:
+        group = group if group in groups else nearest(group, groups) or ""
+        below = {one.partition(".")[2]: one for one in known if one.startswith(f"{group}.")}
+        near = inside if inside in below else nearest(inside, below)
+        return f"the nearest is {dashes}{below[near]}" if near else None
+    last = {one.rpartition(".")[2]: one for one in sorted(known, key=lambda one: -one.count("."))}
+    near = name if name in last else nearest(name, last)
+    return f"the nearest is {dashes}{last[near]}" if near else None
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def quick_answer(argv: Sequence[str]) -> Answered | None:
+    """Return the answer to a training command line for help, or with a wrong flag; None if the command must run."""
+    command, rest = argv[0], with_underscores(argv[1:])
+    pairs = option_pairs(rest)
+    options = dict(reversed(pairs))
+    for part in PARTS:
+        entry = class_entry(part, options.get(f"--{part}.help", ""))
+        if entry is not None:
+            return Answered(0, class_page(part, options[f"--{part}.help"], entry))
+    chosen = {part: chosen_class(rest, part) for part in PARTS}
+    asked = options.get("--help", options.get("-h"))
+    if asked is not None:
+        return help_answer(command, asked, chosen)
+    sentences = [*(wrong_class(*item) for item in chosen.items()), *(wrong_option(name, chosen) for name, _ in pairs)]
+    wrong = next(filter(None, sentences), None)
+    if not rest:
+        wrong = "missing: --model CLASS and --data CLASS, or a --config file such as recipe:dpo"
+    elif wrong is None or is_stale():
+        return None
+    return Answered(2, f"rlhf {command}: {wrong}\n`rlhf {command} --help` lists the options.")
+
+
+def chosen_class(argv: Sequence[str], part: str) -> str:
+    """Return the class that flags or config files choose for a part; "" for none."""
+    flags = [value for name, value in option_pairs(argv) if name in (f"--{part}", f"--{part}.class_path")]
+    return (flags or [kind for _, kind, _ in config_settings(argv, part)] or [""])[-1]
+
+
+def wrong_class(part: str, name: str) -> str | None:
+    """Return what is wrong with the name of a class; None if it is shipped, or has a module and may be an own class."""
+    if not name or "." in name or class_entry(part, name) is not None or name in index()["bases"]:
+        return None
+    near = CLASS_ALIASES.get(name) or nearest(name, index()[part])
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(index()[part])}."
+    return f"{part}: there is no class {name}; {hint} Write your own class with its module, as my_objective.{name}"
+
+
+def wrong_option(option: str, chosen: dict[str, str]) -> str | None:
+    """Return what is wrong with an option; None if it is known or an own class may know it."""
+    if not option.startswith("--"):
+        return None
+    name = option[2:].rstrip("+").replace(".init_args.", ".")
+    part, _, inside = name.partition(".")
+    known = all_names()
+    if name.endswith("help") or inside == "class_path":
+        return None
+    if part in PARTS and inside:
+        entry = class_entry(part, chosen[part]) if chosen[part] else None
+        if chosen[part] and entry is None:
+            return None
+        names = known if entry is None else {s.name for s in settings_of(entry["settings"], f"{part}.")}
+        if any(name == one or name.startswith(f"{one}.") for one in names):
+            return None
+        if entry is not None:
+            elsewhere = {one for one in known if not one.startswith(f"{part}.")}
+            hint = suggestion(name, names) or suggestion(inside, elsewhere)
+            hint = hint or f"`rlhf fit --{part}.help {chosen[part]}` lists its arguments"
+            return f"--{name} is not an argument of {chosen[part].rpartition('.')[2]}; {hint}"
+    elif name in known or any(name.startswith(f"{one}.") for one in known - GROUPS):
+        return None
+    hint = suggestion(name, known)
+    return f"there is no setting --{name}" + (f"; {hint}" if hint else "")
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def help_answer(command: str, asked: str, chosen: dict[str, str]) -> Answered | None:
+    """Return the page that ``--help [GROUP]`` asks for; None if the parser must print it."""
+    if asked and not asked.startswith("-"):
+        found = [s for s in settings_of(index()["run"]) if s.name.startswith(f"{asked}.")]
+        return Answered(0, lines_of(found)) if found else None
+    entries = {part: class_entry(part, kind) for part, kind in chosen.items() if kind}
+    if any(entry is None for entry in entries.values()):
+        return None
+    pages = [class_page(part, chosen[part], entry, brief=True) for part, entry in entries.items() if entry is not None]
+    return Answered(0, "\n\n".join(pages) or PAGE.format(command=command).rstrip())
+
+
+def class_page(part: str, name: str, entry: dict[str, Any], brief: bool = False) -> str:
+    """Return the help of a shipped class: its description, paper and settings."""
+    short = name.rpartition(".")[2]
+    about = entry["doc"].partition("\n\n")[0] if brief else entry["doc"]
+    rows = settings_of(entry["settings"], f"{part}.")
+    needed = "".join(f" --{one.name} VALUE" for one in rows if one.default == "required")
+    other = "data" if part == "model" else "model"
+    usage = f"usage: rlhf fit --{part} {short}{needed} [--{part}.SETTING VALUE ...] --{other} CLASS ..."
+    title = f"{short}: {entry['paper']}; needs {entry['needs']}" if entry["paper"] else short
+    return "\n\n".join([usage, title, about, lines_of(rows)])
+
+
+def lines_of(settings: Sequence[Setting]) -> str:
+    """Return settings as help text, with one paragraph each."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    lines = []
+    for one in settings:
+        default = "required" if one.default == "required" else f"default {one.default}"
+        lines.append(f"  --{one.name} {one.type}  ({default})")
+        lines += textwrap.wrap(one.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
