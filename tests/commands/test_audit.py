@@ -55,7 +55,7 @@ def test_many_rows_are_shortened(write_rows, capsys):
         ('{"promt": 1, "choosen": 2}\n', [], "Did you mean 'prompt' by 'promt'?"),
         ('{"prompt": "x"}\n', ["--columns", "{question: prompt}"], "columns renames 'question'"),
         ('{"prompt": "x"}\n', ["--kind", "preference"], "none of the accepted forms"),
-        ('{"prompt": "x"}\n', ["--max-length", "9"], "name a --tokenizer too"),
+        ('{"prompt": "x"}\n', ["--max-length", "9"], "need a --tokenizer"),
     ],
 )
 def test_what_a_newcomer_gets_wrong(tmp_path, capsys, content, arguments, said):

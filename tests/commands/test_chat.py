@@ -132,7 +132,7 @@ def test_help_and_errors(capsys):
         rlhf(["chat", "--help"])
     shown = capsys.readouterr().out
     assert exit_status.value.code == 0
-    assert shown.startswith("usage: rlhf chat") and "system prompt that opens each conversation" in shown
+    assert shown.startswith("usage: rlhf chat") and "system prompt of each conversation" in shown
     with pytest.raises(SystemExit) as exit_status:
         rlhf(["chat"])
     assert exit_status.value.code == 2 and "missing: FOLDER" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, d
     for source, out in ((folder / "model", "from_adapter"), (folder, "from_run")):
         assert rlhf(["export", str(source), "--out", out, "--merge"]) == 0
         told = capsys.readouterr().out
-        gap = float(re.search(r"unmerged adapter is ([\d.e+-]+)", told).group(1))
+        gap = float(re.search(r"unmerged adapter: ([\d.e+-]+)", told).group(1))
         changes = {} if stage == "SFT" else {"num_labels": 1}
         base = kind.from_pretrained(policy_folder, **changes)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_an_adapter_from_four_bits_is_merged_into_full_precision_and_the_gap_is_
     folder = fit("SFT", policy_folder, "--model.lora.r", "4", "--model.quantization", "nf4")
     assert rlhf(["export", str(folder), "--out", "merged", "--merge", "true"]) == 0
     told = capsys.readouterr().out
-    gap = float(re.search(r"unmerged adapter is ([\d.e+-]+)", told).group(1))
+    gap = float(re.search(r"unmerged adapter: ([\d.e+-]+)", told).group(1))
     stored = json.loads((folder / "model" / "backbone.json").read_text())
     assert stored["quantization"] == "nf4" and json.loads(Path("merged/config.json").read_text())
     assert "quantization_config" not in Path("merged/config.json").read_text()
@@ -174,9 +174,9 @@ def test_what_cannot_be_exported_is_said(policy_folder, capsys):
     for source, out, sentence in (
         ("runs/slope", "taken", "taken exists already"),
         ("absent.ckpt", "out", "there is no checkpoint absent.ckpt"),
-        ("runs/absent", "out", "there is no run"),
-        (policy_folder, "out", "is a Hugging Face folder already"),
-        ("adapter", "out", "is an adapter's folder already; --merge merges it"),
+        ("runs/absent", "out", "no run found at"),
+        (policy_folder, "out", "is already a Hugging Face folder"),
+        ("adapter", "out", "is already an adapter folder; --merge merges it"),
         ("foreign.ckpt", "out", "does not name the class that wrote it"),
         ("class.ckpt", "out", "was written by collections.OrderedDict: add --import"),
         ("text.ckpt", "out", "cannot be read as a checkpoint of plain tensors and settings"),

@@ -172,7 +172,7 @@ def test_help_speaks_of_the_plan(capsys):
     shown = capsys.readouterr().out
     assert status.value.code == 0
     assert shown.startswith("usage: rlhf plan [--config FILE.yaml ...]")
-    assert "--memory" in shown and "--plan.prompt_length" in shown and "what would make it fit" in shown
+    assert "--memory" in shown and "--plan.prompt_length" in shown and "Estimate memory and compute" in shown
 
 
 # -- what a run takes -------------------------------------------------------------------------------------------------
