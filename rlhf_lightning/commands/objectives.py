@@ -241,9 +241,9 @@ def type_text(hint: Any) -> str:
     if hint in (str, int, float, bool, dict, list, tuple):
         return str(hint.__name__)
     if get_origin(hint) in (dict, list, tuple):
-        return str(get_origin(hint).__name__)  # type: ignore[union-attr]
+        return str(get_origin(hint).__name__)
     arguments = get_args(hint)
-    if arguments and get_origin(hint).__name__ in ("Union", "UnionType"):  # type: ignore[union-attr]
+    if arguments and get_origin(hint).__name__ in ("Union", "UnionType"):
         return "|".join(dict.fromkeys("|".join(type_text(one) for one in arguments).split("|")))
     return "CLASS"
 

@@ -255,9 +255,12 @@ def index() -> dict[str, Any]:
 
 def is_stale() -> bool:
     """Whether a source file is over a minute newer than the index: then only the classes themselves are right."""
-    rooms = [INDEX.parents[1] / room for room in ("modules", "data", "training", "runs")]
-    newest = max(path.stat().st_mtime for room in rooms for path in [room, *room.glob("*.py")])
-    return newest > INDEX.stat().st_mtime + 60
+    return max(path.stat().st_mtime for path in _sources()) > INDEX.stat().st_mtime + 60
+
+
+def _sources() -> list[Path]:
+    """Return the files that define settings."""
+    return [file for room in ("modules", "data", "training", "runs") for file in INDEX.parents[1].glob(f"{room}/*.py")]
 
 
 def class_entry(part: str, name: str) -> dict[str, Any] | None:
@@ -337,6 +340,8 @@ def chosen_class(argv: Sequence[str], part: str) -> str:
 def wrong_class(part: str, name: str) -> str | None:
     """Return what is wrong with the name of a class; None if it is shipped, or has a module and may be an own class."""
     if not name or "." in name or class_entry(part, name) is not None or name in index()["bases"]:
+        return None
+    if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # newer than the index
         return None
     near = CLASS_ALIASES.get(name) or nearest(name, index()[part])
     hint = f"did you mean {near}?" if near else f"there are {', '.join(index()[part])}."

@@ -111,7 +111,7 @@ class SampleTable(Callback):
         finished, lengths = map(bool, answers.finished), map(len, answers.ids)
         columns = zip(self.prompts, answers.texts, scores, finished, lengths, strict=True)
         names = ("prompt", "completion", "score", "finished", "length")
-        rows = [{"update": updates, **dict(zip(names, row, strict=True))} for row in columns]
+        rows: list[dict[str, Any]] = [{"update": updates, **dict(zip(names, row, strict=True))} for row in columns]
         folder = run_folder(trainer)
         if folder.writes:
             folder.samples.append(rows)
@@ -121,7 +121,7 @@ class SampleTable(Callback):
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
         """Return the module's sampling settings, changed by those given here."""
-        given = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         return replace(own, **{name: value for name, value in given.items() if value is not None})
 
     def _scores(self, module: LightningModule, completions: Sequence[str]) -> list[float | None]:

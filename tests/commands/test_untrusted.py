@@ -94,7 +94,9 @@ def test_a_checkpoint_that_is_a_bomb(make: Callable[[Path], None], capsys: pytes
         other.unlink()
     make(Path(CHECKPOINT))
     for command in (["fit", "--resume", "runs/slope"], ["export", "runs/slope", "--out", "out"]):
-        assert re.search("no (complete )?checkpoint|not a checkpoint|cannot be read as a checkpoint", refused(command, capsys))
+        assert re.search(
+            "no (complete )?checkpoint|not a checkpoint|cannot be read as a checkpoint", refused(command, capsys)
+        )
     for command in (["chat"], ["generate", "--prompts", "p.jsonl", "--out", "o.jsonl", "--model"]):
         refused([*command, CHECKPOINT], capsys)
 
