@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     try:
         if name in TRAINING_COMMANDS:  # help and wrong flags, without importing torch
-            found = importlib.import_module("rlhf_lightning.commands.settings").quick_answer(arguments)
+            found = importlib.import_module("rlhf_lightning.commands.flag_index").quick_answer(arguments)
             if found is not None:
                 print(found.text, file=sys.stderr if found.status else sys.stdout, flush=True)
                 return int(found.status)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.commands.settings import CLASS_ALIASES, PARTS, all_names, suggestion
+from rlhf_lightning.commands.flag_index import CLASS_ALIASES, PARTS, all_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
 

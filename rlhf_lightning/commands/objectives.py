@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from rlhf_lightning.commands.flag_index import GROUPS, INDEX, PARTS, REFUSED, index, is_stale
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.commands.settings import GROUPS, INDEX, PARTS, REFUSED, index, is_stale
 from rlhf_lightning.loading import shipped_classes
 
 

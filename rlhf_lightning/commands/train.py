@@ -21,6 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
+from rlhf_lightning.commands.flag_index import REFUSED
 from rlhf_lightning.commands.flags import (
     config_settings,
     configs_first,
@@ -33,7 +34,6 @@ from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.objectives import class_doc
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, written_secret
 from rlhf_lightning.commands.quiet import silence_libraries
-from rlhf_lightning.commands.settings import REFUSED
 from rlhf_lightning.compat import parser_actions, setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning import cli
-from rlhf_lightning.commands import settings
+from rlhf_lightning.commands import flag_index
+from rlhf_lightning.commands.flag_index import ALIASES, CLASS_ALIASES, INDEX, all_names, quick_answer, suggestion
 from rlhf_lightning.commands.objectives import build_index, plain_help, type_text
-from rlhf_lightning.commands.settings import ALIASES, CLASS_ALIASES, INDEX, all_names, quick_answer, suggestion
 
 ROWS = dict(line.split(": ") for line in ALIASES.strip().splitlines())
-REMEDY = "run `python -m rlhf_lightning.commands.objectives` and commit settings.json"
+REMEDY = "run `python -m rlhf_lightning.commands.objectives` and commit flag_index.json"
 
 
 @pytest.fixture(autouse=True)
 def current(monkeypatch):
     """Sources that were edited a minute ago must not turn the index off."""
-    monkeypatch.setattr(settings, "is_stale", lambda: False)
+    monkeypatch.setattr(flag_index, "is_stale", lambda: False)
 
 
 def test_the_index_is_current():
@@ -31,7 +31,7 @@ def test_names_of_other_libraries_lead_to_settings_that_exist():
     targets = {target for row in ROWS.values() for target in row.split()}
     assert targets <= all_names()
     assert not [name for name in ROWS if name in all_names()]
-    assert set(CLASS_ALIASES.values()) <= settings.index()["model"].keys()
+    assert set(CLASS_ALIASES.values()) <= flag_index.index()["model"].keys()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_right_flags_and_own_classes_go_on_to_the_parser(flags):
 
 
 def test_flags_newer_than_the_index_go_on_to_the_parser(monkeypatch):
-    monkeypatch.setattr(settings, "is_stale", lambda: True)
+    monkeypatch.setattr(flag_index, "is_stale", lambda: True)
     assert quick_answer(["fit", "--model", "DPOModule", "--model.brand_new", "3"]) is None
 
 
@@ -103,7 +103,7 @@ def test_help_is_one_page_and_lists_no_refused_flag(capsys):
     assert cli.main(["fit", "--help", "trainer"]) == 0
     shown = capsys.readouterr().out
     assert "--trainer.max_epochs int|null  (default 1)" in shown
-    assert not [name for name in settings.REFUSED if name in shown] and ":class:" not in shown
+    assert not [name for name in flag_index.REFUSED if name in shown] and ":class:" not in shown
 
 
 def test_help_of_classes_shows_paper_and_arguments(capsys):

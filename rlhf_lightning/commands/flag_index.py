@@ -1,6 +1,6 @@
 """Every setting of the shipped classes, from a generated index: help, misspelt flags and names of other libraries.
 
-The index, settings.json, answers within a second what would take a parser ten: importing torch and the shipped classes.
+The index, flag_index.json, answers within a second what would take a parser ten: importing torch and the shipped classes.
 ``python -m rlhf_lightning.commands.objectives`` writes it again; a test compares it with the classes.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
 from rlhf_lightning.loading import nearest
 
-INDEX = Path(__file__).with_name("settings.json")
+INDEX = Path(__file__).with_name("flag_index.json")
 PARTS = ("model", "data")
 GROUPS = frozenset(
     ["config", "help", "print_config", *PARTS, "trainer", "checkpoint", "samples", "export", "predictions"]
