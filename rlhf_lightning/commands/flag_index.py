@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
+from rlhf_lightning.errors import printable
 from rlhf_lightning.loading import nearest
 
 INDEX = Path(__file__).with_name("flag_index.json")
@@ -328,7 +329,7 @@ def quick_answer(argv: Sequence[str]) -> Answered | None:
         wrong = "missing: --model CLASS and --data CLASS, or a --config file such as recipe:dpo"
     elif wrong is None or is_stale():
         return None
-    return Answered(2, f"rlhf {command}: {wrong}\n`rlhf {command} --help` lists the options.")
+    return Answered(2, f"rlhf {command}: {printable(wrong)}\n`rlhf {command} --help` lists the options.")
 
 
 def chosen_class(argv: Sequence[str], part: str) -> str:
