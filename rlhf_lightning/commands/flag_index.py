@@ -1,6 +1,6 @@
 """Every setting of the shipped classes, from a generated index: help, misspelt flags and names of other libraries.
 
-The index, flag_index.json, answers within a second what would take a parser ten: importing torch and the shipped classes.
+The index, flag_index.json, answers within a second; the parser needs ten, since it imports torch and the classes.
 ``python -m rlhf_lightning.commands.objectives`` writes it again; a test compares it with the classes.
 """
 
