@@ -1,4 +1,4 @@
-"""``rlhf critique``: answer prompts, criticize and revise the answers under a constitution, keep the revisions."""
+"""``rlhf critique``: answer prompts, criticise and revise the answers under a constitution, keep the revisions."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -37,7 +37,7 @@ def critique(
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Turn prompts into demonstrations: sample answers, then criticize and revise them in several rounds.
+    """Turn prompts into demonstrations: sample answers, then criticise and revise them in several rounds.
 
     A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent (the answer that was
     revised), critique, model and constitution (its fingerprint). Unusable revisions are dropped and counted: empty,

@@ -1,6 +1,6 @@
 """Critique and revision in rounds, from prompts to demonstrations (Constitutional AI, arXiv 2212.08073, section 3).
 
-In each round a principle is drawn, the answer is criticized and revised by it, and the revision replaces the answer. An
+In each round a principle is drawn, the answer is criticised and revised by it, and the revision replaces the answer. An
 unusable revision (see `REASONS`) is dropped, and the next round starts from the answer before it.
 """
 
@@ -99,7 +99,7 @@ def revise(
 ) -> list[Chain]:
     """Answer prompts and revise the answers, each round for all prompts together.
 
-    Prompt p answers in episode 64 p, criticizes in 64 p + 2 r - 1 and revises in 64 p + 2 r of round r, so that rows do
+    Prompt p answers in episode 64 p, criticises in 64 p + 2 r - 1 and revises in 64 p + 2 r of round r, so that rows do
     not depend on how prompts are batched. A prompt gets each principle once before any twice.
 
     Args:
@@ -165,7 +165,7 @@ def _write(
 
 
 def _round(writer: Writer, constitution: Constitution, asked: list[_Asked], settings: RevisionSettings) -> list[Round]:
-    """Criticize and revise one answer of each prompt."""
+    """Criticise and revise one answer of each prompt."""
     critiques: list[Written | None] = [None] * len(asked)
     if settings.critique:
         read = [critique_prompt(constitution, one.principle, one.prompt, one.parent) for one in asked]
