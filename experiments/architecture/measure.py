@@ -123,7 +123,7 @@ def measured(revision: str) -> dict[str, int]:
         package = root / "rlhf_lightning"
         texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
         done = subprocess.run(
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=False,
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=False, cwd=root,
             env={**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         said = [line for line in done.stdout.splitlines() if line.startswith("FRAMES ")]

@@ -235,16 +235,24 @@ class DPOModule(PairObjective, OfflineModule):
 def stacked_pairs(
     policy: Tensor, reference: Tensor | None, mask: Tensor, statistics: Mapping[str, Tensor]
 ) -> PreferenceLogprobs:
-    """Return pairs, certain and of weight 1, from grids of shape (2 pairs, length): chosen rows, then rejected ones."""
+    """Return pairs, certain and of weight 1, from grids of shape (2 pairs, length): chosen rows, then rejected ones.
+
+    Statistics of the rows become the slots ``chosen_NAME`` and ``rejected_NAME``.
+    """
     count = len(mask) // 2
     ones = policy.new_ones(count)
 
     def sides(grid: Tensor | None) -> tuple[Any, Any]:
         return (None, None) if grid is None else (grid[:count], grid[count:])
 
+    slots = {
+        f"{side}_{name}": part
+        for name, values in statistics.items()
+        for side, part in zip(("chosen", "rejected"), sides(values), strict=True)
+    }
     return PreferenceLogprobs(
         *sides(policy), *sides(reference), *sides(mask),
-        target=ones, rated_margin=0 * ones, weights=ones, extras=of_sides(statistics, count),
+        target=ones, rated_margin=0 * ones, weights=ones, extras=slots,
     )  # fmt: skip
 
 
@@ -268,14 +276,3 @@ def normalised(problem: EnumeratedProblem, values: Tensor, ratio: Callable[[Tens
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     policy = problem.reference * ratio(values + low)
     return policy / policy.sum(-1, keepdim=True)
-
-
-def of_sides(extras: Mapping[str, Tensor], pairs: int) -> dict[str, Tensor]:
-    """Part slots of chosen completions stacked on rejected ones into ``chosen_NAME`` and ``rejected_NAME``.
-
-    Args:
-        extras: slots of the completions, each of shape (2 * pairs, ...).
-        pairs: number of pairs.
-    """
-    sides = {"chosen": slice(None, pairs), "rejected": slice(pairs, None)}
-    return {f"{side}_{name}": values[rows] for name, values in extras.items() for side, rows in sides.items()}
