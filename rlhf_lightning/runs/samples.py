@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +18,8 @@ from rlhf_lightning.runs.run import aligned, check_period, passes_multiple, run_
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
-from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, ask_scorer, unmoved
-from rlhf_lightning.types import Prompt
+from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, call_scorer, unmoved
+from rlhf_lightning.types import Judgement, Prompt
 
 UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
@@ -131,10 +132,11 @@ class SampleTable(Callback):
             return [None] * len(completions)
         try:
             with unmoved(scorer):
-                judged = ask_scorer(scorer, self.prompts, list(completions), self.columns, type(scorer).__name__)
+                given = call_scorer(scorer, self.prompts, list(completions), self.columns, type(scorer).__name__)
         except UNSCORABLE:
             return [None] * len(completions)
-        return [one.score for one in judged.plain()]
+        scores = [score.score if isinstance(score, Judgement) else score for score in given]
+        return [None if score is None or math.isnan(score) else float(score) for score in scores]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

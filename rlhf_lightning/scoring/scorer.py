@@ -226,6 +226,29 @@ def _numbers(values: Any, wanted: str) -> Tensor:
     return found.squeeze(1) if found.dim() == 2 and found.shape[1] == 1 else found
 
 
+def call_scorer(
+    scorer: Callable[..., Any],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    name: str,
+) -> Scores:
+    """Return a scorer's answer, unchecked.
+
+    Raises:
+        ContractError: the scorer called sys.exit, which must not end a run as a success.
+    """
+    try:
+        given = scorer(prompts, completions, **columns)
+        return list(given) if isinstance(given, Iterator) else given
+    except SystemExit as error:
+        raise ContractError(
+            "scorer-exits",
+            f"{name} called sys.exit({'' if error.code is None else repr(error.code)}); raise an exception, or return "
+            "None for a completion that cannot be judged",
+        ) from error
+
+
 def ask_scorer(
     scorer: Callable[..., Any],
     prompts: Sequence[Prompt],
@@ -233,20 +256,8 @@ def ask_scorer(
     columns: Mapping[str, Sequence[Any]],
     name: str,
 ) -> Judgements:
-    """Ask a scorer to judge completions, and check its answer.
-
-    Raises:
-        BadScoresError: see `checked_scores`.
-        ContractError: see `checked_judgements`; or the scorer called sys.exit, which must not end the run as a success.
-    """
-    try:
-        return checked_judgements(scorer(prompts, completions, **columns), len(completions), name)
-    except SystemExit as error:
-        raise ContractError(
-            "scorer-exits",
-            f"{name} called sys.exit({'' if error.code is None else repr(error.code)}); raise an exception, or return "
-            "None for a completion that cannot be judged",
-        ) from error
+    """Return a scorer's judgements of completions, checked; see `call_scorer` and `checked_judgements`."""
+    return checked_judgements(call_scorer(scorer, prompts, completions, columns, name), len(completions), name)
 
 
 def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
