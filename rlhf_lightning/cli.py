@@ -36,6 +36,7 @@ TOOL_COMMANDS = {
         "rlhf_lightning.commands.quickstart", "run the whole pipeline on a small built-in world, in minutes"
     ),
     "audit": Command("rlhf_lightning.commands.audit", "check a data set before training on it"),
+    "show": Command("rlhf_lightning.commands.show", "print the tokens that rows become, and which are learned"),
     "plan": Command("rlhf_lightning.planning.plan", "estimate the memory and compute of a run before it starts"),
     "annotate": Command("rlhf_lightning.people.annotate", "let people compare completions in the browser"),
     "loop": Command("rlhf_lightning.people.loop", "run rounds of sampling, labelling, training and evaluation"),

@@ -113,9 +113,28 @@ def audited(
         DataError: it is empty, or its columns are unknown.
     """
     from rlhf_lightning.data.audit import Audit
+
+    kind, rows = peek(data, split, most, kind, settings["columns"])
+    found = Audit(kind, **settings)
+    if train is None:
+        deque(found.add(rows), maxlen=0)
+    else:
+        found.compare(rows, train)
+    return found
+
+
+def peek(
+    data: str, split: str, most: int | None, kind: str | None, columns: dict[str, str] | None
+) -> "tuple[str, Iterator[RawRow]]":
+    """Return the kind of a source's rows, by the columns of the first of them, and the rows.
+
+    Raises:
+        DataError: it is empty, or its columns are of no known form.
+    """
     from rlhf_lightning.data.files import Unreadable
     from rlhf_lightning.data.formats import kind_of
     from rlhf_lightning.data.sources import Source, read_rows
+    from rlhf_lightning.data.tokenizing import encoder_for
 
     rows: Iterator[RawRow] = read_rows(Source(data, rows=most, split=split))
     first = list(islice(rows, FIRST))
@@ -127,14 +146,10 @@ def audited(
             "no-usable-rows",
             f"{data}: none of its first {len(first)} rows can be read; each row must be a JSON object in UTF-8",
         )
-    renames = settings["columns"] or {}
-    found = Audit(kind or kind_of([renames.get(name, name) for name in names], data), **settings)
-    found.encoder.check_names(names, data)
-    if train is None:
-        deque(found.add(chain(first, rows)), maxlen=0)
-    else:
-        found.compare(chain(first, rows), train)
-    return found
+    renames = columns or {}
+    kind = kind or kind_of([renames.get(name, name) for name in names], data)
+    encoder_for(kind, columns=renames).check_names(names, data)
+    return kind, chain(first, rows)
 
 
 def page(report: dict[str, Any], width: int) -> str:
@@ -151,6 +166,8 @@ def page(report: dict[str, Any], width: int) -> str:
             f"picking the longer completion is right in {100 * shortcut['accuracy']:.1f} % "
             f"(95 % interval {100 * shortcut['low']:.1f} to {100 * shortcut['high']:.1f}) of {shortcut['rows']:,} rows"
         )
+    if report["unused"]:
+        facts.append("not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in report["unused"].items()))
     for fact in facts:
         lines += textwrap.wrap(fact, width, initial_indent="  ", subsequent_indent="    ")
     if not report["findings"]:

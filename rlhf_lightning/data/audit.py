@@ -7,6 +7,7 @@ was found. Rows are numbered from 1 in the order in which the source gives them.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,8 +28,8 @@ from rlhf_lightning.data.defects import (
     normalised,
 )
 from rlhf_lightning.data.files import Unreadable
-from rlhf_lightning.data.formats import KINDS, read_row
-from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Encoder, Outcome
+from rlhf_lightning.data.formats import read_row
+from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Outcome, encoder_for
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.tokenization import truncate
 
@@ -44,6 +45,9 @@ CHECKS = {
     "late_system": "a system turn that is not the first",
     "second_speaker": "a turn holds the mark of a speaker, such as 'Human:'",
     "control_token": "the text spells a control token, which is encoded as plain characters",
+    "boundary_mismatch": "the tokenizer would encode prompt and completion otherwise together",
+    "turns_apart": "the chat template rewrites earlier turns, so each learned turn becomes a row",
+    "last_turn": "of several turns of the assistant only the last is learned",
     **{name: meaning for name, (meaning, _) in DAMAGE.items()},
     "prompt_cut": "the prompt loses tokens",
     "completion_cut": "a completion loses tokens, and with them its end",
@@ -117,9 +121,8 @@ class Audit:
     ) -> None:  # fmt: skip
         self.kind, self.columns, self.as_chat, self.tokenizer = kind, columns or {}, as_chat, tokenizer
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        read, forms = KINDS[kind]
-        separator = "\n" if kind == "process" else None
-        self.encoder = Encoder(read, forms, self.columns, as_chat=as_chat, separator=separator)
+        self.encoder = encoder_for(kind, columns=self.columns, as_chat=as_chat)
+        self.unused: Counter[str] = Counter()
         self.read = 0
         self.found: dict[str, Finding] = {}
         self.exact: dict[int, int] = {}
@@ -146,7 +149,8 @@ class Audit:
 
     def _read(self, row: Row | Unreadable) -> Outcome:
         try:
-            return Outcome(read_row(row, self.encoder.read, self.as_chat, self.columns))
+            read = read_row(row, self.encoder.read, self.as_chat, self.columns)
+            return Outcome(read, unused=self.encoder.unused_of(read))
         except RowRefused as refusal:
             return Outcome(reason=refusal.code)
 
@@ -156,8 +160,15 @@ class Audit:
         if row is None:
             self._find(str(outcome.reason))
             return None
-        if outcome.escaped:
-            self._find("control_token")
+        self.unused.update(outcome.unused)
+        for check, found in (
+            ("control_token", outcome.escaped),
+            ("boundary_mismatch", outcome.merged),
+            ("turns_apart", outcome.split),
+            ("last_turn", outcome.last_turn),
+        ):
+            if found:
+                self._find(check)
         self._check_texts(row)
         self._check_turns(row)
         said = [key_of(map(normalised, contents_of(one))) for one in row.completions]
@@ -324,6 +335,7 @@ def summary(audit: Audit, source: str) -> dict[str, Any]:
         "distinct_prompts": len(audit.prompts),
         "unit": "characters" if audit.tokenizer is None else "tokens",
         "lengths": dict(zip(("median", "95%", "longest"), audit.quantiles(), strict=False)),
+        "unused": dict(audit.unused),
         "length_shortcut": None if shortcut is None else vars(shortcut),
         "findings": [
             {"check": one.check, "meaning": one.meaning, "count": len(one.rows), "rows": one.rows, "first": one.first}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.canonical import REASONS, CanonicalRow, Report, Row, RowRefused
 from rlhf_lightning.data.files import Unreadable
-from rlhf_lightning.data.formats import Form, Reader, check_columns, read_row
+from rlhf_lightning.data.formats import KINDS, Form, Reader, check_columns, read_row
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.tokenization import (
     Encoded,
@@ -188,8 +188,14 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
     ) -> list[EncodedRow]:
         """Encode some rows at once, counting in ``report``."""
-        done: list[EncodedRow] = []
-        for outcome in self.outcomes(tokenizer, rows):
+        return [row for outcome in self.counted(tokenizer, rows, report) for row in outcome.encoded]
+
+    def counted(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
+    ) -> list[Outcome]:
+        """Encode some rows at once, counting in ``report``; one outcome for each."""
+        outcomes = self.outcomes(tokenizer, rows)
+        for outcome in outcomes:
             report.read += 1
             if outcome.reason is not None:
                 report.drop(outcome.reason)
@@ -203,8 +209,7 @@ class Encoder:
             report.tokens += sum(sum(flags) for piece in outcome.encoded for flags in piece.supervised)
             for part in outcome.truncated:
                 report.truncated[part] = report.truncated.get(part, 0) + 1
-            done += outcome.encoded
-        return done
+        return outcomes
 
     def outcomes(self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable]) -> list[Outcome]:
         """Encode some rows at once; one outcome for each."""
@@ -240,7 +245,7 @@ class Encoder:
                 return [_Case([render_prompt(tokenizer, prompt, rendered), *texts], prompt)]
             if self.turnwise and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
                 turns = [*prompt, *_as_turns(row.completions[0])]
-                found = render_turns(tokenizer, turns, self.last_turn_only)
+                found = render_turns(tokenizer, turns, self.last_turn_only, first=len(prompt))
                 return [_Case([one.prompt, one.completion], one.context, one.weight) for one in found]
             return [_Case(render_answers(tokenizer, prompt, row.completions, rendered, self.last_turn_only), prompt)]
         except TurnsRefused as refusal:
@@ -277,10 +282,11 @@ class Encoder:
             merged=any(one.merges for one in every),
             split=len(cases) > 1,
             last_turn=any(text.last_turn for case in cases for text in case.texts),
-            unused=self._unused(row),
+            unused=self.unused_of(row),
         )
 
-    def _unused(self, row: CanonicalRow) -> tuple[str, ...]:
+    def unused_of(self, row: CanonicalRow) -> tuple[str, ...]:
+        """Name the columns and the keys of turns that nothing reads."""
         used = {*self.slots, *(("labels",) if self.separator is not None else ())}
         columns = [] if self.hands_on else [f"column {name!r}" for name in row.columns if name not in used]
         return (*columns, *(f"key {name!r} of turns" for name in row.unused))
@@ -331,6 +337,12 @@ class Encoder:
             row.columns, _number(row.completions[0] if row.prompt is None else row.prompt), slots=slots,
         )  # fmt: skip
         return one, cuts
+
+
+def encoder_for(kind: str, **settings: Any) -> Encoder:
+    """Return what encodes rows of a kind, a key of `formats.KINDS`, a row for each row of the data."""
+    separator = "\n" if kind == "process" else None
+    return Encoder(*KINDS[kind], separator=separator, turnwise=kind == "sft", hands_on=kind == "prompt", **settings)
 
 
 def _as_turns(completion: str | list[Message]) -> list[Message]:

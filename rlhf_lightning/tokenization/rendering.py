@@ -138,7 +138,7 @@ def render_answers(
 
 
 def render_turns(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], last_turn_only: bool = False
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], last_turn_only: bool = False, first: int = 0
 ) -> list[RenderedTurn]:
     """Render a conversation whose turns of the assistant are learned, unless their ``weight`` is 0.
 
@@ -149,11 +149,12 @@ def render_turns(
         tokenizer: the policy's tokenizer.
         turns: the conversation, up to the last learned turn or further.
         last_turn_only: whether only the last learned turn counts.
+        first: number of the first turn that may be learned; those before it are context.
 
     Raises:
         ChatTemplateError: if the template is missing or refuses the messages.
     """
-    learned = [place for place, turn in enumerate(turns) if _is_learned(turn)]
+    learned = [place for place, turn in enumerate(turns) if place >= first and _is_learned(turn)]
     learned = learned[-1:] if last_turn_only else learned
     if not learned:
         return []

@@ -1,0 +1,252 @@
+"""``rlhf show``: what rows of a data set become: their tokens, what of them is learned, and why rows are dropped."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+import html as writer
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from rlhf_lightning.commands.audit import load, peek
+from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_lightning.data.tokenizing import EncodedRow, Outcome
+
+COLOURS = {"seen": "", "learned": "32", "control": "36", "learned control": "1;32;4", "cut": "9;31"}
+"""ANSI codes by what becomes of a token."""
+
+MEANINGS = {
+    "seen": "read by the model, not in the loss",
+    "learned": "in the loss",
+    "control": "control token that is not in the loss",
+    "learned control": "control token in the loss, such as the end of a turn",
+    "cut": "lost by truncation",
+}
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #d0d7de;border-radius:6px;padding:.7rem}
+.learned{background:#c8f0d0}.control{background:#d5e6fb}.learned.control{background:#7fd69a;font-weight:600}
+.cut{background:#fbd5d5;text-decoration:line-through}.dropped{color:#a40e26}
+pre span{border-right:1px dotted #9aa4af}
+@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}.learned{background:#14532d}
+.control{background:#1e3a5f}.learned.control{background:#15803d}.cut{background:#7f1d1d}}
+"""
+
+
+class Shown(NamedTuple):
+    """A token, or several that only together are text.
+
+    Attributes:
+        text: what they say.
+        ids: their ids.
+        state: key of `MEANINGS`.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    state: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf show``."""
+    return run_function(show, argv, "rlhf show", positional=["data"])
+
+
+def show(
+    data: str,
+    tokenizer: str,
+    row: int | None = None,
+    rows: int = 5,
+    kind: Literal["sft", "preference", "unpaired", "process", "prompt"] | None = None,
+    max_length: int | None = 1024,
+    max_prompt_length: int | None = None,
+    chat_template: str | None = None,
+    template_args: dict[str, Any] | None = None,
+    as_chat: bool = False,
+    rendered: bool = False,
+    last_turn_only: bool = False,
+    columns: dict[str, str] | None = None,
+    split: str = "train",
+    html: str | None = None,
+) -> int:
+    """Show what rows become: their tokens, coloured by whether they are learned, with weights, truncation and drops.
+
+    Args:
+        data: a file, glob, folder or Hub name, as for training.
+        tokenizer: folder or Hub name of a tokenizer or model.
+        row: show only this row, from 1 in the order of the data.
+        rows: show the first so many rows.
+        kind: what the rows are for; by default their columns say.
+        max_length: most tokens of prompt and completion, as in training; null for no bound.
+        max_prompt_length: most tokens of the prompt, as in training.
+        chat_template: template to use instead of the tokenizer's own.
+        template_args: variables of the chat template, as in '{enable_thinking: false}'.
+        as_chat: make plain text a user's turn and an assistant's turn.
+        rendered: plain text was written by a chat template, so that control tokens in it are such.
+        last_turn_only: learn only the last turn of the assistant.
+        columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
+        split: split of a Hub name or of a folder, with or without a slice.
+        html: write a page with every token and its id to this file instead.
+    """
+    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.data.canonical import Report
+    from rlhf_lightning.data.tokenizing import encoder_for
+
+    quieten()
+    if rows < 1 or (row is not None and row < 1):
+        raise SettingError("setting-out-of-range", "row and rows count from 1")
+    found, taken = peek(data, split, row or rows, kind, columns)
+    numbered = enumerate(taken, 1)
+    chosen = [(number, one) for number, one in islice(numbered, row or rows) if row is None or number == row]
+    if not chosen:
+        raise DataError("no-such-row", f"{data} has fewer than {row} rows")
+    loaded = load(tokenizer, chat_template, template_args)
+    encoder = encoder_for(
+        found, columns=columns or {}, as_chat=as_chat, rendered=rendered, last_turn_only=last_turn_only
+    )
+    report = Report()
+    outcomes = encoder.counted(loaded, [one for _, one in chosen], report)
+    limits = (max_length, max_prompt_length) if found != "prompt" else (None, max_prompt_length or max_length)
+    parts = [
+        (f"row {number}: {headline(found, outcome)}", list(sequences(loaded, found, outcome, *limits)))
+        for (number, _), outcome in zip(chosen, outcomes, strict=True)
+    ]
+    if html is not None:
+        Path(html).write_text(page(data, parts, report.describe(data)), encoding="utf-8")
+        print(f"wrote {html}")
+        return 0
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print("\n".join(as_text(parts, coloured)))
+    print(report.describe(data))
+    return 0
+
+
+def headline(kind: str, outcome: "Outcome") -> str:
+    """Return one line on what became of a row."""
+    from rlhf_lightning.data.canonical import REASONS
+
+    if outcome.reason is not None:
+        return f"dropped, {outcome.reason}: {REASONS[outcome.reason]}"
+    notes = [f"{kind} data"]
+    notes += [f"{len(outcome.encoded)} rows, one for each learned turn"] if outcome.split else []
+    notes += ["only the last turn is learned"] if outcome.last_turn else []
+    notes += ["text that spells control tokens is plain text"] if outcome.escaped else []
+    notes += ["prompt and completion would be tokenized otherwise together"] if outcome.merged else []
+    notes += [f"not used: {', '.join(outcome.unused)}"] if outcome.unused else []
+    return "; ".join(notes)
+
+
+def sequences(
+    tokenizer: "PreTrainedTokenizerBase", kind: str, outcome: "Outcome", limit: int | None, most: int | None
+) -> Iterator[tuple[str, list[Shown]]]:
+    """Yield a title and the tokens of each prompt and completion of a row."""
+    from rlhf_lightning.tokenization import facts_of, opening_ids, truncate
+
+    control, opening = facts_of(tokenizer).control_ids, opening_ids(tokenizer)
+    for row in outcome.encoded:
+        keep = len(opening) if tuple(row.prompt[: len(opening)]) == opening else 0
+        prompt, completions = truncate(row.prompt, row.completions, limit, most, keep)
+        keep, lost = min(keep, len(prompt)), len(row.prompt) - len(prompt)
+        states = ["cut" if keep <= place < keep + lost else "seen" for place in range(len(row.prompt))]
+        weight = "" if row.weight == 1 else f", weight {row.weight:g}"
+        yield f"prompt, {len(prompt)} tokens{weight}", merged(tokenizer, row.prompt, states, control)
+        for place, (ids, flags, kept) in enumerate(zip(row.completions, row.supervised, completions, strict=True)):
+            states = ["learned" if flag else "seen" for flag in flags[: len(kept)]] + ["cut"] * (len(ids) - len(kept))
+            learned = sum(flags[: len(kept)])
+            title = f"{title_of(kind, row, place)}, {len(kept)} tokens, {learned} in the loss"
+            yield title, merged(tokenizer, ids, states, control)
+
+
+def title_of(kind: str, row: "EncodedRow", place: int) -> str:
+    """Return what a completion is to its row."""
+    if kind == "preference":
+        return ("chosen", "rejected")[place] if len(row.completions) == 2 else f"rank {row.ranks[place]}"
+    return ("desirable", "undesirable")[row.ranks[place] > 0] if kind == "unpaired" else "completion"
+
+
+def merged(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], states: Sequence[str], control: frozenset[int]
+) -> list[Shown]:
+    """Join tokens that only together are text, such as the bytes of a letter."""
+    found: list[Shown] = []
+    held: list[int] = []
+    for place, index in enumerate(ids):
+        held.append(index)
+        text = tokenizer.decode(held, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(held) < 4 and place + 1 < len(ids) and states[place + 1] == states[place]:
+            continue
+        state = states[place]
+        if index in control and state != "cut":
+            state = "learned control" if state == "learned" else "control"
+        found.append(Shown(text, tuple(held), state))
+        held = []
+    return found
+
+
+def as_text(parts: list[tuple[str, list[tuple[str, list[Shown]]]]], coloured: bool) -> Iterator[str]:
+    """Yield lines for a terminal, or without colours a line for every run of tokens of one state."""
+    if coloured:
+        yield "  ".join(painted(state, f"{state}: {meaning}") for state, meaning in MEANINGS.items())
+    for head, shown in parts:
+        yield from ("", head)
+        for title, tokens in shown:
+            yield f"  {title}"
+            if coloured:
+                text = "".join(painted(one.state, visible(one.text)) for one in tokens)
+                yield "\n".join(f"    {line}" for line in text.split("\n"))
+                continue
+            yield from (f"    {state:<16}{text!r}" for state, text in runs(tokens))
+    yield ""
+
+
+def runs(tokens: Sequence[Shown]) -> Iterator[tuple[str, str]]:
+    """Yield the joined text of neighbouring tokens of one state."""
+    state, texts = "", [""]
+    for one in tokens:
+        if one.state != state and any(texts):
+            yield state, "".join(texts)
+            texts = []
+        state = one.state
+        texts.append(one.text)
+    if any(texts):
+        yield state, "".join(texts)
+
+
+def visible(text: str) -> str:
+    """Make line breaks visible, and what a terminal would act on harmless."""
+    kept = "".join(one if one == "\n" or one.isprintable() else f"\\x{ord(one):02x}" for one in text)
+    return kept.replace("\n", "\u21b5\n")
+
+
+def painted(state: str, text: str) -> str:
+    """Colour a text line by line, so that each line can be indented."""
+    code = COLOURS[state]
+    return "\n".join(f"\033[{code}m{line}\033[0m" if code and line else line for line in text.split("\n"))
+
+
+def page(data: str, parts: list[tuple[str, list[tuple[str, list[Shown]]]]], summary: str) -> str:
+    """Return a page that needs no other file."""
+    legend = " ".join(
+        f'<span class="{state}">{state}</span>: {writer.escape(meaning)}.' for state, meaning in MEANINGS.items()
+    )
+    body = [f"<h1>{writer.escape(data)}</h1>", f"<p>{legend} Hold the pointer over a token for its id.</p>"]
+    for head, shown in parts:
+        dropped = ' class="dropped"' if not shown else ""
+        body.append(f"<h2{dropped}>{writer.escape(head)}</h2>")
+        for title, tokens in shown:
+            spans = "".join(
+                f'<span class="{one.state}" title="{" ".join(map(str, one.ids))}">'
+                f"{writer.escape(one.text).replace(chr(10), '&#8629;' + chr(10))}</span>"
+                for one in tokens
+            )
+            body.append(f"<p>{writer.escape(title)}</p><pre>{spans}</pre>")
+    body.append(f"<p>{writer.escape(summary)}</p>")
+    head = f'<meta charset="utf-8"><title>{writer.escape(data)}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"

@@ -1,0 +1,297 @@
+"""Conversations as people bring them: each case is learned as the template writes it, or dropped and counted."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import EOS, make_tiny_tokenizer, refused
+
+from rlhf_lightning.data.canonical import Report, RowRefused
+from rlhf_lightning.data.formats import PREFERENCE_FORMS, check_columns, demonstration, preference, prompt, read_row
+from rlhf_lightning.data.tokenizing import encoder_for
+from rlhf_lightning.tokenization import completion_text, encode_prompt, load_tokenizer, tokenizer_fingerprint
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ROOT / os.environ.get("RLHF_CASES", Path(os.environ.get("RLHF_DATA", "../shared/data")).parent / "cases")
+
+
+def case(name):
+    if not (CASES / name).is_file():
+        pytest.skip(f"no {CASES / name}: RLHF_CASES names the folder of the cases")
+    return (CASES / name).read_text(encoding="utf-8")
+
+
+def rows_of(name):
+    return [json.loads(line) for line in case(name).splitlines()]
+
+
+def tokenizer_with(template):
+    from tokenizers import AddedToken
+
+    tokenizer = make_tiny_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    marks = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
+    return tokenizer
+
+
+@pytest.fixture
+def thinking():
+    return tokenizer_with(case("thinking.jinja"))
+
+
+@pytest.fixture
+def opening():
+    return tokenizer_with(case("thinking_opens.jinja"))
+
+
+def learned(tokenizer, row, kind="sft", **settings):
+    """For each row that a row becomes its prompt, its completions, and what of them is learned, as texts."""
+    report = Report()
+    found = []
+    for outcome in encoder_for(kind, **settings).counted(tokenizer, [row], report):
+        for one in outcome.encoded:
+            flagged = zip(one.completions, one.supervised, strict=True)
+            said = [[i for i, flag in zip(ids, flags, strict=True) if flag] for ids, flags in flagged]
+            found.append((tokenizer.decode(one.prompt), *map(tokenizer.decode, [*one.completions, *said])))
+    return found, report
+
+
+def user(content):
+    return f"<|im_start|>user\n{content}<|im_end|>\n"
+
+
+ASKED = user("hi") + "<|im_start|>assistant\n"
+ONE, NONE = "<think>\nLet me see.\n</think>\n\nYo.<|im_end|>", "<think>\n\n</think>\n\nYo.<|im_end|>"
+
+
+def test_a_thought_is_learned_once_wherever_it_is_kept(thinking, opening):
+    inside, without, _, named, _ = rows_of("thoughts.jsonl")
+    for row in (inside, named):
+        assert learned(thinking, row)[0] == [(ASKED, ONE, ONE)]
+        rest = ONE.removeprefix("<think>\n")
+        assert learned(opening, row)[0] == [(ASKED + "<think>\n", rest, rest)]
+    assert learned(thinking, without)[0] == [(ASKED, NONE, NONE)]
+    closed = NONE.removeprefix("<think>\n")
+    assert learned(opening, without)[0] == [(ASKED + "<think>\n", closed, closed)]
+
+
+def test_each_turn_has_the_context_that_it_has_in_use(thinking):
+    row = rows_of("thoughts.jsonl")[2]
+    first, second = "<think>\nA.\n</think>\n\nYo.<|im_end|>", "<think>\nB.\n</think>\n\nYa.<|im_end|>"
+    again = ASKED + "Yo.<|im_end|>\n" + user("and?") + "<|im_start|>assistant\n"
+    found, report = learned(thinking, row)
+    assert found == [(ASKED, first, first), (again, second, second)]
+    assert (report.read, report.kept, report.split) == (1, 1, 1)
+    assert "1 became a row for each learned turn" in report.describe("rows")
+    assert learned(thinking, row, last_turn_only=True)[0] == [(again, second, second)]
+
+
+def test_a_completion_of_several_turns_is_learned_at_its_last(thinking):
+    turns = rows_of("thoughts.jsonl")[2]["messages"]
+    other = [*turns[1:3], {"role": "assistant", "content": "No."}]
+    ((_, chosen, rejected, said, unsaid),), report = learned(
+        thinking, {"prompt": turns[:1], "chosen": turns[1:], "rejected": other}, "preference"
+    )
+    assert chosen.startswith("Yo.<|im_end|>\n" + user("and?")) and chosen.endswith(said)
+    assert said == "<think>\nB.\n</think>\n\nYa.<|im_end|>" and unsaid == "<think>\n\n</think>\n\nNo.<|im_end|>"
+    assert report.last_turn == 1 and "only the last is learned" in report.describe("rows")
+
+
+def test_both_sides_of_a_pair_have_the_prompt_of_use(thinking):
+    row = rows_of("thoughts.jsonl")[4]
+    ((asked, chosen, rejected, *_),), _ = learned(thinking, row, "preference")
+    assert asked == ASKED + "Yo.<|im_end|>\n" + user("and?") + "<|im_start|>assistant\n"
+    assert chosen == "<think>\nB.\n</think>\n\nYa.<|im_end|>"
+    assert rejected == "<think>\n\n</think>\n\nNo.<|im_end|>"
+
+
+def test_what_was_sampled_goes_to_a_scorer_without_a_second_thought(thinking, opening):
+    for tokenizer, sampled in ((thinking, ONE), (opening, ONE.removeprefix("<think>\n"))):
+        said = completion_text(tokenizer, tokenizer(sampled, add_special_tokens=False)["input_ids"])
+        row = {"prompt": [{"role": "user", "content": "hi"}], "completion": said}
+        ((_, completion, _),), _ = learned(tokenizer, row)
+        assert completion == sampled
+
+
+def test_tool_calls_are_learned_and_tools_are_read(thinking):
+    for row in rows_of("tools.jsonl"):
+        ((asked, _, said),), report = learned(thinking, row)
+        assert asked.startswith("<|im_start|>system\nTools: [") and '"name": "add"' in asked
+        call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 1}}</tool_call><|im_end|>'
+        assert call in said and said.endswith("2.<|im_end|>") and "tool_response" not in said
+        assert report.unused == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "add", "arguments": {"a": 1, "b": 1}},
+        {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 1}'}},
+    ],
+)
+def test_a_tool_call_is_read_in_every_spelling(thinking, call):
+    asked = {"role": "user", "content": "1+1?"}
+    told = [{"role": "assistant", "tool_calls": [call]}]
+    by_sharegpt = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 1, "b": 1}})}
+    for turns in (told, [by_sharegpt], [{"role": "assistant", "content": None, "function_call": call}]):
+        ((_, completion, _),), _ = learned(thinking, {"messages": [asked, *turns]})
+        assert '{"name": "add", "arguments": {"a": 1, "b": 1}}' in completion
+
+
+def test_flags_of_turns_are_heeded(thinking):
+    for row in rows_of("turn_flags.jsonl"):
+        ((_, _, said),), _ = learned(thinking, row)
+        assert "GOOD" in said and "BAD" not in said
+    half = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0.5}]}
+    (outcome,) = encoder_for("sft").outcomes(thinking, [half])
+    assert [one.weight for one in outcome.encoded] == [0.5]
+    for flag, reason in (({"train": False}, "no_learned_turn"), ({"weight": -1}, "bad_turn_weight")):
+        row = {"messages": [half["messages"][0], {"role": "assistant", "content": "a", **flag}]}
+        assert learned(thinking, row)[1].dropped == {reason: 1}
+    row = {"messages": [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "a"}]}
+    assert learned(thinking, row)[1].dropped == {"trained_turn": 1}
+
+
+def test_further_columns_are_used_or_the_row_is_dropped(thinking):
+    system, history, shared, image = rows_of("further_columns.jsonl")
+    brief = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert learned(thinking, system)[0][0][0] == brief + ASKED
+    ((asked, _, said),), _ = learned(thinking, history)
+    earlier = user("2+1") + "<|im_start|>assistant\n3<|im_end|>\n"
+    assert asked == brief + earlier + user("and now?") + "<|im_start|>assistant\n"
+    assert said == "<think>\n\n</think>\n\n4<|im_end|>", "earlier answers are context"
+    assert learned(thinking, shared)[0][0][0] == ASKED
+    assert learned(thinking, image)[1].dropped == {"media": 1}
+
+
+def test_what_nothing_reads_is_counted(thinking):
+    row = {"messages": [{"role": "user", "content": "hi", "id": 3}, {"role": "assistant", "content": "a"}], "source": 1}
+    _, report = learned(thinking, row)
+    assert report.unused == {"column 'source'": 1, "key 'id' of turns": 1}
+    assert "not used: column 'source' (1 rows), key 'id' of turns (1 rows)" in report.describe("rows")
+    _, report = learned(thinking, {"prompt": "p", "answer": "4"}, "prompt")
+    assert report.unused == {}, "a scorer gets the other columns of prompts"
+
+
+def test_json_text_is_parsed_where_the_whole_row_is_written_so(thinking):
+    (row,) = rows_of("json_text.jsonl")
+    ((asked, chosen, *_),), _ = learned(thinking, row, "preference")
+    assert asked == ASKED and chosen == NONE.replace("Yo", "yo").replace("yo.", "yo")
+    for broken in ({**row, "chosen": "plain"}, {**row, "prompt": row["prompt"][:-1]}, {**row, "prompt": "[{'role': "}):
+        assert learned(thinking, broken, "preference")[1].dropped == {"json_text": 1}
+    assert learned(thinking, {"prompt": row["prompt"]}, "prompt")[1].dropped == {"json_text": 1}, (
+        "it may be a quotation"
+    )
+    assert learned(thinking, {"messages": row["prompt"][:-1] + ', {"role": "assistant", "content": "yo"}]'})[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}], "system": 3}, "no_assistant_turn"),
+        ({"prompt": "p", "completion": "c", "tools": [{"name": "f"}]}, "tools_without_messages"),
+        ({"prompt": "p", "completion": "c", "tools": "nonsense"}, "bad_tool_call"),
+        ({"prompt": "p", "completion": "c", "history": "before"}, "bad_history"),
+        ({"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "completion": "c",
+          "system": "d"}, "two_systems"),
+        ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{"name": "f"}]}]}, "bad_tool_call"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "media"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_meaning_is_refused(row, reason):
+    with pytest.raises(RowRefused) as refusal:
+        read_row(row, demonstration)
+    assert refusal.value.code == reason
+
+
+def test_a_thought_that_the_prompt_closes_is_refused():
+    tokenizer = tokenizer_with(case("thinking.jinja"))
+    tokenizer.init_kwargs["template_args"] = {"enable_thinking": False}
+    inside, without, *_ = rows_of("thoughts.jsonl")
+    assert learned(tokenizer, inside)[1].dropped == {"thought_closed": 1}
+    assert learned(tokenizer, without)[0] == [(ASKED + "<think>\n\n</think>\n\n", "Yo.<|im_end|>", "Yo.<|im_end|>")]
+
+
+def test_a_template_that_ignores_thoughts_or_tools_drops_the_row(tiny_tokenizer):
+    named, tools = rows_of("thoughts.jsonl")[3], rows_of("tools.jsonl")[0]
+    assert learned(tiny_tokenizer, named)[1].dropped == {"thought_left_out": 1}
+    assert learned(tiny_tokenizer, tools)[1].dropped == {"tool_calls_left_out": 1}
+    described = {**tools, "messages": [tools["messages"][0], tools["messages"][3]]}
+    assert learned(tiny_tokenizer, described)[1].dropped == {"tools_left_out": 1}
+
+
+def test_preferences_in_other_projects_forms():
+    wanted = ([{"role": "user", "content": "p"}], [[{"role": "assistant", "content": one}] for one in "cr"])
+    shared = {"conversations": [{"from": "human", "value": "p"}], "chosen": {"from": "gpt", "value": "c"},
+              "rejected": {"from": "gpt", "value": "r"}}  # fmt: skip
+    found = preference(shared)
+    assert (found.prompt, found.completions) == wanted
+    found = preference({"instruction": "i", "input": "x", "chosen": "The c", "rejected": "The r"})
+    assert (found.prompt, found.completions) == ("i\n\nx", ["The c", "The r"])
+    assert prompt({"conversations": shared["conversations"]}).prompt == wanted[0]
+    with refused("no-accepted-form", "Did you mean 'prompt' by 'question'?"):
+        check_columns(["question", "chosen", "rejected"], PREFERENCE_FORMS, "pairs.jsonl")
+    with pytest.raises(ValueError) as error:
+        check_columns(["conversations"], PREFERENCE_FORMS, "pairs.jsonl")
+    assert "Did you mean" not in str(error.value)
+
+
+# ---- template_args --------------------------------------------------------------------------------------------------
+
+DATED = (
+    "{{ strftime_now('%d %b %Y') + ' ' }}{% if x %}{{ x }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_template_args_reach_every_rendering_and_are_saved(tmp_path):
+    make_tiny_tokenizer(DATED).save_pretrained(tmp_path)
+    asked = [{"role": "user", "content": "hi"}]
+
+    def text(tokenizer):
+        return tokenizer.decode(encode_prompt(tokenizer, asked))
+
+    plain = load_tokenizer(tmp_path)
+    given = load_tokenizer(tmp_path, template_args={"x": "X ", "now": "2026-11-29"})
+    assert text(plain) == "01 Jan 2025 hi" and text(given) == "29 Nov 2026 X hi"
+    assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(given)
+    given.save_pretrained(tmp_path / "next")
+    later = load_tokenizer(tmp_path / "next")
+    assert text(later) == text(given) and tokenizer_fingerprint(later) == tokenizer_fingerprint(given)
+    assert text(load_tokenizer(tmp_path / "next", template_args={"x": None})) == "29 Nov 2026 hi"
+    with refused("reserved-template-arg", "'messages'"):
+        load_tokenizer(tmp_path, template_args={"messages": []})
+    with refused("bad-template-date", "'yesterday'"):
+        load_tokenizer(tmp_path, template_args={"now": "yesterday"})
+
+
+def test_an_answer_begins_with_no_space_that_the_template_did_not_write():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", *"abcdefghijklmnopqrstuvwxyz:.▁"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in dict.fromkeys(pieces)], unk_id=0))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    template = "{% for m in messages %}{{ m.role + ':\n' + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    for row in ({"messages": messages}, {"prompt": "a:\n", "completion": "yo"}):
+        (outcome,) = encoder_for("sft").outcomes(tokenizer, [row])
+        (one,) = outcome.encoded
+        assert tokenizer.convert_ids_to_tokens(one.completions[0]) == ["y", "o", "</s>"]
+        joint = tokenizer("a:\nyo", add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(joint)[-2:] == ["y", "o"]
+        assert not outcome.merged
+
+
+def test_a_boundary_that_is_encoded_otherwise_together_is_counted(tiny_tokenizer):
+    (outcome,) = encoder_for("sft").outcomes(tiny_tokenizer, [{"prompt": "ab", "completion": "c"}])
+    assert outcome.merged, "the tokenizer has a token for 'bc'"
+    found, report = learned(tiny_tokenizer, {"prompt": "a", "completion": "c"})
+    assert report.merged == 0 and tiny_tokenizer.eos_token_id == EOS and found
