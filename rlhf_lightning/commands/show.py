@@ -179,7 +179,7 @@ def merged(
     held: list[int] = []
     for place, index in enumerate(ids):
         held.append(index)
-        text = tokenizer.decode(held, clean_up_tokenization_spaces=False)
+        text = text_after(tokenizer, ids[place - len(held)] if place >= len(held) else None, held)
         if text.endswith("\ufffd") and len(held) < 4 and place + 1 < len(ids) and states[place + 1] == states[place]:
             continue
         state = states[place]
@@ -188,6 +188,16 @@ def merged(
         found.append(Shown(text, tuple(held), state))
         held = []
     return found
+
+
+def text_after(tokenizer: "PreTrainedTokenizerBase", before: int | None, ids: list[int]) -> str:
+    """Decode ids as they read after another: some tokenizers write a space only between two tokens."""
+    alone = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if before is None:
+        return alone
+    first = tokenizer.decode([before], clean_up_tokenization_spaces=False)
+    both = tokenizer.decode([before, *ids], clean_up_tokenization_spaces=False)
+    return both[len(first) :] if both.startswith(first) and "\ufffd" not in first else alone
 
 
 def as_text(parts: list[tuple[str, list[tuple[str, list[Shown]]]]], coloured: bool) -> Iterator[str]:
