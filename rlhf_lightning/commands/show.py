@@ -95,11 +95,11 @@ def show(
         split: split of a Hub name or of a folder, with or without a slice.
         html: write a page with every token and its id to this file instead.
     """
-    from rlhf_lightning.commands.quiet import quieten
+    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.canonical import Report
     from rlhf_lightning.data.tokenizing import encoder_for
 
-    quieten()
+    silence_libraries()
     if rows < 1 or (row is not None and row < 1):
         raise SettingError("setting-out-of-range", "row and rows count from 1")
     found, taken = peek(data, split, row or rows, kind, columns)
