@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
 from rlhf_lightning.errors import printable
 from rlhf_lightning.loading import nearest
@@ -67,168 +69,7 @@ more help:
   rlhf plan ...                       memory and compute of a run, from the same flags
 """
 
-ALIASES = """
-per_device_train_batch_size: data.micro_batch_size data.batch_size
-per_gpu_train_batch_size: data.micro_batch_size data.batch_size
-per_device_eval_batch_size: data.eval_batch_size
-micro_train_batch_size: data.micro_batch_size data.batch_size
-micro_batch_size_per_gpu: data.micro_batch_size
-ppo_micro_batch_size_per_gpu: data.micro_batch_size
-micro_rollout_batch_size: model.sampling_batch_size
-rollout_batch_size: data.batch_size data.samples_per_prompt
-train_batch_size: data.batch_size
-global_batch_size: data.batch_size
-gen_batch_size: data.batch_size
-gradient_accumulation_steps: data.batch_size data.micro_batch_size
-accumulate_grad_batches: data.batch_size data.micro_batch_size
-gradient_clip_val: model.max_grad_norm
-grad_clip: model.max_grad_norm
-clip_grad: model.max_grad_norm
-max_norm: model.max_grad_norm
-num_train_epochs: trainer.max_epochs
-num_epochs: trainer.max_epochs
-total_epochs: trainer.max_epochs
-nepochs: trainer.max_epochs
-total_training_steps: trainer.max_steps
-num_steps: trainer.max_steps
-num_mini_batches: model.mini_batch_size
-ppo_mini_batch_size: model.mini_batch_size
-num_ppo_epochs: model.ppo_epochs
-num_iterations: model.ppo_epochs
-num_generations: data.samples_per_prompt
-n_samples_per_prompt: data.samples_per_prompt
-rollout.n: data.samples_per_prompt
-num_return_sequences: data.samples_per_prompt
-rloo_k: data.samples_per_prompt
-max_completion_length: model.max_new_tokens
-max_response_length: model.max_new_tokens
-response_length: model.max_new_tokens
-generate_max_len: model.max_new_tokens
-max_tokens_per_sample: model.max_new_tokens
-max_seq_length: data.max_length
-max_seq_len: data.max_length
-cutoff_len: data.max_length
-max_len: data.max_length
-prompt_max_len: data.max_prompt_length
-max_token_len_per_gpu: data.max_tokens
-ppo_max_token_len_per_gpu: data.max_tokens
-model_name_or_path: model.init_from
-model_name: model.init_from
-pretrain: model.init_from
-model_path: model.init_from
-model.path: model.init_from
-ref_model: model.init_from
-reward_model: model.scorer
-reward_model_path: model.scorer
-reward_pretrain: model.scorer
-reward_funcs: model.scorer
-remote_rm_url: model.scorer
-critic_pretrain: model.critic_init
-value_model_path: model.critic_init
-tokenizer_name_or_path: model.tokenizer
-lr: model.learning_rate
-actor_learning_rate: model.learning_rate
-optim.lr: model.learning_rate
-lr_scheduler_type: model.lr_schedule
-warmup_ratio: model.warmup
-warmup_steps: model.warmup
-num_warmup_steps: model.warmup
-lr_warmup_steps: model.warmup
-adam_beta1: model.betas
-adam_beta2: model.betas
-adam_epsilon: model.adam_eps
-optim: model.optimizer
-init_kl_coef: model.kl_coef
-kl_loss_coef: model.kl_coef
-kl_penalty_coef: model.kl_coef
-kl_loss_type: model.kl_estimator
-use_kl_loss: model.kl_place
-target_kl: model.kl_target model.early_stop_kl
-cliprange: model.clip
-clip_ratio: model.clip
-epsilon: model.clip
-eps_clip: model.clip
-clip_ratio_low: model.clip
-epsilon_high: model.clip_high
-clip_ratio_high: model.clip_high
-cliprange_value: model.value_clip
-value_clip_range: model.value_clip
-vf_coef: model.value_coef
-lambd: model.lam
-gae_lambda: model.lam
-entropy_coeff: model.entropy_coef
-missing_eos_penalty: model.missing_eos_penalty
-loss_agg_mode: model.aggregation
-pref_beta: model.beta
-lora_r: model.lora.r
-lora_rank: model.lora.r
-lora_alpha: model.lora.alpha
-lora_dropout: model.lora.dropout
-lora_target: model.lora.targets
-lora_target_modules: model.lora.targets
-target_modules: model.lora.targets
-use_peft: model.lora.r
-load_in_4bit: model.quantization
-load_in_8bit: model.quantization
-quantization_bit: model.quantization
-torch_dtype: model.dtype trainer.precision
-bf16: trainer.precision
-fp16: trainer.precision
-mixed_precision: trainer.precision
-gradient_checkpointing: model.activation_checkpointing
-enable_gradient_checkpointing: model.activation_checkpointing
-flash_attn: model.attn_implementation
-torch_compile: model.compile_layers
-packing: model.pack_rows
-packing_samples: model.pack_rows
-dataset: data.source
-dataset_name: data.source
-prompt_data: data.source
-train_files: data.source
-train_file: data.source
-val_files: data.eval_source
-eval_dataset: data.eval_source
-val_size: data.eval_rows
-max_samples: data.rows
-apply_chat_template: data.as_chat
-template: model.chat_template
-dataloader_num_workers: data.num_workers
-preprocessing_num_workers: data.num_workers
-output_dir: runs_folder run_name
-save_path: runs_folder run_name
-default_local_dir: runs_folder
-experiment_name: run_name
-save_steps: checkpoint.every_n_updates
-save_freq: checkpoint.every_n_updates
-save_total_limit: checkpoint.keep_last
-max_ckpt_num: checkpoint.keep_last
-eval_steps: trainer.val_check_interval
-test_freq: trainer.val_check_interval
-logging_steps: trainer.log_every_n_steps
-report_to: trainer.logger
-use_wandb: trainer.logger
-resume_from_checkpoint: resume
-load_checkpoint: resume
-n_gpus_per_node: trainer.devices
-num_processes: trainer.devices
-nnodes: trainer.num_nodes
-num_machines: trainer.num_nodes
-deepspeed: trainer.strategy
-zero_stage: trainer.strategy
-fsdp: trainer.strategy
-vllm_server_base_url: model.engine
-use_vllm: model.engine
-"""
-"""Settings of TRL, OpenRLHF, verl, LLaMA-Factory and the Hugging Face Trainer, and those that replace them here."""
-
-CLASS_ALIASES = {
-    "DPOTrainer": "DPOModule", "DPOConfig": "DPOModule", "SFTTrainer": "SFTModule", "SFTConfig": "SFTModule",
-    "RewardTrainer": "RewardModule", "RewardConfig": "RewardModule", "PPOTrainer": "PPOModule",
-    "PPOConfig": "PPOModule", "GRPOTrainer": "GRPOModule", "GRPOConfig": "GRPOModule", "RLOOTrainer": "RLOOModule",
-    "KTOTrainer": "KTOModule", "ORPOTrainer": "ORPOModule", "CPOTrainer": "CPOModule", "BCOTrainer": "BCOModule",
-    "OnlineDPOTrainer": "OnlineDPOModule", "NashMDTrainer": "NashMDModule", "XPOTrainer": "XPOModule",
-    "GKDTrainer": "GKDModule", "PRMTrainer": "ProcessRewardModule",
-}  # fmt: skip
+FOREIGN_NAMES = Path(__file__).with_name("foreign_names.yaml")
 
 
 class Setting(NamedTuple):
@@ -264,6 +105,13 @@ def _sources() -> list[Path]:
     return [file for room in ("modules", "data", "training", "runs") for file in INDEX.parents[1].glob(f"{room}/*.py")]
 
 
+@lru_cache(maxsize=1)
+def foreign_names() -> dict[str, dict[str, str]]:
+    """Return the names of other libraries: ``settings`` with those that replace them here, and ``classes``."""
+    found: dict[str, dict[str, str]] = yaml.safe_load(FOREIGN_NAMES.read_text(encoding="utf-8"))
+    return found
+
+
 def class_entry(part: str, name: str) -> dict[str, Any] | None:
     """Return the entry of a shipped class by its short name or import path; None for other classes."""
     path, _, short = name.rpartition(".")
@@ -290,7 +138,7 @@ def suggestion(name: str, known: Iterable[str], dashes: str = "--") -> str | Non
     """Return a hint at the known setting that ``name`` probably means, by spelling or as another library's name."""
     known = set(known)
     tail = name.rpartition(".")[2]
-    table = dict(line.split(": ") for line in ALIASES.strip().splitlines())
+    table = foreign_names()["settings"]
     key = name.replace(".init_args.", ".")
     for alias in (key, ".".join(key.split(".")[-2:]), tail):
         if alias in table and known & set(table[alias].split()):
@@ -344,7 +192,7 @@ def wrong_class(part: str, name: str) -> str | None:
         return None
     if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # newer than the index
         return None
-    near = CLASS_ALIASES.get(name) or nearest(name, index()[part])
+    near = foreign_names()["classes"].get(name) or nearest(name, index()[part])
     hint = f"did you mean {near}?" if near else f"there are {', '.join(index()[part])}."
     return f"{part}: there is no class {name}; {hint} Write your own class with its module, as my_objective.{name}"
 

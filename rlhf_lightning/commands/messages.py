@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.commands.flag_index import CLASS_ALIASES, PARTS, all_names, suggestion
+from rlhf_lightning.commands.flag_index import PARTS, all_names, foreign_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
 
@@ -128,7 +128,7 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
     if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
         base = next((_base_class(a) for a in parser_actions(parser) if a.dest == key), None)
         known = sorted(subclasses_of(base)) if base else []
-        near = CLASS_ALIASES.get(given) or nearest(given, known)
+        near = foreign_names()["classes"].get(given) or nearest(given, known)
         hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
         own = f"Write your own class with its module, as my_objective.{given}"
         return f"{key}: there is no class {given}; {hint} {own}"

@@ -9,10 +9,10 @@ import pytest
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands import flag_index
-from rlhf_lightning.commands.flag_index import ALIASES, CLASS_ALIASES, INDEX, all_names, quick_answer, suggestion
+from rlhf_lightning.commands.flag_index import INDEX, all_names, foreign_names, quick_answer, suggestion
 from rlhf_lightning.commands.objectives import build_index, plain_help, type_text
 
-ROWS = dict(line.split(": ") for line in ALIASES.strip().splitlines())
+ROWS = foreign_names()["settings"]
 REMEDY = "run `python -m rlhf_lightning.commands.objectives` and commit flag_index.json"
 
 
@@ -31,7 +31,7 @@ def test_names_of_other_libraries_lead_to_settings_that_exist():
     targets = {target for row in ROWS.values() for target in row.split()}
     assert targets <= all_names()
     assert not [name for name in ROWS if name in all_names()]
-    assert set(CLASS_ALIASES.values()) <= flag_index.index()["model"].keys()
+    assert set(foreign_names()["classes"].values()) <= flag_index.index()["model"].keys()
 
 
 @pytest.mark.parametrize(
