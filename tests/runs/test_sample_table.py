@@ -1,7 +1,5 @@
 """Sampled answers: what is asked when, what reaches samples.jsonl and TensorBoard's text tab."""
 
-import math
-
 import pytest
 import tiny_run
 from conftest import refused
@@ -43,7 +41,7 @@ def test_the_text_tab_has_a_table_at_the_same_updates_and_escapes_it():
 
 def test_scores_are_the_scorers_and_what_cannot_be_scored_is_left_open(monkeypatch):
     def scorer(prompts, completions, **columns):
-        return [0.25, math.nan, None][: len(prompts)]
+        return [0.25, None, None][: len(prompts)]
 
     monkeypatch.setattr(
         tiny_run.SlopeModule, "load_models", lambda self: (_load(self), setattr(self, "scorer", scorer))
