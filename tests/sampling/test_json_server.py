@@ -32,8 +32,13 @@ def answering(reply: Callable[[socket.socket], None]) -> Iterator[str]:
     def talk(connection: socket.socket) -> None:
         with connection:
             try:
-                while b"\r\n\r\n" not in connection.recv(1 << 16):
-                    pass
+                asked = b""
+                while b"\r\n\r\n" not in asked:
+                    asked += connection.recv(1 << 16)
+                head, _, sent = asked.partition(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].split()[0])
+                while len(sent) < length:  # closing before all is read would reset the connection
+                    sent += connection.recv(1 << 16)
                 reply(connection)
             except OSError:
                 pass
