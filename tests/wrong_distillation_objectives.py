@@ -23,7 +23,7 @@ class OnlyTheStudentIsTempered(GKDModule):
         return forward_kl(logits.student_logits / 2.0, logits.teacher_logits)
 
 
-@caught_by("convergence")
+@caught_by("target")
 class LikeliestTokenOnly(GKDModule):
     def distillation_loss(self, logits):
         best = logits.teacher_logits.argmax(-1, keepdim=True)

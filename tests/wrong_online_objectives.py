@@ -136,7 +136,7 @@ class MarginByTheWidth(OnlineDPOModule):
         return dpo_loss(logprobs.margin / logprobs.chosen_mask.shape[1], self.beta, logprobs.target)
 
 
-@caught_by("convergence")
+@caught_by("target")
 class ScoresCountTwice(OnlineDPOModule):
     def pairs(self, rollout):
         found = super().pairs(rollout)

@@ -27,7 +27,10 @@ class REBELModule(OnlineDPOModule):
     paper = "Gao et al. 2024, arXiv 2404.16767"
     no_target = "no closed form: every rollout solves one step of mirror descent"
     means_it = {
-        **dict.fromkeys(("best is chosen", "every pair", "ties"), "both samples are regressed on, in either order"),
+        **dict.fromkeys(
+            ("best is chosen", "best of three", "every pair", "ties"), "both samples are regressed on, in either order"
+        ),
+        **dict.fromkeys(("soft label", "rated margin"), "the difference of rewards takes the label's place"),
         "reference logprobs": "the policy that sampled stands in the reference's place (Eq. 1)",
     }
 

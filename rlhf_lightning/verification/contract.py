@@ -189,7 +189,7 @@ def target_checks(kind: type[AlignmentModule], found: Convergence) -> list[Check
         advice = f"the target that the class inherits is {found.distance:.2g} away; {rest}: {how}"
         return [at_least("target", 0, 1, advice)]
     return [
-        at_least("target", 1, 1, ""),
+        at_least("target", 1, 1, "where training should come to rest is known"),
         at_most(
             "convergence",
             found.distance,

@@ -11,6 +11,7 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Step
 from rlhf_lightning.verification.offline_checks import cut, cut_checks, point_checks, some_rows, step_gradient
 from rlhf_lightning.verification.on_policy_checks import Case, loss_checks, mask_checks
+from rlhf_lightning.verification.rollout_checks import update_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function
 
 UPDATES = 400
@@ -120,7 +121,7 @@ def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
 def sampled_distillation_checks(subject: Subject) -> list[Check]:
     """Return the checks of a distillation by samples, convergence left out."""
     case = Case(subject, subject.module)
-    return [*mask_checks(case), *teacher_checks(case), *loss_checks(case)]
+    return [*mask_checks(case), *teacher_checks(case), *loss_checks(case), *update_checks(subject)]
 
 
 def teacher_checks(case: Case) -> list[Check]:

@@ -12,6 +12,7 @@ from scipy.special import expit, log_softmax
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import nash_md_logits
+from rlhf_lightning.functional.policy_gradient import discounted_returns
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
@@ -51,7 +52,7 @@ class PolicyGradient:
     def loss(self) -> Tensor:
         """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
         module, layout = self.module, padded_layout(self.sequences)
-        outputs = module.policy_outputs(layout, with_entropy=True)
+        outputs = module.policy_outputs(layout, module.sampling.temperature, with_entropy=True)
         old, mask = outputs.logprobs.detach(), layout.completion_mask
         assert outputs.entropy is not None
         reference = None if module.reference is None else module.reference.logprobs(layout, module.sampling.temperature)
@@ -61,7 +62,7 @@ class PolicyGradient:
             entropy=outputs.entropy.detach(), extras={name: part.detach() for name, part in outputs.extras.items()},
         )  # fmt: skip
         rewards = module.shape_rewards(rollout)
-        rollout = rollout._replace(values=rewards.new_zeros(rewards.shape))
+        rollout = rollout._replace(values=self.values(rewards.detach(), old))
         advantages = module.advantages(rollout, rewards)
         logprobs = PolicyLogprobs(
             outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, behaviour_logprobs=old,
@@ -72,6 +73,27 @@ class PolicyGradient:
         aggregation = module.aggregation(learned)
         per_row = (torch.where(learned, loss, 0.0) * aggregation.weights).sum(-1)
         return (self.likelihood(old.sum(-1)) * per_row).sum() / (self.group_size * self.world.config.prompts)
+
+    def values(self, rewards: Tensor, logprobs: Tensor) -> Tensor:
+        """Return the exact value of the state before each token under the policy, shape of ``rewards``.
+
+        At lambda 1 values cancel in the mean; they are 0 there, for groups, and where a state has read the end.
+        """
+        module, nothing = self.module, torch.zeros_like(rewards)
+        if self.group_size > 1 or getattr(module, "lam", 1.0) == 1 or rewards.shape != logprobs.shape:
+            return nothing
+        world, length = self.world, rewards.shape[1]
+        prompts, texts = world.config.prompts, world.completions
+        togo = discounted_returns(rewards, torch.ones_like(rewards, dtype=torch.bool), module.gamma)
+        togo, chance = togo.view(prompts, len(texts), length), logprobs.sum(-1).exp().view(prompts, -1)
+        found = torch.zeros_like(togo)
+        for place in range(length):
+            alike = torch.tensor(
+                [[min(len(a), len(b)) > place and a[:place] == b[:place] for b in texts] for a in texts]
+            ).to(chance)
+            reached = torch.einsum("ij,pj->pi", alike, chance).clamp_min(1e-300)
+            found[:, :, place] = torch.einsum("ij,pj,pj->pi", alike, chance, togo[:, :, place]) / reached
+        return found.view(-1, length)
 
     def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
         """Return the probability of each row's group, that of all its members, shape (rows,)."""
@@ -167,6 +189,27 @@ class Tournament(PolicyGradient):
         self.theirs = (self.index[0], torch.tensor([other for _, _, other in games]))
         ended, self.scores = self.finished[:count], self.rewards[self.index]
         self.finished = ended[self.index[1]]
+
+    def values(self, rewards: Tensor, logprobs: Tensor) -> Tensor:
+        """Return the exact value of the state before each token under the policy, shape of ``rewards``.
+
+        At lambda 1 values cancel in the mean; they are 0 there, for groups, and where a state has read the end.
+        """
+        module, nothing = self.module, torch.zeros_like(rewards)
+        if self.group_size > 1 or getattr(module, "lam", 1.0) == 1 or rewards.shape != logprobs.shape:
+            return nothing
+        world, length = self.world, rewards.shape[1]
+        prompts, texts = world.config.prompts, world.completions
+        togo = discounted_returns(rewards, torch.ones_like(rewards, dtype=torch.bool), module.gamma)
+        togo, chance = togo.view(prompts, len(texts), length), logprobs.sum(-1).exp().view(prompts, -1)
+        found = torch.zeros_like(togo)
+        for place in range(length):
+            alike = torch.tensor(
+                [[min(len(a), len(b)) > place and a[:place] == b[:place] for b in texts] for a in texts]
+            ).to(chance)
+            reached = torch.einsum("ij,pj->pi", alike, chance).clamp_min(1e-300)
+            found[:, :, place] = torch.einsum("ij,pj,pj->pi", alike, chance, togo[:, :, place]) / reached
+        return found.view(-1, length)
 
     def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
         """Return the probability of each game, shape (rows,)."""

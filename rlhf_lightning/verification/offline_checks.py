@@ -138,7 +138,8 @@ def offline_checks(subject: Subject) -> list[Check]:
     checks = [*input_checks(subject, given, batch), *cut_checks(subject, batch)]
     if not isinstance(given, RankedScores):
         checks.append(padding_check(subject, given))
-    return [*checks, *point_checks(subject, given), *family_checks(subject, given, batch)]
+    checks += [*point_checks(subject, given), *field_checks(subject, given)]
+    return [*checks, *family_checks(subject, given, batch)]
 
 
 def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
@@ -219,7 +220,16 @@ def cut_checks(subject: Subject, batch: Any) -> list[Check]:
                 "divide by the step's rows or tokens over all ranks, not by this rank's",
             )
         )
-    if subject.kind.weighs_rows and not subject.kind.batch_coupled and not isinstance(batch, UnpairedBatch):
+    local = subject.fresh().loss_count(Step((cut(batch, [1])[0],), 1000, 5000))
+    checks.append(
+        at_most(
+            "step count",
+            abs(local - (5000 if subject.kind.counts_tokens else 1000)),
+            0,
+            "divide by the step's rows or tokens over all ranks and micro-batches, which the step says",
+        )
+    )
+    if subject.kind.weighs_rows and not subject.kind.batch_coupled:
         doubled = step_gradient(subject, [batch._replace(weights=2 * batch.weights)], count, tokens)
         checks.append(
             at_most(
@@ -261,11 +271,24 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
         right = False
     if not _has_detached_parts(subject):
         checks.append(at_least("gradcheck", float(right), 1, "the gradient is not the loss's: look for a detach"))
-    broken = [scale for scale in (1e3, -1e3) if not _finite_at(subject, given, scale)]
+    single = in_single(given)
+    broken = [scale for scale in (1e3, -1e3) for one in (given, single) if not _finite_at(subject, one, scale)]
     checks.append(
         at_most("extremes", len(broken), 0, "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)")
     )
     return checks
+
+
+def in_single(given: Any) -> Any:
+    """Return the input of an override point in single precision, as training has it."""
+
+    def single(part: Any) -> Any:
+        return part.float() if isinstance(part, Tensor) and part.is_floating_point() else part
+
+    plain = {name: single(part) for name, part in given._asdict().items()}
+    if hasattr(given, "extras"):
+        plain["extras"] = {name: single(part) for name, part in given.extras.items()}
+    return given._replace(**plain)
 
 
 def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
@@ -286,7 +309,7 @@ def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
             values[theirs] = -abs(scale) * (there != 0) if rises else 0 * there
     prepared, leaves = with_leaves(given._replace(**values))
     if not values:
-        leaves = [(scale * (leaf.detach() != 0)).requires_grad_() for leaf in leaves]
+        leaves = [(scale * (leaf.detach() != 0).to(leaf)).requires_grad_() for leaf in leaves]
     losses = subject.values(subject.module, with_parts(prepared, leaves, subject.module))
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
     return all(bool(part.isfinite().all()) for part in (losses, *gradients) if part is not None)
@@ -295,6 +318,76 @@ def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
 def _has_detached_parts(subject: Subject) -> bool:
     """Whether the loss holds statistics of itself without gradient, so that it is no plain function."""
     return subject.kind.batch_coupled or subject.kind.token_statistics is not AlignmentModule.token_statistics
+
+
+SIDES = (
+    ("policy_chosen_logprobs", "reference_chosen_logprobs", "chosen_mask"),
+    ("policy_rejected_logprobs", "reference_rejected_logprobs", "rejected_mask"),
+    ("policy_logprobs", "reference_logprobs", "completion_mask"),
+    ("logprobs", "", "completion_mask"),
+)
+"""Log-probabilities of the policy, of the reference, and their mask, in the inputs of the families."""
+
+
+def field_checks(subject: Subject, given: Any) -> list[Check]:
+    """Check the slopes by token and by model, the order of rows, and that a loss is a function of what it is given."""
+    sides = [side for side in SIDES if hasattr(given, side[0])]
+    if not sides:
+        return []
+    module = subject.module
+    if hasattr(given, "target"):
+        given = given._replace(target=torch.ones_like(given.target))
+    named = {name for side in sides for name in side[:2] if getattr(given, name, None) is not None}
+    leaves = {name: getattr(given, name).detach().clone().requires_grad_() for name in sorted(named)}
+    values = subject.values(module, given._replace(**leaves))
+    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    slopes = {
+        name: torch.zeros_like(leaf) if slope is None else slope
+        for (name, leaf), slope in zip(leaves.items(), found, strict=True)
+    }
+    missed, opposite = 0, -1.0
+    for policy, reference, name in sides:
+        mask, slope = getattr(given, name), slopes[policy]
+        moves = (slope != 0).any(-1)
+        missed += int(((slope == 0) & mask)[moves].sum())
+        if reference in slopes and bool(moves.any()):
+            theirs = slopes[reference]
+            sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
+            opposite = max(opposite, float(((slope * theirs).sum(-1) / sizes)[moves].max()))
+    checks = [
+        at_most("every token", missed, 0, "each completion token must get a gradient: look for a slice or a mask"),
+    ]
+    if any(reference in slopes for _, reference, _ in sides) and not subject.kind.batch_coupled:
+        checks.append(
+            at_most(
+                "reference slope",
+                opposite,
+                -1e-6,
+                "the reference's log-probability must count against the policy's: look for a sum in place of a "
+                "difference, or for a reference that is left out",
+            )
+        )
+    if not subject.kind.batch_coupled:
+        checks.append(
+            at_most(
+                "same twice",
+                (subject.values(module, given) - subject.values(module, given)).detach().abs().max(),
+                0,
+                "the loss must depend on its input alone: look for random numbers, or for state that moves",
+            )
+        )
+        turned = subject.values(module, reversed_rows(given)).detach().flip(0)
+        apart = (turned - subject.values(module, given).detach()).abs().max()
+        checks.append(at_most("row order", apart, 1e-12, "each row's loss must depend on that row alone"))
+    return checks
+
+
+def reversed_rows(given: Any) -> Any:
+    """Return the input of an override point with its rows in reverse order."""
+    turned = {
+        name: part.flip(0) for name, part in given._asdict().items() if isinstance(part, Tensor) and part.dim() > 0
+    }
+    return given._replace(**turned, extras={name: part.flip(0) for name, part in given.extras.items()})
 
 
 def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
@@ -336,6 +429,22 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
                 "expectation over both orders, target * loss(c, r) + (1 - target) * loss(r, c)",
             )
         )
+    if subject.kind.weighs_rows:
+        certain = torch.ones_like(given.target)
+        hard, soft = (subject.values(subject.fresh(moved=True), given._replace(target=p * certain)) for p in (1.0, 0.6))
+        advice = "a soft label must change the loss: target is the probability that chosen is better"
+        checks.append(at_least("soft label", (hard - soft).detach().abs().max(), 1e-9, advice))
+    sure = given._replace(target=torch.ones_like(given.target))
+    stronger = sure._replace(rated_margin=sure.rated_margin + 1.0)
+    rated, plain = (subject.values(subject.fresh(moved=True), one) for one in (stronger, sure))
+    checks.append(
+        at_least(
+            "rated margin",
+            (rated - plain).detach().min(),
+            -1e-9,
+            "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin",
+        )
+    )
     lowered = given._replace(
         target=torch.ones_like(given.target),
         policy_chosen_logprobs=given.policy_chosen_logprobs - 20.0 * given.chosen_mask,

@@ -13,10 +13,14 @@ from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Rollout, Sequences
 from rlhf_lightning.verification.convergence import policy_of
 from rlhf_lightning.verification.exact import PairPopulation, opponent_of
 from rlhf_lightning.verification.offline_checks import input_checks, padding_check, pair_checks, point_checks
+from rlhf_lightning.verification.rollout_checks import temperature_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 
 MANY = 500
 """Samples of each prompt that frequencies are taken of."""
+
+GAMES = 3000
+"""Samples of each prompt that tell an opponent's mixture from the models that it is made of."""
 
 
 class PairedSequences(NamedTuple):
@@ -36,6 +40,7 @@ def online_checks(subject: Subject) -> list[Check]:
     checks = [*pairing_checks(module, rollout), missing_end_check(subject), drawing_check(subject)]
     checks += [*input_checks(subject, given, batch), *update_checks(subject)]
     checks += [padding_check(subject, given), *point_checks(subject, given), *pair_checks(subject, given)]
+    checks += [best_of_three_check(module, rollout), *temperature_checks(subject)]
     stated = subject.fresh().value_at_reference
     return checks if stated is None else [*checks, start_check(subject, stated)]
 
@@ -57,6 +62,16 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
         at_most("ties", len(level.chosen), 0, "samples that score alike say nothing: they form no pair"),
         at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),
     ]
+
+
+def best_of_three_check(module: Any, rollout: Rollout) -> Check:
+    """Check that of three samples the best is chosen and the worst rejected."""
+    few = part_of(rollout, list(range(12)))
+    scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 2.0, -1.0, 0.0, 5.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+    pairs = module.pairs(few._replace(scores=scores, group=torch.arange(12) // 3))
+    found = set(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True))
+    wrong = len(found ^ {(1, 0), (3, 4), (8, 6), (9, 10)})
+    return at_most("best of three", wrong, 0, "of each prompt's samples the best is chosen and the worst rejected")
 
 
 def missing_end_check(subject: Subject) -> Check:
@@ -191,20 +206,24 @@ def start_check(subject: Subject, stated: float) -> Check:
 
 
 def opponent_check(subject: Subject) -> Check:
-    """Nash-MD's opponent draws from the mixture, apart from the policy's own random numbers."""
+    """Check that Nash-MD's opponent draws from the mixture, with random numbers of its own."""
     module, world = far_from_reference(subject), subject.world
-    questions = world.questions(MANY)
+    questions = world.questions(GAMES)
     theirs = module.opponent_scores(questions).double().view(world.config.prompts, -1)
     own = module.collector.draw(module.policy, module.tokenizer, questions).scores.double().view_as(theirs)
-    chances = opponent_of(module, world)
-    mean = (chances * world.rewards).sum(-1)
-    spread = ((chances * world.rewards.square()).sum(-1) - mean.square()).clamp_min(1e-12).sqrt()
-    off = ((theirs.mean(-1) - mean) / spread).abs() * MANY**0.5
+    mixture = opponent_of(module, world)
+    drawn = (theirs.unsqueeze(-1) - world.rewards.unsqueeze(1)).abs().argmin(-1)  # a score names its completion
+    counts = torch.stack([torch.bincount(row, minlength=mixture.shape[1]) for row in drawn])
+    spread = (GAMES * mixture * (1 - mixture)).sqrt().clamp_min(1)
+    off = ((counts - GAMES * mixture) / spread).abs().max()
+    others = (policy_of(module, world), world.problem.reference)
+    power = min(float((GAMES * (other - mixture) / spread).abs().max()) for other in others)
     alike = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1].abs() for pair in zip(own, theirs, strict=True)])
     return at_most(
         "opponent",
-        torch.maximum(off, alike * MANY**0.5).max(),
+        torch.maximum(off, alike * GAMES**0.5).max(),
         5.0,
-        "deviations of the opponent's mean score from the mixture's, or of its correlation with the policy's samples: "
-        "mix the logits of every token, and give the opponent random numbers of its own",
+        "deviations of the frequency of a completion from the mixture's, or of the opponent's correlation with the "
+        f"policy's samples; the policy or the reference in its place would be off by {power:.0f}: mix the logits of "
+        "every token, and give the opponent random numbers of its own",
     )

@@ -139,7 +139,11 @@ def rests(kind: type, problems: Sequence[Population], module: Any) -> list[Array
 
 def _transcribed(module: Any) -> bool:
     """Whether the settings have a mean update by prompt, and one that is zero somewhere."""
-    by_prompt = module.advantage_scale != "batch" and module.baseline in ("group_mean", "leave_one_out")
+    by_prompt = (
+        module.sampling.temperature == 1
+        and module.advantage_scale != "batch"
+        and module.baseline in ("group_mean", "leave_one_out")
+    )
     whitened = module.whiten_advantages and (module.kl_place == "reward" or module.advantage_scale == "group")
     every = not (module.mask_truncated or module.dynamic_sampling or module.overlong_buffer or module.entropy_coef)
     return bool(module.kl_coef) and by_prompt and not whitened and every

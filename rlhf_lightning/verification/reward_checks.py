@@ -88,6 +88,37 @@ def reward_checks(subject: Subject) -> list[Check]:
     return [*offline_checks(subject), *further]
 
 
+def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
+    """Check a rated margin on pairs, and ties and the order of members in lists of three."""
+    module = subject.module
+    rated, plain = (subject.values(module, certain._replace(margin=certain.margin + extra)) for extra in (1.0, 0.0))
+    scores = torch.tensor([0.3, -0.2, 0.9, -1.1, 0.4, 0.2], dtype=torch.float64)
+    group, ones = torch.arange(6) // 3, torch.ones(2, dtype=torch.float64)
+    lists = RankedScores(scores, group, torch.tensor([0, 1, 1, 0, 0, 1]), ones, 0 * ones, ones)
+    swapped = torch.tensor([0, 2, 1, 4, 3, 5])
+    losses, alike, turned = (
+        subject.values(module, one)
+        for one in (
+            lists,
+            lists._replace(scores=scores[swapped]),  # tied members exchanged
+            lists._replace(scores=scores.flip(0), ranks=lists.ranks.flip(0)),
+        )
+    )
+    best = scores + torch.tensor([0.1, 0.0, 0.0, 0.0, 0.1, 0.0], dtype=torch.float64)
+    gain = losses - subject.values(module, lists._replace(scores=best))
+    return [
+        at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must ask for a larger gap"),
+        at_most("ties", (alike - losses).abs().max().detach(), 1e-9, "members that tie must be treated alike"),
+        at_most(
+            "list order",
+            (turned.flip(0) - losses).abs().max().detach(),
+            1e-9,
+            "a list's loss must depend on its ranks, not on the order in which its members stand",
+        ),
+        at_least("list direction", gain.min().detach(), 1e-9, "the best member of a list must rise"),
+    ]
+
+
 def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
     """Check that a constant on all scores of a prompt changes nothing, and that the better ranked rises."""
     module, checks = subject.module, []
@@ -100,6 +131,8 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         moved = function(leaf.detach() + 3.0 * way) - function(leaf.detach())
         advice = "only differences of scores mean anything"
         checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
+    if not has_outputs(given):
+        checks += list_checks(subject, certain)
     gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
     if has_outputs(given):
         gradient = (gradient * way).sum(-1)

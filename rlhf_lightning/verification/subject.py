@@ -126,14 +126,19 @@ class Subject:
         """Return the settings of some names."""
         return {name: value for name, value in self.settings.items() if name in names}
 
+    @property
+    def known(self) -> set[str]:
+        """Names of all settings of the class and its bases."""
+        return {name for base in self.kind.__mro__ for name in _parameters(base)}
+
     def _defaults(self) -> dict[str, Any]:
-        known = {name for base in self.kind.__mro__ for name in _parameters(base)}
+        known = self.known
         chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
         if "teacher" in known:
             chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
             chosen.pop("kl_coef", None)  # the teacher has the reference's place, and no leash
         elif "scorer" in known:
-            chosen["scorer"] = self.world.score
+            chosen["scorer"] = self.world.judge
             chosen["temperature"] = 1.0  # problems are listed at 1
         if "soft_labels" in known:  # certain labels have no optimum, and pairs have no KL in a reward
             chosen["soft_labels"] = True

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import rlhf_lightning
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.parsing import usage_error
@@ -57,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         try:
             found = verify(kind, settings)
         except Exception as error:
-            print(f"\n{kind.__name__} could not be run: {type(error).__name__}: {error}", file=sys.stderr)
+            said = f"{type(error).__name__}: {error}{place_of(error)}"
+            print(f"\n{kind.__name__} could not be run: {said}", file=sys.stderr)
             status = COULD_NOT_RUN
             continue
         done.append(found)
@@ -71,6 +74,14 @@ def main(argv: Sequence[str]) -> int:
     if status == HELD and any(found.failed for found in done):
         return FAILED
     return NO_TARGET if status == HELD and not all(found.has_target for found in done) else status
+
+
+def place_of(error: BaseException) -> str:
+    """Return the last line of a user's file that an error passed through; empty where there is none."""
+    package = Path(rlhf_lightning.__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    own = [frame for frame in frames if package not in Path(frame.filename).parents and "/" in frame.filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any]]:

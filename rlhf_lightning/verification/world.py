@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_lightning.types import (
     DemonstrationBatch,
     EnumeratedProblem,
+    Judgement,
     PreferenceBatch,
     ProcessBatch,
     PromptBatch,
@@ -71,6 +72,7 @@ class EnumerableWorld:
         table[:, 0] = IMPOSSIBLE
         table[:, 1 + tokens :] = IMPOSSIBLE
         self.reference_table = table
+        self.costs = torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def _listed(self) -> list[tuple[int, ...]]:
         """Every completion: those that end by themselves, shortest first, then those cut off at the longest."""
@@ -141,6 +143,12 @@ class EnumerableWorld:
         spelt = {self.text_of(ids): index for index, ids in reversed(list(enumerate(self.completions)))}
         rows = [int(str(prompt)[1:]) for prompt in prompts]
         return [float(self.rewards[row, spelt[text]]) for row, text in zip(rows, completions, strict=True)]
+
+    def judge(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[Judgement]:
+        """Return rewards as scores, and costs as the part ``cost``, of completions given as text."""
+        scores, table = self.score(prompts, completions), self.rewards.flatten().tolist()
+        costs = [float(self.costs.flatten()[table.index(score)]) for score in scores]
+        return [Judgement(score, {"cost": cost}) for score, cost in zip(scores, costs, strict=True)]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return a completion's text, the end token left out."""

@@ -1,0 +1,255 @@
+"""The contract of updates on samples: temperature, engines, missing scores, returns, and how a minibatch is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.training.collector import select_episodes, without_unscored
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, PolicyLogprobs, Rollout, Sequences
+from rlhf_lightning.verification.convergence import all_rows, policy_of
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function
+from rlhf_lightning.verification.world import EnumerableWorld
+
+TEMPERATURE, LAMBDA, DISCOUNT = 0.7, 0.9, 0.95
+"""Settings at which a value that is forgotten shows."""
+
+PICKED = (2, 11, 30, 48, 60, 75)
+"""Groups of a rollout of all groups that an update is taken on."""
+
+
+def token_logprobs_of(world: EnumerableWorld, table: Tensor, sequences: Sequences) -> Tensor:
+    """Return the log-probability of each completion token under a table, 0 under the mask, shape (rows, length)."""
+    prompts = [int(sequences.prompts[parent][0]) - 1 - world.config.tokens for parent in sequences.parents]
+    completions = [world.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
+    prefixes, tokens, mask = (part[prompts, completions] for part in world.walks)
+    return torch.where(mask, table.double().log_softmax(-1)[prefixes, tokens], 0.0)
+
+
+def temperature_checks(subject: Subject) -> list[Check]:
+    """Check that a temperature reaches the log-probabilities of rollouts and of updates."""
+    if "temperature" not in subject.known:
+        return []
+    module, world = subject.fresh(moved=True, temperature=TEMPERATURE, on_violation="warn"), subject.world
+    module.trainer.training = True  # validation draws less
+    rollout = module.collect(world.questions(2))
+    exact = token_logprobs_of(world, module.model.model.model.table.weight.detach() / TEMPERATURE, rollout.sequences)
+    width = rollout.old_logprobs.shape[1]
+    apart = float((rollout.old_logprobs - exact[:, :width]).abs().max())
+    reference = rollout.reference_logprobs
+    if reference is not None and module.teacher_name is None:
+        theirs = token_logprobs_of(world, world.reference_table.float() / TEMPERATURE, rollout.sequences)
+        apart = max(apart, float((reference - theirs[:, :width]).abs().max()))
+    module.update = lambda losses, count: float(sum(loss().detach() for loss in losses))
+    given = subject.seen(module, lambda: module.learn(rollout, world.questions(1), Meter()))
+    if isinstance(given, PolicyLogprobs):
+        apart = max(apart, float((given.logprobs - given.old_logprobs).abs().max()))
+    return [
+        at_most(
+            "temperature",
+            apart,
+            1e-6,
+            "divide the logits by the sampling temperature, in rollouts, in updates and for the reference alike",
+        )
+    ]
+
+
+def missing_score_check(case: Any) -> Check:
+    """Check that a completion without a score teaches nothing, and spoils no other."""
+    module, rollout = case.module, case.rollout
+    scores = rollout.scores.clone()
+    scores[0] = torch.nan
+    changed = rollout._replace(scores=scores)
+    advantages = module.advantages(changed, module.shape_rewards(changed))
+    if not module.learns_unscored:
+        advantages = without_unscored(changed, advantages)
+    found = advantages.advantages
+    wrong = torch.inf if not bool(found.isfinite().all()) else float(found[0].abs().max())
+    advice = "a completion whose score is NaN has advantage 0, and means and deviations leave it out"
+    return at_most("missing score", wrong, 0, advice)
+
+
+def aggregation_check(case: Any) -> Check:
+    """Check that padding changes neither the weights of tokens nor their divisor."""
+    mask = case.rollout.completion_mask[:6]
+    plain, wide = (case.module.aggregation(part) for part in (mask, torch.nn.functional.pad(mask, (0, 3))))
+    apart = (wide.weights[:, : mask.shape[1]] - plain.weights).abs().max() + (wide.divisor - plain.divisor).abs()
+    advice = "token weights and the divisor count learned tokens: never the width of the grid"
+    return at_most("aggregation", apart + wide.weights[:, mask.shape[1] :].abs().max(), 1e-12, advice)
+
+
+def loss_padding_check(case: Any) -> Check:
+    """Check that columns under the mask change no token's loss."""
+    module, mask = case.module, case.rollout.completion_mask
+    old = torch.where(mask, case.rollout.old_logprobs - 0.1, 0.0)
+    given = case.logprobs(old_logprobs=old)
+    if given.minibatch is not None:
+        return at_most("loss padding", 0.0, 1e-10, "not measured: the loss sees the whole minibatch")
+    wide = {
+        name: torch.nn.functional.pad(part, (0, 3))
+        for name, part in given._asdict().items()
+        if isinstance(part, Tensor) and part.dim() == 2
+    }
+    padded = case.subject.values(module, given._replace(**wide, rollout=None, extras={}))
+    plain = case.subject.values(module, given._replace(rollout=None, extras={}))
+    apart = torch.where(mask, padded[:, : mask.shape[1]] - plain, 0.0).abs().max()
+    advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
+    return at_most("loss padding", apart.detach(), 1e-10, advice)
+
+
+def sampler_checks(subject: Subject, case: Any) -> list[Check]:
+    """Check that a token that the engine draws too often counts less under a sampler correction."""
+    if "sampler_correction" not in subject.known or subject.kind.teacher_name is not None:
+        return []
+    module, mask = case.module, case.rollout.completion_mask
+    before = module.sampler_correction
+    module.sampler_correction = "token_truncate"
+    try:
+        sizes = []
+        for overdrawn in (0.0, 1.0):
+            behaviour = torch.where(mask, case.rollout.old_logprobs + overdrawn, 0.0)
+            ones = torch.where(mask, torch.ones_like(behaviour), 0.0)
+            function, (leaf,) = field_function(
+                subject, module, case.logprobs(behaviour_logprobs=behaviour, advantages=ones)
+            )
+            gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
+            sizes.append(gradient[mask].abs().mean())
+    finally:
+        module.sampler_correction = before
+    advice = "the correction's weight is old / behaviour: look for the inverse, or for a correction that is dropped"
+    return [at_least("sampler correction", sizes[0] - sizes[1], 1e-6, advice)]
+
+
+def kl_loss_checks(case: Any) -> list[Check]:
+    """Check that the mean of the KL loss over the policy's samples is the KL itself; k2 is only positive."""
+    module, world = case.module, case.subject.world
+    if not module.kl_coef or module.reference is None:
+        return []
+    layout = padded_layout(world.sequences(all_rows(world)))
+    with torch.no_grad():
+        now, reference = module.policy(layout).logprobs, module.reference.logprobs(layout)
+        given = PolicyLogprobs(now, now, reference, None, torch.zeros_like(now), layout.completion_mask)
+        kl = module.kl_loss(given)
+    if kl is None:
+        return []
+    mean = float((now.sum(-1).exp() * kl.sum(-1)).sum()) / world.config.prompts
+    exact = world.kl(policy_of(module, world))
+    if module.kl_estimator == "k2":
+        return [at_least("kl loss", mean, 1e-9, "the KL loss must be positive: look at its sign")]
+    advice = "the mean of the KL loss must be KL(policy || reference): look at its sign, and at which way round it is"
+    return [at_most("kl loss", abs(mean / exact - 1), 1e-6, advice)]
+
+
+def return_checks(subject: Subject) -> list[Check]:
+    """Check the critic's targets against generalised advantages summed by hand, at lambda and gamma below 1."""
+    if not {"lam", "gamma"} <= subject.known:
+        return []
+    module = subject.fresh(moved=True, lam=LAMBDA, gamma=DISCOUNT)
+    from rlhf_lightning.verification.on_policy_checks import Case
+
+    case = Case(subject, module)
+    values, found = case.rollout.values, case.advantages.returns
+    assert values is not None and found is not None
+    mask = module.critic_states(case.rollout)
+    expected = torch.zeros_like(found)
+    for row in range(0, len(mask), 5):
+        states = mask[row].nonzero().squeeze(-1).tolist()
+        after = [*states[1:], None]
+        rests = [
+            case.rewards[row, state] + (0 if later is None else DISCOUNT * values[row, later]) - values[row, state]
+            for state, later in zip(states, after, strict=True)
+        ]
+        for place, state in enumerate(states):
+            weights = [(DISCOUNT * LAMBDA) ** ahead for ahead in range(len(states) - place)]
+            gain = sum(weight * rest for weight, rest in zip(weights, rests[place:], strict=True))
+            expected[row, state] = values[row, state] + gain
+    rows = torch.arange(0, len(mask), 5)
+    apart = torch.where(mask, found - expected, 0.0)[rows].abs().max()
+    advice = "returns are values + sum (gamma lambda)^k (r + gamma V' - V): look at gamma, lambda and the last state"
+    return [at_most("returns", apart, 1e-8, advice)]
+
+
+def update_checks(subject: Subject) -> list[Check]:
+    """Check that neither micro-batches nor ranks change the gradient of an update."""
+    case = Update(subject)
+    whole = case.gradient()
+    scale = whole.abs().max().clamp_min(1e-300)
+    advice = "return one loss per token and let the module reduce: divide by the minibatch's count over all ranks"
+    checks = [at_least("gradient", whole.abs().max(), 1e-12, "no gradient reaches the weights: something is detached")]
+    for name, limits in (("micro-batches", MicroBatchLimits(3)), ("max tokens", MicroBatchLimits(None, 5))):
+        checks.append(at_most(name, (case.gradient(limits=limits) - whole).abs().max() / scale, 1e-7, advice))
+    if not (case.module.needs_minibatch or case.module.needs_minibatch_logprobs):
+        checks.append(at_most("two ranks", (case.over_ranks() - whole).abs().max() / scale, 1e-7, advice))
+    return checks
+
+
+class Update:
+    """One update on a few groups of a rollout, by the module's own code, after the policy has moved from the rollout's.
+
+    Args:
+        subject: the class.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        from rlhf_lightning.verification.on_policy_checks import Case
+
+        self.subject, self.module = subject, subject.fresh(moved=True, on_violation="warn")
+        case = Case(subject, self.module)
+        size = case.expected.group_size
+        self.rows = [row for group in PICKED for row in range(size * group, size * (group + 1))]
+        if size == 1:
+            self.rows = [row % len(case.rollout.scores) for row in self.rows]
+        noise = torch.randn(case.rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(5))
+        old = torch.where(case.rollout.completion_mask, case.rollout.old_logprobs + 0.1 * noise, 0.0)
+        self.rollout: Rollout = select_episodes(case.rollout._replace(old_logprobs=old), self.rows)
+        self.rollout = self.rollout._replace(
+            group=torch.unique(self.rollout.group, return_inverse=True)[1], episodes=torch.arange(len(self.rows))
+        )
+        self.advantages = self.module.advantages(self.rollout, self.module.shape_rewards(self.rollout).detach())
+        self.questions = subject.world.questions(1)
+
+    def gradient(
+        self,
+        rows: list[int] | None = None,
+        limits: MicroBatchLimits = NO_LIMITS,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return the gradient of an update on some rows, flattened."""
+        module, found = self.module, []
+        module.limits = limits
+
+        def update(losses: Any, count: float) -> float:
+            found.append(self.subject.gradients(module, lambda: sum(loss() / max(count, 1) for loss in losses)))
+            return 0.0
+
+        module.update = update
+        if over_ranks is not None:
+            module.sum_over_ranks = over_ranks
+        try:
+            chosen = list(range(len(self.rows))) if rows is None else rows
+            module.learn_minibatch(self.rollout, self.advantages, chosen, self.questions, Meter())
+        finally:
+            for name in ("update", "sum_over_ranks"):
+                vars(module).pop(name, None)
+        return found[0]
+
+    def over_ranks(self) -> Tensor:
+        """Return the sum of the gradients of two ranks with unequal shares, each told the sums over both."""
+        cut = 2 * len(self.rows) // 3
+        shares = [list(range(cut)), list(range(cut, len(self.rows)))]
+        asked: list[list[Tensor]] = []
+        for rows in shares:
+            own: list[Tensor] = []
+            self.gradient(rows, over_ranks=lambda value, own=own: own.append(value.double()) or value.double())  # type: ignore[misc,func-returns-value]
+            asked.append(own)
+        totals = [torch.stack(values).sum(0) for values in zip(*asked, strict=True)]
+        parts = []
+        for rows in shares:
+            answers = iter(totals)
+            parts.append(self.gradient(rows, over_ranks=lambda value, answers=answers: next(answers)))  # type: ignore[misc]
+        return torch.stack(parts).sum(0)
