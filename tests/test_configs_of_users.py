@@ -59,8 +59,8 @@ def test_verify_accepts_every_objective(file: str) -> None:
 
 def verdict(found: Verification) -> str:
     """What the README says of a class."""
-    meant = [check.name for check in found.checks if check.meant and check.name != "target"]
-    text = f"{len(found.checks)} checks hold" if not meant else f"{len(found.checks)} checks, meant: {', '.join(meant)}"
+    meant = sorted(check.name for check in found.checks if check.meant and check.name != "target")
+    text = f"meant: {', '.join(meant)}" if meant else "every check holds"
     target = next(check for check in found.checks if check.name == "target")
     return f"{text}; {'target reached' if target.held else 'no target'}"
 

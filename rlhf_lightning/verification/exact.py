@@ -16,6 +16,7 @@ from rlhf_lightning.functional.policy_gradient import discounted_returns
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
@@ -119,9 +120,11 @@ class PolicyGradient:
 
 def minibatch_of(module: OnPolicyModule, rollout: Rollout, advantages: Advantages) -> Minibatch | None:
     """Return the whole rollout as one minibatch, for losses that look at it; None for others."""
+    if not (module.needs_minibatch or module.needs_minibatch_logprobs):
+        return None
     rows = list(range(len(rollout.scores)))
-    view = module.minibatch_view(rollout, advantages, rows, module.cut(rollout.sequences, rows))
-    return None if view is None else view._replace(rows=torch.arange(len(rows)))
+    now = rollout.old_logprobs if module.needs_minibatch_logprobs else None  # the policy is the one that sampled
+    return whole_minibatch(module, rollout, advantages, rows, now)
 
 
 def expectation_of(module: RolloutModule) -> Any:

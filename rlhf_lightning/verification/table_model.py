@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -125,6 +126,8 @@ class TabularModel(TabularPreTrainedModel):
         self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """Walk along each row of ids; pads before it change nothing, and the cache holds the prefixes walked."""
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         rows = len(input_ids)
         if seen:
