@@ -245,7 +245,7 @@ class Update:
         asked: list[list[Tensor]] = []
         for rows in shares:
             own: list[Tensor] = []
-            self.gradient(rows, over_ranks=lambda value, own=own: own.append(value.double()) or value.double())  # type: ignore[misc,func-returns-value]
+            self.gradient(rows, over_ranks=lambda value, own=own: own.append(value.double()) or value.double())  # type: ignore[misc]
             asked.append(own)
         totals = [torch.stack(values).sum(0) for values in zip(*asked, strict=True)]
         parts = []
