@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-import rlhf_lightning
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.parsing import usage_error
@@ -78,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 def place_of(error: BaseException) -> str:
     """Return the last line of a user's file that an error passed through; empty where there is none."""
-    package = Path(rlhf_lightning.__file__).parent
+    package = Path(__file__).parents[1]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     own = [frame for frame in frames if package not in Path(frame.filename).parents and "/" in frame.filename]
     return f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
