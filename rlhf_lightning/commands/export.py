@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, ModelError, SettingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,8 +168,12 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     Returns:
         The largest difference of a logit between the adapter on its (quantised) backbone as trained and the written
         folder.
+
+    Raises:
+        ModelError: ``merge-differs``: the merged model differs from the adapter beside its backbone.
     """
     import json
+    import shutil
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -197,7 +201,22 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     else:
         export_policy(CausalLM(merged, source=base), tokenizer, target)
     after = probe(load_weights(str(target), kind, LoadSettings(), **changes))
-    return float((before - after).abs().max())
+    quantized = record.get("quantization") is not None  # then what it was trained beside is another backbone
+    expected = probe(trained(adapter, kind, None, changes)) if quantized else before
+    difference, bound = _largest(expected, after), max(1e-2 * float(before.std()), 1e-3)
+    if difference > bound:
+        shutil.rmtree(target)
+        raise ModelError(
+            "merge-differs",
+            f"merged into {target}, the adapter gives logits that differ by {difference:.2g} (bound {bound:.2g}) from "
+            f"those of the adapter beside its backbone; use the adapter unmerged, from {adapter}",
+        )
+    return _largest(before, after)
+
+
+def _largest(one: "Tensor", other: "Tensor") -> float:
+    """Return the largest difference of logits, without the row of a pad token that was added."""
+    return float((one - other[..., : one.shape[-1]]).abs().max())
 
 
 def trained(adapter: Path, kind: Any, quantization: Any, changes: dict[str, Any]) -> Any:

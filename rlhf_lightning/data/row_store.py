@@ -56,6 +56,9 @@ class RowStore:
         answers[prompts] = 0
         longest = np.maximum.reduceat(answers, prompts) if len(prompts) else np.zeros(0, np.int64)
         self.prompt_lengths = sizes[prompts]
+        self.row_lengths = self.prompt_lengths + longest
+        """Tokens of each row's prompt and longest completion."""
+        self.has_completions = counts > 0
         self.lengths = np.maximum(counts, 1) * (self.prompt_lengths + longest)
         self.shared_lengths = self.prompt_lengths + (np.add.reduceat(answers, prompts) if len(prompts) else 0)
         ends = np.concatenate([[0], np.cumsum(arrays["supervised"], dtype=np.int64)])

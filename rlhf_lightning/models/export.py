@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import BACKBONE_FILE, SCORE_BIAS, fingerprint
 from rlhf_lightning.models.quantization import quantization_of
-from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrapped
 from rlhf_lightning.models.sharding import is_first_rank, whole_weights
+from rlhf_lightning.tokenization import end_token_ids
 
 
 def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
@@ -50,6 +55,7 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     config = unwrapped(model).config
     config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
+    _note_ends(unwrapped(model), tokenizer)
     for name, value in facts.items():
         setattr(config, name, value)
     if hasattr(model, "peft_config"):
@@ -57,7 +63,8 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
         # No config.json beside it: transformers would take the folder for a whole model and miss its weights.
         model.save_pretrained(partial, selected_adapters=["default"], state_dict=weights)
     else:
-        model.save_pretrained(partial, state_dict=weights)
+        with _room_for_pad(model, tokenizer, weights) as grown:
+            model.save_pretrained(partial, state_dict=grown)
     tokenizer.save_pretrained(partial)
     _pack(partial / "tokenizer.json")
     record = {"source": source, "fingerprint": fingerprint(source), **facts}
@@ -70,6 +77,47 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(folder)
     return folder
+
+
+def _note_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the folder's generation config name every token that ends a completion, EOS first."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        eos = tokenizer.eos_token_id
+        ends = [eos, *(token for token in end_token_ids(tokenizer) if token != eos)]
+        generation.eos_token_id = ends if len(ends) > 1 else eos
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _room_for_pad(
+    model: Any, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None
+) -> Iterator[dict[str, Tensor] | None]:
+    """Yield the weights to write: with a row for a pad token that was added behind the vocabulary, as others need it.
+
+    The row is the mean of all others, so that the pad token is at most as likely as an average one. The model in memory
+    stays as it is.
+    """
+    inner = unwrapped(model)
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    rows = embedding.weight.shape[0]
+    missing = (tokenizer.pad_token_id or 0) + 1 - rows
+    if missing <= 0:
+        yield weights
+        return
+    state = dict(model.state_dict() if weights is None else weights)
+    for name, module in inner.named_modules():
+        if module is embedding or module is head:
+            for key in (f"{name}.weight", f"{name}.bias"):
+                if key in state and state[key].shape[:1] == (rows,):
+                    mean = state[key].float().mean(0, keepdim=True).to(state[key])
+                    state[key] = torch.cat([state[key], mean.expand(missing, *mean.shape[1:])])
+    config = text_config(inner)
+    config.vocab_size = rows + missing
+    try:
+        yield state
+    finally:
+        config.vocab_size = rows
 
 
 def _pack(file: Path) -> None:

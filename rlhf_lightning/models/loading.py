@@ -409,6 +409,8 @@ def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes:
     config = PeftConfig.from_pretrained(name)
     if kind is not AutoModelForCausalLM and config.task_type == "CAUSAL_LM":
         config.task_type = None  # a policy's adapter fits the trunk, but peft would look for an LM head
+    if settings.quantization is None:
+        untie_adapted(model, name)
     model = PeftModel.from_pretrained(model, name, config=config)
     if settings.quantization is None:
         model = model.merge_and_unload().to(settings.torch_dtype)
@@ -417,6 +419,20 @@ def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes:
     if SCORE_BIAS in facts:
         setattr(model.config, SCORE_BIAS, facts[SCORE_BIAS])
     return model
+
+
+def untie_adapted(model: Any, adapter: str) -> None:
+    """Untie embeddings and LM head where an adapter changes one of them: merged into a shared matrix it would change
+    the other one too.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    tied = [name for name, module in model.named_modules() if module is head or module is embedding]
+    if any(f".{name}." in f".{key}" for key in read_adapter(adapter).weights for name in tied):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
 
 
 def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | None = None, seed: int = 0) -> Any:

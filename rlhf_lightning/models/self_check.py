@@ -258,14 +258,13 @@ PATHS: dict[LogitsPath, str] = {
 }
 
 
-def _ids(*lengths: int) -> tuple[Tensor, ...]:
-    """Return random token ids, the same each time, none of a special token's."""
+def _sequences(
+    prompts: Sequence[int], completions: Sequence[int], parents: Sequence[int], vocabulary: int = VOCABULARY
+) -> Sequences:
+    """Return sequences of these lengths, of random ids that are the same each time."""
     generator = torch.Generator().manual_seed(3)
-    return tuple(torch.randint(5, VOCABULARY - 4, (length,), generator=generator) for length in lengths)
-
-
-def _sequences(prompts: Sequence[int], completions: Sequence[int], parents: Sequence[int]) -> Sequences:
-    ids = _ids(*prompts, *completions)
+    lengths = (*prompts, *completions)
+    ids = tuple(torch.randint(5, VOCABULARY - 4, (length,), generator=generator) % vocabulary for length in lengths)
     drawn = ids[len(prompts) :]
     return Sequences(
         ids[: len(prompts)], drawn, tuple(parents), tuple(torch.ones(len(one), dtype=torch.bool) for one in drawn)
@@ -384,7 +383,9 @@ def check_weights(model: CausalLM | ScalarModel, autocast: AbstractContextManage
 
 
 def _check_policy(policy: CausalLM) -> None:
-    name, sequences = type(unwrapped(policy.model)).__name__, _sequences((6, 4), (5, 3, 4), (0, 1, 0))
+    inner = unwrapped(policy.model)
+    name, rows = type(inner).__name__, inner.get_input_embeddings().weight.shape[0]
+    sequences = _sequences((6, 4), (5, 3, 4), (0, 1, 0), rows)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(policy.parameters()).dtype
     limit = CLOSE_BY_DTYPE.get(dtype, CLOSE)
 

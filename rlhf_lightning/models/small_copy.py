@@ -25,7 +25,6 @@ LIMIT = 4
 POSITIONS = 128
 
 FIXED: tuple[tuple[str, int], ...] = (
-    (r".*vocab.*", VOCABULARY),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length", POSITIONS),
     (r"max_(source|target)_positions", POSITIONS),
     (r".*sliding_window(_size)?|.*window_size|attention_chunk_size|local_attention|.*window_len", LIMIT),
@@ -42,7 +41,6 @@ FIXED: tuple[tuple[str, int], ...] = (
     (r"n_groups?|topk_group|num_expert_groups?|mamba_n_?groups|o_groups", 1),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|attn_layer_offset", 1),
     (r"\w+_layer_(period|interval)|full_attention_interval|interleave_moe_layer_step", 2),
-    (r"ngram_vocab_size_base", 97),
     (r"(image|audio|video)_size", 32),
     (r"patch_size", 8),
 )
@@ -89,8 +87,10 @@ def _small(given: Mapping[str, Any], names: Mapping[str, str], each: int = 1) ->
             found[key] = _small_group(key, old, kept, given.get(depth, 0))
         elif isinstance(old, bool) or not isinstance(old, int):
             continue
+        elif "vocab" in key:
+            found[key] = VOCABULARY
         elif key.endswith(("token_id", "token_index")):
-            found[key] = min(old, VOCABULARY - 1)
+            found[key] = 0 if key == "pad_token_id" else min(old, VOCABULARY - 1)
         elif re.fullmatch(r"(?!.*d_head|dim_head|index).*heads?(_per_layer)?|num_query_groups", key) and heads:
             found[key] = min(old, max(1, round(HEADS * old / heads)))
         elif (rule := next((small for name, small in FIXED if re.fullmatch(name, key)), None)) is not None:

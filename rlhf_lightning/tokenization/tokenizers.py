@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, set_template_a
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
+RESERVED = re.compile(r"reserved|unused|placeholder|dummy|extra_\d", re.IGNORECASE)
+"""Names of special tokens that a vocabulary keeps free."""
+
+
 def load_tokenizer(
     name_or_folder: str | Path,
     chat_template: str | None = None,
@@ -24,8 +29,9 @@ def load_tokenizer(
     """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
 
     The pad token is the tokenizer's own unless a completion may end with it; else the first of ``<pad>``, ``<|pad|>``,
-    ``[PAD]``, ``<|finetune_right_pad_id|>``, ``<|endoftext|>`` and the unknown token that is in the vocabulary and ends
-    no completion; else ``<|pad|>`` is added. Masks come from lengths, so its id never reaches a loss.
+    ``[PAD]``, ``<|finetune_right_pad_id|>``, ``<|endoftext|>``, the unknown token and reserved special tokens that is
+    in the vocabulary and ends no completion. Without any, ``<|pad|>`` is added, and exported models get a row for it.
+    Masks come from lengths, so its id never reaches a loss.
 
     Args:
         name_or_folder: name on the Hugging Face Hub, or a folder.
@@ -96,7 +102,12 @@ def _ensure_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return
     vocabulary = tokenizer.get_vocab()
-    for candidate in (*PAD_CANDIDATES, tokenizer.unk_token):
+    reserved = sorted(
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and RESERVED.search(token.content) and token.content not in (tokenizer.chat_template or "")
+    )
+    for candidate in (*PAD_CANDIDATES, tokenizer.unk_token, *reserved):
         if candidate is not None and vocabulary.get(candidate, tokenizer.eos_token_id) not in ends:
             tokenizer.pad_token = candidate
             return

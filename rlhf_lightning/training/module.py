@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
@@ -31,6 +32,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.layout import Layout, lay_out
+from rlhf_lightning.models.limits import check_rows, limits_of
 from rlhf_lightning.models.loading import (
     LoadSettings,
     LoraSettings,
@@ -430,12 +432,26 @@ class AlignmentModule(LightningModule):
         """Move the frozen models to the device, in eval mode."""
         for model in self.frozen_models():
             model.to(self.device).eval()
+        self._check_data()
         if self.load_settings.self_check and not self._weights_checked:
             self._weights_checked = True
             for model in (*self.children(), *self.frozen_models()):
                 if isinstance(model, CausalLM | ScalarModel):
                     check_weights(model, self.trainer.precision_plugin.forward_context())
             self._note_layout()
+
+    def _check_data(self) -> None:
+        """Refuse rows that a model has no embeddings or positions for, before the first step."""
+        models = [
+            model for model in (*self.children(), *self.frozen_models()) if isinstance(model, CausalLM | ScalarModel)
+        ]
+        limits = [limits_of(model.model) for model in models]
+        new = getattr(getattr(self, "sampling", None), "max_new_tokens", 0)
+        for store in getattr(attached_datamodule(self.trainer), "stores", {}).values():
+            lengths = torch.from_numpy(store.row_lengths + np.where(store.has_completions, 0, new))
+            largest = int(store.arrays["ids"].max(initial=0))
+            for limit in limits:
+                check_rows(limit, self.tokenizer, largest, lengths)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device."""

@@ -1,0 +1,77 @@
+"""What a model can read, compared with the data before training: token ids it has embeddings for, and positions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.models.scalar_head import text_config, trunk, unwrapped
+
+
+class Limits(NamedTuple):
+    """What a model can read.
+
+    Attributes:
+        name: of its class.
+        tokens: token ids from here on have no embedding.
+        positions: tokens of a row beyond which its learned positions end; None without any.
+        trained: tokens of a row that its rotary positions were trained on; None where the config says nothing.
+    """
+
+    name: str
+    tokens: int
+    positions: int | None
+    trained: int | None
+
+
+def limits_of(model: Any) -> Limits:
+    """Return what a Hugging Face model can read."""
+    inner, config = unwrapped(model), text_config(model)
+    longest = getattr(config, "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings - int(getattr(module, "offset", 0))
+        for name, module in trunk(model).named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+    ]
+    rows = inner.get_input_embeddings().weight.shape[0]
+    return Limits(type(inner).__name__, rows, min(tables, default=None), None if tables else longest)
+
+
+def check_rows(limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: int, lengths: torch.Tensor) -> None:
+    """Refuse rows that a model cannot read, and warn of those longer than it was trained on.
+
+    Args:
+        limits: of the model.
+        tokenizer: whose ids the rows hold.
+        largest_id: of all rows.
+        lengths: tokens of each row, with the longest completion that is sampled behind it, shape (rows,).
+
+    Raises:
+        ModelError: a token has no embedding, or a row is longer than the model has positions.
+    """
+    if largest_id >= limits.tokens:
+        raise ModelError(
+            "tokenizer-larger-than-model",
+            f"the data holds token {tokenizer.convert_ids_to_tokens(largest_id)!r} (id {largest_id}), but "
+            f"{limits.name} has {limits.tokens} embeddings: the tokenizer ({len(tokenizer)} tokens) is another "
+            "model's; use the model's own",
+        )
+    longest = int(lengths.max()) if len(lengths) else 0
+    if limits.positions is not None and longest > limits.positions:
+        count = int((lengths > limits.positions).sum())
+        raise ModelError(
+            "positions-exceeded",
+            f"{count} rows are longer than the {limits.positions} positions of {limits.name} (longest: {longest} "
+            f"tokens); set data.max_length to at most {limits.positions}, or fewer new tokens",
+        )
+    if limits.trained is not None and longest > limits.trained:
+        count = int((lengths > limits.trained).sum())
+        rank_zero_warn(
+            f"{count} rows are longer than the {limits.trained} tokens that {limits.name} was trained on (longest: "
+            f"{longest}); set data.max_length to at most that, or expect worse predictions"
+        )
