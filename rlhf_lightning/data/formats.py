@@ -114,18 +114,18 @@ def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataEr
     )
 
 
-def _with_lists(row: Row) -> Row:
-    """Read columns that hold messages as JSON text, where all columns with messages do."""
+def _with_lists(row: Row, forms: tuple[Form, ...]) -> tuple[Row, Form]:
+    """Find the row's form, and read its columns that hold messages as JSON text, where all of them do."""
     if "conversations" in row and "messages" not in row and "chosen" not in row:
         row = {**row, "messages": row["conversations"]}
     texts = {name: row[name] for name in ("prompt", "completion", "chosen", "rejected") if name in row}
     spelt = [name for name, value in texts.items() if spells_turns(value)]
     if len(spelt) > 1 and len(spelt) == len(texts):  # a text alone may be somebody's words
         row = {**row, **{name: from_json(texts[name], "json_text") for name in spelt}}
-    for name in ("messages", "conversations"):
-        if isinstance(row.get(name), str):
-            row = {**row, name: from_json(row[name], "malformed_messages")}
-    return row
+    form = form_of(row, forms)
+    if "messages" in form and isinstance(row["messages"], str):
+        row = {**row, "messages": from_json(row["messages"], "malformed_messages")}
+    return row, form
 
 
 def _check_media(row: Row) -> None:
@@ -135,8 +135,7 @@ def _check_media(row: Row) -> None:
 
 def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt and the completion to imitate."""
-    row = _with_lists(row)
-    form = form_of(row, DEMONSTRATION_FORMS)
+    row, form = _with_lists(row, DEMONSTRATION_FORMS)
     used = {*form, *LABELS, "conversations"}
     prompt: Prompt | None
     completion: str | list[Message]
@@ -163,8 +162,7 @@ def preference_with_ties(row: Row, as_chat: bool = False) -> CanonicalRow:
 
 def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> CanonicalRow:
     """A prompt and two or more completions with their ranks."""
-    row = _with_lists(row)
-    form = form_of(row, PREFERENCE_FORMS)
+    row, form = _with_lists(row, PREFERENCE_FORMS)
     used = {*form, *LABELS, *context_of(row)}
     if "completion_1" in form:
         row = {**row, **_voted(row, form[-1])}
@@ -195,8 +193,7 @@ def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> Cano
 
 def unpaired(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt and completions that are good (rank 0) or bad (rank 1): one with its label, or a pair's two."""
-    row = _with_lists(row)
-    form = form_of(row, UNPAIRED_FORMS)
+    row, form = _with_lists(row, UNPAIRED_FORMS)
     if "label" not in form:
         return preference(row, as_chat)
     demonstrated = demonstration({name: value for name, value in row.items() if name != "label"}, as_chat)
@@ -239,8 +236,7 @@ def _step_label(value: Any) -> float | None:
 
 def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt alone; further columns are handed on to the scorer."""
-    row = _with_lists(row)
-    form = form_of(row, PROMPT_FORMS)
+    row, form = _with_lists(row, PROMPT_FORMS)
     used = {*form, "conversations", *context_of(row)}
     if form == ("messages",):
         turns = messages_of(row["messages"])
