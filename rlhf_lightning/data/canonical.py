@@ -61,6 +61,7 @@ REASONS = {
     "tools_left_out": "the chat template leaves out the descriptions of tools",
     "tool_calls_left_out": "the chat template leaves out tool calls",
     "prompt_not_continued": "the chat template renders the answer so that it does not continue its prompt",
+    "too_many_turns": "more than 256 turns of the assistant are learned; set last_turn_only, or cut the conversation",
     "control_token_read": "a turn spells a control token on which the chat template acts",
     "nothing_supervised": "no supervised token is left after truncation",
 }

@@ -25,6 +25,9 @@ from rlhf_lightning.types import Message, Prompt
 TAIL = 64
 """Characters of a prompt's end that are looked at to tell how its completion is encoded."""
 
+MOST_TURNS = 256
+"""Learned turns of one conversation: each takes renderings of all that comes before it."""
+
 GUARD = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -155,7 +158,7 @@ def render_turns(
         ChatTemplateError: if the template is missing or refuses the messages.
     """
     learned = [place for place, turn in enumerate(turns) if place >= first and _is_learned(turn)]
-    learned = learned[-1:] if last_turn_only else learned
+    learned = _bounded(learned, last_turn_only)
     if not learned:
         return []
     conversation = _Conversation(tokenizer, turns)
@@ -408,7 +411,7 @@ def _answer(
     conversation = _Conversation(tokenizer, turns)
     direct = len(before)
     learned = [place for place in range(direct, len(turns)) if _is_learned(turns[place])]
-    places = learned[-1:] if last_turn_only else learned
+    places = _bounded(learned, last_turn_only)
     if not places:
         return conversation.completion(asked, [], True)
     prompts = [asked if place == direct else conversation.prompt(place) for place in places]
@@ -425,6 +428,18 @@ def _answer(
         )
     spans = [Span(prompts[0][len(asked) :], False), *spans]
     return conversation.completion(asked, spans, said[-1].ended, len(places) < len(learned))
+
+
+def _bounded(learned: list[int], last_turn_only: bool) -> list[int]:
+    if last_turn_only:
+        return learned[-1:]
+    if len(learned) > MOST_TURNS:
+        raise TurnsRefused(
+            "too-many-turns",
+            f"{len(learned):,} turns are learned in one conversation, and at most {MOST_TURNS} can be; set "
+            "last_turn_only, or cut the conversation",
+        )
+    return learned
 
 
 def _is_learned(turn: Message) -> bool:

@@ -295,3 +295,17 @@ def test_a_boundary_that_is_encoded_otherwise_together_is_counted(tiny_tokenizer
     assert outcome.merged, "the tokenizer has a token for 'bc'"
     found, report = learned(tiny_tokenizer, {"prompt": "a", "completion": "c"})
     assert report.merged == 0 and tiny_tokenizer.eos_token_id == EOS and found
+
+
+def test_a_conversation_without_end_is_dropped(thinking):
+    turns = [{"role": ("user", "assistant")[place % 2], "content": "a"} for place in range(514)]
+    assert learned(thinking, {"messages": turns})[1].dropped == {"too_many_turns": 1}
+    assert learned(thinking, {"messages": turns}, last_turn_only=True, max_length=64)[1].kept == 1
+
+
+def test_thought_tags_that_are_special_tokens_stay_in_the_text(thinking):
+    tokenizer = tokenizer_with(case("thinking.jinja"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = tokenizer(ONE, add_special_tokens=False)["input_ids"]
+    assert completion_text(tokenizer, ids) == ONE.removesuffix("<|im_end|>")
+    assert learned(tokenizer, rows_of("thoughts.jsonl")[0])[0] == [(ASKED, ONE, ONE)]
