@@ -1,7 +1,7 @@
-"""An audit of a data set: what training would drop, cut, learn by mistake or be judged by unfairly.
+"""Audit a data set: rows that training would drop or truncate, duplicates, leaks, contradictions, damaged text.
 
-Rows are read once and not kept: of each there remain a few hashes of 64 bits, lengths, and its number where something
-was found. Rows are numbered from 1 in the order in which the source gives them.
+Rows are read once and not kept. What is kept of a row is a few 64-bit hashes, its lengths, and its number where
+something was found. Rows are numbered from 1 in the order of the source.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ CHECKS = {
     **{name: meaning for name, (meaning, _) in DAMAGE.items()},
     "prompt_cut": "the prompt loses tokens",
     "completion_cut": "a completion loses tokens, and with them its end",
-    "prompt_crowds_out": "a completion within half of max_length is cut all the same: the prompt takes the room",
+    "prompt_crowds_out": "a completion shorter than half of max_length is cut, because the prompt takes the room",
     "leaked_row": "the whole row is in the training data",
     "leaked_prompt": "the prompt is in the training data",
     "longer_wins": "the longer completion is mostly the better one",
     "shorter_wins": "the shorter completion is mostly the better one",
 }
-"""What each check finds. Reasons to drop a row (`canonical.REASONS`) are checks too."""
+"""Meaning of each check. Reasons to drop a row (`canonical.REASONS`) are checks, too."""
 
 Keys = tuple[int | None, int]
 
 SHORTCUT = 0.55
-"""A length decides too often where the interval of its accuracy lies beyond this, either way."""
+"""Length is a shortcut if the whole interval of its accuracy is above this, or below 1 minus this."""
 
 
 @dataclass
 class Finding:
-    """What one check found.
+    """Rows found by one check.
 
     Attributes:
         check: key of `CHECKS` or of `canonical.REASONS`.
         rows: numbers of the rows; none where the finding is of all rows together.
-        first: for each of them the earlier row that it repeats.
+        first: for each of them, the earlier row that it repeats.
     """
 
     check: str
@@ -81,7 +81,7 @@ class Finding:
 
     @property
     def meaning(self) -> str:
-        """What was found, in words."""
+        """Meaning of the check."""
         return CHECKS.get(self.check) or REASONS[self.check]
 
 
@@ -103,13 +103,13 @@ class LengthShortcut:
 
 
 class Audit:
-    """Takes in rows, then says what was found.
+    """Collects findings over rows.
 
     Args:
         kind: key of `formats.KINDS`.
         columns: new name of each column to be renamed.
         as_chat: whether plain text becomes a user's and an assistant's turn.
-        tokenizer: the policy's; None leaves out what only tokens show.
+        tokenizer: the policy's; None skips the checks that need tokens.
         max_length: most tokens of prompt and completion; None for no bound.
         max_prompt_length: most tokens of the prompt.
     """
@@ -135,11 +135,11 @@ class Audit:
         self.lengths = array("q")
 
     def add(self, rows: Iterable[Row | Unreadable]) -> Iterator[Keys | None]:
-        """Take in rows.
+        """Check rows.
 
         Yields:
-            for each row the hashes of its prompt (None of a whole text) and of all of it, as a reader sees them; None
-            of a row that cannot be used.
+            for each row the normalised hashes of its prompt (None for a whole text) and of the whole row; None for a
+            row that cannot be used.
         """
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
@@ -183,7 +183,7 @@ class Audit:
         return asked, loose
 
     def compare(self, rows: Iterable[Row | Unreadable], train: Audit) -> None:
-        """Take in rows, and look for each in the data that is trained on."""
+        """Check rows, and look for each in the training data."""
         for keys in self.add(rows):
             if keys is None:
                 continue
@@ -194,7 +194,7 @@ class Audit:
                 self._find("leaked_prompt")
 
     def findings(self) -> list[Finding]:
-        """What was found, in the order of `canonical.REASONS` and `CHECKS`."""
+        """Return the findings, in the order of `canonical.REASONS` and `CHECKS`."""
         both, circle = self.preferences.contradictions()
         for check, rows in (("both_ways", both), ("circle", circle)):
             if rows:
@@ -215,7 +215,7 @@ class Audit:
         return self.read - sum(len(found.rows) for check, found in self.found.items() if check in REASONS)
 
     def length_shortcut(self) -> LengthShortcut | None:
-        """How often the longer completion is the better one; None without preferences."""
+        """Return how often the longer completion is the better one; None without preferences."""
         if not self.longer_wins:
             return None
         accuracy = float(np.frombuffer(self.longer_wins, dtype=np.float32).mean())
@@ -223,7 +223,7 @@ class Audit:
         return LengthShortcut(accuracy, float(low), float(high), len(self.longer_wins))
 
     def quantiles(self, shares: Iterable[float] = (0.5, 0.95, 1.0)) -> list[int]:
-        """Lengths of prompt and longest completion, in tokens if there is a tokenizer, else in characters."""
+        """Return quantiles of prompt plus longest completion, in tokens with a tokenizer, else in characters."""
         if not self.lengths:
             return []
         return np.quantile(np.frombuffer(self.lengths, dtype=np.int64), list(shares), method="higher").tolist()
@@ -325,7 +325,7 @@ class Audit:
 
 
 def summary(audit: Audit, source: str) -> dict[str, Any]:
-    """Everything an audit found, in plain values, with the numbers of all rows."""
+    """Return all findings of an audit in plain values, with the numbers of all rows."""
     shortcut = audit.length_shortcut()
     return {
         "source": source,

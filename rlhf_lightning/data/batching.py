@@ -1,10 +1,10 @@
-"""Which rows make an optimizer step, and which of its micro-batches each rank takes; `micro_batches` cuts them.
+"""The rows of an epoch, of its optimizer steps, and of each rank's micro-batches.
 
-`BatchPlan` is pure arithmetic on row lengths: every rank computes the same plan, so nothing has to be communicated. The
-rows of a step depend on (seed, epoch, batch_size) alone. Within the step they are sorted by length and cut so that
-little padding is paid for, and dealt to the ranks so that each gets the same number of micro-batches and about the same
-work. How a step is cut therefore never changes which rows it averages over, and one integer, the step, is a resume
-cursor that holds for any number of ranks.
+`BatchPlan` is pure arithmetic on row lengths: every rank computes the same plan without communication. The rows of a
+step depend on (seed, epoch, batch_size) only. Within the step they are sorted by length, split into micro-batches with
+little padding, and distributed so that every rank gets the same number of micro-batches and about the same work. How a
+step is split never changes the rows that it averages over. One integer, the step, is the resume cursor for any number
+of ranks.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class PlannedStep(NamedTuple):
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``range(count)`` that depends on (seed, epoch) alone, on every machine and NumPy version."""
+    """Permute ``range(count)`` by (seed, epoch) only: the same on every machine and NumPy version."""
     key = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Rows to hold out, by seed, so that no prompt is on both sides.
+    """Choose rows to hold out, by seed, so that no prompt is on both sides.
 
     Args:
         groups: number of each row's prompt, shape (rows,).
@@ -49,7 +49,7 @@ def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
         seed: seed of the choice.
 
     Returns:
-        the rows in rising order: ``count`` of them, or as near as whole prompts come to it.
+        the rows in ascending order: ``count`` of them, or as close as whole prompts allow.
 
     Raises:
         SettingError: if no row would be left to train on.
@@ -74,10 +74,10 @@ def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """Rows of an epoch: each as often as the weight of its source says, a fraction by a fresh choice each epoch.
+    """Return the rows of an epoch: each as often as the weight of its source says, a fraction chosen anew each epoch.
 
     Args:
-        rows: the rows there are, shape (rows,).
+        rows: all rows, shape (rows,).
         sources: number of the source of each of them, shape (rows,).
         weights: weight of each source.
         seed: seed of the choices.
@@ -107,7 +107,7 @@ def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float
 def endless_rows(
     rows_of: Callable[[int], np.ndarray], start: int, stop: int, seed: int, shuffle: bool = True
 ) -> np.ndarray:
-    """Rows at the places ``start .. stop - 1`` of an endless sequence of passes, each in an order of its own.
+    """Return the rows at ``start .. stop - 1`` of an endless sequence of passes, each with its own order.
 
     Args:
         rows_of: rows of a pass, by its number; as many in each.
@@ -142,7 +142,8 @@ class BatchPlan:
         packed: whether the model reads rows laid end to end, see `models.layout.packed_layout`, so that none is padded.
 
     Raises:
-        ValueError: if a size is not positive, or there is no row.
+        SettingError: if a size is not positive.
+        DataError: if there is no row.
     """
 
     def __init__(
@@ -195,30 +196,30 @@ class BatchPlan:
         return self.steps
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Indices of the rows of a step, over all ranks."""
+        """Return the indices of the rows of a step, over all ranks."""
         if not 0 <= step < self.steps:
             raise StateError("no-such-step", f"step {step} is outside an epoch of {self.steps} steps")
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def step(self, index: int, rank: int) -> PlannedStep:
-        """One rank's share of the step ``index``."""
+        """Return one rank's share of the step ``index``."""
         rows = self.rows_of(index)
         lengths = self.lengths[rows]
         cuts = cut_micro_batches(lengths, self.limits, packed=self.packed, multiple_of=self.ranks)
         costs = [cells_of(lengths[cut].tolist(), self.packed) for cut in cuts]
-        mine = _dealt(costs, self.ranks)[rank]
+        mine = _distributed(costs, self.ranks)[rank]
         groups = tuple(tuple(rows[cuts[index]].tolist()) for index in mine)
         return PlannedStep(groups, len(rows), int(self.tokens[rows].sum()))
 
 
-def _dealt(costs: list[int], ranks: int) -> list[list[int]]:
-    """Deal micro-batches to ranks, as many to each: by falling cost, the costliest of a round to the least loaded."""
+def _distributed(costs: list[int], ranks: int) -> list[list[int]]:
+    """Give every rank the same number of micro-batches: each round's costliest goes to the least loaded rank."""
     falling = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    hands: list[list[int]] = [[] for _ in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for first in range(0, len(falling), ranks):
-        hungry = sorted(range(ranks), key=lambda r: (loads[r], r))
-        for rank, index in zip(hungry, falling[first : first + ranks], strict=True):
-            hands[rank].append(index)
+        by_load = sorted(range(ranks), key=lambda r: (loads[r], r))
+        for rank, index in zip(by_load, falling[first : first + ranks], strict=True):
+            shares[rank].append(index)
             loads[rank] += costs[index]
-    return hands
+    return shares

@@ -1,4 +1,4 @@
-"""Rows of a `RowStore` to the batches of `types`: ragged, nothing padded. Every function takes zero rows too."""
+"""Collate rows of a `RowStore` into the batches of `types`: ragged, without padding. Zero rows are allowed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rlhf_lightning.types import (
 
 
 def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
-    """One completion for each prompt."""
+    """Collate one completion for each prompt."""
     sequences, _ = _single(store, rows)
     return DemonstrationBatch(sequences, store.column("weight", rows), store.extras(rows))
 
 
 def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
-    """Chosen completions, then the rejected ones in the same order."""
+    """Collate pairs: all chosen completions, then the rejected ones in the same order."""
     found = [store.completions(row) for row in rows]
     stacked = [pair[0] for pair in found] + [pair[1] for pair in found]
     sequences = Sequences(
@@ -43,12 +43,12 @@ def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
 def unpaired(
     store: RowStore, rows: Sequence[int], partners: Mapping[int, int] | None = None, max_length: int | None = None
 ) -> UnpairedBatch:
-    """One judged completion for each prompt, and the completion of another row after it where partners are named.
+    """Collate one judged completion for each prompt, and a mismatched one of another row where partners are given.
 
     Args:
         store: the rows.
         rows: rows of the batch.
-        partners: for each row the one whose completion is put after its prompt.
+        partners: for each row, the row whose completion is put after its prompt.
         max_length: most tokens of prompt and mismatched completion.
     """
     sequences, ranks = _single(store, rows)
@@ -65,7 +65,7 @@ def unpaired(
 
 
 def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
-    """One completion for each prompt, and the labels of its steps that truncation has left."""
+    """Collate one completion for each prompt, and the labels of its steps that truncation has left."""
     sequences, _ = _single(store, rows)
     labels = []
     for row, ends in zip(rows, sequences.supervised, strict=True):
@@ -75,7 +75,7 @@ def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
 
 
 def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
-    """Each prompt's completions one after the other, with their ranks."""
+    """Collate each prompt's completions one after the other, with their ranks."""
     found = [(parent, one) for parent, row in enumerate(rows) for one in store.completions(row)]
     sequences = Sequences(
         prompts=tuple(store.prompt(row) for row in rows),
@@ -94,7 +94,7 @@ def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
 
 
 def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int = 1) -> PromptBatch:
-    """Each prompt repeated ``samples`` times in a row.
+    """Collate prompts, each repeated ``samples`` times in a row.
 
     Args:
         store: the rows.
@@ -119,7 +119,7 @@ def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int
 
 
 def _single(store: RowStore, rows: Sequence[int]) -> tuple[Sequences, list[int]]:
-    """Each row's only completion after its prompt, and the completions' ranks."""
+    """Return each row's only completion after its prompt, and the completions' ranks."""
     found = [store.completions(row)[0] for row in rows]
     sequences = Sequences(
         prompts=tuple(store.prompt(row) for row in rows),

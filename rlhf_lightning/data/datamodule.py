@@ -1,4 +1,4 @@
-"""What the DataModules share: their arguments, held-out rows, the plan of every epoch, and the loaders."""
+"""The base of the DataModules: arguments, held-out rows, the plan of every epoch, and the loaders."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rlhf_lightning.data.batching import BatchPlan, held_out_rows, weighted_rows
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.feedback.database import is_store
 from rlhf_lightning.data.feedback.rows import RowKind
+from rlhf_lightning.data.formats import Form, Reader
 from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
 from rlhf_lightning.data.row_store import Part, RowStore, hash_of
 from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, source_fingerprint, source_stamp
@@ -44,41 +45,41 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     """Base of the DataModules: rows of text in, one `types.Step` for each optimizer step out.
 
     Args:
-        source: where the rows come from: a name on the Hugging Face Hub, a .jsonl, .json, .parquet or .csv file, a
-            glob, a folder written by ``save_to_disk``, a store of `rlhf annotate` (``feedback.db``, or
-            ``feedback.db@1200`` for its first 1200 rows); or a list of those, each a path or a mapping with ``path``
-            and any of ``weight`` (how often its rows are seen in an epoch), ``rows``, ``split``, ``name``, ``columns``,
+        source: source of the rows: a Hub name, a file (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .txt, compressed or
+            not), a glob, a folder, a store of `rlhf annotate` (``feedback.db``, or ``feedback.db@1200`` for its first
+            1200 rows); or a list of those, each a path or a mapping with ``path`` and any of ``weight`` (how often its
+            rows are seen in an epoch), ``rows``, ``split`` (also a slice: ``train[:10%]``), ``name``, ``columns``,
             ``labels`` and ``annotators`` (of a store: ``mean`` or ``reliability``; whose judgements count).
-        eval_source: where the rows of validation and test come from, in the same forms.
-        eval_rows: hold out so many rows of ``source`` instead, chosen by ``seed``; rows of one prompt stay together.
-        rows: read only the first so many rows.
+        eval_source: source of the rows of validation and test, in the same forms.
+        eval_rows: hold out this many rows of ``source`` instead, chosen by ``seed``; rows of one prompt stay together.
+        rows: read only this many rows.
         columns: new names of columns, as {name in the data: name expected here}.
         as_chat: make plain text a user's turn and an assistant's turn of the chat template.
-        rendered: plain text was written by a chat template before, so that control tokens in it are such. Otherwise
-            they are encoded as the characters they are made of, as they always are in messages.
-        last_turn_only: learn only the last turn of the assistant in a conversation, and none before it.
+        rendered: plain text was written by a chat template, so that it may hold control tokens. Otherwise their
+            spellings are encoded as plain characters, as they always are in messages.
+        last_turn_only: learn only the last turn of the assistant in a conversation.
         batch_size: rows of an optimizer step, over all ranks.
         micro_batch_size: most rows of one forward pass on one rank (of prompts, episodes); None for no bound.
         max_tokens: most tokens of one forward pass on one rank, padding included where the module packs no rows; None
             for no bound.
         max_length: most tokens of prompt and completion; longer rows are truncated, see `tokenization.truncate`.
         max_prompt_length: most tokens of the prompt; None leaves it to ``max_length``.
-        shuffle: whether each epoch has an order of its own; otherwise rows come as the source has them.
+        shuffle: shuffle the rows anew each epoch; otherwise they keep the order of the source.
         drop_last: leave out a last step of fewer rows than ``batch_size``.
         seed: seed of the order and of the rows held out; null takes ``seed_everything``'s, or 0 without one.
         cache_dir: folder of the encoded rows; None takes $RLHF_CACHE or ~/.cache/rlhf_lightning.
         num_workers: processes that collate ahead; 0 is fastest unless sequences are very long.
         eval_batch_size: rows of a validation step over all ranks; None takes ``batch_size``.
-        streaming: read and encode rows while training, for what does not fit; sources are then drawn from in proportion
-            to their weights, without end.
-        steps_per_epoch: steps that make an epoch of a stream, whose length nobody knows; needed with ``streaming``.
+        streaming: read and encode rows while training, for data that does not fit; rows are drawn without end from the
+            sources, in proportion to their weights.
+        steps_per_epoch: steps of an epoch of a stream, whose length is unknown; required with ``streaming``.
 
     Raises:
         SettingError: if the arguments contradict each other.
     """
 
     batch_types: ClassVar[tuple[type, ...]]
-    """Batches this DataModule can give; the first unless the module takes another."""
+    """Batches this DataModule can make; the first unless the module takes another."""
 
     completes: ClassVar[bool] = True
     """Whether its rows have completions."""
@@ -199,7 +200,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
                 "rows cannot be set with streaming; bound a stream by steps_per_epoch and max_epochs",
             )
 
-    # ---- what the module says ---------------------------------------------------------------------------------------
+    # ---- what the module asks for -----------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -276,25 +277,31 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def encoder(self) -> Encoder:
-        """How rows are read and encoded."""
+        """Return the encoder of the rows."""
+
+    def encoder_of(self, read: Reader, forms: tuple[Form, ...], **settings: Any) -> Encoder:
+        """Return an encoder with this DataModule's settings."""
+        return Encoder(
+            read, forms, self.columns, self.max_length, self.max_prompt_length, self.as_chat,
+            rendered=self.rendered, last_turn_only=self.last_turn_only, **settings,
+        )  # fmt: skip
 
     def _encoder(self) -> Encoder:
-        """How rows are read, with the columns that the module asks for."""
         return replace(self.encoder(), slots=self.data_columns)
 
     @abstractmethod
     def collator(self) -> Collate:
-        """What makes a batch of some rows of a store."""
+        """Return the function that makes a batch of rows of a store."""
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Encode what is not in the cache yet. Runs on one process of each node, and assigns nothing."""
+        """Encode and cache the rows. Runs on one process of each node, and assigns nothing."""
         for part in self.parts().values():
             part.store(self.tokenizer, self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Map the encoded rows into memory, and say what became of the data."""
+        """Map the encoded rows into memory, and print the counts of the data."""
         self._agree_on_snapshots()
         parts = self.parts()
         self.stores = {name: part.store(self.tokenizer, self.cache_dir) for name, part in parts.items()}
@@ -316,7 +323,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             self._announce(parts)
 
     def _agree_on_snapshots(self) -> None:
-        """Take rank zero's row numbers of feedback stores: labels may have come in between two ranks' starts."""
+        """Take rank zero's row numbers of feedback stores: labels may have arrived between the starts of two ranks."""
 
         def agreed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
             paths = [source.path for source in sources]

@@ -31,27 +31,27 @@ _EACH = {name: re.compile(pattern) for name, (_, pattern) in DAMAGE.items()}
 CONTROL_TOKENS = re.compile(
     r"<\|[a-zA-Z0-9_]{2,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</?tool_call>"
 )
-"""Spellings of control tokens that are common, for where no tokenizer says which it has."""
+"""Common spellings of control tokens, used without a tokenizer."""
 
 SPEAKERS = re.compile(r"(?:^|\n)\s*(?:Human|Assistant|User|System|AI)\s*:|^### (?:Instruction|Response)", re.MULTILINE)
-"""Marks of a speaker, as transcripts write them; inside a turn they are often a second turn."""
+"""Speaker marks of transcripts; inside a turn they are often a second turn."""
 
 
 def damage_of(text: str) -> Iterator[str]:
-    """Names of the kinds of damage in a text, keys of `DAMAGE`."""
+    """Yield the kinds of damage in a text, keys of `DAMAGE`."""
     if _ANY.search(text):
         yield from (name for name, pattern in _EACH.items() if pattern.search(text))
 
 
 def contents_of(part: str | list[Message] | None) -> list[str]:
-    """The texts of a prompt or a completion."""
+    """Return the texts of a prompt or a completion."""
     if part is None:
         return []
     return [part] if isinstance(part, str) else [message["content"] for message in part]
 
 
 def key_of(texts: Iterable[str]) -> int:
-    """Hash of some texts in their order, 64 bits."""
+    """Hash texts in their order, 64 bits."""
     digest = hashlib.blake2b(digest_size=8)
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass"))
@@ -60,7 +60,7 @@ def key_of(texts: Iterable[str]) -> int:
 
 
 def normalised(text: str) -> str:
-    """A text without what a reader overlooks: case, kinds of spaces and of the same letter (Unicode's NFKC)."""
+    """Normalise case, spaces and Unicode form (NFKC), which a reader overlooks."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
@@ -69,13 +69,13 @@ WHOLE_LISTS = 32
 
 
 class Preferences:
-    """Preferences between completions, as a directed graph: 32 bytes for each pair, whatever its texts are."""
+    """Preferences between completions as a directed graph, 32 bytes a pair."""
 
     def __init__(self) -> None:
         self.prompts, self.better, self.worse, self.rows = array("q"), array("q"), array("q"), array("q")
 
     def add(self, row: int, prompt: int, completions: Sequence[int], ranks: Sequence[int]) -> None:
-        """Take in a row's preferences.
+        """Add a row's preferences.
 
         Args:
             row: its number.
@@ -93,7 +93,7 @@ class Preferences:
                         column.append(value)
 
     def contradictions(self) -> tuple[list[int], list[int]]:
-        """Rows with a pair that another row judges the other way round, and rows on a longer circle."""
+        """Return rows with a pair that another row judges the other way round, and rows on a longer cycle."""
         if not self.rows:
             return [], []
         prompts, better, worse, rows = (

@@ -1,8 +1,8 @@
-"""The loader: yields the planned steps of an epoch, and knows where it stands.
+"""The loader: yields the planned steps of an epoch, and resumes at the next step.
 
-It is no `torch.utils.data.DataLoader` itself, so that Lightning cannot put a sampler of its own into it: the plan has
-dealt the rows to the ranks already. It has a ``sampler`` whose ``set_epoch`` Lightning calls, and a ``state_dict`` of
-three values, with which it resumes at the very next step, on any number of ranks.
+It is not a `torch.utils.data.DataLoader`, so that Lightning cannot inject a sampler: the plan has already distributed
+the rows over the ranks. Lightning calls ``set_epoch`` of its ``sampler``. Its ``state_dict`` of three values resumes on
+any number of ranks.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class PlannedSteps:
 
 
 class PromptSteps:
-    """Steps of prompts alone, one micro-batch each unless there are candidates, dealt to the ranks in turn: all samples
-    of a prompt to one rank.
+    """Steps of prompts, one micro-batch each unless there are candidates.
+
+    Prompts go to the ranks in turn, and all samples of a prompt to one rank.
 
     Args:
         store: the encoded rows.
@@ -60,10 +61,9 @@ class PromptSteps:
         rank: this rank.
         ranks: number of ranks.
         samples: samples of each prompt.
-        rounds: equal parts that a step is cut into, one micro-batch each; all but the first are candidates.
+        rounds: equal parts that a step is split into, one micro-batch each; all but the first are candidates.
         limits: bounds of each forward pass over what is sampled.
-        choose: called with a step's index and count of rows when the step is made: returns rows to take in place of
-            ``rows``, or None; None calls nothing.
+        choose: returns the rows of a step when it is made, given its index and count of rows; None keeps ``rows``.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class EpochSteps(Protocol):
 
 
 class EpochSampler:
-    """Where a loader stands: the epoch, and the steps of it that were yielded."""
+    """Position of a loader: the epoch, and the number of its steps that were yielded."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -127,10 +127,10 @@ class StepLoader:
     """Yields one `types.Step` for each optimizer step.
 
     Args:
-        steps: gives the steps of an epoch.
+        steps: returns the steps of an epoch.
         length: steps of every epoch.
-        fingerprint: hash of what decides the order of rows; a state of another order is refused.
-        num_workers: processes that build steps ahead; 0 builds them when they are asked for.
+        fingerprint: hash of everything that decides the order of rows; a state with another hash is refused.
+        num_workers: processes that build steps ahead; 0 builds them on demand.
     """
 
     def __init__(self, steps: Callable[[int], EpochSteps], length: int, fingerprint: str, num_workers: int = 0) -> None:
@@ -147,13 +147,13 @@ class StepLoader:
         return self.length
 
     def __iter__(self) -> Iterator[Step[Any]]:
-        """Yield the epoch's steps, from the beginning or from where a loaded state stands."""
+        """Yield the epoch's steps, from the beginning or from the position of a loaded state."""
         sampler = self.sampler
         start = sampler.position if self._resumed and sampler.position < self.length else 0
         self._resumed = False
         sampler.position = start
         for index, step in enumerate(self.steps_from(sampler.epoch, start), start):
-            sampler.position = index + 1  # counted here, not where a worker builds ahead
+            sampler.position = index + 1  # counted when yielded: workers build ahead
             yield step
 
     def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
@@ -164,11 +164,11 @@ class StepLoader:
         loader = DataLoader(
             _AsDataset(steps), sampler=range(start, self.length), batch_size=None, collate_fn=_unchanged,
             num_workers=self.num_workers, generator=torch.Generator(),
-        )  # fmt: skip  # of its own: from the global one it would draw a seed for its workers, and a resumed run twice
+        )  # fmt: skip  # its own generator: seeding workers must not advance the global one
         return iter(loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: the epoch and the steps of it that were yielded."""
+        """Return the position: the epoch and the number of its steps that were yielded."""
         return {"epoch": self.sampler.epoch, "step": self.sampler.position, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

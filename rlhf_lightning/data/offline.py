@@ -18,10 +18,11 @@ from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, ProcessBat
 
 
 class SFTDataModule(AlignmentDataModule):
-    """Demonstrations: ``messages``, ``prompt`` + ``completion``, ``input`` + ``output``, ``instruction`` (+ ``input``)
-    + ``output``, or ``text`` alone (every token after the first is learned).
+    """Demonstrations: ``messages`` or ``conversations``, ``prompt`` + ``completion``, ``input`` + ``output``,
+    ``instruction`` (+ ``input``) + ``output``, or ``text`` alone (every token after the first is learned).
 
-    In a conversation of several turns every turn of the assistant is learned, with its end token, and no other.
+    In a conversation every turn of the assistant is learned, with its end token. Where the chat template rewrites
+    earlier turns, each learned turn becomes a row with its own prompt.
 
     Args:
         source: where the demonstrations come from; see `AlignmentDataModule` for this and all other arguments.
@@ -34,11 +35,8 @@ class SFTDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Reads demonstrations."""
-        return Encoder(
-            formats.demonstration, formats.DEMONSTRATION_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, rendered=self.rendered, turnwise=True, last_turn_only=self.last_turn_only,
-        )  # fmt: skip
+        """Return the encoder of demonstrations."""
+        return self.encoder_of(formats.demonstration, formats.DEMONSTRATION_FORMS, turnwise=True)
 
     def collator(self) -> Collate:
         """One completion for each prompt."""
@@ -67,13 +65,9 @@ class PreferenceDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Reads preferences."""
+        """Return the encoder of preferences."""
         read = formats.preference_with_ties if self.needs.ties else formats.preference
-        return Encoder(
-            read, formats.PREFERENCE_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, pairwise=self.batch_type is PreferenceBatch, rendered=self.rendered,
-            last_turn_only=self.last_turn_only,
-        )  # fmt: skip
+        return self.encoder_of(read, formats.PREFERENCE_FORMS, pairwise=self.batch_type is PreferenceBatch)
 
     def collator(self) -> Collate:
         """Pairs, or groups of ranked completions."""
@@ -84,9 +78,8 @@ class UnpairedDataModule(AlignmentDataModule):
     """Rows judged alone: ``prompt`` + ``completion`` + ``label`` or ``messages`` + ``label``, the label true or 1 for a
     good completion, false, 0 or -1 for a bad one. A preference (``chosen`` + ``rejected``) becomes two rows.
 
-    Where the module asks for them (KTO), every prompt also comes with a completion of another row. Who gets whose is
-    fixed with the data and the seed: it depends neither on the epoch nor on how steps are cut, and the completion never
-    answers the same prompt.
+    Where the module asks for it (KTO), every prompt also gets a mismatched completion of another row. The assignment
+    depends only on the data and the seed, and the completion never answers the same prompt.
 
     Args:
         source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
@@ -99,14 +92,11 @@ class UnpairedDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Reads judged completions."""
-        return Encoder(
-            formats.unpaired, formats.UNPAIRED_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, apart=True, rendered=self.rendered, last_turn_only=self.last_turn_only,
-        )  # fmt: skip
+        """Return the encoder of judged completions."""
+        return self.encoder_of(formats.unpaired, formats.UNPAIRED_FORMS, apart=True)
 
     def setup(self, stage: str) -> None:
-        """Map the encoded rows into memory and fix who gets whose completion, held-out rows apart."""
+        """Map the encoded rows into memory, and assign mismatched completions separately for held-out rows."""
         super().setup(stage)
         self.partners: dict[int, dict[int, int]] = {}
         if self.needs.mismatched and not self.streaming:
@@ -129,9 +119,9 @@ class UnpairedDataModule(AlignmentDataModule):
 
 
 def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """Return for each row another one, of another prompt, whose completion is put after its prompt.
+    """Return for each row a row of another prompt, whose completion is put after its prompt.
 
-    Rows are put in a shuffled ring and look back along it to the first row of another prompt.
+    Rows form a shuffled ring; each looks back along it to the first row of another prompt.
 
     Args:
         groups: number of each stored row's prompt.
@@ -160,11 +150,11 @@ def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int
 
 class ProcessDataModule(AlignmentDataModule):
     """Stepwise judgements: ``prompt`` + ``completions`` (the steps of one completion, in order) + ``labels`` (for each
-    step true or false, the probability that it is right, or null where nobody judged it).
+    step true or false, the probability that it is right, or null where it was not judged).
 
-    Each step is encoded by itself, followed by the module's ``step_separator``, the last one by the end token instead,
-    and judged at its last token. The tokens of a step that the counts speak of (``progress/tokens``, the mean of the
-    loss) are these: the judged steps. Truncation takes the steps that it cuts out of the loss.
+    Each step is encoded by itself, followed by the module's ``step_separator`` (the last one by the end token), and
+    judged at its last token. The token counts (``progress/tokens``, the mean of the loss) count judged steps. Steps
+    lost by truncation are not in the loss.
 
     Args:
         source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
@@ -176,11 +166,8 @@ class ProcessDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Reads judged steps."""
-        return Encoder(
-            formats.process, formats.PROCESS_FORMS, self.columns, self.max_length, self.max_prompt_length,
-            self.as_chat, separator=self.needs.step_separator, rendered=self.rendered,
-        )  # fmt: skip
+        """Return the encoder of judged steps."""
+        return self.encoder_of(formats.process, formats.PROCESS_FORMS, separator=self.needs.step_separator)
 
     def collator(self) -> Collate:
         """One completion for each prompt, with its steps' labels."""

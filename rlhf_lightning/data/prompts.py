@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,18 @@ class PromptDataModule(AlignmentDataModule):
     """Prompts: ``prompt``, or what demonstrations and preferences have before the completion. Further columns
     (``answer`` ...) go to the scorer.
 
-    One step is one rollout: ``batch_size`` episodes, which are ``batch_size / samples_per_prompt`` prompts. Prompts
-    are taken in turn from one pass after the other, each shuffled anew, so that every rollout is full. Episodes are
-    numbered through the whole run, alike for any number of ranks. A subclass that overrides ``choose_rows`` decides
+    One step is one rollout of ``batch_size`` episodes, which are ``batch_size / samples_per_prompt`` prompts. Prompts
+    come from one shuffled pass after the other, so that every rollout is full. Episodes are numbered through the whole
+    run, alike for any number of ranks. A subclass that overrides ``choose_rows`` decides
     which prompts a rollout answers.
 
     Args:
-        source: where the prompts come from; see `AlignmentDataModule` for this and all other arguments. ``batch_size``
+        source: source of the prompts; see `AlignmentDataModule` for this and all other arguments. ``batch_size``
             counts episodes; prompts have at most ``max_prompt_length`` (else ``max_length``) tokens.
-        rollouts: rollouts of an epoch; None takes as many as one pass over the prompts needs.
+        rollouts: rollouts of an epoch; None takes one pass over the prompts.
         samples_per_prompt: completions to sample for each prompt (the size of a group).
-        candidate_rounds: sets of prompts that are handed over for each rollout; a module that keeps some groups alone
-            (DAPO's dynamic sampling) goes on to the next set until its rollout is full, others use the first.
+        candidate_rounds: sets of prompts for each rollout; a module that drops groups (DAPO's dynamic sampling) takes
+            further sets until its rollout is full, others use the first.
         pretraining_source: demonstrations or plain ``text`` to mix into the updates, if the module has a coefficient
             for it (PPO-ptx); in the same forms as ``source``.
         pretraining_batch_size: its rows for each rollout, over all ranks; None takes ``batch_size``.
@@ -89,12 +90,9 @@ class PromptDataModule(AlignmentDataModule):
         return self.batch_size // self.samples_per_prompt
 
     def encoder(self) -> Encoder:
-        """Reads prompts."""
-        limit = self.max_prompt_length or self.max_length
-        return Encoder(
-            formats.prompt, formats.PROMPT_FORMS, self.columns, None, limit, self.as_chat, rendered=self.rendered,
-            hands_on=True,
-        )  # fmt: skip
+        """Return the encoder of prompts."""
+        made = self.encoder_of(formats.prompt, formats.PROMPT_FORMS, hands_on=True)
+        return replace(made, max_length=None, max_prompt_length=self.max_prompt_length or self.max_length)
 
     def collator(self) -> Collate:
         """Prompts numbered from 0."""
@@ -104,10 +102,8 @@ class PromptDataModule(AlignmentDataModule):
         """The prompts, and the pretraining text as ``pretraining``."""
         parts = super().parts()
         if self.pretraining_sources:
-            encoder = Encoder(
-                formats.demonstration, formats.DEMONSTRATION_FORMS, {}, self.max_length, None, self.as_chat,
-                rendered=self.rendered, turnwise=True, last_turn_only=self.last_turn_only,
-            )  # fmt: skip
+            made = self.encoder_of(formats.demonstration, formats.DEMONSTRATION_FORMS, turnwise=True)
+            encoder = replace(made, columns={}, max_prompt_length=None)
             parts["pretraining"] = Part(self.pretraining_sources, None, encoder)
         return parts
 
@@ -202,7 +198,7 @@ class PromptDataModule(AlignmentDataModule):
 
 
 class MixedSteps:
-    """Steps of prompts with demonstrations beside them, taken in turn from one shuffled pass after the other.
+    """Steps of prompts with demonstrations, which come from one shuffled pass after the other.
 
     Args:
         prompts: the steps of prompts.

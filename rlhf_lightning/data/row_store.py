@@ -1,9 +1,9 @@
-"""Encoded rows as a few flat arrays, written once, mapped into memory by every rank.
+"""Encoded rows as a few flat arrays: written once, cached by content, and memory-mapped by every rank.
 
-Row ``r`` owns the sequences ``first[r] .. first[r + 1] - 1``: its prompt, then its completions; sequence ``s`` owns the
-ids ``bounds[s] .. bounds[s + 1] - 1``. ``slots`` holds the numbers of each row, one row after the other. Nothing is
-padded. A folder holds one ``.npy`` file for each array and the `Report`; it is written under a temporary name and then
-renamed, so it is either whole or not there.
+Row ``r`` owns the sequences ``first[r] .. first[r + 1] - 1``: its prompt, then its completions. Sequence ``s`` owns the
+ids ``bounds[s] .. bounds[s + 1] - 1``. ``slots`` holds the numbers of each row, row by row. Nothing is padded. A folder
+holds one ``.npy`` file for each array and the `Report`. It is written under a temporary name and then renamed, so it is
+complete or absent.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class RowStore:
     """Rows of token ids.
 
     Args:
-        arrays: the arrays by name, see the module's text.
-        report: what became of the rows read.
-        slots: names of the numbers that each row holds for the objective.
+        arrays: the arrays by name, see the module's docstring.
+        report: counts of the rows read.
+        slots: names of each row's numbers for the objective.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], report: Report, slots: Sequence[str] = ()) -> None:
@@ -101,7 +101,7 @@ class RowStore:
         return cls(arrays, report, slots)
 
     def save(self, folder: Path) -> None:
-        """Write the arrays to ``folder``, all of them or none; if it is there already and whole, it stays."""
+        """Write the arrays to ``folder`` atomically; a complete folder that exists already is kept."""
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
         try:
@@ -113,7 +113,7 @@ class RowStore:
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if RowStore.load(folder) is None:  # damaged; otherwise somebody else was faster
+                if RowStore.load(folder) is None:  # damaged; otherwise another process was faster
                     shutil.rmtree(folder)
                     os.rename(temporary, folder)
         finally:
@@ -121,7 +121,7 @@ class RowStore:
 
     @classmethod
     def load(cls, folder: Path) -> RowStore | None:
-        """Map a folder into memory; None if it is not there or damaged."""
+        """Map a folder into memory; None if it is missing or damaged."""
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             arrays = {}
@@ -136,15 +136,15 @@ class RowStore:
             return None
 
     def sequence(self, index: int) -> Tensor:
-        """Token ids of one sequence, int64."""
+        """Return the token ids of one sequence, int64."""
         return torch.from_numpy(self.arrays["ids"][self.bounds[index] : self.bounds[index + 1]].astype(np.int64))
 
     def prompt(self, row: int) -> Tensor:
-        """Token ids of a row's prompt."""
+        """Return the token ids of a row's prompt."""
         return self.sequence(int(self.first[row]))
 
     def completions(self, row: int) -> list[tuple[Tensor, Tensor, int]]:
-        """Ids, supervised mask and rank of each completion of a row."""
+        """Return ids, supervised mask and rank of each completion of a row."""
         found = []
         for index in range(int(self.first[row]) + 1, int(self.first[row + 1])):
             mask = self.arrays["supervised"][self.bounds[index] : self.bounds[index + 1]].copy()
@@ -152,17 +152,17 @@ class RowStore:
         return found
 
     def column(self, name: str, rows: Iterable[int]) -> Tensor:
-        """``target``, ``margin`` or ``weight`` of some rows, float32."""
+        """Return ``target``, ``margin`` or ``weight`` of some rows, float32."""
         return torch.from_numpy(np.asarray(self.arrays[name][list(rows)], dtype=np.float32).copy())
 
     def extras(self, rows: Iterable[int]) -> dict[str, Tensor]:
-        """Slots of some rows, each float32, shape (rows,)."""
+        """Return the slots of some rows, each float32, shape (rows,)."""
         table = self.arrays["slots"].reshape(-1, max(len(self.slots), 1))
         chosen = torch.from_numpy(table[list(rows)].copy()) if self.slots else torch.zeros(0)
         return {name: chosen[:, place].contiguous() for place, name in enumerate(self.slots)}
 
     def record(self, row: int) -> dict[str, Any]:
-        """``prompt`` and ``columns`` of a row as the data gave them."""
+        """Return ``prompt`` and ``columns`` of a row as in the data."""
         start, stop = self.arrays["record_bounds"][row : row + 2]
         return json.loads(self.arrays["records"][start:stop].tobytes().decode("utf-8"))
 
@@ -174,16 +174,16 @@ def _flat(name: str) -> bool:
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 FORMAT = 4
-"""Raised whenever the same rows and settings would be encoded otherwise, so that old caches are not read."""
+"""Increased whenever the same rows and settings are encoded differently, so that old caches are not read."""
 
 
 class Part(NamedTuple):
     """Rows that are read and encoded together.
 
     Attributes:
-        sources: where they come from.
-        rows: read only the first so many.
-        encoder: how they are read and encoded.
+        sources: the sources of the rows.
+        rows: number of rows to read; None reads all.
+        encoder: reads and encodes them.
     """
 
     sources: tuple[Source, ...]
@@ -196,7 +196,7 @@ class Part(NamedTuple):
     def fingerprint(
         self, tokenizer: PreTrainedTokenizerBase, content: Callable[[Source], str] = source_fingerprint
     ) -> str:
-        """Hash of everything that decides the encoded rows."""
+        """Hash everything that decides the encoded rows."""
         encoder = self.encoder
         limits = [encoder.max_length, encoder.max_prompt_length]
         settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, encoder.rendered, *limits]
@@ -219,10 +219,10 @@ class Part(NamedTuple):
                 yield row
 
     def store(self, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None) -> RowStore:
-        """The encoded rows: from the cache, or encoded now and put there.
+        """Return the encoded rows from the cache, or encode them and cache them.
 
         Raises:
-            ValueError: if no row can be used.
+            DataError: if no row can be used.
         """
         folder = cache_folder(cache_dir) / "rows" / self.fingerprint(tokenizer)
         store = RowStore.load(folder)
@@ -239,11 +239,11 @@ class Part(NamedTuple):
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:
-    """Folder of everything that can be made again: the argument, else $RLHF_CACHE, else ~/.cache/rlhf_lightning."""
+    """Return the cache folder: the argument, else $RLHF_CACHE, else ~/.cache/rlhf_lightning."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_lightning"
     return Path(cache_dir or os.environ.get("RLHF_CACHE") or default).expanduser()
 
 
 def hash_of(*values: Any) -> str:
-    """Hash of plain values."""
+    """Hash plain values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

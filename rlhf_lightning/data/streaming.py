@@ -1,12 +1,11 @@
-"""Data that is read while training, for what does not fit: an endless, shuffled stream of rows that resumes exactly.
+"""Streaming for data that does not fit on disk or in memory: an endless, shuffled stream of rows that resumes exactly.
 
-Files (or shards of a Hub dataset) come in an order of their own each pass, and blocks of rows are shuffled as they are
-read. Where the stream stands is a few integers: for each source the pass, the shard and the place in it, taken where
-the current block began, and the rows of that block that are spent. Resuming reads that block again and goes on behind
-them.
+Every pass has its own order of files (or of shards of a Hub dataset), and rows are shuffled in blocks. The position of
+the stream is a few integers: for each source the pass, the shard and the row at which the current block began, and the
+number of rows taken from the block. Resuming reads the block again and skips the rows taken.
 
-Every rank reads the whole stream and keeps its own share of each step, so the ranks agree without communicating and the
-steps are the same for any number of ranks.
+Every rank reads the whole stream and keeps its share of each step. So ranks need no communication, and steps are the
+same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from rlhf_lightning.types import Step
 
 
 class ShardedSource:
-    """Rows of one source in an endless sequence of passes, each over the shards in another order.
+    """Rows of one source in an endless sequence of passes, each with its own order of shards.
 
     Args:
         source: the source.
@@ -51,14 +50,14 @@ class ShardedSource:
         self._found = True
 
     def seek(self, cursor: list[int]) -> None:
-        """Go on from a cursor."""
+        """Continue from a cursor."""
         self.cursor, self._rows, self._found = list(cursor), None, True
 
     def next(self) -> RawRow:
-        """The next row.
+        """Return the next row.
 
         Raises:
-            ValueError: if a whole pass has none.
+            DataError: if a whole pass has none.
         """
         while True:
             if self._rows is None:
@@ -68,9 +67,9 @@ class ShardedSource:
                 self.cursor[2] += 1
                 self._found = True
                 return row
-            self._turn_the_page()
+            self._next_shard()
 
-    def _turn_the_page(self) -> None:
+    def _next_shard(self) -> None:
         self._rows = None
         self.cursor[1:] = [self.cursor[1] + 1, 0]
         if self.cursor[1] == self.shards:
@@ -131,7 +130,7 @@ class RowStream:
         return rows
 
     def take(self, count: int) -> list[EncodedRow]:
-        """The next rows."""
+        """Return the next rows."""
         taken: list[EncodedRow] = []
         while len(taken) < count:
             if self._rows is None:
@@ -161,7 +160,7 @@ class RowStream:
         return [rows[i] for i in shuffled(len(rows), self.seed, self.blocks).tolist()]
 
     def _draw(self, count: int) -> list[tuple[int, list[RawRow]]]:
-        """The next raw rows, in runs of one source."""
+        """Return the next raw rows, grouped by source."""
         key = np.array([self.seed % 2**64, self.drawn], dtype=np.uint64)
         places = np.random.Philox(key=key).random_raw(count) / 2.0**64 * self.bounds[-1]
         self.drawn += count
@@ -179,11 +178,11 @@ class RowStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, in plain values."""
+        """Return the position of the stream, in plain values."""
         return {**self._begin, "blocks": self.blocks, "spent": self.spent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.drawn, self.blocks, self.spent = state["drawn"], state["blocks"], state["spent"]
         for source, cursor in zip(self.sources, state["sources"], strict=True):
             source.seek(cursor)
@@ -192,12 +191,12 @@ class RowStream:
 
 
 class StreamLoader(StepLoader):
-    """A `StepLoader` over a stream: an epoch is a number of steps, and the next one goes on where it ended.
+    """A `StepLoader` over a stream: an epoch is a number of steps, and the next one continues where it ended.
 
     Args:
         stream: the rows.
         rows: rows of a step over all ranks.
-        build: makes this rank's share of a step of its rows and its number in the run.
+        build: makes this rank's share of a step from its rows and its number in the run.
         length: steps of an epoch.
         fingerprint: hash of what decides the order of rows.
     """
@@ -210,12 +209,12 @@ class StreamLoader(StepLoader):
         self.stream, self.rows, self.build = stream, rows, build
 
     def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
-        """Build each step from the next rows of the stream, which stands at step ``start`` of the epoch."""
+        """Build each step from the next rows of the stream, whose position is step ``start`` of the epoch."""
         for index in range(start, self.length):
             yield self.build(self.stream.take(self.rows), epoch * self.length + index)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader and its stream stand."""
+        """Return the positions of the loader and of its stream."""
         return {**super().state_dict(), "stream": self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
