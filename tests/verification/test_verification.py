@@ -1,9 +1,12 @@
 """`rlhf verify`: every shipped objective passes, every wrong one is caught by the check made for its mistake."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 import wrong_distillation_objectives
 import wrong_further_objectives
 import wrong_objectives
@@ -12,7 +15,9 @@ import wrong_process_objectives
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
-from rlhf_lightning.verification.contract import verify
+from rlhf_lightning.modules import DPOModule, NashMDModule, PPOModule
+from rlhf_lightning.verification.contract import opponent_check, verify, world_and_folder
+from rlhf_lightning.verification.subject import Subject
 
 SHIPPED = objective_classes()
 
@@ -90,3 +95,91 @@ def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["objectives", "--name", "SimPOModule"]) == 0
     assert "gap in reward units" in capsys.readouterr().out
     assert cli.main(["objectives", "--name", "SimpoModule"]) == 2
+
+
+# -- targets, and what a class means ----------------------------------------------------------------------------------
+
+
+class Detached(DPOModule):
+    """Its weight is detached, and its target is that of DPO."""
+
+    target_of = DPOModule
+    means_it = {"gradcheck": "the weight is detached"}
+
+    def pair_loss(self, pair):
+        margin = self.reward_margin(pair)
+        return torch.sigmoid(-margin).detach() * -margin
+
+
+class Unexplained(Detached):
+    means_it = {}
+
+
+class ElsewhereAtRest(Detached):
+    def pair_loss(self, pair):
+        return super().pair_loss(pair) + 0.3 * (self.reward_margin(pair) - 1).square()
+
+
+class NamesNoCheck(DPOModule):
+    means_it = {"gradchek": "a slip"}
+
+
+class NeedsMore(DPOModule):
+    def __init__(self, gap: float, **kwargs):
+        super().__init__(beta=0.5, **kwargs)
+        self.gap = gap
+
+    def pair_loss(self, pair):
+        return -F.logsigmoid(self.reward_margin(pair) - self.gap)
+
+
+class Raises(DPOModule):
+    def pair_loss(self, pair):
+        return pair.no_such_field
+
+
+def words(found, name):
+    return next(check for check in found.checks if check.name == name)
+
+
+def test_what_a_class_means_counts_where_its_target_is_reached():
+    found = verify(Detached)
+    assert found.held and words(found, "gradcheck").meant == "the weight is detached"
+    assert found.convergence.source == "declared" and words(found, "convergence").held
+    assert not verify(Unexplained).held
+    elsewhere = verify(ElsewhereAtRest)
+    assert {"gradcheck", "convergence"} <= {check.name for check in elsewhere.failed}
+
+
+def test_a_class_without_a_target_has_an_exit_status_of_its_own(capsys: pytest.CaptureFixture[str]):
+    name = f"{__name__}.NeedsMore"
+    assert cli.main(["verify", name, "--model.gap", "0.5"]) == 3
+    out = capsys.readouterr().out
+    assert "all hold, no target" in out and "no_target" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["NamesNoCheck"], "means_it names 'gradchek'"),
+        (["NeedsMore"], "NeedsMore needs 'gap'"),
+        (["NeedsMore", "--model.gap", "1", "--model.beta", "1"], "NeedsMore sets beta itself"),
+        (["Raises"], "return pair.no_such_field"),
+    ],
+)
+def test_what_a_class_gets_wrong_is_said(arguments: list[str], code: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["verify", f"{__name__}.{arguments[0]}", *arguments[1:]]) == 2
+    assert code in capsys.readouterr().err
+
+
+def test_the_opponent_test_has_power():
+    world, folder = world_and_folder()
+    advice = opponent_check(Subject(NashMDModule, world, folder)).advice
+    assert float(re.search(r"off by (\d+)", advice)[1]) >= 7, "3 beyond the bound would be 8, rounded"
+
+
+@pytest.mark.parametrize("setting", [{"lam": 0.9}, {"temperature": 0.7}])
+def test_ppo_keeps_its_contract_at_other_settings(setting):
+    found = verify(PPOModule, setting)
+    assert found.failed == []
+    assert found.has_target == ("lam" in setting)
