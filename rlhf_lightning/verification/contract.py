@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from rlhf_lightning.errors import ContractError
+from rlhf_lightning.commands.objectives import objective_classes
+from rlhf_lightning.errors import ContractError, RlhfError
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
@@ -26,10 +29,11 @@ from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, scores_of, small_world
 from rlhf_lightning.verification.distillation_checks import divergence_checks, sampled_distillation_checks
-from rlhf_lightning.verification.offline_checks import offline_checks
+from rlhf_lightning.verification.offline_checks import offline_checks, some_rows, step_gradient
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
 from rlhf_lightning.verification.online_checks import online_checks, opponent_check
 from rlhf_lightning.verification.reward_checks import process_checks, reward_checks
+from rlhf_lightning.verification.rollout_checks import Update
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.verification.world import EnumerableWorld
 
@@ -121,7 +125,7 @@ def verify(
                 # A rare pair counts by the product of two small chances, and takes its time.
                 steps = 600 if issubclass(kind, OnlineDPOModule) else 300
                 found = converge(module, world, steps, judge=judge_of(subject))
-                checks += [*target_checks(kind, found), export_check(module, world)]
+                checks += [*target_checks(subject, found), export_check(module, world)]
     finally:
         torch.set_num_threads(threads)
     checks = with_reasons(kind, checks)
@@ -173,8 +177,40 @@ def inherits_target(kind: type[AlignmentModule]) -> bool:
     return not kind.__module__.startswith(shipped) and owners[0].__module__.startswith(shipped)
 
 
-def target_checks(kind: type[AlignmentModule], found: Convergence) -> list[Check]:
+def probe(subject: Subject) -> Tensor:
+    """Return the gradient of one small step, by which classes of a family are told apart."""
+    if issubclass(subject.kind, OnPolicyModule):
+        return Update(subject).gradient()
+    batch = some_rows(subject)
+    return step_gradient(subject, [batch], len(batch.weights), sum(int(m.sum()) for m in batch.sequences.supervised))
+
+
+def twin_of(subject: Subject) -> str:
+    """Say which shipped class has the same gradient up to a factor at the same settings; empty for none."""
+    kind = subject.kind
+    if issubclass(kind, RolloutModule) and not issubclass(kind, OnPolicyModule):
+        return ""
+    own = probe(subject)
+    for other in objective_classes():
+        alike = contract_of(other) is contract_of(kind) and other.batch_type is kind.batch_type
+        if other is kind or not alike or not bool(own.any()):
+            continue
+        try:
+            theirs = probe(Subject(other, subject.world, subject.folder, subject.settings_for(other)))
+        except (RlhfError, TypeError, ValueError):  # it does not take these settings
+            continue
+        if theirs.shape != own.shape or not bool(theirs.any()):
+            continue
+        factor = float(own @ theirs / (theirs @ theirs))
+        if float((own - factor * theirs).norm() / own.norm()) < 1e-9:
+            name = other.__name__
+            return f"; its gradient is {factor:.4g} times that of {name}, so target_of = {name} may say it all"
+    return ""
+
+
+def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     """Compare where training came to rest with the target; a class without one has to say why."""
+    kind = subject.kind
     reached = found.target is not None and found.distance <= REACHED
     rest = f"it comes to rest at gold reward {found.gold_after:.3f}, KL {found.kl:.3f}"
     how = (
@@ -184,7 +220,7 @@ def target_checks(kind: type[AlignmentModule], found: Convergence) -> list[Check
     if kind.no_target and not reached:
         return [at_least("target", 0, 1, rest)._replace(meant=kind.no_target)]
     if found.target is None:
-        return [at_least("target", 0, 1, f"the class is compared with no target; {rest}: {how}")]
+        return [at_least("target", 0, 1, f"the class is compared with no target; {rest}{twin_of(subject)}: {how}")]
     if not reached and kind.target_of is None and inherits_target(kind):
         advice = f"the target that the class inherits is {found.distance:.2g} away; {rest}: {how}"
         return [at_least("target", 0, 1, advice)]
@@ -226,13 +262,16 @@ def with_reasons(kind: type[AlignmentModule], checks: list[Check]) -> list[Check
 def export_check(module: Any, world: EnumerableWorld) -> Check:
     """Check that the exported folder gives the same numbers as the trained module."""
     layout = padded_layout(world.sequences(all_rows(world)))
+    unchecked = LoadSettings(self_check=False)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         module.float()
         exported = str(module.export(Path(folder) / "model"))
         if isinstance(module, RewardModule):
             trained = scores_of(module, layout) - module.reward_model.bias
-            apart = (LearnedScorer(exported).score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
+            scorer = LearnedScorer(exported)
+            scorer.load_beside(None, unchecked)
+            apart = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
         else:
             trained = module.policy(layout).logprobs.sum(-1)
-            apart = (load_policy(exported)(layout).logprobs.sum(-1) - trained).abs().max()
+            apart = (load_policy(exported, unchecked)(layout).logprobs.sum(-1) - trained).abs().max()
     return at_most("export", apart, 1e-5, "the exported folder must give the same numbers")

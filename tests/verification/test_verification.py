@@ -16,7 +16,7 @@ import wrong_process_objectives
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.modules import DPOModule, NashMDModule, PPOModule
-from rlhf_lightning.verification.contract import opponent_check, verify, world_and_folder
+from rlhf_lightning.verification.contract import opponent_check, twin_of, verify, world_and_folder
 from rlhf_lightning.verification.subject import Subject
 
 SHIPPED = objective_classes()
@@ -149,6 +149,18 @@ def test_what_a_class_means_counts_where_its_target_is_reached():
     assert not verify(Unexplained).held
     elsewhere = verify(ElsewhereAtRest)
     assert {"gradcheck", "convergence"} <= {check.name for check in elsewhere.failed}
+
+
+class TwiceDPO(DPOModule):
+    def pair_loss(self, pair):
+        return 2 * super().pair_loss(pair)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(TwiceDPO, "2 times that of DPOModule"), (NeedsMore, "")])
+def test_a_shipped_class_with_the_same_gradient_is_named(kind, said):
+    world, folder = world_and_folder()
+    found = twin_of(Subject(kind, world, folder, {"gap": 0.5} if kind is NeedsMore else {}))
+    assert said in found and bool(found) == bool(said)
 
 
 def test_a_class_without_a_target_has_an_exit_status_of_its_own(capsys: pytest.CaptureFixture[str]):
