@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from rlhf_lightning.commands.flag_index import PARTS, all_names, foreign_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
+from rlhf_lightning.training.module import AlignmentModule
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -21,11 +22,33 @@ CLASS = re.compile(r"given class_path '([^']+)'")
 
 def parameters_of(class_path: str) -> list[str]:
     """Return the names of a class's arguments, including those passed on through ``**kwargs``."""
+    return list(defaults_of(class_path))
+
+
+def defaults_of(class_path: str) -> dict[str, Any]:
+    """Return the arguments of a class with their defaults, including those passed on through ``**kwargs``."""
     probe = ArgumentParser(exit_on_error=False)
     try:
-        return list(probe.add_class_arguments(import_path(class_path), fail_untyped=False))
+        names = probe.add_class_arguments(import_path(class_path), fail_untyped=False)
+        return {name: probe.get_default(name) for name in names}
     except Exception:
-        return []
+        return {}
+
+
+def own_settings(written: str, chosen: str) -> set[str]:
+    """Return the settings that two modules define for themselves, or give different defaults.
+
+    Those that name an object and have no default, such as ``scorer``, belong to the run.
+    """
+    known = {kind.__name__: kind for kind in subclasses_of(AlignmentModule).values()}
+    kinds = [known[path] if path in known else import_path(path) for path in (written, chosen)]
+    base = next(kind for kind in kinds[1].__mro__ if issubclass(kinds[0], kind))
+    below = [kind for path in kinds for kind in path.__mro__ if not issubclass(base, kind)]
+    own = {name for kind in below for name in inspect.signature(kind).parameters if "__init__" in vars(kind)}
+    before, now = (defaults_of(f"{kind.__module__}.{kind.__qualname__}") for kind in kinds)
+    own -= inspect.signature(AlignmentModule).parameters.keys()
+    both = before.keys() & now.keys()
+    return {name for name in both if before[name] != now[name] or (name in own and now[name] is not None)}
 
 
 def subclasses_of(base: type) -> dict[str, type]:

@@ -31,8 +31,6 @@ SILENCED_WARNINGS = (
     r"Total length of `list` across ranks is zero.*",
     # On resume the checkpoint folder is not empty.
     r"Checkpoint directory .* exists and is not empty.*",
-    # Modules leave ragged batches on the CPU by design.
-    r"You have overridden `transfer_batch_to_device` in `LightningModule`.*",
     # Modules reduce numerators and denominators over ranks themselves before they log the quotient.
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`.*",
     # Modules log the x-axis (updates) as `step`, which Lightning reads.
@@ -41,9 +39,6 @@ SILENCED_WARNINGS = (
     r".*does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms.*",
     # peft uses a deprecated name of transformers.
     r"`is_gradient_checkpointing` is deprecated.*",
-    # Internal to Lightning and torch; users cannot change it.
-    r".*isinstance\(treespec, LeafSpec\).*",
-    r".*`LeafSpec`.*",
 )
 
 

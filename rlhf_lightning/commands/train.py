@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
 import torch
+import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,7 +31,7 @@ from rlhf_lightning.commands.flags import (
     split_nested,
     with_underscores,
 )
-from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.messages import defaults_of, own_settings, parameters_of, subclasses_of
 from rlhf_lightning.commands.objectives import class_doc
 from rlhf_lightning.commands.parsing import PlainParser, usage_error, written_secret
 from rlhf_lightning.commands.quiet import silence_libraries
@@ -251,6 +252,7 @@ class RlhfCLI(LightningCLI):
             self.argv = [argument for argument in self.argv if not argument.startswith("--print_config")]
         self.config = parser.parse_args(self.argv)
         config = self.config[self.config.subcommand]
+        self.leave_settings_of_others(config.model)
         self.put_nested_flags(config.model)
         if prints:
             print(subcommand_parsers(self)[self.argv[0]].dump(config, skip_none=False, skip_validation=True), end="")
@@ -262,6 +264,35 @@ class RlhfCLI(LightningCLI):
             if data.get(name) is not None:
                 data[name] = at_snapshot(data[name])
         self.refuse_clashes(self.shown or self.config.subcommand, self.config[self.config.subcommand])
+
+    def leave_settings_of_others(self, model: Namespace) -> None:
+        """Give the chosen class its own defaults where a config file of another class sets a different objective.
+
+        Settings that both classes inherit with the same default, such as ``lora``, are kept; ``beta`` of DPO says
+        nothing about SimPO's.
+        """
+        given = {
+            name.removeprefix("--model.").removeprefix("init_args.").partition(".")[0] for name in flags(self.argv)
+        }
+        given |= {flag.setting for flag in self.nested_flags}
+        changed: dict[str, tuple[str, str, str]] = {}
+        for file, kind, names in config_settings(self.argv, "model"):
+            if kind.rpartition(".")[2] == model.class_path.rpartition(".")[2]:
+                changed = {name: found for name, found in changed.items() if name not in names}
+                continue
+            for name in own_settings(kind, model.class_path).intersection(names) - given:
+                changed[name] = (Path(file).name, kind.rpartition(".")[2], name)
+        defaults = defaults_of(model.class_path)
+        kept: dict[tuple[str, str], list[str]] = {}
+        for file, kind, name in changed.values():
+            if name in defaults and model.init_args.get(name) != defaults[name]:
+                kept.setdefault((file, kind), []).append(f"--model.{name} {model.init_args[name]}")
+                model.init_args[name] = defaults[name]
+        for (file, kind), settings in kept.items():
+            announce(
+                f"{file} is for {kind}: {model.class_path.rpartition('.')[2]} takes its own defaults; to keep the "
+                f"file's values, add {' '.join(sorted(settings))}"
+            )
 
     def put_nested_flags(self, model: Namespace) -> None:
         """Apply flags such as ``--model.scorer.init_args.limit``, which set a key inside an open setting."""
@@ -306,7 +337,7 @@ class RlhfCLI(LightningCLI):
             known = ", ".join(sorted(subclasses_of(AlignmentModule)))
             refuse(f"model is an abstract base class; choose an objective with --model CLASS: {known}")
         if config.resume and command != "fit":
-            refuse("--resume continues training; to evaluate a run, give its config.yaml and --ckpt_path")
+            refuse(f"--resume continues training; to evaluate a run, write `rlhf {command} {config.resume}`")
         if config.ckpt_path in ("last", "best"):
             refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run folder; {CHECKPOINT_REMEDY}")
         if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
@@ -416,11 +447,16 @@ class RlhfCLI(LightningCLI):
             announce(f"continuing {continued} from {config.ckpt_path}")
             return RunFolder(continued)
         name = checked_run_name(config.run_name or default_run_name(self.argv, config))
-        config.run_name = name
+        runs, config.run_name = Path(config.runs_folder), name
+        if self.subcommand != "fit" and "--run_name" not in flags(self.argv):
+            # Evaluations do not stand among training runs: they lie in the run that they evaluate, or a folder aside.
+            evaluated = run_of(config.ckpt_path) if config.ckpt_path else None
+            runs = runs / name if evaluated is None else Path(os.path.relpath(evaluated))
+            name = self.subcommand
         if getattr(rank_zero_only, "rank", 0) != 0:
             return None
         self.is_new_folder = True
-        folder = reserve_version(Path(config.runs_folder), name)
+        folder = reserve_version(runs, name)
         if self.subcommand == "fit":
             self.lock = acquire_lock(folder)
         announce(f"run: {folder}")
@@ -545,19 +581,39 @@ def callers_random_state() -> Iterator[None]:
 
 
 def resumed(argv: Sequence[str]) -> list[str]:
-    """Insert the config and the last checkpoint of the run that ``--resume`` names.
+    """Insert the config and the last checkpoint of the run that ``--resume`` names, or `rlhf validate RUN` and so on.
 
     Raises:
         MissingError: there is no such run, or it has no checkpoint.
     """
-    given = flags(argv)
-    if argv[:1] != ["fit"] or "--resume" not in given:
+    given, command = flags(argv), argv[0]
+    named = argv[1] if command != "fit" and argv[1:] and not argv[1].startswith("-") else None
+    if (command != "fit" or "--resume" not in given) and named is None:
         return list(argv)
-    run = find_run(given["--resume"], given.get("--runs_folder", "runs"))
+    run = find_run(named or given["--resume"], given.get("--runs_folder", "runs"))
     checkpoint = given.get("--ckpt_path") or str(inside_run(last_checkpoint(run), run))
     if not (run / CONFIG_FILE).is_file():
-        raise MissingError("no-config", f"{run} cannot be resumed: it has no {CONFIG_FILE}")
-    return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[1:]]
+        raise MissingError("no-config", f"{run} cannot be resumed or evaluated: it has no {CONFIG_FILE}")
+    if named is not None:
+        return [command, "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[2:]]
+    raised = raised_bound(given, yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")).get("trainer") or {})
+    return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *raised, *argv[1:]]
+
+
+def raised_bound(given: Mapping[str, str], trainer: Mapping[str, Any]) -> list[str]:
+    """Return the flag that lifts the run's other bound if the user raised ``max_steps`` or ``max_epochs``.
+
+    Args:
+        given: the flags of the command line.
+        trainer: the trainer's settings in the run's config file.
+    """
+    for name, other in (("max_steps", "max_epochs"), ("max_epochs", "max_steps")):
+        asked, before, bound = given.get(f"--trainer.{name}", ""), trainer.get(name) or -1, trainer.get(other) or -1
+        raised = asked.isdecimal() and 0 < before < int(asked)
+        if raised and bound > 0 and f"--trainer.{other}" not in given:
+            announce(f"{name} was raised from {before} to {asked}, so {other} {bound} of the run no longer applies")
+            return [f"--trainer.{other}", "-1"]
+    return []
 
 
 def run_of(checkpoint: str) -> Path | None:
@@ -578,6 +634,8 @@ def default_run_name(argv: Sequence[str], config: Namespace) -> str:
 def usage_of(command: str) -> str:
     """Return the usage line; the parser's own lists a hundred options."""
     resume = " [--resume RUN]" if command == "fit" else ""
+    if command in ("validate", "test", "predict"):
+        resume = f"\n       rlhf {command} RUN [--ckpt_path CHECKPOINT]"
     return (
         f"rlhf {command} [--config FILE.yaml ...] [--model CLASS] [--model.ARGUMENT VALUE ...] [--data CLASS] "
         f"[--data.ARGUMENT VALUE ...] [--trainer.ARGUMENT VALUE ...] [--run_name NAME]{resume}"

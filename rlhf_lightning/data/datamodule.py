@@ -343,8 +343,20 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             rank_zero_info(f"{', '.join(map(str, self.sources))}: streamed; rows are counted as they are read.")
         for name, part in parts.items():
             rank_zero_info(self.stores[name].report.describe(str(part)))
+        if hint := self._chat_hint():
+            rank_zero_info(hint)
         if self.eval_rows:
             rank_zero_info(f"{len(self.held_out):,} of the rows kept are held out for evaluation.")
+
+    def _chat_hint(self) -> str | None:
+        """Offer ``as_chat`` where the tokenizer has a chat template and the prompts are plain text."""
+        plain = len(self.store) and isinstance(self.store.record(0)["prompt"], str)
+        if not plain or self.rendered or self.as_chat or not self.tokenizer.chat_template:
+            return None
+        return (
+            "The prompts are plain text, and no chat template is applied although the tokenizer has one: "
+            "--data.as_chat true puts each into a user turn, as an instruct model expects."
+        )
 
     def _fingerprint(self) -> str:
         part = Part(self.sources, self.rows, self._encoder())
@@ -423,6 +435,12 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Steps of the held-out rows, in their order; none without such rows."""
         if not len(self.held_out):
+            if self.trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+                raise SettingError(
+                    "no-held-out-rows",
+                    "there are no held-out rows to evaluate: give them with data.eval_source, or hold out some of the "
+                    "source with data.eval_rows",
+                )
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # which is as it should be
             return []
         return self.evaluation_loader()

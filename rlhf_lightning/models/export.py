@@ -21,6 +21,8 @@ from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrappe
 from rlhf_lightning.models.sharding import is_first_rank, whole_weights
 from rlhf_lightning.tokenization import end_token_ids
 
+CARD_FILE = "README.md"
+
 
 def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Write a policy so that AutoModelForCausalLM (or peft, for an adapter) loads it. Returns the folder."""
@@ -72,6 +74,8 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     if quantization is not None:
         record["quantization"] = quantization
     (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    kind = "adapter" if hasattr(model, "peft_config") else "model"
+    (partial / CARD_FILE).write_text(model_card(source, kind, SCORE_BIAS in facts), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,28 @@ def _room_for_pad(
         yield state
     finally:
         config.vocab_size = rows
+
+
+def model_card(source: str, kind: str, scores: bool) -> str:
+    """Return the README.md of an exported folder, which replaces peft's empty one.
+
+    Args:
+        source: model that training started from.
+        kind: "adapter" or "model".
+        scores: whether it is a reward model rather than a policy.
+    """
+    head = "SequenceClassification" if scores else "CausalLM"
+    loader = f"AutoPeftModelFor{head}" if kind == "adapter" else f"AutoModelFor{head}"
+    package = "peft" if kind == "adapter" else "transformers"
+    base = "" if Path(source).is_absolute() else f"base_model: {source}\n"
+    title = "Reward model" if scores else "Policy"
+    return (
+        f"---\n{base}library_name: {package}\ntags:\n- rlhf-lightning\n---\n\n# {title}\n\n"
+        f"Trained with rlhf-lightning from `{source}`. `{BACKBONE_FILE}` holds a fingerprint of the weights that "
+        f"training started from.\n\n```python\nfrom {package} import {loader}\n"
+        "from transformers import AutoTokenizer\n\n"
+        f"model = {loader}.from_pretrained(FOLDER)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n"
+    )
 
 
 def _pack(file: Path) -> None:

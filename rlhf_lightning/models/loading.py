@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -32,6 +33,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.compat import bypasses_adapters
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
@@ -152,14 +154,21 @@ def resolve_folder(name: str) -> str:
             raise MissingError("no-model", f"there is no file {name}; check the path")
         return str(converted_gguf(path))
     if path.is_dir():
+        exports = [*path.glob("model/"), *path.glob("version_*/model/")]
+        if exports and not (path / "config.json").is_file() and not is_adapter(str(path)):
+            raise MissingError("no-model", f"{name} is a run; its model is {max(exports, key=_version)}")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if path.is_absolute() or name.startswith((".", "~", "runs/")) or name.count("/") != 1:
         if name.count("/") == 0 and not name.startswith((".", "~")):
             return name  # a hub id without an owner, such as "gpt2"
         raise MissingError(
             "no-model", f"there is no model folder {name}; check the path, or give a Hub id (owner/name)"
         )
     return name
+
+
+def _version(model: Path) -> int:
+    return int(model.parent.name.partition("version_")[2] or 0)
 
 
 def converted_gguf(path: Path) -> Path:
@@ -299,13 +308,15 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
             f"{name} has no weights (no .safetensors file); name a trained model's folder, or "
             "set from_scratch=true to draw new weights from its config.json",
         )
-    model, report = kind.from_pretrained(
-        name, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True, **options
-    )
+    with _without_load_report():
+        model, report = kind.from_pretrained(
+            name, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True, **options
+        )
     missing = set(report["missing_keys"]) if report["missing_keys"] else set()
     if any(key.startswith("score.") for key in missing):
         initialise_head(model.score, text_config(model).hidden_size, settings.seed)
         missing = {key for key in missing if not key.startswith("score.")}
+        rank_zero_info(f"{name} has no score head: a new one is drawn with seed {settings.seed}.")
     if missing:
         few = ", ".join(sorted(missing)[:3])
         raise ModelError(
@@ -316,6 +327,17 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
     if settings.quantization is not None:
         leave_the_file(model)
     return model
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence transformers' table of missing weights, which are refused or named in a sentence of ours."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:

@@ -129,20 +129,21 @@ class RewardModule(OfflineModule):
         return (loss.values * ranked.weights).sum()
 
     def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
-        """Add accuracy (equal scores count as wrong), margins and calibration over all untied pairs."""
+        """Add accuracy (equal scores count half), margins and calibration over all untied pairs."""
         better, worse = untied_pairs(ranked.group, ranked.ranks)
         told_apart = ranked.target[ranked.group[better]] != 0.5
         better, worse = better[told_apart], worse[told_apart]
         margins = (ranked.scores[better] - ranked.scores[worse]).detach()
         meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
-        meter.add("accuracy", (margins > 0).double())
+        right = ((margins > 0).double() + (margins >= 0)) / 2
+        meter.add("accuracy", right)
         meter.add("score_margin", margins)
         meter.add("score", ranked.scores)
         meter.add("score_squared", ranked.scores.detach().square())
         if torch.is_grad_enabled():
             self._best_scores.add("score", ranked.scores[ranked.ranks == 0])
         else:
-            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), (margins > 0).to(margins)], -1))
+            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), right.to(margins)], -1))
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:

@@ -64,7 +64,20 @@ class ModelExport(Callback):
         folder = run_folder(trainer)
         if trainer.is_global_zero or module.device_mesh is not None:  # all ranks gather sharded weights
             module.export(folder.path / name)  # type: ignore[operator]
+            self._complete_card(folder.path / name / "README.md", trainer, module)
         trainer.strategy.barrier("export")
+
+    def _complete_card(self, card: Path, trainer: Trainer, module: LightningModule) -> None:
+        """Add objective, paper, updates and final metrics to the model card, if the export wrote one."""
+        if not trainer.is_global_zero or not card.is_file():
+            return
+        paper = getattr(module, "paper", "")
+        metrics = {name: trainer.callback_metrics.get(name) for name in aligned(module).headline_metrics}
+        objective = f"{type(module).__name__} ({paper})" if paper else type(module).__name__
+        lines = [f"- objective: {objective}", f"- updates: {updates_of(module)}"]
+        lines += [f"- {name}: {float(value):.4g}" for name, value in metrics.items() if value is not None]
+        with card.open("a", encoding="utf-8") as file:
+            file.write("\n## Training\n\n" + "\n".join(lines) + "\n")
 
 
 class PredictionWriter(Callback):

@@ -15,6 +15,8 @@ from rlhf_lightning.compat import bar_is_enabled
 from rlhf_lightning.runs.run import aligned, updates_of
 
 SECONDS_BETWEEN_LINES = 10.0
+COMPARED = ("loss", "reward_accuracy", "reward_margin", "score", "kl", "length", "eos_rate")
+"""Metrics of a validation that compare objectives, where they are logged."""
 
 
 class RunProgress(TQDMProgressBar):
@@ -62,6 +64,16 @@ class RunProgress(TQDMProgressBar):
         if last or self._is_due():
             self._line("training", self._step(trainer), total, self._figures(trainer, pl_module))
 
+    def on_train_end(self, *args: Any) -> None:
+        """Say so if a resumed run had reached its end already."""
+        super().on_train_end(*args)
+        trainer, module = args
+        if not self._steps and trainer.ckpt_path is not None:
+            self.print(
+                f"nothing was left to train: the run had ended at update {updates_of(module)}; to continue it, raise "
+                f"trainer.max_epochs (now {trainer.max_epochs}) or trainer.max_steps (now {trainer.max_steps})"
+            )
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
@@ -94,6 +106,17 @@ class RunProgress(TQDMProgressBar):
         """Advance."""
         super().on_validation_batch_end(*args, **kwargs)
         self._evaluated("validation", args, kwargs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the metrics of a validation during training that compare, in one line."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        names = dict.fromkeys((*aligned(pl_module).headline_metrics, *(f"val/{name}" for name in COMPARED)))
+        values = {name: trainer.callback_metrics[name] for name in names if name in trainer.callback_metrics}
+        shown = [f"{name} {float(value):.4g}" for name, value in values.items() if name.startswith("val/")]
+        if shown:
+            self.print(f"validation at update {updates_of(pl_module)}: {'  '.join(shown)}")
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Advance."""

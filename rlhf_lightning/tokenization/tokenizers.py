@@ -56,6 +56,13 @@ def load_tokenizer(
                 f"allow it with --model.trust_remote_code {name_or_folder}",
             ) from error
         reason = str(error).strip().splitlines()[0]
+        if "couldn't connect" in reason or "offline mode" in reason:
+            raise MissingError(
+                "hub-unreachable",
+                f"{str(name_or_folder)!r} is neither a folder nor in the local cache, and the Hugging Face Hub cannot "
+                "be reached: check the name, download it once online (and without HF_HUB_OFFLINE), or give a "
+                "folder",
+            ) from error
         raise MissingError(
             "no-tokenizer",
             f"no tokenizer in {str(name_or_folder)!r} ({reason}); give a Hub name or a folder with tokenizer.json",

@@ -190,6 +190,14 @@ def refused_shares(datamodule: Any, shares: int) -> list[str | None]:
 # -- asked of a trainer -----------------------------------------------------------------------------------------------
 
 
+UNNEEDED_WARNINGS = (
+    r"You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # ragged batches stay on the CPU
+    r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
+    r".*`LeafSpec`.*",
+)
+"""Warnings of Lightning that are no one's to act on."""
+
+
 def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fits: bool = True) -> None:
     """Refuse a combination that does not work, before anything is read.
 
@@ -202,6 +210,8 @@ def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fit
     Raises:
         IncompatibleError: ``incompatible-settings``, with the nearest combination that works.
     """
+    for message in UNNEEDED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     for reason in refusals(trainer, module, datamodule if fits else None):
         if reason is not None:
             raise IncompatibleError("incompatible-settings", reason)

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -311,6 +311,8 @@ class AlignmentModule(LightningModule):
         if attached_trainer(self) is not None:  # some callbacks need the weights before `setup`
             self._settle_precision()
         self.load_models()
+        if attached_trainer(self) is not None and self.trainer.state.fn == "fit":
+            self.train()  # transformers loads weights in eval mode, which Lightning's summary would warn about
         self._models_loaded = True
         checkpoint_state.kept_names(self)  # a callback may freeze weights later, after training has changed them
         self.fingerprints = self.started_from()  # the folder may be gone when a checkpoint is written
@@ -410,6 +412,11 @@ class AlignmentModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Place the frozen models: validation may run without a fit."""
+        if self.trainer.state.fn != "fit" and self.holds_reference and self.trainer.ckpt_path is None:
+            rank_zero_warn(
+                f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons with "
+                "the reference say nothing: `rlhf validate RUN` takes a run's checkpoint and the reference of training."
+            )
         self.place_frozen_models()
         self.refuse_nonfinite_weights()
 
