@@ -452,7 +452,7 @@ class RlhfCLI(LightningCLI):
             # Evaluations do not stand among training runs: they lie in the run that they evaluate, or a folder aside.
             evaluated = run_of(config.ckpt_path) if config.ckpt_path else None
             runs = runs / name if evaluated is None else Path(os.path.relpath(evaluated))
-            name = self.subcommand
+            name = str(self.subcommand)
         if getattr(rank_zero_only, "rank", 0) != 0:
             return None
         self.is_new_folder = True

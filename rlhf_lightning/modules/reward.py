@@ -135,15 +135,14 @@ class RewardModule(OfflineModule):
         better, worse = better[told_apart], worse[told_apart]
         margins = (ranked.scores[better] - ranked.scores[worse]).detach()
         meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
-        right = ((margins > 0).double() + (margins >= 0)) / 2
-        meter.add("accuracy", right)
+        meter.add("accuracy", ((margins > 0).double() + (margins >= 0)) / 2)
         meter.add("score_margin", margins)
         meter.add("score", ranked.scores)
         meter.add("score_squared", ranked.scores.detach().square())
         if torch.is_grad_enabled():
             self._best_scores.add("score", ranked.scores[ranked.ranks == 0])
         else:
-            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), right.to(margins)], -1))
+            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), (margins > 0).to(margins)], -1))
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:

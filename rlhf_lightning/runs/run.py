@@ -270,8 +270,8 @@ def find_run(name: str, runs: str = "runs") -> Path:
             return trained[-1]
         if (path / CONFIG_FILE).is_file():
             return path
-    trained = [folder for folder in Path(runs).rglob("version_*") if _version(folder) and _was_trained(folder)]
-    known = sorted({str(folder.parent) for folder in trained})
+    found = [folder for folder in Path(runs).rglob("version_*") if _version(folder)]
+    known = sorted({str(folder.parent) for folder in found if not any(map(_version, folder.parents))})
     hint = f"the runs are {', '.join(known[:8])}" if known else f"{runs}/ has no runs"
     raise MissingError("unknown-run", f"no run found at {name}; {hint}")
 

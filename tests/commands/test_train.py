@@ -185,7 +185,7 @@ def test_resume_means_the_latest_training_not_a_later_evaluation():
     run(["fit", *BASIC])
     config = "runs/slope/version_0/config.yaml"
     evaluated = run(["test", "--config", config, "--ckpt_path", "runs/slope/version_0/checkpoints/last.ckpt"])
-    assert str(evaluated.folder) == "runs/slope/version_1"
+    assert str(evaluated.folder) == "runs/slope/version_0/test/version_0"
     assert str(run(["fit", "--resume", "slope", "--trainer.max_epochs", "2"]).folder) == "runs/slope/version_0"
 
 
@@ -334,6 +334,7 @@ def test_nothing_but_the_run_is_said(capsys, recwarn):
         "run: runs/slope/version_#",
         "SlopeModule: # parameters, # trainable",
         "training #/# (# %)  update #  loss #  tokens/s #  left #:#",
+        "validation at update #: val/loss #  val/slope #",
         "model: runs/slope/version_#/model",
     ]
     assert "Tip" not in told.err and "GPU available" not in told.err

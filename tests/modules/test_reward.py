@@ -78,10 +78,10 @@ def test_worked_pairs(micro: int | None) -> None:
     assert metrics["val/score_std"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 4), rel=1e-5)
 
 
-def test_equal_scores_give_log_2_and_no_accuracy() -> None:
+def test_equal_scores_give_log_2_and_count_as_half_right() -> None:
     metrics = validated([([0.7, 0.7], PAIR)])
     assert metrics["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics["val/accuracy"] == 0.0
+    assert metrics["val/accuracy"] == 0.5
     assert metrics["val/ece"] == pytest.approx(0.5)  # half sure, never right
 
 
