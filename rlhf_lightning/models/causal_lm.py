@@ -167,6 +167,7 @@ class CausalLM(nn.Module):
         self.decoding: Decoding | None = None
         self.self_check = False
         """Whether decoding is checked when the model first samples."""
+        self.sampling_checked = False
         self.logits_path: LogitsPath = "product"
         if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
             self.logits_path = "head"  # an adapter on the head is no single weight

@@ -386,11 +386,20 @@ def _check_policy(policy: CausalLM) -> None:
     inner = unwrapped(policy.model)
     name, rows = type(inner).__name__, inner.get_input_embeddings().weight.shape[0]
     sequences = _sequences((6, 4), (5, 3, 4), (0, 1, 0), rows)
+    told: list[str] = []
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(policy.parameters()).dtype
     limit = CLOSE_BY_DTYPE.get(dtype, CLOSE)
 
     def apart(layout: Layout) -> float:
-        return float(differences(policy, sequences, layout).mean())
+        try:
+            return float(differences(policy, sequences, layout).mean())
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if is_sharded(policy):
+                raise  # other ranks wait in a collective
+            told.append(f"{type(error).__name__}: {error}".strip().splitlines()[0][:160])
+            return float("inf")
 
     if policy.reads_trees and (found := apart(_packed(sequences))) > limit:
         policy.reads_trees = False
@@ -419,9 +428,10 @@ def _check_policy(policy: CausalLM) -> None:
                 )
             return
         first = found if first is None else first
+    reason = f" ({told[-1]})" if told else ""
     raise ModelError(
         "self-check-failed",
         f"{name}: log-probabilities of these weights differ from the model's own forward by {_nats(first or 0.0)} "
-        f"in {dtype}, whichever way they are computed; try another dtype or attn_implementation, or set "
+        f"in {dtype}, whichever way they are computed{reason}; try another dtype or attn_implementation, or set "
         "self_check: false if you know that its forward is not to be compared with",
     )

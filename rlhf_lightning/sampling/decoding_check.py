@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.causal_lm import CausalLM, Decoding
+from rlhf_lightning.models.causal_lm import CausalLM, Decoding, inference_mode_of
+from rlhf_lightning.models.layout import padded_layout, select
 from rlhf_lightning.models.loading import cache_folder
 from rlhf_lightning.models.scalar_head import unwrapped
-from rlhf_lightning.models.self_check import CLOSE, EXAMPLES, check_key, own_logprobs, working_copy, write_finding
+from rlhf_lightning.models.self_check import (
+    CLOSE,
+    CLOSE_BY_DTYPE,
+    EXAMPLES,
+    check_key,
+    own_logprobs,
+    working_copy,
+    write_finding,
+)
+from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.decoding import default_decoding
-from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import Completions, SamplingRequest, SamplingSettings, SlotEngine
 
 TOLD: dict[Decoding, str] = {
     "slots": "in slots that are refilled",
@@ -103,3 +113,20 @@ def _apart(small: CausalLM) -> float:
     except Exception:  # a way that a class was not made for fails in many ways
         return float("inf")
     return largest
+
+
+@torch.no_grad()
+def check_first_row(model: CausalLM, request: SamplingRequest, drawn: Completions) -> None:
+    """Warn where log-probabilities of the first completion that a model samples are not those of its forward."""
+    if is_sharded(model):
+        return  # other ranks may have no row to forward
+    row = drawn.after(request.prompts)
+    layout = padded_layout(select(row, [0])).to(next(model.parameters()).device)
+    with inference_mode_of(model):
+        expected = model(layout, request.settings.temperature or 1.0).logprobs[0].cpu()
+    apart = float((drawn.logprobs[0] - expected[: len(drawn.logprobs[0])]).abs().mean())
+    if not apart <= CLOSE_BY_DTYPE.get(next(model.parameters()).dtype, CLOSE):
+        rank_zero_warn(
+            f"{type(unwrapped(model.model)).__name__}: log-probabilities of sampled tokens differ from the model's "
+            f"forward by {apart:.2g} nats on average in the first completion; its samples are not the model's"
+        )

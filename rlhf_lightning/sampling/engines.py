@@ -151,7 +151,14 @@ class SamplingEngine(ABC):
                 "empty-prompt",
                 "a prompt is empty, but the first token of a completion is predicted from the prompt; drop such rows",
             )
-        return self.complete(model, SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture))
+        request = SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture)
+        drawn = self.complete(model, request)
+        if model.self_check and not model.sampling_checked and self.exact and mixture is None and prompts:
+            from rlhf_lightning.sampling.decoding_check import check_first_row  # it knows the engines of this file
+
+            model.sampling_checked = True
+            check_first_row(model, request, drawn)
+        return drawn
 
     @abstractmethod
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
