@@ -179,7 +179,7 @@ class Audit:
             self.repeated_prompts += asked in self.prompts
             self.prompts.setdefault(asked, self.read)
             self._check_judgements(row, asked, said)
-        self._measure(row, next(iter(outcome.encoded), None))
+        self._measure(row, max(outcome.encoded, key=_length, default=None))  # of learned turns, the longest row
         return asked, loose
 
     def compare(self, rows: Iterable[Row | Unreadable], train: Audit) -> None:
@@ -322,6 +322,10 @@ class Audit:
                 self._find("completion_cut")
                 if limit is not None and len(whole) <= limit // 2:
                     self._find("prompt_crowds_out")
+
+
+def _length(row: EncodedRow) -> int:
+    return len(row.prompt) + max(map(len, row.completions), default=0)
 
 
 def summary(audit: Audit, source: str) -> dict[str, Any]:
