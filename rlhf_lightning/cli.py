@@ -45,6 +45,8 @@ TOOL_COMMANDS = {
     "best-of-n": Command(
         "rlhf_lightning.commands.best_of_n", "sample, score, and keep the best completions as demonstrations"
     ),
+    "sweep": Command("rlhf_lightning.commands.sweep", "train a grid of settings over seeds, as a folder of runs"),
+    "compare": Command("rlhf_lightning.commands.compare", "compare runs over seeds: curves, tests, a report"),
     "critique": Command(
         "rlhf_lightning.constitution.critique", "sample, critique and revise completions under a constitution"
     ),
@@ -64,7 +66,7 @@ def help_text() -> str:
     """Return what ``rlhf --help`` prints."""
 
     def rows(commands: dict[str, Command]) -> list[str]:
-        return [f"  {name:<12}{command.help}" for name, command in commands.items()]
+        return [f"  {name:<17}{command.help}" for name, command in commands.items()]
 
     return "\n".join(
         [

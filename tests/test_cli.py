@@ -37,7 +37,7 @@ def test_help_lists_each_command_on_a_line(capsys):
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, row in ALL.items():
-        assert f"  {name:<12}{row.help}" in lines
+        assert f"  {name:<17}{row.help}" in lines
     assert {"fit", "validate", "test", "predict", "quickstart", "chat", "generate", "export"} <= set(ALL)
     assert max(map(len, lines)) <= 100
 

@@ -94,7 +94,8 @@ def run_function(
 ) -> int:
     """Call a command's function with the arguments of a command line; its signature and docstring are the help.
 
-    A parameter whose default is a dataclass becomes one option for each field.
+    A parameter whose default is a dataclass becomes one option for each field. A parameter of type ``Sequence[str]``
+    takes one or more values; as an option it may be given several times.
 
     Args:
         function: its parameters become options ``--name``.
@@ -107,11 +108,17 @@ def run_function(
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
     parser = PlainParser(prog=prog, description=description)
     helps = {entry.arg_name: entry.description for entry in doc.params}
-    for name in positional:
-        parser.add_argument(name, type=str, help=helps.get(name))
     parameters = inspect.signature(function).parameters
+    lists = [name for name, p in parameters.items() if p.annotation == Sequence[str]]
+    for name in positional:
+        many: dict[str, Any] = {"nargs": "+"} if name in lists else {}
+        parser.add_argument(name, type=str, help=helps.get(name), **many)
     groups: dict[str, Any] = {name: p.default for name, p in parameters.items() if is_dataclass(p.default)}
-    parser.add_function_arguments(function, as_group=False, as_positional=False, skip={*positional, *groups})
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip={*positional, *groups, *lists})
+    for name in lists:
+        if name not in positional:
+            help = helps.get(name)
+            parser.add_argument(f"--{name}", type=str, nargs="+", action="extend", default=[], help=help)
     for default in groups.values():
         parser.add_class_arguments(type(default), as_group=False, skip=set(without))
         parser.set_defaults({field.name: getattr(default, field.name) for field in fields(default)

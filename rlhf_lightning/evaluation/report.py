@@ -34,6 +34,20 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+class Section(NamedTuple):
+    """A table of a report with its heading and a note."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the section as Markdown."""
+        note = f"\n\n{self.note}" if self.note else ""
+        return f"## {self.title}\n\n{markdown_table(self.header, self.rows)}{note}"
+
+
 def cell(value: Any) -> str:
     """Return a value as a table cell: three decimals, without line breaks and bars."""
     if isinstance(value, bool) or value is None:

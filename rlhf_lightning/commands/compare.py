@@ -1,0 +1,223 @@
+"""``rlhf compare``: runs over seeds as curves, final tables, paired tests and a frontier."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.evaluation.report import Section
+    from rlhf_lightning.evaluation.run_curves import Comparison, FinishedRun
+
+MOST_PANELS, SHOWN_PROMPTS = 9, 8
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf compare``."""
+    return run_function(compare, argv, "rlhf compare", positional=["runs"])
+
+
+def compare(
+    runs: Sequence[str],
+    by: Sequence[str] = (),
+    over: Literal["updates", "episodes", "tokens"] = "updates",
+    metrics: Sequence[str] = (),
+    unfinished: bool = False,
+    out: str = "comparison",
+) -> int:
+    """Compare runs from the TensorBoard events in their folders: which settings make a difference beyond the seeds.
+
+    Runs with equal settings and different seeds are one arm. Curves are means over an arm's seeds with Student's 95 %
+    intervals. Final values are tested against the first arm, in pairs of equal seeds, with p-values adjusted by Holm
+    for the number of arms. Writes report.md, report.json, curves.png, frontier.png and report.html, which holds
+    everything and works offline.
+
+    Args:
+        runs: run folders, or folders with runs below them, as `rlhf sweep` writes; the last version of each name.
+        by: settings that make the arms, as in model.beta; by default all that differ.
+        over: x-axis of the curves; episodes and tokens exist for headline metrics.
+        metrics: metrics to compare; by default val/, the rollouts' headlines and train/loss.
+        unfinished: include runs that have not finished.
+        out: folder of the report.
+    """
+    from rlhf_lightning.evaluation.html import embedded, write_page
+    from rlhf_lightning.evaluation.report import write_json, write_markdown
+    from rlhf_lightning.evaluation.run_curves import Comparison, read_run, run_folders
+
+    found = [read_run(folder) for folder in run_folders(runs)]
+    left_out = [] if unfinished else [run for run in found if run.status != "finished"]
+    kept = [run for run in found if run not in left_out]
+    if not kept:
+        raise DataError("no-finished-run", f"none of {len(found)} runs has finished; give --unfinished to compare them")
+    comparison = Comparison(kept, by, over, metrics)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"Curves": draw_curves(comparison, folder / "curves.png")}
+    if comparison.frontier():
+        pictures["Reward against KL"] = draw_reward_kl(comparison, folder / "frontier.png")
+    notes, sections = notes_of(comparison, left_out), sections_of(comparison)
+    parts = ["# Comparison of runs", *notes, *(section.markdown() for section in sections)]
+    parts += [f"![{title}]({picture.name})" for title, picture in pictures.items()]
+    write_markdown(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_json(folder / "report.json", report_of(comparison, left_out))
+    page = write_page(
+        folder / "report.html", "compare.html.jinja", title="Comparison of runs", notes=notes, sections=sections,
+        pictures=[(title, embedded(picture)) for title, picture in pictures.items()], samples=samples_of(comparison),
+    )  # fmt: skip
+    print("\n\n".join([*notes, *(section.markdown() for section in sections)]))
+    print(f"\nreport: {folder / 'report.md'}   page: {page}")
+    return 0
+
+
+def notes_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> list[str]:
+    """Return sentences on what was compared and what was left out."""
+    counts = [len(arm) for arm in comparison.arms.values()]
+    by = ", ".join(comparison.by) or "nothing: all settings are equal"
+    notes = [
+        f"{len(comparison.runs)} runs in {len(counts)} arms by {by}; seeds per arm: {', '.join(map(str, counts))}."
+    ]
+    if min(counts) < 2:
+        notes.append("An arm has a single seed: without a second one there is no interval and no test.")
+    if comparison.within:
+        notes.append(f"Within an arm these settings differ too: {', '.join(comparison.within)}.")
+    seeds = {frozenset(arm) for arm in comparison.arms.values()}
+    if len(seeds) > 1:
+        notes.append("The arms have different seeds; only shared ones are tested in pairs.")
+    for run in left_out:
+        notes.append(f"Left out, not finished: {run.folder} ({run.status}).")
+    return notes
+
+
+def sections_of(comparison: "Comparison") -> "list[Section]":
+    """Return the tables of final values, of tests and of settings that differ."""
+    from rlhf_lightning.evaluation.differences import mean_interval
+    from rlhf_lightning.evaluation.report import Section, interval
+
+    finals, tests = [], []
+    for metric in comparison.metrics:
+        for arm in comparison.arms:
+            values = list(comparison.finals(arm, metric).values())
+            if values:
+                mean, *ends = mean_interval(values)
+                finals.append([metric, arm, mean, interval(ends) if len(values) > 1 else "", len(values)])
+        for arm, (gap, adjusted) in comparison.tests(metric).items():
+            ends = [gap.low, gap.high]
+            tests.append([metric, arm, gap.mean, interval(ends), gap.p, adjusted, f"{gap.test}, n={gap.count}"])
+    first = next(iter(comparison.arms))
+    sections = [
+        Section(
+            "Final values", ["metric", "arm", "mean", "95 % interval", "seeds"], finals,
+            "Mean over seeds of the last value (val/) or of the last tenth of the training (other metrics).",
+        )
+    ]  # fmt: skip
+    if tests:
+        header = ["metric", "arm", "difference", "95 % interval", "p", "p (Holm)", "test"]
+        note = (
+            "Each arm minus the first. Holm's correction is for the arms of one metric, not for the number of metrics."
+        )
+        sections.append(Section(f"Differences from {first}", header, tests, note))
+    if comparison.differing:
+        rows = [[name, *(_values(arm, name) for arm in comparison.arms.values())] for name in comparison.differing]
+        sections.append(Section("Settings that differ", ["setting", *comparison.arms], rows))
+    return sections
+
+
+def _values(arm: "Mapping[int, FinishedRun]", name: str) -> str:
+    return " / ".join(dict.fromkeys(str(run.settings.get(name)) for run in arm.values()))
+
+
+def report_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> dict[str, Any]:
+    """Return the content of report.json."""
+    return {
+        "by": comparison.by,
+        "left_out": {str(run.folder): run.status for run in left_out},
+        "arms": {
+            arm: {
+                "runs": {seed: str(run.folder) for seed, run in runs.items()},
+                "finals": {metric: comparison.finals(arm, metric) for metric in comparison.metrics},
+            }
+            for arm, runs in comparison.arms.items()
+        },
+        "tests": {
+            metric: {arm: {**gap._asdict(), "p_holm": p} for arm, (gap, p) in comparison.tests(metric).items()}
+            for metric in comparison.metrics
+        },
+    }
+
+
+def samples_of(comparison: "Comparison") -> list[dict[str, Any]]:
+    """Return the last samples of each arm's first seed, by prompt."""
+    from rlhf_lightning.runs.samples import as_text
+
+    found: dict[str, list[tuple[str, str, float | None]]] = {}
+    for arm, runs in comparison.arms.items():
+        rows = runs[min(runs)].samples
+        last = max((row["update"] for row in rows), default=0)
+        for row in rows:
+            if row["update"] == last:
+                found.setdefault(as_text(row["prompt"]), []).append((arm, row["completion"], row["score"]))
+    return [{"prompt": prompt, "sides": sides} for prompt, sides in list(found.items())[:SHOWN_PROMPTS]]
+
+
+def draw_curves(comparison: "Comparison", path: Path) -> Path:
+    """Draw the curves of all arms, a panel for each metric, and return the path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = comparison.metrics[:MOST_PANELS]
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        for number, arm in enumerate(comparison.arms):
+            if (curve := comparison.curve(arm, metric)) is not None:
+                colour, dots = f"C{number % 10}", "o" if len(curve.x) < 12 else ""
+                axis.plot(curve.x, curve.mean, color=colour, label=arm, marker=dots, markersize=3)
+                axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(metric, fontsize=10)
+        axis.set_xlabel(comparison.axis)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def draw_reward_kl(comparison: "Comparison", path: Path) -> Path:
+    """Draw reward against KL: each arm's path over training, and its final point with intervals over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from rlhf_lightning.evaluation.differences import mean_interval
+
+    pair = comparison.frontier()
+    assert pair is not None
+    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for number, arm in enumerate(comparison.arms):
+        curves = [comparison.curve(arm, metric) for metric in pair]
+        ends = [mean_interval(list(comparison.finals(arm, metric).values())) for metric in pair]
+        if curves[0] is None or curves[1] is None:
+            continue
+        reward = np.interp(curves[0].x, curves[1].x, curves[1].mean)
+        colour = f"C{number % 10}"
+        axis.plot(curves[0].mean, reward, color=colour, alpha=0.4)
+        half = [np.nan_to_num(high - mean) for mean, _, high in ends]
+        axis.errorbar(ends[0][0], ends[1][0], half[1], half[0], "o", color=colour, capsize=3, label=arm)
+    axis.set_xlabel(f"{pair[0]}, nats per completion")
+    axis.set_ylabel(pair[1])
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

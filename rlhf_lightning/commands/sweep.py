@@ -1,0 +1,373 @@
+"""``rlhf sweep``: train a grid of settings over seeds, as a folder of runs that resumes."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import SettingError
+
+SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
+MOST_PREEMPTIONS = 20
+"""Times in a row that a run is resumed after exit status 75."""
+OWNED = ("seed_everything", "run_name", "runs_folder", "resume", "ckpt_path")
+"""Settings that the sweep itself gives to each run."""
+
+
+class PlannedRun(NamedTuple):
+    """A run of the sweep."""
+
+    name: str  # its run_name, ARM/seed_N
+    settings: dict[str, str]  # the varied settings, as on the command line
+    seed: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf sweep``."""
+    return run_function(sweep, argv, "rlhf sweep", positional=["config"])
+
+
+def sweep(
+    config: str,
+    over: Sequence[str] = (),
+    set: Sequence[str] = (),
+    seeds: int = 1,
+    random: int | None = None,
+    out: str | None = None,
+    jobs: int = 1,
+    slurm: bool = False,
+    sbatch: Sequence[str] = (),
+    task: int | None = None,
+) -> int:
+    """Train every combination of some settings with every seed: one run folder for each, below one folder.
+
+    The same command resumes the sweep after any kill: finished runs stay, interrupted runs continue from their last
+    checkpoint, failed runs start again. A run that exits with status 75 (preempted) is resumed at once. On SIGTERM or
+    Ctrl-C the runs write checkpoints, and the sweep exits with 75. Failed runs are counted and named, and the exit
+    status is 1. All arms use the same seeds, so that `rlhf compare` tests them in pairs. More seeds or values may be
+    added to a sweep later.
+
+    Args:
+        config: YAML file of `rlhf fit`, or recipe:NAME.
+        over: settings to vary, as in model.beta=.05,.1,.2; each combination is an arm. A value that contains commas
+            needs a YAML list. With --random also ranges: model.beta=0..1, or model.learning_rate=log:1e-5..1e-3.
+        set: settings of all runs, as in trainer.max_steps=100.
+        seeds: runs of each arm, with seeds 0, 1, ...
+        random: draw this many arms at random instead of all combinations.
+        out: folder of the sweep; null is runs/sweep_CONFIG.
+        jobs: runs at a time.
+        slurm: write a SLURM array job with one task for each run, and submit it if sbatch is installed.
+        sbatch: options of the array job, as in partition=gpu gpus=1 time=4:00:00.
+        task: train only the run of this number (the array job uses it).
+    """
+    from rlhf_lightning.recipes import resolve_recipe
+
+    for name, value in (("seeds", seeds), ("jobs", jobs), ("random", random)):
+        if value is not None and value < 1:
+            raise SettingError("setting-out-of-range", f"{name} is {value}: it must be at least 1")
+    path = resolve_recipe(config)
+    folder = Path(out or f"runs/sweep_{Path(path).stem}")
+    fixed = dict(_assignment(text) for text in set)
+    runs = planned_runs([_assignment(text) for text in over], seeds, random)
+    folder.mkdir(parents=True, exist_ok=True)
+    record(folder, config, Path(path), fixed, runs)
+    if task is not None:
+        if not 0 <= task < len(runs):
+            raise SettingError("setting-out-of-range", f"task is {task}: the sweep has runs 0 to {len(runs) - 1}")
+        command = fit_command(folder, path, fixed, runs[task])
+        if command is None:
+            print(f"{runs[task].name}: nothing to do, {state_of(folder, runs[task])[0]}")
+            return 0
+        os.execv(command[0], command)
+    if slurm:
+        chosen: list[str] = []
+        for name, values in (("--over", over), ("--set", set)):
+            chosen += [name, *values] if values else []
+        chosen += ["--seeds", str(seeds), "--out", str(folder), *(["--random", str(random)] if random else [])]
+        return submit(folder, ["sweep", config, *chosen], len(runs), sbatch)
+    return Sweep(folder, path, fixed, runs, jobs).run()
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not re.fullmatch(r"[\w.]+", name):
+        raise SettingError("bad-assignment", f"{text!r} is not SETTING=VALUE, as in model.beta=.05,.1")
+    if name in OWNED:
+        raise SettingError("bad-assignment", f"the sweep sets {name} itself; remove {text!r} (seeds: --seeds N)")
+    return name, value
+
+
+def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None = None) -> list[PlannedRun]:
+    """Return the runs of all arms, seed by seed, so that an unfinished sweep has every arm.
+
+    Args:
+        over: settings with the text of their values.
+        seeds: runs of each arm.
+        draws: number of random arms; None takes all combinations.
+
+    Raises:
+        SettingError: a setting is given twice, a range without ``draws``, or two values have the same name.
+    """
+    names = [name for name, _ in over]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise SettingError("bad-assignment", f"{', '.join(sorted(repeated))} is varied twice: give all values at once")
+    ranges = {name: _range(value) for name, value in over}
+    if draws is None and (open_ones := [name for name, found in ranges.items() if found]):
+        raise SettingError(
+            "range-without-random", f"{', '.join(open_ones)} is a range: give the number of --random arms"
+        )
+    choices = {name: [] if ranges[name] else _values(name, value) for name, value in over}
+    if draws is None:
+        arms = [dict(zip(names, values, strict=True)) for values in itertools.product(*choices.values())]
+    else:
+        lot = random.Random("arms")
+        finite = math.inf if any(ranges.values()) else math.prod(map(len, choices.values()))
+        arms = []
+        while len(arms) < min(draws, finite):
+            arm = {name: _drawn(found, lot) if found else lot.choice(choices[name]) for name, found in ranges.items()}
+            if arm not in arms:
+                arms.append(arm)
+    labels = [arm_name(arm) for arm in arms]
+    if repeated := {label for label in labels if labels.count(label) > 1}:
+        raise SettingError("ambiguous-arms", f"several arms would be called {', '.join(sorted(repeated))}: merge them")
+    return [
+        PlannedRun(f"{label}/seed_{seed}", arm, seed)
+        for seed in range(seeds)
+        for label, arm in zip(labels, arms, strict=True)
+    ]
+
+
+def arm_name(arm: dict[str, str]) -> str:
+    """Return an arm's name: the last part of each setting with its value, in characters that file names take."""
+    parts = [f"{name.rpartition('.')[2]}={value}" for name, value in arm.items()]
+    text = re.sub(r"[^\w.\-=+]+", "_", "+".join(parts)).strip("_") or "arm"
+    return text if len(text) <= 120 else f"{text[:100]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _values(name: str, text: str) -> list[str]:
+    if text.startswith("["):
+        found = yaml.safe_load(text)
+        values = [item if isinstance(item, str) else json.dumps(item) for item in found]
+    else:
+        values = text.split(",")
+    if not all(value.strip() for value in values):
+        raise SettingError("bad-assignment", f"{name}={text} has an empty value: write null for none")
+    return list(dict.fromkeys(value.strip() for value in values))
+
+
+def _range(text: str) -> tuple[float, float, bool] | None:
+    """Return lower end, upper end and whether the range is logarithmic; None if the text is no range."""
+    match = re.fullmatch(r"(log:)?([-+.\deE]+?)\.\.([-+.\deE]+)", text)
+    if match is None:
+        return None
+    try:
+        low, high = float(match[2]), float(match[3])
+    except ValueError:
+        return None
+    if low >= high or (match[1] and low <= 0):
+        raise SettingError("bad-assignment", f"{text} is an empty range, or a logarithmic one that reaches 0")
+    return low, high, bool(match[1])
+
+
+def _drawn(bounds: tuple[float, float, bool], lot: random.Random) -> str:
+    low, high, logarithmic = bounds
+    value = math.exp(lot.uniform(math.log(low), math.log(high))) if logarithmic else lot.uniform(low, high)
+    return f"{value:.4g}"
+
+
+def record(folder: Path, config: str, path: Path, fixed: dict[str, str], runs: Sequence[PlannedRun]) -> None:
+    """Write sweep.json.
+
+    Raises:
+        SettingError: the folder holds a sweep of another config or with other fixed settings.
+    """
+    from rlhf_lightning.evaluation.report import write_json
+
+    base = {"config": config, "config_text": path.read_text(encoding="utf-8"), "set": fixed}
+    target = folder / SWEEP_FILE
+    if target.is_file():
+        earlier = json.loads(target.read_text(encoding="utf-8"))
+        if changed := [name for name in base if earlier.get(name) != base[name]]:
+            raise SettingError(
+                "sweep-changed",
+                f"{folder} holds a sweep with another {' and '.join(changed)}: restore it, or give another --out",
+            )
+        runs = list(
+            {**{run["name"]: PlannedRun(**run) for run in earlier["runs"]}, **{r.name: r for r in runs}}.values()
+        )
+    if not target.is_file() or len(runs) != len(earlier["runs"]):
+        write_json(target, {**base, "runs": [run._asdict() for run in runs]})
+
+
+def state_of(folder: Path, run: PlannedRun) -> tuple[str, Path | None]:
+    """Return a run's state (new, finished, running, interrupted) and its folder, if it has one."""
+    from rlhf_lightning.errors import MissingError, StateError
+    from rlhf_lightning.runs.checkpoint_files import last_checkpoint
+    from rlhf_lightning.runs.run import MANIFEST_FILE, acquire_lock, find_run, release_lock
+
+    try:
+        found = find_run(str(folder / run.name), str(folder))
+    except MissingError:
+        return "new", None
+    try:
+        release_lock(acquire_lock(found))
+    except StateError:
+        return "running", found
+    manifest = found / MANIFEST_FILE
+    sessions = json.loads(manifest.read_text(encoding="utf-8"))["sessions"] if manifest.is_file() else []
+    if sessions and sessions[-1]["status"] == "finished":
+        return "finished", found
+    try:
+        last_checkpoint(found)
+    except MissingError:
+        return "new", found
+    return "interrupted", found
+
+
+def fit_command(folder: Path, config: str, fixed: dict[str, str], run: PlannedRun) -> list[str] | None:
+    """Return the command that starts or resumes a run; None if it is finished or already running."""
+    state, found = state_of(folder, run)
+    if state in ("finished", "running"):
+        return None
+    command = [sys.executable, "-m", "rlhf_lightning", "fit"]
+    if state == "interrupted":
+        return [*command, "--resume", str(found)]
+    settings = {**fixed, **run.settings, "seed_everything": str(run.seed)}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [*command, "--config", config, *flags, f"--runs_folder={folder}", f"--run_name={run.name}"]
+
+
+class Sweep:
+    """Trains the runs of a sweep on this machine, some at a time; the arguments are those of `sweep`."""
+
+    def __init__(self, folder: Path, config: str, fixed: dict[str, str], runs: Sequence[PlannedRun], jobs: int) -> None:
+        self.folder, self.config, self.fixed, self.runs, self.jobs = folder, config, fixed, runs, jobs
+        self.stopping = False
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.started = 0
+        self.lock = threading.Lock()
+
+    def run(self) -> int:
+        """Train, print the summary, and return the exit status."""
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                results = dict(zip((run.name for run in self.runs), pool.map(self.train, self.runs), strict=True))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self.summarise(results)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Tell the running processes to write a checkpoint and end, and start no others."""
+        self.stopping = True
+        for process in list(self.processes.values()):
+            process.terminate()
+
+    def train(self, run: PlannedRun) -> str:
+        """Train a run to its end and return its state: finished, running, interrupted, or why it failed."""
+        for _ in range(MOST_PREEMPTIONS):
+            if self.stopping:
+                return "interrupted"
+            command = fit_command(self.folder, self.config, self.fixed, run)
+            if command is None:
+                return state_of(self.folder, run)[0]
+            status, seconds = self.execute(run, command)
+            if status == 0:
+                print(f"finished {run.name} in {seconds:.0f} s", flush=True)
+                return "finished"
+            if status != 75:
+                if self.stopping:
+                    return "interrupted"
+                reason = f"exit status {status}: {last_line(self.log(run))}"
+                print(f"FAILED   {run.name}, {reason}", flush=True)
+                return reason
+        return "interrupted" if self.stopping else f"preempted {MOST_PREEMPTIONS} times"
+
+    def log(self, run: PlannedRun) -> Path:
+        """Return the file with the output of a run."""
+        return self.folder / run.name / LOG_FILE
+
+    def execute(self, run: PlannedRun, command: Sequence[str]) -> tuple[int, float]:
+        """Run a command with its output in the run's log; return exit status and seconds."""
+        log = self.log(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        with log.open("ab") as output:
+            # A session of its own: Ctrl-C reaches the sweep alone, which then stops the runs with SIGTERM.
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            with self.lock:
+                self.processes[run.name] = process
+                self.started += 1
+                verb = "resuming" if "--resume" in command else "training"
+                print(f"{verb} {run.name}", flush=True)
+            if self.stopping:
+                process.terminate()
+            status = process.wait()
+        del self.processes[run.name]
+        return status, time.monotonic() - began
+
+    def summarise(self, results: dict[str, str]) -> int:
+        """Print the counts and the failed runs; return the exit status."""
+        unfinished = [name for name, state in results.items() if state in ("interrupted", "running")]
+        failed = {name: why for name, why in results.items() if why != "finished" and name not in unfinished}
+        done = len(results) - len(failed) - len(unfinished)
+        print(f"\n{self.folder}: {done} of {len(results)} runs finished, {len(failed)} failed, {len(unfinished)} open")
+        for name, why in failed.items():
+            print(f"  failed: {name}, {why} (log: {self.folder / name / LOG_FILE})")
+        for name in unfinished:
+            print(f"  {'runs in another process' if results[name] == 'running' else 'interrupted'}: {name}")
+        if failed or unfinished:
+            print("the same command continues the sweep")
+        names = dict.fromkeys(name for run in self.runs for name in run.settings)
+        by = f" --by {' '.join(names)}" if names else ""
+        print(f"compare the runs: rlhf compare {self.folder}{by}")
+        return 1 if failed else 75 if unfinished else 0
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+
+
+def submit(folder: Path, arguments: Sequence[str], count: int, sbatch: Sequence[str]) -> int:
+    """Write a SLURM array job of ``count`` tasks and submit it where sbatch is installed; return the exit status."""
+    options = {
+        "job-name": folder.name, "array": f"0-{count - 1}", "output": f"{folder.absolute()}/slurm_%A_%a.log",
+        "requeue": "", "open-mode": "append", "signal": "USR1@120", **dict(_option(text) for text in sbatch),
+    }  # fmt: skip
+    lines = [f"#SBATCH --{name}{f'={value}' if value else ''}" for name, value in options.items()]
+    command = shlex.join([sys.executable, "-m", "rlhf_lightning", *arguments])
+    script = folder / SCRIPT_FILE
+    # srun makes the run a job step, which gets the signal before the time limit; the run then requeues its task.
+    body = [f"cd {shlex.quote(os.getcwd())}", f'srun {command} --task "$SLURM_ARRAY_TASK_ID"']
+    script.write_text("\n".join(["#!/bin/bash", *lines, *body]) + "\n", encoding="utf-8")
+    if shutil.which("sbatch") is None:
+        print(f"{script}: array job of {count} runs; sbatch is not installed here, so submit it with: sbatch {script}")
+        return 0
+    return subprocess.run(["sbatch", str(script)], check=False).returncode
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, _, value = text.lstrip("-").partition("=")
+    return name, value

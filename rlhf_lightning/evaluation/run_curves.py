@@ -1,0 +1,207 @@
+"""Runs that are compared: settings, curves and samples of run folders, grouped into arms over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import yaml
+
+from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.evaluation.differences import Difference, holm, mean_interval, seed_difference
+from rlhf_lightning.runs.run import CONFIG_FILE, MANIFEST_FILE, SAMPLES_FILE, find_run
+
+Axis = Literal["updates", "episodes", "tokens"]
+EVENTS = "events.out.tfevents.*"
+NOT_COMPARED = ("seed_everything", "model.seed", "data.seed", "run_name", "runs_folder", "ckpt_path", "resume")
+ROLLOUT_TAGS = ("rollout/score", "rollout/kl", "rollout/completion_length", "rollout/eos_rate")
+FRONTIERS = (("rollout/kl", "rollout/score"), ("val/kl", "val/score"), ("val/kl", "val/reward_margin"))
+LAST_SHARE = 0.1
+"""Share of the updates whose mean is the final value of a metric of training steps."""
+
+
+class FinishedRun(NamedTuple):
+    """What a run folder holds."""
+
+    folder: Path
+    settings: dict[str, Any]  # flat, as on the command line
+    seed: int
+    status: str  # of the last session, "finished" if all went well
+    scalars: dict[str, tuple[np.ndarray, np.ndarray]]  # positions and values by tag
+    samples: list[dict[str, Any]]
+
+
+class Curve(NamedTuple):
+    """A metric of an arm: mean over seeds with its 95 % interval, all of shape (points,)."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def run_folders(paths: Sequence[str]) -> list[Path]:
+    """Return the training runs at and below some folders: of each run name the last version.
+
+    Raises:
+        MissingError: a folder is absent or has no runs below it.
+    """
+    found: dict[Path, None] = {}
+    for text in paths:
+        path = Path(text)
+        if (path / CONFIG_FILE).is_file():
+            found[path] = None
+            continue
+        names = sorted({config.parent.parent for config in path.rglob(CONFIG_FILE)})
+        below = []
+        for name in names:
+            try:
+                below.append(find_run(str(name), str(path)))
+            except MissingError:
+                continue  # only evaluations
+        if not below:
+            raise MissingError("unknown-run", f"no training run found at or below {path}")
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run folder.
+
+    Raises:
+        DataError: it has no TensorBoard events.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not any(folder.glob(EVENTS)):
+        raise DataError("no-events", f"{folder} has no TensorBoard events to compare: train with TensorBoard's logger")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    scalars = {}
+    for tag in events.Tags()["scalars"]:
+        by_step = {event.step: event.value for event in events.Scalars(tag)}
+        steps = sorted(by_step)
+        scalars[tag] = (np.array(steps, dtype=float), np.array([by_step[step] for step in steps]))
+    settings = flat_settings(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    manifest = folder / MANIFEST_FILE
+    sessions = json.loads(manifest.read_text(encoding="utf-8"))["sessions"] if manifest.is_file() else []
+    samples = folder / SAMPLES_FILE
+    lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+    status = str(sessions[-1]["status"]) if sessions else "unknown"
+    seed = int(settings.get("seed_everything") or 0)
+    return FinishedRun(folder, settings, seed, status, scalars, [json.loads(line) for line in lines])
+
+
+def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten a config to the names of the command line: model.beta for model.init_args.beta."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, name)
+        else:
+            flat[name] = value
+    return flat
+
+
+def differing(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the settings that are not the same in all runs, seed and names left out."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_COMPARED)
+    return [name for name in names if len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1]
+
+
+class Comparison:
+    """Runs grouped into arms.
+
+    Args:
+        runs: the runs.
+        by: settings that make the arms; none takes all that differ.
+        axis: x-axis of the curves.
+        metrics: tags to compare; none takes val/, the rollouts' headlines and the training loss.
+
+    Raises:
+        SettingError: no run has a setting or metric, or two runs of an arm have the same seed.
+    """
+
+    def __init__(
+        self, runs: Sequence[FinishedRun], by: Sequence[str] = (), axis: Axis = "updates", metrics: Sequence[str] = ()
+    ) -> None:
+        self.runs, self.axis = runs, axis
+        self.differing = differing(runs)
+        if unknown := [name for name in by if not any(name in run.settings for run in runs)]:
+            raise SettingError("unknown-setting", f"no run has the setting {', '.join(unknown)}")
+        self.by = list(by) or self.differing
+        arms: dict[str, dict[int, FinishedRun]] = {}
+        for run in runs:
+            arm = arms.setdefault(self.label(run), {})
+            if run.seed in arm:
+                others = [name for name in self.differing if name not in self.by]
+                hint = f"they differ by {', '.join(others)}: add it to --by" if others else "give one of them"
+                raise SettingError(
+                    "repeated-seed",
+                    f"{run.folder} and {arm[run.seed].folder} have the same seed {run.seed} in the same arm; {hint}",
+                )
+            arm[run.seed] = run
+        self.arms = arms
+        self.within = [
+            name for name in self.differing if name not in self.by and any(self._varies(a, name) for a in arms.values())
+        ]
+        tags = dict.fromkeys(tag for run in runs for tag in run.scalars)
+        shown = [tag for tag in tags if tag.startswith("val/") or tag in (*ROLLOUT_TAGS, "train/loss")]
+        self.metrics = [name for name in metrics or shown if any(self.series(run, name) for run in runs)]
+        if not self.metrics or (metrics and len(self.metrics) < len(metrics)):
+            missing = ", ".join(name for name in metrics if name not in self.metrics) or "val/ or rollout/ metrics"
+            known = ", ".join(sorted({tag.removeprefix(self.prefix) for tag in tags if tag.startswith(self.prefix)}))
+            raise SettingError("unknown-metric", f"no run has {missing} over {axis}; there are {known or 'none'}")
+
+    @property
+    def prefix(self) -> str:
+        """What the tags of this x-axis begin with."""
+        return "" if self.axis == "updates" else f"by_{self.axis}/"
+
+    @staticmethod
+    def _varies(arm: Mapping[int, FinishedRun], name: str) -> bool:
+        return len({json.dumps(run.settings.get(name), default=str) for run in arm.values()}) > 1
+
+    def label(self, run: FinishedRun) -> str:
+        """Return the name of a run's arm."""
+        return ", ".join(f"{name.rpartition('.')[2]}={run.settings.get(name)}" for name in self.by) or "all runs"
+
+    def series(self, run: FinishedRun, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return positions and values of a metric of a run; None if it has none."""
+        return run.scalars.get(self.prefix + metric)
+
+    def curve(self, arm: str, metric: str) -> Curve | None:
+        """Average a metric over the seeds of an arm, interpolated where they logged at other positions."""
+        found = [series for run in self.arms[arm].values() if (series := self.series(run, metric)) is not None]
+        if not found:
+            return None
+        start, end = max(x[0] for x, _ in found), min(x[-1] for x, _ in found)
+        grid = np.unique(np.concatenate([x for x, _ in found]))
+        grid = grid[(grid >= start) & (grid <= end)]
+        values = np.array([np.interp(grid, x, y) for x, y in found])  # (seeds, points)
+        mean, low, high = np.array([mean_interval(column.tolist()) for column in values.T]).reshape(-1, 3).T
+        return Curve(grid, mean, low, high)
+
+    def finals(self, arm: str, metric: str) -> dict[int, float]:
+        """Return the final value of a metric by seed: the last one of val/, else the mean of the last tenth."""
+        found = {}
+        for seed, run in self.arms[arm].items():
+            if (series := self.series(run, metric)) is not None:
+                x, y = series
+                late = x >= (x[-1] if metric.startswith("val/") else x[-1] - LAST_SHARE * (x[-1] - x[0]))
+                found[seed] = float(y[late].mean())
+        return found
+
+    def tests(self, metric: str) -> dict[str, tuple[Difference, float]]:
+        """Test each arm against the first: the difference, and its p-value adjusted by Holm for the number of arms."""
+        first, *others = self.arms
+        found = {arm: seed_difference(self.finals(first, metric), self.finals(arm, metric))
+                 for arm in others if self.finals(arm, metric) and self.finals(first, metric)}  # fmt: skip
+        return dict(zip(found, zip(found.values(), holm([one.p for one in found.values()]), strict=True), strict=True))
+
+    def frontier(self) -> tuple[str, str] | None:
+        """Return the metrics of the plot of reward against KL; None if the runs have none."""
+        return next((pair for pair in FRONTIERS if set(pair) <= set(self.metrics)), None)

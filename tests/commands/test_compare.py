@@ -1,0 +1,96 @@
+"""`rlhf compare`: runs found and grouped, curves over seeds, tests against the first arm, and a page that is whole."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import refused
+from torch.utils.tensorboard import SummaryWriter
+
+from rlhf_lightning.commands.compare import main
+from rlhf_lightning.evaluation.run_curves import Comparison, read_run, run_folders
+
+
+def write_run(folder: Path, beta: float, seed: int, status: str = "finished", lr: float = 0.1, every: int = 1) -> Path:
+    """A run whose score rises to 10 beta + seed, and whose completions carry markup."""
+    folder.mkdir(parents=True)
+    model = {"class_path": "PPOModule", "init_args": {"beta": beta, "lr": lr, "seed": seed}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "run_name": "x", "model": model}))
+    record = {"subcommand": "fit", "sessions": [{"status": status}]}
+    (folder / "manifest.json").write_text(json.dumps(record))
+    sample = {"update": 10, "prompt": "ask", "completion": f"<script>{beta}</script>", "score": 1.0, "length": 3}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    writer = SummaryWriter(str(folder))
+    for step in range(0, 11, every):
+        writer.add_scalar("val/score", (10 * beta + seed) * step / 10, step)
+        writer.add_scalar("rollout/score", step, step)
+        writer.add_scalar("rollout/kl", step * beta, step)
+        writer.add_scalar("by_tokens/val/score", float(step), step * 100)
+    writer.close()
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for beta in (0.1, 0.2):
+        for seed in range(3):
+            write_run(tmp_path / "s" / f"beta={beta}" / f"seed_{seed}" / "version_0", beta, seed, every=1 + seed % 2)
+    return tmp_path / "s"
+
+
+def test_a_report_has_finals_tests_curves_samples_and_everything_in_one_page(sweep, capsys):
+    assert main([str(sweep), "--by", "model.beta"]) == 0
+    said = capsys.readouterr().out
+    assert "6 runs in 2 arms by model.beta; seeds per arm: 3, 3." in said
+    report = json.loads(Path("comparison/report.json").read_text())
+    assert report["arms"]["beta=0.1"]["finals"]["val/score"] == pytest.approx({"0": 1.0, "1": 2.0, "2": 3.0})
+    assert report["tests"]["val/score"]["beta=0.2"]["mean"] == pytest.approx(1.0)
+    page = Path("comparison/report.html").read_text()
+    assert "&lt;script&gt;0.2" in page and "<script>0" not in page
+    assert page.count("data:image/png;base64,") == 2 and not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert Path("comparison/report.md").read_text().count("![") == 2
+
+
+def test_curves_are_means_over_seeds_on_shared_positions(sweep):
+    comparison = Comparison([read_run(folder) for folder in run_folders([str(sweep)])], ["model.beta"])
+    curve = comparison.curve("beta=0.1", "val/score")
+    assert curve.x.tolist() == list(range(11)) and curve.mean[-1] == pytest.approx(2.0)
+    assert curve.low[-1] < 1 < 3 < curve.high[-1]
+    assert Comparison(comparison.runs, [], "tokens").curve("beta=0.2", "val/score").x[-1] == 1000
+    assert comparison.frontier() == ("rollout/kl", "rollout/score")
+
+
+def test_unfinished_runs_are_left_out_and_named(sweep, capsys):
+    write_run(sweep / "beta=0.3" / "seed_0" / "version_0", 0.3, 0, "RuntimeError: out of memory")
+    assert main([str(sweep)]) == 0
+    said = capsys.readouterr().out
+    assert "Left out, not finished:" in said and "out of memory" in said and "beta=0.3" not in said.split("## ")[1]
+    assert main([str(sweep), "--unfinished"]) == 0
+    assert "a single seed" in capsys.readouterr().out
+
+
+def test_two_runs_with_one_seed_in_an_arm_are_refused_with_what_differs(sweep):
+    write_run(sweep / "other" / "version_0", 0.1, 0, lr=0.5)
+    with refused("repeated-seed", "model.lr"):
+        main([str(sweep), "--by", "model.beta"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [(["--by", "model.gamma"], "unknown-setting"), (["--metrics", "val/none"], "unknown-metric"),
+     (["--over", "episodes"], "unknown-metric")],
+)  # fmt: skip
+def test_what_no_run_has_is_refused(sweep, flags, code):
+    with refused(code):
+        main([str(sweep), *flags])
+
+
+def test_folders_without_runs_or_events_are_refused(tmp_path):
+    with refused("unknown-run"):
+        main([str(tmp_path)])
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "config.yaml").write_text("a: 1\n")
+    with refused("no-events"):
+        main([str(tmp_path / "version_0")])

@@ -1,0 +1,156 @@
+"""`rlhf sweep`: arms and seeds, resume after kills, status 75, failures that are named, and SLURM's script."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import refused
+
+from rlhf_lightning.commands import sweep as room
+from rlhf_lightning.commands.sweep import main, planned_runs, state_of
+
+FAKE = """
+import json, os, signal, sys, time
+flags = dict(flag.lstrip("-").split("=", 1) for flag in sys.argv[1:] if "=" in flag)
+resumed = sys.argv[3] if sys.argv[2] == "--resume" else None
+folder = resumed or os.path.join(flags["runs_folder"], flags["run_name"], "version_0")
+os.makedirs(folder + "/checkpoints", exist_ok=True)
+open(folder + "/config.yaml", "w").write(json.dumps(flags))
+def end(status, code):
+    record = {"subcommand": "fit", "sessions": [{"status": status}]}
+    open(folder + "/manifest.json", "w").write(json.dumps(record))
+    sys.exit(code)
+if "slow" in folder and not resumed:
+    signal.signal(signal.SIGTERM, lambda *_: end("preempted", 75))
+    open(folder + "/waits", "w")
+    time.sleep(60)
+if "preempted" in folder and not resumed:
+    end("preempted", 75)
+if "broken" in folder and not os.path.exists("mended"):
+    print("rlhf: the loss is not finite")
+    end("failed", 1)
+end("finished", 0)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fake_training(tmp_path, monkeypatch):
+    """`rlhf fit` is a script; a folder with the word preempted, broken or slow in its name behaves like that."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "rlhf_lightning.py").write_text(FAKE)
+    (tmp_path / "c.yaml").write_text("model: {beta: 1}\n")
+    starter = tmp_path / "python"
+    starter.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/fake/rlhf_lightning.py "$@"\n')
+    starter.chmod(0o755)
+    monkeypatch.setattr(room.sys, "executable", str(starter))
+    monkeypatch.setattr("rlhf_lightning.runs.checkpoint_files.last_checkpoint", lambda run: run)
+
+
+def status_of(name: str) -> str:
+    return state_of(Path("s"), room.PlannedRun(name, {}, 0))[0]
+
+
+def test_every_combination_gets_every_seed_and_seeds_come_first():
+    runs = planned_runs([("model.beta", ".1,.2"), ("model.loss", "[a, '0,1']")], 2)
+    assert len(runs) == 8 and len({run.name for run in runs}) == 8
+    assert runs[0].name == "beta=.1+loss=a/seed_0" and runs[1].settings == {"model.beta": ".1", "model.loss": "0,1"}
+    assert [run.seed for run in runs] == [0] * 4 + [1] * 4
+    assert [run.name for run in planned_runs([], 2)] == ["arm/seed_0", "arm/seed_1"]
+
+
+def test_random_arms_are_the_same_again_and_more_keep_the_earlier_ones():
+    over = [("model.lr", "log:1e-5..1e-3"), ("model.beta", "0..1"), ("model.kind", "a,b")]
+    few, more = planned_runs(over, 1, 3), planned_runs(over, 1, 6)
+    assert more[:3] == few and len({run.name for run in more}) == 6
+    assert all(1e-5 <= float(run.settings["model.lr"]) <= 1e-3 for run in more)
+    assert len(planned_runs([("model.kind", "a,b")], 1, 9)) == 2
+
+
+@pytest.mark.parametrize(
+    ("over", "code"),
+    [("model.beta", "bad-assignment"), ("run_name=x", "bad-assignment"), ("model.beta=1,,2", "bad-assignment"),
+     ("model.beta=0..1", "range-without-random"), ("model.a=x y,x;y", "ambiguous-arms")],
+)  # fmt: skip
+def test_what_cannot_be_swept_is_refused(over, code):
+    with refused(code):
+        room.sweep("c.yaml", over=[over], out="s")
+
+
+def test_preempted_runs_are_resumed_and_failed_ones_named(capsys):
+    argv = ["c.yaml", "--over", "model.kind=fine,preempted,broken", "--seeds", "2", "--jobs", "2", "--out", "s"]
+    assert main(argv) == 1
+    said = capsys.readouterr().out
+    assert "4 of 6 runs finished, 2 failed, 0 open" in said and "resuming kind=preempted/seed_0" in said
+    assert "failed: kind=broken/seed_1, exit status 1: rlhf: the loss is not finite" in said
+    Path("mended").touch()
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "6 of 6 runs finished" in said and "kind=fine" not in said.split("\n\n")[0]
+
+
+def test_a_stopped_sweep_exits_with_75_and_continues(tmp_path, capsys):
+    code = "import sys; from rlhf_lightning.commands import sweep; sys.executable = sys.argv[1]; "
+    code += "import rlhf_lightning.runs.checkpoint_files as files; files.last_checkpoint = lambda run: run; "
+    code += "raise SystemExit(sweep.main(sys.argv[2:]))"
+    argv = ["c.yaml", "--over", "model.kind=slow,fine", "--out", "s"]
+    sweep = subprocess.Popen([REAL, "-c", code, str(tmp_path / "python"), *argv])
+    deadline = time.monotonic() + 60
+    while not Path("s/kind=slow/seed_0/version_0/waits").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGTERM)
+    assert sweep.wait(60) == 75
+    assert status_of("kind=slow/seed_0") == "interrupted" and status_of("kind=fine/seed_0") == "new"
+    assert main(argv) == 0
+    assert "resuming kind=slow/seed_0" in capsys.readouterr().out
+
+
+REAL = sys.executable
+
+
+def test_a_run_in_another_process_is_left_alone(capsys):
+    from rlhf_lightning.runs.run import acquire_lock
+
+    folder = Path("s/kind=a/seed_0/version_0")
+    (folder / "checkpoints").mkdir(parents=True)
+    holder = subprocess.Popen(
+        [REAL, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); "
+         "print(1, flush=True); time.sleep(60)", str(folder / ".training")], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    holder.stdout.close()
+    try:
+        assert main(["c.yaml", "--over", "model.kind=a", "--out", "s"]) == 75
+    finally:
+        holder.kill()
+        holder.wait()
+    assert "runs in another process: kind=a/seed_0" in capsys.readouterr().out
+    acquire_lock(folder).close()
+
+
+def test_a_sweep_may_grow_but_not_change(capsys):
+    assert main(["c.yaml", "--over", "model.kind=a", "--out", "s"]) == 0
+    assert main(["c.yaml", "--over", "model.kind=a,b", "--seeds", "2", "--out", "s"]) == 0
+    assert len(json.loads(Path("s/sweep.json").read_text())["runs"]) == 4
+    Path("c.yaml").write_text("model: {beta: 2}\n")
+    with refused("sweep-changed", "config_text"):
+        main(["c.yaml", "--over", "model.kind=a", "--out", "s"])
+
+
+def test_slurm_gets_an_array_with_a_task_for_each_run(monkeypatch, capsys):
+    monkeypatch.setattr(room.shutil, "which", lambda name: None)
+    argv = ["c.yaml", "--over", "model.kind=a,b", "--seeds", "2", "--out", "s", "--slurm", "--sbatch", "gpus=1"]
+    assert main(argv) == 0
+    script = Path("s/sweep.sbatch").read_text()
+    assert "#SBATCH --array=0-3" in script and "#SBATCH --gpus=1" in script and "--task" in script
+    called = []
+    monkeypatch.setattr(os, "execv", lambda path, command: called.append(command) or exit(0))
+    with pytest.raises(SystemExit):
+        main([*argv[:7], "--task", "3"])
+    assert "--run_name=kind=b/seed_1" in called[0] and "--seed_everything=1" in called[0]
