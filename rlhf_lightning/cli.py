@@ -47,6 +47,7 @@ TOOL_COMMANDS = {
     ),
     "sweep": Command("rlhf_lightning.commands.sweep", "train a grid of settings over seeds, as a folder of runs"),
     "compare": Command("rlhf_lightning.commands.compare", "compare runs over seeds: curves, tests, a report"),
+    "evaluate": Command("rlhf_lightning.commands.evaluate", "compare policies on held-out prompts, with intervals"),
     "critique": Command(
         "rlhf_lightning.constitution.critique", "sample, critique and revise completions under a constitution"
     ),

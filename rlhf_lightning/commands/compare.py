@@ -95,7 +95,7 @@ def notes_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> lis
 def sections_of(comparison: "Comparison") -> "list[Section]":
     """Return the tables of final values, of tests and of settings that differ."""
     from rlhf_lightning.evaluation.differences import mean_interval
-    from rlhf_lightning.evaluation.report import Section, interval
+    from rlhf_lightning.evaluation.report import Section, interval, p_value
 
     finals, tests = [], []
     for metric in comparison.metrics:
@@ -106,7 +106,9 @@ def sections_of(comparison: "Comparison") -> "list[Section]":
                 finals.append([metric, arm, mean, interval(ends) if len(values) > 1 else "", len(values)])
         for arm, (gap, adjusted) in comparison.tests(metric).items():
             ends = [gap.low, gap.high]
-            tests.append([metric, arm, gap.mean, interval(ends), gap.p, adjusted, f"{gap.test}, n={gap.count}"])
+            tests.append(
+                [metric, arm, gap.mean, interval(ends), p_value(gap.p), p_value(adjusted), f"{gap.test}, n={gap.n}"]
+            )
     first = next(iter(comparison.arms))
     sections = [
         Section(

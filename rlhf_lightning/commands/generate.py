@@ -219,6 +219,7 @@ def completions(
     speed: "Speed",
     score: Any = None,
     scorer_name: str = "",
+    with_ids: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per completion, in the order of the prompts. Sample s of prompt p is episode p * samples + s."""
     import torch
@@ -255,6 +256,8 @@ def completions(
                 row |= {f"score_{name}": value for name, value in judged[index].parts.items() if not math.isnan(value)}
                 if judged[index].feedback is not None:
                     row["feedback"] = judged[index].feedback
+            if with_ids:
+                row["ids"] = drawn.ids[index].tolist()
             yield {**columns, **row}
 
 

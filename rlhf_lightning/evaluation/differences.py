@@ -19,7 +19,7 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float  # two-sided
-    count: int  # independent pairs behind it; for unpaired values the smaller sample
+    n: int  # independent pairs behind it; for unpaired values the smaller sample
     test: str  # name of the test
 
 

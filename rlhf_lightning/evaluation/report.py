@@ -57,6 +57,11 @@ def cell(value: Any) -> str:
     return str(value).replace("\n", " ").replace("|", "\\|")
 
 
+def p_value(p: float) -> str:
+    """Return a p-value as text."""
+    return "<0.001" if p < 0.001 else cell(float(p))
+
+
 def interval(ci: Sequence[float], digits: int = 3) -> str:
     """Return an interval as text."""
     return f"[{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"

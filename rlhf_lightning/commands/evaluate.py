@@ -1,0 +1,231 @@
+"""``rlhf evaluate``: policies on held-out prompts, with intervals, win rates and judges."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import SettingError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.evaluation.report import Section
+
+DEFAULTS = SamplingArguments()
+NOTE = "Means with 95 % bootstrap intervals that resample prompts; all models answer with the same random numbers."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf evaluate``."""
+    return run_function(evaluate, argv, "rlhf evaluate", positional=["models"])
+
+
+def evaluate(
+    models: Sequence[str],
+    prompts: str,
+    scorer: str | None = None,
+    judge: str | None = None,
+    judge_args: dict[str, Any] | None = None,
+    question: str | None = None,
+    against: str | None = None,
+    reference: str | None = None,
+    samples: int = 1,
+    correct: float | None = None,
+    as_chat: bool = False,
+    shown: int = 200,
+    out: str = "evaluation",
+    sampling: SamplingArguments = DEFAULTS,
+) -> int:
+    """Sample completions of held-out prompts from each model, and compare them on equal prompts.
+
+    Reports score and its parts, KL, length, EOS rate, distinct n-grams and pass@k, and against the baseline the
+    difference of scores, win rate and length-controlled win rate. A judge sees every pair in both orders; its
+    consistency and position bias are reported. Writes report.json, report.md, completions.jsonl and report.html, which
+    shows completions side by side and works offline.
+
+    Args:
+        models: folders of policies (weights or adapters), .gguf files or hub ids.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
+        scorer: folder of a reward model, or import path of a function, that scores the completions.
+        judge: folder of a language model, address of a server, or class, that compares with the baseline.
+        judge_args: arguments of the judge's class: --judge_args.NAME VALUE.
+        question: what the judge is asked about two answers.
+        against: the baseline; by default the first model.
+        reference: model from which the KL is measured; by default the baseline.
+        samples: completions per prompt.
+        correct: score from which a completion is right, for pass@k.
+        as_chat: put plain-text prompts into a user turn of the chat template.
+        shown: prompts on the HTML page.
+        out: folder of the report.
+        sampling: sampling settings.
+    """
+    from rlhf_lightning.commands.generate import read_prompts, scorer_beside, write_lines
+    from rlhf_lightning.commands.parsing import written_secret
+    from rlhf_lightning.commands.quiet import silence_libraries
+    from rlhf_lightning.evaluation.completions import by_prompt, summary
+    from rlhf_lightning.evaluation.html import write_page
+    from rlhf_lightning.evaluation.report import write_json, write_markdown
+
+    names = list(dict.fromkeys([*([against] if against else []), *models]))
+    if samples < 1:
+        raise SettingError("setting-out-of-range", f"samples is {samples}: it must be at least 1")
+    if correct is not None and scorer is None:
+        raise SettingError("missing-setting", "correct is a score: give the --scorer")
+    if judge is not None and len(names) < 2:
+        raise SettingError("missing-setting", "a judge compares two models: give a second one, or --against")
+    if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
+        raise SettingError("written-secret", secret)
+    silence_libraries()
+    sampling.settings()
+    asked = read_prompts(prompts, as_chat)
+    baseline = reference or names[0]
+    kept: Any = None
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        policy, tokenizer = sampling.load(name)
+        if kept is None:
+            kept = policy if name == baseline else sampling.load(baseline)[0]
+        score = None if scorer is None else scorer_beside(scorer, policy)
+        print(f"{name}: {len(asked) * samples} completions", flush=True)
+        found[name] = sampled(policy, tokenizer, asked, samples, sampling, score, scorer or "")
+        add_kl(found[name], policy, kept, tokenizer, sampling.temperature)
+    summaries = {name: summary(rows, samples, correct, sampling.seed) for name, rows in found.items()}
+    comparisons = compared(found, samples, sampling.seed, judge, judge_args, question)
+    sections = sections_of(summaries, comparisons, names[0], baseline)
+    folder, title = Path(out), "Evaluation of policies"
+    rows = ({"model": name, **row} for name, many in found.items() for row in many)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "completions.jsonl", rows)
+    settings = {"prompts": prompts, "scorer": scorer, "judge": judge, "samples": samples, "seed": sampling.seed,
+                "reference": baseline, **sampling.provenance()}  # fmt: skip
+    write_json(folder / "report.json", {"settings": settings, "models": summaries, "comparisons": comparisons})
+    text = "\n\n".join(section.markdown() for section in sections)
+    write_markdown(folder / "report.md", f"# {title}\n\n{text}\n")
+    items = by_prompt(found, samples)
+    notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; the first {shown} prompts are below."]
+    page = write_page(
+        folder / "report.html", "evaluate.html.jinja", title=title, notes=notes, sections=sections, items=items[:shown],
+    )  # fmt: skip
+    print(f"\n{text}\n\nreport: {folder / 'report.md'}   page: {page}")
+    return 0
+
+
+def sampled(
+    policy: Any, tokenizer: Any, asked: Any, samples: int, sampling: SamplingArguments, score: Any, scorer: str
+) -> list[dict[str, Any]]:
+    """Return a row for each completion of a policy, with its token ids."""
+    from rlhf_lightning.commands.generate import Speed, completions
+
+    speed = Speed(len(asked) * samples)
+    rows = list(completions(policy, tokenizer, asked, samples, sampling, speed, score, scorer, with_ids=True))
+    speed.finish()
+    return rows
+
+
+def add_kl(rows: list[dict[str, Any]], policy: Any, reference: Any, tokenizer: Any, temperature: float) -> None:
+    """Put the KL estimate of each completion into its row, in the place of the token ids.
+
+    The KL is that of the sampling temperature, or of temperature 1 for greedy decoding.
+    """
+    import torch
+
+    from rlhf_lightning import tokenization
+    from rlhf_lightning.evaluation.policies import sequence_kl
+    from rlhf_lightning.types import Sequences
+
+    drawn = tuple(torch.tensor(row.pop("ids"), dtype=torch.long) for row in rows)
+    sequences = Sequences(
+        prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, row["prompt"])) for row in rows),
+        completions=drawn,
+        parents=tuple(range(len(rows))),
+        supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn),
+    )
+    for row, kl in zip(rows, sequence_kl(policy, reference, sequences, temperature or 1.0).tolist(), strict=True):
+        row["kl"] = kl
+
+
+def compared(
+    found: Mapping[str, list[dict[str, Any]]], samples: int, seed: int, judge: str | None,
+    judge_args: dict[str, Any] | None, question: str | None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Return the comparisons of each model with the first, by score and by judge."""
+    from rlhf_lightning.evaluation.completions import (
+        QUESTION,
+        ask_judge,
+        prompt_numbers,
+        score_difference,
+        score_verdicts,
+        win_rates,
+    )
+    from rlhf_lightning.scoring.judges import load_judge
+
+    (_, baseline), *others = found.items()
+    asking = None if judge is None else load_judge(judge, judge_args)
+    result: dict[str, dict[str, Any]] = {}
+    for name, rows in others:
+        result[name] = {}
+        lengths = [float(row["length"] - base["length"]) for row, base in zip(rows, baseline, strict=True)]
+        clusters = prompt_numbers(rows, samples)
+        if "score" in rows[0]:
+            verdicts = score_verdicts(rows, baseline)
+            result[name]["score_difference"] = score_difference(rows, baseline, samples, seed)._asdict()
+            result[name]["score"] = win_rates(verdicts, lengths, clusters, seed)._asdict()
+        if asking is not None:
+            judged = ask_judge(asking, rows, baseline, question or QUESTION)
+            reliability = {key: value for key, value in judged._asdict().items() if key != "verdicts"}
+            result[name]["judge"] = {**win_rates(judged.verdicts, lengths, clusters, seed)._asdict(), **reliability}
+            for row, value in zip(rows, judged.verdicts, strict=True):
+                row["verdict"] = None if value != value else value
+    return result
+
+
+def sections_of(
+    summaries: Mapping[str, dict[str, Any]], comparisons: Mapping[str, dict[str, Any]], baseline: str, reference: str
+) -> "list[Section]":
+    """Return the tables: models, further figures, comparisons and the judge."""
+    from rlhf_lightning.evaluation.report import Section, interval, p_value
+
+    def measured(value: dict[str, Any]) -> str:
+        missing = f", {value['missing']} missing" if value.get("missing") else ""
+        return f"{value['mean']:.3f} {interval(value['ci'])}{missing}"
+
+    first = next(iter(summaries.values()))
+    means = [name for name, value in first.items() if isinstance(value, dict)]
+    plain = ["eos_rate", "distinct_1", "distinct_2", "distinct_3", "unique"]
+    rows = [[name, *(measured(found[key]) for key in means)] for name, found in summaries.items()]
+    sections = [
+        Section("Models", ["model", *means], rows, f"{NOTE} KL from {reference}, nats per completion."),
+        Section(
+            "End tokens and diversity", ["model", *plain],
+            [[name, *(found[key] for key in plain)] for name, found in summaries.items()],
+            "distinct_n: share of distinct n-grams of words. unique: share of a prompt's samples that are distinct.",
+        ),
+    ]  # fmt: skip
+    wins, judges, gaps = [], [], []
+    for name, found in comparisons.items():
+        if "score_difference" in found:
+            gap = found["score_difference"]
+            gaps.append([name, gap["mean"], interval([gap["low"], gap["high"]]), p_value(gap["p"]), gap["n"]])
+        for by in ("score", "judge"):
+            if by in found:
+                win = found[by]
+                controlled = f"{win['controlled']:.3f} {interval(win['controlled_ci'])}"
+                rate = f"{win['rate']:.3f} {interval(win['ci'])}"
+                wins.append([name, by, rate, win["ties"], controlled, win["length_bias"], win["missing"]])
+        if "judge" in found:
+            keys = ("probability", "consistency", "position_bias", "failures")
+            judges.append([name, *(found["judge"][key] for key in keys)])
+    if gaps:
+        header = ["model", "difference of scores", "95 % interval", "p", "prompts"]
+        sections.append(Section(f"Score against {baseline}", header, gaps, "Sign-flip test over prompts."))
+    if wins:
+        header = ["model", "by", "win rate", "ties", "length-controlled", "length bias", "missing"]
+        note = "Ties count a half. The length-controlled rate is the one that is expected at equal lengths."
+        sections.append(Section(f"Win rate against {baseline}", header, wins, note))
+    if judges:
+        header = ["model", "probability", "consistency", "position bias", "failures"]
+        note = "Every pair was shown in both orders. A pair whose winner changes with the order is a tie."
+        sections.append(Section("Reliability of the judge", header, judges, note))
+    return sections

@@ -1,0 +1,50 @@
+"""`rlhf evaluate`: table, JSON, completions and a page, on tiny models."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import refused
+
+from rlhf_lightning.commands.evaluate import main
+
+
+@pytest.fixture
+def prompts():
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": f"say <b>{n}</b>"}) + "\n" for n in range(4)))
+    Path("judges.py").write_text("def longer(prompt, text):\n    return float(len(text))\n")
+    Path("scores.py").write_text(
+        "def length(prompts, completions, **c):\n    return [len(t) % 7 for t in completions]\n"
+    )
+    return "p.jsonl"
+
+
+def test_models_are_compared_on_equal_prompts(policy_folder, plain_folder, prompts, capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = [policy_folder, plain_folder, "--prompts", prompts, "--scorer", "scores.length", "--samples", "2"]
+    argv += ["--max_new_tokens", "6", "--correct", "3", "--judge", "SimulatedJudge"]
+    assert main([*argv, "--judge_args.gold_reward", "judges.longer"]) == 0
+    report = json.loads(Path("evaluation/report.json").read_text())
+    first, second = report["models"].values()
+    assert first["kl"]["mean"] == pytest.approx(0.0, abs=1e-5) and "pass@2" in first and first["completions"] == 8
+    assert report["comparisons"][plain_folder]["judge"]["comparisons"] == 8
+    assert len(Path("evaluation/completions.jsonl").read_text().splitlines()) == 16
+    page = Path("evaluation/report.html").read_text()
+    assert "say &lt;b&gt;0" in page and not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "Reliability of the judge" in capsys.readouterr().out
+
+
+def test_one_model_alone_has_no_win_rate(policy_folder, prompts, capsys):
+    assert main([policy_folder, "--prompts", prompts, "--max_new_tokens", "4"]) == 0
+    assert "Win rate" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [(["--samples", "0"], "setting-out-of-range"), (["--correct", "1"], "missing-setting"),
+     (["--judge", "SimulatedJudge"], "missing-setting")],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused(policy_folder, prompts, flags, code):
+    with refused(code):
+        main([policy_folder, "--prompts", prompts, *flags])
