@@ -11,7 +11,7 @@ from rlhf_lightning.errors import DataError
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
-    from rlhf_lightning.evaluation.run_curves import Comparison, FinishedRun
+    from rlhf_lightning.evaluation.run_curves import RunComparison, FinishedRun
 
 MOST_PANELS, SHOWN_PROMPTS = 9, 8
 
@@ -46,14 +46,14 @@ def compare(
     """
     from rlhf_lightning.evaluation.html import embedded, write_page
     from rlhf_lightning.evaluation.report import write_json, write_markdown
-    from rlhf_lightning.evaluation.run_curves import Comparison, read_run, run_folders
+    from rlhf_lightning.evaluation.run_curves import RunComparison, read_run, run_folders
 
     found = [read_run(folder) for folder in run_folders(runs)]
     left_out = [] if unfinished else [run for run in found if run.status != "finished"]
     kept = [run for run in found if run not in left_out]
     if not kept:
         raise DataError("no-finished-run", f"none of {len(found)} runs has finished; give --unfinished to compare them")
-    comparison = Comparison(kept, by, over, metrics)
+    comparison = RunComparison(kept, by, over, metrics)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"Curves": draw_curves(comparison, folder / "curves.png")}
@@ -73,7 +73,7 @@ def compare(
     return 0
 
 
-def notes_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> list[str]:
+def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> list[str]:
     """Return sentences on what was compared and what was left out."""
     counts = [len(arm) for arm in comparison.arms.values()]
     by = ", ".join(comparison.by) or "nothing: all settings are equal"
@@ -92,7 +92,7 @@ def notes_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> lis
     return notes
 
 
-def sections_of(comparison: "Comparison") -> "list[Section]":
+def sections_of(comparison: "RunComparison") -> "list[Section]":
     """Return the tables of final values, of tests and of settings that differ."""
     from rlhf_lightning.evaluation.differences import mean_interval
     from rlhf_lightning.evaluation.report import Section, interval, p_value
@@ -132,7 +132,7 @@ def _values(arm: "Mapping[int, FinishedRun]", name: str) -> str:
     return " / ".join(dict.fromkeys(str(run.settings.get(name)) for run in arm.values()))
 
 
-def report_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> dict[str, Any]:
+def report_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> dict[str, Any]:
     """Return the content of report.json."""
     return {
         "by": comparison.by,
@@ -151,7 +151,7 @@ def report_of(comparison: "Comparison", left_out: "Sequence[FinishedRun]") -> di
     }
 
 
-def samples_of(comparison: "Comparison") -> list[dict[str, Any]]:
+def samples_of(comparison: "RunComparison") -> list[dict[str, Any]]:
     """Return the last samples of each arm's first seed, by prompt."""
     from rlhf_lightning.runs.samples import as_text
 
@@ -165,7 +165,7 @@ def samples_of(comparison: "Comparison") -> list[dict[str, Any]]:
     return [{"prompt": prompt, "sides": sides} for prompt, sides in list(found.items())[:SHOWN_PROMPTS]]
 
 
-def draw_curves(comparison: "Comparison", path: Path) -> Path:
+def draw_curves(comparison: "RunComparison", path: Path) -> Path:
     """Draw the curves of all arms, a panel for each metric, and return the path."""
     import matplotlib
 
@@ -193,7 +193,7 @@ def draw_curves(comparison: "Comparison", path: Path) -> Path:
     return path
 
 
-def draw_reward_kl(comparison: "Comparison", path: Path) -> Path:
+def draw_reward_kl(comparison: "RunComparison", path: Path) -> Path:
     """Draw reward against KL: each arm's path over training, and its final point with intervals over seeds."""
     import matplotlib
 

@@ -112,7 +112,7 @@ def differing(runs: Sequence[FinishedRun]) -> list[str]:
     return [name for name in names if len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1]
 
 
-class Comparison:
+class RunComparison:
     """Runs grouped into arms.
 
     Args:

@@ -10,7 +10,7 @@ from conftest import refused
 from torch.utils.tensorboard import SummaryWriter
 
 from rlhf_lightning.commands.compare import main
-from rlhf_lightning.evaluation.run_curves import Comparison, read_run, run_folders
+from rlhf_lightning.evaluation.run_curves import RunComparison, read_run, run_folders
 
 
 def write_run(folder: Path, beta: float, seed: int, status: str = "finished", lr: float = 0.1, every: int = 1) -> Path:
@@ -54,11 +54,11 @@ def test_a_report_has_finals_tests_curves_samples_and_everything_in_one_page(swe
 
 
 def test_curves_are_means_over_seeds_on_shared_positions(sweep):
-    comparison = Comparison([read_run(folder) for folder in run_folders([str(sweep)])], ["model.beta"])
+    comparison = RunComparison([read_run(folder) for folder in run_folders([str(sweep)])], ["model.beta"])
     curve = comparison.curve("beta=0.1", "val/score")
     assert curve.x.tolist() == list(range(11)) and curve.mean[-1] == pytest.approx(2.0)
     assert curve.low[-1] < 1 < 3 < curve.high[-1]
-    assert Comparison(comparison.runs, [], "tokens").curve("beta=0.2", "val/score").x[-1] == 1000
+    assert RunComparison(comparison.runs, [], "tokens").curve("beta=0.2", "val/score").x[-1] == 1000
     assert comparison.frontier() == ("rollout/kl", "rollout/score")
 
 
