@@ -11,7 +11,7 @@ from rlhf_lightning.errors import DataError
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
-    from rlhf_lightning.evaluation.run_curves import RunComparison, FinishedRun
+    from rlhf_lightning.evaluation.run_curves import FinishedRun, RunComparison
 
 MOST_PANELS, SHOWN_PROMPTS = 9, 8
 
