@@ -57,10 +57,10 @@ class SlopeModule(OfflineModule):
     crash_at: ClassVar[int | None] = None
     """Update before which training dies, as if the machine had gone."""
 
-    def training_step(self, step: Step[Any], batch_idx: int) -> None:
+    def training_step(self, step: Step[Any], batch_idx: int) -> Any:
         if self.crash_at is not None and self.updates >= self.crash_at:
             raise RuntimeError("the machine is gone")
-        super().training_step(step, batch_idx)
+        return super().training_step(step, batch_idx)
 
     def loss_sum(self, batch: TinyBatch, meter: Meter) -> torch.Tensor:
         x = torch.stack(list(batch)).unsqueeze(-1)

@@ -23,8 +23,8 @@ from rlhf_lightning.data.feedback.database import is_store
 from rlhf_lightning.data.feedback.rows import RowKind
 from rlhf_lightning.data.formats import Form, Reader
 from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
-from rlhf_lightning.data.row_store import Part, RowStore, hash_of
-from rlhf_lightning.data.sources import Source, parse_sources, snapshots_of, source_fingerprint, source_stamp
+from rlhf_lightning.data.row_store import Part, RowStore, cache_folder, hash_of
+from rlhf_lightning.data.sources import Source, as_file, parse_sources, snapshots_of, source_fingerprint, source_stamp
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError, StateError
@@ -116,6 +116,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.save_hyperparameters(logger=False)
         self.hparams["seed"] = seed
+        source, eval_source = (as_file(given, cache_folder(cache_dir)) for given in (source, eval_source))
+        self.hparams.update(source=source, eval_source=eval_source)
         self.sources = parse_sources(source, self.judgements)
         self.eval_sources = parse_sources(eval_source, self.judgements) if eval_source is not None else ()
         self.eval_rows = eval_rows

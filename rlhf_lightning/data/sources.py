@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,31 @@ def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ..
         raise SettingError("no-source", "source is an empty list; name at least one file, folder or Hub name")
     sources = [_one(item) for item in items]
     return tuple(replace(one, path=at_snapshot(one.path), kind=kind) if is_store(one.path) else one for one in sources)
+
+
+def as_file(source: Any, cache: Path) -> Any:
+    """Write a ``datasets.Dataset`` or a list of rows to a file of the cache, and return its path; else ``source``.
+
+    The file is named after its content, so that caches, ranks and resumed runs find the same rows.
+
+    Raises:
+        SettingError: ``not-json``: a row holds more than JSON has.
+    """
+    of_rows = isinstance(source, list) and bool(source) and all(isinstance(r, dict) and "path" not in r for r in source)
+    if not of_rows and type(source).__module__.partition(".")[0] != "datasets":
+        return source
+    try:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in source]
+    except (TypeError, AttributeError) as error:
+        raise SettingError("not-json", f"source has rows that cannot be written as JSON ({error})") from error
+    text = "".join(lines)
+    file = cache / "sources" / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.jsonl"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    return str(file)
 
 
 def at_snapshot(source: Any) -> Any:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,6 +77,30 @@ class LoraSettings:
     targets: str | list[str] = "all-linear"
 
     ranges: ClassVar[Mapping[str, str]] = {"r": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}
+
+
+def lora_settings(given: Any) -> LoraSettings | None:
+    """Return the settings of an adapter from a mapping or a ``peft.LoraConfig``.
+
+    Raises:
+        SettingError: ``unsupported-lora``: the LoraConfig sets what `LoraSettings` does not have.
+    """
+    if isinstance(given, Mapping):
+        return LoraSettings(**given)
+    if not isinstance(given, LoraConfig):
+        return given
+    known = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+    plain = LoraConfig(peft_type=given.peft_type, task_type=given.task_type)
+    free = {*known.values(), "task_type", "inference_mode", "base_model_name_or_path"}
+    other = [name for name, value in vars(plain).items() if name not in free and getattr(given, name) != value]
+    if other:
+        raise SettingError(
+            "unsupported-lora", f"LoraConfig sets {', '.join(other)}; supported are {', '.join(known.values())}"
+        )
+    values = {name: getattr(given, theirs) for name, theirs in known.items()}
+    targets = values["targets"] or "all-linear"
+    values["targets"] = targets if isinstance(targets, str) else sorted(targets)
+    return LoraSettings(**values)
 
 
 @dataclass(frozen=True)
@@ -169,6 +194,31 @@ def resolve_folder(name: str) -> str:
 
 def _version(model: Path) -> int:
     return int(model.parent.name.partition("version_")[2] or 0)
+
+
+def saved_folder(given: Any) -> str:
+    """Return a name as text, or the cache's folder of a loaded model or tokenizer, written there once."""
+    if isinstance(given, str | Path):
+        return str(given)
+    if not hasattr(given, "save_pretrained"):
+        raise SettingError(
+            "wrong-kind", f"a {type(given).__name__} is neither a name, a folder nor a loaded model or tokenizer"
+        )
+    objects = cache_folder() / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=objects))
+    given.save_pretrained(partial)
+    digest = hashlib.sha256()
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    folder = objects / digest.hexdigest()[:32]
+    if folder.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
+    return str(folder)
 
 
 def converted_gguf(path: Path) -> Path:

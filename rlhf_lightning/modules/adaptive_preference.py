@@ -194,9 +194,10 @@ class TRDPOModule(DPOModule):
         super().__init__(**kwargs)
         self.alpha, self.reference_every = alpha, reference_every
 
-    def training_step(self, step: Step[Any], batch_idx: int) -> None:
+    def training_step(self, step: Step[Any], batch_idx: int) -> Any:
         """Take one optimizer step; after every ``reference_every`` updates, move the reference."""
-        super().training_step(step, batch_idx)
+        outputs = super().training_step(step, batch_idx)
         if self.updates % self.reference_every == 0:
             assert self.reference is not None
             self.reference.follow(self.alpha)
+        return outputs

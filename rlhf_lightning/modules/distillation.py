@@ -137,11 +137,11 @@ class GKDModule(OfflineModule):
         coin = uniform(self.seed, torch.tensor([update]), torch.tensor([COIN]))
         return bool(coin < self.on_policy_fraction)
 
-    def training_step(self, step: Step[DemonstrationBatch], batch_idx: int) -> None:
+    def training_step(self, step: Step[DemonstrationBatch], batch_idx: int) -> Any:
         """Take one optimizer step, on the student's samples or on the data's completions."""
         if self.learns_from_samples(self.updates):
             step = self.with_samples(step)
-        super().training_step(step, batch_idx)
+        return super().training_step(step, batch_idx)
 
     def with_samples(self, step: Step[DemonstrationBatch]) -> Step[DemonstrationBatch]:
         """Return the step with completions that the student samples for its prompts, and their token count."""

@@ -190,11 +190,10 @@ class DPOModule(PairObjective, OfflineModule):
 
     # -- losses that couple the pairs of a step ------------------------------------------------------------------------
 
-    def training_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
+    def training_step(self, step: Step[PreferenceBatch], batch_idx: int) -> Any:
         """Take one optimizer step; a loss that couples pairs is computed on all pairs of the step at once."""
         if not self._couples(step):
-            super().training_step(step, batch_idx)
-            return
+            return super().training_step(step, batch_idx)
         whole, meter = self._whole_step(step), Meter()
         pairs, leaves = whole.with_leaves()
         values = self._measured_loss(pairs, meter)
@@ -207,7 +206,7 @@ class DPOModule(PairObjective, OfflineModule):
         norm = self.update(losses, step.rows)
         self.episodes += step.rows
         self.tokens += step.tokens
-        self.log_training(meter, grad_norm=norm)
+        return self.log_training(meter, grad_norm=norm)
 
     def validation_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
         if self._couples(step):

@@ -76,11 +76,11 @@ class IterativeDPOModule(OnlineDPOModule):
         if self.reference is not None and self.reference.copy is None and self.moves_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
 
-    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> Any:
         """Begin a new round where one is due, then collect one rollout and take all its updates."""
         if self.rollouts and self.rollouts % self.rollouts_per_round == 0:
             self.begin_round()
-        super().training_step(step, batch_idx)
+        return super().training_step(step, batch_idx)
 
     def begin_round(self) -> None:
         """Make the policy the reference, and reset the optimizer's moments, which belong to the last round's loss."""

@@ -72,11 +72,12 @@ class UnpairedModule(OfflineModule):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, step: Step[UnpairedBatch], batch_idx: int) -> None:
+    def training_step(self, step: Step[UnpairedBatch], batch_idx: int) -> Any:
         """Take the reference point over the whole step, then one optimizer step."""
         self._reference_point = self._point_of(step)
-        super().training_step(step, batch_idx)
+        outputs = super().training_step(step, batch_idx)
         self._reference_point = None
+        return outputs
 
     def validation_step(self, step: Step[UnpairedBatch], batch_idx: int) -> None:
         self._reference_point = self._point_of(step)

@@ -18,6 +18,17 @@ from rlhf_lightning.runs.run import aligned, updates_of
 PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_location")
 """Arguments that set a logger's folder and run name; null derives them from the run folder."""
 
+COMPARED = {
+    "compare": {
+        name: ["Multiline", [rf"(val|rollout)/{pattern}$"]]
+        for name, pattern in {
+            "reward accuracy": "(reward_)?accuracy", "margin": "(reward|score)_margin", "score": "score", "KL": "kl",
+            "length": "(length|completion_length)", "EOS rate": "eos_rate",
+        }.items()
+    }
+}  # fmt: skip
+"""Charts of TensorBoard's custom scalars: metrics that compare across objectives."""
+
 
 def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     """Return a logger's arguments; those of `PLACES` that are null are derived from the run folder.
@@ -136,6 +147,7 @@ class RunHparams(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(flat)
+                logger.experiment.add_custom_scalars(COMPARED)
                 writer = event_writer(logger)
                 for summary in hparams_summary(flat, dict.fromkeys(tags, 0.0)):
                     writer.add_summary(summary)

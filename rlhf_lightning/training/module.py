@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import math
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -39,8 +42,10 @@ from rlhf_lightning.models.loading import (
     fingerprint,
     is_adapter,
     load_base_of_adapter,
+    lora_settings,
     refuse_nonfinite_weights,
     resolve_folder,
+    saved_folder,
 )
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
@@ -180,8 +185,12 @@ class AlignmentModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.save_hyperparameters()
-        self.hparams["seed"] = seed
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attribute .* is an instance of `nn.Module`")  # a loaded model
+            self.save_hyperparameters()
+        init_from, lora = saved_folder(init_from), lora_settings(lora)
+        tokenizer = None if tokenizer is None else saved_folder(tokenizer)
+        self.hparams.update(seed=seed, init_from=init_from, tokenizer=tokenizer, lora=lora)
         self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # loadable without running code
         check_ranges(type(self), self.hparams)
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
@@ -192,7 +201,7 @@ class AlignmentModule(LightningModule):
             trust_remote_code=trusted,
             self_check=self_check,
         )  # fmt: skip
-        self.lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
+        self.lora = lora
         if self.lora is not None:
             check_ranges(LoraSettings, vars(self.lora))
         self.pack_rows, self.compile_layers = pack_rows, compile_layers
@@ -412,7 +421,8 @@ class AlignmentModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Place the frozen models: validation may run without a fit."""
-        if self.trainer.state.fn != "fit" and self.holds_reference and self.trainer.ckpt_path is None:
+        untrained = not self.updates and self.trainer.ckpt_path is None
+        if self.holds_reference and untrained and self.trainer.state.fn != "fit":
             rank_zero_warn(
                 f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons with "
                 "the reference say nothing: `rlhf validate RUN` takes a run's checkpoint and the reference of training."
@@ -461,7 +471,18 @@ class AlignmentModule(LightningModule):
                 check_rows(limit, self.tokenizer, largest, lengths)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device."""
+        """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device.
+
+        Raises:
+            ContractError: ``no-step``: the DataLoader yields something else than a `types.Step`.
+        """
+        if not hasattr(batch, "micro_batches"):
+            raise ContractError(
+                "no-step",
+                f"the DataLoader yields a {type(batch).__name__}, and {type(self).__name__} takes a Step of "
+                f"{self.batch_type.__name__}: give the rows to a DataModule of rlhf_lightning.data as its source (a "
+                "datasets.Dataset, a list of dicts or a file)",
+            )
         return batch
 
     # -- what the objective aims at -----------------------------------------------------------------------------------
@@ -651,8 +672,10 @@ class AlignmentModule(LightningModule):
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
-    def log_training(self, meter: Meter, **further: float) -> None:
+    def log_training(self, meter: Meter, **further: float) -> dict[str, Tensor]:
         """Log one training step's metrics, and the counters, at x = updates; every rank calls it.
+
+        Returned by a ``training_step``, they are ``outputs`` of ``on_train_batch_end``, with the loss as ``loss``.
 
         They go directly to the loggers and ``trainer.callback_metrics``: ``self.log`` would cost a small model a sixth
         of its time, and its x-axis counts batches.
@@ -673,6 +696,8 @@ class AlignmentModule(LightningModule):
         if self.steps % max(every, 1) == 0:
             log_scalars(self.loggers, metrics, self.updates)
             self._log_over_work(metrics)
+        loss = {"loss": torch.tensor(metrics["train/loss"])} if "train/loss" in metrics else {}
+        return {**loss, **{name: torch.tensor(value) for name, value in metrics.items()}}
 
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a whole validation or test pass under ``prefix``."""
@@ -763,6 +788,18 @@ class AlignmentModule(LightningModule):
     def export(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder for the next stage."""
         raise undefined(self, "export")
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the trained model as `export` does, under transformers' name."""
+        return self.export(folder)
+
+    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
+        """Export the trained model to the Hugging Face Hub (private by default) and return its address."""
+        with tempfile.TemporaryDirectory() as folder:
+            exported = self.export(Path(folder) / "model")
+            hub = HfApi()
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+            return str(hub.upload_folder(repo_id=repo_id, folder_path=exported))
 
     def backbone_source(self) -> str:
         """Return the folder or hub id of the backbone under this run's adapter."""

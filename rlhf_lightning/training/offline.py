@@ -89,14 +89,14 @@ class OfflineModule(AlignmentModule):
         """Return the sum of a micro-batch's losses, with gradient, and add its metrics to ``meter``."""
         raise undefined(self, "loss_sum")
 
-    def training_step(self, step: Step[Any], batch_idx: int) -> None:
+    def training_step(self, step: Step[Any], batch_idx: int) -> Any:
         """Take one optimizer step over all micro-batches of ``step``."""
         meter = Meter()
         losses = [partial(self.loss_sum, batch, meter) for batch in step.micro_batches]
         norm = self.update(losses, self.loss_count(step))
         self.episodes += step.rows
         self.tokens += step.tokens
-        self.log_training(meter, grad_norm=norm)
+        return self.log_training(meter, grad_norm=norm)
 
     def loss_count(self, step: Step[Any]) -> int:
         """Return the divisor of the summed losses: tokens or rows of the step over all ranks."""

@@ -183,7 +183,7 @@ class RolloutModule(AlignmentModule):
 
     # -- one rollout --------------------------------------------------------------------------------------------------
 
-    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
+    def training_step(self, step: Step[PromptBatch], batch_idx: int) -> Any:
         """Collect one rollout and make all its updates."""
         meter, self.limits = Meter(), step.limits
         rollout = self.collect(*step.micro_batches)
@@ -193,6 +193,8 @@ class RolloutModule(AlignmentModule):
         self.tokens += int(self.sum_over_ranks(rollout.completion_mask.sum()))
         means = self.log_rollout(meter, norm, step.rows)
         self._end_rollout(rollout, means)
+        loss = {"loss": value} if (value := self.trainer.callback_metrics.get("train/loss")) is not None else {}
+        return {**loss, **means}
 
     def collect(self, *batches: PromptBatch) -> Rollout:
         """Sample completions, have them judged, and compute the statistics that updates start from."""

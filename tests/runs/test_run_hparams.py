@@ -63,3 +63,9 @@ def test_nested_settings_get_dotted_names():
         "model.name": "None",
     }  # fmt: skip
     assert (flat["trainer.max_epochs"], flat["trainer.precision"], flat["trainer.ranks"]) == (1, "32-true", 2)
+
+
+def test_metrics_that_compare_stand_in_one_group_of_custom_scalars():
+    folder = run(["fit", *BASIC]).folder
+    content = events_of(folder).PluginTagToContent("custom_scalars")
+    assert "custom_scalars__config__" in content
