@@ -353,7 +353,13 @@ def _gradients_of_adapter(name: str, small: Any, lora: LoraSettings, checked: Ca
     policy.pads_rows = checked.pads_rows
     if policy.logits_path == "product":
         policy.logits_path = checked.logits_path
-    policy(padded_layout(EXAMPLES)).logprobs.sum().backward()
+    logprobs = policy(padded_layout(EXAMPLES)).logprobs
+    if not logprobs.requires_grad:
+        raise ModelError(
+            "no-adapter-gradient",
+            f"{name} passes no gradient to an adapter on frozen weights; train every weight (lora: null)",
+        )
+    logprobs.sum().backward()
     weights = {
         key: weight for key, weight in adapted.named_parameters() if "lora_B" in key or "lora_embedding_B" in key
     }

@@ -1,0 +1,33 @@
+"""Model families of transformers, small: what is right, what is refused, and that nothing is wrong in silence."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from models.families import COLUMNS, MATTER, NOT_SMALL, PAGE, QUICK, measure, names
+
+RIGHT = {"right", "padded instead"}
+
+
+@pytest.mark.parametrize("name", MATTER)
+def test_a_family_that_matters_is_right(name: str, tmp_path: Path) -> None:
+    found = measure(name, tmp_path, QUICK)
+    assert not found["path"].startswith("refused")
+    assert {found[column] for column in QUICK} <= RIGHT, found
+
+
+def test_the_page_has_a_row_for_every_family() -> None:
+    rows = dict(re.findall(r"^\| (\S+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE))
+    rows.pop("family")
+    assert set(rows) == set(names()), "run python tests/models/families.py"
+    assert {name for name, path in rows.items() if path.startswith("not built")} == set(NOT_SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_every_family_is_as_the_page_says(name: str, tmp_path: Path) -> None:
+    found = measure(name, tmp_path)
+    (row,) = re.findall(rf"^\| {re.escape(name)} \| .*$", PAGE.read_text(), re.MULTILINE)
+    shown = [cell.strip().replace("✓", "right") for cell in row.strip("|").split("|")]
+    assert shown == [name, *(found.get(column, "") for column in ("path", *COLUMNS))]
