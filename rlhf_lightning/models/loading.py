@@ -51,6 +51,8 @@ from rlhf_lightning.models.quantization import Quantization, leave_the_file, qua
 from rlhf_lightning.models.scalar_head import initialise_head, text_config
 
 BACKBONE_FILE = "backbone.json"
+PROMPT_FORM = "rlhf_prompt_form"
+"""Entry of a reward model's backbone.json: the form of the prompts it was trained on."""
 SCORE_BIAS = "score_bias"
 """What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
 OUTPUT_NAMES = "score_outputs"

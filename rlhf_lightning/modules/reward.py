@@ -18,6 +18,7 @@ from rlhf_lightning.functional.ranking import (
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import (
     OUTPUT_NAMES,
+    PROMPT_FORM,
     add_lora,
     is_adapter,
     load_base_of_adapter,
@@ -31,7 +32,7 @@ from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.module import as_loss, prompt_form
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, RankedBatch, RankedScores, Step
 
@@ -189,7 +190,9 @@ class RewardModule(OfflineModule):
 
     def export(self, folder: str | Path) -> Path:
         source = self.backbone_source() if self.lora is not None else resolve_folder(self.init_from)
-        facts = {OUTPUT_NAMES: list(self.output_names)} if self.outputs > 1 else {}
+        facts: dict[str, Any] = {OUTPUT_NAMES: list(self.output_names)} if self.outputs > 1 else {}
+        if (form := prompt_form(self)) is not None:
+            facts[PROMPT_FORM] = form
         return export_reward_model(self.reward_model, self.tokenizer, folder, source, **facts, **self.facts_of_scores)
 
     @property

@@ -99,7 +99,8 @@ def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, A
 
     ``data`` holds the arguments of the DataModule; None takes its hyper-parameters.
     """
-    flat: dict[str, Any] = {"model": type(module).__name__}
+    first = {"seed": module.hparams["seed"]} if "seed" in module.hparams else {}  # TensorBoard keeps this order
+    flat: dict[str, Any] = {"model": type(module).__name__, **_flat("model", first)}
     flat.update(_flat("model", module.hparams))
     datamodule = attached_datamodule(trainer)
     if datamodule is not None:

@@ -92,6 +92,7 @@ class RunProgress(TQDMProgressBar):
         tokens = aligned(module).tokens - self._tokens_before
         if tokens and seconds > 0:
             figures["tokens/s"] = f"{tokens / seconds:,.0f}"
+        figures["elapsed"] = clock_time(seconds)
         total = steps_of_run(trainer)
         if total is not None and self._steps:
             left = max(total - self._step(trainer), 0)

@@ -23,6 +23,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
 from rlhf_lightning.models.loading import (
     BACKBONE_FILE,
+    PROMPT_FORM,
     STEP_SEPARATOR,
     LoadSettings,
     backbone_record,
@@ -66,7 +67,8 @@ class LearnedScorer(Scorer):
         refuse_untrained_head(self.folder)
         self.tokenizer = tokenization.load_tokenizer(self.folder)
         self.output_names = output_names(self.folder)
-        own = bool(backbone_record(self.folder)) if Path(self.folder).is_dir() else False
+        record = backbone_record(self.folder) if Path(self.folder).is_dir() else {}
+        self.prompt_form, own = record.get(PROMPT_FORM), bool(record)
         self.score_index = label_index(self.folder, self.output_names, label, own)
         self._model: ScalarModel | None = None
 

@@ -840,6 +840,16 @@ class AlignmentModule(LightningModule):
         }
 
 
+def prompt_form(module: AlignmentModule) -> str | None:
+    """Return how the data writes prompts, "plain text" or "messages"; None without a DataModule with examples."""
+    trainer = attached_trainer(module)
+    data = None if trainer is None else attached_datamodule(trainer)
+    shown = data.examples(1) if hasattr(data, "store") and hasattr(data, "examples") else []
+    if not shown or shown[0][0] is None:
+        return None
+    return "plain text" if isinstance(shown[0][0], str) else "messages"
+
+
 def as_loss(returned: Tensor | Loss) -> Loss:
     """Return an objective's result as a Loss; bare values have no metrics."""
     return returned if isinstance(returned, Loss) else Loss(returned)

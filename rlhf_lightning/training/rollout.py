@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from rlhf_lightning.compat import attached_datamodule
@@ -39,7 +40,7 @@ from rlhf_lightning.training.collector import (
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.invariants import Invariants
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.module import AlignmentModule, prompt_form
 from rlhf_lightning.training.optimization import rows_of_step
 from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
@@ -92,6 +93,7 @@ class RolloutModule(AlignmentModule):
         "missing_eos_penalty": "(-inf, inf)",
     }
     policy: CausalLM
+    _truncation_told = False
 
     headline_metrics = ("rollout/score", "rollout/kl", "val/score", "val/kl")
 
@@ -171,6 +173,16 @@ class RolloutModule(AlignmentModule):
 
     def frozen_models(self) -> Sequence[nn.Module]:
         return (*super().frozen_models(), *self.scorer.models)
+
+    def on_fit_start(self) -> None:
+        """Say so if the reward model was trained on another form of prompts than the data has."""
+        super().on_fit_start()
+        trained, given = getattr(self.scorer, "prompt_form", None), prompt_form(self)
+        if trained is not None and given is not None and trained != given:
+            rank_zero_warn(
+                f"The reward model was trained on prompts written as {trained}, and these are {given}, so its scores "
+                f"may mean little: set data.as_chat to {str(trained == 'messages').lower()} or train it on such ones."
+            )
 
     def place_frozen_models(self) -> None:
         super().place_frozen_models()
@@ -397,6 +409,12 @@ class RolloutModule(AlignmentModule):
         means.pop("last_approx_kl", None)
         measured = {**further, **self.invariants.take(self.trainer.strategy), **means, **rollout}
         self.log_training(Meter(), grad_norm=norm, **measured)
+        if rollout.get("rollout/eos_rate", 1.0) < 0.5 and not self._truncation_told:
+            self._truncation_told = True
+            rank_zero_warn(
+                f"Only {rollout['rollout/eos_rate']:.0%} of the completions ended before "
+                f"model.max_new_tokens={self.sampling.max_new_tokens}; the others are cut off: raise it."
+            )
         return {name.removeprefix("rollout/"): value for name, value in rollout.items()}
 
     # -- evaluation ---------------------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def test_nothing_but_the_run_is_said(capsys, recwarn):
     assert re.sub(r"\d[\d,]*(\.\d+)?", "#", told.out).splitlines() == [
         "run: runs/slope/version_#",
         "SlopeModule: # parameters, # trainable",
-        "training #/# (# %)  update #  loss #  tokens/s #  left #:#",
+        "training #/# (# %)  update #  loss #  tokens/s #  elapsed #:#  left #:#",
         "validation at update #: val/loss #  val/slope #",
         "model: runs/slope/version_#/model",
     ]

@@ -44,7 +44,7 @@ def test_a_line_every_so_many_seconds_with_the_figures_of_the_moment(capsys):
     fit(SlopeModule(learning_rate=0.1), seconds=3, max_epochs=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
     assert [line.split()[1] for line in lines] == ["3/16", "6/16", "9/16", "12/16", "15/16", "16/16"]
-    assert re.fullmatch(r"training 3/16 \(19 %\)  update 3  loss [\d.]+  tokens/s 2  left 0:13", lines[0])
+    assert re.fullmatch(r"training 3/16 \(19 %\)  update 3  loss [\d.]+  tokens/s 2  elapsed 0:03  left 0:13", lines[0])
     assert lines[-1].endswith("left 0:00")
 
 

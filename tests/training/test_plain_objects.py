@@ -11,9 +11,10 @@ from tiny_run import NumbersDataModule, SlopeModule
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf_lightning.data import PreferenceDataModule
+from rlhf_lightning.data import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.models.loading import LoraSettings, lora_settings
-from rlhf_lightning.modules import DPOModule
+from rlhf_lightning.modules import DPOModule, RewardModule, RLOOModule
+from rlhf_lightning.scoring.learned import LearnedScorer
 
 PAIRS = [{"prompt": f"a{number}", "chosen": "bc", "rejected": "d"} for number in range(6)]
 
@@ -74,3 +75,28 @@ def test_callbacks_see_loss_and_metrics_of_a_step() -> None:
     trainer(Watch()).fit(SlopeModule(learning_rate=0.1), datamodule=NumbersDataModule())
     assert len(seen) == 8 and float(seen[0]["loss"]) == float(seen[0]["train/loss"]) > 0
     assert "train/slope" in seen[0]
+
+
+def test_a_reward_model_says_when_prompts_have_another_form_than_its_own(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Its folder tells the form; prompts of messages score otherwise than plain text. Two tokens end no completion."""
+    tokenizer = make_tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    policy = LlamaForCausalLM(config)
+    reward = RewardModule(init_from=policy, tokenizer=tokenizer, self_check=False)
+    trainer().fit(reward, datamodule=PreferenceDataModule(PAIRS, batch_size=3))
+    folder = str(reward.save_pretrained(tmp_path / "reward"))
+    assert LearnedScorer(folder).prompt_form == "plain text"
+    chats = PromptDataModule(
+        [{"prompt": row["prompt"]} for row in PAIRS], batch_size=6, samples_per_prompt=2, as_chat=True
+    )
+    ppo = RLOOModule(init_from=policy, tokenizer=tokenizer, scorer=folder, max_new_tokens=2, self_check=False)
+    recwarn.clear()
+    trainer().fit(ppo, datamodule=chats)
+    told = [str(warning.message) for warning in recwarn]
+    assert any("written as plain text, and these are messages" in text and "as_chat to false" in text for text in told)
+    assert any("are cut off: raise it" in text for text in told)
