@@ -843,7 +843,7 @@ class AlignmentModule(LightningModule):
 def prompt_form(module: AlignmentModule) -> str | None:
     """Return how the data writes prompts, "plain text" or "messages"; None without a DataModule with examples."""
     trainer = attached_trainer(module)
-    data = None if trainer is None else attached_datamodule(trainer)
+    data: Any = None if trainer is None else attached_datamodule(trainer)
     shown = data.examples(1) if hasattr(data, "store") and hasattr(data, "examples") else []
     if not shown or shown[0][0] is None:
         return None
