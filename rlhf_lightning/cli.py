@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rlhf_lightning import working_directory
 from rlhf_lightning.errors import printable
 
 
@@ -110,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
         return _fail(f"there is no command {name!r}: {hint}", USAGE_ERROR)
-    # A console script does not search the working directory, where a user's own objective lives.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    working_directory.install()
     try:
         if name in TRAINING_COMMANDS:  # help and wrong flags, without importing torch
             found = importlib.import_module("rlhf_lightning.commands.flag_index").quick_answer(arguments)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import unicodedata
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's allocator on the CPU
+    "out of memory",  # CUDA outside torch's own allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",  # mapping a file of weights
+    "std::bad_alloc",
+)
 
 
 class RlhfError(Exception):
@@ -69,3 +78,18 @@ def printable(text: str) -> str:
         else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or hangs."""
+    text = str(error)
+    return type(error).__name__.startswith("Dist") or "/gloo/" in text or "NCCL" in text

@@ -10,7 +10,6 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_lightning import working_directory
 from rlhf_lightning.errors import MissingError, SettingError
 
 
@@ -74,12 +74,13 @@ def load_class(name: str, base: type, shipped: Mapping[str, Any], what: str) -> 
 
 
 def import_path(path: str, what: str = "object") -> Any:
-    """Import the object at a dotted path.
+    """Import the object at a dotted path that the user typed; the working directory is searched too.
 
     Raises:
         SettingError: ``not-importable``.
     """
     module_name, _, attribute = path.rpartition(".")
+    working_directory.allow(module_name)
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
@@ -106,8 +107,10 @@ def import_user_module(name: str) -> str:
     if path.suffix == ".py":
         if not path.is_file():
             raise MissingError("no-file", f"there is no file {name}")
-        sys.path.append(str(path.parent.resolve()))
         name = path.stem
+        working_directory.allow(name, str(path.parent.resolve()))
+    else:
+        working_directory.allow(name)
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -137,6 +140,39 @@ def shipped_classes(room: str, base: Any) -> dict[str, Any]:
             if own and issubclass(kind, base):
                 found[name] = kind
     return found
+
+
+YAML_CHARACTERS, YAML_DEPTH, YAML_VALUES = 1_000_000, 64, 1_000_000
+"""Limits of a config: characters, nested levels, and values with aliases written out."""
+
+
+def refuse_large_yaml(text: str) -> None:
+    """Refuse YAML that is long, deeply nested, or that aliases make huge: parsers hang or crash on it.
+
+    Raises:
+        SettingError: ``yaml-too-large``.
+    """
+    if len(text) > YAML_CHARACTERS:
+        raise SettingError(
+            "yaml-too-large", f"a config has {len(text):,} characters; at most {YAML_CHARACTERS:,} are read"
+        )
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        size, anchor = 0, getattr(event, "anchor", None)
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = opened.pop()
+            sizes[anchor or ""] = size
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(str(anchor), YAML_VALUES + 1)  # an alias within what it names has no end
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+        opened[-1] = (opened[-1][0], opened[-1][1] + size)
+        if len(opened) > YAML_DEPTH or opened[-1][1] > YAML_VALUES:
+            many = f"more than {YAML_DEPTH} levels" if len(opened) > YAML_DEPTH else f"more than {YAML_VALUES:,} values"
+            raise SettingError("yaml-too-large", f"a config has {many}, aliases written out: write a smaller one")
 
 
 def refuse_repeated_keys(text: str) -> None:

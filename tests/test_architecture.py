@@ -20,7 +20,7 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = {"errors", "compat", "loading", "types", "micro_batches", "functional"}
+GROUND = {"errors", "working_directory", "compat", "loading", "types", "micro_batches", "functional"}
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "errors": set(),
     "compat": {"errors"},
     "types": {"errors"},
-    "loading": {"errors"},
+    "working_directory": set(),
+    "loading": {"errors", "working_directory"},
     "micro_batches": {"errors", "types"},
     "recipes": {"errors"},
     "functional": {"errors", "types"},

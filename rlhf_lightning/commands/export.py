@@ -110,18 +110,18 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
         DataError: the file is not a checkpoint of an AlignmentModule.
         SettingError: its class cannot be found, or is foreign.
     """
-    from lightning.pytorch.cli import instantiate_module
-
     import rlhf_lightning.modules  # noqa: F401
     from rlhf_lightning.loading import load_class
-    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, read_checkpoint, weights_in
+    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, check_contents, read_checkpoint, restoring_failed
     from rlhf_lightning.training.module import AlignmentModule
 
-    state = read_checkpoint(checkpoint)
+    state: Any = read_checkpoint(checkpoint)
+    if not isinstance(state, dict) or not isinstance(state.get("hyper_parameters", {}), dict):
+        raise DataError("incomplete-checkpoint", f"{checkpoint} is not a checkpoint of `rlhf fit`; give another file")
     unused = ("_instantiator", "optimizer", "lr_scheduler")
     settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k not in unused}
     name = settings.get("_class_path")
-    if name is None:
+    if not isinstance(name, str):
         raise DataError(
             "checkpoint-without-class",
             f"{checkpoint} does not name the class that wrote it: export a checkpoint of `rlhf fit`",
@@ -132,7 +132,21 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
             f"{checkpoint} was written by {name}: add --import {name.rpartition('.')[0]} to export it",
         )
     load_class(name, AlignmentModule, {}, f"class in {checkpoint}")
-    module = instantiate_module(AlignmentModule, without_code(settings, own or PACKAGE))
+    check_contents(checkpoint, resumes=False)
+    try:
+        return _restored(state, checkpoint, without_code(settings, own or PACKAGE))
+    except Exception as error:
+        raise (restoring_failed(error, checkpoint) or error) from error
+
+
+def _restored(state: dict[str, Any], checkpoint: Path, settings: dict[str, Any]) -> "AlignmentModule":
+    """Build the module with the settings and the weights of a checkpoint."""
+    from lightning.pytorch.cli import instantiate_module
+
+    from rlhf_lightning.runs.checkpoint_metadata import weights_in
+    from rlhf_lightning.training.module import AlignmentModule
+
+    module = instantiate_module(AlignmentModule, settings)
     # The frozen reference needs memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import errno
 
-OUT_OF_MEMORY = (
-    "can't allocate memory",  # torch's allocator on the CPU
-    "out of memory",  # CUDA outside torch's own allocator
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cannot allocate memory",  # mapping a file of weights
-    "std::bad_alloc",
-)
+from rlhf_lightning.errors import is_lost_rank, is_out_of_memory
+
 LOWER = (
     "lower data.micro_batch_size, data.max_tokens or data.max_length (on-policy also model.max_new_tokens or "
     "model.sampling_batch_size), or set model.activation_checkpointing=true or model.lora; `rlhf plan` shows the "
@@ -51,18 +46,3 @@ def failure_sentence(error: Exception) -> str | None:
     own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
     foreseen = own or isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException"
     return text or name if foreseen else None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
-
-
-def is_lost_rank(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone or hangs."""
-    text = str(error)
-    return type(error).__name__.startswith("Dist") or "/gloo/" in text or "NCCL" in text

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
 from rlhf_lightning.errors import printable
-from rlhf_lightning.loading import refuse_repeated_keys, shipped_classes
+from rlhf_lightning.loading import refuse_large_yaml, refuse_repeated_keys, shipped_classes
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
 # The module makes scorers from class_path and init_args, and checkpoints store these; the parser must not.
@@ -25,8 +25,14 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False)
 _load_yaml = get_loader("yaml")
 
 
+LONG_VALUE = 100
+"""Characters from which a value on the command line is checked like a config file."""
+
+
 def load_yaml(text: str) -> Any:
     """Read a config or a value as jsonargparse does, each key of a config once, scorers and engines by short names."""
+    if len(text) > LONG_VALUE or "\n" in text:
+        refuse_large_yaml(text)
     if "\n" in text:
         refuse_repeated_keys(text)
     found = _load_yaml(text)

@@ -22,11 +22,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
+from rlhf_lightning import working_directory
 from rlhf_lightning.commands.flag_index import REFUSED
 from rlhf_lightning.commands.flags import (
     config_settings,
     configs_first,
     flags,
+    option_pairs,
     put_nested,
     split_nested,
     with_underscores,
@@ -57,12 +59,14 @@ from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.runs.checkpoint_metadata import (
     as_plain,
+    check_contents,
     checkpoint_hparams,
     inside_run,
     is_same_class,
     merged,
     own_code,
     refused_checkpoint,
+    restoring_failed,
 )
 from rlhf_lightning.runs.loggers import PLACES, logger_arguments
 from rlhf_lightning.runs.run import (
@@ -186,6 +190,7 @@ class RlhfCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.argv, self.nested_flags = split_nested(configs_first(args))
+        working_directory.allow_names_in(typed_texts(self.argv))
         name = args[0]
         shown = self.shown or name
         self.run_folder: RunFolder | None = None
@@ -358,7 +363,7 @@ class RlhfCLI(LightningCLI):
             return
         hparams = checkpoint_hparams(Path(path))
         trained, asked = hparams.pop("_class_path", None), config.model.class_path
-        if trained is not None and not is_same_class(trained, asked):
+        if trained is not None and not is_same_class(str(trained), asked):
             usage_error(
                 f"rlhf {command}",
                 f"{path} was written by {trained}, but the model is {asked}; give the same class, or start {asked} "
@@ -513,7 +518,17 @@ class RlhfCLI(LightningCLI):
         """Check the combination of settings and run the command."""
         with self.cleanup_on_failure():
             check(self.trainer, self.model, self.datamodule, fits=subcommand == "fit")
-            super()._run_subcommand(subcommand)
+            given = self.config[subcommand].get("ckpt_path")
+            checkpoint = Path(given) if given and Path(given).exists() else None
+            if checkpoint is not None:
+                check_contents(checkpoint, resumes=subcommand == "fit")
+            try:
+                super()._run_subcommand(subcommand)
+            except Exception as error:
+                refusal = None if checkpoint is None else restoring_failed(error, checkpoint)
+                if refusal is None:
+                    raise
+                raise refusal from error
         self.unlock()
 
     @contextlib.contextmanager
@@ -563,6 +578,15 @@ def run(argv: Sequence[str]) -> RlhfCLI:
     # context frees them together with the result, before the next run in this process.
     with callers_random_state():
         return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
+
+
+def typed_texts(argv: Sequence[str]) -> Iterator[str]:
+    """Yield the values of options that may hold import paths, and the texts of the config files."""
+    for name, value in option_pairs(argv):
+        if name not in ("--config", "--ckpt_path", "--resume", "--run_name", "--runs_folder"):
+            yield value
+        elif name == "--config" and Path(value).is_file():
+            yield Path(value).read_text(encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager

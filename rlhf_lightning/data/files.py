@@ -78,6 +78,8 @@ def read_file(file: Path) -> Iterator[RawRow]:
     readers: dict[str, Callable[[Path, io.BufferedReader], Iterator[RawRow]]] = {
         "jsonl": _jsonl, "json": _json, "parquet": _parquet, "arrow": _arrow, "csv": _csv, "tsv": _csv, "txt": _txt,
     }  # fmt: skip
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise DataError("not-a-file", f"{file} is a pipe or a device, which may never end; copy it to a file first")
     try:
         with _opened(file) as stream:
             yield from readers[format_of(file) or _format_of_content(file, stream)](file, stream)

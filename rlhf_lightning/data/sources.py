@@ -179,6 +179,8 @@ def files_of(source: Source) -> list[Path] | None:
         DataError: if a folder or a glob mixes formats or splits.
     """
     path = Path(source.path).expanduser()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError("not-a-file", f"{path} is a pipe or a device, which may never end; copy it to a file first")
     split = SLICE.match(source.split)
     if split is None and path.exists():
         bounds_of(source.split, 0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.compat import adapter_switch, set_adapter_switch
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.folders import require_safetensors
+from rlhf_lightning.models.folders import reading, require_safetensors
 
 POLICY, REFERENCE, REWARD, CRITIC = "default", "reference", "reward", "critic"
 """Names of the adapters on a policy's backbone. The first is peft's own name for a model's only adapter."""
@@ -45,6 +45,11 @@ class AdapterWeights(NamedTuple):
 def read_adapter(folder: str | Path) -> AdapterWeights:
     """Read an adapter's folder, a reward model's head apart from the matrices on its trunk."""
     require_safetensors(str(folder))
+    with reading(str(folder), "adapter"):
+        return _read_adapter(folder)
+
+
+def _read_adapter(folder: str | Path) -> AdapterWeights:
     weights = load_peft_weights(str(folder), device="cpu")
     heads = [name for name in weights if name.endswith("score.weight")]
     head = weights.pop(heads[0]) if heads else None
@@ -93,6 +98,16 @@ def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> N
     Raises:
         ModelError: the weights are those of another architecture or rank.
     """
+    expected = refuse_other_adapter(model, name, weights)
+    set_peft_model_state_dict(model, {**expected, **weights}, adapter_name=name)
+
+
+def refuse_other_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the matrices of a model's adapter; refuse those of a folder that differ in name or shape.
+
+    Raises:
+        ModelError: ``adapter-mismatch``.
+    """
     expected = get_peft_model_state_dict(model, adapter_name=name)
     wrong = set(weights) ^ {key for key in expected if "lora_" in key}
     wrong |= {key for key in weights if key in expected and weights[key].shape != expected[key].shape}
@@ -103,7 +118,7 @@ def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> N
             f"the adapter does not fit the backbone: {len(wrong)} weights differ in name or shape "
             f"({few}); load it on the backbone that it was trained on",
         )
-    set_peft_model_state_dict(model, {**expected, **weights}, adapter_name=name)
+    return expected
 
 
 def adapter_weights(model: Any, name: str) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from rlhf_lightning.functional.logprobs import (
 )
 from rlhf_lightning.models.adapters import REFERENCE, with_adapter
 from rlhf_lightning.models.compiling import uncompiled
+from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
@@ -443,15 +444,16 @@ def load_policy(
         model = load_hf_model(source, AutoModelForCausalLM, settings)
     else:
         model = load_weights(name, AutoModelForCausalLM, settings)
-    prepare_for_training(model, settings)
-    if lora is not None:
-        model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
-    refuse_nonfinite_weights(model, init_from)
-    policy = CausalLM(model, value_head, source)
-    if settings.self_check:
-        from rlhf_lightning.models.self_check import check_class  # it forwards a CausalLM
+    with reading(init_from):
+        prepare_for_training(model, settings)
+        if lora is not None:
+            model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
+        refuse_nonfinite_weights(model, init_from)
+        policy = CausalLM(model, value_head, source)
+        if settings.self_check:
+            from rlhf_lightning.models.self_check import check_class  # it forwards a CausalLM
 
-        check_class(policy, lora)
+            check_class(policy, lora)
     return policy
 
 
@@ -463,7 +465,10 @@ def refuse_reward_model(name: str) -> None:
     """
     refuse_reward_adapter(name)
     if not is_adapter(name) and (Path(name) / "config.json").is_file():
-        kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
+        with reading(name):
+            kinds = [
+                str(kind) for kind in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
+            ]
         if any("SequenceClassification" in kind for kind in kinds):
             raise ModelError(
                 "reward-model",

@@ -13,6 +13,9 @@ import json
 import os
 import re
 import shutil
+import struct
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -44,8 +47,18 @@ from rlhf_lightning.models.adapters import (
     load_into_adapter,
     read_adapter,
     recomputation_contexts,
+    refuse_other_adapter,
 )
-from rlhf_lightning.models.folders import SAFETENSORS, explained, require_safetensors, trusts
+from rlhf_lightning.models.folders import (
+    SAFETENSORS,
+    check_folder,
+    explained,
+    read_json,
+    reading,
+    require_safetensors,
+    trusts,
+    weight_files,
+)
 from rlhf_lightning.models.low_rank import use_low_rank_products
 from rlhf_lightning.models.quantization import Quantization, leave_the_file, quantization_config, use_one_arithmetic
 from rlhf_lightning.models.scalar_head import initialise_head, text_config
@@ -184,6 +197,7 @@ def resolve_folder(name: str) -> str:
         exports = [*path.glob("model/"), *path.glob("version_*/model/")]
         if exports and not (path / "config.json").is_file() and not is_adapter(str(path)):
             raise MissingError("no-model", f"{name} is a run; its model is {max(exports, key=_version)}")
+        check_folder(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~", "runs/")) or name.count("/") != 1:
         if name.count("/") == 0 and not name.startswith((".", "~")):
@@ -231,8 +245,10 @@ def converted_gguf(path: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    refuse_odd_gguf(path)
+    with reading(str(path), "file"):
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     # The weights are dequantised now; what remains of the quantisation would make save_pretrained refuse them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -246,6 +262,19 @@ def converted_gguf(path: Path) -> Path:
     return folder
 
 
+def refuse_odd_gguf(path: Path) -> None:
+    """Refuse a .gguf file whose header counts more entries than the file has bytes.
+
+    Raises:
+        ModelError: ``unreadable-model``.
+    """
+    with path.open("rb") as file:
+        header, size = file.read(24), path.stat().st_size
+    counts = struct.unpack("<QQ", header[8:]) if len(header) == 24 else (size, size)
+    if header[:4] != b"GGUF" or max(counts) > size // 8:
+        raise ModelError("unreadable-model", f"{path} is truncated or not a .gguf file; download it again")
+
+
 def is_adapter(name: str) -> bool:
     """Whether a folder holds an adapter rather than whole weights."""
     return (Path(name) / "adapter_config.json").is_file()
@@ -256,10 +285,10 @@ def fingerprint(folder: str) -> str | None:
 
     Reads a few kilobytes whatever the model's size. None for names that are not local folders of safetensors.
     """
-    digest, files = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
+    digest, files = hashlib.sha256(), weight_files(Path(folder)) if Path(folder).is_dir() else []
     if not files:
         return None
-    with contextlib.ExitStack() as stack:
+    with reading(folder), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         # Over all files at once: the same weights may be stored in other shards.
         tensors = [(name, file) for file in opened for name in file.keys()]  # noqa: SIM118
@@ -283,7 +312,7 @@ def content_hash(name: str) -> str | None:
         if not isinstance(config, str):
             return None
         folder = Path(config).parent
-    files = sorted(folder.glob(SAFETENSORS))
+    files = weight_files(folder)
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -305,7 +334,8 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
     try:
         if kind is AutoModelForCausalLM:
             _refuse_encoder_decoder(name, trusted)
-        model = _load_hf_model(name, kind, settings, options)
+        with reading(name):
+            model = _load_hf_model(name, kind, settings, options)
         if kind is AutoModelForSequenceClassification and not isinstance(getattr(model, "score", None), nn.Module):
             raise ModelError(
                 "no-score-head",
@@ -313,15 +343,16 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
                 "encoder); start a reward model from a causal language model",
             )
         return model
-    except ValueError as error:
-        if "Unrecognized configuration class" in str(error):
+    except (ModelError, ValueError) as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        if "Unrecognized configuration class" in str(cause):
             raise ModelError(
                 "unsupported-class",
                 f"{name}: transformers has no {kind.__name__.removeprefix('AutoModelFor')} class for a "
                 f"{AutoConfig.from_pretrained(name, trust_remote_code=trusted).model_type} model; name a model of "
                 "another family",
             ) from error
-        refusal = explained(name, error)
+        refusal = explained(name, cause)
         if refusal is None:
             raise
         raise ModelError("custom-code", refusal) from error
@@ -329,7 +360,8 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
 
 def _refuse_encoder_decoder(name: str, trusted: bool) -> None:
     """Refuse a model whose completions are decoded from an encoder's states: only half of it would be loaded."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+    with reading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             "encoder-decoder",
@@ -413,7 +445,83 @@ def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
 def backbone_record(folder: str | Path) -> dict[str, Any]:
     """Return what a stage's folder says of the backbone it was trained from; nothing where it says nothing."""
     record = Path(folder) / BACKBONE_FILE
-    return json.loads(record.read_text()) if record.is_file() else {}
+    found = read_json(record) if record.is_file() else {}
+    for key in ("source", "fingerprint", "quantization"):
+        if not isinstance(found.get(key), str | None):
+            raise ModelError(
+                "unreadable-model", f"{record} has the {key} {found[key]!r}, which is not a text; copy it again"
+            )
+    return found
+
+
+def adapter_settings(folder: str | Path) -> dict[str, Any]:
+    """Return what adapter_config.json says, checked for what this package reads.
+
+    Raises:
+        ModelError: ``unreadable-model``, or ``unsupported-adapter``: it is not a LoRA adapter.
+    """
+    file = Path(folder) / "adapter_config.json"
+    found = read_json(file)
+    if found.get("peft_type") != "LORA":
+        raise ModelError(
+            "unsupported-adapter",
+            f"{file} has the peft_type {found.get('peft_type')!r}: only LORA adapters can be used; merge it into its "
+            "backbone with peft (merge_and_unload), and name the merged folder",
+        )
+    base = found.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            "unreadable-model",
+            f"{file} has the base_model_name_or_path {base!r}: write the backbone's folder or Hub id",
+        )
+    return found
+
+
+def refuse_slow_patterns(folder: str, model: nn.Module) -> None:
+    """Refuse an adapter whose patterns of layer names are invalid, or take seconds to match.
+
+    Python cannot interrupt a match everywhere, so a process of its own tries them.
+
+    Raises:
+        ModelError: ``hostile-pattern``.
+    """
+    with reading(folder, "adapter"):
+        patterns = _patterns(adapter_settings(folder))
+    if not any(set(one) & set("*+{(|[") for one in patterns):
+        return
+    try:
+        names = [name for name, _ in model.named_modules()]
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", MATCHING], input=json.dumps([patterns, names]), text=True, capture_output=True,
+            timeout=PATTERN_SECONDS, check=False,
+        )  # fmt: skip
+        reason = "is not a regular expression" if done.returncode else None
+    except subprocess.TimeoutExpired:
+        reason = f"takes more than {PATTERN_SECONDS} s to match"
+    if reason:
+        raise ModelError(
+            "hostile-pattern",
+            f"{folder}/adapter_config.json: a pattern of layers ({', '.join(patterns)[:200]}) {reason}; list "
+            "the names of the layers in target_modules",
+        )
+
+
+def _patterns(found: Mapping[str, Any]) -> list[str]:
+    """Return the regular expressions that peft makes of an adapter's settings."""
+    patterns = [value for key in ("target_modules", "exclude_modules") if isinstance(value := found.get(key), str)]
+    patterns = [one for one in patterns if one != "all-linear"]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += [rf"(.*\.)?({one})$" for one in found.get(key) or {}]
+    kept = [*(found.get("modules_to_save") or []), *(found.get("layers_pattern") or [])]
+    patterns += [rf"(^|.*\.){one}($|\..*)" for one in kept if isinstance(one, str)]
+    return patterns
+
+
+MATCHING = (
+    "import json, re, sys\npatterns, names = json.load(sys.stdin)\n"
+    "for pattern in patterns:\n for name in names:\n  re.fullmatch(pattern, name)\n"
+)
+PATTERN_SECONDS = 5
 
 
 def load_base_of_adapter(folder: str, base: str | None = None) -> str:
@@ -424,7 +532,7 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
         ModelError: the backbone's weights are not those the adapter was trained on.
     """
     require_safetensors(folder)
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    config = adapter_settings(folder)
     name = resolve_folder(base or config["base_model_name_or_path"])
     expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
     if expected and found and expected != found:
@@ -443,7 +551,7 @@ def refuse_reward_adapter(name: str) -> None:
     Raises:
         ModelError: ``name`` is the folder of such an adapter.
     """
-    if is_adapter(name) and PeftConfig.from_pretrained(name).task_type == "SEQ_CLS":
+    if is_adapter(name) and adapter_settings(name).get("task_type") == "SEQ_CLS":
         raise ModelError(
             "reward-model",
             f"the adapter in {name} is a reward model's: it scores completions and cannot generate "
@@ -480,18 +588,27 @@ def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes:
         refuse_other_quantization(name, settings.quantization)
     whole = settings if settings.quantization else replace(settings, dtype="float32")
     model = load_hf_model(load_base_of_adapter(name), kind, whole, **config_changes)
+    refuse_slow_patterns(name, model)
+    with reading(name, "adapter"):
+        model = _merged(name, kind, model, settings)
+    facts = backbone_record(name)
+    if SCORE_BIAS in facts:
+        setattr(model.config, SCORE_BIAS, facts[SCORE_BIAS])
+    return model
+
+
+def _merged(name: str, kind: Any, model: Any, settings: LoadSettings) -> Any:
+    """Put an adapter on its backbone, and merge it unless the backbone is quantized."""
     config = PeftConfig.from_pretrained(name)
     if kind is not AutoModelForCausalLM and config.task_type == "CAUSAL_LM":
         config.task_type = None  # a policy's adapter fits the trunk, but peft would look for an LM head
     if settings.quantization is None:
         untie_adapted(model, name)
     model = PeftModel.from_pretrained(model, name, config=config)
+    refuse_other_adapter(model, "default", read_adapter(name).weights)
     if settings.quantization is None:
         model = model.merge_and_unload().to(settings.torch_dtype)
         model.requires_grad_(True)  # peft has frozen the backbone, and merging leaves it so
-    facts = backbone_record(name)
-    if SCORE_BIAS in facts:
-        setattr(model.config, SCORE_BIAS, facts[SCORE_BIAS])
     return model
 
 
@@ -552,10 +669,18 @@ def _returns_tensor(layer: nn.Linear) -> bool:
 
 def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
     """Wrap a model with the adapter of a folder, to be trained on; a policy's may become a reward model's."""
+    adapter_settings(start_from)
+    refuse_slow_patterns(start_from, model)
+    with reading(start_from, "adapter"):
+        return _continued(model, lora, task_type, start_from)
+
+
+def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
     start = read_adapter(start_from)
     start.config.lora_dropout = lora.dropout
     if task_type == start.config.task_type:
         model = PeftModel.from_pretrained(model, start_from, is_trainable=True, config=copy.deepcopy(start.config))
+        refuse_other_adapter(model, "default", start.weights)
     else:
         start.config.task_type, start.config.modules_to_save = task_type, ["score"]
         start.config.inference_mode = False
@@ -627,7 +752,8 @@ def classifier_labels(folder: str | Path) -> tuple[str, ...]:
     """Return the labels of a folder or hub id whose config names a sequence classifier; empty for other models."""
     if is_adapter(str(folder)):
         return ()
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with reading(str(folder)):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     if not any("SequenceClassification" in kind for kind in config.architectures or ()):
         return ()
     return tuple(str(config.id2label[place]) for place in range(config.num_labels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from rlhf_lightning.compat import memory_format_encoding
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, RlhfError, SettingError
 from rlhf_lightning.loading import import_path
-from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY
+from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY, COUNTERS
 
 SHARDED_META = "meta.pt"
 """The file of a sharded checkpoint's folder that holds everything but tensors."""
@@ -40,6 +41,88 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise DataError(
             "unreadable-checkpoint", f"{path} cannot be read as a checkpoint of plain tensors and settings: {reason}"
         ) from error
+
+
+WHOLE: dict[str, type | tuple[type, ...]] = {
+    "state_dict": dict, "hyper_parameters": dict, "progress": dict, "started_from": dict, "trained": list,
+    "random": list, "skipped_in_a_row": int,
+}  # fmt: skip
+"""What every checkpoint of an AlignmentModule holds."""
+RESUMABLE: dict[str, type | tuple[type, ...]] = {
+    "loops": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "epoch": int, "global_step": int,
+    "pytorch-lightning_version": str,
+}  # fmt: skip
+"""What a run needs besides to continue."""
+
+
+def check_contents(path: Path, resumes: bool) -> None:
+    """Refuse a checkpoint that lacks a part, or holds a part of another kind.
+
+    Raises:
+        DataError: ``incomplete-checkpoint``.
+    """
+    state: Any = read_checkpoint(path)
+    wrong = None if isinstance(state, Mapping) else f"it is a {type(state).__name__}"
+    for key, kind in (
+        {**WHOLE, **(RESUMABLE if resumes else {})} if wrong is None and not path.is_dir() else {}
+    ).items():
+        if key not in state:
+            wrong = wrong or f"{key} is missing"
+        elif not isinstance(state[key], kind) or isinstance(state[key], bool):
+            wrong = wrong or f"{key} is a {type(state[key]).__name__}"
+    if wrong is None and not path.is_dir():
+        wrong = next(_wrong_parts(state, resumes), None)
+    if wrong is not None:
+        raise DataError(
+            "incomplete-checkpoint",
+            f"{path} is not a whole checkpoint of `rlhf fit` ({wrong}); use another checkpoint of the run",
+        )
+
+
+def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
+    if not all(isinstance(value, Tensor) for value in state["state_dict"].values()):
+        yield "state_dict holds more than tensors"
+    for name in COUNTERS:
+        count = state["progress"].get(name)
+        if not isinstance(count, int) or count < 0:
+            yield f"progress has {name} {count!r}"
+    if not {"backbone", "adapter", "quantization"} <= set(state["started_from"]):
+        yield "started_from lacks fingerprints"
+    if not all(isinstance(name, str) for name in (*state["trained"], *(state.get("trainable") or []))):
+        yield "trained is not a list of names"
+    if not isinstance(state.get("asked"), Mapping | None):
+        yield "asked is not a mapping"
+    if not resumes:
+        return
+    if not state["random"] or not all(isinstance(one, Mapping) for one in state["random"]):
+        yield "random holds no random states"
+    if not all(isinstance(one, Mapping) for one in state["callbacks"].values()):
+        yield "a callback's state is not a mapping"
+    optimizers = state["optimizer_states"]
+    if len(optimizers) != 1 or not isinstance(optimizers[0], Mapping) or not optimizers[0].get("param_groups"):
+        yield "optimizer_states holds no state of one optimizer"
+    loop = state["loops"].get("fit_loop")
+    if not isinstance(loop, Mapping) or not {"epoch_loop.batch_progress", "epoch_progress"} <= set(loop):
+        yield "loops lacks the position of training"
+
+
+RESTORING = ("checkpoint_connector.py", "checkpoint_state.py", "checkpoint_metadata.py")
+"""Files whose frames in a traceback show that a checkpoint was being restored."""
+
+
+def restoring_failed(error: Exception, path: Path) -> DataError | None:
+    """Return the error for a checkpoint whose parts do not fit the run; None if something else failed."""
+    if isinstance(error, RlhfError | MemoryError | OSError):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.filename.endswith(RESTORING) for frame in frames):
+        return None
+    reason = next(iter(str(error).strip().splitlines()), "")[:300]
+    return DataError(
+        "incomplete-checkpoint",
+        f"{path} does not fit this run ({type(error).__name__}: {reason}); use another checkpoint of the run, or start "
+        "a new run from its exported model (model.init_from)",
+    )
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
@@ -76,7 +159,8 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
             f"{path} is a folder of shards, which only ModelParallelStrategy can load: resume with it "
             "(recipe:hardware/fsdp), or write the weights as a model folder with `rlhf export`"
         )
-    written_sharded = read_checkpoint(path).get("sharded", False)
+    state: Any = read_checkpoint(path)
+    written_sharded = isinstance(state, Mapping) and bool(state.get("sharded", False))
     return f"{path}: {ANOTHER_STRATEGY}" if sharded and resumes and not written_sharded else None
 
 
@@ -95,7 +179,10 @@ def is_same_class(written: str, asked: str) -> bool:
 
 def checkpoint_hparams(path: Path) -> dict[str, Any]:
     """Return the hyper-parameters in a checkpoint, with their class under ``_class_path``."""
-    hparams = dict(read_checkpoint(path).get("hyper_parameters", {}))
+    state: Any = read_checkpoint(path)
+    if not isinstance(state, Mapping) or not isinstance(state.get("hyper_parameters", {}), Mapping):
+        raise DataError("incomplete-checkpoint", f"{path} is not a checkpoint of `rlhf fit`; give another file")
+    hparams = dict(state.get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
     hparams.pop("trust_remote_code", None)  # the user decides each time which code may be run
     return hparams

@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +47,7 @@ class RunManifest(Callback):
         if not folder.writes:
             return
         self.path = path = folder.manifest
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        earlier = earlier_record(path)
         self.record = {
             "subcommand": earlier.get("subcommand", trainer.state.fn.value if trainer.state.fn else stage),
             "model": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
@@ -92,13 +93,29 @@ class RunManifest(Callback):
             self._end(pl_module, f"{type(exception).__name__}: {exception}"[:500])
 
     def _end(self, module: LightningModule, status: str) -> None:
-        if self.path is not None:
+        if self.path is not None and self.record:
             self.record["sessions"][-1].update(status=status, ended=now(), updates=updates_of(module))
             self._write()
 
     def _write(self) -> None:
         assert self.path is not None
         write_text(self.path, json.dumps(self.record, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def earlier_record(path: Path) -> dict[str, Any]:
+    """Return the manifest that a resumed run continues; a damaged one is renamed, since it must not block the run."""
+    if not path.exists() and not path.is_symlink():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError, OSError):
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("sessions", []), list):
+        return found
+    aside = path.with_name(f"damaged.{time.time_ns()}.{path.name}")
+    path.rename(aside)
+    print(f"{path} was damaged: it is kept as {aside.name}, and a new one is begun", flush=True)
+    return {}
 
 
 def now() -> str:

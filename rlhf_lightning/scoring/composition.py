@@ -41,6 +41,11 @@ class ScorerGroup(Scorer):
             raise SettingError("no-scorers", f"{type(self).__name__} needs at least one scorer; name one")
         self.scorers = {str(name): load_scorer(spec) for name, spec in named.items()}
 
+    def weights_hash(self) -> str | None:
+        """Identify the weights of all members that have any."""
+        found = {name: one for name, scorer in self.scorers.items() if (one := scorer.weights_hash()) is not None}
+        return str(sorted(found.items())) if found else None
+
     def member_judgements(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[dict[str, Judgement]]:

@@ -18,6 +18,7 @@ from rlhf_lightning.models.folders import require_safetensors
 from rlhf_lightning.models.loading import (
     LoadSettings,
     classifier_labels,
+    content_hash,
     is_adapter,
     refuse_nonfinite_weights,
     resolve_folder,
@@ -55,6 +56,10 @@ class EncoderScorer(Scorer):
         self.score_index = label_index(self.folder, self.output_names, label, own=False)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self._measured, self._device = Measured("score_too_long"), torch.device("cpu")
+
+    def weights_hash(self) -> str | None:
+        """Return the hash of the reward model's weights, to notice on resume that they have changed."""
+        return content_hash(self.folder)
 
     @cached_property
     def model(self) -> nn.Module:

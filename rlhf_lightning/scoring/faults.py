@@ -24,6 +24,7 @@ from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
 from rlhf_lightning.types import Judgement, Prompt, Rollout
+from rlhf_lightning.working_directory import Carried
 
 START_SECONDS = 120.0
 """Time limit of a process for importing the scorer."""
@@ -257,7 +258,7 @@ class Worker:
     def __init__(self, scorer: Any) -> None:
         context: Any = multiprocessing.get_context(start_method())
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, scorer), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, Carried(scorer)), daemon=True)
         try:
             self.process.start()
         except (AttributeError, TypeError, ValueError, OSError) as error:

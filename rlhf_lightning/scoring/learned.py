@@ -28,6 +28,7 @@ from rlhf_lightning.models.loading import (
     LoadSettings,
     backbone_record,
     classifier_labels,
+    content_hash,
     output_names,
     resolve_folder,
 )
@@ -71,6 +72,10 @@ class LearnedScorer(Scorer):
         self.prompt_form, own = record.get(PROMPT_FORM), bool(record)
         self.score_index = label_index(self.folder, self.output_names, label, own)
         self._model: ScalarModel | None = None
+
+    def weights_hash(self) -> str | None:
+        """Return the hash of the reward model's weights, to notice on resume that they have changed."""
+        return content_hash(self.folder)
 
     @property
     def model(self) -> ScalarModel:

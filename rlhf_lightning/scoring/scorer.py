@@ -107,6 +107,10 @@ class Scorer:
         """Move the scorer to ``device``."""
         return self
 
+    def weights_hash(self) -> str | None:
+        """Return the hash of the weights that scores come from; None if there are none on this machine."""
+        return None
+
     def take_metrics(self) -> dict[str, Tensor]:
         """Return metrics since the last call, one value per scored completion; NaN values do not count.
 

@@ -48,14 +48,16 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library raises anything over a damaged file
+        if isinstance(error, MemoryError):
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(
                 "custom-code",
                 f"the tokenizer {str(name_or_folder)!r} needs its own Python code; if you trust it, "
                 f"allow it with --model.trust_remote_code {name_or_folder}",
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "couldn't connect" in reason or "offline mode" in reason:
             raise MissingError(
                 "hub-unreachable",

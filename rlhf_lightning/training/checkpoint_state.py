@@ -104,8 +104,16 @@ def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
     module.resumed_random = checkpoint["random"]
     module.trainable_before = set(checkpoint.get("trainable", ()))
     module.asked_before = checkpoint.get("asked")
+    started_from = checkpoint["started_from"]
     if module.lora is not None or module.reference is not None:
-        _check_backbone(module, checkpoint["started_from"])
+        _check_backbone(module, started_from)
+    if "scorer" in started_from and started_from["scorer"] != module.fingerprints["scorer"]:
+        raise StateError(
+            "another-scorer",
+            "the checkpoint was trained on scores of another reward model than the one in model.scorer now, or its "
+            "weights have changed: resume with the same weights, or start a new run from the exported model "
+            "(model.init_from)",
+        )
     if module.reference is not None and "reference" in checkpoint:
         module.reference.restore(checkpoint["reference"])
 

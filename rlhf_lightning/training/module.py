@@ -427,8 +427,8 @@ class AlignmentModule(LightningModule):
                 f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons with "
                 "the reference say nothing: `rlhf validate RUN` takes a run's checkpoint and the reference of training."
             )
+        self.refuse_nonfinite_weights()  # first: the self-check would only say that forwards disagree
         self.place_frozen_models()
-        self.refuse_nonfinite_weights()
 
     on_test_start = on_validation_start
 
@@ -837,6 +837,7 @@ class AlignmentModule(LightningModule):
             "backbone": fingerprint(self.backbone_source()),
             "adapter": fingerprint(name) if is_adapter(name) else None,
             "quantization": self.load_settings.quantization,
+            "scorer": self.scorer.weights_hash() if isinstance(self.scorer, Scorer) else None,
         }
 
 

@@ -1,0 +1,149 @@
+"""Damaged, odd and hostile files of models and adapters: one sentence with a code, before a library reads them."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refused
+from safetensors.torch import save_file
+from torch import nn
+
+from rlhf_lightning.loading import refuse_large_yaml
+from rlhf_lightning.models.folders import INDEX, check_folder, read_json, reading, weight_files
+from rlhf_lightning.models.loading import (
+    adapter_settings,
+    backbone_record,
+    content_hash,
+    fingerprint,
+    refuse_odd_gguf,
+    refuse_slow_patterns,
+)
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "model", "target_modules": ["q_proj"]}
+
+
+def write(file: Path, content: Any) -> Path:
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    "name", ["other.bin", "../out.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "gone.safetensors", 7, None]
+)
+def test_an_index_names_safetensors_of_its_folder(name: Any, tmp_path: Path) -> None:
+    (tmp_path / "other.bin").touch()
+    write(tmp_path / INDEX, {"weight_map": {"a": name}})
+    with refused("unreadable-model", INDEX):
+        check_folder(tmp_path)
+
+
+def test_what_is_loaded_is_hashed(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4)}, tmp_path / "shard.safetensors")
+    write(tmp_path / INDEX, {"weight_map": {"a": "shard.safetensors"}})
+    before = fingerprint(str(tmp_path)), content_hash(str(tmp_path))
+    save_file({"a": torch.zeros(4)}, tmp_path / "decoy.safetensors")
+    assert (fingerprint(str(tmp_path)), content_hash(str(tmp_path))) == before
+    save_file({"a": torch.zeros(4)}, tmp_path / "shard.safetensors")
+    assert fingerprint(str(tmp_path)) != before[0] and content_hash(str(tmp_path)) != before[1]
+    assert weight_files(tmp_path) == [tmp_path / "shard.safetensors"]
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", {"": "owner/kernel"}, "paged|owner/kernel"])
+def test_a_config_chooses_no_kernel(key: str, value: Any, tmp_path: Path) -> None:
+    for config in ({key: value}, {"text_config": {key: value}}):
+        write(tmp_path / "config.json", config)
+        with refused("foreign-kernel", key):
+            check_folder(tmp_path)
+    write(tmp_path / "config.json", {key: "sdpa"})
+    check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**9), ("vocab_size", 10**12), ("x", 10**30)])
+def test_counts_that_no_model_has(key: str, value: int, tmp_path: Path) -> None:
+    write(tmp_path / "config.json", {key: value})
+    with refused("model-too-large", key):
+        check_folder(tmp_path)
+
+
+def test_a_tokenizer_that_multiplies(tmp_path: Path) -> None:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 8
+    write(tmp_path / "tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": steps}})
+    with refused("hostile-tokenizer"):
+        check_folder(tmp_path)
+    write(tmp_path / "tokenizer.json", {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}})
+    check_folder(tmp_path)
+
+
+def test_a_pipe_in_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with refused("not-a-file", "pipe"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "<html>", "[" * 100_000, "7", "\x00"])
+def test_json_that_is_no_object_names_its_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with refused("unreadable-model", "config.json"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "PROMPT_TUNING"},
+        {"peft_type": None},
+        {"base_model_name_or_path": None},
+        {"base_model_name_or_path": []},
+    ],
+)
+def test_odd_adapter_configs(change: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "adapter_config.json", {**ADAPTER, **change})
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        adapter_settings(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"target_modules": "(a|a)*$"}, {"target_modules": "("}])
+def test_patterns_that_hang(change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.models.loading.PATTERN_SECONDS", 1)
+    write(tmp_path / "adapter_config.json", {**ADAPTER, **change})
+    model = nn.ModuleDict({"a" * 40 + "c": nn.Linear(1, 1)})
+    with refused("hostile-pattern"):
+        refuse_slow_patterns(str(tmp_path), model)
+    write(tmp_path / "adapter_config.json", {**ADAPTER, "target_modules": r".*\.(q|v)_proj"})
+    refuse_slow_patterns(str(tmp_path), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("record", [[], 7, {"fingerprint": 7}, {"source": ["x"]}])
+def test_odd_backbone_records(record: Any, tmp_path: Path) -> None:
+    write(tmp_path / "backbone.json", record)
+    with refused("unreadable-model", "backbone.json"):
+        backbone_record(tmp_path)
+
+
+def test_a_gguf_with_a_huge_count(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**40, 2**40))
+    with refused("unreadable-model", "gguf"):
+        refuse_odd_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("size mismatch"), ValueError("x")])
+def test_errors_of_libraries_become_one_sentence(error: Exception, tmp_path: Path) -> None:
+    with refused("unreadable-model", type(error).__name__), reading(str(tmp_path)):
+        raise error
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a [*a]", "[" * 9000, "- " * 5000 + "a", "? " * 5000 + "a", "k" * 2_000_000]
+)
+def test_yaml_bombs(text: str) -> None:
+    with refused("yaml-too-large"):
+        refuse_large_yaml(text)
+    refuse_large_yaml("a: &x {b: [1, 2]}\nc: *x")
