@@ -7,6 +7,7 @@ So only modules that the user named are looked for there, and what such modules 
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -56,12 +57,12 @@ FINDER = WorkingDirectory()
 
 def _importing_package() -> str:
     """Return the top-level name of the module whose code asks for an import."""
-    frame = sys._getframe(2)
+    frame = inspect.currentframe()
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
         if not module.startswith(("importlib", "_frozen_importlib")) and module != __name__:
             return module.partition(".")[0]
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 

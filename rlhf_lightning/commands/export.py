@@ -112,7 +112,7 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     """
     import rlhf_lightning.modules  # noqa: F401
     from rlhf_lightning.loading import load_class
-    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, check_contents, read_checkpoint, restoring_failed
+    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, check_contents, read_checkpoint, refuse_misfit
     from rlhf_lightning.training.module import AlignmentModule
 
     state: Any = read_checkpoint(checkpoint)
@@ -136,7 +136,8 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     try:
         return _restored(state, checkpoint, without_code(settings, own or PACKAGE))
     except Exception as error:
-        raise (restoring_failed(error, checkpoint) or error) from error
+        refuse_misfit(error, checkpoint)
+        raise
 
 
 def _restored(state: dict[str, Any], checkpoint: Path, settings: dict[str, Any]) -> "AlignmentModule":

@@ -65,8 +65,8 @@ from rlhf_lightning.runs.checkpoint_metadata import (
     is_same_class,
     merged,
     own_code,
+    refuse_misfit,
     refused_checkpoint,
-    restoring_failed,
 )
 from rlhf_lightning.runs.loggers import PLACES, logger_arguments
 from rlhf_lightning.runs.run import (
@@ -525,10 +525,9 @@ class RlhfCLI(LightningCLI):
             try:
                 super()._run_subcommand(subcommand)
             except Exception as error:
-                refusal = None if checkpoint is None else restoring_failed(error, checkpoint)
-                if refusal is None:
-                    raise
-                raise refusal from error
+                if checkpoint is not None:
+                    refuse_misfit(error, checkpoint)
+                raise
         self.unlock()
 
     @contextlib.contextmanager

@@ -110,19 +110,23 @@ RESTORING = ("checkpoint_connector.py", "checkpoint_state.py", "checkpoint_metad
 """Files whose frames in a traceback show that a checkpoint was being restored."""
 
 
-def restoring_failed(error: Exception, path: Path) -> DataError | None:
-    """Return the error for a checkpoint whose parts do not fit the run; None if something else failed."""
+def refuse_misfit(error: Exception, path: Path) -> None:
+    """Raise one sentence for a checkpoint whose parts did not fit the run; return if something else failed.
+
+    Raises:
+        DataError: ``incomplete-checkpoint``.
+    """
     if isinstance(error, RlhfError | MemoryError | OSError):
-        return None
+        return
     frames = traceback.extract_tb(error.__traceback__)
     if not any(frame.filename.endswith(RESTORING) for frame in frames):
-        return None
+        return
     reason = next(iter(str(error).strip().splitlines()), "")[:300]
-    return DataError(
+    raise DataError(
         "incomplete-checkpoint",
         f"{path} does not fit this run ({type(error).__name__}: {reason}); use another checkpoint of the run, or start "
         "a new run from its exported model (model.init_from)",
-    )
+    ) from error
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
