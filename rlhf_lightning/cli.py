@@ -49,6 +49,9 @@ TOOL_COMMANDS = {
     "sweep": Command("rlhf_lightning.commands.sweep", "train a grid of settings over seeds, as a folder of runs"),
     "compare": Command("rlhf_lightning.commands.compare", "compare runs over seeds: curves, tests, a report"),
     "evaluate": Command("rlhf_lightning.commands.evaluate", "compare policies on held-out prompts, with intervals"),
+    "evaluate-reward": Command(
+        "rlhf_lightning.commands.evaluate_reward", "test reward models on pairs, with intervals and baselines"
+    ),
     "critique": Command(
         "rlhf_lightning.constitution.critique", "sample, critique and revise completions under a constitution"
     ),

@@ -1,0 +1,192 @@
+"""``rlhf evaluate-reward``: reward models on labelled pairs, beside baselines that see no quality."""
+
+# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import SettingError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.evaluation.report import Section
+
+SHOWN_PAIRS = 100
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf evaluate-reward``."""
+    return run_function(evaluate_reward, argv, "rlhf evaluate-reward", positional=["models"])
+
+
+def evaluate_reward(
+    models: Sequence[str],
+    pairs: str,
+    reference: str | None = None,
+    beta: float = 0.1,
+    subset: str | None = None,
+    out: str = "reward_evaluation",
+    seed: int = 0,
+) -> int:
+    """Test reward models on pairs with known winners, beside baselines that see no quality.
+
+    Reports accuracy by subset with Wilson intervals, paired tests against the first model, lists of which the best
+    completion must win, calibration, margins and the correlation with length. Baselines are the longer completion, the
+    completion that the file shows first, the model without its prompt, and a bag of words. A model that is
+    no better than a baseline may have learned no more than that. Writes report.json, report.md, reliability.png and
+    report.html.
+
+    Args:
+        models: folders of reward models, or import paths of scorers. With --reference, folders of policies: their
+            DPO-implicit reward is tested.
+        pairs: file of preferences or ranked lists in any form that training reads.
+        reference: the reference of the policies, for the implicit reward beta log(policy / reference).
+        beta: coefficient of the implicit reward; it matters to calibration only.
+        subset: column that names the subset of a row.
+        out: folder of the report.
+        seed: seed of resampling and folds.
+    """
+    import numpy as np
+
+    from rlhf_lightning.commands.quiet import silence_libraries
+    from rlhf_lightning.evaluation import reward_models as room
+    from rlhf_lightning.evaluation.html import embedded, write_page
+    from rlhf_lightning.evaluation.report import write_json, write_markdown
+
+    if beta <= 0:
+        raise SettingError("setting-out-of-range", f"beta is {beta}: it must be positive")
+    silence_libraries()
+    read, lists = room.read_pairs(pairs, subset)
+    decided = [pair for pair in read if not pair.tied]
+    rows = [pair.row for pair in decided]
+    gaps, blind, tied = {}, {}, {}
+    kept = SamplingArguments().load(reference)[0] if reference else None
+    for name in dict.fromkeys(models):
+        score = _score(name, kept, beta)
+        gaps[name] = room.margins(score, decided)
+        blind[f"{name}, prompt-blind"] = room.margins(score, decided, prompt_blind=True)
+        tied[name] = room.margins(score, [pair for pair in read if pair.tied])
+    baselines = {
+        "longer completion": room.length_margins(decided), "bag of words": room.bag_of_words_margins(decided, seed),
+        **blind,
+    }  # fmt: skip
+    positions = np.array([pair.position for pair in decided])
+    if not np.isnan(positions).all():
+        baselines["first in the file"] = positions
+    subsets = dict.fromkeys(pair.subset for pair in decided)
+    first = next(iter(gaps))
+    report: dict[str, Any] = {
+        "pairs": pairs, "decided": len(decided), "tied": len(read) - len(decided),
+        "models": {
+            name: {
+                **room.accuracy(found, rows, seed), **room.quality(found, decided),
+                "subsets": {one: _of_subset(found, decided, one, seed) for one in subsets},
+                "lists": room.best_of_lists(found, decided, lists),
+                "margin_on_ties": float(abs(tied[name]).mean()) if len(tied[name]) else None,
+            }
+            for name, found in gaps.items()
+        },
+        "baselines": {name: room.accuracy(found, rows, seed) for name, found in baselines.items()},
+        "against_first": {name: room.compared(gaps[first], found, rows, seed)
+                          for name, found in {**gaps, **baselines}.items() if name != first},
+    }  # fmt: skip
+    folder, title = Path(out), "Evaluation of reward models"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = draw_reliability(report["models"], folder / "reliability.png")
+    sections = sections_of(report, first)
+    text = "\n\n".join(section.markdown() for section in sections)
+    write_json(folder / "report.json", report)
+    write_markdown(folder / "report.md", f"# {title}\n\n{text}\n\n![reliability]({picture.name})\n")
+    notes = [f"{len(decided)} pairs with a winner and {len(read) - len(decided)} ties from {pairs}."]
+    worst = sorted(range(len(decided)), key=lambda place: gaps[first][place])[:SHOWN_PAIRS]
+    items = [{"pair": decided[place], "prompt": _prompt_text(decided[place]),
+              "margins": [(name, float(found[place])) for name, found in gaps.items()]} for place in worst]  # fmt: skip
+    page = write_page(
+        folder / "report.html", "reward.html.jinja", title=title, notes=notes, sections=sections, items=items,
+        picture=embedded(picture),
+    )  # fmt: skip
+    print(f"{text}\n\nreport: {folder / 'report.md'}   page: {page}")
+    return 0
+
+
+def _prompt_text(pair: Any) -> str:
+    from rlhf_lightning.runs.samples import as_text
+
+    return as_text(pair.prompt)
+
+
+def _score(name: str, reference: Any, beta: float) -> Any:
+    """Return the function that scores completions: a scorer's, or a policy's implicit reward."""
+    from rlhf_lightning.evaluation.reward_models import implicit_scores
+    from rlhf_lightning.scoring import load_scorer
+    from rlhf_lightning.scoring.scorer import ask_scorer
+
+    if reference is not None:
+        policy, tokenizer = SamplingArguments().load(name)
+        return implicit_scores(policy, reference, tokenizer, beta)
+    scorer = load_scorer(name)
+
+    def score(prompts: Any, completions: Any) -> list[float]:
+        return ask_scorer(scorer, prompts, completions, {}, f"scorer {name!r}").scores.tolist() if completions else []
+
+    return score
+
+
+def _of_subset(gaps: Any, pairs: Any, subset: str, seed: int) -> dict[str, Any]:
+    from rlhf_lightning.evaluation.reward_models import accuracy
+
+    places = [place for place, pair in enumerate(pairs) if pair.subset == subset]
+    return accuracy(gaps[places], [pairs[place].row for place in places], seed)
+
+
+def sections_of(report: Mapping[str, Any], first: str) -> "list[Section]":
+    """Return the tables: accuracy with baselines, subsets, lists, calibration and paired tests."""
+    from rlhf_lightning.evaluation.report import Section, interval, p_value
+
+    def row(name: str, found: Mapping[str, Any]) -> list[Any]:
+        return [name, found["accuracy"], interval(found["ci"]), found["pairs"], found["equal"], found["missing"]]
+
+    models = report["models"]
+    header = ["model", "accuracy", "95 % interval", "pairs", "equal scores", "no score"]
+    both = [*models.items(), *((f"baseline: {name}", found) for name, found in report["baselines"].items())]
+    sections = [Section("Accuracy", header, [row(name, found) for name, found in both], "Equal scores count a half.")]
+    subsets = [[name, *row(one, found)[:4]] for name, m in models.items() for one, found in m["subsets"].items()]
+    if len(subsets) > len(models):
+        sections.append(Section("Subsets", ["model", "subset", *header[1:4]], subsets))
+    lists = [[name, m["lists"]["accuracy"], interval(m["lists"]["ci"]), m["lists"]["lists"], m["lists"]["chance"]]
+             for name, m in models.items() if m["lists"]]  # fmt: skip
+    if lists:
+        sections.append(Section("Best of k", ["model", "best found", "95 % interval", "lists", "chance"], lists))
+    keys = ["ece", "brier", "log_loss", "margin", "margin_on_ties", "length_correlation"]
+    rows = [[name, *(m[key] for key in keys)] for name, m in models.items()]
+    note = "length_correlation: of the margin with the difference of lengths in characters."
+    sections.append(Section("Calibration, margins and length", ["model", *keys], rows, note))
+    tests = [[name, test["difference"], interval(test["ci"]), p_value(test["p"]), test["test"]]
+             for name, test in report["against_first"].items()]  # fmt: skip
+    note = "Accuracy minus that of the first model on the same pairs; bootstrap interval by row."
+    sections.append(
+        Section(f"Against {first}", ["model or baseline", "difference", "95 % interval", "p", "test"], tests, note)
+    )
+    return sections
+
+
+def draw_reliability(models: Mapping[str, Any], path: Path) -> Path:
+    """Draw accuracy against confidence for each model, and return the path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 4.5), layout="constrained")
+    axis.plot([0.5, 1], [0.5, 1], "--", color="#888888", label="calibrated")
+    for name, found in models.items():
+        axis.plot(*list(zip(*found["reliability"], strict=True))[:2], "o-", label=f"{name}, ECE {found['ece']:.3f}")
+    axis.set_xlabel("confidence, sigmoid of the absolute margin")
+    axis.set_ylabel("accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,222 @@
+"""Reward models judged by pairs with known labels: accuracy, calibration, baselines that see no quality."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.data.canonical import REASONS, RowRefused
+from rlhf_lightning.data.formats import preference_with_ties, read_row
+from rlhf_lightning.data.sources import Source, read_rows
+from rlhf_lightning.errors import DataError, MissingError
+from rlhf_lightning.evaluation.differences import clustered_difference, mcnemar
+from rlhf_lightning.functional.statistics import brier_score, calibration_error, log_loss, wilson_interval
+from rlhf_lightning.types import Prompt
+
+Completion = Any
+Score = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+FOLDS = 5
+
+
+class LabelledPair(NamedTuple):
+    """Two completions of a row."""
+
+    row: int  # number of the row: pairs of a list are not independent
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    subset: str
+    tied: bool  # the label is a tie
+    position: float  # 1 if the file shows chosen first, -1 if second, NaN if its form puts chosen first always
+
+
+def read_pairs(path: str, subset: str | None = None) -> tuple[list[LabelledPair], dict[int, int]]:
+    """Return the pairs of a file of preferences, and the number of completions of each list of more than two.
+
+    Args:
+        path: file of preferences in any form that training reads.
+        subset: column that names a row's subset.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: no row can be used.
+    """
+    if not Path(path).exists():
+        raise MissingError("no-file", f"there is no file {path}")
+    pairs: list[LabelledPair] = []
+    lists: dict[int, int] = {}
+    refused = Counter[str]()
+    for number, raw in enumerate(read_rows(Source(path))):
+        try:
+            row = read_row(raw, preference_with_ties)
+            texts = [_text(completion) for completion in row.completions]
+        except RowRefused as error:
+            refused[error.code] += 1
+            continue
+        assert row.prompt is not None
+        name = "all" if subset is None else str(row.columns.get(subset, "none"))
+        alone = len(texts) == 2
+        if not alone:
+            lists[number] = len(texts)
+        for a in range(len(texts)):
+            for b in range(a + 1, len(texts)):
+                better, worse = (a, b) if row.ranks[a] <= row.ranks[b] else (b, a)
+                if alone and row.target < 0.5:
+                    better, worse = worse, better
+                tied = row.ranks[a] == row.ranks[b] or (alone and row.target == 0.5)
+                pair = LabelledPair(number, row.prompt, texts[better], texts[worse], name, tied, math.nan)
+                pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
+    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
+    if not any(not pair.tied for pair in pairs):
+        raise DataError("no-usable-rows", f"{path} has no pair with a winner ({said or 'it is empty'})")
+    if said:
+        print(f"{path}: left out {said}", file=sys.stderr)
+    return pairs, lists
+
+
+def _position(raw: Any, pair: LabelledPair, earlier: bool) -> float:
+    if "completion_1" in raw:
+        return 1.0 if raw["completion_1"] == pair.chosen else -1.0
+    return (1.0 if earlier else -1.0) if "ranks" in raw else math.nan
+
+
+def _text(completion: Completion) -> str:
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
+        raise RowRefused("a completion has several turns")
+    return str(completion[0]["content"])
+
+
+def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) -> Score:
+    r"""Return the reward that DPO implies, \beta \log \pi(y|x) / \pi_{ref}(y|x) (arXiv 2305.18290)."""
+    from rlhf_lightning.evaluation.policies import sequence_kl
+    from rlhf_lightning.types import Sequences
+
+    def score(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        encoded = [tokenization.encode_completion(tokenizer, c, p) for p, c in zip(prompts, completions, strict=True)]
+        sequences = Sequences(
+            prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in prompts),
+            completions=tuple(torch.tensor(ids) for ids, _ in encoded),
+            parents=tuple(range(len(encoded))),
+            supervised=tuple(torch.tensor(flags) for _, flags in encoded),
+        )
+        return [beta * value for value in sequence_kl(policy, reference, sequences).tolist()]
+
+    return score
+
+
+def margins(score: Score, pairs: Sequence[LabelledPair], prompt_blind: bool = False) -> np.ndarray:
+    """Return the score of chosen minus rejected, shape (pairs,); ``prompt_blind`` hides the prompt."""
+    prompts = [_blank(pair.prompt) if prompt_blind else pair.prompt for pair in pairs]
+    chosen = np.array([float(value) for value in score(prompts, [pair.chosen for pair in pairs])])
+    rejected = np.array([float(value) for value in score(prompts, [pair.rejected for pair in pairs])])
+    return chosen - rejected
+
+
+def _blank(prompt: Prompt) -> Prompt:
+    return "." if isinstance(prompt, str) else [{"role": "user", "content": "."}]
+
+
+def length_margins(pairs: Sequence[LabelledPair]) -> np.ndarray:
+    """Return the baseline that prefers the longer completion, in characters."""
+    return np.array([float(len(pair.chosen) - len(pair.rejected)) for pair in pairs])
+
+
+def bag_of_words_margins(pairs: Sequence[LabelledPair], seed: int = 0) -> np.ndarray:
+    """Return the baseline of word counts: Bradley-Terry on count differences, cross-fitted by rows, without prompts."""
+    words = sorted({word for pair in pairs for text in (pair.chosen, pair.rejected) for word in text.split()})
+    place = {word: number for number, word in enumerate(words)}
+    counts = np.zeros((len(pairs), len(words)), dtype=np.float32)
+    for row, pair in enumerate(pairs):
+        for sign, text in ((1, pair.chosen), (-1, pair.rejected)):
+            for word in text.split():
+                counts[row, place[word]] += sign
+    order = np.random.default_rng(seed).permutation(sorted({pair.row for pair in pairs})).tolist()
+    fold_of = {row: number % FOLDS for number, row in enumerate(order)}
+    folds = np.array([fold_of[pair.row] for pair in pairs])
+    found = np.zeros(len(pairs))
+    for fold in range(FOLDS):
+        train, weights = counts[folds != fold], np.zeros(len(words))
+        step = 4 / max(float((train**2).sum(1).max(initial=1.0)), 1.0)
+        for _ in range(200):  # gradient ascent on the penalised log-likelihood
+            p = 1 / (1 + np.exp(np.clip(train @ weights, -30, 30)))
+            weights += step * (train.T @ p / max(len(train), 1) - 1e-3 * weights)
+        found[folds == fold] = counts[folds == fold] @ weights
+    return found
+
+
+def right(gaps: np.ndarray) -> np.ndarray:
+    """Return 1 where the chosen completion scores higher, 0.5 for equal scores, 0 otherwise; NaN for no score."""
+    return (np.sign(gaps) + 1) / 2
+
+
+def accuracy(gaps: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """Return accuracy with Wilson's interval; rows of several pairs are resampled together instead."""
+    verdicts = right(gaps)
+    there = ~np.isnan(verdicts)
+    rate, count = float(verdicts[there].mean()) if there.any() else math.nan, int(there.sum())
+    owners = [row for row, kept in zip(rows, there, strict=True) if kept]
+    if len(set(owners)) == len(owners) and count:
+        low, high = map(float, wilson_interval(rate, count))
+    else:
+        _, low, high, *_ = clustered_difference(verdicts[there].tolist(), owners, seed)
+    return {"accuracy": rate, "ci": [low, high], "pairs": count, "equal": int((gaps == 0).sum()),
+            "missing": int((~there).sum())}  # fmt: skip
+
+
+def quality(gaps: np.ndarray, pairs: Sequence[LabelledPair], bins: int = 10) -> dict[str, Any]:
+    """Return calibration, margins and the correlation of the margin with the difference of lengths."""
+    there = ~np.isnan(gaps)
+    delta, lengths = torch.from_numpy(gaps[there]), length_margins(pairs)[there]
+    spread = float(np.std(gaps[there]) * np.std(lengths))
+    confidence = torch.sigmoid(delta.abs()).numpy()
+    edges = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    diagram = [
+        [float(confidence[edges == b].mean()), float(right(gaps[there])[edges == b].mean()), int((edges == b).sum())]
+        for b in range(bins) if (edges == b).any()
+    ]  # fmt: skip
+    return {
+        "ece": float(calibration_error(delta, bins)), "brier": float(brier_score(delta).mean()),
+        "log_loss": float(log_loss(delta).mean()), "margin": float(delta.mean()),
+        "margin_quartiles": np.quantile(gaps[there], [0.25, 0.5, 0.75]).tolist(),
+        "length_correlation": float(np.corrcoef(gaps[there], lengths)[0, 1]) if spread else math.nan,
+        "reliability": diagram,
+    }  # fmt: skip
+
+
+def best_of_lists(gaps: np.ndarray, pairs: Sequence[LabelledPair], lists: dict[int, int]) -> dict[str, Any] | None:
+    """Return how often the single best completion of a list beats all others, and chance; None without lists."""
+    wins = []
+    chance = []
+    for row, size in lists.items():
+        members = [place for place, pair in enumerate(pairs) if pair.row == row and not pair.tied]
+        beaten = Counter(pairs[place].chosen for place in members)
+        best = [text for text, count in beaten.items() if count == size - 1]
+        if len(best) == 1:
+            wins.append(all(gaps[place] > 0 for place in members if pairs[place].chosen == best[0]))
+            chance.append(1 / size)
+    if not wins:
+        return None
+    low, high = map(float, wilson_interval(float(np.mean(wins)), len(wins)))
+    return {"accuracy": float(np.mean(wins)), "ci": [low, high], "lists": len(wins), "chance": float(np.mean(chance))}
+
+
+def compared(first: np.ndarray, second: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """Test the accuracy of ``second`` minus that of ``first``: bootstrap by row, McNemar's test for single pairs."""
+    there = ~np.isnan(first) & ~np.isnan(second)
+    a, b = right(first[there]), right(second[there])
+    owners = [row for row, kept in zip(rows, there, strict=True) if kept]
+    gap = clustered_difference((b - a).tolist(), owners, seed)
+    # McNemar's test takes independent pairs, which those of one list are not.
+    alone = len(set(owners)) == len(owners)
+    p, test = (mcnemar(a == 1, b == 1), "McNemar") if alone else (gap.p, "sign flips by row")
+    return {"difference": gap.mean, "ci": [gap.low, gap.high], "p": p, "test": test, "rows": gap.n}
