@@ -2,16 +2,20 @@
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
+import math
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
+    from rlhf_lightning.evaluation.reward_models import LabelledPair
 
 SHOWN_PAIRS = 100
 
@@ -58,7 +62,7 @@ def evaluate_reward(
     if beta <= 0:
         raise SettingError("setting-out-of-range", f"beta is {beta}: it must be positive")
     silence_libraries()
-    read, lists = room.read_pairs(pairs, subset)
+    read, lists = read_pairs(pairs, subset)
     decided = [pair for pair in read if not pair.tied]
     rows = [pair.row for pair in decided]
     gaps, blind, tied = {}, {}, {}
@@ -109,6 +113,71 @@ def evaluate_reward(
     )  # fmt: skip
     print(f"{text}\n\nreport: {folder / 'report.md'}   page: {page}")
     return 0
+
+
+def read_pairs(path: str, subset: str | None = None) -> "tuple[list[LabelledPair], dict[int, int]]":
+    """Return the pairs of a file of preferences, and the number of completions of each list of more than two.
+
+    Args:
+        path: file of preferences in any form that training reads.
+        subset: column that names a row's subset.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: no row can be used.
+    """
+    from rlhf_lightning.data.canonical import REASONS, RowRefused
+    from rlhf_lightning.data.formats import preference_with_ties, read_row
+    from rlhf_lightning.data.sources import Source, read_rows
+    from rlhf_lightning.evaluation.reward_models import LabelledPair
+
+    if not Path(path).exists():
+        raise MissingError("no-file", f"there is no file {path}")
+    pairs: list[LabelledPair] = []
+    lists: dict[int, int] = {}
+    refused: Counter[str] = Counter()
+    for number, raw in enumerate(read_rows(Source(path))):
+        try:
+            row = read_row(raw, preference_with_ties)
+            texts = [_text(completion) for completion in row.completions]
+        except RowRefused as error:
+            refused[error.code] += 1
+            continue
+        assert row.prompt is not None
+        name = "all" if subset is None else str(row.columns.get(subset, "none"))
+        alone = len(texts) == 2
+        if not alone:
+            lists[number] = len(texts)
+        for a in range(len(texts)):
+            for b in range(a + 1, len(texts)):
+                better, worse = (a, b) if row.ranks[a] <= row.ranks[b] else (b, a)
+                if alone and row.target < 0.5:
+                    better, worse = worse, better
+                tied = row.ranks[a] == row.ranks[b] or (alone and row.target == 0.5)
+                pair = LabelledPair(number, row.prompt, texts[better], texts[worse], name, tied, math.nan)
+                pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
+    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
+    if not any(not pair.tied for pair in pairs):
+        raise DataError("no-usable-rows", f"{path} has no pair with a winner ({said or 'it is empty'})")
+    if said:
+        print(f"{path}: left out {said}", file=sys.stderr)
+    return pairs, lists
+
+
+def _position(raw: Any, pair: "LabelledPair", earlier: bool) -> float:
+    if "completion_1" in raw:
+        return 1.0 if raw["completion_1"] == pair.chosen else -1.0
+    return (1.0 if earlier else -1.0) if "ranks" in raw else math.nan
+
+
+def _text(completion: Any) -> str:
+    from rlhf_lightning.data.canonical import RowRefused
+
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
+        raise RowRefused("a completion has several turns")
+    return str(completion[0]["content"])
 
 
 def _prompt_text(pair: Any) -> str:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.data.canonical import REASONS, RowRefused
-from rlhf_lightning.data.formats import preference_with_ties, read_row
-from rlhf_lightning.data.sources import Source, read_rows
-from rlhf_lightning.errors import DataError, MissingError
 from rlhf_lightning.evaluation.differences import clustered_difference, mcnemar
 from rlhf_lightning.functional.statistics import brier_score, calibration_error, log_loss, wilson_interval
 from rlhf_lightning.types import Prompt
 
-Completion = Any
 Score = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 FOLDS = 5
 
@@ -36,64 +29,6 @@ class LabelledPair(NamedTuple):
     subset: str
     tied: bool  # the label is a tie
     position: float  # 1 if the file shows chosen first, -1 if second, NaN if its form puts chosen first always
-
-
-def read_pairs(path: str, subset: str | None = None) -> tuple[list[LabelledPair], dict[int, int]]:
-    """Return the pairs of a file of preferences, and the number of completions of each list of more than two.
-
-    Args:
-        path: file of preferences in any form that training reads.
-        subset: column that names a row's subset.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: no row can be used.
-    """
-    if not Path(path).exists():
-        raise MissingError("no-file", f"there is no file {path}")
-    pairs: list[LabelledPair] = []
-    lists: dict[int, int] = {}
-    refused = Counter[str]()
-    for number, raw in enumerate(read_rows(Source(path))):
-        try:
-            row = read_row(raw, preference_with_ties)
-            texts = [_text(completion) for completion in row.completions]
-        except RowRefused as error:
-            refused[error.code] += 1
-            continue
-        assert row.prompt is not None
-        name = "all" if subset is None else str(row.columns.get(subset, "none"))
-        alone = len(texts) == 2
-        if not alone:
-            lists[number] = len(texts)
-        for a in range(len(texts)):
-            for b in range(a + 1, len(texts)):
-                better, worse = (a, b) if row.ranks[a] <= row.ranks[b] else (b, a)
-                if alone and row.target < 0.5:
-                    better, worse = worse, better
-                tied = row.ranks[a] == row.ranks[b] or (alone and row.target == 0.5)
-                pair = LabelledPair(number, row.prompt, texts[better], texts[worse], name, tied, math.nan)
-                pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
-    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
-    if not any(not pair.tied for pair in pairs):
-        raise DataError("no-usable-rows", f"{path} has no pair with a winner ({said or 'it is empty'})")
-    if said:
-        print(f"{path}: left out {said}", file=sys.stderr)
-    return pairs, lists
-
-
-def _position(raw: Any, pair: LabelledPair, earlier: bool) -> float:
-    if "completion_1" in raw:
-        return 1.0 if raw["completion_1"] == pair.chosen else -1.0
-    return (1.0 if earlier else -1.0) if "ranks" in raw else math.nan
-
-
-def _text(completion: Completion) -> str:
-    if isinstance(completion, str):
-        return completion
-    if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
-        raise RowRefused("a completion has several turns")
-    return str(completion[0]["content"])
 
 
 def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) -> Score:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from rlhf_lightning.commands.evaluate_reward import main
+from rlhf_lightning.commands.evaluate_reward import main, read_pairs
 from rlhf_lightning.evaluation import reward_models as room
 
 
@@ -47,7 +47,7 @@ def test_baselines_catch_a_model_that_sees_the_length_alone(pairs, capsys):
 def test_lists_ask_for_the_best_and_their_pairs_are_resampled_together(tmp_path):
     rows = [{"prompt": "p", "completions": ["aaa", "aa", "a", ""][:3] + ["b"], "ranks": [0, 1, 2, 3]}] * 4
     Path("l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, lists = room.read_pairs("l.jsonl")
+    pairs, lists = read_pairs("l.jsonl")
     gaps = room.margins(lambda prompts, texts: [len(text) for text in texts], pairs)
     assert len(pairs) == 24 and lists == {0: 4, 1: 4, 2: 4, 3: 4}
     assert room.best_of_lists(gaps, pairs, lists)["accuracy"] == 1.0
@@ -59,10 +59,10 @@ def test_lists_ask_for_the_best_and_their_pairs_are_resampled_together(tmp_path)
 def test_ties_are_counted_apart_and_soft_labels_turn_the_pair(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "preference": p} for p in (0.5, 0.2, 1.0)]
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, _ = room.read_pairs("t.jsonl")
+    pairs, _ = read_pairs("t.jsonl")
     assert [pair.tied for pair in pairs] == [True, False, False] and pairs[1].chosen == "b"
     with refused("no-file"):
-        room.read_pairs("none.jsonl")
+        read_pairs("none.jsonl")
 
 
 def test_a_policy_equal_to_its_reference_implies_no_reward(pairs, policy_folder, reward_folder):
