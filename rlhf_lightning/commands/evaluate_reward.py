@@ -15,7 +15,7 @@ from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
-    from rlhf_lightning.evaluation.reward_models import LabelledPair
+    from rlhf_lightning.evaluation.reward_models import KnownPair
 
 SHOWN_PAIRS = 100
 
@@ -115,7 +115,7 @@ def evaluate_reward(
     return 0
 
 
-def read_pairs(path: str, subset: str | None = None) -> "tuple[list[LabelledPair], dict[int, int]]":
+def read_pairs(path: str, subset: str | None = None) -> "tuple[list[KnownPair], dict[int, int]]":
     """Return the pairs of a file of preferences, and the number of completions of each list of more than two.
 
     Args:
@@ -129,11 +129,11 @@ def read_pairs(path: str, subset: str | None = None) -> "tuple[list[LabelledPair
     from rlhf_lightning.data.canonical import REASONS, RowRefused
     from rlhf_lightning.data.formats import preference_with_ties, read_row
     from rlhf_lightning.data.sources import Source, read_rows
-    from rlhf_lightning.evaluation.reward_models import LabelledPair
+    from rlhf_lightning.evaluation.reward_models import KnownPair
 
     if not Path(path).exists():
         raise MissingError("no-file", f"there is no file {path}")
-    pairs: list[LabelledPair] = []
+    pairs: list[KnownPair] = []
     lists: dict[int, int] = {}
     refused: Counter[str] = Counter()
     for number, raw in enumerate(read_rows(Source(path))):
@@ -154,7 +154,7 @@ def read_pairs(path: str, subset: str | None = None) -> "tuple[list[LabelledPair
                 if alone and row.target < 0.5:
                     better, worse = worse, better
                 tied = row.ranks[a] == row.ranks[b] or (alone and row.target == 0.5)
-                pair = LabelledPair(number, row.prompt, texts[better], texts[worse], name, tied, math.nan)
+                pair = KnownPair(number, row.prompt, texts[better], texts[worse], name, tied, math.nan)
                 pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
     said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
     if not any(not pair.tied for pair in pairs):
@@ -164,7 +164,7 @@ def read_pairs(path: str, subset: str | None = None) -> "tuple[list[LabelledPair
     return pairs, lists
 
 
-def _position(raw: Any, pair: "LabelledPair", earlier: bool) -> float:
+def _position(raw: Any, pair: "KnownPair", earlier: bool) -> float:
     if "completion_1" in raw:
         return 1.0 if raw["completion_1"] == pair.chosen else -1.0
     return (1.0 if earlier else -1.0) if "ranks" in raw else math.nan

@@ -19,7 +19,7 @@ Score = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 FOLDS = 5
 
 
-class LabelledPair(NamedTuple):
+class KnownPair(NamedTuple):
     """Two completions of a row."""
 
     row: int  # number of the row: pairs of a list are not independent
@@ -49,7 +49,7 @@ def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) ->
     return score
 
 
-def margins(score: Score, pairs: Sequence[LabelledPair], prompt_blind: bool = False) -> np.ndarray:
+def margins(score: Score, pairs: Sequence[KnownPair], prompt_blind: bool = False) -> np.ndarray:
     """Return the score of chosen minus rejected, shape (pairs,); ``prompt_blind`` hides the prompt."""
     prompts = [_blank(pair.prompt) if prompt_blind else pair.prompt for pair in pairs]
     chosen = np.array([float(value) for value in score(prompts, [pair.chosen for pair in pairs])])
@@ -61,12 +61,12 @@ def _blank(prompt: Prompt) -> Prompt:
     return "." if isinstance(prompt, str) else [{"role": "user", "content": "."}]
 
 
-def length_margins(pairs: Sequence[LabelledPair]) -> np.ndarray:
+def length_margins(pairs: Sequence[KnownPair]) -> np.ndarray:
     """Return the baseline that prefers the longer completion, in characters."""
     return np.array([float(len(pair.chosen) - len(pair.rejected)) for pair in pairs])
 
 
-def bag_of_words_margins(pairs: Sequence[LabelledPair], seed: int = 0) -> np.ndarray:
+def bag_of_words_margins(pairs: Sequence[KnownPair], seed: int = 0) -> np.ndarray:
     """Return the baseline of word counts: Bradley-Terry on count differences, cross-fitted by rows, without prompts."""
     words = sorted({word for pair in pairs for text in (pair.chosen, pair.rejected) for word in text.split()})
     place = {word: number for number, word in enumerate(words)}
@@ -108,7 +108,7 @@ def accuracy(gaps: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, 
             "missing": int((~there).sum())}  # fmt: skip
 
 
-def quality(gaps: np.ndarray, pairs: Sequence[LabelledPair], bins: int = 10) -> dict[str, Any]:
+def quality(gaps: np.ndarray, pairs: Sequence[KnownPair], bins: int = 10) -> dict[str, Any]:
     """Return calibration, margins and the correlation of the margin with the difference of lengths."""
     there = ~np.isnan(gaps)
     delta, lengths = torch.from_numpy(gaps[there]), length_margins(pairs)[there]
@@ -128,7 +128,7 @@ def quality(gaps: np.ndarray, pairs: Sequence[LabelledPair], bins: int = 10) -> 
     }  # fmt: skip
 
 
-def best_of_lists(gaps: np.ndarray, pairs: Sequence[LabelledPair], lists: dict[int, int]) -> dict[str, Any] | None:
+def best_of_lists(gaps: np.ndarray, pairs: Sequence[KnownPair], lists: dict[int, int]) -> dict[str, Any] | None:
     """Return how often the single best completion of a list beats all others, and chance; None without lists."""
     wins = []
     chance = []

@@ -75,7 +75,7 @@ def test_a_policy_equal_to_its_reference_implies_no_reward(pairs, policy_folder,
 def test_bag_of_words_is_cross_fitted():
     lot = random.Random(0)
     words = [" ".join(lot.choices("abcdefgh", k=4)) for _ in range(200)]
-    pairs = [room.LabelledPair(n, "p", words[n], words[n - 1], "all", False, 1.0) for n in range(200)]
+    pairs = [room.KnownPair(n, "p", words[n], words[n - 1], "all", False, 1.0) for n in range(200)]
     assert abs(room.accuracy(room.bag_of_words_margins(pairs), range(200))["accuracy"] - 0.5) < 0.15
     planted = [pair._replace(chosen=pair.chosen + " good") for pair in pairs]
     assert np.mean(room.bag_of_words_margins(planted) > 0) > 0.9
