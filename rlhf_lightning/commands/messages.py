@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser
 from rlhf_lightning.commands.flag_index import PARTS, all_names, foreign_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
-from rlhf_lightning.training.module import AlignmentModule
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -40,6 +39,8 @@ def own_settings(written: str, chosen: str) -> set[str]:
 
     Those that name an object and have no default, such as ``scorer``, belong to the run.
     """
+    from rlhf_lightning.training.module import AlignmentModule  # imports torch, which help must not wait for
+
     known = {kind.__name__: kind for kind in subclasses_of(AlignmentModule).values()}
     kinds = [known[path] if path in known else import_path(path) for path in (written, chosen)]
     base = next(kind for kind in kinds[1].__mro__ if issubclass(kinds[0], kind))
