@@ -26,7 +26,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 help:  ## what there is
 	@echo "make quickstart   SFT, reward model, PPO and DPO on the embedded world; report in runs/quickstart (SEED=0)"
 	@echo "make test         the test suite (ARGS='-k dpo' passes pytest's own arguments, JOBS=2 processes)"
-	@echo "make check        ruff, ruff format, mypy and codespell"
+	@echo "make check        ruff, ruff format, mypy, codespell and a count of unclear words"
 	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
 	@echo "make real-smoke   the same, shortened to a few minutes"
 	@echo "make real-grpo    GRPO of SmolLM2-135M on a verifiable score; writes experiments/smollm2/grpo.md"
@@ -71,6 +71,7 @@ check: $(ENV)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/codespell
+	$(PY) .ci/prose.py
 
 # Templates that a released package carries; the tests compare with them, and nothing else uses them.
 chat-templates: $(ENV)  ## published chat templates for the tests
