@@ -93,7 +93,7 @@ def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(row["paper"] and row["summary"].endswith((".", ":")) and row["needs"] for row in rows)
     assert all(row["name"] in out for row in rows)
     assert cli.main(["objectives", "--name", "SimPOModule"]) == 0
-    assert "gap in reward units" in capsys.readouterr().out
+    assert "a gap that the margin must exceed" in capsys.readouterr().out
     assert cli.main(["objectives", "--name", "SimpoModule"]) == 2
 
 
