@@ -17,6 +17,7 @@ from rlhf_lightning.verification.world import EnumerableWorld
 from verification.estimators import questions_of
 
 ROLLOUTS, GROUPS, SAMPLES = 120, 64, 2
+UNCHECKED: dict[str, Any] = {"self_check": False}  # a table has no logits for sequences that the world does not list
 CASES: dict[str, dict[str, Any]] = {
     "CriticFreeModule": {},
     "GRPOModule": {},
@@ -37,7 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
 def made(name: str, **settings: Any) -> Any:
     world, folder = world_and_folder()
     further = {**CASES[name], **settings}
-    return getattr(modules, name)(world.score, init_from=folder, max_new_tokens=2, **{"kl_coef": 0.5, **further})
+    return getattr(modules, name)(
+        world.score, init_from=folder, max_new_tokens=2, **UNCHECKED, **{"kl_coef": 0.5, **further}
+    )
 
 
 def test_every_method_without_a_critic_is_here():
@@ -109,6 +112,7 @@ def test_nash_md_comes_to_rest_at_the_best_answer_to_its_opponent(mixture: float
     """The opponent of the policy reached: for 0 that policy itself, the equilibrium; for 1 the reference."""
     world, folder = world_and_folder()
     settings = {"temperature": 1.0, "max_new_tokens": 2, "kl_coef": 0.2, "learning_rate": 0.06, "lr_schedule": "linear"}
+    settings |= UNCHECKED
     module = modules.NashMDModule(world.score, init_from=folder, mixture=mixture, **settings)
     reached = sampled(module, ROLLOUTS, 1, 2 * GROUPS)
     _, source, distance = judged(module, world, reached)
@@ -122,7 +126,7 @@ def test_distillation_on_samples_comes_to_rest_at_the_teacher(tmp_path: Any):
     world, folder = world_and_folder()
     teacher = world.write_teacher(tmp_path / "teacher")
     module = modules.OnPolicyDistillationModule(
-        teacher, init_from=folder, max_new_tokens=2, learning_rate=0.06, lr_schedule="linear"
+        teacher, init_from=folder, max_new_tokens=2, learning_rate=0.06, lr_schedule="linear", **UNCHECKED
     )
     reached = sampled(module, ROLLOUTS, 1, 2 * GROUPS)
     assert float((0.5 * (reached - world.problem.teacher).abs().sum(-1)).max()) < 0.05
@@ -133,7 +137,13 @@ def test_gkd_on_samples_alone_comes_to_rest_at_the_teacher(tmp_path: Any):
     world, folder = world_and_folder()
     teacher = world.write_teacher(tmp_path / "teacher")
     module = modules.GKDModule(
-        teacher, init_from=folder, on_policy_fraction=1.0, max_new_tokens=2, learning_rate=0.05, lr_schedule="linear"
+        teacher,
+        init_from=folder,
+        on_policy_fraction=1.0,
+        max_new_tokens=2,
+        learning_rate=0.05,
+        lr_schedule="linear",
+        **UNCHECKED,
     )
     module.trainer = quiet_trainer()
     batch = world.demonstrations(world.problem.reference)
