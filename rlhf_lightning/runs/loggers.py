@@ -148,7 +148,8 @@ class RunHparams(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(flat)
-                logger.experiment.add_custom_scalars(COMPARED)
+                if trainer.ckpt_path is None:  # the curves that a resumed run continues have the layout
+                    logger.experiment.add_custom_scalars(COMPARED)
                 writer = event_writer(logger)
                 for summary in hparams_summary(flat, dict.fromkeys(tags, 0.0)):
                     writer.add_summary(summary)

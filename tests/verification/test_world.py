@@ -100,7 +100,7 @@ def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: 
     beta = 0.5
     module = PPOModule(
         init_from=folder, scorer=world.score, critic=critic, max_new_tokens=2, kl_coef=beta, learning_rate=2e-2,
-        adam_eps=1e-8, missing_eos_score=None, value_coef=0.5, ppo_epochs=2, lam=1.0, mini_batch_size=64,
+        adam_eps=1e-8, missing_eos_score=None, value_coef=0.5, ppo_epochs=2, lam=1.0, mini_batch_size=64, self_check=False,
     )  # fmt: skip
     steps = [Step((world.questions(64, 128 * i),), 128, 0) for i in range(60)]
     module.trainer = quiet_trainer()
@@ -129,7 +129,7 @@ def test_sampled_online_preferences_come_close_to_the_optimum(
     beta = 0.5
     module = kind(
         init_from=folder, scorer=world.score, max_new_tokens=2, beta=beta, soft_labels=True, temperature=1.0,
-        learning_rate=5e-2, **settings,
+        learning_rate=5e-2, self_check=False, **settings,
     )  # fmt: skip
     steps = [Step((paired_questions(world, 64, i),), 256, 0) for i in range(80)]
     fit(module, steps)
