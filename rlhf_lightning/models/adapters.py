@@ -109,7 +109,9 @@ def refuse_other_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -
         ModelError: ``adapter-mismatch``.
     """
     expected = get_peft_model_state_dict(model, adapter_name=name)
-    wrong = set(weights) ^ {key for key in expected if "lora_" in key}
+    # peft keeps the head or the embeddings next to an adapter on them.
+    given = {key for key in weights if ".base_layer." not in key}
+    wrong = given ^ {key for key in expected if "lora_" in key}
     wrong |= {key for key in weights if key in expected and weights[key].shape != expected[key].shape}
     if wrong:
         few = ", ".join(sorted(wrong)[:2])

@@ -108,7 +108,8 @@ def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, mo
     assert whole.model.scorer.scorers["length"].target == 3
     checkpoint = torch.load(whole.folder / "checkpoints" / "last.ckpt", weights_only=True)
     kept = checkpoint["hyper_parameters"]["scorer"]
-    assert kept["init_args"]["scorers"]["length"]["init_args"] == {"coef": 0.5, "target": 3} and len(kept) == 2
+    assert kept["init_args"]["scorers"]["length"]["init_args"].items() >= {"coef": 0.5, "target": 3}.items()
+    assert len(kept) == 2
     length = scalars_of(whole.folder, "rollout/score_length")
     assert len(length) == 8 and all(value <= 0 for _, value in length)
     real = GRPOModule.collect

@@ -100,7 +100,8 @@ def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: 
     beta = 0.5
     module = PPOModule(
         init_from=folder, scorer=world.score, critic=critic, max_new_tokens=2, kl_coef=beta, learning_rate=2e-2,
-        adam_eps=1e-8, missing_eos_score=None, value_coef=0.5, ppo_epochs=2, lam=1.0, mini_batch_size=64, self_check=False,
+        adam_eps=1e-8, missing_eos_score=None, value_coef=0.5, ppo_epochs=2, lam=1.0, mini_batch_size=64,
+        self_check=False,
     )  # fmt: skip
     steps = [Step((world.questions(64, 128 * i),), 128, 0) for i in range(60)]
     module.trainer = quiet_trainer()
