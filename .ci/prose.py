@@ -10,11 +10,11 @@ import subprocess
 import sys
 
 MARKS = re.compile(
-    r"\bof which\b|\bis no\b|for the while|cut over|\bleash|\bnobody\b|\bwhatever\b|\bbeside\b|\bapart\b|those very"
-    r"|what is said|\bbefall|of no account|\bin vain\b|\bas it is\b|\bgoes on\b",
+    r"\bof which\b|(?<!there )\bis no\b|for the while|cut over|\bleash|\bnobody\b|\bwhatever\b|\bbeside\b|\bapart\b"
+    r"|those very|what is said|\bbefall|of no account|\bin vain\b|\bas it is\b|\bgoes on\b",
     re.IGNORECASE,
 )
-LIMITS = {"rlhf_lightning": 258, "docs": 3, "tests": 187, "experiments": 87, "*.md": 1}
+LIMITS = {"rlhf_lightning": 197, "docs": 3, "tests": 137, "experiments": 78, "*.md": 1}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""``rlhf evaluate-reward``: reward models on labelled pairs, beside baselines that see no quality."""
+"""``rlhf evaluate-reward``: reward models on labelled pairs, next to baselines that see no quality."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -34,7 +34,7 @@ def evaluate_reward(
     out: str = "reward_evaluation",
     seed: int = 0,
 ) -> int:
-    """Test reward models on pairs with known winners, beside baselines that see no quality.
+    """Test reward models on pairs with known winners, next to baselines that see no quality.
 
     Reports accuracy by subset with Wilson intervals, paired tests against the first model, lists of which the best
     completion must win, calibration, margins and the correlation with length. Baselines are the longer completion, the
