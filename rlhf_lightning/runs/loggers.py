@@ -140,6 +140,12 @@ class RunHparams(Callback):
         self.data_settings = data_settings
         self._earlier: dict[str, float] = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pin the curves that compare objectives; those that a resumed run continues are pinned already."""
+        for logger in trainer.loggers if trainer.is_global_zero and not trainer.global_step else []:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(COMPARED)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings and the names of the metrics."""
         if not trainer.is_global_zero:
@@ -148,8 +154,6 @@ class RunHparams(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(flat)
-                if trainer.ckpt_path is None:  # the curves that a resumed run continues have the layout
-                    logger.experiment.add_custom_scalars(COMPARED)
                 writer = event_writer(logger)
                 for summary in hparams_summary(flat, dict.fromkeys(tags, 0.0)):
                     writer.add_summary(summary)
