@@ -193,27 +193,6 @@ class Tournament(PolicyGradient):
         ended, self.scores = self.finished[:count], self.rewards[self.index]
         self.finished = ended[self.index[1]]
 
-    def values(self, rewards: Tensor, logprobs: Tensor) -> Tensor:
-        """Return the exact value of the state before each token under the policy, shape of ``rewards``.
-
-        At lambda 1 values cancel in the mean; they are 0 there, for groups, and where a state has read the end.
-        """
-        module, nothing = self.module, torch.zeros_like(rewards)
-        if self.group_size > 1 or getattr(module, "lam", 1.0) == 1 or rewards.shape != logprobs.shape:
-            return nothing
-        world, length = self.world, rewards.shape[1]
-        prompts, texts = world.config.prompts, world.completions
-        togo = discounted_returns(rewards, torch.ones_like(rewards, dtype=torch.bool), module.gamma)
-        togo, chance = togo.view(prompts, len(texts), length), logprobs.sum(-1).exp().view(prompts, -1)
-        found = torch.zeros_like(togo)
-        for place in range(length):
-            alike = torch.tensor(
-                [[min(len(a), len(b)) > place and a[:place] == b[:place] for b in texts] for a in texts]
-            ).to(chance)
-            reached = torch.einsum("ij,pj->pi", alike, chance).clamp_min(1e-300)
-            found[:, :, place] = torch.einsum("ij,pj,pj->pi", alike, chance, togo[:, :, place]) / reached
-        return found.view(-1, length)
-
     def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
         """Return the probability of each game, shape (rows,)."""
         return sequence_logprobs.exp() * opponent_of(self.module, self.world)[self.theirs]
