@@ -3,15 +3,14 @@
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import math
-import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
@@ -36,11 +35,10 @@ def evaluate_reward(
 ) -> int:
     """Test reward models on pairs with known winners, next to baselines that see no quality.
 
-    Reports accuracy by subset with Wilson intervals, paired tests against the first model, lists of which the best
-    completion must win, calibration, margins and the correlation with length. Baselines are the longer completion, the
-    completion that the file shows first, the model without its prompt, and a bag of words. A model that is
-    no better than a baseline may have learned no more than that. Writes report.json, report.md, reliability.png and
-    report.html.
+    Reports accuracy by subset with Wilson intervals, paired tests against the first model, how often the best
+    completion of a list wins, calibration, margins and the correlation with length. Baselines are the longer
+    completion, the completion that the file shows first, the model without its prompt, and a bag of words. A model that
+    only equals a baseline may have learned only that. Writes report.json, report.md, reliability.png and report.html.
 
     Args:
         models: folders of reward models, or import paths of scorers. With --reference, folders of policies: their
@@ -126,42 +124,38 @@ def read_pairs(path: str, subset: str | None = None) -> "tuple[list[KnownPair], 
         MissingError: there is no such file.
         DataError: no row can be used.
     """
-    from rlhf_lightning.data.canonical import REASONS, RowRefused
-    from rlhf_lightning.data.formats import preference_with_ties, read_row
-    from rlhf_lightning.data.sources import Source, read_rows
-    from rlhf_lightning.evaluation.reward_models import KnownPair
+    from rlhf_lightning.data.sources import usable_rows
 
-    if not Path(path).exists():
-        raise MissingError("no-file", f"there is no file {path}")
     pairs: list[KnownPair] = []
     lists: dict[int, int] = {}
-    refused: Counter[str] = Counter()
-    for number, raw in enumerate(read_rows(Source(path))):
-        try:
-            row = read_row(raw, preference_with_ties)
-            texts = [_text(completion) for completion in row.completions]
-        except RowRefused as error:
-            refused[error.code] += 1
-            continue
-        assert row.prompt is not None
-        name = "all" if subset is None else str(row.columns.get(subset, "none"))
-        alone = len(texts) == 2
-        if not alone:
-            lists[number] = len(texts)
-        for a in range(len(texts)):
-            for b in range(a + 1, len(texts)):
-                better, worse = (a, b) if row.ranks[a] <= row.ranks[b] else (b, a)
-                if alone and row.target < 0.5:
-                    better, worse = worse, better
-                tied = row.ranks[a] == row.ranks[b] or (alone and row.target == 0.5)
-                pair = KnownPair(number, row.prompt, texts[better], texts[worse], name, tied, math.nan)
-                pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
-    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
-    if not any(not pair.tied for pair in pairs):
-        raise DataError("no-usable-rows", f"{path} has no pair with a winner ({said or 'it is empty'})")
-    if said:
-        print(f"{path}: left out {said}", file=sys.stderr)
+    for number, (count, found) in enumerate(usable_rows(path, partial(_pairs_of, subset=subset))):
+        pairs += [pair._replace(row=number) for pair in found]
+        if count != 2:
+            lists[number] = count
+    if all(pair.tied for pair in pairs):
+        raise DataError("no-usable-rows", f"{path} has no pair with a winner")
     return pairs, lists
+
+
+def _pairs_of(raw: Any, subset: str | None) -> "tuple[int, list[KnownPair]]":
+    """Return the number of completions of a row, and all pairs of them."""
+    from rlhf_lightning.data.formats import preference_with_ties, read_row
+    from rlhf_lightning.evaluation.reward_models import KnownPair
+
+    row = read_row(raw, preference_with_ties)
+    texts = [_text(completion) for completion in row.completions]
+    assert row.prompt is not None
+    name = "all" if subset is None else str(row.columns.get(subset, "none"))
+    alone, pairs = len(texts) == 2, []
+    for a in range(len(texts)):
+        for b in range(a + 1, len(texts)):
+            better, worse = (a, b) if row.ranks[a] <= row.ranks[b] else (b, a)
+            if alone and row.target < 0.5:
+                better, worse = worse, better
+            tied = row.ranks[a] == row.ranks[b] or (alone and row.target == 0.5)
+            pair = KnownPair(0, row.prompt, texts[better], texts[worse], name, tied, math.nan)
+            pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
+    return len(texts), pairs
 
 
 def _position(raw: Any, pair: "KnownPair", earlier: bool) -> float:

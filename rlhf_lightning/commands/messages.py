@@ -30,7 +30,7 @@ def defaults_of(class_path: str) -> dict[str, Any]:
     try:
         names = probe.add_class_arguments(import_path(class_path), fail_untyped=False)
         return {name: probe.get_default(name) for name in names}
-    except Exception:
+    except Exception:  # the parser refuses such a class next, in a sentence of its own
         return {}
 
 

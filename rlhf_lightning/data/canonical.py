@@ -119,7 +119,7 @@ class Report:
         escaped: kept rows whose text spells a control token, which is encoded as the characters it is made of.
         merged: kept rows whose prompt and completion the tokenizer would encode otherwise together.
         split: kept conversations that became a row for each learned turn, because the template rewrites earlier turns.
-        last_turn: kept rows of several learned turns, of which only the last is learned.
+        last_turn: kept rows with several learned turns where only the last turn is learned.
         unused: kept rows with a column or a key of a turn that nothing reads, by its name.
     """
 
@@ -174,7 +174,7 @@ class Report:
             (self.escaped, "spell control tokens, which stay plain text (rendered: true if a template wrote the data)"),
             (self.merged, "would be tokenized otherwise if prompt and completion were encoded together"),
             (self.split, "became a row for each learned turn, because the chat template rewrites earlier turns"),
-            (self.last_turn, "have several turns of the assistant, of which only the last is learned"),
+            (self.last_turn, "have several assistant turns; only the last turn is learned"),
         ):
             text += f"; {count:,} {meaning}" if count else ""
         if self.unused:

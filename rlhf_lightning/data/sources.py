@@ -16,18 +16,22 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rlhf_lightning.compat import dataset_fingerprint
+from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
 from rlhf_lightning.data.files import FORMATS, RawRow, format_of, read_file, without_filled_nulls
 from rlhf_lightning.errors import DataError, MissingError, SettingError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -384,4 +388,32 @@ def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:
             file, upto = split_name(source.path)
             with reading(file) as connection:
                 found[source.path] = snapshot_of(connection, upto).fingerprint
+    return found
+
+
+def usable_rows(path: str, read: Callable[[Any], T]) -> list[T]:
+    """Read each row of a file with a function; rows that it refuses are counted and reported.
+
+    Args:
+        path: file, folder or feedback store.
+        read: turns a row into what the caller needs, or raises `RowRefused`.
+
+    Raises:
+        MissingError: the file does not exist.
+        DataError: no row can be used.
+    """
+    if not Path(path).exists():
+        raise MissingError("no-file", f"there is no file {path}")
+    found: list[T] = []
+    refused = Counter[str]()
+    for row in read_rows(Source(path)):
+        try:
+            found.append(read(row))
+        except RowRefused as error:
+            refused[error.code] += 1
+    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
+    if not found:
+        raise DataError("no-usable-rows", f"{path} has nothing to compare ({said or 'it is empty'})")
+    if said:
+        print(f"{path}: left out {said}", file=sys.stderr)
     return found

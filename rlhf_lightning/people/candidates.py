@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,11 +15,11 @@ import torch
 from rlhf_lightning import tokenization
 from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.data.canonical import REASONS, CanonicalRow, RowRefused
+from rlhf_lightning.data.canonical import CanonicalRow
 from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
 from rlhf_lightning.data.formats import preference_with_ties, read_row
-from rlhf_lightning.data.sources import Source, read_rows
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.data.sources import usable_rows
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import Prompt
@@ -122,21 +121,7 @@ def given_rows(path: str) -> list[CanonicalRow]:
         MissingError: the file does not exist.
         DataError: no row has two completions.
     """
-    if not Path(path).exists():
-        raise MissingError("no-file", f"there is no file {path}")
-    found: list[CanonicalRow] = []
-    refused = Counter[str]()
-    for row in read_rows(Source(path)):
-        try:
-            found.append(read_row(row, preference_with_ties))
-        except RowRefused as error:
-            refused[error.code] += 1
-    said = "; ".join(f"{count} rows: {REASONS[reason]}" for reason, count in refused.items())
-    if not found:
-        raise DataError("no-usable-rows", f"{path} has nothing to compare ({said or 'it is empty'})")
-    if said:
-        print(f"{path}: left out {said}", file=sys.stderr)
-    return found
+    return usable_rows(path, partial(read_row, read=preference_with_ties))
 
 
 def given_items(path: str) -> list[Item]:

@@ -96,7 +96,7 @@ def test_a_completion_of_several_turns_is_learned_at_its_last(thinking):
     )
     assert chosen.startswith("Yo.<|im_end|>\n" + user("and?")) and chosen.endswith(said)
     assert said == "<think>\nB.\n</think>\n\nYa.<|im_end|>" and unsaid == "<think>\n\n</think>\n\nNo.<|im_end|>"
-    assert report.last_turn == 1 and "only the last is learned" in report.describe("rows")
+    assert report.last_turn == 1 and "only the last turn is learned" in report.describe("rows")
 
 
 def test_both_sides_of_a_pair_have_the_prompt_of_use(thinking):
