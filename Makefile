@@ -79,10 +79,10 @@ chat-templates: $(ENV)  ## published chat templates for the tests
 	@$(PY) -c 'import os, pathlib, zipfile; to = pathlib.Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf_lightning").expanduser() / "chat_templates"; to.mkdir(parents=True, exist_ok=True); wheel = zipfile.ZipFile(next(pathlib.Path(".cache/wheels").glob("trl-*.whl"))); [(to / pathlib.Path(name).name).write_bytes(wheel.read(name)) for name in wheel.namelist() if name.endswith(".jinja")]'
 
 docs: $(ENV)
-	DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 docs-serve: $(ENV)
-	DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 format: $(ENV)
 	$(PY) -m ruff check --fix .

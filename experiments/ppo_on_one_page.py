@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def encoded(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Encode a prompt: a conversation by the chat template, plain text as it is."""
+    """Encode a prompt: a conversation by the chat template, plain text unchanged."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids

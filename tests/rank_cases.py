@@ -347,7 +347,7 @@ def train(
 
 
 class Poisoned(modules.DPOModule):
-    """The loss of the last rank's pairs is no number at some updates."""
+    """The loss of the last rank's pairs is NaN at some updates."""
 
     poison: tuple[int, ...] = ()
     masked = False
@@ -362,7 +362,7 @@ class Poisoned(modules.DPOModule):
 
 
 def skip(folder: str, strategy: str, poison: Sequence[int], masked: bool, updates: int = 6) -> dict[str, Any]:
-    """Take updates of which one rank spoils some; return the weights, what was skipped, and why the run ended."""
+    """Take updates, some spoiled by one rank; return the weights, the skipped updates, and why the run ended."""
     module = Poisoned(init_from=folder, learning_rate=1e-3, lr_schedule="constant")
     module.poison, module.masked = tuple(poison), masked
     failure = ""
@@ -505,7 +505,7 @@ def together(
         name: the class.
         folder: the policy it starts from.
         strategy: over the ranks that call this.
-        path: where to keep the checkpoint of a run that dies and goes on; None lives.
+        path: where to keep the checkpoint of a run that is killed and resumed; None for no kill.
         chunk_tokens: tokens whose logits are held at a time.
         accumulation: micro-batches of a step.
         steps: how many.

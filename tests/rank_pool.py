@@ -71,7 +71,7 @@ class RankPool:
             self._listener._listener._socket.settimeout(TIMEOUT)  # type: ignore[attr-defined]  # accept() has no other
             root = Path(__file__).resolve().parents[1]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-            if sys.platform == "linux":  # whatever else the machine's network does
+            if sys.platform == "linux":  # independent of the machine's network
                 environment["GLOO_SOCKET_IFNAME"] = "lo"
             quiet = subprocess.DEVNULL  # what a rank has to say of a failure comes back over its connection
             self._process = subprocess.Popen(

@@ -91,7 +91,7 @@ class SmallServer:
 
 @contextmanager
 def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer]:
-    """Run a small server for the while, on a port that is free or on the one given."""
+    """Run a small server while the block runs, on a port that is free or on the one given."""
     small = SmallServer(folder, **settings)
 
     class Handler(BaseHTTPRequestHandler):

@@ -176,7 +176,7 @@ def test_types_compute_nothing_past_a_subtraction():
 def test_nothing_lies_about():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not tracked:
-        pytest.skip("this is no git checkout: what belongs to the project is not known")
+        pytest.skip("not a git checkout: the project's files are not known")
     assert {path.split("/")[0] for path in tracked} <= TOP_LEVEL
 
 
@@ -258,7 +258,7 @@ def needs_none(node: ast.stmt) -> bool:
 def test_nothing_is_left_for_later(path):
     notes = re.findall(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX|HA" + r"CK)\b.*", path.read_text())
     assert not notes, notes
-    assert path.stem != "utils", "a helper lives beside its noun"
+    assert path.stem != "utils", "a helper stands in the file of its noun"
 
 
 def test_inheritance_stays_shallow():
@@ -484,7 +484,7 @@ BUILDING_BLOCKS = {
 
 
 def test_every_function_has_a_user():
-    """Tests do not count: a formula that only its test calls is code to maintain for nobody."""
+    """Tests do not count: a formula that only its test calls is code without a user."""
     used: set[str] = set()
     for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Every config of a user's objective trains as it is through `rlhf fit`, and `rlhf verify` accepts every class."""
+"""Every config of a user's objective trains unedited through `rlhf fit`, and `rlhf verify` accepts every class."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from rlhf_lightning.verification.contract import Verification, verify
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
 CONFIGS = sorted(USERS.glob("*.yaml"))
 SETTINGS = {"context_distillation": {"context": "p1"}}
-"""Settings that a class needs beside those of the small world."""
+"""Settings that a class needs in addition to those of the small world."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Errors carry a code that survives a process boundary, whatever builtin they also are."""
+"""Errors carry a code that survives a process boundary, under every builtin base."""
 
 import pickle
 

@@ -23,7 +23,7 @@ CLASSES = {base for kind in objective_classes() for base in kind.__mro__ if base
 
 
 def public_methods() -> dict[str, list[Any]]:
-    """Every public method and property of the module classes that is no hook of Lightning's, with its definitions."""
+    """Every public method and property of the module classes except Lightning's hooks, with its definitions."""
     found: dict[str, list[Any]] = {}
     for base in sorted(CLASSES, key=lambda kind: kind.__name__):
         for name, value in vars(base).items():

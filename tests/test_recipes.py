@@ -1,7 +1,9 @@
-"""Every objective's YAML trains as it is on real rows, through `rlhf fit`: weights move, metrics and model appear."""
+"""Every objective's YAML trains unedited on real rows, through `rlhf fit`: weights move, metrics and model appear."""
 
 import json
 import math
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+METRICS = Path(__file__).resolve().parents[1] / "docs" / "metrics.yaml"
+
+
+def undescribed(tags: Iterable[str]) -> set[str]:
+    """Return the tags that the page of metrics does not describe."""
+    groups = yaml.safe_load(METRICS.read_text(encoding="utf-8"))
+    known = [tag for group in groups.values() for tag in group if tag not in ("about", "val/*")]
+    named = {tag: [tag, tag.replace("val/", "rollout/"), tag.replace("val/", "train/")] for tag in tags}
+    return {tag for tag, names in named.items() if not any(fnmatch(name, one) for name in names for one in known)}
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains_on_real_rows(
@@ -116,6 +129,7 @@ def test_it_trains_on_real_rows(
     assert module.updates >= 2
     logged = {name: float(value) for name, value in done.trainer.callback_metrics.items()}
     assert all(math.isfinite(value) for value in logged.values()), logged
+    assert undescribed(logged) == set()
     assert any(name.startswith("val/") for name in logged) and "train/loss" in logged
     moved = [p for name, p in module.named_parameters() if p.requires_grad and "lora_B" in name]
     assert moved and all(bool(p.abs().max() > 0) for p in moved)  # an adapter's B starts at 0

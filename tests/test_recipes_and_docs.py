@@ -127,7 +127,7 @@ def test_config_is_short(path):
 
 
 def test_a_misspelt_setting_in_a_config_is_seen(tmp_path, accepted):
-    """The check above is no formality."""
+    """The check above can fail."""
     text = (RECIPES / "dpo.yaml").read_text()
     path = tmp_path / "dpo.yaml"
     path.write_text(text.replace("learning_rate:", "learning_rat:"))

@@ -63,7 +63,7 @@ def test_the_whole_drill(drilled: Any, name: str, strategy: str, lora: bool) -> 
 
 
 def test_a_difference_is_seen(drill: Any, tmp_path: Path) -> None:
-    """The comparison is no formality: another seed of the samples is another run."""
+    """The comparison can fail: another seed of the samples is another run."""
     subject = drill.Drill("sft", "single", False, tmp_path, drill.WORLD)
     whole = subject.whole("one")
     subject.argv += ["--samples.seed", "1", "--model.betas", "[0.9, 0.998]"]

@@ -204,7 +204,7 @@ CONTEXT = "w40 w41 w42"
 
 
 def instructed(prompt: Any) -> list[int]:
-    """The ids of a prompt with the system turn before it, written by hand: its role is no token of this tokenizer."""
+    """The ids of a prompt with the system turn before it, written by hand: this tokenizer has no token for its role."""
     begin, *rest = prompt
     return [begin, 1, 41, 42, *rest]
 

@@ -99,12 +99,12 @@ class OtherModule(SlopeModule):
 
 
 class PoisonedModule(SlopeModule):
-    """A SlopeModule whose loss is no number at some updates.
+    """A SlopeModule whose loss is NaN at some updates.
 
     Args:
         poison: the updates, from 0.
         value: what the loss is multiplied with there.
-        masked: add the value instead, which leaves the gradient as it is.
+        masked: add the value instead, which leaves the gradient unchanged.
     """
 
     def __init__(self, poison: list[int], value: str = "nan", masked: bool = False, **kwargs: Any) -> None:

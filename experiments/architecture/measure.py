@@ -105,7 +105,7 @@ def private_overrides(package: Path) -> int:
 
 
 def places(root: Path) -> int:
-    """Count the files that name one shipped objective, pages of results apart."""
+    """Count the files that name one shipped objective, not counting pages of results."""
     kinds = {".py", ".yaml", ".md", ".toml"}
     return sum(
         "EXOModule" in path.read_text(errors="ignore")

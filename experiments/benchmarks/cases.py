@@ -48,7 +48,7 @@ class Case(NamedTuple):
         ours: further flags of each of our sides.
         limit: flags of the limit; None where there is none.
         model: "base", "scored" (with a score head, for reward models) or "small" (about a million parameters).
-        same_losses: how far losses may be apart where the algorithms are the same: of the first update, and of later
+        same_losses: largest difference of losses where the algorithms are the same: of the first update, and of later
             ones; an adapter's later losses depend on how it was drawn. None where each side samples for itself.
     """
 
@@ -153,7 +153,7 @@ GPU_BUDGET = ("--max-tokens", "16384")
 ON_GPU = ("--set", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
 """The peer's script and the limit's are to be handed over with the same two changes: on the GPU, products in bf16."""
 HALF = (2e-2, 1e-1)
-"""How far losses may be apart where both sides multiply in bf16."""
+"""Largest difference of losses where both sides multiply in bf16."""
 WARM = slice(4, None)
 """Steps that count: the first ones choose kernels and fill the allocator's pools."""
 
@@ -218,8 +218,8 @@ class Suite(NamedTuple):
     Attributes:
         cases: by name.
         memory: what the figures of memory are.
-        notes: what is said by hand, a file beside this one: why a figure is what it is.
-        out: the page, a file beside this one.
+        notes: file in this folder with text written by hand: why a figure is what it is.
+        out: the page, a file in this folder.
     """
 
     cases: dict[str, Case]
@@ -229,7 +229,7 @@ class Suite(NamedTuple):
 
     @property
     def said(self) -> list[str]:
-        """Lines of what is said by hand; none where there is no such file."""
+        """Lines of the text written by hand; none without such a file."""
         file = Path(__file__).resolve().parent / self.notes
         return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 

@@ -5,7 +5,7 @@
 
 Runs every case of cases.py as A B C A B C, each run a process of its own with a time limit. What has run is kept under
 ``runs/benchmarks`` and not run again, as long as code, commands and versions of that side stay what they were; so a
-call that was interrupted goes on, and ``results.md`` is written from what is there. ``--device gpu`` runs other cases,
+call that was stopped continues, and ``results.md`` is written from what is there. ``--device gpu`` runs other cases,
 sized for one GPU, and writes ``gpu.md``; the peer's script and the limit's must then be ones that use it, in bf16.
 
 The peer's script prints ``PEER {json}``, the limit's ``LIMIT {json}`` and ours ``OURS {json}``, with the seconds and
@@ -271,7 +271,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=int, default=1800, help="seconds that a run may take")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="where runs are kept")
-    parser.add_argument("--out", type=Path, default=None, help="the page (default: beside this script)")
+    parser.add_argument("--out", type=Path, default=None, help="the page (default: in this script's folder)")
     parser.add_argument("--write-only", action="store_true", help="run nothing, write the page from what is kept")
     args = parser.parse_args()
     suite = SUITES[args.device]

@@ -5,7 +5,7 @@
 ``scored``: the model with a fresh score head and a pad token that ends no completion, as both sides of a comparison
 load it. ``reward``: the same as our reward stage exports it, what PPO is scored by and where its critic starts.
 ``reward_adapter``: that as an adapter on the model's own backbone. ``small``: a language model of about a million
-random parameters that speaks the assistant world's words, with ``prompts.jsonl`` beside its weights.
+random parameters that speaks the assistant world's words, with ``prompts.jsonl`` next to its weights.
 
 A process of its own, because the peak of resident memory never falls: a model that was loaded on the way would count
 as the stage's.

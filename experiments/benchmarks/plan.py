@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/plan.py --model DIR --data PAIRS.jsonl [--measured LINES] --markdown plan.md
 
-Runs stage.py twice for each case, as it is and with an allocator that leaves no holes: two steps of 4 rows (PPO: two
+Runs stage.py twice for each case, with the default allocator and one without holes: two steps of 4 rows (PPO: two
 rollouts of 8 completions of 48 tokens, one epoch) in fp32 on the CPU. The same command line is planned with the lengths
 of the widest of those steps. ``--measured`` reads stage.py's lines from a file instead, each behind the name of its
 case, with ", no holes" where that applies.
@@ -107,7 +107,7 @@ def run_flags(case: list[str], model: Path, folder: Path) -> list[str]:
 
 
 def measured_lines(args: argparse.Namespace) -> dict[str, tuple[float, float | None]]:
-    """Return the peak of each case, GB of resident memory, as it is and with an allocator that leaves no holes."""
+    """Return the peak of each case, GB of resident memory, with the default allocator and one without holes."""
     if args.measured is not None:
         lines = (line.partition("OURS ") for line in args.measured.read_text().splitlines() if "OURS " in line)
         peaks = {name.strip(): json.loads(line)["peak_rss_gb"] for name, _, line in lines}
@@ -153,7 +153,7 @@ PARTS = ("process", "weights", "optimizer", "gradients", "activations", "logits"
 
 
 def past_this_machine(folder: Path) -> str:
-    """Return the table of runs that nobody made here."""
+    """Return the table of runs that were not made here."""
     rows = []
     for machine, (architecture, size, *overlay) in MACHINES.items():
         for name, flags in STAGES.items():
@@ -208,7 +208,7 @@ Every peak is where the backward pass begins.
 
 {compared}
 
-`process` is an interpreter that has imported the stack. `allocator` is no tensor: it is what glibc's heap keeps in
+`process` is an interpreter that has imported the stack. `allocator` is not a tensor but what glibc's heap keeps in
 freed pieces that are too small for the next tensor, 0.2 of the activations where every weight trains and 0.3 with an
 adapter. These two shares were fitted to the first columns. Nothing was fitted to those under "no holes": there
 MALLOC_MMAP_THRESHOLD_=131072 is in the environment of run and plan, which takes the holes away from both.

@@ -131,8 +131,8 @@ def loss_lines(cases: dict[str, Case], found: dict[str, Runs]) -> list[str]:
         if gaps is not None and case.same_losses is not None:
             first, later = case.same_losses
             lines.append(
-                f"- {name}: first loss {gaps[0]:.1e} apart (at most {first:g}), later ones {gaps[1]:.1e} (at most "
-                f"{later:g}): {'the same' if agree else 'NOT the same'}"
+                f"- {name}: first loss differs by {gaps[0]:.1e} (at most {first:g}), later ones by {gaps[1]:.1e} "
+                f"(at most {later:g}): {'the same' if agree else 'NOT the same'}"
             )
     return lines
 

@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/rollouts.py --model DIR [--slots N] [--samples N] ...
 
-Completion lengths are geometric: the end token has the same probability at every position, whatever the model says, so
+Completion lengths are geometric: the end token has the same probability at every position, independent of the model, so
 lengths are addressed like the tokens and both engines draw the same. Both run in turns; figures are completion tokens a
 second of wall time and of processor time (the steadier one on a machine that others use), medians over the turns.
 

@@ -5,7 +5,7 @@
 Each point is a process of its own: a small Llama with random weights takes a few SFT updates on sequences of exactly
 the lengths wanted, cut into micro-batches. Measured are the median seconds of an update, and by how much the peak of
 resident memory rose above what was resident once the model was built and its first token forwarded. Writes a table and,
-beside it, a picture.
+with it, a picture.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def update(point: Point) -> Any:
 
 
 def in_a_process(point: Point, threads: int) -> dict[str, float]:
-    """Measure a point in a process of its own, whose peak of memory is nobody else's."""
+    """Measure a point in a process of its own, so that its peak of memory is its own."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -6,7 +6,7 @@
 In the hazard world: a helpful model that gives in to risky requests; its answers criticised and revised by itself and
 imitated (SL-CAI); pairs of its answers to risky requests labelled by a judge of known quality, mixed with people's
 comparisons of helpfulness; a reward model on both; PPO (RL-CAI). With --model also `smollm2.py`. What has been measured
-is kept in the out folder, and the page beside this file is written from it.
+is kept in the out folder, and the page in this folder is written from it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from page import page  # beside this file
-from smollm2 import smollm2  # beside this file
+from page import page  # in this folder
+from smollm2 import smollm2  # in this folder
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands import train

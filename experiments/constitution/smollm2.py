@@ -1,4 +1,4 @@
-"""A small real model as critic and as judge: the machinery on people's prompts and pairs, its agreement as it is."""
+"""A small real model as critic and as judge: the machinery on people's prompts and pairs, its agreement with people."""
 
 from __future__ import annotations
 

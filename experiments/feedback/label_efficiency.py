@@ -178,7 +178,7 @@ def t_interval(values: Sequence[float]) -> LabelPoint:
 
 
 def write_page(cells: Sequence[dict[str, Any]], page: Path) -> None:
-    """Write the page and the picture beside it."""
+    """Write the page and its picture."""
     selectors = [name for name in SELECTORS if any(cell["selector"] == name for cell in cells)]
     selectors += sorted({cell["selector"] for cell in cells} - set(selectors))
     panels: dict[str, dict[str, list[LabelPoint]]] = {}
@@ -242,7 +242,8 @@ def differences(cells: Sequence[dict[str, Any]], selectors: Sequence[str], merit
         if name == "random" or not gains:
             continue
         found = t_interval([float(np.mean(one)) for one in gains.values()])
-        verdict = "better than chance" if found.low > 0 else "worse than chance" if found.high < 0 else "not told apart"
+        better, worse = found.low > 0, found.high < 0
+        verdict = "better than chance" if better else "worse than chance" if worse else "no difference shown"
         lines.append(f"- {name}: {shown(found, 4, '+')}, {verdict}")
     said = "Gain over random, mean of the budgets above the first, paired by seed:\n\n"
     return said + "\n".join(lines) if lines else ""

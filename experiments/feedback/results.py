@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from load import Work, run  # beside this file
+from load import Work, run  # in this folder
 
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.people.loop import main as loop
@@ -71,20 +71,20 @@ def loop_section(found: dict[str, Any]) -> str:
     for method, steps in found.items():
         end, label = steps["round_0/evaluate"], steps["round_0/label"]
         first, last = (datetime.fromisoformat(time) for time in (label["first"], end["ended"]))
-        apart = end["gold_reward_ci"][0] > start["gold_reward_ci"][1]
+        disjoint = end["gold_reward_ci"][0] > start["gold_reward_ci"][1]
         wins = f"{end['win_rate']:.3f} {interval(end['win_rate_ci'])}"
         minutes = (last - first).total_seconds() / 60
         rows.append(
-            [method, end["labels"], end["gold_reward"], interval(end["gold_reward_ci"]), wins, "yes" if apart else "NO",
-             f"{minutes:.1f}"]
+            [method, end["labels"], end["gold_reward"], interval(end["gold_reward_ci"]), wins,
+             "yes" if disjoint else "NO", f"{minutes:.1f}"]
         )  # fmt: skip
-    header = ["policy", "labels", "gold reward", "95 % interval", "win rate against sft", "apart", "minutes"]
+    header = ["policy", "labels", "gold reward", "95 % interval", "win rate against sft", "disjoint", "minutes"]
     return (
         "## From labels to a better policy\n\n"
         "`rlhf loop --config recipe:labels/loop` in the assistant world, one round: pairs of the SFT "
         "policy are labelled by four simulated annotators over the page's HTTP routes, with Bradley-Terry noise in the "
         "gold reward; one of them does not read. DPO learns from the labels, PPO from a reward model trained on them. "
-        "Gold reward is of held-out prompts; `apart`: the interval lies above that of sft; `minutes`: from the first "
+        "Gold reward is of held-out prompts; `disjoint`: the interval is above that of sft; `minutes`: from the first "
         "label to the evaluated policy; no annotator's time for reading is in it.\n\n" + markdown_table(header, rows)
     )
 

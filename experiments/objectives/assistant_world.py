@@ -4,7 +4,7 @@
     python experiments/objectives/assistant_world.py [--only SimPOModule ...] [--start runs/quickstart]
 
 Each objective starts from the quickstart's SFT policy and trains through `rlhf fit` with the quickstart's YAML of its
-family and the settings of `settings.py` beside this file. Objectives whose result is there already are not run again.
+family and the settings of `settings.py` in this folder. Objectives whose result is there already are not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import REASONS, runs  # beside this file
+from settings import REASONS, runs  # in this folder
 
 from rlhf_lightning.commands import train
 from rlhf_lightning.evaluation.policies import mean_with_interval, sample_and_score

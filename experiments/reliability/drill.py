@@ -46,7 +46,7 @@ class Drill:
         lora: train an adapter.
         folder: where the runs go.
         world: the rows and models.
-        seed: of what befalls the runs.
+        seed: of the faults.
     """
 
     def __init__(self, name: str, strategy: str, lora: bool, folder: Path, world: Path, seed: int = 0) -> None:
@@ -119,7 +119,7 @@ class Drill:
 
         Args:
             argv: the command.
-            blow: what befalls it; None leaves it alone.
+            blow: the fault that hits it; None for none.
             torn: what is wrong with its newest checkpoint.
         """
         ranks = Ranks(argv, self.folder, self.count, self.chance.randint(1, 2) if blow == "disk full" else None)
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each stage (default 20)")
     parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="default single; all takes every one")
     parser.add_argument("--lora", action="store_true", help="train an adapter; all does both")
-    parser.add_argument("--seed", type=int, default=0, help="of what befalls the runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the drills' JSON files")
     parser.add_argument("--page", type=Path, default=HERE / "results.md", help="the page that all of them make")
     arguments = parser.parse_args()

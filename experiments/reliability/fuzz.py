@@ -1,4 +1,4 @@
-"""Ten thousand rows that nobody vetted go through everything between a file and a model, and none is lost.
+"""Ten thousand unchecked rows go through everything between a file and a model, and none is lost.
 
     python experiments/reliability/fuzz.py --rows 10000 --seed 0 [--tokenizer DIR] [--out FILE.json]
 
@@ -100,7 +100,7 @@ def accepted(path: Path, kind: str) -> Iterator[CanonicalRow]:
 
 
 def streamed(path: Path, kind: str, tokenizer: Any) -> bool:
-    """Whether a stream of the file goes on after a stop with the very rows it would have given."""
+    """Whether a stream of the file continues after a stop with the same rows."""
 
     def stream() -> RowStream:
         return RowStream(tokenizer, encoder_of(kind), (Source(str(path)),), seed=1, block=32)
@@ -138,7 +138,7 @@ def fuzz(rows: int, seed: int, tokenizers: dict[str, Any], folder: Path, long: f
                 wrong.append(f"{path.name} with {label}: in {forged} rows a content speaks for another")
             if name == "jsonl" and not streamed(path, kind, tokenizer):
                 wrong.append(f"{path.name} with {label}: a resumed stream gives other rows")
-        except Exception as error:  # whatever it is, it is what this drill looks for
+        except Exception as error:  # any error is what this drill looks for
             count = {"written": written, "lost": written}
             wrong.append(f"{path.name} with {label}: {type(error).__name__}: {str(error)[:300]}")
         counts.setdefault(name, Counter()).update(count)

@@ -1,4 +1,4 @@
-"""Rows that nobody vetted, by seed: control tokens in contents, broken Unicode, wrong types, garbage, huge fields."""
+"""Unchecked rows, by seed: control tokens in contents, broken Unicode, wrong types, garbage, huge fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the drill of faults puts into a run: scorers that misbehave, a loss that is no number, a step that eats memory.
+"""What the drill of faults puts into a run: scorers that misbehave, a NaN loss, a step that eats memory.
 
 Run as a script with a port it is a server, of scores and of completions, that can be killed and started again.
 """
@@ -80,7 +80,7 @@ else:  # the server starts without the training stack
     from rlhf_lightning.types import TokenLogprobs
 
     class SpoiltModule(SFTModule):
-        """SFT whose loss is no number at some updates.
+        """SFT whose loss is NaN at some updates.
 
         Args:
             spoilt: the updates, from 0.

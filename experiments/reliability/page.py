@@ -52,9 +52,9 @@ def faults(records: Records) -> list[str]:
 
 
 def fuzz(records: Records) -> list[str]:
-    """Return the section of rows that nobody vetted."""
+    """Return the section of unchecked rows."""
     lines = [
-        "## Rows that nobody vetted",
+        "## Unchecked rows",
         "",
         "`fuzz.py`: of every row read it is known what became of it, and control tokens and supervision of every row",
         "kept are those of the same turns with harmless contents.",

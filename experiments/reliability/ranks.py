@@ -1,4 +1,4 @@
-"""A run as processes forked from this one, so that the stack is imported once, and what can befall it.
+"""A run as processes forked from this one, so that the stack is imported once, and the faults that can hit it.
 
 This process must have no threads and no process group when it forks. Each run gets processes of its own, as many as it
 has ranks, which see what torchrun would tell them; when one dies the others are killed, as torchrun would do.
@@ -157,7 +157,7 @@ class Ranks:
         RolloutModule.collect = watch.watched("rollout", RolloutModule.collect)  # type: ignore[method-assign]
         _EvaluationLoop.run = watch.watched("validation", _EvaluationLoop.run)  # type: ignore[method-assign]
 
-    # -- what befalls it ----------------------------------------------------------------------------------------------
+    # -- faults ----------------------------------------------------------------------------------------------
 
     def wait(self) -> tuple[int, str]:
         """Wait until all ranks have ended; return the exit status, rank 0's first, and what was said."""

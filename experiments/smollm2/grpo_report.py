@@ -46,7 +46,7 @@ def document(report: dict[str, Any]) -> str:
     parts = [
         "# GRPO of SmolLM2-135M-Instruct on instructions that can be checked",
         f"{kind}{len(scores)} rollouts of {report['batch_size']} completions ({report['samples_per_prompt']} a prompt, "
-        f"at most {report['max_new_tokens']} tokens), LoRA, learning rate {report['learning_rate']:g}, k3 leash "
+        f"at most {report['max_new_tokens']} tokens), LoRA, learning rate {report['learning_rate']:g}, k3 penalty "
         f"{report['kl_coef']:g}, fp32, seed {report['seed']}; {report['seconds']:.0f} s on {report['threads']} "
         f"threads, at most {report['peak_memory_gib']} GiB. Made by `make real-grpo`.",
         tables(report),

@@ -127,7 +127,7 @@ def write_data(folder: Path, private: Path, data: Path, budget: Budget) -> dict[
 
     Args:
         folder: where they go.
-        private: where the harmlessness pairs go, whose prompts are offensive and have no place beside a report.
+        private: where the harmlessness pairs go, whose prompts are offensive and do not belong in a report.
         data: folder of the human data.
         budget: how many.
     """

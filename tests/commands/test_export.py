@@ -132,7 +132,7 @@ def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, 
 
 
 def test_an_adapter_that_peft_wrote_itself_is_merged_too(policy_folder):
-    """No backbone.json beside it: nothing is known of the backbone but its path."""
+    """Without backbone.json only the backbone's path is known."""
     base = AutoModelForCausalLM.from_pretrained(policy_folder)
     model = get_peft_model(
         base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

@@ -22,7 +22,7 @@ EARLY = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/
 MISTAKES = {
     "a run that is not there": (["chat", "runs/nope"], "there is no model folder runs/nope"),
     "an export of no run": (["export", "runs/nope", "--out", "model"], "no run found at runs/nope"),
-    "a hub name offline": (["chat", "nobody/nothing"], "the Hugging Face Hub cannot be reached: check the name"),
+    "a hub name offline": (["chat", "missing/model"], "the Hugging Face Hub cannot be reached: check the name"),
     "a metric that never came": (["fit", *BASIC, *EARLY], "EarlyStopping monitors val/nope"),
     "an evaluation of no run": (["validate", "runs/nope"], "no run found at runs/nope"),
 }

@@ -1,4 +1,4 @@
-"""A run that is cut off anywhere and resumed is the run that was not: whatever it draws, logs and does at its ends."""
+"""A run interrupted anywhere and resumed equals the uninterrupted one: samples, logs, exports."""
 
 import json
 import os
@@ -43,14 +43,14 @@ class DrawingModule(SlopeModule):
 
 
 @contextmanager
-def at_call(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, befalls: Callable[[], None]) -> Iterator[None]:
-    """Have something befall runs when a hook is called for the ``times``-th time, before it does anything."""
+def at_call(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, fault: Callable[[], None]) -> Iterator[None]:
+    """Inject a fault when a hook is called for the ``times``-th time, before it does anything."""
     original, left = getattr(ModelExport, hook), [times]
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
-            befalls()
+            fault()
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
@@ -74,8 +74,8 @@ def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: li
 
 def told_to_stop(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> Any:
     """Start a run that gets SIGTERM when a hook is called for the ``times``-th time; return its exit status."""
-    befalls = partial(os.kill, os.getpid(), signal.SIGTERM)
-    with at_call(monkeypatch, hook, times, befalls), pytest.raises(SystemExit) as status:
+    fault = partial(os.kill, os.getpid(), signal.SIGTERM)
+    with at_call(monkeypatch, hook, times, fault), pytest.raises(SystemExit) as status:
         rlhf(argv)
     return status.value.code
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch:
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) -> None:
-    """Bits of headers say how a part is packed: whatever they claim, it is damage, and never an error of its own."""
+    """Bits of headers say how a part is packed: any change of them is reported as damage."""
     assert ends_before(monkeypatch, "on_train_batch_end", 2, [*DRAWING, *OFTEN, "--run_name", "cut"])
     file = last_checkpoint(Path("runs/cut/version_0"))
     content, places = file.read_bytes(), []

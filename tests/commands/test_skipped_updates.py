@@ -56,7 +56,7 @@ def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, 
     assert [row["rows"] for row in rows_of(folder / "skipped_updates.jsonl")] == [[0, 1], [8, 9], [10, 11], [12, 13]]
     session = json.loads((folder / "manifest.json").read_text())["sessions"][0]
     assert session["status"].startswith("DivergenceError") and session["updates"] == 7
-    # What the named checkpoint holds is good: the run goes on from it.
+    # What the named checkpoint holds is good: the run continues from it.
     resumed = run(["fit", "--resume", "runs/poisoned", "--model.poison", "[]"])
     assert resumed.model.updates == UPDATES and resumed.model.skipped_updates == 3
 

@@ -282,7 +282,7 @@ def test_an_adapter_that_is_a_pickle(policy_folder: str, capsys: pytest.CaptureF
 
 @pytest.fixture
 def with_code(policy_folder: str) -> str:
-    """A model of a kind that transformers does not have, and a tokenizer of its own, in Python files beside them."""
+    """A model of a kind that transformers does not have, and a tokenizer of its own, in Python files next to them."""
     shutil.copytree(policy_folder, "with_code")
     folder = Path("with_code")
     config = json.loads((folder / "config.json").read_text())
@@ -302,7 +302,7 @@ def test_a_models_own_code_runs_only_where_it_is_named(
     with_code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # no prompt appears
     for command in commands_on(with_code):
         refused(command, capsys)
     said = refused(fit_on(with_code), capsys)

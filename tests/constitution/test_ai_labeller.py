@@ -1,4 +1,4 @@
-"""A judge in the place of people: what it prefers, whatever the order, is in the store."""
+"""A judge as labeller: its preferences are in the store and do not depend on the order."""
 
 from pathlib import Path
 

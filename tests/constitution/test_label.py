@@ -1,4 +1,4 @@
-"""`rlhf label`: what is written trains as it is, with where it comes from; killed runs go on; errors are one line."""
+"""`rlhf label`: rows train unchanged and name their origin; killed runs continue; errors are one line."""
 
 import json
 import math

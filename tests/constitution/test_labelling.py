@@ -209,7 +209,7 @@ def test_both_orders_remove_a_place_s_bias(bias, average, worst):
 
 
 def test_a_judge_of_known_accuracy_with_a_bias():
-    """Noise of the judge's own is no bias: averaged over pairs of one gap it leaves what the noise leaves."""
+    """The judge's own noise adds no bias to the mean over pairs of one gap."""
     pairs = [Pair(f"prompt {number}", "1.5", "0.5", 1.0) for number in range(4000)]
     judge = SimulatedJudge(gold, 1.0, position_bias=0.8, noise=1.0)
     found = label_pairs(judge, RULES, pairs, LabelSettings(average="logit"))
@@ -235,18 +235,18 @@ def test_metrics_of_a_judge_that_only_looks_at_the_place():
 
 
 def test_pairs_of_one_prompt_are_no_independent_evidence():
-    apart = known_pairs(400)
-    together = [one._replace(prompt=f"prompt {number // 20}") for number, one in enumerate(apart)]
+    separate = known_pairs(400)
+    together = [one._replace(prompt=f"prompt {number // 20}") for number, one in enumerate(separate)]
     for one in together[:200]:
         assert one.preference in (0.0, 1.0)
     judge = SimulatedJudge(gold, 1.0)
     widths = []
-    for pairs in (apart, together):
+    for pairs in (separate, together):
         found = label_pairs(judge, RULES, pairs).metrics["agreement"]
         widths.append(found["ci"][1] - found["ci"][0])
         assert found["pairs"] == 400
     assert found["prompts"] == 20 and widths[0] == pytest.approx(0.08, abs=0.03)
-    ties = [one._replace(preference=0.5) for one in apart]
+    ties = [one._replace(preference=0.5) for one in separate]
     assert label_pairs(judge, RULES, ties).metrics["agreement"] is None
 
 

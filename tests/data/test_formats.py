@@ -66,7 +66,7 @@ def test_demonstrations(row, wanted):
             {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
             ([user("p")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),
-        (  # and some sets repeat it in both, beside a prompt of plain text
+        (  # and some sets repeat it in both, next to a prompt of plain text
             {"prompt": "p", "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
             ([user("p")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),

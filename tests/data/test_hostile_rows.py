@@ -1,4 +1,4 @@
-"""Rows that nobody vetted go through everything between a file and a model: none is lost, none speaks for another."""
+"""Unchecked rows pass from file to model: none is lost, and none adds to another."""
 
 import sys
 from pathlib import Path

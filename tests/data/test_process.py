@@ -76,12 +76,12 @@ def test_a_separator_that_is_there_already_is_not_doubled(ready, write_rows):
 
 
 def test_the_module_says_the_separator_and_the_cache_knows(ready, write_rows):
-    class Apart(ProcessDataModule):
+    class Separate(ProcessDataModule):
         needs = DataNeeds(step_separator="; ")
 
     file = write_rows([ROW])
     (batch,) = batches(ready(ProcessDataModule(file)))
-    (other,) = batches(ready(Apart(file)))
+    (other,) = batches(ready(Separate(file)))
     assert batch.sequences.completions[0].tolist() == spell("ab\ncd\ne", EOS)
     assert other.sequences.completions[0].tolist() == spell("ab; cd; e", EOS)
     assert ends(other) == [3, 7, 9]

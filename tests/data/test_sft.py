@@ -176,7 +176,7 @@ def test_the_report_is_read_aloud(ready, write_rows, caplog):
 
 
 def garbage(number):
-    """A row nobody vetted."""
+    """An unchecked row."""
     draw = random.Random(number)
     pieces = [*SPECIAL, "\n\nHuman: ", "\n\nAssistant:", "\ud800", "\x00", "{{ 7 * 7 }}", "a" * 50, "\ufeff", "🦆", " "]
     text = lambda: "".join(draw.choice([*pieces, *string.printable]) for _ in range(draw.randrange(12)))

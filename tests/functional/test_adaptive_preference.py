@@ -92,7 +92,7 @@ def test_beta_dpo_statistics_move_a_tenth_of_the_way_from_zero():
 
 
 def test_beta_dpo_keeps_typical_pairs_and_never_lets_beta_vanish():
-    """The pair at 4 deviations has a weight of e^-8, beside ones of e^0 and e^-2: it is left out."""
+    """The pair at 4 deviations has a weight of e^-8, among ones of e^0 and e^-2: it is left out."""
     margin = torch.tensor([0.2, 1.2, -1.8], dtype=torch.float64)
     left_out = []
     for seed in range(300):

@@ -34,7 +34,7 @@ def test_the_limits_of_alpha():
     same = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     assert float(krippendorff_alpha(same)) == 1
     assert float(krippendorff_alpha(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))) < 0
-    assert math.isnan(float(krippendorff_alpha(torch.tensor([[0.0, 1.0], [NAN, NAN]])))), "nobody to agree with"
+    assert math.isnan(float(krippendorff_alpha(torch.tensor([[0.0, 1.0], [NAN, NAN]])))), "no second annotator"
     assert math.isnan(float(krippendorff_alpha(torch.ones(2, 3)))), "nothing that could differ"
 
 

@@ -51,12 +51,12 @@ seeds = st.integers(0, 2**31)
 @given(seed=seeds, beta=st.floats(0, 1), temperature=st.floats(0.3, 3))
 def test_divergences_are_zero_between_equals_and_positive_otherwise(seed, beta, temperature):
     student, teacher = normal(seed, 2, 4), normal(seed + 1, 2, 4)
-    apart = generalized_jsd(student, teacher, beta, temperature)
-    assert (apart >= 0).all()
+    separate = generalized_jsd(student, teacher, beta, temperature)
+    assert (separate >= 0).all()
     alike = generalized_jsd(student, student + 3, beta, temperature)
     torch.testing.assert_close(alike, torch.zeros_like(alike), atol=1e-12, rtol=0)
     warmer = generalized_jsd(student / temperature, teacher / temperature, beta)
-    torch.testing.assert_close(apart, warmer)
+    torch.testing.assert_close(separate, warmer)
 
 
 @property_test

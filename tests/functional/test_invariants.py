@@ -1,4 +1,4 @@
-"""What must hold for every objective, whatever its formula: properties over random log-probabilities, masks and cuts.
+"""What must hold for every objective: properties over random log-probabilities, masks and cuts.
 
 Each shipped class is asked through its override points, on inputs made here: no model is loaded.
 """
@@ -70,7 +70,7 @@ def changed(parts: Any, change: Any, least: int) -> Any:
 
 
 def padded(parts: Any, left: int, right: int) -> Any:
-    """The same tuple with further cells beside its grids: no token is in them."""
+    """The same tuple with grids enlarged by cells without tokens."""
     return changed(parts, lambda grid: F.pad(grid, (left, right)), 2)
 
 

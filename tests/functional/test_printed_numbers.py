@@ -43,7 +43,7 @@ COUNTS = {
 
 
 def laid_out():
-    """A prompt of three tokens with a completion of three, beside a longer row."""
+    """A prompt of three tokens with a completion of three, in a batch with a longer row."""
     return padded_layout(sequences([([5, 6, 7], [8, 9, 2]), ([5, 6, 7, 8], [8, 9, 9, 2])]))
 
 

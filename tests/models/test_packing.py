@@ -23,7 +23,7 @@ def shared_layout(batch: Sequences) -> Layout:
     return packed_layout(batch, list(trees_of(batch)))
 
 
-def apart(batch: Sequences) -> Layout:
+def separate(batch: Sequences) -> Layout:
     """Each prompt once for each of its completions."""
     return packed_layout(batch, [[member] for member in range(len(batch.completions))])
 
@@ -90,7 +90,7 @@ def test_each_family_gives_what_padded_rows_give(family: str) -> None:
     torch.nn.init.normal_(policy.value_head.weight)
     assert policy.reads_trees
     found = []
-    for layout in (padded_layout(PAIR), shared_layout(PAIR), apart(PAIR)):
+    for layout in (padded_layout(PAIR), shared_layout(PAIR), separate(PAIR)):
         policy.zero_grad()
         outputs = policy(layout, 0.7, with_entropy=True, value_layout=layout.with_end_state())
         weights = torch.arange(1.0, outputs.logprobs.numel() + 1).view_as(outputs.logprobs).cos()
@@ -185,7 +185,7 @@ def test_any_rows_however_cut_give_the_same_logprobs(
             assert chosen.input_ids.numel() * (1 - FEW_PADS) <= max(max_tokens, max(batch.lengths))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(packing, "SMALL", small)
-                others = (shared_layout(select(batch, cut)), apart(select(batch, cut)))
+                others = (shared_layout(select(batch, cut)), separate(select(batch, cut)))
             for layout in (chosen, *others):
                 found = policy(layout).logprobs
                 torch.testing.assert_close(found, alone[cut, : found.shape[1]], rtol=1e-4, atol=1e-5)

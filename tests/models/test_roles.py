@@ -45,7 +45,7 @@ def own_scores(folder: str) -> torch.Tensor:
     return LearnedScorer(folder).score_sequences(ROWS)
 
 
-def beside(policy: CausalLM, folder: str, settings: LoadSettings | None = None, **changes: Any) -> LearnedScorer:
+def scorer_on(policy: CausalLM, folder: str, settings: LoadSettings | None = None, **changes: Any) -> LearnedScorer:
     scorer = LearnedScorer(folder, **changes)
     scorer.load_beside(policy, settings or LoadSettings())
     return scorer
@@ -56,7 +56,7 @@ def beside(policy: CausalLM, folder: str, settings: LoadSettings | None = None, 
 
 def test_on_the_policys_backbone_a_reward_model_scores_as_on_its_own(policy: CausalLM, reward_adapter: str) -> None:
     logprobs, trained = policy(LAYOUT).logprobs, {n for n, p in policy.named_parameters() if p.requires_grad}
-    scorer = beside(policy.train(), reward_adapter)
+    scorer = scorer_on(policy.train(), reward_adapter)
     assert isinstance(scorer.model, AdapterScalar)
     assert [name for name, _ in scorer.model.named_parameters()] == ["score.weight"]
     torch.testing.assert_close(scorer.score_sequences(ROWS), own_scores(reward_adapter), atol=1e-5, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_several_reward_models_stand_on_one_backbone(
 ) -> None:
     hf = add_lora(load_reward_hf_model(policy_folder, LoadSettings(), pad_token_id=0), LoraSettings(r=2), "SEQ_CLS")
     second = str(export_reward_model(moved(ScalarModel(hf), 8), tokenizer, tmp_path / "second", policy_folder))
-    scorers = [beside(policy, folder) for folder in (reward_adapter, second)]
+    scorers = [scorer_on(policy, folder) for folder in (reward_adapter, second)]
     assert [scorer.model.adapter for scorer in scorers] == ["reward", "reward_2"]  # type: ignore[attr-defined]
     for scorer, folder in zip(scorers, (reward_adapter, second), strict=True):
         torch.testing.assert_close(scorer.score_sequences(ROWS), own_scores(folder), atol=1e-5, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_what_was_not_trained_on_the_policys_backbone_is_a_model_of_its_own(
         (policy, reward_adapter, {"dtype": "bfloat16"}),  # another precision than the backbone's
     ]
     for one, folder, changes in strangers:
-        scorer = beside(one, folder, **changes)
+        scorer = scorer_on(one, folder, **changes)
         assert type(scorer.model) is ScalarModel
         assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
         tolerance = 0.5 if changes else 1e-6
@@ -101,7 +101,7 @@ def test_frozen_models_come_in_their_own_precision(policy_folder: str, reward_fo
     policy = load_policy(policy_folder, settings)
     reference = Reference(policy, policy_folder, settings).copy
     assert reference is not None
-    scorer = beside(policy, reward_folder, settings)
+    scorer = scorer_on(policy, reward_folder, settings)
     for model, dtype in ((policy, torch.float32), (reference, torch.bfloat16), (scorer.model, torch.bfloat16)):
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert scorer.score_sequences(ROWS).dtype == reference(LAYOUT).logprobs.dtype == torch.float32
@@ -115,7 +115,7 @@ def test_frozen_models_come_in_their_own_precision(policy_folder: str, reward_fo
 def test_the_backbone_gives_the_references_logprobs_whoever_else_stands_on_it(
     policy: CausalLM, policy_folder: str, reward_adapter: str
 ) -> None:
-    beside(policy, reward_adapter)
+    scorer_on(policy, reward_adapter)
     add_critic(policy, LORA, reward_adapter)
     reference = Reference(policy, policy_folder, LoadSettings())
     assert reference.models == ()
@@ -130,7 +130,7 @@ def test_the_backbone_gives_the_references_logprobs_whoever_else_stands_on_it(
 def test_a_critic_starts_as_the_reward_model_with_its_head_and_is_trained_apart(
     policy: CausalLM, reward_adapter: str
 ) -> None:
-    scorer, critic = beside(policy, reward_adapter), add_critic(policy, LORA, reward_adapter)
+    scorer, critic = scorer_on(policy, reward_adapter), add_critic(policy, LORA, reward_adapter)
     assert critic.bias == scorer.model.bias == 0.5
     assert torch.equal(critic(LAYOUT), scorer.model(LAYOUT))
     critic(LAYOUT, per_token=True).sum().backward()

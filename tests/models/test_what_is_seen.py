@@ -1,4 +1,4 @@
-"""Whatever the arrangement of rows, a token is predicted from its prompt and its completion so far, nothing else."""
+"""In every arrangement of rows, a token is predicted from its prompt and its completion so far, nothing else."""
 
 import torch
 from hypothesis import given, settings

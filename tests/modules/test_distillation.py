@@ -310,7 +310,7 @@ def test_another_tokenizer_is_refused_by_name(policy_folder: str, tmp_path: Path
         module.configure_model()
     longer = tiny_tokenizer()
     longer.add_tokens(["w120"])
-    check_same_vocabulary(tiny_tokenizer(), longer, "longer")  # what goes on behind the end is cut off
+    check_same_vocabulary(tiny_tokenizer(), longer, "longer")  # what follows the end is cut off
 
 
 @pytest.mark.parametrize("name", ["beta", "on_policy_fraction"])

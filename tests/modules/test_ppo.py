@@ -165,7 +165,7 @@ def test_at_the_first_update_the_ratio_is_1_and_the_kl_0(policy_folder: str, lor
 
 
 def worked_rollout(values: list[float], more: int = 0) -> Rollout:
-    """The worked episode of three tokens, and one of a single token beside it."""
+    """The worked episode of three tokens, and one of a single token."""
     mask = torch.tensor([[True, True, True], [True, False, False]])
     rows = len(mask)
     second = [0.5, *([0.25] if more else [])]

@@ -133,8 +133,8 @@ def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> No
         renamed[name] = gradient
     assert gradients.keys() == renamed.keys()
     for name, gradient in gradients.items():
-        apart, size = float((gradient - renamed[name]).norm()), float(renamed[name].norm())
-        assert apart <= 1e-5 * size, f"{name}: {apart} of {size}"
+        difference, size = float((gradient - renamed[name]).norm()), float(renamed[name].norm())
+        assert difference <= 1e-5 * size, f"{name}: {difference} of {size}"
     assert any(float(g.abs().max()) > 1e-3 for name, g in gradients.items() if ".critic." in name)
 
 

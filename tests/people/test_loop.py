@@ -117,12 +117,12 @@ def cut(argv, number, holder, name, times):
 
 
 KILLS = [
-    (loop_steps, "write_lines", 1),  # the first policy was evaluated, and nobody knows
+    (loop_steps, "write_lines", 1),  # the first policy was evaluated, and no record says so
     (FeedbackStore, "add", 1),
     (FeedbackStore, "judge", 3),
     (FeedbackStore, "next", 4),
     (ModelExport, "on_train_batch_end", 1),  # in the middle of the reward model
-    (ModelExport, "on_train_end", 1),  # it is there, and nobody knows
+    (ModelExport, "on_train_end", 1),  # it is there, and no record says so
     (loop_rounds, "write_text", 1),  # between two steps
     (ModelExport, "on_train_batch_end", 2),  # in the middle of the policy
     (loop_rounds, "win_rate", 1),
@@ -204,7 +204,7 @@ def test_more_is_sampled_where_much_is_skipped(flags, capsys):
         items = list(items_of(connection))
     assert len(items) > 24 and len({item.key for item in items}) == len(items)
     places = [(item.candidates[0].seed, item.candidates[0].episode) for item in items]
-    assert places == sorted(set(places)), "sampling goes on where it stood, also after the last prompt"
+    assert places == sorted(set(places)), "sampling continues where it stopped, also after the last prompt"
     assert "further pairs, since 3 of 8 labels are there" in capsys.readouterr().out
 
 
@@ -359,7 +359,7 @@ def test_people_who_skip_all_there_is_are_given_more(tmp_path, monkeypatch):
         person = skipper(port, 20, 1)
         PeopleLabeller(port=port).label(store, 20, more)
         person.join()
-        assert store.labels() < 20 and len(asked) == 3, "nothing is left, and nobody is waited for"
+        assert store.labels() < 20 and len(asked) == 3, "nothing is left to label, and the loop does not wait"
 
 
 def test_a_taken_port_is_said_before_anything_is_sampled(flags, capsys):

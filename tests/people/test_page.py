@@ -71,7 +71,7 @@ def enter(browser, address, name):
 
 
 def judged(store, count):
-    """The judgements, once there are so many: the page saves while one goes on."""
+    """The judgements, once there are so many: the page saves in the background."""
     for _ in range(600):
         with store.reading() as connection:
             if len(found := judgements_of(connection)) == count:

@@ -48,7 +48,7 @@ FORM_COLUMNS = [
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "demonstration", "prompt"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_no_column_of_the_prompt_passes_for_a_judgement(make_store, ready, kind, count):
-    """Whatever columns a file of prompts has, a row says what people said, and trains as it does without them."""
+    """Columns of the prompt file never change what people said or how a row trains."""
     plain, filled = ({"topic": "t"}, {"topic": "t", **{name: "from the file" for name in FORM_COLUMNS}})
     filled |= {"weight": 9.0, "margin": 3.0, "preference": 0.1, "label": False, "ranks": [1, 0, 0], "labels": [0]}
     modules = {"preference": PreferenceDataModule, "unpaired": UnpairedDataModule, "demonstration": SFTDataModule}

@@ -1,4 +1,4 @@
-"""Which item comes next: the selectors, the order they bring about, and what is said where one lacks something."""
+"""Which item comes next: the selectors, the order they bring about, and the error where one lacks something."""
 
 import math
 

@@ -139,7 +139,7 @@ def test_requests_of_other_sites_are_refused(make_client):
                "http://localhost:8765/", "http://a@localhost:8765", "null", "", "http://localhost:99999999"],
 )  # fmt: skip
 def test_any_other_origin_is_refused(make_client, origin):
-    """By scheme, host and port; what is no address is another site's too."""
+    """By scheme, host and port; an invalid address counts as another site."""
     client = make_client(1)
     answer = client.post("/api/undo", json={"key": "k" * 16}, headers={"origin": origin})
     assert (answer.status_code, answer.headers["x-content-type-options"]) == (403, "nosniff")
@@ -308,7 +308,7 @@ def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
     client = make_client(2, name=None, access=AccessPolicy(tokens), annotators=2)
     assert client.post("/api/enter", json={"name": "ann"}).status_code == 403
     client.cookies.set("annotator", "ann")
-    assert client.get("/api/item").status_code == 401, "a name is no token"
+    assert client.get("/api/item").status_code == 401, "a name is not a token"
     client.cookies.clear()
     assert client.get("/enter?token=wrong").status_code == 401
     entered = client.get(f"/enter?token={tokens['ann']}", headers={"host": "lab.example:8765"})

@@ -69,7 +69,7 @@ def test_they_label_through_the_page(make_store):
 
 
 def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
-    """Killed after each of several judgements, at whatever the process did then, and gone on with in another."""
+    """Killed after each of several judgements, at any moment, and continued in another process."""
     items = [pair(n) for n in range(24)]
     settings = {"repeats": 0.2, "distance": 2, "annotators": 2, "lease": math.inf, "salt": ""}
     whole = make_store(items, **settings)

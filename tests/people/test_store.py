@@ -256,7 +256,7 @@ DAMAGE = {
     "prompt is a mapping": "UPDATE items SET prompt = '{}'",
     "turns without content": """UPDATE items SET prompt = '[{"role": "user"}]'""",
     "completion is a list of numbers": "UPDATE candidates SET completion = '[1]'",
-    "sampling is no JSON": "UPDATE candidates SET sampling = 'x'",
+    "sampling is invalid JSON": "UPDATE candidates SET sampling = 'x'",
     "ranks are lists": "UPDATE judgements SET ranks = '[[0], [1]]'",
     "ranks are a mapping": "UPDATE judgements SET ranks = '{}'",
     "ranks are texts": """UPDATE judgements SET ranks = '["0", "1"]'""",
@@ -392,7 +392,7 @@ def test_what_was_confirmed_outlives_a_kill(make_store, tmp_path):
     assert said <= kept and len(kept - said) <= 1
     store = FeedbackStore(tmp_path / "feedback.db", Policy(repeats=0.0))
     label(store, "ann", LEFT)
-    assert store.progress("ann").judged == len(kept) + 1, "and the next process goes on"
+    assert store.progress("ann").judged == len(kept) + 1, "and the next process continues"
     store.close()
 
 

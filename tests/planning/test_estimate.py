@@ -117,7 +117,7 @@ def test_each_moment_holds_what_it_must():
     for parts in found.moments.values():
         assert (parts["weights"], parts["optimizer"], parts["process"]) == (weights, 8 * trained, 7)
     held = {name: parts.get("gradients", 0) for name, parts in found.moments.items()}
-    tied = 4 * 120 * 32  # the embedding's part of a tied gradient, beside the head's
+    tied = 4 * 120 * 32  # the embedding's part of a tied gradient, with the head's
     assert held == {
         "sampling": 4 * trained,
         "statistics": 4 * trained,
@@ -160,7 +160,7 @@ def test_ddp_keeps_buckets_and_fsdp_cuts_what_ddp_repeats():
 
 
 def test_a_cut_is_that_of_the_real_strategy():
-    """torch's own FSDP2 cuts the real model over three ranks, of which a fake process group plays the others."""
+    """torch's own FSDP2 cuts the real model over three ranks, where a fake process group stands for the others."""
     import torch.distributed as dist
     from tiny_models import tiny_config
     from torch.distributed.device_mesh import init_device_mesh
@@ -183,7 +183,7 @@ def test_a_cut_is_that_of_the_real_strategy():
 
 
 def test_work_of_a_step_is_six_operations_a_weight_and_token():
-    """Two forward and four backward, attention and head apart (Kaplan et al. 2020)."""
+    """Two forward and four backward, attention and head separately (Kaplan et al. 2020)."""
     rows = Rows(groups=4, completions=1, prompt=1, completion=1023)
     found = sum(plan(replace(LLAMA, rows=rows)).flops.values())
     matrices = 8_030_261_248 - 128256 * 4096 - 65 * 4096
@@ -273,8 +273,8 @@ def test_a_config_is_read_from_text_file_and_folder(tmp_path):
 
 def test_a_model_that_nothing_is_known_of_is_named_with_the_way_out(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with refused("no-model", "nobody/nothing are unknown", "--plan.config"):
-        config_text("nobody/nothing")
+    with refused("no-model", "missing/model are unknown", "--plan.config"):
+        config_text("missing/model")
 
 
 def test_four_bit_backbones_weigh_half_a_byte():

@@ -144,7 +144,7 @@ def test_wrong_flags_are_refused_as_in_fit(flags, sentence, capsys):
             "data_parallel_size=8 x tensor_parallel_size=1, but there are 4 ranks",
         ),
         (["--trainer.devices", "9", "--data.batch_size", "8"], "9 ranks cannot share 8 rows a step"),
-        (["--plan.config", "nobody/nothing"], "the sizes of nobody/nothing are unknown"),
+        (["--plan.config", "missing/model"], "the sizes of missing/model are unknown"),
     ],
 )
 def test_what_fit_would_refuse_before_it_loads_weights_is_refused(flags, sentence, capsys, monkeypatch):

@@ -22,8 +22,8 @@ def test_philox_gives_the_published_known_answers(counter: str, key: str, expect
 def test_the_number_of_an_address_does_not_depend_on_its_neighbours() -> None:
     episodes, positions = torch.arange(40), torch.arange(40) % 7
     together = uniform(3, episodes, positions)
-    apart = torch.cat([uniform(3, episodes[i : i + 1], positions[i : i + 1]) for i in range(40)])
-    assert torch.equal(together, apart)
+    separate = torch.cat([uniform(3, episodes[i : i + 1], positions[i : i + 1]) for i in range(40)])
+    assert torch.equal(together, separate)
     order = torch.randperm(40)
     assert torch.equal(uniform(3, episodes[order], positions[order]), together[order])
 

@@ -142,7 +142,7 @@ def test_first_tokens_follow_the_softmax(policy: CausalLM, temperature: float) -
 
 
 def test_later_tokens_follow_the_softmax_after_what_was_sampled(policy: CausalLM) -> None:
-    """The probability integral transform of each sampled token is uniform, whatever came before it."""
+    """The probability integral transform of each sampled token is uniform after every prefix."""
     drawn = sample(policy, [PROMPTS[0]] * 300, torch.arange(300), SamplingSettings(6), 5, [3])
     start, quantiles, generator = len(PROMPTS[0]), [], torch.Generator().manual_seed(0)
     rows = pad_sequence([torch.cat([PROMPTS[0], ids]) for ids in drawn.ids], batch_first=True)
@@ -204,7 +204,7 @@ def test_progress_counts_every_completion(policy: CausalLM) -> None:
     assert sum(seen) == 12 and len(seen) > 1 and min(seen) > 0
 
 
-# -- training beside it -----------------------------------------------------------------------------------------------
+# -- training next to it -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.5)])

@@ -120,7 +120,7 @@ def test_random_numbers_made_ahead_are_those_of_their_tokens(
     whole = as_lists(draw(policy, slots))
     monkeypatch.setattr(engines, "AHEAD", ahead)
     assert as_lists(draw(policy, slots)) == whole
-    assert max(len(ids) for ids in whole) > 2 * 7  # each row goes on to numbers of its own further ahead
+    assert max(len(ids) for ids in whole) > 2 * 7  # each row continues with numbers of its own further ahead
 
 
 def test_the_episodes_tell_something_and_their_logprobs_agree(model: CausalLM) -> None:

@@ -1,4 +1,4 @@
-"""A scorer that hangs, dies, raises or returns nonsense costs one completion, and is told apart from a wrong answer."""
+"""A scorer that hangs, dies, raises or returns nonsense costs one completion, and is not counted as a wrong answer."""
 
 import math
 import sys

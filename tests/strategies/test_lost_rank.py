@@ -9,7 +9,7 @@ from rank_pool import RankPool
 
 @pytest.fixture(scope="module")
 def own_pool() -> Iterator[RankPool]:
-    """What a rank is killed in serves nobody afterwards."""
+    """A group in which a rank was killed is not used again."""
     pool = RankPool()
     yield pool
     pool.close()

@@ -129,7 +129,7 @@ def test_a_sharded_reward_model_scores_the_same(pool: RankPool, policy_folder: s
 
 
 def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_ranks(pool: RankPool, policy_folder: str) -> None:
-    """The comparison above is no formality."""
+    """The comparison above can fail."""
     with pytest.raises(AssertionError, match="gradients of"):
         compare(pool, "ForgetfulModule", policy_folder, 2, "ddp", 1)
 

@@ -1,4 +1,4 @@
-"""Two hosts, made of network namespaces: a run over both ends when the wire is cut, and goes on when it is back.
+"""Two hosts, made of network namespaces: a run over both ends when the wire is cut, and continues when it is back.
 
 A rank that waits for another gives up after the strategy's ``timeout``; the run then ends on both hosts within
 `ENDS_WITHIN` seconds of the cut.

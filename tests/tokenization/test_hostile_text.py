@@ -1,4 +1,4 @@
-"""Who speaks, and what a loss looks at, never depends on what is said: for tokenizers of every family."""
+"""Roles and loss masks never depend on the text: for tokenizers of every family."""
 
 import sys
 from pathlib import Path

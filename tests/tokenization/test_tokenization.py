@@ -37,7 +37,7 @@ def test_a_conversation_is_rendered_with_the_generation_prompt(tiny_tokenizer):
 
 
 def test_a_completion_ends_with_the_end_of_turn_and_nothing_after_it(tiny_tokenizer):
-    wanted = spell("yes", END)  # the template writes a line break behind it, which nobody samples
+    wanted = spell("yes", END)  # the template writes a line break behind it, which is never sampled
     for completion in ("yes", [turn("assistant", "yes")]):
         assert encode_completion(tiny_tokenizer, completion, user("hi")) == (wanted, [True] * 4)
 
@@ -66,8 +66,8 @@ def test_plain_text_that_a_template_wrote_keeps_its_control_tokens(tiny_tokenize
 def test_prompt_and_completion_are_encoded_apart(tiny_tokenizer):
     joint = tiny_tokenizer("abc", add_special_tokens=False)["input_ids"]
     assert joint == [*spell("a"), BC], "encoded together, a token would reach over the boundary"
-    apart = encode_prompt(tiny_tokenizer, "ab") + encode_completion(tiny_tokenizer, "c", "ab")[0]
-    assert apart == spell("abc", EOS)
+    separate = encode_prompt(tiny_tokenizer, "ab") + encode_completion(tiny_tokenizer, "c", "ab")[0]
+    assert separate == spell("abc", EOS)
 
 
 def test_only_the_assistants_turns_and_their_ends_are_supervised(tiny_tokenizer):

@@ -1,4 +1,4 @@
-"""Completions that cannot be judged: nothing is learned from them, and they are counted apart from wrong answers."""
+"""Completions that cannot be judged: nothing is learned from them; they are not counted as wrong."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Per-token statistics: those of dense distributions, whatever is cut, and never all logits at once."""
+"""Per-token statistics: equal to those of dense distributions for every cut, without all logits at once."""
 
 from typing import Any
 

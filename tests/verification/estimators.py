@@ -1,7 +1,7 @@
 """Whether a policy-gradient estimator has the mean that it should: gradients of many rollouts, a test of their mean.
 
 Every rollout goes through the module's own, unedited code: its sampler and scorer, its statistics, its rewards and
-advantages, its loss. Nothing is averaged but what the module itself averages, so that whatever a rollout's statistics
+advantages, its loss. Nothing is averaged but what the module itself averages, so that all that a rollout's statistics
 do to the mean of the estimator (a group's deviation, whitening) is in it.
 """
 
@@ -62,7 +62,7 @@ def rollout_gradients(
 
 
 def questions_of(world: EnumerableWorld, rollouts: int, samples: int, first_episode: int = 0) -> PromptBatch:
-    """Return the prompts of several rollouts in a row: every prompt of the world, each ``samples`` times, groups apart.
+    """Return the prompts of several rollouts in a row: every prompt ``samples`` times, in separate groups.
 
     Args:
         world: whose prompts they are.
@@ -110,7 +110,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def _weights(module: nn.Module, at: Tensor | None) -> Iterator[None]:
-    """Give the module other weights for the while."""
+    """Give the module other weights while the block runs."""
     before = parameters_to_vector(trained(module)).detach().clone()
     try:
         if at is not None:

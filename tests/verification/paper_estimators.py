@@ -155,7 +155,7 @@ def with_score(r: Every, rewards: Tensor, scores: Tensor) -> Tensor:
     return rewards + torch.where(last, scores.unsqueeze(-1), 0.0)
 
 
-def leashed(r: Every, s: Settings) -> Tensor:
+def penalised(r: Every, s: Settings) -> Tensor:
     """score - beta sum_t k1."""
     return r.scores + kl_rewards(r, s).sum(-1)
 
@@ -204,7 +204,7 @@ def over_sums(r: Every, losses: Tensor) -> Tensor:
 
 def critic_free(r: Every, s: Settings) -> Tensor:
     """Group mean as baseline, KL in the reward, clip, TM."""
-    advantages = centred(r, leashed(r, s)).unsqueeze(-1)
+    advantages = centred(r, penalised(r, s)).unsqueeze(-1)
     return over_tokens(r, clipped(token_ratio(r), advantages, s.clip, s.clip_high))
 
 
@@ -216,7 +216,7 @@ def grpo(r: Every, s: Settings) -> Tensor:
 
 def dr_grpo(r: Every, s: Settings) -> Tensor:
     """2503.20783, with the KL in the reward."""
-    losses = clipped(token_ratio(r), centred(r, leashed(r, s)).unsqueeze(-1), s.clip, s.clip_high)
+    losses = clipped(token_ratio(r), centred(r, penalised(r, s)).unsqueeze(-1), s.clip, s.clip_high)
     return torch.where(r.mask, losses, 0.0).sum((-1, -2)) / (r.mask.shape[1] * s.longest)
 
 
@@ -229,7 +229,7 @@ def dapo(r: Every, s: Settings) -> Tensor:
 
 def lite_ppo(r: Every, s: Settings) -> Tensor:
     """2508.08221."""
-    scores = leashed(r, s)
+    scores = penalised(r, s)
     advantages = centred(r, scores) / (scores.std(-1, keepdim=True) + s.epsilon)
     return over_tokens(r, clipped(token_ratio(r), advantages.unsqueeze(-1), s.clip, s.clip_high))
 
@@ -250,7 +250,7 @@ def cispo(r: Every, s: Settings) -> Tensor:
 
 def rloo(r: Every, s: Settings) -> Tensor:
     """2402.14740: the ratio is the whole completion's."""
-    groups = r.grouped(leashed(r, s))
+    groups = r.grouped(penalised(r, s))
     others = (groups.sum(-1, keepdim=True) - groups) / (r.samples - 1)
     ratio = torch.exp((r.now - r.old).sum(-1))
     return clipped(ratio, (groups - others).flatten(1), s.clip, s.clip_high).mean(-1)
@@ -271,7 +271,7 @@ def reinforce_plus_plus_baseline(r: Every, s: Settings) -> Tensor:
 
 def remax(r: Every, s: Settings) -> Tensor:
     """2310.10505."""
-    return over_sums(r, -(leashed(r, s) - r.greedy).unsqueeze(-1) * r.now)
+    return over_sums(r, -(penalised(r, s) - r.greedy).unsqueeze(-1) * r.now)
 
 
 def ppo(r: Every, s: Settings) -> Tensor:

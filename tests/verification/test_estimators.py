@@ -186,7 +186,7 @@ def deviation_of_the_rollout(r: Every, s: Settings) -> Tensor:
 
 
 def deviation_of_the_group(r: Every, s: Settings) -> Tensor:
-    advantages = paper.standardised(r, paper.leashed(r, s), s).unsqueeze(-1)
+    advantages = paper.standardised(r, paper.penalised(r, s), s).unsqueeze(-1)
     return paper.over_tokens(r, paper.clipped(paper.token_ratio(r), advantages, s.clip, s.clip_high))
 
 
@@ -209,7 +209,7 @@ def with_other(formula: Formula, **changes: float) -> Formula:
     return lambda r, s: formula(r, s._replace(**changes))
 
 
-def leash_reversed(formula: Formula) -> Formula:
+def penalty_reversed(formula: Formula) -> Formula:
     return lambda r, s: formula(r._replace(reference=2 * r.old - r.reference), s)
 
 
@@ -218,7 +218,7 @@ def itself_in_the_baseline(r: Every, s: Settings) -> Tensor:
 
 
 def token_mean_for_constant(r: Every, s: Settings) -> Tensor:
-    advantages = paper.centred(r, paper.leashed(r, s)).unsqueeze(-1)
+    advantages = paper.centred(r, paper.penalised(r, s)).unsqueeze(-1)
     return paper.over_tokens(r, paper.clipped(paper.token_ratio(r), advantages, s.clip, s.clip_high))
 
 
@@ -239,7 +239,7 @@ MISTAKES: dict[str, tuple[str, str, Formula]] = {
     "deviation of the group for the rollout's": ("LitePPOModule", "first", deviation_of_the_group),
     "deviation biased": ("GRPOModule", "first", deviation_biased),
     "whitened by prompt": ("ReinforcePlusPlusModule", "first", whitened_by_prompt),
-    "KL in the reward of the wrong sign": ("CriticFreeModule", "first", leash_reversed(paper.critic_free)),
+    "KL in the reward of the wrong sign": ("CriticFreeModule", "first", penalty_reversed(paper.critic_free)),
     "KL forgotten": ("RLOOModule", "first", with_other(paper.rloo, kl_coef=0.0)),
     "its own score in the baseline": ("RLOOModule", "first", itself_in_the_baseline),
     "token mean for a constant": ("DrGRPOModule", "first", token_mean_for_constant),

@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ReinforcePlusPlusModule": {},
     "ReinforcePlusPlusBaselineModule": {
         "kl_coef": 1.0
-    },  # per deviation, not per reward: on a longer leash it collapses
+    },  # per deviation, not per reward: with a weaker penalty it collapses
     "ReMaxModule": {},
 }
 

@@ -89,8 +89,8 @@ def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
     module = Subject(AOTModule, world, folder).fresh()
     policy = converge(module, world, steps=400).policy.numpy()
     pairs = population.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
-    apart = population.joint_minimiser(population.aot, pairs, module.beta, world.problem.reference.numpy())
-    losses = [population.joint_loss("AOTModule", found, pairs, module) for found in (policy, apart)]
+    separate = population.joint_minimiser(population.aot, pairs, module.beta, world.problem.reference.numpy())
+    losses = [population.joint_loss("AOTModule", found, pairs, module) for found in (policy, separate)]
     assert abs(losses[0] - losses[1]) < 1e-5
 
 

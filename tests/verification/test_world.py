@@ -155,7 +155,7 @@ def test_judged_steps_end_in_the_rewards():
     batch = world.judged_steps()
     last = torch.stack([labels[-1] for labels in batch.labels])
     torch.testing.assert_close(torch.logit(last), world.rewards.flatten())
-    row = world.completions.index((2, 3))  # its first step is shared with whatever else begins with 2
+    row = world.completions.index((2, 3))  # its first step is shared with all others that begin with 2
     alike = [i for i, ids in enumerate(world.completions) if ids[0] == 2]
     torch.testing.assert_close(torch.logit(batch.labels[row][0]), world.rewards[0, alike].mean())
     assert [len(labels) for labels in batch.labels] == [int(flags.sum()) for flags in batch.sequences.supervised]

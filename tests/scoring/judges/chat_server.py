@@ -51,7 +51,7 @@ def said(text: str, places: list[dict[str, Any]] | None = None, reason: str = "s
 
 @contextmanager
 def serving(reply: Callable[[dict[str, Any]], Any]) -> Iterator[ChatServer]:
-    """Run a server in a thread of this process for the while."""
+    """Run a server in a thread of this process while the block runs."""
     chat = ChatServer(reply)
     routes = [Route(path, chat.answer, methods=["POST"]) for path in ("/v1/chat/completions", "/v1/completions")]
     config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error", lifespan="off")

@@ -1,4 +1,4 @@
-"""A local judge: its probabilities are those of the whole forward, whatever the batch; a local critic is addressed."""
+"""A local judge: its probabilities equal those of the whole forward in every batch; a local critic is addressed."""
 
 import pytest
 import torch

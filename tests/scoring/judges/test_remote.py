@@ -1,4 +1,4 @@
-"""A judge and a critic behind a real server in this process: what is sent, how letters are read, what is no answer."""
+"""A judge and a critic behind a real server in this process: requests, letters, missing answers."""
 
 import math
 
@@ -20,7 +20,7 @@ LOG = math.log
 
 
 def likes_hello(body):
-    """Prefers the option with Hello in it, whatever its place; says its letter after a bracket."""
+    """Prefers the option with Hello in it, in either place; says its letter after a bracket."""
     first = body["messages"][-1]["content"].find("Hello") < body["messages"][-1]["content"].find("Go.")
     a, b = (LOG(0.8), LOG(0.1)) if first else (LOG(0.2), LOG(0.6))
     letter = "A" if first else "B"
