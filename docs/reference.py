@@ -1,7 +1,7 @@
 """A hook of MkDocs: pages of reference generated from the package, so that they cannot disagree with it.
 
 Read are commands/flag_index.json (a test compares it with the classes), the recipes, the pages of measured results,
-metrics.yaml beside this file, and the help of each command.
+metrics.yaml in this folder, and the help of each command.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def _plain(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text as a cell of a table: as it is written, without Markdown's meaning of its characters."""
+    """Return text as a cell of a table: literally, without Markdown's meaning of its characters."""
     shown = re.split(r"``?([^`]+)``?", text.replace("\n", " "))
     shown[1::2] = [f"`{part}`" for part in shown[1::2]]
     shown[::2] = [re.sub(r"([\\*_\[\]<>#])", r"\\\1", part) for part in shown[::2]]
