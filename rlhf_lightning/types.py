@@ -603,11 +603,13 @@ class Advantages(NamedTuple):
         advantages: shape (episodes, length), 0 outside the mask.
         returns: the critic's regression target, shape (episodes, length); None without a critic.
         learned: bool, True on the tokens that are learned from, shape (episodes, length); None for all.
+        cost_returns: by constrained part the target of its own critic, shape (episodes, length).
     """
 
     advantages: Tensor
     returns: Tensor | None
     learned: Tensor | None = None
+    cost_returns: Mapping[str, Tensor] = {}
 
 
 class Aggregation(NamedTuple):

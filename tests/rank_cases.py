@@ -160,7 +160,8 @@ def share_of_words(text: str, low: int, high: int) -> float:
 
 def low_words_at_a_cost(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
     """Score a completion by the share of its words below 60; words from 30 to 89 are its cost."""
-    return [Judgement(share_of_words(text, 0, 60), {"cost": share_of_words(text, 30, 90)}) for text in completions]
+    parts = [{"low": share_of_words(text, 0, 60), "cost": share_of_words(text, 30, 90)} for text in completions]
+    return [Judgement(one["low"], one) for one in parts]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -343,7 +344,8 @@ def train(
     with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
         trainer.fit(module, StepData(steps))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}
+    found = {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}
+    return found | {"multipliers": module.score_rule.state_dict() if hasattr(module, "score_rule") else {}}
 
 
 class Poisoned(modules.DPOModule):
@@ -471,7 +473,7 @@ def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **s
         trainer.fit(module, ResumableData(taken), ckpt_path=path if kind == "resumed" else None, weights_only=True)
         found[kind] = weights_of(module)
         found[f"{kind}_counters"] = module.progress()
-        found[f"{kind}_multiplier"] = getattr(module, "log_multiplier", None)
+        found[f"{kind}_multiplier"] = module.score_rule.state_dict() if hasattr(module, "score_rule") else None
     return found
 
 

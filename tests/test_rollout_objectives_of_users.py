@@ -1,9 +1,8 @@
-"""PPO-Lagrangian, REBEL and VAPO as users write them: each trains, and its gradient is an independent one's.
+"""REBEL and VAPO as users write them: each trains, and its gradient is an independent one's.
 
 The transcriptions are of the papers' losses over a whole rollout, in fp64, from the samples and the critic's values.
 """
 
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_cases
 import torch
 import yaml
 from conftest import refused
-from rank_cases import low_words_at_a_cost, share_of_words
+from rank_cases import share_of_words
 from tiny_folders import one_thread, policy_folder
 from tiny_models import (
     MetricsLog,
-    evaluate,
     fit,
     gradients_of_step,
     plain_logprobs,
@@ -36,10 +33,9 @@ from rlhf_lightning.types import Rollout
 __all__ = ["one_thread", "policy_folder"]
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
-NAMES = {"ppo_lagrangian": "PPOLagrangianModule", "rebel": "REBELModule", "vapo": "VAPOModule"}
-LAMBDA, ETA, ALPHA, MU = 0.6, 0.7, 0.5, 0.3
+NAMES = {"rebel": "REBELModule", "vapo": "VAPOModule"}
+ETA, ALPHA, MU = 0.7, 0.5, 0.3
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ppo_lagrangian": {"multiplier": LAMBDA, "cost_limit": 0.4, "multiplier_lr": 0.5, "missing_eos_score": None},
     "rebel": {"eta": ETA, "temperature": 1.0},
     "vapo": {"alpha": ALPHA, "nll_coef": MU, "missing_eos_score": None},
 }
@@ -60,7 +56,7 @@ def right_or_wrong(prompts: Any, completions: Sequence[str], **columns: Any) -> 
     return [1.0 if share_of_words(text, 0, 60) > 0.5 else -1.0 for text in completions]
 
 
-SCORERS = {"ppo_lagrangian": low_words_at_a_cost, "rebel": low_words, "vapo": right_or_wrong}
+SCORERS = {"rebel": low_words, "vapo": right_or_wrong}
 
 
 def step(first: int = 0, **limits: Any) -> Any:
@@ -120,15 +116,6 @@ def critic_loss(now: list[Tensor], old: list[Tensor], returns: list[Tensor]) -> 
 Rows = list[Tensor]
 
 
-def ppo_lagrangian(now: Rows, old: Rows, reference: Rows, values: Rows, before: Rows, texts: Sequence[str]) -> Tensor:
-    estimates = []
-    for lp, ref, v, text in zip(old, reference, before, texts, strict=True):
-        mixed = (share_of_words(text, 0, 60) - LAMBDA * share_of_words(text, 30, 90)) / (1 + LAMBDA)
-        estimates.append(gae(at_end(mixed, -0.05 * (lp - ref)), v, 0.95))
-    advantages, returns = (list(rows) for rows in zip(*estimates, strict=True))
-    return clipped(now, old, whitened(advantages), 0.2) + critic_loss(values, before, returns)
-
-
 def rebel(now: Rows, old: Rows, reference: Rows, values: Rows, before: Rows, texts: Sequence[str]) -> Tensor:
     losses = []
     for first in range(0, len(now), 2):
@@ -150,7 +137,7 @@ def vapo(now: Rows, old: Rows, reference: Rows, values: Rows, before: Rows, text
     return clipped(now, old, whitened(adaptive), 0.28) + critic_loss(values, before, returns) - MU * right.mean()
 
 
-TRANSCRIPTIONS = {"ppo_lagrangian": ppo_lagrangian, "rebel": rebel, "vapo": vapo}
+TRANSCRIPTIONS = {"rebel": rebel, "vapo": vapo}
 
 
 # -- tests ------------------------------------------------------------------------------------------------------------
@@ -229,39 +216,11 @@ def test_micro_batches_change_no_gradient(policy_folder: str, file: str) -> None
 def test_scores_rise(policy_folder: str, file: str) -> None:
     logged = MetricsLog()
     settings = {"learning_rate": 6e-3, "max_new_tokens": 4, "max_grad_norm": 1.0, "ppo_epochs": 2}
-    if file == "ppo_lagrangian":
-        settings |= {"multiplier_lr": 0.0}  # another multiplier would be another score
     if file == "rebel":
         settings |= {"eta": 5.0}  # a step that this learning rate can take
     fit(module_of(file, policy_folder, **settings), [step(8 * i) for i in range(32)], callbacks=[logged])
     scores = logged.column("rollout/score")
     assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.1, scores
-
-
-def test_the_multiplier_follows_the_mean_cost_of_training_rollouts_alone(policy_folder: str) -> None:
-    logged = MetricsLog()
-    module = module_of("ppo_lagrangian", policy_folder, learning_rate=1e-3)
-    fit(module, [step(8 * i) for i in range(3)], evaluation=[step(8 * 9)], callbacks=[logged])
-    costs, used = logged.column("rollout/score_cost"), logged.column("train/multiplier")
-    expected = [LAMBDA]
-    for cost in costs:
-        expected.append(expected[-1] * math.exp(0.5 * (cost - 0.4)))
-    assert [*used, math.exp(module.log_multiplier)] == pytest.approx(expected, rel=1e-6)
-    rewards, scores = logged.column("rollout/score_reward"), logged.column("rollout/score")
-    mixed = [(r - m * c) / (1 + m) for r, c, m in zip(rewards, costs, used, strict=True)]
-    assert scores == pytest.approx(mixed, abs=1e-6)
-    before = module.log_multiplier
-    evaluate(module, [step(8 * 9)])
-    assert module.log_multiplier == before
-
-
-def test_a_resumed_multiplier_is_an_uninterrupted_one_bit_for_bit(policy_folder: str, tmp_path: Path) -> None:
-    settings = {"scorer": low_words_at_a_cost, **SETTINGS["ppo_lagrangian"]}
-    name = f"ppo_lagrangian.{NAMES['ppo_lagrangian']}"
-    found = rank_cases.resume(name, policy_folder, str(tmp_path / "half.ckpt"), "auto", **settings)
-    assert found["whole_multiplier"] == found["resumed_multiplier"] != pytest.approx(math.log(LAMBDA))
-    for weight, value in found["whole"].items():
-        assert torch.equal(found["resumed"][weight], value), weight
 
 
 def test_rebel_refuses_other_than_two_samples(policy_folder: str) -> None:

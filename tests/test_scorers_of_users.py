@@ -41,7 +41,7 @@ from rlhf_lightning.types import Rollout
 __all__ = ["one_thread", "policy_folder"]
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
-FILES = ["prompt_weights", "rubric_judge", "context_distillation", "success_curriculum"]
+FILES = ["rubric_judge", "context_distillation", "success_curriculum"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,44 +72,6 @@ def train(folder: str, tmp_path: Path, rows: list[dict[str, Any]], scorer: Any, 
     )
     quiet_trainer(callbacks=[kept, log], limit_val_batches=0).fit(module, data)
     return kept.kept, log.rows
-
-
-def low(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    words = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
-    return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
-
-
-def length(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    return [float(len(text.split())) for text in completions]
-
-
-# -- weights per prompt -----------------------------------------------------------------------------------------------
-
-
-def test_each_prompt_weighs_the_rewards_itself(policy_folder: str, tmp_path: Path) -> None:
-    weights = [(1.0, 0.0), (0.0, -0.5), (2.0, 0.25), (-1.0, 0.125)]
-    rows = [{"prompt": f"w{20 + n} w9", "weight_low": a, "weight_long": b} for n, (a, b) in enumerate(weights)]
-    spec = {"class_path": "prompt_weights.PromptWeightedSum", "init_args": {"scorers": {"low": low, "long": length}}}
-    rollouts, logged = train(policy_folder, tmp_path, rows, spec, rollouts=20)
-    for rollout, means in zip(rollouts, logged, strict=True):
-        terms = low(None, list(rollout.texts)), length(None, list(rollout.texts))
-        own = [weights[row] for row in rollout.row_ids]
-        expected = [a * x + b * y for (a, b), x, y in zip(own, *terms, strict=True)]
-        assert rollout.scores.tolist() == pytest.approx(expected, abs=1e-6)
-        assert [rollout.parts[name].tolist() for name in ("low", "long")] == [pytest.approx(term) for term in terms]
-        assert means["rollout/score_low"] == pytest.approx(sum(terms[0]) / 12, abs=1e-6)
-    scores = [row["rollout/score"] for row in logged]
-    assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.1, scores
-
-
-def test_a_missing_weight_is_named_and_a_missing_score_leaves_none() -> None:
-    spec = {"class_path": "prompt_weights.PromptWeightedSum"}
-    scorer = load_scorer({**spec, "init_args": {"scorers": {"low": low, "some": lambda p, c, **_: [None, 2.0]}}})
-    with pytest.raises(MissingColumnError, match="weight_some"):
-        scorer(["a", "b"], ["w7", "w99"], weight_low=[1.0, 1.0])
-    found = scorer(["a", "b"], ["w7", "w99"], weight_low=[3.0, 1.0], weight_some=[1.0, 0.5])
-    assert [one.score for one in found] == [None, 1.0]
-    assert found[0].parts["low"] == 1.0 and math.isnan(found[0].parts["some"])
 
 
 # -- a judge with rubrics ---------------------------------------------------------------------------------------------

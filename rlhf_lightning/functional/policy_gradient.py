@@ -11,6 +11,9 @@ caller to reduce.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -215,6 +218,73 @@ def informative_groups(scores: Tensor, group: Tensor) -> Tensor:
     """True for groups with different scores, bool, shape (groups,): only those have a gradient (DAPO)."""
     differs = (_centered(scores, group)[0] != 0).long()
     return torch.zeros_like(torch.bincount(group)).index_add(0, group, differs) > 0
+
+
+# --- judgements with parts --------------------------------------------------------------------------------------------
+
+
+def standardised_in_groups(values: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
+    r"""(value - mean of its group) / (deviation of its group + epsilon), which divides squares by G - 1.
+
+    GDPO standardises each reward so before it sums them (arXiv 2601.05242). NaN values stay NaN and enter no mean.
+    """
+    scaled = group_mean_advantages(values, group) / (group_deviation(values, group) + epsilon)
+    return torch.where(values.isnan(), torch.nan, scaled)
+
+
+def group_means(values: Tensor, group: Tensor) -> Tensor:
+    """Mean value of each group that has one, shape (groups with a value,); NaN values do not count."""
+    known = ~values.isnan()
+    counts = torch.bincount(group[known])
+    sums = torch.zeros_like(counts, dtype=values.dtype).index_add(0, group[known], values[known])
+    return (sums / counts)[counts > 0]
+
+
+def constrained_scores(scores: Tensor, costs: Sequence[Tensor], multipliers: Sequence[float]) -> Tensor:
+    r"""Score of a completion under constraints, (score - \sum_j lambda_j cost_j) / (1 + \sum_j lambda_j).
+
+    The Lagrangian of PPO-Lagrangian, scaled so that a large multiplier does not enlarge the step (Dai et al., arXiv
+    2310.12773).
+    """
+    paid = scores
+    for cost, multiplier in zip(costs, multipliers, strict=True):
+        require_shape("episodes", scores=scores, cost=cost)
+        paid = paid - multiplier * cost
+    return paid / (1 + sum(multipliers))
+
+
+def lagrange_multiplier(multiplier: float, excess: float, learning_rate: float, largest: float = 1000.0) -> float:
+    r"""Multiplier after a rollout: log lambda += learning_rate * excess, held within [1 / largest, largest].
+
+    Args:
+        excess: mean cost minus its limit.
+    """
+    bound = math.log(largest)
+    return math.exp(min(max(math.log(multiplier) + learning_rate * excess, -bound), bound))
+
+
+def pid_multiplier(
+    integral: float, excess: float, rise: float, proportional: float, gain: float, derivative: float,
+    largest: float = 1000.0,
+) -> tuple[float, float]:  # fmt: skip
+    r"""Multiplier after a rollout, max(0, K_P e + I + K_D max(0, rise)) with I = max(0, I + K_I e).
+
+    PID control of the dual (Stooke et al., arXiv 2007.03964, Algorithm 2), with K_I inside the integral.
+
+    Args:
+        integral: I.
+        excess: e, mean cost minus its limit.
+        rise: mean cost minus that of the rollout before.
+        proportional: K_P.
+        gain: K_I.
+        derivative: K_D.
+        largest: bound of both.
+
+    Returns:
+        The multiplier and the new integral.
+    """
+    integral = min(max(integral + gain * excess, 0.0), largest)
+    return min(max(proportional * excess + integral + derivative * max(rise, 0.0), 0.0), largest), integral
 
 
 def _centered(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ class CriticFreeModule(OnPolicyModule):
     def needs_group(self) -> bool:
         """Whether advantages compare several completions of one prompt."""
         compares = self.baseline in ("group_mean", "leave_one_out") or self.advantage_scale == "group"
-        return compares or self.dynamic_sampling
+        return compares or self.dynamic_sampling or self.score_rule.in_groups
 
     @property
     def holds_reference(self) -> bool:
@@ -111,7 +111,7 @@ class CriticFreeModule(OnPolicyModule):
             centred = leave_one_out_advantages(rewards, rollout.group)
         else:
             centred = group_mean_advantages(rewards, rollout.group)
-        if self.advantage_scale == "none":
+        if self.advantage_scale == "none" or self.score_rule.in_groups:  # those are scaled part by part
             return centred
         if self.advantage_scale == "group":
             deviation = group_deviation(rewards, rollout.group, self.scale_unbiased)
@@ -171,7 +171,7 @@ class CriticFreeModule(OnPolicyModule):
         for batch in batches:
             one = super().draw([batch])
             drawn.append(one)
-            informative += gathered_numbers(self, _first_episodes(one, informative=True))
+            informative += gathered_numbers(self, _first_episodes(one, self._informative(one)))
             if len(informative) >= wanted:
                 break
         self._rounds = len(drawn)
@@ -184,6 +184,14 @@ class CriticFreeModule(OnPolicyModule):
         taken = joined(list(zip(drawn, rows, strict=True)))
         return taken._replace(left_out=LeftOut(dropped.batch.row_ids, dropped.scores))
 
+    def _informative(self, drawn: Samples | Rollout) -> Tensor:
+        """Return whether each group has a gradient: its scores differ, or its parts, if each is standardised."""
+        group = drawn.batch.group if isinstance(drawn, Samples) else drawn.group
+        found = informative_groups(drawn.scores, group)
+        for values in self.score_rule.learned(drawn.parts) if self.score_rule.in_groups else ():
+            found = found | informative_groups(values, group)
+        return found
+
     def _check_groups(self, rollout: Rollout) -> None:
         if self.needs_group and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:
             raise SettingError(
@@ -195,8 +203,7 @@ class CriticFreeModule(OnPolicyModule):
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
         """Add the share of groups with equal scores, which have no gradient, and the rounds of dynamic sampling."""
         if self.needs_group:
-            informative = informative_groups(rollout.scores, rollout.group)
-            meter.add("rollout/frac_score_zero_std", (~informative).double())
+            meter.add("rollout/frac_score_zero_std", (~self._informative(rollout)).double())
         if self.dynamic_sampling:
             meter.add("rollout/sampling_rounds", torch.tensor(float(self._rounds)))
 
@@ -209,6 +216,11 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
             f"credit is reward_to_go, baseline {m.baseline} and advantage_scale {m.advantage_scale}: rewards to go "
             "have no baseline by completion; set both to none, and whiten_advantages to center them",
         ),
+        "normalized-baseline": (
+            m.score_rule.normalizes and m.baseline == "greedy",
+            f"parts.normalize is {m.score_rule.settings.normalize} and baseline greedy, whose score is not normalized: "
+            "set baseline group_mean",
+        ),
         "discount-without-tokens": (
             m.credit == "completion" and m.gamma != 1,
             f"gamma is {m.gamma} and credit completion, which does not discount: set credit to reward_to_go",
@@ -216,10 +228,10 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _first_episodes(drawn: Samples, informative: bool = False) -> list[int]:
-    """Return the number of the first episode of each group, or only of groups with different scores."""
+def _first_episodes(drawn: Samples, informative: Tensor | None = None) -> list[int]:
+    """Return the number of the first episode of each group, or only of informative ones."""
     groups = int(drawn.batch.group.max()) + 1
-    wanted = informative_groups(drawn.scores, drawn.batch.group).tolist() if informative else [True] * groups
+    wanted = [True] * groups if informative is None else informative.tolist()
     return [int(drawn.batch.episodes[drawn.batch.group == g].min()) for g in range(groups) if wanted[g]]
 
 

@@ -26,9 +26,11 @@ from rlhf_lightning.models.roles import add_critic, belongs_to, scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
+from rlhf_lightning.training.judgements import OBJECTIVE
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,
@@ -55,8 +57,9 @@ class PPOModule(OnPolicyModule):
             forward pass for both; "adapter" a separate adapter and head on the policy's backbone, which saves memory
             but not time.
         critic_init: folder that a separate or adapter critic starts from; null takes the reward model's folder where
-        the
-            scorer is one (for "adapter": one on the policy's backbone), else the policy's.
+            the scorer is one (for "adapter": one on the policy's backbone), else the policy's.
+        cost_critics: train a further critic for each of ``constraints`` (Dai et al., 2310.12773), A = (A_objective -
+            sum lambda A_cost) / (1 + sum lambda); false trains one critic on the constrained score.
         value_coef: weight of the value loss.
         value_clip: how far values may move from the rollout's before the larger loss counts; null does not clip.
         gamma: discount per token.
@@ -81,9 +84,9 @@ class PPOModule(OnPolicyModule):
 
     def __init__(
         self, scorer: Any, critic: Literal["separate", "adapter", "shared"] = "separate",
-        critic_init: str | None = None, value_coef: float = 0.1, value_clip: float | None = 0.2, gamma: float = 1.0,
-        lam: float = 0.95, whiten_advantages: bool = True, whiten_rewards: bool = False,
-        reward_slot: Literal["end", "after_eos"] = "end", pretraining_coef: float = 0.0,
+        critic_init: str | None = None, cost_critics: bool = False, value_coef: float = 0.1,
+        value_clip: float | None = 0.2, gamma: float = 1.0, lam: float = 0.95, whiten_advantages: bool = True,
+        whiten_rewards: bool = False, reward_slot: Literal["end", "after_eos"] = "end", pretraining_coef: float = 0.0,
         missing_eos_score: float | None = -1.0, learning_rate: float = 3e-6, adam_eps: float = 1e-5, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -101,10 +104,12 @@ class PPOModule(OnPolicyModule):
                 "unknown-reward-slot", f"reward_slot is {reward_slot!r}: it must be 'end' or 'after_eos'"
             )
         self.critic_kind, self.critic_init, self.reward_slot = critic, critic_init, reward_slot
+        self.cost_critics = cost_critics
         self.value_coef, self.value_clip, self.gamma, self.lam = value_coef, value_clip, gamma, lam
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
         self.pretraining_coef = pretraining_coef
         self.critic: ScalarModel | None = None
+        refuse_contradictions(_contradictions(self))
 
     def load_models(self) -> None:
         """Load policy and critic to train, reference and scorer frozen."""
@@ -113,7 +118,10 @@ class PPOModule(OnPolicyModule):
         )
         self.load_reference_and_scorer()
         if self.critic_kind == "separate":
-            self.critic = self._load_critic()
+            self.critic = self._load_critic(self.critic_init or getattr(self.scorer, "folder", None))
+        for place, name in enumerate(self.score_rule.multipliers if self.cost_critics else ()):
+            member = getattr(self.scorer, "scorers", {}).get(name)
+            self.add_module(f"cost_critic_{place}", self._load_critic(getattr(member, "folder", None), -1.0))
         if self.critic_kind == "adapter":
             self.critic = self._add_critic()
 
@@ -126,11 +134,19 @@ class PPOModule(OnPolicyModule):
             start = folder
         return add_critic(self.policy, self.lora, None if start == resolve_folder(self.init_from) else start)
 
-    def _load_critic(self) -> ScalarModel:
-        """Load the critic from the reward model with its head, or from the policy with a head of zeros."""
-        start = self.critic_init
-        if start is None:
-            start = getattr(self.scorer, "folder", None) or self.init_from
+    def _cost_critics(self) -> dict[str, ScalarModel]:
+        """Return the critic of each constrained part, which values minus its cost."""
+        names = self.score_rule.multipliers if self.cost_critics else ()
+        return {name: getattr(self, f"cost_critic_{place}") for place, name in enumerate(names)}
+
+    def _load_critic(self, start: str | None, sign: float = 1.0) -> ScalarModel:
+        """Load a critic from a reward model with its head, or from the policy with a head of zeros.
+
+        Args:
+            start: the reward model's folder.
+            sign: -1 for a critic of minus its score.
+        """
+        start = start or self.init_from
         own = start == self.init_from
         # All its weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone.
         whole = replace(self.load_settings, quantization=None, dtype="float32")
@@ -138,8 +154,12 @@ class PPOModule(OnPolicyModule):
         model = load_reward_hf_model(resolve_folder(start), settings)
         if own:
             torch.nn.init.zeros_(model.score.weight)
+        with torch.no_grad():
+            model.score.weight.mul_(sign)
         prepare_for_training(model, settings)
-        return scalar_model(model, self.load_settings)
+        critic = scalar_model(model, self.load_settings)
+        critic.bias = sign * critic.bias
+        return critic
 
     # -- override points ----------------------------------------------------------------------------------------------
 
@@ -158,18 +178,43 @@ class PPOModule(OnPolicyModule):
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
         """Return generalised advantages, whitened over the tokens of all ranks, and the critic's targets."""
-        mask, values = self._value_mask(rollout), rollout.values
-        assert values is not None
-        lam = self.gae_lambda(rollout)
-        advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
-        if lam is not self.lam:
-            advantages, _ = generalized_advantages(rewards, values, mask, self.gamma, lam)
+        assert rollout.values is not None
+        cost_returns: dict[str, Tensor] = {}
+        if self.cost_critics:
+            advantages, returns, cost_returns = self._constrained_estimates(rollout)
+        else:
+            advantages, returns = self._estimates(rollout, rewards, rollout.values)
         tokens = rollout.completion_mask & _scored(rollout)
         advantages = torch.where(tokens, advantages[:, : tokens.shape[1]], 0.0)  # no action is taken after the end
         if self.whiten_advantages:
             mean, variance = moments_over_ranks(self.trainer.strategy, advantages, tokens)
             advantages = masked_whiten(advantages, tokens, mean=mean, var=variance)
-        return Advantages(advantages, returns)
+        return Advantages(advantages, returns, cost_returns=cost_returns)
+
+    def _estimates(self, rollout: Rollout, rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return generalised advantages, not whitened, and the critic's targets."""
+        mask, lam = self._value_mask(rollout), self.gae_lambda(rollout)
+        advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+        if lam is not self.lam:
+            advantages, _ = generalized_advantages(rewards, values, mask, self.gamma, lam)
+        return advantages, returns
+
+    def _constrained_estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the advantages that the objective's and the costs' critics make together, and the targets of each.
+
+        Every reward pays the KL, so the mixture pays it once. The rules for a missing end token and for long
+        completions change the objective alone.
+        """
+        assert rollout.values is not None
+        scores = self.scores_after_rules(rollout.parts[OBJECTIVE], rollout)
+        rewards = self.shape_rewards(rollout._replace(scores=scores))
+        total, returns = self._estimates(rollout, rewards, rollout.values)
+        cost_returns: dict[str, Tensor] = {}
+        for name, multiplier in self.score_rule.multipliers.items():
+            rewards = self.shape_rewards(rollout._replace(scores=-rollout.parts[name], token_rewards=None))
+            found, of_cost = self._estimates(rollout, rewards, rollout.extras[f"cost_values_{name}"])
+            total, cost_returns[name] = total + multiplier.value * found, torch.nan_to_num(of_cost)
+        return total / (1 + sum(one.value for one in self.score_rule.multipliers.values())), returns, cost_returns
 
     def gae_lambda(self, rollout: Rollout) -> float | Tensor:
         """Return the lambda of the policy's advantages, for all episodes or of shape (episodes,).
@@ -210,15 +255,16 @@ class PPOModule(OnPolicyModule):
         shared = self._value_layout(layout) if self.critic is None else None
         return super().policy_outputs(layout, temperature, value_layout=shared, **asked)
 
-    def _values(self, layout: Layout, shared_values: Tensor | None) -> Tensor:
-        """Return the critic's values of the layout's states."""
-        if self.critic is None:
+    def _values(self, layout: Layout, shared_values: Tensor | None, critic: ScalarModel | None = None) -> Tensor:
+        """Return a critic's values of the layout's states."""
+        critic = critic or self.critic
+        if critic is None:
             assert shared_values is not None
             return shared_values
         states = self._value_layout(layout)
         # The reward model's bias is subtracted from scores, so it is from the values of a critic made from it.
-        values: Tensor = self.critic(states, per_token=True)
-        return values - self.critic.bias * states.completion_mask
+        values: Tensor = critic(states, per_token=True)
+        return values - critic.bias * states.completion_mask
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:
         """Whether sampling gave all statistics; on a shared trunk the values still need a forward pass."""
@@ -229,6 +275,8 @@ class PPOModule(OnPolicyModule):
         grids = super().forward_statistics(layout, with_policy)
         if self.critic is not None:
             grids["values"] = self._values(layout, None)
+        for name, critic in self._cost_critics().items():
+            grids[f"cost_values_{name}"] = self._values(layout, None, critic)
         return grids
 
     def critic_states(self, rollout: Rollout) -> Tensor:
@@ -237,21 +285,21 @@ class PPOModule(OnPolicyModule):
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
         states = self._value_layout(layout)
         mask, count = states.completion_mask & _scored(rollout)[rows], states.completion_mask.shape[1]
-        now = self._values(layout, outputs.values)
         assert rollout.values is not None and advantages.returns is not None
-        values = CriticValues(
-            values=now,
-            old_values=rollout.values[rows, :count],
-            returns=advantages.returns[rows, :count],
-            completion_mask=mask,
-        )
-        loss = as_loss(self.value_loss(values))
-        masked = torch.where(mask, loss.values, 0.0)
-        metrics = {"value_loss": masked[mask]}
-        if self.value_clip is not None:
-            clipped = value_clip_fraction(now.detach(), values.old_values, values.returns, self.value_clip)
-            metrics["value_clip_fraction"] = clipped[mask]
-        return Loss(self.value_coef * masked, metrics)
+        critics = [("", self._values(layout, outputs.values), rollout.values, advantages.returns)]
+        for name, critic in self._cost_critics().items():
+            known = rollout.extras[f"cost_values_{name}"], advantages.cost_returns[name]
+            critics.append((f"_{name}", self._values(layout, None, critic), *known))
+        total, metrics = torch.zeros_like(critics[0][1]), {}
+        for suffix, now, old, returns in critics:
+            values = CriticValues(now, old[rows, :count], returns[rows, :count], mask)
+            loss = as_loss(self.value_loss(values))
+            masked = torch.where(mask, loss.values, 0.0)
+            total, metrics[f"value_loss{suffix}"] = total + masked, masked[mask]
+            if self.value_clip is not None:
+                clipped = value_clip_fraction(now.detach(), values.old_values, values.returns, self.value_clip)
+                metrics[f"value_clip_fraction{suffix}"] = clipped[mask]
+        return Loss(self.value_coef * total, metrics)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
         """Add the critic's values."""
@@ -288,6 +336,21 @@ class PPOModule(OnPolicyModule):
         cuts = cut_sequences(sequences, None, self.limits)
         cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text
         return [partial(loss, cut) for cut in cuts]
+
+
+def _contradictions(m: PPOModule) -> dict[str, tuple[bool, str]]:
+    """Return whether one setting makes another meaningless, and the sentence that says so, by error code."""
+    return {
+        "cost-critics": (
+            m.cost_critics and (not m.score_rule.multipliers or m.critic_kind != "separate"),
+            "cost_critics trains a network for each constrained part: name one in constraints, and set critic separate",
+        ),
+        "whitened-costs": (
+            m.cost_critics and (m.whiten_rewards or m.score_rule.normalizes),
+            "cost_critics weighs objective and costs after their advantages: set whiten_rewards false and "
+            "parts.normalize sum_then_group",
+        ),
+    }
 
 
 def _scored(rollout: Rollout) -> Tensor:

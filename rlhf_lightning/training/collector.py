@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.functional.policy_gradient import missing_eos_scores
+from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.sampling.decoding import Mixture
@@ -20,6 +20,7 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
 from rlhf_lightning.scoring.scorer import Judgements, ask_scorer, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows
+from rlhf_lightning.training.judgements import ScoreRule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequences
 
@@ -72,6 +73,7 @@ class RolloutCollector:
         missing_eos_penalty: subtracted from the score of a completion without an end token.
         engine: the sampling engine, or what `load_engine` accepts.
         shape: changes judgements before the rule for a missing end token.
+        score_rule: makes scores of parts before that.
 
     Raises:
         SettingError: samples would not follow the policy's distribution, or both rules for a missing end are given.
@@ -86,6 +88,7 @@ class RolloutCollector:
         missing_eos_penalty: float | None = None,
         engine: SamplingEngine | Mapping[str, Any] | None = None,
         shape: Callable[[Judgements], Judgements] = lambda judged: judged,
+        score_rule: ScoreRule | None = None,
     ) -> None:
         if not sampling.is_pure:
             raise SettingError(
@@ -100,7 +103,7 @@ class RolloutCollector:
             )
         self.scorer_spec, self.sampling, self.seed = scorer, sampling, seed
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
-        self.engine, self.shape = load_engine(engine), shape
+        self.engine, self.shape, self.score_rule = load_engine(engine), shape, score_rule or ScoreRule()
         self._scorer: Scorer | None = None
 
     @property
@@ -132,11 +135,14 @@ class RolloutCollector:
     def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
         """Judge completions and apply the rule for a missing end token to their scores."""
         judged = self.raw_judgements(tokenizer, completions, batch)
-        judged = self.shape(judged) if completions.ids else judged
-        raw = judged.scores
-        ruled = missing_eos_scores(raw, completions.finished, self.missing_eos_penalty, self.missing_eos_score)
-        scores = torch.where(raw.isnan(), raw, ruled)
+        judged = self.shape(self.score_rule.judged(judged, batch.columns)) if completions.ids else judged
+        scores = self.ruled(judged.scores, completions.finished)
         return Samples(batch, completions, scores, judged.parts, judged.token_rewards, judged.feedback)
+
+    def ruled(self, scores: Tensor, finished: Tensor) -> Tensor:
+        """Return scores after the rule for a missing end token; NaN scores stay NaN."""
+        ruled = missing_eos_scores(scores, finished, self.missing_eos_penalty, self.missing_eos_score)
+        return torch.where(scores.isnan(), scores, ruled)
 
     def score(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Tensor:
         """Return each completion's score after the rule for a missing end token, fp32, shape (episodes,)."""
@@ -155,7 +161,7 @@ class RolloutCollector:
             return Judgements(torch.zeros(0))  # without rows the columns that a scorer may need are unknown
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
-            return checked_judgements(scorer.score_sequences(completions.after(batch.prompts)), count, name)
+            return checked_judgements(scorer.judge_sequences(completions.after(batch.prompts)), count, name)
         return ask_scorer(scorer, list(batch.texts), list(completions.texts), batch.columns, name)
 
 
@@ -290,7 +296,8 @@ def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
     scored = ~rollout.scores.isnan().unsqueeze(-1)
     learned = rollout.completion_mask if advantages.learned is None else advantages.learned
     returns = None if advantages.returns is None else torch.where(scored, advantages.returns, 0.0)
-    return Advantages(torch.where(scored, advantages.advantages, 0.0), returns, learned & scored)
+    kept = torch.where(scored, advantages.advantages, 0.0)
+    return advantages._replace(advantages=kept, returns=returns, learned=learned & scored)
 
 
 def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[int]:
@@ -341,6 +348,7 @@ def measure_samples(meter: Meter, rollout: Rollout) -> None:
     known = ~scores.isnan()
     for name, values in rollout.parts.items():
         meter.add(f"rollout/score_{name}", values, ~values.isnan())
+        meter.add_interval(f"rollout/score_{name}", group_means(values, rollout.group))
     meter.add("rollout/score", scores, known)
     meter.add("rollout/score_squared", scores.square(), known)
     meter.add("rollout/eos_rate", finished.double())

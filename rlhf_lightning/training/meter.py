@@ -14,6 +14,9 @@ from torch import Tensor
 
 from rlhf_lightning.compat import event_writer, has_prefix
 
+INTERVAL = "_ci95"
+SUM, SQUARES = f"{INTERVAL}/sum", f"{INTERVAL}/squares"
+
 
 class Meter:
     """Weighted means that do not depend on micro-batches and ranks.
@@ -31,6 +34,14 @@ class Meter:
         weights = torch.ones_like(values) if mask is None else mask.to(values.dtype)
         values = torch.where(weights > 0, values, 0.0)
         self._add(name, torch.stack([(values * weights).sum(), weights.sum()]))
+
+    def add_interval(self, name: str, values: Tensor) -> None:
+        """Add independent values, whose mean has the 95 % interval of half-width ``NAME_ci95``.
+
+        It is 1.96 standard errors; 0 for a single value.
+        """
+        self.add(name + SUM, values)
+        self.add(name + SQUARES, values.double().square())
 
     def add_ratio(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         """Add to the numerator and denominator of a quotient, such as a loss over its tokens."""
@@ -72,7 +83,13 @@ class Meter:
         table = strategy.reduce(table, reduce_op="sum")
         numerators, denominators = table.cpu().unbind(-1)
         quotients = numerators / denominators.clamp_min(1e-12)
-        return dict(zip(self._sums, quotients.tolist(), strict=True))
+        means = dict(zip(self._sums, quotients.tolist(), strict=True))
+        counts = dict(zip(self._sums, denominators.tolist(), strict=True))
+        for name in [name for name in means if name.endswith(SUM)]:
+            own = name.removesuffix(SUM)
+            variance = max(means.pop(own + SQUARES) - means.pop(name) ** 2, 0.0)
+            means[own + INTERVAL] = 1.96 * (variance / max(counts[name] - 1, 1)) ** 0.5
+        return means
 
 
 def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import undefined
+from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, KLEstimator, kl_estimate
 from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, overlong_penalty
 from rlhf_lightning.functional.surrogates import (
@@ -146,6 +146,7 @@ class OnPolicyModule(RolloutModule):
         "off_policy_threshold": "[0, inf)",
         "overlong_buffer": "[1, inf)",
     }
+    normalizes_scores = True
     learns_unscored: ClassVar[bool] = True
     """Whether completions without a score, whose advantage is 0, still count in the KL loss and in averages."""
 
@@ -205,8 +206,9 @@ class OnPolicyModule(RolloutModule):
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
         self.check_rollout(rollout)
-        rewards = self.checked_rewards(rollout)
-        advantages = self.advantages(rollout, rewards)
+        normalized = self.with_normalized_scores(rollout)
+        rewards = self.checked_rewards(normalized)
+        advantages = self.advantages(normalized, rewards)
         if not self.learns_unscored:
             advantages = without_unscored(rollout, advantages)
         self.measure_rollout(rollout, meter)
@@ -403,6 +405,34 @@ class OnPolicyModule(RolloutModule):
 
     # -- rewards ------------------------------------------------------------------------------------------------------
 
+    def with_normalized_scores(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with scores made of normalized parts, as ``parts.normalize`` says.
+
+        The rules for a missing end token and for long completions apply to these scores too. Sums of parts that were
+        standardised in groups are standardised over the rollout last.
+        """
+        rule, strategy = self.score_rule, self.trainer.strategy if self.score_rule.normalizes else None
+        if strategy is None:
+            return rollout
+        columns, group = rollout.columns, rollout.group
+        if rule.in_groups and len(group) and int(torch.bincount(group).max()) < 2:
+            raise SettingError(
+                "group-of-one",
+                "parts.normalize is group_then_sum, and each prompt has one completion: set data.samples_per_prompt to "
+                "2 or more",
+            )
+        scores = rule.normalized(rollout.scores, rollout.parts, columns, group, strategy)
+        scores = self.scores_after_rules(scores, rollout)
+        return rollout._replace(scores=rule.standardised(scores, strategy) if rule.in_groups else scores)
+
+    def scores_after_rules(self, scores: Tensor, rollout: Rollout) -> Tensor:
+        """Return scores of a rollout after the rules for a missing end token and for long completions."""
+        scores = self.collector.ruled(scores, rollout.finished)
+        if self.overlong_buffer is None:
+            return scores
+        lengths = rollout.completion_mask.sum(-1)
+        return scores + overlong_penalty(lengths, self.sampling.max_new_tokens, self.overlong_buffer)
+
     def reward_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL that each token's reward pays, nats, shape (episodes, length); 0 if the KL is a loss."""
         if self.kl_place == "loss" or not self.kl_coef:
@@ -429,6 +459,7 @@ class OnPolicyModule(RolloutModule):
         """
         pays_kl = self.kl_coef > 0 and self.kl_target is None and (self.kl_place, self.kl_estimator) == ("reward", "k1")
         plain = self.aggregation_name != "sequence_mean_token_mean" and self.overlong_buffer is None
+        plain = plain and not self.score_rule.normalizes and not self.score_rule.multipliers
         return pays_kl and plain and not self.entropy_coef and self.sampling.temperature == 1
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:

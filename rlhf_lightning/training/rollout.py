@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -39,6 +39,7 @@ from rlhf_lightning.training.collector import (
 )
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.invariants import Invariants
+from rlhf_lightning.training.judgements import PartSettings, ScoreRule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, prompt_form
 from rlhf_lightning.training.optimization import rows_of_step
@@ -78,6 +79,9 @@ class RolloutModule(AlignmentModule):
         missing_eos_penalty: subtracted from the score of a completion without an end token.
         on_violation: "raise" or "warn" when a rollout violates an invariant, such as a ratio of 1 before the first
             update.
+        parts: weights, conditions and normalization of a judgement's parts; null keeps the scorer's own score.
+        constraints: by part that is a cost the limit of its mean, or the settings of a `Constraint`, such as
+            {cost: {limit: 0.0}}; a multiplier that moves with the costs weighs it.
     """
 
     batch_type = PromptBatch
@@ -92,6 +96,9 @@ class RolloutModule(AlignmentModule):
         "missing_eos_score": "(-inf, inf)",
         "missing_eos_penalty": "(-inf, inf)",
     }
+    normalizes_scores: ClassVar[bool] = False
+    """Whether ``parts.normalize`` has an effect: scores are rewards of a policy gradient."""
+
     policy: CausalLM
     _truncation_told = False
 
@@ -114,13 +121,23 @@ class RolloutModule(AlignmentModule):
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
         on_violation: Literal["raise", "warn"] = "raise",
+        parts: PartSettings | None = None,
+        constraints: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.score_rule = ScoreRule(parts, constraints)
+        if self.score_rule.normalizes and not self.normalizes_scores:
+            raise SettingError(
+                "nothing-normalized",
+                f"parts.normalize is {self.score_rule.settings.normalize}, but {type(self).__name__} compares raw "
+                "scores: set it to sum_then_group",
+            )
         self.sampling = SamplingSettings(max_new_tokens, temperature, batch_size=sampling_batch_size)
         self.collector = RolloutCollector(
-            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine, self.shape_judgements
-        )
+            scorer, self.sampling, self.seed, missing_eos_score, missing_eos_penalty, engine, self.shape_judgements,
+            self.score_rule,
+        )  # fmt: skip
         self.engine = self.collector.engine
         self.reuse_behaviour_logprobs = reuse_behaviour_logprobs
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
@@ -254,10 +271,10 @@ class RolloutModule(AlignmentModule):
         return self.collector.draw(self.policy, self.tokenizer, batches[0])
 
     def shape_judgements(self, judged: Judgements) -> Judgements:
-        """Return the judgements that are learned from, given the scorer's own of one or more completions.
+        """Return the judgements that are learned from, given those of one or more completions.
 
-        Mix the parts of a judgement into its score here: missing_eos_score, missing_eos_penalty and baselines apply to
-        what is returned. Called in training and validation.
+        ``parts`` and ``constraints`` have made their scores. Mix parts in other ways here: missing_eos_score,
+        missing_eos_penalty and baselines apply to what is returned. Called in training and validation.
         """
         return judged
 
@@ -275,7 +292,8 @@ class RolloutModule(AlignmentModule):
         """Update the module's own state after a training rollout; see `Scorer.on_rollout_end`."""
 
     def _end_rollout(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Call ``on_rollout_end`` of module, scorer, DataModule and callbacks."""
+        """Move multipliers, and call ``on_rollout_end`` of module, scorer, DataModule and callbacks."""
+        self.score_rule.on_rollout_end(means)
         self.on_rollout_end(rollout, means)
         self.scorer.on_rollout_end(rollout, means)
         datamodule = attached_datamodule(self.trainer)
@@ -407,7 +425,13 @@ class RolloutModule(AlignmentModule):
         means = meter.means(self.trainer.strategy)
         rollout = with_score_std({name: means.pop(name) for name in list(means) if name.startswith("rollout/")})
         means.pop("last_approx_kl", None)
-        measured = {**further, **self.invariants.take(self.trainer.strategy), **means, **rollout}
+        measured = {
+            **further,
+            **self.score_rule.metrics(),
+            **self.invariants.take(self.trainer.strategy),
+            **means,
+            **rollout,
+        }
         self.log_training(Meter(), grad_norm=norm, **measured)
         if rollout.get("rollout/eos_rate", 1.0) < 0.5 and not self._truncation_told:
             self._truncation_told = True
@@ -441,9 +465,11 @@ class RolloutModule(AlignmentModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["scorer"] = of_all_ranks(self, self.scorer.state_dict())
+        checkpoint["multipliers"] = self.score_rule.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self.score_rule.load_state_dict(checkpoint["multipliers"])
         (rank, ranks), states = rank_of(self), checkpoint["scorer"]
         if any(states):
             self.scorer.load_state_dict(states[rank if len(states) == ranks else 0])

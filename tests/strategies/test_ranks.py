@@ -144,7 +144,6 @@ def test_slots_are_the_same_on_two_ranks(
 
 
 USERS: dict[str, dict[str, Any]] = {
-    "ppo_lagrangian.PPOLagrangianModule": {"cost_limit": 0.4, "multiplier_lr": 0.5, "mini_batch_size": 3},
     "rebel.REBELModule": {},
     "vapo.VAPOModule": {"alpha": 0.5, "mini_batch_size": 3},
 }
@@ -153,6 +152,30 @@ USERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", USERS)
 def test_objectives_of_users_are_the_same_on_two_ranks(pool: RankPool, policy_folder: str, name: str) -> None:
     compare(pool, name, policy_folder, 2, "ddp", 1, scorer="rank_cases.low_words_at_a_cost", **USERS[name])
+
+
+LIMIT = {"limit": 0.4, "learning_rate": 0.5}
+CONSTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "one-critic": ("PPOModule", {"constraints": {"cost": LIMIT}, "mini_batch_size": 3}),
+    "critic-of-the-cost": ("PPOModule", {"constraints": {"cost": LIMIT}, "cost_critics": True, "mini_batch_size": 3}),
+    "pid": ("RLOOModule", {"constraints": {"cost": LIMIT | {"method": "pid", "derivative": 2.0, "proportional": 1.0}}}),
+    "gdpo": ("GRPOModule", {"parts": {"weights": {"low": 1.0, "cost": -0.5}, "normalize": "group_then_sum"}}),
+    "whole-rollout": ("PPOModule", {"parts": {"weights": {"low": 1.0, "cost": -0.5}, "normalize": "batch"}}),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRAINED)
+def test_parts_and_multipliers_are_the_same_on_two_ranks(pool: RankPool, policy_folder: str, case: str) -> None:
+    name, settings = CONSTRAINED[case]
+    settings = {"scorer": "rank_cases.low_words_at_a_cost", "updates": 7, **settings}
+    found = pool.run(2, "train", name=name, folder=policy_folder, strategy="ddp", **settings)
+    assert found[0]["multipliers"] == found[1]["multipliers"]
+    expected = rank_cases.train(name, policy_folder, "auto", **settings)
+    assert_equal(found, expected)
+    for part, state in expected["multipliers"].items():
+        assert state["value"] != 1.0
+        assert found[0]["multipliers"][part] == pytest.approx(state, rel=1e-9)
+    assert found[0]["log"]["rollout/score_cost_ci95"] == pytest.approx(expected["log"]["rollout/score_cost_ci95"])
 
 
 def test_completions_are_uneven_over_the_ranks(pool: RankPool, policy_folder: str) -> None:
