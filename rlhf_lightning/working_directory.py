@@ -1,7 +1,7 @@
 """Import a user's modules from the working directory, and nothing else.
 
 A console script does not search the working directory, where a user's own objective lives. With the directory on
-``sys.path`` any optional package that is not installed would be looked for beside models and data that others wrote.
+``sys.path`` any optional package that is not installed would be looked for next to models and data that others wrote.
 So only modules that the user named are looked for there, and what such modules import themselves.
 """
 

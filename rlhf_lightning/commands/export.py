@@ -185,7 +185,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
         folder.
 
     Raises:
-        ModelError: ``merge-differs``: the merged model differs from the adapter beside its backbone.
+        ModelError: ``merge-differs``: the merged model differs from the unmerged adapter.
     """
     import json
     import shutil
@@ -216,7 +216,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     else:
         export_policy(CausalLM(merged, source=base), tokenizer, target)
     after = probe(load_weights(str(target), kind, LoadSettings(), **changes))
-    quantized = record.get("quantization") is not None  # then what it was trained beside is another backbone
+    quantized = record.get("quantization") is not None  # then it was trained on another backbone
     expected = probe(trained(adapter, kind, None, changes)) if quantized else before
     difference, bound = _largest(expected, after), max(1e-2 * float(before.std()), 1e-3)
     if difference > bound:
@@ -224,7 +224,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
         raise ModelError(
             "merge-differs",
             f"merged into {target}, the adapter gives logits that differ by {difference:.2g} (bound {bound:.2g}) from "
-            f"those of the adapter beside its backbone; use the adapter unmerged, from {adapter}",
+            f"those of the unmerged adapter; use the adapter unmerged, from {adapter}",
         )
     return _largest(before, after)
 

@@ -175,7 +175,7 @@ def _values(name: str, text: str) -> list[str]:
 
 
 def _range(text: str) -> tuple[float, float, bool] | None:
-    """Return lower end, upper end and whether the range is logarithmic; None if the text is no range."""
+    """Return lower end, upper end and whether the range is logarithmic; None if the text is not a range."""
     match = re.fullmatch(r"(log:)?([-+.\deE]+?)\.\.([-+.\deE]+)", text)
     if match is None:
         return None

@@ -187,7 +187,7 @@ def _loads(content: bytes) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
-    if len(made) < len(pairs):  # which of the two is meant, nobody knows
+    if len(made) < len(pairs):  # it is not known which of the two is meant
         raise _DuplicateKey
     return made
 

@@ -112,7 +112,7 @@ def at_snapshot(source: Any) -> Any:
 
     Raises:
         FileNotFoundError: there is no such store.
-        ValueError: the file is no feedback store.
+        ValueError: the file is not a feedback store.
     """
     if isinstance(source, list | tuple):
         return [at_snapshot(item) for item in source]

@@ -168,7 +168,7 @@ def ask_judge(judge: Judge, rows: Sequence[Row], baseline: Sequence[Row], questi
     there = ~failed.view(2, -1).any(0)
     same = [row["completion"] == base["completion"] for row, base in pairs]
     found = torch.where(there, verdict(forward, swapped), math.nan)
-    found = torch.where(torch.tensor(same), 0.5, found)  # equal texts are a tie, whatever the judge says
+    found = torch.where(torch.tensor(same), 0.5, found)  # equal texts are a tie for every judge
     differ = there & ~torch.tensor(same)
     if not differ.any():
         return Judged(found.tolist(), math.nan, math.nan, math.nan, int(failed.sum()))

@@ -74,7 +74,7 @@ class FrontierPoint(NamedTuple):
     kl: float  # KL to the reference, nats per completion
     gold_reward: float  # mean gold reward
     score: float  # mean proxy score
-    label: str = ""  # text beside the point; empty for none
+    label: str = ""  # text next to the point; empty for none
 
 
 COLOURS = {"ppo": "#c44e52", "dpo": "#4c72b0", "best of n": "#555555", "sft": "#55a868"}

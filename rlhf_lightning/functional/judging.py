@@ -154,7 +154,7 @@ def annotator_reliability(votes: Tensor, iterations: int = 200, prior: float = 2
 
     One rate for each annotator, since sides are shown at random: P(vote right) = r_a. Expectation-maximisation from the
     mean vote: z_i = sigmoid(\sum_a (2 v_{ai} - 1) log(r_a / (1 - r_a))), r_a = the mean agreement of a's votes with z.
-    An annotator who agrees with nobody ends near 1/2 and has no weight; below 1/2 votes count the other way round.
+    An annotator who agrees with no other ends near 1/2 and has no weight; below 1/2 votes count the other way round.
 
     Args:
         votes: 1 for the first, 0 for the second, 0.5 for a tie, NaN where there is none, shape (annotators, pairs).

@@ -1,8 +1,8 @@
-"""Several adapters on one backbone, of which one, or none, is in use at a time.
+"""Several adapters on one backbone; one or none is in use at a time.
 
 peft's own switch also decides what is trainable: it freezes every adapter but the one that it turns on. A critic that
 shares the policy's backbone would stop learning at the first look at the reference. Here a switch changes which adapter
-the layers read and nothing else, and puts it back whatever happens in between.
+the layers read and nothing else, and restores it even after an error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AdapterWeights(NamedTuple):
 
 
 def read_adapter(folder: str | Path) -> AdapterWeights:
-    """Read an adapter's folder, a reward model's head apart from the matrices on its trunk."""
+    """Read an adapter's folder, a reward model's head separately from the matrices of its trunk."""
     require_safetensors(str(folder))
     with reading(str(folder), "adapter"):
         return _read_adapter(folder)
@@ -79,7 +79,7 @@ def add_adapter(
     """
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     config = copy.deepcopy(config)
-    # On the policy's backbone there is no module "score": the head of a scalar role stands beside it.
+    # On the policy's backbone there is no module "score": the head of a scalar role is separate.
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
     if not trainable:
         config.lora_dropout = 0.0
@@ -93,7 +93,7 @@ def add_adapter(
 
 
 def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> None:
-    """Give an adapter the matrices of a folder; a head of its own stays as it is.
+    """Give an adapter the matrices of a folder; a head of its own stays unchanged.
 
     Raises:
         ModelError: the weights are those of another architecture or rank.
@@ -138,7 +138,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def switched(model: nn.Module, switch: Switch) -> Iterator[None]:
-    """Set every adapted layer's switch, and each back to what it was, whatever happens in between."""
+    """Set every adapted layer's switch, and each back to what it was, even after an error."""
     before = [(layer, adapter_switch(layer)) for layer in _layers(model)]
     try:
         for layer, _ in before:

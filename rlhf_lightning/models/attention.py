@@ -43,7 +43,7 @@ def attend_by_block(
         query: shape (rows, heads, width, size).
         key: the same, with as many heads as the layer has keys.
         value: the same.
-        attention_mask: which cells look at which; of no account in a packed row.
+        attention_mask: which cells look at which; not used in a packed row.
         packed: how cells of the one row attend; None is transformers' own attention.
         options: scaling, dropout, passed on.
 

@@ -171,7 +171,7 @@ class CausalLM(nn.Module):
         self.sampling_checked = False
         self.logits_path: LogitsPath = "product"
         if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
-            self.logits_path = "head"  # an adapter on the head is no single weight
+            self.logits_path = "head"  # an adapter on the head is more than one weight
         self.value_head: nn.Linear | None = None
         if value_head:
             self.value_head = nn.Linear(text_config(model).hidden_size, 1)
@@ -359,7 +359,7 @@ def _arguments(kind: Any) -> frozenset[str]:
 
 
 class TrunkOutput(BaseModelOutputWithPast):
-    """What a trunk returns to the forward of its model: states, and None for whatever else that asks for."""
+    """What a trunk returns to the forward of its model: states, and None for all else that it asks for."""
 
     def __getattr__(self, name: str) -> Any:
         return object.__getattribute__(self, name) if name.startswith("__") else None
@@ -367,7 +367,7 @@ class TrunkOutput(BaseModelOutputWithPast):
 
 @contextmanager
 def returning(module: nn.Module, states: Tensor) -> Iterator[None]:
-    """Have a trunk return these states whatever it is called with, so that its model computes their logits."""
+    """Have a trunk return these states for any arguments, so that its model computes their logits."""
     own = module.__dict__.get("forward")
     module.forward = lambda *_, **__: TrunkOutput(last_hidden_state=states)
     try:

@@ -43,7 +43,7 @@ def export_reward_model(
 
 
 def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]) -> Path:
-    """Write everything beside the folder first, then swap it in, so that no reader sees half a model.
+    """Write everything next to the folder first, then swap it in, so that no reader sees half a model.
 
     Where weights are sharded, every rank must call: the first one writes.
     """
@@ -62,7 +62,7 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
         setattr(config, name, value)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = source
-        # No config.json beside it: transformers would take the folder for a whole model and miss its weights.
+        # No config.json next to it: transformers would take the folder for a whole model and miss its weights.
         model.save_pretrained(partial, selected_adapters=["default"], state_dict=weights)
     else:
         with _room_for_pad(model, tokenizer, weights) as grown:

@@ -30,7 +30,7 @@ def trusts(name: str, trusted: Sequence[str]) -> bool:
 
 
 def require_safetensors(name: str) -> None:
-    """Refuse a folder whose only weights are pickles. Anything that is no folder is left to transformers.
+    """Refuse a folder whose only weights are pickles. Names that are not folders are left to transformers.
 
     Raises:
         ModelError: it has weights, and not as safetensors.
@@ -199,7 +199,7 @@ def reading(name: str, what: str = "model") -> Iterator[None]:
 
     Raises:
         ModelError: ``unreadable-model``.
-        MissingError: ``no-model``: the name is no folder, and the Hub did not provide it.
+        MissingError: ``no-model``: the name is not a folder, and the Hub did not provide it.
         PackageError: ``package-needed``.
     """
     try:

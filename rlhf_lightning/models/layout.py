@@ -1,4 +1,4 @@
-"""From ragged sequences to what a transformer reads: one interface, whatever the arrangement of rows.
+"""From ragged sequences to what a transformer reads: one interface for every arrangement of rows.
 
 A layout is the token ids to feed and three index vectors that say where each supervised completion token is predicted.
 Everything downstream (log-probabilities, values, scores) uses the indices alone, so that a padded layout can be

@@ -75,7 +75,7 @@ STEP_SEPARATOR = "step_separator"
 
 @dataclass
 class LoraSettings:
-    """Low-rank adaptation (Hu et al., 2106.09685): train ``B A`` of rank ``r`` beside each frozen weight.
+    """Low-rank adaptation (Hu et al., 2106.09685): train ``B A`` of rank ``r`` added to each frozen weight.
 
     An adapter that is continued keeps its own ``r``, ``alpha`` and ``targets``.
 
@@ -283,7 +283,7 @@ def is_adapter(name: str) -> bool:
 def fingerprint(folder: str) -> str | None:
     """Identify weights by a sample of every tensor, rounded to bf16, so that loading in another precision keeps it.
 
-    Reads a few kilobytes whatever the model's size. None for names that are not local folders of safetensors.
+    Reads a few kilobytes for models of any size. None for names that are not local folders of safetensors.
     """
     digest, files = hashlib.sha256(), weight_files(Path(folder)) if Path(folder).is_dir() else []
     if not files:
@@ -327,7 +327,7 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
 
     Raises:
         FileNotFoundError: the folder has no weights and ``from_scratch`` was not asked for.
-        ModelError: its weights are pickles, or it needs code of its own that nobody named.
+        ModelError: its weights are pickles, or it needs code of its own that was not named.
     """
     trusted = trusts(name, settings.trust_remote_code)
     options: dict[str, Any] = {**config_changes, "trust_remote_code": trusted}
@@ -578,9 +578,9 @@ def refuse_other_quantization(folder: str, quantization: str | None) -> None:
 
 
 def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:
-    """Load whole weights, an adapter folder merged into its backbone; on a quantised backbone it stays beside it.
+    """Load whole weights, an adapter folder merged into its backbone; on a quantised backbone it stays unmerged.
 
-    Merging is in fp32 whatever the precision asked for: a small update would be lost in rounding.
+    Merging is in fp32 for every requested precision: a small update would be lost in rounding.
     """
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)
@@ -632,7 +632,7 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
     A continued policy also keeps the adapter it started from, frozen under the name "reference".
     """
     if task_type == "SEQ_CLS":
-        model.score.float()  # trained whole beside the adapter, and in bf16 its small updates would vanish
+        model.score.float()  # trained whole with the adapter, and in bf16 its small updates would vanish
     if start_from is not None:
         return continued_lora(model, lora, task_type, start_from)
     config = LoraConfig(

@@ -17,7 +17,7 @@ from rlhf_lightning.types import Sequences
 
 WIDEST = 2048
 """Cells of a tree beyond which its prompt is written again for the rest of its completions: attention over a tree costs
-its width squared, whatever its mask hides."""
+its width squared, for every mask."""
 
 SMALL = 128
 """Cells up to which trees share a block: for so few, calling a kernel once more costs more than what a mask hides."""

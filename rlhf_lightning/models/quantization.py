@@ -21,7 +21,7 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
 
     Args:
         kind: "nf4", 4-bit normal floats in blocks of 64, their scales quantised too (QLoRA, 2305.14314): 0.52 bytes a
-            weight; or "int8", absolute maxima of rows and columns with outliers apart (LLM.int8(), 2208.07339).
+            weight; or "int8", absolute maxima of rows and columns with outliers kept separate (LLM.int8(), 2208.07339).
         compute_dtype: 4-bit weights are expanded to it for each product.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_lightning.types import Sequences
 
 DTYPES = {torch.float32: b"4", torch.float64: b"8"}
-"""Precisions that log-probabilities come in, and how a key tells them apart."""
+"""Precisions that log-probabilities come in, and how a key names them."""
 
 
 class ReferenceCache:

@@ -87,7 +87,7 @@ class Reference(FrozenPolicy):
 
     @property
     def head_owner(self) -> CausalLM:
-        """The copy, or the policy, whose head an adapter leaves as it is."""
+        """The copy, or the policy, whose head an adapter leaves unchanged."""
         return self.policy if self.copy is None else self.copy
 
     # -- a reference that moves ---------------------------------------------------------------------------------------
@@ -231,10 +231,10 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
         policy: the policy, an adapter.
         lora: the run's settings; dropout is taken from them, the rest from where the critic starts.
         start_from: folder of an adapter on the same backbone, whose head is taken over too; None starts from the
-            policy as it is, with a head of zeros.
+            policy itself, with a head of zeros.
 
     Raises:
-        ModelError: ``start_from`` is no adapter on the policy's backbone.
+        ModelError: ``start_from`` is not an adapter on the policy's backbone.
     """
     if start_from is not None and not belongs_to(policy, start_from):
         raise ModelError(

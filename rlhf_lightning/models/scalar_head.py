@@ -89,7 +89,7 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
 
 
 def options_of(layout: Layout) -> dict[str, Any]:
-    """Return what a model is told of a layout beside its ids."""
+    """Return a layout's inputs to a model other than its ids."""
     if layout.packed is None:
         return {}
     nothing = SEES_NOTHING.to(layout.input_ids.device)

@@ -241,7 +241,7 @@ class DavidsonModule(RewardModule):
 
     Args:
         tie_share: probability that two completions of equal score are called a tie, nu / (2 + nu). It describes the
-            annotators and is not trained; count it on pairs that annotators cannot tell apart.
+            annotators and is not trained; count it on pairs that annotators cannot distinguish.
     """
 
     paper = "Davidson 1970; Chen et al. 2024, arXiv 2409.17431"

@@ -95,7 +95,7 @@ def annotate(
         repeats: share of items shown again with sides swapped, to measure consistency.
         reasons: reasons for a choice that can be ticked.
         flags: problems of an item that can be ticked.
-        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required where
+        annotators: names separated by commas; each gets a link with a token, and no one else may label. Required where
             --host is not this machine only.
         host: address to listen on; the default is reached from this machine only.
         port: port to listen on; 0 takes a free one.

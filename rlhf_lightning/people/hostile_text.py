@@ -83,7 +83,7 @@ def _is_joined(character: str) -> bool:
 
 @lru_cache(maxsize=256)
 def to_html(text: str) -> str:
-    """Return Markdown as HTML, or the text as it is where laying it out would lose some of it."""
+    """Return Markdown as HTML, or the raw text where layout would lose some of it."""
     plain = shown_text(text)
     if len(plain) <= LONGEST_MARKDOWN:
         tokens = _renderer().parse(plain)

@@ -77,12 +77,12 @@ class Labeller(ABC):
 class PeopleLabeller(Labeller):
     """People on the page that `rlhf annotate` serves; waits until they have judged enough.
 
-    Skipped items go to other annotators. When nobody is left for them, further pairs are sampled.
+    Skipped items go to other annotators. When no annotator is left for them, further pairs are sampled.
 
     Args:
         host: address to listen on; the default is reached from this machine only.
         port: port to listen on; 0 takes a free one.
-        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required where
+        annotators: names separated by commas; each gets a link with a token, and no one else may label. Required where
             the host is not this machine only.
 
     Raises:
@@ -140,7 +140,7 @@ class Supply:
         return "Others are judging the last ones." if self._enough() else "The next completions are being written."
 
     def left(self, count: int) -> int:
-        """Return the labels left, whatever number of items the store has left."""
+        """Return the labels left, independent of the items left."""
         return max(self.count - self.store.labels(), 0)
 
     def refill(self) -> None:
@@ -150,7 +150,7 @@ class Supply:
         self._idle.clear()
 
     def is_over(self) -> bool:
-        """Whether no items will come and nobody is judging."""
+        """Whether no items will come and no one is judging."""
         return self.exhausted and self.store.waiting() == 0 and self.store.being_judged() == 0
 
     def _enough(self) -> bool:

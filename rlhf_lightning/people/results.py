@@ -36,7 +36,7 @@ class AnnotatorResults(NamedTuple):
         skipped: items skipped.
         seconds: median time of a judgement.
         consistency: share of hidden repeats judged as the first time; None without repeats.
-        left: share of choices between two that chose the left; None without choices. 0.5 is no bias.
+        left: share of choices between two that chose the left; None without choices. 0.5: unbiased.
         reliability: estimated probability that a choice is right; None with fewer than three annotators.
     """
 

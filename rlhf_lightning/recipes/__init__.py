@@ -17,7 +17,7 @@ def recipe_names() -> list[str]:
 
 
 def resolve_recipe(config: str) -> str:
-    """Return the path of the packaged file that ``recipe:NAME`` names; return any other config as it is.
+    """Return the path of the packaged file that ``recipe:NAME`` names; return any other config unchanged.
 
     Raises:
         MissingError: no recipe has that name.

@@ -48,7 +48,7 @@ Place = Literal["step", "before validation", "epoch's end"]
 class RunCheckpoint(Checkpoint):
     """Save the run every so many updates or rollouts, after each validation, and at the end of each epoch.
 
-    Lightning's ModelCheckpoint counts optimizer steps, of which one rollout takes many, and never saves by time under
+    Lightning's ModelCheckpoint counts optimizer steps (one rollout takes many) and never saves by time under
     manual optimization. Here a training step ends with all updates of its rollout done and no gradient left over, so a
     checkpoint between two steps is complete. ``checkpoints/`` holds ``update_<n>.ckpt``, and ``last.ckpt`` and
     ``best.ckpt`` as links. A file appears under its name only when it is complete and synced to disk.

@@ -2,7 +2,7 @@
 
 The text of a prompt and its completion is the chat template's own rendering of the conversation. The prompt is rendered
 with its generation prompt; the completion is what the rendering with the answer has after that. Where a template
-renders earlier turns otherwise once the conversation goes on (it drops old thoughts), every learned turn gets a prompt
+renders earlier turns anew once the conversation continues (it drops old thoughts), every learned turn gets a prompt
 of its own, see `render_turns`.
 
 What spells a control token in a content is replaced by a guard before rendering (U+E000, a number, U+E001), so that

@@ -62,7 +62,7 @@ class Samples(NamedTuple):
 class RolloutCollector:
     """Sample completions from a policy and score them.
 
-    The completion of episode e is a function of the policy's weights, the seed and e alone, whatever the batch, the
+    The completion of episode e depends on the policy's weights, the seed and e alone, not on the batch, the
     ranks or where a run was resumed.
 
     Args:

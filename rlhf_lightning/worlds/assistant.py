@@ -53,7 +53,7 @@ Row = dict[str, Any]
 
 TEST_PROMPTS = 400
 ANNOTATOR_SCALE = 12.0  # sharpness of the annotators' Bradley-Terry choice, in log-odds per unit of gold reward
-EDITED_SHARE = 0.7  # of the pairs: an answer beside its own edit
+EDITED_SHARE = 0.7  # of the pairs: an answer and its own edit
 EDITS = {"kind": 4, "subject": 2, "detail": 1, "opening": 1, "closing": 1, "fillers": 1}  # relative frequencies
 
 

@@ -173,7 +173,7 @@ def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a store read-only and see it as it is now, whatever is added later.
+    """Open a store read-only and see its present rows, also after others are added.
 
     Raises:
         MissingError: the file does not exist.
