@@ -142,6 +142,18 @@ def attention_kernel(config: Any) -> str | None:
     return kernel
 
 
+def erases_pad_row(model: Any) -> bool:
+    """Return whether loading a model of this class sets the row of its config's pad token to 0, though it is stored."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        probe = torch.nn.Embedding(2, 2, padding_idx=0)
+        probe.weight.fill_(1.0)
+        probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        model._init_weights(probe)
+        return bool((probe.weight == 0).any())
+
+
 def new_model(kind: Any, config: Any, kernel: str) -> Any:
     """Build a model of a class from a config, in fp32, with newly drawn weights and an attention kernel."""
     import torch
@@ -160,6 +172,11 @@ def adapter_switch(layer: Any) -> tuple[str | list[str], bool]:
 def set_adapter_switch(layer: Any, switch: tuple[str | list[str], bool]) -> None:
     """Set a layer's active adapters; peft's own method changes ``requires_grad`` too."""
     layer._active_adapter, layer._disable_adapters = switch
+
+
+def wrapper_holds(wrapper: Any, name: str) -> bool:
+    """Return whether a module that an adapter trains whole has weights of the adapter of this name."""
+    return name in wrapper._adapters
 
 
 def bypasses_adapters(model: Any, name: str) -> bool:

@@ -35,6 +35,7 @@ class SamplingArguments:
         engine: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
         chat_template: chat template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
+        stop_tokens: further tokens that end a completion.
         dtype: precision of the weights, float32 or bfloat16.
         seed: seed of all random choices of the command.
     """
@@ -47,6 +48,7 @@ class SamplingArguments:
     engine: dict[str, Any] | str | None = None
     chat_template: str | None = None
     template_args: dict[str, Any] | None = None
+    stop_tokens: list[str] | None = None
     dtype: str = "float32"
     seed: int = 0
 
@@ -77,16 +79,21 @@ class SamplingArguments:
 
         from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
         from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
+        from rlhf_lightning.models.self_check import check_weights
         from rlhf_lightning.tokenization import load_tokenizer
 
         name = resolve_folder(model)
         if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
             raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
         refuse_reward_model(name)
-        tokenizer = load_tokenizer(name, self.chat_template, template_args=self.template_args)
+        tokenizer = load_tokenizer(
+            name, self.chat_template, template_args=self.template_args, stop_tokens=self.stop_tokens or ()
+        )
         policy = load_policy(name, LoadSettings(dtype=self.dtype)).requires_grad_(False).eval()
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return policy.to(accelerator or "cpu"), tokenizer
+        policy.to(accelerator or "cpu")
+        check_weights(policy)
+        return policy, tokenizer
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings that the samples depend on, without model and seed, as plain values."""

@@ -219,7 +219,8 @@ def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
         for kind in (kind for kind in get_args(hint) if is_dataclass(kind)):
             helps = {one.arg_name: one.description for one in docstring_parser.parse(kind.__doc__ or "").params}
             for field in fields(kind):
-                value = "required" if field.default is MISSING else written(field.default)
+                made = field.default if field.default_factory is MISSING else field.default_factory()
+                value = "required" if made is MISSING else written(made)
                 text = plain_help(helps.get(field.name) or "")
                 rows.append((f"{name}.{field.name}", str(field.type).replace(" ", ""), value, text))
     return rows

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from rlhf_lightning.compat import adapter_switch, set_adapter_switch
+from rlhf_lightning.compat import adapter_switch, set_adapter_switch, wrapper_holds
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.folders import reading, require_safetensors
 
@@ -80,7 +82,9 @@ def add_adapter(
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     config = copy.deepcopy(config)
     # On the policy's backbone there is no module "score": the head of a scalar role is separate.
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
+    whole = [module for module in config.modules_to_save or () if module != "score"]
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", whole or None, not trainable
+    config.init_lora_weights = True  # other ways to draw them (PiSSA) change the backbone under all adapters
     if not trainable:
         config.lora_dropout = 0.0
     with torch.random.fork_rng():
@@ -111,7 +115,9 @@ def refuse_other_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -
     expected = get_peft_model_state_dict(model, adapter_name=name)
     # peft keeps the head or the embeddings next to an adapter on them.
     given = {key for key in weights if ".base_layer." not in key}
-    wrong = given ^ {key for key in expected if "lora_" in key}
+    whole = [f".{module}." for module in model.peft_config[name].modules_to_save or () if module != "score"]
+    marks = ("lora_", ".token_adapter.", *whole)
+    wrong = given ^ {key for key in expected if ".base_layer." not in key and any(mark in key for mark in marks)}
     wrong |= {key for key in weights if key in expected and weights[key].shape != expected[key].shape}
     if wrong:
         few = ", ".join(sorted(wrong)[:2])
@@ -121,6 +127,12 @@ def refuse_other_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -
             f"({few}); load it on the backbone that it was trained on",
         )
     return expected
+
+
+def is_low_rank_alone(config: Any) -> bool:
+    """Whether an adapter adds a product to frozen layers and does nothing else."""
+    further = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices")
+    return not any(getattr(config, name, None) for name in further)
 
 
 def adapter_weights(model: Any, name: str) -> dict[str, Tensor]:
@@ -136,13 +148,21 @@ def _layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
+def _holds(layer: Any, names: str | list[str]) -> bool:
+    """Whether an adapter has weights for a module that adapters train whole or in rows; without them it is bypassed."""
+    name = names if isinstance(names, str) else names[0]
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return wrapper_holds(layer, name)
+    return not isinstance(layer, TrainableTokensLayer) or name in layer.trainable_tokens_delta
+
+
 @contextmanager
 def switched(model: nn.Module, switch: Switch) -> Iterator[None]:
     """Set every adapted layer's switch, and each back to what it was, even after an error."""
     before = [(layer, adapter_switch(layer)) for layer in _layers(model)]
     try:
         for layer, _ in before:
-            set_adapter_switch(layer, switch)
+            set_adapter_switch(layer, switch if _holds(layer, switch[0]) else (switch[0], True))
         yield
     finally:
         for layer, found in before:
@@ -156,7 +176,7 @@ def with_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[N
 
 def active_adapter(model: nn.Module) -> str | None:
     """Return the name of the adapter that a model's layers read; None where they read the bare backbone."""
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
     if layer is None:
         return None
     active, disabled = adapter_switch(layer)
@@ -171,7 +191,7 @@ def recomputation_contexts(model: nn.Module) -> tuple[AbstractContextManager[Non
     The backward pass runs long after a switch has been put back, so the block must be recomputed with the adapter that
     was active in its forward.
     """
-    first = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+    first = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
     if first is None:
         return nullcontext(), nullcontext()
     return nullcontext(), switched(model, adapter_switch(first))

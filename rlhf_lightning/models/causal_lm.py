@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -170,7 +171,7 @@ class CausalLM(nn.Module):
         """Whether decoding is checked when the model first samples."""
         self.sampling_checked = False
         self.logits_path: LogitsPath = "product"
-        if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
+        if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer | AuxiliaryTrainingWrapper):
             self.logits_path = "head"  # an adapter on the head is more than one weight
         self.value_head: nn.Linear | None = None
         if value_head:
@@ -447,6 +448,7 @@ def load_policy(
     with reading(init_from):
         prepare_for_training(model, settings)
         if lora is not None:
+            refuse_growth(model, source, settings)
             model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
         refuse_nonfinite_weights(model, init_from)
         policy = CausalLM(model, value_head, source)
@@ -455,6 +457,22 @@ def load_policy(
 
             check_class(policy, lora)
     return policy
+
+
+def refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
+    """Refuse an adapter on embeddings that were given rows: its folder holds no backbone, so they would be lost.
+
+    Raises:
+        SettingError: ``new-tokens-need-rows``.
+    """
+    rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config(decoder=True).vocab_size
+    if settings.embeddings > rows:
+        raise SettingError(
+            "new-tokens-need-rows",
+            f"{source} has {rows} embeddings, and the new tokens need {settings.embeddings}, which an adapter's folder "
+            f"cannot hold; write a backbone with them first (rlhf export {source} --out FOLDER --new_tokens ...), and "
+            "start from that folder",
+        )
 
 
 def refuse_reward_model(name: str) -> None:

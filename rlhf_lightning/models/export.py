@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.compat import erases_pad_row
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import BACKBONE_FILE, SCORE_BIAS, fingerprint
 from rlhf_lightning.models.quantization import quantization_of
@@ -55,7 +56,8 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     config = unwrapped(model).config
-    config.pad_token_id = tokenizer.pad_token_id
+    if not erases_pad_row(unwrapped(model)):
+        config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
     _note_ends(unwrapped(model), tokenizer)
     for name, value in facts.items():

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.scalar_head import text_config, trunk, unwrapped
+from rlhf_lightning.models.scalar_head import rope_switch, ropes_of, text_config, trunk, unwrapped
 
 
 class Limits(NamedTuple):
@@ -21,12 +21,16 @@ class Limits(NamedTuple):
         tokens: token ids from here on have no embedding.
         positions: tokens of a row beyond which its learned positions end; None without any.
         trained: tokens of a row that its rotary positions were trained on; None where the config says nothing.
+        switch: tokens of a row beyond which all its positions are rotated otherwise; None for most models.
+        rescales: whether that rotation depends on the longest row forwarded so far, and so on other rows.
     """
 
     name: str
     tokens: int
     positions: int | None
     trained: int | None
+    switch: int | None = None
+    rescales: bool = False
 
 
 def limits_of(model: Any) -> Limits:
@@ -39,10 +43,17 @@ def limits_of(model: Any) -> Limits:
         if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
     ]
     rows = inner.get_input_embeddings().weight.shape[0]
-    return Limits(type(inner).__name__, rows, min(tables, default=None), None if tables else longest)
+    positions, trained = min(tables, default=None), None if tables else longest
+    return Limits(type(inner).__name__, rows, positions, trained, rope_switch(config), _rescales(config))
 
 
-def check_rows(limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: int, lengths: torch.Tensor) -> None:
+def _rescales(config: Any) -> bool:
+    return any("dynamic" in str(rope.get("rope_type")) for rope in ropes_of(config))
+
+
+def check_rows(
+    limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: int, lengths: torch.Tensor, sampled: int = 0
+) -> None:
     """Refuse rows that a model cannot read, and warn of those longer than it was trained on.
 
     Args:
@@ -50,6 +61,7 @@ def check_rows(limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: i
         tokenizer: whose ids the rows hold.
         largest_id: of all rows.
         lengths: tokens of each row, with the longest completion that is sampled behind it, shape (rows,).
+        sampled: tokens of that completion; 0 where none is.
 
     Raises:
         ModelError: a token has no embedding, or a row is longer than the model has positions.
@@ -68,6 +80,21 @@ def check_rows(limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: i
             "positions-exceeded",
             f"{count} rows are longer than the {limits.positions} positions of {limits.name} (longest: {longest} "
             f"tokens); set data.max_length to at most {limits.positions}, or fewer new tokens",
+        )
+    if limits.rescales and limits.switch is not None and longest > limits.switch:
+        raise ModelError(
+            "rope-rescales",
+            f"rows of up to {longest} tokens are longer than the {limits.switch} at which {limits.name} begins to "
+            "rescale its rotary positions by the longest row so far, so that log-probabilities would depend on other "
+            f"rows; set data.max_length to at most {limits.switch}, or fewer new tokens",
+        )
+    switch = longest if limits.switch is None else limits.switch
+    if sampled and bool(((lengths > switch) & (lengths - sampled <= switch)).any()):
+        raise ModelError(
+            "rope-switch",
+            f"{limits.name} rotates all positions of a row otherwise once it is longer than {limits.switch} tokens, so "
+            "that tokens sampled before have other log-probabilities afterwards; set data.max_prompt_length and "
+            f"max_new_tokens so that rows end within {limits.switch} tokens",
         )
     if limits.trained is not None and longest > limits.trained:
         count = int((lengths > limits.trained).sum())

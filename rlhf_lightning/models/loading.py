@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -77,19 +78,41 @@ STEP_SEPARATOR = "step_separator"
 class LoraSettings:
     """Low-rank adaptation (Hu et al., 2106.09685): train ``B A`` of rank ``r`` added to each frozen weight.
 
-    An adapter that is continued keeps its own ``r``, ``alpha`` and ``targets``.
+    An adapter that is continued keeps its own settings, but for ``dropout``.
 
     Args:
         r: rank of the update.
         alpha: the update is scaled by ``alpha / r``.
         dropout: dropout on the adapter's input. Keep 0 for preference and RL stages, where ratios must start at 1.
         targets: names of the layers to adapt, or "all-linear" for every linear layer but the head.
+        rslora: scale the update by ``alpha / sqrt(r)`` instead (rsLoRA, 2312.03732).
+        dora: learn norm and direction of each row separately (DoRA, 2402.09353).
+        rank_pattern: ranks of some layers, by the end of their name, as in {down_proj: 32}.
+        alpha_pattern: alphas of some layers, likewise.
+        target_parameters: names of weights outside of layers to adapt, such as fused experts [experts.down_proj].
+        modules_to_save: names of modules to train whole, such as lm_head.
+        trained_tokens: tokens whose rows of the embeddings and of the head are trained too.
     """
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    target_parameters: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+    trained_tokens: list[str | int] = field(default_factory=list)
+
+    theirs: ClassVar[Mapping[str, str]] = {
+        "r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+        "rslora": "use_rslora", "dora": "use_dora", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+        "target_parameters": "target_parameters", "modules_to_save": "modules_to_save",
+        "trained_tokens": "trainable_token_indices",
+    }  # fmt: skip
+    """peft's name of each setting."""
 
     ranges: ClassVar[Mapping[str, str]] = {"r": "[1, inf)", "alpha": "(0, inf)", "dropout": "[0, 1)"}
 
@@ -104,7 +127,7 @@ def lora_settings(given: Any) -> LoraSettings | None:
         return LoraSettings(**given)
     if not isinstance(given, LoraConfig):
         return given
-    known = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+    known = LoraSettings.theirs
     plain = LoraConfig(peft_type=given.peft_type, task_type=given.task_type)
     free = {*known.values(), "task_type", "inference_mode", "base_model_name_or_path"}
     other = [name for name, value in vars(plain).items() if name not in free and getattr(given, name) != value]
@@ -113,9 +136,13 @@ def lora_settings(given: Any) -> LoraSettings | None:
             "unsupported-lora", f"LoraConfig sets {', '.join(other)}; supported are {', '.join(known.values())}"
         )
     values = {name: getattr(given, theirs) for name, theirs in known.items()}
-    targets = values["targets"] or "all-linear"
+    if isinstance(values["trained_tokens"], Mapping):
+        raise SettingError(
+            "unsupported-lora", "LoraConfig has trainable_token_indices by module; give them as one list"
+        )
+    targets = "all-linear" if values["targets"] is None else values["targets"]
     values["targets"] = targets if isinstance(targets, str) else sorted(targets)
-    return LoraSettings(**values)
+    return LoraSettings(**{name: value for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,7 @@ class LoadSettings:
         device: where quantised weights are made; others move later.
         trust_remote_code: names of the models whose own Python code may be run.
         self_check: compare our forward with the model's own when it is loaded, see `models.self_check`.
+        embeddings: fewest rows of the embeddings and of the LM head; missing ones are the mean of all others.
 
     Raises:
         SettingError: weights would be drawn from scratch and quantised: nothing could train them.
@@ -148,6 +176,7 @@ class LoadSettings:
     device: str = "cpu"
     trust_remote_code: tuple[str, ...] = ()
     self_check: bool = True
+    embeddings: int = 0
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.from_scratch:
@@ -336,6 +365,7 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
             _refuse_encoder_decoder(name, trusted)
         with reading(name):
             model = _load_hf_model(name, kind, settings, options)
+            make_room(model, settings.embeddings)
         if kind is AutoModelForSequenceClassification and not isinstance(getattr(model, "score", None), nn.Module):
             raise ModelError(
                 "no-score-head",
@@ -356,6 +386,23 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
         if refusal is None:
             raise
         raise ModelError("custom-code", refusal) from error
+
+
+@torch.no_grad()
+def make_room(model: Any, rows: int) -> None:
+    """Give embeddings and LM head at least so many rows, never fewer than they have; new rows are the mean of others.
+
+    Args:
+        model: a Hugging Face model.
+        rows: fewest rows.
+    """
+    have = model.get_input_embeddings().weight.shape[0]
+    if rows <= have:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in () if module is None else module.parameters(recurse=False):
+            weight[have:] = weight[:have].float().mean(0).to(weight)
 
 
 def _refuse_encoder_decoder(name: str, trusted: bool) -> None:
@@ -454,6 +501,13 @@ def backbone_record(folder: str | Path) -> dict[str, Any]:
     return found
 
 
+UNREAD = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Settings of adapters whose forward depends on more than the input of a layer."""
+
+
 def adapter_settings(folder: str | Path) -> dict[str, Any]:
     """Return what adapter_config.json says, checked for what this package reads.
 
@@ -466,6 +520,12 @@ def adapter_settings(folder: str | Path) -> dict[str, Any]:
         raise ModelError(
             "unsupported-adapter",
             f"{file} has the peft_type {found.get('peft_type')!r}: only LORA adapters can be used; merge it into its "
+            "backbone with peft (merge_and_unload), and name the merged folder",
+        )
+    if unread := [name for name in UNREAD if found.get(name)]:
+        raise ModelError(
+            "unsupported-adapter",
+            f"{file} sets {', '.join(unread)}, which changes how a model is forwarded; merge the adapter into its "
             "backbone with peft (merge_and_unload), and name the merged folder",
         )
     base = found.get("base_model_name_or_path")
@@ -620,7 +680,8 @@ def untie_adapted(model: Any, adapter: str) -> None:
     if head is None or head.weight is not embedding.weight:
         return
     tied = [name for name, module in model.named_modules() if module is head or module is embedding]
-    if any(f".{name}." in f".{key}" for key in read_adapter(adapter).weights for name in tied):
+    changed = [key for key in read_adapter(adapter).weights if ".token_adapter." not in key]  # rows of both alike
+    if any(f".{name}." in f".{key}" for key in changed for name in tied):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False
         model.all_tied_weights_keys = {}
@@ -635,20 +696,110 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
         model.score.float()  # trained whole with the adapter, and in bf16 its small updates would vanish
     if start_from is not None:
         return continued_lora(model, lora, task_type, start_from)
+    refuse_impossible_lora(model, lora)
+    whole = [*lora.modules_to_save, *(["score"] if task_type == "SEQ_CLS" else [])]
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
         exclude_modules=unadaptable(model) if lora.targets == "all-linear" else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        target_parameters=list(lora.target_parameters) or None,
+        trainable_token_indices=_token_rows(model, lora.trained_tokens),
         task_type=task_type,
-        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        modules_to_save=whole or None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     use_low_rank_products(adapted)
+    if line := left_out_experts(adapted, lora):
+        rank_zero_info(line)
     return adapted
+
+
+def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
+    """Refuse settings of an adapter that name nothing in a model, or that cannot go together.
+
+    Raises:
+        SettingError: ``impossible-lora``.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    weights = [name for name, _ in model.named_parameters()]
+    named = [(key, list(getattr(lora, key)), modules) for key in ("rank_pattern", "alpha_pattern", "modules_to_save")]
+    for setting, wanted, found in (*named, ("target_parameters", lora.target_parameters, weights)):
+        for one in wanted:
+            if not _ends_any(one, found):
+                raise SettingError(
+                    "impossible-lora",
+                    f"lora.{setting} names {one!r}, which {type(model).__name__} does not have; it has "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in found if name})[:12])}",
+                )
+    if lora.target_parameters and (lora.dropout or lora.dora):
+        raise SettingError(
+            "impossible-lora", "lora.target_parameters excludes dropout and dora: set dropout: 0 and dora: false"
+        )
+    if lora.modules_to_save and model.dtype != torch.float32:
+        raise SettingError(
+            "impossible-lora",
+            f"lora.modules_to_save trains {', '.join(lora.modules_to_save)} whole, in {model.dtype}, where small "
+            "updates would vanish; set dtype: float32",
+        )
+
+
+def _ends_any(pattern: str, names: list[str]) -> bool:
+    """Whether a pattern is the end of a name, as peft matches it."""
+    try:
+        ends = re.compile(rf"(.*\.)?({pattern})")
+    except re.error:
+        return False
+    return any(ends.fullmatch(name) for name in names)
+
+
+def _token_rows(model: Any, tokens: list[str | int]) -> list[int] | dict[str, list[int]] | None:
+    """Return the ids whose rows are trained, for peft: of a head with its own weights under both modules' names.
+
+    Raises:
+        SettingError: ``impossible-lora``: a token is a name, or has no row.
+    """
+    if not tokens:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = sorted({int(token) for token in tokens if isinstance(token, int)})
+    if any(isinstance(token, str) for token in tokens) or rows[-1] >= embedding.weight.shape[0]:
+        raise SettingError(
+            "impossible-lora",
+            f"lora.trained_tokens is {tokens}: give the ids of tokens below {embedding.weight.shape[0]}, or their "
+            "names in a stage that has a tokenizer",
+        )
+    if head is None or head.weight is embedding.weight:
+        return rows
+    return {name: rows for name, module in model.named_modules() if module is embedding or module is head}
+
+
+def left_out_experts(adapted: Any, lora: LoraSettings) -> str:
+    """Return a line on fused experts, whose weights are no layers, that "all-linear" leaves frozen."""
+    if lora.targets != "all-linear" or lora.target_parameters:
+        return ""
+    inner = adapted.get_base_model()
+    seen = {id(layer.get_param()) for layer in inner.modules() if isinstance(layer, ParamWrapper)}
+    fused = {
+        f"{name.rpartition('.')[2]}.{key}"
+        for name, module in inner.named_modules()
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and id(weight) not in seen and not weight.requires_grad
+    }
+    if not fused:
+        return ""
+    return (
+        f"{type(inner).__name__}: all-linear adapts no fused experts, which stay as they are; to adapt them too, set "
+        f"lora.target_parameters: [{', '.join(sorted(fused))}]"
+    )
 
 
 def unadaptable(model: Any) -> list[str] | None:
@@ -675,15 +826,50 @@ def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: s
         return _continued(model, lora, task_type, start_from)
 
 
+def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None:
+    """Refuse settings that a continued adapter does not have, and say which of its own differ from those given.
+
+    Raises:
+        SettingError: ``continued-lora``.
+        ModelError: ``unsupported-adapter``: it trains biases of the backbone, so that no reference would be left.
+    """
+    if config.bias != "none":
+        raise ModelError(
+            "unsupported-adapter",
+            f"the adapter in {start_from} trains biases of its backbone (bias: {config.bias}), which would then be no "
+            "reference; merge it first (rlhf export --merge true)",
+        )
+    own = {name: getattr(config, theirs) for name, theirs in LoraSettings.theirs.items()}
+    fresh = LoraSettings()
+    for name in ("rslora", "dora", "rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save"):
+        asked = getattr(lora, name)
+        if asked != getattr(fresh, name) and asked != own[name]:
+            raise SettingError(
+                "continued-lora",
+                f"lora.{name} is {asked}, but the adapter in {start_from} was trained with {own[name]}, which it "
+                f"keeps; remove lora.{name}, or merge the adapter first (rlhf export --merge true)",
+            )
+    given = {"r": lora.r, "alpha": lora.alpha}
+    if any(own[name] != value for name, value in given.items()):
+        rank_zero_info(f"the adapter in {start_from} keeps its r={own['r']} and alpha={own['alpha']}")
+
+
 def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
     start = read_adapter(start_from)
+    _refuse_other_lora(lora, start.config, start_from)
     start.config.lora_dropout = lora.dropout
     if task_type == start.config.task_type:
         model = PeftModel.from_pretrained(model, start_from, is_trainable=True, config=copy.deepcopy(start.config))
         refuse_other_adapter(model, "default", start.weights)
     else:
+        if kept := start.config.modules_to_save:
+            raise ModelError(
+                "unsupported-adapter",
+                f"the adapter in {start_from} trains {', '.join(kept)} whole, which a reward model cannot take over; "
+                "merge it first (rlhf export --merge true)",
+            )
         start.config.task_type, start.config.modules_to_save = task_type, ["score"]
-        start.config.inference_mode = False
+        start.config.inference_mode, start.config.init_lora_weights = False, True
         with torch.random.fork_rng():
             model = get_peft_model(model, start.config)
         load_into_adapter(model, "default", start.weights)

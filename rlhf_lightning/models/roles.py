@@ -23,6 +23,7 @@ from rlhf_lightning.models.adapters import (
     AdapterWeights,
     adapter_weights,
     add_adapter,
+    is_low_rank_alone,
     read_adapter,
     with_adapter,
 )
@@ -57,7 +58,7 @@ class Reference(FrozenPolicy):
         own: load a copy in every case, in fp32, for a reference that will move.
 
     Raises:
-        SettingError: the reference will move, and its weights would be quantised.
+        SettingError: the reference will move, and its weights would be quantised, or cannot follow the adapter's.
     """
 
     def __init__(self, policy: CausalLM, init_from: str, settings: LoadSettings, own: bool = False) -> None:
@@ -67,6 +68,12 @@ class Reference(FrozenPolicy):
                 f"a reference that moves cannot be in {settings.quantization}; set quantization to null",
             )
         self.policy = policy
+        if own and policy.has_adapter and not is_low_rank_alone(policy.model.peft_config[POLICY]):
+            raise SettingError(
+                "moving-reference-adapter",
+                "a reference that moves cannot follow an adapter with dora, target_parameters, modules_to_save or "
+                "trained_tokens; train every weight (lora: null), or a plain adapter",
+            )
         if own:
             settings = replace(settings, frozen_dtype="float32")
         self.copy = load_reference(init_from, settings) if own or not policy.has_adapter else None
@@ -209,7 +216,7 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
             refuse_nonfinite_weights(model, folder)
             return model.requires_grad_(False).eval()
     record = backbone_record(folder) if is_adapter(folder) else {}
-    settings = replace(settings, quantization=record.get("quantization"), from_scratch=False)
+    settings = replace(settings, quantization=record.get("quantization"), from_scratch=False, embeddings=0)
     hf = load_reward_hf_model(folder, settings, max(len(output_names(folder)), 1), **changes)
     refuse_nonfinite_weights(hf, folder)
     prepare_for_training(hf, replace(settings, activation_checkpointing=False))
@@ -235,6 +242,7 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
 
     Raises:
         ModelError: ``start_from`` is not an adapter on the policy's backbone.
+        SettingError: the policy trains modules of the backbone whole.
     """
     if start_from is not None and not belongs_to(policy, start_from):
         raise ModelError(
@@ -244,6 +252,12 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
             "from the policy",
         )
     model = policy.model
+    if whole := model.peft_config[POLICY].modules_to_save:
+        raise SettingError(
+            "adapter-critic-whole-modules",
+            f"critic='adapter' cannot share a backbone whose {', '.join(whole)} the policy trains whole; use "
+            "critic='separate'",
+        )
     start = AdapterWeights(model.peft_config[POLICY], adapter_weights(model, POLICY), None)
     if start_from is not None:
         start = read_adapter(start_from)

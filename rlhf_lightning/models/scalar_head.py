@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,12 +74,16 @@ def hidden_states(model: Any, layout: Layout, pads_rows: bool = True) -> Tensor:
 def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> Tensor:
     """Return what a module gives for each of the layout's cells under a name, shape (rows * width, ...)."""
     rows, width = layout.input_ids.shape
-    if pads_rows or layout.packed is not None:
+    switch = rope_switch(getattr(module, "config", None))
+    if layout.packed is not None or (pads_rows and (switch is None or width <= switch)):
         return module(input_ids=layout.input_ids, use_cache=False, **options_of(layout))[name].flatten(0, 1)
     lengths = layout.last % width + 1 if len(layout.last) else torch.full((rows,), width)
+    groups = lengths
+    if pads_rows and switch is not None:  # in one batch all rows are rotated like the longest
+        groups = torch.where(lengths > switch, width, lengths.clamp_max(switch).where(lengths <= switch, 0).max())
     found: Tensor | None = None
-    for length in lengths.unique().tolist():
-        (members,) = (lengths == length).nonzero(as_tuple=True)
+    for length in groups.unique().tolist():
+        (members,) = (groups == length).nonzero(as_tuple=True)
         part = module(input_ids=layout.input_ids[members, :length], use_cache=False)[name]
         if found is None:
             found = part.new_zeros(rows, width, part.shape[-1])
@@ -86,6 +91,24 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
         found = found.index_copy(0, members, padded)
     assert found is not None
     return found.flatten(0, 1)
+
+
+def ropes_of(config: Any) -> list[Mapping[str, Any]]:
+    """Return the settings of a config's rotary positions; some have them for each kind of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, Mapping):
+        return []
+    return [found] if "rope_type" in found else [one for one in found.values() if isinstance(one, Mapping)]
+
+
+def rope_switch(config: Any) -> int | None:
+    """Return the length of a row beyond which all its positions are rotated otherwise; None where none are."""
+    switches = [
+        rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", None))
+        for rope in ropes_of(config)
+        if "dynamic" in str(rope.get("rope_type")) or rope.get("rope_type") == "longrope"
+    ]
+    return min((int(switch) for switch in switches if switch), default=None)
 
 
 def options_of(layout: Layout) -> dict[str, Any]:
@@ -100,8 +123,8 @@ def reads_trees(model: Any) -> bool:
     """Whether a model reads several sequences in a row, and a prompt once for several completions: it must take each
     cell's position from outside, and hand on to its attention which cells attend to each other.
 
-    Kernels that make their own masks (flash, flex), windows that slide over a row, recurrent layers and position biases
-    do not.
+    Kernels that make their own masks (flash, flex), windows that slide over a row, recurrent layers, position biases
+    and rotations that depend on the longest row do not.
     """
     inner = unwrapped(model)
     config = text_config(inner)
@@ -114,6 +137,7 @@ def reads_trees(model: Any) -> bool:
         and kinds == {"full_attention"}
         and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
         and not getattr(config, "alibi", False)
+        and rope_switch(config) is None
         and not is_stateful(inner)
         and not getattr(config, "is_encoder_decoder", False)
     )

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -92,7 +93,7 @@ _found: dict[str, Findings] = {}
 
 def _found_once(model: CausalLM | ScalarModel, lora: LoraSettings | None) -> Findings:
     """Return the findings for a model's class and config, from this process or from the cache."""
-    key = check_key(model.model, "forward", [] if lora is None else lora.targets)
+    key = check_key(model.model, "forward", [] if lora is None else asdict(lora))
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
         scores = isinstance(model, ScalarModel)
@@ -348,7 +349,9 @@ def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
 
 def _gradients_of_adapter(name: str, small: Any, lora: LoraSettings, checked: CausalLM) -> list[str]:
     """Return a line on adapted layers that no token reaches."""
-    adapted = add_lora(copy.deepcopy(small), LoraSettings(r=2, alpha=4, targets=lora.targets), "CAUSAL_LM")
+    tokens: list[str | int] = [5, 6] if lora.trained_tokens else []
+    asked = replace(lora, r=2, alpha=4, dropout=0.0, trained_tokens=tokens)
+    adapted = add_lora(copy.deepcopy(small), asked, "CAUSAL_LM")
     policy = CausalLM(adapted)
     policy.pads_rows = checked.pads_rows
     if policy.logits_path == "product":

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.compat import attention_kernel, new_model
+from rlhf_lightning.models.scalar_head import rope_switch
 
 VOCABULARY = 64
 HEADS, HEAD_SIZE = 4, 16
@@ -59,6 +60,8 @@ def small_config(config: Any, each: int = 1) -> Any:
     """
     fields = _small(config.to_dict(), getattr(config, "attribute_map", {}), each)
     fields.pop("quantization_config", None)
+    if rope_switch(config) is not None and "original_max_position_embeddings" in fields:
+        fields["original_max_position_embeddings"] = POSITIONS
     return type(config).from_dict(fields)
 
 
@@ -176,13 +179,17 @@ def _small_group(key: str, old: Any, kept: list[int], layers: int) -> Any:
 
 
 def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of rotary embeddings whose rescaling begins after a few tokens."""
+    """Return settings of rotary embeddings whose rescaling begins after a few tokens.
+
+    A switch between two rotations stays out of reach: `cells_of` forwards rows on its two sides separately.
+    """
     found: dict[str, Any] = {}
+    switches = rope.get("rope_type") == "longrope" or "dynamic" in str(rope.get("rope_type"))
     for key, value in rope.items():
         if isinstance(value, Mapping):
             found[key] = _small_rope(value)
         elif key == "original_max_position_embeddings":
-            found[key] = 2 * LIMIT
+            found[key] = POSITIONS if switches else 2 * LIMIT
         elif key in ("short_factor", "long_factor"):
             found[key] = value[: HEAD_SIZE // 2]
         elif key == "mrope_section":

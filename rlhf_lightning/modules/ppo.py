@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError
@@ -23,8 +24,9 @@ from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.roles import add_critic, belongs_to, scalar_model
-from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
 from rlhf_lightning.models.sharding import most_passes
+from rlhf_lightning.scoring.encoders import EncoderScorer
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
 from rlhf_lightning.training.judgements import OBJECTIVE
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
@@ -118,10 +120,10 @@ class PPOModule(OnPolicyModule):
         )
         self.load_reference_and_scorer()
         if self.critic_kind == "separate":
-            self.critic = self._load_critic(self.critic_init or getattr(self.scorer, "folder", None))
+            self.critic = self._load_critic(self.critic_init or self._start_from(self.scorer))
         for place, name in enumerate(self.score_rule.multipliers if self.cost_critics else ()):
             member = getattr(self.scorer, "scorers", {}).get(name)
-            self.add_module(f"cost_critic_{place}", self._load_critic(getattr(member, "folder", None), -1.0))
+            self.add_module(f"cost_critic_{place}", self._load_critic(self._start_from(member), -1.0))
         if self.critic_kind == "adapter":
             self.critic = self._add_critic()
 
@@ -148,8 +150,10 @@ class PPOModule(OnPolicyModule):
         """
         start = start or self.init_from
         own = start == self.init_from
-        # All its weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone.
-        whole = replace(self.load_settings, quantization=None, dtype="float32")
+        # All its weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone. It reads
+        # every id that the policy can sample, those of padding rows of the vocabulary too.
+        rows = unwrapped(self.policy.model).get_input_embeddings().weight.shape[0]
+        whole = replace(self.load_settings, quantization=None, dtype="float32", embeddings=rows)
         settings = whole if own else replace(whole, from_scratch=False)
         model = load_reward_hf_model(resolve_folder(start), settings)
         if own:
@@ -160,6 +164,20 @@ class PPOModule(OnPolicyModule):
         critic = scalar_model(model, self.load_settings)
         critic.bias = sign * critic.bias
         return critic
+
+    def _start_from(self, scorer: Any) -> str | None:
+        """Return a reward model's folder where a critic can start from it: a decoder that reads the policy's ids."""
+        folder = getattr(scorer, "folder", None)
+        tokenizer = getattr(getattr(scorer, "learned", scorer), "tokenizer", None)
+        if folder is None or tokenizer is None:
+            return folder
+        if isinstance(scorer, EncoderScorer) or tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            rank_zero_info(
+                f"the critic starts from {self.init_from}, since the reward model {folder} reads other tokens than the "
+                "policy writes"
+            )
+            return None
+        return str(folder)
 
     # -- override points ----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.decoding import Mixture, Prefix, idle_pass, make_decoder
@@ -229,6 +230,9 @@ class _Run:
         self.own = request.mixture is None  # whether entropies are those of the model's own distribution
         self.slots = min(settings.batch_size or len(prompts), len(prompts))
         self.decoder = make_decoder(model, self.slots, settings.max_new_tokens, request.mixture)
+        longest = max(map(len, prompts), default=0) + settings.max_new_tokens
+        if longest > (rope_switch(text_config(model.model)) or longest):
+            self.decoder.decoding = "uncached"  # what is cached would have to be rotated anew
         self.held: dict[bytes, tuple[Prefix, int]] = {}  # prefilled prompts that further slots wait for
         self._free_all_slots()
         shape = (len(prompts), settings.max_new_tokens)

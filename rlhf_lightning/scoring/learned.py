@@ -33,7 +33,7 @@ from rlhf_lightning.models.loading import (
     resolve_folder,
 )
 from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
-from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.encoders import is_encoder, label_index
 from rlhf_lightning.scoring.scorer import Scorer, Scores
@@ -107,6 +107,11 @@ class LearnedScorer(Scorer):
         args = tokenization.template_args_of
         same = mine.chat_template == theirs.chat_template and args(mine) == args(theirs)
         return same and mine.get_vocab() == theirs.get_vocab()
+
+    def has_rows_for(self, sequences: Sequences) -> bool:
+        """Return whether each token has an embedding; vocabularies of a family are padded to different sizes."""
+        rows = unwrapped(self.model.model).get_input_embeddings().weight.shape[0]
+        return all(int(ids.max()) < rows for ids in (*sequences.prompts, *sequences.completions) if len(ids))
 
     def score_of(self, outputs: Tensor) -> Tensor:
         """Return the score of a reward model of several outputs: the one that ``label`` names.

@@ -41,12 +41,12 @@ from rlhf_lightning.tokenization.templates import (
     set_template_args,
     template_args_of,
 )
-from rlhf_lightning.tokenization.tokenizers import load_tokenizer
+from rlhf_lightning.tokenization.tokenizers import load_tokenizer, token_ids
 
 __all__ = [
     "CHAT_TEMPLATES", "PINNED_DATE", "ChatTemplateError", "Encoded", "Rendered", "RenderedTurn", "Span", "TurnsRefused",
     "completion_text", "encode_completion", "encode_prompt", "encode_rendered", "encode_steps", "end_token_ids",
     "facts_of", "joined_steps", "load_tokenizer", "opening_ids", "render_answers", "render_completion",
-    "render_prompt", "render_steps", "render_turns", "set_template_args", "template_args_of",
+    "render_prompt", "render_steps", "render_turns", "set_template_args", "template_args_of", "token_ids",
     "tokenizer_fingerprint", "truncate",
 ]  # fmt: skip

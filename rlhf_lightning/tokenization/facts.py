@@ -31,6 +31,9 @@ THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys under which templates look for the thought of a turn."""
 
+STOP_TOKENS = "stop_tokens"
+"""Name in tokenizer_config.json of further tokens that end a completion."""
+
 OWN_KEYS = ("weight", "tools")
 """Keys of a message that templates do not get."""
 
@@ -68,6 +71,7 @@ class Facts:
         calls: how the template reads tool calls: arguments as an object or as JSON text, and whether a call without
             text has null content; None if it ignores tool calls.
         dated: whether the template writes a date.
+        stops: ids of further tokens that end a completion.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -80,6 +84,9 @@ class Facts:
         self.reads_thoughts = self.moves_thoughts = self.thinks = False
         self.calls: tuple[Literal["object", "text"], bool] | None = None
         self.dated = False
+        vocabulary = tokenizer.get_vocab() if tokenizer.init_kwargs.get(STOP_TOKENS) else {}
+        stops = tokenizer.init_kwargs.get(STOP_TOKENS, ())
+        self.stops = tuple(vocabulary[name] for name in stops if name in vocabulary)
         added = tokenizer.added_tokens_decoder
         unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in (self.eos, tokenizer.bos_token_id) else None
         self.unknown = None if unknown is None else (tokenizer.unk_token, unknown)
@@ -130,9 +137,9 @@ class Facts:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Ids that end a completion: EOS, the end of a turn, and the end of a turn with tool calls."""
+        """Ids that end a completion: EOS, the end of a turn, that of a turn with tool calls, and stop tokens."""
         turns = [self.control[name] for name in (self.end_of_turn, self.call_end) if name is not None]
-        return tuple(dict.fromkeys([self.eos, *turns]))
+        return tuple(dict.fromkeys([self.eos, *turns, *self.stops]))
 
     def _find_space_marks(self, tokenizer: PreTrainedTokenizerBase) -> None:
         def encode(text: str) -> list[int]:
@@ -264,7 +271,8 @@ def _call_in(form: Literal["object", "text"], call: dict[str, Any]) -> dict[str,
 def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     args = template_args_of(tokenizer)
     written = json.dumps(args, sort_keys=True, default=str) if args else ""
-    return (tokenizer.chat_template, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, written)
+    stops = tuple(tokenizer.init_kwargs.get(STOP_TOKENS, ()))
+    return (tokenizer.chat_template, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, stops, written)
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:

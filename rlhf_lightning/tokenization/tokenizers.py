@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
-from rlhf_lightning.tokenization.facts import end_token_ids
+from rlhf_lightning.tokenization.facts import STOP_TOKENS, end_token_ids
 from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, set_template_args, template_args_of
 
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -25,6 +28,8 @@ def load_tokenizer(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    new_tokens: Sequence[str] = (),
+    stop_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
 
@@ -41,10 +46,13 @@ def load_tokenizer(
         trust_remote_code: run the Python code that the tokenizer brings along, if any.
         template_args: variables of the template, such as ``enable_thinking``; added to those saved with the tokenizer,
             see `templates.set_template_args`.
+        new_tokens: texts that become tokens of their own, where they are not yet.
+        stop_tokens: tokens that end a completion too; added to those of the folder's generation config.
 
     Raises:
         MissingError: if there is no tokenizer under that name.
-        ModelError: if the template is not found, or there is no EOS token.
+        ModelError: if the template is not found, there is no EOS token, or spaces are lost.
+        SettingError: if a stop token is not a single token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
@@ -74,12 +82,76 @@ def load_tokenizer(
             "no-eos-token",
             f"the tokenizer {str(name_or_folder)!r} has no EOS token, so completions could not end; set its eos_token",
         )
+    _refuse_lost_spaces(tokenizer, name_or_folder)
+    # Not marked special, so that the texts of data may hold them, and decoded completions keep them.
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new_tokens])
     if chat_template is not None:
         tokenizer.chat_template = _template_text(tokenizer, chat_template)
     if args := {**template_args_of(tokenizer), **(template_args or {})}:
         set_template_args(tokenizer, args)
     _ensure_pad(tokenizer)
+    stops = [*_generation_ends(tokenizer, str(name_or_folder)), *(_single(tokenizer, stop) for stop in stop_tokens)]
+    if stops := list(dict.fromkeys([*tokenizer.init_kwargs.get(STOP_TOKENS, ()), *stops])):
+        tokenizer.init_kwargs[STOP_TOKENS] = stops
     return tokenizer
+
+
+def _refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    """Refuse a tokenizer that its library rebuilt with the wrong rules: every text would lose its spaces."""
+    ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "ab":
+        raise ModelError(
+            "tokenizer-loses-spaces",
+            f"the tokenizer {str(name)!r} loses spaces ('a b' is read as 'ab'): its tokenizer.json does not go with "
+            "the tokenizer_class in tokenizer_config.json; set that to PreTrainedTokenizerFast",
+        )
+
+
+def _generation_ends(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Return the special tokens that end a completion by a folder's generation config: chat models have several."""
+    folder, file = Path(name), "generation_config.json"
+    path: Any = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)
+    try:
+        found = json.loads(Path(str(path)).read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    ids = found if isinstance(found, list) else [found]
+    other = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    known = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [known[index].content for index in ids if isinstance(index, int) and index in known and index not in other]
+
+
+def _single(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
+    """Return a stop token as the vocabulary spells it.
+
+    Raises:
+        SettingError: it is several tokens, or none.
+    """
+    if stop in tokenizer.get_vocab():
+        return stop
+    ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise SettingError(
+            "stop-token-unknown",
+            f"the stop token {stop!r} is {len(ids)} tokens of this vocabulary, and must be one; name a token, or end "
+            "completions at a text with stop",
+        )
+    return str(tokenizer.convert_ids_to_tokens(ids[0]))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | int]) -> list[int]:
+    """Return the ids of tokens, given by name or id.
+
+    Raises:
+        SettingError: one is not in the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary.get(token, -1) if isinstance(token, str) else int(token) for token in tokens]
+    if missing := [token for token, index in zip(tokens, ids, strict=True) if index < 0]:
+        raise SettingError(
+            "unknown-token", f"{missing[0]!r} is not a token of {tokenizer.name_or_path!r}; add it with new_tokens"
+        )
+    return list(dict.fromkeys(ids))
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:

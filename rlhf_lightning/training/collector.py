@@ -161,7 +161,9 @@ class RolloutCollector:
             return Judgements(torch.zeros(0))  # without rows the columns that a scorer may need are unknown
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
-            return checked_judgements(scorer.judge_sequences(completions.after(batch.prompts)), count, name)
+            sequences = completions.after(batch.prompts)
+            if scorer.has_rows_for(sequences):
+                return checked_judgements(scorer.judge_sequences(sequences), count, name)
         return ask_scorer(scorer, list(batch.texts), list(completions.texts), batch.columns, name)
 
 

@@ -9,6 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -88,6 +89,10 @@ class AlignmentModule(LightningModule):
         chat_template: Jinja text or file that renders messages as a prompt; null keeps the tokenizer's own.
         template_args: variables of the chat template, such as enable_thinking, documents, tools, or now (the current
             date); they are saved with the tokenizer.
+        new_tokens: texts that become tokens of their own, with new embeddings where the model has no spare ones; an
+            adapter trains their rows too.
+        stop_tokens: further tokens that end a completion; EOS, the template's end of a turn and those of the model's
+            generation config always do.
         from_scratch: draw new weights from the config in ``init_from`` instead of loading weights.
         trust_remote_code: hub ids or folders whose custom modelling code may be executed; other models that need
             custom code are refused.
@@ -158,6 +163,8 @@ class AlignmentModule(LightningModule):
         tokenizer: str | None = None,
         chat_template: str | None = None,
         template_args: dict[str, Any] | None = None,
+        new_tokens: list[str] | None = None,
+        stop_tokens: list[str] | None = None,
         from_scratch: bool = False,
         trust_remote_code: list[str] | None = None,
         self_check: bool = True,
@@ -194,7 +201,7 @@ class AlignmentModule(LightningModule):
         self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # loadable without running code
         check_ranges(type(self), self.hparams)
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
-        self.template_args = template_args
+        self.template_args, self.new_tokens, self.stop_tokens = template_args, new_tokens, stop_tokens
         trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
@@ -261,7 +268,9 @@ class AlignmentModule(LightningModule):
         if self._tokenizer is None:
             name = self.tokenizer_name or resolve_folder(self.init_from)
             trusted = trusts(name, self.load_settings.trust_remote_code)
-            self._tokenizer = tokenization.load_tokenizer(name, self.chat_template, trusted, self.template_args)
+            self._tokenizer = tokenization.load_tokenizer(
+                name, self.chat_template, trusted, self.template_args, self.new_tokens or (), self.stop_tokens or ()
+            )
         return self._tokenizer
 
     @property
@@ -319,6 +328,7 @@ class AlignmentModule(LightningModule):
     def _load_once(self) -> None:
         if attached_trainer(self) is not None:  # some callbacks need the weights before `setup`
             self._settle_precision()
+        self._settle_vocabulary()
         self.load_models()
         if attached_trainer(self) is not None and self.trainer.state.fn == "fit":
             self.train()  # transformers loads weights in eval mode, which Lightning's summary would warn about
@@ -326,6 +336,14 @@ class AlignmentModule(LightningModule):
         checkpoint_state.kept_names(self)  # a callback may freeze weights later, after training has changed them
         self.fingerprints = self.started_from()  # the folder may be gone when a checkpoint is written
         self._note_layout()
+
+    def _settle_vocabulary(self) -> None:
+        """Have models loaded with a row for each new token, and an adapter train the rows of tokens it names."""
+        named = [*(self.lora.trained_tokens if self.lora else ()), *(self.new_tokens or ())]
+        if self.new_tokens:
+            self.load_settings = replace(self.load_settings, embeddings=len(self.tokenizer))
+        if self.lora is not None and named:
+            self.lora = replace(self.lora, trained_tokens=[*tokenization.token_ids(self.tokenizer, named)])
 
     def _note_layout(self) -> None:
         """Note whether all models read packed rows: policy, critic, reference and teacher read the same layout."""
@@ -467,8 +485,9 @@ class AlignmentModule(LightningModule):
         for store in getattr(attached_datamodule(self.trainer), "stores", {}).values():
             lengths = torch.from_numpy(store.row_lengths + np.where(store.has_completions, 0, new))
             largest = int(store.arrays["ids"].max(initial=0))
+            sampled = 0 if store.has_completions.all() else new
             for limit in limits:
-                check_rows(limit, self.tokenizer, largest, lengths)
+                check_rows(limit, self.tokenizer, largest, lengths, sampled)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device.
