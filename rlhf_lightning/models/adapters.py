@@ -84,7 +84,6 @@ def add_adapter(
     # On the policy's backbone there is no module "score": the head of a scalar role is separate.
     whole = [module for module in config.modules_to_save or () if module != "score"]
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", whole or None, not trainable
-    config.init_lora_weights = True  # other ways to draw them (PiSSA) change the backbone under all adapters
     if not trainable:
         config.lora_dropout = 0.0
     with torch.random.fork_rng():

@@ -790,7 +790,7 @@ def left_out_experts(adapted: Any, lora: LoraSettings) -> str:
     fused = {
         f"{name.rpartition('.')[2]}.{key}"
         for name, module in inner.named_modules()
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding)
+        if "expert" in f"{name}.{type(module).__name__}".lower()
         for key, weight in module.named_parameters(recurse=False)
         if weight.dim() == 3 and id(weight) not in seen and not weight.requires_grad
     }
@@ -826,18 +826,28 @@ def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: s
         return _continued(model, lora, task_type, start_from)
 
 
+CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to draw an adapter that take what they draw out of the backbone."""
+
+
 def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None:
     """Refuse settings that a continued adapter does not have, and say which of its own differ from those given.
 
     Raises:
         SettingError: ``continued-lora``.
-        ModelError: ``unsupported-adapter``: it trains biases of the backbone, so that no reference would be left.
+        ModelError: ``unsupported-adapter``: it changes the backbone, so that no reference would be left.
     """
     if config.bias != "none":
         raise ModelError(
             "unsupported-adapter",
             f"the adapter in {start_from} trains biases of its backbone (bias: {config.bias}), which would then be no "
             "reference; merge it first (rlhf export --merge true)",
+        )
+    if str(config.init_lora_weights).startswith(CHANGES_BACKBONE):
+        raise ModelError(
+            "unsupported-adapter",
+            f"the adapter in {start_from} was drawn by {config.init_lora_weights}, which changes its backbone, so that "
+            "no other adapter and no reference could share it; merge it first (rlhf export --merge true)",
         )
     own = {name: getattr(config, theirs) for name, theirs in LoraSettings.theirs.items()}
     fresh = LoraSettings()
@@ -869,7 +879,7 @@ def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) 
                 "merge it first (rlhf export --merge true)",
             )
         start.config.task_type, start.config.modules_to_save = task_type, ["score"]
-        start.config.inference_mode, start.config.init_lora_weights = False, True
+        start.config.inference_mode = False
         with torch.random.fork_rng():
             model = get_peft_model(model, start.config)
         load_into_adapter(model, "default", start.weights)

@@ -184,22 +184,6 @@ def test_adapters_whose_forward_is_another_are_refused(
         load_policy(str(tmp_path / "adapter"), lora=LoraSettings(r=4))
 
 
-def test_an_adapter_drawn_from_the_backbone_leaves_it_unchanged(tmp_path: Path, policy_folder: str) -> None:
-    """PiSSA takes what it draws out of the backbone; a second adapter on top must not do so again."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(policy_folder),
-        LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM"),
-    )
-    model.save_pretrained(tmp_path / "adapter")
-    expected = own(
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy_folder), str(tmp_path / "adapter"))
-    )
-    policy = load_policy(str(tmp_path / "adapter"), lora=LoraSettings(r=4))
-    assert close(ours(policy), expected)
-    with policy.as_reference():
-        assert close(ours(policy), expected)
-
-
 def test_experts_that_are_left_out_are_named(caplog: Any) -> None:
     with caplog.at_level(logging.INFO):
         add_lora(build("granitemoe", AutoModelForCausalLM), LoraSettings(r=2), "CAUSAL_LM")

@@ -1,0 +1,15 @@
+"""Public reports of other projects' users, each tried here; see `outside_reports`."""
+
+from pathlib import Path
+
+import pytest
+from outside_reports import PAGE, Tried, everything, page
+
+
+@pytest.mark.parametrize("one", everything(), ids=lambda one: one.check.__name__)
+def test_a_report_does_not_hold_here(one: Tried, tmp_path: Path) -> None:
+    one.check(tmp_path)
+
+
+def test_the_page_shows_every_report() -> None:
+    assert PAGE.read_text() == page(), "run python tests/outside_reports.py"
