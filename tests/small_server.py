@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.remote_engine import scored
 
 BASE = "base"
 """Name of the backbone on the server."""
@@ -33,6 +34,7 @@ class SmallServer:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.busy = 0  # requests to turn away before the next is answered
+        self.deaf = False  # whether it reports new weights as loaded, and keeps the old ones
         self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.lock = threading.Lock()
         self.url = ""
@@ -54,6 +56,13 @@ class SmallServer:
             if self.busy:
                 self.busy -= 1
                 return 503, {"error": "overloaded"}
+            if route in ("/pause", "/resume", "/reset_prefix_cache", "/collective_rpc"):
+                if body.get("method") == "reload_weights" and not self.deaf:
+                    self.models[BASE] = CausalLM(self.backbone())
+                return 200, {}
+            if route == "/v1/load_lora_adapter" and self.deaf:
+                self.models[body["lora_name"]] = list(self.models.values())[-1]
+                return 200, "Success"
             if route == "/v1/load_lora_adapter":
                 adapter = PeftModel.from_pretrained(self.backbone(), body["lora_path"]).eval()
                 self.models[body["lora_name"]] = CausalLM(adapter)
@@ -63,7 +72,19 @@ class SmallServer:
                 return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
             if body["model"] not in self.models:
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+            if "prompt_logprobs" in body:
+                return 200, self.of_prompts(body)
             return 200, self.spoil(self.in_text(body) if self.text else self.in_tokens(body))
+
+    def of_prompts(self, body: dict[str, Any]) -> dict[str, Any]:
+        rows, model = [torch.tensor(ids) for ids in body["prompt"]], self.models[body["model"]]
+        found = scored(model, [row[:1] for row in rows], [row[1:] for row in rows], 1.0)
+        choices = [
+            {"index": n, "prompt_logprobs": [None, *({str(token): {"logprob": logprob, "rank": 1}}
+             for token, logprob in zip(row[1:].tolist(), numbers.tolist(), strict=True))]}
+            for n, (row, numbers) in enumerate(zip(rows, found, strict=True))
+        ]  # fmt: skip
+        return {"object": "text_completion", "model": body["model"], "choices": choices[::-1]}
 
     def draw(self, body: dict[str, Any], prompt: list[int], ends: list[int]) -> tuple[list[int], list[float], str]:
         settings = SamplingSettings(
@@ -98,7 +119,7 @@ def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer
         def do_POST(self) -> None:  # noqa: N802
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             small.authorization = self.headers.get("Authorization")  # type: ignore[attr-defined]
-            status, answer = small.answer(self.path, body)
+            status, answer = small.answer(self.path.partition("?")[0], body)
             sent = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(sent)))

@@ -214,7 +214,7 @@ def rollout_server() -> list[Result]:
     server.start()
 
     def command(**settings: Any) -> list[str]:
-        given = {"url": server.url, "model": "base", "adapter_folder": "adapters", **settings}
+        given = {"url": server.url, "model": "base", "shared_folder": "adapters", **settings}
         engine = {"class_path": "rlhf_lightning.sampling.remote_engine.RemoteEngine", "init_args": given}
         return ["fit", "--model", "GRPOModule", *ON_POLICY, "--model.engine", json.dumps(engine), "--model.scorer",
                 "injected.length", "--model.sampler_correction",

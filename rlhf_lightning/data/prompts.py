@@ -158,6 +158,29 @@ class PromptDataModule(AlignmentDataModule):
         steps = lambda epoch: self._rollouts(self.planned_epoch(epoch), length)
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
 
+    def step_ahead(self, epoch: int, index: int) -> Step[PromptBatch] | None:
+        """Return this rank's share of a later rollout's prompts; None after the last epoch.
+
+        Args:
+            epoch: the epoch of now.
+            index: number of the rollout, counted from the start of that epoch.
+
+        Raises:
+            SettingError: the prompts of later rollouts are not known yet.
+        """
+        if self.streaming or self._chooses or self.candidate_rounds > 1:
+            raise SettingError(
+                "lag-without-prompts",
+                "model.lag needs the prompts of later rollouts, which are not known with streaming, candidate_rounds "
+                "above 1, or a choose_rows of your own; leave them out, or set model.lag to 0",
+            )
+        length = self.steps_per_epoch
+        epoch, index = epoch + index // length, index % length
+        epochs = None if self.trainer is None else self.trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= epoch:
+            return None
+        return self._rollouts(self.planned_epoch(epoch), length)[index]
+
     @property
     def _chooses(self) -> bool:
         return type(self).choose_rows is not PromptDataModule.choose_rows

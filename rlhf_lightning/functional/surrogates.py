@@ -24,7 +24,9 @@ from rlhf_lightning.functional.logprobs import (
 from rlhf_lightning.types import Aggregation
 
 RatioName = Literal["token", "sequence", "sequence_product", "none"]
-CorrectionName = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
+CorrectionName = Literal[
+    "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask", "bypass"
+]
 AggregationName = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant"]
 
 # --- ratios ----------------------------------------------------------------------------------------------------------
@@ -182,30 +184,47 @@ def sampler_weights(
     behaviour_logprobs: Tensor,
     completion_mask: Tensor,
     high: float = 2.0,
-    low: float = 0.5,
+    low: float | None = None,
 ) -> Tensor:
     r"""Return the sampler correction's weight of each token, shape (rows, length).
 
-    - token_truncate: min(e^{delta_t}, high); truncated importance sampling (Ionides 2008).
+    - token_truncate: e^{delta_t} clipped to [low, high]; truncated importance sampling (Ionides 2008).
     - token_mask: e^{delta_t} where low <= e^{delta_t} <= high, else 0; IcePop.
-    - sequence_truncate: min(e^{\sum_t delta_t}, high), one weight for a completion.
-    - sequence_mask: e^{\sum_t delta_t} up to high, 0 above.
+    - sequence_truncate: e^{\sum_t delta_t} clipped to [low, high], one weight for a completion.
+    - sequence_mask: e^{\sum_t delta_t} where it is within [low, high], else 0.
     - geometric_mask: 1 where low <= e^{mean_t delta_t} <= high, else 0; it rejects whole completions.
+    - bypass: 1; the trainer takes the behaviour log-probabilities as the old ones.
 
     Args:
         correction: one of the above.
         high: largest weight, or largest ratio that is kept.
-        low: smallest ratio that the token and geometric masks keep.
+        low: smallest weight, or smallest ratio that is kept; None takes 0.5 for the token and geometric masks, and no
+            bound for the others.
     """
+    if correction == "bypass":
+        return torch.ones_like(old_logprobs)
+    if low is None:
+        low = 0.5 if correction in ("token_mask", "geometric_mask") else 0.0
     if correction.startswith("token"):
         ratio = token_ratio(old_logprobs, behaviour_logprobs)
     else:
         of_sequence = geometric_sequence_ratio if correction == "geometric_mask" else sequence_ratio
         ratio = of_sequence(old_logprobs, behaviour_logprobs, completion_mask).unsqueeze(-1).expand(old_logprobs.shape)
     if correction.endswith("truncate"):
-        return ratio.clamp(max=high)
-    kept = (ratio <= high) if correction == "sequence_mask" else (ratio <= high) & (ratio >= low)
+        return ratio.clamp(low, high)
+    kept = (ratio <= high) & (ratio >= low)
     return torch.where(kept, torch.ones_like(ratio) if correction == "geometric_mask" else ratio, 0.0)
+
+
+def effective_share(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""Return the effective sample size of weights as a share of their number, (\sum w)^2 / (n \sum w^2), in [0, 1].
+
+    Args:
+        mean: mean of the weights.
+        variance: their biased variance.
+    """
+    square = mean.square()
+    return torch.where(square > 0, square / (square + variance).clamp_min(1e-30), 0.0)
 
 
 def normalised_weights(weights: Tensor, completion_mask: Tensor, batch_mean: Tensor | None = None) -> Tensor:

@@ -89,6 +89,10 @@ class CriticFreeModule(OnPolicyModule):
         """Whether anything is measured from a reference."""
         return self.needs_reference and (self.kl_coef != 0 or self.kl_target is not None)
 
+    @property
+    def samples_ahead(self) -> bool:
+        return not self.dynamic_sampling and self.baseline != "greedy"
+
     # -- advantages ---------------------------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:

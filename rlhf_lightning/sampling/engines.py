@@ -19,6 +19,7 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
@@ -121,6 +122,9 @@ class SamplingEngine(ABC):
     reports_logprobs: bool = True
     """Whether log-probabilities are the ones that the engine drew with; importance correction needs them."""
 
+    sync_error: float | None = None
+    """Mean difference to the trainer's log-probabilities at the last hand-over of weights; None without hand-over."""
+
     def sample(
         self,
         model: CausalLM,
@@ -147,12 +151,8 @@ class SamplingEngine(ABC):
         Raises:
             DataError: a prompt is empty.
         """
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise DataError(
-                "empty-prompt",
-                "a prompt is empty, but the first token of a completion is predicted from the prompt; drop such rows",
-            )
         request = SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture)
+        refuse_empty(prompts)
         drawn = self.complete(model, request)
         if model.self_check and not model.sampling_checked and self.exact and mixture is None and prompts:
             from rlhf_lightning.sampling.decoding_check import check_first_row  # it knows the engines of this file
@@ -164,6 +164,39 @@ class SamplingEngine(ABC):
     @abstractmethod
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         """Draw the completions of a request to `sample`."""
+
+    def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
+        """Begin a request with the model's weights of now; what is returned waits for its completions.
+
+        An engine of this process draws them at once. One that samples elsewhere returns while it does.
+        """
+        drawn = self.complete(model, request)
+        return lambda: drawn
+
+    def prepare(  # noqa: B027 - most engines need nothing
+        self, init_from: str, settings: LoadSettings, lora: LoraSettings | None, versions: int
+    ) -> None:
+        """Take what the policy of a training run is loaded from, before its first rollout.
+
+        Args:
+            init_from: its folder or hub id.
+            settings: precision and more.
+            lora: the adapter; None if all weights are trained.
+            versions: versions of the weights whose episodes may be in flight at a time.
+        """
+
+
+def refuse_empty(prompts: Sequence[Tensor]) -> None:
+    """Refuse empty prompts.
+
+    Raises:
+        DataError: ``empty-prompt``.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise DataError(
+            "empty-prompt",
+            "a prompt is empty, but the first token of a completion is predicted from the prompt; drop such rows",
+        )
 
 
 class SlotEngine(SamplingEngine):

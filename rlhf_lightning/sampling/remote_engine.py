@@ -1,54 +1,58 @@
 """Sampling from an OpenAI-compatible server, for policies too large for the training machine.
 
 The server's kernels and precision differ, and so do its log-probabilities: learning from its samples takes importance
-correction. A trained adapter is handed over in a shared folder, through vLLM's documented routes.
+correction. Trained weights are handed over in a shared folder, and a probe compares log-probabilities afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from functools import partial
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import DataError, SettingError
-from rlhf_lightning.models.adapters import POLICY, active_adapter, adapter_weights
+from rlhf_lightning.models.adapters import active_adapter
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
-from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
+from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 MAX_TOKENS = 8192
 """Cells of a forward pass that scores a server's completions."""
 
+LEAVING = threading.Lock()
+"""Held while a silent server is left out: several requests find out at the same time."""
+
 
 class RemoteEngine(SamplingEngine):
-    """Draws completions from a server; each episode has its own request and seed.
+    """Draws completions from servers; each episode has its own request and seed.
 
-    Token ids go out and come back, with the log-probability of each, as vLLM serves them. Start vLLM with
-    ``--logprobs-mode processed_logprobs`` (otherwise log-probabilities ignore the temperature), ``--generation-config
-    vllm``, and for an adapter ``--enable-lora --max-lora-rank R`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``. The
-    server
-    uses its own random numbers: episodes differ from those of `SlotEngine` and are only as reproducible as its seeds.
+    Token ids go out and come back, with the log-probability of each, as vLLM serves them; ``rlhf serve-vllm`` starts it
+    with the settings that this needs. The server uses its own random numbers: episodes differ from those of
+    `SlotEngine` and are only as reproducible as its seeds.
 
     Args:
-        url: address of the server without the route, such as ``http://host:8000``.
+        url: address of the server without the route, such as ``http://host:8000``, or a list of addresses. Prompts are
+            spread over several servers by length; a server that gives no answer is left out from then on.
         model: the server's name of the policy's backbone, or of the policy itself if it has no adapter.
-        adapter_folder: folder that trainer and server see under the same path; a changed adapter is handed over in it.
+        shared_folder: folder that trainer and servers see under the same path. A changed adapter is handed over in it;
+            for a policy without adapter it is the folder that the servers were started from.
+        sync_bound: largest mean difference between the servers' and the trainer's log-probabilities of fixed sequences
+            after a hand-over, nats per token; null does not probe.
         tokenizer: folder or hub id of the tokenizer, for a server of text alone (``transformers serve``). The policy
-            itself
-            scores its completions, which leaves nothing to correct by: use them for evaluation, not for learning.
+            itself scores its completions, which leaves nothing to correct by: use them for evaluation, not for
+            learning.
         requests: requests in flight at a time.
         timeout: time limit of one request, seconds.
         retries: repetitions of a request after a lost connection, a timeout or a busy server.
@@ -60,9 +64,10 @@ class RemoteEngine(SamplingEngine):
 
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         model: str,
-        adapter_folder: str | None = None,
+        shared_folder: str | None = None,
+        sync_bound: float | None = 0.05,
         tokenizer: str | None = None,
         requests: int = 64,
         timeout: float = 600.0,
@@ -73,11 +78,19 @@ class RemoteEngine(SamplingEngine):
         if requests < 1:
             raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1")
         self.model, self.requests = model, requests
-        self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
-        self.adapters = None if adapter_folder is None else _Adapters(self.server, Path(adapter_folder))
+        urls = [url] if isinstance(url, str) else url
+        if not urls:
+            raise SettingError("invalid-url", "url is an empty list: give at least one server's address")
+        self.servers = [JSONServer(u.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key) for u in urls]
+        folder = None if shared_folder is None else Path(shared_folder)
+        self.adapters = None if folder is None else AdapterHandOver(folder)
+        self.weights = None if folder is None else FolderHandOver(folder)
+        self.probe = None if sync_bound is None else Probe(sync_bound)
         self.tokenizer_name = tokenizer
         self.reports_logprobs = tokenizer is None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._in_flight: list[Future[Completions]] = []
+        self._pool: ThreadPoolExecutor | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -87,46 +100,127 @@ class RemoteEngine(SamplingEngine):
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
+        name = self._model_name(model, request)
+        drawn = self._draw(name, model.model.get_input_embeddings().weight.shape[0], request)
+        if self.reports_logprobs:
+            return drawn
+        return drawn._replace(logprobs=scored(model, request.prompts, drawn.ids, request.settings.temperature or 1.0))
+
+    def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
+        """Hand the weights over now, and let the servers sample while the caller trains."""
+        if not self.reports_logprobs:
+            return super().start(model, request)
+        name, tokens = self._model_name(model, request), model.model.get_input_embeddings().weight.shape[0]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1)
+        future = self._pool.submit(self._draw, name, tokens, request)
+        self._in_flight = [one for one in self._in_flight if not one.done()] + [future]
+        return future.result
+
+    def prepare(self, init_from: str, settings: LoadSettings, lora: LoraSettings | None, versions: int) -> None:
+        if self.adapters is not None:
+            self.adapters.versions = versions
+
+    def _draw(self, name: str, tokens: int, request: SamplingRequest) -> Completions:
+        settings, end_ids = request.settings, request.end_ids
+        bodies = [
+            self._request(name, prompt, settings, request_seed(request.seed, int(episode)), end_ids)
+            for prompt, episode in zip(request.prompts, request.episodes, strict=True)
+        ]
+        owners = self._spread([len(prompt) for prompt in request.prompts])
+
+        def ask(row: int) -> tuple[JSONServer, Any]:
+            return self._ask(owners[row], bodies[row])
+
+        drawn: list[_Drawn] = []
+        for server, answer in each(ask, range(len(bodies)), self.requests):
+            drawn.append(self._completion(server, answer, settings, end_ids, tokens))
+            if request.on_progress is not None:
+                request.on_progress(1)
+        ids = tuple(one.ids for one in drawn)
+        finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
+        return Completions(ids, tuple(one.logprobs for one in drawn if one.logprobs is not None), finished)
+
+    def _spread(self, lengths: Sequence[int]) -> list[JSONServer]:
+        """Return the server of each prompt: the longest go first, each to the server with the fewest tokens."""
+        servers, loads = list(self.servers), [0] * len(self.servers)
+        owners = dict[int, JSONServer]()
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            place = loads.index(min(loads))
+            owners[row] = servers[place]
+            loads[place] += lengths[row] + 1
+        return [owners[row] for row in range(len(lengths))]
+
+    def _ask(self, server: JSONServer, body: dict[str, Any]) -> tuple[JSONServer, Any]:
+        """Return a server's answer and the server; another one is asked where the first is silent."""
+        while True:
+            server = server if server in self.servers else self.servers[0]
+            try:
+                return server, server.post("/v1/completions", body)
+            except ServerError as error:
+                if error.code != "server-silent" or self.servers == [server]:
+                    raise
+                self._leave_out(server, error)
+
+    def _leave_out(self, server: JSONServer, error: ServerError) -> None:
+        with LEAVING:
+            if server not in self.servers:
+                return
+            if len(self.servers) == 1:
+                raise error
+            self.servers.remove(server)
+            rank_zero_warn(
+                f"{error}; it is left out from now on, and its prompts go to {len(self.servers)} other servers."
+            )
+
+    def _model_name(self, model: CausalLM, request: SamplingRequest) -> str:
+        """Return the policy's name on the servers, after handing over weights that have changed."""
         if request.mixture is not None:
             raise SettingError(
                 "mixture-needs-slots",
                 "a server samples from one model, and a mixture of models was asked for; use the SlotEngine",
             )
-        name = self._model_name(model)
-        bodies = [
-            self._request(name, prompt, settings, request_seed(request.seed, int(episode)), end_ids)
-            for prompt, episode in zip(prompts, request.episodes, strict=True)
-        ]
-        tokens = model.model.get_input_embeddings().weight.shape[0]
-        drawn: list[_Drawn] = []
-        for answer in each(partial(self.server.post, "/v1/completions"), bodies, self.requests):
-            drawn.append(self._completion(answer, settings, end_ids, tokens))
-            if request.on_progress is not None:
-                request.on_progress(1)
-        ids = tuple(one.ids for one in drawn)
-        finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
-        if not self.reports_logprobs:
-            return Completions(ids, scored(model, prompts, ids, settings.temperature or 1.0), finished)
-        return Completions(ids, tuple(one.logprobs for one in drawn if one.logprobs is not None), finished)
-
-    def _model_name(self, model: CausalLM) -> str:
-        """Return the policy's name on the server, after handing over an adapter that has changed."""
         adapter = active_adapter(model.model) if model.has_adapter else None
         if adapter is None:
-            if not model.has_adapter and any(parameter.requires_grad for parameter in model.parameters()):
-                raise SettingError(
-                    "server-needs-adapter",
-                    "the policy trains all its weights, but the server's copy would stay the same; train an adapter "
-                    "(lora)",
-                )
-            return self.model
+            return self._full_weights(model)
         if self.adapters is None:
             raise SettingError(
-                "no-adapter-folder",
-                "the policy is an adapter, and adapter_folder is null; set it to a folder that the server reads too",
+                "no-shared-folder",
+                "the policy is an adapter, and shared_folder is null; set it to a folder that the server reads too",
             )
-        return self.adapters.hand_over(model, adapter)
+        name, fresh = self.adapters.hand_over(model, adapter, self.servers)
+        if fresh:
+            self._check_sync(model, name)
+        return name
+
+    def _full_weights(self, model: CausalLM) -> str:
+        if model.has_adapter or not any(parameter.requires_grad for parameter in model.parameters()):
+            if self.weights is not None and self.weights.digest:
+                raise SettingError(
+                    "server-holds-policy",
+                    "a frozen model was to be sampled from, and the servers hold the trained policy; use the "
+                    "SlotEngine for it, or train an adapter (lora)",
+                )
+            return self.model
+        if self.weights is None:
+            raise SettingError(
+                "no-shared-folder",
+                "the policy trains all its weights, and shared_folder is null: set it to the folder that the server "
+                "was started from (rlhf serve-vllm MODEL --folder FOLDER), or train an adapter (lora)",
+            )
+        for future in self._in_flight:  # episodes keep the version that they began with
+            future.exception()
+        if self.weights.hand_over(model, self.servers):
+            self._check_sync(model, self.model)
+        return self.model
+
+    def _check_sync(self, model: CausalLM, name: str) -> None:
+        """Probe every server after a hand-over."""
+        if self.probe is None or not self.reports_logprobs:
+            return
+        sequences = self.probe.sequences(model.model.get_input_embeddings().weight.shape[0])
+        expected = torch.stack(scored(model, [row[:1] for row in sequences], [row[1:] for row in sequences], 1.0))
+        self.sync_error = max(self.probe.check(server, name, sequences, expected.double()) for server in self.servers)
 
     def _request(
         self, name: str, prompt: Tensor, settings: SamplingSettings, seed: int, end_ids: Sequence[int]
@@ -140,16 +234,16 @@ class RemoteEngine(SamplingEngine):
         if self.tokenizer is not None:
             config = _generation_config(settings, end_ids)
             return body | {"prompt": _text_of(self.tokenizer, prompt), "generation_config": json.dumps(config)}
-        if settings.top_p < 1:
-            body["top_p"] = settings.top_p
-        if settings.top_k > 0:
-            body["top_k"] = settings.top_k
+        # All are stated, since a server takes those left out from the model's generation config.
+        body |= {"top_p": settings.top_p, "top_k": settings.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
         further = {"logprobs": 1, "stop_token_ids": list(end_ids), "ignore_eos": True, "skip_special_tokens": False}
         return (
             body | further | {"prompt": prompt.tolist(), "return_token_ids": True, "return_tokens_as_token_ids": True}
         )
 
-    def _completion(self, answer: Any, settings: SamplingSettings, end_ids: Sequence[int], tokens: int) -> _Drawn:
+    def _completion(
+        self, server: JSONServer, answer: Any, settings: SamplingSettings, end_ids: Sequence[int], tokens: int
+    ) -> _Drawn:
         """Return the completion that an answer holds; its ids must be below ``tokens``."""
         try:
             choice = answer["choices"][0]
@@ -159,8 +253,8 @@ class RemoteEngine(SamplingEngine):
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ServerError(
                 "server-answer-unusable",
-                f"{self.server.url} answered without the token ids and log-probabilities of a completion "
-                f"({type(error).__name__}): {self.server.shown(answer)}; for a server that knows only text, set "
+                f"{server.url} answered without the token ids and log-probabilities of a completion "
+                f"({type(error).__name__}): {server.shown(answer)}; for a server that knows only text, set "
                 "tokenizer",
             ) from None
         fault = ""
@@ -183,7 +277,7 @@ class RemoteEngine(SamplingEngine):
                 f"stopped without one of the end tokens {list(end_ids)}; start the server with the policy's tokenizer"
             )
         if fault:
-            raise ServerError("server-answer-unusable", f"{self.server.url} {fault}")
+            raise ServerError("server-answer-unusable", f"{server.url} {fault}")
         return _Drawn(torch.tensor(ids), torch.tensor(logprobs))
 
 
@@ -205,49 +299,6 @@ def scored(
             grid = model(padded_layout(select(sequences, cut)).to(device), temperature).logprobs.cpu()
             found |= {row: grid[place, : len(completions[row])] for place, row in enumerate(cut)}
     return tuple(found[row] for row in rows)
-
-
-class _Adapters:
-    """Hands adapters over to a server: a folder and a name for each state; the previous one is unloaded.
-
-    ``folder`` is seen by both sides under the same path.
-    """
-
-    def __init__(self, server: JSONServer, folder: Path) -> None:
-        self.server, self.folder = server, folder.expanduser().absolute()
-        self.loaded: dict[str, tuple[str, str]] = {}  # adapter -> digest of its weights, name on the server
-        self.count = 0
-
-    def hand_over(self, model: CausalLM, adapter: str) -> str:
-        """Return the server's name of an adapter in its current state."""
-        if is_sharded(model):
-            raise SettingError(
-                "sharded-adapter", "a sharded adapter cannot be handed to a server; use the strategy ddp"
-            )
-        digest = _digest(adapter_weights(model.model, adapter))
-        held, name = self.loaded.get(adapter, ("", ""))
-        if held == digest:
-            return name
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        new = f"rlhf-{adapter}-{os.getpid()}-{rank}-{self.count}"
-        self.count += 1
-        folder = self.folder / new
-        model.model.save_pretrained(folder, selected_adapters=[adapter])
-        # peft saves every adapter except the default one in a subfolder.
-        path = folder if adapter == POLICY else folder / adapter
-        self.server.post("/v1/load_lora_adapter", {"lora_name": new, "lora_path": str(path)})
-        self.loaded[adapter] = (digest, new)
-        if name:
-            self.server.post("/v1/unload_lora_adapter", {"lora_name": name})
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        return new
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _generation_config(settings: SamplingSettings, end_ids: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,14 @@ from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_s
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.sampling.decoding import Mixture
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, load_engine
+from rlhf_lightning.sampling.engines import (
+    Completions,
+    SamplingEngine,
+    SamplingRequest,
+    SamplingSettings,
+    load_engine,
+    refuse_empty,
+)
 from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
 from rlhf_lightning.scoring.scorer import Judgements, ask_scorer, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows
@@ -105,6 +113,7 @@ class RolloutCollector:
         self.missing_eos_score, self.missing_eos_penalty = missing_eos_score, missing_eos_penalty
         self.engine, self.shape, self.score_rule = load_engine(engine), shape, score_rule or ScoreRule()
         self._scorer: Scorer | None = None
+        self.started: dict[tuple[int, ...], Callable[[], Completions]] = {}
 
     @property
     def scorer(self) -> Scorer:
@@ -125,12 +134,52 @@ class RolloutCollector:
         sampling: SamplingSettings | None = None,
         mixture: Mixture | None = None,
     ) -> Completions:
-        """Sample one completion for each prompt, with the random numbers of its episode."""
+        """Sample one completion for each prompt, with the random numbers of its episode.
+
+        Episodes that were started before keep the weights that they were started with.
+        """
         ends = tokenization.end_token_ids(tokenizer)
         settings = sampling or self.sampling
-        drawn = self.engine.sample(policy, batch.prompts, batch.episodes, settings, self.seed, ends, mixture=mixture)
+        begun = None if mixture or sampling else self.started.pop(tuple(batch.episodes.tolist()), None)
+        if begun is not None:
+            drawn = begun()
+        else:
+            given = (batch.prompts, batch.episodes, settings, self.seed, ends)
+            drawn = self.engine.sample(policy, *given, mixture=mixture)
         texts = tuple(tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids)
         return drawn._replace(texts=texts)
+
+    def start(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> None:
+        """Start sampling with the policy's weights of now; `sample` returns the completions of these episodes later."""
+        key = tuple(batch.episodes.tolist())
+        if not key or key in self.started:
+            return
+        refuse_empty(batch.prompts)
+        ends = tokenization.end_token_ids(tokenizer)
+        request = SamplingRequest(batch.prompts, batch.episodes, self.sampling, self.seed, ends, None, None)
+        self.started[key] = self.engine.start(policy, request)
+
+    def started_episodes(self) -> dict[int, dict[str, Any]]:
+        """Wait for all started episodes, and return each as plain values, for a checkpoint."""
+        found = {}
+        for key, begun in self.started.items():
+            drawn = begun()
+            self.started[key] = partial(_unchanged, drawn)
+            for row, episode in enumerate(key):
+                one = {"ids": drawn.ids[row], "logprobs": drawn.logprobs[row], "finished": bool(drawn.finished[row])}
+                found[episode] = one if drawn.entropies is None else {**one, "entropies": drawn.entropies[row]}
+        return found
+
+    def restore_episodes(self, batch: PromptBatch, episodes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take the completions of a batch from those of a checkpoint, where it has all of them."""
+        key = tuple(batch.episodes.tolist())
+        if not key or not all(episode in episodes for episode in key):
+            return
+        rows = [episodes[episode] for episode in key]
+        entropies = tuple(row["entropies"] for row in rows) if all("entropies" in row for row in rows) else None
+        finished = torch.tensor([row["finished"] for row in rows], dtype=torch.bool)
+        drawn = Completions(tuple(r["ids"] for r in rows), tuple(r["logprobs"] for r in rows), finished, entropies)
+        self.started[key] = partial(_unchanged, drawn)
 
     def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
         """Judge completions and apply the rule for a missing end token to their scores."""
@@ -165,6 +214,10 @@ class RolloutCollector:
             if scorer.has_rows_for(sequences):
                 return checked_judgements(scorer.judge_sequences(sequences), count, name)
         return ask_scorer(scorer, list(batch.texts), list(completions.texts), batch.columns, name)
+
+
+def _unchanged(completions: Completions) -> Completions:
+    return completions
 
 
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.types import PolicyLogprobs, Rollout
 
-NAMES = ("ratio", "sampler", "mask", "score_slot", "first_kl")
+NAMES = ("ratio", "sampler", "support", "mask", "score_slot", "first_kl", "sync_error")
 
 
 class InvariantError(StateError):
@@ -23,7 +24,10 @@ class Invariants:
     """Checks of a rollout. Each raises or warns, and keeps its measured value for the log.
 
     In fp32 the largest difference is bounded, since only rounding may differ. In lower precision the mean is bounded,
-    also where a model computes in lower precision and returns fp32 (``exact`` False).
+    also where a model computes in lower precision and returns fp32 (``exact`` False). Differences that an engine
+    elsewhere brings are measured and not bounded: ``own_sampler`` is False for its log-probabilities or those of an
+    earlier policy, ``own_old`` where they are also the old ones, ``whole_support`` where the engine might leave tokens
+    out.
 
     Args:
         on_violation: "raise", or "warn" and continue.
@@ -32,7 +36,8 @@ class Invariants:
     def __init__(self, on_violation: Literal["raise", "warn"] = "raise") -> None:
         if on_violation not in ("raise", "warn"):
             raise SettingError("unknown-choice", f"on_violation is {on_violation!r}: it must be 'raise' or 'warn'")
-        self.on_violation, self.exact, self.own_sampler = on_violation, True, True
+        self.on_violation, self.exact = on_violation, True
+        self.own_sampler, self.own_old, self.whole_support = True, True, True
         self._measured: dict[str, float] = {}
 
     def take(self, strategy: Strategy) -> dict[str, float]:
@@ -49,6 +54,9 @@ class Invariants:
         """Check that every ratio is 1 before the first update of a rollout."""
         mask = logprobs.completion_mask
         moved = torch.expm1((logprobs.logprobs.detach() - logprobs.old_logprobs)[mask]).abs()
+        if not self.own_old:
+            self._check("ratio", float(moved.mean()) if moved.numel() else 0.0, math.inf, "")
+            return
         self._check_difference(
             "ratio", moved, logprobs.logprobs, 1e-4, 1e-2,
             "policy and rollout were forwarded differently: dropout, a missing temperature, other padding",
@@ -64,12 +72,37 @@ class Invariants:
             return
         apart = (rollout.behaviour_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
         if not self.own_sampler:
-            self._check("sampler", float(apart.mean()) if apart.numel() else 0.0, float("inf"), "")
+            self._check("sampler", float(apart.mean()) if apart.numel() else 0.0, math.inf, "")
+            if not self.whole_support:
+                self._check_support(rollout)
             return
         self._check_difference(
             "sampler", apart, rollout.old_logprobs, 1e-2, 5e-2,
             "the sampler used different weights, another temperature, or a truncated distribution (top_p, top_k)",
         )  # fmt: skip
+
+    def _check_support(self, rollout: Rollout) -> None:
+        """Check that an engine draws from all tokens: the mean of old / behaviour over its samples is then 1.
+
+        Drawing from a part of the vocabulary makes the mean the policy's probability of that part, which no correction
+        can make up for. It is 1 also for an engine with other weights.
+        """
+        behaviour = rollout.behaviour_logprobs
+        assert behaviour is not None
+        ratio = (rollout.old_logprobs - behaviour)[rollout.completion_mask].double().clamp(max=20.0).exp()
+        if len(ratio) < 100:
+            return
+        error = float(ratio.std()) / math.sqrt(len(ratio))
+        self._check(
+            "support", max(0.0, 1.0 - float(ratio.mean()) - 6 * error), 0.01,
+            "the engine draws from a truncated distribution (top_p, top_k, min_p), applies penalties, or reports "
+            "log-probabilities that ignore the temperature; start it without them",
+        )  # fmt: skip
+
+    def note_sync(self, error: float | None) -> None:
+        """Keep the difference that an engine's probe found after a hand-over of weights."""
+        if error is not None:
+            self._measured["sync_error"] = error
 
     def check_lengths(self, rollout: Rollout) -> None:
         """Check that the mask counts exactly the policy's tokens, including the end token."""
@@ -100,7 +133,7 @@ class Invariants:
 
     def check_first_kl(self, rollout: Rollout) -> None:
         """Check that the KL of every completion is 0 before any update."""
-        if rollout.reference_logprobs is None:
+        if rollout.reference_logprobs is None or not self.own_old:
             return
         apart = (rollout.old_logprobs - rollout.reference_logprobs)[rollout.completion_mask].abs()
         self._check_difference(

@@ -38,6 +38,7 @@ from rlhf_lightning.functional.surrogates import (
     cispo_loss,
     clip_fractions,
     clipped_surrogate_loss,
+    effective_share,
     normalised_weights,
     off_policy_weights,
     policy_ratio,
@@ -57,7 +58,7 @@ from rlhf_lightning.training.collector import (
     without_unscored,
 )
 from rlhf_lightning.training.gathering import whole_minibatch
-from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.training.settings import refuse_contradictions
@@ -114,9 +115,11 @@ class OnPolicyModule(RolloutModule):
             old / behaviour. "token_truncate": min(ratio, sampler_high); "token_mask": 0 outside [sampler_low,
             sampler_high] (IcePop); "sequence_truncate", "sequence_mask": of the completion's ratio, truncated or 0
             above sampler_high; "geometric_mask": reject completions whose geometric mean is outside [sampler_low,
-            sampler_high]; null does not correct.
+            sampler_high]; "bypass": take the engine's log-probabilities as the old ones, without the trainer's forward
+            pass; null does not correct.
         sampler_high: upper bound of the sampler correction; 2 to 5 are usual.
-        sampler_low: lower bound of the sampler correction's masks.
+        sampler_low: lower bound of the sampler correction; null is 0.5 for "token_mask" and "geometric_mask", and no
+            bound for the others.
         sampler_normalise: divide the sampler correction's weights by their mean over the minibatch (verl).
         off_policy_threshold: learn nothing from completions with A < 0 whose mean of log old - log policy exceeds this,
             nats per token (DeepSeek-V3.2); null learns from all.
@@ -181,7 +184,7 @@ class OnPolicyModule(RolloutModule):
         aggregation: AggregationName = "token_mean",
         sampler_correction: CorrectionName | None = None,
         sampler_high: float = 2.0,
-        sampler_low: float = 0.5,
+        sampler_low: float | None = None,
         sampler_normalise: bool = False,
         off_policy_threshold: float | None = None,
         overlong_buffer: int | None = None,
@@ -199,13 +202,19 @@ class OnPolicyModule(RolloutModule):
         self.sampler_correction, self.sampler_normalise = sampler_correction, sampler_normalise
         self.sampler_high, self.sampler_low = sampler_high, sampler_low
         self.needs_minibatch = self.needs_minibatch or sampler_normalise
+        self.needs_entropies = self.needs_minibatch
         self.off_policy_threshold, self.overlong_buffer = off_policy_threshold, overlong_buffer
         refuse_contradictions(_contradictions(self))
+
+    @property
+    def samples_ahead(self) -> bool:
+        return True
 
     # -- from a rollout to updates ------------------------------------------------------------------------------------
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
         self.check_rollout(rollout)
+        self.measure_sampler(rollout, meter)
         normalized = self.with_normalized_scores(rollout)
         rewards = self.checked_rewards(normalized)
         advantages = self.advantages(normalized, rewards)
@@ -367,7 +376,7 @@ class OnPolicyModule(RolloutModule):
     def sampler_weight(self, logprobs: PolicyLogprobs) -> Tensor | None:
         """Return the sampler correction of each token, shape (rows, length); None without a correction."""
         weight = None
-        if self.sampler_correction is not None:
+        if self.sampler_correction not in (None, "bypass"):
             weight = self._correction(logprobs)
             if self.sampler_normalise:
                 assert logprobs.minibatch is not None
@@ -379,6 +388,18 @@ class OnPolicyModule(RolloutModule):
             off_policy = off_policy_weights(*parts, self.off_policy_threshold)
             weight = off_policy if weight is None else weight * off_policy
         return weight
+
+    def measure_sampler(self, rollout: Rollout, meter: Meter) -> None:
+        """Add how far the engine is from the trainer, and what the sampler correction leaves out of the rollout."""
+        mask, behaviour = rollout.completion_mask, rollout.behaviour_logprobs
+        if self.sampler_correction in (None, "bypass") or behaviour is None:
+            return
+        meter.add("rollout/sampler_kl", kl_estimate(behaviour, rollout.old_logprobs, "k3", MAX_LOG_RATIO), mask)
+        weight = self._correction(rollout)
+        meter.add("rollout/sampler_masked", (weight == 0).double(), mask)
+        meter.add("rollout/sampler_rejected", ((weight == 0) | ~mask).all(-1).double())
+        share = effective_share(*moments_over_ranks(self.trainer.strategy, weight, mask))
+        meter.add("rollout/sampler_effective_share", share)
 
     def _correction(self, logprobs: Any) -> Tensor:
         assert self.sampler_correction is not None and logprobs.behaviour_logprobs is not None
@@ -398,6 +419,9 @@ class OnPolicyModule(RolloutModule):
         weight = self.sampler_weight(logprobs)
         if weight is not None:
             values, metrics["sampler_weight"] = values * weight, weight
+        if self.off_policy_threshold is not None:
+            assert weight is not None
+            metrics["left_out"] = (weight == 0).type_as(weight)
         kl = self.kl_loss(logprobs)
         if kl is not None:
             values, metrics["kl_loss"] = values + self.kl_coef * kl, kl
@@ -537,12 +561,13 @@ def _contradictions(m: OnPolicyModule) -> dict[str, tuple[bool, str]]:
             f"cispo_low is {m.cispo_low} and cispo_high {m.cispo_high}: the lower bound is above the upper one",
         ),
         "sampler-bounds": (
-            m.sampler_low > m.sampler_high,
+            m.sampler_low is not None and m.sampler_low > m.sampler_high,
             f"sampler_low is {m.sampler_low} and sampler_high {m.sampler_high}: the lower bound is above the upper one",
         ),
         "nothing-to-normalise": (
-            m.sampler_normalise and m.sampler_correction is None,
-            "sampler_normalise divides the weights of sampler_correction, which is null: set one",
+            m.sampler_normalise and m.sampler_correction in (None, "bypass"),
+            f"sampler_normalise divides the weights of sampler_correction, which is {m.sampler_correction or 'null'} "
+            "and has none: set another one",
         ),
         "overlong-buffer": (
             m.overlong_buffer is not None and m.overlong_buffer > m.sampling.max_new_tokens,

@@ -43,6 +43,7 @@ from rlhf_lightning.training.judgements import PartSettings, ScoreRule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, prompt_form
 from rlhf_lightning.training.optimization import rows_of_step
+from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
@@ -69,6 +70,8 @@ class RolloutModule(AlignmentModule):
         sampling_batch_size: completions decoded at the same time (continuous batching); null decodes all at once.
         engine: sampling engine of training, validation and sample tables, by class_path and init_args; null samples in
             this process.
+        lag: train each rollout on completions of the policy of this many rollouts before, so that an engine elsewhere
+            samples the next ones meanwhile; 0 samples and trains in turn.
         reuse_behaviour_logprobs: take log-probabilities and entropies from sampling and save a forward of the policy;
             only in fp32 and on unsharded weights. The first ratio is then 1 up to rounding.
         ppo_epochs: passes over each rollout.
@@ -90,6 +93,7 @@ class RolloutModule(AlignmentModule):
         "temperature": "[0, inf)",
         "max_new_tokens": "[1, inf)",
         "sampling_batch_size": "[1, inf)",
+        "lag": "[0, inf)",
         "ppo_epochs": "[1, inf)",
         "mini_batch_size": "[1, inf)",
         "early_stop_kl": "(0, inf)",
@@ -107,6 +111,9 @@ class RolloutModule(AlignmentModule):
     sampler_correction: CorrectionName | None = None
     """Correction for a sampling engine whose log-probabilities differ from the trainer's; None for no correction."""
 
+    needs_entropies: bool = False
+    """Whether learning reads ``rollout.entropy``, which an engine may not report."""
+
     def __init__(
         self,
         scorer: Scorer | str | dict[str, Any],
@@ -114,6 +121,7 @@ class RolloutModule(AlignmentModule):
         temperature: float = 1.0,
         sampling_batch_size: int | None = None,
         engine: SamplingEngine | dict[str, Any] | None = None,
+        lag: int = 0,
         reuse_behaviour_logprobs: bool = False,
         ppo_epochs: int = 1,
         mini_batch_size: int | None = None,
@@ -139,6 +147,7 @@ class RolloutModule(AlignmentModule):
             self.score_rule,
         )  # fmt: skip
         self.engine = self.collector.engine
+        self.lag, self._restored = lag, dict[int, Mapping[str, Any]]()
         self.reuse_behaviour_logprobs = reuse_behaviour_logprobs
         self.ppo_epochs, self.mini_batch_size = ppo_epochs, mini_batch_size
         self.limits = NO_LIMITS
@@ -172,7 +181,10 @@ class RolloutModule(AlignmentModule):
     def _check_engine(self) -> None:
         """Refuse an engine whose log-probabilities differ from the trainer's if nothing corrects for them."""
         engine = self.collector.engine
-        self.invariants.own_sampler = engine.exact
+        refuse_contradictions(_contradictions(self))
+        engine.prepare(self.init_from, self.load_settings, self.lora, self.lag + 1)
+        self.invariants.own_sampler, self.invariants.whole_support = engine.exact and not self.lag, engine.exact
+        self.invariants.own_old = self.invariants.own_sampler or not self.bypasses_forward
         if engine.exact:
             return
         if not engine.reports_logprobs:
@@ -194,6 +206,13 @@ class RolloutModule(AlignmentModule):
     def on_fit_start(self) -> None:
         """Say so if the reward model was trained on another form of prompts than the data has."""
         super().on_fit_start()
+        datamodule = attached_datamodule(self.trainer)
+        if self.lag and not hasattr(datamodule, "step_ahead"):
+            raise SettingError(
+                "lag-without-prompts",
+                f"lag is {self.lag}, and the data does not tell the prompts of later rollouts; use PromptDataModule, "
+                "or set lag to 0",
+            )
         trained, given = getattr(self.scorer, "prompt_form", None), prompt_form(self)
         if trained is not None and given is not None and trained != given:
             rank_zero_warn(
@@ -215,6 +234,8 @@ class RolloutModule(AlignmentModule):
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> Any:
         """Collect one rollout and make all its updates."""
         meter, self.limits = Meter(), step.limits
+        if self.lag:
+            self._sample_ahead(step, batch_idx)
         rollout = self.collect(*step.micro_batches)
         norm = self.learn(rollout, prompts_of(rollout, step.micro_batches[0]), meter)
         self.rollouts += 1
@@ -225,10 +246,30 @@ class RolloutModule(AlignmentModule):
         loss = {"loss": value} if (value := self.trainer.callback_metrics.get("train/loss")) is not None else {}
         return {**loss, **means}
 
+    @property
+    def samples_ahead(self) -> bool:
+        """Whether completions need nothing but the policy and the prompts, so that they can be sampled with ``lag``."""
+        return False
+
+    def _sample_ahead(self, step: Step[PromptBatch], batch_idx: int) -> None:
+        """Start sampling this rollout and the next ``lag``, unless they have been started before.
+
+        Only the last of them is new after the first rollout: it is sampled from the policy of now.
+        """
+        datamodule = attached_datamodule(self.trainer)
+        for ahead in range(self.lag + 1):
+            later = step if ahead == 0 else datamodule.step_ahead(self.trainer.current_epoch, batch_idx + ahead)
+            if later is None:
+                break
+            self.collector.restore_episodes(later.micro_batches[0], self._restored)
+            self.collector.start(self.policy, self.tokenizer, later.micro_batches[0])
+        self._restored = {}
+
     def collect(self, *batches: PromptBatch) -> Rollout:
         """Sample completions, have them judged, and compute the statistics that updates start from."""
         self.scorer.take_metrics()  # drop metrics of completions outside a rollout, such as a sample table's
         samples = self.draw(batches)
+        self.invariants.note_sync(self.engine.sync_error)
         grids = self.statistics(samples)
         batch, mask, device = samples.batch, grids["completion_mask"], grids["logprobs"].device
         rewards = samples.token_rewards
@@ -247,7 +288,7 @@ class RolloutModule(AlignmentModule):
             behaviour_logprobs=on_grid(samples.completions.logprobs, grids["logprobs"]),
             episodes=batch.episodes,
             baseline_scores=None if samples.baseline_scores is None else samples.baseline_scores.to(device),
-            entropy=grids["entropy"],
+            entropy=grids.get("entropy"),
             parts={name: samples.parts.get(name, nothing).to(device) for name in names},
             token_rewards=on_grid(rewards, grids["logprobs"]) if pays else None,
             feedback=samples.feedback,
@@ -318,21 +359,32 @@ class RolloutModule(AlignmentModule):
                 return self.forward_statistics(layout, not known)
 
             grids = gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
-        if known:
+        if known or self.bypasses_forward:
             grids["logprobs"] = on_grid(samples.completions.logprobs, grids["completion_mask"])
-            grids["entropy"] = on_grid(samples.completions.entropies or (), grids["completion_mask"])
+        if known and samples.completions.entropies is not None:
+            grids["entropy"] = on_grid(samples.completions.entropies, grids["completion_mask"])
         return grids
+
+    @property
+    def bypasses_forward(self) -> bool:
+        """Whether the engine's log-probabilities are the old ones, in place of the trainer's forward."""
+        return self.sampler_correction == "bypass"
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:
         """Whether the sampler's log-probabilities and entropies replace a forward of the policy.
 
         They do not in lower precision, where rounding would move the ratio from 1, nor with sharded weights, where all
-        ranks must make the same passes.
+        ranks must make the same passes. Under the correction "bypass" precision has no say, and entropies only where
+        the loss sees whole minibatches.
         """
-        exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
         asks_more = self.hidden_layers or type(self).token_statistics is not AlignmentModule.token_statistics
-        known = samples.completions.entropies is not None and self.device_mesh is None and not asks_more
-        return self.reuse_behaviour_logprobs and known and exact
+        if asks_more or self.device_mesh is not None:
+            return False
+        has_entropies = samples.completions.entropies is not None
+        if self.bypasses_forward:
+            return has_entropies or not self.needs_entropies
+        exact = self.invariants.exact and str(self.trainer.precision) in ("32-true", "64-true")
+        return self.reuse_behaviour_logprobs and has_entropies and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Cut episodes into micro-batches within the step's limits."""
@@ -466,10 +518,29 @@ class RolloutModule(AlignmentModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["scorer"] = of_all_ranks(self, self.scorer.state_dict())
         checkpoint["multipliers"] = self.score_rule.state_dict()
+        checkpoint["started_episodes"] = of_all_ranks(self, self.collector.started_episodes())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.score_rule.load_state_dict(checkpoint["multipliers"])
+        for episodes in checkpoint["started_episodes"]:
+            self._restored |= episodes
         (rank, ranks), states = rank_of(self), checkpoint["scorer"]
         if any(states):
             self.scorer.load_state_dict(states[rank if len(states) == ranks else 0])
+
+
+def _contradictions(m: RolloutModule) -> dict[str, tuple[bool, str]]:
+    """Return by error code whether ``lag`` contradicts another setting, and the error's sentence."""
+    return {
+        "lag-needs-plain-sampling": (
+            m.lag > 0 and not m.samples_ahead,
+            f"lag is {m.lag}, and {type(m).__name__} with these settings samples more than one completion of the "
+            "policy for each prompt of the rollout (dynamic sampling, a greedy baseline, an opponent): set lag to 0",
+        ),
+        "lag-reuses-logprobs": (
+            m.lag > 0 and m.reuse_behaviour_logprobs,
+            f"lag is {m.lag}, so the engine's log-probabilities are those of an earlier policy: set "
+            "reuse_behaviour_logprobs to false, or sampler_correction to bypass",
+        ),
+    }

@@ -40,7 +40,7 @@ def config_of(policy: str, server: str, judge: str, **settings: Any) -> list[str
     """A run whose sampling engine and whose scorer are both behind an address, each with a key."""
     Path("rows.jsonl").write_text('{"prompt": "a question"}\n' * 4)
     engine = {"class_path": "rlhf_lightning.sampling.remote_engine.RemoteEngine",
-              "init_args": {"url": server, "model": BASE, "adapter_folder": "adapters", "api_key": "VLLM_API_KEY",
+              "init_args": {"url": server, "model": BASE, "shared_folder": "adapters", "api_key": "VLLM_API_KEY",
                             "retries": 0}}  # fmt: skip
     scorer = {
         "class_path": "rlhf_lightning.scoring.RemoteScorer",

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from rlhf_lightning.functional.surrogates import normalised_weights, off_policy_weights, sampler_weights
+from rlhf_lightning.functional.surrogates import (
+    effective_share,
+    normalised_weights,
+    off_policy_weights,
+    sampler_weights,
+)
 
 from .worked import Worked, check, each
 
@@ -39,6 +44,13 @@ WORKED = [
     Worked("sequence, truncated", lambda t: weights(t, "sequence_truncate", high=3.0)[:, 0], [3.0, 1.64872127]),
     Worked("sequence, masked", lambda t: weights(t, "sequence_mask", high=3.0)[:, 0], [0.0, 1.64872127]),
     Worked("geometric, rejected", lambda t: weights(t, "geometric_mask", low=0.5, high=1.5)[:, 0], [0.0, 1.0]),
+    Worked(
+        "token, truncated on both sides",
+        lambda t: weights(t, "token_truncate", high=2.0, low=1.0),
+        [[1.22140276, 1.0, 2.0], [2.0, 1.0, 1.0]],
+    ),
+    Worked("sequence, low", lambda t: weights(t, "sequence_mask", high=9.0, low=2.0)[:, 0], [7.3890561, 0.0]),
+    Worked("bypass", lambda t: weights(t, "bypass"), [[1.0] * 3] * 2),
     Worked("geometric means", geometric_means, [1.94773404, 1.18136041]),
 ]
 
@@ -48,7 +60,7 @@ def test_worked_number(case, dtype):
     check(case, dtype)
 
 
-CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
+CORRECTIONS = ["bypass", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
@@ -78,6 +90,13 @@ def test_normalised_weights_have_mean_one_over_the_tokens_of_the_batch():
         normalised_weights(torch.tensor(TRUNCATED), mask, torch.tensor(4.0)) * 4, torch.tensor(TRUNCATED)
     )
     assert normalised_weights(torch.zeros(1, 2), mask[1:, :2]).tolist() == [[0, 0]]
+
+
+def test_the_effective_share_is_that_of_equal_weights():
+    weight = torch.tensor([1.0, 1.0, 0.0, 2.0])
+    share = effective_share(weight.mean(), weight.var(correction=0))
+    assert float(share) == pytest.approx(16 / (4 * 6))
+    assert float(effective_share(torch.tensor(0.0), torch.tensor(0.0))) == 0
 
 
 def test_bad_completions_that_became_unlikely_are_left_out():

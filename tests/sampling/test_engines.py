@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.sampling.engines import (
     Completions,
     Mixture,
@@ -33,6 +33,7 @@ from rlhf_lightning.sampling.engines import (
     load_engine,
 )
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
@@ -280,11 +281,110 @@ def test_an_adapter_is_handed_over_whenever_it_has_changed(
     assert server.bodies()[-1]["model"] == BASE
 
 
-def test_weights_that_the_server_cannot_have_are_refused(policy_folder: str, server: SmallServer) -> None:
-    with refused("server-needs-adapter", "train an adapter (lora)"):
+def test_weights_that_the_server_cannot_have_are_refused(
+    policy_folder: str, server: SmallServer, tmp_path: Path
+) -> None:
+    with refused("no-shared-folder", "train an adapter (lora)"):
         draw(RemoteEngine(server.url, BASE), load_policy(policy_folder))
-    with refused("no-adapter-folder", "adapter_folder", "that the server reads too"):
+    with refused("no-shared-folder", "shared_folder", "that the server reads too"):
         draw(RemoteEngine(server.url, BASE), adapted(policy_folder))
+    with refused("no-server-folder", "rlhf serve-vllm MODEL --folder"):
+        draw(RemoteEngine(server.url, BASE, str(tmp_path)), load_policy(policy_folder))
+
+
+def test_versions_of_an_adapter_stay_registered_while_episodes_need_them(
+    policy_folder: str, server: SmallServer, tmp_path: Path
+) -> None:
+    model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
+    engine.prepare(policy_folder, LoadSettings(), LoraSettings(r=4), versions=3)
+    for seed in range(4):
+        change(model, seed)
+        draw(engine, model)
+        change(model, 0)
+        draw(engine, model)  # the first version again, which is still there
+    loaded = [body["lora_name"] for body in server.bodies("/v1/load_lora_adapter")]
+    assert len(loaded) == 5 and len(server.models) == 4  # three versions and the backbone
+    assert [body["lora_name"] for body in server.bodies("/v1/unload_lora_adapter")] == loaded[:2]
+
+
+# -- full weights, and the probe --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tied(policy_folder: str, tmp_path: Path) -> tuple[CausalLM, Path]:
+    """A policy whose head is its embeddings, and the folder that servers start from."""
+    model = load_policy(policy_folder)
+    config = model.model.config
+    config.tie_word_embeddings = True
+    model.model.tie_weights()
+    assert model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
+    folder = write_server_folder(model.model, AutoTokenizer.from_pretrained(policy_folder), tmp_path / "server")
+    return model, folder
+
+
+def nudge(model: CausalLM, size: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def test_all_weights_are_handed_over_in_a_folder_with_a_head_of_its_own(tied: tuple[CausalLM, Path]) -> None:
+    model, folder = tied
+    with serving(str(folder)) as server:
+        engine = RemoteEngine(server.url, BASE, str(folder))
+        for _ in range(2):
+            drawn = draw(engine, model)
+            close(drawn.logprobs, scored(model, PROMPTS, drawn.ids, 0.9))
+            assert engine.sync_error is not None and engine.sync_error < 1e-4
+            nudge(model)
+        draw(engine, model)
+        draw(engine, model)
+        assert len(server.bodies("/collective_rpc")) == 3  # the last draw was of the weights before
+        order = [route for route, _ in server.requests if route in ("/pause", "/collective_rpc", "/resume")]
+        assert order[:3] == ["/pause", "/collective_rpc", "/resume"]
+        with refused("server-holds-policy", "a frozen model was to be sampled from"):
+            draw(engine, load_policy(str(folder)).requires_grad_(False))
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.05])
+def test_a_server_that_kept_the_old_weights_is_caught(tied: tuple[CausalLM, Path], size: float) -> None:
+    """However little the update moved: the probe differs by far less than its bound."""
+    model, folder = tied
+    with serving(str(folder)) as server:
+        engine = RemoteEngine(server.url, BASE, str(folder), sync_bound=10.0)
+        draw(engine, model)
+        server.deaf = True
+        nudge(model, size)
+        with refused("stale-server", "answers with the weights before the last update"):
+            draw(engine, model)
+
+
+def test_a_stale_adapter_and_another_model_are_caught(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
+    model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
+    draw(engine, model)
+    server.deaf = True
+    change(model, 2)
+    with refused("stale-server", "weights before"):
+        draw(engine, model)
+    with serving(policy_folder, noise=0.3) as other:
+        with refused("server-disagrees", "bound 0.05", "another model"):
+            draw(RemoteEngine(other.url, BASE, str(tmp_path / "more")), model)
+        assert draw(RemoteEngine(other.url, BASE, str(tmp_path / "more"), sync_bound=None), model).ids
+
+
+def test_a_server_that_dies_is_left_out_and_said(policy: CausalLM, policy_folder: str) -> None:
+    expected = None
+    with serving(policy_folder) as one, serving(policy_folder) as two:
+        urls = [one.url, two.url]
+        expected = draw(RemoteEngine(urls, BASE), policy)
+        assert {len(server.bodies()) for server in (one, two)} <= {4, 5}
+        engine = RemoteEngine([one.url, "http://127.0.0.1:1", two.url], BASE, retries=0)
+        with pytest.warns(UserWarning, match="left out from now on, and its prompts go to 2 other servers"):
+            found = draw(engine, policy)
+        assert as_lists(found) == as_lists(expected) and [server.url for server in engine.servers] == urls
+    with refused("server-silent", "gave no answer"):
+        draw(engine, policy)
 
 
 # -- servers that know text alone -------------------------------------------------------------------------------------
@@ -351,7 +451,7 @@ def test_a_server_of_transformers(policy: CausalLM, policy_folder: str) -> None:
 def test_an_engine_is_written_as_class_path_and_init_args() -> None:
     path = "rlhf_lightning.sampling.remote_engine.RemoteEngine"
     made = load_engine({"class_path": path, "init_args": {"url": "http://host:8000/v1", "model": "m"}})
-    assert isinstance(made, RemoteEngine) and made.server.url == "http://host:8000"
+    assert isinstance(made, RemoteEngine) and made.servers[0].url == "http://host:8000"
     assert isinstance(load_engine(None), SlotEngine) and load_engine(made) is made
     assert isinstance(load_engine("GenerateEngine"), GenerateEngine)
     with refused("wrong-arguments", "missing a required argument: 'model'"):

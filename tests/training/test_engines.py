@@ -1,6 +1,7 @@
 """Learning from samples of a server whose numbers are not the trainer's."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny_models import MetricsLog, fit, prompt_step, random_rows, within
 
 from rlhf_lightning import modules
 from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.sampling.engines import SlotEngine
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine
 from rlhf_lightning.types import Loss, PolicyLogprobs
@@ -49,7 +51,7 @@ def step_of_groups() -> Any:
 
 def test_samples_of_a_server_are_weighed_by_what_it_drew_with(policy_folder: str, tmp_path: Path) -> None:
     with serving(policy_folder, noise=0.01) as server:
-        engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
+        engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"), sync_bound=None)
         log = MetricsLog()
         module = RecordedGRPO(
             **settings_of(
@@ -67,6 +69,86 @@ def test_samples_of_a_server_are_weighed_by_what_it_drew_with(policy_folder: str
         expected = -logprobs.advantages * ratio.clamp(max=1.05)
         torch.testing.assert_close(values[mask], expected[mask], atol=1e-5, rtol=1e-4)
         assert float(ratio[mask].max()) > 1.05 or float(ratio[mask].min()) < 0.95
+
+
+class RecordedPPO(modules.PPOModule):
+    """Keeps what each policy loss was given."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen: list[PolicyLogprobs] = []
+
+    def policy_loss(self, logprobs: PolicyLogprobs) -> Any:
+        self.seen.append(logprobs)
+        return super().policy_loss(logprobs)
+
+
+@pytest.mark.parametrize(
+    ("correction", "bounds"),
+    [
+        ("token_mask", {"sampler_low": 0.99, "sampler_high": 1.01}),
+        ("geometric_mask", {"sampler_low": 0.9999, "sampler_high": 1.0001}),
+        ("sequence_mask", {"sampler_high": 1.0}),
+    ],
+)
+def test_ppo_learns_from_a_server_and_counts_what_the_correction_leaves_out(
+    policy_folder: str, tmp_path: Path, correction: str, bounds: dict[str, float]
+) -> None:
+    with serving(policy_folder, noise=0.01) as server:
+        engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"), sync_bound=None)
+        log = MetricsLog()
+        module = RecordedPPO(**settings_of(policy_folder, engine=engine, sampler_correction=correction, **bounds))
+        fit(module, [step_of_groups()], callbacks=[log])
+    (row,), first = log.rows, module.seen[0]
+    weight = module.sampler_weight(first)
+    assert weight is not None and first.behaviour_logprobs is not None
+    mask, delta = first.completion_mask, first.old_logprobs - first.behaviour_logprobs
+    left_out = float((weight == 0)[mask].double().mean())
+    assert 0 < left_out <= 1 and row["rollout/sampler_masked"] == pytest.approx(left_out, abs=1e-6)
+    kl = (delta.exp() - 1 - delta)[mask].mean()
+    assert row["rollout/sampler_kl"] == pytest.approx(float(kl), rel=1e-3)
+    kept = weight[mask].double()
+    share = float(kept.sum() ** 2 / (len(kept) * (kept**2).sum().clamp_min(1e-30)))
+    assert row["rollout/sampler_effective_share"] == pytest.approx(share, abs=1e-5)
+    if correction != "token_mask":
+        assert row["rollout/sampler_rejected"] == pytest.approx(
+            float(((weight == 0) | ~mask).all(-1).double().mean()), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", ["GRPOModule", "PPOModule"])
+def test_a_bypass_takes_the_engine_s_numbers_as_the_old_ones(policy_folder: str, tmp_path: Path, name: str) -> None:
+    with serving(policy_folder, noise=0.01) as server:
+        engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"), sync_bound=None)
+        log = MetricsLog()
+        kind = {"GRPOModule": RecordedGRPO, "PPOModule": RecordedPPO}[name]
+        fit(
+            kind(**settings_of(policy_folder, engine=engine, sampler_correction="bypass")),
+            [step_of_groups()],
+            callbacks=[log],
+        )
+    assert log.rows[0]["invariant/ratio"] > 1e-4 and "rollout/sampler_kl" not in log.rows[0]
+    assert log.rows[0]["invariant/sampler"] == 0 and "rollout/entropy" not in log.rows[0]
+
+
+class Nucleus(SlotEngine):
+    """An engine of a user that draws from a part of the vocabulary."""
+
+    exact = False
+
+    def complete(self, model: Any, request: Any) -> Any:
+        drawn = super().complete(model, request._replace(settings=replace(request.settings, top_p=0.7)))
+        return drawn._replace(logprobs=tuple(row - math.log(0.7) for row in drawn.logprobs))
+
+
+def test_an_engine_that_draws_from_a_part_of_the_vocabulary_is_caught(policy_folder: str) -> None:
+    prompts = PROMPTS * 10
+    step = prompt_step(prompts)
+    batch = step.micro_batches[0]
+    step = within([step._replace(micro_batches=(batch._replace(group=torch.arange(60) // 2),))], 60)[0]
+    given = settings_of(policy_folder, engine=Nucleus(), sampler_correction="token_truncate")
+    with refused("invariant-support", "truncated distribution (top_p, top_k, min_p)"):
+        fit(modules.GRPOModule(**given), [step])
 
 
 @pytest.mark.parametrize(("name", "settings"), [("GRPOModule", {}), ("PPOModule", {}), ("OnlineDPOModule", {})])

@@ -1,0 +1,276 @@
+"""Hand the trainer's weights over to servers, and probe what they answer with afterwards.
+
+Adapters go through vLLM's LoRA routes, one name on the server for each version. Full weights go through a folder that
+the server loads again. Both sides see the folder under the same path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlhf_lightning.errors import SettingError
+from rlhf_lightning.models.adapters import POLICY, adapter_weights
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.sharding import is_first_rank, is_sharded, whole_weights
+from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite
+
+WEIGHTS = "model.safetensors"
+
+
+class AdapterHandOver:
+    """Registers each version of an adapter under a name of its own; the oldest is unloaded.
+
+    Args:
+        folder: folder that trainer and servers see under the same path.
+        versions: versions that stay registered; episodes of earlier ones may still be in flight.
+    """
+
+    def __init__(self, folder: Path, versions: int = 1) -> None:
+        self.folder, self.versions = folder.expanduser().absolute(), versions
+        self.loaded: dict[str, list[tuple[str, str]]] = {}  # adapter -> digest and name of each version, oldest first
+        self.count = 0
+
+    def hand_over(self, model: CausalLM, adapter: str, servers: Sequence[JSONServer]) -> tuple[str, bool]:
+        """Return the servers' name of an adapter in its current state, and whether it is new to them.
+
+        Every rank of a sharded policy must call this; the first one writes and registers.
+        """
+        weights = whole_weights(model.model) if is_sharded(model) else adapter_weights(model.model, adapter)
+        sharded = is_sharded(model)
+        digest = _shared(_digest(weights or {})) if sharded else _digest(weights or {})
+        held = self.loaded.setdefault(adapter, [])
+        for known, name in held:
+            if known == digest:
+                return name, False
+        rank = dist.get_rank() if dist.is_initialized() and not sharded else 0
+        new = f"rlhf-{adapter}-{os.getpid()}-{rank}-{self.count}"
+        new = _shared(new) if sharded else new
+        self.count += 1
+        old = held.pop(0)[1] if len(held) >= self.versions else None
+        held.append((digest, new))
+        if not sharded or is_first_rank():
+            self._register(model, adapter, new, weights if sharded else None, old, servers)
+        if sharded:
+            dist.barrier()
+        return new, True
+
+    def _register(
+        self,
+        model: CausalLM,
+        adapter: str,
+        new: str,
+        weights: Mapping[str, Tensor] | None,
+        old: str | None,
+        servers: Sequence[JSONServer],
+    ) -> None:
+        folder = self.folder / new
+        given = {} if weights is None else {"state_dict": dict(weights)}
+        model.model.save_pretrained(folder, selected_adapters=[adapter], **given)
+        # peft saves every adapter except the default one in a subfolder.
+        path = folder if adapter == POLICY else folder / adapter
+        for server in servers:
+            server.post("/v1/load_lora_adapter", {"lora_name": new, "lora_path": str(path)})
+        if old is not None:
+            for server in servers:
+                server.post("/v1/unload_lora_adapter", {"lora_name": old})
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+
+
+class FolderHandOver:
+    """Writes all weights into the folder that the servers were started from, and has the servers load them again.
+
+    The head has a tensor of its own there even where the policy ties it to the embeddings: vLLM would not load a tied
+    head again, and would go on with the old one.
+
+    Args:
+        folder: folder of `write_server_folder`, seen by trainer and servers under the same path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().absolute()
+        self.digest = ""
+
+    def hand_over(self, model: CausalLM, servers: Sequence[JSONServer]) -> bool:
+        """Bring the servers to the model's weights; return whether they had others.
+
+        Every rank must call this; the first one writes. Nothing may be sampling on the servers meanwhile.
+
+        Raises:
+            SettingError: the folder is not one for servers.
+        """
+        if not (self.folder / "config.json").is_file():
+            raise SettingError(
+                "no-server-folder",
+                f"{self.folder} holds no model that a server was started from: start the server with "
+                f"`rlhf serve-vllm MODEL --folder {self.folder}`, and give the same folder here",
+            )
+        gathered = whole_weights(model.model)
+        weights = untied(model.model.state_dict() if gathered is None else gathered)
+        digest = _shared(_digest(weights)) if dist.is_initialized() else _digest(weights)
+        if digest == self.digest:
+            return False
+        self.digest = digest
+        if is_first_rank():
+            fresh = self.folder / f".{WEIGHTS}.new"
+            save_file(weights, fresh, metadata={"format": "pt"})
+            os.replace(fresh, self.folder / WEIGHTS)
+            for server in servers:
+                server.post("/pause?mode=wait&clear_cache=true", {})
+                server.post("/collective_rpc", {"method": "reload_weights"})
+                server.post("/reset_prefix_cache", {})
+                server.post("/resume", {})
+        if dist.is_initialized():
+            dist.barrier()
+        return True
+
+
+def write_server_folder(model: Any, tokenizer: Any, folder: str | Path) -> Path:
+    """Write a model as a server should load it for `FolderHandOver`: one file, with a head of its own.
+
+    Args:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        folder: where to.
+    """
+    folder = Path(folder).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.tie_word_embeddings = False
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file(untied(model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights on the CPU, each in memory of its own."""
+    seen: set[int] = set()
+    found = {}
+    for name, weight in weights.items():
+        weight = weight.detach().cpu().contiguous()
+        found[name] = weight.clone() if weight.data_ptr() in seen else weight
+        seen.add(weight.data_ptr())
+    return found
+
+
+class Probe:
+    """Compares a server's log-probabilities of fixed sequences with the trainer's.
+
+    Besides the mean difference it compares with the trainer's numbers before the update: a server that went on with the
+    weights before gives those, even where an update moves them less than rounding would be bounded.
+
+    Args:
+        bound: largest mean difference, nats per token.
+        sequences: number of sequences.
+        length: tokens of each.
+    """
+
+    def __init__(self, bound: float, sequences: int = 8, length: int = 24) -> None:
+        self.bound, self.count, self.length = bound, sequences, length
+        self.before: dict[str, Tensor] = {}  # server's address -> the trainer's numbers at the hand-over before
+
+    def sequences(self, tokens: int) -> Tensor:
+        """Return the sequences for a vocabulary of this many tokens, int64, shape (sequences, length)."""
+        rows = torch.arange(self.count).unsqueeze(-1).expand(-1, self.length)
+        places = torch.arange(self.length).expand(self.count, -1)
+        return (uniform(0, rows, places) * tokens).long().clamp_max(tokens - 1)
+
+    def check(self, server: JSONServer, name: str, sequences: Tensor, expected: Tensor) -> float:
+        """Return the mean difference, nats per token.
+
+        Args:
+            server: the server.
+            name: its name of the policy.
+            sequences: see `sequences`.
+            expected: the trainer's log-probabilities of all tokens but the first, shape (sequences, length - 1).
+
+        Raises:
+            ServerError: ``stale-server`` or ``server-disagrees``.
+        """
+        found = self._ask(server, name, sequences)
+        before, self.before[server.url] = self.before.get(server.url), expected
+        error = float((found - expected).abs().mean())
+        if before is not None and _nearer_to(found, before, expected):
+            raise ServerError(
+                "stale-server",
+                f"{server.url} answers with the weights before the last update (the probe differs by {error:.3g} nats "
+                "per token): the hand-over had no effect. Start the server on the folder of the engine (rlhf "
+                "serve-vllm does), with VLLM_SERVER_DEV_MODE=1 for full weights",
+            )
+        if not error <= self.bound:
+            raise ServerError(
+                "server-disagrees",
+                f"after the hand-over {server.url} gives log-probabilities that differ by {error:.3g} nats per token "
+                f"from the trainer's (bound {self.bound:g}): it serves another model, another precision, or a head "
+                "tied to the embeddings that was not loaded again; start it with rlhf serve-vllm, or raise sync_bound",
+            )
+        return error
+
+    def _ask(self, server: JSONServer, name: str, sequences: Tensor) -> Tensor:
+        body = {
+            "model": name,
+            "prompt": sequences.tolist(),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": 0,
+        }
+        answer = server.post("/v1/completions", body)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            rows = [
+                [
+                    finite(place[str(token)]["logprob"])
+                    for token, place in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
+                ]
+                for ids, choice in zip(sequences.tolist(), choices, strict=True)
+            ]
+            return torch.tensor(rows, dtype=torch.float64).view(len(sequences), -1)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ServerError(
+                "server-answer-unusable",
+                f"{server.url} answered the probe without prompt_logprobs ({type(error).__name__}): "
+                f"{server.shown(answer)}; use a server that reports them, or set sync_bound to null",
+            ) from None
+
+
+def _nearer_to(found: Tensor, before: Tensor, now: Tensor) -> bool:
+    """Return whether numbers are those before an update, for certain.
+
+    They are projected on the line from before to now; the rest is noise. The update must have moved the numbers by far
+    more than the noise.
+    """
+    moved, off = (now - before).flatten(), (found - before).flatten()
+    length = float(moved.norm())
+    if length == 0:
+        return False
+    share = float(off @ moved) / length**2
+    noise = float((off - share * moved).norm()) / max(len(moved) - 1, 1) ** 0.5
+    return share < 0.5 and length > 8 * noise
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        raw = weights[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode())
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shared(value: str) -> str:
+    """Return the first rank's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,144 @@
+"""Rollouts sampled some versions ahead: the policy of each, resuming to the bit, and drawn again by a new worker."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import refused
+from tiny_models import quiet_trainer, weights_of
+from torch import Tensor
+
+from rlhf_lightning import modules
+from rlhf_lightning.data import PromptDataModule
+from rlhf_lightning.sampling.remote_engine import scored
+from rlhf_lightning.sampling.worker_engine import WorkerEngine
+from rlhf_lightning.types import Rollout
+
+ROLLOUTS = 5
+
+
+def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+class Recorded(modules.GRPOModule):
+    """Keeps the weights that each rollout was learned with, and the rollout."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.versions: list[dict[str, Tensor]] = []
+        self.seen: list[Rollout] = []
+
+    def learn(self, rollout: Rollout, batch: Any, meter: Any) -> float:
+        self.versions.append({name: value.clone() for name, value in weights_of(self).items()})
+        self.seen.append(rollout)
+        return super().learn(rollout, batch, meter)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "say " + "abc" * n}) + "\n" for n in range(7)))
+    return str(path)
+
+
+def module_of(folder: str, **changes: Any) -> Recorded:
+    settings = {"max_new_tokens": 6, "learning_rate": 1e-2, "lr_schedule": "constant", "kl_coef": 0.0, **changes}
+    return Recorded(init_from=folder, scorer=lengths, **settings)
+
+
+def data_of(prompts: str, tmp_path: Path, **changes: Any) -> PromptDataModule:
+    settings = {"batch_size": 4, "samples_per_prompt": 2, "rollouts": ROLLOUTS, "cache_dir": str(tmp_path / "cache")}
+    return PromptDataModule(prompts, **{**settings, **changes})
+
+
+class Stop(pl.Callback):
+    """Saves a checkpoint after some rollouts and ends the run there."""
+
+    def __init__(self, rollouts: int, path: Path) -> None:
+        self.rollouts, self.path = rollouts, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if module.rollouts == self.rollouts:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def train(module: Recorded, data: PromptDataModule, callbacks: Any = (), ckpt_path: Any = None) -> Recorded:
+    trainer = quiet_trainer(callbacks=list(callbacks))
+    trainer.fit(module, data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    return module
+
+
+def test_a_rollout_is_of_the_policy_of_lag_versions_before(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    module = train(module_of(policy_folder, lag=2, sampler_correction="token_truncate"), data_of(prompts, tmp_path))
+    assert len(module.seen) == ROLLOUTS
+    for number, rollout in enumerate(module.seen):
+        for version in {max(0, number - 2), number}:
+            module.load_state_dict(module.versions[version], strict=False)
+            own = scored(module.policy, rollout.sequences.prompts, rollout.sequences.completions, 1.0)
+            gap = max(
+                float((own[row] - rollout.behaviour_logprobs[row, : len(own[row])]).abs().max()) for row in range(4)
+            )
+            assert (gap < 1e-4) == (version == max(0, number - 2))
+
+
+def test_a_lagged_run_resumes_to_the_bit(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    settings = {"lag": 2, "sampler_correction": "sequence_truncate"}
+    whole = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path))
+    path = tmp_path / "middle.ckpt"
+    train(module_of(policy_folder, **settings), data_of(prompts, tmp_path), [Stop(2, path)])
+    resumed = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path), ckpt_path=path)
+    assert len(resumed.seen) == ROLLOUTS - 2
+    for name, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(resumed)[name]), name
+
+
+class Kill(pl.Callback):
+    """Kills the engine's worker while it samples a later rollout."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if module.rollouts == 1:
+            module.engine.workers[0].process.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_s_episodes_are_drawn_again_by_a_new_one(
+    policy_folder: str, prompts: str, tmp_path: Path
+) -> None:
+    settings = {"lag": 1, "sampler_correction": "token_truncate"}
+    here = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path))
+    with pytest.warns(UserWarning, match="ended with status -9; a new one draws its episodes again"):
+        there = train(module_of(policy_folder, engine=WorkerEngine(), **settings), data_of(prompts, tmp_path), [Kill()])
+    for name, value in weights_of(here).items():
+        assert torch.equal(value, weights_of(there)[name]), name
+
+
+@pytest.mark.slow
+def test_workers_share_the_prompts_and_a_failure_is_theirs(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    whole = train(module_of(policy_folder), data_of(prompts, tmp_path, rollouts=1))
+    shared = train(module_of(policy_folder, engine=WorkerEngine(workers=2)), data_of(prompts, tmp_path, rollouts=1))
+    for one, other in zip(whole.seen, shared.seen, strict=True):
+        assert torch.equal(one.behaviour_logprobs.round(decimals=4), other.behaviour_logprobs.round(decimals=4))
+    engine = WorkerEngine(device="nowhere")
+    with refused("worker-failed", "a rollout worker failed: RuntimeError", "nowhere"):
+        train(module_of(policy_folder, engine=engine), data_of(prompts, tmp_path, rollouts=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "code"),
+    [
+        ({"reuse_behaviour_logprobs": True}, {}, "lag-reuses-logprobs"),
+        ({"dynamic_sampling": True}, {}, "lag-needs-plain-sampling"),
+        ({"baseline": "greedy"}, {}, "lag-needs-plain-sampling"),
+        ({}, {"candidate_rounds": 2}, "lag-without-prompts"),
+    ],
+)
+def test_what_a_lag_cannot_go_with_is_refused(
+    policy_folder: str, prompts: str, tmp_path: Path, settings: Any, data: Any, code: str
+) -> None:
+    with refused(code, "lag"):
+        train(module_of(policy_folder, lag=1, **settings), data_of(prompts, tmp_path, **data))
