@@ -46,6 +46,7 @@ TOOL_COMMANDS = {
     "best-of-n": Command(
         "rlhf_lightning.commands.best_of_n", "sample, score, and keep the best completions as demonstrations"
     ),
+    "serve": Command("rlhf_lightning.commands.serve", "serve a policy over the OpenAI API, for evaluation tools"),
     "sweep": Command("rlhf_lightning.commands.sweep", "train a grid of settings over seeds, as a folder of runs"),
     "compare": Command("rlhf_lightning.commands.compare", "compare runs over seeds: curves, tests, a report"),
     "evaluate": Command("rlhf_lightning.commands.evaluate", "compare policies on held-out prompts, with intervals"),

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_lightning.commands.web_server import listen, make_server
 from rlhf_lightning.data.feedback.database import judgements_of, reading
 from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import Page, SimulatedAnnotator
 from rlhf_lightning.people.server import make_app
-from rlhf_lightning.people.serving import listen, make_server
 from rlhf_lightning.people.store import FeedbackStore
 
 PATIENCE = 600.0

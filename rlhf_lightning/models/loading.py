@@ -223,9 +223,8 @@ def resolve_folder(name: str) -> str:
             raise MissingError("no-model", f"there is no file {name}; check the path")
         return str(converted_gguf(path))
     if path.is_dir():
-        exports = [*path.glob("model/"), *path.glob("version_*/model/")]
-        if exports and not (path / "config.json").is_file() and not is_adapter(str(path)):
-            raise MissingError("no-model", f"{name} is a run; its model is {max(exports, key=_version)}")
+        if (export := newest_export(path)) is not None:
+            raise MissingError("no-model", f"{name} is a run; its model is {export}")
         check_folder(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~", "runs/")) or name.count("/") != 1:
@@ -237,8 +236,12 @@ def resolve_folder(name: str) -> str:
     return name
 
 
-def _version(model: Path) -> int:
-    return int(model.parent.name.partition("version_")[2] or 0)
+def newest_export(path: Path) -> Path | None:
+    """Return the newest model that a run's folder holds; None if the folder is no run, or has exported none."""
+    if (path / "config.json").is_file() or is_adapter(str(path)):
+        return None
+    exports = [*path.glob("model/"), *path.glob("version_*/model/")]
+    return max(exports, key=lambda model: int(model.parent.name.partition("version_")[2] or 0), default=None)
 
 
 def saved_folder(given: Any) -> str:

@@ -101,13 +101,14 @@ def annotate(
         port: port to listen on; 0 takes a free one.
         sampling: sampling settings.
     """
-    from rlhf_lightning.people.labeller import require_web_server
+    from rlhf_lightning.people.labeller import require_page
 
-    require_web_server()
+    require_page()
+    from rlhf_lightning.commands.web_server import listen, make_server
     from rlhf_lightning.data.feedback.database import SUFFIX
     from rlhf_lightning.people.handing_out import Policy
     from rlhf_lightning.people.server import FLAGS, REASONS, PageSettings, make_app
-    from rlhf_lightning.people.serving import access_policy, listen, make_server, print_urls
+    from rlhf_lightning.people.serving import access_policy, print_urls
     from rlhf_lightning.people.store import FeedbackStore
 
     path = Path(store)

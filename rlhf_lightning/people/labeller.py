@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import math
 import random
@@ -15,6 +14,7 @@ from contextlib import ExitStack, closing
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from rlhf_lightning.commands.web_server import listen, require_web_server, served
 from rlhf_lightning.data.feedback.records import STRENGTHS
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.people.store import FeedbackStore
@@ -31,17 +31,9 @@ NOTICE = 60.0
 """Seconds between two progress lines."""
 
 
-def require_web_server() -> None:
-    """Raise if a package that the page needs is not installed.
-
-    Raises:
-        StateError: a package is missing.
-    """
-    missing = [name for name in ("starlette", "uvicorn", "markdown_it") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise StateError(
-            "missing-package", f"the page needs {', '.join(missing)}: pip install 'rlhf-lightning[annotate]'"
-        )
+def require_page() -> None:
+    """Raise if a package that the page needs is not installed; see `require_web_server`."""
+    require_web_server("the page", "annotate", ["markdown_it"])
 
 
 class Labeller(ABC):
@@ -91,7 +83,7 @@ class PeopleLabeller(Labeller):
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8765, annotators: str | None = None) -> None:
-        require_web_server()
+        require_page()
         from rlhf_lightning.people.serving import checked_names
 
         checked_names(host, annotators)
@@ -99,14 +91,12 @@ class PeopleLabeller(Labeller):
 
     def prepare(self) -> None:
         """Raise if the port is taken."""
-        from rlhf_lightning.people.serving import listen
-
         listen(self.host, self.port).close()
 
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Serve the page until there are enough labels."""
         from rlhf_lightning.people.server import PageSettings, make_app
-        from rlhf_lightning.people.serving import access_policy, listen, print_urls, served
+        from rlhf_lightning.people.serving import access_policy, print_urls
 
         access, supply = access_policy(store.path, self.host, self.annotators), Supply(store, count, more)
         listening = listen(self.host, self.port)
@@ -316,7 +306,7 @@ class SimulatedAnnotators(Labeller):
         position_bias: float = 0.0,
         seed: int = 0,
     ) -> None:
-        require_web_server()
+        require_page()
         if annotators < 1 or not 0 <= careless <= 1:
             raise SettingError(
                 "setting-out-of-range",
@@ -332,7 +322,6 @@ class SimulatedAnnotators(Labeller):
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Serve the page on a free port and judge on it."""
         from rlhf_lightning.people.server import make_app
-        from rlhf_lightning.people.serving import listen, served
 
         with ExitStack() as stack:
             port = stack.enter_context(served(make_app(store), listen("127.0.0.1", 0)))

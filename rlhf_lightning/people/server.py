@@ -20,6 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from rlhf_lightning.commands.web_server import Guard
 from rlhf_lightning.data.feedback.records import (
     LONGEST_SECONDS,
     Answer,
@@ -32,7 +33,7 @@ from rlhf_lightning.data.feedback.records import (
 from rlhf_lightning.errors import RlhfError, SettingError
 from rlhf_lightning.people.hostile_text import completion_shown, turns_of
 from rlhf_lightning.people.results import results_of
-from rlhf_lightning.people.serving import RESERVED_NAMES, AccessPolicy, Guard, is_name
+from rlhf_lightning.people.serving import RESERVED_NAMES, AccessPolicy, is_name
 from rlhf_lightning.people.store import FeedbackStore
 
 COOKIE = "annotator"

@@ -1,29 +1,18 @@
-"""Serve the page: who may use it, which requests are refused, and on which socket."""
+"""Who may use the page: names on the loopback, tokens elsewhere."""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import os
 import re
 import secrets
 import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from rlhf_lightning.errors import DataError, SettingError, StateError
-
-if TYPE_CHECKING:
-    from uvicorn import Server
+from rlhf_lightning.commands.web_server import base_url, is_loopback
+from rlhf_lightning.errors import DataError, SettingError
 
 OWNER = "owner"
 """Name of the account that may see the results where annotators have tokens."""
@@ -31,34 +20,6 @@ OWNER = "owner"
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.@-]{0,62}[A-Za-z0-9])?")
 RESERVED_NAMES = ("null", "none", "true", "false")
 """Names that a form or a config file gives to a missing value."""
-
-LARGEST_BODY = 512 * 1024
-"""Maximum bytes of a request: an edited completion with some room."""
-
-MOST_CONNECTIONS = 256
-"""Connections open at a time; further ones are closed."""
-
-REQUEST_SECONDS = 15.0
-"""Seconds within which the headers, and then the body, of a request must be complete."""
-
-RESPONSE_SECONDS = 120.0
-"""Seconds within which a request must be answered and its answer read."""
-
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-
-HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), microphone=(), geolocation=()",
-    "cache-control": "no-store",
-}
-"""Security headers of every response. Even a text that got past the escaping could not run a script."""
 
 
 class AccessPolicy:
@@ -93,11 +54,6 @@ class AccessPolicy:
 def is_name(name: str) -> bool:
     """Whether a text is a valid annotator name: letters, digits and ``_.@-``, at most 64."""
     return NAME.fullmatch(name) is not None and name.lower() not in RESERVED_NAMES
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server on this address can be reached from this machine only."""
-    return host in LOOPBACK or host.startswith("127.")
 
 
 def checked_names(host: str, annotators: str | None) -> list[str]:
@@ -173,187 +129,12 @@ def access_policy(store: Path, host: str, annotators: str | None) -> AccessPolic
     return AccessPolicy(stored_tokens(store, names) if names else None)
 
 
-# ---- requests --------------------------------------------------------------------------------------------------------
-
-
-class Guard:
-    """ASGI middleware: refuse requests that the page itself never sends; add `HEADERS` to every response.
-
-    Args:
-        app: the guarded application.
-        any_host: whether any Host header is accepted. On the loopback only its own names are, so that a site whose name
-            resolves to this machine reaches nothing.
-    """
-
-    def __init__(self, app: ASGIApp, any_host: bool = False) -> None:
-        self.app, self.any_host = app, any_host
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        refused = self._refused(scope["method"], scope["scheme"], Headers(scope=scope))
-        body = None
-        if refused is None and scope["method"] == "POST":
-            try:
-                body = await asyncio.wait_for(_body_of(receive), REQUEST_SECONDS)
-            except TimeoutError:
-                refused = 408, f"the request took more than {REQUEST_SECONDS:g} seconds to arrive"
-            else:
-                if body is None:
-                    return
-                if len(body) > LARGEST_BODY:
-                    refused = 413, f"a request has at most {LARGEST_BODY:,} bytes"
-        if refused is not None:
-            close = {"connection": "close"}
-            await PlainTextResponse(refused[1], refused[0], close)(scope, receive, with_headers)
-            return
-
-        async def whole_body() -> Message:
-            nonlocal body
-            if body is None:
-                return await receive()
-            message, body = {"type": "http.request", "body": body, "more_body": False}, None
-            return message
-
-        await self.app(scope, whole_body, with_headers)
-
-    def _refused(self, method: str, scheme: str, headers: Headers) -> tuple[int, str] | None:
-        """Status and sentence of a refusal; None if the request may pass."""
-        host = headers.get("host", "")
-        if HOST.fullmatch(host) is None:
-            return 400, "the Host header is not a host name"
-        if not self.any_host and re.sub(r":\d+$", "", host) not in LOOPBACK:
-            return 421, "this server answers to localhost alone"
-        if method in ("GET", "HEAD"):
-            return None
-        if method != "POST":
-            return 405, "only GET and POST"
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        if site not in (None, "same-origin") or (origin is not None and origin != f"{scheme}://{host}"):
-            return 403, (
-                "a request from another site; behind a TLS proxy, let the proxy set X-Forwarded-Proto and keep Host"
-            )
-        # Forms of other sites cannot send this type without a preflight request, which is never allowed.
-        if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            return 415, "a request is JSON"
-        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > LARGEST_BODY:
-            return 413, f"a request has at most {LARGEST_BODY:,} bytes"
-        return None
-
-
-async def _body_of(receive: Receive) -> bytes | None:
-    """Read a request's body, up to a little more than `LARGEST_BODY`; None if the client went away."""
-    body, more = b"", True
-    while more and len(body) <= LARGEST_BODY:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
-
-
-# ---- sockets ---------------------------------------------------------------------------------------------------------
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address.
-
-    Raises:
-        StateError: the address is not available.
-    """
-    bare = host.strip("[]")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((bare, port))
-        made.listen(128)
-    except OSError as error:
-        made.close()
-        raise StateError(
-            "port-unavailable", f"cannot listen on {host}, port {port} ({error.strerror}): name another --port"
-        ) from error
-    return made
-
-
 def print_urls(listening: socket.socket, host: str, access: AccessPolicy) -> None:
     """Print the address of the page, or the link of each annotator."""
-    port = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    if shown in ("0.0.0.0", "[::]"):
-        shown = socket.gethostname()
-    base = f"http://{shown}:{port}"
+    base = base_url(listening, host)
     if access.tokens is None:
         print(f"label at {base}/   results at {base}/results   Ctrl+C stops; every label is kept", flush=True)
         return
     for name, token in access.tokens.items():
         print(f"{name:<16}{base}/enter?token={token}", flush=True)
     print(f"the owner's results: {base}/results   Ctrl+C stops; every label is kept", flush=True)
-
-
-def make_server(app: ASGIApp) -> Server:
-    """Return a server of the page, not yet running."""
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class BoundedProtocol(H11Protocol):
-        """HTTP with a limit on connections and a timeout for the headers of each request."""
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.waiting_since = self.loop.time()
-            if len(self.connections) > MOST_CONNECTIONS:
-                transport.abort()
-            else:
-                self.close_if_late()
-
-        def on_response_complete(self) -> None:
-            self.waiting_since = self.loop.time()
-            super().on_response_complete()
-
-        def close_if_late(self) -> None:
-            """Close the connection if a request or its response is overdue."""
-            if self.transport.is_closing():
-                return
-            busy = self.cycle is not None and not self.cycle.response_complete
-            due = self.waiting_since + (RESPONSE_SECONDS if busy else REQUEST_SECONDS)
-            if self.loop.time() >= due:
-                self.transport.abort()
-            else:
-                self.loop.call_later(REQUEST_SECONDS / 4, self.close_if_late)
-
-        def send_400_response(self, msg: str) -> None:
-            lines = ["HTTP/1.1 400 Bad Request", "connection: close", "content-type: text/plain; charset=utf-8"]
-            lines += [f"content-length: {len(msg)}", *(f"{name}: {value}" for name, value in HEADERS.items())]
-            self.transport.write("\r\n".join([*lines, "", msg]).encode("ascii"))
-            self.transport.close()
-
-    config = uvicorn.Config(
-        app, http=BoundedProtocol, ws="none", log_level="warning", access_log=False, lifespan="off", server_header=False
-    )
-    return uvicorn.Server(config)
-
-
-@contextmanager
-def served(app: ASGIApp, listening: socket.socket) -> Iterator[int]:
-    """Serve the page in a thread while the block runs; yield the port. The socket is closed at the end."""
-    server = make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="page", daemon=True)
-    with closing(listening):
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.005)
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)

@@ -85,7 +85,7 @@ class JSONServer:
             raise SettingError("invalid-url", f"the url {url!r} is invalid; give an address such as http://host:8000")
         self.url, self.timeout, self.retries, self.wait = url.rstrip("/"), timeout, retries, wait
         self.headers = {"Content-Type": "application/json"}
-        self._key = "" if api_key is None else _key_in(api_key)
+        self._key = "" if api_key is None else key_in(api_key)
         if self._key:
             self.headers["Authorization"] = f"Bearer {self._key}"
         self._opener = urllib.request.build_opener(_NoRedirect(), _BoundedHTTP(), _BoundedHTTPS())
@@ -311,7 +311,7 @@ def _fragments(key: str) -> dict[int, set[str]]:
     return found
 
 
-def _key_in(variable: str) -> str:
+def key_in(variable: str) -> str:
     """Return the key in an environment variable; refuse a text that may be the key itself, without repeating it."""
     if not names_variable(variable):
         raise SettingError("no-such-variable", f"api_key {NO_VARIABLE}")

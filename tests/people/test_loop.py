@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tiny_run import rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands.web_server import listen
 from rlhf_lightning.data.feedback.database import items_of, judgements_of, reading
 from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
 from rlhf_lightning.people import loop_rounds, loop_steps
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import Labeller, Page, PeopleLabeller, Supply
-from rlhf_lightning.people.serving import listen
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.runs import ModelExport
 

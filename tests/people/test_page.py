@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.commands.web_server import listen
 from rlhf_lightning.data.feedback.database import judgements_of
 from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.people.server import make_app
-from rlhf_lightning.people.serving import listen
 
 from .conftest import pair, ranked_item
 

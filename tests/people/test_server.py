@@ -9,19 +9,12 @@ import pytest
 from conftest import refused
 from starlette.testclient import TestClient
 
+from rlhf_lightning.commands.web_server import HEADERS, LARGEST_BODY, is_loopback
 from rlhf_lightning.data.feedback.database import judgements_of
 from rlhf_lightning.data.feedback.records import Candidate, Item
 from rlhf_lightning.people.hostile_text import shown_text, to_html
 from rlhf_lightning.people.server import PageSettings, make_app
-from rlhf_lightning.people.serving import (
-    HEADERS,
-    LARGEST_BODY,
-    AccessPolicy,
-    checked_names,
-    is_loopback,
-    is_name,
-    stored_tokens,
-)
+from rlhf_lightning.people.serving import AccessPolicy, checked_names, is_name, stored_tokens
 
 from .conftest import pair, ranked_item
 

@@ -9,9 +9,9 @@ import urllib.request
 
 import pytest
 
-from rlhf_lightning.people import serving
+from rlhf_lightning.commands import web_server
+from rlhf_lightning.commands.web_server import HEADERS, listen, served
 from rlhf_lightning.people.server import PAGE, make_app
-from rlhf_lightning.people.serving import HEADERS, listen, served
 
 START = b"POST /api/enter HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
@@ -19,9 +19,9 @@ START = b"POST /api/enter HTTP/1.1\r\nhost: localhost\r\ncontent-type: applicati
 @pytest.fixture
 def port(make_store, monkeypatch):
     """A page whose requests have a second to arrive, and two to be answered."""
-    monkeypatch.setattr(serving, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(serving, "RESPONSE_SECONDS", 2.0)
-    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(web_server, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(web_server, "RESPONSE_SECONDS", 2.0)
+    monkeypatch.setattr(web_server, "MOST_CONNECTIONS", 8)
     with served(make_app(make_store(3)), listen("127.0.0.1", 0)) as port:
         yield port
 
@@ -82,7 +82,7 @@ def test_trickled_headers_and_bodies_are_closed(port):
 
 
 def test_further_connections_are_closed_and_the_page_recovers(port, monkeypatch):
-    monkeypatch.setattr(serving, "REQUEST_SECONDS", 60.0)
+    monkeypatch.setattr(web_server, "REQUEST_SECONDS", 60.0)
     held = [connect(port) for _ in range(8)]
     for one in held:
         one.sendall(b"GET / HTTP/1.1\r\n")
