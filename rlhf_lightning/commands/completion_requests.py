@@ -216,7 +216,7 @@ def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
             raise BadRequest(name, f"is {shortened(value)}, which this server cannot do: leave it out")
         near = nearest(str(name), known)
         raise BadRequest(
-            shortened(name), "is not a field of this request" + (f"; did you mean {near}?" if near else "")
+            str(name)[:100], "is not a field of this request" + (f"; did you mean {near}?" if near else "")
         )
 
 
@@ -303,9 +303,12 @@ def _settings(
             raise BadRequest(name, "is 0, which gives nothing without echo or prompt_logprobs")
         return None
     top_k = _whole(given, "top_k", limits.settings.top_k, -1, 2**31)
-    drawn = {name: _number(given, name, getattr(limits.settings, name)) for name in ("temperature", "top_p")}
+    temperature = _number(given, "temperature", limits.settings.temperature)
+    top_p = _number(given, "top_p", limits.settings.top_p)
     try:
-        return replace(limits.settings, max_new_tokens=tokens, top_k=max(top_k, 0), **drawn)
+        return replace(
+            limits.settings, max_new_tokens=tokens, temperature=temperature, top_p=top_p, top_k=max(top_k, 0)
+        )
     except SettingError as error:
         raise BadRequest(str(error).partition(" ")[0], str(error).partition(" ")[2]) from None
 

@@ -180,6 +180,7 @@ def make_app(api: "Api", key: str | None = None) -> "ASGIApp":
             Route("/v1/completions", with_key(api.complete), methods=["POST"]),
             Route("/v1/chat/completions", with_key(api.chat), methods=["POST"]),
             Route("/tokenize", with_key(api.tokenize), methods=["POST"]),
+            Route("/tokenizer_info", with_key(api.tokenizer_info)),
             Route("/detokenize", with_key(api.detokenize), methods=["POST"]),
         ],
         exception_handlers={HTTPException: refused, RlhfError: refused, Exception: failed},
@@ -252,6 +253,14 @@ class Api:
 
         ids = await run_in_threadpool(encoded, await _body_of(request), self.text)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.limits.longest})
+
+    async def tokenizer_info(self, request: "Request") -> "Response":
+        """Name the special tokens and the chat template."""
+        from starlette.responses import JSONResponse
+
+        found = self.text.tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        return JSONResponse({name: getattr(found, name) for name in names})
 
     async def detokenize(self, request: "Request") -> "Response":
         """Decode token ids."""

@@ -237,7 +237,7 @@ def resolve_folder(name: str) -> str:
 
 
 def newest_export(path: Path) -> Path | None:
-    """Return the newest model that a run's folder holds; None if the folder is no run, or has exported none."""
+    """Return the newest model that a run's folder holds; None if it is another folder."""
     if (path / "config.json").is_file() or is_adapter(str(path)):
         return None
     exports = [*path.glob("model/"), *path.glob("version_*/model/")]

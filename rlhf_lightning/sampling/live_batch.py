@@ -226,10 +226,10 @@ class LiveBatch:
                 if one.cancelled:
                     continue
                 longest = max(len(one.prompt), *(len(other.prompt) for other in taken), 0)
-                apart = self.decoder.equal_lengths and len(one.prompt) != len(taken[0].prompt) if taken else False
-                if taken and (apart or longest * (len(taken) + 1) > MAX_TOKENS):
+                differs = self.decoder.equal_lengths and len(one.prompt) != len(taken[0].prompt) if taken else False
+                if taken and (differs or longest * (len(taken) + 1) > MAX_TOKENS):
                     left.append(one)
-                    if not apart:
+                    if not differs:
                         break
                 else:
                     taken.append(one)
