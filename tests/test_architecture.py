@@ -384,6 +384,7 @@ CONTROL_FLOW = {
     ("sampling/json_server.py", "ValueError"),
     ("sampling/remote_engine.py", "ValueError"),
     ("commands/parsing.py", "SystemExit"),
+    ("commands/serve.py", "HTTPException"),
     ("commands/train.py", "SystemExit"),
     ("constitution/principles.py", "YAMLError"),
     ("people/server.py", "HTTPException"),

@@ -104,7 +104,8 @@ def evaluate(
     text = "\n\n".join(section.markdown() for section in sections)
     write_markdown(folder / "report.md", f"# {title}\n\n{text}\n")
     items = by_prompt(found, samples)
-    notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; the first {shown} prompts are below."]
+    listed = "all" if shown >= len(asked) else f"the first {shown}"
+    notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; {listed} are below."]
     page = write_page(
         folder / "report.html", "evaluate.html.jinja", title=title, notes=notes, sections=sections, items=items[:shown],
     )  # fmt: skip

@@ -15,6 +15,7 @@ from rlhf_lightning.evaluation.completions import (
     summary,
     win_rates,
 )
+from rlhf_lightning.evaluation.html import breakable
 from rlhf_lightning.scoring.judges import SimulatedJudge
 
 
@@ -77,3 +78,7 @@ def test_a_judge_sees_both_orders_and_its_position_bias_makes_ties():
     assert fair.position_bias == pytest.approx(0.0)
     biased = ask_judge(SimulatedJudge(lambda prompt, text: gold[text], position_bias=3.0), ours, base)
     assert biased.verdicts == [1.0, 0.5, 0.5] and biased.consistency == 0.5 and biased.position_bias > 0.1
+
+
+def test_a_page_escapes_what_it_makes_breakable():
+    assert breakable("runs/a_b <i>&amp;") == "runs/<wbr>a_<wbr>b &lt;i&gt;&amp;amp;"
