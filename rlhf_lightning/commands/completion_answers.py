@@ -100,7 +100,7 @@ class Choice(LiveCompletion):
 # ---- writing an answer -----------------------------------------------------------------------------------------------
 
 
-class Answer:
+class AnswerWriter:
     """Writes the completions of a request as the API does.
 
     Args:

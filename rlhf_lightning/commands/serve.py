@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp
 
-    from rlhf_lightning.commands.completion_answers import Answer, Choice
+    from rlhf_lightning.commands.completion_answers import AnswerWriter, Choice
     from rlhf_lightning.commands.completion_requests import Asked, RequestLimits, Text
     from rlhf_lightning.sampling.live_batch import LiveBatch, PromptScores
 
@@ -276,7 +276,7 @@ class Api:
         return await self._answer(request, False)
 
     async def chat(self, request: "Request") -> "Response":
-        """Answer a conversation."""
+        """AnswerWriter a conversation."""
         return await self._answer(request, True)
 
     async def _answer(self, request: "Request", chat: bool) -> "Response":
@@ -284,7 +284,7 @@ class Api:
         from starlette.exceptions import HTTPException
         from starlette.responses import JSONResponse, StreamingResponse
 
-        from rlhf_lightning.commands.completion_answers import Answer
+        from rlhf_lightning.commands.completion_answers import AnswerWriter
         from rlhf_lightning.commands.completion_requests import read_request
 
         body = await _body_of(request)
@@ -293,7 +293,7 @@ class Api:
         count = len(asked.prompts) * asked.n
         if self.waiting + count > MOST_WAITING:
             raise HTTPException(429, f"{self.waiting} completions are waiting: ask again later", {"retry-after": "5"})
-        job = _Job(self, asked, Answer(asked, self.text, self.name))
+        job = _Job(self, asked, AnswerWriter(asked, self.text, self.name))
         if asked.stream:
             return StreamingResponse(job.stream(), media_type="text/event-stream")
         return JSONResponse(await job.whole(request))
@@ -307,7 +307,7 @@ class Api:
 class _Job:
     """A request while it is answered; made on the event loop."""
 
-    def __init__(self, api: Api, asked: "Asked", answer: "Answer") -> None:
+    def __init__(self, api: Api, asked: "Asked", answer: "AnswerWriter") -> None:
         from rlhf_lightning.commands.completion_answers import Choice
         from rlhf_lightning.sampling.live_batch import UnscoredPrompt
 
