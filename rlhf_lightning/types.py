@@ -151,6 +151,7 @@ class PromptBatch(NamedTuple):
         group: index of the distinct prompt of each row, equal for the samples of one group; int64, (prompts,).
         pretraining: text to mix into the policy's updates (PPO-ptx), or None.
         extras: slots, shape (prompts,).
+        multi_turn: the environment that replies to completions; None where one completion is the whole episode.
     """
 
     prompts: tuple[Tensor, ...]
@@ -161,6 +162,7 @@ class PromptBatch(NamedTuple):
     pretraining: DemonstrationBatch | None = None
     row_ids: tuple[int, ...] = ()
     extras: Mapping[str, Tensor] = {}
+    multi_turn: MultiTurn | None = None
 
 
 class DataNeeds(NamedTuple):
@@ -452,11 +454,13 @@ class Episode(NamedTuple):
     """An unfinished conversation between the policy and an environment.
 
     Attributes:
-        row: the data row that it began with.
-        messages: the turns so far, including the policy's last one.
+        row: the columns of the data row, and the first prompt as ``prompt``.
+        messages: the turns so far, including the policy's last one; a first prompt of plain text is a user's turn.
         ids: token ids after the first prompt: the policy's turns as sampled, and the environment's replies.
         learned: whether the policy sampled each of ``ids``.
         number: number of the episode in the run; with the position in ``ids`` it addresses random numbers.
+        turn: number of the policy's last turn, from 0.
+        last: whether a limit ends the episode after this turn, so that only the reward of the reply counts.
     """
 
     row: Mapping[str, Any]
@@ -464,34 +468,65 @@ class Episode(NamedTuple):
     ids: Sequence[int]
     learned: Sequence[bool]
     number: int
+    turn: int = 0
+    last: bool = False
+
+    @property
+    def said(self) -> str:
+        """Text of the policy's last turn, without the end token but with every other control token."""
+        return str(self.messages[-1]["content"])
 
 
 class Reply(NamedTuple):
     """An environment's reply to a turn of the policy.
 
     Attributes:
-        text: the reply, rendered by the chat template; None if ``ids`` gives its tokens.
-        ids: token ids of the reply, which the policy reads and does not learn.
-        reward: reward of the turn, added to the turn's last token.
-        done: whether the episode ends here, without the reply.
+        text: the reply: a user's turn of the chat template, or what follows in plain text.
+        messages: the reply as turns of any role, such as the results of tools; in place of ``text``.
+        ids: token ids of the reply; in place of ``text``.
+        reward: reward of the policy's turn, added to the turn's last token.
+        done: whether the episode ends here; the reply is not read then.
+        turn: the policy's turn as a message, if it holds more than text (tool calls).
     """
 
     text: str | None = None
+    messages: Sequence[Message] = ()
     ids: Sequence[int] | None = None
     reward: float = 0.0
     done: bool = False
+    turn: Message | None = None
 
 
+@runtime_checkable
 class Environment(Protocol):
-    """An environment: it gives the first prompt and replies to the policy's turns."""
+    """An environment: it gives the first prompt and replies to the policy's turns.
+
+    A reply should be a function of the episode alone. Episodes are then the same for any batch and number of ranks, and
+    a resumed run repeats them. An environment that can answer a whole batch better than one episode at a time also
+    defines ``reply_all(episodes) -> replies``; there None in place of a reply drops the episode.
+    """
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
-        """Return the first prompt of an episode."""
+        """Return the first prompt of an episode, given the columns of a data row and its prompt as ``prompt``."""
         ...
 
     def reply(self, episode: Episode) -> Reply:
         """Return the reply to the policy's last turn."""
         ...
+
+
+class MultiTurn(NamedTuple):
+    """The environment of a run, and the limits of its episodes.
+
+    Attributes:
+        environment: what replies to the policy's turns.
+        max_turns: most turns of the policy.
+        max_tokens: most tokens after the first prompt, replies included; None for no bound.
+    """
+
+    environment: Environment
+    max_turns: int = 8
+    max_tokens: int | None = None
 
 
 class Judgement(NamedTuple):
@@ -549,6 +584,7 @@ class Rollout(NamedTuple):
         row_ids: number of each episode's data row; empty for a stream.
         left_out: this rank's completions that dynamic sampling judged and dropped; None in methods that keep all.
         extras: slots, shape (episodes,) or (episodes, length).
+        turns: number of the policy's turns, int64, shape (episodes,); None without an environment.
     """
 
     sequences: Sequences
@@ -572,6 +608,7 @@ class Rollout(NamedTuple):
     row_ids: tuple[int, ...] = ()
     left_out: LeftOut | None = None
     extras: Mapping[str, Tensor] = {}
+    turns: Tensor | None = None
 
 
 class Pairs(NamedTuple):

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
+from faulty_environment import ManyEnds, Talks
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_models import (
     EOS,
@@ -44,6 +45,7 @@ from rlhf_lightning.types import (
     DemonstrationBatch,
     Judgement,
     Loss,
+    MultiTurn,
     PolicyLogprobs,
     PreferenceBatch,
     PreferenceLogprobs,
@@ -129,7 +131,7 @@ def empty(kind: type) -> Any:
 PROMPTS, SAMPLES = 4, 2
 
 
-def rollout_step(index: int, rank: int, ranks: int) -> Step[PromptBatch]:
+def rollout_step(index: int, rank: int, ranks: int, multi_turn: MultiTurn | None = None) -> Step[PromptBatch]:
     """This rank's prompts of a rollout, all samples of a prompt on one rank, with some text to pretrain on."""
     prompts = [prompt for prompt, _ in random_rows(PROMPTS, seed=300 + index)]
     mine = list(range(PROMPTS))[rank::ranks]
@@ -142,6 +144,7 @@ def rollout_step(index: int, rank: int, ranks: int) -> Step[PromptBatch]:
         episodes=torch.tensor(episodes, dtype=torch.long),
         group=torch.arange(len(mine)).repeat_interleave(SAMPLES),
         pretraining=DemonstrationBatch(sequences(text), torch.ones(len(text))),
+        multi_turn=multi_turn,
     )
     return Step((batch,), PROMPTS * SAMPLES, 0)
 
@@ -295,7 +298,8 @@ def steps_of(
     rank, ranks = (place // together for place in here())
     if module.batch_type is PromptBatch:
         size = -(-PROMPTS * SAMPLES // (ranks * accumulation)) if accumulation > 1 else None
-        return within([rollout_step(index, rank, ranks) for index in range(count)], size, max_tokens)
+        talks = MultiTurn(Talks(), 3) if isinstance(module.engine, ManyEnds) else None
+        return within([rollout_step(index, rank, ranks, talks) for index in range(count)], size, max_tokens)
     return [offline_step(module.batch_type, index, accumulation, rank, ranks) for index in range(count)]
 
 

@@ -20,13 +20,13 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = {"errors", "working_directory", "compat", "loading", "types", "micro_batches", "functional"}
+GROUND = {"errors", "working_directory", "workers", "compat", "loading", "types", "micro_batches", "functional"}
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
 TRAINING = SCORING | {"training"}
 MODULES = TRAINING | {"modules"}
-DATA = GROUND | {"tokenization", "data"}
+DATA = GROUND | {"tokenization", "environments", "data"}
 WORLDS = DATA | SCORING | {"worlds"}
 RUNS = MODULES | {"runs"}
 CORE = RUNS | WORLDS | {"evaluation", "recipes", "commands"}
@@ -35,13 +35,15 @@ MAY_IMPORT = {
     "compat": {"errors"},
     "types": {"errors"},
     "working_directory": set(),
+    "workers": {"errors", "working_directory"},
     "loading": {"errors", "working_directory"},
     "micro_batches": {"errors", "types"},
     "recipes": {"errors"},
     "functional": {"errors", "types"},
     "tokenization": GROUND,
     "models": GROUND | {"tokenization"},
-    "data": GROUND | {"tokenization"},
+    "environments": GROUND,
+    "data": GROUND | {"tokenization", "environments"},
     "sampling": MODELS,
     "scoring": SAMPLING,
     "worlds": DATA | SCORING,
@@ -376,6 +378,8 @@ CONTROL_FLOW = {
     ("tokenization/sandbox.py", "SecurityError"),
     ("tokenization/sandbox.py", "TemplateError"),
     ("data/files.py", "_DuplicateKey"),
+    ("environments/calls.py", "CallError"),
+    ("environments/tool_use.py", "ValueError"),
     ("scoring/judges/remote.py", "TypeError"),
     ("scoring/judges/remote.py", "ValueError"),
     ("scoring/remote_scorer.py", "ValueError"),

@@ -41,6 +41,7 @@ def best_of_n(
     A line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct), as
     SFTDataModule reads them: supervised fine-tuning on the file is one round of RAFT (Dong et al., arXiv 2304.06767).
     --keep random is the control: fine-tuning on own samples without selection. Empty completions are never kept.
+    With --environment a demonstration is a whole episode; the policy's turns are learned.
 
     Args:
         model: folder of a policy (weights or adapter), .gguf file or hub id.
@@ -130,7 +131,7 @@ def selected(
 def demonstration(row: Row, group: Sequence[Row]) -> Row:
     """Return a selected completion as a demonstration."""
     about = {"score": row["score"], "n": len(group), "unique": _distinct(group) / len(group)}
-    return {"prompt": row["prompt"], "completion": row["completion"], **about}
+    return {"prompt": row["prompt"], "completion": row.get("turns", row["completion"]), **about}
 
 
 def _distinct(rows: Sequence[Row]) -> int:

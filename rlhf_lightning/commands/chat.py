@@ -12,7 +12,7 @@ from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import printable
 
 if TYPE_CHECKING:
-    from rlhf_lightning.types import Message, Prompt
+    from rlhf_lightning.types import Message, MultiTurn, Prompt
 
 DEFAULTS = SamplingArguments(temperature=0.7)
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
 def chat(folder: str, system: str | None = None, sampling: SamplingArguments = DEFAULTS) -> int:
     """Chat with a policy. From a pipe, each line is a turn and each answer is printed.
 
-    Without a chat template each line is continued as plain text, without the earlier turns.
+    Without a chat template each line is continued as plain text, without the earlier turns. With --environment the
+    policy's turns are replied to, such as calls of tools, until the environment ends the episode.
 
     Args:
         folder: folder of a policy (weights or adapter), .gguf file or hub id, such as runs/dpo/version_0/model.
@@ -41,7 +42,8 @@ def chat(folder: str, system: str | None = None, sampling: SamplingArguments = D
     silence_libraries()
     settings, engine = sampling.settings(), sampling.make_engine()
     policy, tokenizer = sampling.load(folder)
-    conversation = Conversation(policy, tokenizer, settings, sampling.seed, system, engine)
+    rules = sampling.multi_turn()
+    conversation = Conversation(policy, tokenizer, settings, sampling.seed, system, engine, rules)
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{folder}\n{HELP}")
@@ -88,11 +90,12 @@ class Conversation:
     """A conversation with a policy; without a chat template there are no turns."""
 
     def __init__(
-        self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None, engine: Any = None
-    ) -> None:
+        self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None, engine: Any = None,
+        rules: "MultiTurn | None" = None,
+    ) -> None:  # fmt: skip
         from rlhf_lightning.sampling.engines import load_engine
 
-        self.engine = load_engine(engine)
+        self.engine, self.rules = load_engine(engine), rules
         self.policy, self.tokenizer, self.settings, self.seed = policy, tokenizer, settings, seed
         self.system = system
         self.has_turns = tokenizer.chat_template is not None
@@ -107,28 +110,52 @@ class Conversation:
 
     def answer(self, text: str) -> Iterator[str]:
         """Yield the answer to a line in pieces; a stopped answer stays in the conversation as far as it was shown."""
+        from rlhf_lightning import tokenization
+
         prompt: Prompt = text
         if self.has_turns:
             self.turns.append({"role": "user", "content": text})
             prompt = list(self.turns)
+        if self.rules is not None:
+            yield from self._episode(self.rules, prompt)
+            return
         said = ""
         try:
-            for piece in self._pieces(prompt):
+            for piece in self._pieces(tokenization.encode_prompt(self.tokenizer, prompt), []):
                 said += piece
                 yield piece
         finally:
             if self.has_turns:
                 self.turns.append({"role": "assistant", "content": said or "…"})
 
-    def _pieces(self, prompt: "Prompt") -> Iterator[str]:
-        """Sample a few tokens at a time, so that slow machines show progress."""
+    def _episode(self, rules: "MultiTurn", prompt: "Prompt") -> Iterator[str]:
+        """Yield the policy's turns in pieces, and the environment's replies between them."""
+        from rlhf_lightning import tokenization
+        from rlhf_lightning.sampling.conversation import Turns
+
+        prompt = rules.environment.reset({"prompt": prompt})
+        turns = Turns(rules, self.tokenizer, [prompt], {}, [self.drawn])
+        start, ends = tokenization.encode_prompt(self.tokenizer, prompt), tokenization.end_token_ids(self.tokenizer)
+        going = True
+        try:
+            while going:
+                ids: list[int] = []
+                yield from self._pieces([*start, *turns.ids(0)], ids)
+                before = len(turns.transcripts()[0].messages) + 1
+                going = turns.replies([0], [ids], [ids[-1] in ends])[0]
+                for turn in turns.transcripts()[0].messages[before:]:
+                    yield f"\n[{turn['role']}: {turn['content']}]\n"
+        finally:
+            if self.has_turns:
+                self.turns += turns.transcripts()[0].messages or ({"role": "assistant", "content": "…"},)
+
+    def _pieces(self, prompt: Sequence[int], ids: list[int]) -> Iterator[str]:
+        """Sample a few tokens at a time, so that slow machines show progress; ``ids`` receives them."""
         import torch
 
         from rlhf_lightning import tokenization
 
-        start = torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt))
-        ends = tokenization.end_token_ids(self.tokenizer)
-        ids: list[int] = []
+        start, ends = torch.tensor(prompt), tokenization.end_token_ids(self.tokenizer)
         shown, text, finished = "", "", False
         while not finished and len(ids) < self.settings.max_new_tokens:
             tokens = min(TOKENS_AT_A_TIME, self.settings.max_new_tokens - len(ids))

@@ -137,11 +137,15 @@ def add_kl(rows: list[dict[str, Any]], policy: Any, reference: Any, tokenizer: A
     from rlhf_lightning.types import Sequences
 
     drawn = tuple(torch.tensor(row.pop("ids"), dtype=torch.long) for row in rows)
+    masks = [row.pop("learned") for row in rows]
     sequences = Sequences(
         prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, row["prompt"])) for row in rows),
         completions=drawn,
         parents=tuple(range(len(rows))),
-        supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn),
+        supervised=tuple(
+            torch.ones(len(ids), dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool)
+            for ids, mask in zip(drawn, masks, strict=True)
+        ),
     )
     for row, kl in zip(rows, sequence_kl(policy, reference, sequences, temperature or 1.0).tolist(), strict=True):
         row["kl"] = kl

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
+    from rlhf_lightning.types import MultiTurn
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class SamplingArguments:
         top_k: sample from this many most probable tokens; 0 keeps all.
         batch_size: completions decoded in one batch, or concurrent requests.
         engine: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
+        environment: replies to the policy's turns, by class_path and init_args; null samples one completion.
+        max_turns: most turns of the policy, with an environment.
+        max_episode_tokens: most tokens after the first prompt, with an environment; null for no bound.
         chat_template: chat template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
         stop_tokens: further tokens that end a completion.
@@ -46,6 +50,9 @@ class SamplingArguments:
     top_k: int = 0
     batch_size: int = 16
     engine: dict[str, Any] | str | None = None
+    environment: dict[str, Any] | str | None = None
+    max_turns: int = 8
+    max_episode_tokens: int | None = None
     chat_template: str | None = None
     template_args: dict[str, Any] | None = None
     stop_tokens: list[str] | None = None
@@ -67,6 +74,14 @@ class SamplingArguments:
         from rlhf_lightning.sampling.engines import load_engine
 
         return load_engine(self.engine)
+
+    def multi_turn(self) -> "MultiTurn | None":
+        """Load the environment; None without one. Raises as `environments.conversing` does."""
+        from rlhf_lightning.environments import conversing
+
+        if self.environment is None:
+            return None
+        return conversing(self.environment, self.max_turns, self.max_episode_tokens)
 
     def load(self, model: str) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
         """Load a policy and its tokenizer onto the best device.
@@ -98,7 +113,11 @@ class SamplingArguments:
     def provenance(self) -> dict[str, Any]:
         """Return the settings that the samples depend on, without model and seed, as plain values."""
         drawn = {name: value for name, value in asdict(self.settings()).items() if name != "batch_size"}
-        return {**drawn, "engine": self.engine} if self.engine is not None else drawn
+        drawn |= {"engine": self.engine} if self.engine is not None else {}
+        if self.environment is None:
+            return drawn
+        limits = {"max_turns": self.max_turns, "max_episode_tokens": self.max_episode_tokens}
+        return {**drawn, "environment": self.environment, **limits}
 
 
 if TYPE_CHECKING:
@@ -108,6 +127,9 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import Prompt
 
 DEFAULTS = SamplingArguments()
+
+ONE_TURN = ("environment", "max_turns", "max_episode_tokens")
+"""Settings that commands without environments leave out."""
 
 CHUNKS_AT_ONCE = 8
 """Batches passed to the engine in one call: it sorts prompts by length, so a larger call has less padding."""
@@ -131,7 +153,8 @@ def generate(
 
     A line has prompt, sample, completion, logprob (the sum over its tokens at the temperature), finished, length, score
     (with --scorer, which may add score_NAME and feedback) and the further columns of the prompt's row. The same seed
-    gives the same completions for every batch size.
+    gives the same completions for every batch size. With --environment a line is an episode: completion is the
+    policy's last turn, turns holds all turns after the prompt, and the score includes the environment's reward.
 
     Args:
         model: folder of a policy (weights or adapter), .gguf file or hub id.
@@ -232,25 +255,31 @@ def completions(
     import torch
 
     from rlhf_lightning import tokenization
+    from rlhf_lightning.sampling.conversation import Turns
     from rlhf_lightning.scoring.scorer import Judgements, ask_scorer
 
     ends = tokenization.end_token_ids(tokenizer)
-    engine, settings = sampling.make_engine(), sampling.settings()
+    engine, settings, rules = sampling.make_engine(), sampling.settings(), sampling.multi_turn()
+    if rules is not None:
+        rows = [(rules.environment.reset({**columns, "prompt": prompt}), columns) for prompt, columns in rows]
     at_once = max(sampling.batch_size * CHUNKS_AT_ONCE // samples, 1)
     for start in range(0, len(rows), at_once):
         chunk = rows[start : start + at_once]
         encoded = [torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt, _ in chunk]
         repeated = [ids for ids in encoded for _ in range(samples)]
         episodes = torch.arange(start * samples, start * samples + len(repeated))
-        drawn = engine.sample(policy, repeated, episodes, settings, sampling.seed, ends, speed.completed)
-        texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
         owners = [row for row in chunk for _ in range(samples)]
+        names = set().union(*(columns for _, columns in owners))
+        further = {name: [columns.get(name) for _, columns in owners] for name in names}
+        first = [prompt for prompt, _ in owners]
+        turns = None if rules is None else Turns(rules, tokenizer, first, further, episodes.tolist())
+        seed = sampling.seed
+        drawn = engine.sample(policy, repeated, episodes, settings, seed, ends, speed.completed, turns=turns)
+        drawn = drawn.decoded(tokenizer)
+        texts = list(drawn.texts)
         judged = Judgements(torch.zeros(0)).plain()
         if score is not None:
-            names = set().union(*(columns for _, columns in owners))
-            further = {name: [columns.get(name) for _, columns in owners] for name in names}
-            asked = [prompt for prompt, _ in owners]
-            judged = ask_scorer(score, asked, texts, further, f"scorer {scorer_name!r}").plain()
+            judged = ask_scorer(score, drawn.asked(first), texts, further, f"scorer {scorer_name!r}").plain()
         speed.tokens += sum(len(ids) for ids in drawn.ids)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {
@@ -263,8 +292,14 @@ def completions(
                 row |= {f"score_{name}": value for name, value in judged[index].parts.items() if not math.isnan(value)}
                 if judged[index].feedback is not None:
                     row["feedback"] = judged[index].feedback
+            if drawn.transcripts:
+                one = drawn.transcripts[index]
+                row["turns"], row["reward"] = list(one.messages), None if one.failed else one.reward
+                known = row.get("score", 0.0) is not None and not one.failed
+                row["score"] = row.get("score", 0.0) + one.reward if known else None
             if with_ids:
                 row["ids"] = drawn.ids[index].tolist()
+                row["learned"] = None if drawn.learned is None else drawn.learned[index].tolist()
             yield {**columns, **row}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, SettingError
 
@@ -20,7 +20,7 @@ DEFAULTS = SamplingArguments()
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf critique``."""
-    return run_function(critique, argv, "rlhf critique")
+    return run_function(critique, argv, "rlhf critique", without=ONE_TURN)
 
 
 def critique(

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import SettingError
 
@@ -23,7 +23,7 @@ FOUND_AT_ONCE = 64
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf label``."""
-    return run_function(label, argv, "rlhf label")
+    return run_function(label, argv, "rlhf label", without=ONE_TURN)
 
 
 def label(

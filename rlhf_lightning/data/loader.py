@@ -18,7 +18,7 @@ from rlhf_lightning.data import collation
 from rlhf_lightning.data.batching import BatchPlan
 from rlhf_lightning.data.row_store import RowStore
 from rlhf_lightning.errors import StateError
-from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, PromptBatch, Step
+from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, MultiTurn, PromptBatch, Step
 
 Collate = Callable[[RowStore, Sequence[int]], Any]
 
@@ -131,10 +131,14 @@ class StepLoader:
         length: steps of every epoch.
         fingerprint: hash of everything that decides the order of rows; a state with another hash is refused.
         num_workers: processes that build steps ahead; 0 builds them on demand.
+
+    Attributes:
+        multi_turn: the environment of each batch of prompts, put in here because it is not for other processes.
     """
 
     def __init__(self, steps: Callable[[int], EpochSteps], length: int, fingerprint: str, num_workers: int = 0) -> None:
         self.steps = steps
+        self.multi_turn: MultiTurn | None = None
         self.length = length
         self.fingerprint = fingerprint
         self.num_workers = num_workers
@@ -154,7 +158,7 @@ class StepLoader:
         sampler.position = start
         for index, step in enumerate(self.steps_from(sampler.epoch, start), start):
             sampler.position = index + 1  # counted when yielded: workers build ahead
-            yield step
+            yield step if self.multi_turn is None else conversing_step(step, self.multi_turn)
 
     def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
         """Yield the steps of an epoch, the first of them numbered ``start``."""
@@ -186,6 +190,11 @@ class StepLoader:
             )
         self.sampler.epoch, self.sampler.position = state["epoch"], state["step"]
         self._resumed = True
+
+
+def conversing_step(step: Step[PromptBatch], multi_turn: MultiTurn) -> Step[PromptBatch]:
+    """Return a step whose prompts begin conversations."""
+    return step._replace(micro_batches=tuple(one._replace(multi_turn=multi_turn) for one in step.micro_batches))
 
 
 class _AsDataset(Dataset):

@@ -10,15 +10,16 @@ import torch
 
 from rlhf_lightning.data import collation, formats
 from rlhf_lightning.data.batching import endless_rows
-from rlhf_lightning.data.canonical import Report
+from rlhf_lightning.data.canonical import CanonicalRow, Report, Row
 from rlhf_lightning.data.datamodule import AlignmentDataModule
-from rlhf_lightning.data.loader import Collate, EpochSteps, PromptSteps, StepLoader
+from rlhf_lightning.data.loader import Collate, EpochSteps, PromptSteps, StepLoader, conversing_step
 from rlhf_lightning.data.row_store import Part, RowStore
 from rlhf_lightning.data.sources import parse_sources
 from rlhf_lightning.data.streaming import StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
+from rlhf_lightning.environments import conversing, fingerprint_of
 from rlhf_lightning.errors import ContractError, SettingError
-from rlhf_lightning.types import DemonstrationBatch, PromptBatch, Step
+from rlhf_lightning.types import DemonstrationBatch, Environment, PromptBatch, Step
 
 
 class PromptDataModule(AlignmentDataModule):
@@ -40,6 +41,12 @@ class PromptDataModule(AlignmentDataModule):
         pretraining_source: demonstrations or plain ``text`` to mix into the updates, if the module has a coefficient
             for it (PPO-ptx); in the same forms as ``source``.
         pretraining_batch_size: its rows for each rollout, over all ranks; None takes ``batch_size``.
+        environment: replies to the policy's turns, by class_path and init_args; null makes one completion the whole
+            episode. See `types.Environment`.
+        max_turns: most turns of the policy in an episode; the environment rewards the last one, and it is not replied
+            to.
+        max_episode_tokens: most tokens of an episode after its first prompt, replies included; a reply that leaves no
+            room for another turn ends the episode. null for no bound.
     """
 
     batch_types = (PromptBatch,)
@@ -54,6 +61,9 @@ class PromptDataModule(AlignmentDataModule):
         candidate_rounds: int = 1,
         pretraining_source: str | list[str | dict[str, Any]] | None = None,
         pretraining_batch_size: int | None = None,
+        environment: dict[str, Any] | str | None = None,
+        max_turns: int = 8,
+        max_episode_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("streaming") and rollouts is not None:
@@ -78,6 +88,7 @@ class PromptDataModule(AlignmentDataModule):
             raise SettingError(
                 "setting-out-of-range", f"candidate_rounds is {found}: it must be at least 1, and 1 with streaming"
             )
+        self.multi_turn = None if environment is None else conversing(environment, max_turns, max_episode_tokens)
         self.candidate_rounds = candidate_rounds
         self.rollouts = rollouts
         self.samples_per_prompt = samples_per_prompt
@@ -91,7 +102,8 @@ class PromptDataModule(AlignmentDataModule):
 
     def encoder(self) -> Encoder:
         """Return the encoder of prompts."""
-        made = self.encoder_of(formats.prompt, formats.PROMPT_FORMS, hands_on=True)
+        read = formats.prompt if self.multi_turn is None else FirstPrompt(self.multi_turn.environment)
+        made = self.encoder_of(read, formats.PROMPT_FORMS, hands_on=True)
         return replace(made, max_length=None, max_prompt_length=self.max_prompt_length or self.max_length)
 
     def collator(self) -> Collate:
@@ -137,6 +149,11 @@ class PromptDataModule(AlignmentDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """One rollout's prompts a step."""
+        loader = self._rollout_loader()
+        loader.multi_turn = self.multi_turn
+        return loader
+
+    def _rollout_loader(self) -> StepLoader:
         if self._chooses and (self.streaming or self.num_workers):
             raise SettingError(
                 "rows-chosen-ahead",
@@ -179,7 +196,8 @@ class PromptDataModule(AlignmentDataModule):
         epochs = None if self.trainer is None else self.trainer.max_epochs
         if epochs is not None and 0 <= epochs <= epoch:
             return None
-        return self._rollouts(self.planned_epoch(epoch), length)[index]
+        step = self._rollouts(self.planned_epoch(epoch), length)[index]
+        return step if self.multi_turn is None else conversing_step(step, self.multi_turn)
 
     @property
     def _chooses(self) -> bool:
@@ -217,7 +235,37 @@ class PromptDataModule(AlignmentDataModule):
 
     def evaluation_loader(self) -> StepLoader:
         """Yield the held-out prompts, in their order."""
-        return self._prompts_in_order(self.eval_store, self.held_out)
+        loader = self._prompts_in_order(self.eval_store, self.held_out)
+        loader.multi_turn = self.multi_turn
+        return loader
+
+    def predict_dataloader(self) -> StepLoader:
+        loader = super().predict_dataloader()
+        loader.multi_turn = self.multi_turn
+        return loader
+
+
+class FirstPrompt:
+    """Reads prompts as `formats.prompt`, and has an environment make the first prompt of each row's episode."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.__name__ = f"opened by {fingerprint_of(environment)}"  # the cache of rows tells readers by it
+
+    def __call__(self, row: Row, as_chat: bool = False) -> CanonicalRow:
+        """Read a row.
+
+        Raises:
+            ContractError: ``not-a-prompt``: the environment returned something else than text or messages.
+        """
+        canonical = formats.prompt(row, as_chat)
+        made = self.environment.reset({**canonical.columns, "prompt": canonical.prompt})
+        if not made or not (isinstance(made, str) or all(isinstance(turn, dict) and "role" in turn for turn in made)):
+            raise ContractError(
+                "not-a-prompt",
+                f"{type(self.environment).__name__}.reset returned {made!r:.200}; return text, or messages",
+            )
+        return replace(canonical, prompt=made)
 
 
 class MixedSteps:

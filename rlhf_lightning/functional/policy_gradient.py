@@ -57,7 +57,7 @@ def rewards_after_end(
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, completion_mask: Tensor, gamma: float = 1.0, lam: float | Tensor = 0.95
+    rewards: Tensor, values: Tensor, completion_mask: Tensor, gamma: float | Tensor = 1.0, lam: float | Tensor = 0.95
 ) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimates and returns (Schulman et al., arXiv 1506.02438, Eq. 16).
 
@@ -65,6 +65,7 @@ def generalized_advantages(
     end. A masked token inside a completion (a tool's output) is passed over: V_{t+1} and A_{t+1} carry through it.
 
     Args:
+        gamma: discount after each token: a scalar, or shape (episodes, length), see `turn_discounts`.
         lam: GAE lambda, 0 for A = delta, 1 for R = reward to go; a scalar, or shape (episodes,).
 
     Returns:
@@ -75,15 +76,44 @@ def generalized_advantages(
     advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(len(values))
     for t in reversed(range(values.shape[-1])):
-        mask = completion_mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask, delta + gamma * lam * next_advantage, next_advantage)
+        mask, discount = completion_mask[:, t], gamma[:, t] if isinstance(gamma, Tensor) else gamma
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        next_advantage = torch.where(mask, delta + discount * lam * next_advantage, next_advantage)
         next_value = torch.where(mask, values[:, t], next_value)
         advantages[:, t] = torch.where(mask, next_advantage, 0.0)
     return advantages, torch.where(completion_mask, advantages + values, 0.0)
 
 
-def discounted_returns(rewards: Tensor, completion_mask: Tensor, gamma: float = 1.0) -> Tensor:
+def turn_discounts(completion_mask: Tensor, turn_gamma: float, gamma: float = 1.0) -> Tensor:
+    """Discount after each token: ``gamma``, and also ``turn_gamma`` after the last token of a turn.
+
+    A turn is a run of the policy's tokens; the replies between turns are masked.
+    """
+    ends = completion_mask & ~F.pad(completion_mask[:, 1:], (0, 1))
+    return torch.where(ends, gamma * turn_gamma, gamma)
+
+
+def turn_returns(rewards: Tensor, completion_mask: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+    r"""Reward to go of each turn, G_k = sum over j >= k of gamma^(j - k) r_j, r_j the sum of the rewards of turn j.
+
+    Turn-level credit (Zeng et al., arXiv 2505.11821), with a discount between turns and none within.
+
+    Returns:
+        Returns of shape (episodes, turns), NaN where an episode has fewer turns, and the turn of each token, int64,
+        shape (episodes, length), to be read under the mask.
+    """
+    require_shape("episodes length", rewards=rewards, completion_mask=completion_mask)
+    starts = completion_mask & ~F.pad(completion_mask[:, :-1], (1, 0))
+    turn = (starts.cumsum(-1) - 1).clamp_min(0)
+    # The running sum from the right at a turn's first token is its reward to go.
+    to_go = discounted_returns(rewards, completion_mask, turn_discounts(completion_mask, gamma))
+    places = torch.arange(int(starts.sum(-1).max()) if starts.numel() else 0, device=rewards.device)
+    of_turn = starts.unsqueeze(-1) & (turn.unsqueeze(-1) == places)
+    returns = torch.where(of_turn, to_go.unsqueeze(-1), 0.0).sum(1)
+    return torch.where(of_turn.any(1), returns, torch.nan), turn
+
+
+def discounted_returns(rewards: Tensor, completion_mask: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
     r"""Reward to go, R_t = r_t + gamma R_{t+1}, passing over masked tokens; 0 under the mask."""
     return generalized_advantages(rewards, torch.zeros_like(rewards), completion_mask, gamma, lam=1.0)[1]
 

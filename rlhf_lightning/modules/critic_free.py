@@ -20,6 +20,7 @@ from rlhf_lightning.functional.policy_gradient import (
     leave_one_out_advantages,
     over_tokens,
     token_rewards,
+    turn_returns,
 )
 from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
 from rlhf_lightning.training.gathering import summed_over_ranks
@@ -51,8 +52,10 @@ class CriticFreeModule(OnPolicyModule):
         scale_epsilon: added to the standard deviation.
         scale_unbiased: divide squares by n - 1 in the standard deviation.
         credit: "completion" gives each token its completion's advantage; "reward_to_go" the sum of the rewards from
-            that token on, discounted by ``gamma`` (REINFORCE++, 2501.03262).
-        gamma: discount per token of "reward_to_go".
+            that token on, discounted by ``gamma`` (REINFORCE++, 2501.03262); "turn" gives each token the advantage of
+            its turn in an environment: the rewards from that turn on, compared with the same turn of other episodes
+            (2505.11821).
+        gamma: discount per token of "reward_to_go", per turn of "turn".
         whiten_advantages: give advantages zero mean and unit variance over all tokens of the rollout.
         mask_truncated: ignore completions without an end token in the loss (DAPO, 2503.14476).
         dynamic_sampling: keep only groups with different scores (DAPO); needs candidate prompts, see
@@ -66,7 +69,7 @@ class CriticFreeModule(OnPolicyModule):
     def __init__(
         self, scorer: Any, baseline: BaselineName = "group_mean", advantage_scale: ScaleName = "none",
         scale_epsilon: float = 1e-4, scale_unbiased: bool = True,
-        credit: Literal["completion", "reward_to_go"] = "completion", gamma: float = 1.0,
+        credit: Literal["completion", "reward_to_go", "turn"] = "completion", gamma: float = 1.0,
         whiten_advantages: bool = False, mask_truncated: bool = False, dynamic_sampling: bool = False,
         ppo_epochs: int = 1, learning_rate: float = 1e-6, **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -138,6 +141,8 @@ class CriticFreeModule(OnPolicyModule):
         scorable = mask & ~rollout.scores.isnan().unsqueeze(-1)
         if self.credit == "reward_to_go":
             advantages = discounted_returns(torch.nan_to_num(rewards), scorable, self.gamma)
+        elif self.credit == "turn":
+            advantages = self._turn_advantages(rewards, rollout)
         else:
             advantages = over_tokens(self.episode_advantages(rewards.sum(-1), rollout), mask)
         if self.whiten_advantages:
@@ -145,6 +150,15 @@ class CriticFreeModule(OnPolicyModule):
             advantages = masked_whiten(advantages, scorable, mean=mean, var=variance)
         learned = mask & rollout.finished.unsqueeze(-1) if self.mask_truncated else None
         return Advantages(advantages, None, learned)
+
+    def _turn_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """Return the advantage of each token's turn among the same turns of other episodes."""
+        returns, turn = turn_returns(rewards, rollout.completion_mask, self.gamma)
+        most = max(gathered_numbers(self, [returns.shape[1]]))  # ranks compute deviations together
+        missing = returns.new_full((len(returns), most - returns.shape[1]), torch.nan)
+        columns = torch.cat([returns, missing], 1).unbind(1)
+        found = torch.stack([self.episode_advantages(column, rollout) for column in columns], 1)
+        return torch.where(rollout.completion_mask, found.gather(1, turn), 0.0)
 
     def reaches_kl_optimum(self) -> bool:
         every = not (self.mask_truncated or self.dynamic_sampling)
@@ -225,9 +239,13 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
             f"parts.normalize is {m.score_rule.settings.normalize} and baseline greedy, whose score is not normalized: "
             "set baseline group_mean",
         ),
+        "greedy-turns": (
+            m.credit == "turn" and m.baseline == "greedy",
+            "credit is turn and baseline greedy, which has one score for a whole completion: set another baseline",
+        ),
         "discount-without-tokens": (
             m.credit == "completion" and m.gamma != 1,
-            f"gamma is {m.gamma} and credit completion, which does not discount: set credit to reward_to_go",
+            f"gamma is {m.gamma} and credit completion, which does not discount: set credit to reward_to_go or turn",
         ),
     }
 

@@ -18,6 +18,7 @@ from rlhf_lightning.functional.policy_gradient import (
     generalized_advantages,
     rewards_after_end,
     token_rewards,
+    turn_discounts,
     value_clip_fraction,
 )
 from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
@@ -65,6 +66,7 @@ class PPOModule(OnPolicyModule):
         value_coef: weight of the value loss.
         value_clip: how far values may move from the rollout's before the larger loss counts; null does not clip.
         gamma: discount per token.
+        turn_gamma: further discount from one turn of the policy to the next, in an environment.
         lam: GAE lambda: 0 bootstraps fully from the critic, 1 uses Monte-Carlo returns.
         whiten_advantages: give advantages zero mean and unit variance over the rollout.
         whiten_rewards: give rewards unit variance over the rollout, keeping their mean.
@@ -80,15 +82,16 @@ class PPOModule(OnPolicyModule):
     learns_unscored = False
     paper = "Ziegler et al. 2019, arXiv 1909.08593"
     ranges = {
-        "value_coef": "[0, inf)", "value_clip": "(0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]",
+        "value_coef": "[0, inf)", "value_clip": "(0, inf)", "gamma": "[0, 1]", "turn_gamma": "[0, 1]", "lam": "[0, 1]",
         "pretraining_coef": "[0, inf)",
     }  # fmt: skip
 
     def __init__(
         self, scorer: Any, critic: Literal["separate", "adapter", "shared"] = "separate",
         critic_init: str | None = None, cost_critics: bool = False, value_coef: float = 0.1,
-        value_clip: float | None = 0.2, gamma: float = 1.0, lam: float = 0.95, whiten_advantages: bool = True,
-        whiten_rewards: bool = False, reward_slot: Literal["end", "after_eos"] = "end", pretraining_coef: float = 0.0,
+        value_clip: float | None = 0.2, gamma: float = 1.0, turn_gamma: float = 1.0, lam: float = 0.95,
+        whiten_advantages: bool = True, whiten_rewards: bool = False,
+        reward_slot: Literal["end", "after_eos"] = "end", pretraining_coef: float = 0.0,
         missing_eos_score: float | None = -1.0, learning_rate: float = 3e-6, adam_eps: float = 1e-5, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -107,7 +110,8 @@ class PPOModule(OnPolicyModule):
             )
         self.critic_kind, self.critic_init, self.reward_slot = critic, critic_init, reward_slot
         self.cost_critics = cost_critics
-        self.value_coef, self.value_clip, self.gamma, self.lam = value_coef, value_clip, gamma, lam
+        self.value_coef, self.value_clip, self.lam = value_coef, value_clip, lam
+        self.gamma, self.turn_gamma = gamma, turn_gamma
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
         self.pretraining_coef = pretraining_coef
         self.critic: ScalarModel | None = None
@@ -212,9 +216,10 @@ class PPOModule(OnPolicyModule):
     def _estimates(self, rollout: Rollout, rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return generalised advantages, not whitened, and the critic's targets."""
         mask, lam = self._value_mask(rollout), self.gae_lambda(rollout)
-        advantages, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+        gamma = self.gamma if self.turn_gamma == 1 else turn_discounts(mask, self.turn_gamma, self.gamma)
+        advantages, returns = generalized_advantages(rewards, values, mask, gamma, self.lam)
         if lam is not self.lam:
-            advantages, _ = generalized_advantages(rewards, values, mask, self.gamma, lam)
+            advantages, _ = generalized_advantages(rewards, values, mask, gamma, lam)
         return advantages, returns
 
     def _constrained_estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -252,7 +257,7 @@ class PPOModule(OnPolicyModule):
         return last + 1 if self.reward_slot == "after_eos" else last
 
     def reaches_kl_optimum(self) -> bool:
-        return super().reaches_kl_optimum() and self.gamma == 1 and not self.whiten_rewards
+        return super().reaches_kl_optimum() and self.gamma == self.turn_gamma == 1 and not self.whiten_rewards
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 

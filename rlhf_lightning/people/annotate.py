@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, SettingError
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``rlhf annotate``, or ``rlhf annotate export``."""
     if argv[:1] == ["export"]:
         return run_function(export, argv[1:], "rlhf annotate export")
-    return run_function(annotate, gathered(gathered(argv, "--model"), "--ensemble"), "rlhf annotate")
+    return run_function(annotate, gathered(gathered(argv, "--model"), "--ensemble"), "rlhf annotate", without=ONE_TURN)
 
 
 def gathered(argv: Sequence[str], option: str) -> list[str]:

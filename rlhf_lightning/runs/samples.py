@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ from rlhf_lightning.compat import attached_datamodule
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.runs.loggers import log_table
 from rlhf_lightning.runs.run import aligned, check_period, passes_multiple, run_folder, updates_of
-from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
 from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, call_scorer, unmoved
-from rlhf_lightning.types import Judgement, Prompt
+from rlhf_lightning.types import Judgement, Message, Prompt
 
 UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
@@ -107,12 +108,17 @@ class SampleTable(Callback):
         if not self.prompts or updates == self._sampled_at:
             return
         self._sampled_at = updates
-        answers = aligned(module).answer(self.prompts, self.settings(aligned(module).sampling), self.seed)
-        scores = self._scores(module, answers.texts)
+        rules = getattr(attached_datamodule(trainer), "multi_turn", None)
+        conversation = {} if rules is None else {"multi_turn": rules, "columns": self.columns}
+        settings = self.settings(aligned(module).sampling)
+        answers = aligned(module).answer(self.prompts, settings, self.seed, **conversation)
+        scores = self._scores(module, answers)
         finished, lengths = map(bool, answers.finished), map(len, answers.ids)
         columns = zip(self.prompts, answers.texts, scores, finished, lengths, strict=True)
         names = ("prompt", "completion", "score", "finished", "length")
         rows: list[dict[str, Any]] = [{"update": updates, **dict(zip(names, row, strict=True))} for row in columns]
+        for row, one in zip(rows, answers.transcripts, strict=False):
+            row |= {"completion": as_text(list(one.messages)), "turns": len(one.ends), "messages": list(one.messages)}
         folder = run_folder(trainer)
         if folder.writes:
             folder.samples.append(rows)
@@ -125,18 +131,21 @@ class SampleTable(Callback):
         given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         return replace(own, **{name: value for name, value in given.items() if value is not None})
 
-    def _scores(self, module: LightningModule, completions: Sequence[str]) -> list[float | None]:
-        """Return the scorer's scores; None where there is none."""
-        scorer = aligned(module).scorer
+    def _scores(self, module: LightningModule, answers: Completions) -> list[float | None]:
+        """Return the scores, with the environment's rewards; None where there is none."""
+        scorer, texts = aligned(module).scorer, list(answers.texts)
         if scorer is None:
-            return [None] * len(completions)
+            return [None] * len(texts)
         try:
             with unmoved(scorer):
-                given = call_scorer(scorer, self.prompts, list(completions), self.columns, type(scorer).__name__)
+                asked = answers.asked(self.prompts)
+                given = call_scorer(scorer, asked, texts, self.columns, type(scorer).__name__)
         except UNSCORABLE:
-            return [None] * len(completions)
+            return [None] * len(texts)
+        rewards = [one.reward for one in answers.transcripts] or [0.0] * len(texts)
         scores = [score.score if isinstance(score, Judgement) else score for score in given]
-        return [None if score is None or math.isnan(score) else float(score) for score in scores]
+        both = zip(scores, rewards, strict=True)
+        return [None if score is None or math.isnan(score + paid) else float(score + paid) for score, paid in both]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -152,7 +161,13 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def as_text(prompt: Prompt) -> str:
     """Return a prompt as text, with one line for each turn of a conversation."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(map(_turn_as_text, prompt))
+
+
+def _turn_as_text(turn: Message) -> str:
+    calls = [call["function"] for call in turn.get("tool_calls") or ()]
+    written = [f"{one['name']}({json.dumps(one['arguments'], ensure_ascii=False)})" for one in calls]
+    return f"{turn['role']}: {' '.join([str(turn['content']), *written]).strip()}"
 
 
 def cell(text: str) -> str:

@@ -109,6 +109,11 @@ class SlotLayer(CacheLayerMixin):
         buffer[: self.rows, :, lead : lead + used.shape[-2]] = used
         return buffer
 
+    def row(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return a copy of the last ``count`` keys and values of a slot, each of shape (heads, count, head size)."""
+        columns = slice(self.stop - count, self.stop)
+        return self.keys[slot, :, columns].clone(), self.values[slot, :, columns].clone()
+
     def keep(self, rows: Tensor) -> None:
         """Keep these rows alone; they move to the first slots in their order."""
         columns = slice(self.start, self.stop)
@@ -131,6 +136,18 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return -1: the length is unbounded."""
         return -1
+
+
+class Kept(NamedTuple):
+    """Keys and values of the first tokens of a row that has left its slot.
+
+    Attributes:
+        tokens: number of the tokens.
+        layers: keys and values of each layer, each of shape (heads, count, head size).
+    """
+
+    tokens: int
+    layers: list[tuple[Tensor, Tensor]]
 
 
 class Prefix(NamedTuple):
@@ -212,8 +229,10 @@ class Decoder:
             return 0 if self.cache is None else int(self.cache.get_seq_length())
         return self.columns
 
-    def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
-        """Forward prompts, each an int64 tensor of its tokens."""
+    def prefill(self, prompts: Sequence[Tensor], kept: Sequence[Kept] = ()) -> Prefix:
+        """Forward prompts, each an int64 tensor of its tokens; with ``kept`` only their tokens beyond those."""
+        if kept:
+            return self._read_on(prompts, kept)
         device, width = next(self.model.parameters()).device, max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -226,6 +245,30 @@ class Decoder:
         cache = DynamicCache(config=self.config)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         return Prefix(self.model(DecodingStep(input_ids, mask, positions, cache)), cache)
+
+    def _read_on(self, prompts: Sequence[Tensor], kept: Sequence[Kept]) -> Prefix:
+        """Forward the last tokens of rows whose first ones are cached; all rows read as many, some of them again."""
+        device = next(self.model.parameters()).device
+        width = max(len(ids) - known.tokens for ids, known in zip(prompts, kept, strict=True))
+        counts = [max(len(ids) - width, 0) for ids in prompts]
+        cached = max(counts)
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), cached + width, dtype=torch.long)
+        for row, (ids, count) in enumerate(zip(prompts, counts, strict=True)):
+            read = ids[count:]
+            input_ids[row, width - len(read) :] = read
+            mask[row, cached - count if count else cached + width - len(read) :] = 1
+        cache = DynamicCache(config=self.config)
+        for layer in range(len(kept[0].layers) if cached else 0):
+            rows = [(known.layers[layer], count) for known, count in zip(kept, counts, strict=True)]
+            keys, values = (
+                torch.stack([_padded_left(both[part][:, :count], cached) for both, count in rows]) for part in (0, 1)
+            )
+            cache.update(keys, values, layer)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
+        mask = mask.to(device)
+        step = DecodingStep(input_ids.to(device), mask, positions.to(device), cache)
+        return Prefix(self.model(step), cache)
 
     def _read_together(self, input_ids: Tensor, mask: Tensor) -> Prefix:
         """Read prompts that start together; the model makes the cache itself, if it keeps one."""
@@ -279,6 +322,20 @@ class Decoder:
         positions = lengths.unsqueeze(-1) - 1 if takes_positions(self.model) else None
         return self.model(DecodingStep(tokens.unsqueeze(-1), mask, positions, self.cache))
 
+    def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
+        """Return the keys and values of rows that leave their slots; none if the decoder cannot read on after them.
+
+        Args:
+            slots: slots of the rows.
+            counts: tokens that have been read of each.
+        """
+        if not self.refills:
+            return []
+        return [
+            Kept(count, [layer.row(slot, count) for layer in self.cache.layers])
+            for slot, count in zip(slots, counts, strict=True)
+        ]
+
     def keep(self, rows: Tensor) -> None:
         """Keep these rows alone; they move to the first slots in their order."""
         if not self.refills:
@@ -305,7 +362,7 @@ class MixedDecoder(Decoder):
         for decoder in (self, self.other):
             decoder.decoding = max(self.decoding, self.other.decoding, key=get_args(Decoding).index)
 
-    def prefill(self, prompts: Sequence[Tensor]) -> Prefix:
+    def prefill(self, prompts: Sequence[Tensor], kept: Sequence[Kept] = ()) -> Prefix:
         own = super().prefill(prompts)
         with self.mixture.other():
             other = self.other.prefill(prompts)
@@ -321,6 +378,9 @@ class MixedDecoder(Decoder):
         with self.mixture.other():
             return self.mixture.mix(own, self.other.step(tokens, lengths))
 
+    def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
+        return []  # both models read a conversation anew
+
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
         self.other.keep(rows)
@@ -328,6 +388,11 @@ class MixedDecoder(Decoder):
     def trim(self, width: int) -> None:
         super().trim(width)
         self.other.trim(width)
+
+
+def _padded_left(states: Tensor, width: int) -> Tensor:
+    """Pad keys or values of shape (heads, columns, head size) with zeros to ``width`` columns."""
+    return torch.nn.functional.pad(states, (0, 0, width - states.shape[1], 0))
 
 
 def make_decoder(model: CausalLM, slots: int, room: int, mixture: Mixture | None) -> Decoder:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning import tokenization
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.loading import load, shipped_classes
@@ -22,9 +24,10 @@ from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
+from rlhf_lightning.sampling.conversation import Transcript, Turns
 from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.decoding import Mixture, Prefix, idle_pass, make_decoder
-from rlhf_lightning.types import Sequences
+from rlhf_lightning.sampling.decoding import Kept, Mixture, Prefix, idle_pass, make_decoder
+from rlhf_lightning.types import Prompt, Sequences
 
 FULL_ENOUGH = 0.75
 """Share of active rows below which refilling or shrinking the batch pays: each costs about one step."""
@@ -35,13 +38,12 @@ class SamplingSettings:
     """How completions are drawn. The model's own generation config is never consulted.
 
     Args:
-        max_new_tokens: longest completion, tokens.
+        max_new_tokens: longest completion, tokens; with an environment the longest turn.
         temperature: logits are divided by it; 0 takes the most probable token.
         top_p: nucleus size in (0, 1]. Training needs 1: truncated log-probabilities are not the policy's.
         top_k: number of most probable tokens to keep; 0 keeps all.
         batch_size: slots, the completions decoded at a time; a waiting prompt replaces a finished completion. null
-            takes
-            all at once.
+            takes all at once.
     """
 
     max_new_tokens: int = 64
@@ -76,11 +78,14 @@ class Completions(NamedTuple):
     Attributes:
         ids: token ids of each completion, including the end token if it was reached; int64.
         logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
-        finished: bool, True where the end token was reached, shape (rows,).
+        finished: bool, True where the end token was reached, shape (rows,); with an environment where it ended the
+            episode.
         entropies: entropy of the distribution of each token, nats; None if the engine does not report it.
-        texts: text of each completion without the end token; empty until a tokenizer has decoded it.
-        learned: bool, one mask per completion: False on tokens that an environment wrote between the policy's turns;
-            None if the policy wrote all tokens.
+        texts: text of each completion without the end token, of an episode that of the policy's last turn; empty until
+            `decoded`.
+        learned: bool, one mask per completion: False on tokens that an environment wrote between the policy's turns,
+            where log-probabilities and entropies are 0; None if the policy wrote all tokens.
+        transcripts: the turns of each episode; empty without an environment.
     """
 
     ids: tuple[Tensor, ...]
@@ -89,6 +94,21 @@ class Completions(NamedTuple):
     entropies: tuple[Tensor, ...] | None = None
     texts: tuple[str, ...] = ()
     learned: tuple[Tensor, ...] | None = None
+    transcripts: tuple[Transcript, ...] = ()
+
+    def decoded(self, tokenizer: PreTrainedTokenizerBase) -> Completions:
+        """Return the completions with their texts."""
+        starts = [one.starts[-1] for one in self.transcripts] or [0] * len(self.ids)
+        pairs = zip(self.ids, starts, strict=True)
+        return self._replace(
+            texts=tuple(tokenization.completion_text(tokenizer, ids[start:].tolist()) for ids, start in pairs)
+        )
+
+    def asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return what each text answers: the prompt, and with an environment the turns before the last one."""
+        if not self.transcripts:
+            return list(prompts)
+        return [one.asked(prompt) for one, prompt in zip(self.transcripts, prompts, strict=True)]
 
     def after(self, prompts: Sequence[Tensor]) -> Sequences:
         """Return the completions after their prompts, one prompt per completion."""
@@ -97,7 +117,10 @@ class Completions(NamedTuple):
 
 
 class SamplingRequest(NamedTuple):
-    """Arguments of `SamplingEngine.sample`, which describes them."""
+    """Arguments of `SamplingEngine.sample`, which describes them.
+
+    ``starts`` are the positions of the first tokens to draw in their episodes, int64, shape (rows,); None for 0.
+    """
 
     prompts: Sequence[Tensor]
     episodes: Tensor
@@ -106,6 +129,13 @@ class SamplingRequest(NamedTuple):
     end_ids: Sequence[int]
     on_progress: Callable[[int], None] | None
     mixture: Mixture | None
+    turns: Turns | None = None
+    starts: Tensor | None = None
+
+    @property
+    def first_positions(self) -> Tensor:
+        """Position of the first token to draw in each episode, int64, shape (rows,)."""
+        return torch.zeros_like(self.episodes) if self.starts is None else self.starts.to(self.episodes)
 
 
 class SamplingEngine(ABC):
@@ -125,6 +155,10 @@ class SamplingEngine(ABC):
     sync_error: float | None = None
     """Mean difference to the trainer's log-probabilities at the last hand-over of weights; None without hand-over."""
 
+    keeps_turns: bool = False
+    """Whether `complete` itself continues after the replies of ``request.turns``. Otherwise it is called once for each
+    turn, with the whole conversation as prompt and ``request.first_positions`` to draw random numbers from."""
+
     def sample(
         self,
         model: CausalLM,
@@ -135,8 +169,9 @@ class SamplingEngine(ABC):
         end_ids: Sequence[int],
         on_progress: Callable[[int], None] | None = None,
         mixture: Mixture | None = None,
+        turns: Turns | None = None,
     ) -> Completions:
-        """Sample one completion for each prompt.
+        """Sample one completion for each prompt, or with ``turns`` one episode.
 
         Args:
             model: the policy; switched to eval mode while sampling.
@@ -147,13 +182,22 @@ class SamplingEngine(ABC):
             end_ids: tokens that end a completion.
             on_progress: called with the number of completions that have just finished.
             mixture: a second model to sample from together with the first; None samples from the first alone.
+            turns: conversations with an environment, one per prompt; None samples one completion each.
 
         Raises:
             DataError: a prompt is empty.
         """
-        request = SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture)
         refuse_empty(prompts)
-        drawn = self.complete(model, request)
+        request = SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture, turns)
+        if turns is None or self.keeps_turns:
+            drawn = self.complete(model, request)
+        else:
+            drawn = self._turn_by_turn(model, request, turns)
+        if turns is not None:
+            transcripts = turns.transcripts()
+            finished = torch.tensor([one.finished for one in transcripts], dtype=torch.bool)
+            learned = tuple(one.learned for one in transcripts)
+            drawn = drawn._replace(finished=finished, learned=learned, transcripts=transcripts)
         if model.self_check and not model.sampling_checked and self.exact and mixture is None and prompts:
             from rlhf_lightning.sampling.decoding_check import check_first_row  # it knows the engines of this file
 
@@ -185,6 +229,33 @@ class SamplingEngine(ABC):
             versions: versions of the weights whose episodes may be in flight at a time.
         """
 
+    def _turn_by_turn(self, model: CausalLM, request: SamplingRequest, turns: Turns) -> Completions:
+        """Draw one turn of all open episodes after the other; each call reads the conversations from their start."""
+        count = len(request.prompts)
+        rows, logprobs = list(range(count)), [torch.zeros(0)] * count
+        while rows:
+            heard = [torch.tensor(turns.ids(row), dtype=torch.long) for row in rows]
+            room = [turns.room(row, request.settings.max_new_tokens) for row in rows]
+            asked = request._replace(
+                prompts=[torch.cat([request.prompts[row], ids]) for row, ids in zip(rows, heard, strict=True)],
+                episodes=request.episodes[rows],
+                settings=replace(request.settings, max_new_tokens=max(room)),
+                on_progress=None,
+                turns=None,
+                starts=torch.tensor([len(ids) for ids in heard]),
+            )
+            drawn = self.complete(model, asked)
+            said = [ids[:most].tolist() for ids, most in zip(drawn.ids, room, strict=True)]
+            for place, row in enumerate(rows):
+                unlearned = torch.zeros(len(heard[place]) - len(logprobs[row]))
+                logprobs[row] = torch.cat([logprobs[row], unlearned, drawn.logprobs[place][: room[place]]])
+            going = turns.replies(rows, said, [ids[-1] in request.end_ids for ids in said])
+            if request.on_progress is not None and not all(going):
+                request.on_progress(going.count(False))
+            rows = [row for row, more in zip(rows, going, strict=True) if more]
+        ids = tuple(torch.tensor(turns.ids(row), dtype=torch.long) for row in range(count))
+        return Completions(ids, tuple(logprobs), torch.zeros(count, dtype=torch.bool))  # the transcripts tell
+
 
 def refuse_empty(prompts: Sequence[Tensor]) -> None:
     """Refuse empty prompts.
@@ -203,9 +274,14 @@ class SlotEngine(SamplingEngine):
     """Decodes in slots: waiting prompts replace finished completions, and equal prompts are prefilled once.
 
     The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
-    addressed by
-    (seed, e, t). Episodes therefore do not depend on the slots, their order or the ranks.
+    addressed by (seed, e, t). Episodes therefore do not depend on the slots, their order or the ranks.
+
+    With an environment, an episode whose turn has ended leaves its slot with its keys and values. Once a quarter of the
+    slots is free, the environment is asked for all replies together; the episodes enter again, ahead of waiting
+    prompts, and read only their replies.
     """
+
+    keeps_turns = True
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         from rlhf_lightning.sampling.decoding_check import settle_decoding  # it samples with this engine
@@ -247,8 +323,8 @@ class _Run:
 
     def __init__(self, model: CausalLM, request: SamplingRequest) -> None:
         prompts, settings = request.prompts, request.settings
-        self.prompts, self.settings, self.seed = prompts, settings, request.seed
-        self.on_progress = request.on_progress
+        self.prompts, self.settings, self.seed = list(prompts), settings, request.seed
+        self.on_progress, self.turns = request.on_progress, request.turns
         like = next(model.parameters())[:0]
         self.device = like.device
         self.episodes = request.episodes.to(self.device)
@@ -268,6 +344,12 @@ class _Run:
             self.decoder.decoding = "uncached"  # what is cached would have to be rotated anew
         self.held: dict[bytes, tuple[Prefix, int]] = {}  # prefilled prompts that further slots wait for
         self._free_all_slots()
+        self.begun = torch.zeros(len(prompts), dtype=torch.long)  # tokens of each episode before its current turn
+        most = settings.max_new_tokens
+        rooms = [most if self.turns is None else self.turns.room(row, most) for row in range(len(prompts))]
+        self.limits = torch.tensor(rooms, dtype=torch.long)  # tokens of each episode at which its current turn is cut
+        self.kept: dict[int, Kept] = {}  # keys and values of episodes that wait for a reply
+        self.silent: list[int] = []  # episodes that wait for a reply
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
@@ -290,9 +372,11 @@ class _Run:
 
     def finish(self, before_pass: Callable[[], None]) -> Completions:
         """Decode until every prompt has its completion; call ``before_pass`` before each forward pass."""
-        while self.waiting or bool(self.active.any()):
+        while self.waiting or self.silent or bool(self.active.any()):
             left = int(self.active.sum())
             if left <= FULL_ENOUGH * len(self.active):
+                if self.silent and (left == 0 or self.decoder.refills):
+                    self._hear()
                 if self.waiting and (left == 0 or self.decoder.refills):
                     self._fill(before_pass)
                 elif left:
@@ -320,10 +404,12 @@ class _Run:
         rows = [self.waiting.popleft() for _ in free]
         fresh = {self.keys[row]: row for row in reversed(rows) if self.keys[row] not in self.held}
         distinct = [row for row in rows if fresh.get(self.keys[row]) == row]
-        if distinct:
-            before_pass()
-            prefix = self.decoder.prefill([self.prompts[row] for row in distinct])
-            self.held |= {self.keys[row]: (prefix, place) for place, row in enumerate(distinct)}
+        for group in ([row for row in distinct if row not in self.kept], [row for row in distinct if row in self.kept]):
+            if group:
+                before_pass()
+                kept = [self.kept.pop(row) for row in group if row in self.kept]
+                prefix = self.decoder.prefill([self.prompts[row] for row in group], kept)
+                self.held |= {self.keys[row]: (prefix, place) for place, row in enumerate(group)}
         places = [self.held[self.keys[row]] for row in rows]
         for prefix in {id(prefix): prefix for prefix, _ in places}.values():
             members = [index for index, (of, _) in enumerate(places) if of is prefix]
@@ -339,9 +425,56 @@ class _Run:
         self.decoder.enter(prefix, place, slots.to(self.device))
         self.owners[slots] = torch.tensor(rows)
         self.lengths[slots] = torch.tensor([len(self.prompts[row]) for row in rows])
-        self.drawn[slots] = 0
+        self.drawn[slots] = begun = self.begun[rows]
         self.active[slots] = True
+        if bool((late := begun % self.ahead > 0).any()):  # numbers come in blocks, and this one has begun
+            blocks = (begun - begun % self.ahead)[late].to(self.device)
+            self._draw_numbers(self.owners[slots][late].to(self.device), blocks)
         self._record(slots, logits)
+
+    def _hear(self) -> None:
+        """Ask for the replies that episodes wait for, all at once; those that go on wait to enter first."""
+        assert self.turns is not None
+        rows, self.silent = sorted(self.silent), []
+        counts, drawn = self.counts.tolist(), self.tokens[rows].tolist()
+        said = [ids[int(self.begun[row]) : counts[row]] for row, ids in zip(rows, drawn, strict=True)]
+        going = self.turns.replies(rows, said, self.ended[rows].tolist())
+        if self.on_progress is not None and not all(going):
+            self.on_progress(going.count(False))
+        open_rows = [row for row, more in zip(rows, going, strict=True) if more]
+        for row in set(rows) - set(open_rows):
+            self.kept.pop(row, None)
+        for row in open_rows:
+            self._go_on(row, self.turns.ids(row))
+        entering = sorted(open_rows, key=lambda row: len(self.prompts[row]))
+        later = [*self.waiting]
+        if self.decoder.equal_lengths:  # which are read together
+            entering, later = sorted([*entering, *later], key=lambda row: len(self.prompts[row])), []
+        self.waiting = deque([*entering, *later])
+
+    def _go_on(self, row: int, ids: Sequence[int]) -> None:
+        """Note the reply to an episode's turn, which has ``ids`` after its first prompt now."""
+        assert self.turns is not None
+        count, begun = int(self.counts[row]), len(ids)
+        room = self.turns.room(row, self.settings.max_new_tokens)
+        self._widen(begun + room)
+        self.tokens[row, count:begun] = torch.tensor(ids[count:], device=self.device)
+        before = self.prompts[row][: len(self.prompts[row]) - int(self.begun[row])]
+        self.prompts[row] = torch.cat([before, torch.tensor(ids, dtype=before.dtype)])
+        self.keys[row] = self.prompts[row].cpu().numpy().tobytes()
+        self.begun[row], self.limits[row], self.ended[row] = begun, begun + room, False
+        self.longest[row] = len(self.prompts[row]) + room
+
+    def _widen(self, width: int) -> None:
+        """Have at least ``width`` columns for the tokens of an episode."""
+        missing = width - self.tokens.shape[1]
+        if missing <= 0:
+            return
+        missing = max(missing, self.tokens.shape[1])  # doubles, so that few replies cost a copy
+        widened = (torch.nn.functional.pad(grid, (0, missing)) for grid in (self.tokens, self.scores, self.entropies))
+        self.tokens, self.scores, self.entropies = widened
+        columns = self.ahead * (self.tokens.shape[1] // self.ahead + 1)
+        self.numbers = torch.nn.functional.pad(self.numbers, (0, columns - self.numbers.shape[1]))
 
     def _drop_prefixes(self, row: int) -> None:
         """Drop the prefilled prompts, except one that still waits to enter further slots."""
@@ -385,11 +518,17 @@ class _Run:
         self.entropies[owned, places] = entropies
         drawn = drawn + active
         self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, self.longest[owners])
-        done = active & (stops | (drawn >= self.settings.max_new_tokens))
+        done = active & (stops | (drawn >= self.limits[owners]))
         self.counts[owners[done]] = drawn[done]
         self.ended[owners[stops]] = True
         self.active[slots] = active & ~done
-        if self.on_progress is not None and bool(done.any()):
+        if not bool(done.any()):
+            return
+        if self.turns is not None:
+            gone, rows = slots[done], owners[done].tolist()
+            self.silent += rows
+            self.kept |= zip(rows, self.decoder.leave(gone.tolist(), (self.lengths[gone] - 1).tolist()), strict=False)
+        elif self.on_progress is not None:
             self.on_progress(int(done.sum()))
 
     def _draw_numbers(self, rows: Tensor, places: Tensor) -> None:

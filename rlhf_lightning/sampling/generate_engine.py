@@ -44,7 +44,9 @@ class GenerateEngine(SamplingEngine):
         with inference_mode_of(model), _own_generation_config(model.model):
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
-                drawer = _Drawer(settings, request.seed, request.episodes[rows].to(next(model.parameters()).device))
+                device = next(model.parameters()).device
+                addresses = request.episodes[rows].to(device), request.first_positions[rows].to(device)
+                drawer = _Drawer(settings, request.seed, *addresses)
                 tokens = _generate(model, [prompts[row] for row in rows], settings, end_ids, drawer)
                 scores = torch.stack(drawer.logprobs, -1).cpu()
                 stops = torch.isin(tokens, torch.tensor(list(end_ids)))
@@ -60,13 +62,13 @@ class GenerateEngine(SamplingEngine):
 class _Drawer(LogitsProcessor):
     """Draws each row's token at its address and leaves ``generate`` no other choice."""
 
-    def __init__(self, settings: SamplingSettings, seed: int, episodes: Tensor) -> None:
-        self.settings, self.seed, self.episodes = settings, seed, episodes
+    def __init__(self, settings: SamplingSettings, seed: int, episodes: Tensor, starts: Tensor) -> None:
+        self.settings, self.seed, self.episodes, self.starts = settings, seed, episodes, starts
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores with one finite entry per row, the drawn token."""
-        positions = torch.full_like(self.episodes, len(self.logprobs))
+        positions = self.starts + len(self.logprobs)
         numbers = uniform(self.seed, self.episodes, positions)
         chosen, logprobs, _ = draw(scores.float(), self.settings, numbers)
         self.logprobs.append(logprobs)

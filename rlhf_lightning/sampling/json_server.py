@@ -168,9 +168,10 @@ def each(function: Callable[[T], U], items: Iterable[T], requests: int) -> Itera
             raise
 
 
-def request_seed(seed: int, episode: int) -> int:
-    """Return the seed that a server is given for an episode, in [0, 2^31)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{episode}".encode()).digest()[:4], "big") >> 1
+def request_seed(seed: int, episode: int, start: int = 0) -> int:
+    """Return the seed that a server is given for an episode, in [0, 2^31); ``start`` differs between its turns."""
+    address = f"{seed}/{episode}/{start}" if start else f"{seed}/{episode}"
+    return int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
 
 
 def finite(value: Any) -> float:

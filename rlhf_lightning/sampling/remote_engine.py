@@ -124,8 +124,8 @@ class RemoteEngine(SamplingEngine):
     def _draw(self, name: str, tokens: int, request: SamplingRequest) -> Completions:
         settings, end_ids = request.settings, request.end_ids
         bodies = [
-            self._request(name, prompt, settings, request_seed(request.seed, int(episode)), end_ids)
-            for prompt, episode in zip(request.prompts, request.episodes, strict=True)
+            self._request(name, prompt, settings, request_seed(request.seed, int(episode), int(start)), end_ids)
+            for prompt, episode, start in zip(request.prompts, request.episodes, request.first_positions, strict=True)
         ]
         owners = self._spread([len(prompt) for prompt in request.prompts])
 

@@ -5,15 +5,9 @@ Completions that still have no score end the run or are dropped.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import multiprocessing
-import os
-import signal
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -24,13 +18,7 @@ from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
 from rlhf_lightning.types import Judgement, Prompt, Rollout
-from rlhf_lightning.working_directory import Carried
-
-START_SECONDS = 120.0
-"""Time limit of a process for importing the scorer."""
-
-Outcome = tuple[Literal["scored", "failed", "timed_out"], Any]
-"""Outcome of a completion: its score (a number, a `Judgement`, or None) or what went wrong."""
+from rlhf_lightning.workers import Outcome, WorkerPool
 
 Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
 """Prompt, completion and columns of one completion, as a scorer takes them."""
@@ -97,7 +85,7 @@ class FaultTolerant(ScorerGroup):
                 "wrap the other scorers",
             )
         self.on_fault, self.retries, self.wait, self.most_in_a_row = on_fault, retries, wait, most_in_a_row
-        self._pool = None if seconds is None else WorkerPool(scorer, seconds, workers)
+        self._pool = None if seconds is None else WorkerPool(row_scorer, scorer, seconds, workers)
         self._measured = Measured("score_failed", "score_timed_out", "score_retried")
         self._in_a_row = 0
         self._last_fault: Outcome = ("failed", "")
@@ -113,8 +101,8 @@ class FaultTolerant(ScorerGroup):
         return [self._score(row, *outcome) for row, outcome in enumerate(outcomes)]
 
     def _score(self, row: int, kind: str, value: Any) -> float | Judgement | None:
-        self._in_a_row = 0 if kind == "scored" else self._in_a_row + 1
-        if kind == "scored":
+        self._in_a_row = 0 if kind == "done" else self._in_a_row + 1
+        if kind == "done":
             return value
         if self.on_fault == "raise":
             raise ScorerFailedError(
@@ -133,7 +121,7 @@ class FaultTolerant(ScorerGroup):
         """Return the outcome of each row after all attempts."""
         outcomes, retried = self._attempt(rows), [0.0] * len(rows)
         for attempt in range(self.retries):
-            left = [row for row, (kind, _) in enumerate(outcomes) if kind != "scored"]
+            left = [row for row, (kind, _) in enumerate(outcomes) if kind != "done"]
             if not left:
                 break
             time.sleep(self.wait * 2**attempt)
@@ -186,153 +174,10 @@ def _has_model(scorer: Scorer) -> bool:
     return isinstance(scorer, LearnedScorer) or any(map(_has_model, getattr(scorer, "scorers", {}).values()))
 
 
-class WorkerFailedError(RlhfError, RuntimeError):
-    """A process cannot be started."""
-
-
-class WorkerPool:
-    """Scores completions one by one in their own processes, each with an enforced time limit.
-
-    A process that exceeds its time is killed with all its children, even in an endless loop or a C extension. Processes
-    are fresh interpreters that import the scorer. They start with the first completions and live until the pool is
-    closed.
-
-    Args:
-        scorer: what `load_scorer` takes, or a Scorer or function that can be pickled.
-        seconds: time limit of one completion, without the start of the process.
-        workers: number of processes.
-    """
-
-    def __init__(self, scorer: Any, seconds: float, workers: int) -> None:
-        self.scorer, self.seconds, self.workers = scorer, seconds, workers
-        self._pool: list[Worker] = []
-
-    def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Hand the rows to processes as these become free; return the outcome of each row.
-
-        Raises:
-            WorkerFailedError: the scorer cannot be handed to another process.
-        """
-        outcomes: dict[int, Outcome] = {}
-        waiting = deque(range(len(rows)))
-        while len(outcomes) < len(rows):
-            while waiting and (worker := self._free_worker()):
-                worker.give(waiting[0], rows[waiting.popleft()], self.seconds)
-            busy = [worker for worker in self._pool if worker.row is not None]
-            patience = max(min(worker.deadline for worker in busy) - time.monotonic(), 0.0)
-            wait([worker.connection for worker in busy], patience)
-            for worker in busy:
-                row, outcome = worker.row, worker.outcome()
-                if outcome is not None and row is not None:
-                    outcomes[row] = outcome
-            self._pool = [worker for worker in self._pool if worker.alive]
-        return [outcomes[row] for row in range(len(rows))]
-
-    def _free_worker(self) -> Worker | None:
-        free = next((worker for worker in self._pool if worker.row is None), None)
-        if free is None and len(self._pool) < self.workers:
-            self._pool.append(free := Worker(self.scorer))
-        return free
-
-    def close(self) -> None:
-        """End the processes; the next completion starts new ones."""
-        for worker in self._pool:
-            worker.kill()
-        self._pool = []
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be shutting down
-            self.close()
-
-
-class Worker:
-    """A process that scores one row at a time.
-
-    Attributes:
-        connection: pipe of its answers.
-        row: number of its current row; None when it is free.
-        deadline: time limit of the row, on the monotonic clock.
-        alive: whether it can be given another row.
-    """
-
-    def __init__(self, scorer: Any) -> None:
-        context: Any = multiprocessing.get_context(start_method())
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, Carried(scorer)), daemon=True)
-        try:
-            self.process.start()
-        except (AttributeError, TypeError, ValueError, OSError) as error:
-            raise WorkerFailedError(
-                "not-importable",
-                f"{scorer!r} cannot be handed to another process ({error}); name an importable function or class",
-            ) from error
-        theirs.close()
-        self.row: int | None = None
-        self.deadline, self.alive, self._ready, self._seconds = 0.0, True, False, 0.0
-
-    def give(self, row: int, content: Any, seconds: float) -> None:
-        """Hand a row over."""
-        self.row, self._seconds = row, seconds
-        self.deadline = time.monotonic() + (seconds if self._ready else START_SECONDS)
-        with contextlib.suppress(OSError):  # a dead process: `outcome` reports it
-            self.connection.send(content)
-
-    def outcome(self) -> Outcome | None:
-        """Return the row's outcome, or None while it is open. A process that fails to answer is killed."""
-        try:
-            if self.connection.poll():
-                found = self.connection.recv()
-                if found == "ready":  # its time begins now
-                    self._ready, self.deadline = True, time.monotonic() + self._seconds
-                    return None
-                self.row = None
-                return found
-        except (EOFError, OSError):
-            self.kill()
-            return "failed", f"its process ended with exit code {self.process.exitcode}"
-        if time.monotonic() < self.deadline:
-            return None
-        self.kill()
-        limit = self._seconds if self._ready else START_SECONDS
-        return "timed_out", f"it took longer than {limit:g} s" + ("" if self._ready else " to start")
-
-    def kill(self) -> None:
-        """Kill the process and all its children."""
-        self.alive, self.row = False, None
-        self.connection.close()
-        if self.process.pid is not None and hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.join(timeout=5)
-
-
-def start_method() -> str:
-    """Return "forkserver" where it exists, since forks of a process with threads hang, else "spawn".
-
-    The server imports this file once, so a process that replaces a killed one starts in milliseconds.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    return "forkserver"
-
-
-def serve(connection: Connection, spec: Any) -> None:
-    """Score rows until the other side closes the connection; runs in its own process."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # a group of its own: what the scorer starts is killed with it
-    with contextlib.suppress(EOFError, OSError):
-        try:
-            scorer = load_scorer(spec)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - reported to the other side
-            connection.recv()
-            connection.send(("failed", f"{type(error).__name__}: {error}"))
-            return
-        connection.send("ready")
-        while True:
-            connection.send(scored(scorer, *connection.recv()))
+def row_scorer(spec: Any) -> Callable[[Row], Outcome]:
+    """Return what scores one row in a process of its own."""
+    scorer = load_scorer(spec)
+    return lambda row: scored(scorer, *row)
 
 
 def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], columns: Mapping[str, Any]) -> Outcome:
@@ -347,15 +192,15 @@ def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], column
 def judged(score: Any) -> Outcome:
     """Return a score as a number, a `Judgement`, or None where the scorer cannot judge; other values have failed."""
     if score is None:
-        return "scored", None
+        return "done", None
     if isinstance(score, Judgement):
         kind, value = judged(score.score)
-        return kind, score._replace(score=value) if kind == "scored" else value
+        return kind, score._replace(score=value) if kind == "done" else value
     try:
         value = float(score)
     except (TypeError, ValueError, RuntimeError):
         return "failed", f"it returned {score!r}, which is not a number"
-    return ("scored", value) if math.isfinite(value) else ("failed", f"it returned {value}")
+    return ("done", value) if math.isfinite(value) else ("failed", f"it returned {value}")
 
 
 def miscounted(found: int, asked: int) -> Outcome:

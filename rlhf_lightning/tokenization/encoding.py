@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +13,11 @@ from rlhf_lightning.tokenization.facts import Facts, end_token_ids, facts_of
 from rlhf_lightning.tokenization.rendering import (
     TAIL,
     Rendered,
+    Span,
+    guarded,
     render_completion,
     render_prompt,
+    render_reply,
     render_steps,
     restored,
     tail_of,
@@ -59,6 +63,22 @@ def encode_completion(
         ids, and a flag for each: True on the assistant's turns and their end tokens.
     """
     return encode_rendered(tokenizer, [render_completion(tokenizer, completion, prompt)])[0][:2]
+
+
+def encode_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, reply: str | Sequence[Message]) -> list[int]:
+    """Encode what an environment replies to a sampled turn, up to where the assistant's next turn begins.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        turn: the policy's turn as a message.
+        reply: messages, or what follows in plain text.
+    """
+    if isinstance(reply, str):
+        facts = facts_of(tokenizer)
+        rendered = Rendered((Span(guarded(facts, reply), False),), tokenizer.eos_token)
+    else:
+        rendered = render_reply(tokenizer, turn, reply)
+    return encode_rendered(tokenizer, [rendered])[0].ids
 
 
 def encode_steps(
@@ -150,6 +170,13 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
         return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     kept = [index for index in kept if index in said or index not in special]
     return tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+
+def turn_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode a sampled turn up to its first end token, with every other control token: some mark tool calls."""
+    ends = set(end_token_ids(tokenizer))
+    kept = list(takewhile(lambda index: index not in ends, map(int, ids)))
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def truncate(

@@ -222,6 +222,35 @@ def render_steps(
     return [*pieces[:-1], pieces[-1]._replace(closing=whole.closing)]
 
 
+def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Sequence[Message]) -> Rendered:
+    """Render what follows a sampled turn of the assistant, after its end token, up to the assistant's next turn.
+
+    The conversation before is not rendered again, so that its tokens stay as they were sampled: a short conversation of
+    a question and the turn is rendered without the replies and with them.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        turn: the assistant's turn; with ``tool_calls`` if it has any.
+        replies: the turns that follow it.
+
+    Raises:
+        ChatTemplateError: if the template is missing or refuses the messages.
+    """
+    marked = {**turn, "content": "\ue003"}
+    conversation = _Conversation(tokenizer, [{"role": "user", "content": "?"}, marked, *replies])
+    alone, whole = conversation.text(2), conversation.text(len(replies) + 2, generation=True)
+    if not whole.startswith(alone):  # an earlier turn is rendered otherwise: its thought is gone
+        before, mark, alone = alone.rpartition("\ue003")
+        alone, whole = mark + alone, mark + whole.rpartition(mark)[2]
+        if not before or not whole.startswith(alone):
+            raise TurnsRefused(
+                "prompt-not-continued", "the chat template renders a turn otherwise once it was replied to"
+            )
+    conversation.check_replies(whole, replies)
+    ended = conversation.up_to_end(alone, "\ue003").text
+    return Rendered((Span(whole[len(ended) :], False),), conversation.facts.end_of_turn or tokenizer.eos_token)
+
+
 def guarded(facts: Facts, text: str, spoken: bool = False) -> str:
     """Replace what spells a control token by its guard.
 
@@ -296,7 +325,7 @@ class _Conversation:
         text = whole[len(asked) :] if whole.startswith(asked) else self._after_rewriting(place, asked, whole)
         message = message or self.turns[place]
         self._check_answer(restored(self.facts, text), message)
-        return self._up_to_end(text, guarded(self.facts, message["content"], spoken=True))
+        return self.up_to_end(text, guarded(self.facts, message["content"], spoken=True))
 
     def completion(self, asked: str, spans: Sequence[Span], ended: bool, last_turn: bool = False) -> Rendered:
         """Put the spans after a prompt into a `Rendered`."""
@@ -304,7 +333,18 @@ class _Conversation:
         closing = () if ended else (self.facts.eos,)
         return Rendered(kept, tail_of(self.facts, asked), closing, last_turn=last_turn)
 
-    def _up_to_end(self, text: str, content: str) -> _Said:
+    def check_replies(self, text: str, replies: Sequence[Message]) -> None:
+        """Refuse a rendering that leaves out the content of a reply."""
+        text = restored(self.facts, text)
+        for turn in replies:
+            if str(turn["content"]).strip() not in text:
+                raise TurnsRefused(
+                    "turn-left-out",
+                    f"the chat template leaves out a reply of the role {turn['role']!r}; use another template",
+                )
+
+    def up_to_end(self, text: str, content: str) -> _Said:
+        """Return a rendering of a turn up to its end token, given the content of the turn."""
         facts = self.facts
         ends = {name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name}
         run = re.compile(rf"(?:{'|'.join(map(re.escape, ends))})(?:\s|{'|'.join(map(re.escape, ends))})*\Z")

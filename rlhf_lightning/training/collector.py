@@ -16,6 +16,7 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
+from rlhf_lightning.sampling.conversation import Transcript, turns_of
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.engines import (
     Completions,
@@ -63,8 +64,15 @@ class Samples(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each completion, shape (episodes,)."""
-        return torch.tensor([len(ids) for ids in self.completions.ids])
+        """Tokens of the policy in each completion, shape (episodes,)."""
+        return torch.tensor([int(mask.sum()) for mask in self.sequences.supervised])
+
+    @property
+    def turns(self) -> Tensor | None:
+        """Turns of the policy in each episode, shape (episodes,); None without an environment."""
+        if self.batch.multi_turn is None:
+            return None
+        return torch.tensor([len(one.ends) for one in self.completions.transcripts], dtype=torch.long)
 
 
 class RolloutCollector:
@@ -134,7 +142,7 @@ class RolloutCollector:
         sampling: SamplingSettings | None = None,
         mixture: Mixture | None = None,
     ) -> Completions:
-        """Sample one completion for each prompt, with the random numbers of its episode.
+        """Sample one completion or episode for each prompt, with the random numbers of its episode.
 
         Episodes that were started before keep the weights that they were started with.
         """
@@ -145,14 +153,19 @@ class RolloutCollector:
             drawn = begun()
         else:
             given = (batch.prompts, batch.episodes, settings, self.seed, ends)
-            drawn = self.engine.sample(policy, *given, mixture=mixture)
-        texts = tuple(tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids)
-        return drawn._replace(texts=texts)
+            drawn = self.engine.sample(policy, *given, mixture=mixture, turns=turns_of(batch, tokenizer))
+        return drawn.decoded(tokenizer)
 
     def start(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> None:
-        """Start sampling with the policy's weights of now; `sample` returns the completions of these episodes later."""
+        """Start sampling with the policy's weights of now; `sample` returns the completions of these episodes later.
+
+        Episodes with an environment are sampled at once.
+        """
         key = tuple(batch.episodes.tolist())
         if not key or key in self.started:
+            return
+        if batch.multi_turn is not None:
+            self.started[key] = partial(_unchanged, self.sample(policy, tokenizer, batch))
             return
         refuse_empty(batch.prompts)
         ends = tokenization.end_token_ids(tokenizer)
@@ -167,7 +180,8 @@ class RolloutCollector:
             self.started[key] = partial(_unchanged, drawn)
             for row, episode in enumerate(key):
                 one = {"ids": drawn.ids[row], "logprobs": drawn.logprobs[row], "finished": bool(drawn.finished[row])}
-                found[episode] = one if drawn.entropies is None else {**one, "entropies": drawn.entropies[row]}
+                one |= {} if drawn.entropies is None else {"entropies": drawn.entropies[row]}
+                found[episode] = {**one, "transcript": drawn.transcripts[row]._asdict()} if drawn.transcripts else one
         return found
 
     def restore_episodes(self, batch: PromptBatch, episodes: Mapping[int, Mapping[str, Any]]) -> None:
@@ -179,11 +193,14 @@ class RolloutCollector:
         entropies = tuple(row["entropies"] for row in rows) if all("entropies" in row for row in rows) else None
         finished = torch.tensor([row["finished"] for row in rows], dtype=torch.bool)
         drawn = Completions(tuple(r["ids"] for r in rows), tuple(r["logprobs"] for r in rows), finished, entropies)
+        if batch.multi_turn is not None:
+            whole = tuple(Transcript(**row["transcript"]) for row in rows)
+            drawn = drawn._replace(transcripts=whole, learned=tuple(one.learned for one in whole))
         self.started[key] = partial(_unchanged, drawn)
 
     def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
         """Judge completions and apply the rule for a missing end token to their scores."""
-        judged = self.raw_judgements(tokenizer, completions, batch)
+        judged = with_environment(self.raw_judgements(tokenizer, completions, batch), completions)
         judged = self.shape(self.score_rule.judged(judged, batch.columns)) if completions.ids else judged
         scores = self.ruled(judged.scores, completions.finished)
         return Samples(batch, completions, scores, judged.parts, judged.token_rewards, judged.feedback)
@@ -213,7 +230,25 @@ class RolloutCollector:
             sequences = completions.after(batch.prompts)
             if scorer.has_rows_for(sequences):
                 return checked_judgements(scorer.judge_sequences(sequences), count, name)
-        return ask_scorer(scorer, list(batch.texts), list(completions.texts), batch.columns, name)
+        return ask_scorer(scorer, completions.asked(batch.texts), list(completions.texts), batch.columns, name)
+
+
+def with_environment(judged: Judgements, completions: Completions) -> Judgements:
+    """Add an environment's rewards: their sum to the score, which moves to the turns as token rewards.
+
+    The sum is the part ``environment``. An episode in which the environment failed has no score.
+    """
+    if not completions.transcripts:
+        return judged
+    total = torch.tensor([one.reward for one in completions.transcripts], dtype=torch.float32)
+    given = judged.token_rewards or (torch.zeros(0),) * len(total)
+    moved = [one.token_rewards() for one in completions.transcripts]
+    rewards = tuple(
+        own + torch.nn.functional.pad(row[: len(own)], (0, len(own) - len(row[: len(own)])))
+        for own, row in zip(moved, given, strict=True)
+    )
+    parts = {**judged.parts, "environment": total}
+    return judged._replace(scores=judged.scores + total, parts=parts, token_rewards=rewards)
 
 
 def _unchanged(completions: Completions) -> Completions:
@@ -287,8 +322,9 @@ def merged_completions(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Co
 
     finished = torch.cat([part.finished[list(rows)] for part, rows in parts])
     return Completions(
-        every("ids"), every("logprobs"), finished, every("entropies"), every("texts") or (), every("learned")
-    )
+        every("ids"), every("logprobs"), finished, every("entropies"), every("texts") or (), every("learned"),
+        every("transcripts") if all(part.transcripts for part, _ in picked) else (),
+    )  # fmt: skip
 
 
 def prompts_of(rollout: Rollout, batch: PromptBatch) -> PromptBatch:
@@ -408,6 +444,8 @@ def measure_samples(meter: Meter, rollout: Rollout) -> None:
     meter.add("rollout/score_squared", scores.square(), known)
     meter.add("rollout/eos_rate", finished.double())
     meter.add("rollout/completion_length", lengths.double())
+    if rollout.turns is not None:
+        meter.add("rollout/turns", rollout.turns.double())
 
 
 def with_score_std(means: dict[str, float], prefix: str = "rollout/") -> dict[str, Any]:

@@ -52,6 +52,7 @@ from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
@@ -68,7 +69,7 @@ from rlhf_lightning.training.optimization import (
     without_gradient_sync,
 )
 from rlhf_lightning.training.settings import check_ranges
-from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, Prompt, Sequences, Step
+from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
 
 
 class AlignmentModule(LightningModule):
@@ -766,26 +767,47 @@ class AlignmentModule(LightningModule):
     # -- use ----------------------------------------------------------------------------------------------------------
 
     def answer(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int = 0, first_episode: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        seed: int = 0,
+        first_episode: int = 0,
+        multi_turn: MultiTurn | None = None,
+        columns: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     ) -> Completions:
-        """Sample one completion for each prompt from the policy."""
+        """Sample one completion for each prompt from the policy, or one episode with an environment.
+
+        Args:
+            prompts: the first prompts.
+            sampling: sampling settings.
+            seed: seed of the sampling.
+            first_episode: number of the first prompt's episode.
+            multi_turn: the environment; None samples completions.
+            columns: columns of the data that the environment reads, each with one value per prompt.
+        """
         encoded = tuple(torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts)
-        return self.complete(encoded, torch.arange(first_episode, first_episode + len(encoded)), sampling, seed)
+        episodes = torch.arange(first_episode, first_episode + len(encoded))
+        turns = None
+        if multi_turn is not None:
+            turns = Turns(multi_turn, self.tokenizer, prompts, columns, episodes.tolist())
+        return self.complete(encoded, episodes, sampling, seed, turns)
 
     def complete(
-        self, prompts: Sequence[Tensor], episodes: Tensor, sampling: SamplingSettings, seed: int
+        self,
+        prompts: Sequence[Tensor],
+        episodes: Tensor,
+        sampling: SamplingSettings,
+        seed: int,
+        turns: Turns | None = None,
     ) -> Completions:
-        """Sample one completion for each tokenized prompt from the policy, with the module's engine."""
+        """Sample a completion or an episode for each tokenized prompt from the policy, with the module's engine."""
         policy = self.model
         if not isinstance(policy, CausalLM):
             raise ContractError(
                 "writes-no-completions", f"{type(self).__name__} scores completions; it does not write them"
             )
         ends = tokenization.end_token_ids(self.tokenizer)
-        drawn = self.engine.sample(policy, prompts, episodes, sampling, seed, ends)
-        return drawn._replace(
-            texts=tuple(tokenization.completion_text(self.tokenizer, ids.tolist()) for ids in drawn.ids)
-        )
+        return self.engine.sample(policy, prompts, episodes, sampling, seed, ends, turns=turns).decoded(self.tokenizer)
 
     sampling = SamplingSettings()
     """Sampling settings of ``predict``; on-policy modules set their own."""
@@ -797,8 +819,9 @@ class AlignmentModule(LightningModule):
         """Answer each prompt: one row per completion with its summed log-probability."""
         rows = []
         for batch in step.micro_batches:
-            found = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed)
-            answers = zip(batch.texts, found.texts, found.logprobs, found.finished.tolist(), strict=True)
+            turns = turns_of(batch, self.tokenizer)
+            found = self.complete(batch.prompts, batch.episodes, self.sampling, self.seed, turns)
+            answers = zip(found.asked(batch.texts), found.texts, found.logprobs, found.finished.tolist(), strict=True)
             for prompt, text, logprobs, finished in answers:
                 row = {"prompt": prompt, "completion": text}
                 rows.append(row | {"logprob": sum(logprobs.tolist()), "finished": finished})

@@ -301,6 +301,7 @@ class RolloutModule(AlignmentModule):
                 **{name: values for name, values in grids.items() if name not in FIELDS},
                 **self.slots_of(batch),
             },
+            turns=samples.turns,
         )
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
@@ -488,7 +489,10 @@ class RolloutModule(AlignmentModule):
         if rollout.get("rollout/eos_rate", 1.0) < 0.5 and not self._truncation_told:
             self._truncation_told = True
             rank_zero_warn(
-                f"Only {rollout['rollout/eos_rate']:.0%} of the completions ended before "
+                f"Only {rollout['rollout/eos_rate']:.0%} of the episodes were ended by the environment; the others met "
+                "model.max_new_tokens, data.max_turns or data.max_episode_tokens: raise the one that is too low."
+                if "rollout/turns" in rollout
+                else f"Only {rollout['rollout/eos_rate']:.0%} of the completions ended before "
                 f"model.max_new_tokens={self.sampling.max_new_tokens}; the others are cut off: raise it."
             )
         return {name.removeprefix("rollout/"): value for name, value in rollout.items()}

@@ -73,6 +73,22 @@ def compare(
     assert_equal(found, expected)
 
 
+TURNS = {
+    "grpo": ("GRPOModule", {"mini_batch_size": 3}),
+    "turns": ("CriticFreeModule", {"credit": "turn", "gamma": 0.5, "advantage_scale": "batch"}),
+    "ppo": ("PPOModule", {"turn_gamma": 0.5, "missing_eos_score": None}),
+}
+
+
+@pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
+@pytest.mark.parametrize("family", TURNS)
+def test_episodes_of_several_turns_are_the_same_on_two_ranks(
+    pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
+) -> None:
+    name, settings = TURNS[family]
+    compare(pool, name, policy_folder, 2, strategy, accumulation, engine="faulty_environment.ManyEnds", **settings)
+
+
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_learns_the_same_on_two_ranks(

@@ -1,0 +1,123 @@
+"""Read tool calls from text, in the formats that chat templates write."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any, NamedTuple
+
+
+class Call(NamedTuple):
+    """A call of a tool.
+
+    Attributes:
+        name: name of the tool.
+        arguments: its arguments by name.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class CallError(ValueError):
+    """A text begins a call and is not one; the message is for the policy."""
+
+
+HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)", re.DOTALL)
+NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?\s*\[ARGS\]\s*")
+LLAMA3 = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*(?=\{)", re.DOTALL)
+PLAIN = re.compile(r"^call:\s*(.*)$", re.MULTILINE)
+THOUGHT = re.compile(r"\A.*</think(?:ing)?>|\A.*\[/THINK\]", re.DOTALL)
+CONTROL = re.compile(r"<\|[\w-]+\|>|</?s>")
+
+
+def calls_in(text: str, form: str = "auto") -> tuple[str, list[Call]]:
+    """Return the text before the calls, and the calls; without a call, the whole text and none.
+
+    A thought at the beginning holds no calls.
+
+    Args:
+        text: a turn of the policy, with the control tokens that mark calls.
+        form: "hermes", "llama3", "mistral", "plain", or "auto" for any of them.
+
+    Raises:
+        CallError: a call is begun and cannot be read.
+    """
+    thought = THOUGHT.match(text)
+    start = thought.end() if thought else 0
+    said = text[start:]
+    for name, read in READERS.items():
+        if form in ("auto", name) and (found := read(said)) is not None:
+            place, calls = found
+            return text[: start + place].rstrip(), calls
+    return text, []
+
+
+def _hermes(text: str) -> tuple[int, list[Call]] | None:
+    found = list(HERMES.finditer(text))
+    return (found[0].start(), [_call(_json(one[1])) for one in found]) if found else None
+
+
+def _mistral(text: str) -> tuple[int, list[Call]] | None:
+    found = MISTRAL.search(text)
+    if found is None:
+        return None
+    written = CONTROL.sub("", found[1]).strip()
+    if written.startswith("["):
+        listed = _json(written)
+        return found.start(), [_call(one) for one in listed if isinstance(listed, list)]
+    calls = []
+    for part in written.split("[TOOL_CALLS]"):  # newer templates: name[ARGS]{...}
+        named = NAMED.match(part.strip())
+        if named is None:
+            raise CallError('a call is written [TOOL_CALLS][{"name": NAME, "arguments": {...}}]')
+        calls.append(_call({"name": named[1], "arguments": _json(part.strip()[named.end() :])}))
+    return found.start(), calls
+
+
+def _llama3(text: str) -> tuple[int, list[Call]] | None:
+    found = LLAMA3.match(text)
+    if found is None or '"name"' not in text:
+        return None
+    written = CONTROL.sub("", text[found.end() :]).strip()
+    return 0, [_call(_json(one)) for one in re.split(r"(?<=\})\s*;\s*(?=\{)", written)]
+
+
+def _plain(text: str) -> tuple[int, list[Call]] | None:
+    found = list(PLAIN.finditer(text))
+    return (found[0].start(), [_written(one[1].strip()) for one in found]) if found else None
+
+
+def _written(text: str) -> Call:
+    """Read ``name(argument=value)``; values are literals."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
+        return Call(node.func.id, {str(one.arg): ast.literal_eval(one.value) for one in node.keywords if one.arg})
+    except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError):
+        raise CallError('a call is written call: NAME(argument="value")') from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(CONTROL.sub("", text))
+    except (ValueError, RecursionError) as error:
+        raise CallError(f"the call is not valid JSON ({error})") from None
+
+
+def _call(read: Any) -> Call:
+    if isinstance(read, dict) and isinstance(read.get("function"), dict):
+        read = read["function"]
+    if not isinstance(read, dict) or not isinstance(read.get("name"), str):
+        raise CallError('a call is a JSON object {"name": NAME, "arguments": {...}}')
+    arguments = read.get("arguments", read.get("parameters", {}))
+    arguments = _json(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise CallError("the arguments of a call are a JSON object")
+    return Call(read["name"], arguments)
+
+
+READERS = {"hermes": _hermes, "mistral": _mistral, "llama3": _llama3, "plain": _plain}
+"""What reads each format, in the order in which they are tried."""

@@ -1,0 +1,187 @@
+"""Load environments, and keep a run alive when one raises, hangs or dies."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_lightning.errors import RlhfError, SettingError
+from rlhf_lightning.loading import load, shipped_classes
+from rlhf_lightning.types import Environment, Episode, MultiTurn, Prompt, Reply
+from rlhf_lightning.workers import Outcome, WorkerPool
+
+
+def load_environment(spec: Any) -> Environment:
+    """Return the environment that ``spec`` describes: anything that `loading.load` takes.
+
+    Raises:
+        SettingError: see `loading.load`.
+    """
+    return load(spec, Environment, shipped_classes("rlhf_lightning.environments", Environment), "environment")
+
+
+def conversing(spec: Any, max_turns: int = 8, max_tokens: int | None = None) -> MultiTurn:
+    """Return an environment with the limits of its episodes.
+
+    Raises:
+        SettingError: a limit is below 1, or see `load_environment`.
+    """
+    if max_turns < 1 or (max_tokens is not None and max_tokens < 1):
+        raise SettingError(
+            "setting-out-of-range",
+            f"max_turns is {max_turns} and max_episode_tokens {max_tokens}: each must be at least 1",
+        )
+    return MultiTurn(load_environment(spec), max_turns, max_tokens)
+
+
+def fingerprint_of(environment: Environment) -> str:
+    """Hash what decides the first prompts of an environment: its class, its file, its plain settings and its tools."""
+    kind = type(environment)
+    source = ""
+    with suppress(OSError, TypeError):
+        source = Path(inspect.getfile(kind)).read_text(encoding="utf-8")
+    opening: Any = None
+    with suppress(Exception):  # it may need columns, or change with its state
+        opening = environment.reset({"prompt": [{"role": "user", "content": ""}]})
+    settings = {name: value for name, value in vars(environment).items() if _is_plain(value)}
+    said = json.dumps([kind.__qualname__, source, opening, settings], sort_keys=True, default=str)
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | dict | None)
+
+
+class EnvironmentFailedError(RlhfError, RuntimeError):
+    """An environment still has no reply after all attempts."""
+
+
+class FaultTolerantEnvironment:
+    """Another environment whose faults are retried; a fault that stays ends the run or drops the episode.
+
+    Faults: an exception, a process that dies, a timeout, and anything that is not a `Reply`. A dropped episode has no
+    score, so that nothing is learned from it; ``rollout/score_missing`` counts it.
+
+    With ``seconds`` each reply comes from another process, which is killed at the time limit; the environment must be
+    importable there, and its state must be in the episode. Without it replies come from ``threads`` threads.
+
+    Args:
+        environment: what `load_environment` takes.
+        on_fault: "raise" ends the run with the environment's own message; "drop" drops the episode.
+        retries: further attempts for an episode without a reply.
+        wait: wait before the first repetition, seconds; doubles each time.
+        seconds: time limit of one reply, without the start of its process; null sets none.
+        workers: number of processes, with ``seconds``.
+        threads: replies at a time, without ``seconds``.
+        most_in_a_row: with "drop", this many consecutive faults end the run: the environment is gone.
+
+    Raises:
+        SettingError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        environment: Any,
+        on_fault: Literal["raise", "drop"] = "raise",
+        retries: int = 0,
+        wait: float = 1.0,
+        seconds: float | None = None,
+        workers: int = 2,
+        threads: int = 1,
+        most_in_a_row: int = 256,
+    ) -> None:
+        if on_fault not in ("raise", "drop"):
+            raise SettingError("unknown-choice", f"on_fault is {on_fault!r}; choose 'raise' or 'drop'")
+        if (seconds is not None and seconds <= 0) or min(workers, threads, most_in_a_row) < 1:
+            raise SettingError(
+                "setting-out-of-range",
+                f"seconds is {seconds}, workers {workers}, threads {threads}, most_in_a_row {most_in_a_row}: each must "
+                "be positive",
+            )
+        if retries < 0 or wait < 0:
+            raise SettingError("setting-out-of-range", f"retries is {retries} and wait {wait}: each must be at least 0")
+        self.environment = load_environment(environment)
+        self.on_fault, self.retries, self.wait, self.most_in_a_row = on_fault, retries, wait, most_in_a_row
+        self.threads = threads
+        self._pool = None if seconds is None else WorkerPool(replier, environment, seconds, workers)
+        self._in_a_row = 0
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the environment's first prompt."""
+        return self.environment.reset(row)
+
+    def reply(self, episode: Episode) -> Reply | None:
+        """Return the reply to one episode; None drops it."""
+        return self.reply_all([episode])[0]
+
+    def reply_all(self, episodes: Sequence[Episode]) -> list[Reply | None]:
+        """Return a reply to each episode; None drops it.
+
+        Raises:
+            EnvironmentFailedError: an episode has no reply, and ``on_fault`` is "raise", or too many in a row.
+        """
+        outcomes = self._attempt(episodes)
+        for attempt in range(self.retries):
+            left = [place for place, (kind, _) in enumerate(outcomes) if kind != "done"]
+            if not left:
+                break
+            time.sleep(self.wait * 2**attempt)
+            for place, outcome in zip(left, self._attempt([episodes[place] for place in left]), strict=True):
+                outcomes[place] = outcome
+        return [self._checked(episode, *outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
+
+    def _attempt(self, episodes: Sequence[Episode]) -> list[Outcome]:
+        if self._pool is not None:
+            return self._pool.outcomes(episodes)
+        answer = _replier(self.environment)
+        if self.threads == 1:
+            return [answer(episode) for episode in episodes]
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(answer, episodes))
+
+    def _checked(self, episode: Episode, kind: str, value: Any) -> Reply | None:
+        self._in_a_row = 0 if kind == "done" else self._in_a_row + 1
+        if kind == "done":
+            return value
+        name = type(self.environment).__name__
+        if self.on_fault == "raise":
+            raise EnvironmentFailedError(
+                "no-reply",
+                f"{name} did not reply in episode {episode.number}, turn {episode.turn}: {value}; on_fault: drop "
+                "continues without the episode",
+            )
+        if self._in_a_row >= self.most_in_a_row:
+            raise EnvironmentFailedError(
+                "environment-keeps-failing",
+                f"{name} did not reply {self._in_a_row} times in a row, the last because: {value}; repair the "
+                "environment, and resume the run",
+            )
+        return None
+
+    def close(self) -> None:
+        """End the processes; the next reply starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+def replier(spec: Any) -> Callable[[Episode], Outcome]:
+    """Return what replies to one episode in a process of its own."""
+    return _replier(load_environment(spec))
+
+
+def _replier(environment: Environment) -> Callable[[Episode], Outcome]:
+    def answer(episode: Episode) -> Outcome:
+        try:
+            reply = environment.reply(episode)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class may raise anything
+            return "failed", f"{type(error).__name__}: {error}"
+        return ("done", reply) if isinstance(reply, Reply) else ("failed", f"it returned {reply!r:.200}")
+
+    return answer

@@ -1,0 +1,258 @@
+"""Tools for policies: python functions that the policy calls in the format of its own chat template."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import operator
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_lightning.environments.calls import Call, CallError, calls_in
+from rlhf_lightning.errors import MissingError, SettingError
+from rlhf_lightning.loading import load
+from rlhf_lightning.types import Episode, Message, Prompt, Reply
+
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+LONGEST_RESULT = 4000
+"""Characters of a tool's result that the policy reads."""
+
+
+class ToolEnvironment:
+    """Gives the policy tools: it calls them, reads the results as turns of the role ``tool``, and answers at last.
+
+    The descriptions of the tools come from the functions' signatures and docstrings, and are written by the model's own
+    chat template. A turn without a call ends the episode: it is the answer, which the run's scorer judges. A wrong call
+    gets an answer that says what is wrong. Calls of one turn are made in their order. A tool with a method
+    ``for_row(row)`` is asked for the tool of each data row, as a `LookupTable` with a column.
+
+    Args:
+        tools: python functions, or their import paths; ``calculator`` is the one that ships. An object with a
+            ``__name__``, a docstring and a call signature serves too, such as a `LookupTable`.
+        reward: reward of a turn by what it holds: ``call`` for calls that worked, ``wrong`` for a wrong call; 0
+            otherwise.
+        call_format: "auto" reads every format below; "hermes" ``<tool_call>{...}</tool_call>`` (Qwen, Hermes);
+            "llama3" a bare JSON object; "mistral" ``[TOOL_CALLS][{...}]``; "plain" ``name(argument=value)`` on a line
+            that begins with ``call:``.
+        system: put before the conversation as a system turn; null adds none.
+
+    Raises:
+        SettingError: a tool cannot be imported or described, or two have the same name.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Any],
+        reward: Mapping[str, float] | None = None,
+        call_format: Literal["auto", "hermes", "llama3", "mistral", "plain"] = "auto",
+        system: str | None = None,
+    ) -> None:
+        unknown = set(reward or {}) - {"call", "wrong"}
+        if unknown:
+            raise SettingError("unknown-choice", f"reward names {sorted(unknown)}: it takes 'call' and 'wrong'")
+        if call_format not in ("auto", "hermes", "llama3", "mistral", "plain"):
+            raise SettingError("unknown-choice", f"call_format is {call_format!r}; choose auto, hermes or another")
+        shipped = {"calculator": calculator, "LookupTable": LookupTable}
+        loaded = [tool if callable(tool) else load(tool, Callable, shipped, "tool") for tool in tools]
+        self.tools = {str(getattr(tool, "__name__", "")): tool for tool in loaded}
+        if len(self.tools) < len(loaded) or "" in self.tools:
+            raise SettingError("tool-names", f"the tools {[*self.tools]} need different names, one for each of {tools}")
+        self.descriptions = [description_of(tool) for tool in loaded]
+        self.rewards, self.call_format, self.system = dict(reward or {}), call_format, system
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the data's prompt as messages, with the descriptions of the tools."""
+        prompt = row["prompt"]
+        turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        if self.system is not None:
+            turns = [{"role": "system", "content": self.system}, *turns]
+        return [{**turns[0], "tools": [*(turns[0].get("tools") or ()), *self.descriptions]}, *turns[1:]]
+
+    def reply(self, episode: Episode) -> Reply:
+        """Call what the policy's last turn calls; a turn without a call ends the episode."""
+        try:
+            content, calls = calls_in(episode.said, self.call_format)
+        except CallError as error:
+            return Reply(messages=[_result(f"error: {error}")], reward=self.rewards.get("wrong", 0.0))
+        if not calls:
+            return Reply(done=True)
+        results = [self.call(call, episode.row) for call in calls]
+        kind = "call" if all(works for works, _ in results) else "wrong"
+        names = [f"call{episode.turn:02}{place:03}" for place in range(len(calls))]
+        made = [
+            {"type": "function", "id": name, "function": call._asdict()}
+            for name, call in zip(names, calls, strict=True)
+        ]
+        replies = [_result(text, call.name, name) for (_, text), call, name in zip(results, calls, names, strict=True)]
+        turn = {"role": "assistant", "content": content, "tool_calls": made}
+        return Reply(messages=replies, reward=self.rewards.get(kind, 0.0), turn=turn)
+
+    def call(self, call: Call, row: Mapping[str, Any]) -> tuple[bool, str]:
+        """Make one call in an episode of a data row; return whether it worked, and the result or the fault as text."""
+        tool: Any = self.tools.get(call.name)
+        if tool is None:
+            return False, f"error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
+        try:
+            tool = tool.for_row(row) if hasattr(tool, "for_row") else tool
+            inspect.signature(tool).bind(**call.arguments)
+        except TypeError as error:
+            return False, f"error: {call.name}: {error}"
+        try:
+            found = tool(**call.arguments)
+        except Exception as error:  # the policy may ask for anything
+            return False, f"error: {call.name}: {error or type(error).__name__}"
+        text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
+        return True, text[:LONGEST_RESULT]
+
+
+def _result(text: str, name: str = "", identifier: str = "") -> Message:
+    named = {"name": name, "tool_call_id": identifier} if name else {}
+    return {"role": "tool", "content": text, **named}
+
+
+def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
+    """Describe a function as templates want it: name, docstring, and a JSON schema of its arguments.
+
+    The docstring's first paragraph describes the function; lines ``name: what it is`` describe arguments.
+
+    Raises:
+        SettingError: ``tool-undescribed``: it has no docstring, or an argument without a type.
+    """
+    name, text = str(getattr(tool, "__name__", tool)), inspect.getdoc(tool) or ""
+    if not text.strip():
+        raise SettingError("tool-undescribed", f"the tool {name} has no docstring: the policy reads it")
+    about = dict(re.findall(r"^\s*(\w+)(?:\s*\([^)]*\))?:[ \t]+(.+)$", text, re.MULTILINE))
+    called = tool if inspect.isroutine(tool) else type(tool).__call__
+    hints = typing.get_type_hints(called)
+    properties: dict[str, Any] = {}
+    required = []
+    for argument in inspect.signature(tool).parameters.values():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) or argument.name not in hints:
+            raise SettingError("tool-undescribed", f"the argument {argument.name} of the tool {name} needs a type")
+        properties[argument.name] = {**schema_of(hints[argument.name]), **_about(about, argument.name)}
+        if argument.default is argument.empty:
+            required.append(argument.name)
+    parameters = {"type": "object", "properties": properties, "required": required}
+    summary = " ".join(text.split("\n\n")[0].split())
+    return {"type": "function", "function": {"name": name, "description": summary, "parameters": parameters}}
+
+
+def _about(about: Mapping[str, str], name: str) -> dict[str, str]:
+    return {"description": about[name].strip()} if name in about else {}
+
+
+def schema_of(hint: Any) -> dict[str, Any]:
+    """Return the JSON schema of a type hint: plain types, lists, dicts, Literal, and unions with None."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return {"type": JSON_TYPES.get(type(inner[0]), "string"), "enum": list(inner)}
+    if origin in (typing.Union, types.UnionType):
+        some = [schema_of(one) for one in inner if one is not type(None)]
+        return some[0] if len(some) == 1 else {"anyOf": some}
+    if origin is list and inner:
+        return {"type": "array", "items": schema_of(inner[0])}
+    return {"type": JSON_TYPES.get(origin or hint, "string")}
+
+
+# ---- tools that ship ------------------------------------------------------------------------------------------------
+
+OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg,
+}  # fmt: skip
+LONGEST_EXPRESSION, LARGEST_NUMBER, LARGEST_POWER = 200, 1e100, 64
+
+
+def calculator(expression: str) -> str:
+    """Compute an arithmetic expression with + - * / // % ** and parentheses.
+
+    Args:
+        expression: the expression, such as (17 + 4) * 2.
+
+    Raises:
+        ValueError: it is something else, or its value is too large.
+    """
+    if len(expression) > LONGEST_EXPRESSION:
+        raise ValueError(f"the expression has more than {LONGEST_EXPRESSION} characters")
+    try:
+        tree = ast.parse(expression.strip().replace("^", "**"), mode="eval")
+        value = _value(tree.body)
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"{expression!r} is not an arithmetic expression") from None
+    except OverflowError:
+        raise ValueError("the value is too large") from None
+    except ZeroDivisionError:
+        raise ValueError("division by zero") from None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _value(node: ast.expr) -> int | float:
+    """Evaluate a tree of numbers and operators; nothing else is looked at, so nothing else can run."""
+    value: Any = None
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](_value(node.operand))
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        base, power = _value(node.left), _value(node.right)
+        if abs(power) > LARGEST_POWER:
+            raise ValueError(f"powers beyond {LARGEST_POWER} are not computed")
+        value = base**power
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if not isinstance(value, int | float):
+        raise ValueError("only numbers and the operators + - * / // % ** are computed")
+    if not abs(value) <= LARGEST_NUMBER:
+        raise ValueError("the value is too large")
+    return value
+
+
+class LookupTable:
+    """A tool that looks up a key in a table.
+
+    Args:
+        table: the table, or a JSON file of an object; null with a column.
+        name: name of the tool.
+        about: what the tool does, which the policy reads.
+        column: column of the data that holds each row's own table; null gives all rows the same one.
+
+    Raises:
+        MissingError: the file does not exist.
+        SettingError: both a table and a column are given, or neither.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, Any] | str | None = None,
+        name: str = "lookup",
+        about: str = "Look up a key in the table.",
+        column: str | None = None,
+    ) -> None:
+        if (table is None) == (column is None):
+            raise SettingError("conflicting-settings", f"table is {table} and column {column}: give one of them")
+        if isinstance(table, str) and not Path(table).is_file():
+            raise MissingError("no-file", f"there is no file {table}")
+        found = json.loads(Path(table).read_text(encoding="utf-8")) if isinstance(table, str) else table or {}
+        self.table, self.__name__, self.__doc__ = {str(key): value for key, value in found.items()}, name, about
+        self.column = column
+
+    def for_row(self, row: Mapping[str, Any]) -> LookupTable:
+        """Return the tool of a data row."""
+        return self if self.column is None else LookupTable(row[self.column], self.__name__, self.__doc__ or "")
+
+    def __call__(self, key: str) -> str:
+        """Return the value of a key.
+
+        Raises:
+            ValueError: the key is not in the table.
+        """
+        if str(key) not in self.table:
+            raise ValueError(f"there is no {key!r} in the table")
+        return str(self.table[str(key)])

@@ -1,0 +1,242 @@
+"""Episodes of several turns: what an engine asks of an environment, and what is kept of the answers.
+
+An engine samples a turn, hands it to `Turns.replies`, and reads the tokens of the reply before it samples the next
+turn. The policy's tokens are never encoded again: a reply is rendered and encoded by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning import tokenization
+from rlhf_lightning.errors import ContractError
+from rlhf_lightning.types import Environment, Episode, Message, MultiTurn, Prompt, PromptBatch, Reply
+
+
+class Transcript(NamedTuple):
+    """A whole episode.
+
+    Attributes:
+        messages: the turns after the first prompt.
+        starts: index of the first token of each turn of the policy, among the tokens after the first prompt.
+        ends: index of the last token of each turn of the policy.
+        rewards: the environment's reward of each turn of the policy.
+        learned: bool, True on the policy's tokens, shape (tokens,).
+        finished: whether the environment ended the episode after a whole turn; False where a limit did.
+        failed: whether the environment failed, so that the episode cannot be judged.
+    """
+
+    messages: tuple[Message, ...]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    rewards: tuple[float, ...]
+    learned: Tensor
+    finished: bool
+    failed: bool
+
+    @property
+    def reward(self) -> float:
+        """Sum of the environment's rewards; NaN if it failed."""
+        return math.nan if self.failed else math.fsum(self.rewards)
+
+    def asked(self, prompt: Prompt) -> Prompt:
+        """Return what the policy's last turn answers: the first prompt and the turns between."""
+        between = self.messages[:-1]
+        if isinstance(prompt, str):
+            return prompt + "".join(str(turn["content"]) for turn in between)
+        return [*prompt, *between]
+
+    def token_rewards(self) -> Tensor:
+        """Return the rewards on the last tokens of their turns, and minus their sum on the last learned token.
+
+        Added to a score that holds the sum and lies on the last learned token, they move each reward to its turn.
+        """
+        rewards = torch.zeros(len(self.learned), dtype=torch.float64)
+        rewards[list(self.ends)] = torch.tensor(self.rewards, dtype=torch.float64)
+        rewards[self.ends[-1]] -= math.fsum(self.rewards)
+        return rewards.float()
+
+
+class _Open:
+    """An episode while it is sampled."""
+
+    def __init__(self, prompt: Prompt, row: Mapping[str, Any], number: int) -> None:
+        self.row, self.number, self.is_text = row, number, isinstance(prompt, str)
+        self.messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        self.first = len(self.messages)
+        self.ids: list[int] = []
+        self.learned: list[bool] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.rewards: list[float] = []
+        self.finished = self.failed = False
+
+    def say(self, ids: Sequence[int], text: str) -> None:
+        """Add a turn of the policy."""
+        self.starts.append(len(self.ids))
+        self.ids += ids
+        self.learned += [True] * len(ids)
+        self.ends.append(len(self.ids) - 1)
+        self.messages.append({"role": "assistant", "content": text})
+
+    def hear(self, ids: Sequence[int], messages: Sequence[Message]) -> None:
+        """Add a reply."""
+        self.ids += ids
+        self.learned += [False] * len(ids)
+        self.messages += messages
+
+    def transcript(self) -> Transcript:
+        """Return the whole episode."""
+        places = tuple(self.starts), tuple(self.ends), tuple(self.rewards)
+        learned = torch.tensor(self.learned, dtype=torch.bool)
+        return Transcript(tuple(self.messages[self.first :]), *places, learned, self.finished, self.failed)
+
+
+class Turns:
+    """The conversations of one call to an engine.
+
+    Args:
+        rules: the environment, and the limits of an episode.
+        tokenizer: the policy's tokenizer.
+        prompts: first prompt of each episode, as the data gave it.
+        columns: further columns of the data, each a list with one value per episode.
+        numbers: number of each episode in the run.
+    """
+
+    def __init__(
+        self,
+        rules: MultiTurn,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        columns: Mapping[str, Sequence[Any]],
+        numbers: Sequence[int],
+    ) -> None:
+        self.rules, self.tokenizer = rules, tokenizer
+        self.name = type(rules.environment).__name__
+        self._open = [
+            _Open(prompt, {**{name: values[row] for name, values in columns.items()}, "prompt": prompt}, int(number))
+            for row, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
+        ]
+
+    def ids(self, row: int) -> list[int]:
+        """Return the tokens of an episode after its first prompt: the policy's turns and the replies."""
+        return self._open[row].ids
+
+    def room(self, row: int, most: int) -> int:
+        """Return the most tokens that an episode's next turn may have, at most ``most``."""
+        budget = self.rules.max_tokens
+        return most if budget is None else min(most, budget - len(self._open[row].ids))
+
+    def replies(self, rows: Sequence[int], turns: Sequence[Sequence[int]], ended: Sequence[bool]) -> list[bool]:
+        """Hand turns that were sampled to the environment; return which episodes go on.
+
+        An episode ends with the environment's ``done``, after ``max_turns`` turns, with a turn that has no end token,
+        or where the reply leaves no room for another turn. The tokens of the other replies are then part of `ids`.
+
+        Args:
+            rows: the episodes.
+            turns: tokens of the policy's turn in each.
+            ended: whether the turn has an end token.
+
+        Raises:
+            ContractError: the environment returned something else than a `Reply` for each episode.
+        """
+        asked = []
+        for row, ids, whole in zip(rows, turns, ended, strict=True):
+            one = self._open[row]
+            one.say(list(ids), tokenization.turn_text(self.tokenizer, ids))
+            last = not whole or len(one.ends) >= self.rules.max_turns or self.room(row, 1) < 1
+            asked.append(
+                Episode(one.row, [*one.messages], [*one.ids], [*one.learned], one.number, len(one.ends) - 1, last)
+            )
+        given = replies_of(self.rules.environment, asked, self.name)
+        return [
+            self._goes_on(row, reply, whole, episode.last)
+            for row, reply, whole, episode in zip(rows, given, ended, asked, strict=True)
+        ]
+
+    def _goes_on(self, row: int, reply: Reply | None, whole: bool, last: bool) -> bool:
+        one = self._open[row]
+        if reply is None:
+            one.failed = True
+            one.rewards.append(0.0)
+            return False
+        one.rewards.append(float(reply.reward))
+        if reply.turn is not None:
+            one.messages[-1] = {**reply.turn}
+        one.finished = reply.done and whole
+        if reply.done or last:
+            return False
+        messages, ids = self._encoded(one, reply)
+        if self.rules.max_tokens is not None and len(one.ids) + len(ids) >= self.rules.max_tokens:
+            return False
+        one.hear(ids, messages)
+        return True
+
+    def _encoded(self, one: _Open, reply: Reply) -> tuple[list[Message], list[int]]:
+        """Return a reply as messages and as tokens."""
+        messages: list[Message] = [*reply.messages] or [{"role": "user", "content": reply.text or ""}]
+        if reply.ids is not None:
+            ids = [int(index) for index in reply.ids]
+            messages = [{"role": "user", "content": self.tokenizer.decode(ids)}]
+        elif one.is_text and not reply.messages:
+            ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], reply.text or "")
+        else:
+            ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], messages)
+        if not ids:
+            raise ContractError(
+                "empty-reply",
+                f"{self.name} replied without a token: return Reply(done=True) to end the episode, or a text",
+            )
+        return messages, ids
+
+    def transcripts(self) -> tuple[Transcript, ...]:
+        """Return the episodes after their end."""
+        return tuple(one.transcript() for one in self._open)
+
+
+def turns_of(batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Turns | None:
+    """Return the conversations that a batch begins; None where one completion is the whole episode."""
+    if batch.multi_turn is None:
+        return None
+    return Turns(batch.multi_turn, tokenizer, batch.texts, batch.columns, batch.episodes.tolist())
+
+
+def replies_of(environment: Environment, episodes: Sequence[Episode], name: str) -> list[Reply | None]:
+    """Ask an environment for its replies to a batch of episodes.
+
+    Args:
+        environment: answers all at once if it has ``reply_all``, otherwise one after the other.
+        episodes: the unfinished episodes.
+        name: name of the environment, for messages.
+
+    Raises:
+        ContractError: ``bad-reply``: it returned something else than a `Reply` for each, or a reward that is not
+            finite.
+    """
+    reply_all = getattr(environment, "reply_all", None)
+    given = [environment.reply(one) for one in episodes] if reply_all is None else list(reply_all(episodes))
+    wrong = ""
+    if len(given) != len(episodes):
+        wrong = f"returned {len(given)} replies to {len(episodes)} episodes"
+    for reply in given:
+        if isinstance(reply, Reply) and not _is_finite(reply.reward):
+            wrong = f"gave the reward {reply.reward!r}, which is not a finite number"
+        elif not isinstance(reply, Reply) and (reply is not None or reply_all is None):
+            wrong = f"returned {reply!r:.200} in place of a Reply"
+    if wrong:
+        raise ContractError("bad-reply", f"{name} {wrong}; return rlhf_lightning.types.Reply for each episode")
+    return given
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False

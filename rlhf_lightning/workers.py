@@ -1,0 +1,174 @@
+"""Processes for user code that may hang or die: rows go in, outcomes come back, each within a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal
+
+from rlhf_lightning.errors import RlhfError
+from rlhf_lightning.working_directory import Carried
+
+START_SECONDS = 120.0
+"""Time limit of a process for importing the user's code."""
+
+Outcome = tuple[Literal["done", "failed", "timed_out"], Any]
+"""Outcome of a row: its result or what went wrong."""
+
+Start = Callable[[Any], Callable[[Any], Outcome]]
+"""Makes what works on a row, in the process."""
+
+
+class WorkerFailedError(RlhfError, RuntimeError):
+    """A process cannot be started."""
+
+
+class WorkerPool:
+    """Works on rows one by one in processes, each row with an enforced time limit.
+
+    A process that exceeds its time is killed with all its children, even in an endless loop or a C extension. Processes
+    are fresh interpreters. They start with the first rows and live until the pool is closed.
+
+    Args:
+        start: importable function that is called with ``spec`` in each process and returns what works on a row.
+        spec: what ``start`` takes; it must be picklable.
+        seconds: time limit of one row, without the start of the process.
+        workers: number of processes.
+    """
+
+    def __init__(self, start: Start, spec: Any, seconds: float, workers: int) -> None:
+        self.start, self.spec, self.seconds, self.workers = start, spec, seconds, workers
+        self._pool: list[Worker] = []
+
+    def outcomes(self, rows: Sequence[Any]) -> list[Outcome]:
+        """Hand the rows to processes as these become free; return the outcome of each row.
+
+        Raises:
+            WorkerFailedError: ``spec`` cannot be handed to another process.
+        """
+        outcomes: dict[int, Outcome] = {}
+        waiting = deque(range(len(rows)))
+        while len(outcomes) < len(rows):
+            while waiting and (worker := self._free_worker()):
+                worker.give(waiting[0], rows[waiting.popleft()], self.seconds)
+            busy = [worker for worker in self._pool if worker.row is not None]
+            patience = max(min(worker.deadline for worker in busy) - time.monotonic(), 0.0)
+            wait([worker.connection for worker in busy], patience)
+            for worker in busy:
+                row, outcome = worker.row, worker.outcome()
+                if outcome is not None and row is not None:
+                    outcomes[row] = outcome
+            self._pool = [worker for worker in self._pool if worker.alive]
+        return [outcomes[row] for row in range(len(rows))]
+
+    def _free_worker(self) -> Worker | None:
+        free = next((worker for worker in self._pool if worker.row is None), None)
+        if free is None and len(self._pool) < self.workers:
+            self._pool.append(free := Worker(self.start, self.spec))
+        return free
+
+    def close(self) -> None:
+        """End the processes; the next row starts new ones."""
+        for worker in self._pool:
+            worker.kill()
+        self._pool = []
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be shutting down
+            self.close()
+
+
+class Worker:
+    """A process that works on one row at a time.
+
+    Attributes:
+        connection: pipe of its answers.
+        row: number of its current row; None when it is free.
+        deadline: time limit of the row, on the monotonic clock.
+        alive: whether it can be given another row.
+    """
+
+    def __init__(self, start: Start, spec: Any) -> None:
+        context: Any = multiprocessing.get_context(start_method(start.__module__))
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, start, Carried(spec)), daemon=True)
+        try:
+            self.process.start()
+        except (AttributeError, TypeError, ValueError, OSError) as error:
+            raise WorkerFailedError(
+                "not-importable",
+                f"{spec!r} cannot be handed to another process ({error}); name an importable function or class",
+            ) from error
+        theirs.close()
+        self.row: int | None = None
+        self.deadline, self.alive, self._ready, self._seconds = 0.0, True, False, 0.0
+
+    def give(self, row: int, content: Any, seconds: float) -> None:
+        """Hand a row over."""
+        self.row, self._seconds = row, seconds
+        self.deadline = time.monotonic() + (seconds if self._ready else START_SECONDS)
+        with contextlib.suppress(OSError):  # a dead process: `outcome` reports it
+            self.connection.send(content)
+
+    def outcome(self) -> Outcome | None:
+        """Return the row's outcome, or None while it is open. A process that fails to answer is killed."""
+        try:
+            if self.connection.poll():
+                found = self.connection.recv()
+                if found == "ready":  # its time begins now
+                    self._ready, self.deadline = True, time.monotonic() + self._seconds
+                    return None
+                self.row = None
+                return found
+        except (EOFError, OSError):
+            self.kill()
+            return "failed", f"its process ended with exit code {self.process.exitcode}"
+        if time.monotonic() < self.deadline:
+            return None
+        self.kill()
+        limit = self._seconds if self._ready else START_SECONDS
+        return "timed_out", f"it took longer than {limit:g} s" + ("" if self._ready else " to start")
+
+    def kill(self) -> None:
+        """Kill the process and all its children."""
+        self.alive, self.row = False, None
+        self.connection.close()
+        if self.process.pid is not None and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.join(timeout=5)
+
+
+def start_method(module: str) -> str:
+    """Return "forkserver" where it exists, since forks of a process with threads hang, else "spawn".
+
+    The server imports ``module`` once, so a process that replaces a killed one starts in milliseconds.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload([module])
+    return "forkserver"
+
+
+def serve(connection: Connection, start: Start, spec: Any) -> None:
+    """Work on rows until the other side closes the connection; runs in its own process."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group of its own: what user code starts is killed with it
+    with contextlib.suppress(EOFError, OSError):
+        try:
+            work = start(spec)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - reported to the other side
+            connection.recv()
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            return
+        connection.send("ready")
+        while True:
+            connection.send(work(connection.recv()))

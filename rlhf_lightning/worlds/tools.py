@@ -1,0 +1,191 @@
+"""The tool world: a small shop in which a policy learns to look prices up and to add them, and a guessing game.
+
+A request names two things, such as ``pear and fig``. Every row has prices of its own, 1 to 9, which only the tool
+``price`` knows; ``add`` adds two numbers. The best policy makes two turns of calls and copies the sum::
+
+    call: price(key="pear")
+    call: price(key="fig")        -> 7, 5
+    call: add(a=7, b=5)            -> 12
+    12
+
+The **gold reward** is 1 for the right sum and 0 otherwise, so the optimum is 1. A policy without tools can only guess:
+the best guess, 10, is right in 9 of 81 cases. Demonstrations come from writers of whom few use both tools, so a policy
+that imitates them earns about a quarter of the gold reward, yet each right turn is common enough to be found.
+
+The **game** is `environments.GuessTheNumber` with numbers 1 to 16. Its optimum is known too: halving what is left finds
+the number within five guesses, and in 54 of 16 guesses on average (3.375).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.environments.tool_use import LookupTable, ToolEnvironment
+from rlhf_lightning.types import Message, Prompt
+
+Row = dict[str, Any]
+
+THINGS = (
+    "pear", "fig", "plum", "lime", "kiwi", "corn", "leek", "bean", "rice", "milk", "salt", "tea", "soap", "bread",
+    "egg", "nut", "jam", "oil", "fish", "cake",
+)  # fmt: skip
+CAREFUL, HALF = 0.2, 0.3
+"""Shares of writers who use both tools, and who only look the prices up; the others guess at once."""
+
+SPECIAL = ("<|pad|>", "<|unk|>", "<|eos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>")
+PIECES = (
+    'call: price(key="', '")', "call: add(a=", ", b=", ")", "\n", " and ", " ", "error: ", "price", "add",
+    "higher", "lower", "right", "guess", "say a number from 1 to 16",
+)  # fmt: skip
+TEMPLATE = (
+    "{% if tools %}<|tools|>{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + (message.content or '') }}"
+    "{% for call in message.tool_calls or [] %}{{ 'call: ' + call.function.name + '(' }}"
+    "{% for name, value in call.function.arguments.items() %}{{ name + '=' + value | tojson }}"
+    "{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ')' }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+class ShopEnvironment(ToolEnvironment):
+    """The shop's tools: ``price``, which reads a row's ``prices``, and ``add``.
+
+    Args:
+        reward: see `ToolEnvironment`.
+    """
+
+    def __init__(self, reward: dict[str, float] | None = None) -> None:
+        price = LookupTable(name="price", about="Look up the price of an item.", column="prices")
+        super().__init__([price, add], reward, call_format="plain")
+
+
+def gold(prompts: Sequence[Prompt], completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> list[float]:
+    """Return 1 for each answer that is the right sum, else 0: the scorer of the shop."""
+    return [float(text.strip() == str(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def request(rng: random.Random) -> Row:
+    """Return a row of the shop: a prompt, the prices of its things, and the answer."""
+    first, second = rng.sample(THINGS, 2)
+    prices = {first: rng.randint(1, 9), second: rng.randint(1, 9)}
+    turn = {"role": "user", "content": f"{first} and {second}"}
+    return {"prompt": [turn], "prices": prices, "answer": str(prices[first] + prices[second])}
+
+
+def demonstration(rng: random.Random, row: Row) -> list[Message]:
+    """Return the conversation of a writer, who may be careful or not, about a row."""
+    (first, one), (second, two) = row["prices"].items()
+    kind = rng.random()
+    turns: list[Message] = [*row["prompt"]]
+    turns[0] = {**turns[0], "tools": ShopEnvironment().descriptions}
+    if kind < CAREFUL + HALF:
+        turns.append(_said(f'call: price(key="{first}")\ncall: price(key="{second}")'))
+        turns += [{"role": "tool", "content": str(one)}, {"role": "tool", "content": str(two)}]
+    if kind < CAREFUL:
+        turns += [_said(f"call: add(a={one}, b={two})"), {"role": "tool", "content": row["answer"]}]
+    return [*turns, _said(row["answer"] if kind < CAREFUL else str(rng.randint(2, 18)))]
+
+
+def game(rng: random.Random) -> Row:
+    """Return a row of the game."""
+    return {"prompt": [{"role": "user", "content": "guess"}], "secret": rng.randint(1, 16)}
+
+
+def played(rng: random.Random, secret: int) -> list[Message]:
+    """Return a game of a player who guesses at random, up to five times."""
+    turns: list[Message] = [{"role": "user", "content": "guess"}]
+    for left in reversed(range(5)):
+        guess = rng.randint(1, 16)
+        turns.append(_said(str(guess)))
+        if guess == secret or not left:
+            break
+        turns.append({"role": "user", "content": "higher" if guess < secret else "lower"})
+    return turns
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: int = 200) -> Path:
+    """Write the world's files to ``folder``, and return it.
+
+    Files: demonstrations.jsonl, prompts_train.jsonl and prompts_test.jsonl of the shop; games.jsonl, game_prompts.jsonl
+    and game_test.jsonl of the game; and model/ (configuration, tokenizer, chat template; no weights).
+
+    Args:
+        folder: created if missing.
+        seed: the same seed gives the same rows.
+        rows: demonstrations and training prompts, each.
+        held_out: prompts held out.
+    """
+    rng, folder = random.Random(seed), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "demonstrations": [{"messages": demonstration(rng, request(rng))} for _ in range(rows)],
+        "prompts_train": [request(rng) for _ in range(rows)],
+        "prompts_test": [request(rng) for _ in range(held_out)],
+        "games": [{"messages": played(rng, rng.randint(1, 16))} for _ in range(rows)],
+        "game_prompts": [game(rng) for _ in range(rows)],
+        "game_test": [{**game(rng), "secret": 1 + number % 16} for number in range(held_out)],
+    }
+    for name, many in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    make_config(len(tokenizer), tokenizer).save_pretrained(folder / "model")
+    return folder
+
+
+def make_tokenizer() -> Any:
+    """Return the world's ``PreTrainedTokenizerFast``: a token for each piece that calls, numbers and things need."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*PIECES, *THINGS, *map(str, range(19))]
+    words = {piece: index for index, piece in enumerate([*SPECIAL, *pieces])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<|unk|>"))
+    longest = sorted(pieces, key=len, reverse=True)
+    pattern = "|".join("".join(f"\\x{{{ord(letter):x}}}" for letter in piece) for piece in longest)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|eos|>",
+        additional_special_tokens=[*SPECIAL[3:]],
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+def make_config(vocabulary: int, tokenizer: Any, hidden_size: int = 64, layers: int = 2) -> Any:
+    """Return a Llama configuration for training from scratch."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+    )

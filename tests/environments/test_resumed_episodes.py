@@ -1,0 +1,70 @@
+"""A run that is killed in the middle of an episode and resumed equals the uninterrupted one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_policy
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def fit(folder: Path, *further: str, deadly: Path | None = None) -> int:
+    """Train in a process of its own; return its exit status."""
+    environment = {
+        **os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DEADLY_REPLIES": str(deadly or ""),
+        "RLHF_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "rlhf_lightning", "fit", *further]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode not in (0, -9):
+        print(done.stdout[-3000:], done.stderr[-3000:])
+    return done.returncode
+
+
+def settings(folder: Path, name: str) -> list[str]:
+    return [
+        "--model", "GRPOModule", "--model.init_from", str(folder / "policy"), "--model.scorer", "ZeroScorer",
+        "--model.engine", '{"class_path": "faulty_environment.ManyEnds"}', "--model.max_new_tokens", "5",
+        "--model.sampling_batch_size", "3", "--model.learning_rate", "1e-3", "--model.seed", "3",
+        "--data", "PromptDataModule", "--data.source", "prompts.jsonl", "--data.batch_size", "8",
+        "--data.samples_per_prompt", "4", "--data.rollouts", "5", "--data.max_turns", "3",
+        "--data.environment", '{"class_path": "faulty_environment.Deadly"}',
+        "--trainer.max_epochs", "1", "--checkpoint.every_n_updates", "1", "--run_name", name,
+    ]  # fmt: skip
+
+
+def state(folder: Path, name: str) -> dict[str, Any]:
+    (run,) = (folder / "runs" / name).glob("version_*")
+    kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    samples = (run / "samples.jsonl").read_text()
+    return {"samples": samples, **{part: repr(kept[part]) for part in ("state_dict", "optimizer_states", "progress")}}
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path) -> None:
+    kills = json.loads(os.environ.get("KILLS", "[60, 75]"))
+    save_policy(tmp_path / "policy")
+    rows = [{"prompt": f"w{10 + number} w{20 + number}"} for number in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fit(tmp_path, *settings(tmp_path, "whole")) == 0
+    deadly = tmp_path / "left"
+    status, resumed = -9, False
+    for left in kills:
+        deadly.write_text(str(left))
+        further = ["--resume", "runs/cut/version_0"] if resumed else settings(tmp_path, "cut")
+        status = fit(tmp_path, *further, deadly=deadly)
+        resumed = (tmp_path / "runs/cut/version_0/checkpoints/last.ckpt").exists()
+        if status == 0:
+            break
+        assert status == -9
+    if status != 0:
+        assert fit(tmp_path, "--resume", "runs/cut/version_0") == 0
+    assert state(tmp_path, "cut") == state(tmp_path, "whole")

@@ -1,0 +1,228 @@
+"""Tools: how they are described, how calls are read, what a wrong call is told, and a whole episode over tokens."""
+
+from typing import Any, Literal
+
+import pytest
+from conftest import END, make_tiny_tokenizer, refused
+
+from rlhf_lightning.environments import GuessTheNumber, ToolEnvironment, calculator, conversing
+from rlhf_lightning.environments.calls import Call, CallError, calls_in
+from rlhf_lightning.environments.tool_use import LookupTable, description_of
+from rlhf_lightning.sampling.conversation import Turns
+from rlhf_lightning.types import Episode, Message
+
+TOOLS = (
+    "{% if tools %}{{ '<|system|>\n' + tools | tojson + '<|end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + ('user' if message.role == 'tool' else message.role) + '|>\n' + "
+    "message.content + (message.tool_calls | tojson if message.tool_calls else '') + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def weather(city: str, unit: Literal["C", "F"] = "C", days: int | None = None, tags: list[str] | None = None) -> str:
+    """Tell the weather
+    of a city.
+
+    Args:
+        city: name of the city.
+        unit: of the temperature.
+    """
+    return f"{city}: 7 {unit}"
+
+
+def test_a_description_comes_from_signature_and_docstring() -> None:
+    assert description_of(weather)["function"] == {
+        "name": "weather",
+        "description": "Tell the weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "name of the city."},
+                "unit": {"type": "string", "enum": ["C", "F"], "description": "of the temperature."},
+                "days": {"type": "integer"},
+                "tags": {"type": "array", "items": {"type": "string"}},
+            },
+            "required": ["city"],
+        },
+    }
+    assert description_of(LookupTable({"a": 1}, "ages", "Look up an age."))["function"]["name"] == "ages"
+
+
+def test_what_the_policy_could_not_know_is_refused() -> None:
+    with refused("tool-undescribed", "no docstring"):
+        description_of(lambda x: x)
+
+    def untyped(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        """Say nothing."""
+
+    with refused("tool-undescribed", "the argument x of the tool untyped needs a type"):
+        ToolEnvironment([untyped])
+    with refused("tool-names"):
+        ToolEnvironment([calculator, "calculator"])
+    with refused("unknown-choice", "'wins'"):
+        ToolEnvironment([calculator], reward={"wins": 1.0})
+
+
+ADD = Call("add", {"a": 1, "b": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ('so <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x"}}\n</tool_call>', "so"),
+        ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": \\"x\\"}"}', ""),
+        ('{"name": "add", "parameters": {"a": 1, "b": "x"}}', ""),
+        ('<|python_tag|>{"name": "add", "parameters": {"a": 1, "b": "x"}}<|eom_id|>', ""),
+        ('[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "b": "x"}, "id": "123456789"}]</s>', ""),
+        ('hm[TOOL_CALLS]add[ARGS]{"a": 1, "b": "x"}', "hm"),
+        ('I add.\ncall: add(a=1, b="x")', "I add."),
+        ('<think>call: f()</think>\ncall: add(a=1, b="x")', "<think>call: f()</think>"),
+        ('{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "x"}}}', ""),
+    ],
+)
+def test_calls_are_read_in_the_formats_that_templates_write(text: str, before: str) -> None:
+    assert calls_in(text) == (before, [ADD])
+
+
+def test_a_format_reads_no_other_and_text_without_a_call_is_none() -> None:
+    assert calls_in('call: add(a=1, b="x")', "hermes")[1] == []
+    for text in ("the sum is 3", "{1, 2}", "we call: it", "", "<think>call: f()</think> 3"):
+        assert calls_in(text) == (text, [])
+    both = "<tool_call>" + '{"name": "f"}' + "</tool_call>" + '\n<tool_call>{"name": "g"}</tool_call>'
+    assert [call.name for call in calls_in(both)[1]] == ["f", "g"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>add(1)</tool_call>",
+        "<tool_call>[1]</tool_call>",
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+        "[TOOL_CALLS]hello",
+        "call: add(1)",
+        "call: __import__('os').system('x')",
+        "call: f(a=g())",
+        '{"name": "f", "parameters"',
+        "<tool_call>" + "[" * 5000,
+    ],
+)
+def test_a_broken_call_is_said(text: str) -> None:
+    with pytest.raises(CallError):
+        calls_in(text)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("(17 + 4) * 2", "42"),
+        ("10 / 4", "2.5"),
+        ("7 // 2 - -1", "4"),
+        ("2 ** 10", "1024"),
+        ("1 / 3", "0.3333333333"),
+        ("4 / 2", "2"),
+    ],
+)
+def test_the_calculator_computes(expression: str, value: str) -> None:
+    assert calculator(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os')",
+        "9**9**9",
+        "1/0",
+        "True+1",
+        "1e99*1e99",
+        "(-8)**0.5",
+        "x",
+        "",
+        "1+" * 300,
+        "(" * 150,
+        "1e90**64",
+        "[1]*9",
+        "'a'*9",
+        "1 if 1 else 2",
+        "10.0**64**2",
+        "0**-1",
+    ],
+)
+def test_the_calculator_refuses_everything_else(expression: str) -> None:
+    with pytest.raises(ValueError, match=r"^[\w'(]"):
+        calculator(expression)
+
+
+def episode(text: str, turn: int = 0) -> Episode:
+    return Episode({}, [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}], [], [], 3, turn)
+
+
+def test_wrong_calls_are_answered_and_rewarded() -> None:
+    tools = ToolEnvironment([calculator, LookupTable({"a": 1})], reward={"call": 0.1, "wrong": -0.2})
+    told = {
+        'call: calculator(expression="1+1")': ("2", 0.1),
+        'call: lookup(key="a")': ("1", 0.1),
+        'call: lookup(key="b")': ("error: lookup: there is no 'b' in the table", -0.2),
+        "call: search(q=1)": ("error: there is no tool 'search'; the tools are calculator, lookup", -0.2),
+        "call: lookup(name=1)": ("error: lookup: missing a required argument: 'key'", -0.2),
+        "call: lookup(": ('error: a call is written call: NAME(argument="value")', -0.2),
+    }
+    for text, (result, reward) in told.items():
+        reply = tools.reply(episode(text))
+        (message,) = reply.messages
+        assert (message["role"], message["content"], reply.reward, reply.done) == ("tool", result, reward, False)
+    assert tools.reply(episode("it is 2")).done and tools.reply(episode("it is 2")).reward == 0.0
+
+
+def test_a_long_result_is_cut() -> None:
+    tools = ToolEnvironment([LookupTable({"a": "x" * 9000})])
+    assert len(tools.reply(episode('call: lookup(key="a")')).messages[0]["content"]) == 4000
+
+
+def test_tools_reach_the_first_prompt() -> None:
+    tools = ToolEnvironment(["calculator"], system="Use tools.")
+    first, second = tools.reset({"prompt": "1 + 1?"})  # type: ignore[misc]
+    assert first["role"] == "system" and first["tools"] == tools.descriptions  # type: ignore[index]
+    assert second == {"role": "user", "content": "1 + 1?"}
+    given = [{"role": "user", "content": "1?", "tools": [description_of(weather)]}]
+    (only,) = ToolEnvironment([calculator]).reset({"prompt": given})  # type: ignore[misc]
+    assert [tool["function"]["name"] for tool in only["tools"]] == ["weather", "calculator"]  # type: ignore[index]
+
+
+def test_a_conversation_over_tokens() -> None:
+    tokenizer = make_tiny_tokenizer(TOOLS)
+    rules = conversing({"class_path": "ToolEnvironment", "init_args": {"tools": ["calculator"]}}, max_turns=3)
+    prompt = rules.environment.reset({"prompt": "2 * 3?"})
+    turns = Turns(rules, tokenizer, [prompt], {"answer": ["6"]}, [7])
+
+    def say(text: str) -> bool:
+        return turns.replies([0], [[*tokenizer(text).input_ids, END]], [True])[0]
+
+    assert say('<tool_call>{"name": "calculator", "arguments": {"expression": "2 * 3"}}</tool_call>')
+    said = tokenizer.decode(turns.ids(0))
+    assert said.endswith("<|end|>\n<|user|>\n6<|end|>\n<|assistant|>\n")
+    assert not say("it is 6")
+    (transcript,) = turns.transcripts()
+    assert transcript.finished and transcript.rewards == (0.0, 0.0)
+    roles: list[tuple[str, Any]] = [(turn["role"], turn["content"]) for turn in transcript.messages]
+    assert roles == [("assistant", ""), ("tool", "6"), ("assistant", "it is 6")]
+    asked: list[Message] = transcript.asked(prompt)  # type: ignore[assignment]
+    assert [turn["role"] for turn in asked] == ["user", "assistant", "tool"]
+    learned = [index for index, mask in zip(turns.ids(0), transcript.learned, strict=True) if mask]
+    assert tokenizer.decode(learned).count("<|end|>") == 2 and "<|user|>" not in tokenizer.decode(learned)
+
+
+@pytest.mark.parametrize("reward", ["turn", "final"])
+def test_the_game_tells_and_pays(reward: Any) -> None:
+    game, row = GuessTheNumber(16, reward=reward), {"secret": 11, "prompt": "guess"}
+    messages: list[Message] = [{"role": "user", "content": "guess"}]
+    heard, paid = [], []
+    for guess in ("8", "12 or", "3", "no", "11"):
+        messages.append({"role": "assistant", "content": guess})
+        reply = game.reply(Episode(row, messages, [], [], 0))
+        heard.append(reply.text)
+        paid.append(reply.reward)
+    assert heard == ["higher", "lower", "higher", "say a number from 1 to 16", "right"] and reply.done
+    expected = [0.1, 0.1, 0.0, 0.0, 1.0]
+    assert paid == pytest.approx(expected if reward == "turn" else [0.0] * 4 + [sum(expected)])
+    cut = game.reply(Episode(row, messages[:2], [], [], 0, last=True))
+    assert cut.reward == pytest.approx(0.1)

@@ -1,0 +1,60 @@
+"""Environments for tests, importable in other processes: one that talks, and one that fails."""
+
+import os
+import signal
+import time
+from typing import Any
+
+from rlhf_lightning.sampling.engines import SlotEngine
+from rlhf_lightning.types import Episode, Reply
+
+
+class Talks:
+    """Pays each turn by its last token, and ends with one that is divisible by 5."""
+
+    def reset(self, row: Any) -> Any:
+        return row["prompt"]
+
+    def reply(self, episode: Episode) -> Reply:
+        last = episode.ids[-1]
+        return Reply(f"w{last} w7", reward=last / 10, done=last % 5 == 0)
+
+
+class Faulty(Talks):
+    """Fails in the episodes with an odd number."""
+
+    def __init__(self, how: str = "raises") -> None:
+        self.how = how
+
+    def reply(self, episode: Episode) -> Reply:
+        if episode.number % 2:
+            if self.how == "raises":
+                raise OSError("the simulator is away")
+            if self.how == "hangs":
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reply(episode)
+
+
+class ManyEnds(SlotEngine):
+    """Slots in which a third of all tokens end a turn, so that random weights take several."""
+
+    def sample(self, model: Any, prompts: Any, episodes: Any, settings: Any, seed: int, ends: Any, *args: Any,
+               **further: Any) -> Any:  # fmt: skip
+        return super().sample(model, prompts, episodes, settings, seed, (*ends, *range(10, 50)), *args, **further)
+
+
+class Deadly(Talks):
+    """Kills the process after as many replies as are left in the file named by DEADLY_REPLIES, if there is one."""
+
+    def reply(self, episode: Episode) -> Reply:
+        name = os.environ.get("DEADLY_REPLIES")
+        if name and os.path.exists(name):
+            with open(name) as file:
+                left = int(file.read()) - 1
+            with open(name, "w") as file:
+                file.write(str(left))
+            if left == 0:
+                os.remove(name)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().reply(episode)

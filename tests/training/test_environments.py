@@ -1,0 +1,174 @@
+"""Training on episodes of several turns: the rollout, where rewards go, and what a failing environment costs."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import refused
+from faulty_environment import Faulty, ManyEnds, Talks
+from tiny_models import MetricsLog, fit, prompt_step, random_rows, within
+from torch import Tensor
+
+from rlhf_lightning.environments import FaultTolerantEnvironment, conversing
+from rlhf_lightning.functional.policy_gradient import generalized_advantages, turn_discounts, turn_returns
+from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule
+from rlhf_lightning.types import Episode, MultiTurn, Reply, Rollout, Step
+
+PROMPTS = [prompt for prompt, _ in random_rows(3, seed=81) for _ in range(2)]
+SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 5, "learning_rate": 1e-3, "lr_schedule": "constant", "scorer": "ZeroScorer", "kl_coef": 0.0,
+}  # fmt: skip
+
+
+def step(environment: Any = None, **limits: Any) -> Step[Any]:
+    (batch,) = prompt_step(PROMPTS).micro_batches
+    rules = MultiTurn(environment or Talks(), **{"max_turns": 3, **limits})
+    return Step((batch._replace(group=torch.arange(6) // 2, multi_turn=rules),), 6, 0)
+
+
+def run(kind: Any, folder: str, environment: Any = None, micro: int | None = None, **settings: Any) -> Any:
+    class Keeps(kind):  # type: ignore[misc, valid-type]
+        def on_rollout_end(self, rollout: Rollout, means: Any) -> None:
+            self.__dict__.setdefault("ended", []).append((rollout, dict(means)))
+
+        def shape_rewards(self, rollout: Rollout) -> Tensor:
+            self.__dict__["shaped"] = super().shape_rewards(rollout)
+            return self.shaped
+
+    log = MetricsLog()
+    module = Keeps(init_from=folder, engine=ManyEnds(), **{**SETTINGS, **settings})
+    fit(module, within([step(environment)], micro), callbacks=[log])
+    module.__dict__["row"] = log.rows[0]
+    return module
+
+
+@pytest.mark.parametrize("kind", [PPOModule, GRPOModule])
+def test_an_episode_is_one_row_with_holes_and_rewards_at_its_turns(policy_folder: str, kind: Any) -> None:
+    module = run(kind, policy_folder, **({"missing_eos_score": None} if kind is PPOModule else {}))
+    ((rollout, means),) = module.ended
+    mask, expected = rollout.completion_mask, torch.zeros(rollout.completion_mask.shape)
+    turns = []
+    for row, ids in enumerate(rollout.sequences.completions):
+        learned = rollout.sequences.supervised[row]
+        ends = [t for t in range(len(ids)) if learned[t] and (t + 1 == len(ids) or not learned[t + 1])]
+        expected[row, ends] = ids[ends] / 10
+        turns.append(len(ends))
+        for end in ends[:-1]:  # the reply is read as it was written, and encoded by itself
+            assert ids[end + 1 : end + 3].tolist() == [int(ids[end]), 7]
+    torch.testing.assert_close(module.shaped.detach(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.scores, expected.sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.parts["environment"], rollout.scores)
+    assert rollout.turns.tolist() == turns and max(turns) == 3 and min(turns) == 1
+    assert means["turns"] == module.row["rollout/turns"] == sum(turns) / 6
+    assert means["score"] == pytest.approx(float(rollout.scores.mean()))
+    assert means["completion_length"] == float(mask.sum()) / 6
+    if kind is PPOModule:
+        assert rollout.values is not None and bool((rollout.values[~mask] == 0).all())
+
+
+def test_micro_batches_change_nothing(policy_folder: str) -> None:
+    whole, parted = (run(GRPOModule, policy_folder, micro=micro) for micro in (None, 2))
+    assert whole.row["train/grad_norm"] == pytest.approx(parted.row["train/grad_norm"], rel=1e-4)
+    assert whole.row["rollout/score"] == parted.row["rollout/score"]
+
+
+# -- credit -----------------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 1], [1, 0, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+
+
+def test_turn_discounts_stand_at_the_ends_of_turns() -> None:
+    found = turn_discounts(MASK, 0.5, 0.9)
+    assert found[0].tolist() == pytest.approx([0.9, 0.45, 0.9, 0.9, 0.45, 0.9, 0.9, 0.45])
+
+
+def test_gae_discounts_between_turns_and_skips_replies() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 9.0, 9.0, 2.0, 9.0, 0.0, 4.0]])
+    values = torch.tensor([[0.5, 0.25, 7.0, 7.0, 1.0, 7.0, 2.0, 3.0]])
+    discounts = turn_discounts(MASK[:1], 0.5)
+    _, returns = generalized_advantages(rewards, values, MASK[:1], discounts, lam=1.0)
+    assert returns[0].tolist() == pytest.approx([3.0, 3.0, 0.0, 0.0, 4.0, 0.0, 4.0, 4.0])
+    advantages, _ = generalized_advantages(rewards, values, MASK[:1], discounts, lam=0.0)
+    assert advantages[0].tolist() == pytest.approx([-0.25, 1.25, 0.0, 0.0, 2.0, 0.0, 1.0, 1.0])
+
+
+def test_turn_returns_are_rewards_to_go_of_whole_turns() -> None:
+    rewards = torch.tensor([[0.5, 0.5, 9.0, 9.0, 2.0, 9.0, 0.0, 4.0], [1.0, 9.0, 3.0, 0, 0, 0, 0, 0]])
+    returns, turn = turn_returns(rewards, MASK, 0.5)
+    torch.testing.assert_close(returns, torch.tensor([[3.0, 4.0, 4.0], [2.5, 3.0, torch.nan]]), equal_nan=True)
+    assert turn[0, MASK[0]].tolist() == [0, 0, 1, 2, 2] and turn[1, MASK[1]].tolist() == [0, 1]
+
+
+def test_turn_credit_compares_the_same_turns_of_a_group(policy_folder: str) -> None:
+    module = run(CriticFreeModule, policy_folder, credit="turn", gamma=0.5)
+    ((rollout, _),) = module.ended
+    returns, turn = turn_returns(module.shaped.detach(), rollout.completion_mask, 0.5)
+    found = module.advantages(rollout, module.shaped.detach()).advantages
+    for row, other in ((0, 1), (1, 0), (2, 3), (3, 2), (4, 5), (5, 4)):
+        for t in rollout.completion_mask[row].nonzero().flatten().tolist():
+            pair = torch.stack([returns[row, turn[row, t]], returns[other, turn[row, t]]])
+            expected = pair[0] - pair.nanmean()
+            assert float(found[row, t]) == pytest.approx(float(expected), abs=1e-5)
+    assert bool((found[~rollout.completion_mask] == 0).all()) and bool(found.any())
+
+
+def test_a_greedy_baseline_has_no_turns(policy_folder: str) -> None:
+    with refused("greedy-turns", "credit is turn"):
+        CriticFreeModule(init_from=policy_folder, scorer="ZeroScorer", credit="turn", baseline="greedy")
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_environment_that_raises_ends_the_run_with_its_own_error(policy_folder: str) -> None:
+    with pytest.raises(OSError, match="the simulator is away"):
+        run(GRPOModule, policy_folder, Faulty())
+
+
+def test_faults_end_the_run_or_drop_their_episodes(policy_folder: str) -> None:
+    with refused("no-reply", "Faulty", "turn 0", "OSError: the simulator is away"):
+        run(GRPOModule, policy_folder, FaultTolerantEnvironment(Faulty()))
+    module = run(GRPOModule, policy_folder, FaultTolerantEnvironment(Faulty(), on_fault="drop", threads=3))
+    ((rollout, means),) = module.ended
+    assert rollout.scores.isnan().tolist() == [False, True] * 3 and means["score_missing"] == 0.5
+    assert float(module.row["train/grad_norm"]) == 0.0  # one scored sample of each prompt has nothing to compare with
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_replies_in_processes_are_killed_at_their_time_limit(how: str) -> None:
+    spec = {"class_path": "faulty_environment.Faulty", "init_args": {"how": how}}
+    tolerant = FaultTolerantEnvironment(spec, on_fault="drop", seconds=1.5, workers=2)
+    episodes = [Episode({}, [], [11], [True], number) for number in range(3)]
+    try:
+        assert [reply is None for reply in tolerant.reply_all(episodes)] == [False, True, False]
+    finally:
+        tolerant.close()
+
+
+def test_too_many_faults_in_a_row_end_the_run() -> None:
+    tolerant = FaultTolerantEnvironment(Faulty(), on_fault="drop", most_in_a_row=2)
+    with refused("environment-keeps-failing", "2 times in a row"):
+        tolerant.reply_all([Episode({}, [], [11], [True], number) for number in (1, 3)])
+
+
+def test_retries_ask_again() -> None:
+    class Later(Talks):
+        calls = 0
+
+        def reply(self, episode: Episode) -> Reply:
+            self.calls += 1
+            if self.calls == 1:
+                raise OSError("away")
+            return super().reply(episode)
+
+    tolerant = FaultTolerantEnvironment(Later(), retries=1, wait=0.0)
+    assert tolerant.reply(Episode({}, [], [11], [True], 0)) == Reply("w11 w7", reward=1.1)
+
+
+def test_limits_and_names_are_checked() -> None:
+    with refused("setting-out-of-range", "max_turns is 0"):
+        conversing(Talks(), 0)
+    with refused("unknown-name", "GuessTheNumber"):
+        conversing("GuesTheNumber")
+    with refused("wrong-kind"):
+        conversing({"class_path": "collections.OrderedDict"})
