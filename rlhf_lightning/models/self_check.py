@@ -394,7 +394,7 @@ def check_weights(model: CausalLM | ScalarModel, autocast: AbstractContextManage
 def _check_policy(policy: CausalLM) -> None:
     inner = unwrapped(policy.model)
     name, rows = type(inner).__name__, inner.get_input_embeddings().weight.shape[0]
-    sequences = _sequences((6, 4), (5, 3, 4), (0, 1, 0), rows)
+    sequences = _sequences((6,), (5, 3), (0, 0), rows)
     told: list[str] = []
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(policy.parameters()).dtype
     limit = CLOSE_BY_DTYPE.get(dtype, CLOSE)

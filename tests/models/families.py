@@ -1,6 +1,7 @@
 """Every decoder family of the installed transformers, built small, and what our paths give against its own forward.
 
-``python tests/models/families.py`` measures all of them and writes docs/families.md; names as arguments measure these.
+``python tests/models/families.py`` measures all of them and writes docs/families.md; names of families or of columns
+as arguments measure these alone.
 """
 
 import copy
@@ -38,7 +39,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 CLOSE = 1e-4
 COLUMNS = (
     "padded", "packed", "prompt tree", "sampled alone", "in groups", "in refilled slots", "LoRA gradients",
-    "reward head", "shared critic", "exported",
+    "reward head", "shared critic", "exported", "NF4",
 )  # fmt: skip
 QUICK = ("padded", "packed", "in groups")
 
@@ -191,6 +192,14 @@ def valued(policy: CausalLM, lora: LoraSettings) -> float:
     return far
 
 
+def quantized(folder: Path, lora: LoraSettings) -> float:
+    """How far an adapter on a backbone of 4 bits is from that model's own forward; it must get gradients too."""
+    policy = load_policy(str(folder), LoadSettings(quantization="nf4"), lora)
+    trained(policy)
+    layout = packed_layout(APART, list(trees_of(APART))) if policy.reads_trees else padded_layout(APART)
+    return apart(policy.eval(), APART, layout)
+
+
 def reloaded(policy: CausalLM, folder: Path) -> float:
     """How far an exported folder is, as transformers loads it."""
     export_policy(policy, tiny_tokenizer(), folder)
@@ -240,6 +249,7 @@ def measure(name: str, folder: Path, columns: tuple[str, ...] = COLUMNS) -> dict
         "reward head": lambda: rewarded(name, folder / "reward"),
         "shared critic": lambda: valued(adapted(), lora),
         "exported": lambda: reloaded(copy.deepcopy(policy), folder / "exported"),
+        "NF4": lambda: quantized(folder / "whole", lora),
     }
     found = {}
     for column in columns:
@@ -275,7 +285,7 @@ loaded, whatever its name (see [Extending](extending.md) for models of your own)
 
 The path is: rows packed or padded (or sequences of one length at a time); logits from the LM head's weight (`product`),
 the model's own head (`head`) or its own forward (`forward`); decoding in refilled `slots`, in `batches` that start
-together, in batches of `equal` lengths, or `uncached`.
+together, in batches of `equal` lengths, or `uncached`. The last column is an adapter on a backbone of 4 bits.
 
 """
 
@@ -298,11 +308,14 @@ def page(table: Mapping[str, Mapping[str, str]]) -> str:
 
 def main() -> None:
     kept = Path(tempfile.gettempdir()) / "rlhf_families.json"
+    columns = tuple(one for one in COLUMNS if one in sys.argv[1:]) or COLUMNS
+    asked = [one for one in sys.argv[1:] if one not in COLUMNS]
     table = json.loads(kept.read_text()) if kept.is_file() and sys.argv[1:] else {}
-    for name in sys.argv[1:] or names():
+    for name in asked or names():
         started, folder = time.time(), Path(tempfile.mkdtemp())
         try:
-            table[name] = measure(name, folder)
+            found, before = measure(name, folder, columns), table.get(name, {})
+            table[name] = {**before, **found, "path": found["path"] if columns == COLUMNS else before["path"]}
         except Exception as error:
             table[name] = {"path": f"wrong: {type(error).__name__}: {error}".splitlines()[0][:120]}
         shutil.rmtree(folder)

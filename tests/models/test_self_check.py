@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.self_check import check_class, check_weights
+from rlhf_lightning.sampling import decoding_check
 from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
 
 ROWS = [([7, 8, 9, 10], [11, 12, 13]), ([14], [15, 16])]
@@ -86,6 +88,42 @@ def test_what_was_found_is_kept_by_class_and_config(policy_folder: str, monkeypa
     assert time.perf_counter() - started < 1
     with pytest.raises(pytest.fail.Exception):
         check_class(CausalLM(LlamaForCausalLM(tiny_config(hidden_size=48))))
+
+
+def seconds_of(action: Callable[[], Any]) -> float:
+    """Seconds of this process's own work, on one thread, so that a loaded machine does not count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    try:
+        action()
+    finally:
+        torch.set_num_threads(threads)
+    return time.process_time() - started
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "deepseek_v4"])
+def test_checks_of_the_small_copy_take_seconds_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    for kept in (self_check._found, decoding_check._found):
+        kept.clear()
+    policy = CausalLM(build(name, AutoModelForCausalLM)).eval()
+
+    def checks() -> None:
+        policy.decoding = None
+        check_class(policy)
+        decoding_check.settle_decoding(policy)
+
+    assert seconds_of(checks) < 3
+    for kept in (self_check._found, decoding_check._found):
+        kept.clear()  # the next run finds them on disk
+    assert seconds_of(checks) < 0.1
+
+
+def test_real_weights_are_checked_within_a_second(smollm2: Any) -> None:
+    policy = load_policy(smollm2.name_or_path, LoadSettings(self_check=False)).eval()
+    check_weights(policy)
+    assert seconds_of(lambda: check_weights(policy)) < 1
 
 
 def test_real_weights_that_disagree_fall_back_and_then_are_refused(caplog: pytest.LogCaptureFixture) -> None:
