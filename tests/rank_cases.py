@@ -240,7 +240,31 @@ class LookingGRPOModule(Looking, modules.GRPOModule):
         return loss._replace(values=loss.values + logprobs.extras["kl"] + 0.1 * logprobs.extras["largest"])
 
 
-OWN = {one.__name__: one for one in (ForgetfulModule, LookingDPOModule, LookingMeanModule, LookingGRPOModule)}
+class OwnForward:
+    """Logits come from the model's own forward of whole sequences."""
+
+    policy: Any
+
+    def load_models(self) -> None:
+        super().load_models()  # type: ignore[misc]
+        self.policy.logits_path = "forward"
+
+
+class OwnForwardDPOModule(OwnForward, modules.DPOModule):
+    """DPO by the model's own forward."""
+
+
+class OwnForwardPPOModule(OwnForward, modules.PPOModule):
+    """PPO by the model's own forward."""
+
+
+OWN = {
+    one.__name__: one
+    for one in (
+        ForgetfulModule, LookingDPOModule, LookingMeanModule, LookingGRPOModule, OwnForwardDPOModule,
+        OwnForwardPPOModule,
+    )
+}  # fmt: skip
 
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.scalar_head import rope_switch, ropes_of, text_config, trunk, unwrapped
+from rlhf_lightning.models.scalar_head import rope_switch, ropes_of, text_config, trunk, unwrapped, vocabulary_rows
 
 
 class Limits(NamedTuple):
@@ -42,7 +42,7 @@ def limits_of(model: Any) -> Limits:
         for name, module in trunk(model).named_modules()
         if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
     ]
-    rows = inner.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_rows(inner)
     positions, trained = min(tables, default=None), None if tables else longest
     return Limits(type(inner).__name__, rows, positions, trained, rope_switch(config), _rescales(config))
 

@@ -76,7 +76,7 @@ class LowRankForm:
         state = getattr(base.weight, "quant_state", None)
         flat = x.reshape(-1, x.shape[-1])
         product: Any = LowRankProduct.apply(flat, base.weight, state, base.bias, a, b, self.scaling[name])
-        return product.view(*x.shape[:-1], -1)
+        return product.view(*x.shape[:-1], len(b))
 
 
 class LowRankLinear(LowRankForm, Linear):

@@ -154,6 +154,14 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def vocabulary_rows(model: Any) -> int:
+    """Return the number of embeddings, of sharded ones too, whose rows an adapter cannot be asked to merge."""
+    embedding = unwrapped(model).get_input_embeddings()
+    while (below := getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)) is not None:
+        embedding = below
+    return int(embedding.weight.shape[0])
+
+
 def text_config(model: Any) -> Any:
     """The config of the part that reads text: of a multimodal model a config within its config."""
     return unwrapped(model).config.get_text_config(decoder=True)

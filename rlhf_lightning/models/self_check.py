@@ -33,7 +33,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, LogitsPath, OwnLogits, inf
 from rlhf_lightning.models.layout import Layout, packed_layout, padded_layout, select
 from rlhf_lightning.models.loading import LoraSettings, add_lora, cache_folder, prepare_for_training
 from rlhf_lightning.models.packing import trees_of
-from rlhf_lightning.models.scalar_head import ScalarModel, reads_trees, unwrapped
+from rlhf_lightning.models.scalar_head import ScalarModel, reads_trees, unwrapped, vocabulary_rows
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.models.small_copy import VOCABULARY, small_copy
 from rlhf_lightning.types import Sequences
@@ -393,7 +393,7 @@ def check_weights(model: CausalLM | ScalarModel, autocast: AbstractContextManage
 
 def _check_policy(policy: CausalLM) -> None:
     inner = unwrapped(policy.model)
-    name, rows = type(inner).__name__, inner.get_input_embeddings().weight.shape[0]
+    name, rows = type(inner).__name__, vocabulary_rows(inner)
     sequences = _sequences((6,), (5, 3), (0, 0), rows)
     told: list[str] = []
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(policy.parameters()).dtype

@@ -25,7 +25,7 @@ from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training, resolve_folder
 from rlhf_lightning.models.roles import add_critic, belongs_to, scalar_model
-from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.scoring.encoders import EncoderScorer
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
@@ -156,7 +156,7 @@ class PPOModule(OnPolicyModule):
         own = start == self.init_from
         # All its weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone. It reads
         # every id that the policy can sample, those of padding rows of the vocabulary too.
-        rows = unwrapped(self.policy.model).get_input_embeddings().weight.shape[0]
+        rows = vocabulary_rows(self.policy.model)
         whole = replace(self.load_settings, quantization=None, dtype="float32", embeddings=rows)
         settings = whole if own else replace(whole, from_scratch=False)
         model = load_reward_hf_model(resolve_folder(start), settings)

@@ -104,7 +104,7 @@ def _apart(small: CausalLM, known: dict[bytes, Tensor]) -> float:
 
     Args:
         small: the small copy.
-        known: its own log-probabilities of completions seen before; the same are sampled whatever the batch.
+        known: its own log-probabilities of completions seen before; any batch samples the same.
     """
     prompts = [EXAMPLES.prompts[parent] for parent in (0, 1, 1, 2, 1)]
     runs: list[tuple[list[Any], int | None]] = [(prompts, None), (prompts, 2), (prompts[:1], None)]

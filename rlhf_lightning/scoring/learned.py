@@ -33,7 +33,7 @@ from rlhf_lightning.models.loading import (
     resolve_folder,
 )
 from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
-from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
+from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.encoders import is_encoder, label_index
 from rlhf_lightning.scoring.scorer import Scorer, Scores
@@ -110,7 +110,7 @@ class LearnedScorer(Scorer):
 
     def has_rows_for(self, sequences: Sequences) -> bool:
         """Return whether each token has an embedding; vocabularies of a family are padded to different sizes."""
-        rows = unwrapped(self.model.model).get_input_embeddings().weight.shape[0]
+        rows = vocabulary_rows(self.model.model)
         return all(int(ids.max()) < rows for ids in (*sequences.prompts, *sequences.completions) if len(ids))
 
     def score_of(self, outputs: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def build(name: str, kind: Any, **changes: Any) -> Any:
 
 
 @torch.no_grad()
-def apart(policy: CausalLM, sequences: Sequences, layout: Any) -> float:
+def distance(policy: CausalLM, sequences: Sequences, layout: Any) -> float:
     found = policy(layout).logprobs
     return max(
         float(
@@ -197,7 +197,7 @@ def quantized(folder: Path, lora: LoraSettings) -> float:
     policy = load_policy(str(folder), LoadSettings(quantization="nf4"), lora)
     trained(policy)
     layout = packed_layout(APART, list(trees_of(APART))) if policy.reads_trees else padded_layout(APART)
-    return apart(policy.eval(), APART, layout)
+    return distance(policy.eval(), APART, layout)
 
 
 def reloaded(policy: CausalLM, folder: Path) -> float:
@@ -239,9 +239,9 @@ def measure(name: str, folder: Path, columns: tuple[str, ...] = COLUMNS) -> dict
         return load_policy(str(folder / "whole"), lora=lora)
 
     measured: Mapping[str, Callable[[], float]] = {
-        "padded": lambda: apart(policy, TREE, padded_layout(TREE)),
-        "packed": lambda: apart(policy, APART, packed_layout(APART, list(trees_of(APART)))),
-        "prompt tree": lambda: apart(policy, TREE, packed_layout(TREE, list(trees_of(TREE)))),
+        "padded": lambda: distance(policy, TREE, padded_layout(TREE)),
+        "packed": lambda: distance(policy, APART, packed_layout(APART, list(trees_of(APART)))),
+        "prompt tree": lambda: distance(policy, TREE, packed_layout(TREE, list(trees_of(TREE)))),
         "sampled alone": lambda: sampled(policy, PROMPTS[:1]),
         "in groups": lambda: sampled(policy, [PROMPTS[p] for p in (0, 0, 1, 1, 2)]),
         "in refilled slots": lambda: sampled(policy, [PROMPTS[p] for p in (0, 0, 1, 1, 2)], 2),

@@ -1,0 +1,32 @@
+"""Forms of adapters, and models that compute their logits themselves, on two ranks: the same as on one."""
+
+from typing import Any
+
+import pytest
+import rank_cases
+from rank_pool import RankPool
+
+from strategies.test_ranks import assert_equal
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("DPOModule", {"lora": {"r": 2, "dora": True}}),
+    "rslora": ("GRPOModule", {"lora": {"r": 2, "rslora": True, "rank_pattern": {"down_proj": 4}}}),
+    "rows": ("DPOModule", {"lora": {"r": 2, "trained_tokens": [7, 9, 30]}}),
+    "rows-sampled": ("GRPOModule", {"lora": {"r": 2, "trained_tokens": [7, 9, 30]}}),
+    "head": ("DPOModule", {"lora": {"r": 2, "modules_to_save": ["lm_head"]}}),
+    "adapted-head": ("DPOModule", {"lora": {"r": 2, "targets": ["lm_head", "q_proj"]}}),
+    "adapted-head-sampled": ("GRPOModule", {"lora": {"r": 2, "targets": ["lm_head", "q_proj"]}}),
+    "own-forward": ("OwnForwardDPOModule", {}),
+    "own-forward-sampled": ("OwnForwardPPOModule", {"critic": "shared"}),
+}
+
+
+@pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_learns_the_same_on_two_ranks(
+    pool: RankPool, policy_folder: str, form: str, strategy: str, accumulation: int
+) -> None:
+    name, settings = FORMS[form]
+    expected = rank_cases.train(name, policy_folder, "auto", **settings)
+    run = {"name": name, "folder": policy_folder, "strategy": strategy, "accumulation": accumulation, **settings}
+    assert_equal(pool.run(2, "train", **run), expected)
