@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
 
 from rlhf_lightning import working_directory
-from rlhf_lightning.errors import printable
+from rlhf_lightning.errors import TerminatedError, printable
 
 
 class Command(NamedTuple):
@@ -95,8 +98,10 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``rlhf`` and return its exit status: 0 for success, 1 for a failure, 2 for a wrong command line.
 
-    A failure is printed as one sentence; RLHF_DEBUG=1 in the environment shows the traceback instead.
+    A failure is printed as one sentence; RLHF_DEBUG=1 in the environment shows the traceback instead. The status is 130
+    after Ctrl-C, 75 where a run was told to stop and can be resumed, and 128 + n after another signal n.
     """
+    tolerate_encodings()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Set before the libraries that read them are imported: the data here is often private.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -115,6 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
         return _fail(f"there is no command {name!r}: {hint}", USAGE_ERROR)
+    received: list[int] = []
+    with terminable(received):
+        status = _run(name, commands[name], arguments)
+    return 128 + received[0] if received and status == 0 else status
+
+
+def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
+    """Run a command and return its exit status; failures and signals become a sentence."""
     working_directory.install()
     try:
         if name in TRAINING_COMMANDS:  # help and wrong flags, without importing torch
@@ -122,15 +135,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             if found is not None:
                 print(found.text, file=sys.stderr if found.status else sys.stdout, flush=True)
                 return int(found.status)
-        module = importlib.import_module(commands[name].module)
+        module = importlib.import_module(command.module)
         return int(module.main(arguments if name in TRAINING_COMMANDS else arguments[1:]) or 0)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+    except TerminatedError as error:
+        return _fail(str(error), 128 + error.signal)
     except BrokenPipeError:
         # The reader of the pipe has ended (`rlhf generate ... | head`); the flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's trainer exits with status 1 after Ctrl-C
+            return _fail("interrupted", INTERRUPTED)
         place = _foreign_exit(error)
         if place is None:
             raise
@@ -143,6 +160,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
         return _fail(sentence, USAGE_ERROR if getattr(error, "code", "") in COMMAND_LINE_CODES else FAILURE)
+
+
+@contextlib.contextmanager
+def terminable(received: list[int]) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise TerminatedError, so that half-made files are removed; a second one kills.
+
+    Args:
+        received: gets the number of a signal that came, also where a library suppressed the exception.
+    """
+    process = os.getpid()
+    before: dict[int, Any] = {}
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a forked worker dies as if there were no handler
+            os.kill(os.getpid(), number)
+        received.append(number)
+        raise TerminatedError(number)
+
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    with contextlib.suppress(ValueError):  # handlers belong to the main thread
+        # Handlers that others set, and SIGHUP under nohup, stay.
+        usual = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+        before.update({number: signal.signal(number, terminate) for number in usual})
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tolerate_encodings() -> None:
+    """Write characters that the terminal's encoding lacks as escapes, so that no command ends because of one."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # closed, or not a stream of this kind
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 def _foreign_exit(error: SystemExit) -> str | None:

@@ -6,6 +6,8 @@ one sentence what has changed.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 # -- Lightning 2.6.6 --------------------------------------------------------------------------------------------------
@@ -60,9 +62,15 @@ def dump_checkpoint(trainer: Any) -> dict[str, Any]:
     return checkpoint
 
 
-def remember_signal_handlers(trainer: Any, handlers: dict[int, Any]) -> None:
-    """Set the signal handlers that Lightning restores when the trainer is torn down."""
-    trainer._signal_connector._original_handlers.update(handlers)
+@contextlib.contextmanager
+def without_signal_handlers(trainer: Any) -> Iterator[None]:
+    """Let Lightning install no signal handlers meanwhile."""
+    connector = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None
+    try:
+        yield
+    finally:
+        del connector.register_signal_handlers
 
 
 def cluster_environment(trainer: Any) -> Any:

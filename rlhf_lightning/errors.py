@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import unicodedata
 
 OUT_OF_MEMORY = (
@@ -57,6 +58,18 @@ class PackageError(RlhfError, ModuleNotFoundError):
 
 class ContractError(RlhfError, TypeError):
     """A user's class or function that breaks its contract."""
+
+
+class TerminatedError(BaseException):
+    """This process was told to end by a signal; like KeyboardInterrupt, it passes every ``except Exception``.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.signal = number
 
 
 def undefined(thing: object, name: str) -> ContractError:

@@ -176,16 +176,16 @@ def test_torch_and_datasets_keep_their_names() -> None:
     assert compat.dataset_fingerprint(one) != compat.dataset_fingerprint(other), "Dataset._fingerprint changed"
 
 
-def test_lightning_puts_back_the_signal_handlers_it_remembers() -> None:
-    def callers(number: int, frame: Any) -> None: ...
-
-    before, trainer = signal.getsignal(signal.SIGTERM), Trainer(logger=False, accelerator="cpu", devices=1)
+def test_lightning_installs_signal_handlers_with_one_method() -> None:
+    trainer, before = Trainer(logger=False, accelerator="cpu", devices=1), signal.getsignal(signal.SIGTERM)
     try:
+        with compat.without_signal_handlers(trainer):
+            trainer._signal_connector.register_signal_handlers()
+            assert signal.getsignal(signal.SIGTERM) is before
         trainer._signal_connector.register_signal_handlers()
-        compat.remember_signal_handlers(trainer, {signal.SIGTERM: callers})
-        trainer._signal_connector.teardown()
-        assert signal.getsignal(signal.SIGTERM) is callers, "Lightning keeps the handlers it puts back elsewhere"
+        assert signal.getsignal(signal.SIGTERM) is not before, "Lightning installs its handlers elsewhere"
     finally:
+        trainer._signal_connector.teardown()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf_lightning.compat import dump_checkpoint, epoch_is_done, validation_follows
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, StateError, TerminatedError
 from rlhf_lightning.runs.checkpoint_files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -98,6 +98,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at: int | None = None
         self._due = self._stopping = False  # a save, or the stop, waits for the validation or epoch end of this step
         self._started = False
+        self._identity: tuple[int, int] | None = None  # of the run folder when training began
         self._random: dict[str, Any] = {}  # random state when validation began
         self._signal = StopSignal()
 
@@ -139,19 +140,26 @@ class RunCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals from here on: the first samples may take long."""
-        self._signal.listen_early()
+        if not is_rehearsal(trainer):
+            self._signal.listen(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the caller's signal handlers."""
+        """Restore the caller's signal handlers, and name the checkpoint that an interrupted run continues from."""
         self._signal.stop_listening()
+        interrupted = isinstance(exception, KeyboardInterrupt | TerminatedError)
+        if interrupted and self.saved and self.folder is not None and trainer.is_global_zero:
+            print(
+                f"{self.last_model_path} is complete: `rlhf fit --resume {self.folder.parent}` continues from it",
+                flush=True,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting, after a resume from where training continues; stop if a signal came in the meantime."""
         self._at, self._started = self._counters(pl_module), True
+        self._identity = self._folder_identity()
         updates = updates_of(pl_module)
         # The checkpoint that is resumed from must not be written again: that would lose its score.
         self._saved_at = updates if updates and checkpoint_name(updates) in self.saved else None
-        self._signal.listen(trainer)
         self._stopping |= self._signal.asked(trainer)
         if self._stopping:
             self.save(trainer, pl_module)
@@ -165,6 +173,7 @@ class RunCheckpoint(Checkpoint):
         A validation or an epoch end that follows belongs to this step: a run that resumed from a checkpoint before it
         would skip it. So the checkpoint waits.
         """
+        self._refuse_deleted_folder(trainer)
         now = self._counters(pl_module)
         for name, period in (("updates", self.every_n_updates), ("rollouts", self.every_n_rollouts)):
             self._due |= passes_multiple(self._at[name], now[name], period)
@@ -202,6 +211,17 @@ class RunCheckpoint(Checkpoint):
         """Save, unless the validation of this update just did."""
         self._stopping |= self._signal.asked(trainer)
         self.save(trainer, pl_module, place="epoch's end")
+        self._stop_if_told(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if the signal came after the last checkpoint: the resumed run makes up for what follows training."""
+        self._stopping |= self._signal.asked(trainer)
+        self._stop_if_told(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the caller's signal handlers; a signal that came at the very end is not forgotten."""
+        self._signal.stop_listening()
+        self._stopping |= self._signal.received is not None
         self._stop_if_told(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,6 +264,7 @@ class RunCheckpoint(Checkpoint):
         Raises:
             CheckpointFailedError: it could not be written. Earlier checkpoints are unchanged.
         """
+        self._refuse_deleted_folder(trainer)
         updates = updates_of(module)
         if is_rehearsal(trainer) or (updates == self._saved_at and score is None):
             return
@@ -270,6 +291,28 @@ class RunCheckpoint(Checkpoint):
                     "checkpoint-not-written", self._failure_message(name, reason or "another rank prints the reason")
                 )
         self._saved_at, self._at, self._due = updates, self._counters(module), False
+
+    def _folder_identity(self) -> tuple[int, int] | None:
+        """Return device and inode of the run folder; None where it does not exist."""
+        try:
+            found = self.folder.parent.stat() if self.folder is not None else None
+        except OSError:
+            return None
+        return None if found is None else (found.st_dev, found.st_ino)
+
+    def _refuse_deleted_folder(self, trainer: Trainer) -> None:
+        """End a run whose folder is gone: its config, curves and checkpoints cannot be made again.
+
+        Raises:
+            StateError: ``run-folder-deleted``.
+        """
+        if trainer.is_global_zero and self._identity not in (None, self._folder_identity()):
+            assert self.folder is not None
+            raise StateError(
+                "run-folder-deleted",
+                f"the run folder {self.folder.parent} was deleted, moved or replaced while the run was training; "
+                "restore it, and `rlhf fit --resume` continues from its last checkpoint, or start a new run",
+            )
 
     def _prepare(self, trainer: Trainer, half: Path) -> None:
         """Make the folder and flush the loggers: the checkpoint records how long their files are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.compat import cluster_environment, remember_signal_handlers
+from rlhf_lightning.compat import cluster_environment, without_signal_handlers
 
 PREEMPTED = 75
 """Exit status of a run that was told to stop and has written a checkpoint: EX_TEMPFAIL, "try again"."""
@@ -38,39 +39,37 @@ class StopSignal:
     """Record SIGTERM, and under SLURM the signal before the time limit; the run stops at its next safe point.
 
     Lightning's own handler broadcasts from inside the signal, when a rank may be in another collective. It also stops
-    without a checkpoint and with exit status 0, which a scheduler reads as success. After the first signal the default
-    handlers are restored: a second SIGTERM or Ctrl-C ends the process immediately.
+    without a checkpoint and with exit status 0, which a scheduler reads as success. So Lightning's are not installed
+    while this listens. After the first signal the default handlers are restored: a second SIGTERM or Ctrl-C ends the
+    process immediately.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}  # the caller's handlers
+        self._lightnings: contextlib.ExitStack | None = None
 
-    def listen_early(self) -> None:
-        """Record a SIGTERM that comes before training starts; Lightning's handlers, installed later, call this one."""
+    def listen(self, trainer: Trainer) -> None:
+        """Record signals until `stop_listening`."""
+        self.stop_listening()
         self.received = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-            signal.signal(signal.SIGTERM, self._note)
+        self._lightnings = contextlib.ExitStack()
+        self._lightnings.enter_context(without_signal_handlers(trainer))
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = {signal.SIGTERM, slurm_signal(trainer) or signal.SIGTERM}
+        self._before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGINT)}
+        for number in numbers:
+            signal.signal(number, self._note)
 
     def stop_listening(self) -> None:
-        """Restore the caller's handlers, unless Lightning will."""
+        """Restore the caller's handlers."""
+        if self._lightnings is not None:
+            self._lightnings.close()
+            self._lightnings = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-
-    def listen(self, trainer: Trainer) -> None:
-        """Replace Lightning's handlers; Lightning restores the caller's when the trainer is torn down."""
-        before, self._before = self._before, {}
-        if threading.current_thread() is not threading.main_thread():
-            return
-        remember_signal_handlers(trainer, before)
-        if self.received is not None:
-            return
-        signal.signal(signal.SIGTERM, self._note)
-        announced = slurm_signal(trainer)
-        if announced is not None:
-            signal.signal(announced, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -1,0 +1,218 @@
+"""Signals at any moment: a command ends with 75 and what can be resumed, or with a status that is neither 0 nor 75.
+
+Moments are calls of Python functions, counted by a profiler, so that they do not depend on the machine's speed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import forked
+from tiny_run import BASIC, UPDATES
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.cli import terminable
+from rlhf_lightning.errors import TerminatedError
+
+FIT = ["fit", *BASIC, "--checkpoint.every_n_updates", "3", "--trainer.enable_progress_bar", "false"]
+RESUMABLE = 75
+FIRST = 100
+"""Calls until the handlers are there; before them a signal has its usual effect."""
+
+
+class Moments:
+    """Counts the calls of Python functions, and sends this process a signal at some of them.
+
+    Args:
+        signals: the calls, and the signal sent at each.
+    """
+
+    def __init__(self, signals: Sequence[tuple[int, int]] = ()) -> None:
+        self.calls, self.signals = 0, dict(signals)
+        if not signals:
+            self.signals[-1] = 0
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            self.calls += 1
+            if self.calls in self.signals:
+                number = self.signals.pop(self.calls)
+                if not self.signals:
+                    sys.setprofile(None)  # the rest runs at full speed
+                os.kill(os.getpid(), number)
+
+
+def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[int, str, int]:
+    """Run a command in a fork; return its status (negative: the signal it died of), output, and number of calls."""
+
+    def work() -> int:
+        moments = Moments(signals)
+        sys.setprofile(moments)
+        try:
+            return rlhf(argv)
+        finally:
+            sys.setprofile(None)
+            Path("calls").write_text(str(moments.calls))
+
+    Path("calls").unlink(missing_ok=True)
+    status, said = forked(work, Path("said"))
+    return status, said, int(Path("calls").read_text()) if Path("calls").exists() else 0
+
+
+def spread(calls: int, count: int) -> list[int]:
+    return [FIRST + (calls - FIRST) * place // count for place in range(count)]
+
+
+def half_made(folder: str = ".") -> list[str]:
+    """Run folders without a manifest, and partial files."""
+    runs = [path for path in Path(folder).glob("runs/*/version_*") if not (path / "manifest.json").is_file()]
+    return [str(path) for path in (*runs, *Path(folder).rglob("*.partial"), *Path(folder).rglob(".training"))]
+
+
+def resumes(name: str) -> None:
+    status, said, _ = run_with(["fit", "--resume", f"runs/{name}"])
+    assert status == 0, said
+    manifest = json.loads(Path(f"runs/{name}/version_0/manifest.json").read_text())
+    assert manifest["sessions"][-1]["status"] == "finished" and manifest["sessions"][-1]["updates"] == UPDATES
+    assert Path(f"runs/{name}/version_0/model/weight.json").is_file()
+
+
+_calls: dict[tuple[str, ...], int] = {}
+
+
+def count_of(argv: list[str]) -> int:
+    known = tuple(argv[:-1])  # but for the name of the run
+    if known not in _calls:
+        status, said, _calls[known] = run_with(argv)
+        assert status == 0, said
+    return _calls[known]
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_sigterm_at_any_moment_of_fit_ends_resumable_or_failed(count: int) -> None:
+    calls, ended = count_of([*FIT, "--run_name", "whole"]), set()
+    for number, moment in enumerate(spread(calls, count)):
+        status, said, _ = run_with([*FIT, "--run_name", f"cut{number}"], [(moment, signal.SIGTERM)])
+        ended.add(status)
+        assert status in (RESUMABLE, 128 + signal.SIGTERM), (moment, calls, status, said)
+        assert "Traceback" not in said and not half_made(), (moment, half_made(), said)
+        if status == RESUMABLE:
+            resumes(f"cut{number}")
+    assert count < 60 or RESUMABLE in ended
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_moment_of_fit_ends_with_130(count: int) -> None:
+    calls = count_of([*FIT, "--run_name", "whole"])
+    for number, moment in enumerate(spread(calls, count)):
+        status, said, _ = run_with([*FIT, "--run_name", f"cut{number}"], [(moment, signal.SIGINT)])
+        assert status == 130 and "Traceback" not in said and not half_made(), (moment, status, half_made(), said)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_two_signals_never_look_like_success(count: int, second: int) -> None:
+    calls = count_of([*FIT, "--run_name", "whole"])
+    for number, moment in enumerate(spread(calls, count)):
+        blows = [(moment, signal.SIGTERM), (moment + 150, second)]
+        status, said, _ = run_with([*FIT, "--run_name", f"cut{number}"], blows)
+        assert status != 0, (moment, said)
+        if status == RESUMABLE:
+            resumes(f"cut{number}")
+
+
+def test_a_signal_during_the_last_export_is_not_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_run import SlopeModule
+
+    export = SlopeModule.export
+
+    def told(self: Any, folder: Any) -> Any:
+        if not Path("told").exists():
+            Path("told").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return export(self, folder)
+
+    monkeypatch.setattr(SlopeModule, "export", told)
+    status, said, _ = run_with([*FIT, "--run_name", "last"])
+    assert status == RESUMABLE and Path("told").exists(), said
+    resumes("last")
+
+
+def test_sigterm_while_data_is_read_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_run import NumbersDataModule
+
+    monkeypatch.setattr(NumbersDataModule, "prepare_data", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    status, said, _ = run_with(FIT)
+    assert status == 128 + signal.SIGTERM and "rlhf: ended by SIGTERM" in said
+    assert not list(Path("runs").rglob("*"))
+
+
+def test_ctrl_c_names_the_checkpoint_that_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_lightning.runs import ModelExport
+
+    def interrupted(self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.lightning_module.updates == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelExport, "on_train_batch_end", interrupted)
+    status, said, _ = run_with([*FIT, "--run_name", "cut"])
+    assert status == 130
+    assert "update_000003.ckpt is complete: `rlhf fit --resume runs/cut/version_0` continues from it" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("command", ["generate", "audit", "chat", "validate", "export", "best-of-n", "evaluate"])
+def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
+    command: str, number: int, policy_folder: str, reward_folder: str
+) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a b"}\n' * 6)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b c", "rejected": "c"}\n' * 6)
+    if command in ("validate", "export"):
+        assert run_with([*FIT, "--run_name", "done"])[0] == 0
+    few = ["--max_new_tokens", "3"]
+    argv = {
+        "generate": ["--model", policy_folder, "--prompts", "prompts.jsonl", "--out", "out.jsonl", *few],
+        "audit": ["pairs.jsonl", "--json", "report.json"],
+        "chat": [policy_folder, *few],
+        "validate": ["runs/done"],
+        "export": ["runs/done", "--out", "exported", "--import", "tiny_run"],
+        "best-of-n": ["--model", policy_folder, "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--scorer",
+                      reward_folder, "--n", "2", *few],
+        "evaluate": ["--models", policy_folder, "--prompts", "prompts.jsonl", "--scorer", reward_folder, *few],
+    }[command]  # fmt: skip
+    status, said, calls = run_with([command, *argv])
+    assert status == 0, said
+    for moment in spread(calls, 2):
+        for made in ("out.jsonl", "report.json"):
+            Path(made).unlink(missing_ok=True)
+        status, said, _ = run_with([command, *argv], [(moment, number)])
+        assert status == 128 + number and "Traceback" not in said, (moment, status, said)
+        journals = {"out.jsonl.partial"} if command == "best-of-n" else set()
+        assert not set(half_made()) - journals, moment
+
+
+def test_handlers_are_the_callers_again_and_workers_die_as_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    received: list[int] = []
+    with pytest.raises(TerminatedError), terminable(received):
+        assert forked(lambda: os.kill(os.getpid(), signal.SIGTERM), Path("said"))[0] == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before and received == [signal.SIGTERM]
+
+
+def test_a_signal_that_a_library_suppresses_is_not_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_lightning.commands import objectives
+
+    def suppresses(argv: Any) -> int:
+        with contextlib.suppress(BaseException):  # as careless code does
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(objectives, "main", suppresses)
+    assert run_with(["objectives"])[0] == 128 + signal.SIGTERM
