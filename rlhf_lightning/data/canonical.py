@@ -23,6 +23,7 @@ ROLES = {
 REASONS = {
     "unreadable_line": "the line is not a JSON object in UTF-8, nor a row of its table",
     "duplicate_key": "an object has a key twice",
+    "row_too_large": "the row has more bytes than max_row_bytes of its source (8 MiB unless set) allows",
     "too_deep": "lists or objects are nested deeper than 64 levels",
     "broken_text": "the text is not valid Unicode: broken UTF-8, or half a surrogate pair",
     "missing_columns": "a column of its form is missing",

@@ -32,8 +32,17 @@ TURN_COLUMNS = (
 )  # fmt: skip
 """Columns with nested objects, in which tables hold a null for every key that another row has."""
 
-LONGEST_FIELD = 1 << 30
-"""Characters of one CSV field."""
+LONGEST_ROW = 8 << 20
+"""Bytes of one row, unless ``max_row_bytes`` of its source allows more; encoding takes some 60 times as much memory."""
+
+LARGEST_UNPACKED = 1 << 30
+"""Bytes that a compressed file may unpack to where its format is read whole."""
+
+MOST_PACKED = 1000
+"""How many times its own size a table may unpack to, beyond `LARGEST_UNPACKED`."""
+
+BATCH = 64
+"""Rows of a Parquet file that are unpacked at the same time."""
 
 
 class Unreadable:
@@ -49,6 +58,7 @@ class Unreadable:
 
 UNREADABLE = Unreadable("unreadable_line")
 DUPLICATE_KEY = Unreadable("duplicate_key")
+TOO_LARGE = Unreadable("row_too_large")
 
 RawRow = dict[str, Any] | Unreadable
 
@@ -65,24 +75,34 @@ def format_of(file: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(file: Path) -> Iterator[RawRow]:
+def read_file(file: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Read the rows of one file: Parquet, Arrow, CSV or TSV with a header, JSON (a list of objects) or one JSON a line.
 
     The format is that of the suffix, else what the file begins with. A ``.txt`` file is one row with the column
     ``text`` for each paragraph (texts between empty lines). Bytes that are not UTF-8 make a row of JSON unreadable; in
     the other formats they stay in the row as half surrogates, for which it is refused when its text is read.
 
+    Args:
+        file: the file, possibly compressed.
+        longest: most bytes of a row; a longer one is an `Unreadable`, and of CSV an error.
+
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    readers: dict[str, Callable[[Path, io.BufferedReader], Iterator[RawRow]]] = {
+    readers: dict[str, Callable[[Path, io.BufferedReader, int], Iterator[RawRow]]] = {
         "jsonl": _jsonl, "json": _json, "parquet": _parquet, "arrow": _arrow, "csv": _csv, "tsv": _csv, "txt": _txt,
     }  # fmt: skip
     if file.exists() and not file.is_file() and not file.is_dir():
         raise DataError("not-a-file", f"{file} is a pipe or a device, which may never end; copy it to a file first")
     try:
         with _opened(file) as stream:
-            yield from readers[format_of(file) or _format_of_content(file, stream)](file, stream)
+            yield from readers[format_of(file) or _format_of_content(file, stream)](file, stream, longest)
+    except MemoryError as error:
+        raise DataError(
+            "file-too-large",
+            f"{file} does not fit into memory when it is unpacked or parsed; split it, or write it as .jsonl, which is "
+            "read row by row",
+        ) from error
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
@@ -122,22 +142,61 @@ def _format_of_content(file: Path, stream: io.BufferedReader) -> str:
     )
 
 
-def _lines(stream: Iterable[bytes]) -> Iterator[bytes]:
-    return (line for line in stream if line.strip())
+def _whole(file: Path, stream: io.BufferedReader) -> bytes:
+    """Read a file whole; a compressed one may be a bomb, so what it unpacks to has a bound."""
+    if isinstance(stream.raw, io.FileIO):
+        return stream.read()
+    content = io.BytesIO()
+    while chunk := stream.read(1 << 20):
+        content.write(chunk)
+        if content.tell() > LARGEST_UNPACKED:
+            raise DataError(
+                "file-too-large",
+                f"{file} unpacks to more than {LARGEST_UNPACKED:,} bytes, and its format is read whole; write it as "
+                ".jsonl, which is read row by row, or unpack it first",
+            )
+    return content.getvalue()
 
 
-def _jsonl(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
-    first = next(_lines(stream), None)
-    if first is None:
+def _lines(stream: io.BufferedReader, longest: int) -> Iterator[bytes | None]:
+    """Yield the lines that are not blank; None in place of a longer one, which is not kept in memory."""
+    while line := stream.readline(longest + 2):
+        if len(line) > longest and len(line.rstrip(b"\r\n")) > longest:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(longest)
+            yield None
+        elif line.strip():
+            yield line
+
+
+def _size(value: Any) -> int:
+    """Return about how many bytes a value has as JSON."""
+    if isinstance(value, dict):
+        return sum(len(key) + _size(one) for key, one in value.items())
+    return sum(map(_size, value)) if isinstance(value, list) else len(value) if isinstance(value, str | bytes) else 8
+
+
+def _bounded(rows: Iterable[RawRow], longest: int) -> Iterator[RawRow]:
+    return (TOO_LARGE if isinstance(row, dict) and _size(row) > longest else row for row in rows)
+
+
+def _jsonl(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow]:
+    lines = _lines(stream, longest)
+    first = next(lines, b"")
+    if first == b"":
         return
-    row = parse_line(first)
-    if row is UNREADABLE and first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
-        content = first + stream.read()
+    row = TOO_LARGE if first is None else parse_line(first)
+    if first and row is UNREADABLE and first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+        content = first + _whole(file, stream)
         found = _pretty_printed(file, content)
-        yield from map(parse_line, _lines(content.splitlines())) if found is None else found
+        yield from _bounded(_parsed(content.splitlines()) if found is None else found, longest)
         return
     yield row
-    yield from map(parse_line, _lines(stream))
+    yield from (TOO_LARGE if line is None else parse_line(line) for line in lines)
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[RawRow]:
+    return (parse_line(line) for line in lines if line.strip())
 
 
 def _pretty_printed(file: Path, content: bytes) -> list[RawRow] | None:
@@ -163,11 +222,11 @@ def _pretty_printed(file: Path, content: bytes) -> list[RawRow] | None:
     return [row if isinstance(row, dict) else UNREADABLE for row in rows]
 
 
-def _txt(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
-    text = stream.read().decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
+def _txt(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow]:
+    text = _whole(file, stream).decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n")
     for paragraph in text.split("\n\n"):
         if paragraph.strip():
-            yield {"text": paragraph.strip("\n")}
+            yield {"text": paragraph.strip("\n")} if len(paragraph) <= longest else TOO_LARGE
 
 
 def parse_line(line: bytes) -> RawRow:
@@ -192,8 +251,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _json(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
-    content = stream.read().removeprefix(b"\xef\xbb\xbf")
+def _json(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow]:
+    content = _whole(file, stream).removeprefix(b"\xef\xbb\xbf")
+    rows = _rows_of_json(file, content)
+    yield from rows if len(content) <= longest else _bounded(rows, longest)
+
+
+def _rows_of_json(file: Path, content: bytes) -> Iterator[RawRow]:
     if not content.strip():
         return
     try:
@@ -214,43 +278,88 @@ def _json(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
     yield from (row if isinstance(row, dict) else UNREADABLE for row in (whole if isinstance(whole, list) else [whole]))
 
 
-def _parquet(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
+def _parquet(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow]:
     import pyarrow.parquet
 
-    yield from _table(file, "Parquet", lambda: pyarrow.parquet.ParquetFile(_seekable(stream)).iter_batches(1024))
+    def batches() -> Iterable[Any]:
+        source = _seekable(file, stream)
+        schema = pyarrow.parquet.ParquetFile(source).schema
+        columns = [schema.column(place) for place in range(len(schema))]
+        # A text that is repeated stands once in the file. Read so, it takes no more memory either.
+        texts = [column.path for column in columns if column.logical_type.type == "STRING"]
+        source.seek(0)
+        return pyarrow.parquet.ParquetFile(source, read_dictionary=texts).iter_batches(BATCH)
+
+    yield from _table(file, "Parquet", batches, longest)
 
 
-def _arrow(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
+def _arrow(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow]:
     import pyarrow
 
     def batches() -> Iterable[Any]:
         if not stream.peek(6).startswith(b"ARROW1"):
             return pyarrow.ipc.open_stream(stream)
-        reader = pyarrow.ipc.open_file(_seekable(stream))
+        reader = pyarrow.ipc.open_file(_seekable(file, stream))
         return (reader.get_batch(number) for number in range(reader.num_record_batches))
 
-    yield from _table(file, "Arrow", batches)
+    yield from _table(file, "Arrow", batches, longest)
 
 
-def _seekable(stream: io.BufferedReader) -> Any:
-    return stream if isinstance(stream.raw, io.FileIO) else io.BytesIO(stream.read())
+def _seekable(file: Path, stream: io.BufferedReader) -> Any:
+    return stream if isinstance(stream.raw, io.FileIO) else io.BytesIO(_whole(file, stream))
 
 
-def _table(file: Path, name: str, batches: Callable[[], Iterable[Any]]) -> Iterator[RawRow]:
+def _table(file: Path, name: str, batches: Callable[[], Iterable[Any]], longest: int) -> Iterator[RawRow]:
     import pyarrow
 
-    row = 0
+    row = unpacked = 0
+    packed = file.stat().st_size
     try:
         for batch in batches():
-            try:
-                rows: list[RawRow] = batch.to_pylist()
-            except (ValueError, OverflowError):  # some value has no Python form: which row's, is found one by one
-                rows = [_table_row(batch.slice(place, 1)) for place in range(len(batch))]
-            yield from map(without_filled_nulls, rows)
-            row += len(rows)
+            size = sum(map(_unpacked_bytes, batch.columns))
+            unpacked += size
+            if unpacked > max(LARGEST_UNPACKED, MOST_PACKED * packed):
+                raise DataError(
+                    "file-too-large",
+                    f"{file} has {packed:,} bytes, and after {row:,} rows it has unpacked to more than {MOST_PACKED:,} "
+                    "times as many: it repeats a few values; write it without the repetitions",
+                )
+            yield from map(without_filled_nulls, _rows_of_batch(batch, longest, size))
+            row += len(batch)
+    except MemoryError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError("unreadable-file", f"{file} cannot be read as {name} after {row:,} rows: {reason}") from error
+
+
+def _rows_of_batch(batch: Any, longest: int, size: int) -> Iterator[RawRow]:
+    if size <= longest:
+        try:
+            yield from batch.to_pylist()
+            return
+        except (ValueError, OverflowError):  # some value has no Python form: which row's, is found one by one
+            pass
+    for place in range(len(batch)):
+        one = batch.slice(place, 1)
+        yield TOO_LARGE if sum(map(_unpacked_bytes, one.columns)) > longest else _table_row(one)
+
+
+def _unpacked_bytes(array: Any) -> int:
+    """Return the bytes of a column's values, where a table may hold a repeated text once."""
+    import pyarrow
+    import pyarrow.compute
+
+    if isinstance(array, pyarrow.DictionaryArray):
+        kind = array.type.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            return array.nbytes
+        return pyarrow.compute.sum(pyarrow.compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+    if pyarrow.types.is_struct(array.type):
+        return sum(map(_unpacked_bytes, array.flatten()))
+    if pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type):
+        return _unpacked_bytes(array.flatten())
+    return array.nbytes
 
 
 def _table_row(batch: Any) -> RawRow:
@@ -273,10 +382,10 @@ def without_filled_nulls(row: RawRow) -> RawRow:
     return {name: dropped(value) if name in TURN_COLUMNS else value for name, value in row.items()}
 
 
-def _csv(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
-    csv.field_size_limit(LONGEST_FIELD)
-    lines = (line.decode("utf-8", errors="surrogateescape") for line in stream)
-    reader = csv.reader(_without_mark(lines), strict=True, delimiter="\t" if format_of(file) == "tsv" else ",")
+def _csv(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow]:
+    csv.field_size_limit(longest)
+    lines = _csv_lines(file, stream, longest)
+    reader = csv.reader(lines, strict=True, delimiter="\t" if format_of(file) == "tsv" else ",")
     header = None
     while True:
         begins = reader.line_num + 1
@@ -289,6 +398,8 @@ def _csv(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
                     f"{file}: a quote opens in the row that begins on line {begins} and is never closed, "
                     "so it swallows the rest of the file; close it",
                 ) from error
+            if "field larger than field limit" in str(error):
+                raise _csv_row_too_large(file, begins, longest) from error
             fields = [] if header is None else [""] * (len(header) + 1)
         if fields is None:
             return
@@ -299,9 +410,22 @@ def _csv(file: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
             yield dict(zip(header, [*fields, *[None] * short], strict=True)) if short >= 0 else UNREADABLE
 
 
-def _without_mark(lines: Iterator[str]) -> Iterator[str]:
-    for number, line in enumerate(lines):
-        yield line.removeprefix("\ufeff") if number == 0 else line
+def _csv_lines(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(longest + 2):
+        number += 1
+        if len(line) > longest + 1:
+            raise _csv_row_too_large(file, number, longest)
+        text = line.decode("utf-8", errors="surrogateescape")
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _csv_row_too_large(file: Path, line: int, longest: int) -> DataError:
+    return DataError(
+        "row-too-large",
+        f"{file}: the row on line {line} has more than {longest:,} bytes; close the quote if one is open there, or "
+        "raise max_row_bytes of the source",
+    )
 
 
 def _header(file: Path, fields: list[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Where rows come from: the Hub, files, folders written by ``save_to_disk``, and weighted mixtures of those.
 
 A source is written as a string (a Hub name, a file, a glob or a folder), or as a mapping with ``path`` and any of
-``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns``, ``labels`` and ``annotators``, or as
-a list of either.
+``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns``, ``labels``, ``annotators`` and
+``max_row_bytes``, or as a list of either.
 
 ``feedback.db`` is a store of judgements, and ``feedback.db@1200`` what it held at row 1200. The former becomes the
 latter when it is first read, so that what comes in later changes nothing for a run.
@@ -28,7 +28,7 @@ from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
-from rlhf_lightning.data.files import FORMATS, RawRow, format_of, read_file, without_filled_nulls
+from rlhf_lightning.data.files import FORMATS, LONGEST_ROW, RawRow, format_of, read_file, without_filled_nulls
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class Source:
         labels: of a feedback store: how several judgements of a pair become its label, ``mean`` or ``reliability``.
         annotators: of a feedback store: whose judgements count, everybody's by default. Training on some people and
             evaluating on others tells whether what was learned is more than their taste.
+        max_row_bytes: most bytes of a row of a file; longer rows are dropped and counted.
         kind: of a feedback store: what its judgements are read as; the DataModule says.
     """
 
@@ -59,6 +60,7 @@ class Source:
     columns: dict[str, str] | None = None
     labels: Labels = "mean"
     annotators: list[str] | None = None
+    max_row_bytes: int = LONGEST_ROW
     kind: RowKind = "preference"
 
     def __str__(self) -> str:
@@ -154,8 +156,10 @@ def _one(item: Any) -> Source:
         )
     if one.weight <= 0:
         raise SettingError("setting-out-of-range", f"weight of {one.path} is {one.weight}: it must be above 0")
-    if one.rows is not None and one.rows < 1:
-        raise SettingError("setting-out-of-range", f"rows of {one.path} is {one.rows}: it must be at least 1")
+    for name in ("rows", "max_row_bytes"):
+        bound = getattr(one, name)
+        if bound is not None and (not isinstance(bound, int) or bound < 1):
+            raise SettingError("setting-out-of-range", f"{name} of {one.path} is {bound!r}: it must be at least 1")
     return one
 
 
@@ -332,6 +336,8 @@ def source_fingerprint(source: Source) -> str:
         digest.update(dataset_fingerprint(load_hub(source)).encode())
     if files is not None and "[" in source.split:
         digest.update(source.split.encode())
+    if source.max_row_bytes != LONGEST_ROW:
+        digest.update(str(source.max_row_bytes).encode())
     for file in files or []:
         digest.update("".join(file.suffixes).encode())
         status = file.stat()
@@ -360,11 +366,13 @@ def read_rows(source: Source) -> Iterator[RawRow]:
     elif (files := files_of(source)) is None:
         rows = map(without_filled_nulls, load_hub(source))
     else:
-        rows = (row for file in files for row in read_file(file))
+
+        def of_files() -> Iterator[RawRow]:
+            return (row for file in files for row in read_file(file, source.max_row_bytes))
+
+        rows = of_files()
         if "[" in source.split:
-            count = (
-                sum(1 for file in files for _ in read_file(file)) if "%" in source.split or "-" in source.split else 0
-            )
+            count = sum(1 for _ in of_files()) if "%" in source.split or "-" in source.split else 0
             start, stop = bounds_of(source.split, count or sys.maxsize)
             rows = islice(rows, start, stop)
     for count, row in enumerate(rows):

@@ -82,7 +82,7 @@ class ShardedSource:
         number, place, spent = self.cursor
         shard = int(shuffled(self.shards, self.seed, number)[place]) if self.shuffle else place
         if self.files is not None:
-            return islice(read_file(self.files[shard]), spent, None)
+            return islice(read_file(self.files[shard], self.source.max_row_bytes), spent, None)
         one = self.dataset.shard(num_shards=self.shards, index=shard) if self.shards > 1 else self.dataset
         return iter(one.skip(spent) if spent else one)
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import pyarrow
 import pyarrow.feather
@@ -11,7 +12,8 @@ import pyarrow.parquet
 import pytest
 from conftest import refused
 
-from rlhf_lightning.data.files import DUPLICATE_KEY, UNREADABLE, parse_line, read_file
+from rlhf_lightning.data import files
+from rlhf_lightning.data.files import DUPLICATE_KEY, LONGEST_ROW, TOO_LARGE, UNREADABLE, parse_line, read_file
 
 
 def written(tmp_path, name, content):
@@ -131,3 +133,88 @@ def test_nulls_that_a_table_fills_in_are_no_arguments(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert list(read_file(tmp_path / "rows.parquet")) == rows
+
+
+LONG = 1000
+"""Bytes of a row in the tests of the bound."""
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "pretty.jsonl", "rows.jsonl.gz", "rows.json.xz"])
+def test_rows_beyond_the_bound_are_counted_and_the_others_kept(tmp_path, name):
+    rows = [{"a": "x"}, {"a": "y" * LONG}, {"a": ["z" * (LONG // 2)] * 2}, {"a": "v" * (LONG - 20)}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    whole = json.dumps(rows, indent=1)
+    content = {"rows.jsonl": lines, "rows.jsonl.gz": lines, "pretty.jsonl": whole}.get(name, whole).encode()
+    content = (
+        gzip.compress(content) if name.endswith("gz") else lzma.compress(content) if name.endswith("xz") else content
+    )
+    found = list(read_file(written(tmp_path, name, content), LONG))
+    assert found == [rows[0], TOO_LARGE, TOO_LARGE, rows[3]]
+    assert list(read_file(tmp_path / name)) == rows
+
+
+def test_a_huge_line_is_not_kept_in_memory(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    with gzip.open(file, "wb", compresslevel=1) as stream:
+        stream.write(b'{"a": "')
+        for _ in range(100):
+            stream.write(b"w" * (1 << 20))
+        stream.write(b'"}\n{"a": "x"}\n')
+    tracemalloc.start()
+    assert list(read_file(file)) == [TOO_LARGE, {"a": "x"}]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * LONGEST_ROW
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_table_of_repeated_texts_is_unpacked_row_by_row(tmp_path, nested, dictionary):
+    texts = ["short", "w" * LONG, "short", None, "v" * (LONG // 2)] * 60
+    column = [[{"role": "user", "content": text}] for text in texts] if nested else texts
+    table = pyarrow.table({"prompt": column, "n": list(range(300))})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", use_dictionary=dictionary)
+    found = list(read_file(tmp_path / "rows.parquet", LONG))
+    assert [row is TOO_LARGE for row in found] == [text == "w" * LONG for text in texts]
+    whole = list(read_file(tmp_path / "rows.parquet"))
+    assert [row["n"] for row in whole] == list(range(300))
+    assert found[0] == whole[0] and found[3] == whole[3] and found[4] == whole[4]
+
+
+def test_a_small_parquet_that_unpacks_to_gigabytes_takes_little_memory(tmp_path):
+    text = "w" * (1 << 20)
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 4000, pyarrow.int32()), [text])
+    file = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": repeated}), file, compression="zstd")
+    assert file.stat().st_size < 100_000
+    before = pyarrow.total_allocated_bytes()
+    count = 0
+    with refused("file-too-large", "bomb.parquet has", "unpacked to more than 1,000 times as many"):
+        for row in read_file(file):
+            assert len(row["prompt"]) == 1 << 20
+            count += 1
+            assert pyarrow.total_allocated_bytes() - before < 64 << 20
+    assert 900 < count <= 1024
+
+
+def test_compressed_files_that_are_read_whole_have_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST_UNPACKED", 5_000_000)
+    for name in ("rows.json", "rows.txt", "rows.parquet"):
+        file = written(tmp_path, f"{name}.gz", gzip.compress(b"[" + b" " * 6_000_000 + b"]"))
+        with refused("file-too-large", f"{name}.gz unpacks to more than 5,000,000 bytes", ".jsonl"):
+            list(read_file(file))
+
+
+def test_memory_that_a_file_exhausts_is_said_of_the_file(tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(files, "_loads", exhausted)
+    with refused("file-too-large", "rows.json does not fit into memory", "split it"):
+        list(read_file(written(tmp_path, "rows.json", "[1]")))
+
+
+def test_a_csv_row_beyond_the_bound_is_an_error_that_names_its_line(tmp_path):
+    for content in ("a,n\nx,1\n" + "y" * LONG + ",2\n", "a,n\nx,1\n" + '"' + "y\n" * LONG):
+        with refused("row-too-large", "rows.csv: the row on line 3", "max_row_bytes"):
+            list(read_file(written(tmp_path, "rows.csv", content), LONG))

@@ -135,7 +135,10 @@ def test_sources_as_they_are_written():
         (
             {"file": "a"},
             "invalid-source",
-            ["has the keys path, weight, rows, split, name, columns, labels, annotators ", "; found file"],
+            [
+                "has the keys path, weight, rows, split, name, columns, labels, annotators, max_row_bytes ",
+                "; found file",
+            ],
         ),
         ({"path": "a", "wieght": 2}, "invalid-source", ["found path, wieght"]),
         ({"path": "a", "weight": 0}, "setting-out-of-range", ["weight of a is 0: it must be above 0"]),
