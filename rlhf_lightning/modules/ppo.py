@@ -287,6 +287,7 @@ class PPOModule(OnPolicyModule):
         states = self._value_layout(layout)
         # The reward model's bias is subtracted from scores, so it is from the values of a critic made from it.
         values: Tensor = critic(states, per_token=True)
+        self.muted([values])
         return values - critic.bias * states.completion_mask
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:

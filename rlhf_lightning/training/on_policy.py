@@ -204,6 +204,7 @@ class OnPolicyModule(RolloutModule):
         self.needs_minibatch = self.needs_minibatch or sampler_normalise
         self.needs_entropies = self.needs_minibatch
         self.off_policy_threshold, self.overlong_buffer = off_policy_threshold, overlong_buffer
+        self._without_rows = False
         refuse_contradictions(_contradictions(self))
 
     @property
@@ -252,9 +253,20 @@ class OnPolicyModule(RolloutModule):
     def _loss_of_nothing(self, loss: Callable[[list[int], Meter], Tensor], meter: Meter) -> Tensor:
         """Return a loss of 0 for a rank without rows, while other ranks have rows."""
         unused = Meter()
-        nothing = 0.0 * loss([0], unused)
+        self._without_rows = True
+        try:
+            # A row's loss that is NaN, or whose gradient is, would stay so times 0.
+            nothing = 0.0 * loss([0], unused).nan_to_num(0.0, 0.0, 0.0)
+        finally:
+            self._without_rows = False
         meter.add_nothing(unused)
         return nothing
+
+    def muted(self, outputs: Sequence[Tensor | None]) -> None:
+        """Give some outputs of the models gradient 0 if this rank has no rows and only follows the others' passes."""
+        for tensor in outputs if self._without_rows else ():
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(torch.zeros_like)
 
     def token_loss_sum(
         self,
@@ -270,6 +282,7 @@ class OnPolicyModule(RolloutModule):
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
         rows = torch.tensor(cut, device=self.device)
         outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=self.entropy_coef != 0)
+        self.muted([outputs.logprobs, outputs.entropy, outputs.values, *outputs.extras.values()])
         part = select_episodes(rollout, cut, length)
         logprobs = PolicyLogprobs(
             logprobs=outputs.logprobs,

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.tokenization.facts import Facts
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Loss, PolicyLogprobs, PromptBatch, Rollout
 
 PROMPTS = [prompt for prompt, _ in random_rows(8, seed=61)]
@@ -596,3 +598,29 @@ def test_a_shared_trunk_is_forwarded_for_its_values_whatever_sampling_found(poli
         found.append(weights_of(module))
     for name, weight in found[0].items():
         torch.testing.assert_close(found[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+class WithoutRowsModule(KeepingModule):
+    """Its policy and value losses are NaN; each minibatch is one of a rank without rows."""
+
+    def policy_loss(self, logprobs: PolicyLogprobs) -> Loss:
+        return Loss(logprobs.logprobs * math.nan)
+
+    def value_loss(self, values: Any) -> Loss:
+        return Loss(values.values * math.nan)
+
+    def learn_minibatch(self, rollout: Rollout, advantages: Any, rows: list[int], *_: Any) -> float:
+        nothing = self._loss_of_nothing(partial(self.token_loss_sum, rollout, advantages), Meter())
+        nothing.backward()
+        gradients = [weight.grad for weight in self.parameters() if weight.requires_grad]
+        self.__dict__["seen"] = (float(nothing.detach()), gradients)
+        return 0.0
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_rank_without_rows_adds_nothing_even_where_a_rows_loss_is_nan(policy_folder: str, critic: str) -> None:
+    module = ppo(policy_folder, kind=WithoutRowsModule, critic=critic)
+    fit(module, rollouts(1))
+    loss, gradients = module.seen
+    assert loss == 0 and len(gradients) > 4
+    assert all(gradient is not None and not bool(gradient.any()) for gradient in gradients)
