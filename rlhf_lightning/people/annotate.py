@@ -155,7 +155,7 @@ def sampling_ahead(
     from rlhf_lightning.commands.generate import read_prompts
     from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES
-    from rlhf_lightning.people.candidates import SamplingAhead, load_policies, sampled_items
+    from rlhf_lightning.people.candidates import SamplingAhead, Stop, load_policies, sampled_items
 
     if not max(2, len(models)) <= candidates <= MOST_CANDIDATES:
         raise SettingError(
@@ -175,8 +175,9 @@ def sampling_ahead(
         unsampled -= not known
         return known
 
-    batches = sampled_items(policies, rows, candidates, settings, sampling.seed, at_once, skip)
-    return SamplingAhead(store, batches, ahead, selector, lambda: unsampled)
+    stop = Stop()
+    batches = sampled_items(policies, rows, candidates, settings, sampling.seed, at_once, skip, on_pass=stop)
+    return SamplingAhead(store, batches, ahead, selector, lambda: unsampled, stop)
 
 
 def report_left_out(path: str, columns: "Sequence[dict[str, Any]]") -> None:

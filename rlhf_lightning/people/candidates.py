@@ -54,6 +54,7 @@ def sampled_items(
     at_once: int,
     skip: Callable[[Prompt], bool],
     start: int = 0,
+    on_pass: Callable[[int], None] | None = None,
 ) -> Iterator[list[Item]]:
     """Yield items for some prompts at a time; completion c comes from policy c modulo the number of policies.
 
@@ -69,17 +70,19 @@ def sampled_items(
         at_once: prompts sampled at a time.
         skip: whether a prompt is to be left out, for example because it was sampled before.
         start: index of the first prompt.
+        on_pass: called at each forward pass; sampling stops where it raises.
     """
     numbered = list(enumerate(rows))
     for begin in range(start, len(numbered), at_once):
         chunk = [(number, row) for number, row in numbered[begin : begin + at_once] if not skip(row[0])]
         if chunk:
-            yield _items(policies, chunk, count, settings, seed)
+            yield _items(policies, chunk, count, settings, seed, on_pass)
 
 
 def _items(
-    policies: Sequence[Sampled], chunk: Sequence[Any], count: int, settings: SamplingSettings, seed: int
-) -> list[Item]:
+    policies: Sequence[Sampled], chunk: Sequence[Any], count: int, settings: SamplingSettings, seed: int,
+    on_pass: Callable[[int], None] | None,
+) -> list[Item]:  # fmt: skip
     sampling = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     found: dict[int, list[Candidate]] = {number: [] for number, _ in chunk}
     for place in range(count):
@@ -87,7 +90,7 @@ def _items(
         left = list(chunk)
         for attempt in range(TRIES):
             episodes = [(number * count + place) * TRIES + attempt for number, _ in left]
-            texts = _sample(policy, [row[0] for _, row in left], episodes, settings, seed)
+            texts = _sample(policy, [row[0] for _, row in left], episodes, settings, seed, on_pass)
             again = []
             for entry, episode, text in zip(left, episodes, texts, strict=True):
                 number = entry[0]
@@ -106,11 +109,12 @@ def _items(
 
 
 def _sample(
-    policy: Sampled, prompts: Sequence[Prompt], episodes: Sequence[int], settings: SamplingSettings, seed: int
-) -> list[str]:
+    policy: Sampled, prompts: Sequence[Prompt], episodes: Sequence[int], settings: SamplingSettings, seed: int,
+    on_pass: Callable[[int], None] | None,
+) -> list[str]:  # fmt: skip
     encoded = [torch.tensor(tokenization.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts]
     ends = tokenization.end_token_ids(policy.tokenizer)
-    drawn = policy.engine.sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends)
+    drawn = policy.engine.sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends, on_pass)
     return [tokenization.completion_text(policy.tokenizer, ids.tolist()) for ids in drawn.ids]
 
 
@@ -147,6 +151,19 @@ PAUSE = 0.25
 """Seconds between two counts of the waiting items."""
 
 
+class _Stopped(Exception):
+    """Raised within sampling when the page has stopped."""
+
+
+class Stop(threading.Event):
+    """An event that ends sampling between two forward passes, as `sampled_items`' ``on_pass``."""
+
+    def __call__(self, finished: int) -> None:
+        """Raise if the event is set."""
+        if self.is_set():
+            raise _Stopped
+
+
 class SamplingAhead:
     """Context manager that keeps a store filled with items from a background thread.
 
@@ -156,6 +173,7 @@ class SamplingAhead:
         ahead: items without an annotator above which sampling pauses.
         selector: orders the items; None keeps the order of sampling.
         unsampled: returns how many prompts are still to be sampled.
+        stop: set at the end; ``batches`` may ask it too.
     """
 
     def __init__(
@@ -165,6 +183,7 @@ class SamplingAhead:
         ahead: int,
         selector: Selector | None = None,
         unsampled: Callable[[], int] = lambda: 0,
+        stop: Stop | None = None,
     ) -> None:
         if ahead < 1:
             raise SettingError(
@@ -174,7 +193,7 @@ class SamplingAhead:
         self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
         self._unsampled, self._coming = unsampled, unsampled()
         self.failure: str | None = None
-        self._done, self._stop = False, threading.Event()
+        self._done, self._stop = False, stop or Stop()
         self._thread = threading.Thread(target=self._fill, name="sampling ahead", daemon=True)
 
     def __enter__(self) -> SamplingAhead:
@@ -210,6 +229,8 @@ class SamplingAhead:
                     self._coming = self._unsampled()
                     if self.selector is not None:
                         self.store.rank(self.selector)
+        except _Stopped:
+            return
         except Exception as error:  # annotators go on with the items there are
             sentence = failure_sentence(error)
             self.failure = sentence or str(error).strip() or type(error).__name__

@@ -180,7 +180,8 @@ class SamplingEngine(ABC):
             settings: temperature, length limit.
             seed: seed of the run.
             end_ids: tokens that end a completion.
-            on_progress: called with the number of completions that have just finished.
+            on_progress: called with the number of completions that have just finished; a `SlotEngine` calls it after
+                each forward pass. Where it raises, sampling ends.
             mixture: a second model to sample from together with the first; None samples from the first alone.
             turns: conversations with an environment, one per prompt; None samples one completion each.
 
@@ -522,13 +523,11 @@ class _Run:
         self.counts[owners[done]] = drawn[done]
         self.ended[owners[stops]] = True
         self.active[slots] = active & ~done
-        if not bool(done.any()):
-            return
-        if self.turns is not None:
+        if self.turns is not None and bool(done.any()):
             gone, rows = slots[done], owners[done].tolist()
             self.silent += rows
             self.kept |= zip(rows, self.decoder.leave(gone.tolist(), (self.lengths[gone] - 1).tolist()), strict=False)
-        elif self.on_progress is not None:
+        elif self.turns is None and self.on_progress is not None:
             self.on_progress(int(done.sum()))
 
     def _draw_numbers(self, rows: Tensor, places: Tensor) -> None:
