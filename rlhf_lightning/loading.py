@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,38 @@ from typing import Any
 import yaml
 
 from rlhf_lightning import working_directory
-from rlhf_lightning.errors import MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that this package wrote.
+
+    Raises:
+        DataError: ``invalid-json``: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = f"it holds a {type(found).__name__} instead of an object"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise DataError("invalid-json", f"{path} is damaged ({reason}); restore it from a copy, or delete it")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in the lines of a file that this package wrote.
+
+    Raises:
+        DataError: ``invalid-json``: a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError("invalid-json", f"line {number} of {path} is damaged ({error}); delete the line") from error
+    return rows
 
 
 def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
@@ -139,6 +171,27 @@ def shipped_classes(room: str, base: Any) -> dict[str, Any]:
             own = isinstance(kind, type) and kind.__module__ == module.__name__ and not name.startswith("_")
             if own and issubclass(kind, base):
                 found[name] = kind
+    return found
+
+
+def read_yaml(text: str) -> Any:
+    """Return the plain values of a YAML text within the limits of `refuse_large_yaml`."""
+    refuse_large_yaml(text)
+    return yaml.safe_load(text)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a config file.
+
+    Raises:
+        SettingError: ``yaml-too-large``, or ``invalid-config``: the file is not YAML, or not a mapping.
+    """
+    try:
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingError("invalid-config", f"{path} is invalid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise SettingError("invalid-config", f"{path} is not a mapping of settings, such as `model: ...`")
     return found
 
 

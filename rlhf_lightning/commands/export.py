@@ -187,7 +187,6 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     Raises:
         ModelError: ``merge-differs``: the merged model differs from the unmerged adapter.
     """
-    import json
     import shutil
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -197,6 +196,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     from rlhf_lightning.models.loading import (
         SCORE_BIAS,
         LoadSettings,
+        adapter_settings,
         backbone_record,
         load_base_of_adapter,
         load_weights,
@@ -204,7 +204,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     from rlhf_lightning.models.scalar_head import ScalarModel
     from rlhf_lightning.tokenization import load_tokenizer
 
-    scores = json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+    scores = adapter_settings(adapter).get("task_type") == "SEQ_CLS"
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     tokenizer, record = load_tokenizer(adapter), backbone_record(adapter)
     changes = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} if scores else {}

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.loading import refuse_large_yaml
+from rlhf_lightning.loading import read_yaml
 from rlhf_lightning.recipes import resolve_recipe
 
 OPEN_SETTINGS = ("scorer", "scorers", "engine")
@@ -136,8 +134,7 @@ def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list
     for name, file in option_pairs(argv):
         if name == "--config" and Path(file).is_file():
             text = Path(file).read_text(encoding="utf-8")
-            refuse_large_yaml(text)
-            read = yaml.safe_load(text)
+            read = read_yaml(text)
             section = read.get(part) if isinstance(read, dict) else None
             if isinstance(section, dict) and isinstance(section.get("class_path"), str):
                 found.append((file, section["class_path"], list(section.get("init_args") or {})))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import DataError, SettingError
 
 
 class Journal:
@@ -20,6 +20,7 @@ class Journal:
 
     Raises:
         SettingError: there is a journal of another task.
+        DataError: the journal is damaged.
     """
 
     def __init__(self, target: Path, task: Mapping[str, Any]) -> None:
@@ -32,7 +33,15 @@ class Journal:
 
     def _resume(self) -> None:
         whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        found = json.loads(whole[0])["task"] if whole else self.task
+        try:
+            parts = [json.loads(line) for line in whole]
+            found = dict(parts[0]["task"]) if parts else self.task
+            finished = [(list(part["records"]), int(part["done"])) for part in parts[1:]]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                "invalid-json",
+                f"{self.path}, the journal of an interrupted run, is damaged ({error}): delete it to start over",
+            ) from error
         if found != self.task:
             other = [name for name in {**found, **self.task} if found.get(name) != self.task.get(name)]
             raise SettingError(
@@ -40,10 +49,9 @@ class Journal:
                 f"{self.path} belongs to an interrupted run with another {', '.join(other)}: give the same settings to "
                 "resume it, or delete it to start over",
             )
-        for line in whole[1:]:
-            part = json.loads(line)
-            self.records += part["records"]
-            self.done = part["done"]
+        for records, done in finished:
+            self.records += records
+            self.done = done
         with self.path.open("r+b") as file:
             file.truncate(sum(map(len, whole)))
 

@@ -21,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import SettingError
+from rlhf_lightning.loading import read_record, read_yaml
 
 SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
 MOST_PREEMPTIONS = 20
@@ -165,7 +164,7 @@ def arm_name(arm: dict[str, str]) -> str:
 
 def _values(name: str, text: str) -> list[str]:
     if text.startswith("["):
-        found = yaml.safe_load(text)
+        found = read_yaml(text)
         values = [item if isinstance(item, str) else json.dumps(item) for item in found]
     else:
         values = text.split(",")
@@ -205,7 +204,7 @@ def record(folder: Path, config: str, path: Path, fixed: dict[str, str], runs: S
     base = {"config": config, "config_text": path.read_text(encoding="utf-8"), "set": fixed}
     target = folder / SWEEP_FILE
     if target.is_file():
-        earlier = json.loads(target.read_text(encoding="utf-8"))
+        earlier = read_record(target)
         if changed := [name for name in base if earlier.get(name) != base[name]]:
             raise SettingError(
                 "sweep-changed",
@@ -233,7 +232,7 @@ def state_of(folder: Path, run: PlannedRun) -> tuple[str, Path | None]:
     except StateError:
         return "running", found
     manifest = found / MANIFEST_FILE
-    sessions = json.loads(manifest.read_text(encoding="utf-8"))["sessions"] if manifest.is_file() else []
+    sessions = read_record(manifest).get("sessions", []) if manifest.is_file() else []
     if sessions and sessions[-1]["status"] == "finished":
         return "finished", found
     try:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
 import torch
-import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,7 +40,7 @@ from rlhf_lightning.compat import parser_actions, setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule
 from rlhf_lightning.data.sources import at_snapshot
 from rlhf_lightning.errors import MissingError
-from rlhf_lightning.loading import import_path
+from rlhf_lightning.loading import import_path, read_config
 from rlhf_lightning.runs import (
     ModelExport,
     PredictionWriter,
@@ -343,6 +342,8 @@ class RlhfCLI(LightningCLI):
             refuse(f"model is an abstract base class; choose an objective with --model CLASS: {known}")
         if config.resume and command != "fit":
             refuse(f"--resume continues training; to evaluate a run, write `rlhf {command} {config.resume}`")
+        if config.resume and (changed := self.changed_seed(config)) is not None:
+            refuse(changed)
         if config.ckpt_path in ("last", "best"):
             refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run folder; {CHECKPOINT_REMEDY}")
         if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
@@ -353,6 +354,24 @@ class RlhfCLI(LightningCLI):
             reason = refused_checkpoint(Path(config.ckpt_path), SHARDED in str(trainer.strategy), command == "fit")
             if reason is not None:
                 refuse(reason)
+
+    def changed_seed(self, config: Namespace) -> str | None:
+        """Return why a resumed run cannot have the given seed; announce a seed that has no effect."""
+        before = read_config(find_run(config.resume, config.runs_folder) / CONFIG_FILE)
+        for part in ("model", "data"):
+            now = (config[part].get("init_args") or {}).get("seed")
+            then = ((before.get(part) or {}).get("init_args") or {}).get("seed")
+            if now != then:
+                return (
+                    f"{part}.seed is {now}, and the run that is resumed was started with {then}: a run keeps its order "
+                    "of rows and its random numbers; leave the seed out, or start a new run"
+                )
+        if config.seed_everything != before.get("seed_everything"):
+            announce(
+                f"seed_everything {config.seed_everything} has no effect on a resumed run: its seeds and random "
+                "states are those of the checkpoint"
+            )
+        return None
 
     def _parse_ckpt_path(self) -> None:
         """Read settings that were not given from the checkpoint. In Lightning the checkpoint overrides them all."""
@@ -619,7 +638,7 @@ def resumed(argv: Sequence[str]) -> list[str]:
         raise MissingError("no-config", f"{run} cannot be resumed or evaluated: it has no {CONFIG_FILE}")
     if named is not None:
         return [command, "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *argv[2:]]
-    raised = raised_bound(given, yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")).get("trainer") or {})
+    raised = raised_bound(given, read_config(run / CONFIG_FILE).get("trainer") or {})
     return ["fit", "--config", str(run / CONFIG_FILE), "--ckpt_path", checkpoint, *raised, *argv[1:]]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import yaml
 
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.evaluation.differences import Difference, holm, mean_interval, seed_difference
+from rlhf_lightning.loading import read_config, read_record, read_records
 from rlhf_lightning.runs.run import CONFIG_FILE, MANIFEST_FILE, SAMPLES_FILE, find_run
 
 Axis = Literal["updates", "episodes", "tokens"]
@@ -84,14 +84,14 @@ def read_run(folder: Path) -> FinishedRun:
         by_step = {event.step: event.value for event in events.Scalars(tag)}
         steps = sorted(by_step)
         scalars[tag] = (np.array(steps, dtype=float), np.array([by_step[step] for step in steps]))
-    settings = flat_settings(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    settings = flat_settings(read_config(folder / CONFIG_FILE))
     manifest = folder / MANIFEST_FILE
-    sessions = json.loads(manifest.read_text(encoding="utf-8"))["sessions"] if manifest.is_file() else []
+    sessions = read_record(manifest).get("sessions", []) if manifest.is_file() else []
     samples = folder / SAMPLES_FILE
-    lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+    rows = read_records(samples) if samples.is_file() else []
     status = str(sessions[-1]["status"]) if sessions else "unknown"
     seed = int(settings.get("seed_everything") or 0)
-    return FinishedRun(folder, settings, seed, status, scalars, [json.loads(line) for line in lines])
+    return FinishedRun(folder, settings, seed, status, scalars, rows)
 
 
 def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:

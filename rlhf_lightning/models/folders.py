@@ -136,7 +136,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     if "transformers_weights" in config:
         raise ModelError("unreadable-model", f"{file} has transformers_weights: remove it, and name the file as usual")
     for key, value in _items(config):
-        kernel = next((kind for kind in KERNELS if key.removeprefix("_") == kind), None)
+        kernel = next((kind for kind in KERNELS if key.strip("_").startswith(kind)), None)
         wanted = list(value.values()) if isinstance(value, dict) else [value]
         if kernel and any(one is not None and one not in ATTENTION for one in wanted):
             raise ModelError(

@@ -428,9 +428,11 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
         options["device_map"] = {"": settings.device}
     if settings.from_scratch:
         config = AutoConfig.from_pretrained(name, **options)
+        further = {k: v for k, v in options.items() if k in ("attn_implementation", "trust_remote_code")}
         with torch.random.fork_rng():
+            with torch.device("meta"):
+                _refuse_larger_than_memory(name, kind.from_config(config, dtype=settings.torch_dtype, **further))
             torch.manual_seed(settings.seed)
-            further = {k: v for k, v in options.items() if k in ("attn_implementation", "trust_remote_code")}
             model = kind.from_config(config, dtype=settings.torch_dtype, **further)
         if hasattr(model, "score"):
             initialise_head(model.score, text_config(model).hidden_size, settings.seed)
@@ -461,6 +463,22 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
     if settings.quantization is not None:
         leave_the_file(model)
     return model
+
+
+def _refuse_larger_than_memory(name: str, described: nn.Module) -> None:
+    """Refuse a new model that does not fit into this machine's memory, before any of it is taken.
+
+    Raises:
+        ModelError: ``model-too-large``.
+    """
+    needed = sum(weight.numel() * weight.element_size() for weight in described.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > memory:
+        raise ModelError(
+            "model-too-large",
+            f"the config of {name} describes weights of {needed / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory; correct its sizes, or use a larger machine",
+        )
 
 
 @contextlib.contextmanager

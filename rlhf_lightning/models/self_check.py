@@ -120,7 +120,7 @@ def check_key(model: Any, *further: Any) -> str:
 def _read(file: Path) -> Findings | None:
     try:
         trees, pads, path, lines, refusal = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
     return Findings(trees, pads, path, tuple(lines), None if refusal is None else (refusal[0], refusal[1]))
 

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.errors import DataError, MissingError, SettingError, StateError
+from rlhf_lightning.loading import read_yaml
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.loop import LoopSettings
 from rlhf_lightning.people.loop_steps import (
@@ -119,7 +119,7 @@ def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
         if path.is_file():
             held = path.read_bytes()
             if path.suffix in (".yaml", ".yml"):
-                held = json.dumps(yaml.safe_load(held), sort_keys=True, default=str).encode()
+                held = json.dumps(read_yaml(held.decode()), sort_keys=True, default=str).encode()
             found[name] = hashlib.blake2b(held, digest_size=16).hexdigest()
     return found
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import rlhf_lightning.modules  # noqa: F401  objectives by their short names
@@ -25,7 +24,7 @@ from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_markdown
-from rlhf_lightning.loading import load_class
+from rlhf_lightning.loading import load_class, read_config, read_records
 from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.people.store import FeedbackStore
@@ -121,7 +120,7 @@ def learns_from_prompts(config: str) -> bool:
     Raises:
         SettingError: the file names no objective.
     """
-    model = (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("model")
+    model = read_config(Path(config)).get("model")
     name = model.get("class_path") if isinstance(model, Mapping) else model
     if not isinstance(name, str):
         raise SettingError(
@@ -183,10 +182,7 @@ def _lines(samples: ScoredSamples) -> list[dict[str, Any]]:
 
 def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> dict[str, Any]:
     """Win rate of a policy's held-out completions against another's, by gold reward or scorer; a tie counts half."""
-    mine, theirs = (
-        [json.loads(line) for line in (place / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
-        for place in (folder, against)
-    )
+    mine, theirs = (read_records(place / COMPLETIONS_FILE) for place in (folder, against))
     name = "gold_reward" if "gold_reward" in mine[0] else "score"
     other = [row.get(name) for row in theirs]
     if name == "score":

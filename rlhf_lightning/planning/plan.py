@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
@@ -18,6 +17,7 @@ from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.compat import setting_of
+from rlhf_lightning.loading import read_config
 from rlhf_lightning.models.loading import LoraSettings
 from rlhf_lightning.planning.estimate import Plan, plan
 from rlhf_lightning.planning.memory import BF16, FP32
@@ -97,7 +97,7 @@ def placeholders(argv: Sequence[str]) -> list[str]:
     kind = given.get("--model", given.get("--model.class_path", ""))
     for file in files:
         if Path(file).is_file():
-            read = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            read = read_config(Path(file))
             known |= set(_keys(read))
             model = read.get("model") if isinstance(read, dict) else None
             kind = kind or (model.get("class_path", "") if isinstance(model, dict) else "")

@@ -22,7 +22,15 @@ from transformers.utils import cached_file
 from rlhf_lightning.commands.parsing import usage_error
 from rlhf_lightning.compat import mesh_sizes
 from rlhf_lightning.errors import DataError, MissingError
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, backbone_record, fingerprint, is_adapter
+from rlhf_lightning.models.folders import read_json
+from rlhf_lightning.models.loading import (
+    LoadSettings,
+    LoraSettings,
+    adapter_settings,
+    backbone_record,
+    fingerprint,
+    is_adapter,
+)
 from rlhf_lightning.planning.estimate import trained_skeleton
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup
@@ -85,9 +93,9 @@ def config_text(name: str) -> str:
             ) from error
     path = Path(name).expanduser()
     if path.is_dir() and is_adapter(name):
-        return config_text(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"])
+        return config_text(adapter_settings(path)["base_model_name_or_path"])
     if path.suffix == ".json" or (path / "config.json").is_file():
-        return _as_text(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
+        return _as_text(read_json(path / "config.json" if path.is_dir() else path))
     if path.suffix == ".gguf" and path.is_file():
         return _as_text(AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).to_dict())
     known = published(name)
@@ -101,7 +109,7 @@ def config_text(name: str) -> str:
             f"the sizes of {name} are unknown: give them with --plan.config, as a config.json, as "
             f"'{{\"hidden_size\": 4096, ...}}', or as one of {', '.join(PUBLISHED)}",
         ) from error
-    return _as_text(json.loads(Path(found).read_text()))
+    return _as_text(read_json(Path(found)))
 
 
 def _as_text(config: Any) -> str:
@@ -178,7 +186,7 @@ def optimizer_bytes(module: AlignmentModule) -> float:
 
 def _continued(folder: str, lora: LoraSettings) -> LoraSettings:
     """Return the LoRA settings of an existing adapter that is trained further."""
-    record = json.loads((Path(folder) / "adapter_config.json").read_text())
+    record = adapter_settings(folder)
     targets = record["target_modules"]
     return replace(lora, r=record["r"], targets=targets if isinstance(targets, str) else sorted(targets))
 

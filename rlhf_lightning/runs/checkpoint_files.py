@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -26,6 +27,8 @@ from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
 CHECKSUMS_FILE = "checksums.json"
+SHARDED_INDEX = ".metadata"
+"""The file of a sharded checkpoint's folder that lists its tensors."""
 CHECKPOINT_NAME = re.compile(r"update_(\d+)\.ckpt")
 CHUNK = 1 << 24
 
@@ -83,6 +86,10 @@ def link(target: Path, name: Path) -> None:
     """Make ``name`` a hard link to ``target`` in one step, or a symbolic link if it is a sharded checkpoint."""
     partial = name.with_name(f".{name.name}.partial")
     remove(partial)
+    if name.is_dir() and not name.is_symlink():  # not written here: it may hold the user's files
+        aside = name.with_name(f"{name.name}.{time.time_ns()}")
+        name.rename(aside)
+        print(f"{name} is a folder, where a link to a checkpoint belongs: it is kept as {aside.name}", flush=True)
     try:
         if target.is_dir():
             partial.symlink_to(target.name)
@@ -117,10 +124,10 @@ def remove_others(folder: Path, kept: Iterable[str]) -> None:
 def damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint's files; None if every checksum matches, or a folder has none."""
     if not path.is_dir():
-        return _damage_of_file(path)
+        return _damage_of_file(path) if path.is_file() else "it is a pipe or a device"
     index = path / CHECKSUMS_FILE
     if not index.is_file():
-        return None
+        return None if (path / SHARDED_INDEX).is_file() else "it is a folder without a checkpoint"
     try:
         expected = {name: Checksum(*values) for name, values in json.loads(index.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError):

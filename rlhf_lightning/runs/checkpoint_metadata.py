@@ -32,6 +32,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         DataError: it is not a checkpoint, or contains more than plain tensors and settings.
     """
     file = path / SHARDED_META if path.is_dir() else path
+    if file.exists() and not file.is_file():
+        raise DataError("unreadable-checkpoint", f"{file} is a pipe, a device or a folder, not a checkpoint")
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:

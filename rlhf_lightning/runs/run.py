@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rlhf_lightning.errors import ContractError, MissingError, SettingError, StateError
+from rlhf_lightning.loading import read_record
 from rlhf_lightning.runs.atomic_files import AppendedFile
 from rlhf_lightning.training.module import AlignmentModule
 
@@ -175,14 +175,14 @@ def checked_run_name(name: str) -> str:
     """Return a run's name if it stays inside the runs folder.
 
     Raises:
-        SettingError: the name is absolute, contains "..", or has characters that are unsafe in file names.
+        SettingError: the name is absolute, too long, contains "..", or has characters that are unsafe in file names.
     """
     parts = name.split("/")
-    if not all(re.fullmatch(r"[\w][\w.\-=+]*", part) for part in parts):
+    if not all(re.fullmatch(r"[\w][\w.\-=+]{0,199}", part) for part in parts):
         raise SettingError(
             "invalid-run-name",
             f"run_name is {name!r}: use letters, digits, '_', '-', '.', '=' and '+' (and '/' between groups of runs) "
-            "for a name inside the runs folder",
+            "for a name inside the runs folder, at most 200 characters each",
         )
     return name
 
@@ -281,4 +281,4 @@ def _was_trained(folder: Path) -> bool:
     if (folder / CHECKPOINTS_FOLDER).is_dir():
         return True
     manifest = folder / MANIFEST_FILE
-    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("subcommand") == "fit"
+    return manifest.is_file() and read_record(manifest).get("subcommand") == "fit"

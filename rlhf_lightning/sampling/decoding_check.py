@@ -68,7 +68,7 @@ def _decoding_once(model: CausalLM, first: Decoding) -> tuple[Decoding | None, s
         file = cache_folder() / "self_check" / f"{key}.json"
         try:
             _found[key] = tuple(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             _found[key] = examine_decoding(model, first)
             write_finding(file, _found[key])
     return _found[key]

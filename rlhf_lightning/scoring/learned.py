@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.ranking import aggregated_steps
+from rlhf_lightning.loading import read_record
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
@@ -271,4 +271,4 @@ def refuse_untrained_head(folder: str) -> None:
 def stored_separator(folder: str) -> str | None:
     """Return the separator that a process reward model's folder was trained with; None for other folders."""
     record = Path(resolve_folder(folder)) / BACKBONE_FILE
-    return json.loads(record.read_text()).get(STEP_SEPARATOR) if record.is_file() else None
+    return read_record(record).get(STEP_SEPARATOR) if record.is_file() else None

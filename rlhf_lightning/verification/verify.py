@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.parsing import usage_error
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.report import markdown_table
+from rlhf_lightning.loading import read_yaml
 
 HELD, FAILED, COULD_NOT_RUN, NO_TARGET = 0, 1, 2, 3
 HELP = """usage: rlhf verify [my_objective.MyModule ...] [--model.SETTING VALUE ...] [options]
@@ -98,7 +97,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any
             if given is None:
                 usage_error("rlhf verify", f"--{name} needs a value")
             if name.startswith("model."):
-                settings[name.removeprefix("model.")] = yaml.safe_load(given)
+                settings[name.removeprefix("model.")] = read_yaml(given)
             else:
                 options[name] = given
         elif word.startswith("-"):
