@@ -392,6 +392,7 @@ CONTROL_FLOW = {
     ("commands/train.py", "SystemExit"),
     ("constitution/principles.py", "YAMLError"),
     ("people/server.py", "HTTPException"),
+    ("people/candidates.py", "_Stopped"),
     ("runs/checkpoint.py", "PreemptedError"),
     ("runs/checkpoint_metadata.py", "UnpicklingError"),
 }
