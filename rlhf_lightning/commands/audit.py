@@ -44,6 +44,8 @@ def audit(
     columns: dict[str, str] | None = None,
     split: str = "train",
     rows: int | None = None,
+    similar: float | None = None,
+    overlap: int | None = None,
     json: str | None = None,
     strict: bool = False,
 ) -> int:
@@ -66,6 +68,8 @@ def audit(
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
         split: split of a Hub dataset or of a folder with several.
         rows: read only the first rows.
+        similar: also look for rows with this share of common groups of 5 words, such as 0.8 (MinHash).
+        overlap: also look for runs of this many words, such as 13, that are in both --eval and the training data.
         json: file for all findings, with the numbers of all rows.
         strict: exit with status 1 if anything was found.
     """
@@ -78,9 +82,17 @@ def audit(
             "missing-setting",
             "max_length, max_prompt_length and chat_template need a --tokenizer",
         )
+    if (similar is not None and not 0 < similar <= 1) or (overlap is not None and overlap < 1):
+        raise SettingError(
+            "setting-out-of-range",
+            f"similar is {similar} and overlap {overlap}: similar must lie in (0, 1], and overlap be at least 1",
+        )
+    if overlap is not None and eval is None:
+        raise SettingError("missing-setting", "overlap compares with evaluation data: name it with --eval")
     settings = {
         "columns": columns, "as_chat": as_chat, "max_length": max_length, "max_prompt_length": max_prompt_length,
         "tokenizer": None if tokenizer is None else load(tokenizer, chat_template, template_args),
+        "similar": similar, "overlap": overlap,
     }  # fmt: skip
     train = audited(data, split, rows, kind, settings)
     reports = [summary(train, data)]

@@ -21,7 +21,9 @@ from rlhf_lightning.data.defects import (
     CONTROL_TOKENS,
     DAMAGE,
     SPEAKERS,
+    NGrams,
     Preferences,
+    SimilarTexts,
     contents_of,
     damage_of,
     key_of,
@@ -36,6 +38,7 @@ from rlhf_lightning.tokenization import truncate
 CHECKS = {
     "duplicate": "repeats an earlier row",
     "near_duplicate": "repeats an earlier row but for case, spaces or Unicode form",
+    "similar": "shares most groups of 5 words with an earlier row (MinHash)",
     "near_identical": "completions of different rank differ in case, spaces or Unicode form alone",
     "both_ways": "another row judges the same completions the other way round",
     "circle": "lies on a circle of preferences (a over b, b over c, c over a)",
@@ -54,6 +57,8 @@ CHECKS = {
     "prompt_crowds_out": "a completion shorter than half of max_length is cut, because the prompt takes the room",
     "leaked_row": "the whole row is in the training data",
     "leaked_prompt": "the prompt is in the training data",
+    "leaked_similar": "shares most groups of 5 words with a row of the training data (MinHash)",
+    "overlap": "shares a run of words with the training data (n-grams)",
     "longer_wins": "the longer completion is mostly the better one",
     "shorter_wins": "the shorter completion is mostly the better one",
 }
@@ -112,12 +117,14 @@ class Audit:
         tokenizer: the policy's; None skips the checks that need tokens.
         max_length: most tokens of prompt and completion; None for no bound.
         max_prompt_length: most tokens of the prompt.
+        similar: Jaccard similarity from which rows are similar, see `defects.SimilarTexts`; None looks for none.
+        overlap: words of the runs that evaluation and training data should not share; None looks for none.
     """
 
     def __init__(
         self, kind: str, columns: dict[str, str] | None = None, as_chat: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None,
-        max_prompt_length: int | None = None,
+        max_prompt_length: int | None = None, similar: float | None = None, overlap: int | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.columns, self.as_chat, self.tokenizer = kind, columns or {}, as_chat, tokenizer
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
@@ -131,6 +138,9 @@ class Audit:
         self.repeated_prompts = 0
         self.judged: dict[tuple[int, int], tuple[int, int]] = {}
         self.preferences = Preferences()
+        self.similar = None if similar is None else SimilarTexts(similar)
+        self.ngrams = None if overlap is None else NGrams(overlap)
+        self.train: Audit | None = None
         self.longer_wins = array("f")
         self.lengths = array("q")
 
@@ -174,7 +184,9 @@ class Audit:
         said = [key_of(map(normalised, contents_of(one))) for one in row.completions]
         asked = None if row.prompt is None else key_of(map(normalised, contents_of(row.prompt)))
         loose = hash((asked, *said, *row.ranks))
-        self._check_duplicates(row, loose)
+        repeats = self._check_duplicates(row, loose)
+        if self.similar is not None or self.ngrams is not None:
+            self._check_similar(row, loose, repeats)
         if asked is not None:
             self.repeated_prompts += asked in self.prompts
             self.prompts.setdefault(asked, self.read)
@@ -184,6 +196,7 @@ class Audit:
 
     def compare(self, rows: Iterable[Row | Unreadable], train: Audit) -> None:
         """Check rows, and look for each in the training data."""
+        self.train = train
         for keys in self.add(rows):
             if keys is None:
                 continue
@@ -259,7 +272,24 @@ class Audit:
             if any(role in ("system", "developer") for role in roles[1:]):
                 self._find("late_system")
 
-    def _check_duplicates(self, row: CanonicalRow, loose: int) -> None:
+    def _check_similar(self, row: CanonicalRow, loose: int, repeats: bool) -> None:
+        """Look for a similar row before this one and in the training data, unless it is known to repeat one."""
+        text = " ".join(normalised(one) for part in (row.prompt, *row.completions) for one in contents_of(part))
+        train = self.train
+        known = train is not None and loose in train.loose
+        if train is not None and train.similar is not None and not known and train.similar.first_like(text):
+            self._find("leaked_similar")
+        if train is not None and train.ngrams is not None and train.ngrams.share(text) > 0:
+            self._find("overlap")
+        if self.similar is not None and not repeats:
+            if (first := self.similar.first_like(text)) is not None:
+                self._find("similar", first)
+            self.similar.add(text, self.read)
+        if train is None and self.ngrams is not None:
+            self.ngrams.add(text)
+
+    def _check_duplicates(self, row: CanonicalRow, loose: int) -> bool:
+        """Look for an earlier row that this one repeats; return whether there is one."""
         parts = [row.prompt, *row.completions]
         labels = [str((row.ranks, row.target, row.columns.get("labels") if self.kind == "process" else None))]
         exact = key_of([*("\0".join(contents_of(part)) for part in parts), *labels])
@@ -267,8 +297,10 @@ class Audit:
             self._find("duplicate", self.exact[exact])
         elif loose in self.loose:
             self._find("near_duplicate", self.loose[loose])
+        repeats = exact in self.exact or loose in self.loose
         self.exact.setdefault(exact, self.read)
         self.loose.setdefault(loose, self.read)
+        return repeats
 
     def _check_judgements(self, row: CanonicalRow, asked: int, keys: list[int]) -> None:
         if self.kind == "preference":

@@ -108,3 +108,88 @@ class Preferences:
         _, component = connected_components(graph.tocsr(), directed=True, connection="strong")
         circle = (component[start] == component[stop]) & ~both
         return np.unique(rows[both]).tolist(), np.unique(rows[circle]).tolist()
+
+
+HASHES, BANDS = 128, 16
+"""Numbers of a MinHash signature, and its bands: rows that agree in all numbers of a band are compared.
+
+With bands of 8, rows of Jaccard similarity 0.8 are compared with probability 0.95, of 0.9 with 0.9999.
+"""
+
+SHINGLE = 5
+"""Words of a shingle, whose sets are compared."""
+
+
+class SimilarTexts:
+    """Finds texts that share most of their shingles with an earlier one, by MinHash (Broder, 1997); 0.7 KB a text.
+
+    Args:
+        least: Jaccard similarity of two sets of shingles from which texts are similar, as their signatures estimate it
+            (standard deviation 0.035 at 0.8).
+    """
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+        lot = np.random.default_rng(0)
+        self.factors = lot.integers(0, 2**63, HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.shifts = lot.integers(0, 2**63, HASHES, dtype=np.uint64)
+        self.signatures: list[np.ndarray] = []
+        self.numbers: list[int] = []
+        self.bands: dict[tuple[int, bytes], int] = {}
+
+    def signature(self, text: str) -> np.ndarray:
+        """Return the MinHash signature of a normalised text, uint32, shape (HASHES,)."""
+        words = text.split()
+        shingles = {" ".join(words[place : place + SHINGLE]) for place in range(max(len(words) - SHINGLE + 1, 1))}
+        keys = np.array([key_of([shingle]) for shingle in sorted(shingles)], dtype=np.int64).view(np.uint64)
+        return ((keys[:, None] * self.factors + self.shifts) >> np.uint64(32)).min(0).astype(np.uint32)
+
+    def first_like(self, text: str) -> int | None:
+        """Return the number of the earliest text that is similar; None if none is."""
+        signature = self.signature(text)
+        places = {self.bands[key] for key in self._keys(signature) if key in self.bands}
+        for place in sorted(places):
+            if (self.signatures[place] == signature).mean() >= self.least:
+                return self.numbers[place]
+        return None
+
+    def add(self, text: str, number: int) -> None:
+        """Keep a text under its number."""
+        signature = self.signature(text)
+        for key in self._keys(signature):
+            self.bands.setdefault(key, len(self.signatures))
+        self.signatures.append(signature)
+        self.numbers.append(number)
+
+    def _keys(self, signature: np.ndarray) -> list[tuple[int, bytes]]:
+        return [(band, part.tobytes()) for band, part in enumerate(signature.reshape(BANDS, -1))]
+
+
+class NGrams:
+    """The n-grams of words in texts, 8 bytes each.
+
+    Args:
+        n: words of an n-gram; 13 in the search for test questions of Brown et al. (2020).
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n, self.kept, self.sorted = n, array("q"), np.empty(0, dtype=np.int64)
+
+    def add(self, text: str) -> None:
+        """Keep the n-grams of a normalised text."""
+        self.kept.extend(self._keys(text))
+
+    def share(self, text: str) -> float:
+        """Return the share of a text's n-grams that are kept; 0 for a text of fewer than n words."""
+        keys = np.array(self._keys(text), dtype=np.int64)
+        if len(self.kept):
+            self.sorted = np.unique(np.concatenate([self.sorted, np.frombuffer(self.kept, dtype=np.int64)]))
+            self.kept = array("q")
+        if not len(keys) or not len(self.sorted):
+            return 0.0
+        places = np.searchsorted(self.sorted, keys).clip(max=len(self.sorted) - 1)
+        return float((self.sorted[places] == keys).mean())
+
+    def _keys(self, text: str) -> list[int]:
+        words = text.split()
+        return [key_of(words[place : place + self.n]) for place in range(len(words) - self.n + 1)]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import re
 from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rlhf_lightning.scoring.scorer import Scorer, Scores, column
+from torch import Tensor
+
+from rlhf_lightning.errors import PackageError, SettingError
+from rlhf_lightning.scoring.faults import WorkerPool
+from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
 LONGEST_ANSWER = 300
@@ -186,3 +192,86 @@ class MathAnswerScorer(Scorer):
             return None
         given = final_answer(completion, self.last_number)
         return float(given is not None and same_answer(given, expected))
+
+
+class MathVerifyScorer(MathAnswerScorer):
+    r"""1 where the final answer of a completion equals the reference mathematically, else 0.
+
+    Answers that `MathAnswerScorer` finds equal are right at once. All others are read as LaTeX by math-verify and
+    compared with SymPy: ``2x+1`` and ``1+2x``, ``\frac{\pi}{2}`` and ``\pi/2``, sets, intervals, matrices. That may
+    hang on a hostile answer, so each comparison runs in a process that is killed at the time limit; the answer then
+    scores 0. Plain text is never evaluated as Python. A reference that cannot be read is compared as text.
+
+    Needs ``pip install 'rlhf-lightning[math]'``. Metrics: ``score_timed_out`` and ``score_failed``, as shares of the
+    completions.
+
+    Args:
+        answer_column: name of the column of reference answers.
+        last_number: take the last number of a completion that states no answer.
+        seconds: time limit of one comparison.
+        workers: number of processes.
+    """
+
+    def __init__(
+        self, answer_column: str = "answer", last_number: bool = False, seconds: float = 5.0, workers: int = 2
+    ) -> None:
+        super().__init__(answer_column, last_number)
+        if seconds <= 0 or workers < 1:
+            raise SettingError(
+                "setting-out-of-range", f"seconds is {seconds} and workers {workers}: each must be positive"
+            )
+        if importlib.util.find_spec("math_verify") is None:
+            raise PackageError(
+                "missing-package", "MathVerifyScorer needs math-verify: pip install 'rlhf-lightning[math]'"
+            )
+        self._pool = WorkerPool(f"{__name__}.AnswerVerifier", seconds, workers)
+        self._measured = Measured("score_failed", "score_timed_out")
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        scores = list(super().__call__(prompts, completions, **columns))
+        answers = column(columns, self.answer_column, self)
+        asked: list[int] = []
+        rows: list[Any] = []
+        for place, (text, answer) in enumerate(zip(completions, answers, strict=True)):
+            given = final_answer(text, self.last_number) if scores[place] == 0.0 else None
+            if given is not None and len(given) <= LONGEST_ANSWER:
+                asked.append(place)
+                rows.append(([""], [given], {"reference": [final_answer(str(answer)) or str(answer).strip()]}))
+        outcomes = self._pool.outcomes(rows)
+        for kind, name in (("failed", "score_failed"), ("timed_out", "score_timed_out")):
+            found = {place for place, outcome in zip(asked, outcomes, strict=True) if outcome[0] == kind}
+            self._measured.add(name, [float(place in found) for place in range(len(completions))])
+        for place, (kind, value) in zip(asked, outcomes, strict=True):
+            scores[place] = float(kind == "scored" and value == 1.0)
+        return scores
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        return {**super().take_metrics(), **self._measured.take()}
+
+
+class AnswerVerifier:
+    """Compares answers with math-verify, in the processes of `MathVerifyScorer`.
+
+    Importing SymPy and the first comparison take seconds; they are part of the start, not of a comparison's time.
+    """
+
+    def __init__(self) -> None:
+        import math_verify
+
+        logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+        self.library = math_verify
+        self([""], ["x+1"], ["1+x"])
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], reference: Sequence[str]) -> list[float]:
+        """Return 1 for each answer that is equal to its reference, else 0."""
+        pairs = zip(map(self._parsed, reference), map(self._parsed, completions), strict=True)
+        return [
+            float(bool(expected) and bool(given) and self.library.verify(expected, given, timeout_seconds=None))
+            for expected, given in pairs
+        ]
+
+    def _parsed(self, answer: str) -> list[Any]:
+        """Read an answer as LaTeX alone: other forms are evaluated as Python."""
+        text = answer.strip().strip("$").removeprefix("\\(").removesuffix("\\)")
+        latex = [self.library.LatexExtractionConfig()]
+        return self.library.parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=None)

@@ -1,11 +1,12 @@
 """What an audit finds in rows where it was put, and that it finds nothing where nothing is."""
 
+import numpy as np
 import pytest
 from conftest import refused
 
 from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
 from rlhf_lightning.data.canonical import REASONS
-from rlhf_lightning.data.defects import Preferences
+from rlhf_lightning.data.defects import NGrams, Preferences, SimilarTexts
 from rlhf_lightning.data.files import UNREADABLE
 from rlhf_lightning.data.formats import kind_of
 
@@ -159,3 +160,63 @@ def test_columns_say_what_rows_are_for(columns, kind):
 def test_unknown_columns_are_named():
     with refused("no-accepted-form", "rows has the columns 'promt'", "Did you mean 'prompt' by 'promt'?"):
         kind_of(["promt"], "rows")
+
+
+def words(lot, count):
+    return [f"word{lot.integers(0, 5000)}" for _ in range(count)]
+
+
+def jaccard(one, other):
+    sets = [{tuple(text[place : place + 5]) for place in range(len(text) - 4)} for text in (one, other)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_minhash_estimates_the_jaccard_similarity():
+    lot, texts = np.random.default_rng(0), SimilarTexts(0.8)
+    for changed in (0, 3, 10, 40):
+        errors = []
+        for _ in range(20):
+            one = words(lot, 200)
+            other = [*one[:-changed], *words(lot, changed)] if changed else list(one)
+            agreement = (texts.signature(" ".join(one)) == texts.signature(" ".join(other))).mean()
+            errors.append(agreement - jaccard(one, other))
+        assert abs(np.mean(errors)) < 0.03 and np.max(np.abs(errors)) < 0.17
+
+
+def test_similar_rows_are_found_and_others_are_not():
+    lot, rows, planted = np.random.default_rng(1), [], []
+    for number in range(120):
+        text = words(lot, 120)
+        if number % 10 == 9:
+            text = [*rows[number - 5].split()[:-4], *words(lot, 4)]
+            planted.append(number + 1)
+        rows.append(" ".join(text))
+    audit, found = audited("sft", [{"text": row} for row in rows], similar=0.8)
+    assert found["similar"] == planted
+    assert audit.found["similar"].first == [number - 5 for number in planted]
+    assert "similar" not in audited("sft", [{"text": row} for row in rows])[1]
+    repeated = [{"text": rows[0]}, {"text": rows[0]}, {"text": rows[0].upper()}]
+    assert set(audited("sft", repeated, similar=0.8)[1]) == {"duplicate", "near_duplicate"}
+
+
+def test_evaluation_rows_that_overlap_with_the_training_data():
+    lot = np.random.default_rng(2)
+    train = [words(lot, 80) for _ in range(30)]
+    shared = [*words(lot, 40), *train[7][20:33], *words(lot, 40)]
+    twelve = [*words(lot, 40), *train[8][20:32], *words(lot, 40)]
+    near = [*train[3][:-2], "other", "end"]
+    settings = {"similar": 0.8, "overlap": 13}
+    trained, _ = audited("sft", [{"text": " ".join(row)} for row in train], **settings)
+    audit = Audit("sft", **settings)
+    audit.compare([{"text": " ".join(row)} for row in (shared, twelve, near, words(lot, 90), train[5])], trained)
+    found = {one.check: one.rows for one in audit.findings()}
+    assert found == {"overlap": [1, 3, 5], "leaked_similar": [3], "leaked_row": [5]}
+
+
+def test_shares_of_ngrams_by_hand():
+    grams = NGrams(2)
+    assert grams.share("a b") == 0.0
+    grams.add("a b c")
+    assert grams.share("a b d") == 0.5 and grams.share("b c") == 1.0 and grams.share("a") == 0.0
+    grams.add("b d")
+    assert grams.share("a b d") == 1.0

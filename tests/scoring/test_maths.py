@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from rlhf_lightning.scoring import MathAnswerScorer
+from rlhf_lightning.scoring import MathAnswerScorer, MathVerifyScorer
 from rlhf_lightning.scoring.answers import final_answer, number, same_answer
 
 DATA = Path(os.environ.get("RLHF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -146,3 +146,46 @@ def test_verified_solutions_are_told_apart():
     for side, score in (("chosen", 1.0), ("rejected", 0.0)):
         texts = [row[side][-1]["content"] for row in rows]
         assert MathAnswerScorer()(texts, texts, answer=answers) == [score] * len(rows)
+
+
+@pytest.fixture
+def verifying():
+    """Makes a scorer with a time limit; one process, since each imports SymPy."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed: pip install 'rlhf-lightning[math]'")
+    made = []
+
+    def make(seconds):
+        made.append(MathVerifyScorer(seconds=seconds, workers=1))
+        return lambda given, answer: made[-1]([""] * len(given), given, answer=answer)
+
+    yield make
+    for scorer in made:
+        scorer._pool.close()
+
+
+def test_math_verify_compares_what_no_number_is(verifying):
+    verified = verifying(60.0)
+    equal = [("2x+1", "1+2x"), ("\\frac{\\pi}{2}", "\\pi/2"), ("\\sqrt{8}", "2\\sqrt{2}"), ("(1,2)", "(1, 2)"),
+             ("\\{1,2\\}", "\\{2,1\\}"), ("18", "18.0"), ("x^2-1", "(x-1)(x+1)")]  # fmt: skip
+    other = [("2x+1", "2x+2"), ("\\pi", "3.14"), ("(1,2)", "(2,1)"), ("18", "19"), ("\\{1\\}", "\\{2\\}")]
+    pairs = [*equal, *other]
+    found = verified([f"So \\boxed{{{given}}}." for given, _ in pairs], [answer for _, answer in pairs])
+    assert found == [1.0] * len(equal) + [0.0] * len(other)
+    assert verified(["no answer", "\\boxed{3}"], ["x+1", None]) == [0.0, None]
+
+
+@pytest.mark.slow
+def test_answers_that_hang_or_run_code_score_nothing(verifying, tmp_path):
+    verified, target = verifying(3.0), tmp_path / "made"
+    hostile = ["9^{9^{9^{9}}}", f"__import__('pathlib').Path('{target}').touch()", "\\int_{0}^{1} x^{x^{x^{x}}} dx",
+               "(" * 140, "\\sum_{n=1}^{10^{9}} \\frac{1}{n^{2}+n+1}"]  # fmt: skip
+    start = time.monotonic()
+    found = verified([f"\\boxed{{{one}}}" for one in hostile], ["x+1"] * len(hostile))
+    assert found == [0.0] * len(hostile) and not target.exists() and time.monotonic() - start < 300
+    assert verified(["\\boxed{1+x}"], ["x+1"]) == [1.0], "a new process takes the place of a killed one"
+
+
+def test_math_verify_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refused("missing-package", "rlhf-lightning[math]"):
+        MathVerifyScorer()
