@@ -276,7 +276,7 @@ class Api:
         return await self._answer(request, False)
 
     async def chat(self, request: "Request") -> "Response":
-        """AnswerWriter a conversation."""
+        """Answer a conversation."""
         return await self._answer(request, True)
 
     async def _answer(self, request: "Request", chat: bool) -> "Response":
