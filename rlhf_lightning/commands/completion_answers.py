@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_lightning.commands.completion_requests import Asked, Text
+from rlhf_lightning.environments.calls import Call, CallError, calls_in
 from rlhf_lightning.sampling.live_batch import LiveCompletion, PromptScores, Token
-from rlhf_lightning.tokenization.tool_calls import read_tool_calls
 
 
 class Choice(LiveCompletion):
@@ -50,6 +50,15 @@ class Choice(LiveCompletion):
             return self.content
         held = max((len(stop) - 1 for stop in self.asked.stops), default=0)
         return self.content[: len(self.content) - held] if held else self.content
+
+    def calls(self) -> tuple[str, list[Call]]:
+        """Return the text without the tool calls in it, and the calls; one that cannot be read stays text."""
+        ids = [token.id for token in self.tokens if token.id not in self.end_ids]
+        try:
+            before, calls = calls_in(self.tokenizer.decode(ids))  # special tokens mark calls
+        except CallError:
+            return self.content, []
+        return (before, calls) if calls and self.stop is None else (self.content, [])
 
     def take(self, token: Token) -> bool:
         self.tokens.append(token)
@@ -139,7 +148,7 @@ class AnswerWriter:
         if choice and choice.stop is not None:
             made["stop_reason"] = choice.stop
         if asked.chat:
-            made["message"] = self._message(content, made)
+            made["message"] = self._message(content, choice, made)
             made["logprobs"] = None if asked.top is None else {"content": [self._entry(token) for token in tokens]}
         else:
             before = [None, *scores[place].tokens] if asked.echo and scores else []
@@ -152,18 +161,18 @@ class AnswerWriter:
             made["prompt_logprobs"] = self._prompt_logprobs(scores[place])
         return made
 
-    def _message(self, content: str, made: dict[str, Any]) -> dict[str, Any]:
+    def _message(self, content: str, choice: Choice | None, made: dict[str, Any]) -> dict[str, Any]:
         """Return the message of a chat; tool calls change the reason why it ended."""
-        calls: list[dict[str, Any]] = []
-        if self.asked.tools:
-            content, calls = read_tool_calls(content)
+        calls: list[Call] = []
+        if self.asked.tools and choice is not None:
+            content, calls = choice.calls()
         if not calls:
             return {"role": "assistant", "content": content}
         if made["finish_reason"] == "stop":
             made["finish_reason"] = "tool_calls"
         written = [
             {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "index": number, "function": {
-                "name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+                "name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
             for number, call in enumerate(calls)
         ]  # fmt: skip
         return {"role": "assistant", "content": content or None, "tool_calls": written}
@@ -225,7 +234,7 @@ class AnswerWriter:
         """Return what is new in a completion: text, tokens, and the reason why it ended."""
         made: dict[str, Any] = {"index": choice.index, "finish_reason": finish, "logprobs": None}
         if self.asked.chat:
-            message = self._message(content, made)
+            message = self._message(content, choice, made)
             made["delta"] = {name: value for name, value in message.items() if name != "role" and value is not None}
             if self.asked.top is not None:
                 made["logprobs"] = {"content": [self._entry(token) for token in tokens]}

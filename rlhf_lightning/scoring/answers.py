@@ -6,16 +6,16 @@ import importlib.util
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_lightning.errors import PackageError, SettingError
-from rlhf_lightning.scoring.faults import WorkerPool
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
+from rlhf_lightning.workers import Outcome, WorkerPool
 
 LONGEST_ANSWER = 300
 """Most characters of an answer; longer texts are no answers."""
@@ -224,54 +224,52 @@ class MathVerifyScorer(MathAnswerScorer):
             raise PackageError(
                 "missing-package", "MathVerifyScorer needs math-verify: pip install 'rlhf-lightning[math]'"
             )
-        self._pool = WorkerPool(f"{__name__}.AnswerVerifier", seconds, workers)
+        self._pool = WorkerPool(answer_verifier, None, seconds, workers)
         self._measured = Measured("score_failed", "score_timed_out")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         scores = list(super().__call__(prompts, completions, **columns))
         answers = column(columns, self.answer_column, self)
         asked: list[int] = []
-        rows: list[Any] = []
+        pairs: list[tuple[str, str]] = []
         for place, (text, answer) in enumerate(zip(completions, answers, strict=True)):
             given = final_answer(text, self.last_number) if scores[place] == 0.0 else None
             if given is not None and len(given) <= LONGEST_ANSWER:
                 asked.append(place)
-                rows.append(([""], [given], {"reference": [final_answer(str(answer)) or str(answer).strip()]}))
-        outcomes = self._pool.outcomes(rows)
+                pairs.append((final_answer(str(answer)) or str(answer).strip(), given))
+        outcomes = self._pool.outcomes(pairs)
         for kind, name in (("failed", "score_failed"), ("timed_out", "score_timed_out")):
             found = {place for place, outcome in zip(asked, outcomes, strict=True) if outcome[0] == kind}
             self._measured.add(name, [float(place in found) for place in range(len(completions))])
         for place, (kind, value) in zip(asked, outcomes, strict=True):
-            scores[place] = float(kind == "scored" and value == 1.0)
+            scores[place] = float(kind == "done" and value == 1.0)
         return scores
 
     def take_metrics(self) -> dict[str, Tensor]:
         return {**super().take_metrics(), **self._measured.take()}
 
 
-class AnswerVerifier:
-    """Compares answers with math-verify, in the processes of `MathVerifyScorer`.
+def answer_verifier(_: None) -> Callable[[tuple[str, str]], Outcome]:
+    """Return what compares a reference with an answer by math-verify; runs in the processes of `MathVerifyScorer`.
 
-    Importing SymPy and the first comparison take seconds; they are part of the start, not of a comparison's time.
+    Importing SymPy and the first comparison take seconds: they are part of the start, not of a comparison's time.
     """
+    import math_verify
 
-    def __init__(self) -> None:
-        import math_verify
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    latex = [math_verify.LatexExtractionConfig()]  # other forms are evaluated as Python
 
-        logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-        self.library = math_verify
-        self([""], ["x+1"], ["1+x"])
-
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], reference: Sequence[str]) -> list[float]:
-        """Return 1 for each answer that is equal to its reference, else 0."""
-        pairs = zip(map(self._parsed, reference), map(self._parsed, completions), strict=True)
-        return [
-            float(bool(expected) and bool(given) and self.library.verify(expected, given, timeout_seconds=None))
-            for expected, given in pairs
-        ]
-
-    def _parsed(self, answer: str) -> list[Any]:
-        """Read an answer as LaTeX alone: other forms are evaluated as Python."""
+    def parsed(answer: str) -> list[Any]:
         text = answer.strip().strip("$").removeprefix("\\(").removesuffix("\\)")
-        latex = [self.library.LatexExtractionConfig()]
-        return self.library.parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=None)
+        return math_verify.parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=None)
+
+    def compare(pair: tuple[str, str]) -> Outcome:
+        try:
+            expected, given = map(parsed, pair)
+            equal = bool(expected) and bool(given) and math_verify.verify(expected, given, timeout_seconds=None)
+        except Exception as error:  # SymPy may raise anything
+            return "failed", f"{type(error).__name__}: {error}"
+        return "done", float(equal)
+
+    compare(("x+1", "1+x"))
+    return compare

@@ -22,7 +22,6 @@ from rlhf_lightning.commands.web_server import HEADERS, listen, served
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.sampling.remote_engine import RemoteEngine
-from rlhf_lightning.tokenization.tool_calls import read_tool_calls
 
 SITE = "http://localhost:8000"
 CHAT = [{"role": "user", "content": "hello"}]
@@ -227,38 +226,22 @@ def test_template_arguments_and_tools_reach_the_template(tmp_path):
         assert len(made.text.with_args) <= 8
 
 
-@pytest.mark.parametrize(
-    ("text", "rest", "names"),
-    [
-        ('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', "", ["add"]),
-        ('Let me see.\n<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}', "Let me see.", ["f", "g"]),
-        ('{"name": "f", "parameters": {"x": "y"}}', "", ["f"]),
-        (' [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', "", ["f", "g"]),
-        ('<tool_call>{"name": 5}</tool_call>', None, []),
-        ('<tool_call>{"name": "f", "arguments": 5}</tool_call>', None, []),
-        ("<tool_call>" + "[" * 100_000, None, []),
-        ('[{"name": "f"}, 5]', None, []),
-        ("[]", None, []),
-        ("plain words", None, []),
-        ("5", None, []),
-    ],
-)
-def test_tool_calls_are_read_or_left_as_text(text, rest, names):
-    found, calls = read_tool_calls(text)
-    assert found == (text if rest is None else rest) and [call["name"] for call in calls] == names
-
-
 def test_calls_come_back_in_the_form_of_the_api(client, monkeypatch):
-    said = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
-    monkeypatch.setattr("rlhf_lightning.commands.completion_requests.Text.completion", lambda self, ids: said)
+    said = 'Let me see. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    monkeypatch.setattr("rlhf_lightning.commands.completion_requests.Text.decode", lambda self, ids, _=False: said)
     tool = {"type": "function", "function": {"name": "hello", "parameters": {}}}
     body = {"tools": [tool], "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 3}
     monkeypatch.setattr("rlhf_lightning.tokenization.encode_prompt", lambda *_: [30, 40])
     (choice,) = ask(client, **body)["choices"]
     (call,) = choice["message"]["tool_calls"]
     assert call["type"] == "function" and call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert choice["message"]["content"] == "Let me see."
     pieces = events(client.post("/v1/chat/completions", json={**body, "stream": True}).text)
     assert pieces[-1]["choices"][0]["delta"]["tool_calls"][0]["function"]["name"] == "add"
+    for broken in ('<tool_call>{"name": 5}</tool_call>', "<tool_call>" + "[" * 100_000, "plain words"):
+        said = broken
+        (choice,) = ask(client, **body)["choices"]
+        assert "tool_calls" not in choice["message"] and choice["finish_reason"] in ("stop", "length")
 
 
 def test_models_and_health(client):
