@@ -74,3 +74,13 @@ def test_real_rows_hold_what_is_known_of_them(shared_data, capsys, tmp_path):
     (report,) = json.loads((tmp_path / "report.json").read_text())
     counts = {one["check"]: one["count"] for one in report["findings"]}
     assert counts == {"duplicate": 57, "circle": 3, "longer_wins": 0}
+
+
+def test_similar_and_overlap_are_asked_for(write_rows, capsys):
+    train = write_rows([{"text": " ".join(f"a{i}" for i in range(40))}], "train.jsonl")
+    test = write_rows([{"text": " ".join(f"a{i}" for i in range(38)) + " b c"}, {"text": "else"}], "test.jsonl")
+    status, said, _ = run(capsys, train, "--eval", test, "--similar", "0.7", "--overlap", "13")
+    assert status == 0 and "leaked_similar" in said and "overlap" in said
+    for flags in (["--similar", "2"], ["--overlap", "13"]):
+        status, _, error = run(capsys, train, *flags)
+        assert status == 1 and ("overlap" in error)
