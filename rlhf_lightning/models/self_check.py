@@ -404,7 +404,7 @@ def _check_policy(policy: CausalLM) -> None:
             return float(differences(policy, sequences, layout).mean())
         except torch.OutOfMemoryError:
             raise
-        except (IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if is_sharded(policy):
                 raise  # other ranks wait in a collective
             told.append(f"{type(error).__name__}: {error}".strip().splitlines()[0][:160])

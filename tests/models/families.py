@@ -31,6 +31,7 @@ from rlhf_lightning.models.loading import LoadSettings, LoraSettings, load_rewar
 from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.models.roles import add_critic, scalar_model
 from rlhf_lightning.models.scalar_head import trunk
+from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.small_copy import redraw, small_config
 from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
 from rlhf_lightning.types import Sequences
@@ -195,6 +196,7 @@ def valued(policy: CausalLM, lora: LoraSettings) -> float:
 def quantized(folder: Path, lora: LoraSettings) -> float:
     """How far an adapter on a backbone of 4 bits is from that model's own forward; it must get gradients too."""
     policy = load_policy(str(folder), LoadSettings(quantization="nf4"), lora)
+    check_weights(policy)
     trained(policy)
     layout = packed_layout(APART, list(trees_of(APART))) if policy.reads_trees else padded_layout(APART)
     return distance(policy.eval(), APART, layout)
@@ -280,7 +282,7 @@ scores and values were compared with the family's own `forward` of each sequence
 
 **{right} of the {built} families that can be built small are right in every column (a reward head is refused where
 transformers has no class for it); {partly} are right in some columns and refused in others; {refused} are refused in
-one sentence; {wrong} is not right yet.** No list of families decides: a model is checked against itself when it is
+one sentence; {wrong} are wrong.** No list of families decides: a model is checked against itself when it is
 loaded, whatever its name (see [Extending](extending.md) for models of your own).
 
 The path is: rows packed or padded (or sequences of one length at a time); logits from the LM head's weight (`product`),
