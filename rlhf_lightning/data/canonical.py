@@ -56,6 +56,7 @@ REASONS = {
     "too_many_completions": "a ranked list has more than 256 completions",
     "all_tied": "all completions of a ranked list have the same rank",
     "template_refuses": "the chat template refuses the turns",
+    "turn_after_answer": "the chat template writes earlier turns after the answer",
     "turn_left_out": "the chat template leaves out a turn",
     "thought_left_out": "the chat template leaves out the thought of a learned turn",
     "thought_closed": "the generation prompt closes the thought that a turn has; see enable_thinking in template_args",

@@ -72,6 +72,7 @@ class Facts:
             text has null content; None if it ignores tool calls.
         dated: whether the template writes a date.
         stops: ids of further tokens that end a completion.
+        answer_is_last: for roles of turns, whether the template writes the last of them last.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -84,6 +85,7 @@ class Facts:
         self.reads_thoughts = self.moves_thoughts = self.thinks = False
         self.calls: tuple[Literal["object", "text"], bool] | None = None
         self.dated = False
+        self.answer_is_last: dict[tuple[str, ...], bool] = {}
         vocabulary = tokenizer.get_vocab() if tokenizer.init_kwargs.get(STOP_TOKENS) else {}
         stops = tokenizer.init_kwargs.get(STOP_TOKENS, ())
         self.stops = tuple(vocabulary[name] for name in stops if name in vocabulary)

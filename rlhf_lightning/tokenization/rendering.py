@@ -12,7 +12,7 @@ control tokens in the text are the template's own. `encoding` puts the spelling 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -247,7 +247,7 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Seq
                 "prompt-not-continued", "the chat template renders a turn otherwise once it was replied to"
             )
     conversation.check_replies(whole, replies)
-    ended = conversation.up_to_end(alone, "\ue003").text
+    ended = conversation.up_to_end(alone, "\ue003", bool(turn.get("tool_calls"))).text
     return Rendered((Span(whole[len(ended) :], False),), conversation.facts.end_of_turn or tokenizer.eos_token)
 
 
@@ -321,11 +321,13 @@ class _Conversation:
             asked: its prompt.
             message: what of the turn is not part of the prompt, if the prompt has its beginning.
         """
+        self._check_order(place)
         whole = self.text(place + 1)
         text = whole[len(asked) :] if whole.startswith(asked) else self._after_rewriting(place, asked, whole)
         message = message or self.turns[place]
         self._check_answer(restored(self.facts, text), message)
-        return self.up_to_end(text, guarded(self.facts, message["content"], spoken=True))
+        content = guarded(self.facts, message["content"], spoken=True)
+        return self.up_to_end(text, content, bool(message.get("tool_calls")))
 
     def completion(self, asked: str, spans: Sequence[Span], ended: bool, last_turn: bool = False) -> Rendered:
         """Put the spans after a prompt into a `Rendered`."""
@@ -343,10 +345,19 @@ class _Conversation:
                     f"the chat template leaves out a reply of the role {turn['role']!r}; use another template",
                 )
 
-    def up_to_end(self, text: str, content: str) -> _Said:
-        """Return a rendering of a turn up to its end token, given the content of the turn."""
+    def up_to_end(self, text: str, content: str, calls: bool) -> _Said:
+        """Return a rendering of a turn up to its end token.
+
+        Args:
+            text: the rendering.
+            content: the turn's.
+            calls: whether tool calls follow it.
+        """
         facts = self.facts
         ends = {name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name}
+        said = text.rfind(content.strip()) + len(content.strip()) if content.strip() in text else 0
+        if said and not calls and (end_mark := _any_of(ends).search(text, said)):
+            return _Said(text[: end_mark.end()], True)  # what a template writes after an end is never sampled
         run = re.compile(rf"(?:{'|'.join(map(re.escape, ends))})(?:\s|{'|'.join(map(re.escape, ends))})*\Z")
         if (found := run.search(text)) is not None:
             first = next(name for name in sorted(ends, key=len, reverse=True) if found[0].startswith(name))
@@ -414,6 +425,24 @@ class _Conversation:
             )
         if not all(one.strip() in text for one in (*thoughts, thought)):
             raise TurnsRefused("thought-left-out", "the chat template leaves out the thought of a learned turn")
+
+    def _check_order(self, place: int) -> None:
+        """Refuse a template that writes other turns after the answer: they would be learned with it."""
+        roles = tuple(turn["role"] for turn in self.turns[: place + 1])
+        if roles not in self.facts.answer_is_last:
+            marked = [{"role": role, "content": f"\ue003{number}\ue003"} for number, role in enumerate(roles)]
+            try:
+                given = [self.facts.for_template(turn) for turn in marked]
+                written = apply_template(self.tokenizer, given, False, tools=self.tools)
+            except TurnsRefused:  # the roles alone may make no conversation
+                written = ""
+            after = written.rpartition(f"\ue003{place}\ue003")[2]
+            self.facts.answer_is_last[roles] = "\ue003" not in after or f"\ue003{place}\ue003" not in written
+        if not self.facts.answer_is_last[roles]:
+            raise TurnsRefused(
+                "turn-after-answer",
+                "the chat template writes earlier turns after the answer, which would be learned; use another template",
+            )
 
     def _check_calls(self) -> None:
         """Render the conversation with marked names of functions: a template may ignore tool calls."""
@@ -497,6 +526,10 @@ def _chained(prompts: Sequence[str], said: Sequence[_Said]) -> list[Span] | None
         spans += [Span(asked[len(text) :], False), Span(one.text)]
         text = asked + one.text
     return spans
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def _thought_of(message: Message, tags: tuple[str, str]) -> str:
