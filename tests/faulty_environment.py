@@ -58,3 +58,8 @@ class Deadly(Talks):
                 os.remove(name)
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().reply(episode)
+
+
+def words_of_prompts(prompts: Any, completions: Any, kind: Any, **columns: Any) -> list[float]:
+    """Score by the words of what is answered, which are more than the first prompt's after some turns."""
+    return [float(len(prompt.split())) for prompt in prompts]

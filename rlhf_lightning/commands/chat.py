@@ -100,7 +100,7 @@ class Conversation:
         self.system = system
         self.has_turns = tokenizer.chat_template is not None
         self.turns: list[Message] = []
-        self.drawn = 0
+        self.drawn, self.ended, self.ids = 0, False, list[int]()
         self.reset()
 
     def reset(self) -> None:
@@ -121,7 +121,7 @@ class Conversation:
             return
         said = ""
         try:
-            for piece in self._pieces(tokenization.encode_prompt(self.tokenizer, prompt), []):
+            for piece in self._pieces(tokenization.encode_prompt(self.tokenizer, prompt)):
                 said += piece
                 yield piece
         finally:
@@ -135,28 +135,31 @@ class Conversation:
 
         prompt = rules.environment.reset({"prompt": prompt})
         turns = Turns(rules, self.tokenizer, [prompt], {}, [self.drawn])
-        start, ends = tokenization.encode_prompt(self.tokenizer, prompt), tokenization.end_token_ids(self.tokenizer)
+        start = tokenization.encode_prompt(self.tokenizer, prompt)
         going = True
         try:
             while going:
-                ids: list[int] = []
-                yield from self._pieces([*start, *turns.ids(0)], ids)
+                yield from self._pieces([*start, *turns.ids(0)])
                 before = len(turns.transcripts()[0].messages) + 1
-                going = turns.replies([0], [ids], [ids[-1] in ends])[0]
+                going = turns.replies([0], [self.ids], [self.ended])[0]
                 for turn in turns.transcripts()[0].messages[before:]:
                     yield f"\n[{turn['role']}: {turn['content']}]\n"
         finally:
             if self.has_turns:
                 self.turns += turns.transcripts()[0].messages or ({"role": "assistant", "content": "…"},)
 
-    def _pieces(self, prompt: Sequence[int], ids: list[int]) -> Iterator[str]:
-        """Sample a few tokens at a time, so that slow machines show progress; ``ids`` receives them."""
+    def _pieces(self, prompt: Sequence[int]) -> Iterator[str]:
+        """Sample a few tokens at a time, so that slow machines show progress.
+
+        Afterwards ``ids`` are the turn's tokens, and ``ended`` tells whether it has an end token.
+        """
         import torch
 
         from rlhf_lightning import tokenization
 
         start, ends = torch.tensor(prompt), tokenization.end_token_ids(self.tokenizer)
         shown, text, finished = "", "", False
+        self.ids = ids = list[int]()
         while not finished and len(ids) < self.settings.max_new_tokens:
             tokens = min(TOKENS_AT_A_TIME, self.settings.max_new_tokens - len(ids))
             settings = replace(self.settings, max_new_tokens=tokens)
@@ -164,7 +167,7 @@ class Conversation:
             drawn = self.engine.sample(self.policy, [context], torch.tensor([self.drawn]), settings, self.seed, ends)
             self.drawn += 1
             ids += drawn.ids[0].tolist()
-            finished = bool(drawn.finished[0])
+            self.ended = finished = bool(drawn.finished[0])
             text = tokenization.completion_text(self.tokenizer, ids)
             # An incomplete character decodes to U+FFFD; it is shown when the rest has been sampled.
             steady = text.rstrip("\ufffd")

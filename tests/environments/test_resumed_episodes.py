@@ -56,7 +56,7 @@ def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path) -> N
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert fit(tmp_path, *settings(tmp_path, "whole")) == 0
     deadly = tmp_path / "left"
-    status, resumed = -9, False
+    status, resumed, killed = -9, False, 0
     for left in kills:
         deadly.write_text(str(left))
         further = ["--resume", "runs/cut/version_0"] if resumed else settings(tmp_path, "cut")
@@ -65,6 +65,8 @@ def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path) -> N
         if status == 0:
             break
         assert status == -9
+        killed += 1
+    assert killed
     if status != 0:
         assert fit(tmp_path, "--resume", "runs/cut/version_0") == 0
     assert state(tmp_path, "cut") == state(tmp_path, "whole")
