@@ -14,7 +14,7 @@ from rlhf_lightning.worlds.assistant import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = (
-    "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "grpo", "own-objective", "labels",
+    "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "grpo", "own-objective", "tools", "labels",
     "constitutional-ai", "resume", "memory", "elsewhere",
 )  # fmt: skip
 """In the order in which a reader takes them: each uses what earlier ones left behind."""
@@ -27,6 +27,7 @@ LEFT_BEHIND = {
     "dpo": "runs/beta/comparison/report.md",
     "grpo": "runs/brief/version_0/model",
     "own-objective": "runs/offset",
+    "tools": "episodes.jsonl",
     "labels": "runs/from_labels/version_0/model",
     "constitutional-ai": "runs/ai_reward/version_0/model",
     "resume": "runs/stopped/version_0/model",
