@@ -162,10 +162,12 @@ def test_readme_command_exists(command, accepted, monkeypatch):
         elif program == "make":
             targets = [argument for argument in arguments if "=" not in argument]
             assert targets and set(targets) <= makefile_targets()
+        elif program == "python" and arguments[0] == "-c":
+            compile(arguments[1], command, "exec")
         elif program == "python":
             assert (Path.cwd() / arguments[0]).is_file()
         else:
-            assert program in {"tensorboard", "source", "pip", "git"}, f"teach this test what {program} is"
+            assert program in {"tensorboard", "source", "pip", "git", "curl"}, f"teach this test what {program} is"
 
 
 def makefile_targets() -> set[str]:
