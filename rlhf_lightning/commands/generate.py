@@ -181,7 +181,7 @@ def generate(
     return 0
 
 
-def write_lines(target: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_lines(target: Path, rows: Iterable[Any]) -> None:
     """Write a JSON line for each row; the file appears when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

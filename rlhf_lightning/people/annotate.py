@@ -1,9 +1,10 @@
-"""``rlhf annotate``: label completions in the browser; ``rlhf annotate export``: write the labels to a file."""
+"""``rlhf annotate``: label completions in the browser; ``export`` writes labels to a file, ``import`` reads them."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 if TYPE_CHECKING:
     from rlhf_lightning.people.candidates import SamplingAhead
@@ -26,9 +27,11 @@ AHEAD, POOL = 16, 256
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``rlhf annotate``, or ``rlhf annotate export``."""
+    """Run ``rlhf annotate``, ``rlhf annotate export`` or ``rlhf annotate import``."""
     if argv[:1] == ["export"]:
         return run_function(export, argv[1:], "rlhf annotate export")
+    if argv[:1] == ["import"]:
+        return run_function(import_records, argv[1:], "rlhf annotate import")
     return run_function(annotate, gathered(gathered(argv, "--model"), "--ensemble"), "rlhf annotate", without=ONE_TURN)
 
 
@@ -77,7 +80,8 @@ def annotate(
 
     Completions are sampled while people work (--prompts with --model, given twice to compare two models) or come from
     a file (--pairs). Without either, the items in the store are labelled. `rlhf annotate export` writes the labels to a
-    file; DataModules also read the store itself: --data.source feedback.db.
+    file, `rlhf annotate import` takes over those of Argilla and Label Studio; DataModules also read the store itself:
+    --data.source feedback.db.
 
     Args:
         store: feedback store, such as feedback.db; created if missing.
@@ -206,7 +210,9 @@ def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "S
 def export(
     store: str,
     out: str,
-    kind: Literal["preference", "unpaired", "demonstration", "prompt", "judgement"] = "preference",
+    kind: Literal[
+        "preference", "unpaired", "demonstration", "prompt", "judgement", "argilla", "label-studio"
+    ] = "preference",
     labels: Literal["mean", "reliability"] = "mean",
     annotators: str | None = None,
     snapshot: int | None = None,
@@ -215,36 +221,91 @@ def export(
 
     Args:
         store: feedback store; labelling may continue meanwhile.
-        out: file to write, .jsonl or .parquet.
+        out: file to write, .jsonl or .parquet; .json for argilla and label-studio.
         kind: preference (pairs with soft labels and margins, or ranked lists), unpaired (each completion good or bad),
-            demonstration (rewritten completions), prompt, or judgement (each as it was made).
+            demonstration (rewritten completions), prompt, judgement (each as it was made), argilla or label-studio
+            (all items with their judgements, as records of these tools).
         labels: label of several judgements of one pair: their mean, or weighted by estimated reliability.
         annotators: names separated by commas, of the annotators whose judgements count; by default all.
         snapshot: number of the last row of judgements; by default the newest.
     """
     from rlhf_lightning.commands.generate import write_lines
+    from rlhf_lightning.data.feedback.bridges import records_of
     from rlhf_lightning.data.feedback.database import reading, snapshot_of
     from rlhf_lightning.data.feedback.rows import rows_of
 
-    target = Path(out)
-    if target.suffix not in (".jsonl", ".parquet"):
-        raise SettingError(
-            "wrong-file-ending", f"{out} ends in neither .jsonl nor .parquet: give it one of these endings"
-        )
+    target, foreign = Path(out), kind in ("argilla", "label-studio")
+    endings = (".json",) if foreign else (".jsonl", ".parquet")
+    if target.suffix not in endings:
+        raise SettingError("wrong-file-ending", f"{out} does not end in {' or '.join(endings)}: give it such an ending")
     with reading(Path(store)) as connection:
         taken = snapshot_of(connection, snapshot)
         names = None if annotators is None else [name.strip() for name in annotators.split(",")]
-        rows = list(rows_of(connection, kind, taken.upto, labels, names))
+        if kind == "argilla" or kind == "label-studio":
+            rows = records_of(connection, kind, taken.upto, names)
+        else:
+            rows = list(rows_of(connection, kind, taken.upto, labels, names))
     if not rows:
         raise DataError(
             "no-usable-rows",
             f"{store} holds nothing of kind {kind} up to row {taken.upto}: collect such labels, or name another --kind",
         )
-    if target.suffix == ".jsonl":
+    if foreign:
+        write_lines(target, [rows])
+    elif target.suffix == ".jsonl":
         write_lines(target, rows)
     else:
         write_parquet(target, rows)
     print(f"{out}: {len(rows):,} rows of snapshot {taken.upto}, fingerprint {taken.fingerprint}")
+    return 0
+
+
+def import_records(
+    store: str,
+    records: str,
+    tool: Literal["argilla", "label-studio"],
+    prompt_field: str | None = None,
+    completion_fields: list[str] | None = None,
+) -> int:
+    """Take over items and judgements of Argilla or Label Studio into a store; a second import adds only what is new.
+
+    Args:
+        store: feedback store, such as feedback.db; created if missing.
+        records: JSON file: of Argilla's `dataset.records.to_json`, or of Label Studio's export.
+        tool: argilla or label-studio.
+        prompt_field: field of the prompt; by default prompt, instruction, question or the like.
+        completion_fields: fields of the completions; by default numbered fields such as response-1 and response-2.
+    """
+    from rlhf_lightning.people.labeller import require_page
+
+    require_page()
+    from rlhf_lightning.data.feedback.bridges import read_record
+    from rlhf_lightning.people.store import FeedbackStore
+
+    if Path(store).suffix != ".db":
+        raise SettingError("wrong-file-ending", f"the store {store} does not end in .db: rename it")
+    try:
+        found = json.loads(Path(records).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError("no-file", f"there is no file {records}") from None
+    except (ValueError, RecursionError):
+        raise DataError("not-a-record", f"{records} is not a JSON file: export the records of {tool} as JSON") from None
+    imported, refused = [], Counter[str]()
+    for record in found if isinstance(found, list) else [found]:
+        try:
+            imported.append(read_record(record, tool, prompt_field, completion_fields or ()))
+        except DataError as error:
+            refused[str(error)] += 1
+    said = "; ".join(f"{count} records: {reason}" for reason, count in refused.items())
+    if not imported:
+        raise DataError("no-usable-rows", f"{records} has no record that can be read ({said or 'it is empty'})")
+    with FeedbackStore(Path(store)) as opened:
+        new = sum(opened.take_over(*one) for one in imported)
+    judged = sum(len(one.answers) for one in imported)
+    print(
+        f"{store}: {len(imported):,} items, {new:,} of {judged:,} judgements are new"
+        + (f"; left out {said}" if said else "")
+    )
     return 0
 
 

@@ -193,6 +193,32 @@ class FeedbackStore:
             rows = [(item.id, value) for item, value in zip(asked, values, strict=True)]
             db.executemany("INSERT OR REPLACE INTO item_values VALUES (?, ?)", rows)
 
+    def take_over(self, item: Item, answers: Iterable[tuple[str, Answer]]) -> int:
+        """Add an item with answers that were given elsewhere; return how many were new.
+
+        An annotator's second answer about an item, and an answer that was taken over before, are left out.
+
+        Args:
+            item: the item; it may be in the store.
+            answers: name of the annotator and answer, completions numbered as in the item.
+        """
+        taken = 0
+        with self._transaction() as db:
+            self._add(db, item)
+            number = int(db.execute("SELECT id FROM items WHERE key = ?", [item.key]).fetchone()[0])
+            shown = list(range(len(item.candidates)))
+            for annotator, answer in answers:
+                answer.check(len(shown))
+                cursor = db.execute(
+                    "INSERT INTO assignments (annotator, item, repeat, shown, given) VALUES (?, ?, 0, ?, ?) "
+                    "ON CONFLICT (annotator, item, repeat) DO NOTHING",
+                    (annotator, number, encoded(shown), self.clock()),
+                )
+                if cursor.rowcount and cursor.lastrowid is not None:
+                    self._insert(db, annotator, cursor.lastrowid, digest([item.key, annotator]), answer, shown)
+                    taken += 1
+        return taken
+
     # ---- annotating -------------------------------------------------------------------------------------------------
 
     def next(self, annotator: str) -> Assignment | None:
