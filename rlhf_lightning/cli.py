@@ -46,6 +46,7 @@ TOOL_COMMANDS = {
     "loop": Command("rlhf_lightning.people.loop", "run rounds of sampling, labelling, training and evaluation"),
     "chat": Command("rlhf_lightning.commands.chat", "chat with a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "sample completions for a file of prompts"),
+    "serve-vllm": Command("rlhf_lightning.commands.serve_vllm", "start a vLLM server for the rollouts of a run"),
     "best-of-n": Command(
         "rlhf_lightning.commands.best_of_n", "sample, score, and keep the best completions as demonstrations"
     ),

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
-from rlhf_lightning.sampling.remote_engine import scored
 
 BASE = "base"
 """Name of the backbone on the server."""
@@ -72,18 +71,24 @@ class SmallServer:
                 return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
             if body["model"] not in self.models:
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
-            if "prompt_logprobs" in body:
-                return 200, self.of_prompts(body)
+            if body.get("logprobs", 0) > 1:
+                return 200, self.top_tokens(body)
             return 200, self.spoil(self.in_text(body) if self.text else self.in_tokens(body))
 
-    def of_prompts(self, body: dict[str, Any]) -> dict[str, Any]:
-        rows, model = [torch.tensor(ids) for ids in body["prompt"]], self.models[body["model"]]
-        found = scored(model, [row[:1] for row in rows], [row[1:] for row in rows], 1.0)
+    def top_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The most probable tokens after each prompt, the last prompt first."""
+        with torch.no_grad():
+            logits = self.models[body["model"]].model(torch.tensor(body["prompt"])).logits[:, -1]
+        found = logits.log_softmax(-1).topk(body["logprobs"])
         choices = [
-            {"index": n, "prompt_logprobs": [None, *({str(token): {"logprob": logprob, "rank": 1}}
-             for token, logprob in zip(row[1:].tolist(), numbers.tolist(), strict=True))]}
-            for n, (row, numbers) in enumerate(zip(rows, found, strict=True))
-        ]  # fmt: skip
+            {
+                "index": n,
+                "logprobs": {
+                    "top_logprobs": [{f"token_id:{int(i)}": float(v) for i, v in zip(ids, values, strict=True)}]
+                },
+            }
+            for n, (ids, values) in enumerate(zip(found.indices, found.values, strict=True))
+        ]
         return {"object": "text_completion", "model": body["model"], "choices": choices[::-1]}
 
     def draw(self, body: dict[str, Any], prompt: list[int], ends: list[int]) -> tuple[list[int], list[float], str]:

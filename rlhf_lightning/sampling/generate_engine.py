@@ -1,4 +1,4 @@
-"""Sampling with transformers' own ``generate``: the same episodes from another decoding loop."""
+"""Sampling with transformers' own decoding: ``generate``, which draws the same episodes, and continuous batching."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, draw
+from rlhf_lightning.sampling.json_server import request_seed
 
 
 class GenerateEngine(SamplingEngine):
@@ -57,6 +59,64 @@ class GenerateEngine(SamplingEngine):
                 if request.on_progress is not None:
                     request.on_progress(len(rows))
         return Completions(tuple(ids), tuple(logprobs), finished)
+
+
+BLOCK, BATCH_TOKENS = 32, 2048
+"""Tokens of a block of the paged KV cache, and of a forward pass of continuous batching."""
+
+
+class ContinuousBatchingEngine(SamplingEngine):
+    """Samples with transformers' continuous batching: a paged KV cache, and CUDA graphs on a GPU.
+
+    It runs on the policy itself, so that no weights are handed over. Its attention kernels are others than the
+    trainer's, and its random numbers are torch's: learning from its samples takes a sampler correction, and episodes
+    depend on the other episodes of their rollout.
+    """
+
+    exact = False
+
+    def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
+        prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
+        if request.mixture is not None:
+            raise SettingError(
+                "mixture-needs-slots",
+                "ContinuousBatchingEngine samples from one model, and a mixture of models was asked for; use the "
+                "SlotEngine",
+            )
+        if is_sharded(model):
+            raise SettingError(
+                "sharded-needs-slots", "continuous batching needs whole weights on each rank; use the SlotEngine"
+            )
+        if not prompts:
+            return Completions((), (), torch.zeros(0, dtype=torch.bool))
+        config = GenerationConfig(
+            do_sample=settings.temperature > 0, max_new_tokens=settings.max_new_tokens, eos_token_id=list(end_ids),
+            pad_token_id=end_ids[0], temperature=settings.temperature or 1.0, top_p=settings.top_p,
+            top_k=settings.top_k,
+        )  # fmt: skip
+        # Without bounds its cache would take most of the memory that is free.
+        blocks = sum(-(-(len(prompt) + settings.max_new_tokens) // BLOCK) for prompt in prompts)
+        batching = ContinuousBatchingConfig(
+            return_logprobs=True, block_size=BLOCK, num_blocks=blocks + len(prompts), max_batch_tokens=BATCH_TOKENS
+        )
+        device = next(model.parameters()).device
+        devices = [device] if device.type == "cuda" else []
+        with inference_mode_of(model), _own_generation_config(model.model), torch.random.fork_rng(devices):
+            torch.manual_seed(request_seed(request.seed, int(request.episodes[0])))
+            found = model.model.generate_batch(
+                [prompt.tolist() for prompt in prompts],
+                generation_config=config,
+                continuous_batching_config=batching,
+            )
+        drawn = [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+        faults = [one.error for one in drawn if one.error] or ["a request is missing"] * (len(drawn) != len(prompts))
+        if faults:
+            raise StateError("sampling-failed", f"continuous batching failed: {faults[0]}")
+        if request.on_progress is not None:
+            request.on_progress(len(drawn))
+        ids = tuple(torch.tensor(one.generated_tokens) for one in drawn)
+        finished = torch.tensor([int(row[-1]) in end_ids for row in ids], dtype=torch.bool)
+        return Completions(ids, tuple(torch.tensor(one.logprobs) for one in drawn), finished)
 
 
 class _Drawer(LogitsProcessor):

@@ -27,6 +27,9 @@ from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite
 
 WEIGHTS = "model.safetensors"
 
+Place = tuple[int, int]
+"""Number of a fixed sequence, and a token after it."""
+
 
 class AdapterHandOver:
     """Registers each version of an adapter under a name of its own; the oldest is unloaded.
@@ -166,20 +169,22 @@ def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Probe:
-    """Compares a server's log-probabilities of fixed sequences with the trainer's.
+    """Compares a server's next-token log-probabilities after fixed sequences with the trainer's.
 
-    Besides the mean difference it compares with the trainer's numbers before the update: a server that went on with the
-    weights before gives those, even where an update moves them less than rounding would be bounded.
+    Besides the mean difference it compares with the trainer's numbers before the update: a server that kept the weights
+    before gives those, also where an update moves them by less than the bound. It asks for sampled tokens and not for
+    ``prompt_logprobs``: with an adapter those end vLLM's worker on a CPU.
 
     Args:
         bound: largest mean difference, nats per token.
         sequences: number of sequences.
         length: tokens of each.
+        top: most probable next tokens that are compared.
     """
 
-    def __init__(self, bound: float, sequences: int = 8, length: int = 24) -> None:
-        self.bound, self.count, self.length = bound, sequences, length
-        self.before: dict[str, Tensor] = {}  # server's address -> the trainer's numbers at the hand-over before
+    def __init__(self, bound: float, sequences: int = 8, length: int = 24, top: int = 20) -> None:
+        self.bound, self.count, self.length, self.top = bound, sequences, length, top
+        self.before: dict[str, dict[Place, float]] = {}  # server's address -> the trainer's numbers before
 
     def sequences(self, tokens: int) -> Tensor:
         """Return the sequences for a vocabulary of this many tokens, int64, shape (sequences, length)."""
@@ -187,22 +192,42 @@ class Probe:
         places = torch.arange(self.length).expand(self.count, -1)
         return (uniform(0, rows, places) * tokens).long().clamp_max(tokens - 1)
 
-    def check(self, server: JSONServer, name: str, sequences: Tensor, expected: Tensor) -> float:
-        """Return the mean difference, nats per token.
+    def ask(self, server: JSONServer, name: str, sequences: Tensor) -> dict[Place, float]:
+        """Return a server's log-probabilities of the tokens that are most probable after each sequence.
 
-        Args:
-            server: the server.
-            name: its name of the policy.
-            sequences: see `sequences`.
-            expected: the trainer's log-probabilities of all tokens but the first, shape (sequences, length - 1).
+        Raises:
+            ServerError: the server does not report them.
+        """
+        body = {
+            "model": name, "prompt": sequences.tolist(), "max_tokens": 1, "temperature": 1.0, "seed": 0, "top_p": 1.0,
+            "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "logprobs": self.top,
+            "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        answer = server.post("/v1/completions", body)
+        try:
+            return {
+                (int(choice["index"]), int(token.removeprefix("token_id:"))): finite(value)
+                for choice in answer["choices"]
+                for token, value in choice["logprobs"]["top_logprobs"][0].items()
+            }
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError(
+                "server-answer-unusable",
+                f"{server.url} answered the probe without top_logprobs ({type(error).__name__}): "
+                f"{server.shown(answer)}; use a server that reports them, or set sync_bound to null",
+            ) from None
+
+    def check(self, server: JSONServer, found: Mapping[Place, float], expected: Mapping[Place, float]) -> float:
+        """Return the mean difference between a server's and the trainer's log-probabilities, nats per token.
 
         Raises:
             ServerError: ``stale-server`` or ``server-disagrees``.
         """
-        found = self._ask(server, name, sequences)
-        before, self.before[server.url] = self.before.get(server.url), expected
-        error = float((found - expected).abs().mean())
-        if before is not None and _nearer_to(found, before, expected):
+        before, self.before[server.url] = self.before.get(server.url, {}), dict(expected)
+        error = sum(abs(found[place] - expected[place]) for place in expected) / max(len(expected), 1)
+        both = [place for place in expected if place in before]
+        table = torch.tensor([[numbers[place] for place in both] for numbers in (found, before, expected)])
+        if _nearer_to(*table.double()):
             raise ServerError(
                 "stale-server",
                 f"{server.url} answers with the weights before the last update (the probe differs by {error:.3g} nats "
@@ -218,32 +243,6 @@ class Probe:
             )
         return error
 
-    def _ask(self, server: JSONServer, name: str, sequences: Tensor) -> Tensor:
-        body = {
-            "model": name,
-            "prompt": sequences.tolist(),
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "prompt_logprobs": 0,
-        }
-        answer = server.post("/v1/completions", body)
-        try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            rows = [
-                [
-                    finite(place[str(token)]["logprob"])
-                    for token, place in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
-                ]
-                for ids, choice in zip(sequences.tolist(), choices, strict=True)
-            ]
-            return torch.tensor(rows, dtype=torch.float64).view(len(sequences), -1)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ServerError(
-                "server-answer-unusable",
-                f"{server.url} answered the probe without prompt_logprobs ({type(error).__name__}): "
-                f"{server.shown(answer)}; use a server that reports them, or set sync_bound to null",
-            ) from None
-
 
 def _nearer_to(found: Tensor, before: Tensor, now: Tensor) -> bool:
     """Return whether numbers are those before an update, for certain.
@@ -251,9 +250,9 @@ def _nearer_to(found: Tensor, before: Tensor, now: Tensor) -> bool:
     They are projected on the line from before to now; the rest is noise. The update must have moved the numbers by far
     more than the noise.
     """
-    moved, off = (now - before).flatten(), (found - before).flatten()
+    moved, off = now - before, found - before
     length = float(moved.norm())
-    if length == 0:
+    if length == 0 or len(moved) < 10:
         return False
     share = float(off @ moved) / length**2
     noise = float((off - share * moved).norm()) / max(len(moved) - 1, 1) ** 0.5

@@ -218,9 +218,13 @@ class RemoteEngine(SamplingEngine):
         """Probe every server after a hand-over."""
         if self.probe is None or not self.reports_logprobs:
             return
-        sequences = self.probe.sequences(model.model.get_input_embeddings().weight.shape[0])
-        expected = torch.stack(scored(model, [row[:1] for row in sequences], [row[1:] for row in sequences], 1.0))
-        self.sync_error = max(self.probe.check(server, name, sequences, expected.double()) for server in self.servers)
+        sequences, errors = self.probe.sequences(model.model.get_input_embeddings().weight.shape[0]), []
+        for server in self.servers:
+            found = self.probe.ask(server, name, sequences)
+            own = scored(model, [sequences[row] for row, _ in found], [torch.tensor([id]) for _, id in found], 1.0)
+            expected = dict(zip(found, (float(value) for value in own), strict=True))
+            errors.append(self.probe.check(server, found, expected))
+        self.sync_error = max(errors)
 
     def _request(
         self, name: str, prompt: Tensor, settings: SamplingSettings, seed: int, end_ids: Sequence[int]

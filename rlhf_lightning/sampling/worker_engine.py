@@ -165,7 +165,7 @@ class _Worker:
         command = [sys.executable, "-m", "rlhf_lightning.sampling.worker_engine"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
         )
         answer = self._exchange(self.loading)
         if answer is not None and answer != {"done": True}:

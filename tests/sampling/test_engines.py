@@ -32,7 +32,7 @@ from rlhf_lightning.sampling.engines import (
     SlotEngine,
     load_engine,
 )
-from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 
@@ -111,6 +111,20 @@ def test_engines_with_one_model_refuse_a_mixture(policy: CausalLM, engine: Sampl
 def test_every_engine_refuses_an_empty_prompt(policy: CausalLM, engine: SamplingEngine) -> None:
     with refused("empty-prompt", "a prompt is empty"):
         engine.sample(policy, [torch.zeros(0, dtype=torch.long)], EPISODES[:1], SamplingSettings(2), 0, ENDS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"max_new_tokens": 1}])
+def test_continuous_batching_draws_from_the_policy(policy_folder: str, settings: dict[str, Any]) -> None:
+    model = adapted(policy_folder)
+    kernel = model.model.config._attn_implementation
+    drawn = draw(ContinuousBatchingEngine(), model, **settings)
+    close(drawn.logprobs, scored(model, PROMPTS, drawn.ids, settings.get("temperature", 0.9) or 1.0))
+    assert drawn.finished.tolist() == [ids[-1] in ENDS for ids in as_lists(drawn)]
+    assert model.model.config._attn_implementation == kernel and not ContinuousBatchingEngine.exact
+    again = draw(ContinuousBatchingEngine(), model, **settings)
+    assert as_lists(again) == as_lists(drawn)
+    if settings == {"temperature": 0.0}:
+        assert as_lists(drawn) == as_lists(draw(SlotEngine(), model, **settings))
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------

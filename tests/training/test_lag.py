@@ -8,12 +8,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import refused
-from tiny_models import quiet_trainer, weights_of
+from small_server import BASE, serving
+from tiny_models import MetricsLog, quiet_trainer, weights_of
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from rlhf_lightning import modules
 from rlhf_lightning.data import PromptDataModule
-from rlhf_lightning.sampling.remote_engine import scored
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.sampling.hand_over import write_server_folder
+from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.worker_engine import WorkerEngine
 from rlhf_lightning.types import Rollout
 
@@ -73,17 +78,41 @@ def train(module: Recorded, data: PromptDataModule, callbacks: Any = (), ckpt_pa
     return module
 
 
-def test_a_rollout_is_of_the_policy_of_lag_versions_before(policy_folder: str, prompts: str, tmp_path: Path) -> None:
-    module = train(module_of(policy_folder, lag=2, sampler_correction="token_truncate"), data_of(prompts, tmp_path))
+def check_versions(module: Recorded, lag: int) -> None:
+    """Each rollout was sampled from the weights of ``lag`` rollouts before, and not from those it was learned with."""
     assert len(module.seen) == ROLLOUTS
     for number, rollout in enumerate(module.seen):
-        for version in {max(0, number - 2), number}:
+        for version in {max(0, number - lag), number}:
             module.load_state_dict(module.versions[version], strict=False)
             own = scored(module.policy, rollout.sequences.prompts, rollout.sequences.completions, 1.0)
             gap = max(
                 float((own[row] - rollout.behaviour_logprobs[row, : len(own[row])]).abs().max()) for row in range(4)
             )
-            assert (gap < 1e-4) == (version == max(0, number - 2))
+            assert (gap < 1e-4) == (version == max(0, number - lag))
+
+
+def test_a_rollout_is_of_the_policy_of_lag_versions_before(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    module = train(module_of(policy_folder, lag=2, sampler_correction="token_truncate"), data_of(prompts, tmp_path))
+    check_versions(module, 2)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
+def test_a_server_samples_the_next_rollout_with_the_weights_of_now(
+    policy_folder: str, prompts: str, tmp_path: Path, lora: LoraSettings | None
+) -> None:
+    folder = tmp_path / "shared"
+    if lora is None:
+        policy = load_policy(policy_folder)
+        write_server_folder(policy.model, AutoTokenizer.from_pretrained(policy_folder), folder)
+    with serving(policy_folder if lora else str(folder)) as server:
+        engine = RemoteEngine(server.url, BASE, str(folder))
+        given = {"lag": 1, "engine": engine, "lora": lora, "sampler_correction": "sequence_truncate"}
+        log = MetricsLog()
+        module = train(module_of(policy_folder, **given), data_of(prompts, tmp_path), [log])
+        assert log.rows[1]["invariant/sync_error"] < 1e-4 < log.rows[-1]["rollout/sampler_kl"]
+        if lora:
+            assert len(server.models) == 3  # two versions, and the backbone
+    check_versions(module, 1)
 
 
 def test_a_lagged_run_resumes_to_the_bit(policy_folder: str, prompts: str, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""``rlhf serve-vllm``: start a vLLM server with the settings that `RemoteEngine` needs."""
+
+# No postponed annotations: to resolve them jsonargparse would import everything under TYPE_CHECKING at start-up.
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import MissingError, SettingError
+
+ON_CPU = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384", "--enforce-eager"]
+"""With chunked prefill a request with a seed ends the CPU worker."""
+
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf serve-vllm``."""
+    return run_function(serve_vllm, argv, "rlhf serve-vllm", positional=["model"])
+
+
+def serve_vllm(
+    model: str,
+    folder: str | None = None,
+    name: str = "policy",
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    python: str = ".venv-vllm/bin/python",
+    lora_rank: int = 16,
+    versions: int = 2,
+    dtype: str = "float32",
+    cpu: bool = False,
+    threads: int | None = None,
+    arguments: str = "",
+) -> int:
+    """Start a vLLM server for the rollouts of a training run; ends with it.
+
+    Args:
+        model: hub id, folder or .gguf file that the policy starts from.
+        folder: folder to hand all weights over in, as RemoteEngine's shared_folder; the model is written into it, with
+            a head of its own. null serves an adapter's backbone unchanged.
+        name: the server's name of the model, as RemoteEngine's model.
+        port: port to listen on.
+        host: address to listen on; others than 127.0.0.1 are open to the network, without a password.
+        python: interpreter of the environment with vLLM; `make vllm` makes the default one.
+        lora_rank: largest rank of an adapter.
+        versions: adapters that stay loaded: model.lag + 1, and one for the hand-over.
+        dtype: precision of the server, as vLLM names it; the trainer's leaves least to correct.
+        cpu: serve on the CPU.
+        threads: threads on the CPU; null leaves it to vLLM. Use 1 on a machine with other work.
+        arguments: further arguments of vLLM, as one text.
+    """
+    if not Path(python).is_file():
+        raise MissingError("no-vllm", f"{python} is missing: run `make vllm`, or name another interpreter in --python")
+    if versions < 1 or lora_rank < 1:
+        raise SettingError(
+            "setting-out-of-range", f"versions is {versions} and lora_rank {lora_rank}: both must be at least 1"
+        )
+    served = _written(model, folder) if folder is not None else _resolved(model)
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", served, "--served-model-name", name]
+    command += ["--host", host, "--port", str(port), "--dtype", dtype, "--logprobs-mode", "processed_logprobs"]
+    command += ["--generation-config", "vllm", *(ON_CPU if cpu else [])]
+    if folder is None:
+        command += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(versions)]
+        command += ["--max-cpu-loras", str(versions + 1)]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that load weights again
+    if cpu:
+        environment |= CPU_ENVIRONMENT | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's
+    command += shlex.split(arguments)
+    print(" ".join(shlex.quote(part) for part in command), flush=True)
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _resolved(model: str) -> str:
+    from rlhf_lightning.models.loading import resolve_folder
+
+    return resolve_folder(model)
+
+
+def _written(model: str, folder: str) -> str:
+    """Write the model for a server that loads its weights again; return the folder."""
+    from rlhf_lightning.commands.quiet import silence_libraries
+    from rlhf_lightning.models.causal_lm import load_policy
+    from rlhf_lightning.models.loading import LoadSettings
+    from rlhf_lightning.sampling.hand_over import write_server_folder
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    silence_libraries()
+    policy = load_policy(model, LoadSettings(self_check=False))
+    return str(write_server_folder(policy.model, load_tokenizer(_resolved(model)), folder))

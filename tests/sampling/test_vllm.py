@@ -1,0 +1,138 @@
+"""A real vLLM server: its log-probabilities, both ways to hand weights over, and what the probe catches."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refused
+from tiny_models import EOS, random_rows, save_policy
+
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings
+from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+
+PYTHON = os.environ.get("RLHF_VLLM_PYTHON", "")
+PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
+EPISODES = torch.arange(20, 29)
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="RLHF_VLLM_PYTHON names no interpreter: make test-vllm"),
+]
+
+
+@contextmanager
+def serving(model: str, *flags: str, log: Path) -> Iterator[str]:
+    """Start ``rlhf serve-vllm`` on a free port; the address, once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "rlhf_lightning", "serve-vllm", model, "--port", str(port), "--python", PYTHON]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--cpu", "true", "--threads", "1", *flags], stdout=out, stderr=out, process_group=0
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2).read()
+                break
+            except OSError:
+                time.sleep(1)
+        yield url
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(60)
+
+
+def draw(engine: RemoteEngine, model: CausalLM, **settings: Any) -> Completions:
+    chosen = SamplingSettings(**({"max_new_tokens": 12, "temperature": 0.9} | settings))
+    return engine.sample(model, PROMPTS, EPISODES, chosen, 7, [EOS])
+
+
+def gap(model: CausalLM, drawn: Completions) -> float:
+    """The largest difference of the server's log-probabilities to the policy's own."""
+    own = scored(model, PROMPTS, drawn.ids, 0.9)
+    return max(float((one - other).abs().max()) for one, other in zip(drawn.logprobs, own, strict=True))
+
+
+def move(model: CausalLM, size: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("lora" not in name or "lora_B" in name):
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def test_adapters(tmp_path: Path) -> None:
+    folder = save_policy(tmp_path / "policy", hidden_size=64)
+    model = load_policy(folder, lora=LoraSettings(r=4))
+    with serving(folder, "--versions", "3", log=tmp_path / "server.log") as url:
+        engine = RemoteEngine(url, "policy", str(tmp_path / "shared"))
+        engine.prepare(folder, LoadSettings(), LoraSettings(r=4), versions=2)
+        for version in range(4):
+            first = draw(engine, model)
+            assert gap(model, first) < 1e-4
+            assert engine.sync_error is not None and engine.sync_error < 1e-4
+            again = draw(engine, model)
+            assert [ids.tolist() for ids in again.ids] == [ids.tolist() for ids in first.ids]
+            print(f"adapter version {version}: {gap(model, first):.2e}, probe {engine.sync_error:.2e}")
+            move(model, 0.1)
+        served = urllib.request.urlopen(f"{url}/v1/models").read().decode()
+        assert served.count("rlhf-default-") >= 2 and served.count('"id":"rlhf-default-') == 2
+        adapters = engine.adapters
+        assert adapters is not None
+        hand_over = adapters.hand_over
+        adapters.hand_over = lambda *given: (hand_over_name, True)  # type: ignore[method-assign]
+        hand_over_name = adapters.loaded["default"][-1][1]  # planted: the version before
+        with refused("stale-server", "weights before the last update"):
+            draw(engine, model)
+        adapters.hand_over = hand_over  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_weights(tmp_path: Path, tied: bool) -> None:
+    folder, shared = save_policy(tmp_path / "policy", hidden_size=64, tie_word_embeddings=tied), tmp_path / "shared"
+    model = load_policy(folder)
+    ties = model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
+    assert ties == tied
+    with serving(folder, "--folder", str(shared), log=tmp_path / "server.log") as url:
+        engine = RemoteEngine(url, "policy", str(shared))
+        for version in range(3):
+            started = time.monotonic()
+            drawn = draw(engine, model)
+            took = time.monotonic() - started
+            assert gap(model, drawn) < 1e-4 and engine.sync_error is not None and engine.sync_error < 1e-4
+            print(f"full, tied {tied}, version {version}: {gap(model, drawn):.2e}, {took:.1f} s")
+            move(model, 0.05)
+        assert engine.weights is not None
+        post = engine.servers[0].post
+        engine.servers[0].post = lambda route, body: (  # type: ignore[method-assign]
+            {} if route == "/collective_rpc" else post(route, body)
+        )
+        with refused("stale-server", "weights before the last update"):
+            draw(engine, model)
+
+
+def test_a_tied_head_that_is_not_loaded_again_is_caught(tmp_path: Path) -> None:
+    """Without `--folder` the server ties the head to the embeddings, and loading again leaves its copy behind."""
+    folder = save_policy(tmp_path / "policy", hidden_size=64, tie_word_embeddings=True)
+    model = load_policy(folder)
+    with serving(folder, log=tmp_path / "server.log") as url:
+        engine = RemoteEngine(url, "policy", folder)
+        draw(engine, model)
+        move(model, 0.05)
+        with refused("server-disagrees", "a head tied to the embeddings"):
+            draw(engine, model)
