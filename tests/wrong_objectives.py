@@ -24,10 +24,15 @@ from rlhf_lightning.types import Advantages, PolicyLogprobs, Rollout, Step
 CAUGHT_BY: dict[type, str] = {}
 """The check that must fail, by class."""
 
+NAMED: dict[type, str] = {}
+"""Words that the reason must have, by class."""
 
-def caught_by(check: str) -> Any:
+
+def caught_by(check: str, words: str = "") -> Any:
     def remember(kind: type) -> type:
         CAUGHT_BY[kind] = check
+        if words:
+            NAMED[kind] = words
         return kind
 
     return remember

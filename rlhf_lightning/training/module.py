@@ -525,6 +525,11 @@ class AlignmentModule(LightningModule):
     """Checks of ``rlhf verify`` that this objective fails by design, each with the reason: {"gradcheck": "the weight is
     detached (Eq. 7)"}. They count as advice where the target is reached or ``no_target`` says why there is none."""
 
+    contract: ClassVar[Callable[[Any], list[Any]] | None] = None
+    """Checks of a family of its own for ``rlhf verify``: a static method that takes a `Subject` and returns a list of
+    `Check`. A class with its own batches also defines ``expected_loss(world, shuffled)``, which returns its loss over
+    the population as a function without arguments."""
+
     @property
     def value_at_reference(self) -> float | None:
         """Each row's loss when policy = reference; None if it depends on the row, or is unknown."""

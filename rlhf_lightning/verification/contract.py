@@ -27,8 +27,10 @@ from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
-from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, scores_of, small_world
+from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, judged, scores_of, small_world
+from rlhf_lightning.verification.diagnosis import mistakes_of
 from rlhf_lightning.verification.distillation_checks import divergence_checks, sampled_distillation_checks
+from rlhf_lightning.verification.foreign import foreign_checks
 from rlhf_lightning.verification.offline_checks import offline_checks, some_rows, step_gradient
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
 from rlhf_lightning.verification.online_checks import online_checks, opponent_check
@@ -56,6 +58,9 @@ class Verification(NamedTuple):
         convergence: where training came to rest; None where it was not trained.
         control: expected reward after a short run on true labels, less the same on uninformative labels.
         seconds: duration of everything.
+        mistakes: what the class does wrong in words, as far as a known mistake fits what it does.
+        notes: what the checks could not see.
+        compared_with: shipped class that a loss of another project is compared with; empty for none.
     """
 
     name: str
@@ -64,6 +69,9 @@ class Verification(NamedTuple):
     convergence: Convergence | None
     control: float
     seconds: float
+    mistakes: list[str] = []
+    notes: list[str] = []
+    compared_with: str = ""
 
     @property
     def failed(self) -> list[Check]:
@@ -103,10 +111,11 @@ def verify(
         SettingError: a setting that the class needs is missing.
     """
     started = time.perf_counter()
-    if not issubclass(kind, RolloutModule) and not hasattr(kind, "loss_sum"):
+    if not (issubclass(kind, RolloutModule) or hasattr(kind, "loss_sum") or kind.contract is not None):
         raise ContractError(
             "not-verifiable",
-            f"{kind.__name__} has no override point of a known family: there is no contract to verify",
+            f"{kind.__name__} has no override point of a known family: derive from a shipped module, or declare its "
+            "checks as contract",
         )
     world, folder = world_and_folder()
     threads = torch.get_num_threads()
@@ -116,6 +125,9 @@ def verify(
             warnings.simplefilter("ignore")
             subject = Subject(kind, world, folder, settings)
             checks = contract_of(kind)(subject)
+            if hasattr(kind, "adapter"):
+                checks = [check for check in checks if check.name not in kind.adapter.left_out]
+                checks += foreign_checks(subject)
             control = measured_control(subject)
             advice = "true labels must earn more gold reward than uninformative labels"
             checks.append(at_least("control", control, 1e-4, advice))
@@ -124,16 +136,32 @@ def verify(
                 module = subject.fresh()
                 # A rare pair counts by the product of two small chances, and takes its time.
                 steps = 600 if issubclass(kind, OnlineDPOModule) else 300
-                found = converge(module, world, steps, judge=judge_of(subject))
+                found = with_twins_target(subject, converge(module, world, steps, judge=judge_of(subject)))
                 checks += [*target_checks(subject, found), export_check(module, world)]
+            checks = with_reasons(kind, checks)
+            done = Verification(kind.__name__, subject.settings, checks, found, control, 0.0, [], notes_on(subject))
+            mistakes = [] if done.held and with_convergence else mistakes_of(subject)
     finally:
         torch.set_num_threads(threads)
-    checks = with_reasons(kind, checks)
-    return Verification(kind.__name__, subject.settings, checks, found, control, time.perf_counter() - started)
+    adapter = getattr(kind, "adapter", None)
+    name = adapter.base.__name__ if adapter is not None and adapter.compared else ""
+    return done._replace(seconds=time.perf_counter() - started, mistakes=mistakes, compared_with=name)
+
+
+def notes_on(subject: Subject) -> list[str]:
+    """Say which checks could not be made, and why."""
+    if subject.unseen:
+        return [
+            f"{subject.kind.__name__} computes its loss in loss_sum and never calls {subject.overridden}: checks of "
+            "single rows, tokens and slopes are left out; move the loss there to have them"
+        ]
+    return []
 
 
 def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]:
-    """Return the checks of a class's family."""
+    """Return the checks that a class declares, or those of its family."""
+    if kind.contract is not None:
+        return kind.contract
     if issubclass(kind, GKDModule):
         return divergence_checks
     if issubclass(kind, ProcessRewardModule):
@@ -185,34 +213,68 @@ def probe(subject: Subject) -> Tensor:
     return step_gradient(subject, [batch], len(batch.weights), sum(int(m.sum()) for m in batch.sequences.supervised))
 
 
-def twin_of(subject: Subject) -> str:
-    """Say which shipped class has the same gradient up to a factor at the same settings; empty for none."""
+class Twin(NamedTuple):
+    """A shipped class with the same gradient up to a factor.
+
+    Attributes:
+        subject: the shipped class at the same settings.
+        factor: how many times its gradient the class's is.
+    """
+
+    subject: Subject
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """Name of the shipped class."""
+        return self.subject.kind.__name__
+
+
+def twin_of(subject: Subject) -> Twin | None:
+    """Return the shipped class that has the same gradient up to a positive factor at the same settings, if any."""
     kind = subject.kind
-    if issubclass(kind, RolloutModule) and not issubclass(kind, OnPolicyModule):
-        return ""
+    if kind.contract is not None or (issubclass(kind, RolloutModule) and not issubclass(kind, OnPolicyModule)):
+        return None
     own = probe(subject)
     for other in objective_classes():
         alike = contract_of(other) is contract_of(kind) and other.batch_type is kind.batch_type
         if other is kind or not alike or not bool(own.any()):
             continue
         try:
-            theirs = probe(Subject(other, subject.world, subject.folder, subject.settings_for(other)))
+            shipped = Subject(other, subject.world, subject.folder, subject.settings_for(other))
+            theirs = probe(shipped)
         except (RlhfError, TypeError, ValueError):  # it does not take these settings
             continue
         if theirs.shape != own.shape or not bool(theirs.any()):
             continue
         factor = float(own @ theirs / (theirs @ theirs))
-        if float((own - factor * theirs).norm() / own.norm()) < 1e-9:
-            name = other.__name__
-            return f"; its gradient is {factor:.4g} times that of {name}, so target_of = {name} may say it all"
-    return ""
+        if factor > 0 and float((own - factor * theirs).norm() / own.norm()) < 1e-9:
+            return Twin(shipped, factor)
+    return None
+
+
+def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
+    """Compare a class that states no target of its own with that of a shipped class with the same gradient."""
+    kind = subject.kind
+    reached = found.target is not None and found.distance <= REACHED
+    silent = found.target is None or (kind.target_of is None and inherits_target(kind))
+    if reached or kind.no_target or not silent:
+        return found
+    twin = twin_of(subject)
+    if twin is None:
+        return found
+    target, _, distance = judged(twin.subject.fresh(), subject.world, found.policy)
+    if target is None:
+        return found
+    source = f"that of {twin.name}, of whose gradient this is {twin.factor:.4g} times"
+    return found._replace(target=target, distance=distance, source=source)
 
 
 def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     """Compare where training came to rest with the target; a class without one has to say why."""
     kind = subject.kind
     reached = found.target is not None and found.distance <= REACHED
-    rest = f"it comes to rest at gold reward {found.gold_after:.3f}, KL {found.kl:.3f}"
+    rest = f"it comes to rest at gold reward {found.gold_after:.3f}, KL {found.kl:.3f}{found.law}"
     how = (
         "override target_policy; or name a shipped class with the same target, target_of = DPOModule; or say why "
         'nothing is known, no_target = "the reason"'
@@ -220,8 +282,8 @@ def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     if kind.no_target and not reached:
         return [at_least("target", 0, 1, rest)._replace(meant=kind.no_target)]
     if found.target is None:
-        return [at_least("target", 0, 1, f"the class is compared with no target; {rest}{twin_of(subject)}: {how}")]
-    if not reached and kind.target_of is None and inherits_target(kind):
+        return [at_least("target", 0, 1, f"the class is compared with no target; {rest}: {how}")]
+    if not reached and kind.target_of is None and inherits_target(kind) and found.source == "declared":
         advice = f"the target that the class inherits is {found.distance:.2g} away; {rest}: {how}"
         return [at_least("target", 0, 1, advice)]
     return [

@@ -36,6 +36,9 @@ from rlhf_lightning.verification import population, resting_points
 from rlhf_lightning.verification.exact import expectation_of, rest_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
+PATH_EVERY = 10
+"""Updates between two points of the path of training."""
+
 
 class Convergence(NamedTuple):
     """Where training came to rest.
@@ -51,6 +54,8 @@ class Convergence(NamedTuple):
         gold_after: expected reward of the policy.
         kl: KL(policy || reference), nats.
         seconds: of training.
+        path: (update, gold reward, KL) along the way.
+        law: the rule of rewards and lengths that the policy at rest follows, in words; empty where it follows none.
     """
 
     policy: Tensor
@@ -61,6 +66,8 @@ class Convergence(NamedTuple):
     gold_after: float
     kl: float
     seconds: float
+    path: tuple[tuple[int, float, float], ...] = ()
+    law: str = ""
 
 
 def small_world(seed: int = 0) -> EnumerableWorld:
@@ -99,12 +106,34 @@ def converge(
     """
     started = time.perf_counter()
     prepare(module)
-    minimise(expected_loss(module, world, shuffled), module, steps, learning_rate)
+    path: list[tuple[int, float, float]] = []
+
+    def watch(step: int) -> None:
+        if step % PATH_EVERY == 0:
+            now = policy_of(module, world)
+            path.append((step, world.expected_reward(now), world.kl(now)))
+
+    minimise(expected_loss(module, world, shuffled), module, steps, learning_rate, watch)
     policy = policy_of(module, world)
     seconds = time.perf_counter() - started
     target, source, distance = judged(module if judge is None else judge, world, policy)
     golds = (world.expected_reward(world.problem.reference), world.expected_reward(policy))
-    return Convergence(policy, target, source, distance, *golds, world.kl(policy), seconds)
+    kl, law = world.kl(policy), law_of(policy, world)
+    return Convergence(policy, target, source, distance, *golds, kl, seconds, tuple(path), law)
+
+
+def law_of(policy: Tensor, world: EnumerableWorld) -> str:
+    """Say which rule of rewards and lengths a policy follows; empty where it follows neither."""
+    ratio = (policy.clamp_min(1e-300) / world.problem.reference).log().double()
+    lengths = world.problem.lengths.double()
+    centred = [part - part.mean(-1, keepdim=True) for part in (ratio, world.rewards, lengths)]
+    wanted, rewards, by_length = (part.flatten() for part in centred)
+    for parts, words in (((rewards,), "{0:.4g} reward"), ((rewards, by_length), "{0:.4g} reward {1:+.4g} length")):
+        matrix = torch.stack(parts, -1)
+        shares = torch.linalg.lstsq(matrix, wanted.unsqueeze(-1)).solution.squeeze(-1)
+        if float((matrix @ shares - wanted).norm()) < 1e-3 * float(wanted.norm()):
+            return f", log policy/reference = {words.format(*shares.tolist())} + constant"
+    return ""
 
 
 def prepare(module: AlignmentModule) -> AlignmentModule:
@@ -119,13 +148,19 @@ def prepare(module: AlignmentModule) -> AlignmentModule:
     return module
 
 
-def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, learning_rate: float) -> None:
+def minimise(
+    loss: Callable[[], Tensor],
+    module: AlignmentModule,
+    steps: int,
+    learning_rate: float,
+    watch: Callable[[int], None] = lambda step: None,
+) -> None:
     """Run Adam to rest, and where a loss is so flat that it is not there yet, L-BFGS behind it.
 
     L-BFGS needs a fixed function: losses of samples, or with statistics of the step in them, are left to Adam.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    descend(loss, parameters, steps, learning_rate)
+    descend(loss, parameters, steps, learning_rate, watch)
     left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
     if left > 1e-5:  # a steep start has thrown it far off
         descend(loss, parameters, steps, learning_rate / 4)
@@ -149,11 +184,18 @@ def minimise(loss: Callable[[], Tensor], module: AlignmentModule, steps: int, le
     finisher.step(closure)
 
 
-def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learning_rate: float) -> None:
+def descend(
+    loss: Callable[[], Tensor],
+    parameters: list[Any],
+    steps: int,
+    learning_rate: float,
+    watch: Callable[[int], None] = lambda step: None,
+) -> None:
     """Run Adam on a function without noise, its learning rate falling to 0 along a cosine."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99), eps=1e-12)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    for step in range(steps):
+        watch(step)
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
@@ -162,6 +204,9 @@ def descend(loss: Callable[[], Tensor], parameters: list[Any], steps: int, learn
 
 def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: bool = False) -> Callable[[], Tensor]:
     """Return the module's loss over its population as a function of its weights."""
+    if hasattr(module, "expected_loss"):
+        declared: Callable[[], Tensor] = module.expected_loss(world, shuffled)
+        return declared
     if shuffled and module.teacher_name is not None:
         say_nothing(module, world)
     if isinstance(module, GKDModule):

@@ -134,6 +134,7 @@ def offline_checks(subject: Subject) -> list[Check]:
     module, batch = subject.module, some_rows(subject)
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
     if given is None:  # the loss is all in `loss_sum`
+        subject.unseen = True
         return cut_checks(subject, batch)
     checks = [*input_checks(subject, given, batch), *cut_checks(subject, batch)]
     if not isinstance(given, RankedScores):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import ContractError, SettingError
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.types import (
@@ -91,6 +91,7 @@ class Subject:
     ) -> None:
         self.kind, self.world, self.folder = kind, world, folder
         self.settings = self._accepted(dict(settings or {}))
+        self.unseen = False  # whether a loss never came to its override point
 
     def _accepted(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the given settings and the small world's defaults, without defaults that the class sets itself.
@@ -249,7 +250,7 @@ def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
     if has_outputs(given):
         leaves = [given.extras["outputs"].clone().requires_grad_()]
     else:
-        leaves = [getattr(given, name).clone().requires_grad_() for name in DIFFERENTIATED[type(given)]]
+        leaves = [getattr(given, name).clone().requires_grad_() for name in differentiated(given)]
     return with_parts(given, leaves), leaves
 
 
@@ -263,7 +264,24 @@ def with_parts(given: Any, parts: Sequence[Tensor], module: Any = None) -> Any:
     if has_outputs(given):
         scores = given.scores if module is None else module.score_of(parts[0])
         return given._replace(scores=scores, extras={**given.extras, "outputs": parts[0]})
-    return given._replace(**dict(zip(DIFFERENTIATED[type(given)], parts, strict=True)))
+    return given._replace(**dict(zip(differentiated(given), parts, strict=True)))
+
+
+def differentiated(given: Any) -> Sequence[str]:
+    """Return the fields of an override point's input that carry gradient; subclasses have those of their base.
+
+    Raises:
+        ContractError: it is no input of a known family.
+    """
+    names = next((names for kind, names in DIFFERENTIATED.items() if isinstance(given, kind)), None)
+    if names is None:
+        known = ", ".join(kind.__name__ for kind in DIFFERENTIATED)
+        raise ContractError(
+            "unknown-input",
+            f"the override point gets a {type(given).__name__}, and the contracts know {known}: derive it from one of "
+            "those, or declare checks of its own as contract",
+        )
+    return names
 
 
 def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:

@@ -6,18 +6,19 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.parsing import usage_error
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.evaluation.report import markdown_table
 from rlhf_lightning.loading import read_yaml
 
 HELD, FAILED, COULD_NOT_RUN, NO_TARGET = 0, 1, 2, 3
+FILES = ("json", "markdown", "report", "foreign")
 HELP = """usage: rlhf verify [my_objective.MyModule ...] [--model.SETTING VALUE ...] [options]
 
 Run objectives, unedited, through the contract of their family in a small world whose every completion is listed:
@@ -27,8 +28,11 @@ to rest at, compared with the one the class declares or, for shipped classes, an
   my_objective.MyModule  classes to verify: a module's path, or the name of a shipped class
   --all                  verify every shipped objective
   --model.SETTING VALUE  an argument of the class (of all of them)
+  --foreign FILE:NAME    a loss of another project: trl:DPO, verl:Policy, or a function in a file of your own;
+                         FILE alone takes every function with every listed value; --NAME VALUE are its settings
   --json FILE            write every check to a file
   --markdown FILE        write the table of all classes to a file
+  --report FILE          write a page: the target, the path of training, each check with its number and bound
 
 Exit status: 0 every check holds, 1 one failed, 2 one could not run, 3 every check holds and a class has no target."""
 
@@ -36,12 +40,14 @@ Exit status: 0 every check holds, 1 one failed, 2 one could not run, 3 every che
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     names, options, settings = split(with_underscores(argv))
-    if "help" in options or not (names or "all" in options):
+    if "help" in options or not (names or options.keys() & {"all", "foreign"}):
         print(HELP)
         return HELD if "help" in options else COULD_NOT_RUN
     try:
-        kinds = [*([*objective_classes()] if "all" in options else []), *(find(name) for name in names)]
-    except SettingError as error:
+        named = [*([*objective_classes()] if "all" in options else []), *(find(name) for name in names)]
+        kinds = [(kind, kind.__name__, settings) for kind in named]
+        kinds += foreign(options["foreign"], settings) if "foreign" in options else []
+    except RlhfError as error:
         print(f"rlhf verify: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     from transformers.utils import logging as transformers_logging
@@ -53,12 +59,13 @@ def main(argv: Sequence[str]) -> int:
     transformers_logging.disable_progress_bar()
     done: list[Verification] = []
     status = HELD
-    for kind in kinds:
+    broken: dict[str, str] = {}
+    for kind, title, own in kinds:
         try:
-            found = verify(kind, settings)
+            found = verify(kind, own)._replace(name=title)
         except Exception as error:
-            said = f"{type(error).__name__}: {error}{place_of(error)}"
-            print(f"\n{kind.__name__} could not be run: {said}", file=sys.stderr)
+            broken[title] = f"{type(error).__name__}: {error}{place_of(error)}"
+            print(f"\n{title} could not be run: {broken[title]}", file=sys.stderr)
             status = COULD_NOT_RUN
             continue
         done.append(found)
@@ -68,7 +75,10 @@ def main(argv: Sequence[str]) -> int:
             json.dumps([plain(found) for found in done], indent=2) + "\n", encoding="utf-8"
         )
     if "markdown" in options:
-        Path(options["markdown"]).write_text(page(done), encoding="utf-8")
+        table = peers_table(done, broken) if "foreign" in options else page(done)
+        Path(options["markdown"]).write_text(table, encoding="utf-8")
+    if "report" in options:
+        write_report(Path(options["report"]), done)
     if status == HELD and any(found.failed for found in done):
         return FAILED
     return NO_TARGET if status == HELD and not all(found.has_target for found in done) else status
@@ -88,18 +98,19 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any
     options: dict[str, str] = {}
     settings: dict[str, Any] = {}
     words = iter(argv)
+    of_adapter = any(word.partition("=")[0] == "--foreign" for word in argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if word in ("--help", "-h", "--all"):
             options[word.strip("-").replace("h", "help", 1) if word == "-h" else name] = ""
-        elif word.startswith("--") and (name in ("json", "markdown") or name.startswith("model.")):
+        elif word.startswith("--") and (name in FILES or name.startswith("model.") or of_adapter):
             given = value if equals else next(words, None)
             if given is None:
                 usage_error("rlhf verify", f"--{name} needs a value")
-            if name.startswith("model."):
-                settings[name.removeprefix("model.")] = read_yaml(given)
-            else:
+            if name in FILES:
                 options[name] = given
+            else:
+                settings[name.removeprefix("model.")] = read_yaml(given)
         elif word.startswith("-"):
             usage_error("rlhf verify", f"there is no option {word}: settings of the class are --model.NAME VALUE")
         else:
@@ -119,12 +130,22 @@ def find(name: str) -> type[Any]:
     return load_class(name, AlignmentModule, {kind.__name__: kind for kind in objective_classes()}, "objective")
 
 
+def foreign(spec: str, settings: dict[str, Any]) -> list[tuple[type[Any], str, dict[str, Any]]]:
+    """Return the classes of adapters, their titles, and their settings.
+
+    Raises:
+        RlhfError: see `foreign.adapters`.
+    """
+    from rlhf_lightning.verification.foreign import adapters, class_of
+
+    project = spec.partition(":")[0]
+    return [(class_of(one), f"{project}:{one.title}", one.base_settings) for one in adapters(spec, settings)]
+
+
 def report_of(found: Any, brief: bool) -> str:
     """Return the table of a class, or of many classes one line each and what failed."""
     failed = [check for check in found.checks if not (check.held or check.meant)]
-    verdict = "all hold" if not found.failed else f"{len(found.failed)} FAILED"
-    verdict += "" if found.has_target else ", no target"
-    lines = [f"{found.name}: {len(found.checks)} checks, {verdict}, {found.seconds:.1f} s"]
+    lines = [f"{found.name}: {len(found.checks)} checks, {verdict_of(found)}, {found.seconds:.1f} s"]
     shown = [check for check in found.checks if not brief or not check.held]
     rows = [
         [check.name, f"{check.measured:.3g}", f"{'>=' if check.least else '<='} {check.bound:.3g}", word_for(check)]
@@ -132,10 +153,18 @@ def report_of(found: Any, brief: bool) -> str:
     ]
     if rows:
         lines.append(markdown_table(["check", "measured", "bound", "pass"], rows))
+    lines += [f"  mistake: {words}" for words in found.mistakes if found.failed or not found.has_target]
     lines += [f"  {check.name}: {check.advice}" for check in failed]
+    lines += [f"  note: {words}" for words in found.notes]
     if not brief:
         lines.append(rest_of(found))
     return "\n".join(lines)
+
+
+def verdict_of(found: Any) -> str:
+    """Say whether all checks hold."""
+    verdict = "all hold" if not found.failed else f"{len(found.failed)} FAILED"
+    return verdict + ("" if found.has_target else ", no target")
 
 
 def word_for(check: Any) -> str:
@@ -153,9 +182,59 @@ def rest_of(found: Any) -> str:
     if end is None:
         return ""
     where = f"comes to rest at gold reward {end.gold_after:.3f} (reference {end.gold_before:.3f}), KL {end.kl:.3f}"
+    where += end.law
     if end.target is None:
         return f"{where}; it is compared with no target"
     return f"{where}; target: {end.source}, distance {end.distance:.2g}"
+
+
+def write_report(path: Path, done: Sequence[Any]) -> None:
+    """Write the page of ``--report``: the target, the path of training, each check with its number and bound."""
+    from rlhf_lightning.evaluation.html import write_page
+
+    classes = [
+        {
+            "name": found.name,
+            "verdict": verdict_of(found),
+            "count": len(found.checks),
+            "seconds": found.seconds,
+            "target": rest_of(found) or "it was not trained",
+            "mistakes": found.mistakes,
+            "notes": found.notes,
+            "checks": [
+                {
+                    "name": check.name,
+                    "measured": f"{check.measured:.3g}",
+                    "bound": f"{'>=' if check.least else '<='} {check.bound:.3g}",
+                    "word": word_for(check),
+                    "failed": not (check.held or check.meant),
+                    "advice": "" if check.held else check.advice,
+                }
+                for check in found.checks
+            ],
+            **path_of(found),
+        }
+        for found in done
+    ]
+    write_page(path, "verify.html.jinja", title="Verification of objectives", notes=[], classes=classes)
+
+
+def path_of(found: Any) -> dict[str, Any]:
+    """Return the path of training as two lines of an SVG picture, 570 wide and 150 high."""
+    path = () if found.convergence is None else found.convergence.path
+    values = [value for _, gold, kl in path for value in (gold, kl) if math.isfinite(value)]
+    if len(path) < 2 or not values:
+        return {"lines": [], "updates": 0, "low": 0.0, "high": 0.0}
+    low, high, updates = min(values), max(values), path[-1][0]
+    lines = []
+    for place, (name, mark, dashes) in enumerate((("gold reward", "solid", "none"), ("KL, nats", "dashed", "6 4")), 1):
+        points = [
+            f"{50 + 570 * point[0] / updates:.1f},{170 - 150 * (point[place] - low) / max(high - low, 1e-9):.1f}"
+            for point in path
+            if math.isfinite(point[place])
+        ]
+        lines.append({"name": name, "mark": mark, "dashes": dashes, "points": " ".join(points)})
+    return {"lines": lines, "updates": updates, "low": low, "high": high}
 
 
 def plain(found: Any) -> dict[str, Any]:
@@ -172,9 +251,29 @@ def plain(found: Any) -> dict[str, Any]:
         "seconds": round(found.seconds, 2),
         "control": found.control,
         "settings": {name: value for name, value in found.settings.items() if not callable(value)},
+        "mistakes": found.mistakes,
+        "notes": found.notes,
         "checks": [check._asdict() for check in found.checks],
         "convergence": reached,
     }
+
+
+def peers_table(done: Sequence[Any], broken: Mapping[str, str]) -> str:
+    """Return the table of other projects' losses, and what is to be said of those that do not hold."""
+    rows, said = [], []
+    for found in done:
+        shipped = found.compared_with or "none"
+        failed = [check for check in found.checks if not (check.held or check.meant)]
+        same = next((check for check in found.checks if check.name == "as shipped"), None)
+        apart = "" if same is None else f"{same.measured:.1e}"
+        held = f"{sum(check.held for check in found.checks)} of {len(found.checks)}"
+        rows.append([found.name, held, shipped, apart, ", ".join(check.name for check in failed) or "-"])
+        said += [f"- `{found.name}`, {check.name} ({check.measured:.3g}): {check.advice}" for check in failed]
+        said += [f"- `{found.name}`: {words}" for words in found.mistakes if failed]
+    rows += [[title, "-", "-", "-", "could not run"] for title in broken]
+    said += [f"- `{title}` could not run: {words}" for title, words in broken.items()]
+    header = ["loss", "checks held", "compared with", "largest difference", "fails"]
+    return "\n".join([markdown_table(header, rows), "", *said, ""])
 
 
 def page(done: Sequence[Any]) -> str:
