@@ -263,6 +263,10 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
     twin = twin_of(subject)
     if twin is None:
         return found
+    # Another loss than the one that the class derives from may be a slip: then it is shown, and not taken over.
+    if not (hasattr(kind, "adapter") or twin.subject.kind in kind.__mro__):
+        said = f"; its gradient is {twin.factor:.4g} times that of {twin.name}: if that is meant, derive from it"
+        return found._replace(law=found.law + said)
     target, _, distance = judged(twin.subject.fresh(), subject.world, found.policy)
     if target is None:
         return found

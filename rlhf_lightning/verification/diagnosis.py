@@ -50,6 +50,10 @@ FITS = 1e-6
 """Relative residual below which slopes are those of a mistake."""
 
 
+ODD = {"beta": 0.37, "label_smoothing": 0.0}
+"""Settings while slopes are fitted, at which no mistake looks like another one."""
+
+
 # -- slopes -----------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +142,7 @@ class Fit:
     def of_a_mistake(self) -> str:
         """Return the mistake that fits."""
         for words, change in known_mistakes(self.given):
-            factor, apart = self.misfit(lambda one, c=change: c(self.right, one, self.module))
+            factor, apart = self.misfit(partial(self._mistaken, change))
             if apart < FITS and (factor > 0 or "sign" not in words):
                 return words + (" and the sign is flipped" if factor < 0 else "")
         for name, words, value in self._settings():
@@ -147,6 +151,10 @@ class Fit:
             if apart < FITS:
                 return words
         return ""
+
+    def _mistaken(self, change: Any, given: Any) -> Tensor:
+        losses: Tensor = change(self.right, given, self.module)
+        return losses
 
     def _settings(self) -> Iterator[tuple[str, str, float]]:
         """Yield (setting, words, value) of settings that a loss may have wrong."""
@@ -168,6 +176,8 @@ class Fit:
         if isinstance(self.given, PreferenceLogprobs | UnpairedLogprobs):
             words = "log-ratios are multiplied by {:.4g}: look at beta"
             forms.append((words, lambda k: lambda g: self.right(changed(g, lambda v, m: k * v))))
+            words = "the reference counts {:.4g} times"
+            forms.append((words, lambda k: lambda g: self.right(changed(g, lambda v, m: k * v, "reference"))))
         if isinstance(self.given, PreferenceLogprobs):
             words = "the margin has a constant of {:.4g} nats added"
             forms.append((words, lambda k: lambda g: self.right(with_gap(g, torch.full_like(g.target, k)))))
@@ -389,7 +399,13 @@ def probe_input(subject: Subject, module: Any) -> Any:
         given = given._replace(margin=ramp[: len(given.target)])
     elif isinstance(given, UnpairedLogprobs):
         given = given._replace(reference_point=torch.tensor(0.37, dtype=torch.float64))
-    return given._replace(**{n: p.detach() for n, p in given._asdict().items() if isinstance(p, Tensor)})
+    # Three columns of padding, so that the width of the grid is no other number.
+    plain = {n: p.detach() for n, p in given._asdict().items() if isinstance(p, Tensor)}
+    wide = {n: torch.nn.functional.pad(p, (0, 3)) for n, p in plain.items() if p.dim() == 2}
+    if not hasattr(given, "extras") or isinstance(given, RankedScores):
+        return given._replace(**plain)
+    slots = {n: torch.nn.functional.pad(p, (0, 3)) if p.dim() == 2 else p for n, p in given.extras.items()}
+    return given._replace(**{**plain, **wide}, extras=slots)
 
 
 def _rollout_probe(subject: Subject) -> tuple[Case, PolicyLogprobs]:
@@ -422,7 +438,13 @@ def _of_batches(subject: Subject, right: Any) -> list[str]:
     def of(module: Any) -> Losses:
         return lambda one: subject.values(module, one)
 
-    return [*found, diagnose(given, of(subject.module), of(right), right)]
+    odd = {name: value for name, value in ODD.items() if _alike(subject.module, right, name)}
+    with settings_of(subject.module, **odd), settings_of(right, **odd):
+        return [*found, diagnose(given, of(subject.module), of(right), right)]
+
+
+def _alike(module: Any, right: Any, name: str) -> bool:
+    return isinstance(getattr(right, name, None), float) and getattr(module, name, None) == getattr(right, name)
 
 
 def input_mistake(right: Any, own: Any) -> str:

@@ -209,10 +209,10 @@ def _settings_of(kind: type) -> set[str]:
 
 def _base(function: Any, settings: Mapping[str, Any]) -> tuple[type[AlignmentModule], dict[str, Any], bool]:
     """Return the class that an adapter runs in, its settings, and whether the adapter should equal it."""
-    shipped, by, further = getattr(function, "compared_with", (None, None, {}))
+    shipped, by, further = getattr(function, "compared_with", ({}, None, {}))
     if by is not None:
         shipped = shipped.get(settings[by])
-    if shipped is None:
+    if not shipped:
         return FAMILIES[_input_of(function)][0], {}, False
     kind, own = shipped if isinstance(shipped, tuple) else (shipped, {})
     return kind, {**further, **own}, not isinstance(shipped, RunsAs)

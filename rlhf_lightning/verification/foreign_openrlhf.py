@@ -54,8 +54,8 @@ def PairWise(scores: RankedScores) -> Tensor:
 
 def _group(scores: RankedScores, row: int) -> RankedScores:
     own, index = scores.group == row, torch.tensor([row])
-    parts = (part[index] for part in (scores.target, scores.margin, scores.weights))
-    return RankedScores(scores.scores[own], 0 * scores.group[own], scores.ranks[own], *parts)
+    target, margin, weights = (part[index] for part in (scores.target, scores.margin, scores.weights))
+    return RankedScores(scores.scores[own], 0 * scores.group[own], scores.ranks[own], target, margin, weights)
 
 
 def _by_pairs(scores: RankedScores) -> Tensor:

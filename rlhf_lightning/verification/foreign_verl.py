@@ -41,7 +41,12 @@ def _config(**settings: Any) -> Any:
     """Return a config of verl's actor."""
     kind = sys.modules["verl.workers.config"].ActorConfig
     found = kind()
-    defaults = {"clip_ratio_low": None, "clip_ratio_high": None, "global_batch_info": {}, "tau_pos": 1.0}
+    defaults: dict[str, Any] = {
+        "clip_ratio_low": None,
+        "clip_ratio_high": None,
+        "global_batch_info": {},
+        "tau_pos": 1.0,
+    }
     for name, value in {**defaults, "tau_neg": 1.05, **settings}.items():
         setattr(found, name, value)
     found.get = lambda name, default=None: getattr(found, name, default)

@@ -24,8 +24,8 @@ from rlhf_lightning.types import (
 )
 
 Losses = Callable[[Any], Tensor]
-Mistake = tuple[str, Callable[[Losses, Any, Any], Tensor]]
-"""Words, and the losses of the mistake from the right ones: of the shipped loss, the input and the shipped module."""
+Mistake = tuple[str, Any]
+"""Words, and the losses of the mistake as a function of the shipped loss, the input and the shipped module."""
 
 
 # -- changes of an input ----------------------------------------------------------------------------------------------

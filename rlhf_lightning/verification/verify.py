@@ -221,7 +221,7 @@ def write_report(path: Path, done: Sequence[Any]) -> None:
 
 def path_of(found: Any) -> dict[str, Any]:
     """Return the path of training as two lines of an SVG picture, 570 wide and 150 high."""
-    path = () if found.convergence is None else found.convergence.path
+    path: tuple[Any, ...] = () if found.convergence is None else found.convergence.path
     values = [value for _, gold, kl in path for value in (gold, kl) if math.isfinite(value)]
     if len(path) < 2 or not values:
         return {"lines": [], "updates": 0, "low": 0.0, "high": 0.0}
