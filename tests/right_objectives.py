@@ -225,13 +225,16 @@ class HalfKTO(KTOModule):
 
 @right
 class HingeReward(RewardModule):
-    """A hinge on the gap of scores."""
+    """A hinge on the gap of scores of pairs, that of rank 0 less the other's."""
 
     no_target = "flat minima"
-    means_it = {"direction": "a pair that is far enough apart has no gradient"}
+    means_it = dict.fromkeys(("direction", "list direction", "ties"), "a pair far enough apart has no gradient")
 
     def ranking_loss(self, scores):
-        return super().ranking_loss(scores._replace(scores=scores.scores))
+        away = torch.where(scores.ranks == 0, -scores.scores, scores.scores)
+        gap = torch.zeros_like(scores.target).index_add(0, scores.group, away)
+        right, wrong = torch.relu(1 + gap + scores.margin), torch.relu(1 - gap + scores.margin)
+        return scores.target * right + (1 - scores.target) * wrong
 
 
 @right

@@ -177,16 +177,16 @@ class MeanOfEachDemonstration(SFTModule):
         return super().token_loss(logprobs) / logprobs.lengths.unsqueeze(-1)
 
 
-@caught_by("shift", "tanh")
+@caught_by("shift")
 class ScoresSquashed(RewardModule):
     def ranking_loss(self, scores):
-        return super().ranking_loss(scores._replace(scores=scores.scores.tanh()))
+        return super().ranking_loss(scores._replace(scores=scores.scores.asinh()))
 
 
-@caught_by("log-odds", "squared error of the probability")
-class SquaredErrorOfProbabilities(ProcessRewardModule):
+@caught_by("log-odds", "wrong steps teach nothing")
+class OnlyRightStepsTeach(ProcessRewardModule):
     def process_loss(self, scores):
-        return (scores.scores.sigmoid() - scores.labels) ** 2 + 0.01 * scores.scores
+        return -scores.labels * F.logsigmoid(scores.scores)
 
 
 @caught_by("gradient at teacher", "divided by")
@@ -199,21 +199,21 @@ class OnlyTheStudentIsCooled(GKDModule):
 # -- policy gradients -------------------------------------------------------------------------------------------------
 
 
-@caught_by("target", "standardised over the rollout")
+@caught_by("target", "mean of the rollout, not of the group")
 class StandardisedOverTheRollout(GRPOModule):
     def episode_advantages(self, rewards, rollout):
         known = rewards[~rewards.isnan()]
         return torch.nan_to_num((rewards - known.mean()) / (known.std() + 1e-4))
 
 
-@caught_by("ratio one", "KL loss is left out")
+@caught_by("ratio one")
 class RatioCountsTwice(GRPOModule):
     def policy_loss(self, logprobs):
         ratio = self.ratio(logprobs)
         return -logprobs.advantages * ratio * ratio
 
 
-@caught_by("clip", "only")
+@caught_by("clip", "on both sides")
 class ClippedBelowAlone(PPOModule):
     def objective(self, ratio, logprobs):
         held = ratio.clamp(min=1 - self.clip)

@@ -70,8 +70,19 @@ def slopes(losses: Losses, given: Any, with_reference: bool = True) -> Tensor:
     if not values.requires_grad:
         return torch.zeros(sum(leaf.numel() for leaf in leaves.values()), dtype=torch.float64)
     found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-    parts = [torch.zeros_like(leaf) if s is None else s for leaf, s in zip(leaves.values(), found, strict=True)]
+    parts = []
+    for (name, leaf), slope in zip(leaves.items(), found, strict=True):
+        own = mask_of(given, name)
+        slope = torch.zeros_like(leaf) if slope is None else slope
+        parts.append(slope if own is None or own.shape != leaf.shape else torch.where(own, slope, 0.0))
     return torch.cat([part.flatten() for part in parts]).double()
+
+
+def mask_of(given: Any, name: str) -> Tensor | None:
+    """Return the mask of a field's tokens; None for fields without one."""
+    side = next((side for side in ("chosen", "rejected") if side in name), "completion")
+    found: Tensor | None = getattr(given, f"{side}_mask", None)
+    return found
 
 
 def misfit(measured: Tensor, candidate: Tensor) -> tuple[float, float]:

@@ -90,7 +90,8 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
             "coin",
             abs(learned - subject.module.on_policy_fraction),
             0.1,
-            "steps must learn on samples as often as on_policy_fraction says",
+            "steps must learn on samples as often as on_policy_fraction says; chance alone is off by "
+            f"{(0.25 / UPDATES) ** 0.5:.3f}, and steps that are all alike by 0.5 at a fraction of 0.5",
         ),
     ]
 

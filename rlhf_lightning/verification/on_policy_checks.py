@@ -218,6 +218,8 @@ def loss_checks(case: Case) -> list[Check]:
         )
         if clips(module):
             checks.append(clip_check(case))
+        elif isinstance(module, OnPolicyModule) and module.objective_name == "clip":
+            checks.append(one_sided_clip_check(case))
     finally:
         module.kl_coef = kl_coef
     checks.append(extremes_check(case))
@@ -231,18 +233,33 @@ def clips(module: Any) -> bool:
     return type(module).objective is OnPolicyModule.objective
 
 
-def clip_check(case: Case) -> Check:
-    """Beyond the clip on the side that it already gains from, a token gets no more gradient."""
-    module, mask, worst = case.module, case.rollout.completion_mask, 0.0
+def far_gradients(case: Case) -> tuple[Tensor, Tensor]:
+    """Return the gradients of good tokens at e^3 times their old probability, and of bad ones at e^-3 times."""
+    module, mask, found = case.module, case.rollout.completion_mask, []
     for sign, moved in ((1.0, 3.0), (-1.0, -3.0)):
         old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
         given = case.logprobs(
             old_logprobs=old, behaviour_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
         )
         function, (leaf,) = field_function(case.subject, module, given)
-        gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
-        worst = max(worst, float(gradient[mask].abs().max()))
+        found.append(torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0][mask].abs())
+    return found[0], found[1]
+
+
+def clip_check(case: Case) -> Check:
+    """Beyond the clip on the side that it already gains from, a token gets no more gradient."""
+    worst = max(float(gradient.max()) for gradient in far_gradients(case))
     return at_most("clip", worst, 1e-9, "a good token that is already e^3 times as likely must not be pushed further")
+
+
+def one_sided_clip_check(case: Case) -> Check:
+    """A loss of one's own that stops bad tokens far off stops good ones too; one that never clips is free not to."""
+    good, bad = far_gradients(case)
+    pushed = float(good.min()) if float(bad.max()) < 1e-9 else 0.0
+    advice = (
+        "bad tokens stop where they are e^-3 times as likely, and good ones at e^3 are pushed on: clip on both sides"
+    )
+    return at_most("clip", pushed, 2.0, advice)
 
 
 def extremes_check(case: Case) -> Check:

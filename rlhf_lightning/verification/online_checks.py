@@ -112,8 +112,10 @@ def drawing_check(subject: Subject) -> Check:
     explored = module.by_reference(per_prompt)
     index = {completion: place for place, completion in enumerate(world.completions)}
     found = torch.tensor([index[tuple(ids.tolist())] for ids in drawn.sequences.completions])
-    worst = 0.0
-    for turn, policy in ((~explored, policy_of(module, world)), (explored, world.problem.reference)):
+    worst, powers = 0.0, []
+    own, reference = policy_of(module, world), world.problem.reference
+    colder = own**2 / (own**2).sum(-1, keepdim=True)
+    for turn, policy, others in ((~explored, own, (reference, colder)), (explored, reference, (own,))):
         for prompt in range(world.config.prompts):
             mine = found[turn & (questions.group == prompt)]
             if not len(mine):
@@ -121,8 +123,13 @@ def drawing_check(subject: Subject) -> Check:
             counts = torch.bincount(mine, minlength=len(index))
             spread = (len(mine) * policy[prompt] * (1 - policy[prompt])).sqrt().clamp_min(1)
             worst = max(worst, float(((counts - len(mine) * policy[prompt]) / spread).abs().max()))
+            powers += [float((len(mine) * (other - policy)[prompt] / spread).abs().max()) for other in others]
     return at_most(
-        "drawn from", worst, 5.0, "deviations of the frequency of a completion: who samples, and at which temperature?"
+        "drawn from",
+        worst,
+        5.0,
+        "deviations of the frequency of a completion: who samples, and at which temperature? Another model in its "
+        f"place, or half the temperature, would be off by {min(powers):.0f} or more",
     )
 
 

@@ -12,6 +12,9 @@ import wrong_further_objectives
 import wrong_objectives
 import wrong_online_objectives  # noqa: F401 - adds its own
 import wrong_process_objectives
+import wrong_subtle_objectives
+from named_mistakes import WORDS
+from right_objectives import RIGHT
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
@@ -20,6 +23,13 @@ from rlhf_lightning.verification.contract import opponent_check, twin_of, verify
 from rlhf_lightning.verification.subject import Subject
 
 SHIPPED = objective_classes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.__name__)
+def test_no_right_objective_is_refused(kind):
+    found = verify(kind)
+    assert found.held, [check for check in found.checks if not (check.held or check.meant)]
 
 
 @pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
@@ -39,11 +49,30 @@ def test_every_mistake_is_caught_by_its_check(kind):
     failed = {check.name for check in found.checks if not check.held}
     assert name in failed, failed
     assert all(check.advice for check in found.checks)
+    words = named().get(kind.__name__, "")
+    said = [*found.mistakes, *(check.advice for check in found.checks if not check.held)]
+    assert any(words in one for one in said), said
+
+
+def named() -> dict[str, str]:
+    """The words that the reason must have, by class."""
+    return {**WORDS, **{kind.__name__: words for kind, words in wrong_objectives.NAMED.items()}}
+
+
+def test_two_thirds_of_the_mistakes_are_named():
+    every = {kind.__name__ for kind in wrong_objectives.CAUGHT_BY}
+    assert len(every) == len(wrong_objectives.CAUGHT_BY) and named().keys() <= every
+    assert len(named()) >= 2 * len(every) / 3
 
 
 @pytest.mark.parametrize(
     ("page", "least"),
-    [(wrong_distillation_objectives, 12), (wrong_process_objectives, 8), (wrong_further_objectives, 18)],
+    [
+        (wrong_distillation_objectives, 12),
+        (wrong_process_objectives, 8),
+        (wrong_further_objectives, 18),
+        (wrong_subtle_objectives, 14),
+    ],
 )
 def test_further_families_have_mistakes_of_their_own(page, least):
     own = [check for kind, check in wrong_objectives.CAUGHT_BY.items() if kind.__module__ == page.__name__]
@@ -51,7 +80,7 @@ def test_further_families_have_mistakes_of_their_own(page, least):
 
 
 def test_there_are_many_mistakes_of_many_kinds():
-    assert len(wrong_objectives.CAUGHT_BY) >= 130
+    assert len(wrong_objectives.CAUGHT_BY) >= 150
     assert len(set(wrong_objectives.CAUGHT_BY.values())) >= 50
 
 
