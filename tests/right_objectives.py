@@ -96,7 +96,7 @@ class AlphaPO(SimPOModule):
 
 @right
 class FocalDPO(DPOModule):
-    """Easy pairs count less: the weight is detached, so that the loss is no plain function."""
+    """Easy pairs count less: the weight is detached, so that the loss is not a plain function."""
 
     no_target = "no closed form: weights depend on the policy"
     means_it = {"gradcheck": "the weight is detached"}
@@ -228,7 +228,7 @@ class HingeReward(RewardModule):
     """A hinge on the gap of scores of pairs, that of rank 0 less the other's."""
 
     no_target = "flat minima"
-    means_it = dict.fromkeys(("direction", "list direction", "ties"), "a pair far enough apart has no gradient")
+    means_it = dict.fromkeys(("direction", "list direction", "ties"), "a pair that is far enough has no gradient")
 
     def ranking_loss(self, scores):
         away = torch.where(scores.ranks == 0, -scores.scores, scores.scores)
@@ -334,8 +334,8 @@ class DPPO(DrGRPOModule):
     target_of = DrGRPOModule
 
     def objective(self, ratio, logprobs):
-        apart = logprobs.logprobs.exp() - logprobs.old_logprobs.exp()
-        kept = torch.where(logprobs.advantages > 0, apart <= 0.5, apart >= -0.5).to(ratio)
+        moved = logprobs.logprobs.exp() - logprobs.old_logprobs.exp()
+        kept = torch.where(logprobs.advantages > 0, moved <= 0.5, moved >= -0.5).to(ratio)
         return -logprobs.advantages * ratio * kept
 
 
@@ -461,7 +461,7 @@ class LengthShaping(RLOOModule):
     """A price per token of a completion is part of the score."""
 
     no_target = "short completions are preferred"
-    means_it = {"leash": "length is priced, whatever the scores", "score slot": "the price is part of the score"}
+    means_it = {"kl penalty": "length is priced at any score", "score slot": "the price is part of the score"}
 
     def shape_rewards(self, rollout):
         return super().shape_rewards(rollout) - 0.05 * rollout.completion_mask

@@ -341,8 +341,8 @@ class SmallerOfTheTwo(PPOModule):
         return 0.5 * torch.minimum((values.values - values.returns) ** 2, (held - values.returns) ** 2)
 
 
-@caught_by("leash")
-class LeashPushesAway(GRPOModule):
+@caught_by("kl penalty")
+class PenaltyPushesAway(GRPOModule):
     def kl_loss(self, logprobs):
         found = super().kl_loss(logprobs)
         return None if found is None else -found

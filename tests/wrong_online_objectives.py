@@ -87,7 +87,7 @@ class PairsOfThisRank(IterativeDPOModule):
 
 
 @caught_by("reference logprobs")
-class LeashedToItself(OnlineDPOModule):
+class ReferenceIsItself(OnlineDPOModule):
     def preference_logprobs(self, rollout, pairs):
         return super().preference_logprobs(rollout._replace(reference_logprobs=rollout.old_logprobs), pairs)
 
@@ -163,7 +163,7 @@ class OpponentSharpened(NashMDModule):
 
 
 @caught_by("convergence")
-class LeashPaidTokenByToken(NashMDModule):
+class PenaltyPaidTokenByToken(NashMDModule):
     def target_policy(self, problem):
         return self.best_response(problem, problem.reference)
 

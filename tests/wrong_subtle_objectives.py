@@ -220,7 +220,7 @@ class ClippedBelowAlone(PPOModule):
         return torch.maximum(-logprobs.advantages * ratio, -logprobs.advantages * held)
 
 
-@caught_by("leash", "KL loss is k1")
+@caught_by("kl penalty", "KL loss is k1")
 class KLLossWithoutGradient(GRPOModule):
     def kl_loss(self, logprobs):
         return logprobs.logprobs - logprobs.reference_logprobs

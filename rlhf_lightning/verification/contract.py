@@ -75,7 +75,7 @@ class Verification(NamedTuple):
 
     @property
     def failed(self) -> list[Check]:
-        """Checks that failed and that the class does not mean to fail, a missing target apart."""
+        """Checks that failed and that the class does not mean to fail, except a missing target."""
         return [check for check in self.checks if not (check.held or check.meant) and check.name != "target"]
 
     @property
@@ -206,7 +206,7 @@ def inherits_target(kind: type[AlignmentModule]) -> bool:
 
 
 def probe(subject: Subject) -> Tensor:
-    """Return the gradient of one small step, by which classes of a family are told apart."""
+    """Return the gradient of one small step, by which classes of a family are distinguished."""
     if issubclass(subject.kind, OnPolicyModule):
         return Update(subject).gradient()
     batch = some_rows(subject)
@@ -336,13 +336,13 @@ def export_check(module: Any, world: EnumerableWorld) -> Check:
             trained = scores_of(module, layout) - module.reward_model.bias
             scorer = LearnedScorer(exported)
             scorer.load_beside(None, unchecked)
-            apart = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
+            residual = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
         else:
             trained = module.policy(layout).logprobs.sum(-1)
             try:
-                apart = (load_policy(exported, unchecked)(layout).logprobs.sum(-1) - trained).abs().max()
+                residual = (load_policy(exported, unchecked)(layout).logprobs.sum(-1) - trained).abs().max()
             except ModelError as error:  # a loss without a minimum drives the weights beyond single precision
                 if error.code != "non-finite-weights":
                     raise
-                apart = trained.new_tensor(float("inf"))
-    return at_most("export", apart, 1e-5, "the exported folder must give the same numbers")
+                residual = trained.new_tensor(float("inf"))
+    return at_most("export", residual, 1e-5, "the exported folder must give the same numbers")

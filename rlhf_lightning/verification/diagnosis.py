@@ -111,8 +111,8 @@ def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
     plain = slopes(losses, given)
     if bool(plain.isfinite().all()) and not bool(plain.any()):
         return "no gradient passes the loss"
-    factor, apart = misfit(plain, slopes(right, given))
-    if apart < FITS and factor > 0:
+    factor, residual = misfit(plain, slopes(right, given))
+    if residual < FITS and factor > 0:
         return "" if abs(factor - 1) < FITS else f"the loss is {factor:.4g} times the shipped one"
     certain = given._replace(target=torch.ones_like(given.target)) if hasattr(given, "target") else given
     attempts = [(given, True), (certain, True), (certain, False)]
@@ -153,13 +153,13 @@ class Fit:
     def of_a_mistake(self) -> str:
         """Return the mistake that fits."""
         for words, change in known_mistakes(self.given):
-            factor, apart = self.misfit(partial(self._mistaken, change))
-            if apart < FITS and (factor > 0 or "sign" not in words):
+            factor, residual = self.misfit(partial(self._mistaken, change))
+            if residual < FITS and (factor > 0 or "sign" not in words):
                 return words + (" and the sign is flipped" if factor < 0 else "")
         for name, words, value in self._settings():
             with settings_of(self.module, **{name: value}):
-                _, apart = self.misfit(self.right)
-            if apart < FITS:
+                _, residual = self.misfit(self.right)
+            if residual < FITS:
                 return words
         return ""
 
@@ -176,7 +176,7 @@ class Fit:
             yield name, f"{name} counts twice", 2 * value
             yield name, f"{name} counts half", value / 2
             yield name, f"{name} is left out", 0.0
-            yield name, f"{name} is 1, whatever it is set to", 1.0
+            yield name, f"{name} is taken as 1", 1.0
             if value:
                 yield name, f"{name} is inverted", 1 / value
                 yield name, f"{name} is squared", value**2
@@ -203,7 +203,17 @@ class Fit:
             start = min((-6.0, -4, -2, -1, -0.5, 0.05, 0.1, 0.3, 0.5, 0.7, 1.5, 2, 3, 4, 6, 10, 20), key=cost)
             best = minimize_scalar(cost, bracket=(0.8 * start, 1.2 * start), tol=1e-12)
             if best.fun < 1e-5:
-                return words.format(float(best.x))
+                return words.format(float(best.x)) + self._by_beta(float(best.x))
+        return ""
+
+    def _by_beta(self, factor: float) -> str:
+        """Say where a factor is beta or its inverse."""
+        beta = getattr(self.module, "beta", None)
+        if beta is None:
+            return ""
+        for words, value in (("beta", beta), ("1 / beta", 1 / beta)):
+            if abs(factor - value) < 1e-4 * abs(value):
+                return f", which is {words}"
         return ""
 
     def of_a_term(self) -> str:
@@ -216,8 +226,8 @@ class Fit:
                 continue
             both = torch.stack([base, further], -1)
             found = torch.linalg.lstsq(both, self.measured.unsqueeze(-1)).solution.squeeze(-1)
-            apart = float((both @ found - self.measured).norm() / self.measured.norm())
-            if apart < FITS and float(found[0]) > 0:
+            residual = float((both @ found - self.measured).norm() / self.measured.norm())
+            if residual < FITS and float(found[0]) > 0:
                 return f"{words} is added to the loss, {float(found[1] / found[0]):.4g} times"
         return ""
 
@@ -270,7 +280,7 @@ def reward_mistake(case: Any) -> str:
 
 
 def _in_parts(measured: Tensor, parts: dict[str, Tensor], expected: dict[str, float], say: str) -> str:
-    """Take values apart into few known parts; say where the parts are others than expected."""
+    """Split values into few known parts; say where the parts are others than expected."""
     names = list(expected)
     for further in (None, *[name for name in parts if name not in expected]):
         chosen = [*names, further] if further is not None else names
@@ -356,13 +366,13 @@ def advantage_mistake(case: Any, right: Any) -> str:
         }
     for words, candidate in candidates.items():
         try:
-            factor, apart = misfit(measured.flatten(), candidate().flatten().double())
+            factor, residual = misfit(measured.flatten(), candidate().flatten().double())
         except (RuntimeError, ValueError, RlhfError):
             continue
-        if apart < FITS and (factor > 0 or "sign" not in words):
+        if residual < FITS and (factor > 0 or "sign" not in words):
             return words if factor > 0 else f"{words}, and their sign is wrong"
-    factor, apart = misfit(measured.flatten(), wanted.flatten())
-    return f"advantages are {factor:.4g} times the shipped class's" if apart < FITS else ""
+    factor, residual = misfit(measured.flatten(), wanted.flatten())
+    return f"advantages are {factor:.4g} times the shipped class's" if residual < FITS else ""
 
 
 # -- all together -----------------------------------------------------------------------------------------------------
@@ -410,7 +420,7 @@ def probe_input(subject: Subject, module: Any) -> Any:
         given = given._replace(margin=ramp[: len(given.target)])
     elif isinstance(given, UnpairedLogprobs):
         given = given._replace(reference_point=torch.tensor(0.37, dtype=torch.float64))
-    # Three columns of padding, so that the width of the grid is no other number.
+    # Three columns of padding, so that the width of the grid equals nothing else.
     plain = {n: p.detach() for n, p in given._asdict().items() if isinstance(p, Tensor)}
     wide = {n: torch.nn.functional.pad(p, (0, 3)) for n, p in plain.items() if p.dim() == 2}
     if not hasattr(given, "extras") or isinstance(given, RankedScores):
@@ -482,9 +492,11 @@ def input_mistake(right: Any, own: Any) -> str:
             alike = isinstance(values, Tensor) and values.shape == given.shape and values.dtype == given.dtype
             if other != name and alike and float((values - given).abs().max()) < 1e-9:
                 return f"{label} is {other.replace('_', ' ')}"
-        factor, apart = misfit(given.flatten().double(), wanted.flatten().double())
+        factor, residual = misfit(given.flatten().double(), wanted.flatten().double())
         return (
-            f"{label} is {factor:.4g} times what it should be" if apart < FITS else f"{label} is not what it should be"
+            f"{label} is {factor:.4g} times what it should be"
+            if residual < FITS
+            else f"{label} is not what it should be"
         )
     return ""
 
@@ -501,7 +513,7 @@ def step_mistakes_of(subject: Subject, right: Any) -> list[str]:
         own, theirs = (subject.gradients(one, partial(one.loss_sum, part, Meter())) for one in (module, right))
         shares.append(misfit(own, theirs))
     found = []
-    if all(apart < 1e-5 for _, apart in shares):
+    if all(residual < 1e-5 for _, residual in shares):
         for words, power in (("divided", -1), ("multiplied", 1)):
             factors = [factor for factor, _ in shares]
             if abs(factors[1] / factors[0] - 2.0**power) < 1e-6:
@@ -511,8 +523,8 @@ def step_mistakes_of(subject: Subject, right: Any) -> list[str]:
         twice = batch._replace(weights=batch.weights**2)
         own = subject.gradients(module, partial(module.loss_sum, batch, Meter()))
         for words, other in (("are ignored", even), ("count twice", twice)):
-            factor, apart = misfit(own, subject.gradients(right, partial(right.loss_sum, other, Meter())))
-            if apart < 1e-7 and factor > 0:
+            factor, residual = misfit(own, subject.gradients(right, partial(right.loss_sum, other, Meter())))
+            if residual < 1e-7 and factor > 0:
                 found.append(f"the weights of the rows {words}")
     step = Step((cut(batch, [1])[0],), 1000, 5000)
     counted, wanted = module.loss_count(step), right.loss_count(step)

@@ -47,7 +47,7 @@ def input_checks(subject: Subject, given: DistillationLogits, batch: Demonstrati
     student = module.policy.model.model.table.weight.detach()
     teacher = world.teacher_table.float().double()
 
-    def apart(logits: Tensor, table: Tensor) -> Tensor:
+    def residual(logits: Tensor, table: Tensor) -> Tensor:
         exact = table.log_softmax(-1)[prefixes[mask]]
         if len(exact) != len(logits):
             return torch.tensor(torch.inf)
@@ -56,8 +56,8 @@ def input_checks(subject: Subject, given: DistillationLogits, batch: Demonstrati
     wrong_ids = len(given.targets) != int(mask.sum()) or bool((given.targets != tokens[mask]).any())
     return [
         at_most("tokens", float(wrong_ids), 0, "the targets must be every token of a completion, the end among them"),
-        at_most("student logits", apart(given.student_logits, student), 1e-9, "they must be the student's own"),
-        at_most("teacher logits", apart(given.teacher_logits, teacher), 1e-6, "they must be the teacher's own"),
+        at_most("student logits", residual(given.student_logits, student), 1e-9, "they must be the student's own"),
+        at_most("teacher logits", residual(given.teacher_logits, teacher), 1e-6, "they must be the teacher's own"),
         at_most("teacher detached", float(given.teacher_logits.requires_grad), 0, "the teacher must carry no gradient"),
     ]
 
@@ -113,7 +113,7 @@ def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
         at_most("direction", slope.max(), -1e-12, "a step towards the teacher's logits must lower the loss"),
         at_most("gradient at teacher", left.abs().max(), 1e-9, "where the student is the teacher nothing must pull"),
         at_least(
-            "minimum", (values.detach() - at_teacher.detach()).min(), 1e-12, "nobody may lose less than the teacher"
+            "minimum", (values.detach() - at_teacher.detach()).min(), 1e-12, "no student may lose less than the teacher"
         ),
         at_most("shift", (moved - values.detach()).abs().max(), 1e-9, "a constant on all logits changes nothing"),
     ]
@@ -131,8 +131,8 @@ def teacher_checks(case: Case) -> list[Check]:
     assert rollout.reference_logprobs is not None
     world, (prompts, completions) = case.subject.world, case.expected.index
     prefixes, tokens, _ = (part[prompts, completions] for part in world.walks)
-    said = world.teacher_table.float().double().log_softmax(-1)[prefixes, tokens]
-    apart = (rollout.reference_logprobs - torch.where(mask, said, 0.0)).abs().max()
+    said = (world.teacher_table.float().double() / module.sampling.temperature).log_softmax(-1)[prefixes, tokens]
+    residual = (rollout.reference_logprobs - torch.where(mask, said, 0.0)).abs().max()
     first = torch.zeros_like(mask)
     first[:, 0] = True
 
@@ -143,7 +143,7 @@ def teacher_checks(case: Case) -> list[Check]:
     praised = advantages(reference_logprobs=rollout.reference_logprobs + 0.1 * first) - advantages()
     agreed = advantages(reference_logprobs=rollout.old_logprobs)
     return [
-        at_most("teacher logprobs", apart, 1e-6, "they must be the teacher's, at the sampling temperature"),
+        at_most("teacher logprobs", residual, 1e-6, "they must be the teacher's, at the sampling temperature"),
         at_most(
             "teacher detached", float(case.advantages.advantages.requires_grad), 0, "advantages must carry no gradient"
         ),

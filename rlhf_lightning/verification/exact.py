@@ -78,10 +78,10 @@ class PolicyGradient:
     def values(self, rewards: Tensor, logprobs: Tensor) -> Tensor:
         """Return the exact value of the state before each token under the policy, shape of ``rewards``.
 
-        At lambda 1 values cancel in the mean; they are 0 there, for groups, and where a state has read the end.
+        They are 0 for groups, without a critic, and where a state has read the end.
         """
         module, nothing = self.module, torch.zeros_like(rewards)
-        if self.group_size > 1 or getattr(module, "lam", 1.0) == 1 or rewards.shape != logprobs.shape:
+        if self.group_size > 1 or not hasattr(module, "value_loss") or rewards.shape != logprobs.shape:
             return nothing
         world, length = self.world, rewards.shape[1]
         prompts, texts = world.config.prompts, world.completions
@@ -239,9 +239,9 @@ def xpo_rest(world: EnumerableWorld, prompt: int, module: Any) -> np.ndarray | N
         logp = log_softmax(logits)
         policy, ratio = np.exp(logp), logp - np.log(reference)
         met = policy[:, None] * reference[None, :] + reference[:, None] * policy[None, :]
-        apart = expit(beta * (ratio[:, None] - ratio[None, :])) - wanted
+        residual = expit(beta * (ratio[:, None] - ratio[None, :])) - wanted
         bonus = alpha * reference * (1 - policy)  # a sample that meets itself forms no pair
-        by_completion = beta * (met * apart).sum(-1) + bonus
+        by_completion = beta * (met * residual).sum(-1) + bonus
         return by_completion - policy * by_completion.sum() + logits.mean()
 
     start = np.log(reference) + scores / beta

@@ -68,7 +68,7 @@ SAME = 1e-7
 """Largest difference of values and slopes of two losses that count as one."""
 
 FEW = 16
-"""Rows up to which a mean is taken apart row by row; of more rows only the gradient is."""
+"""Rows up to which a mean is split row by row; of more rows only the gradient is."""
 
 SHIPPED_ADAPTERS = ("trl", "verl", "openrlhf")
 
@@ -243,9 +243,9 @@ def class_of(adapter: Adapter) -> type[AlignmentModule]:
 
 
 def by_row(function: Callable[[Any], Tensor], module: Any, given: Any) -> Tensor:
-    """Return what a function gives row by row or token by token, whatever it returns.
+    """Return what a function gives row by row or token by token.
 
-    A mean is taken apart: of few rows it is called once for each; of many rows, which training in the small world has,
+    A mean is split: of few rows the function is called once for each; of many rows, as in training in the small world,
     the gradient of the mean is shared out among the rows.
     """
     found = function(given)
@@ -356,7 +356,7 @@ def foreign_checks(subject: Subject) -> list[Check]:
     if shipped is None:
         return checks
 
-    def apart(one: Any) -> tuple[float, Tensor, Tensor]:
+    def residual(one: Any) -> tuple[float, Tensor, Tensor]:
         theirs = _with_slopes(lambda x: by_row(called, module, x), one)
         ours = _with_slopes(lambda x: as_loss(getattr(shipped, point)(x)).values, one)
         scale = max(float(ours[0].abs().max()), 1.0)
@@ -364,8 +364,8 @@ def foreign_checks(subject: Subject) -> list[Check]:
         return worst, theirs[0], ours[0]
 
     few = some_rows_of(given, list(range(min(rows_of(given), FEW))))  # each of them is called alone
-    worst = apart(few)[0]
-    said = "" if worst <= SAME else smallest_input(few, apart)
+    worst = residual(few)[0]
+    said = "" if worst <= SAME else smallest_input(few, residual)
     return [*checks, at_most("as shipped", worst, SAME, f"it is not {adapter.base.__name__}: {said}")]
 
 
@@ -389,14 +389,14 @@ def advantages_check(subject: Subject, shipped: Any, adapter: Adapter) -> Check:
     rollout, mask = case.rollout, case.rollout.completion_mask
     rewards = shipped.shape_rewards(rollout).detach()
     theirs, ours = (one.advantages(rollout, rewards).advantages for one in (case.module, shipped))
-    apart = torch.where(mask, theirs - ours, 0.0).abs()
-    worst = int(apart.max(-1).values.argmax())
+    residual = torch.where(mask, theirs - ours, 0.0).abs()
+    worst = int(residual.max(-1).values.argmax())
     group = (rollout.group == rollout.group[worst]).nonzero().squeeze(-1)
     advice = (
         f"it is not {adapter.base.__name__}: at scores {_short(rollout.scores[group])} it gives "
         f"{_short(theirs[worst][mask[worst]])}, and the shipped class {_short(ours[worst][mask[worst]])}"
     )
-    return at_most("as shipped", apart.max(), SAME, advice)
+    return at_most("as shipped", residual.max(), SAME, advice)
 
 
 def _with_slopes(function: Callable[[Any], Tensor], given: Any) -> list[Tensor]:
@@ -412,12 +412,12 @@ def _with_slopes(function: Callable[[Any], Tensor], given: Any) -> list[Tensor]:
     return [per_row.detach(), *filled]
 
 
-def smallest_input(given: Any, apart: Callable[[Any], tuple[float, Tensor, Tensor]]) -> str:
+def smallest_input(given: Any, residual: Callable[[Any], tuple[float, Tensor, Tensor]]) -> str:
     """Return the smallest input on which two losses differ, as text: one row, few tokens, short numbers."""
 
     def differs(one: Any) -> bool:
         try:
-            return apart(one)[0] > 1e-6
+            return residual(one)[0] > 1e-6
         except (RuntimeError, IndexError, ValueError):
             return False
 
@@ -427,7 +427,7 @@ def smallest_input(given: Any, apart: Callable[[Any], tuple[float, Tensor, Tenso
         smaller = _without_last_token(found) if rounded == "tokens" else _rounded(found, int(rounded))
         if smaller is not None and differs(smaller):
             found = smaller
-    _, theirs, ours = apart(found)
+    _, theirs, ours = residual(found)
     names = [name for name in found._fields if name not in ("weights", "rollout", "minibatch", "extras")]
     parts = [f"{name} {_short(getattr(found, name))}" for name in names if isinstance(getattr(found, name), Tensor)]
     return f"at {', '.join(parts)} it gives {_short(theirs)}, and the shipped class {_short(ours)}"

@@ -54,7 +54,7 @@ PairLoss = Literal[
 
 
 class _Metrics(dict[str, Any]):
-    """Metrics that a loss adds to, and that nobody reads."""
+    """Metrics that a loss adds to; they are not read."""
 
     def __missing__(self, key: str) -> Any:
         return self.setdefault(key, [] if key not in ("train", "eval") else _Metrics())

@@ -143,7 +143,7 @@ def offline_checks(subject: Subject) -> list[Check]:
     return [*checks, *family_checks(subject, given, batch)]
 
 
-def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
+def input_checks(subject: Subject, given: Any, batch: Any, temperature: float = 1.0) -> list[Check]:
     """What reaches the loss is what the models say about exactly the completions' tokens."""
     module, world = subject.module, subject.world
     if isinstance(given, RankedScores):
@@ -161,7 +161,7 @@ def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
         found = getattr(given, "reference_logprobs", None)
         reference = None if found is None else found.sum(-1)
     lengths = torch.tensor([len(ids) for ids in sequences.completions])
-    table = module.policy.model.model.table.weight.detach()
+    table = module.policy.model.model.table.weight.detach() / temperature
     checks = [
         at_most(
             "tokens",
@@ -173,13 +173,14 @@ def input_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
             "policy logprobs",
             (policy.detach() - _exact(world, table, sequences)).abs().max(),
             1e-9,
-            "the log-probabilities must be the policy's, of the completion alone, at temperature 1",
+            "the log-probabilities must be the policy's, of the completion alone, at the run's temperature",
         ),
     ]
     if reference is not None:
-        apart = (reference.detach() - _exact(world, world.reference_table.float().double(), sequences)).abs().max()
+        frozen = world.reference_table.float().double() / temperature
+        residual = (reference.detach() - _exact(world, frozen, sequences)).abs().max()
         checks += [
-            at_most("reference logprobs", apart, 1e-9, "the reference must be the model that training started from"),
+            at_most("reference logprobs", residual, 1e-9, "the reference must be the model that training started from"),
             at_most("reference detached", float(reference.requires_grad), 0, "the reference must carry no gradient"),
         ]
     return checks
@@ -244,9 +245,9 @@ def cut_checks(subject: Subject, batch: Any) -> list[Check]:
 
 
 def padding_check(subject: Subject, given: Any) -> Check:
-    """Columns under the mask, on either side and whatever they hold, change no loss."""
+    """Columns under the mask, on either side and with any content, change no loss."""
     plain = subject.values(subject.fresh(moved=True), given).detach()
-    apart = 0.0
+    residual = 0.0
     for side in ((0, 3), (3, 0)):
         wide: dict[str, Any] = {
             name: torch.nn.functional.pad(part, side)
@@ -257,8 +258,10 @@ def padding_check(subject: Subject, given: Any) -> Check:
         values = subject.values(subject.fresh(moved=True), given._replace(**wide)).detach()
         if values.dim() == 2:  # per token: cut the columns off again
             values = values[:, side[0] : values.shape[1] - side[1]]
-        apart = max(apart, float((values - plain).abs().max()))
-    return at_most("padding", apart, 1e-10, "sum over tokens by the mask, and count tokens by it: never by the width")
+        residual = max(residual, float((values - plain).abs().max()))
+    return at_most(
+        "padding", residual, 1e-10, "sum over tokens by the mask, and count tokens by it: never by the width"
+    )
 
 
 def point_checks(subject: Subject, given: Any) -> list[Check]:
@@ -317,7 +320,7 @@ def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
 
 
 def _has_detached_parts(subject: Subject) -> bool:
-    """Whether the loss holds statistics of itself without gradient, so that it is no plain function."""
+    """Whether the loss holds statistics of itself without gradient, so that it is not a plain function."""
     return subject.kind.batch_coupled or subject.kind.token_statistics is not AlignmentModule.token_statistics
 
 
@@ -378,8 +381,8 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
             )
         )
         turned = subject.values(module, reversed_rows(given)).detach().flip(0)
-        apart = (turned - subject.values(module, given).detach()).abs().max()
-        checks.append(at_most("row order", apart, 1e-12, "each row's loss must depend on that row alone"))
+        residual = (turned - subject.values(module, given).detach()).abs().max()
+        checks.append(at_most("row order", residual, 1e-12, "each row's loss must depend on that row alone"))
     return checks
 
 
@@ -399,8 +402,8 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
     stated = module.value_at_reference
     if stated is not None:
         hard = at_start._replace(target=torch.ones_like(at_start.target)) if hasattr(at_start, "target") else at_start
-        apart = (subject.values(module, hard).detach() - stated).abs().max() / max(abs(stated), 1.0)
-        checks.append(at_most("value at reference", apart, 1e-8, f"the class states {stated:.6g} there"))
+        residual = (subject.values(module, hard).detach() - stated).abs().max() / max(abs(stated), 1.0)
+        checks.append(at_most("value at reference", residual, 1e-8, f"the class states {stated:.6g} there"))
     if isinstance(given, PreferenceLogprobs):
         checks += pair_checks(subject, given)
     elif isinstance(given, UnpairedLogprobs):
@@ -420,11 +423,11 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
         soft = subject.values(subject.fresh(moved=True), given._replace(target=0.3 * certain))
         right = subject.values(subject.fresh(moved=True), given._replace(target=certain))
         wrong = subject.values(subject.fresh(moved=True), given.swapped()._replace(target=certain))
-        apart = (soft - 0.3 * right - 0.7 * wrong).abs().max() / right.abs().max().clamp_min(1)
+        residual = (soft - 0.3 * right - 0.7 * wrong).abs().max() / right.abs().max().clamp_min(1)
         checks.append(
             at_most(
                 "labels",
-                apart.detach(),
+                residual.detach(),
                 1e-9,
                 "target is the probability that chosen is better: the loss must be the "
                 "expectation over both orders, target * loss(c, r) + (1 - target) * loss(r, c)",

@@ -1,4 +1,4 @@
-"""The contract of objectives on sampled completions: rewards, advantages, ratios, the leash."""
+"""The contract of objectives on sampled completions: rewards, advantages, ratios, the KL penalty."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def on_policy_checks(subject: Subject) -> list[Check]:
     checks += [*sampler_checks(subject, case), *temperature_checks(subject), *update_checks(subject)]
     if hasattr(subject.kind, "value_loss"):
         checks += [*value_checks(case), *return_checks(subject)]
-    leash = leash_check(subject)
-    return checks if leash is None else [*checks, leash]
+    penalty = kl_penalty_check(subject)
+    return checks if penalty is None else [*checks, penalty]
 
 
 def reward_checks(case: Case) -> list[Check]:
-    """The score is in the rewards once, at its slot; nothing is under the mask; the leash costs reward."""
+    """The score is in the rewards once, at its slot; nothing is under the mask; the KL penalty costs reward."""
     module, rollout = case.module, case.rollout
     checks = []
     slots = module.score_slots(rollout)
@@ -298,7 +298,7 @@ def value_checks(case: Case) -> list[Check]:
     ]
 
 
-def leash_check(subject: Subject) -> Check | None:
+def kl_penalty_check(subject: Subject) -> Check | None:
     """With nothing to earn, training brings a policy that has moved away back to its reference."""
     module = subject.fresh(moved=True)
     if module.reference is None or not module.kl_coef:
@@ -308,7 +308,7 @@ def leash_check(subject: Subject) -> Check | None:
     descend(loss, [p for p in module.parameters() if p.requires_grad], 25, 0.02)
     after = subject.world.kl(policy_of(module, subject.world))
     return at_most(
-        "leash",
+        "kl penalty",
         after - before,
         -1e-6,
         "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of",

@@ -38,7 +38,7 @@ def online_checks(subject: Subject) -> list[Check]:
     rows = torch.cat([pairs.chosen, pairs.rejected]).tolist()
     batch = PairedSequences(select(rollout.sequences, rows))
     checks = [*pairing_checks(module, rollout), missing_end_check(subject), drawing_check(subject)]
-    checks += [*input_checks(subject, given, batch), *update_checks(subject)]
+    checks += [*input_checks(subject, given, batch, module.sampling.temperature), *update_checks(subject)]
     checks += [padding_check(subject, given), *point_checks(subject, given), *pair_checks(subject, given)]
     checks += [best_of_three_check(module, rollout), *temperature_checks(subject)]
     stated = subject.fresh().value_at_reference
@@ -50,7 +50,7 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
     scores, group = rollout.scores, rollout.group
     pairs = module.pairs(rollout)
     wrong = (scores[pairs.chosen] <= scores[pairs.rejected]) | (group[pairs.chosen] != group[pairs.rejected])
-    apart = int((scores.view(-1, 2)[:, 0] != scores.view(-1, 2)[:, 1]).sum())
+    residual = int((scores.view(-1, 2)[:, 0] != scores.view(-1, 2)[:, 1]).sum())
     level = module.pairs(rollout._replace(scores=torch.zeros_like(scores)))
     unscored = scores.clone()
     unscored[0] = torch.nan
@@ -58,7 +58,7 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
     used = torch.cat([blind.chosen, blind.rejected])
     return [
         at_most("best is chosen", wrong.sum(), 0, "chosen must outscore rejected, both samples of one prompt"),
-        at_most("every pair", abs(len(pairs.chosen) - apart), 0, "each prompt whose samples differ gives one pair"),
+        at_most("every pair", abs(len(pairs.chosen) - residual), 0, "each prompt whose samples differ gives one pair"),
         at_most("ties", len(level.chosen), 0, "samples that score alike say nothing: they form no pair"),
         at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),
     ]
@@ -113,7 +113,9 @@ def drawing_check(subject: Subject) -> Check:
     index = {completion: place for place, completion in enumerate(world.completions)}
     found = torch.tensor([index[tuple(ids.tolist())] for ids in drawn.sequences.completions])
     worst, powers = 0.0, []
-    own, reference = policy_of(module, world), world.problem.reference
+    heat = module.sampling.temperature
+    own = world.probabilities(module.policy.model.model.table.weight.detach() / heat)
+    reference = world.probabilities(world.reference_table / heat)
     colder = own**2 / (own**2).sum(-1, keepdim=True)
     for turn, policy, others in ((~explored, own, (reference, colder)), (explored, reference, (own,))):
         for prompt in range(world.config.prompts):
@@ -140,8 +142,8 @@ def update_checks(subject: Subject) -> list[Check]:
     advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
     checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached")]
     for name, limits in (("micro-batches", MicroBatchLimits(4)), ("max tokens", MicroBatchLimits(None, 9))):
-        apart = (step_gradient(subject, limits=limits) - whole).abs().max() / max(scale, 1e-300)
-        checks.append(at_most(name, apart, 1e-7, advice))
+        residual = (step_gradient(subject, limits=limits) - whole).abs().max() / max(scale, 1e-300)
+        checks.append(at_most(name, residual, 1e-7, advice))
     ranks = rank_gradients(subject)
     checks.append(at_most("two ranks", (ranks - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
     return checks
@@ -208,8 +210,8 @@ def start_check(subject: Subject, stated: float) -> Check:
     module = subject.fresh()
     rollout = PairPopulation(module, subject.world).rollout()
     given = module.preference_logprobs(rollout, module.pairs(rollout))
-    apart = (subject.values(module, given).detach() - stated).abs().max() / max(abs(stated), 1.0)
-    return at_most("value at reference", apart, 1e-7, f"the class states {stated:.6g} there")
+    residual = (subject.values(module, given).detach() - stated).abs().max() / max(abs(stated), 1.0)
+    return at_most("value at reference", residual, 1e-7, f"the class states {stated:.6g} there")
 
 
 def opponent_check(subject: Subject) -> Check:

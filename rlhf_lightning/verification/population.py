@@ -1,4 +1,4 @@
-"""What objectives without a closed form should find: their papers' population losses, transcribed and minimised apart.
+"""What objectives without a closed form should find: their papers' population losses, transcribed and minimised alone.
 
 Written in NumPy and SciPy from the papers' formulas, in fp64; nothing here is shared with the losses that it judges. A
 policy is a probability for each completion of each prompt, its log-ratio a = log policy - log reference. In a pair loss

@@ -50,12 +50,12 @@ def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) ->
     )
     alone = module.reward_model(padded_layout(cut_off)).detach()
     same = len(alone) == len(given.scores)
-    apart: Any = (given.scores.detach() - alone).abs().max() if same else torch.inf
+    residual: Any = (given.scores.detach() - alone).abs().max() if same else torch.inf
     wrong = (given.labels - torch.cat(batch.labels)).abs().max() if same else torch.inf
     rows = torch.tensor([row for row, _ in ends])
     misplaced = float(not same or bool((given.row != rows).any()))
     return [
-        at_most("step scores", apart, 1e-9, "a step's score is read at its own last token, not before or after it"),
+        at_most("step scores", residual, 1e-9, "a step's score is read at its own last token, not before or after it"),
         at_most("step labels", wrong, 0, "each step must keep its own label, and steps that nobody judged have none"),
         at_most("step rows", misplaced, 0, "each step must know its completion: weights belong to those"),
     ]
@@ -72,11 +72,11 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
     pull = (gradient * (leaf.detach() - odds)).min()
     ones, zeros = (given._replace(labels=torch.full_like(given.labels, label)) for label in (1.0, 0.0))
     soft, right, wrong = (subject.values(module, one).detach() for one in (given, ones, zeros))
-    apart = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
+    residual = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
     return [
         at_most("log-odds", at_rest, 1e-9, "the score at rest must be the log-odds of the label"),
         at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
-        at_most("labels", apart, 1e-9, "a soft label's loss is the expectation over right and wrong"),
+        at_most("labels", residual, 1e-9, "a soft label's loss is the expectation over right and wrong"),
     ]
 
 
@@ -133,6 +133,9 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
     if not has_outputs(given):
         checks += list_checks(subject, certain)
+    if getattr(module, "centering", 0):  # which pulls scores towards 0 as well
+        centred = torch.where(given.ranks == 0, 0.1, -0.1).to(leaf)
+        function, (leaf,) = field_function(subject, module, certain._replace(scores=centred))
     gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
     if has_outputs(given):
         gradient = (gradient * way).sum(-1)

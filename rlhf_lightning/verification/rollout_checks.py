@@ -41,19 +41,19 @@ def temperature_checks(subject: Subject) -> list[Check]:
     rollout = module.collect(world.questions(2))
     exact = token_logprobs_of(world, module.model.model.model.table.weight.detach() / TEMPERATURE, rollout.sequences)
     width = rollout.old_logprobs.shape[1]
-    apart = float((rollout.old_logprobs - exact[:, :width]).abs().max())
+    residual = float((rollout.old_logprobs - exact[:, :width]).abs().max())
     reference = rollout.reference_logprobs
     if reference is not None and module.teacher_name is None:
         theirs = token_logprobs_of(world, world.reference_table.float() / TEMPERATURE, rollout.sequences)
-        apart = max(apart, float((reference - theirs[:, :width]).abs().max()))
+        residual = max(residual, float((reference - theirs[:, :width]).abs().max()))
     module.update = lambda losses, count: float(sum(loss().detach() for loss in losses))
     given = subject.seen(module, lambda: module.learn(rollout, world.questions(1), Meter()))
     if isinstance(given, PolicyLogprobs):
-        apart = max(apart, float((given.logprobs - given.old_logprobs).abs().max()))
+        residual = max(residual, float((given.logprobs - given.old_logprobs).abs().max()))
     return [
         at_most(
             "temperature",
-            apart,
+            residual,
             1e-6,
             "divide the logits by the sampling temperature, in rollouts, in updates and for the reference alike",
         )
@@ -79,9 +79,9 @@ def aggregation_check(case: Any) -> Check:
     """Check that padding changes neither the weights of tokens nor their divisor."""
     mask = case.rollout.completion_mask[:6]
     plain, wide = (case.module.aggregation(part) for part in (mask, torch.nn.functional.pad(mask, (0, 3))))
-    apart = (wide.weights[:, : mask.shape[1]] - plain.weights).abs().max() + (wide.divisor - plain.divisor).abs()
+    residual = (wide.weights[:, : mask.shape[1]] - plain.weights).abs().max() + (wide.divisor - plain.divisor).abs()
     advice = "token weights and the divisor count learned tokens: never the width of the grid"
-    return at_most("aggregation", apart + wide.weights[:, mask.shape[1] :].abs().max(), 1e-12, advice)
+    return at_most("aggregation", residual + wide.weights[:, mask.shape[1] :].abs().max(), 1e-12, advice)
 
 
 def loss_padding_check(case: Any) -> Check:
@@ -98,9 +98,9 @@ def loss_padding_check(case: Any) -> Check:
     }
     padded = case.subject.values(module, given._replace(**wide, rollout=None, extras={}))
     plain = case.subject.values(module, given._replace(rollout=None, extras={}))
-    apart = torch.where(mask, padded[:, : mask.shape[1]] - plain, 0.0).abs().max()
+    residual = torch.where(mask, padded[:, : mask.shape[1]] - plain, 0.0).abs().max()
     advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
-    return at_most("loss padding", apart.detach(), 1e-10, advice)
+    return at_most("loss padding", residual.detach(), 1e-10, advice)
 
 
 def sampler_checks(subject: Subject, case: Any) -> list[Check]:
@@ -174,9 +174,9 @@ def return_checks(subject: Subject) -> list[Check]:
             gain = sum(weight * rest for weight, rest in zip(weights, rests[place:], strict=True))
             expected[row, state] = values[row, state] + gain
     rows = torch.arange(0, len(mask), 5)
-    apart = torch.where(mask, found - expected, 0.0)[rows].abs().max()
+    residual = torch.where(mask, found - expected, 0.0)[rows].abs().max()
     advice = "returns are values + sum (gamma lambda)^k (r + gamma V' - V): look at gamma, lambda and the last state"
-    return [at_most("returns", apart, 1e-8, advice)]
+    return [at_most("returns", residual, 1e-8, advice)]
 
 
 def update_checks(subject: Subject) -> list[Check]:

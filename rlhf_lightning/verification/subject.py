@@ -137,7 +137,7 @@ class Subject:
         chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
         if "teacher" in known:
             chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
-            chosen.pop("kl_coef", None)  # the teacher has the reference's place, and no leash
+            chosen.pop("kl_coef", None)  # the teacher has the reference's place, and there is no KL penalty
         elif "scorer" in known:
             chosen["scorer"] = self.world.judge
             chosen["temperature"] = 1.0  # problems are listed at 1

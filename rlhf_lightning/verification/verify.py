@@ -265,9 +265,9 @@ def peers_table(done: Sequence[Any], broken: Mapping[str, str]) -> str:
         shipped = found.compared_with or "none"
         failed = [check for check in found.checks if not (check.held or check.meant)]
         same = next((check for check in found.checks if check.name == "as shipped"), None)
-        apart = "" if same is None else f"{same.measured:.1e}"
+        residual = "" if same is None else f"{same.measured:.1e}"
         held = f"{sum(check.held for check in found.checks)} of {len(found.checks)}"
-        rows.append([found.name, held, shipped, apart, ", ".join(check.name for check in failed) or "-"])
+        rows.append([found.name, held, shipped, residual, ", ".join(check.name for check in failed) or "-"])
         said += [f"- `{found.name}`, {check.name} ({check.measured:.3g}): {check.advice}" for check in failed]
         said += [f"- `{found.name}`: {words}" for words in found.mistakes if failed]
     rows += [[title, "-", "-", "-", "could not run"] for title in broken]
