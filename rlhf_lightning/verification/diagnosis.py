@@ -387,7 +387,7 @@ def shipped_base(kind: type[AlignmentModule]) -> type[AlignmentModule] | None:
 def mistakes_of(subject: Subject) -> list[str]:
     """Return the mistakes of a class in words, as far as a known one fits what it does."""
     base = shipped_base(subject.kind)
-    if base is None:
+    if base is None or (hasattr(subject.kind, "adapter") and issubclass(base, OnPolicyModule)):
         return []
     try:
         theirs = Subject(base, subject.world, subject.folder, subject.settings_for(base))
@@ -413,11 +413,10 @@ def probe_input(subject: Subject, module: Any) -> Any:
         given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
     if given is None:
         return None
-    ramp = torch.linspace(0.2, 1.3, len(given.weights), dtype=torch.float64)
     if isinstance(given, PreferenceLogprobs):
-        given = given._replace(rated_margin=ramp)
+        given = given._replace(rated_margin=torch.linspace(0.2, 1.3, len(given.target), dtype=torch.float64))
     elif isinstance(given, RankedScores):
-        given = given._replace(margin=ramp[: len(given.target)])
+        given = given._replace(margin=torch.linspace(0.2, 1.3, len(given.target), dtype=torch.float64))
     elif isinstance(given, UnpairedLogprobs):
         given = given._replace(reference_point=torch.tensor(0.37, dtype=torch.float64))
     # Three columns of padding, so that the width of the grid equals nothing else.

@@ -45,7 +45,7 @@ from rlhf_lightning.types import (
     TokenLogprobs,
     UnpairedLogprobs,
 )
-from rlhf_lightning.verification.diagnosis import probe_input, value_input
+from rlhf_lightning.verification.diagnosis import mask_of, probe_input, value_input
 from rlhf_lightning.verification.on_policy_checks import Case
 from rlhf_lightning.verification.subject import DIFFERENTIATED, Check, Subject, at_most
 
@@ -254,7 +254,7 @@ def by_row(function: Callable[[Any], Tensor], module: Any, given: Any) -> Tensor
     if isinstance(given, CriticValues):
         return _by_token(function, given)
     rows = rows_of(given)
-    if rows <= FEW:
+    if rows <= FEW and not type(module).batch_coupled:  # sorted over the batch, rows have no loss of their own
         values = torch.stack([function(some_rows_of(given, [row])) for row in range(rows)])
         return _spread(module, given, values)
     leaves = {name: getattr(given, name).detach().requires_grad_() for name in LEAVES[type(given)]}
@@ -351,7 +351,8 @@ def foreign_checks(subject: Subject) -> list[Check]:
     def called(one: Any) -> Tensor:
         return subject.kind.called(module, one)  # type: ignore[attr-defined]
 
-    if not isinstance(given, CriticValues) and called(given).dim() == 0:
+    coupled = subject.kind.batch_coupled
+    if not isinstance(given, CriticValues) and not coupled and called(given).dim() == 0:
         checks.append(reduction_check(called, module, given))
     if shipped is None:
         return checks
@@ -359,6 +360,10 @@ def foreign_checks(subject: Subject) -> list[Check]:
     def residual(one: Any) -> tuple[float, Tensor, Tensor]:
         theirs = _with_slopes(lambda x: by_row(called, module, x), one)
         ours = _with_slopes(lambda x: as_loss(getattr(shipped, point)(x)).values, one)
+        if coupled:
+            theirs[0], ours[0] = theirs[0].mean(), ours[0].mean()
+        if isinstance(given, PolicyLogprobs):  # estimators of one gradient may differ in value
+            theirs, ours = theirs[1:], ours[1:]
         scale = max(float(ours[0].abs().max()), 1.0)
         worst = max(float((a - b).abs().max()) / scale for a, b in zip(theirs, ours, strict=True))
         return worst, theirs[0], ours[0]
@@ -407,7 +412,10 @@ def _with_slopes(function: Callable[[Any], Tensor], given: Any) -> list[Tensor]:
     if mask is not None and values.shape == mask.shape:
         values = torch.where(mask, values, 0.0)
     slopes = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-    filled = [torch.zeros_like(leaf) if s is None else s for leaf, s in zip(leaves.values(), slopes, strict=True)]
+    filled = []
+    for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
+        slope, own = torch.zeros_like(leaf) if slope is None else slope, mask_of(given, name)
+        filled.append(slope if own is None or own.shape != leaf.shape else torch.where(own, slope, 0.0))
     per_row = values.flatten(1).sum(-1) if values.dim() > 1 else values
     return [per_row.detach(), *filled]
 

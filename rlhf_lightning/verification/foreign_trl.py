@@ -67,11 +67,12 @@ def _trainer(path: str) -> Any:
         raise PackageError("not-installed", f"TRL cannot be used: {error}; pip install trl") from error
 
 
-def _stub(**settings: Any) -> Any:
-    """Return an object with what TRL's losses ask of a trainer."""
+def _trainer_with(kind: Any, **settings: Any) -> Any:
+    """Return a trainer that was never set up, with what its loss asks of it."""
     accelerator = SimpleNamespace(
         device=torch.device("cpu"),
         num_processes=1,
+        is_main_process=False,
         sync_gradients=True,
         gather=lambda values: values,
         gather_for_metrics=lambda values: values,
@@ -85,7 +86,9 @@ def _stub(**settings: Any) -> Any:
         "_total_train_tokens": 0,
         "_tp_size": 1,
     }
-    return SimpleNamespace(**{**common, **settings})
+    found = kind.__new__(kind)
+    vars(found).update({**common, **settings})
+    return found
 
 
 def _answering(logprobs: Tensor) -> Any:
@@ -169,9 +172,8 @@ def _pairwise(pairs: PreferenceLogprobs, beta: float, tau: float = 0.05, **chang
         "ref_model": _answering(reference),
         "args": SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=tau),
     }
-    stub = _stub(**{**settings, **changes})
-    stub.model = _Frozen()
-    return trainer._compute_loss(stub, _answering(policy), _inputs(mask), False)
+    ready = _trainer_with(trainer, **{**settings, **changes, "model": _Frozen()})
+    return ready.compute_loss(_answering(policy), _inputs(mask))
 
 
 class _Frozen(torch.nn.Module):
@@ -193,7 +195,9 @@ def KTO(
     assert rows.reference_logprobs is not None
     policy, reference = _answering(rows.policy_logprobs), _answering(rows.reference_logprobs)
     point = rows.reference_point.expand(1)
-    stub = _stub(
+    ready = _trainer_with(
+        trainer,
+        model=_Frozen(),
         beta=beta,
         loss_type=loss_type,
         desirable_weight=desirable_weight,
@@ -204,9 +208,7 @@ def KTO(
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         _compute_kl_logps=lambda model, batch: 0 * point if model is reference else point,
     )
-    stub.model = _Frozen()
-    inputs = {**_inputs(rows.completion_mask), "label": rows.desirable}
-    return trainer._compute_loss(stub, policy, inputs, False)
+    return ready.compute_loss(policy, {**_inputs(rows.completion_mask), "label": rows.desirable})
 
 
 @compared_with({"cpo": CPOModule, "simpo": SimPOModule}, by="loss_type")
@@ -220,8 +222,8 @@ def CPO(
     trainer = _trainer("experimental.cpo.CPOTrainer")
     chosen = pairs.chosen_sequence_logprobs / pairs.chosen_lengths
     rejected = pairs.rejected_sequence_logprobs / pairs.rejected_lengths
-    stub = _stub(alpha=0.0, beta=beta, loss_type=loss_type, simpo_gamma=gamma, label_smoothing=0.0)
-    return trainer.cpo_loss(stub, chosen, rejected)[0]
+    ready = _trainer_with(trainer, alpha=0.0, beta=beta, loss_type=loss_type, simpo_gamma=gamma, label_smoothing=0.0)
+    return ready.cpo_loss(chosen, rejected)[0]
 
 
 PolicyLoss = Literal["grpo", "gspo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -252,8 +254,8 @@ def GRPO(
 ) -> Tensor:
     """Call the loss of ``GRPOTrainer``; "gspo" is its grpo loss with importance sampling by sequence."""
     args = SimpleNamespace(
-        delta=None, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, use_bias_correction_kl=kl_times_ratio,
-        steps_per_generation=1, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        report_to=[], delta=None, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+        use_bias_correction_kl=kl_times_ratio, steps_per_generation=1, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
     )  # fmt: skip
     high = 5.0 if loss_type == "cispo" else clip
     name = "grpo" if loss_type == "gspo" else loss_type
@@ -261,7 +263,7 @@ def GRPO(
     trainer = _trainer("trainer.grpo_trainer.GRPOTrainer")
     return _policy_gradient(
         trainer, logprobs, kl_coef, loss_type=name, importance_sampling_level=level, epsilon_low=clip,
-        epsilon_high=high, args=args, get_gamma_weights=trainer.get_gamma_weights,
+        epsilon_high=high, args=args,
     )  # fmt: skip
 
 
@@ -284,6 +286,7 @@ def _policy_gradient(trainer: Any, logprobs: PolicyLogprobs, kl_coef: float, **c
     by_completion = logprobs.advantages.gather(1, mask.long().argmax(-1, keepdim=True)).squeeze(1)
     entropy = torch.zeros_like(logprobs.logprobs)
     settings: dict[str, Any] = {
+        "args": SimpleNamespace(report_to=[]),
         "beta": kl_coef,
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
@@ -306,7 +309,7 @@ def _policy_gradient(trainer: Any, logprobs: PolicyLogprobs, kl_coef: float, **c
     }
     if logprobs.reference_logprobs is not None:
         inputs["ref_per_token_logps"] = logprobs.reference_logprobs
-    return trainer._compute_loss(_stub(**{**settings, **changes}), None, inputs)
+    return _trainer_with(trainer, **{**settings, **changes}).compute_loss(None, inputs)
 
 
 @compared_with(GKDModule)
