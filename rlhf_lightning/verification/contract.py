@@ -337,6 +337,7 @@ def export_check(module: Any, world: EnumerableWorld) -> Check:
             scorer = LearnedScorer(exported)
             scorer.load_beside(None, unchecked)
             residual = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
+            residual = residual / trained.abs().max().clamp_min(1)  # single precision is relative
         else:
             trained = module.policy(layout).logprobs.sum(-1)
             try:

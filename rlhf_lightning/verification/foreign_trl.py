@@ -253,10 +253,9 @@ def GRPO(
     kl_times_ratio: bool = False,
 ) -> Tensor:
     """Call the loss of ``GRPOTrainer``; "gspo" is its grpo loss with importance sampling by sequence."""
-    args = SimpleNamespace(
-        report_to=[], delta=None, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
-        use_bias_correction_kl=kl_times_ratio, steps_per_generation=1, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
-    )  # fmt: skip
+    args = SimpleNamespace(report_to=[], delta=None, use_bias_correction_kl=kl_times_ratio, steps_per_generation=1)
+    args.sapo_temperature_pos, args.sapo_temperature_neg = 1.0, 1.05
+    args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg = 2.0, 3.0, 3.0, 2.0
     high = 5.0 if loss_type == "cispo" else clip
     name = "grpo" if loss_type == "gspo" else loss_type
     level = "sequence" if loss_type in ("gspo", "luspo") else "token"
