@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import MissingError, PackageError, SettingError
+from rlhf_lightning.loading import import_path, import_user_module
 from rlhf_lightning.modules.critic_free import CriticFreeModule
 from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.dpo import DPOModule
@@ -155,17 +156,16 @@ def adapters(spec: str, given: Mapping[str, Any]) -> list[Adapter]:
 
 def _module_of(file: str) -> Any:
     if file in SHIPPED_ADAPTERS:
-        return importlib.import_module(f"rlhf_lightning.verification.foreign_{file}")
-    path = Path(file)
-    if not path.is_file():
+        return _imported(f"rlhf_lightning.verification.foreign_{file}")
+    if not Path(file).is_file():
         shipped = ", ".join(SHIPPED_ADAPTERS)
         raise MissingError("no-file", f"there is no file {file}: name a Python file with adapters, or one of {shipped}")
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module
-    found.loader.exec_module(module)
-    return module
+    return sys.modules[import_user_module(file)]
+
+
+def _imported(name: str) -> Any:
+    import_path(f"{name}.__name__", "module")
+    return sys.modules[name]
 
 
 def _input_of(function: Any) -> Any:
@@ -490,7 +490,7 @@ def import_alone(name: str, stubs: Sequence[str] = ()) -> Any:
         package = ".".join(parents[:depth])
         if package not in sys.modules:
             sys.modules[package] = _Stub(package, folder.joinpath(*parents[1:depth]))
-    return None if name.endswith(".__none__") else importlib.import_module(name)
+    return None if name.endswith(".__none__") else _imported(name)
 
 
 class _Stub(types.ModuleType):
@@ -503,10 +503,10 @@ class _Stub(types.ModuleType):
         self.__spec__.submodule_search_locations = self.__path__
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if any((Path(folder) / f"{name}.py").is_file() or (Path(folder) / name).is_dir() for folder in self.__path__):
-            raise AttributeError(name)  # the import system then looks for the module
+        folders = [Path(folder) for folder in self.__path__]
+        is_module = any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for folder in folders)
+        if name.startswith("__") or is_module:
+            return super().__getattribute__(name)  # raises, and the import system looks for the module
         found = type(name, (), {})
         setattr(self, name, found)
         return found
