@@ -109,7 +109,7 @@ WORDS = {
     "SampledTooCold": "at which temperature",
     "ExploresWithThePolicy": "who samples",
     "ReferenceIsItself": "the reference must be the model that training started from",
-    "PushedApart": "sign of the loss is flipped",
+    "PushedApart": "the sign is flipped",
     "SoftLabelIgnored": "the label is ignored",
     "MarginByTheWidth": "divided by the padded width",
     "OpponentWithTheSameDice": "random numbers of its own",
