@@ -71,6 +71,7 @@ def annotate(
     repeats: float = 0.05,
     reasons: list[str] | None = None,
     flags: list[str] | None = None,
+    instructions: str | None = None,
     annotators: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8765,
@@ -99,6 +100,7 @@ def annotate(
         repeats: share of items shown again with sides swapped, to measure consistency.
         reasons: reasons for a choice that can be ticked.
         flags: problems of an item that can be ticked.
+        instructions: Markdown file that each annotator is shown first, and on demand.
         annotators: names separated by commas; each gets a link with a token, and no one else may label. Required where
             --host is not this machine only.
         host: address to listen on; the default is reached from this machine only.
@@ -123,6 +125,7 @@ def annotate(
         )
     if (prompts is None) != (model is None):
         raise SettingError("conflicting-settings", "--prompts and --model go together: give both, or neither")
+    told = "" if instructions is None else read_instructions(Path(instructions))
     access = access_policy(path, host, annotators)
     selector = selector_of(select, ensemble, sampling.seed)
     given = None
@@ -139,16 +142,31 @@ def annotate(
         if selector is not None:
             opened.rank(selector)
         choices = tuple(reasons or REASONS), tuple(flags or FLAGS)
-        page = PageSettings(*choices)
+        page = PageSettings(*choices, instructions=told)
         if prompts is not None and model is not None:
             ahead = ahead or (AHEAD if selector is None else POOL)
             source = sampling_ahead(opened, prompts, model, candidates, sampling, ahead, as_chat, selector)
             sampler = stack.enter_context(source)
-            page = PageSettings(*choices, sampler.state, sampler.left)
+            page = PageSettings(*choices, sampler.state, sampler.left, told)
         app = make_app(opened, access, page)
         print_urls(listening, host, access)
         make_server(app).run(sockets=[listening])
     return 0
+
+
+def read_instructions(path: Path) -> str:
+    """Return the text of a file of instructions.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it is not text.
+    """
+    if not path.is_file():
+        raise MissingError("no-file", f"there is no file {path}: --instructions takes a Markdown file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("not-text", f"{path} is not UTF-8 text ({error.reason}): write a Markdown file") from None
 
 
 def sampling_ahead(

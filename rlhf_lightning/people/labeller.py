@@ -150,7 +150,7 @@ class Supply:
 # ---- simulated annotators --------------------------------------------------------------------------------------------
 
 LEVELS = (1.0, 2.0, 4.0)
-"""Differences of perceived value, in log-odds, above which a choice is rated slightly, clearly and far better."""
+"""Differences of perceived value, in log-odds, above which a choice is rated slightly, clearly and much better."""
 
 
 class PageError(StateError):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from rlhf_lightning.data.feedback.database import item_of, judgements_of, snapshot_of
-from rlhf_lightning.data.feedback.records import StoredJudgement
+from rlhf_lightning.data.feedback.records import STRENGTH_WORDS, StoredJudgement
 from rlhf_lightning.data.feedback.rows import pair_votes, reliabilities, vote_table
 from rlhf_lightning.functional.judging import krippendorff_alpha
 from rlhf_lightning.functional.statistics import wilson_interval
+from rlhf_lightning.people.hostile_text import shown_text
 from rlhf_lightning.people.store import counts
 
 
@@ -65,6 +69,7 @@ def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
         "snapshot": snapshot_of(connection),
         "alpha": agreement(judged),
         "models": win_rates(connection, judged),
+        "verdicts": verdicts(judged),
         "annotators": annotator_results(judged),
         "growth": growth(judged),
     }
@@ -109,6 +114,69 @@ def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgeme
     return sorted(found, key=lambda entry: -entry[1].share)
 
 
+def words_of(judgement: StoredJudgement) -> str:
+    """Return a judgement in the words of the page."""
+    if judgement.verdict == "ranking" and judgement.strength is not None:
+        return STRENGTH_WORDS[judgement.strength]
+    if judgement.verdict == "ranking":
+        return "chosen" if len(judgement.shown) == 2 else "ranked"
+    return {"tie": "equally good", "both_bad": "both bad", "skip": "skipped"}[judgement.verdict]
+
+
+def verdicts(judgements: Iterable[StoredJudgement]) -> list[tuple[str, int, float]]:
+    """Return the number of judgements of each kind and their share, strengths first, without hidden repeats."""
+    found = Counter(words_of(one) for one in judgements if not one.repeat)
+    order = (*reversed(STRENGTH_WORDS.values()), "chosen", "ranked", "equally good", "both bad", "skipped")
+    return [(name, found[name], found[name] / found.total()) for name in order if found[name]]
+
+
+def label_rows(
+    connection: sqlite3.Connection, annotator: str | None = None, before: int | None = None, count: int = 25
+) -> dict[str, Any]:
+    """Return one page of labels, the newest first, and where the next page starts (None at the end).
+
+    Args:
+        connection: connection to the store.
+        annotator: whose labels; None for all.
+        before: number of the judgement below which the page starts; None starts with the newest.
+        count: labels of a page.
+    """
+    mine = [one for one in judgements_of(connection) if annotator is None or one.annotator == annotator]
+    older = [one for one in mine if before is None or one.id < before][::-1]
+    rows = [_label_row(connection, one) for one in older[:count]]
+    return {"rows": rows, "older": rows[-1]["id"] if len(older) > count else None, "newer": before is not None}
+
+
+def _label_row(connection: sqlite3.Connection, one: StoredJudgement) -> dict[str, Any]:
+    item = item_of(connection, one.item)
+    places = one.shown if one.ranks is None else sorted(one.shown, key=lambda place: one.ranks[place])  # type: ignore[index]
+    texts = [clipped(item.candidates[place].text) for place in places]
+    prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
+    models = [item.candidates[place].model or "unknown" for place in places]
+    return {
+        "id": one.id, "judged": one.judged[:16].replace("T", " "), "annotator": one.annotator, "repeat": one.repeat,
+        "prompt": clipped(prompt), "verdict": words_of(one), "preferred": texts[0] if one.ranks else "",
+        "other": " | ".join(texts[1:] if one.ranks else texts), "models": " > ".join(models),
+    }  # fmt: skip
+
+
+def clipped(text: str, length: int = 120) -> str:
+    """Return the start of a text on one line, hidden characters written out."""
+    line = " ".join(shown_text(text[: 2 * length]).split())
+    return line if len(line) <= length else f"{line[:length]} …"
+
+
+def training_command(connection: sqlite3.Connection, path: Path, upto: int) -> tuple[str, str | None]:
+    """Return a command that trains on the store as it is now, and the policy that it starts from (None if unknown)."""
+    model = connection.execute(
+        "SELECT model FROM candidates WHERE model IS NOT NULL GROUP BY model ORDER BY count(*) DESC, model LIMIT 1"
+    ).fetchone()
+    init_from = None if model is None else str(model[0])
+    source = shlex.quote(f"{path}@{upto}")
+    command = f"rlhf fit --config recipe:dpo --model.init_from {shlex.quote(init_from or 'POLICY')}"
+    return f"{command} --data.source {source} --data.eval_rows 20 --trainer.max_epochs 3", init_from
+
+
 def annotator_results(judgements: Sequence[StoredJudgement]) -> list[AnnotatorResults]:
     """Return the results of each annotator, by name."""
     names = sorted({one.annotator for one in judgements})
@@ -149,6 +217,7 @@ def growth(judgements: Sequence[StoredJudgement]) -> dict[str, Any] | None:
         "width": WIDTH,
         "height": HEIGHT,
         "count": len(times),
+        "ticks": [(HEIGHT * (1 - part), round(len(times) * part)) for part in (0, 0.5, 1)],
         "first": judgements[0].judged[:16].replace("T", " "),
         "last": judgements[-1].judged[:16].replace("T", " "),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -28,11 +29,13 @@ from rlhf_lightning.data.feedback.records import (
     Conflict,
     JudgementRefused,
     NotAsked,
+    digest,
     encoded,
 )  # fmt: skip
+from rlhf_lightning.data.feedback.rows import rows_of
 from rlhf_lightning.errors import RlhfError, SettingError
-from rlhf_lightning.people.hostile_text import completion_shown, turns_of
-from rlhf_lightning.people.results import results_of
+from rlhf_lightning.people.hostile_text import completion_shown, to_html, turns_of
+from rlhf_lightning.people.results import label_rows, results_of, training_command
 from rlhf_lightning.people.serving import RESERVED_NAMES, AccessPolicy, is_name
 from rlhf_lightning.people.store import FeedbackStore
 
@@ -54,12 +57,14 @@ class PageSettings:
         flags: problems of an item that can be ticked.
         state: message for an annotator without an item; empty if nothing more will come.
         left: number of judgements left, from the number of items that the store has left.
+        instructions: Markdown that annotators read first, and on demand; empty for none.
     """
 
     reasons: tuple[str, ...] = REASONS
     flags: tuple[str, ...] = FLAGS
     state: Callable[[], str] = lambda: ""
     left: Callable[[int], int] = lambda count: count
+    instructions: str = ""
 
     def __post_init__(self) -> None:
         for choices in (self.reasons, self.flags):
@@ -82,7 +87,10 @@ def make_app(store: FeedbackStore, access: AccessPolicy | None = None, settings:
         Route("/api/item", pages.item),
         Route("/api/judgements", pages.judge, methods=["POST"]),
         Route("/api/undo", pages.undo, methods=["POST"]),
+        Route("/labels", pages.labels),
         Route("/results", pages.results),
+        Route("/results/labels", pages.all_labels),
+        Route("/results/labels.jsonl", pages.download),
         Mount("/assets", StaticFiles(directory=PAGE / "assets")),
     ]
     failures = dict.fromkeys((RlhfError, sqlite3.Error), _failure)
@@ -160,7 +168,9 @@ class _Pages:
             return RedirectResponse("/enter", 303)
         may = self.access.sees_results(name)
         reasons, flags = self.settings.reasons, self.settings.flags
-        return self._html("annotate.html", name=name, sees_results=may, reasons=reasons, flags=flags)
+        text = self.settings.instructions
+        shown = {"instructions": Markup(to_html(text)) if text else "", "version": digest(text)}
+        return self._html("annotate.html", name=name, sees_results=may, reasons=reasons, flags=flags, **shown)
 
     async def item(self, request: Request) -> Response:
         """The next item."""
@@ -181,10 +191,11 @@ class _Pages:
         return JSONResponse({"id": number, "next": await run_in_threadpool(self._next, name)})
 
     async def undo(self, request: Request) -> Response:
-        """Undo the last judgement and give its item again."""
+        """Undo a judgement, by default the last one, and give its item again."""
         name, body = self._annotator(request), await _json_of(request)
         try:
-            number = await run_in_threadpool(self.store.undo, name, _key(body))
+            chosen = None if body.get("judgement") is None else _whole(body, "judgement")
+            number = await run_in_threadpool(self.store.undo, name, _key(body), chosen)
         except JudgementRefused as error:
             raise HTTPException(400, str(error)) from error
         return JSONResponse({"id": number, "next": await run_in_threadpool(self._next, name)})
@@ -229,9 +240,44 @@ class _Pages:
 
         def compute() -> dict[str, Any]:
             with self.store.reading() as connection:
-                return results_of(connection)
+                found = results_of(connection)
+                command, init_from = training_command(connection, self.store.path, found["snapshot"].upto)
+            return {**found, "command": command, "init_from": init_from}
 
         return self._html("results.html", **await run_in_threadpool(compute))
+
+    async def labels(self, request: Request) -> Response:
+        """The annotator's own labels, a page at a time; each can be undone."""
+        name = self._who(request)
+        return RedirectResponse("/enter", 303) if name is None else await self._labels(request, name)
+
+    async def all_labels(self, request: Request) -> Response:
+        """Everybody's labels, a page at a time."""
+        if not self.access.sees_results(self._who(request)):
+            return self._html("enter.html", 403, asks=False)
+        return await self._labels(request, None)
+
+    async def _labels(self, request: Request, annotator: str | None) -> Response:
+        before = request.query_params.get("before", "")
+        last = int(before) if before.isdecimal() and len(before) < 19 else None
+
+        def compute() -> dict[str, Any]:
+            with self.store.reading() as connection:
+                return label_rows(connection, annotator, last)
+
+        return self._html("labels.html", mine=annotator is not None, **await run_in_threadpool(compute))
+
+    async def download(self, request: Request) -> Response:
+        """Every judgement as it was made, as JSON Lines."""
+        if not self.access.sees_results(self._who(request)):
+            return self._html("enter.html", 403, asks=False)
+
+        def compute() -> str:
+            with self.store.reading() as connection:
+                return "".join(encoded(row) + "\n" for row in rows_of(connection, "judgement"))
+
+        name = {"content-disposition": "attachment; filename=labels.jsonl"}
+        return Response(await run_in_threadpool(compute), headers=name, media_type="application/jsonl")
 
 
 def described(found: Assignment) -> dict[str, Any]:

@@ -44,11 +44,13 @@ class Progress(NamedTuple):
 
     Attributes:
         judged: judgements of this annotator, without skipped items.
+        skipped: items that this annotator skipped.
         left: items of the store that still need this annotator's judgement.
         seconds: mean time of a judgement, seconds; 0 before the first.
     """
 
     judged: int
+    skipped: int
     left: int
     seconds: float
 
@@ -289,17 +291,29 @@ class FeedbackStore:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def undo(self, annotator: str, key: str) -> int | None:
-        """Withdraw the annotator's last judgement, so that it is asked again; return the number of the new row.
+    def undo(self, annotator: str, key: str, judgement: int | None = None) -> int | None:
+        """Withdraw a judgement of the annotator, so that it is asked again; return the number of the new row.
 
         The judgement stays in the store, and a row records its withdrawal. Returns None if there is nothing to undo.
+
+        Args:
+            annotator: name of the annotator.
+            key: idempotency key of the request.
+            judgement: number of the judgement; None takes the last one.
+
+        Raises:
+            JudgementRefused: the annotator has no such judgement, or it was withdrawn before.
         """
         with self._transaction() as db:
             if (known := self._known(db, annotator, key, None)) is not None:
                 return known
             last = db.execute(
-                "SELECT id, assignment FROM live WHERE annotator = ? ORDER BY id DESC LIMIT 1", [annotator]
+                "SELECT id, assignment FROM live WHERE annotator = :annotator AND (:number IS NULL OR id = :number) "
+                "ORDER BY id DESC LIMIT 1",
+                {"annotator": annotator, "number": judgement},
             ).fetchone()
+            if last is None and judgement is not None:
+                raise JudgementRefused("no-such-judgement", f"you have no label {judgement}, or it is undone already")
             if last is None:
                 return None
             cursor = db.execute(
@@ -323,8 +337,10 @@ class FeedbackStore:
     def progress(self, annotator: str) -> Progress:
         """Count the annotator's judgements and the items left."""
         with self._turn:
-            judged, seconds = self._connection.execute(
-                f"SELECT count(*), avg(seconds) FROM live WHERE annotator = ? AND verdict IN {COUNTED}", [annotator]
+            judged, skipped, seconds = self._connection.execute(
+                f"SELECT coalesce(sum(verdict IN {COUNTED}), 0), coalesce(sum(verdict = 'skip'), 0), "
+                f"avg(iif(verdict IN {COUNTED}, seconds, NULL)) FROM live WHERE annotator = ?",
+                [annotator],
             ).fetchone()
             (left,) = self._connection.execute(
                 # Both lists are made once; asked anew for each item they would cost the square of the labels.
@@ -333,7 +349,7 @@ class FeedbackStore:
                 "GROUP BY item HAVING count(*) >= :wanted)",
                 {"annotator": annotator, "wanted": self.policy.annotators},
             ).fetchone()
-        return Progress(judged, left, seconds or 0.0)
+        return Progress(judged, skipped, left, seconds or 0.0)
 
     def labels(self) -> int:
         """Count the labels: judgements without hidden repeats and skipped items."""

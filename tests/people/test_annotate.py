@@ -15,7 +15,7 @@ from tiny_run import rows_of
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.people.annotate import gathered
+from rlhf_lightning.people.annotate import annotate, gathered
 from rlhf_lightning.people.candidates import given_items, load_policies, sampled_items
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
@@ -188,3 +188,12 @@ def test_pairs_that_are_not_there_leave_no_store_behind(tmp_path, capsys):
 def test_a_store_that_may_not_be_written_is_one_sentence():
     sentence = failure_sentence(sqlite3.OperationalError("attempt to write a readonly database"))
     assert sentence is not None and sentence.startswith("the feedback store cannot be read or written (attempt to")
+
+
+@pytest.mark.parametrize(("content", "code"), [(None, "no-file"), (b"\xff\xfe\x00", "not-text")])
+def test_instructions_that_cannot_be_read_leave_no_store(content: bytes | None, code: str, tmp_path: Path) -> None:
+    if content is not None:
+        Path("guide.md").write_bytes(content)
+    with refused(code, "guide.md", "Markdown file"):
+        annotate("feedback.db", instructions="guide.md", port=0)
+    assert not Path("feedback.db").exists()

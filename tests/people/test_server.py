@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 import sqlite3
 import threading
+from html import unescape
 
 import pytest
 from conftest import refused
@@ -16,7 +18,7 @@ from rlhf_lightning.people.hostile_text import shown_text, to_html
 from rlhf_lightning.people.server import PageSettings, make_app
 from rlhf_lightning.people.serving import AccessPolicy, checked_names, is_name, stored_tokens
 
-from .conftest import pair, ranked_item
+from .conftest import label, pair, prefer, ranked_item
 
 SITE = "http://localhost:8765"
 
@@ -53,10 +55,10 @@ def test_labelling_from_the_door_to_the_end(make_client):
     client.post("/api/enter", json={"name": "ann"})
     assert "What decided?" in client.get("/").text
     told = client.get("/api/item").json()
-    assert told["progress"] == {"judged": 0, "left": 2, "seconds": 0}
+    assert told["progress"] == {"judged": 0, "skipped": 0, "left": 2, "seconds": 0}
     answer = {"verdict": "ranking", "ranks": [0, 1], "strength": 3, "reasons": ["correct"], "seconds": 4.5}
     first = judge(client, told["item"], **answer).json()
-    assert first["next"]["progress"] == {"judged": 1, "left": 1, "seconds": 4.5}
+    assert first["next"]["progress"] == {"judged": 1, "skipped": 0, "left": 1, "seconds": 4.5}
     assert judge(client, told["item"], **answer).json()["id"] == first["id"], "the same key"
     assert judge(client, told["item"], key="another key, 16+", verdict="tie").status_code == 409
     undone = client.post("/api/undo", json={"key": "undo with a key 1"}).json()
@@ -384,6 +386,81 @@ def test_results_of_two_who_agree(make_client, make_store):
     assert "<b>1.00</b> agreement" in page and "over 6 that several people judged" in page
     assert "models/a" in page and re.search(r"models/a</code></td><td>67 %", page)
     assert "<polyline" in page and client.get("/results").status_code == 200
+
+
+def labelled(make_client, *answers):
+    """A client who has judged one pair after the other."""
+    client = make_client(len(answers))
+    for number, answer in enumerate(answers):
+        assert judge(client, item_of(client), key=f"key {number} of 16 or more", **answer).is_success
+    return client
+
+
+CHOICE = {"verdict": "ranking", "ranks": [0, 1]}
+
+
+def test_labels_are_paged_through_downloaded_and_counted(make_client):
+    client = labelled(make_client, {**CHOICE, "strength": 4}, CHOICE, {"verdict": "tie"}, {"verdict": "skip"})
+    page = client.get("/results").text
+    for words in ("much better", "chosen", "equally good", "skipped"):
+        assert re.search(rf"<td>{words}</td><td>1 <span class=\"soft\">\(25 %\)", page), words
+    assert '<text class="tick"' in page and "<span>50</span>" in page
+    shown = client.get("/results/labels").text
+    assert "models/a" in shown and "ann" in shown and "question 0" in shown
+    assert "question 0" not in client.get("/results/labels?before=1").text
+    assert client.get("/results/labels?before=x'--").status_code == 200
+    rows = [json.loads(line) for line in client.get("/results/labels.jsonl").text.splitlines()]
+    assert len(rows) == 4 and rows[0]["annotator"] == "ann"
+
+
+def test_pages_of_labels_join(make_client):
+    client = labelled(make_client, *({"verdict": "tie"} for _ in range(30)))
+    first = client.get("/labels").text
+    assert first.count("data-undo") == 25 and "?before=6" in first
+    assert client.get("/labels?before=6").text.count("data-undo") == 5
+
+
+def test_only_own_labels_are_undone(make_client, make_store):
+    client = labelled(make_client, CHOICE, {"verdict": "tie"})
+    undo = {"key": "undo with a key 1", "judgement": 1}
+    assert client.post("/api/undo", json={**undo, "judgement": 99}).status_code == 400
+    assert client.post("/api/undo", json={**undo, "judgement": "1"}).status_code == 400
+    client.post("/api/enter", json={"name": "bob"})
+    assert client.post("/api/undo", json=undo).status_code == 400
+    client.post("/api/enter", json={"name": "ann"})
+    undone = client.post("/api/undo", json=undo).json()
+    assert undone["next"]["item"]["prompt"][0]["text"] == "question 0"
+    assert client.post("/api/undo", json=undo).json()["id"] == undone["id"], "the same key"
+    assert client.post("/api/undo", json={**undo, "key": "another key, 16+"}).status_code == 400
+
+
+def test_labels_of_all_are_for_the_owner(make_client, tmp_path):
+    tokens = stored_tokens(tmp_path / "feedback.db", ["ann"])
+    client = make_client(1, name=None, access=AccessPolicy(tokens))
+    client.cookies.set("annotator", tokens["ann"])
+    assert client.get("/labels").status_code == 200
+    assert client.get("/results/labels").status_code == client.get("/results/labels.jsonl").status_code == 403
+    client.cookies.clear()
+    assert client.get("/labels").headers["location"] == "/enter"
+
+
+def test_the_training_command_trains_as_it_is_printed(make_store, policy_folder):
+    """A pasted command: it names the store and the policy that wrote most of the completions."""
+    from rlhf_lightning.commands.train import run
+
+    items = [
+        Item(f"q{n}", (Candidate(f"good {n}", policy_folder), Candidate(f"poor {n}", policy_folder))) for n in range(30)
+    ]
+    store = make_store(items, name="to train.db")
+    for _ in items:
+        label(store, "ann", prefer(0))
+    client = TestClient(make_app(store), base_url=SITE)
+    client.post("/api/enter", json={"name": "ann"})
+    command = unescape(re.search(r'<code id="command">(.*?)</code>', client.get("/results").text)[1])
+    words = shlex.split(command)
+    assert words[:3] == ["rlhf", "fit", "--config"] and f"{store.path}@30" in words
+    tiny = ["--model.lora", "null", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
+    assert run([*words[1:], *tiny]).model.updates == 1
 
 
 @pytest.mark.parametrize("labels", [200, pytest.param(5000, marks=pytest.mark.slow)])

@@ -14,7 +14,10 @@ from rlhf_lightning.types import Message, Prompt
 Verdict = Literal["ranking", "tie", "both_bad", "skip"]
 
 STRENGTHS = 4
-"""Levels of preference strength: 1 hardly better, 2 slightly, 3 clearly, 4 far better."""
+"""Levels of preference strength."""
+
+STRENGTH_WORDS = {1: "barely better", 2: "slightly better", 3: "clearly better", 4: "much better"}
+"""What the page calls them."""
 
 LONGEST_TEXT = 100_000
 """Maximum characters of an edited completion."""

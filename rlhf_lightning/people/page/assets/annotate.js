@@ -4,7 +4,8 @@
 
 const at = (id) => document.getElementById(id);
 const work = { item: null, chosen: null, ranking: [], tiesNext: false, edits: null, plain: false, busy: false, timer: null };
-const clock = { spent: 0, since: null };
+const clock = { spent: 0, since: null, mean: "" };
+const narrow = window.matchMedia("(max-width: 46rem)");
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -40,7 +41,7 @@ document.addEventListener("visibilitychange", () => {
 });
 
 setInterval(() => {
-  if (work.item) at("clock").textContent = `${Math.floor(seconds())} s`;
+  if (work.item) at("clock").textContent = `this item ${Math.floor(seconds())} s${clock.mean}`;
 }, 500);
 
 // ---- requests ----
@@ -115,10 +116,10 @@ function say(text, isProblem) {
 function show({ item, progress, state }) {
   clearTimeout(work.timer);
   Object.assign(work, { item, chosen: null, ranking: [], tiesNext: false, edits: null });
-  const all = progress.judged + progress.left;
-  at("done").style.width = `${all ? (100 * progress.judged) / all : 0}%`;
-  const pace = progress.seconds ? ` · ${Math.round(progress.seconds)} s each` : "";
-  at("progress").textContent = `${progress.judged} judged · ${progress.left} left${pace}`;
+  const seen = progress.judged + progress.skipped;
+  at("done").style.width = `${seen + progress.left ? (100 * seen) / (seen + progress.left) : 0}%`;
+  clock.mean = progress.seconds ? ` · ${Math.round(progress.seconds)} s on average` : "";
+  at("progress").textContent = `${progress.judged} judged · ${progress.skipped} skipped · ${progress.left} left`;
   at("work").hidden = !item;
   at("message").hidden = Boolean(item);
   at("actions").hidden = false;
@@ -139,7 +140,7 @@ function show({ item, progress, state }) {
   for (const box of at("more").querySelectorAll("input")) box.checked = false;
   at("more").open = false;
   window.scrollTo(0, 0);
-  at("prompt").scrollTop = at("prompt").scrollHeight;
+  fold();
   say("");
   refresh();
   startClock();
@@ -153,9 +154,39 @@ function text({ html, text: plain }) {
     made.append(element("pre", "plain", plain));
   } else {
     made.innerHTML = html;
+    focusable(made);
   }
   made.rendered = html;
   return made;
+}
+
+// Blocks that scroll sideways must be reached by keyboard.
+function focusable(made) {
+  for (const block of made.querySelectorAll("pre, table")) block.tabIndex = 0;
+}
+
+// On a narrow screen a long prompt and long answers are cut, so that the first words of all are on the first screen.
+function fold() {
+  const prompt = at("prompt"), last = prompt.lastElementChild;
+  prompt.classList.remove("open");
+  prompt.scrollTop = last === prompt.firstElementChild ? 0 : last.offsetTop - prompt.offsetTop - 8;
+  at("unfold").hidden = prompt.scrollHeight <= prompt.clientHeight + 2;
+  tell(at("unfold"), false, "Show the whole prompt", "Fold the prompt");
+  for (const made of document.querySelectorAll(".candidate")) {
+    made.classList.remove("open");
+    const shown = made.querySelector(":scope > .text");
+    made.classList.toggle("long", shown.scrollHeight > shown.clientHeight + 2);
+    tell(made.querySelector(".unfold"), false, "Show the whole answer", "Fold the answer");
+  }
+}
+
+function unfold(part, button, open, close) {
+  tell(button, part.classList.toggle("open"), open, close);
+}
+
+function tell(button, isOpen, open, close) {
+  button.setAttribute("aria-expanded", String(isOpen));
+  button.textContent = isOpen ? close : open;
 }
 
 function turn(one) {
@@ -169,13 +200,23 @@ function card(candidate, place) {
   const made = element("article", "candidate");
   made.dataset.place = place;
   const head = element("h2");
-  const name = element("span", "name", work.item.candidates.length === 2 ? ["Left", "Right"][place] : `${place + 1}`);
+  const name = element("button", "name quiet", work.item.candidates.length === 2 ? ["Left", "Right"][place] : `${place + 1}`);
   name.dataset.stacked = ["First", "Second"][place];
-  head.append(name);
-  head.append(element("span", "rank"));
-  made.append(head, text(candidate));
+  name.setAttribute("aria-pressed", "false");
+  const editing = element("button", "edit quiet narrow-only", "Edit the chosen answer");
+  const more = element("button", "unfold quiet narrow-only", "");
+  head.append(name, element("span", "rank"), editing);
+  made.append(head, text(candidate), more, element("p", "end", "end of answer"));
+  editing.addEventListener("click", (event) => { event.stopPropagation(); edit(); });
+  more.addEventListener("click", (event) => {
+    event.stopPropagation();
+    unfold(made, more, "Show the whole answer", "Fold the answer");
+  });
   made.addEventListener("click", () => {
-    if (!window.getSelection().toString() && !made.querySelector("textarea")) choose(place);
+    name.blur();
+    if (window.getSelection().toString() || made.querySelector("textarea")) return;
+    if (narrow.matches && work.chosen === place) work.chosen = null, refresh();
+    else choose(place);
   });
   return made;
 }
@@ -191,19 +232,23 @@ function refresh() {
     const level = work.ranking.findIndex((tied) => tied.includes(place));
     made.classList.toggle("chosen", pair ? work.chosen === place : level === 0);
     made.classList.toggle("ranked", !pair && level > 0);
+    made.querySelector(".name").setAttribute("aria-pressed", String(pair ? work.chosen === place : level >= 0));
     made.querySelector(".rank").textContent = pair ? (work.chosen === place ? "chosen" : "") : level < 0 ? "" : `rank ${level + 1}`;
   });
   const ready = pair ? work.chosen !== null : work.ranking.flat().length === work.item.candidates.length;
+  document.body.classList.toggle("decided", pair ? work.chosen !== null : work.ranking.length > 0);
   at("actions").querySelector("[data-do=save]").disabled = !ready;
   for (const button of at("strengths").children) button.disabled = work.chosen === null;
   const order = work.ranking.map((tied) => tied.map((place) => place + 1).join(" = ")).join("  >  ");
-  at("ranking").textContent = order ? order + (work.tiesNext ? "  =" : "") : "Press the numbers, best first.";
+  at("ranking").textContent = order ? order + (work.tiesNext ? "  =" : "") : "Rank the answers, best first: click them, or press their numbers.";
 }
 
 function redraw() {
   for (const made of document.querySelectorAll(".text")) {
+    if (!made.dataset.plain) continue;
     if (work.plain) made.replaceChildren(element("pre", "plain", made.dataset.plain));
     else made.innerHTML = made.rendered;
+    focusable(made);
   }
 }
 
@@ -237,7 +282,7 @@ function judge(verdict, strength) {
   const count = work.item.candidates.length;
   const body = { store: work.item.store, assignment: work.item.assignment, verdict, seconds: seconds(), reasons: ticked("reasons"), flags: ticked("flags") };
   if (verdict === "ranking" && count === 2) {
-    if (work.chosen === null) return say("Choose one first: ← or →.", true);
+    if (work.chosen === null) return say("Choose one first: press ← or →, or click an answer.", true);
     body.ranks = work.chosen === 0 ? [0, 1] : [1, 0];
     if (strength) body.strength = strength;
   } else if (verdict === "ranking") {
@@ -257,13 +302,16 @@ function edit() {
   if (!work.item || document.querySelector(".candidate textarea")) return;
   const best = work.item.candidates.length === 2 ? work.chosen : (work.ranking[0] ?? [null])[0];
   const place = work.edits ? work.edits.place : best;
-  if (place === null) return say("Choose the completion to edit first.", true);
+  if (place === null) return say("Choose the answer to edit first.", true);
   const made = cardOf(place);
-  const area = element("textarea");
+  const area = element("textarea"), done = element("button", "", "Close");
   area.value = work.edits ? work.edits.text : work.item.candidates[place].raw;
   area.rows = Math.min(Math.max(area.value.split("\n").length + 2, 8), 24);
-  area.setAttribute("aria-label", "The completion as it should have been");
-  made.append(area, element("p", "hint", "Esc or Ctrl+Enter closes; it is saved with your judgement."));
+  area.setAttribute("aria-label", "The answer as it should have been");
+  const hint = element("p", "hint", "Your text is saved with your judgement. Esc or Ctrl+Enter closes it. ");
+  hint.append(done);
+  done.addEventListener("click", (event) => { event.stopPropagation(); keepEdit(area); });
+  made.append(area, hint);
   made.classList.add("editing");
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape" || (event.key === "Enter" && (event.ctrlKey || event.metaKey))) {
@@ -295,13 +343,21 @@ const doing = {
   skip: () => judge("skip"),
   undo: () => send("/api/undo", {}),
   edit,
+  equal: () => { work.tiesNext = work.ranking.length > 0; refresh(); },
+  back: unrank,
   plain: () => { work.plain = !work.plain; redraw(); },
-  help: () => { at("help").hidden = !at("help").hidden; at("help-button").setAttribute("aria-expanded", String(!at("help").hidden)); },
+  help: () => showHelp(at("help").hidden),
 };
+
+function showHelp(shown) {
+  at("help").hidden = !shown;
+  at("help-button").setAttribute("aria-expanded", String(shown));
+}
+
 const keys = { t: "tie", b: "both_bad", s: "skip", u: "undo", e: "edit", m: "plain", "?": "help" };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || at("instructions")?.open) return;
   // A focused control keeps the keys that it handles; Enter does nothing to a checkbox.
   if (event.key === " " || (event.key === "Enter" && event.target.closest?.("button, summary, a"))) return;
   const pair = work.item && work.item.candidates.length === 2;
@@ -311,7 +367,8 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "Enter" && work.item) doing.save();
   else if (digit && pair && digit <= 4) judge("ranking", digit);
   else if (digit && work.item && !pair) choose(digit - 1);
-  else if (event.key === "=" && work.item && !pair) { work.tiesNext = work.ranking.length > 0; refresh(); }
+  else if (event.key === "=" && work.item && !pair) doing.equal();
+  else if (event.key === "Escape" && !at("help").hidden) showHelp(false);
   else if (event.key === "Backspace" && work.item && !pair) unrank();
   else if (keys[event.key.toLowerCase()]) doing[keys[event.key.toLowerCase()]]();
   else return;
@@ -325,5 +382,23 @@ for (const button of document.querySelectorAll("[data-strength]")) {
   button.addEventListener("click", () => { button.blur(); judge("ranking", Number(button.dataset.strength)); });
 }
 at("help-button").addEventListener("click", () => { at("help-button").blur(); doing.help(); });
+at("help-close").addEventListener("click", () => { at("help-close").blur(); showHelp(false); });
+at("unfold").addEventListener("click", () => unfold(at("prompt"), at("unfold"), "Show the whole prompt", "Fold the prompt"));
+narrow.addEventListener("change", () => { if (work.item) fold(); });
+
+// ---- instructions: shown at first, again when they have changed, and on demand ----
+
+const instructions = at("instructions");
+if (instructions) {
+  const version = instructions.dataset.version;
+  const remembered = () => { try { return localStorage.getItem("instructions"); } catch { return null; } };
+  instructions.addEventListener("close", () => {
+    try { localStorage.setItem("instructions", version); } catch { /* shown again next time */ }
+    startClock();
+  });
+  at("instructions-close").addEventListener("click", () => instructions.close());
+  at("instructions-button").addEventListener("click", () => { at("instructions-button").blur(); instructions.showModal(); });
+  if (remembered() !== version) instructions.showModal();
+}
 
 load();
