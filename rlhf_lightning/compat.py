@@ -45,6 +45,16 @@ def checkpoint_period(callback: Any) -> tuple[int, Any]:
     return callback._every_n_train_steps, callback._train_time_interval
 
 
+def tuned_setting(finder: Any) -> str:
+    """Return the name of the attribute that a BatchSizeFinder changes."""
+    return str(finder._batch_arg_name)
+
+
+def set_tuned_setting(finder: Any, name: str) -> None:
+    """Let a BatchSizeFinder change another attribute."""
+    finder._batch_arg_name = name
+
+
 def validation_follows(trainer: Any) -> bool:
     """Return whether a validation follows the current training step."""
     loop = trainer.fit_loop.epoch_loop
@@ -82,11 +92,6 @@ def cluster_environment(trainer: Any) -> Any:
 def mesh_sizes(strategy: Any) -> tuple[int | str, int | str]:
     """Return ``data_parallel_size`` and ``tensor_parallel_size`` as given to a ModelParallelStrategy."""
     return strategy._data_parallel_size, strategy._tensor_parallel_size
-
-
-def bar_is_enabled(progress_bar: Any) -> bool:
-    """Return whether Lightning has enabled a progress bar on this rank."""
-    return bool(progress_bar._enabled)
 
 
 def subcommand_parsers(cli: Any) -> dict[str, Any]:

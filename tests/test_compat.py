@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -111,14 +111,6 @@ def test_lightning_keeps_the_periods_of_a_model_checkpoint() -> None:
 def test_lightning_keeps_the_sizes_of_a_mesh() -> None:
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     assert compat.mesh_sizes(strategy) == (2, 1), "ModelParallelStrategy keeps its sizes elsewhere"
-
-
-def test_lightning_enables_its_progress_bar() -> None:
-    bar = TQDMProgressBar()
-    bar.disable()
-    assert not compat.bar_is_enabled(bar), "TQDMProgressBar._enabled does not follow disable()"
-    bar.enable()
-    assert compat.bar_is_enabled(bar), "TQDMProgressBar._enabled does not follow enable()"
 
 
 def test_lightning_cli_has_the_methods_that_are_called_and_overridden() -> None:

@@ -129,7 +129,6 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens
-        self.limits = MicroBatchLimits(micro_batch_size, max_tokens)
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.shuffle = shuffle
@@ -203,6 +202,11 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             )
 
     # ---- what the module asks for -----------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> MicroBatchLimits:
+        """Bounds of a micro-batch."""
+        return MicroBatchLimits(self.micro_batch_size, self.max_tokens)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

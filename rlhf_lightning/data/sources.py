@@ -90,8 +90,14 @@ def as_file(source: Any, cache: Path) -> Any:
     The file is named after its content, so that caches, ranks and resumed runs find the same rows.
 
     Raises:
-        SettingError: ``not-json``: a row holds more than JSON has.
+        SettingError: ``not-json``: a row holds more than JSON has; ``loader-as-source``: it is a DataLoader.
     """
+    if type(source).__module__.startswith("torch.utils.data"):
+        raise SettingError(
+            "loader-as-source",
+            f"a {type(source).__name__} is no source: give its rows (loader.dataset: a datasets.Dataset or a list of "
+            "dicts) as the source, or a DataLoader of Steps to trainer.fit(module, train_dataloaders=loader)",
+        )
     of_rows = isinstance(source, list) and bool(source) and all(isinstance(r, dict) and "path" not in r for r in source)
     if not of_rows and type(source).__module__.partition(".")[0] != "datasets":
         return source

@@ -27,15 +27,23 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import AutoConfig
 
-from rlhf_lightning.compat import checkpoint_period, mesh_sizes
+from rlhf_lightning.compat import (
+    attached_datamodule,
+    checkpoint_period,
+    mesh_sizes,
+    set_tuned_setting,
+    tuned_setting,
+)
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import LoadSettings, is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
+from rlhf_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
     from rlhf_lightning.training.module import AlignmentModule
@@ -322,15 +330,6 @@ CALLBACKS: dict[type, Refusal] = {
         "StochasticWeightAveraging copies the module before its weights are loaded, and would average nothing: use "
         "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
     ),
-    BatchSizeFinder: Refusal(
-        "batch-size-finder",
-        "BatchSizeFinder would change what the model learns: batch_size is the size of an optimizer step. For memory "
-        "set data.max_tokens; `rlhf plan` says what a run takes",
-    ),
-    LearningRateFinder: Refusal(
-        "learning-rate-finder",
-        "LearningRateFinder needs automatic optimization: compare short runs with different model.learning_rate",
-    ),
 }
 """Callbacks that do not work with manual optimization."""
 
@@ -361,9 +360,37 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
+        if isinstance(callback, LearningRateFinder) and module.batch_type is PromptBatch:
+            yield Refusal(
+                "learning-rate-finder",
+                f"the loss of {type(module).__name__} says nothing about a learning rate, because each rollout is "
+                "another problem: compare the score of short runs with different model.learning_rate",
+            )
+        if isinstance(callback, BatchSizeFinder):
+            yield from tune_micro_batches(trainer, callback)
         yield from (refusal for kind, refusal in CALLBACKS.items() if isinstance(callback, kind))
         if isinstance(callback, ModelCheckpoint):
             yield from refused_checkpoint_period(*checkpoint_period(callback), module)
+
+
+def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[Refusal]:
+    """Let a BatchSizeFinder change ``data.micro_batch_size``, which is memory; refuse it where there is none."""
+    data = attached_datamodule(trainer)
+    if not hasattr(data, "micro_batch_size") or tuned_setting(finder) not in ("batch_size", "micro_batch_size"):
+        yield Refusal(
+            "batch-size-finder",
+            f"{tuned_setting(finder)} cannot be tuned: the batch is the size of an optimizer step, and changes what "
+            "the model learns. Give a DataModule of rlhf_lightning.data, whose micro_batch_size is tuned",
+        )
+        return
+    if tuned_setting(finder) == "batch_size":
+        set_tuned_setting(finder, "micro_batch_size")
+        rank_zero_info(
+            f"data.micro_batch_size is tuned, which is memory; data.batch_size stays {data.batch_size}, since it "
+            "changes what the model learns"
+        )
+    if data.micro_batch_size is None:
+        data.micro_batch_size = data.hparams["micro_batch_size"] = 1  # Lightning's search needs a number to change
 
 
 def refused_checkpoint_period(every: int, interval: Any, module: AlignmentModule) -> Iterator[Refusal]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ from rlhf_lightning.training.optimization import (
 )
 from rlhf_lightning.training.settings import check_ranges
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
+
+NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
+"""Callbacks that look at the weights in their ``setup``, before they are loaded."""
 
 
 class AlignmentModule(LightningModule):
@@ -144,6 +147,9 @@ class AlignmentModule(LightningModule):
 
     weighs_rows: ClassVar[bool] = True
     """Whether the loss of a row can be weighted by row."""
+
+    has_centred_loss: bool = False
+    """Whether the loss is near 0 by construction, because advantages sum to 0; progress is in the score then."""
 
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
     ranges: ClassVar[Mapping[str, str]] = {
@@ -385,7 +391,7 @@ class AlignmentModule(LightningModule):
         """
         if self.trainer.state.fn == "fit":
             check_trainer(self.trainer, self)
-            if any(isinstance(callback, BaseFinetuning) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            if any(isinstance(callback, NEED_WEIGHTS) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
                 self.configure_model()
         return []
 
@@ -432,6 +438,8 @@ class AlignmentModule(LightningModule):
     def on_train_end(self) -> None:
         """Report it if ``max_steps`` ended the run without a validation of its last weights."""
         ended = 0 < self.trainer.max_steps <= self.trainer.global_step
+        if ended:
+            self.trainer.should_stop = False  # set by `log_training`; a tuner's next trial begins
         if ended and self.trainer.enable_validation and self._validated_at != self.updates:
             rank_zero_info(
                 f"max_steps={self.trainer.max_steps} ended the run after update {self.updates}, which was not "
@@ -503,6 +511,8 @@ class AlignmentModule(LightningModule):
                 f"{self.batch_type.__name__}: give the rows to a DataModule of rlhf_lightning.data as its source (a "
                 "datasets.Dataset, a list of dicts or a file)",
             )
+        if self.trainer.training:  # Lightning has counted the last batch as one update; callbacks log next
+            set_logged_step(self.trainer, self.updates)
         return batch
 
     # -- what the objective aims at -----------------------------------------------------------------------------------
@@ -635,7 +645,8 @@ class AlignmentModule(LightningModule):
             optimizers.check_same_kinds(self.asked, self.asked_before)
         if isinstance(scheduler, ReduceLROnPlateau):
             optimizers.monitored(scheduler)  # refuses now rather than after the first epoch
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        named = {"scheduler": scheduler, "interval": "step", "name": "learning_rate"}  # for LearningRateMonitor
+        return {"optimizer": optimizer, "lr_scheduler": named}
 
     def make_optimizer(self) -> Optimizer:
         """Make the optimizer of the trainable weights: ``optimizer``, or by default AdamW."""
@@ -831,6 +842,18 @@ class AlignmentModule(LightningModule):
                 row = {"prompt": prompt, "completion": text}
                 rows.append(row | {"logprob": sum(logprobs.tolist()), "finished": finished})
         return rows
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Refuse to be called: models are called by their own names.
+
+        Raises:
+            ContractError: ``no-forward``.
+        """
+        raise ContractError(
+            "no-forward",
+            f"{type(self).__name__} holds several models and has no forward of its own: sample with .answer(prompts, "
+            "sampling), or write a folder with .export(folder) and load it with transformers",
+        )
 
     def export(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder for the next stage."""

@@ -121,8 +121,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """Return the trainable parameters for the optimizer: matrices decay, vectors (norms, biases) do not."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay, "name": "matrices"},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0, "name": "vectors"},
     ]
     return [group for group in groups if group["params"]]
 

@@ -1,0 +1,289 @@
+"""What users of Lightning do without thinking: each habit works, or is refused with the way to do it."""
+
+import copy
+import csv
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import refused
+from lightning.pytorch import callbacks as lightning
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
+from tiny_models import assert_same, quiet_trainer, weights_of
+from torch.utils.data import DataLoader
+
+from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
+from rlhf_lightning.modules import DPOModule, GRPOModule, RewardModule, SFTModule
+from rlhf_lightning.runs import RunProgress
+
+ROWS = [{"prompt": f"w{n}", "completion": f"w{n % 7} w{n % 5}"} for n in range(24)]
+PAIRS = [{"prompt": f"w{n}", "chosen": f"w{n % 7} w1", "rejected": "w2"} for n in range(24)]
+
+
+def lengths(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def sft(folder: str, **settings: Any) -> SFTModule:
+    return SFTModule(init_from=folder, **{"learning_rate": 5e-3, "self_check": False, **settings})
+
+
+def rows(**settings: Any) -> SFTDataModule:
+    return SFTDataModule(ROWS, **{"batch_size": 6, "eval_rows": 6, **settings})
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fit(folder: str, callbacks: Any = (), module: Any = None, data: Any = None, **settings: Any) -> Any:
+    module = module or sft(folder)
+    quiet_trainer(callbacks=list(callbacks), **settings).fit(module, data or rows())
+    return module
+
+
+# -- the Tuner ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "reward model"])
+def test_lr_find_suggests_a_rate_and_changes_nothing_else(policy_folder: str, kind: str, tmp_path: Path) -> None:
+    make = {"SFT": SFTModule, "DPO": DPOModule, "reward model": RewardModule}[kind]
+    module: Any = make(init_from=policy_folder, learning_rate=1e-5, self_check=False)
+    data = rows() if kind == "SFT" else PreferenceDataModule(PAIRS, batch_size=6)
+    trainer = quiet_trainer(default_root_dir=tmp_path, max_epochs=100)
+    before = weights_of(fresh(make, policy_folder))
+    found = Tuner(trainer).lr_find(module, datamodule=data, num_training=30, min_lr=1e-5, max_lr=0.5)
+    assert found is not None and len(found.results["loss"]) >= 20
+    assert all(torch.isfinite(torch.tensor(found.results["loss"])))
+    assert 1e-5 < found.suggestion() < 0.5 and module.learning_rate == found.suggestion()
+    assert module.updates == 0
+    assert_same({name: weights_of(module)[name] for name in before}, before, rtol=0, atol=0)
+    quiet_trainer(max_steps=2).fit(module, data)
+    assert module.updates == 2
+
+
+def fresh(make: Any, folder: str) -> Any:
+    module = make(init_from=folder, self_check=False)
+    module.configure_model()
+    return module
+
+
+def test_lr_find_of_an_on_policy_objective_is_refused_with_what_to_do(policy_folder: str) -> None:
+    module = GRPOModule(init_from=policy_folder, scorer=lengths)
+    data = PromptDataModule([{"prompt": "w1"}] * 4, samples_per_prompt=2)
+    with refused("learning-rate-finder", "compare the score of short runs"):
+        Tuner(quiet_trainer()).lr_find(module, datamodule=data)
+
+
+def test_scale_batch_size_tunes_the_micro_batch_and_leaves_the_experiment(policy_folder: str, tmp_path: Path) -> None:
+    module, data, seen = sft(policy_folder), rows(), []
+    forward = module.training_step
+
+    def counted(step: Any, batch_idx: int) -> Any:
+        seen.append(len(step.micro_batches))
+        return forward(step, batch_idx)
+
+    module.training_step = counted  # type: ignore[method-assign]
+    trainer = quiet_trainer(default_root_dir=tmp_path)
+    found = Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=1)
+    assert data.batch_size == 6 and data.micro_batch_size == found
+    assert seen == [3, 2] and module.updates == 0  # six rows, two and four at a time
+
+
+def test_scale_batch_size_without_a_datamodule_is_refused(policy_folder: str) -> None:
+    with refused("batch-size-finder", "micro_batch_size is tuned"):
+        quiet_trainer(callbacks=[lightning.BatchSizeFinder()]).fit(sft(policy_folder), DataLoader(ROWS))  # type: ignore[arg-type]
+
+
+# -- checkpoints and copies --------------------------------------------------------------------------------------------
+
+
+def test_load_from_checkpoint_restores_settings_and_weights(policy_folder: str, tmp_path: Path) -> None:
+    keep = lightning.ModelCheckpoint(tmp_path, "{epoch}-{step}", save_last=True)
+    trained = fit(policy_folder, [keep], enable_checkpointing=True)
+    loaded = SFTModule.load_from_checkpoint(keep.best_model_path, weights_only=True)
+    assert loaded.hparams["learning_rate"] == 5e-3 and loaded.updates == trained.updates == 3
+    assert_same(weights_of(loaded), weights_of(trained), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_evaluation_of_the_best_and_the_last_checkpoint(policy_folder: str, which: str, tmp_path: Path) -> None:
+    keep = lightning.ModelCheckpoint(tmp_path, monitor="val/loss", save_last=True)
+    trainer = quiet_trainer(callbacks=[keep], enable_checkpointing=True)
+    module, data = sft(policy_folder), rows()
+    trainer.fit(module, data)
+    before = float(trainer.callback_metrics["val/loss"])
+    (found,) = trainer.validate(module, data, ckpt_path=which, weights_only=True, verbose=False)
+    assert found["val/loss"] == pytest.approx(before)
+
+
+def test_save_checkpoint_by_hand_resumes(policy_folder: str, tmp_path: Path) -> None:
+    trainer, module, data = quiet_trainer(max_steps=2), sft(policy_folder), rows()
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    again = sft(policy_folder)
+    quiet_trainer(max_epochs=2).fit(again, data, ckpt_path=str(tmp_path / "mine.ckpt"), weights_only=True)
+    assert again.updates == 2 + 3
+
+
+def test_copies_of_a_module_are_independent(policy_folder: str) -> None:
+    module = fit(policy_folder)
+    twin = copy.deepcopy(sft(policy_folder))
+    assert twin.hparams == sft(policy_folder).hparams and pickle.loads(pickle.dumps(rows())).batch_size == 6
+    fit(policy_folder, module=twin)
+    assert_same(weights_of(twin), weights_of(module), rtol=0, atol=0)
+
+
+def test_a_second_fit_trains_on(policy_folder: str) -> None:
+    module = fit(policy_folder)
+    fit(policy_folder, module=module)
+    assert module.updates == 6
+
+
+# -- hooks, metrics, logging -------------------------------------------------------------------------------------------
+
+
+def test_self_log_and_hooks_of_a_subclass(policy_folder: str, tmp_path: Path) -> None:
+    norms: list[float] = []
+
+    class Mine(SFTModule):
+        def training_step(self, step: Any, batch_idx: int) -> Any:
+            self.log("mine", 2.0, prog_bar=True)
+            return super().training_step(step, batch_idx)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            norms.append(sum(float(p.grad.norm()) for p in self.parameters() if p.grad is not None))
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    module = Mine(init_from=policy_folder, self_check=False)
+    trainer = quiet_trainer(logger=logger, log_every_n_steps=1)
+    trainer.fit(module, rows())
+    assert len(norms) == 3 and all(norm > 0 for norm in norms)
+    assert float(trainer.callback_metrics["mine"]) == 2.0 and float(trainer.progress_bar_metrics["mine"]) == 2.0
+    assert {"train/loss", "val/loss"} <= set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_step_of_a_csv_logger_counts_updates_alone(policy_folder: str, on_policy: bool, tmp_path: Path) -> None:
+    logger, monitor = CSVLogger(tmp_path, name="", version=""), lightning.LearningRateMonitor(logging_interval="step")
+    module, data, each = sft(policy_folder), rows(), 1
+    if on_policy:
+        module = GRPOModule(init_from=policy_folder, scorer=lengths, max_new_tokens=3, ppo_epochs=2, self_check=False)
+        data = PromptDataModule([{"prompt": f"w{n}"} for n in range(4)], batch_size=4, samples_per_prompt=2)
+        each = 2
+    quiet_trainer(logger=logger, callbacks=[monitor], log_every_n_steps=1, max_epochs=2).fit(module, data)
+    found = [int(row["step"]) for row in csv_rows(tmp_path)]
+    assert found == sorted(found) and max(found) == module.updates
+    assert all(step % each == 0 for step in found)
+
+
+def test_learning_rate_monitor_names_the_rate_and_its_groups(policy_folder: str, tmp_path: Path) -> None:
+    monitor = lightning.LearningRateMonitor()
+    fit(policy_folder, [monitor], logger=CSVLogger(tmp_path))
+    assert list(monitor.lrs) == ["learning_rate/matrices", "learning_rate/vectors"]
+
+
+def test_two_loggers_and_a_sparse_interval(policy_folder: str, tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path, name="", version="")]
+    fit(policy_folder, logger=loggers, log_every_n_steps=2)
+    written = [row["train/loss"] for row in csv_rows(tmp_path) if row["train/loss"]]
+    assert len(written) == 1 and list((tmp_path / "board").rglob("events*"))
+
+
+CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
+    "LambdaCallback": lambda: lightning.LambdaCallback(on_train_batch_end=lambda *_: None),
+    "RichProgressBar": lightning.RichProgressBar,
+    "TQDMProgressBar": lightning.TQDMProgressBar,
+    "RunProgress": RunProgress,
+    "RichModelSummary": lambda: lightning.RichModelSummary(max_depth=3),
+    "GradientScale": lambda: lightning.LambdaCallback(on_before_optimizer_step=lambda *_: None),
+    "ModelPruning": lambda: lightning.ModelPruning("l1_unstructured", amount=0.1),
+    "WeightAveraging": lightning.WeightAveraging,
+    "ThroughputMonitor": lambda: lightning.ThroughputMonitor(batch_size_fn=lambda step: step.rows),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_further_callbacks_work(policy_folder: str, name: str, tmp_path: Path) -> None:
+    bar = {"enable_progress_bar": True} if "Progress" in name else {}
+    logger = CSVLogger(tmp_path) if name == "ThroughputMonitor" else False
+    assert fit(policy_folder, [CALLBACKS[name]()], logger=logger, **bar).updates == 3
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "precision": {"precision": "bf16-mixed"},
+    "max_time": {"max_time": "00:01:00:00"},
+    "reload_dataloaders_every_n_epochs": {"reload_dataloaders_every_n_epochs": 1},
+    "inference_mode": {"inference_mode": False},
+    "use_distributed_sampler": {"use_distributed_sampler": True},
+    "num_sanity_val_steps": {"num_sanity_val_steps": 2},
+    "limit_val_batches": {"limit_val_batches": 1},
+    "benchmark": {"benchmark": True},
+    "enable_model_summary": {"enable_model_summary": True},
+    "val_check_interval as a share": {"val_check_interval": 0.5},
+    "profiler": {"profiler": "advanced"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_further_settings_of_the_trainer_work(policy_folder: str, name: str, tmp_path: Path) -> None:
+    assert fit(policy_folder, default_root_dir=tmp_path, **SETTINGS[name]).updates == 3
+
+
+def test_the_length_of_the_run_is_known(policy_folder: str) -> None:
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            assert trainer.estimated_stepping_batches == trainer.num_training_batches * 2 == 6
+
+    fit(policy_folder, [Look()], max_epochs=2)
+
+
+# -- data and models ---------------------------------------------------------------------------------------------------
+
+
+def test_predict_returns_rows_of_a_datamodule(policy_folder: str) -> None:
+    module = sft(policy_folder)
+    module.sampling = replace(module.sampling, max_new_tokens=3)
+    (found,) = quiet_trainer().predict(module, PromptDataModule([{"prompt": "w1"}], eval_source=[{"prompt": "w2"}]))
+    assert [row["prompt"] for row in found] == ["w2"]
+
+
+def test_a_datamodule_alone_is_told_what_it_lacks() -> None:
+    data = rows()
+    with refused("no-tokenizer-set", "tokenizer"):
+        data.prepare_data()
+
+
+@pytest.mark.parametrize("loader", [DataLoader(ROWS), DataLoader([1])], ids=["dicts", "steps"])
+def test_a_loader_as_source_is_refused_with_the_place_for_it(loader: Any) -> None:
+    with refused("loader-as-source", "train_dataloaders", "dataset"):
+        SFTDataModule(loader)
+
+
+def test_calling_a_module_is_refused_with_what_to_call(policy_folder: str) -> None:
+    with refused("no-forward", "answer", "export"):
+        sft(policy_folder)(torch.tensor([[1, 2]]))
+
+
+def test_freeze_and_unfreeze_of_a_whole_module(policy_folder: str) -> None:
+    module = sft(policy_folder)
+    module.configure_model()
+    module.freeze()
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    module.unfreeze()
+    assert fit(policy_folder, module=module).updates == 3
+
+
+def test_the_same_seed_gives_the_same_weights(policy_folder: str) -> None:
+    weights = []
+    for _ in range(2):
+        pl.seed_everything(3, verbose=False)
+        weights.append(weights_of(fit(policy_folder, data=rows(seed=3))))
+    assert_same(weights[0], weights[1], rtol=0, atol=0)
