@@ -88,6 +88,11 @@ class CriticFreeModule(OnPolicyModule):
         return compares or self.dynamic_sampling or self.score_rule.in_groups
 
     @property
+    def has_centred_loss(self) -> bool:  # type: ignore[override]
+        """Whether advantages sum to 0: over a group, or over the rollout."""
+        return self.baseline in ("group_mean", "leave_one_out") or self.whiten_advantages
+
+    @property
     def holds_reference(self) -> bool:
         """Whether anything is measured from a reference."""
         return self.needs_reference and (self.kl_coef != 0 or self.kl_target is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, create_summary_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from rlhf_lightning.compat import attached_datamodule, event_writer
@@ -28,6 +33,9 @@ COMPARED = {
     }
 }  # fmt: skip
 """Charts of TensorBoard's custom scalars: metrics that compare across objectives."""
+
+HEADLINES = ("val/loss", "val/accuracy", "val/reward_accuracy", "val/score", "val/kl", "rollout/score", "rollout/kl")
+"""Metrics of the HPARAMS tab after a module's own: the tab takes its columns from one run for all of them."""
 
 
 def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
@@ -97,11 +105,11 @@ def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text
 def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return all settings of a run, named as on the command line (``model.beta``), as text, numbers and booleans.
 
+    ``objective`` is the module's class and ``stage`` what the trainer does: fit, validate or test.
     ``data`` holds the arguments of the DataModule; None takes its hyper-parameters.
     """
-    first = {"seed": module.hparams["seed"]} if "seed" in module.hparams else {}  # TensorBoard keeps this order
-    flat: dict[str, Any] = {"model": type(module).__name__, **_flat("model", first)}
-    flat.update(_flat("model", module.hparams))
+    flat: dict[str, Any] = {"objective": type(module).__name__, "seed": module.hparams.get("seed")}
+    flat |= {"stage": getattr(trainer.state.fn, "value", None), **_flat("model", module.hparams)}
     datamodule = attached_datamodule(trainer)
     if datamodule is not None:
         flat["data"] = type(datamodule).__name__
@@ -109,6 +117,30 @@ def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, A
     flat["trainer.max_epochs"], flat["trainer.max_steps"] = trainer.max_epochs, trainer.max_steps
     flat["trainer.precision"], flat["trainer.ranks"] = str(trainer.precision), trainer.world_size
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}
+
+
+ALWAYS = ("objective", "seed", "stage")
+TRAINER_DEFAULTS = {
+    "trainer.max_epochs": 1,
+    "trainer.max_steps": -1,
+    "trainer.precision": "32-true",
+    "trainer.ranks": 1,
+}
+
+
+def differing_hparams(flat: Mapping[str, Any], module: LightningModule, trainer: Trainer) -> dict[str, Any]:
+    """Return the settings that differ from their defaults: first objective, seed and stage, then the others."""
+    defaults: dict[str, Any] = dict(TRAINER_DEFAULTS)
+    for prefix, part in (("model", module), ("data", attached_datamodule(trainer))):
+        for kind in reversed(type(part).__mro__):
+            signature = inspect.signature(kind).parameters.values() if "__init__" in vars(kind) else ()
+            named = {one.name: one.default for one in signature if one.default is not inspect.Parameter.empty}
+            defaults |= _flat(prefix, named)
+    defaults |= {"model.seed": flat["seed"], "data.seed": flat["seed"]}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in defaults.items()}
+    changed = {name: value for name, value in flat.items() if name not in plain or plain[name] != value}
+    return {name: changed[name] for name in (*ALWAYS, *changed) if name in changed}
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +171,7 @@ class RunHparams(Callback):
         super().__init__()
         self.data_settings = data_settings
         self._earlier: dict[str, float] = {}
+        self._ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pin the curves that compare objectives; those that a resumed run continues are pinned already."""
@@ -148,17 +181,51 @@ class RunHparams(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings and the names of the metrics."""
+        self._write_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark a run that only validates."""
+        if trainer.state.fn == "validate":
+            self._write_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark a run that only tests."""
+        self._write_start(trainer, pl_module)
+
+    def _write_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Give TensorBoard what differs from the defaults, and other loggers every setting."""
+        self._ended = False
         if not trainer.is_global_zero:
             return
-        flat, tags = flat_hparams(pl_module, trainer, self.data_settings), aligned(pl_module).headline_metrics
+        flat = flat_hparams(module, trainer, self.data_settings)
+        shown = differing_hparams(flat, module, trainer)
+        tags = dict.fromkeys((*aligned(module).headline_metrics, *HEADLINES), 0.0)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(flat)
-                writer = event_writer(logger)
-                for summary in hparams_summary(flat, dict.fromkeys(tags, 0.0)):
-                    writer.add_summary(summary)
+                experiment, start, _ = hparams_summary(shown, tags)
+                for summary in (experiment, start):
+                    event_writer(logger).add_summary(summary)
             else:
                 logger.log_hyperparams(flat)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Mark the run as finished."""
+        self._write_end(trainer, Status.STATUS_SUCCESS)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Mark the run as failed."""
+        self._write_end(trainer, Status.STATUS_FAILURE)
+
+    def _write_end(self, trainer: Trainer, status: int) -> None:
+        """Write how the run ended, once."""
+        for logger in trainer.loggers if trainer.is_global_zero and not self._ended else []:
+            if isinstance(logger, TensorBoardLogger):
+                data = HParamsPluginData(session_end_info=SessionEndInfo(status=status))
+                value = Summary.Value(tag=SESSION_END_INFO_TAG, metadata=create_summary_metadata(data))
+                event_writer(logger).add_summary(Summary(value=[value]))
+                logger.experiment.flush()
+        self._ended = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final value of each headline metric."""

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, a line every ten seconds anywhere else."""
+"""The progress of a run: one live line on a terminal, a printed line every ten seconds anywhere else."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
 
-from rlhf_lightning.compat import bar_is_enabled
 from rlhf_lightning.runs.run import aligned, updates_of
 
 SECONDS_BETWEEN_LINES = 10.0
+BAR_WIDTH = 20
 COMPARED = ("loss", "reward_accuracy", "reward_margin", "score", "kl", "length", "eos_rate")
 """Metrics of a validation that compare objectives, where they are logged."""
 
 
-class RunProgress(TQDMProgressBar):
-    """Show loss, tokens per second and the remaining time of the whole run.
+class RunProgress(ProgressBar):
+    """Show loss, tokens per second, elapsed and remaining time of the whole run.
 
     Args:
         seconds: seconds between two lines where there is no terminal.
@@ -32,19 +37,20 @@ class RunProgress(TQDMProgressBar):
         self.seconds = seconds
         self.clock = clock
         self.on_terminal = sys.stdout.isatty()
+        self._enabled = True
+        self._live: Live | None = None
+        self._training: Table | None = None
         self._began = self._printed = clock()
         self._tokens_before = 0
         self._steps = 0
 
-    @property
-    def is_enabled(self) -> bool:
-        """Whether bars are drawn."""
-        return self.on_terminal and super().is_enabled
+    def enable(self) -> None:
+        """Show progress."""
+        self._enabled = True
 
-    @property
-    def is_disabled(self) -> bool:
-        """Whether bars are not drawn."""
-        return not self.is_enabled
+    def disable(self) -> None:
+        """Show nothing; Lightning calls this on other ranks than zero."""
+        self._enabled = False
 
     def on_train_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -58,28 +64,21 @@ class RunProgress(TQDMProgressBar):
     ) -> None:
         """Count the step; print a line if one is due or the run is at its end."""
         self._steps += 1
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         total = steps_of_run(trainer)
         last = total is not None and self._step(trainer) >= total
         if last or self._is_due():
-            self._line("training", self._step(trainer), total, self._figures(trainer, pl_module))
+            figures = {**self._figures(trainer, pl_module), **_shown(trainer.progress_bar_metrics)}
+            self._line("training", self._step(trainer), total, figures)
 
     def on_train_end(self, *args: Any) -> None:
-        """Say so if a resumed run had reached its end already."""
-        super().on_train_end(*args)
+        """Leave the last line on the screen; say so if a resumed run had reached its end already."""
+        self._release()
         trainer, module = args
         if not self._steps and trainer.ckpt_path is not None:
             self.print(
                 f"nothing was left to train: the run had ended at update {updates_of(module)}; to continue it, raise "
                 f"trainer.max_epochs (now {trainer.max_epochs}) or trainer.max_steps (now {trainer.max_steps})"
             )
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the figures after the bar."""
-        shown: dict[str, Any] = {**self._figures(trainer, pl_module), **trainer.progress_bar_metrics}
-        return shown
 
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         """Return the known ones of loss, speed and remaining time as text."""
@@ -88,6 +87,8 @@ class RunProgress(TQDMProgressBar):
             value = trainer.callback_metrics.get(tag)
             if value is not None:
                 figures[label] = f"{float(value):.4g}"
+        if "loss" in figures and aligned(module).has_centred_loss:
+            figures["loss"] += " (near 0 by construction)"
         seconds = self.clock() - self._began
         tokens = aligned(module).tokens - self._tokens_before
         if tokens and seconds > 0:
@@ -105,12 +106,14 @@ class RunProgress(TQDMProgressBar):
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Advance."""
-        super().on_validation_batch_end(*args, **kwargs)
         self._evaluated("validation", args, kwargs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of a validation during training that compare, in one line."""
-        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "validate":
+            self._release()
+        elif self._live is not None and self._training is not None:
+            self._live.update(self._training)  # in place of the line of the validation
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         names = dict.fromkeys((*aligned(pl_module).headline_metrics, *(f"val/{name}" for name in COMPARED)))
@@ -121,12 +124,10 @@ class RunProgress(TQDMProgressBar):
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Advance."""
-        super().on_test_batch_end(*args, **kwargs)
         self._evaluated("test", args, kwargs)
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Advance."""
-        super().on_predict_batch_end(*args, **kwargs)
         self._evaluated("prediction", args, kwargs)
 
     def _evaluated(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,22 +141,60 @@ class RunProgress(TQDMProgressBar):
         total = sum(batches) if isinstance(batches, list) else batches
         self._line(what, index + 1, None if math.isinf(total) else int(total), {})
 
+    def on_test_end(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the last line on the screen."""
+        self._release()
+
+    def on_predict_end(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the last line on the screen."""
+        self._release()
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """Give the terminal back."""
+        self._release()
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        """Give the terminal back."""
+        self._release()
+
     def _is_due(self) -> bool:
-        return not self.on_terminal and bar_is_enabled(self) and self.clock() - self._printed >= self.seconds
+        """Whether to draw: always on a terminal, which redraws a few times a second, else every ``seconds``."""
+        return self._enabled and (self.on_terminal or self.clock() - self._printed >= self.seconds)
 
     def _line(self, what: str, step: int, total: int | None, figures: dict[str, str]) -> None:
-        if self.on_terminal or not bar_is_enabled(self):
+        """Draw the live line, or print it where there is no terminal."""
+        if not self._enabled:
             return
         self._printed = self.clock()
         share = f"{step}/{total} ({100 * step / total:.0f} %)" if total else str(step)
-        print(f"{what} {share}  {'  '.join(f'{name} {value}' for name, value in figures.items())}".rstrip(), flush=True)
+        shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if not self.on_terminal:
+            print(f"{what} {share}  {shown}".rstrip(), flush=True)
+            return
+        if self._live is None:
+            self._live = Live(console=Console(file=sys.stdout, force_terminal=True), refresh_per_second=4)
+            self._live.start()
+        line = Table.grid(padding=(0, 1))
+        bar = [Bar(total=total, completed=step, width=BAR_WIDTH)] if total else []
+        line.add_row(Text(f"{what} {share}", no_wrap=True), *bar, Text(shown, no_wrap=True, overflow="ellipsis"))
+        self._training = line if what == "training" else self._training
+        self._live.update(line)
 
-    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print without breaking the bar, and also where there is none."""
-        if self.on_terminal:
-            super().print(*args, sep=sep, **kwargs)
-        elif bar_is_enabled(self):
-            print(*args, sep=sep, **kwargs)
+    def _release(self) -> None:
+        """Draw the live line for the last time."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print a line; a live line stays below it."""
+        if self._enabled:
+            print(*args, **kwargs)
+
+
+def _shown(metrics: Any) -> dict[str, str]:
+    """Return the metrics that a module logs with ``prog_bar=True`` as text."""
+    return {name: f"{float(value):.4g}" for name, value in metrics.items()}
 
 
 def steps_of_run(trainer: Trainer) -> int | None:

@@ -19,8 +19,8 @@ from rlhf_lightning.runs.run import aligned, check_period, passes_multiple, run_
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
-from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, call_scorer, unmoved
-from rlhf_lightning.types import Judgement, Message, Prompt
+from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, ask_scorer, unmoved
+from rlhf_lightning.types import Message, Prompt
 
 UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
@@ -139,13 +139,12 @@ class SampleTable(Callback):
         try:
             with unmoved(scorer):
                 asked = answers.asked(self.prompts)
-                given = call_scorer(scorer, asked, texts, self.columns, type(scorer).__name__)
+                found = ask_scorer(scorer, asked, texts, self.columns, type(scorer).__name__)
         except UNSCORABLE:
             return [None] * len(texts)
         rewards = [one.reward for one in answers.transcripts] or [0.0] * len(texts)
-        scores = [score.score if isinstance(score, Judgement) else score for score in given]
-        both = zip(scores, rewards, strict=True)
-        return [None if score is None or math.isnan(score + paid) else float(score + paid) for score, paid in both]
+        both = zip(found.scores.tolist(), rewards, strict=True)
+        return [None if math.isnan(score + paid) else score + paid for score, paid in both]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

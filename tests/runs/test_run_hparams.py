@@ -1,5 +1,10 @@
 """TensorBoard's HPARAMS tab, read back from the event file."""
 
+from pathlib import Path
+
+import pytest
+import tiny_run
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tiny_run import BASIC, UPDATES, RolloutModule, events_of, scalars_of
 
@@ -14,29 +19,54 @@ TAGS = {
 
 
 def hparams_in(folder):
-    """Settings and metric names that the tab shows."""
+    """Settings, in the order of the tab, and metric names."""
     content = events_of(folder).PluginTagToContent("hparams")
     experiment = plugin_data_pb2.HParamsPluginData.FromString(content[TAGS["experiment"]]).experiment
     start = plugin_data_pb2.HParamsPluginData.FromString(content[TAGS["start"]]).session_start_info
     settings = {}
-    for name, value in start.hparams.items():
-        settings[name] = getattr(value, value.WhichOneof("kind"))
+    for info in experiment.hparam_infos:
+        value = start.hparams[info.name]
+        settings[info.name] = getattr(value, value.WhichOneof("kind"))
     return settings, [info.name.tag for info in experiment.metric_infos]
 
 
-def test_settings_and_headline_metrics_are_in_the_tab_with_final_values():
+def status_in(folder):
+    """How the run ended: 1 for success, 2 for failure; None if it has not."""
+    content = events_of(folder).PluginTagToContent("hparams").get(TAGS["end"])
+    return None if content is None else plugin_data_pb2.HParamsPluginData.FromString(content).session_end_info.status
+
+
+def test_settings_that_differ_and_headline_metrics_are_in_the_tab_with_final_values():
     cli = run(["fit", *BASIC, "--model.offset", "0.25", "--trainer.max_epochs", "2"])
     settings, metrics = hparams_in(cli.folder)
-    assert metrics == ["val/loss", "val/slope"]
-    assert settings["model"] == "SlopeModule" and settings["model.offset"] == 0.25
-    assert settings["model.learning_rate"] == 0.1 and settings["model.lora"] == "None"
-    assert settings["data.count"] == 2 * UPDATES and settings["trainer.max_epochs"] == 2
-    assert not [name for name in settings if "_class_path" in name or "_instantiator" in name]
-    for tag in metrics:
+    assert metrics[:2] == ["val/loss", "val/slope"] and "val/reward_accuracy" in metrics
+    assert list(settings)[:3] == ["objective", "seed", "stage"]
+    assert settings == {
+        "objective": "SlopeModule", "seed": 0.0, "stage": "fit", "model.learning_rate": 0.1, "model.offset": 0.25,
+        "data": "NumbersDataModule", "trainer.max_epochs": 2.0,
+    }  # fmt: skip
+    assert status_in(cli.folder) == 1
+    for tag in metrics[:2]:
         points = scalars_of(cli.folder, tag)
         assert points[-1][0] == 2 * UPDATES
         assert points[-1][1] == float(cli.trainer.callback_metrics[tag])
         assert min(step for step, _ in points) > 0, "no made-up value at the start"
+
+
+def test_a_run_that_failed_is_marked_until_it_is_resumed(monkeypatch):
+    settings = ["--run_name", "cut", "--checkpoint.every_n_updates", "2"]
+    monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", 3)
+    with pytest.raises(RuntimeError, match="machine"):
+        run(["fit", *BASIC, *settings])
+    assert status_in(Path("runs/cut/version_0")) == 2
+    monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", None)
+    assert status_in(run(["fit", "--resume", "runs/cut"]).folder) == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_run_that_only_evaluates_is_marked(command):
+    settings, _ = hparams_in(run([command, *BASIC]).folder)
+    assert (settings["stage"], settings["objective"]) == (command, "SlopeModule")
 
 
 def test_there_is_no_meaningless_metric():
@@ -56,10 +86,11 @@ def test_nested_settings_get_dotted_names():
 
     class Trainer:
         max_epochs, max_steps, precision, world_size, datamodule = 1, -1, "32-true", 2, None
+        state = TrainerState(fn=TrainerFn.FITTING)
 
     flat = flat_hparams(Module(), Trainer())
     assert {name: value for name, value in flat.items() if name.startswith("model")} == {
-        "model": "Module", "model.lora.r": 8, "model.lora.targets": "['q', 'v']", "model.beta": 0.1,
+        "model.lora.r": 8, "model.lora.targets": "['q', 'v']", "model.beta": 0.1,
         "model.name": "None",
     }  # fmt: skip
     assert (flat["trainer.max_epochs"], flat["trainer.precision"], flat["trainer.ranks"]) == (1, "32-true", 2)

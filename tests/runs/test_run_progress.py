@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from tiny_run import BASIC, NumbersDataModule, RolloutModule, SlopeModule
 
 from rlhf_lightning.commands.train import run
+from rlhf_lightning.modules import CriticFreeModule, DPOModule, GRPOModule, PPOModule, RLOOModule
 from rlhf_lightning.runs import RunProgress
 from rlhf_lightning.runs import progress as progress_module
 from rlhf_lightning.runs.progress import clock_time
@@ -65,14 +66,42 @@ def test_a_limit_in_updates_bounds_rollouts(capsys):
     assert "update 6 " in lines[1]
 
 
-def test_a_terminal_gets_a_bar_with_the_same_figures(capsys, monkeypatch):
+def test_a_terminal_gets_one_live_line_with_the_same_figures(capsys, monkeypatch):
+    """Other lines are printed above it; it is drawn again in place, and stays when the run ends."""
     monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
     run(["fit", *BASIC, "--trainer.max_epochs", "2"])
     shown = capsys.readouterr().out
-    assert "training 16/16" not in shown
-    last = shown[shown.rindex("Epoch 1: 100%") :]
-    assert "8/8" in last and "update=16" in last and "loss=" in last and "tokens/s=" in last and "left=0:00" in last
-    assert "v_num" not in shown
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip() for line in re.split(r"[\r\n]+", shown)]
+    live = [line for line in lines if line.startswith("training")]
+    assert "16/16 (100 %)" in live[-1] and "update 16" in live[-1] and "left 0:00" in live[-1]
+    assert "\x1b[2K" in shown, "the line is erased before it is drawn again"
+    assert [line for line in lines if line.startswith("validation at update 16: ")], "it does not break other lines"
+    assert shown.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in shown, "the cursor is shown again"
+
+
+def test_a_run_that_fails_gives_the_terminal_back(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(SlopeModule, "crash_at", 3)
+    with pytest.raises(RuntimeError, match="machine"):
+        run(["fit", *BASIC])
+    shown = capsys.readouterr().out
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
+
+
+def test_a_loss_that_is_near_zero_by_construction_is_marked(capsys):
+    class Centred(SlopeModule):
+        has_centred_loss = True
+
+    fit(Centred(learning_rate=0.1), seconds=3)
+    assert re.search(r"loss [\d.e-]+ \(near 0 by construction\)", capsys.readouterr().out)
+
+
+def test_losses_of_centred_advantages_are_marked():
+    common = {"init_from": "unread", "scorer": len}
+    assert GRPOModule(**common).has_centred_loss and RLOOModule(**common).has_centred_loss
+    assert not CriticFreeModule(**common, baseline="greedy").has_centred_loss
+    assert not PPOModule(**common).has_centred_loss and not DPOModule(init_from="unread").has_centred_loss
 
 
 def test_the_bar_is_off_where_it_is_switched_off(capsys):
