@@ -39,6 +39,7 @@ TOOL_COMMANDS = {
     "quickstart": Command(
         "rlhf_lightning.commands.quickstart", "run the whole pipeline on a small built-in world, in minutes"
     ),
+    "init": Command("rlhf_lightning.commands.init", "write a project with an objective, a scorer, data and tests"),
     "audit": Command("rlhf_lightning.commands.audit", "check a data set before training on it"),
     "show": Command("rlhf_lightning.commands.show", "print the tokens that rows become, and which are learned"),
     "plan": Command("rlhf_lightning.planning.plan", "estimate the memory and compute of a run before it starts"),
@@ -92,6 +93,7 @@ def help_text() -> str:
             "",
             "`rlhf COMMAND --help` lists the options of a command,",
             "`rlhf fit --model.help DPOModule` those of a class.",
+            "Exit status: 0 done, 1 failed, 2 wrong command line, 75 stopped with a checkpoint, 130 interrupted.",
         ]
     )
 
