@@ -278,7 +278,7 @@ def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
     if "." in name:
         return import_path(name, what)
     usable = sorted(key for key, kind in shipped.items() if not inspect.isabstract(kind))
-    near = nearest(name, usable)
+    near = nearest(name, usable) or next((key for key in usable if key.lower().startswith(name.lower())), None)
     known = f"there are {', '.join(usable)}" if usable else "none is shipped"
     hint = f"did you mean {near}?" if near else f"{known}."
     raise SettingError(

@@ -80,6 +80,9 @@ def best_of_n(
         )
     write_lines(Path(out), (demonstration(row, groups[place]) for place, row in kept))
     print(f"{out}: {said}\n{report_of(groups, [row for _, row in kept]).describe()}")
+    left = [group for place, group in enumerate(groups) if place not in {place for place, _ in kept}]
+    if left:
+        print(why_none(left, keep, threshold, keep_unfinished))
     return 0
 
 
@@ -126,6 +129,26 @@ def selected(
     for place, row in chosen:
         distinct.setdefault(json.dumps([row["prompt"], row["completion"]]), (place, row))
     return sorted(list(distinct.values())[:top], key=lambda one: one[0])
+
+
+def why_none(left: Sequence[Sequence[Row]], keep: Keep, threshold: float | None, keep_unfinished: bool) -> str:
+    """Return why prompts have no demonstration, and what to change; ``left`` are their samples."""
+    reasons = {"truncated": 0, "empty": 0, "low": 0, "alike": 0}
+    for group in left:
+        written = [row for row in group if row["completion"].strip()]
+        usable = [row for row in written if row["finished"] or keep_unfinished]
+        best = max((row["score"] for row in usable), default=0.0)
+        low = keep == "top-k" or (threshold is not None and best < threshold)
+        name = "empty" if not written else "truncated" if not usable else "low" if low else "alike"
+        reasons[name] += 1
+    words = {
+        "truncated": "all samples were truncated (raise max_new_tokens, or set keep_unfinished)",
+        "empty": "all samples are empty",
+        "low": "scores are too low (lower the threshold, or raise top)",
+        "alike": "another row has the same prompt and completion",
+    }
+    told = [f"{count:,}: {words[name]}" for name, count in reasons.items() if count]
+    return f"prompts without a demonstration: {len(left):,} ({'; '.join(told)})"
 
 
 def demonstration(row: Row, group: Sequence[Row]) -> Row:

@@ -28,7 +28,13 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
         name, equals, value = argument[2:].partition("=")
         return f"--{name.replace('-', '_')}{equals}{resolve_recipe(value)}"
 
-    return [rewritten(argument) for argument in argv]
+    joined: list[str] = []
+    for argument in argv:
+        if re.fullmatch(r"-[\d.]+e[-+]?\d+", argument, re.IGNORECASE) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={argument}"  # the parser takes -1e-5 for an option
+        else:
+            joined.append(argument)
+    return [rewritten(argument) for argument in joined]
 
 
 def option_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:

@@ -68,11 +68,25 @@ def explain(message: str, parser: Any = None) -> str:
     header = HEADER_KEY.match(message)
     key = header.group(1) if header else ""
     class_path = found.group(1) if (found := CLASS.search(message)) else ""
-    for rule in (_wrong_option, _wrong_argument, _missing, _wrong_class, _wrong_value, _wrong_file):
+    for rule in (_wrong_optimizer, _wrong_option, _wrong_argument, _missing, _wrong_class, _wrong_value, _wrong_file):
         sentence = rule(message, key, class_path, parser)
         if sentence:
             return sentence
     return _tidied(message)
+
+
+def _wrong_optimizer(message: str, key: str, class_path: str, parser: Any) -> str | None:
+    """An optimizer or a scheduler that cannot be imported."""
+    found = re.search(r'Parser key "(optimizer|lr_scheduler)"', message)
+    given = re.search(r"Given value: (\w[^\n]*)", message)
+    if not found or not given or "Expected a dot import path string" not in message:
+        return None
+    example = {"optimizer": "torch.optim.AdamW", "lr_scheduler": "torch.optim.lr_scheduler.LinearLR"}[found.group(1)]
+    near = nearest(given.group(1), vars(sys.modules["torch.optim"])) if found.group(1) == "optimizer" else None
+    return (
+        f"model.{found.group(1)}: there is no class {given.group(1).strip()}; give its path, such as "
+        f"{f'torch.optim.{near}' if near else example}"
+    )
 
 
 def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str | None:

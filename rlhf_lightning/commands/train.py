@@ -340,8 +340,6 @@ class RlhfCLI(LightningCLI):
         if not hasattr(import_path(model.class_path), "batch_type"):
             known = ", ".join(sorted(subclasses_of(AlignmentModule)))
             refuse(f"model is an abstract base class; choose an objective with --model CLASS: {known}")
-        if config.resume and command != "fit":
-            refuse(f"--resume continues training; to evaluate a run, write `rlhf {command} {config.resume}`")
         if config.resume and (changed := self.changed_seed(config)) is not None:
             refuse(changed)
         if config.ckpt_path in ("last", "best"):
@@ -630,7 +628,10 @@ def resumed(argv: Sequence[str]) -> list[str]:
     """
     given, command = flags(argv), argv[0]
     named = argv[1] if command != "fit" and argv[1:] and not argv[1].startswith("-") else None
-    if (command != "fit" or "--resume" not in given) and named is None:
+    if command != "fit" and "--resume" in given:
+        run_name = given["--resume"]
+        usage_error(f"rlhf {command}", f"--resume continues training; to evaluate, write `rlhf {command} {run_name}`")
+    if "--resume" not in given and named is None:
         return list(argv)
     run = find_run(named or given["--resume"], given.get("--runs_folder", "runs"))
     checkpoint = given.get("--ckpt_path") or str(inside_run(last_checkpoint(run), run))

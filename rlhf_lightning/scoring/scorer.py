@@ -241,10 +241,20 @@ def call_scorer(
 
     Raises:
         ContractError: the scorer called sys.exit, which must not end a run as a success.
+        MissingColumnError: a function asked for a column that the data lacks.
     """
     try:
         given = scorer(prompts, completions, **columns)
         return list(given) if isinstance(given, Iterator) else given
+    except KeyError as error:
+        asked = error.args[0] if error.args else None
+        if not isinstance(scorer, FunctionScorer) or not isinstance(asked, str) or asked in columns:
+            raise
+        raise MissingColumnError(
+            "missing-data-column",
+            f"{scorer.function.__name__} asks for {asked!r}, which the data lacks (further columns: "
+            f"{', '.join(columns) or 'none'}); add it to the rows, or rename one by data.columns",
+        ) from error
     except SystemExit as error:
         raise ContractError(
             "scorer-exits",

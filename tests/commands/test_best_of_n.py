@@ -7,7 +7,7 @@ import pytest
 from tiny_run import rows_of
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.best_of_n import demonstration, report_of, selected
+from rlhf_lightning.commands.best_of_n import demonstration, report_of, selected, why_none
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.tokenization import load_tokenizer
 
@@ -76,6 +76,20 @@ def test_the_report_in_numbers():
     assert demonstration(chosen[0], GROUPS[0]) == {
         "prompt": "p", "completion": "cc", "score": 2.0, "n": 4, "unique": 3 / 4,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keep", "threshold", "words"),
+    [
+        ("best", None, "1: all samples were truncated (raise max_new_tokens"),
+        ("threshold", 6.0, "2: scores are too low (lower the threshold"),
+    ],
+)
+def test_prompts_without_a_demonstration_are_explained(keep, threshold, words):
+    places = {place for place, _ in selected(GROUPS, keep, None, threshold, False, 0)}
+    left = [group for place, group in enumerate(GROUPS) if place not in places]
+    told = why_none(left, keep, threshold, False)
+    assert f"prompts without a demonstration: {len(left)} (" in told and words in told
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""Mistakes that newcomers make: each is answered by one sentence that names the remedy, without a traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.commands import flag_index
+
+PAIRS = [{"prompt": f"a{number}", "chosen": "bc", "rejected": "d"} for number in range(8)]
+FILES = {
+    "pairs.jsonl": PAIRS,
+    "alike.jsonl": [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 4,
+    "texts.jsonl": [{"text": "a"}] * 4,
+    "answers.jsonl": [{"prompt": "a", "completion": "b"}] * 4,
+    "chats.jsonl": [{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}] * 4,
+    "prompts.jsonl": [{"prompt": f"a{number}"} for number in range(8)],
+    "nameless.jsonl": [{"question": "a", "good": "b", "bad": "c"}] * 4,
+}
+SCORERS = """
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def good(prompts, completions, **columns):
+    return [1.0 for _ in completions]
+
+def texts(prompts, completions, **columns):
+    return ["good"] * len(completions)
+
+def broken(prompts, completions, **columns):
+    return [columns["rubric"] for _ in completions]
+"""
+CPU = "--trainer.accelerator cpu --trainer.max_steps 1 --model.self_check false"
+DPO = f"fit --model DPOModule --model.init_from POLICY --data PreferenceDataModule --data.source pairs.jsonl {CPU}"
+SFT = f"fit --model SFTModule --model.init_from POLICY --data SFTDataModule --data.source answers.jsonl {CPU}"
+GRPO = f"fit --model GRPOModule --model.init_from POLICY --data PromptDataModule --data.source prompts.jsonl {CPU}"
+GRPO = f"{GRPO} --data.batch_size 4 --model.max_new_tokens 2"
+SCORED = f"{GRPO} --model.scorer scorers"
+BEST = "best-of-n --model POLICY --scorer scorers.texts --prompts prompts.jsonl --out a.jsonl"
+
+MISTAKES = {
+    # the command line
+    "a command of another name": ("train --config recipe:dpo", "the commands are fit"),
+    "a file that is not there": ("fit --config dpo.yml", "dpo.yml"),
+    "a recipe of another name": ("fit --config recipe:dop", "did you mean dpo"),
+    "a trainer's name": ("fit --model PPOTrainer --data PromptDataModule", "did you mean PPOModule"),
+    "a config's name": ("fit --model DPOConfig --data PreferenceDataModule", "did you mean DPOModule"),
+    "another library's rate": (f"{DPO} --model.lr 1e-5", "--model.learning_rate"),
+    "another library's rank": (f"{DPO} --model.lora_r 8", "--model.lora.r"),
+    "another library's batch": (f"{DPO} --per_device_train_batch_size 8", "--data.micro_batch_size"),
+    "another library's accumulation": (f"{DPO} --gradient_accumulation_steps 8", "--data.batch_size"),
+    "another library's epochs": (f"{DPO} --num_train_epochs 3", "--trainer.max_epochs"),
+    "another library's length": (f"{GRPO} --max_completion_length 64", "--model.max_new_tokens"),
+    "another library's group": (f"{GRPO} --num_generations 4", "--data.samples_per_prompt"),
+    "an older trainer's devices": (f"{DPO} --trainer.gpus 1", "--trainer.devices"),
+    "a misspelt setting": (f"{DPO} --model.beat 0.1", "the nearest is --model.beta"),
+    "a setting of another part": (f"{DPO} --model.batch_size 8", "--data.batch_size"),
+    "a setting of another objective": (f"{DPO} --model.kl_coef 0.1", "is not an argument of DPOModule"),
+    "a value without its option": ("fit recipe:dpo", "a value follows an option"),
+    "no model at all": ("fit", "missing: --model CLASS and --data CLASS"),
+    "no scorer": (GRPO, "GRPOModule needs --model.scorer"),
+    "a text as a number": (f"{DPO} --model.beta high", "model.beta must be a number, not high"),
+    "a seed that is a text": (f"{DPO} --seed_everything x", "seed_everything"),
+    "a run name outside the runs": (f"{DPO} --run_name ../mine", "run_name is"),
+    "the best checkpoint of a new run": (f"{DPO} --ckpt_path best", "--resume RUN"),
+    "a misspelt option of a tool": ("quickstart --sed 1", "unrecognized arguments: --sed"),
+    # settings that cannot be
+    "a negative beta": (f"{DPO} --model.beta -0.1", "beta of DPOModule is -0.1"),
+    "a negative rate": (f"{DPO} --model.learning_rate -1e-5", "learning_rate of DPOModule is -1e-05"),
+    "a share above one": (f"{DPO} --model.label_smoothing 0.7", "label_smoothing"),
+    "no rows in a batch": (f"{DPO} --data.batch_size 0", "batch_size is 0: it must be at least 1"),
+    "negative held-out rows": (f"{DPO} --data.eval_rows -1", "eval_rows is -1"),
+    "a rank of zero": (f"{DPO} --model.lora.r 0", "r of LoraSettings is 0"),
+    "clipping at zero": (f"{DPO} --model.max_grad_norm 0", "max_grad_norm"),
+    "half precision": (f"{DPO} --trainer.precision 16-mixed", "use bf16-mixed or 32-true"),
+    "a strategy of another name": (f"{DPO} --trainer.strategy deepspeed", "ModelParallelStrategy"),
+    "weights in 4 bits that are trained": (f"{DPO} --model.quantization nf4", "set lora"),
+    "weights in half precision that are trained": (f"{DPO} --model.dtype bfloat16", "bf16-mixed"),
+    "an optimizer of another name": (f"{DPO} --model.optimizer Adamm", "torch.optim.Adam"),
+    "two optimizers' settings": (f"{DPO} --model.optimizer torch.optim.SGD --model.weight_decay 1", "weight_decay"),
+    "an endless schedule": (f"{DPO} --trainer.max_steps -1 --trainer.max_epochs -1", "set trainer.max_epochs or"),
+    "one sample for a group": (f"{SCORED}.good --data.samples_per_prompt 1", "samples_per_prompt"),
+    "two ways of holding out": (f"{DPO} --data.eval_rows 2 --data.eval_source pairs.jsonl", "give one of them"),
+    # data
+    "data that are not there": (f"{DPO} --data.source mine.jsonl", "mine.jsonl"),
+    "an empty file": (f"{DPO} --data.source empty.jsonl", "empty.jsonl"),
+    "a line that is no JSON": (f"{DPO} --data.source broken.jsonl", "broken.jsonl"),
+    "columns of other names": (f"{DPO} --data.source nameless.jsonl", "columns"),
+    "demonstrations for DPO": (f"{DPO} --data.source answers.jsonl", "answers.jsonl"),
+    "pairs that are alike": (f"{DPO} --data.source alike.jsonl", "alike"),
+    "messages without a template": (f"{DPO.replace('POLICY', 'PLAIN')} --data.source chats.jsonl", "chat template"),
+    "a template file that is not there": (f"{DPO} --model.chat_template mine.jinja", "mine.jinja"),
+    "an audit of no file": ("audit mine.jsonl --tokenizer POLICY", "mine.jsonl"),
+    "a row beyond the end": ("show pairs.jsonl --tokenizer POLICY --row 99", "fewer than 99 rows"),
+    # models and scorers
+    "a model that is not there": (f"{DPO} --model.init_from models/mine", "models/mine"),
+    "a reward model as policy": (DPO.replace("POLICY", "REWARD"), "REWARD"),
+    "a policy as reward model": (f"{GRPO} --model.scorer POLICY", "POLICY"),
+    "a scorer of another name": (f"{SCORED}.nope", "scorers"),
+    "a scorer with too few scores": (f"{SCORED}.short", "one number for each completion"),
+    "a scorer of texts": (f"{SCORED}.texts", "must return one number for each completion"),
+    "a scorer without its column": (f"{SCORED}.broken", "rename one by data.columns"),
+    # runs and tools
+    "a resumed run that is not there": ("fit --resume mine", "no run found at mine"),
+    "an evaluation as a resumed run": ("validate --resume mine", "`rlhf validate mine`"),
+    "an export without a place": ("export runs/mine", "out"),
+    "prompts that are not there": ("generate --model POLICY --prompts mine.jsonl --out a.jsonl", "mine.jsonl"),
+    "an output without a model": ("generate --prompts prompts.jsonl --out a.jsonl", "model"),
+    "a threshold that is missing": (
+        f"{BEST} --keep threshold",
+        "keep=threshold needs threshold",
+    ),
+    "none of n": (f"{BEST} --n 0", "n is 0"),
+    "a store of another ending": ("annotate --store labels.sqlite", "does not end in .db"),
+    "a page for everybody": ("annotate --store labels.db --host 0.0.0.0", "annotators ann,bob"),
+    "instructions that are not there": ("annotate --store labels.db --instructions guide.md", "Markdown file"),
+    "labels of no store": ("annotate export --store labels.db --out a.jsonl", "labels.db"),
+    "a comparison of nothing": ("compare runs/mine", "mine"),
+    "an objective of another name": ("verify DPO", "DPOModule"),
+    "a project with a hyphen": ("init my-project", "such as my_project"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def files() -> None:
+    for name, rows in FILES.items():
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("empty.jsonl").write_text("")
+    Path("broken.jsonl").write_text('{"prompt": "a", \n')
+    Path("scorers.py").write_text(SCORERS)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_sentence_names_the_remedy(
+    mistake: str, files: None, policy_folder: str, plain_folder: str, reward_folder: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(flag_index, "is_stale", lambda: False)
+    monkeypatch.syspath_prepend(".")
+    command, words = MISTAKES[mistake]
+    folders = {"POLICY": policy_folder, "PLAIN": plain_folder, "REWARD": reward_folder}
+    argv = [folders.get(word, word) for word in command.split()]
+    try:
+        status = rlhf(argv)
+    except SystemExit as exit_status:
+        status = exit_status.code
+    told = capsys.readouterr().err
+    lines = [line for line in told.splitlines() if line.startswith(("rlhf", "usage: rlhf", "missing")) or words in line]
+    assert status in (1, 2), f"status {status}: {told[-500:]}"
+    assert "Traceback" not in told
+    for name, folder in folders.items():
+        words = words.replace(name, folder)
+    said = [line for line in lines if words in line]
+    assert said, f"{words!r} is not in: {told[-700:]}"
+    assert len(said[0]) < 700
+
+
+def test_there_are_sixty_mistakes() -> None:
+    assert len(MISTAKES) >= 60
