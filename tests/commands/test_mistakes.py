@@ -98,7 +98,7 @@ MISTAKES = {
     "a reward model as policy": (DPO.replace("POLICY", "REWARD"), "REWARD"),
     "a policy as reward model": (f"{GRPO} --model.scorer POLICY", "POLICY"),
     "a scorer of another name": (f"{SCORED}.nope", "scorers"),
-    "a scorer with too few scores": (f"{SCORED}.short", "one number for each completion"),
+    "a scorer with too few scores": (f"{SCORED}.short", "it must return one for each"),
     "a scorer of texts": (f"{SCORED}.texts", "must return one number for each completion"),
     "a scorer without its column": (f"{SCORED}.broken", "rename one by data.columns"),
     # runs and tools
