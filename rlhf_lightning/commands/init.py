@@ -28,7 +28,7 @@ def write_project(folder: Path, seed: int = 0) -> Path:
     """Write the template under the folder's name, and the data of a small text world.
 
     Raises:
-        SettingError: ``invalid-name``: the name is no Python package.
+        SettingError: ``invalid-name``: the name cannot be that of a Python package.
         StateError: ``folder-not-empty``.
     """
     name = folder.name

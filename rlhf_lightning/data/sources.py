@@ -95,8 +95,8 @@ def as_file(source: Any, cache: Path) -> Any:
     if type(source).__module__.startswith("torch.utils.data"):
         raise SettingError(
             "loader-as-source",
-            f"a {type(source).__name__} is no source: give its rows (loader.dataset: a datasets.Dataset or a list of "
-            "dicts) as the source, or a DataLoader of Steps to trainer.fit(module, train_dataloaders=loader)",
+            f"a {type(source).__name__} cannot be a source: give its rows as the source (loader.dataset: a "
+            "datasets.Dataset or a list of dicts), or a DataLoader of Steps to trainer.fit(train_dataloaders=loader)",
         )
     of_rows = isinstance(source, list) and bool(source) and all(isinstance(r, dict) and "path" not in r for r in source)
     if not of_rows and type(source).__module__.partition(".")[0] != "datasets":

@@ -167,7 +167,7 @@ def clipped(text: str, length: int = 120) -> str:
 
 
 def training_command(connection: sqlite3.Connection, path: Path, upto: int) -> tuple[str, str | None]:
-    """Return a command that trains on the store as it is now, and the policy that it starts from (None if unknown)."""
+    """Return a command that trains on the present labels, and the policy that it starts from (None if unknown)."""
     model = connection.execute(
         "SELECT model FROM candidates WHERE model IS NOT NULL GROUP BY model ORDER BY count(*) DESC, model LIMIT 1"
     ).fetchone()

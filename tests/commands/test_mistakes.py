@@ -85,7 +85,7 @@ MISTAKES = {
     # data
     "data that are not there": (f"{DPO} --data.source mine.jsonl", "mine.jsonl"),
     "an empty file": (f"{DPO} --data.source empty.jsonl", "empty.jsonl"),
-    "a line that is no JSON": (f"{DPO} --data.source broken.jsonl", "broken.jsonl"),
+    "a line that is not JSON": (f"{DPO} --data.source broken.jsonl", "broken.jsonl"),
     "columns of other names": (f"{DPO} --data.source nameless.jsonl", "columns"),
     "demonstrations for DPO": (f"{DPO} --data.source answers.jsonl", "answers.jsonl"),
     "pairs that are alike": (f"{DPO} --data.source alike.jsonl", "alike"),
