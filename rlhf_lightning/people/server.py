@@ -169,7 +169,7 @@ class _Pages:
         may = self.access.sees_results(name)
         reasons, flags = self.settings.reasons, self.settings.flags
         text = self.settings.instructions
-        shown = {"instructions": Markup(to_html(text)) if text else "", "version": digest(text)}
+        shown: dict[str, Any] = {"instructions": Markup(to_html(text)) if text else "", "version": digest(text)}
         return self._html("annotate.html", name=name, sees_results=may, reasons=reasons, flags=flags, **shown)
 
     async def item(self, request: Request) -> Response:
