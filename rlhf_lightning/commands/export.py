@@ -25,7 +25,14 @@ def main(argv: Sequence[str]) -> int:
     return run_function(export, renamed, "rlhf export", positional=["source"])
 
 
-def export(source: str, out: str, merge: bool = False, best: bool = False, import_module: str | None = None) -> int:
+def export(
+    source: str,
+    out: str,
+    merge: bool = False,
+    best: bool = False,
+    new_tokens: list[str] | None = None,
+    import_module: str | None = None,
+) -> int:
     """Write the weights of a run as a Hugging Face folder.
 
     Args:
@@ -34,6 +41,8 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
         merge: merge a LoRA adapter into its backbone in fp32, print the largest difference to the logits of the trained
             model (large for a quantised backbone), and keep the adapter in OUT.adapter.
         best: take the best checkpoint of a run instead of the last.
+        new_tokens: write a model's folder again, with a row of the embeddings for each of these texts, so that an
+            adapter can train them.
         import_module: also --import: your module or .py file with the class that wrote the checkpoint. Names in a
             checkpoint are never imported otherwise.
     """
@@ -45,6 +54,10 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     if target.exists():
         raise SettingError("output-exists", f"{out} exists already and is not overwritten: give a new folder")
     own = None if import_module is None else import_user_module(import_module)
+    if new_tokens:
+        rows = write_with_tokens(source, target, new_tokens)
+        print(f"{source} -> {target}, with {rows} embeddings")
+        return 0
     if (path / "adapter_config.json").is_file():
         if not merge:
             raise SettingError(
@@ -66,6 +79,21 @@ def export(source: str, out: str, merge: bool = False, best: bool = False, impor
     module.export(adapter)
     _report(merge_adapter(adapter, target), target, adapter)
     return 0
+
+
+def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> int:
+    """Write a causal language model and its tokenizer with further tokens; return the number of its embeddings."""
+    from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.loading import LoadSettings, resolve_folder
+    from rlhf_lightning.models.scalar_head import vocabulary_rows
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    refuse_reward_model(resolve_folder(source))
+    tokenizer = load_tokenizer(resolve_folder(source), new_tokens=new_tokens)
+    policy = load_policy(source, LoadSettings(embeddings=len(tokenizer)))
+    export_policy(policy, tokenizer, target)
+    return vocabulary_rows(policy.model)
 
 
 def _report(difference: float, target: Path, adapter: Path) -> None:

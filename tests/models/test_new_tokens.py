@@ -23,6 +23,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.families import build
+from rlhf_lightning.commands import export
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.limits import check_rows, limits_of
@@ -73,6 +74,8 @@ def test_an_adapter_trains_the_rows_of_new_tokens(tmp_path: Path) -> None:
     small = save_policy(tmp_path / "small")
     with refused("new-tokens-need-rows", f"has {VOCABULARY} embeddings", "--new_tokens"):
         SFTModule(init_from=small, new_tokens=NEW, lora=LoraSettings(r=2)).configure_model()
+    assert export.main([small, "--out", str(tmp_path / "larger"), "--new_tokens", json.dumps(NEW)]) == 0
+    SFTModule(init_from=str(tmp_path / "larger"), new_tokens=NEW, lora=LoraSettings(r=2)).configure_model()
     folder = save_policy(tmp_path / "padded", vocab_size=VOCABULARY + 8)
     module = SFTModule(
         init_from=folder, new_tokens=NEW, lora=LoraSettings(r=2, trained_tokens=["w7"]), learning_rate=0.1,

@@ -1,10 +1,13 @@
 """Forms of adapters, and models that compute their logits themselves, on two ranks: the same as on one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import rank_cases
 from rank_pool import RankPool
+from tiny_models import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from strategies.test_ranks import assert_equal
 
@@ -19,6 +22,22 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "own-forward": ("OwnForwardDPOModule", {}),
     "own-forward-sampled": ("OwnForwardPPOModule", {"critic": "shared"}),
 }
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_an_encoder_scores_the_same_on_two_ranks(
+    pool: RankPool, policy_folder: str, tmp_path: Path, strategy: str
+) -> None:
+    config = AutoConfig.for_model(
+        "bert", vocab_size=120, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        num_labels=1, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = {"scorer": str(tmp_path), "missing_eos_score": None, "updates": 2}
+    expected = rank_cases.train("PPOModule", policy_folder, "auto", **settings)
+    run = {"name": "PPOModule", "folder": policy_folder, "strategy": strategy, **settings}
+    assert_equal(pool.run(2, "train", **run), expected, bound=1e-5)
 
 
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
