@@ -155,6 +155,14 @@ def attention_kernel(config: Any) -> str | None:
     return kernel
 
 
+def router_recorder(trunk: Any) -> tuple[Any, str, int] | None:
+    """Return class, end of the name, and output of a transformer's routers whose logits it records; None without."""
+    found = (getattr(trunk, "_can_record_outputs", None) or {}).get("router_logits")
+    if found is None or getattr(found, "target_class", found) is None:
+        return None
+    return getattr(found, "target_class", found), getattr(found, "layer_name", None) or "", getattr(found, "index", 0)
+
+
 def erases_pad_row(model: Any) -> bool:
     """Return whether loading a model of this class sets the row of its config's pad token to 0, though it is stored."""
     import torch

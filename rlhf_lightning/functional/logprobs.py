@@ -113,6 +113,25 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
     return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 
+def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
+    r"""Return E \sum_e f_e P_e of one layer of E experts (Switch Transformer, 2101.03961, Eq. 4 to 6).
+
+    f_e is the mean number of times that a token chooses expert e, without gradient; P_e the mean of its probability.
+    Balanced routing gives ``top_k``, the least that uniform probabilities allow.
+
+    Args:
+        logits: of the router, shape (tokens, experts).
+        top_k: experts that a token chooses.
+        mask: bool, tokens that count, shape (tokens,); None for all.
+    """
+    probabilities = logits.float().softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, -1).indices, 1.0)
+    weights = torch.ones_like(probabilities[:, :1]) if mask is None else mask.unsqueeze(-1).to(probabilities)
+    total = weights.sum().clamp_min(1.0)
+    shares, means = ((values * weights).sum(0) / total for values in (chosen, probabilities))
+    return logits.shape[-1] * (shares * means).sum()
+
+
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     r"""Entropy of the next-token distribution in nats, logsumexp(z) - \sum_v softmax(z)_v z_v.
 

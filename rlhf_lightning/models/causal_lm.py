@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf_lightning.compat import router_recorder
 from rlhf_lightning.errors import ModelError, SettingError, StateError
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
@@ -409,6 +410,59 @@ def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[d
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def recorded_routers(model: Any) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """Record the logits of a mixture's routers in forwards with gradient, and which of their tokens are no padding.
+
+    Args:
+        model: the CausalLM or ScalarModel that is forwarded meanwhile.
+
+    Raises:
+        SettingError: ``no-router``.
+    """
+    inner = trunk(model.model)
+    recorder = router_recorder(inner)
+    if recorder is None:
+        raise SettingError(
+            "no-router", f"{type(inner).__name__} records no logits of routers; set router_aux_loss_coef to 0"
+        )
+    kind, end, index = recorder
+    found: list[tuple[Tensor, Tensor | None]] = []
+    layouts: list[Layout] = []
+
+    def note(_module: nn.Module, given: Any) -> None:
+        layouts[:] = [one for one in given[:1] if isinstance(one, Layout)]
+
+    def keep(_module: nn.Module, _given: Any, returned: Any) -> None:
+        logits = returned[index] if isinstance(returned, tuple | list) else returned
+        if logits.requires_grad:
+            found.append((logits.flatten(0, -2), real_cells(layouts[-1]) if layouts else None))
+
+    routers = [one for name, one in inner.named_modules() if isinstance(one, kind) and name.endswith(end)]
+    hooks = [model.register_forward_pre_hook(note), *(one.register_forward_hook(keep) for one in routers)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def experts_of_a_token(model: Any) -> int:
+    """Return how many experts a token of a mixture chooses."""
+    config = text_config(model.model)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k", "top_k")
+    return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), 1)
+
+
+def real_cells(layout: Layout) -> Tensor | None:
+    """Return which cells of padded rows hold tokens, shape (rows * width,); None where all do."""
+    rows, width = layout.input_ids.shape
+    if layout.packed is not None or len(layout.last) != rows:
+        return None
+    places = torch.arange(width, device=layout.last.device)
+    return (places <= (layout.last % width).unsqueeze(-1)).flatten()
 
 
 def logit_scale(config: Any) -> float:

@@ -112,6 +112,8 @@ class AlignmentModule(LightningModule):
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         pack_rows: pack sequences into rows, and compute a prompt once for all its completions, where this costs less
             than padding and the model supports it. Changes results only by rounding.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (Switch Transformer,
+            2101.03961), the mean over its layers and over micro-batches; stages that sample refuse it.
         learning_rate: peak learning rate of AdamW.
         betas: AdamW's decay rates of the two moments.
         adam_eps: AdamW's epsilon.
@@ -153,6 +155,7 @@ class AlignmentModule(LightningModule):
 
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
     ranges: ClassVar[Mapping[str, str]] = {
+        "router_aux_loss_coef": "[0, inf)",
         "learning_rate": "(0, inf)",
         "betas": "[0, 1)",
         "adam_eps": "[0, inf)",
@@ -183,6 +186,7 @@ class AlignmentModule(LightningModule):
         compile_layers: bool = False,
         activation_checkpointing: bool = False,
         pack_rows: bool = True,
+        router_aux_loss_coef: float = 0.0,
         learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
@@ -219,6 +223,7 @@ class AlignmentModule(LightningModule):
         if self.lora is not None:
             check_ranges(LoraSettings, vars(self.lora))
         self.pack_rows, self.compile_layers = pack_rows, compile_layers
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.fused_optimizer = fused_optimizer
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import undefined
-from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
+from rlhf_lightning.functional.logprobs import load_balancing_loss
+from rlhf_lightning.models.causal_lm import TokenOutputs, experts_of_a_token, load_policy, recorded_routers
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import cache_folder, content_hash, resolve_folder
 from rlhf_lightning.models.reference_cache import ReferenceCache
 from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.training.gathering import data_ranks
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import Sequences, Step
@@ -92,11 +94,28 @@ class OfflineModule(AlignmentModule):
     def training_step(self, step: Step[Any], batch_idx: int) -> Any:
         """Take one optimizer step over all micro-batches of ``step``."""
         meter = Meter()
-        losses = [partial(self.loss_sum, batch, meter) for batch in step.micro_batches]
+        share = self.loss_count(step) / max(len(step.micro_batches) * data_ranks(self)[1], 1)
+        losses = [partial(self._balanced_loss, batch, meter, share) for batch in step.micro_batches]
         norm = self.update(losses, self.loss_count(step))
         self.episodes += step.rows
         self.tokens += step.tokens
         return self.log_training(meter, grad_norm=norm)
+
+    def _balanced_loss(self, batch: Any, meter: Meter, share: float) -> Tensor:
+        """Return the sum of a micro-batch's losses, with its share of the load-balancing loss of routers."""
+        if not self.router_aux_loss_coef:
+            return self.loss_sum(batch, meter)
+        model: Any = self.model
+        with recorded_routers(model) as routers:
+            loss = self.loss_sum(batch, meter)
+        top_k = experts_of_a_token(model)
+        layers = [
+            load_balancing_loss(logits, top_k, mask if mask is not None and len(mask) == len(logits) else None)
+            for logits, mask in routers
+        ]
+        balance = torch.stack(layers).mean() if layers else loss.new_zeros(())
+        meter.add("router_aux_loss", balance)
+        return loss + self.router_aux_loss_coef * share * balance
 
     def loss_count(self, step: Step[Any]) -> int:
         """Return the divisor of the summed losses: tokens or rows of the step over all ranks."""

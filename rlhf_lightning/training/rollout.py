@@ -134,6 +134,12 @@ class RolloutModule(AlignmentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.router_aux_loss_coef:
+            raise SettingError(
+                "router-loss-in-rl",
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, but {type(self).__name__} learns from samples, "
+                "whose experts it would change for reasons other than their scores; set it to 0",
+            )
         self.score_rule = ScoreRule(parts, constraints)
         if self.score_rule.normalizes and not self.normalizes_scores:
             raise SettingError(
