@@ -120,7 +120,9 @@ def policy_api(model: str, name: str | None, sampling: SamplingArguments, timeou
     # The first completion settles how the model decodes and checks it, before anybody asks.
     sample(policy, [torch.tensor([ends[0]])], torch.tensor([0]), SamplingSettings(4), sampling.seed, ends)
     found = limits_of(policy.model)
-    longest = min((limit for limit in (found.positions, found.trained) if limit is not None), default=None)
+    longest = min(
+        (limit for limit in (found.positions, found.trained, found.switch) if limit is not None), default=None
+    )
     text = Text(tokenizer, policy.model.get_input_embeddings().weight.shape[0])
     batch = LiveBatch(policy, sampling.batch_size)
     thread = threading.Thread(target=batch.run, name="sampling", daemon=True)

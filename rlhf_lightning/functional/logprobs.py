@@ -126,7 +126,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) 
     """
     probabilities = logits.float().softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, -1).indices, 1.0)
-    weights = torch.ones_like(probabilities[:, :1]) if mask is None else mask.unsqueeze(-1).to(probabilities)
+    weights = torch.ones_like(probabilities[:, :1]) if mask is None else mask.unsqueeze(-1).float()
     total = weights.sum().clamp_min(1.0)
     shares, means = ((values * weights).sum(0) / total for values in (chosen, probabilities))
     return logits.shape[-1] * (shares * means).sum()

@@ -133,8 +133,7 @@ def _single(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise SettingError(
             "stop-token-unknown",
-            f"the stop token {stop!r} is {len(ids)} tokens of this vocabulary, and must be one; name a token, or end "
-            "completions at a text with stop",
+            f"the stop token {stop!r} is {len(ids)} tokens of this vocabulary, and must be one; name a single token",
         )
     return str(tokenizer.convert_ids_to_tokens(ids[0]))
 
