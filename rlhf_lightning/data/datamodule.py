@@ -146,7 +146,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
 
     def _check_arguments(self) -> None:
         if self.eval_rows and self.eval_sources:
-            raise SettingError("conflicting-settings", "eval_source and eval_rows are both set; give one of them")
+            raise SettingError(
+                "conflicting-settings",
+                "eval_source and eval_rows are both set, one perhaps by a recipe: set eval_source null, or eval_rows 0",
+            )
         if self.eval_rows < 0:
             raise SettingError("setting-out-of-range", f"eval_rows is {self.eval_rows}: it must be at least 0")
         for name in ("batch_size", "eval_batch_size"):

@@ -31,6 +31,7 @@ from rlhf_lightning.people.loop_steps import (
 )
 from rlhf_lightning.people.selectors import Selector, load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore, counts
+from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.run import checked_run_name
 from rlhf_lightning.sampling.engines import SamplingSettings
@@ -113,7 +114,7 @@ def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
     """
     found = {}
     for name in FILES:
-        path = Path(settings[name])
+        path = Path(resolve_recipe(settings[name]))
         if not path.exists():
             raise MissingError("no-file", f"there is no file {path} ({name})")
         if path.is_file():

@@ -23,6 +23,7 @@ from rlhf_lightning.people import loop_rounds, loop_steps
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import Labeller, Page, PeopleLabeller, Supply
 from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.recipes import FOLDER
 from rlhf_lightning.runs import ModelExport
 
 REWARD = """
@@ -94,6 +95,13 @@ def weights_of(folder):
 def labels_of(folder):
     with reading(folder / "feedback.db") as connection:
         return [(one.annotator, one.item, one.shown, one.ranks, one.repeat) for one in judgements_of(connection)]
+
+
+def test_a_packaged_recipe_counts_by_its_content(flags):
+    named = {"prompts": "prompts.jsonl", "eval_prompts": "held_out.jsonl", "policy_config": "dpo.yaml"}
+    Path("copy.yaml").write_text((FOLDER / "labels" / "reward.yaml").read_text())
+    packaged = loop_rounds.fingerprints({**named, "reward_config": "recipe:labels/reward"})
+    assert packaged == loop_rounds.fingerprints({**named, "reward_config": "copy.yaml"})
 
 
 def cut(argv, number, holder, name, times):
