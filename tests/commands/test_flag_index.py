@@ -46,7 +46,7 @@ def test_names_of_other_libraries_lead_to_settings_that_exist():
         ("actor_rollout_ref.rollout.n", "use --data.samples_per_prompt"),
         ("actor_rollout_ref.actor.optim.lr", "use --model.learning_rate"),
         ("epochs", "the nearest is --trainer.max_epochs"),
-        ("model.lora.rank", "the nearest is --model.lora.r"),
+        ("model.lora.rank", "use --model.lora.r"),
         ("wholly_different_thing", None),
     ],
 )
