@@ -307,7 +307,7 @@ class PreferenceLogprobs(NamedTuple):
         """Return the pairs with chosen and rejected exchanged, including their slots; the target becomes 1 - target."""
         fields = {_other_side(name): value for name, value in self._asdict().items()}
         extras = {_other_side(name): value for name, value in self.extras.items()}
-        return PreferenceLogprobs(**{**fields, "target": 1 - self.target, "extras": extras})
+        return self._replace(**{**fields, "target": 1 - self.target, "extras": extras})
 
     def where(self, kept: Tensor, other: PreferenceLogprobs) -> PreferenceLogprobs:
         """Return these pairs where ``kept`` is True, shape (pairs,), and the pairs of ``other`` elsewhere."""
@@ -320,7 +320,7 @@ class PreferenceLogprobs(NamedTuple):
         names = [name for name in self._fields if name != "extras"]
         fields = {name: chosen(getattr(self, name), getattr(other, name)) for name in names}
         extras = {name: chosen(values, other.extras[name]) for name, values in self.extras.items()}
-        return PreferenceLogprobs(**fields, extras=extras)
+        return self._replace(**fields, extras=extras)
 
     @property
     def chosen_lengths(self) -> Tensor:

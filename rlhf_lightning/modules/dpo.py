@@ -93,7 +93,7 @@ class PairObjective(AlignmentModule):
         try:
             with torch.no_grad():
                 values = as_loss(self.preference_loss(pairs)).values
-        except KeyError:  # the loss reads a slot
+        except (KeyError, AttributeError):  # the loss reads a slot, or a property of an input of its own
             return None
         return float(values[0]) if values.allclose(values[0]) else None
 

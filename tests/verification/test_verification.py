@@ -19,8 +19,9 @@ from right_objectives import RIGHT
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.modules import DPOModule, NashMDModule, PPOModule
+from rlhf_lightning.types import PreferenceLogprobs
 from rlhf_lightning.verification.contract import opponent_check, twin_of, verify, world_and_folder
-from rlhf_lightning.verification.subject import Subject
+from rlhf_lightning.verification.subject import Subject, at_least
 
 SHIPPED = objective_classes()
 
@@ -124,6 +125,67 @@ def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["objectives", "--name", "SimPOModule"]) == 0
     assert "a gap that the margin must exceed" in capsys.readouterr().out
     assert cli.main(["objectives", "--name", "SimpoModule"]) == 2
+
+
+class OfItsOwnFamily(DPOModule):
+    """A family that the contracts do not know: its checks and its population are its own."""
+
+    def expected_loss(self, world, shuffled):
+        def loss():
+            policy = self.policy.model.model.table.weight.log_softmax(-1)
+            prefixes, tokens, mask = world.walks
+            logp = torch.where(mask, policy[prefixes, tokens], 0.0).sum(-1)
+            rewards = 0 * world.rewards if shuffled else world.rewards
+            return (logp.exp() * (logp - world.problem.reference.log() - rewards / self.beta)).sum(-1).mean()
+
+        return loss
+
+    def target_policy(self, problem):
+        return torch.softmax(problem.reference.log() + problem.rewards / self.beta, -1)
+
+    @staticmethod
+    def contract(subject):
+        return [at_least("my check", float(subject.module.beta), 0.1, "beta is too small")]
+
+
+def test_a_new_family_brings_its_own_contract():
+    found = verify(OfItsOwnFamily)
+    assert found.held and [check.name for check in found.checks][0] == "my check"
+    assert found.convergence.distance < 1e-3
+
+
+class AllInLossSum(DPOModule):
+    def loss_sum(self, batch, meter):
+        pairs = self.preference_logprobs(batch)
+        x = self.beta * pairs.margin
+        return (-(pairs.target * F.logsigmoid(x) + (1 - pairs.target) * F.logsigmoid(-x)) * pairs.weights).sum()
+
+
+def test_a_loss_that_is_all_in_loss_sum_is_said_and_compared_with_its_twin():
+    found = verify(AllInLossSum)
+    assert found.held and "never calls preference_loss" in found.notes[0]
+
+
+class WithMore(PreferenceLogprobs):
+    """An input of one's own: a subclass of a family's tuple."""
+
+    @property
+    def gap(self):
+        return self.chosen_logratio - self.rejected_logratio
+
+
+class OwnInput(DPOModule):
+    def preference_logprobs(self, batch):
+        return WithMore(*super().preference_logprobs(batch))
+
+    def preference_loss(self, pairs):
+        return -F.logsigmoid(self.beta * pairs.gap) * pairs.target - F.logsigmoid(-self.beta * pairs.gap) * (
+            1 - pairs.target
+        )
+
+
+def test_an_input_of_a_subclass_is_read_like_its_base():
+    assert verify(OwnInput, with_convergence=False).failed == []
 
 
 # -- targets, and what a class means ----------------------------------------------------------------------------------
