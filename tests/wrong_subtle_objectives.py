@@ -52,7 +52,7 @@ class BetaTwice(DPOModule):
         return dpo_loss(self.beta * pair.margin, self.beta)
 
 
-@caught_by("target", "reference counts twice")
+@caught_by("target", "which is 1 / beta")
 class BetaOnThePolicyAlone(DPOModule):
     def pair_loss(self, pair):
         policy = pair.chosen_sequence_logprobs - pair.rejected_sequence_logprobs

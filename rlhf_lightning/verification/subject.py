@@ -121,7 +121,16 @@ class Subject:
         """Return this subject's settings, defaults of the class included, that another class takes too."""
         effective = dict(self.kind(init_from=self.folder, **self.settings).hparams)
         known = {name for base in other.__mro__ for name in _parameters(base)} - {"init_from"}
-        return {**{name: effective[name] for name in known if name in effective}, **self.only(known)}
+        found = {**{name: effective[name] for name in known if name in effective}, **self.only(known)}
+        while True:  # a class may fix what its base takes
+            try:
+                other(init_from=self.folder, **found)
+                return found
+            except TypeError as error:
+                fixed = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+                if fixed is None or fixed[1] not in found:
+                    raise
+                del found[fixed[1]]
 
     def only(self, names: set[str]) -> dict[str, Any]:
         """Return the settings of some names."""

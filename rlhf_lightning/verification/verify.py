@@ -263,11 +263,12 @@ def peers_table(done: Sequence[Any], broken: Mapping[str, str]) -> str:
     rows, said = [], []
     for found in done:
         shipped = found.compared_with or "none"
-        failed = [check for check in found.checks if not (check.held or check.meant)]
+        failed = found.failed
         same = next((check for check in found.checks if check.name == "as shipped"), None)
         residual = "" if same is None else f"{same.measured:.1e}"
         held = f"{sum(check.held for check in found.checks)} of {len(found.checks)}"
-        rows.append([found.name, held, shipped, residual, ", ".join(check.name for check in failed) or "-"])
+        fails = ", ".join(check.name for check in failed) or ("-" if found.has_target else "- (no target is known)")
+        rows.append([found.name, held, shipped, residual, fails])
         said += [f"- `{found.name}`, {check.name} ({check.measured:.3g}): {check.advice}" for check in failed]
         said += [f"- `{found.name}`: {words}" for words in found.mistakes if failed]
     rows += [[title, "-", "-", "-", "could not run"] for title in broken]
