@@ -230,6 +230,15 @@ class ConstantOfTheWidth(DrGRPOModule):
         return found._replace(weights=found.weights / learned.shape[1])
 
 
+@caught_by("holes")
+class NextColumnIsTheNextToken(PPOModule):
+    def advantages(self, rollout, rewards):
+        mask, values = rollout.completion_mask, rollout.values
+        deltas = torch.where(mask, rewards + F.pad(values[:, 1:], (0, 1)) - values, 0.0)
+        advantages = torch.where(mask, deltas.flip(-1).cumsum(-1).flip(-1), 0.0)
+        return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
+
+
 @caught_by("loss padding")
 class RatioOverTheWidth(GSPOModule):
     def ratio(self, logprobs):

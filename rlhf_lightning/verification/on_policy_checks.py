@@ -13,6 +13,7 @@ from rlhf_lightning.verification.convergence import descend, policy_of
 from rlhf_lightning.verification.exact import PolicyGradient, minibatch_of
 from rlhf_lightning.verification.rollout_checks import (
     aggregation_check,
+    holes_check,
     kl_loss_checks,
     loss_padding_check,
     missing_score_check,
@@ -96,7 +97,8 @@ def on_policy_checks(subject: Subject) -> list[Check]:
     """Return the checks of an objective on samples, convergence left out."""
     case = Case(subject, subject.module)
     checks = [*reward_checks(case), *advantage_checks(case), *loss_checks(case)]
-    checks += [missing_score_check(case), aggregation_check(case), loss_padding_check(case), *kl_loss_checks(case)]
+    checks += [missing_score_check(case), aggregation_check(case), loss_padding_check(case), holes_check(case)]
+    checks += kl_loss_checks(case)
     checks += [*sampler_checks(subject, case), *temperature_checks(subject), *update_checks(subject)]
     if hasattr(subject.kind, "value_loss"):
         checks += [*value_checks(case), *return_checks(subject)]

@@ -103,6 +103,34 @@ def loss_padding_check(case: Any) -> Check:
     return at_most("loss padding", residual.detach(), 1e-10, advice)
 
 
+def holes_check(case: Any) -> Check:
+    """Check that tokens of an environment between the policy's tokens change no reward and no advantage."""
+    module, rollout, width = case.module, case.rollout, case.rollout.completion_mask.shape[1]
+    advice = (
+        "tokens of an environment are masked in the middle of a row: pass values over them, and look at no neighbour"
+    )
+    if getattr(module, "credit", "") == "turn" or getattr(module, "turn_gamma", 1) != 1:
+        return at_most(
+            "holes", 0.0, 1e-9, "not measured: a hole begins a new turn, which these settings tell from others"
+        )
+    apart = 0.0
+    for place in range(1, width):
+        opened = {
+            name: torch.cat([part[:, :place], torch.zeros_like(part[:, :2]), part[:, place:]], 1)
+            for name, part in rollout._asdict().items()
+            if isinstance(part, Tensor) and part.dim() == 2
+        }
+        wide = rollout._replace(**opened)
+        rewards = module.shape_rewards(wide)
+        found = module.advantages(wide, rewards).advantages
+        kept = [column for column in range(found.shape[1]) if column not in (place, place + 1)]
+        apart = max(apart, float((found[:, kept] - case.advantages.advantages).abs().max()))
+        apart = max(apart, float(found[:, place : place + 2].abs().max()))
+        kept = [column for column in range(rewards.shape[1]) if column not in (place, place + 1)]
+        apart = max(apart, float((rewards[:, kept] - case.rewards).abs().max()))
+    return at_most("holes", apart, 1e-9, advice)
+
+
 def sampler_checks(subject: Subject, case: Any) -> list[Check]:
     """Check that a token that the engine draws too often counts less under a sampler correction."""
     if "sampler_correction" not in subject.known or subject.kind.teacher_name is not None:

@@ -71,7 +71,7 @@ def test_two_thirds_of_the_mistakes_are_named():
     [
         (wrong_distillation_objectives, 12),
         (wrong_process_objectives, 8),
-        (wrong_further_objectives, 18),
+        (wrong_further_objectives, 19),
         (wrong_subtle_objectives, 14),
     ],
 )
