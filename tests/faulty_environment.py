@@ -60,6 +60,13 @@ class Deadly(Talks):
         return super().reply(episode)
 
 
+class Opens(Talks):
+    """Puts a word before each prompt."""
+
+    def reset(self, row: Any) -> Any:
+        return f"w99 {row['prompt']}"
+
+
 def words_of_prompts(prompts: Any, completions: Any, kind: Any, **columns: Any) -> list[float]:
     """Score by the words of what is answered, which are more than the first prompt's after some turns."""
     return [float(len(prompt.split())) for prompt in prompts]

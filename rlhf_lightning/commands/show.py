@@ -6,6 +6,7 @@ import html as writer
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -73,6 +74,7 @@ def show(
     rendered: bool = False,
     last_turn_only: bool = False,
     columns: dict[str, str] | None = None,
+    environment: dict[str, Any] | str | None = None,
     split: str = "train",
     html: str | None = None,
 ) -> int:
@@ -92,12 +94,15 @@ def show(
         rendered: plain text was written by a chat template, so that control tokens in it are such.
         last_turn_only: learn only the last turn of the assistant.
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
+        environment: show the first prompts that an environment makes of prompts, by class_path and init_args.
         split: split of a Hub name or of a folder, with or without a slice.
         html: write a page with every token and its id to this file instead.
     """
     from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.canonical import Report
+    from rlhf_lightning.data.prompts import FirstPrompt
     from rlhf_lightning.data.tokenizing import encoder_for
+    from rlhf_lightning.environments import load_environment
 
     silence_libraries()
     if rows < 1 or (row is not None and row < 1):
@@ -111,6 +116,12 @@ def show(
     encoder = encoder_for(
         found, columns=columns or {}, as_chat=as_chat, rendered=rendered, last_turn_only=last_turn_only
     )
+    if environment is not None:
+        if found != "prompt":
+            raise SettingError(
+                "environment-of-prompts", f"environment opens prompts, and kind is {found}: set kind prompt"
+            )
+        encoder = replace(encoder, read=FirstPrompt(load_environment(environment)))
     report = Report()
     outcomes = encoder.counted(loaded, [one for _, one in chosen], report)
     limits = (max_length, max_prompt_length) if found != "prompt" else (None, max_prompt_length or max_length)

@@ -113,7 +113,7 @@ def holes_check(case: Any) -> Check:
         return at_most(
             "holes", 0.0, 1e-9, "not measured: a hole begins a new turn, which these settings tell from others"
         )
-    apart = 0.0
+    largest = 0.0
     for place in range(1, width):
         opened = {
             name: torch.cat([part[:, :place], torch.zeros_like(part[:, :2]), part[:, place:]], 1)
@@ -124,11 +124,11 @@ def holes_check(case: Any) -> Check:
         rewards = module.shape_rewards(wide)
         found = module.advantages(wide, rewards).advantages
         kept = [column for column in range(found.shape[1]) if column not in (place, place + 1)]
-        apart = max(apart, float((found[:, kept] - case.advantages.advantages).abs().max()))
-        apart = max(apart, float(found[:, place : place + 2].abs().max()))
+        largest = max(largest, float((found[:, kept] - case.advantages.advantages).abs().max()))
+        largest = max(largest, float(found[:, place : place + 2].abs().max()))
         kept = [column for column in range(rewards.shape[1]) if column not in (place, place + 1)]
-        apart = max(apart, float((rewards[:, kept] - case.rewards).abs().max()))
-    return at_most("holes", apart, 1e-9, advice)
+        largest = max(largest, float((rewards[:, kept] - case.rewards).abs().max()))
+    return at_most("holes", largest, 1e-9, advice)
 
 
 def sampler_checks(subject: Subject, case: Any) -> list[Check]:

@@ -87,6 +87,16 @@ def test_sample_tables_and_predictions_hold_the_conversation(policy_folder: str,
     assert found is not None and len([row for part in found for row in part]) == 4
 
 
+def test_show_prints_the_first_prompt_of_an_environment(
+    policy_folder: str, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["show", prompts, "--tokenizer", policy_folder, "--rows", "1"]
+    opened = ["--environment", '{"class_path": "faulty_environment.Opens"}']
+    assert rlhf([*command, "--kind", "prompt", *opened]) == 0
+    assert "w99" in capsys.readouterr().out
+    assert rlhf([*command, "--kind", "sft", *opened]) != 0
+
+
 def test_a_call_is_shown_with_its_arguments() -> None:
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     turns = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"}]

@@ -35,7 +35,7 @@ def settings(folder: Path, name: str) -> list[str]:
         "--model.engine", '{"class_path": "faulty_environment.ManyEnds"}', "--model.max_new_tokens", "5",
         "--model.sampling_batch_size", "3", "--model.learning_rate", "1e-3", "--model.seed", "3",
         "--data", "PromptDataModule", "--data.source", "prompts.jsonl", "--data.batch_size", "8",
-        "--data.samples_per_prompt", "4", "--data.rollouts", "5", "--data.max_turns", "3",
+        "--data.samples_per_prompt", "4", "--data.rollouts", os.environ.get("ROLLOUTS", "5"), "--data.max_turns", "3",
         "--data.environment", '{"class_path": "faulty_environment.Deadly"}',
         "--trainer.max_epochs", "1", "--checkpoint.every_n_updates", "1", "--run_name", name,
     ]  # fmt: skip
