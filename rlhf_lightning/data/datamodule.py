@@ -368,7 +368,10 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         )
 
     def _fingerprint(self) -> str:
-        part = Part(self.sources, self.rows, self._encoder())
+        encoder = self._encoder()
+        # An environment may be repaired in the middle of a run, as a scorer may: it does not order the rows.
+        encoder = replace(encoder, read=getattr(encoder.read, "rows_of", encoder.read))
+        part = Part(self.sources, self.rows, encoder)
         weights = [source.weight for source in self.sources]
         order = [self.batch_size, self.shuffle, self.drop_last, self.seed, self.eval_rows, self.stream_steps, weights]
         content = source_stamp if self.streaming else source_fingerprint

@@ -246,7 +246,12 @@ class PromptDataModule(AlignmentDataModule):
 
 
 class FirstPrompt:
-    """Reads prompts as `formats.prompt`, and has an environment make the first prompt of each row's episode."""
+    """Reads prompts as `formats.prompt`, and has an environment make the first prompt of each row's episode.
+
+    ``rows_of`` is the reader that gives the same rows in the same order.
+    """
+
+    rows_of = staticmethod(formats.prompt)
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment

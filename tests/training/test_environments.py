@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import refused
 from faulty_environment import Faulty, ManyEnds, Talks
-from tiny_models import MetricsLog, fit, prompt_step, random_rows, within
+from tiny_models import MetricsLog, fit, prompt_step, random_rows, tiny_tokenizer, within
 from torch import Tensor
 
+from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.environments import FaultTolerantEnvironment, conversing
 from rlhf_lightning.functional.policy_gradient import generalized_advantages, turn_discounts, turn_returns
 from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule
@@ -163,6 +164,31 @@ def test_retries_ask_again() -> None:
 
     tolerant = FaultTolerantEnvironment(Later(), retries=1, wait=0.0)
     assert tolerant.reply(Episode({}, [], [11], [True], 0)) == Reply("w11 w7", reward=1.1)
+
+
+def test_a_repaired_environment_may_resume_and_does_not_read_old_prompts(tmp_path: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w10"}\n')
+
+    def data(environment: Any) -> Any:
+        made = PromptDataModule(str(tmp_path / "rows.jsonl"), environment=environment, batch_size=1)
+        made.tokenizer = tiny_tokenizer()
+        made.setup("validate")
+        return made
+
+    class Opens(Talks):
+        word = "w50"
+
+        def __init__(self) -> None:
+            self.opening = self.word
+
+        def reset(self, row: Any) -> Any:
+            return f"{self.opening} {row['prompt']}"
+
+    before = data(Opens())
+    Opens.word = "w60"
+    after = data(Opens())
+    assert before.fingerprint == after.fingerprint
+    assert [made.store.record(0)["prompt"] for made in (before, after)] == ["w50 w10", "w60 w10"]
 
 
 def test_limits_and_names_are_checked() -> None:
