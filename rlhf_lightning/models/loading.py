@@ -899,6 +899,12 @@ def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) 
                 f"the adapter in {start_from} trains {', '.join(kept)} whole, which a reward model cannot take over; "
                 "merge it first (rlhf export --merge true)",
             )
+        if isinstance(rows := start.config.trainable_token_indices, Mapping):  # of a head too, which is gone
+            modules = {name for name, _ in model.named_modules()}
+            start.config.trainable_token_indices = {name: ids for name, ids in rows.items() if name in modules}
+            gone = [f".{name}.token_adapter." for name in rows if name not in modules]
+            for key in [key for key in start.weights if any(name in key for name in gone)]:
+                del start.weights[key]
         start.config.task_type, start.config.modules_to_save = task_type, ["score"]
         start.config.inference_mode = False
         with torch.random.fork_rng():

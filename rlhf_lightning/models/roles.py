@@ -185,6 +185,8 @@ def belongs_to(policy: CausalLM, folder: str) -> bool:
     """Whether a folder holds an adapter that was trained on the policy's very backbone, quantised alike."""
     if not (policy.has_adapter and is_adapter(folder)):
         return False
+    if isinstance(policy.model.peft_config[POLICY].trainable_token_indices, Mapping):
+        return False  # peft keeps no second adapter without rows of the head
     record, mine = backbone_record(folder), fingerprint(policy.source)
     alike = record.get("quantization") == quantization_of(unwrapped(policy.model))
     return alike and mine is not None and record.get("fingerprint") == mine

@@ -9,7 +9,19 @@ import pytest
 import torch
 from conftest import refused
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import VOCABULARY, plain_logprobs, random_rows, save_policy, sequences, tiny_tokenizer
+from tiny_models import (
+    EOS,
+    VOCABULARY,
+    fit,
+    plain_logprobs,
+    prompt_step,
+    random_rows,
+    ranked_pairs,
+    ranked_step,
+    save_policy,
+    sequences,
+    tiny_tokenizer,
+)
 from transformers import AutoModelForCausalLM
 
 from models.families import build
@@ -19,6 +31,7 @@ from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_reward_hf_model, lora_settings
 from rlhf_lightning.models.roles import Reference, add_critic
+from rlhf_lightning.modules import PPOModule, RewardModule
 
 ROWS = random_rows(4, seed=9)
 LAYOUT = padded_layout(sequences(ROWS))
@@ -112,6 +125,25 @@ def test_a_critic_on_the_same_backbone_has_its_own(tmp_path: Path, form: str) ->
     assert not torch.allclose(critic(LAYOUT, per_token=True), values) and not close(ours(policy), before)
     with refused("moving-reference-adapter"):
         Reference(policy, str(tmp_path / "base"), LoadSettings(), own=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_tokens_are_taken_over_by_a_reward_model(tmp_path: Path, tied: bool) -> None:
+    base = backbone(tmp_path / "base", "rows", tied)
+    lora = LoraSettings(r=2, trained_tokens=[7, 9])
+    export_policy(moved(load_policy(base, lora=lora)), tiny_tokenizer(), tmp_path / "policy")
+    reward = RewardModule(init_from=str(tmp_path / "policy"), lora=LoraSettings(r=2))
+    pairs = [([5, 6], [7, 8, EOS], [9, EOS]), ([4], [6, EOS], [8, 9, EOS])]
+    fit(reward, [ranked_step(ranked_pairs(pairs))])
+    deltas = [w for n, w in reward.model.named_parameters() if "trainable_tokens_delta" in n and w.requires_grad]
+    assert len(deltas) == 1 and bool(deltas[0].isfinite().all())
+    reward.export(tmp_path / "reward")
+    module = PPOModule(
+        init_from=str(tmp_path / "policy"), lora=LoraSettings(r=2), max_new_tokens=4, critic="adapter",
+        scorer={"class_path": "LearnedScorer", "init_args": {"folder": str(tmp_path / "reward")}},
+    )  # fmt: skip
+    fit(module, [prompt_step([[5, 6], [7]], texts=["w5 w6", "w7"])])
+    assert module.rollouts == 1
 
 
 def test_a_critic_does_not_share_a_backbone_that_is_trained_in_part(tmp_path: Path) -> None:
