@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.scoring.ifeval import *
     from rlhf_lightning.scoring.instructions import *
     from rlhf_lightning.scoring.learned import *
+    from rlhf_lightning.scoring.monitor import *
     from rlhf_lightning.scoring.remote_scorer import *
 
 _SHIPPED = shipped_classes(__name__, Scorer)

@@ -1,0 +1,46 @@
+"""The script of the oversight page: its configs are accepted, and its measures are right."""
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from rlhf_lightning.evaluation.run_curves import FinishedRun
+from rlhf_lightning.loading import load
+from rlhf_lightning.scoring import Scorer, load_scorer
+from rlhf_lightning.scoring.monitor import Monitor
+
+FILE = Path(__file__).resolve().parents[1] / "experiments" / "oversight" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("oversight_run", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(**values):
+    scalars = {tag: (np.arange(len(many)), np.array(many)) for tag, many in values.items()}
+    return FinishedRun(Path("."), {}, 0, "finished", scalars, [])
+
+
+def test_every_arm_has_a_monitor_that_loads(script, tmp_path):
+    arguments = Namespace(loophole="phrase", init_from="x", out=str(tmp_path), rollouts=3)
+    for arm, setting in script.ARMS.items():
+        written = yaml.safe_load(yaml.safe_dump(script.config(arguments, arm)))
+        scorer = load_scorer(written["model"]["init_args"]["scorer"])
+        assert isinstance(load(scorer, Scorer, {}, "scorer"), Monitor) and scorer.action == setting["action"]
+
+
+def test_onset_is_the_first_of_two_rollouts_in_a_row(script):
+    assert script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0, 0.02, 0.5, 0.9]})) == 4
+    assert np.isnan(script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0]})))
+    defined = {"rollout/monitor_auroc": [0.0, 0.8], "rollout/hack_rate": [0.0, 0.5]}
+    assert script.measured(run_of(**defined), "rollout/monitor_auroc") == 0.8
+    assert script.last_tenth(run_of(a=list(range(20))), "a") == 18.5
+    assert script.shown([1.0, 3.0, float("nan")]) == "2 (1 to 3)" and script.shown([float("nan")]) == "none"
