@@ -18,6 +18,15 @@ from rlhf_lightning.errors import MissingError, SettingError
 from rlhf_lightning.loading import load
 from rlhf_lightning.types import Episode, Message, Prompt, Reply
 
+EXAMPLES = {
+    "auto": '<tool_call>{"name": NAME, "arguments": {...}}</tool_call>',
+    "hermes": '<tool_call>{"name": NAME, "arguments": {...}}</tool_call>',
+    "llama3": '{"name": NAME, "parameters": {...}}',
+    "mistral": '[TOOL_CALLS][{"name": NAME, "arguments": {...}}]',
+    "plain": "call: NAME(argument=value)",
+}
+"""How a call is written in each format."""
+
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 LONGEST_RESULT = 4000
 """Characters of a tool's result that the policy reads."""
@@ -40,6 +49,8 @@ class ToolEnvironment:
             "llama3" a bare JSON object; "mistral" ``[TOOL_CALLS][{...}]``; "plain" ``name(argument=value)`` on a line
             that begins with ``call:``.
         system: put before the conversation as a system turn; null adds none.
+        describe: "template" leaves descriptions, calls and results to the chat template; "system" is for templates
+            without tools: descriptions stand in the system turn, and results come back as turns of the user.
 
     Raises:
         SettingError: a tool cannot be imported or described, or two have the same name.
@@ -51,19 +62,30 @@ class ToolEnvironment:
         reward: Mapping[str, float] | None = None,
         call_format: Literal["auto", "hermes", "llama3", "mistral", "plain"] = "auto",
         system: str | None = None,
+        describe: Literal["template", "system"] = "template",
     ) -> None:
         unknown = set(reward or {}) - {"call", "wrong"}
         if unknown:
             raise SettingError("unknown-choice", f"reward names {sorted(unknown)}: it takes 'call' and 'wrong'")
         if call_format not in ("auto", "hermes", "llama3", "mistral", "plain"):
             raise SettingError("unknown-choice", f"call_format is {call_format!r}; choose auto, hermes or another")
+        if describe not in ("template", "system"):
+            raise SettingError("unknown-choice", f"describe is {describe!r}; choose 'template' or 'system'")
         shipped = {"calculator": calculator, "LookupTable": LookupTable}
         loaded = [tool if callable(tool) else load(tool, Callable, shipped, "tool") for tool in tools]
         self.tools = {str(getattr(tool, "__name__", "")): tool for tool in loaded}
         if len(self.tools) < len(loaded) or "" in self.tools:
             raise SettingError("tool-names", f"the tools {[*self.tools]} need different names, one for each of {tools}")
         self.descriptions = [description_of(tool) for tool in loaded]
-        self.rewards, self.call_format, self.system = dict(reward or {}), call_format, system
+        self.rewards, self.call_format, self.by_template = dict(reward or {}), call_format, describe == "template"
+        if not self.by_template:
+            system = "\n\n".join([*([system] if system else []), self._manual()])
+        self.system = system
+
+    def _manual(self) -> str:
+        """Return the descriptions of the tools for a system turn, with the format of a call."""
+        functions = [json.dumps(one["function"], ensure_ascii=False) for one in self.descriptions]
+        return "\n".join(["You may call these functions:", *functions, f"Write a call as {EXAMPLES[self.call_format]}"])
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
         """Return the data's prompt as messages, with the descriptions of the tools."""
@@ -71,6 +93,8 @@ class ToolEnvironment:
         turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         if self.system is not None:
             turns = [{"role": "system", "content": self.system}, *turns]
+        if not self.by_template:
+            return turns
         return [{**turns[0], "tools": [*(turns[0].get("tools") or ()), *self.descriptions]}, *turns[1:]]
 
     def reply(self, episode: Episode) -> Reply:
@@ -78,7 +102,7 @@ class ToolEnvironment:
         try:
             content, calls = calls_in(episode.said, self.call_format)
         except CallError as error:
-            return Reply(messages=[_result(f"error: {error}")], reward=self.rewards.get("wrong", 0.0))
+            return self._answer([_result(f"error: {error}")], self.rewards.get("wrong", 0.0))
         if not calls:
             return Reply(done=True)
         results = [self.call(call, episode.row) for call in calls]
@@ -90,7 +114,13 @@ class ToolEnvironment:
         ]
         replies = [_result(text, call.name, name) for (_, text), call, name in zip(results, calls, names, strict=True)]
         turn = {"role": "assistant", "content": content, "tool_calls": made}
-        return Reply(messages=replies, reward=self.rewards.get(kind, 0.0), turn=turn)
+        return self._answer(replies, self.rewards.get(kind, 0.0), turn)
+
+    def _answer(self, results: list[Message], reward: float, turn: Message | None = None) -> Reply:
+        """Return the results of a turn's calls as turns of the role tool, or as one turn of the user."""
+        if self.by_template:
+            return Reply(messages=results, reward=reward, turn=turn)
+        return Reply("\n".join(one["content"] for one in results), reward=reward)
 
     def call(self, call: Call, row: Mapping[str, Any]) -> tuple[bool, str]:
         """Make one call in an episode of a data row; return whether it worked, and the result or the fault as text."""

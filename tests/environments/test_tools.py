@@ -173,6 +173,19 @@ def test_wrong_calls_are_answered_and_rewarded() -> None:
     assert tools.reply(episode("it is 2")).done and tools.reply(episode("it is 2")).reward == 0.0
 
 
+def test_a_template_without_tools_gets_them_in_the_system_turn(tiny_tokenizer: Any) -> None:
+    tools = ToolEnvironment([calculator], call_format="plain", system="Be exact.", describe="system")
+    turns: Any = tools.reset({"prompt": "1 + 1?"})
+    assert [turn["role"] for turn in turns] == ["system", "user"] and "tools" not in turns[0]
+    assert turns[0]["content"].startswith("Be exact.") and turns[0]["content"].endswith("call: NAME(argument=value)")
+    conversation = Turns(conversing(tools), tiny_tokenizer, [turns], {}, [0])
+    said = tiny_tokenizer('call: calculator(expression="1+1")').input_ids
+    assert conversation.replies([0], [[*said, END]], [True]) == [True]
+    assert tiny_tokenizer.decode(conversation.ids(0)).endswith("<|user|>\n2<|end|>\n<|assistant|>\n")
+    with refused("unknown-choice", "describe is 'both'"):
+        ToolEnvironment([calculator], describe="both")  # type: ignore[arg-type]
+
+
 def test_a_long_result_is_cut() -> None:
     tools = ToolEnvironment([LookupTable({"a": "x" * 9000})])
     assert len(tools.reply(episode('call: lookup(key="a")')).messages[0]["content"]) == 4000
