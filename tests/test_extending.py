@@ -17,7 +17,7 @@ from rlhf_lightning.training.module import AlignmentModule
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-EXAMPLES = re.findall(r'^```python title="(\w+\.py)"\n(.*?)^```', PAGE, re.S | re.M)
+EXAMPLES = re.findall(r'^```python title="([\w/]+\.py)"\n(.*?)^```', PAGE, re.S | re.M)
 PROSE = re.sub(r"^```.*?^```", "", PAGE, flags=re.S | re.M)
 CLASSES = {base for kind in objective_classes() for base in kind.__mro__ if base.__module__.startswith("rlhf_")}
 
@@ -71,8 +71,9 @@ def test_every_name_exists():
 
 
 @pytest.mark.parametrize(("file", "text"), EXAMPLES, ids=[file for file, _ in EXAMPLES])
-def test_examples_are_lines_of_the_users_files(file: str, text: str):
-    lines = [line.strip() for line in (ROOT / "experiments" / "objectives_of_users" / file).read_text().splitlines()]
+def test_examples_are_lines_of_the_users_files_or_of_the_package(file: str, text: str):
+    path = ROOT / file if "/" in file else ROOT / "experiments" / "objectives_of_users" / file
+    lines = [line.strip() for line in path.read_text().splitlines()]
     wanted = [line.strip() for line in textwrap.dedent(text).splitlines()]
     assert any(lines[start : start + len(wanted)] == wanted for start in range(len(lines))), file
     ast.parse(textwrap.dedent(f"def _():\n{textwrap.indent(textwrap.dedent(text), '    ')}"))

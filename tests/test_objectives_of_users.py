@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_folders import one_thread, policy_folder, reward_folder
+from tiny_folders import one_thread, policy_folder
 from tiny_models import (
     MetricsLog,
     demonstration_step,
@@ -17,16 +17,13 @@ from tiny_models import (
     preference_step,
     random_pairs,
     random_rows,
-    ranked_pairs,
-    ranked_step,
-    sequences,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.types import Step
 
-__all__ = ["one_thread", "policy_folder", "reward_folder"]
+__all__ = ["one_thread", "policy_folder"]
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
 
@@ -146,80 +143,6 @@ def test_tdpo2_holds_the_sequential_kl_together(policy_folder: str, micro: int |
     assert_gradients(found, model)
     losses = falls(kind, policy_folder, preference_step(pairs))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is still the reference
-
-
-# -- reward models of several outputs ---------------------------------------------------------------------------------
-
-
-def rated_step(count: int = 4, micro: int | None = None) -> Step[Any]:
-    names = class_of("attributes_reward", "AttributesRewardModule").data_columns
-    step = demonstration_step(random_rows(count, seed=11), micro)
-    ratings = {name: torch.randn(count, generator=torch.Generator().manual_seed(n)) for n, name in enumerate(names)}
-    batches, first = [], 0
-    for batch in step.micro_batches:
-        rows = slice(first, first + len(batch.weights))
-        batches.append(batch._replace(extras={name: values[rows] for name, values in ratings.items()}))
-        first = rows.stop
-    return step._replace(micro_batches=tuple(batches))
-
-
-@pytest.mark.parametrize("micro", [None, 1])
-def test_five_attributes_are_regressed_and_scored(reward_folder: str, tmp_path: Path, micro: int | None) -> None:
-    kind, rows = class_of("attributes_reward", "AttributesRewardModule"), random_rows(4, seed=11)
-    module = doubled(kind(init_from=reward_folder, from_scratch=True, max_grad_norm=None))
-    found = gradients_of_step(module, rated_step(micro=micro))
-    plain = doubled(kind(init_from=reward_folder, from_scratch=True))
-    plain.load_models()
-    model = plain.reward_model.model
-    ratings = torch.stack([rated_step().micro_batches[0].extras[name] for name in kind.data_columns], -1)
-    total = torch.zeros((), dtype=torch.float64)
-    for (prompt, completion), rating in zip(rows, ratings, strict=True):
-        states = model.model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0, -1]
-        total = total + (model.score(states) - rating).square().mean() / len(rows)
-    total.backward()
-    assert_gradients(found, model, "reward_model.model.")
-
-    falls(kind, reward_folder, rated_step(), from_scratch=True)
-    trained = kind(init_from=reward_folder, from_scratch=True, learning_rate=3e-3, lr_schedule="constant")
-    fit(trained, [rated_step()] * 60)
-    from rlhf_lightning.scoring import LearnedScorer
-
-    scorer = LearnedScorer(str(trained.export(tmp_path / "model")))
-    judged = scorer.judge_sequences(sequences(rows))
-    assert [set(one.parts) for one in judged] == [set(kind.data_columns)] * 4
-    errors = [abs(one.parts[name] - float(ratings[n, i])) for n, one in enumerate(judged)
-              for i, name in enumerate(kind.data_columns)]  # fmt: skip
-    assert sum(errors) / len(errors) < 0.5 * float(ratings.abs().mean())
-    assert [one.score for one in judged] == [one.parts["helpfulness"] for one in judged]
-
-
-def test_mean_and_variance_are_learned_from_pairs_and_scored_with_caution(reward_folder: str, tmp_path: Path) -> None:
-    kind, pairs = class_of("mean_variance_reward", "MeanVarianceRewardModule"), random_pairs(4, seed=21)
-    target = [1.0, 0.75, 1.0, 0.625]  # exact in single precision
-    module = doubled(kind(init_from=reward_folder, from_scratch=True, max_grad_norm=None))
-    found = gradients_of_step(module, ranked_step(ranked_pairs(pairs), 2, target))
-    plain = doubled(kind(init_from=reward_folder, from_scratch=True))
-    plain.load_models()
-    model, total = plain.reward_model.model, torch.zeros((), dtype=torch.float64)
-    for (prompt, *completions), p in zip(pairs, target, strict=True):
-        outputs = [model.score(model.model(torch.tensor([[*prompt, *one]])).last_hidden_state[0, -1])
-                   for one in completions]  # fmt: skip
-        (better, sure), (worse, unsure) = outputs
-        wins = torch.distributions.Normal(0.0, 1.0).cdf((better - worse) / (sure.exp() + unsure.exp()).sqrt())
-        total = total - (p * wins.log() + (1 - p) * (1 - wins).log()) / len(pairs)
-    total.backward()
-    assert_gradients(found, model, "reward_model.model.")
-
-    falls(kind, reward_folder, ranked_step(ranked_pairs(pairs)), from_scratch=True)
-    trained = kind(init_from=reward_folder, from_scratch=True)
-    fit(trained, [ranked_step(ranked_pairs(pairs))])
-    folder = str(trained.export(tmp_path / "model"))
-    rows = sequences([(prompt, chosen) for prompt, chosen, _ in pairs])
-    bold, cautious = (class_of("mean_variance_reward", "CautiousScorer")(folder, k) for k in (0.0, 2.0))
-    for plain_one, careful in zip(bold.judge_sequences(rows), cautious.judge_sequences(rows), strict=True):
-        deviation = math.exp(0.5 * careful.parts["log_variance"])
-        assert careful.score == pytest.approx(plain_one.score - 2.0 * deviation, abs=1e-5)
-        assert plain_one.parts == careful.parts
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.recipes import FOLDER
+from rlhf_lightning.types import Judgement
 
 NOT_HERE = {"grpo_instructions", "grpo_maths", "sft", "reward", "dpo", "ppo", "dpo_classic", "ppo_classic"}
 """Recipes that test_real.py runs."""
@@ -31,20 +32,35 @@ ROWS = {
 """Real rows of each kind."""
 
 
+SCORER = "test_recipes.vowels"
+
+
 def vowels(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
     """A score that random text earns in part."""
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+def judged(prompts: Any, completions: list[str], **columns: Any) -> list[Judgement]:
+    """The same score with the parts that recipes weigh and constrain."""
+    scores = vowels(prompts, completions)
+    return [Judgement(s, {"helpful": s, "short": -s, "cost": s - 0.2}) for s in scores]
 
 
 def config_of(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def rows_for(datamodule: str, file: Path, folder: Path) -> Path:
-    """Return rows that the DataModule reads: the file's, or its solutions step by step.
+def rows_for(datamodule: str, file: Path, folder: Path, columns: Sequence[str] = ()) -> Path:
+    """Return rows that the DataModule reads: the file's with further columns, or its solutions step by step.
 
     A right solution's steps are all right; of a wrong one it is known that its last one is wrong.
     """
+    if columns:
+        numbers = {name: place % 2 for place, name in enumerate(columns)}
+        lines = [json.dumps(json.loads(line) | numbers) for line in file.read_text(encoding="utf-8").splitlines()[:80]]
+        written = folder / "columns.jsonl"
+        written.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return written
     if datamodule != "ProcessDataModule":
         return file
     rows = []
@@ -103,11 +119,13 @@ def test_it_trains_on_real_rows(
     monkeypatch.chdir(tmp_path)
     config = config_of(path)
     arguments, datamodule = config["model"]["init_args"], config["data"]["class_path"].split(".")[-1]
+    kinds = {kind.__name__: kind for kind in objective_classes()}
+    columns = kinds[config["model"]["class_path"].split(".")[-1]].data_columns
     flags: dict[str, Any] = {
         "model.init_from": folders["policy"],
         "model.warmup": 0,
         "model.learning_rate": 1e-2,
-        "data.source": rows_for(datamodule, shared_data(ROWS[datamodule]), tmp_path),
+        "data.source": rows_for(datamodule, shared_data(ROWS[datamodule]), tmp_path, columns),
         "data.rows": 40,
         "data.eval_rows": 8,
         "data.max_length": 256,
@@ -116,7 +134,9 @@ def test_it_trains_on_real_rows(
         "samples.prompts": 2,
     }
     if "scorer" in arguments:
-        flags["model.scorer"] = "test_recipes.vowels"
+        flags["model.scorer"] = "test_recipes.judged" if {"parts", "constraints"} & set(arguments) else SCORER
+    if "columns" in config["data"]["init_args"]:
+        flags["data.columns"] = "null"  # the file's own names are the right ones
     if "teacher" in arguments:
         flags["model.teacher"] = folders["teacher"]
     if datamodule == "PromptDataModule":

@@ -52,6 +52,46 @@ def centering_penalty(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     return (at_least_float32(chosen_scores) + at_least_float32(rejected_scores)) ** 2
 
 
+def thurstone_loss(
+    chosen_mean: Tensor, rejected_mean: Tensor, chosen_log_variance: Tensor, rejected_log_variance: Tensor,
+    target: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    r"""Negative log-likelihood of a comparison of normal scores (Thurstone 1927, A law of comparative judgment).
+
+    -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}): independent errors, case III. v and
+    z are held within 20. Equal means give log 2.
+
+    Args:
+        chosen_mean: m_c, shape (pairs,).
+        rejected_mean: m_r, shape (pairs,).
+        chosen_log_variance: v_c, shape (pairs,).
+        rejected_log_variance: v_r, shape (pairs,).
+        target: p, probability that chosen is the better one, shape (pairs,); None means 1.
+    """
+    require_shape("pairs", chosen_mean=chosen_mean, rejected_mean=rejected_mean, target=target)
+    variances = [at_least_float32(one).clamp(-20, 20).exp() for one in (chosen_log_variance, rejected_log_variance)]
+    gap = at_least_float32(chosen_mean) - at_least_float32(rejected_mean)
+    z = (gap * (variances[0] + variances[1]).rsqrt()).clamp(-20, 20)
+    share = torch.ones_like(z) if target is None else target
+    loss: Tensor = -share * torch.special.log_ndtr(z) - (1 - share) * torch.special.log_ndtr(-z)
+    return loss
+
+
+def cost_sign_loss(costs: Tensor, safe: Tensor) -> Tensor:
+    r"""Binary cross-entropy of a cost's sign in nats: -p log sigmoid(-c) - (1 - p) log sigmoid(c).
+
+    A safe completion costs less than 0, a harmful one more (Dai et al., arXiv 2310.12773, Eq. 6, second term). A cost
+    of 0 gives log 2.
+
+    Args:
+        costs: c, shape (completions,).
+        safe: p, 1 for a safe completion and 0 for a harmful one, shape (completions,).
+    """
+    require_shape("completions", costs=costs, safe=safe)
+    costs = at_least_float32(costs)
+    return -safe * F.logsigmoid(-costs) - (1 - safe) * F.logsigmoid(costs)
+
+
 def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor, tie_share: float) -> Tensor:
     r"""Negative log-likelihood in nats of a comparison that may end in a tie (Davidson 1970, JASA 65, 317).
 

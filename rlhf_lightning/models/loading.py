@@ -70,6 +70,8 @@ PROMPT_FORM = "rlhf_prompt_form"
 SCORE_BIAS = "score_bias"
 """What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
 OUTPUT_NAMES = "score_outputs"
+MEAN_VARIANCE = ("mean", "log_variance")
+"""Outputs of a reward model whose scores are normal variables."""
 STEP_SEPARATOR = "step_separator"
 """What stands between two steps of a process reward model's completions: its name in the same files."""
 

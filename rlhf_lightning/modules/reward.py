@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.ranking import (
+    cost_sign_loss,
     plackett_luce_loss,
     ranked_davidson_loss,
     ranked_pairs_loss,
+    thurstone_loss,
     untied_pairs,
 )
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import (
+    MEAN_VARIANCE,
     OUTPUT_NAMES,
     PROMPT_FORM,
     add_lora,
@@ -34,7 +38,14 @@ from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss, prompt_form
 from rlhf_lightning.training.offline import OfflineModule
-from rlhf_lightning.types import DataNeeds, EnumeratedProblem, RankedBatch, RankedScores, Step
+from rlhf_lightning.types import (
+    DataNeeds,
+    DemonstrationBatch,
+    EnumeratedProblem,
+    RankedBatch,
+    RankedScores,
+    Step,
+)
 
 
 class RewardModule(OfflineModule):
@@ -105,6 +116,9 @@ class RewardModule(OfflineModule):
         """
         return outputs[:, 0]
 
+    lower_is_better: ClassVar[bool] = False
+    """Whether the better completion has the lower score, which then is a cost."""
+
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         """Return one loss per group, shape (groups,); other objectives on rankings override it."""
         return ranked_pairs_loss(
@@ -134,7 +148,7 @@ class RewardModule(OfflineModule):
         better, worse = untied_pairs(ranked.group, ranked.ranks)
         told_apart = ranked.target[ranked.group[better]] != 0.5
         better, worse = better[told_apart], worse[told_apart]
-        margins = (ranked.scores[better] - ranked.scores[worse]).detach()
+        margins = (ranked.scores[better] - ranked.scores[worse]).detach() * (-1 if self.lower_is_better else 1)
         meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
         meter.add("accuracy", ((margins > 0).double() + (margins >= 0)) / 2)
         meter.add("score_margin", margins)
@@ -261,3 +275,122 @@ class DavidsonModule(RewardModule):
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         return None  # the enumerated problem has no ties, so it is not of this model
+
+
+class CostModule(RewardModule):
+    r"""Cost model of Safe RLHF: harmful completions cost more than safe ones, and more than 0.
+
+    loss = -p log sigmoid(c_r - c_c) - (1 - p) log sigmoid(c_c - c_r) + sign_coef * sum over both of
+    [-s log sigmoid(-c) - (1 - s) log sigmoid(c)], c the cost, s 1 for a safe completion and 0 for a harmful one (Dai et
+    al., 2310.12773, Eq. 6). ``chosen`` is the less harmful completion of a pair. The scores of the exported model are
+    costs, and 0 is the boundary: a limit of 0 on their mean is a constraint of `PPOModule`. Costs of 0 give
+    (1 + 2 sign_coef) log 2.
+
+    Target: none that the small world has: it has no safe and harmful completions.
+
+    Args:
+        sign_coef: weight of the loss of the signs.
+
+    The data needs the columns chosen_safe and rejected_safe, numbers or booleans.
+    """
+
+    paper = "Dai et al. 2023, arXiv 2310.12773"
+    no_target = "the small world has no safe and harmful completions"
+    ranges = {"sign_coef": "[0, inf)"}
+    data_columns = ("chosen_safe", "rejected_safe")
+    lower_is_better = True
+
+    def __init__(self, sign_coef: float = 1.0, normalise: bool = False, **kwargs: Any) -> None:
+        super().__init__(normalise=normalise, **kwargs)
+        self.sign_coef = sign_coef
+
+    def ranking_loss(self, scores: RankedScores) -> Tensor:
+        pairs = ranked_pairs_loss(
+            -scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
+        )
+        first, second = places_of_pairs(scores)
+        signs = (
+            cost_sign_loss(scores.scores[place], scores.extras[name].to(scores.scores))
+            for place, name in zip((first, second), self.data_columns, strict=True)
+        )
+        return pairs + self.sign_coef * sum(signs)
+
+
+class MeanVarianceRewardModule(RewardModule):
+    r"""Reward model whose scores are normal variables, N(m, e^v): it says how sure it is.
+
+    loss = -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}), for pairs (Thurstone 1927,
+    case III). The exported model has the outputs mean and log_variance; `LearnedScorer` scores by the mean, less
+    ``caution`` standard deviations. Equal means give log 2.
+
+    Target: no closed form: Bradley-Terry preferences are not those of normal scores.
+    """
+
+    paper = "Thurstone 1927, A law of comparative judgment"
+    no_target = "no closed form: Bradley-Terry preferences are not those of normal scores"
+
+    def __init__(self, outputs: int = 2, **kwargs: Any) -> None:
+        if outputs != 2:
+            raise SettingError("setting-out-of-range", f"outputs is {outputs}: a mean and a variance are 2")
+        super().__init__(outputs=outputs, **kwargs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return MEAN_VARIANCE
+
+    def ranking_loss(self, scores: RankedScores) -> Tensor:
+        chosen, rejected = (scores.extras["outputs"][place] for place in places_of_pairs(scores))
+        return thurstone_loss(chosen[:, 0], rejected[:, 0], chosen[:, 1], rejected[:, 1], scores.target)
+
+
+class AttributesRewardModule(RewardModule):
+    r"""Reward model of several rated attributes of each completion, by regression.
+
+    loss = mean over attributes of (output - rating)^2 (HelpSteer, Wang et al., 2311.09528, Section 3). The rows are
+    demonstrations with a column of numbers for each attribute. The exported model scores by the first attribute, and
+    all of them are parts of its judgements, which ``parts.weights`` of an on-policy module may weigh.
+
+    Target: the ratings.
+
+    Args:
+        attributes: names of the columns; null takes those of HelpSteer.
+    """
+
+    paper = "Wang et al. 2023, arXiv 2311.09528"
+    batch_type = DemonstrationBatch
+    data_columns = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    headline_metrics = ("val/loss",)
+
+    def __init__(self, attributes: list[str] | None = None, normalise: bool = False, **kwargs: Any) -> None:
+        names = type(self).data_columns if attributes is None else tuple(attributes)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise SettingError("too-few-attributes", f"attributes is {list(names)}: name two or more, each once")
+        super().__init__(outputs=len(names), normalise=normalise, **kwargs)
+        self.data_columns = names  # type: ignore[misc]  # of this run
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return self.data_columns
+
+    def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:  # type: ignore[override]
+        outputs = self.reward_model(self.lay_out(batch.sequences))
+        ratings = torch.stack([batch.extras[name] for name in self.data_columns], -1).to(outputs)
+        errors = (outputs - ratings).square()
+        for name, error in zip(self.data_columns, errors.T, strict=True):
+            meter.add(f"{name}_error", error)
+        losses = errors.mean(-1) * batch.weights.to(outputs)
+        meter.add("loss", losses)
+        return losses.sum()
+
+
+def places_of_pairs(scores: RankedScores) -> tuple[Tensor, Tensor]:
+    """Return the places of each pair's better and worse completion, each of shape (pairs,).
+
+    Raises:
+        DataError: a group has another number of completions than two.
+    """
+    if len(scores.ranks) != 2 * len(scores.target):
+        raise DataError("not-pairs", "this objective compares pairs, and a row ranks another number of completions")
+    second = (scores.ranks[1::2] < scores.ranks[0::2]).long()
+    place = 2 * torch.arange(len(second), device=second.device)
+    return place + second, place + 1 - second

@@ -23,6 +23,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
 from rlhf_lightning.models.loading import (
     BACKBONE_FILE,
+    MEAN_VARIANCE,
     PROMPT_FORM,
     STEP_SEPARATOR,
     LoadSettings,
@@ -51,15 +52,18 @@ class LearnedScorer(Scorer):
         max_tokens: cells of one forward pass, rows times the longest row.
         dtype: precision of the weights; null takes the run's, or fp32 without a run.
         label: of several outputs the one that is the score; null takes the first. All are parts of the judgement.
+        caution: standard deviations to subtract from the score of a model of mean and variance (see
+            `MeanVarianceRewardModule`), so that a policy is not paid for what the model is unsure of.
 
     Raises:
         ModelError: the folder's model has no trained head, or is an encoder.
-        SettingError: there is no such label.
+        SettingError: there is no such label, or the model has no variance.
     """
 
     def __init__(
-        self, folder: str, max_tokens: int = 16_384, dtype: str | None = None, label: str | None = None
-    ) -> None:
+        self, folder: str, max_tokens: int = 16_384, dtype: str | None = None, label: str | None = None,
+        caution: float = 0.0,
+    ) -> None:  # fmt: skip
         self.folder, self.max_tokens, self.dtype = resolve_folder(folder), max_tokens, dtype
         if is_encoder(self.folder):
             raise ModelError(
@@ -70,7 +74,13 @@ class LearnedScorer(Scorer):
         self.output_names = output_names(self.folder)
         record = backbone_record(self.folder) if Path(self.folder).is_dir() else {}
         self.prompt_form, own = record.get(PROMPT_FORM), bool(record)
-        self.score_index = label_index(self.folder, self.output_names, label, own)
+        self.score_index, self.caution = label_index(self.folder, self.output_names, label, own), caution
+        if caution and tuple(self.output_names) != MEAN_VARIANCE:
+            raise SettingError(
+                "no-variance",
+                f"caution is {caution}, and {folder} has no output log_variance: train MeanVarianceRewardModule, or "
+                "set caution to 0",
+            )
         self._model: ScalarModel | None = None
 
     def weights_hash(self) -> str | None:
@@ -114,12 +124,13 @@ class LearnedScorer(Scorer):
         return all(int(ids.max()) < rows for ids in (*sequences.prompts, *sequences.completions) if len(ids))
 
     def score_of(self, outputs: Tensor) -> Tensor:
-        """Return the score of a reward model of several outputs: the one that ``label`` names.
+        """Return the score of a reward model of several outputs: the one that ``label`` names, less the caution.
 
         Args:
             outputs: shape (completions, outputs), in the order of ``output_names``.
         """
-        return outputs[:, self.score_index]
+        score = outputs[:, self.score_index]
+        return score - self.caution * (0.5 * outputs[:, 1]).exp() if self.caution else score
 
     def score_sequences(self, sequences: Sequences) -> Tensor:
         """Return the scores of tokenized completions, fp32, shape (completions,)."""
