@@ -12,12 +12,8 @@ import pytest
 import torch
 from conftest import refused
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scoring.judges.chat_server import place, said, serving
 from tiny_folders import one_thread, policy_folder
 from tiny_models import (
-    CHAT_TEMPLATE,
-    SPECIAL,
-    VOCABULARY,
     MetricsLog,
     assert_same,
     demonstration_step,
@@ -25,23 +21,18 @@ from tiny_models import (
     gradients_of_step,
     quiet_trainer,
     random_rows,
-    save_policy,
     weights_of,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.modules import GRPOModule
-from rlhf_lightning.scoring import load_scorer
-from rlhf_lightning.scoring.scorer import MissingColumnError
 from rlhf_lightning.types import Rollout
 
 __all__ = ["one_thread", "policy_folder"]
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
-FILES = ["rubric_judge", "context_distillation", "success_curriculum"]
+FILES = ["context_distillation", "success_curriculum"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,107 +48,6 @@ class Rollouts(pl.Callback):
 
     def on_rollout_end(self, trainer: Any, module: Any, rollout: Rollout, means: Any) -> None:
         self.kept.append(rollout)
-
-
-def train(folder: str, tmp_path: Path, rows: list[dict[str, Any]], scorer: Any, rollouts: int = 2) -> Any:
-    """Fit GRPO on rows of a file; return its rollouts and the metrics of each."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = PromptDataModule(
-        str(file), batch_size=12, samples_per_prompt=3, rollouts=rollouts, cache_dir=str(tmp_path / "cache")
-    )
-    kept, log = Rollouts(), MetricsLog()
-    module = GRPOModule(
-        scorer=scorer, init_from=folder, learning_rate=6e-3, lr_schedule="constant", max_new_tokens=4, kl_coef=0.0
-    )
-    quiet_trainer(callbacks=[kept, log], limit_val_batches=0).fit(module, data)
-    return kept.kept, log.rows
-
-
-# -- a judge with rubrics ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def judge_folder(policy_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A judge whose vocabulary has the words of a rubric and both letters."""
-    folder = tmp_path_factory.mktemp("judge") / "judge"
-    save_policy(folder, seed=3, max_position_embeddings=512)
-    words = [*SPECIAL, "A", "B", "short", "kind", *(f"w{n}" for n in range(10, VOCABULARY))]
-    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<|unk|>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "<|pad|>", "unk_token": "<|unk|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE, **names,
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-RUBRICS = ["kind", [{"criterion": "short", "weight": 3.0}, {"criterion": "kind"}], "short", "kind short"]
-
-
-def probability_met(model: Any, tokenizer: Any, prompt: str, completion: str, criterion: str) -> float:
-    """p(A) / (p(A) + p(B)) of the whole forward after the question, with the answer begun."""
-    text = (
-        f"Human: {prompt}\n\nAssistant: {completion}\n\nCriterion: {criterion}\n\n(A) The last answer meets the "
-        "criterion.\n\n(B) It does not.\n\nName the right verdict by its letter alone: (A) or (B)."
-    )
-    ids = tokenizer(f"<|bos|><|user|>{text}<|assistant|>The right verdict is (", add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, -1]
-    return float(logits[[6, 7]].softmax(-1)[0])
-
-
-def test_a_local_judge_scores_by_each_rows_rubric(policy_folder: str, judge_folder: str, tmp_path: Path) -> None:
-    rows = [{"prompt": f"w{20 + n} w9", "rubric": rubric} for n, rubric in enumerate(RUBRICS)]
-    spec = {"class_path": "rubric_judge.RubricScorer", "init_args": {"judge": judge_folder}}
-    rollouts, logged = train(policy_folder, tmp_path, rows, spec)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(judge_folder), AutoTokenizer.from_pretrained(judge_folder)
-    for rollout in rollouts:
-        for row, text, score in zip(rollout.row_ids, rollout.texts, rollout.scores.tolist(), strict=True):
-            met = {one: probability_met(model, tokenizer, rows[row]["prompt"], text, one) for one in
-                   ("kind", "short", "kind short")}  # fmt: skip
-            both = (3.0 * met["short"] + met["kind"]) / 4.0
-            assert score == pytest.approx([met["kind"], both, met["short"], met["kind short"]][row], abs=1e-5)
-        assert len(set(rollout.scores.tolist())) > 3
-    assert all(math.isfinite(means["train/loss"]) for means in logged)
-
-
-def test_a_judge_behind_a_server_scores_by_each_rows_rubric(policy_folder: str, tmp_path: Path) -> None:
-    def reply(body: dict[str, Any]) -> dict[str, Any]:
-        """Kind completions have an even number of words, short ones at most two."""
-        text = body["messages"][-1]["content"]
-        completion = text.split("Assistant:")[1].split("Criterion:")[0].split()
-        met = len(completion) % 2 == 0 if "Criterion: kind" in text else len(completion) <= 2
-        return said("A", [place("A", -0.1, A=math.log(0.8 if met else 0.2), B=math.log(0.2 if met else 0.8))])
-
-    rows = [{"prompt": f"w{20 + n} w9", "rubric": rubric} for n, rubric in enumerate(RUBRICS[:3])]
-    rows.append({"prompt": "w30", "rubric": RUBRICS[1]})
-    with serving(reply) as server:
-        arguments = {"judge": server.url, "judge_args": {"model": "m"}}
-        spec = {"class_path": "rubric_judge.RubricScorer", "init_args": arguments}
-        rollouts, _ = train(policy_folder, tmp_path, rows, spec)
-    for rollout in rollouts:
-        for row, text, score, feedback in zip(
-            rollout.row_ids, rollout.texts, rollout.scores.tolist(), rollout.feedback, strict=True
-        ):
-            kind, short = len(text.split()) % 2 == 0, len(text.split()) <= 2
-            p = {"kind": 0.8 if kind else 0.2, "short": 0.8 if short else 0.2}
-            both = (3.0 * p["short"] + p["kind"]) / 4.0
-            assert score == pytest.approx([p["kind"], both, p["short"], both][row], abs=1e-6)
-            missed = [name for name, share in (("short", p["short"]), ("kind", p["kind"])) if share < 0.5]
-            asked = [{"kind"}, {"short", "kind"}, {"short"}, {"short", "kind"}][row]
-            assert (feedback or "").split() == [name for name in missed if name in asked]
-
-
-def test_a_completion_without_a_verdict_cannot_be_judged() -> None:
-    with serving(lambda body: said("Well.")) as server:
-        arguments = {"judge": server.url, "judge_args": {"model": "m", "read": "text"}}
-        scorer = load_scorer({"class_path": "rubric_judge.RubricScorer", "init_args": arguments})
-        assert [one.score for one in scorer(["Hi"], ["Go."], rubric=["kind"])] == [None]
-        with pytest.raises(MissingColumnError, match="rubric"):
-            scorer(["Hi"], ["Go."])
 
 
 # -- context distillation ---------------------------------------------------------------------------------------------
