@@ -4,7 +4,7 @@
 
 One small policy imitates answers that are mostly reckless. RLOO then trains it against the world's two known rewards,
 once for each setting and seed. Every finished run is one line of ``runs.jsonl``; a second call continues after the last
-one. The page and the picture beside this file are written from what has been measured.
+one. The page and the picture in this folder are written from what has been measured.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def trained(name: str, seed: int, policy: str, out: Path) -> dict[str, Any]:
 
 
 def start_module(policy: str) -> Any:
-    """Return a module that holds the policy as it is before RL."""
+    """Return a module that holds the policy before RL."""
     module = RLOOModule(init_from=policy, scorer=satisfaction_and_harm, self_check=False)
     module.configure_model()
     return module
@@ -167,7 +167,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    """Write the table and the picture beside this file."""
+    """Write the table and the picture in this folder."""
     import matplotlib
 
     matplotlib.use("Agg")
