@@ -75,7 +75,7 @@ class RewardModule(OfflineModule):
     ranges = {"centering": "[0, inf)", "outputs": "[1, inf)"}
     batch_type: ClassVar[type] = RankedBatch
     has_policy = False
-    headline_metrics = ("val/loss", "val/accuracy", "val/ece")
+    headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss", "val/accuracy", "val/ece")
 
     def __init__(
         self, centering: float = 0.0, normalise: bool = True, outputs: int = 1, learning_rate: float = 9e-6,
@@ -358,8 +358,10 @@ class AttributesRewardModule(RewardModule):
 
     paper = "Wang et al. 2023, arXiv 2311.09528"
     batch_type = DemonstrationBatch
-    data_columns = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-    headline_metrics = ("val/loss",)
+    data_columns: ClassVar[tuple[str, ...]] = (
+        "helpfulness", "correctness", "coherence", "complexity", "verbosity",
+    )  # fmt: skip
+    headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
 
     def __init__(self, attributes: list[str] | None = None, normalise: bool = False, **kwargs: Any) -> None:
         names = type(self).data_columns if attributes is None else tuple(attributes)
@@ -378,7 +380,7 @@ class AttributesRewardModule(RewardModule):
         errors = (outputs - ratings).square()
         for name, error in zip(self.data_columns, errors.T, strict=True):
             meter.add(f"{name}_error", error)
-        losses = errors.mean(-1) * batch.weights.to(outputs)
+        losses: Tensor = errors.mean(-1) * batch.weights.to(outputs)
         meter.add("loss", losses)
         return losses.sum()
 

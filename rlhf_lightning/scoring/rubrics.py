@@ -165,15 +165,15 @@ def checked_rubric(given: Any) -> list[Criterion]:
     listed = [given] if isinstance(given, str | Mapping) else given
     if not isinstance(listed, Sequence) or not listed:
         raise DataError("wrong-rubric", f"a rubric is {given!r:.200}: it must be a text or a list of criteria")
-    rubric = []
+    rubric: list[Criterion] = []
     for one in listed:
-        made = {"criterion": one} if isinstance(one, str) else one
+        made: Any = {"criterion": one} if isinstance(one, str) else one
         text = made.get("criterion") if isinstance(made, Mapping) else None
         weight = made.get("weight", 1.0) if isinstance(made, Mapping) else None
         number = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) < math.inf
         if not isinstance(text, str) or not text.strip() or not number:
             raise DataError("wrong-rubric", f"a criterion is {one!r:.200}: it must have a text and a finite weight")
-        rubric.append({**made, "weight": float(weight)})
+        rubric.append({**made, "weight": float(made.get("weight", 1.0))})
     if not sum(abs(one["weight"]) for one in rubric):
         raise DataError("wrong-rubric", "every weight of a rubric is 0")
     return rubric
