@@ -139,8 +139,10 @@ def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list
     found = []
     for name, file in option_pairs(argv):
         if name == "--config" and Path(file).is_file():
-            text = Path(file).read_text(encoding="utf-8")
-            read = read_yaml(text)
+            try:
+                read = read_yaml(Path(file).read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise SettingError("invalid-config", f"{file} is not a text in UTF-8: {error}") from error
             section = read.get(part) if isinstance(read, dict) else None
             if isinstance(section, dict) and isinstance(section.get("class_path"), str):
                 found.append((file, section["class_path"], list(section.get("init_args") or {})))

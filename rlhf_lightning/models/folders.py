@@ -61,6 +61,7 @@ INDEX = "model.safetensors.index.json"
 ATTENTION = ("eager", "sdpa", "flex_attention", "paged|eager")
 """Attention implementations that a model's config may choose; others would be fetched from a repository."""
 KERNELS = ("attn_implementation", "experts_implementation")
+NEVER_NEGATIVE = r"(hidden|vocab|intermediate)_size|num_\w*(layers|heads|experts)"
 MANY_LAYERS, LARGEST = 4096, 2**31
 MANY_NORMALISED = 64
 """How many times longer a tokenizer's normaliser may make a text."""
@@ -71,7 +72,8 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ModelError: ``not-a-file``: a pipe or a device; ``unreadable-model``: damaged JSON, or an index that names other
-            files than safetensors of the folder; ``foreign-kernel``; ``model-too-large``; ``hostile-tokenizer``.
+            files than safetensors of the folder; ``foreign-kernel``; ``model-too-large``; ``model-too-small``;
+            ``hostile-tokenizer``.
     """
     for file in folder.iterdir():
         if not file.is_file() and not file.is_dir() and not (file.is_symlink() and not file.exists()):
@@ -147,6 +149,8 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
         number = isinstance(value, int) and not isinstance(value, bool)
         if number and (value > LARGEST**2 or (value > MANY_LAYERS and re.search(r"layers?$|blocks?$", key))):
             raise ModelError("model-too-large", f"{file} says {key} {value}, which no model has; correct the file")
+        if number and value < 0 and re.fullmatch(NEVER_NEGATIVE, key):
+            raise ModelError("model-too-small", f"{file} says {key} {value}, which no model has; correct the file")
         if number and value > LARGEST and re.search(r"size$|heads$|experts$|_dim$", key):
             raise ModelError("model-too-large", f"{file} says {key} {value}, which no model has; correct the file")
 

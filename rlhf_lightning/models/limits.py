@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,34 @@ def limits_of(model: Any) -> Limits:
 
 def _rescales(config: Any) -> bool:
     return any("dynamic" in str(rope.get("rope_type")) for rope in ropes_of(config))
+
+
+def check_prompts(model: Any, prompts: Sequence[torch.Tensor], new_tokens: int) -> None:
+    """Refuse prompts that a Hugging Face model cannot continue.
+
+    Args:
+        model: the model.
+        prompts: token ids of each prompt.
+        new_tokens: most tokens that are sampled behind each.
+
+    Raises:
+        ModelError: a token has no embedding, or a completion may go beyond the model's learned positions.
+    """
+    limits = limits_of(model)
+    largest = max((int(prompt.max()) for prompt in prompts), default=0)
+    if largest >= limits.tokens:
+        raise ModelError(
+            "tokenizer-larger-than-model",
+            f"a prompt holds token id {largest}, but {limits.name} has {limits.tokens} embeddings: the tokenizer is "
+            "another model's; use the model's own",
+        )
+    longest = max(map(len, prompts), default=0) + new_tokens
+    if limits.positions is not None and longest > limits.positions:
+        raise ModelError(
+            "positions-exceeded",
+            f"a prompt and its completion may take {longest} tokens, but {limits.name} has {limits.positions} "
+            "positions; shorten the prompts, or sample fewer new tokens",
+        )
 
 
 def check_rows(

@@ -551,6 +551,12 @@ def adapter_settings(folder: str | Path) -> dict[str, Any]:
             f"{file} sets {', '.join(unread)}, which changes how a model is forwarded; merge the adapter into its "
             "backbone with peft (merge_and_unload), and name the merged folder",
         )
+    ranks = found.get("rank_pattern") or {}
+    for rank in (found.get("r", 8), *(ranks.values() if isinstance(ranks, dict) else [None])):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= LARGEST_RANK:
+            raise ModelError("unreadable-model", f"{file} has the rank {rank!r}; copy the adapter again")
+    if found.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise ModelError("unreadable-model", f"{file} has the bias {found['bias']!r}; copy the adapter again")
     base = found.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
@@ -605,6 +611,8 @@ MATCHING = (
     "for pattern in patterns:\n for name in names:\n  re.fullmatch(pattern, name)\n"
 )
 PATTERN_SECONDS = 5
+LARGEST_RANK = 2**16
+"""Rank of a LoRA adapter above which its config is taken for damaged."""
 
 
 def load_base_of_adapter(folder: str, base: str | None = None) -> str:

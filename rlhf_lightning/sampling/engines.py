@@ -21,6 +21,7 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.limits import check_prompts
 from rlhf_lightning.models.loading import LoadSettings, LoraSettings
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
@@ -189,6 +190,8 @@ class SamplingEngine(ABC):
             DataError: a prompt is empty.
         """
         refuse_empty(prompts)
+        if isinstance(model, CausalLM):
+            check_prompts(model.model, prompts, settings.max_new_tokens)
         request = SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture, turns)
         if turns is None or self.keeps_turns:
             drawn = self.complete(model, request)

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 from conftest import refused
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlhf_lightning.loading import refuse_large_yaml
 from rlhf_lightning.models.folders import INDEX, check_folder, read_json, reading, weight_files
+from rlhf_lightning.models.limits import check_prompts
 from rlhf_lightning.models.loading import (
+    LoadSettings,
     adapter_settings,
     backbone_record,
     content_hash,
     fingerprint,
+    load_hf_model,
     refuse_odd_gguf,
     refuse_slow_patterns,
 )
@@ -52,7 +57,10 @@ def test_what_is_loaded_is_hashed(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == [tmp_path / "shard.safetensors"]
 
 
-@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "key",
+    ["_attn_implementation", "attn_implementation", "experts_implementation", "_attn_implementation_internal"],
+)
 @pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", {"": "owner/kernel"}, "paged|owner/kernel"])
 def test_a_config_chooses_no_kernel(key: str, value: Any, tmp_path: Path) -> None:
     for config in ({key: value}, {"text_config": {key: value}}):
@@ -68,6 +76,35 @@ def test_counts_that_no_model_has(key: str, value: int, tmp_path: Path) -> None:
     write(tmp_path / "config.json", {key: value})
     with refused("model-too-large", key):
         check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"])
+def test_counts_below_zero(key: str, tmp_path: Path) -> None:
+    write(tmp_path / "config.json", {key: -1})
+    with refused("model-too-small", key):
+        check_folder(tmp_path)
+
+
+def test_a_new_model_beyond_this_machines_memory_is_refused_before_it_is_built(
+    policy_folder: str, tmp_path: Path
+) -> None:
+    config = json.loads((Path(policy_folder) / "config.json").read_text())
+    write(tmp_path / "config.json", {**config, "vocab_size": 2**31, "hidden_size": 1024})
+    began = time.monotonic()
+    with refused("model-too-large", "GiB of memory"):
+        load_hf_model(str(tmp_path), AutoModelForCausalLM, LoadSettings(from_scratch=True))
+    assert time.monotonic() - began < 60
+
+
+def test_prompts_beyond_a_models_embeddings_or_positions_are_refused() -> None:
+    tiny = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    model = GPT2LMHeadModel(tiny)
+    check_prompts(model, [torch.tensor([1, 19])], 14)
+    with refused("tokenizer-larger-than-model", "token id 20", "20 embeddings"):
+        check_prompts(model, [torch.tensor([1]), torch.tensor([20])], 4)
+    with refused("positions-exceeded", "may take 17 tokens", "16 positions"):
+        check_prompts(model, [torch.tensor([1, 2])], 15)
+    check_prompts(model, [], 15)
 
 
 def test_a_tokenizer_that_multiplies(tmp_path: Path) -> None:
@@ -99,6 +136,13 @@ def test_json_that_is_no_object_names_its_file(text: str, tmp_path: Path) -> Non
         {"peft_type": None},
         {"base_model_name_or_path": None},
         {"base_model_name_or_path": []},
+        {"r": 10**9},
+        {"r": 0},
+        {"r": True},
+        {"r": "8"},
+        {"rank_pattern": {"q_proj": 10**9}},
+        {"rank_pattern": 7},
+        {"bias": "many"},
     ],
 )
 def test_odd_adapter_configs(change: dict[str, Any], tmp_path: Path) -> None:
