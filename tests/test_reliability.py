@@ -1,6 +1,8 @@
 """The drill of experiments/reliability, shortened: runs that are killed and torn for real end in the same bits."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,3 +79,25 @@ def test_the_page_has_a_row_for_each_drill(drill: Any, tmp_path: Path) -> None:
     drill.render(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "| ppo | ddp | LoRA | 0 | 0 | 0 | 3 | 0 | 0 | 0 | 0 | 1 | nothing |" in page
+
+
+@pytest.mark.slow
+def test_a_part_of_the_probes_holds(tmp_path: Path) -> None:
+    """Each ninth request and answer that no page and no server gives; the files take the better part of an hour."""
+    script, out = FOLDER / "probes.py", tmp_path / "probes.json"
+    command = [sys.executable, str(script), "--front", "page", "servers", "--every", "9", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert found["broken"] == [] and sum(count["held"] for count in found["fronts"].values()) > 40
+
+
+def test_the_page_names_what_broke_in_the_probes(tmp_path: Path, drill: Any) -> None:
+    import page
+
+    record = {"total": 9, "note": "A note.", "fronts": {"page": {"held": 3, "broke": 1}}, "broken": []}
+    (tmp_path / "probes_all.json").write_text(json.dumps(record))
+    page.render(tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "4 of 9 probes. A note." in text and "| page | 3 | 1 |" in text

@@ -70,7 +70,26 @@ def fuzz(records: Records) -> list[str]:
     return lines
 
 
-SECTIONS: dict[str, Callable[[Records], list[str]]] = {"kills": kills, "faults": faults, "fuzz": fuzz}
+def probes(records: Records) -> list[str]:
+    """Return the section of attacks and faults against the commands."""
+    lines = [
+        "## Attacks and faults",
+        "",
+        "`probes.py`: each probe is one damaged file, hostile request or answer, odd number or signal, in a process of",
+        "its own with a limit of time and memory. It holds if the command ends with one sentence that has a code, and",
+        "never with status 0 where the input is unusable.",
+    ]
+    for record in records:
+        ran = sum(count["held"] + count["broke"] for count in record["fronts"].values())
+        lines += ["", f"{ran:,} of {record['total']:,} probes. {record['note']}".strip(), ""]
+        lines += ["| front | held | broke |", "|---|---|---|"]
+        lines += [f"| {name} | {count['held']} | {count['broke']} |" for name, count in record["fronts"].items()]
+    return lines
+
+
+SECTIONS: dict[str, Callable[[Records], list[str]]] = {
+    "probes": probes, "kills": kills, "faults": faults, "fuzz": fuzz,
+}  # fmt: skip
 """By the beginning of the files' names: ``kills_ppo_ddp_full.json``."""
 
 

@@ -4,8 +4,9 @@
     python experiments/reliability/probes.py [--front NAME ...] [--only TEXT] [--out FILE.json]
 
 A probe holds if the command ends in time and memory with one sentence that has a code (no traceback, no status 0 where
-the input is unusable) and no planted code has run. The table counts held and broken probes for each front; every broken
-probe is printed with what it said. The exit status is 1 if any probe broke.
+the input is unusable) and no planted code has run. Probes of processes send signals at counted moments; those of pages
+and servers send requests and answers. The table counts held and broken probes for each front; every broken probe is
+printed. The exit status is 1 if any probe broke. ``--every 12`` is a quick look of some minutes.
 """
 
 from __future__ import annotations
@@ -29,13 +30,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from probe_fronts import (
+    VALUES,
+    Judge,
+    answers,
+    ask,
+    judge_signal,
+    moments_of,
+    numeric_settings,
+    requests,
+    score_by,
+    with_signals,
+)
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS, GIGABYTES = 40, 3
-"""Limits of one probe; the memory comes on top of the imported process."""
+"""Limits of one probe: processor time, and memory on top of the imported process."""
+WALL_SECONDS = 240
+"""Limit of a probe that sleeps; it is long, so that a busy machine breaks no probe."""
 RAN = "ran"
 """A file that planted code makes in the working directory."""
 PLANTED = f"from pathlib import Path\nPath({RAN!r}).touch()\n"
@@ -45,18 +61,23 @@ class Probe(NamedTuple):
     """One attack or fault.
 
     Attributes:
-        front: code, silence, leaks, hangs or tracebacks.
+        front: key of `FRONTS`.
         name: what is done.
-        prepare: changes the probe's folder, which is the working directory, and returns the command line.
+        prepare: changes the probe's folder, which is the working directory, and returns the command line, or does the
+            work and returns an exit status.
         may_succeed: whether ignoring the change is right too: the command then ends with status 0.
         typed: what stands on standard input.
+        fresh: whether the command runs in a new process, which has imported nothing yet.
+        judge: what judges the exit status and the output, where it is not the rule above.
     """
 
     front: str
     name: str
-    prepare: Callable[[], list[str]]
+    prepare: Callable[[], list[str] | int]
     may_succeed: bool = False
     typed: bytes = b"w6 w7\n"
+    fresh: bool = False
+    judge: Judge | None = None
 
 
 class Outcome(NamedTuple):
@@ -141,8 +162,10 @@ def run_probe(probe: Probe, world: Path) -> Outcome:
             _attack(probe, place / "w", said)
         ended = _wait(child)
         text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+        os.chdir(place / "w")
         return Outcome(_judged(probe, ended, text, (place / "w" / RAN).exists()), text[-1500:])
     finally:
+        os.chdir(world)
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -153,7 +176,6 @@ def _attack(probe: Probe, folder: Path, said: Path) -> None:
     os.environ["RLHF_CACHE"] = str(folder.parent / "cache")
     output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     try:
-        argv = probe.prepare()
         (folder.parent / "typed").write_bytes(probe.typed)
         os.dup2(os.open(folder.parent / "typed", os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -162,8 +184,17 @@ def _attack(probe: Probe, folder: Path, said: Path) -> None:
         sys.stderr = open(2, "w", buffering=1)
         used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         _record_uncoded()
-        status = rlhf(argv)
+        asked = probe.prepare()
+        if probe.fresh and not isinstance(asked, int):
+            repository = str(Path(__file__).resolve().parents[2])
+            os.execve(
+                sys.executable,
+                [sys.executable, "-m", "rlhf_lightning", *asked],
+                {**os.environ, "PYTHONPATH": repository, "PYTHONSAFEPATH": ""},
+            )
+        status = asked if isinstance(asked, int) else rlhf(asked)
         sys.stdout.flush()
     except BaseException:
         import traceback
@@ -182,6 +213,8 @@ def _record_uncoded() -> None:
 
     def recorded(error: Exception) -> str | None:
         coded = isinstance(error, RlhfError | MemoryError) or failures.is_out_of_memory(error)
+        # jsonargparse makes a ValueError of what a class that it builds raises, and keeps the sentence.
+        coded = coded or str(error).startswith("Does not validate against any of the Union subtypes")
         if not coded and type(error).__module__.split(".")[0] not in ("yaml", "sqlite3", "rlhf_lightning"):
             print(f"UNCODED {type(error).__name__}", file=sys.stderr)
         return before(error)
@@ -191,12 +224,15 @@ def _record_uncoded() -> None:
 
 def _wait(child: int) -> int | str:
     """Return the exit status of a process; "late" if it had to be killed, or the signal that ended it."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + WALL_SECONDS
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else f"signal {os.WTERMSIG(status)}"
-        time.sleep(0.02)
+            if os.WIFEXITED(status):
+                return os.WEXITSTATUS(status)
+            used_up = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+            return "late" if used_up else f"signal {os.WTERMSIG(status)}"
+        time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -207,7 +243,9 @@ def _judged(probe: Probe, ended: int | str, text: str, ran: bool) -> str | None:
     if ran:
         return "planted code ran"
     if isinstance(ended, str):
-        return ended
+        return None if ended == f"signal {int(signal.SIGTERM)}" and "twice" in probe.name else ended
+    if probe.judge is not None:
+        return probe.judge(ended, text)
     if "Traceback (most recent" in text:
         return "traceback"
     if "UNCODED" in text:
@@ -262,8 +300,17 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def _from_model(argv: list[str]) -> list[str]:
+    """Return a command line as it is typed within the model's folder."""
+    places = {
+        "model": ".",
+        **{name: f"../{name}" for name in ("adapter", "data.jsonl", "pairs.jsonl", RUN, "out.jsonl")},
+    }
+    return [places.get(word, word) for word in argv]
+
+
 def code_probes() -> Iterator[Probe]:
-    """Planted modules beside data and models, kernels named by configs, pickles."""
+    """Planted modules next to data and models, kernels named by configs, pickles."""
     modules = ("kernels", "brotli", "megatron", "deepspeed", "flash_attn", "triton", "xformers", "mamba_ssm", "apex",
                "bitsandbytes_extra", "pandas_extra", "zstandard", "sentencepiece", "tiktoken", "torchvision", "cupy",
                "auto_gptq", "awq", "hqq", "aqlm", "optimum", "neptune", "wandb", "comet_ml", "numba", "soundfile",
@@ -289,7 +336,15 @@ def code_probes() -> Iterator[Probe]:
                  "--data.source", "data.jsonl"],
     }  # fmt: skip
     for name, argv in commands.items():
-        yield Probe("code", f"{len(modules)} planted modules, rlhf {name}", planted(modules, argv), may_succeed=True)
+        for place in ("next to the data", "in the model's folder"):
+            argv_there = argv if place == "next to the data" else _from_model(argv)
+            yield Probe(
+                "files",
+                f"{len(modules)} planted modules {place}, rlhf {name}",
+                planted(modules, argv_there, "." if place == "next to the data" else "model"),
+                may_succeed=True,
+                fresh=True,
+            )
     for field, value in (
         ("_attn_implementation", "owner/kernel"), ("attn_implementation", "owner/kernel"),
         ("_attn_implementation_internal", "owner/kernel:fn"), ("_attn_implementation", "kernels-community/flash-attn"),
@@ -298,12 +353,12 @@ def code_probes() -> Iterator[Probe]:
         ("attn_implementation", "flash_attention_2@owner/kernel"),
     ):  # fmt: skip
         yield Probe(
-            "code",
+            "files",
             f"config.json: {field} {value}",
             edited("model/config.json", CHAT, lambda c, f=field, v=value: {**c, f: v}),
         )
     for corda in ("megatron_core", "megatron.core", "os", "my.module"):
-        yield Probe("code", f"adapter_config: megatron_core {corda}", edited(
+        yield Probe("files", f"adapter_config: megatron_core {corda}", edited(
             "adapter/adapter_config.json", CHAT_ADAPTER, lambda c, v=corda: {**c, "megatron_core": v, "megatron_config": {}}
         ), may_succeed=True)  # fmt: skip
     for field, value in (("auto_map", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}),
@@ -315,11 +370,11 @@ def code_probes() -> Iterator[Probe]:
             edited("model/config.json", CHAT, lambda c: {**c, f: v})()
             return CHAT
 
-        yield Probe("code", f"config.json: {field}", with_code, may_succeed=True)
+        yield Probe("files", f"config.json: {field}", with_code, may_succeed=True)
     for field, value in (("dtype", "os.system"), ("torch_dtype", "__import__('os')"), ("hidden_act", "os.system"),
                          ("model_type", "../../code"), ("architectures", ["os.system"])):  # fmt: skip
         yield Probe(
-            "code",
+            "files",
             f"config.json: {field} {value}",
             edited("model/config.json", CHAT, lambda c, f=field, v=value: {**c, f: v}),
             may_succeed=field in ("architectures", "dtype", "torch_dtype"),
@@ -356,8 +411,10 @@ def silence_probes() -> Iterator[Probe]:
         ("a missing file", "model-00002-of-00002.safetensors", lambda: None), ("a folder", ".", lambda: None),
         ("a sub-folder", "sub/m.safetensors", lambda: None), ("a number", 7, lambda: None), ("null", None, lambda: None),
     ):  # fmt: skip
-        yield Probe("silence", f"safetensors index names {name}", index({"*": wanted}, extra))
-    yield Probe("silence", "a decoy beside the indexed file", index({}, decoy))
+        yield Probe("files", f"safetensors index names {name}", index({"*": wanted}, extra))
+    yield Probe(
+        "files", "a decoy next to the indexed file", index({}, decoy), may_succeed=True
+    )  # not loaded, not hashed
     for name, content in (
         ("a list", "[]"),
         ("empty", ""),
@@ -370,24 +427,24 @@ def silence_probes() -> Iterator[Probe]:
             Path("model/model.safetensors.index.json").write_text(text)
             return CHAT
 
-        yield Probe("silence", f"safetensors index: {name}", broken)
+        yield Probe("files", f"safetensors index: {name}", broken)
 
     def linked() -> list[str]:
         shutil.move("model/model.safetensors", "elsewhere.safetensors")
         os.symlink("../elsewhere.safetensors", "model/model.safetensors")
         return CHAT
 
-    yield Probe("silence", "weights are a link (as in the Hub's cache)", linked, may_succeed=True)
+    yield Probe("files", "weights are a link (as in the Hub's cache)", linked, may_succeed=True)
     settings = {
         "max_grad_norm": (-1, 0), "learning_rate": (-1, "nan", "inf"), "weight_decay": (-1,), "adam_eps": (-1,),
         "betas": ("[0.9, 1.5]",), "lora.r": (0, -1), "lora.dropout": (1.5,), "warmup_fraction": (-1, 2),
     }  # fmt: skip
     for key, values in settings.items():
         for value in values:
-            yield Probe("silence", f"model.{key} {value}", lambda k=key, v=value: [*fit("x"), f"--model.{k}", str(v)])
+            yield Probe("numbers", f"model.{key} {value}", lambda k=key, v=value: [*fit("x"), f"--model.{k}", str(v)])
     for flag in (["--model.seed", "7"], ["--data.seed", "7"], ["--seed_everything", "7"]):
         yield Probe(
-            "silence",
+            "files",
             f"--resume with {flag[0]}",
             lambda f=flag: [*RESUME, *f],
             may_succeed=flag[0] == "--seed_everything",
@@ -401,7 +458,9 @@ def silence_probes() -> Iterator[Probe]:
 def leak_probes() -> Iterator[Probe]:
     """Loss and leaks: half-written folders, names that leave the runs folder, links."""
     for name in ("../x", "/tmp/x", "a/../../x", "", ".", "x\ny", "a" * 300, "con\x00"):
-        yield Probe("leaks", f"run_name {name[:9]!r}", lambda n=name: [*fit("x"), "--run_name", n])
+        yield Probe(
+            "files", f"run_name {name[:9]!r}", lambda n=name: [*fit("x"), "--run_name", n], may_succeed=not name
+        )
 
     def half(signal_number: int, moment: float) -> Callable[[], list[str]]:
         def prepare() -> list[str]:
@@ -415,7 +474,7 @@ def leak_probes() -> Iterator[Probe]:
         return prepare
 
     for moment in (0.05, 0.2, 0.5, 0.8, 1.2):
-        yield Probe("leaks", f"Ctrl-C after {moment} s", half(signal.SIGINT, moment), may_succeed=True)
+        yield Probe("processes", f"Ctrl-C after {moment} s", half(signal.SIGINT, moment), may_succeed=True)
 
 
 def hang_probes() -> Iterator[Probe]:
@@ -455,8 +514,9 @@ def hang_probes() -> Iterator[Probe]:
                 or place.startswith(RUN)
                 or "generation" in place
                 or "template" in place
+                or ("backbone" in place and kind == "link to itself")
             )
-            yield Probe("hangs", f"{place} is a {kind}", special(make, place, argv), may_succeed=loose)
+            yield Probe("files", f"{place} is a {kind}", special(make, place, argv), may_succeed=loose)
     for pattern in (
         "(a|a)*$",
         "(.*)*!",
@@ -469,14 +529,16 @@ def hang_probes() -> Iterator[Probe]:
     ):
         for field in ("target_modules", "exclude_modules"):
             yield Probe(
-                "hangs",
+                "files",
                 f"adapter_config {field} {pattern}",
                 edited("adapter/adapter_config.json", CHAT_ADAPTER, lambda c, p=pattern, f=field: {**c, f: p}),
+                may_succeed=field == "exclude_modules",  # one that is quick excludes nothing
             )
         yield Probe(
-            "hangs",
+            "files",
             f"adapter_config rank_pattern {pattern}",
             edited("adapter/adapter_config.json", CHAT_ADAPTER, lambda c, p=pattern: {**c, "rank_pattern": {p: 4}}),
+            may_succeed=True,  # one that is quick matches no layer
         )
     for key in (
         "num_hidden_layers",
@@ -488,14 +550,14 @@ def hang_probes() -> Iterator[Probe]:
     ):
         for value in (10**9, 10**12, 10**30):
             yield Probe(
-                "hangs",
+                "files",
                 f"config.json {key} {value:.0e}",
                 edited("model/config.json", CHAT, lambda c, k=key, v=value: {**c, k: v}),
                 may_succeed=key == "max_position_embeddings",
             )
             if key != "max_position_embeddings":
                 yield Probe(
-                    "hangs",
+                    "files",
                     f"from scratch: config.json {key} {value:.0e}",
                     edited(
                         "model/config.json",
@@ -517,10 +579,10 @@ def hang_probes() -> Iterator[Probe]:
         return lambda found: found.update(normalizer={"type": "Sequence", "normalizers": [step] * steps})
 
     for times, steps in ((10, 8), (1000, 3), (10**6, 1), (10**6, 2), (3, 18), (2, 30)):
-        yield Probe("hangs", f"tokenizer: normalizer x{times}, {steps} times", tokenizer(multiplier(times, steps)))
-    yield Probe("hangs", "tokenizer: prepends 10 MB", tokenizer(multiplier(10**7, 2, "Prepend")))
+        yield Probe("files", f"tokenizer: normalizer x{times}, {steps} times", tokenizer(multiplier(times, steps)))
+    yield Probe("files", "tokenizer: prepends 10 MB", tokenizer(multiplier(10**7, 2, "Prepend")))
     yield Probe(
-        "hangs",
+        "files",
         "tokenizer: post-processor repeats",
         tokenizer(
             lambda found: found.update(
@@ -537,7 +599,7 @@ def hang_probes() -> Iterator[Probe]:
                      "{{ 'x' * 10**10 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 9**9**9 }}",
                      "{{ ('x' * 99999999)|replace('x', 'y' * 999) }}"):  # fmt: skip
         yield Probe(
-            "hangs",
+            "files",
             f"template {template[:30]}",
             replaced("model/chat_template.jinja", CHAT, lambda _, t=template: t.encode()),
         )
@@ -556,18 +618,18 @@ def hang_probes() -> Iterator[Probe]:
     }  # fmt: skip
     for name, text in configs.items():
         yield Probe(
-            "hangs",
+            "files",
             f"--config: {name}",
             replaced("c.yaml", ["fit", "--config", "c.yaml"], lambda _, t=text: t.encode()),
         )
         yield Probe(
-            "hangs",
+            "files",
             f"config.yaml of a run: {name}",
             replaced(f"{RUN}/config.yaml", RESUME, lambda _, t=text: t.encode()),
         )
     for flag in ("--model.learning_rate", "--data.source", "--model", "--trainer.callbacks"):
         for text in ("[" * 20_000, "{a: " * 20_000, "[" * 3_000 + "]" * 3_000):
-            yield Probe("hangs", f"{flag} {text[:4]} x{len(text)}", lambda f=flag, t=text: [*fit("x"), f, t])
+            yield Probe("files", f"{flag} {text[:4]} x{len(text)}", lambda f=flag, t=text: [*fit("x"), f, t])
     yield from _big_rows()
 
 
@@ -590,7 +652,7 @@ def _big_rows() -> Iterator[Probe]:
         return prepare
 
     for size in (40 << 20, 105 << 20):
-        yield Probe("hangs", f"one JSONL row of {size >> 20} MB", jsonl(size), may_succeed=True)
+        yield Probe("files", f"one JSONL row of {size >> 20} MB", jsonl(size), may_succeed=True)
 
     def compressed(opener: Callable[[str, str], Any], name: str, size: int) -> Callable[[], list[str]]:
         def prepare() -> list[str]:
@@ -608,7 +670,7 @@ def _big_rows() -> Iterator[Probe]:
 
     for name, opener in (("x.jsonl.gz", gzip.open), ("x.jsonl.bz2", bz2.open), ("x.json.gz", gzip.open), ("x.csv.gz", gzip.open),
                          ("x.txt.gz", gzip.open), ("x.jsonl.xz", lzma.open)):  # fmt: skip
-        yield Probe("hangs", f"{name} of 600 MB", compressed(opener, name, 600), may_succeed=name.endswith("jsonl.gz"))
+        yield Probe("files", f"{name} of 600 MB", compressed(opener, name, 600), may_succeed=True)  # the row is counted
 
     def parquet(rows: int, size: int, nested: bool) -> Callable[[], list[str]]:
         def prepare() -> list[str]:
@@ -633,7 +695,10 @@ def _big_rows() -> Iterator[Probe]:
         (500, 1 << 20, True),
     ):
         yield Probe(
-            "hangs", f"Parquet of {rows} x {size >> 10} kB{' nested' if nested else ''}", parquet(rows, size, nested)
+            "files",
+            f"Parquet of {rows} x {size >> 10} kB{' nested' if nested else ''}",
+            parquet(rows, size, nested),
+            may_succeed=size * rows * 3 < 4 << 30,
         )
 
 
@@ -650,11 +715,11 @@ def traceback_probes() -> Iterator[Probe]:
         "one.arrow": ["audit", "one.arrow"], "c.yaml": ["fit", "--config", "c.yaml"], "template.jinja": [*CHAT[:2]],
     }  # fmt: skip
     loose = ("tokenizer_config", "generation_config", "backbone.json", "manifest.json", "data.jsonl", "one.csv", "template",
-             "config.yaml", "one.json", "update_0000")  # fmt: skip
+             "one.json", "update_0000", "last.ckpt")  # fmt: skip
     for file, argv in files.items():
         for name, damage in DAMAGE.items():
             yield Probe(
-                "tracebacks",
+                "files",
                 f"{file}: {name}",
                 replaced(file, argv, damage),
                 may_succeed=any(part in file for part in loose) or "c.yaml" in file,
@@ -665,23 +730,23 @@ def traceback_probes() -> Iterator[Probe]:
                 "id2label", "text_config", "transformers_version", "initializer_range"):  # fmt: skip
         for name, value in ODD_VALUES.items():
             yield Probe(
-                "tracebacks",
+                "files",
                 f"config.json {key} is {name}",
                 edited("model/config.json", CHAT, lambda c, k=key, v=value: {**c, k: v}),
                 may_succeed=True,
             )
-    yield Probe("tracebacks", "config.json is a list", edited("model/config.json", CHAT, lambda c: [c]))
+    yield Probe("files", "config.json is a list", edited("model/config.json", CHAT, lambda c: [c]))
     for key in ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "target_modules", "task_type", "modules_to_save", "bias",
                 "lora_dropout", "fan_in_fan_out", "rank_pattern", "layers_to_transform", "use_dora", "init_lora_weights"):  # fmt: skip
         for name, value in ODD_VALUES.items():
             yield Probe(
-                "tracebacks",
+                "files",
                 f"adapter_config {key} is {name}",
                 edited("adapter/adapter_config.json", CHAT_ADAPTER, lambda c, k=key, v=value: {**c, k: v}),
                 may_succeed=True,
             )
         yield Probe(
-            "tracebacks",
+            "files",
             f"adapter_config without {key}",
             edited(
                 "adapter/adapter_config.json", CHAT_ADAPTER, lambda c, k=key: {n: v for n, v in c.items() if n != k}
@@ -690,7 +755,7 @@ def traceback_probes() -> Iterator[Probe]:
         )
     for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "IA3", "NONSENSE", "LOHA", "POLY", ["LORA"], "P_TUNING", "BONE"):
         yield Probe(
-            "tracebacks",
+            "files",
             f"adapter_config peft_type {kind}",
             edited("adapter/adapter_config.json", CHAT_ADAPTER, lambda c, v=kind: {**c, "peft_type": v}),
             may_succeed=kind == "BONE",
@@ -700,14 +765,14 @@ def traceback_probes() -> Iterator[Probe]:
     )
     for name, value in ODD_VALUES.items():
         yield Probe(
-            "tracebacks",
+            "files",
             f"backbone.json is {name}",
             edited("adapter/backbone.json", CHAT_ADAPTER, lambda c, v=value: v),
             may_succeed=name == "an object",
         )
         for key in ("fingerprint", "source", "quantization"):
             yield Probe(
-                "tracebacks",
+                "files",
                 f"backbone.json {key} is {name}",
                 edited("adapter/backbone.json", CHAT_ADAPTER, lambda c, k=key, v=value: {**c, k: v}),
                 may_succeed=True,
@@ -721,27 +786,27 @@ def traceback_probes() -> Iterator[Probe]:
         last.mkdir()
         return RESUME
 
-    yield Probe("tracebacks", "last.ckpt is a folder", folder_at_last, may_succeed=True)
+    yield Probe("files", "last.ckpt is a folder", folder_at_last, may_succeed=True)
 
     def full_folder_at_last() -> list[str]:
         folder_at_last()
         Path(f"{RUN}/checkpoints/last.ckpt/notes").write_text("mine")
         return RESUME
 
-    yield Probe("tracebacks", "last.ckpt is a folder with files", full_folder_at_last, may_succeed=True)
+    yield Probe("files", "last.ckpt is a folder with files", full_folder_at_last, may_succeed=True)
     for count in (2**63, 2**40, 10**6):
 
         def gguf(n: int = count) -> list[str]:
             Path("one.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, n, n) + b"\x01" * 64)
             return ["chat", "one.gguf"]
 
-        yield Probe("tracebacks", f"gguf that counts {count:.0e}", gguf)
+        yield Probe("files", f"gguf that counts {count:.0e}", gguf)
     for text in ("a: [", "a: 'b", "model: {class_path: 7}", "model: []", "model: text", "trainer: 7", "7", "[]", "a:\tb", "model:\n  class_path: SFTModule\n  init_args: 7",
                  "data: {class_path: 7}", "trainer:\n  callbacks: 7", "trainer:\n  callbacks: [7]", "trainer:\n  callbacks: [{class_path: os.system}]",
                  "trainer:\n  logger: {class_path: os.system}", "model: {class_path: os.system}", "model: !!python/object/apply:os.system [touch ran]",
                  "seed_everything: x", "checkpoint: 7", "? [a]\n: b", "\x00", "%YAML 9.9\n---\na: 1", "--- a\n--- b", "*x", "a: !x b"):  # fmt: skip
         yield Probe(
-            "tracebacks",
+            "files",
             f"--config {text[:40]!r}",
             replaced("c.yaml", ["fit", "--config", "c.yaml"], lambda _, t=text: t.encode()),
         )
@@ -780,13 +845,13 @@ def _weights() -> Iterator[Probe]:
     }  # fmt: skip
     for name, change in changes.items():
         yield Probe(
-            "tracebacks",
+            "files",
             f"model weights: {name}",
             tensors("model/model.safetensors", CHAT, change),
             may_succeed=name == "integers",
         )
         yield Probe(
-            "tracebacks",
+            "files",
             f"adapter weights: {name}",
             tensors("adapter/adapter_model.safetensors", CHAT_ADAPTER, change),
             may_succeed=name == "integers",
@@ -798,7 +863,7 @@ def _weights() -> Iterator[Probe]:
         Path("model/tokenizer.json").write_text(json.dumps(found))
         return CHAT
 
-    yield Probe("tracebacks", "tokenizer larger than the model", tokenizer_larger, typed=b"w150 w151\n")
+    yield Probe("files", "tokenizer larger than the model", tokenizer_larger, typed=b"w150 w151\n")
     yield Probe(
         "tracebacks", "more tokens than positions (chat)", lambda: CHAT, typed=b"w6 " * 500 + b"\n", may_succeed=True
     )
@@ -807,7 +872,7 @@ def _weights() -> Iterator[Probe]:
         Path("data.jsonl").write_text(json.dumps({"prompt": "w6 " * 500, "completion": "w7 " * 500}) + "\n")
         return [*fit("long"), "--data.max_length", "4096"]
 
-    yield Probe("tracebacks", "more tokens than positions (fit)", long_rows, may_succeed=True)
+    yield Probe("files", "more tokens than positions (fit)", long_rows, may_succeed=True)
 
 
 def _checkpoints() -> Iterator[Probe]:
@@ -847,7 +912,7 @@ def _checkpoints() -> Iterator[Probe]:
     for command, argv in commands.items():
         for key in keys:
             yield Probe(
-                "tracebacks",
+                "files",
                 f"{command}: checkpoint without {key}",
                 tampered(without(key), argv, RUN),
                 may_succeed=command == "export"
@@ -867,7 +932,7 @@ def _checkpoints() -> Iterator[Probe]:
             for name, value in odd.items():
                 if command == "resume" or key in ("state_dict", "hyper_parameters", "started_from", "progress"):
                     yield Probe(
-                        "tracebacks",
+                        "files",
                         f"{command}: checkpoint's {key} is {name}",
                         tampered(with_value(key, value), argv, RUN),
                         may_succeed=True,
@@ -899,7 +964,7 @@ def _checkpoints() -> Iterator[Probe]:
     }  # fmt: skip
     for name, change in deep.items():
         for command, argv in commands.items():
-            yield Probe("tracebacks", f"{command}: {name}", tampered(change, argv, RUN), may_succeed=True)
+            yield Probe("files", f"{command}: {name}", tampered(change, argv, RUN), may_succeed=True)
     for name in ("empty zip", "zip of a text"):
 
         def packed(empty: bool = name == "empty zip") -> list[str]:
@@ -912,11 +977,95 @@ def _checkpoints() -> Iterator[Probe]:
             path.write_bytes(content.getvalue())
             return RESUME
 
-        yield Probe("tracebacks", f"resume: {name}", packed)
+        yield Probe("files", f"resume: {name}", packed)
+
+
+def file_probes() -> Iterator[Probe]:
+    """All probes of files that others wrote, and of settings that name them."""
+    for kind in (code_probes, silence_probes, leak_probes, hang_probes, traceback_probes):
+        yield from (probe for probe in kind() if probe.front == "files")
+
+
+def process_probes() -> Iterator[Probe]:
+    """Signals at moments from the first import to the last export."""
+    yield from (probe for probe in leak_probes() if probe.front == "processes")
+    few = ["--max_new_tokens", "3"]
+    commands = {
+        "fit": [*fit("cut"), "--checkpoint.every_n_updates", "2"], "fit --resume": RESUME, "chat": CHAT,
+        "generate": ["generate", "--model", "model", "--prompts", "data.jsonl", "--out", "out.jsonl", *few],
+        "audit": ["audit", "pairs.jsonl", "--json", "report.json"], "validate": ["validate", RUN, "--data.eval_rows", "2"],
+        "export": ["export", RUN, "--out", "exported"],
+    }  # fmt: skip
+    for name, argv, signals in moments_of(commands, _calls_of):
+        yield Probe(
+            "processes",
+            name,
+            lambda a=argv, s=signals: with_signals(a, s, rlhf),
+            judge=judge_signal(signals[0][1], len(signals) > 1, Path.cwd),
+        )
+
+
+def _calls_of(argv: list[str]) -> int:
+    """Count the calls of Python functions in a command, in a fork within a copy of the world."""
+    place = Path(tempfile.mkdtemp(prefix="calls"))
+    shutil.copytree(Path.cwd(), place / "w", symlinks=True)
+    child = os.fork()
+    if child == 0:
+        os.chdir(place / "w")
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(0, 1)
+        os.dup2(0, 2)
+        count = 0
+
+        def profile(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(profile)
+        with contextlib.suppress(BaseException):
+            rlhf(argv)
+        sys.setprofile(None)
+        (place / "calls").write_text(str(count))
+        os._exit(0)
+    os.waitpid(child, 0)
+    count = int((place / "calls").read_text())
+    shutil.rmtree(place, ignore_errors=True)
+    return count
+
+
+def _sound(status: int, text: str) -> str | None:
+    return "traceback" if "Traceback (most recent" in text else None if status == 0 else text.strip()[-200:]
+
+
+def page_probes() -> Iterator[Probe]:
+    """Requests that no page sends: each gets an answer below 500 with the page's headers, and the page still works."""
+    for name, send in requests():
+        yield Probe("page", name, lambda s=send: ask(s), judge=_sound)
+
+
+def server_probes() -> Iterator[Probe]:
+    """Answers that no server gives: each is taken as finite scores, or refused in a printable sentence."""
+    for name, answer in answers():
+        yield Probe("servers", f"a score server answers: {name}", lambda a=answer: score_by(a), judge=_sound)
+
+
+def number_probes() -> Iterator[Probe]:
+    """Numbers that are none, or far out of range: refused, or trained with to a finite loss."""
+
+    def finite(status: int, text: str) -> str | None:
+        if "Traceback (most recent" in text:
+            return "traceback"
+        return "a loss that is not finite, and status 0" if status == 0 and "loss nan" in text else None
+
+    yield from (probe for probe in silence_probes() if probe.front == "numbers")
+    for _, name in numeric_settings(["SFTModule", "SFTDataModule"]):
+        for value in VALUES:
+            yield Probe("numbers", f"--{name} {value}", lambda n=name, v=value: [*fit("x"), f"--{n}={v}"], judge=finite)
 
 
 FRONTS: dict[str, Callable[[], Iterator[Probe]]] = {
-    "code": code_probes, "silence": silence_probes, "leaks": leak_probes, "hangs": hang_probes, "tracebacks": traceback_probes,
+    "page": page_probes, "files": file_probes, "processes": process_probes, "servers": server_probes,
+    "numbers": number_probes,
 }  # fmt: skip
 
 
@@ -926,7 +1075,8 @@ def main() -> int:
     parser.add_argument("--front", nargs="*", default=list(FRONTS), choices=list(FRONTS))
     parser.add_argument("--only", default="", help="run the probes whose name contains this text")
     parser.add_argument("--every", type=int, default=1, help="run each n-th probe only: a quick look")
-    parser.add_argument("--out", type=Path, default=RESULTS / "probes.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "probes_all.json")
+    parser.add_argument("--note", default="", help="a sentence for the page, on the machine and the code")
     parser.add_argument("--verbose", action="store_true", help="print what broken probes said")
     given = parser.parse_args()
     world = Path(tempfile.mkdtemp(prefix="world"))
@@ -935,7 +1085,8 @@ def main() -> int:
     os.chdir(world)
     counts: dict[str, Counter[str]] = {front: Counter() for front in given.front}
     broken: list[dict[str, str]] = []
-    probes = [p for front in given.front for p in FRONTS[front]() if given.only in p.name][:: given.every]
+    every = [p for front in given.front for p in FRONTS[front]()]
+    probes = [p for p in every if given.only in p.name][:: given.every]
     began = time.monotonic()
     for probe in probes:
         outcome = run_probe(probe, world)
@@ -951,7 +1102,9 @@ def main() -> int:
     os.chdir(here)
     table = {front: {"held": count["held"], "broke": count["broke"]} for front, count in counts.items()}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"fronts": table, "broken": broken}, indent=2) + "\n")
+    given.out.write_text(
+        json.dumps({"total": len(every), "note": given.note, "fronts": table, "broken": broken}, indent=2) + "\n"
+    )
     shutil.rmtree(world, ignore_errors=True)
     return 1 if broken else 0
 
