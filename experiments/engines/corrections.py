@@ -134,15 +134,56 @@ CORRECTIONS: dict[str, Callable[[Drawn], Tensor]] = {
 }
 
 
-def next_version(world: EnumerableWorld, table: Tensor) -> Tensor:
-    """Return the table after one exact policy-gradient step of `STEP_KL` nats per token."""
+def step_size(world: EnumerableWorld, table: Tensor) -> tuple[float, Tensor]:
+    """Return the step that moves the policy by `STEP_KL` nats per token, and the exact policy gradient."""
     direction = Scene(world, table, table).truth
     low, high = 0.0, 1e4
     for _ in range(60):
         step = (low + high) / 2
         moved = Scene(world, table + step * direction, table).token_kl()
         low, high = (step, high) if moved < STEP_KL else (low, step)
-    return table + low * direction
+    return low, direction
+
+
+LEARNED = (
+    "none", "`token_truncate`, 2", "`token_mask`, 0.5 to 5", "`sequence_truncate`, 2", "`sequence_truncate`, 5",
+    "`sequence_mask`, 3", "`bypass`, clip 0.2",
+)  # fmt: skip
+
+
+def next_version(world: EnumerableWorld, table: Tensor) -> Tensor:
+    """Return the table after one exact policy-gradient step of `STEP_KL` nats per token."""
+    step, direction = step_size(world, table)
+    return table + step * direction
+
+
+def learned(world: EnumerableWorld, name: str, lag: int, updates: int = 40, speed: float = 1.0) -> float:
+    """Return the expected reward after updates by the estimator's mean, the engine ``lag`` versions behind."""
+    step, _ = step_size(world, world.reference_table)
+    tables = [world.reference_table]
+    for number in range(updates):
+        scene = Scene(world, tables[-1], tables[max(0, number - lag)])
+        gradient, _ = scene._means(CORRECTIONS[name](scene.drawn), scene.drawn.chance)
+        tables.append(tables[-1] + speed * step * gradient)
+    return world.expected_reward(world.probabilities(tables[-1]))
+
+
+def curves(lags: tuple[int, ...] = (0, 1, 2, 4, 8)) -> str:
+    """Return the expected reward after 40 updates at each lag, for two step sizes."""
+    world = EnumerableWorld(4, 4, 4, seed=0, reference_scale=1.0)
+    before, best = world.expected_reward(world.problem.reference), float(world.rewards.amax(-1).mean())
+    lines = [""]
+    for speed in (1.0, 4.0):
+        lines += [
+            f"## Expected reward after 40 updates, step size {speed:g} (before: {before:.3f}; best: {best:.3f})",
+            "",
+        ]
+        lines += ["| correction | " + " | ".join(f"lag {lag}" for lag in lags) + " |", "|---" * (len(lags) + 1) + "|"]
+        for name in LEARNED:
+            found = [learned(world, name, lag, speed=speed) for lag in lags]
+            lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def truncated(table: Tensor, top_p: float) -> Tensor:
@@ -223,7 +264,7 @@ def main() -> None:
     measured = "KL(engine, trainer), nats per token: " + ", ".join(
         f"{name} {scene.token_kl():.5f}" for name, scene in found.items()
     )
-    text = measured + ".\n" + table(found) + "\n" + by_length() + "\n"
+    text = measured + ".\n" + table(found) + "\n" + by_length() + "\n" + curves()
     if asked.show or not PAGE.exists():
         print(text)
         return

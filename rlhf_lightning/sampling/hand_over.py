@@ -93,8 +93,8 @@ class AdapterHandOver:
 class FolderHandOver:
     """Writes all weights into the folder that the servers were started from, and has the servers load them again.
 
-    The head has a tensor of its own there even where the policy ties it to the embeddings: vLLM would not load a tied
-    head again, and would go on with the old one.
+    The head has a tensor of its own there even where the policy ties it to the embeddings: a server may keep a packed
+    copy of a tied head, which loading again need not replace.
 
     Args:
         folder: folder of `write_server_folder`, seen by trainer and servers under the same path.

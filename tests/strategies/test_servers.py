@@ -1,0 +1,36 @@
+"""Weights of several ranks reach a server: the first rank gathers and hands over, and all of them sample there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import RankPool
+from small_server import BASE, serving
+from transformers import AutoTokenizer
+
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.sampling.hand_over import write_server_folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_server_samples_for_all_ranks(
+    pool: RankPool, policy_folder: str, tmp_path: Path, strategy: str, lora: dict[str, Any] | None
+) -> None:
+    folder = tmp_path / "shared"
+    if lora is None:
+        policy = load_policy(policy_folder)
+        write_server_folder(policy.model, AutoTokenizer.from_pretrained(policy_folder), folder)
+    with serving(policy_folder if lora else str(folder)) as server:
+        path = "rlhf_lightning.sampling.remote_engine.RemoteEngine"
+        given = {"url": server.url, "model": BASE, "shared_folder": str(folder), "sync_bound": 1e-4}
+        found = pool.run(
+            2, "train", name="GRPOModule", folder=policy_folder, strategy=strategy, updates=6, lora=lora,
+            engine={"class_path": path, "init_args": given}, sampler_correction="token_truncate", double=False,
+        )  # fmt: skip
+        handed = server.bodies("/v1/load_lora_adapter" if lora else "/collective_rpc")
+    each = 2 if lora and strategy == "ddp" else 1  # ranks of an unsharded adapter hand it over themselves
+    assert len(handed) == 2 * each
+    for one in found:
+        assert one["drawn"] and one["log"]["invariant/sync_error"] < 1e-4
+        assert one["log"]["invariant/sampler"] < 1e-4
