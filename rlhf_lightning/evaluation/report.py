@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,46 +75,75 @@ class FrontierPoint(NamedTuple):
     kl: float  # KL to the reference, nats per completion
     gold_reward: float  # mean gold reward
     score: float  # mean proxy score
+    gold_reward_ci: Sequence[float]  # 95 % interval of the gold reward
+    score_ci: Sequence[float]  # 95 % interval of the score
     label: str = ""  # text next to the point; empty for none
+    final: bool = False  # the policy that a run ends with, drawn as a star
+    update: int = 0  # optimizer updates of the checkpoint
 
 
-COLOURS = {"ppo": "#c44e52", "dpo": "#4c72b0", "best of n": "#555555", "sft": "#55a868"}
+COLOURS = {"ppo": "#c44e52", "ppo without KL penalty": "#dd8452", "dpo": "#4c72b0", "best of n": "#555555"}
 
 
-def draw_frontier(points: Sequence[FrontierPoint], path: str | Path, title: str = "") -> Path:
-    """Draw gold reward and proxy score against KL, one line per method in the order of KL. Returns the path."""
+def draw_frontier(
+    points: Sequence[FrontierPoint], path: str | Path, title: str = "", levels: Mapping[str, float] | None = None
+) -> Path:
+    """Draw gold reward and proxy score against KL, and return the path.
+
+    Args:
+        points: the points of each method in the order in which its line joins them.
+        path: file of the figure.
+        title: title of the figure.
+        levels: named gold rewards to compare with, drawn as horizontal lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
-    for axis, (field, label) in zip(axes, (("gold_reward", "gold reward"), ("score", "proxy score")), strict=True):
+    fields = ("gold_reward", "gold reward"), ("score", "proxy score (of the run's own reward model)")
+    for axis, (field, label) in zip(axes, fields, strict=True):
         for method in dict.fromkeys(point.method for point in points):
-            line = sorted((point for point in points if point.method == method), key=lambda point: point.kl)
-            heights = [getattr(point, field) for point in line]
-            dashed = method == "best of n"
-            axis.plot(
-                [point.kl for point in line],
-                heights,
-                marker="s" if dashed else "o",
-                linestyle="--" if dashed else "-",
-                color=COLOURS.get(method),
-                label=method,
-                markersize=5,
-            )
-            for point, height in zip(line, heights, strict=True):
-                if point.label:
-                    axis.annotate(
-                        point.label, (point.kl, height), textcoords="offset points", xytext=(6, -10), fontsize=8
-                    )
-        axis.set_xlabel("KL(policy || reference), nats per completion")
+            _draw_curve(axis, [point for point in points if point.method == method], field)
+        axis.set_xlabel("KL(policy || SFT policy), nats per completion, square-root scale")
+        axis.set_xscale("function", functions=(_root, _square))
+        axis.set_xticks([root**2 for root in range(math.ceil(max(point.kl for point in points) ** 0.5) + 1)])
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    axes[0].set_ylim(0, 1)
+    for name, level in (levels or {}).items():
+        axes[0].axhline(level, color="#888888", linewidth=1, linestyle=":")
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (-4, 2)}
+        axes[0].annotate(name, (1, level), ha="right", va="bottom", fontsize=8, color="#555555", **place)
+    axes[0].set_ylim(0, 1.08)
+    axes[1].legend(frameon=False, loc="lower right")
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return Path(path)
+
+
+def _root(values: Any) -> Any:
+    """Return square roots: Gao et al. (2210.10760) find rewards simple in the root of the KL."""
+    import numpy as np
+
+    return np.sqrt(np.clip(values, 0, None))
+
+
+def _square(values: Any) -> Any:
+    return values**2
+
+
+def _draw_curve(axis: Any, line: Sequence[FrontierPoint], field: str) -> None:
+    """Draw the points of one method with their intervals; the final policy is a star."""
+    method, heights = line[0].method, [getattr(point, field) for point in line]
+    dashed, colour = method == "best of n", COLOURS.get(method)
+    style = {"marker": "s" if dashed else "o", "linestyle": "--" if dashed else "-", "markersize": 4}
+    axis.plot([point.kl for point in line], heights, color=colour, label=method, **style)
+    for point, height in zip(line, heights, strict=True):
+        axis.vlines(point.kl, *getattr(point, f"{field}_ci"), color=colour, linewidth=1)
+        if point.final:
+            axis.plot(point.kl, height, marker="*", markersize=14, color=colour)
+        if point.label:
+            axis.annotate(point.label, (point.kl, height), textcoords="offset points", xytext=(7, -11), fontsize=8)
