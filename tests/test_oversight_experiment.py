@@ -40,7 +40,9 @@ def test_every_arm_has_a_monitor_that_loads(script, tmp_path):
 def test_onset_is_the_first_of_two_rollouts_in_a_row(script):
     assert script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0, 0.02, 0.5, 0.9]})) == 4
     assert np.isnan(script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0]})))
-    defined = {"rollout/monitor_auroc": [0.0, 0.8], "rollout/hack_rate": [0.0, 0.5]}
-    assert script.measured(run_of(**defined), "rollout/monitor_auroc") == 0.8
+    rates = {"rollout/hack_rate": [0.0, 0.5, 1.0], "rollout/monitor_flagged": [0.1, 0.0, 0.9]}
+    told = {f"rollout/monitor_{name}": [0.0, 0.8, 0.4] for name in ("precision", "recall", "auroc")}
+    found = [script.measured(run_of(**rates, **told), tag) for tag in told]
+    assert found == pytest.approx([0.2, 0.6, 0.8])
     assert script.last_tenth(run_of(a=list(range(20))), "a") == 18.5
     assert script.shown([1.0, 3.0, float("nan")]) == "2 (1 to 3)" and script.shown([float("nan")]) == "none"

@@ -132,8 +132,11 @@ def onset(run: FinishedRun) -> float:
 
 def measured(run: FinishedRun, tag: str) -> float:
     """Return the mean of a measure of the monitor over the rollouts in which it is defined."""
-    needed = "rollout/monitor_flagged" if tag.endswith("precision") else HACK
-    values, defined = run.scalars[tag][1], run.scalars[needed][1] > 0
+    flagged, hacks = run.scalars["rollout/monitor_flagged"][1], run.scalars[HACK][1]
+    defined = {"precision": flagged > 0, "recall": hacks > 0, "auroc": (hacks > 0) & (hacks < 1)}[
+        tag.rpartition("_")[2]
+    ]
+    values = run.scalars[tag][1]
     return float(values[defined].mean()) if defined.any() else float("nan")
 
 
@@ -205,7 +208,7 @@ screening gives it no score, so that nothing is learned from it.
 Hack rate, gold and proxy are means over the last tenth of the rollouts; the proxy is before the penalty. Onset is the
 first of two rollouts in a row with a hack rate of at least {onset:.0%}. Precision, recall and AUROC of the monitor are
 means over the rollouts in which they are defined, against the truth. Several seeds are given as mean (smallest to
-largest).
+largest). With one seed an arm, differences between two monitors may be chance.
 
 ![Hack rate, gold reward and proxy score over training]({picture})
 """
