@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import refused
 from faulty_environment import Faulty, ManyEnds, Talks
-from tiny_models import MetricsLog, fit, prompt_step, random_rows, tiny_tokenizer, within
+from tiny_models import MetricsLog, fit, prompt_step, quiet_trainer, random_rows, tiny_tokenizer, within
 from torch import Tensor
 
 from rlhf_lightning.data import PromptDataModule
@@ -189,6 +189,32 @@ def test_a_repaired_environment_may_resume_and_does_not_read_old_prompts(tmp_pat
     after = data(Opens())
     assert before.fingerprint == after.fingerprint
     assert [made.store.record(0)["prompt"] for made in (before, after)] == ["w50 w10", "w60 w10"]
+
+
+def test_episodes_sampled_ahead_keep_their_turns(policy_folder: str, tmp_path: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "w{10 + number}"}}\n' for number in range(4)))
+    seen: list[Rollout] = []
+
+    class Keeps(GRPOModule):
+        def on_rollout_end(self, rollout: Rollout, means: Any) -> None:
+            seen.append(rollout)
+
+    module = Keeps(
+        init_from=policy_folder,
+        engine=ManyEnds(),
+        lag=1,
+        sampler_correction="token_truncate",
+        **{**SETTINGS, "seed": 0},
+    )
+    data = PromptDataModule(
+        str(tmp_path / "rows.jsonl"), environment=Talks(), max_turns=3, batch_size=8, samples_per_prompt=4, rollouts=3
+    )
+    quiet_trainer(limit_val_batches=0).fit(module, data)
+    assert len(seen) == 3 and all(rollout.turns is not None for rollout in seen)
+    for rollout in seen:
+        assert any(not bool(mask.all()) for mask in rollout.sequences.supervised)
+        holes = ~rollout.completion_mask
+        assert rollout.behaviour_logprobs is not None and not rollout.behaviour_logprobs[holes].any()
 
 
 def test_limits_and_names_are_checked() -> None:
