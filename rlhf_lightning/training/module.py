@@ -496,7 +496,10 @@ class AlignmentModule(LightningModule):
         ]
         limits = [limits_of(model.model) for model in models]
         new = getattr(getattr(self, "sampling", None), "max_new_tokens", 0)
-        for store in getattr(attached_datamodule(self.trainer), "stores", {}).values():
+        datamodule = attached_datamodule(self.trainer)
+        rules = getattr(datamodule, "multi_turn", None)
+        new = new if rules is None or rules.max_tokens is None else rules.max_tokens
+        for store in getattr(datamodule, "stores", {}).values():
             lengths = torch.from_numpy(store.row_lengths + np.where(store.has_completions, 0, new))
             largest = int(store.arrays["ids"].max(initial=0))
             sampled = 0 if store.has_completions.all() else new
