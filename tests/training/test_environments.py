@@ -6,13 +6,24 @@ import pytest
 import torch
 from conftest import refused
 from faulty_environment import Faulty, ManyEnds, Talks
-from tiny_models import MetricsLog, fit, prompt_step, quiet_trainer, random_rows, tiny_tokenizer, within
+from tiny_models import (
+    VOCABULARY,
+    MetricsLog,
+    fit,
+    prompt_step,
+    quiet_trainer,
+    random_rows,
+    save_policy,
+    tiny_tokenizer,
+    within,
+)
 from torch import Tensor
 
 from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.environments import FaultTolerantEnvironment, conversing
 from rlhf_lightning.functional.policy_gradient import generalized_advantages, turn_discounts, turn_returns
 from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule
+from rlhf_lightning.sampling.engines import SlotEngine
 from rlhf_lightning.types import Episode, MultiTurn, Reply, Rollout, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(3, seed=81) for _ in range(2)]
@@ -116,6 +127,52 @@ def test_turn_credit_compares_the_same_turns_of_a_group(policy_folder: str) -> N
 def test_a_greedy_baseline_has_no_turns(policy_folder: str) -> None:
     with refused("greedy-turns", "credit is turn"):
         CriticFreeModule(init_from=policy_folder, scorer="ZeroScorer", credit="turn", baseline="greedy")
+
+
+class EveryToken(SlotEngine):
+    """Slots in which every token ends a turn."""
+
+    def sample(self, model: Any, prompts: Any, episodes: Any, settings: Any, seed: int, ends: Any, *args: Any,
+               **further: Any) -> Any:  # fmt: skip
+        return super().sample(model, prompts, episodes, settings, seed, tuple(range(VOCABULARY)), *args, **further)
+
+
+class Even:
+    """A game of six turns, each won by a token with an even id; pays each turn, or all of them at the end."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def reset(self, row: Any) -> Any:
+        return row["prompt"]
+
+    def reply(self, episode: Episode) -> Reply:
+        won = [float(index % 2 == 0) for index, mask in zip(episode.ids, episode.learned, strict=True) if mask]
+        return Reply(ids=[30 + episode.turn], reward=won[-1] if self.when == "turn" else sum(won) * episode.last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rewards_of_turns_learn_faster_than_a_final_one(tmp_path: Any, seed: int) -> None:
+    folder, earned = save_policy(tmp_path / "policy", seed=seed), {}
+    for when, credit, gamma in (("turn", "turn", 0.0), ("final", "completion", 1.0)):
+        scores: list[float] = []
+
+        class Keeps(CriticFreeModule):
+            def on_rollout_end(self, rollout: Rollout, means: Any, scores: list[float] = scores) -> None:
+                scores.append(means["score"])
+
+        settings = {**SETTINGS, "learning_rate": 3e-3, "max_new_tokens": 1}
+        module = Keeps(init_from=folder, engine=EveryToken(), credit=credit, gamma=gamma, seed=seed, **settings)
+        steps = []
+        for number in range(14):
+            (batch,) = prompt_step([[10, 11]] * 24, first_episode=24 * number).micro_batches
+            rules, group = MultiTurn(Even(when), max_turns=6), torch.zeros(24, dtype=torch.long)
+            steps.append(Step((batch._replace(group=group, multi_turn=rules),), 24, 0))
+        fit(module, steps)
+        earned[when] = scores
+    assert earned["turn"][0] == earned["final"][0] < 3.5  # by chance half of the turns are won
+    assert sum(earned["turn"][-3:]) / 3 > 5 and sum(earned["turn"][-3:]) > sum(earned["final"][-3:])
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
