@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import Episode, Prompt, Reply
 
 NUMBER = re.compile(r"-?\d+")
@@ -13,9 +14,6 @@ NUMBER = re.compile(r"-?\d+")
 
 class GuessTheNumber:
     """The policy guesses a number and hears "higher", "lower" or "right"; a reply without a number is told so.
-
-    Without a column of secret numbers the secret is drawn from the episode's prompt, so that all samples of a group
-    have the same one.
 
     Args:
         most: the number lies in 1 to ``most``.
@@ -36,6 +34,11 @@ class GuessTheNumber:
 
     def reply(self, episode: Episode) -> Reply:
         """Return what the policy hears of its last guess."""
+        if self.column not in episode.row:
+            found = ", ".join(map(str, episode.row))
+            raise DataError(
+                "missing-data-column", f"GuessTheNumber needs the data column {self.column}; the row has {found}"
+            )
         secret = int(episode.row[self.column])
         told = [self._heard(str(turn["content"])) for turn in episode.messages if turn["role"] == "assistant"]
         rewards, low, high = [], 1, self.most

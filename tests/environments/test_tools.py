@@ -239,3 +239,5 @@ def test_the_game_tells_and_pays(reward: Any) -> None:
     assert paid == pytest.approx(expected if reward == "turn" else [0.0] * 4 + [sum(expected)])
     cut = game.reply(Episode(row, messages[:2], [], [], 0, last=True))
     assert cut.reward == pytest.approx(0.1)
+    with refused("missing-data-column", "secret", "prompt"):
+        game.reply(Episode({"prompt": "guess"}, messages, [], [], 0))
