@@ -183,6 +183,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         cells = [interval([row[part] for row in own]) for part in COLUMNS]
         multipliers = [row["multiplier_harm"] for row in own if "multiplier_harm" in row]
         last = "{:.2f} ± {:.2f}".format(*interval(multipliers)) if multipliers else ""
+        last = last.removesuffix(" ± 0.00")
         shown = [f"{mean:.3f} ± {half:.3f}" if len(own) > 1 else f"{mean:.3f}" for mean, half in cells]
         lines.append(f"| {name} | {len(own)} | " + " | ".join(shown) + f" | {last} |")
         (y, dy), (x, dx) = cells[list(COLUMNS).index("satisfied_risky")], cells[list(COLUMNS).index("harm_risky")]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.ranking import (
     cost_sign_loss,
     plackett_luce_loss,
@@ -284,7 +284,7 @@ class CostModule(RewardModule):
     [-s log sigmoid(-c) - (1 - s) log sigmoid(c)], c the cost, s 1 for a safe completion and 0 for a harmful one (Dai et
     al., 2310.12773, Eq. 6). ``chosen`` is the less harmful completion of a pair. The scores of the exported model are
     costs, and 0 is the boundary: a limit of 0 on their mean is a constraint of `PPOModule`. Costs of 0 give
-    (1 + 2 sign_coef) log 2.
+    (1 + 2 sign_coef) log 2. In a list the best completion has chosen_safe, and the mean over the others rejected_safe.
 
     Target: none that the small world has: it has no safe and harmful completions.
 
@@ -308,20 +308,19 @@ class CostModule(RewardModule):
         pairs = ranked_pairs_loss(
             -scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
         )
-        first, second = places_of_pairs(scores)
-        signs = (
-            cost_sign_loss(scores.scores[place], scores.extras[name].to(scores.scores))
-            for place, name in zip((first, second), self.data_columns, strict=True)
-        )
-        return pairs + self.sign_coef * sum(signs)
+        best = scores.ranks == 0
+        safe = [scores.extras[name].to(scores.scores)[scores.group] for name in self.data_columns]
+        signs = cost_sign_loss(scores.scores, torch.where(best, *safe))
+        sides = (mean_of_groups(signs, scores.group, side, len(pairs)) for side in (best, ~best))
+        return pairs + self.sign_coef * sum(sides)
 
 
 class MeanVarianceRewardModule(RewardModule):
     r"""Reward model whose scores are normal variables, N(m, e^v): it says how sure it is.
 
     loss = -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}), for pairs (Thurstone 1927,
-    case III). The exported model has the outputs mean and log_variance; `LearnedScorer` scores by the mean, less
-    ``caution`` standard deviations. Equal means give log 2.
+    case III), and the mean over the untied pairs of a list. The exported model has the outputs mean and log_variance;
+    `LearnedScorer` scores by the mean, less ``caution`` standard deviations. Equal means give log 2.
 
     Target: no closed form: Bradley-Terry preferences are not those of normal scores.
     """
@@ -339,8 +338,11 @@ class MeanVarianceRewardModule(RewardModule):
         return MEAN_VARIANCE
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
-        chosen, rejected = (scores.extras["outputs"][place] for place in places_of_pairs(scores))
-        return thurstone_loss(chosen[:, 0], rejected[:, 0], chosen[:, 1], rejected[:, 1], scores.target)
+        better, worse = untied_pairs(scores.group, scores.ranks)
+        group, outputs = scores.group[better], scores.extras["outputs"]
+        chosen, rejected = outputs[better], outputs[worse]
+        losses = thurstone_loss(chosen[:, 0], rejected[:, 0], chosen[:, 1], rejected[:, 1], scores.target[group])
+        return mean_of_groups(losses, group, torch.ones_like(group, dtype=torch.bool), len(scores.target))
 
 
 class AttributesRewardModule(RewardModule):
@@ -385,14 +387,7 @@ class AttributesRewardModule(RewardModule):
         return losses.sum()
 
 
-def places_of_pairs(scores: RankedScores) -> tuple[Tensor, Tensor]:
-    """Return the places of each pair's better and worse completion, each of shape (pairs,).
-
-    Raises:
-        DataError: a group has another number of completions than two.
-    """
-    if len(scores.ranks) != 2 * len(scores.target):
-        raise DataError("not-pairs", "this objective compares pairs, and a row ranks another number of completions")
-    second = (scores.ranks[1::2] < scores.ranks[0::2]).long()
-    place = 2 * torch.arange(len(second), device=second.device)
-    return place + second, place + 1 - second
+def mean_of_groups(values: Tensor, group: Tensor, mask: Tensor, groups: int) -> Tensor:
+    """Return the mean of each group's values under a mask, shape (groups,); 0 where there is none."""
+    total = values.new_zeros(groups).index_add(0, group[mask], values[mask])
+    return total / torch.bincount(group[mask], minlength=groups).clamp_min(1)

@@ -23,7 +23,7 @@ from tiny_models import (
 
 from rlhf_lightning.modules import AttributesRewardModule, CostModule, MeanVarianceRewardModule
 from rlhf_lightning.scoring import LearnedScorer
-from rlhf_lightning.types import Step
+from rlhf_lightning.types import RankedScores, Step
 
 __all__ = ["one_thread", "reward_folder"]
 
@@ -156,10 +156,13 @@ def test_a_trained_cost_model_tells_safe_from_harmful_by_its_sign(reward_folder:
         assert row[0] < row[1]
 
 
-def test_costs_compare_pairs_alone(reward_folder: str) -> None:
-    groups = [([7], [[8, 9], [8, 10], [8, 11]], [0, 1, 2])]
-    step = ranked_step(groups)
-    extras = {name: torch.ones(1) for name in CostModule.data_columns}
-    step = step._replace(micro_batches=(step.micro_batches[0]._replace(extras=extras),))
-    with refused("not-pairs", "pairs"):
-        fit(CostModule(init_from=reward_folder, from_scratch=True), [step])
+def test_lists_count_the_best_and_the_mean_of_the_others(reward_folder: str) -> None:
+    module = CostModule(init_from=reward_folder)
+    scores = torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)
+    group, one = torch.zeros(3, dtype=torch.long), torch.ones(1, dtype=torch.float64)
+    extras = {"chosen_safe": one, "rejected_safe": 0 * one}
+    found = module.ranking_loss(RankedScores(scores, group, torch.tensor([0, 1, 2]), one, 0 * one, one, extras))
+    soft = torch.nn.functional.softplus
+    pairs = (soft(-(scores[1] - scores[0])) + soft(-(scores[2] - scores[0])) + soft(-(scores[2] - scores[1]))) / 3
+    signs = soft(scores[0]) + (soft(-scores[1]) + soft(-scores[2])) / 2
+    assert found.tolist() == [pytest.approx(float(pairs + signs))]
