@@ -310,7 +310,7 @@ class CostModule(RewardModule):
         )
         best = scores.ranks == 0
         safe = [scores.extras[name].to(scores.scores)[scores.group] for name in self.data_columns]
-        signs = cost_sign_loss(scores.scores, torch.where(best, *safe))
+        signs = cost_sign_loss(scores.scores, torch.where(best, safe[0], safe[1]))
         sides = (mean_of_groups(signs, scores.group, side, len(pairs)) for side in (best, ~best))
         return pairs + self.sign_coef * sum(sides)
 

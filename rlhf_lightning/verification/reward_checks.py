@@ -84,7 +84,9 @@ def reward_checks(subject: Subject) -> list[Check]:
     """Return the checks of a reward model of whole completions, convergence left out."""
     batch, module = some_rows(subject), subject.module
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
-    further = ranking_checks(subject, given) if isinstance(given, RankedScores) else []
+    # Costs fall where scores rise, and their zero is fixed: what rankings leave open does not hold for them.
+    ranks = isinstance(given, RankedScores) and not module.lower_is_better
+    further = ranking_checks(subject, given) if ranks else []
     return [*offline_checks(subject), *further]
 
 
