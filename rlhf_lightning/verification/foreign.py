@@ -96,6 +96,12 @@ class Adapter(NamedTuple):
     title: str
 
     @property
+    def point(self) -> str:
+        """Name of the method that the function replaces; losses that couple pairs get all pairs at once."""
+        coupled = self.given is PreferenceLogprobs and self.base.batch_coupled
+        return "preference_loss" if coupled else FAMILIES[self.given][1]
+
+    @property
     def left_out(self) -> set[str]:
         """Names of checks of settings that the function does not have."""
         if self.given is not PolicyLogprobs:
@@ -220,7 +226,7 @@ def _base(function: Any, settings: Mapping[str, Any]) -> tuple[type[AlignmentMod
 
 def class_of(adapter: Adapter) -> type[AlignmentModule]:
     """Return the family's module, or the shipped class of the comparison, with the adapter as its loss."""
-    point, base = FAMILIES[adapter.given][1], adapter.base
+    point, base = adapter.point, adapter.base
     if not hasattr(base, point):
         raise SettingError("wrong-kind", f"{base.__name__} has no {point}: {adapter.title} cannot be compared with it")
 
@@ -346,7 +352,7 @@ def foreign_checks(subject: Subject) -> list[Check]:
     given = value_input(subject) if adapter.given is CriticValues else probe_input(subject, module)
     if not isinstance(given, adapter.given):
         return []
-    checks, point = [], FAMILIES[adapter.given][1]
+    checks, point = [], adapter.point
 
     def called(one: Any) -> Tensor:
         return subject.kind.called(module, one)  # type: ignore[attr-defined]
