@@ -52,6 +52,7 @@ def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[
     """Run a command in a fork; return its status (negative: the signal it died of), output, and number of calls."""
 
     def work() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup ignores it
         moments = Moments(signals)
         sys.setprofile(moments)
         try:
@@ -167,7 +168,7 @@ def test_ctrl_c_names_the_checkpoint_that_remains(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("command", ["generate", "audit", "chat", "validate", "export", "best-of-n", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "audit", "chat", "validate", "export", "best-of-n"])
 def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
     command: str, number: int, policy_folder: str, reward_folder: str
 ) -> None:
@@ -184,7 +185,6 @@ def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
         "export": ["runs/done", "--out", "exported", "--import", "tiny_run"],
         "best-of-n": ["--model", policy_folder, "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--scorer",
                       reward_folder, "--n", "2", *few],
-        "evaluate": ["--models", policy_folder, "--prompts", "prompts.jsonl", "--scorer", reward_folder, *few],
     }[command]  # fmt: skip
     status, said, calls = run_with([command, *argv])
     assert status == 0, said
