@@ -110,9 +110,9 @@ def _ranked_part(batch: RankedBatch, rows: list[int]) -> RankedBatch:
         parents=tuple(i // 2 for i in range(len(members))),
         supervised=tuple(batch.sequences.supervised[m] for m in members),
     )
-    return RankedBatch(
-        sequences, batch.ranks[torch.tensor(members)], batch.target[index], batch.margin[index], batch.weights[index]
-    )
+    extras = {name: values[index] for name, values in batch.extras.items()}
+    ranks = batch.ranks[torch.tensor(members)]
+    return RankedBatch(sequences, ranks, batch.target[index], batch.margin[index], batch.weights[index], extras)
 
 
 def step_gradient(subject: Subject, batches: list[Any], rows: int, tokens: int) -> Tensor:
