@@ -53,6 +53,7 @@ def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[
 
     def work() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup ignores it
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - pytest's own refuses to be read
         moments = Moments(signals)
         sys.setprofile(moments)
         try:
