@@ -8,7 +8,6 @@ from wrong_objectives import caught_by
 from rlhf_lightning.functional.policy_gradient import generalized_advantages
 from rlhf_lightning.modules import (
     BCOModule,
-    CriticFreeModule,
     DPOModule,
     DrGRPOModule,
     GKDModule,
@@ -115,7 +114,7 @@ class LabelsThroughASigmoid(DPOModule):
         return super().preference_loss(pairs._replace(target=pairs.target.sigmoid()))
 
 
-@caught_by("row order", "centred over the batch")
+@caught_by("row order")
 class CentredMargins(DPOModule):
     def pair_loss(self, pair):
         spread = pair.margin - pair.margin.mean()
@@ -267,24 +266,11 @@ class ScorePerToken(DrGRPOModule):
         return super().shape_rewards(rollout._replace(scores=rollout.scores / lengths))
 
 
-@caught_by("target", "negative advantages are dropped")
-class OnlyTheBetterHalf(CriticFreeModule):
-    def episode_advantages(self, rewards, rollout):
-        return super().episode_advantages(rewards, rollout).clamp_min(0)
-
-
 @caught_by("target", "")
 class EndTokenNotLearned(RLOOModule):
     def advantages(self, rollout, rewards):
         found, mask = super().advantages(rollout, rewards), rollout.completion_mask
         return Advantages(found.advantages, None, mask & (mask.cumsum(-1) < mask.sum(-1, keepdim=True)))
-
-
-@caught_by("target", "divided by the length")
-class AdvantagesPerToken(RLOOModule):
-    def advantages(self, rollout, rewards):
-        found, mask = super().advantages(rollout, rewards), rollout.completion_mask
-        return Advantages(found.advantages / mask.sum(-1, keepdim=True), None)
 
 
 @caught_by("loss padding", "")
