@@ -123,11 +123,13 @@ def converge(
 
 
 def law_of(policy: Tensor, world: EnumerableWorld) -> str:
-    """Say which rule of rewards and lengths a policy follows; empty where it follows neither."""
+    """Say which rule of rewards and lengths a policy follows; empty where it follows neither or training diverged."""
     ratio = (policy.clamp_min(1e-300) / world.problem.reference).log().double()
     lengths = world.problem.lengths.double()
     centred = [part - part.mean(-1, keepdim=True) for part in (ratio, world.rewards, lengths)]
     wanted, rewards, by_length = (part.flatten() for part in centred)
+    if not bool(wanted.isfinite().all()):
+        return ""
     for parts, words in (((rewards,), "{0:.4g} reward"), ((rewards, by_length), "{0:.4g} reward {1:+.4g} length")):
         matrix = torch.stack(parts, -1)
         shares = torch.linalg.lstsq(matrix, wanted.unsqueeze(-1)).solution.squeeze(-1)

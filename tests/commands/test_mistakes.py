@@ -81,7 +81,7 @@ MISTAKES = {
     "two optimizers' settings": (f"{DPO} --model.optimizer torch.optim.SGD --model.weight_decay 1", "weight_decay"),
     "an endless schedule": (f"{DPO} --trainer.max_steps -1 --trainer.max_epochs -1", "set trainer.max_epochs or"),
     "one sample for a group": (f"{SCORED}.good --data.samples_per_prompt 1", "samples_per_prompt"),
-    "two ways of holding out": (f"{DPO} --data.eval_rows 2 --data.eval_source pairs.jsonl", "give one of them"),
+    "two ways of holding out": (f"{DPO} --data.eval_rows 2 --data.eval_source pairs.jsonl", "set eval_source null"),
     # data
     "data that are not there": (f"{DPO} --data.source mine.jsonl", "mine.jsonl"),
     "an empty file": (f"{DPO} --data.source empty.jsonl", "empty.jsonl"),
