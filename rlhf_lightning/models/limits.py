@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.scalar_head import rope_switch, ropes_of, text_config, trunk, unwrapped, vocabulary_rows
@@ -38,9 +38,11 @@ def limits_of(model: Any) -> Limits:
     """Return what a Hugging Face model can read."""
     inner, config = unwrapped(model), text_config(model)
     longest = getattr(config, "max_position_embeddings", None)
+    layers = trunk(model)
+    text = layers.get_decoder() if isinstance(layers, PreTrainedModel) else None  # an image tower has positions too
     tables = [
         module.num_embeddings - int(getattr(module, "offset", 0))
-        for name, module in trunk(model).named_modules()
+        for name, module in (text or layers).named_modules()
         if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
     ]
     rows = vocabulary_rows(inner)

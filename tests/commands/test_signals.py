@@ -53,6 +53,7 @@ def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[
 
     def work() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # and one in the background of a script this one
         sys.stdin = open(os.devnull)  # noqa: SIM115 - pytest's own refuses to be read
         moments = Moments(signals)
         sys.setprofile(moments)

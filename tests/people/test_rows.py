@@ -258,7 +258,7 @@ def test_a_store_of_plain_pairs_is_a_table(make_store, tmp_path):
         export(str(store.path), str(out))  # a text and a list of messages in one column
     with refused("no-usable-rows", "nothing of kind demonstration"):
         export(str(store.path), str(out), "demonstration")
-    with refused("wrong-file-ending", "pairs.csv ends in neither .jsonl nor .parquet"):
+    with refused("wrong-file-ending", "pairs.csv does not end in .jsonl or .parquet"):
         export(str(store.path), "pairs.csv")
 
 
