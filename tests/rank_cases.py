@@ -77,8 +77,19 @@ def shares(count: int, accumulation: int, rank: int, ranks: int) -> list[list[in
     return cuts[rank::ranks]
 
 
-def offline_step(kind: type, seed: int, accumulation: int, rank: int, ranks: int) -> Step[Any]:
-    """This rank's share of a step of random rows."""
+def offline_step(
+    kind: type, seed: int, accumulation: int, rank: int, ranks: int, columns: Sequence[str] = ()
+) -> Step[Any]:
+    """This rank's share of a step of random rows.
+
+    Args:
+        kind: type of its batches.
+        seed: of the rows.
+        accumulation: micro-batches of a step on each rank.
+        rank: this one.
+        ranks: how many there are.
+        columns: numbers that the objective asks for, other ones for each row and each column.
+    """
     pairs = random_pairs(ROWS, seed)
     rows = [(prompt, chosen) for prompt, chosen, _ in pairs]
     weights = [1.0 + 0.25 * (index % 3) for index in range(ROWS)]
@@ -103,9 +114,16 @@ def offline_step(kind: type, seed: int, accumulation: int, rank: int, ranks: int
             desirable = torch.tensor([i % 3 != 1 for i in share], dtype=torch.bool)
             batches.append(UnpairedBatch(sequences([rows[i] for i in share]), others, desirable, torch.tensor(weight)))
             continue
-        batches.append(made.micro_batches[0] if made.micro_batches else empty(kind))
+        batch = made.micro_batches[0] if made.micro_batches else empty(kind)
+        numbers = {name: torch.tensor([column_value(i, place) for i in share]) for place, name in enumerate(columns)}
+        batches.append(batch._replace(extras={**batch.extras, **numbers}))
     tokens = sum(len(completion) for _, completion in rows)
     return Step(tuple(batches), ROWS, tokens)
+
+
+def column_value(row: int, place: int) -> float:
+    """Number in [0, 1] of a row in the column at a place."""
+    return (3 * row + 5 * place) % 8 / 7
 
 
 def judged_steps(rows: Sequence[Any], weights: list[float]) -> ProcessBatch:
@@ -324,7 +342,8 @@ def steps_of(
         size = -(-PROMPTS * SAMPLES // (ranks * accumulation)) if accumulation > 1 else None
         talks = MultiTurn(Talks(), 3) if isinstance(module.engine, ManyEnds) else None
         return within([rollout_step(index, rank, ranks, talks) for index in range(count)], size, max_tokens)
-    return [offline_step(module.batch_type, index, accumulation, rank, ranks) for index in range(count)]
+    kind, columns = module.batch_type, module.data_columns
+    return [offline_step(kind, index, accumulation, rank, ranks, columns) for index in range(count)]
 
 
 def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:

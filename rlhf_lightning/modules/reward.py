@@ -286,7 +286,7 @@ class CostModule(RewardModule):
     costs, and 0 is the boundary: a limit of 0 on their mean is a constraint of `PPOModule`. Costs of 0 give
     (1 + 2 sign_coef) log 2. In a list the best completion has chosen_safe, and the mean over the others rejected_safe.
 
-    Target: none that the small world has: it has no safe and harmful completions.
+    Target: no closed form; the minimiser of the population loss.
 
     Args:
         sign_coef: weight of the loss of the signs.
@@ -295,7 +295,6 @@ class CostModule(RewardModule):
     """
 
     paper = "Dai et al. 2023, arXiv 2310.12773"
-    no_target = "the small world has no safe and harmful completions"
     ranges = {"sign_coef": "[0, inf)"}
     data_columns = ("chosen_safe", "rejected_safe")
     lower_is_better = True
@@ -314,6 +313,9 @@ class CostModule(RewardModule):
         sides = (mean_of_groups(signs, scores.group, side, len(pairs)) for side in (best, ~best))
         return pairs + self.sign_coef * sum(sides)
 
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        return None  # hard labels of safety pull costs apart, and soft preferences together
+
 
 class MeanVarianceRewardModule(RewardModule):
     r"""Reward model whose scores are normal variables, N(m, e^v): it says how sure it is.
@@ -322,11 +324,11 @@ class MeanVarianceRewardModule(RewardModule):
     case III), and the mean over the untied pairs of a list. The exported model has the outputs mean and log_variance;
     `LearnedScorer` scores by the mean, less ``caution`` standard deviations. Equal means give log 2.
 
-    Target: no closed form: Bradley-Terry preferences are not those of normal scores.
+    Target: no closed form; the minimiser of the population loss. Its probabilities of preferences are unique, and its
+    means and deviations have a free scale and a free constant.
     """
 
     paper = "Thurstone 1927, A law of comparative judgment"
-    no_target = "no closed form: Bradley-Terry preferences are not those of normal scores"
 
     def __init__(self, outputs: int = 2, **kwargs: Any) -> None:
         if outputs != 2:
@@ -343,6 +345,9 @@ class MeanVarianceRewardModule(RewardModule):
         chosen, rejected = outputs[better], outputs[worse]
         losses = thurstone_loss(chosen[:, 0], rejected[:, 0], chosen[:, 1], rejected[:, 1], scores.target[group])
         return mean_of_groups(losses, group, torch.ones_like(group, dtype=torch.bool), len(scores.target))
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        return None  # Bradley-Terry preferences are not those of normal scores
 
 
 class AttributesRewardModule(RewardModule):
@@ -385,6 +390,9 @@ class AttributesRewardModule(RewardModule):
         losses: Tensor = errors.mean(-1) * batch.weights.to(outputs)
         meter.add("loss", losses)
         return losses.sum()
+
+    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
+        return None  # the enumerated problem has no ratings
 
 
 def mean_of_groups(values: Tensor, group: Tensor, mask: Tensor, groups: int) -> Tensor:

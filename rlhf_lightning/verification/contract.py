@@ -267,7 +267,7 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
     if not (hasattr(kind, "adapter") or twin.subject.kind in kind.__mro__):
         said = f"; its gradient is {twin.factor:.4g} times that of {twin.name}: if that is meant, derive from it"
         return found._replace(law=found.law + said)
-    target, _, distance = judged(twin.subject.fresh(), subject.world, found.policy)
+    target, _, distance = judged(twin.subject.fresh(), subject.world, found.policy, found.outputs)
     if target is None:
         return found
     source = f"that of {twin.name}, of whose gradient this is {twin.factor:.4g} times"

@@ -45,17 +45,19 @@ class Convergence(NamedTuple):
 
     Attributes:
         policy: probability of each completion, shape (prompts, completions); for a reward model the softmax of its
-            scores.
+            scores, or of minus its costs.
         target: what it should be; None where nothing says so.
         source: where the target comes from: "declared" by the class, or a "transcription" of its paper.
         distance: largest total variation distance over prompts; where minimisers are not unique, how far the loss is
-            above its minimum instead; NaN without a target.
+            above its minimum instead; for `population.SCORES` the largest difference of what minimisers share; NaN
+            without a target.
         gold_before: expected reward of the reference.
         gold_after: expected reward of the policy.
         kl: KL(policy || reference), nats.
         seconds: of training.
         path: (update, gold reward, KL) along the way.
         law: the rule of rewards and lengths that the policy at rest follows, in words; empty where it follows none.
+        outputs: what the head of a reward model returns, shape (prompts, completions, outputs); None for a policy.
     """
 
     policy: Tensor
@@ -68,6 +70,7 @@ class Convergence(NamedTuple):
     seconds: float
     path: tuple[tuple[int, float, float], ...] = ()
     law: str = ""
+    outputs: Tensor | None = None
 
 
 def small_world(seed: int = 0) -> EnumerableWorld:
@@ -116,20 +119,21 @@ def converge(
     minimise(expected_loss(module, world, shuffled), module, steps, learning_rate, watch)
     policy = policy_of(module, world)
     seconds = time.perf_counter() - started
-    target, source, distance = judged(module if judge is None else judge, world, policy)
+    outputs = outputs_of(module, world) if isinstance(module, RewardModule) else None
+    target, source, distance = judged(module if judge is None else judge, world, policy, outputs)
     golds = (world.expected_reward(world.problem.reference), world.expected_reward(policy))
     kl, law = world.kl(policy), law_of(policy, world)
-    return Convergence(policy, target, source, distance, *golds, kl, seconds, tuple(path), law)
+    return Convergence(policy, target, source, distance, *golds, kl, seconds, tuple(path), law, outputs)
 
 
 def law_of(policy: Tensor, world: EnumerableWorld) -> str:
-    """Say which rule of rewards and lengths a policy follows; empty where it follows neither or training diverged."""
+    """Say which rule of rewards and lengths a policy follows; empty where it follows neither."""
+    if not bool(policy.isfinite().all()):
+        return ", and training diverged: its scores or probabilities are not finite"
     ratio = (policy.clamp_min(1e-300) / world.problem.reference).log().double()
     lengths = world.problem.lengths.double()
     centred = [part - part.mean(-1, keepdim=True) for part in (ratio, world.rewards, lengths)]
     wanted, rewards, by_length = (part.flatten() for part in centred)
-    if not bool(wanted.isfinite().all()):
-        return ""
     for parts, words in (((rewards,), "{0:.4g} reward"), ((rewards, by_length), "{0:.4g} reward {1:+.4g} length")):
         matrix = torch.stack(parts, -1)
         shares = torch.linalg.lstsq(matrix, wanted.unsqueeze(-1)).solution.squeeze(-1)
@@ -261,17 +265,31 @@ def with_columns(batch: Any, names: Sequence[str], world: EnumerableWorld, infor
     """Return a batch with the columns that an objective declares: the reward of each row's completion in the first.
 
     Of pairs and groups it is the reward of the first completion less that of the last; further columns hold it plus 1,
-    plus 2 and so on. Uninformative columns hold 0.
+    plus 2 and so on. Uninformative columns hold 0. The columns in `SAFETY` say instead whether a completion is safe, 0
+    or 1; uninformative ones hold 0.5.
     """
     if not names:
         return batch
     sequences, count = batch.sequences, len(batch.weights)
-    rewards = torch.stack([world.reward_of(sequences, row) for row in range(len(sequences.completions))])
-    if len(rewards) > count:
-        sides = rewards.view(2, count) if isinstance(batch, PreferenceBatch) else rewards.view(count, -1).T
-        rewards = sides[0] - sides[-1]
-    values = rewards if informative else torch.zeros_like(rewards)
-    return batch._replace(extras={**batch.extras, **{name: values + place for place, name in enumerate(names)}})
+
+    def sides_of(table: Tensor) -> Tensor:
+        values = world.values_of(sequences, table)
+        return values.view(-1, count) if isinstance(batch, PreferenceBatch) else values.view(count, -1).T
+
+    sides, safe = sides_of(world.rewards), sides_of(world.safe.double())
+    rewards = sides[0] - sides[-1] if len(sides) > 1 else sides[0]
+    extras = dict(batch.extras)
+    for place, name in enumerate(names):
+        if name in SAFETY:
+            labels = safe[SAFETY[name]]
+            extras[name] = labels if informative else torch.full_like(labels, 0.5)
+        else:
+            extras[name] = (rewards if informative else torch.zeros_like(rewards)) + place
+    return batch._replace(extras=extras)
+
+
+SAFETY = {"chosen_safe": 0, "rejected_safe": -1}
+"""Columns of safety labels, by the place of the completion in its pair."""
 
 
 @torch.no_grad()
@@ -298,20 +316,49 @@ def scores_of(module: RewardModule, layout: Layout) -> Tensor:
 
 
 @torch.no_grad()
+def outputs_of(module: RewardModule, world: EnumerableWorld) -> Tensor:
+    """Return what a reward module's head gives, fp64, shape (prompts, completions, outputs)."""
+    outputs = module.reward_model(padded_layout(world.sequences(all_rows(world))))
+    return outputs.double().view(world.config.prompts, len(world.completions), module.outputs)
+
+
+def softmax_of_outputs(module: RewardModule, outputs: Tensor) -> Tensor:
+    """Return the softmax of the scores that outputs (prompts, completions, outputs) make, or of minus the costs."""
+    flat = outputs.flatten(0, 1)
+    scores = module.score_of(flat) if module.outputs > 1 else flat[:, 0]
+    return _softmax(module, scores.view(outputs.shape[:2]))
+
+
+def _softmax(module: RewardModule, scores: Tensor) -> Tensor:
+    return torch.softmax(-scores if module.lower_is_better else scores, -1)
+
+
+@torch.no_grad()
 def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
-    """Return the probability of each completion, shape (prompts, completions); of scores, their softmax."""
+    """Return the probability of each completion, shape (prompts, completions); of scores, their softmax.
+
+    Of costs it is the softmax of minus the costs, so that better completions are likelier.
+    """
     if isinstance(module, RewardModule):
-        scores = scores_of(module, padded_layout(world.sequences(all_rows(world))))
-        return torch.softmax(scores.double().view(world.config.prompts, -1), -1)
+        return softmax_of_outputs(module, outputs_of(module, world))
     policy: Any = module.model
     return world.probabilities(policy.model.model.table.weight)
 
 
-def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> tuple[Tensor | None, str, float]:
-    """Return the policy that the module should find, where that is known from, and how far ``policy`` is from it."""
+def judged(
+    module: AlignmentModule, world: EnumerableWorld, policy: Tensor, outputs: Tensor | None = None
+) -> tuple[Tensor | None, str, float]:
+    """Return the policy that the module should find, where that is known from, and how far ``policy`` is from it.
+
+    Args:
+        module: whose target it is.
+        world: of the target.
+        policy: what training found.
+        outputs: what the head of a trained reward model returns; None reads the module's own.
+    """
     declared = module.target_policy(world.problem)
     if declared is not None:
-        target = torch.softmax(declared, -1) if isinstance(module, RewardModule) else declared
+        target = _softmax(module, declared) if isinstance(module, RewardModule) else declared
         return target, "declared", _distance(policy, target)
     rest = rest_of(module, world)
     if rest is not None:
@@ -319,6 +366,9 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
     problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
     resting = resting_points.rests(type(module), problems, module)
+    if isinstance(module, RewardModule) and name in population.SCORES:
+        found_outputs = outputs_of(module, world) if outputs is None else outputs
+        return _judged_outputs(population.SCORES[name], problems, module, found_outputs)
     if name == "SFTModule":
         target = demonstrated(world)
     elif resting is not None:
@@ -340,6 +390,18 @@ def judged(module: AlignmentModule, world: EnumerableWorld, policy: Tensor) -> t
     return target, "transcription", _distance(policy, target)
 
 
+def _judged_outputs(
+    objective: population.ScoreObjective, problems: list[population.Population], module: RewardModule, outputs: Tensor
+) -> tuple[Tensor, str, float]:
+    """Compare what minimisers share, which may be less than a policy (a scale is free) or more (levels count)."""
+    best = [population.score_minimiser(objective, problem, module) for problem in problems]
+    differences = [
+        np.abs(objective.identified(found) - objective.identified(wanted)).max()
+        for found, wanted in zip(outputs.detach().numpy(), best, strict=True)
+    ]
+    return softmax_of_outputs(module, torch.tensor(np.array(best))), "transcription", float(np.max(differences))
+
+
 def _judged_together(
     name: str, problems: list[population.Population], module: Any, policy: Tensor
 ) -> tuple[Tensor, str, float]:
@@ -356,7 +418,8 @@ def population_of(world: EnumerableWorld, prompt: int) -> population.Population:
     parts = (problem.reference, problem.preference, problem.lengths, problem.rewards)
     reference, preference, lengths, rewards = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
     alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
-    return population.Population(reference, preference, lengths, np.array(alike, dtype=np.float64), rewards)
+    safe = world.safe[prompt].numpy()
+    return population.Population(reference, preference, lengths, np.array(alike, dtype=np.float64), rewards, safe)
 
 
 def _distance(policy: Tensor, target: Tensor) -> float:

@@ -36,7 +36,7 @@ from rlhf_lightning.verification.subject import (
 
 def some_rows(subject: Subject) -> Any:
     """Return a small batch of rows of unequal length, soft labels and unequal weights."""
-    return with_columns(_some_rows(subject), subject.kind.data_columns, subject.world)
+    return with_columns(_some_rows(subject), subject.module.data_columns, subject.world)
 
 
 def _some_rows(subject: Subject) -> Any:

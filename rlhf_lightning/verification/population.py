@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, log_softmax
+from scipy.special import expit, log_expit, log_ndtr, log_softmax, ndtr
 
 Array = np.ndarray
 
@@ -26,6 +26,7 @@ class Population(NamedTuple):
         lengths: shape (completions,).
         alike: whether two completions begin with the same k tokens, k = 1, 2, ..., shape (completions, completions, k).
         rewards: shape (completions,).
+        safe: whether each completion is safe, for cost models, shape (completions,).
     """
 
     reference: Array
@@ -33,6 +34,7 @@ class Population(NamedTuple):
     lengths: Array
     alike: Array
     rewards: Array
+    safe: Array
 
     @property
     def wins(self) -> Array:
@@ -279,6 +281,68 @@ FIXED_POINTS: dict[str, FixedPoint] = {
     "KTOModule": FixedPoint(_kto, lambda ratios, module: max(0.0, float(ratios.mean()))),
 }
 """2404.04656 (both) and 2402.01306: delta and z0 as fixed points."""
+
+
+class ScoreObjective(NamedTuple):
+    """A reward model's loss that fixes more, or less, than differences of scores.
+
+    Attributes:
+        loss: population loss of the head's outputs (completions, outputs), the problem, and the module.
+        identified: the quantity that all minimisers share, computed from outputs (completions, outputs).
+    """
+
+    loss: Loss
+    identified: Callable[[Array], Array]
+
+
+def score_minimiser(objective: ScoreObjective, problem: Population, module: Any) -> Array:
+    """Return outputs (completions, outputs) that minimise a population loss; the search starts at 0."""
+    shape = (len(problem.reference), module.outputs)
+
+    def loss(outputs: Array) -> float:
+        return objective.loss(outputs.reshape(shape), problem, module)
+
+    best = np.zeros(shape).ravel()
+    for method in ("L-BFGS-B", "BFGS"):
+        best = minimize(loss, best, method=method, options={"maxiter": 2000, "gtol": 1e-10}).x
+    return best.reshape(shape)
+
+
+def cost(outputs: Array, problem: Population, module: Any) -> float:
+    """2310.12773 Eq. 6: the preferred completion costs less, and costs are negative exactly for safe completions.
+
+    ``centering`` is that of 2312.09244.
+    """
+    costs = outputs[:, 0]
+    signs = -log_expit(np.where(problem.safe, -1.0, 1.0) * costs)
+    pairs = -log_expit(-_margins(costs)) + module.centering * (costs[:, None] + costs[None, :]) ** 2
+    return _pairs(pairs + module.sign_coef * (signs[:, None] + signs[None, :]), problem)
+
+
+def _thurstone_z(outputs: Array) -> Array:
+    means, variances = outputs[:, 0], np.exp(outputs[:, 1])
+    return _margins(means) / np.sqrt(variances[:, None] + variances[None, :])
+
+
+def thurstone(outputs: Array, problem: Population, module: Any) -> float:
+    """Thurstone 1927, case III: normal scores with a mean and a log-variance for each completion."""
+    return _pairs(-log_ndtr(_thurstone_z(outputs)), problem)
+
+
+def ratings(outputs: Array, problem: Population, module: Any) -> float:
+    """2311.09528: squared error of each attribute; the k-th attribute (k = 0, 1, ...) is rated reward + k."""
+    rated = problem.rewards[:, None] + np.arange(outputs.shape[1])
+    data = np.exp(log_softmax(problem.wins))
+    return float((data[:, None] * (outputs - rated) ** 2).mean(-1).sum())
+
+
+SCORES: dict[str, ScoreObjective] = {
+    "CostModule": ScoreObjective(cost, lambda outputs: expit(outputs[:, 0])),
+    "MeanVarianceRewardModule": ScoreObjective(thurstone, lambda outputs: ndtr(_thurstone_z(outputs))),
+    "AttributesRewardModule": ScoreObjective(ratings, lambda outputs: outputs),
+}
+"""Compared are the probability of harm, the probabilities of preferences (means and deviations have a free scale and a
+free constant), and the ratings."""
 
 
 COPIES = 3

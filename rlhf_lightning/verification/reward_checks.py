@@ -1,14 +1,17 @@
-"""The contract of process reward models: scores at the ends of steps, in log-odds."""
+"""The contracts of reward models: of steps, of whole completions, of costs, and of rated attributes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import ProcessBatch, ProcessScores, RankedScores
+from rlhf_lightning.types import DemonstrationBatch, ProcessBatch, ProcessScores, RankedScores
+from rlhf_lightning.verification.convergence import SAFETY
 from rlhf_lightning.verification.offline_checks import cut_checks, offline_checks, point_checks, some_rows
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function, has_outputs
 
@@ -83,20 +86,106 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
 def reward_checks(subject: Subject) -> list[Check]:
     """Return the checks of a reward model of whole completions, convergence left out."""
     batch, module = some_rows(subject), subject.module
+    if isinstance(batch, DemonstrationBatch):
+        return [*cut_checks(subject, batch), *rating_checks(subject, batch)]
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
-    # Costs fall where scores rise, and their zero is fixed: what rankings leave open does not hold for them.
-    ranks = isinstance(given, RankedScores) and not module.lower_is_better
-    further = ranking_checks(subject, given) if ranks else []
+    further: list[Check] = []
+    if isinstance(given, RankedScores):
+        further += ranking_checks(subject, given)
+        further += sign_checks(subject, given) if has_safety(given) else []
     return [*offline_checks(subject), *further]
+
+
+def rating_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
+    """Check that each output is drawn to its own rating, and to nothing else."""
+    module = subject.module
+    outputs = module.reward_model(padded_layout(batch.sequences)).detach()
+    ones = torch.ones_like(batch.weights)
+
+    def loss(leaf: Tensor, ratings: Tensor) -> Tensor:
+        extras = dict(zip(module.data_columns, ratings.T, strict=True))
+        hook = module.reward_model.register_forward_hook(lambda *_: leaf)
+        try:
+            total: Tensor = module.loss_sum(batch._replace(extras=extras, weights=ones), Meter())
+            return total
+        finally:
+            hook.remove()
+
+    def slope(at: Tensor, ratings: Tensor) -> Tensor:
+        leaf = at.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, ratings), leaf)[0]
+
+    given = torch.stack([batch.extras[name] for name in module.data_columns], -1)
+    leaf = outputs.clone().requires_grad_()
+    right = torch.autograd.gradcheck(lambda one: loss(one, given), leaf, eps=1e-6, atol=1e-5, raise_exception=False)
+    far = [scale * torch.ones_like(outputs) for scale in (1e3, -1e3)]
+    broken = sum(not bool(loss(at, given).isfinite() and slope(at, given).isfinite().all()) for at in far)
+    others = 0.0
+    for place in range(len(module.data_columns)):
+        raised = outputs.clone()
+        raised[:, place] += 1.0
+        pull = slope(outputs, raised)
+        pull[:, place] = 0.0
+        others = max(others, float(pull.abs().max()))
+    return [
+        at_least("gradcheck", float(right), 1, "the gradient is not the loss's: look for a detach"),
+        at_most("extremes", broken, 0, "loss and gradient must stay finite for outputs of a thousand"),
+        at_most("at rest", slope(outputs, outputs).abs().max(), 1e-12, "outputs equal to the ratings must not move"),
+        at_most("direction", slope(outputs, outputs + 1).max(), -1e-12, "an output below its rating must rise"),
+        at_most("own rating", others, 1e-12, "a rating must move its own output alone: look at the order of columns"),
+    ]
+
+
+def has_safety(given: RankedScores) -> bool:
+    """Whether a loss sees labels of safety, so that the zero of its costs means something."""
+    return SAFETY.keys() <= given.extras.keys()
+
+
+def with_safety(given: RankedScores, chosen: float, rejected: float) -> RankedScores:
+    """Return scores with the same safety labels for all groups, where a loss sees any."""
+    if not has_safety(given):
+        return given
+    labels = (torch.full_like(given.target, value) for value in (chosen, rejected))
+    return given._replace(extras={**given.extras, **dict(zip(SAFETY, labels, strict=True))})
+
+
+def sign_checks(subject: Subject, given: RankedScores) -> list[Check]:
+    """Check that safe completions are drawn below a cost of 0 and harmful ones above, each by its own label."""
+    module = subject.module
+    certain = given._replace(target=torch.ones_like(given.target))
+    best = given.ranks == 0
+
+    def slope(cost: float, chosen: float, rejected: float) -> Tensor:
+        # Equal costs: their comparison adds nothing to the sum over a pair.
+        equal = torch.full_like(given.scores, cost)
+        labelled = with_safety(certain._replace(scores=equal), chosen, rejected)
+        function, (leaf,) = field_function(subject, module, labelled)
+        return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+    groups = torch.zeros_like(given.target)
+    lowered = groups.index_add(0, given.group, slope(5.0, 1.0, 1.0))
+    raised = groups.index_add(0, given.group, -slope(-5.0, 0.0, 0.0))
+    unsure = slope(0.0, 0.5, 0.5)
+    of_chosen, of_rejected = slope(0.0, 1.0, 0.5) - unsure, slope(0.0, 0.5, 1.0) - unsure
+    own = torch.cat([of_chosen[best], of_rejected[~best]]).min()
+    other = torch.cat([of_chosen[~best], of_rejected[best]]).abs().max()
+    return [
+        at_least("safe", lowered.min(), 1e-12, "costs of safe completions must fall below 0: look at the sign"),
+        at_least("harmful", raised.min(), 1e-12, "costs of harmful completions must rise above 0: look at the sign"),
+        at_least("own safety", own, 1e-12, "a label of safety must lower the cost of its own completion"),
+        at_most("other's safety", other, 1e-12, "a label of safety must not move the other completion of a pair"),
+    ]
 
 
 def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
     """Check a rated margin on pairs, and ties and the order of members in lists of three."""
-    module = subject.module
+    module, sign = subject.module, orientation(subject)
     rated, plain = (subject.values(module, certain._replace(margin=certain.margin + extra)) for extra in (1.0, 0.0))
     scores = torch.tensor([0.3, -0.2, 0.9, -1.1, 0.4, 0.2], dtype=torch.float64)
     group, ones = torch.arange(6) // 3, torch.ones(2, dtype=torch.float64)
-    lists = RankedScores(scores, group, torch.tensor([0, 1, 1, 0, 0, 1]), ones, 0 * ones, ones)
+    extras = {name: values[:1].expand(2) for name, values in certain.extras.items()}
+    lists = RankedScores(scores, group, torch.tensor([0, 1, 1, 0, 0, 1]), ones, 0 * ones, ones, extras)
+    lists = with_safety(lists, 0.5, 0.5)
     swapped = torch.tensor([0, 2, 1, 4, 3, 5])
     losses, alike, turned = (
         subject.values(module, one)
@@ -106,7 +195,7 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
             lists._replace(scores=scores.flip(0), ranks=lists.ranks.flip(0)),
         )
     )
-    best = scores + torch.tensor([0.1, 0.0, 0.0, 0.0, 0.1, 0.0], dtype=torch.float64)
+    best = scores + sign * torch.tensor([0.1, 0.0, 0.0, 0.0, 0.1, 0.0], dtype=torch.float64)
     gain = losses - subject.values(module, lists._replace(scores=best))
     return [
         at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must ask for a larger gap"),
@@ -117,30 +206,56 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
             1e-9,
             "a list's loss must depend on its ranks, not on the order in which its members stand",
         ),
-        at_least("list direction", gain.min().detach(), 1e-9, "the best member of a list must rise"),
+        at_least("list direction", gain.min().detach(), 1e-9, f"the best member of a list must {rises(sign)}"),
     ]
 
 
+def orientation(subject: Subject) -> int:
+    """Return 1 where the better completion has the higher score, -1 where scores are costs."""
+    return -1 if subject.module.lower_is_better else 1
+
+
+def rises(sign: int) -> str:
+    """Say which way the score of a better completion must go."""
+    return "rise" if sign > 0 else "fall"
+
+
 def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
-    """Check that a constant on all scores of a prompt changes nothing, and that the better ranked rises."""
-    module, checks = subject.module, []
+    """Check that a constant on all scores of a prompt changes nothing, and that the better ranked gets better.
+
+    Labels of safety give costs a zero. The difference between a label and its opposite still has no constant, and where
+    safety is a toss-up, costs of 0 are at rest but for their ranks.
+    """
+    module, checks, sign = subject.module, [], orientation(subject)
     certain = given._replace(target=torch.ones_like(given.target))
     function, (leaf,) = field_function(subject, module, certain)
     way = torch.ones_like(leaf)
     if has_outputs(given):
         way = torch.autograd.grad(module.score_of(leaf).sum(), leaf)[0]
     if not getattr(module, "centering", 0):
-        moved = function(leaf.detach() + 3.0 * way) - function(leaf.detach())
+        moved = shifted(function, leaf, 3.0 * way)
+        if has_safety(given):
+            opposite, (leaf,) = field_function(subject, module, given._replace(target=torch.zeros_like(given.target)))
+            moved = moved - shifted(opposite, leaf, 3.0 * way)
         advice = "only differences of scores mean anything"
         checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
     if not has_outputs(given):
         checks += list_checks(subject, certain)
-    if getattr(module, "centering", 0):  # which pulls scores towards 0 as well
-        centred = torch.where(given.ranks == 0, 0.1, -0.1).to(leaf)
+    if has_safety(given):
+        unsure = with_safety(certain._replace(scores=torch.zeros_like(given.scores)), 0.5, 0.5)
+        function, (leaf,) = field_function(subject, module, unsure)
+    elif getattr(module, "centering", 0):  # which pulls scores towards 0 as well
+        centred = sign * torch.where(given.ranks == 0, 0.1, -0.1).to(leaf)
         function, (leaf,) = field_function(subject, module, certain._replace(scores=centred))
     gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
     if has_outputs(given):
         gradient = (gradient * way).sum(-1)
-    pull = torch.where(given.ranks == 0, -gradient, gradient).min()
-    checks.append(at_least("direction", pull, 1e-12, "rank 0 is the best: its score must rise, the other's fall"))
+    pull = sign * torch.where(given.ranks == 0, -gradient, gradient)
+    advice = f"rank 0 is the best: its score must {rises(sign)}, the other's {rises(-sign)}"
+    checks.append(at_least("direction", pull.min(), 1e-12, advice))
     return checks
+
+
+def shifted(function: Callable[..., Tensor], leaf: Tensor, by: Tensor) -> Tensor:
+    """Return how a constant on scores changes each loss."""
+    return function(leaf.detach() + by) - function(leaf.detach())

@@ -182,8 +182,10 @@ class Subject:
         A new head on the policy would give every score the huge logits of impossible tokens, which cancel in
         differences alone.
         """
-        scores = issubclass(self.kind, RewardModule)
-        if not scores or (self.kind.batch_type is RankedBatch and self.outputs == 1):
+        if not issubclass(self.kind, RewardModule):
+            return self.folder
+        differences = self.kind.batch_type is RankedBatch and self.outputs == 1 and not self.kind.lower_is_better
+        if differences:
             return self.folder
         blank = torch.zeros_like(self.world.rewards)
         folder = Path(self.folder).with_name(f"untaught_{self.outputs}")

@@ -154,6 +154,11 @@ class EnumerableWorld:
         """Return a completion's text, the end token left out."""
         return " ".join(chr(ord("a") + token - 2) for token in ids if token != END)
 
+    @cached_property
+    def safe(self) -> Tensor:
+        """Whether each completion is safe: its reward is above the prompt's mean; bool, (prompts, completions)."""
+        return self.rewards > self.rewards.mean(-1, keepdim=True)
+
     # -- folders ------------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path) -> str:
@@ -208,10 +213,13 @@ class EnumerableWorld:
             supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in completions),
         )
 
-    def reward_of(self, sequences: Sequences, row: int) -> Tensor:
-        """Return the reward of one completion, shape ()."""
-        prompt = int(sequences.prompts[sequences.parents[row]][0]) - 1 - self.config.tokens
-        return self.rewards[prompt, self.completions.index(tuple(sequences.completions[row].tolist()))]
+    def values_of(self, sequences: Sequences, table: Tensor) -> Tensor:
+        """Look up each row's completion in a table (prompts, completions); return values of shape (rows,)."""
+        values = []
+        for parent, ids in zip(sequences.parents, sequences.completions, strict=True):
+            prompt = int(sequences.prompts[parent][0]) - 1 - self.config.tokens
+            values.append(table[prompt, self.completions.index(tuple(ids.tolist()))])
+        return torch.stack(values)
 
     def _pairs(self) -> list[tuple[int, int, int]]:
         count = len(self.completions)

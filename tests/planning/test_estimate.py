@@ -267,7 +267,8 @@ def test_a_config_is_read_from_text_file_and_folder(tmp_path):
         config_text("{")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)}))
+    record = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)}
+    (adapter / "adapter_config.json").write_text(json.dumps(record))
     assert config_text(str(adapter)) == config_text(str(tmp_path))
 
 
