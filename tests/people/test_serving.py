@@ -139,7 +139,8 @@ function node() {
 const nodes = {};
 globalThis.document = { getElementById: (id) => nodes[id] ??= node(), addEventListener() {}, querySelectorAll: () => [],
   createElement: node, body: node(), hidden: false, querySelector: () => null };
-globalThis.window = { scrollTo() {}, getSelection: () => "" };
+globalThis.window = { scrollTo() {}, getSelection: () => "",
+  matchMedia: () => ({ matches: false, addEventListener() {} }) };
 globalThis.location = { assign: (to) => calls.push(`to ${to}`) };
 globalThis.setInterval = () => 0;
 globalThis.setTimeout = (work) => { if (timers.push(1) <= 5) Promise.resolve().then(work); return 1; };
