@@ -357,7 +357,7 @@ class AttributesRewardModule(RewardModule):
     demonstrations with a column of numbers for each attribute. The exported model scores by the first attribute, and
     all of them are parts of its judgements, which ``parts.weights`` of an on-policy module may weigh.
 
-    Target: the ratings.
+    Target: no closed form; the minimiser of the population loss, which is the ratings where the model can reach them.
 
     Args:
         attributes: names of the columns; null takes those of HelpSteer.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.scoring.learned import *
     from rlhf_lightning.scoring.monitor import *
     from rlhf_lightning.scoring.remote_scorer import *
+    from rlhf_lightning.scoring.rubrics import *
 
 _SHIPPED = shipped_classes(__name__, Scorer)
 globals().update(_SHIPPED)

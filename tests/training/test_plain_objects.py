@@ -51,8 +51,9 @@ def test_loaded_objects_train_as_their_names_do(source: Any, tmp_path: Path) -> 
 
 
 def test_settings_of_peft_that_would_be_ignored_are_refused() -> None:
-    with refused("unsupported-lora", "use_dora"):
-        lora_settings(LoraConfig(use_dora=True))
+    assert lora_settings(LoraConfig(use_dora=True)).dora
+    with refused("unsupported-lora", "bias"):
+        lora_settings(LoraConfig(bias="all"))
 
 
 def test_rows_that_are_not_json_are_refused() -> None:

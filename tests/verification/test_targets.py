@@ -52,7 +52,7 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
     if kind.__name__ in resting_points.METHODS:
         assert "where its mean update vanishes" in stated, stated
         return
-    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *population.COUPLED}
+    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *population.COUPLED, *population.SCORES}
     assert kind.__name__ in transcribed and "population loss" in stated, stated
 
 

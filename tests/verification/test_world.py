@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.modules import IterativeDPOModule, OnlineDPOModule, PPOModule, XPOModule
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 from rlhf_lightning.scoring import LearnedScorer
