@@ -19,6 +19,7 @@ from tiny_models import (
     FIRST_WORD,
     StepData,
     demonstration_step,
+    doubled,
     pair_sequences,
     preference_step,
     prompt_step,
@@ -310,16 +311,8 @@ def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0
     if isinstance(settings.get("lora"), dict):
         settings["lora"] = LoraSettings(**settings["lora"])
     module = kind(init_from=folder, **settings)
-    load = module.load_models
-
-    def load_in_double() -> None:
-        load()
-        module.double()
-        for frozen in module.frozen_models():
-            frozen.double()
-
     if double:
-        module.load_models = load_in_double
+        doubled(module)
     if sgd is not None:
         module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=sgd)
     return module

@@ -12,6 +12,7 @@ from tiny_folders import one_thread, policy_folder
 from tiny_models import (
     MetricsLog,
     demonstration_step,
+    doubled,
     fit,
     gradients_of_step,
     preference_step,
@@ -35,20 +36,6 @@ def users_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def class_of(file: str, name: str) -> Any:
     return getattr(__import__(file), name)
-
-
-def doubled(module: Any) -> Any:
-    """The module in double precision."""
-    load = module.load_models
-
-    def load_in_double() -> None:
-        load()
-        module.double()
-        for frozen in module.frozen_models():
-            frozen.double()
-
-    module.load_models = load_in_double
-    return module
 
 
 def gradients(kind: Any, folder: str, step: Step[Any], **settings: Any) -> dict[str, Tensor]:

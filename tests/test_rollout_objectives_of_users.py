@@ -17,6 +17,7 @@ from rank_cases import share_of_words
 from tiny_folders import one_thread, policy_folder
 from tiny_models import (
     MetricsLog,
+    doubled,
     fit,
     gradients_of_step,
     plain_logprobs,
@@ -70,16 +71,7 @@ def module_of(file: str, folder: str, **settings: Any) -> Any:
     kind = getattr(__import__(file), NAMES[file])
     defaults = {"max_new_tokens": 6, "lr_schedule": "constant", "max_grad_norm": None, **SETTINGS[file]}
     module = kind(init_from=folder, **{"scorer": SCORERS[file], **defaults, **settings})
-    load = module.load_models
-
-    def load_in_double() -> None:
-        load()
-        module.double()
-        for frozen in module.frozen_models():
-            frozen.double()
-
-    module.load_models = load_in_double
-    return module
+    return doubled(module)
 
 
 # -- transcriptions ---------------------------------------------------------------------------------------------------

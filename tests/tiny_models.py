@@ -375,3 +375,17 @@ class MetricsLog(pl.Callback):
 
     def column(self, name: str) -> list[float]:
         return [row[name] for row in self.rows]
+
+
+def doubled(module: Any) -> Any:
+    """Have a module load its models in double precision; return it."""
+    load = module.load_models
+
+    def load_in_double() -> None:
+        load()
+        module.double()
+        for frozen in module.frozen_models():
+            frozen.double()
+
+    module.load_models = load_in_double
+    return module

@@ -395,6 +395,7 @@ def mistakes_of(subject: Subject) -> list[str]:
     except (RlhfError, TypeError, ValueError):
         return []
     found: list[str] = []
+    # Only words are lost here, no check: a class may lack what a known mistake would change.
     with contextlib.suppress(RlhfError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError):
         found += _of_rollouts(subject, right) if issubclass(base, OnPolicyModule) else _of_batches(subject, right)
     return list(dict.fromkeys(words for words in found if words))

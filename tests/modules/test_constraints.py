@@ -14,7 +14,7 @@ from conftest import refused
 from rank_cases import low_words_at_a_cost, share_of_words
 from test_rollout_objectives_of_users import at_end, clipped, critic_loss, gae, loaded, plain_values, step, whitened
 from tiny_folders import one_thread, policy_folder
-from tiny_models import MetricsLog, evaluate, fit, gradients_of_step, plain_logprobs, weights_of
+from tiny_models import MetricsLog, doubled, evaluate, fit, gradients_of_step, plain_logprobs, weights_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -31,16 +31,7 @@ def module_of(folder: str, kind: Any = PPOModule, **settings: Any) -> Any:
     """In double precision, so that a gradient can be compared to its last digits."""
     defaults = {"max_new_tokens": 6, "lr_schedule": "constant", "max_grad_norm": None, "scorer": low_words_at_a_cost}
     module = kind(init_from=folder, **{**defaults, "constraints": {"cost": COST}, **settings})
-    load = module.load_models
-
-    def load_in_double() -> None:
-        load()
-        module.double()
-        for frozen in module.frozen_models():
-            frozen.double()
-
-    module.load_models = load_in_double
-    return module
+    return doubled(module)
 
 
 def second_gradients(folder: str, **settings: Any) -> tuple[dict[str, Tensor], Any, dict[str, Tensor]]:

@@ -201,7 +201,7 @@ def test_a_longer_limit_continues_the_same_episodes(policy: CausalLM) -> None:
 def test_progress_counts_every_completion(policy: CausalLM) -> None:
     seen: list[int] = []
     sample(policy, PROMPTS, EPISODES, SamplingSettings(2, batch_size=5), 0, ENDS, on_progress=seen.append)
-    assert sum(seen) == 12 and len(seen) > 1 and min(seen) >= 0  # 0 after a pass in which none ended
+    assert sum(seen) == 12 and 0 in seen  # also after a pass in which none ended: a caller may stop there
 
 
 # -- training next to it -----------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ WORDS = st.sampled_from(
 
 @st.composite
 def conversations(draw: Any) -> list[dict[str, Any]]:
-    """Turns of which every one holds a word that no other has."""
+    """Turns that each hold a word of their own."""
     roles = draw(st.sampled_from(["ua", "uaua", "sua", "suaua", "uaa", "uua", "saua", "uauaua"]))
     names = {"u": "user", "a": "assistant", "s": "system"}
     return [
