@@ -6,6 +6,7 @@ Moments are calls of Python functions, counted by a profiler, so that they do no
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -193,6 +194,7 @@ def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
     for moment in spread(calls, 2):
         for made in ("out.jsonl", "report.json"):
             Path(made).unlink(missing_ok=True)
+        shutil.rmtree("exported", ignore_errors=True)
         status, said, _ = run_with([command, *argv], [(moment, number)])
         assert status == 128 + number and "Traceback" not in said, (moment, status, said)
         journals = {"out.jsonl.partial"} if command == "best-of-n" else set()
