@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_lightning.data import *
-    from rlhf_lightning.models.loading import LoraSettings as LoraSettings
+    from rlhf_lightning.models.lora import LoraSettings as LoraSettings
     from rlhf_lightning.modules import *
     from rlhf_lightning.sampling.engines import SamplingSettings as SamplingSettings
     from rlhf_lightning.scoring import LearnedScorer as LearnedScorer
@@ -23,7 +23,7 @@ _ROOMS = ("modules", "data")
 
 _SINGLE = {
     "LearnedScorer": "scoring",
-    "LoraSettings": "models.loading",
+    "LoraSettings": "models.lora",
     "Loss": "types",
     "SamplingSettings": "sampling.engines",
     "Scorer": "scoring",

@@ -39,7 +39,8 @@ from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import packed_layout, padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_reward_hf_model, make_room
+from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, make_room
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.models.roles import scalar_model
 from rlhf_lightning.modules import PPOModule, SFTModule
@@ -528,7 +529,7 @@ def other_names(folder: Path) -> None:
     "peft adapts those of families that it knows; of others a line names the weights for `lora.target_parameters`",
 )
 def experts(_: Path) -> None:
-    from rlhf_lightning.models.loading import left_out_experts
+    from rlhf_lightning.models.lora import left_out_experts
 
     lora = LoraSettings(r=2)
     for name, line in (("qwen3_moe", False), ("granitemoe", True)):

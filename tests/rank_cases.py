@@ -37,7 +37,7 @@ from rlhf_lightning import modules
 from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.data.loader import StepLoader
 from rlhf_lightning.functional.logprobs import chunked_logprobs
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.sharding import whole
 from rlhf_lightning.runs import RankWatch
 from rlhf_lightning.sampling.engines import SamplingSettings

@@ -43,7 +43,8 @@ def scored(out: Path, model: Path, **_: object) -> None:
 def reward(out: Path, model: Path, adapter: bool = False, quantization: str | None = None) -> None:
     """Write an untrained reward model: whole, or an adapter (which changes nothing yet) on the model's backbone."""
     from rlhf_lightning.models.export import export_reward_model
-    from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_reward_hf_model
+    from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
+    from rlhf_lightning.models.lora import LoraSettings, add_lora
     from rlhf_lightning.models.scalar_head import ScalarModel
     from rlhf_lightning.tokenization import load_tokenizer
 

@@ -107,7 +107,7 @@ def measured(point: Point) -> dict[str, float]:
     from lightning.pytorch import Callback, Trainer
     from torch.utils.data import DataLoader
 
-    from rlhf_lightning.models.loading import LoraSettings
+    from rlhf_lightning.models.lora import LoraSettings
     from rlhf_lightning.modules.sft import SFTModule
 
     seconds: list[float] = []

@@ -37,18 +37,12 @@ from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
-    LoraSettings,
-    add_lora,
-    is_adapter,
-    load_base_of_adapter,
     load_hf_model,
     load_weights,
     prepare_for_training,
     refuse_nonfinite_weights,
-    refuse_other_quantization,
-    refuse_reward_adapter,
-    resolve_folder,
 )
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.scalar_head import (
     cells_of,
     head_dtype,
@@ -59,6 +53,13 @@ from rlhf_lightning.models.scalar_head import (
     unwrapped,
 )
 from rlhf_lightning.models.sharding import decoder_layers
+from rlhf_lightning.models.sources import (
+    is_adapter,
+    load_base_of_adapter,
+    refuse_other_quantization,
+    refuse_reward_adapter,
+    resolve_folder,
+)
 
 
 class TokenOutputs(NamedTuple):

@@ -31,21 +31,17 @@ from rlhf_lightning.models.causal_lm import CausalLM, adapted_weights, load_refe
 from rlhf_lightning.models.frozen import FrozenPolicy
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
-    SCORE_BIAS,
     LoadSettings,
-    LoraSettings,
-    backbone_record,
-    fingerprint,
-    is_adapter,
     load_reward_hf_model,
-    output_names,
     prepare_for_training,
     refuse_nonfinite_weights,
 )
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrapped
 from rlhf_lightning.models.self_check import check_class
 from rlhf_lightning.models.sharding import cut_like, whole
+from rlhf_lightning.models.sources import SCORE_BIAS, backbone_record, fingerprint, is_adapter, output_names
 
 
 class Reference(FrozenPolicy):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.planning import memory
 from rlhf_lightning.planning.memory import BF16, FP32, DecoderSizes, Pass
 from rlhf_lightning.planning.setup import (

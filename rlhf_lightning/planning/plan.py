@@ -18,7 +18,7 @@ from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.compat import setting_of
 from rlhf_lightning.loading import read_config
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.planning.estimate import Plan, plan
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Setup, micro_batch

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_lightning.models.loading import LoraSettings, add_lora
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.packing import WIDEST
 from rlhf_lightning.models.scalar_head import reads_trees
 from rlhf_lightning.planning.memory import FP32

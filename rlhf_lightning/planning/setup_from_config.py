@@ -23,14 +23,9 @@ from rlhf_lightning.commands.parsing import usage_error
 from rlhf_lightning.compat import mesh_sizes
 from rlhf_lightning.errors import DataError, MissingError
 from rlhf_lightning.models.folders import read_json
-from rlhf_lightning.models.loading import (
-    LoadSettings,
-    LoraSettings,
-    adapter_settings,
-    backbone_record,
-    fingerprint,
-    is_adapter,
-)
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.sources import adapter_settings, backbone_record, fingerprint, is_adapter
 from rlhf_lightning.planning.estimate import trained_skeleton
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup

@@ -22,7 +22,8 @@ from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.limits import check_prompts
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.conversation import Transcript, Turns

@@ -22,7 +22,8 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.models.adapters import active_adapter
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
 from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed

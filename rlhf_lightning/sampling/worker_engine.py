@@ -27,7 +27,8 @@ from torch import Tensor
 
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, SlotEngine
 

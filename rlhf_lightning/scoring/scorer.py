@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ContractError, DataError, RlhfError, undefined
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.loading import LoadSettings, resolve_folder
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.sources import resolve_folder
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 Scores = Sequence[float | None | Judgement] | Tensor

@@ -27,7 +27,8 @@ from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import packed_layout, padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, load_reward_hf_model, prepare_for_training
+from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.packing import trees_of
 from rlhf_lightning.models.roles import add_critic, scalar_model
 from rlhf_lightning.models.scalar_head import trunk

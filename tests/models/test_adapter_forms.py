@@ -29,7 +29,8 @@ from rlhf_lightning.commands import export
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_reward_hf_model, lora_settings
+from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
+from rlhf_lightning.models.lora import LoraSettings, add_lora, lora_settings
 from rlhf_lightning.models.roles import Reference, add_critic
 from rlhf_lightning.modules import PPOModule, RewardModule
 

@@ -10,7 +10,8 @@ from rlhf_lightning.models.adapters import CRITIC, POLICY, adapter_weights, add_
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.tokenization import load_tokenizer
 
 LAYOUT = padded_layout(sequences(random_rows(4, seed=31)))

@@ -18,7 +18,8 @@ from rlhf_lightning.models.causal_lm import (
 )
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.engines import SamplingSettings, sample
 
 ROWS = random_rows(5, seed=3)

@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 from rlhf_lightning.models import compiling
 from rlhf_lightning.models.compiling import MOST_GRAPHS, missing_compiler
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import DPOModule, PPOModule, SFTModule
 from rlhf_lightning.training.compatibility import IncompatibleError, check, refused_compilation
 

@@ -17,16 +17,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rlhf_lightning.loading import refuse_large_yaml
 from rlhf_lightning.models.folders import INDEX, check_folder, read_json, reading, weight_files
 from rlhf_lightning.models.limits import check_prompts
-from rlhf_lightning.models.loading import (
-    LoadSettings,
-    adapter_settings,
-    backbone_record,
-    content_hash,
-    fingerprint,
-    load_hf_model,
-    refuse_odd_gguf,
-    refuse_slow_patterns,
-)
+from rlhf_lightning.models.loading import LoadSettings, load_hf_model
+from rlhf_lightning.models.lora import refuse_slow_patterns
+from rlhf_lightning.models.sources import adapter_settings, backbone_record, content_hash, fingerprint, refuse_odd_gguf
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "model", "target_modules": ["q_proj"]}
 
@@ -153,7 +146,7 @@ def test_odd_adapter_configs(change: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"target_modules": "(a|a)*$"}, {"target_modules": "("}])
 def test_patterns_that_hang(change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_lightning.models.loading.PATTERN_SECONDS", 1)
+    monkeypatch.setattr("rlhf_lightning.models.lora.PATTERN_SECONDS", 1)
     write(tmp_path / "adapter_config.json", {**ADAPTER, **change})
     model = nn.ModuleDict({"a" * 40 + "c": nn.Linear(1, 1)})
     with refused("hostile-pattern"):

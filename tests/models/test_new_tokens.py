@@ -27,7 +27,8 @@ from rlhf_lightning.commands import export
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.limits import check_rows, limits_of
-from rlhf_lightning.models.loading import LoraSettings, make_room
+from rlhf_lightning.models.loading import make_room
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.modules import DPOModule, PPOModule, SFTModule
 from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine

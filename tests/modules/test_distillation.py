@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.teacher import check_same_vocabulary
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.distillation import address_of

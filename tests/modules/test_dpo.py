@@ -16,7 +16,7 @@ from tiny_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.types import Loss, PreferenceLogprobs
 

@@ -25,7 +25,7 @@ from training.test_module_checkpoints import Snapshot
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import modules
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import OnlineDPOModule
 from rlhf_lightning.modules.online_opponents import OPPONENTS
 from rlhf_lightning.sampling.engines import Mixture, sample

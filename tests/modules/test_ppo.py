@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.models import scalar_head
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.tokenization.facts import Facts

@@ -29,7 +29,7 @@ from training.test_module_checkpoints import Snapshot
 from training.test_updates import in_double
 
 from rlhf_lightning import modules
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.training import offline
 from rlhf_lightning.training.gathering import whole_step

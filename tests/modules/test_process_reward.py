@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_lightning.data import ProcessDataModule
 from rlhf_lightning.models.layout import Layout
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import ProcessRewardModule
 from rlhf_lightning.scoring import LearnedScorer, ProcessScorer, load_scorer
 from rlhf_lightning.training.meter import Meter

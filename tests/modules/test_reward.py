@@ -21,7 +21,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from rlhf_lightning.models.layout import Layout, padded_layout
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.sampling.engines import SamplingSettings

@@ -9,7 +9,7 @@ from tiny_models import MetricsLog, assert_same, fit, gradients_of_step, plain_l
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import BCOModule, KTOModule
 from rlhf_lightning.modules.unpaired import UnpairedModule
 from rlhf_lightning.types import Step, UnpairedBatch, UnpairedLogprobs

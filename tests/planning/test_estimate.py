@@ -9,7 +9,7 @@ from conftest import refused
 
 from rlhf_lightning.data.batching import BatchPlan
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.planning.estimate import plan
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.plan import remedies

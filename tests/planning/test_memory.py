@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rlhf_lightning.models import packing
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import packed_layout, padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, prepare_for_training
+from rlhf_lightning.models.loading import LoadSettings, prepare_for_training
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.scalar_head import hidden_states
 from rlhf_lightning.planning.memory import (
     BF16,

@@ -6,7 +6,7 @@ from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.loading import LoraSettings, add_lora
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.planning.memory import BF16, FP32, DecoderSizes, Pass, adapter_size
 from rlhf_lightning.planning.setup import Parameter, quantized_bytes, skeleton, trained_share, weight_bytes
 

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.engines import (
     Completions,
     Mixture,

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.decoding import Decoder
 from rlhf_lightning.sampling.engines import Completions, Mixture, SamplingSettings, sample
 

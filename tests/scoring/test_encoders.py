@@ -20,7 +20,8 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_hf_model
+from rlhf_lightning.models.loading import LoadSettings, load_hf_model
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.scoring import EncoderScorer, LearnedScorer, checked_scores, load_scorer
 from rlhf_lightning.scoring.scorer import ask_scorer
 

@@ -8,7 +8,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings, add_lora, load_reward_hf_model
+from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.scoring import LearnedScorer
 

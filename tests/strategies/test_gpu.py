@@ -28,7 +28,7 @@ from rlhf_lightning import modules
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.models.attention import attend_by_block, half_precision_of
 from rlhf_lightning.models.compiling import missing_compiler
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.packing import PackedRow
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import unwrapped

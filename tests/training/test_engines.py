@@ -12,7 +12,7 @@ from small_server import BASE, serving
 from tiny_models import MetricsLog, fit, prompt_step, random_rows, within
 
 from rlhf_lightning import modules
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.engines import SlotEngine
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine

@@ -21,7 +21,7 @@ from tiny_models import (
 )
 
 from rlhf_lightning.data.loader import StepLoader
-from rlhf_lightning.models.loading import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule
-from rlhf_lightning.models.loading import LoraSettings, lora_settings
+from rlhf_lightning.models.lora import LoraSettings, lora_settings
 from rlhf_lightning.modules import DPOModule, RewardModule, RLOOModule
 from rlhf_lightning.scoring.learned import LearnedScorer
 

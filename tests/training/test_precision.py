@@ -23,7 +23,8 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from rlhf_lightning.models.loading import LoadSettings, LoraSettings
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule

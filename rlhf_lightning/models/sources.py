@@ -1,0 +1,314 @@
+"""From a name to a folder: Hub ids, folders, .gguf files and adapters, and what a folder says of itself.
+
+Every folder that a stage hands over carries ``backbone.json``: what the weights were trained from. An adapter is valid
+on that very backbone only, and loading it anywhere else is an error rather than a silently different model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import struct
+import tempfile
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_lightning.errors import MissingError, ModelError, SettingError
+from rlhf_lightning.models.folders import check_folder, read_json, reading, require_safetensors, weight_files
+
+BACKBONE_FILE = "backbone.json"
+PROMPT_FORM = "rlhf_prompt_form"
+"""Entry of a reward model's backbone.json: the form of the prompts it was trained on."""
+SCORE_BIAS = "score_bias"
+"""What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
+OUTPUT_NAMES = "score_outputs"
+MEAN_VARIANCE = ("mean", "log_variance")
+"""Outputs of a reward model whose scores are normal variables."""
+STEP_SEPARATOR = "step_separator"
+"""What stands between two steps of a process reward model's completions: its name in the same files."""
+
+
+def cache_folder() -> Path:
+    """Where converted models and preprocessed data are kept: $RLHF_CACHE, else ~/.cache/rlhf_lightning."""
+    return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf_lightning")
+
+
+def resolve_folder(name: str) -> str:
+    """Return a name that transformers loads: hub ids and folders as they are, a .gguf file converted once.
+
+    Raises:
+        MissingError: ``name`` looks like a path and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MissingError("no-model", f"there is no file {name}; check the path")
+        return str(converted_gguf(path))
+    if path.is_dir():
+        if (export := newest_export(path)) is not None:
+            raise MissingError("no-model", f"{name} is a run; its model is {export}")
+        check_folder(path)
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~", "runs/")) or name.count("/") != 1:
+        if name.count("/") == 0 and not name.startswith((".", "~")):
+            return name  # a hub id without an owner, such as "gpt2"
+        raise MissingError(
+            "no-model", f"there is no model folder {name}; check the path, or give a Hub id (owner/name)"
+        )
+    return name
+
+
+def newest_export(path: Path) -> Path | None:
+    """Return the newest model that a run's folder holds; None if it is another folder."""
+    if (path / "config.json").is_file() or is_adapter(str(path)):
+        return None
+    exports = [*path.glob("model/"), *path.glob("version_*/model/")]
+    return max(exports, key=lambda model: int(model.parent.name.partition("version_")[2] or 0), default=None)
+
+
+def saved_folder(given: Any) -> str:
+    """Return a name as text, or the cache's folder of a loaded model or tokenizer, written there once."""
+    if isinstance(given, str | Path):
+        return str(given)
+    if not hasattr(given, "save_pretrained"):
+        raise SettingError(
+            "wrong-kind", f"a {type(given).__name__} is neither a name, a folder nor a loaded model or tokenizer"
+        )
+    objects = cache_folder() / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=objects))
+    given.save_pretrained(partial)
+    digest = hashlib.sha256()
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    folder = objects / digest.hexdigest()[:32]
+    if folder.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
+    return str(folder)
+
+
+def converted_gguf(path: Path) -> Path:
+    """Convert a .gguf file to a folder of fp32 safetensors in the cache, once, and return the folder."""
+    with path.open("rb") as file:
+        tag = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{path.stem}-{tag}"
+    if (folder / "config.json").is_file():
+        return folder
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    refuse_odd_gguf(path)
+    with reading(str(path), "file"):
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    # The weights are dequantised now; what remains of the quantisation would make save_pretrained refuse them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return folder
+
+
+def refuse_odd_gguf(path: Path) -> None:
+    """Refuse a .gguf file whose header counts more entries than the file has bytes.
+
+    Raises:
+        ModelError: ``unreadable-model``.
+    """
+    with path.open("rb") as file:
+        header, size = file.read(24), path.stat().st_size
+    counts = struct.unpack("<QQ", header[8:]) if len(header) == 24 else (size, size)
+    if header[:4] != b"GGUF" or max(counts) > size // 8:
+        raise ModelError("unreadable-model", f"{path} is truncated or not a .gguf file; download it again")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter rather than whole weights."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def fingerprint(folder: str) -> str | None:
+    """Identify weights by a sample of every tensor, rounded to bf16, so that loading in another precision keeps it.
+
+    Reads a few kilobytes for models of any size. None for names that are not local folders of safetensors.
+    """
+    digest, files = hashlib.sha256(), weight_files(Path(folder)) if Path(folder).is_dir() else []
+    if not files:
+        return None
+    with reading(folder), contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        # Over all files at once: the same weights may be stored in other shards.
+        tensors = [(name, file) for file in opened for name in file.keys()]  # noqa: SIM118
+        for name, weights in sorted(tensors, key=itemgetter(0)):
+            part = weights.get_slice(name)
+            shape = part.get_shape()
+            sample = part[: min(4, shape[0])] if shape else weights.get_tensor(name)
+            digest.update(f"{name}{shape}".encode())
+            digest.update(sample.flatten()[:64].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def content_hash(name: str) -> str | None:
+    """Hash all of a model's weights, for what is derived from them and kept; an adapter's with its backbone's.
+
+    Unlike `fingerprint` it reads every byte. None for names whose weights are not on this machine yet.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(name, "config.json")
+        if not isinstance(config, str):
+            return None
+        folder = Path(config).parent
+    files = weight_files(folder)
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if is_adapter(name):
+        digest.update((content_hash(load_base_of_adapter(name)) or "").encode())
+    return digest.hexdigest() if files else None
+
+
+def backbone_record(folder: str | Path) -> dict[str, Any]:
+    """Return what a stage's folder says of the backbone it was trained from; nothing where it says nothing."""
+    record = Path(folder) / BACKBONE_FILE
+    found = read_json(record) if record.is_file() else {}
+    for key in ("source", "fingerprint", "quantization"):
+        if not isinstance(found.get(key), str | None):
+            raise ModelError(
+                "unreadable-model", f"{record} has the {key} {found[key]!r}, which is not a text; copy it again"
+            )
+    return found
+
+
+UNREAD = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Settings of adapters whose forward depends on more than the input of a layer."""
+
+
+def adapter_settings(folder: str | Path) -> dict[str, Any]:
+    """Return what adapter_config.json says, checked for what this package reads.
+
+    Raises:
+        ModelError: ``unreadable-model``, or ``unsupported-adapter``: it is not a LoRA adapter.
+    """
+    file = Path(folder) / "adapter_config.json"
+    found = read_json(file)
+    if found.get("peft_type") != "LORA":
+        raise ModelError(
+            "unsupported-adapter",
+            f"{file} has the peft_type {found.get('peft_type')!r}: only LORA adapters can be used; merge it into its "
+            "backbone with peft (merge_and_unload), and name the merged folder",
+        )
+    if unread := [name for name in UNREAD if found.get(name)]:
+        raise ModelError(
+            "unsupported-adapter",
+            f"{file} sets {', '.join(unread)}, which changes how a model is forwarded; merge the adapter into its "
+            "backbone with peft (merge_and_unload), and name the merged folder",
+        )
+    ranks = found.get("rank_pattern") or {}
+    for rank in (found.get("r", 8), *(ranks.values() if isinstance(ranks, dict) else [None])):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= LARGEST_RANK:
+            raise ModelError("unreadable-model", f"{file} has the rank {rank!r}; copy the adapter again")
+    if found.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise ModelError("unreadable-model", f"{file} has the bias {found['bias']!r}; copy the adapter again")
+    base = found.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            "unreadable-model",
+            f"{file} has the base_model_name_or_path {base!r}: write the backbone's folder or Hub id",
+        )
+    return found
+
+
+LARGEST_RANK = 2**16
+"""Rank of a LoRA adapter above which its config is taken for damaged."""
+
+
+def load_base_of_adapter(folder: str, base: str | None = None) -> str:
+    """Return the backbone an adapter folder belongs to, checked by its fingerprint.
+
+    Raises:
+        FileNotFoundError: the backbone is not where it was when the adapter was trained.
+        ModelError: the backbone's weights are not those the adapter was trained on.
+    """
+    require_safetensors(folder)
+    config = adapter_settings(folder)
+    name = resolve_folder(base or config["base_model_name_or_path"])
+    expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
+    if expected and found and expected != found:
+        raise ModelError(
+            "other-backbone",
+            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, "
+            f"that of {name} is {found[:8]}; give the backbone it was trained on, or train the "
+            "adapter anew",
+        )
+    return name
+
+
+def refuse_reward_adapter(name: str) -> None:
+    """Refuse to start a policy from a reward model's adapter.
+
+    Raises:
+        ModelError: ``name`` is the folder of such an adapter.
+    """
+    if is_adapter(name) and adapter_settings(name).get("task_type") == "SEQ_CLS":
+        raise ModelError(
+            "reward-model",
+            f"the adapter in {name} is a reward model's: it scores completions and cannot generate "
+            "them; name an adapter of a causal language model",
+        )
+
+
+def refuse_other_quantization(folder: str, quantization: str | None) -> None:
+    """Refuse to go on with an adapter on a backbone of another quantisation: those are other weights.
+
+    Raises:
+        ModelError: the adapter in ``folder`` was trained on another one.
+    """
+    record = backbone_record(folder)
+    trained = record.get("quantization")
+    if record and trained != quantization:
+        raise ModelError(
+            "other-quantization",
+            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, "
+            f"and is to be used on one in {quantization or 'full precision'}; set quantization "
+            f"to {trained or 'null'}, or merge the adapter first (rlhf export --merge true) and "
+            "start from the merged folder",
+        )
+
+
+def output_names(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of a reward model's outputs, a foreign classifier's labels; empty if it has a single output."""
+    if (Path(folder) / BACKBONE_FILE).is_file():
+        return tuple(backbone_record(folder).get(OUTPUT_NAMES, ()))
+    labels = classifier_labels(folder)
+    return labels if len(labels) > 1 else ()
+
+
+def classifier_labels(folder: str | Path) -> tuple[str, ...]:
+    """Return the labels of a folder or hub id whose config names a sequence classifier; empty for other models."""
+    if is_adapter(str(folder)):
+        return ()
+    with reading(str(folder)):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if not any("SequenceClassification" in kind for kind in config.architectures or ()):
+        return ()
+    return tuple(str(config.id2label[place]) for place in range(config.num_labels))
