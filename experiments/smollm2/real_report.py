@@ -81,7 +81,8 @@ def tables(report: dict[str, Any]) -> str:
         ["PPO", "KL to SFT, nats", 0.0, ppo["kl"], interval(ppo["kl_ci"])],
     ]
     header = ["stage", "on held-out rows", "before", "after", "95 % interval of the change"]
-    marks = "\n".join(f"- {'yes' if held else 'NO'}: {name}" for name, held in report["checks"].items())
+    missed = "not in so short a run" if report["smoke"] else "NO"
+    marks = "\n".join(f"- {'yes' if held else missed}: {name}" for name, held in report["checks"].items())
     return f"{markdown_table(header, rows)}\n\n{marks}"
 
 
