@@ -7,7 +7,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -69,19 +68,10 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test keeps in the cache is not there for another, which would then measure nothing."""
+def no_shared_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a cache that would make a later test measure nothing, nor the seed that a test before left behind."""
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
-
-
-@pytest.fixture(autouse=True)
-def same_default_dtype() -> Iterator[None]:
-    """What a test leaves behind as default dtype would change the weights and rewards of the tests after it."""
-    yield
-    torch = sys.modules.get("torch")  # a test that needs none of it should not wait for its import
-    if torch is not None and (left := torch.get_default_dtype()) != torch.float32:
-        torch.set_default_dtype(torch.float32)
-        pytest.fail(f"the test left {left} as the default dtype")
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture
