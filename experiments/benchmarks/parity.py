@@ -234,7 +234,7 @@ def main() -> int:
         if not path.exists():
             parser.error(f"there is no {path}")
 
-    from rlhf_lightning.models.sources import resolve_folder
+    from rlhf_lightning.models.resolving import resolve_folder
 
     folder, records = Path(resolve_folder(str(args.model))), {}
     name = peer_name(args)

@@ -110,7 +110,7 @@ def load(
     tokenizer: str, chat_template: str | None, template_args: dict[str, Any] | None = None
 ) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a folder, Hub name or .gguf file."""
-    from rlhf_lightning.models.sources import resolve_folder
+    from rlhf_lightning.models.resolving import resolve_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
     return load_tokenizer(resolve_folder(tokenizer), chat_template, template_args=template_args)

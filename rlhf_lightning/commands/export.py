@@ -86,8 +86,8 @@ def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> i
     from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
     from rlhf_lightning.models.export import export_policy
     from rlhf_lightning.models.loading import LoadSettings
+    from rlhf_lightning.models.resolving import resolve_folder
     from rlhf_lightning.models.scalar_head import vocabulary_rows
-    from rlhf_lightning.models.sources import resolve_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
     refuse_reward_model(resolve_folder(source))
@@ -223,8 +223,8 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.models.export import export_policy, export_reward_model
     from rlhf_lightning.models.loading import LoadSettings, load_weights
+    from rlhf_lightning.models.resolving import SCORE_BIAS, adapter_settings, backbone_record, load_base_of_adapter
     from rlhf_lightning.models.scalar_head import ScalarModel
-    from rlhf_lightning.models.sources import SCORE_BIAS, adapter_settings, backbone_record, load_base_of_adapter
     from rlhf_lightning.tokenization import load_tokenizer
 
     scores = adapter_settings(adapter).get("task_type") == "SEQ_CLS"
@@ -262,7 +262,7 @@ def trained(adapter: Path, kind: Any, quantization: Any, changes: dict[str, Any]
     from peft import PeftModel
 
     from rlhf_lightning.models.loading import LoadSettings, load_hf_model
-    from rlhf_lightning.models.sources import load_base_of_adapter
+    from rlhf_lightning.models.resolving import load_base_of_adapter
 
     base = load_hf_model(load_base_of_adapter(str(adapter)), kind, LoadSettings(quantization=quantization), **changes)
     return PeftModel.from_pretrained(base, str(adapter))

@@ -94,8 +94,8 @@ class SamplingArguments:
 
         from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
         from rlhf_lightning.models.loading import LoadSettings
+        from rlhf_lightning.models.resolving import is_adapter, resolve_folder
         from rlhf_lightning.models.self_check import check_weights
-        from rlhf_lightning.models.sources import is_adapter, resolve_folder
         from rlhf_lightning.tokenization import load_tokenizer
 
         name = resolve_folder(model)

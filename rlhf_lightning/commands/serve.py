@@ -109,7 +109,7 @@ def policy_api(model: str, name: str | None, sampling: SamplingArguments, timeou
     from rlhf_lightning import tokenization
     from rlhf_lightning.commands.completion_requests import RequestLimits, Text
     from rlhf_lightning.models.limits import limits_of
-    from rlhf_lightning.models.sources import newest_export
+    from rlhf_lightning.models.resolving import newest_export
     from rlhf_lightning.sampling.engines import SamplingSettings, sample
     from rlhf_lightning.sampling.live_batch import LiveBatch
 

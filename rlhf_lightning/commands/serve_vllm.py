@@ -77,7 +77,7 @@ def serve_vllm(
 
 
 def _resolved(model: str) -> str:
-    from rlhf_lightning.models.sources import resolve_folder
+    from rlhf_lightning.models.resolving import resolve_folder
 
     return resolve_folder(model)
 

@@ -43,6 +43,13 @@ from rlhf_lightning.models.loading import (
     refuse_nonfinite_weights,
 )
 from rlhf_lightning.models.lora import LoraSettings, add_lora
+from rlhf_lightning.models.resolving import (
+    is_adapter,
+    load_base_of_adapter,
+    refuse_other_quantization,
+    refuse_reward_adapter,
+    resolve_folder,
+)
 from rlhf_lightning.models.scalar_head import (
     cells_of,
     head_dtype,
@@ -53,13 +60,6 @@ from rlhf_lightning.models.scalar_head import (
     unwrapped,
 )
 from rlhf_lightning.models.sharding import decoder_layers
-from rlhf_lightning.models.sources import (
-    is_adapter,
-    load_base_of_adapter,
-    refuse_other_quantization,
-    refuse_reward_adapter,
-    resolve_folder,
-)
 
 
 class TokenOutputs(NamedTuple):

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.compat import erases_pad_row
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.quantization import quantization_of
+from rlhf_lightning.models.resolving import BACKBONE_FILE, SCORE_BIAS, fingerprint
 from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrapped
 from rlhf_lightning.models.sharding import is_first_rank, whole_weights
-from rlhf_lightning.models.sources import BACKBONE_FILE, SCORE_BIAS, fingerprint
 from rlhf_lightning.tokenization import end_token_ids
 
 CARD_FILE = "README.md"

@@ -23,14 +23,14 @@ from rlhf_lightning.models.adapters import read_adapter, recomputation_contexts,
 from rlhf_lightning.models.folders import SAFETENSORS, explained, reading, require_safetensors, trusts
 from rlhf_lightning.models.lora import refuse_slow_patterns, untie_adapted
 from rlhf_lightning.models.quantization import Quantization, leave_the_file, quantization_config, use_one_arithmetic
-from rlhf_lightning.models.scalar_head import initialise_head, text_config
-from rlhf_lightning.models.sources import (
+from rlhf_lightning.models.resolving import (
     SCORE_BIAS,
     backbone_record,
     is_adapter,
     load_base_of_adapter,
     refuse_other_quantization,
 )
+from rlhf_lightning.models.scalar_head import initialise_head, text_config
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.models.adapters import REFERENCE, add_adapter, load_into_adapter, read_adapter, refuse_other_adapter
 from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.low_rank import use_low_rank_products
+from rlhf_lightning.models.resolving import SCORE_BIAS, adapter_settings, backbone_record
 from rlhf_lightning.models.scalar_head import text_config
-from rlhf_lightning.models.sources import SCORE_BIAS, adapter_settings, backbone_record
 
 
 @dataclass

@@ -38,10 +38,10 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.quantization import quantization_of
+from rlhf_lightning.models.resolving import SCORE_BIAS, backbone_record, fingerprint, is_adapter, output_names
 from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrapped
 from rlhf_lightning.models.self_check import check_class
 from rlhf_lightning.models.sharding import cut_like, whole
-from rlhf_lightning.models.sources import SCORE_BIAS, backbone_record, fingerprint, is_adapter, output_names
 
 
 class Reference(FrozenPolicy):

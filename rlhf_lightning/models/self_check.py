@@ -34,10 +34,10 @@ from rlhf_lightning.models.layout import Layout, packed_layout, padded_layout, s
 from rlhf_lightning.models.loading import prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.packing import trees_of
+from rlhf_lightning.models.resolving import cache_folder
 from rlhf_lightning.models.scalar_head import ScalarModel, reads_trees, unwrapped, vocabulary_rows
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.models.small_copy import VOCABULARY, small_copy
-from rlhf_lightning.models.sources import cache_folder
 from rlhf_lightning.types import Sequences
 
 CLOSE = 1e-4

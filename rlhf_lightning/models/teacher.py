@@ -13,7 +13,7 @@ from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, load_reference
 from rlhf_lightning.models.frozen import FrozenPolicy
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.models.sources import resolve_folder
+from rlhf_lightning.models.resolving import resolve_folder
 
 
 class Teacher(FrozenPolicy):

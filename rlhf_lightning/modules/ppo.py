@@ -24,10 +24,10 @@ from rlhf_lightning.functional.policy_gradient import (
 from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training
+from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.models.roles import add_critic, belongs_to, scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.models.sources import resolve_folder
 from rlhf_lightning.scoring.encoders import EncoderScorer
 from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
 from rlhf_lightning.training.judgements import OBJECTIVE

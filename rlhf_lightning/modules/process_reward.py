@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.ranking import first_errors, step_loss
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.sources import STEP_SEPARATOR
+from rlhf_lightning.models.resolving import STEP_SEPARATOR
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss

@@ -21,9 +21,7 @@ from rlhf_lightning.functional.ranking import (
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import add_lora
-from rlhf_lightning.models.roles import scalar_model
-from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.models.sources import (
+from rlhf_lightning.models.resolving import (
     MEAN_VARIANCE,
     OUTPUT_NAMES,
     PROMPT_FORM,
@@ -32,6 +30,8 @@ from rlhf_lightning.models.sources import (
     refuse_other_quantization,
     resolve_folder,
 )
+from rlhf_lightning.models.roles import scalar_model
+from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter

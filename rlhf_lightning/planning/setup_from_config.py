@@ -25,7 +25,7 @@ from rlhf_lightning.errors import DataError, MissingError
 from rlhf_lightning.models.folders import read_json
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.sources import adapter_settings, backbone_record, fingerprint, is_adapter
+from rlhf_lightning.models.resolving import adapter_settings, backbone_record, fingerprint, is_adapter
 from rlhf_lightning.planning.estimate import trained_skeleton
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup

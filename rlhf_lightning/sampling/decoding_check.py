@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, Decoding, inference_mode_of
 from rlhf_lightning.models.layout import padded_layout, select
+from rlhf_lightning.models.resolving import cache_folder
 from rlhf_lightning.models.scalar_head import unwrapped
 from rlhf_lightning.models.self_check import (
     CLOSE,
@@ -25,7 +26,6 @@ from rlhf_lightning.models.self_check import (
     write_finding,
 )
 from rlhf_lightning.models.sharding import is_sharded
-from rlhf_lightning.models.sources import cache_folder
 from rlhf_lightning.sampling.decoding import default_decoding
 from rlhf_lightning.sampling.engines import Completions, SamplingRequest, SamplingSettings, SlotEngine
 

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import ModelError, SettingError, printable
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.folders import require_safetensors
 from rlhf_lightning.models.loading import LoadSettings, refuse_nonfinite_weights
-from rlhf_lightning.models.sources import classifier_labels, content_hash, is_adapter, resolve_folder
+from rlhf_lightning.models.resolving import classifier_labels, content_hash, is_adapter, resolve_folder
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores
 from rlhf_lightning.tokenization.templates import apply_template
 from rlhf_lightning.types import Judgement, Message, MicroBatchLimits, Prompt

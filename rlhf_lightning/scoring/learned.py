@@ -22,10 +22,7 @@ from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
-from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
-from rlhf_lightning.models.sharding import in_step
-from rlhf_lightning.models.sources import (
+from rlhf_lightning.models.resolving import (
     BACKBONE_FILE,
     MEAN_VARIANCE,
     PROMPT_FORM,
@@ -36,6 +33,9 @@ from rlhf_lightning.models.sources import (
     output_names,
     resolve_folder,
 )
+from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
+from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
+from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.encoders import is_encoder, label_index
 from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Judgement, MicroBatchLimits, Prompt, Sequences

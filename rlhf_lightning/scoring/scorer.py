@@ -17,7 +17,7 @@ from rlhf_lightning.errors import ContractError, DataError, RlhfError, undefined
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.models.sources import resolve_folder
+from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 Scores = Sequence[float | None | Judgement] | Tensor

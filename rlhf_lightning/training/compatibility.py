@@ -42,8 +42,8 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.resolving import is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
-from rlhf_lightning.models.sources import is_adapter, resolve_folder
 from rlhf_lightning.types import PromptBatch
 
 if TYPE_CHECKING:

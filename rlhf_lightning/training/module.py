@@ -39,11 +39,11 @@ from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.limits import check_rows, limits_of
 from rlhf_lightning.models.loading import LoadSettings, refuse_nonfinite_weights
 from rlhf_lightning.models.lora import LoraSettings, lora_settings
+from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_of_adapter, resolve_folder, saved_folder
 from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import shard
-from rlhf_lightning.models.sources import fingerprint, is_adapter, load_base_of_adapter, resolve_folder, saved_folder
 from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
 from rlhf_lightning.scoring import Scorer

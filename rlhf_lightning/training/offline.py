@@ -15,8 +15,8 @@ from rlhf_lightning.models.causal_lm import TokenOutputs, experts_of_a_token, lo
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.reference_cache import ReferenceCache
+from rlhf_lightning.models.resolving import cache_folder, content_hash, resolve_folder
 from rlhf_lightning.models.roles import Reference
-from rlhf_lightning.models.sources import cache_folder, content_hash, resolve_folder
 from rlhf_lightning.training.gathering import data_ranks
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule

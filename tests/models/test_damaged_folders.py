@@ -19,7 +19,13 @@ from rlhf_lightning.models.folders import INDEX, check_folder, read_json, readin
 from rlhf_lightning.models.limits import check_prompts
 from rlhf_lightning.models.loading import LoadSettings, load_hf_model
 from rlhf_lightning.models.lora import refuse_slow_patterns
-from rlhf_lightning.models.sources import adapter_settings, backbone_record, content_hash, fingerprint, refuse_odd_gguf
+from rlhf_lightning.models.resolving import (
+    adapter_settings,
+    backbone_record,
+    content_hash,
+    fingerprint,
+    refuse_odd_gguf,
+)
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "model", "target_modules": ["q_proj"]}
 

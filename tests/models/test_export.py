@@ -14,8 +14,8 @@ from rlhf_lightning.models.export import export_policy, export_reward_model
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
 from rlhf_lightning.models.lora import LoraSettings, add_lora
+from rlhf_lightning.models.resolving import fingerprint
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.models.sources import fingerprint
 
 ROWS = random_rows(5, seed=41)
 IDS = torch.tensor([prompt + completion for prompt, completion in random_rows(1, seed=42)])

@@ -16,8 +16,8 @@ from rlhf_lightning.models.export import export_policy, export_reward_model
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_hf_model, load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings, add_lora
+from rlhf_lightning.models.resolving import cache_folder, fingerprint, is_adapter, load_base_of_adapter, resolve_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.models.sources import cache_folder, fingerprint, is_adapter, load_base_of_adapter, resolve_folder
 
 BATCH = sequences(random_rows(4, seed=31))
 

@@ -11,7 +11,7 @@ from tiny_models import assert_same, fit, gradients_of_step, preference_step, ra
 
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.reference_cache import ReferenceCache, row_keys
-from rlhf_lightning.models.sources import cache_folder, content_hash
+from rlhf_lightning.models.resolving import cache_folder, content_hash
 from rlhf_lightning.modules import DPOModule, TRDPOModule
 
 PAIRS = random_pairs(7, seed=3)
