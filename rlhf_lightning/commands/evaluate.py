@@ -164,7 +164,7 @@ def compared(
         score_verdicts,
         win_rates,
     )
-    from rlhf_lightning.scoring.judges import load_judge
+    from rlhf_lightning.scoring.loading import load_judge
 
     (_, baseline), *others = found.items()
     asking = None if judge is None else load_judge(judge, judge_args)

@@ -141,16 +141,10 @@ def _requires(kind: type[Any], name: str) -> bool:
     return found is not None and found.default is inspect.Parameter.empty
 
 
-def class_doc(kind: type[Any]) -> str:
-    """Return the description of a class without its arguments, and the notation of the file of a base class."""
-    doc = re.split(r"\n\s*\nArgs:", inspect.getdoc(kind) or "")[0]
-    files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
-    parts = (part for text in files for part in text.strip().split("\n\n"))
-    return "\n\n".join([doc, *[part for part in parts if part.startswith("Notation:")][:1]])
-
-
 def class_entries(kinds: Sequence[type[Any]]) -> dict[str, Any]:
     """Return name, description and paper of classes as in the index, without their settings."""
+    from rlhf_lightning.commands.parsing import class_doc
+
     entries: dict[str, Any] = {}
     for kind in kinds:
         entries[kind.__name__] = {"doc": class_doc(kind), "paper": ""}

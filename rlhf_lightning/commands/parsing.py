@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -169,3 +170,11 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, where)
     elif isinstance(value, str):
         yield where, value
+
+
+def class_doc(kind: type[Any]) -> str:
+    """Return the description of a class without its arguments, and the notation of the file of a base class."""
+    doc = re.split(r"\n\s*\nArgs:", inspect.getdoc(kind) or "")[0]
+    files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
+    parts = (part for text in files for part in text.strip().split("\n\n"))
+    return "\n\n".join([doc, *[part for part in parts if part.startswith("Notation:")][:1]])

@@ -33,8 +33,7 @@ from rlhf_lightning.commands.flags import (
     with_underscores,
 )
 from rlhf_lightning.commands.messages import defaults_of, own_settings, parameters_of, subclasses_of
-from rlhf_lightning.commands.objectives import class_doc
-from rlhf_lightning.commands.parsing import PlainParser, usage_error, written_secret
+from rlhf_lightning.commands.parsing import PlainParser, class_doc, usage_error, written_secret
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.compat import parser_actions, setting_of, subcommand_parsers
 from rlhf_lightning.data import AlignmentDataModule

@@ -1,15 +1,8 @@
-"""``rlhf loop``: settings and command."""
+"""Settings of ``rlhf loop``."""
 
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import docstring_parser
-from jsonargparse import ActionConfigFile
-
-from rlhf_lightning.commands.flags import with_underscores
-from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.people.labeller import Labeller
 from rlhf_lightning.recipes import resolve_recipe
@@ -93,20 +86,3 @@ class LoopSettings:
         """Pairs for so many labels, and a quarter more because some are skipped."""
         items = -(-labels // self.annotators_per_item)
         return items + -(-items // 4)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run ``rlhf loop``."""
-    doc = docstring_parser.parse(inspect.getdoc(LoopSettings) or "")
-    description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
-    parser = PlainParser(prog="rlhf loop", description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the settings; flags win over it")
-    parser.add_class_arguments(LoopSettings, as_group=False)
-    given = parser.parse_args(with_underscores(argv))
-    made = parser.instantiate(given).as_dict()
-    plain, made = ({name: value for name, value in one.items() if name != "config"} for one in (given.as_dict(), made))
-
-    from rlhf_lightning.people.loop_rounds import run_loop
-
-    run_loop(LoopSettings(**made), plain)
-    return 0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 from filelock import FileLock, Timeout
+from jsonargparse import ActionConfigFile
 
+from rlhf_lightning.commands.flags import with_underscores
+from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.errors import DataError, MissingError, SettingError, StateError
 from rlhf_lightning.loading import read_yaml
@@ -316,3 +321,18 @@ class Loop:
         figures = [self._result(number, "evaluate") for number in range(rounds)]
         start = {**self.state.steps["start/evaluate"], "labels": 0}
         print(f"\n{write_report(self.folder, self.settings.name, [start, *figures])}\n\nreport: {self.folder / REPORT}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf loop``."""
+    doc = docstring_parser.parse(inspect.getdoc(LoopSettings) or "")
+    description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
+    parser = PlainParser(prog="rlhf loop", description=description)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the settings; flags win over it")
+    parser.add_class_arguments(LoopSettings, as_group=False)
+    given = parser.parse_args(with_underscores(argv))
+    made = parser.instantiate(given).as_dict()
+    plain, made = ({name: value for name, value in one.items() if name != "config"} for one in (given.as_dict(), made))
+
+    run_loop(LoopSettings(**made), plain)
+    return 0

@@ -7,9 +7,9 @@ by one below.
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.loading import shipped_classes
+from rlhf_lightning.scoring.loading import load_scorer as load_scorer
 from rlhf_lightning.scoring.scorer import Scorer as Scorer
 from rlhf_lightning.scoring.scorer import checked_scores as checked_scores
-from rlhf_lightning.scoring.scorer import load_scorer as load_scorer
 
 if TYPE_CHECKING:
     from rlhf_lightning.scoring.answers import *

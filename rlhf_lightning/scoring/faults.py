@@ -16,7 +16,8 @@ from rlhf_lightning.errors import RlhfError, SettingError
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import LearnedScorer
-from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores, load_scorer
+from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 from rlhf_lightning.workers import Outcome, WorkerPool
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.scoring.composition import ScorerGroup
-from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer, load_scorer
+from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer
 from rlhf_lightning.types import Prompt, Rollout
 
 

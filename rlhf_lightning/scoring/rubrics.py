@@ -21,8 +21,8 @@ from rlhf_lightning.scoring.judges.judge import (
     Wording,
     as_text,
     checked_answers,
-    load_judge,
 )
+from rlhf_lightning.scoring.loading import load_judge
 from rlhf_lightning.scoring.scorer import Scorer, Scores, column
 from rlhf_lightning.types import Judgement, Message, Prompt
 

@@ -7,17 +7,15 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ContractError, DataError, RlhfError, undefined
-from rlhf_lightning.loading import load, shipped_classes
+from rlhf_lightning.loading import load
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 Scores = Sequence[float | None | Judgement] | Tensor
@@ -347,30 +345,6 @@ def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> S
             f"columns: {found}); add it, or rename one by data.columns",
         )
     return columns[name]
-
-
-def load_scorer(spec: Any) -> Scorer:
-    """Return the scorer that ``spec`` describes.
-
-    Args:
-        spec: folder or hub id of a reward model or process reward model; or what `loading.load` takes: a Scorer or a
-            function, a class of this room such as ``MathAnswerScorer``, an import path such as ``my_scores.brevity``,
-            or ``{"class_path": ..., "init_args": {...}}``.
-
-    Raises:
-        SettingError: see `loading.load`.
-        MissingError: there is no such folder.
-    """
-    from rlhf_lightning.scoring.encoders import EncoderScorer, is_encoder
-    from rlhf_lightning.scoring.learned import LearnedScorer, ProcessScorer, stored_separator
-
-    spec = str(spec) if isinstance(spec, Path) else spec
-    if isinstance(spec, str) and (Path(spec).expanduser().is_dir() or "/" in spec):
-        if stored_separator(spec):
-            return ProcessScorer(spec)
-        return EncoderScorer(spec) if is_encoder(resolve_folder(spec)) else LearnedScorer(spec)
-    found = load(spec, Callable, shipped_classes("rlhf_lightning.scoring", Scorer), "scorer")
-    return found if isinstance(found, Scorer) else FunctionScorer(found)
 
 
 def load_gold_reward(spec: str | GoldReward) -> GoldReward:

@@ -6,16 +6,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from rlhf_lightning.errors import ContractError, RlhfError, SettingError
-from rlhf_lightning.loading import load
+from rlhf_lightning.errors import ContractError, RlhfError
 from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 from rlhf_lightning.types import Message, Prompt
 
@@ -272,36 +270,6 @@ class SimulatedJudge:
         number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
         drawn = NormalDist().inv_cdf((number + 0.5) / 2**48)
         return drawn if question.first == sides[0] else -drawn
-
-
-def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) -> Judge:
-    """Return the judge that ``spec`` names.
-
-    Args:
-        spec: a judge; a model's folder, .gguf file or hub id (`LocalJudge`); the address of an OpenAI-compatible server
-            (`RemoteJudge`, which needs the argument ``model``); a class of this room; or the import path of a class,
-            such as ``my_judge.MyJudge``, whose objects answer a sequence of questions.
-        arguments: arguments of the class.
-
-    Raises:
-        SettingError: see `loading.load`.
-    """
-    from rlhf_lightning.scoring.judges.local import LocalJudge
-    from rlhf_lightning.scoring.judges.remote import RemoteJudge
-
-    shipped = {kind.__name__: kind for kind in (LocalJudge, RemoteJudge, SimulatedJudge)}
-    given = dict(arguments or {})
-    if isinstance(spec, str) and spec not in shipped:
-        if spec.startswith(("http://", "https://")):
-            spec, given = "RemoteJudge", {"url": spec, **given}
-        elif Path(spec).expanduser().exists() or "/" in spec or spec.endswith(".gguf"):
-            spec, given = "LocalJudge", {"model": spec, **given}
-    made = load({"class_path": spec, "init_args": given} if isinstance(spec, str) else spec, Callable, shipped, "judge")
-    if not isinstance(getattr(made, "name", None), str):
-        raise SettingError(
-            "wrong-kind", f"judge {spec!r} has no name, which labels record; give its class an attribute 'name'"
-        )
-    return made
 
 
 def checked_answers(judge: Judge, questions: Sequence[Question]) -> list[JudgeAnswer]:

@@ -14,11 +14,12 @@ from rlhf_lightning.constitution.principles import (
     comparison_messages,
 )
 from rlhf_lightning.constitution.revision import RevisionSettings, revise
-from rlhf_lightning.models import loading
+from rlhf_lightning.models import resolving
 from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.scoring.judges import LocalJudge, LocalWriter, load_judge
+from rlhf_lightning.scoring.judges import LocalJudge, LocalWriter
 from rlhf_lightning.scoring.judges.judge import Judge, Pair, Question, as_text
 from rlhf_lightning.scoring.judges.local import letter_ids, next_logits, shared_length
+from rlhf_lightning.scoring.loading import load_judge
 
 RULES = Constitution(
     "t", 1, "en", (RevisingPrinciple("k", "Bad?", "Mend."),), (ComparingPrinciple("k", "Which is kinder?"),)
@@ -178,7 +179,7 @@ def test_a_gguf_file_judges(judge, policy_folder, tmp_path, monkeypatch):
     """Weights and tokenizer alike come from the folder that it is converted to."""
     file = tmp_path / "model.gguf"
     file.touch()
-    monkeypatch.setattr(loading, "converted_gguf", lambda path: policy_folder)
+    monkeypatch.setattr(resolving, "converted_gguf", lambda path: policy_folder)
     assert LocalJudge(str(file), max_length=2048)(QUESTIONS) == judge(QUESTIONS)
 
 
