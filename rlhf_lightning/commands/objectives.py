@@ -34,7 +34,7 @@ FAMILIES = {
     "RewardModule": "reward models",
     "OnlineDPOModule": "preferences on-policy",
     "NashMDModule": "preferences on-policy",
-    "GKDModule": "distillation",
+    "DivergenceObjective": "distillation",
     "OnPolicyDistillationModule": "distillation",
     "CriticFreeModule": "on-policy, without a critic",
     "PPOModule": "on-policy, with a critic",

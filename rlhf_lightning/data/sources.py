@@ -1,4 +1,4 @@
-"""Where rows come from: the Hub, files, folders written by ``save_to_disk``, and weighted mixtures of those.
+"""Where rows come from: the Hub, files, folders written by ``save_to_disk``, reasoning-gym, and weighted mixtures.
 
 A source is written as a string (a Hub name, a file, a glob or a folder), or as a mapping with ``path`` and any of
 ``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns``, ``labels``, ``annotators`` and
@@ -29,6 +29,7 @@ from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
 from rlhf_lightning.data.files import FORMATS, LONGEST_ROW, RawRow, format_of, read_file, without_filled_nulls
+from rlhf_lightning.environments.games import GYM, reasoning_rows
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 T = TypeVar("T")
@@ -87,7 +88,8 @@ def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ..
 def as_file(source: Any, cache: Path) -> Any:
     """Write a ``datasets.Dataset`` or a list of rows to a file of the cache, and return its path; else ``source``.
 
-    The file is named after its content, so that caches, ranks and resumed runs find the same rows.
+    The file is named after its content, so that caches, ranks and resumed runs find the same rows. The rows of
+    ``reasoning_gym:TASK`` are generated, see `environments.games.reasoning_rows`.
 
     Raises:
         SettingError: ``not-json``: a row holds more than JSON has; ``loader-as-source``: it is a DataLoader.
@@ -98,9 +100,13 @@ def as_file(source: Any, cache: Path) -> Any:
             f"a {type(source).__name__} cannot be a source: give its rows as the source (loader.dataset: a "
             "datasets.Dataset or a list of dicts), or a DataLoader of Steps to trainer.fit(train_dataloaders=loader)",
         )
+    if isinstance(source, str) and source.startswith(GYM):
+        return as_file(reasoning_rows(source), cache)
+    if isinstance(source, dict) and str(source.get("path", "")).startswith(GYM):
+        return {**source, "path": as_file(source["path"], cache)}
     of_rows = isinstance(source, list) and bool(source) and all(isinstance(r, dict) and "path" not in r for r in source)
     if not of_rows and type(source).__module__.partition(".")[0] != "datasets":
-        return source
+        return [as_file(one, cache) for one in source] if isinstance(source, list) else source
     try:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in source]
     except (TypeError, AttributeError) as error:

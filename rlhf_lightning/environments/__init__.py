@@ -11,10 +11,10 @@ from rlhf_lightning.environments.environment import (
     fingerprint_of,
     load_environment,
 )
-from rlhf_lightning.environments.games import GuessTheNumber
+from rlhf_lightning.environments.games import GuessTheNumber, ReasoningGym
 from rlhf_lightning.environments.tool_use import ToolEnvironment, calculator
 
 __all__ = [
-    "EnvironmentFailedError", "FaultTolerantEnvironment", "GuessTheNumber", "ToolEnvironment", "calculator",
-    "conversing", "fingerprint_of", "load_environment",
+    "EnvironmentFailedError", "FaultTolerantEnvironment", "GuessTheNumber", "ReasoningGym", "ToolEnvironment",
+    "calculator", "conversing", "fingerprint_of", "load_environment",
 ]  # fmt: skip

@@ -66,8 +66,8 @@ class EnvironmentFailedError(RlhfError, RuntimeError):
 class FaultTolerantEnvironment:
     """Another environment whose faults are retried; a fault that stays ends the run or drops the episode.
 
-    Faults: an exception, a process that dies, a timeout, and anything that is not a `Reply`. A dropped episode has no
-    score, so that nothing is learned from it; ``rollout/score_missing`` counts it.
+    Faults: an exception, a process that dies, a timeout, and anything that is not a sound `Reply`. A dropped episode
+    has no score, so that nothing is learned from it; ``rollout/score_missing`` counts it.
 
     With ``seconds`` each reply comes from another process, which is killed at the time limit; the environment must be
     importable there, and its state must be in the episode. Without it replies come from ``threads`` threads.
@@ -182,6 +182,8 @@ def _replier(environment: Environment) -> Callable[[Episode], Outcome]:
             reply = environment.reply(episode)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class may raise anything
             return "failed", f"{type(error).__name__}: {error}"
-        return ("done", reply) if isinstance(reply, Reply) else ("failed", f"it returned {reply!r:.200}")
+        if not isinstance(reply, Reply):
+            return "failed", f"it returned {reply!r:.200}"
+        return ("failed", f"it {reply.fault}") if reply.fault else ("done", reply)
 
     return answer

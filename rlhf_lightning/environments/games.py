@@ -1,15 +1,23 @@
-"""Small games in several turns."""
+"""Small games in several turns, and the tasks of reasoning-gym."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
+from urllib.parse import parse_qsl
 
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import DataError, PackageError, SettingError
 from rlhf_lightning.types import Episode, Prompt, Reply
 
 NUMBER = re.compile(r"-?\d+")
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+MATHS = {"sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
+GYM = "reasoning_gym:"
+"""Begins a source of rows that reasoning-gym generates."""
 
 
 class GuessTheNumber:
@@ -58,3 +66,95 @@ class GuessTheNumber:
     def _heard(text: str) -> int | None:
         found = NUMBER.findall(text)
         return int(found[-1][:18]) if found else None
+
+
+class ReasoningGym:
+    """Scores the answer to a task of reasoning-gym by the task's own verifier, in one turn.
+
+    The answer is the text in the last ``<answer>...</answer>``, or the whole turn. The data comes from a source such as
+    ``reasoning_gym:chain_sum?size=1000&seed=0&max_terms=4``, see `reasoning_rows`. Some verifiers evaluate the answer
+    as python. An answer that calls anything but the functions of school mathematics never reaches them: it scores 0.
+    `FaultTolerantEnvironment` with ``seconds`` bounds the time of what does.
+
+    Args:
+        instruction: put behind each question; null puts nothing.
+
+    Raises:
+        PackageError: reasoning-gym is not installed.
+    """
+
+    def __init__(self, instruction: str | None = None) -> None:
+        _reasoning_gym()
+        self.instruction = instruction
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the question as a turn of the user, or as text where the data is text."""
+        prompt = row["prompt"]
+        if self.instruction is None:
+            return prompt
+        if isinstance(prompt, str):
+            return f"{prompt}\n\n{self.instruction}"
+        return [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n\n{self.instruction}"}]
+
+    def reply(self, episode: Episode) -> Reply:
+        """Return the verifier's score, in [0, 1]."""
+        row = episode.row
+        if not {"task", "index"} <= set(row):
+            raise DataError(
+                "missing-data-column",
+                f"ReasoningGym needs the data columns task and index; the row has {', '.join(map(str, row))}: take "
+                f"{GYM}TASK as the source",
+            )
+        tasks, said = tasks_of(str(row["task"])), str(episode.messages[-1]["content"])
+        answer = (ANSWER.findall(said) or [said])[-1].strip()
+        if may_run_code(answer):
+            return Reply(reward=0.0, done=True)
+        return Reply(reward=float(tasks.score_answer(answer=answer, entry=tasks[int(row["index"])])), done=True)
+
+
+def may_run_code(answer: str) -> bool:
+    """Whether an answer, evaluated as python, could call something other than a function of mathematics."""
+    calls = "(" in answer and re.search(r"[\w)\]\"'`]\s*\(", answer) is not None
+    names = set(re.findall(r"[^\W\d]\w+", answer))
+    return calls and bool(names - MATHS or re.search(r"[^\W\d]\s*\.|[\"'`\[{:]", answer))
+
+
+def reasoning_rows(source: str) -> list[dict[str, Any]]:
+    """Return the rows of a source ``reasoning_gym:TASK?size=N&seed=S&SETTING=VALUE``: question, answer, task, index.
+
+    Raises:
+        PackageError: reasoning-gym is not installed.
+        SettingError: there is no such task, or it refuses its settings.
+    """
+    spec = source.removeprefix(GYM)
+    tasks = tasks_of(spec)
+    return [
+        {"prompt": one["question"], "answer": one["answer"], "task": spec, "index": index}
+        for index, one in enumerate(tasks[place] for place in range(len(tasks)))
+    ]
+
+
+@cache
+def tasks_of(spec: str) -> Any:
+    """Return reasoning-gym's data set of ``TASK?SETTING=VALUE&...``; the same text gives the same tasks."""
+    name, _, settings = spec.partition("?")
+    given: dict[str, Any] = {"size": 1000, "seed": 0}
+    for key, value in parse_qsl(settings):
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    gym = _reasoning_gym()
+    try:
+        return gym.create_dataset(name, **given)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise SettingError("wrong-task", f"reasoning-gym makes no {spec!r}: {error}") from error
+
+
+def _reasoning_gym() -> Any:
+    try:
+        return importlib.import_module("reasoning_gym")
+    except ImportError as error:
+        raise PackageError(
+            "missing-package", f"this needs reasoning-gym ({error}): pip install 'rlhf-lightning[gym]'"
+        ) from error

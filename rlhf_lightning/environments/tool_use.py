@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import json
 import operator
@@ -10,11 +11,12 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lightning.environments.calls import Call, CallError, calls_in
-from rlhf_lightning.errors import MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.loading import load
 from rlhf_lightning.types import Episode, Message, Prompt, Reply
 
@@ -27,7 +29,10 @@ EXAMPLES = {
 }
 """How a call is written in each format."""
 
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+JSON_TYPES: dict[Any, str] = {
+    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", tuple: "array", dict: "object",
+    type(None): "null",
+}  # fmt: skip
 LONGEST_RESULT = 4000
 """Characters of a tool's result that the policy reads."""
 
@@ -41,8 +46,8 @@ class ToolEnvironment:
     ``for_row(row)`` is asked for the tool of each data row, as a `LookupTable` with a column.
 
     Args:
-        tools: python functions, or their import paths; ``calculator`` is the one that ships. An object with a
-            ``__name__``, a docstring and a call signature serves too, such as a `LookupTable`.
+        tools: python functions, async ones too, or their import paths; ``calculator`` is the one that ships. An object
+            with a ``__name__``, a docstring and a call signature serves too, such as a `LookupTable`.
         reward: reward of a turn by what it holds: ``call`` for calls that worked, ``wrong`` for a wrong call; 0
             otherwise.
         call_format: "auto" reads every format below; "hermes" ``<tool_call>{...}</tool_call>`` (Qwen, Hermes);
@@ -118,9 +123,10 @@ class ToolEnvironment:
 
     def _answer(self, results: list[Message], reward: float, turn: Message | None = None) -> Reply:
         """Return the results of a turn's calls as turns of the role tool, or as one turn of the user."""
+        faults = "\n".join(one["content"] for one in results if one["content"].startswith("error: ")) or None
         if self.by_template:
-            return Reply(messages=results, reward=reward, turn=turn)
-        return Reply("\n".join(one["content"] for one in results), reward=reward)
+            return Reply(messages=results, reward=reward, turn=turn, feedback=faults)
+        return Reply("\n".join(one["content"] for one in results), reward=reward, feedback=faults)
 
     def call(self, call: Call, row: Mapping[str, Any]) -> tuple[bool, str]:
         """Make one call in an episode of a data row; return whether it worked, and the result or the fault as text."""
@@ -132,9 +138,17 @@ class ToolEnvironment:
             inspect.signature(tool).bind(**call.arguments)
         except TypeError as error:
             return False, f"error: {call.name}: {error}"
+        hints = hints_of(tool)
+        for name, value in call.arguments.items():
+            if not fits(value, hints.get(name, Any)):
+                wanted = json.dumps(schema_of(hints[name]))
+                return False, f"error: {call.name}: {name} is {json.dumps(value, default=str)[:100]}, not {wanted}"
         try:
             found = tool(**call.arguments)
-        except Exception as error:  # the policy may ask for anything
+            if inspect.iscoroutine(found):
+                with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop, as in a notebook
+                    found = pool.submit(asyncio.run, found).result()
+        except (Exception, SystemExit) as error:  # the policy may ask for anything
             return False, f"error: {call.name}: {error or type(error).__name__}"
         text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
         return True, text[:LONGEST_RESULT]
@@ -151,19 +165,34 @@ def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
     The docstring's first paragraph describes the function; lines ``name: what it is`` describe arguments.
 
     Raises:
-        SettingError: ``tool-undescribed``: it has no docstring, or an argument without a type.
+        SettingError: ``tool-undescribed``: it has no docstring, or an argument that the policy cannot give by name, has
+            no type, or one that JSON cannot write.
     """
     name, text = str(getattr(tool, "__name__", tool)), inspect.getdoc(tool) or ""
     if not text.strip():
         raise SettingError("tool-undescribed", f"the tool {name} has no docstring: the policy reads it")
     about = dict(re.findall(r"^\s*(\w+)(?:\s*\([^)]*\))?:[ \t]+(.+)$", text, re.MULTILINE))
-    called = tool if inspect.isroutine(tool) else type(tool).__call__
-    hints = typing.get_type_hints(called)
+    try:
+        hints, arguments = hints_of(tool), inspect.signature(tool).parameters.values()
+    except (NameError, TypeError, ValueError) as error:
+        raise SettingError("tool-undescribed", f"the tool {name} has no readable signature: {error}") from error
     properties: dict[str, Any] = {}
     required = []
-    for argument in inspect.signature(tool).parameters.values():
-        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) or argument.name not in hints:
+    for argument in arguments:
+        if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+            raise SettingError(
+                "tool-undescribed",
+                f"the tool {name} takes {argument} without a name, and the policy names each argument: list them as "
+                "named arguments",
+            )
+        if argument.name not in hints:
             raise SettingError("tool-undescribed", f"the argument {argument.name} of the tool {name} needs a type")
+        if not is_json(hints[argument.name]):
+            raise SettingError(
+                "tool-undescribed",
+                f"the argument {argument.name} of the tool {name} is a {hints[argument.name]}, which no call can "
+                "write: use str, int, float, bool, list, dict, Literal, or a union of them",
+            )
         properties[argument.name] = {**schema_of(hints[argument.name]), **_about(about, argument.name)}
         if argument.default is argument.empty:
             required.append(argument.name)
@@ -176,17 +205,51 @@ def _about(about: Mapping[str, str], name: str) -> dict[str, str]:
     return {"description": about[name].strip()} if name in about else {}
 
 
+def hints_of(tool: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type hints of a function, or of the call of an object."""
+    return typing.get_type_hints(tool if inspect.isroutine(tool) else type(tool).__call__)
+
+
+def is_json(hint: Any) -> bool:
+    """Whether a type hint is one that JSON can write."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or origin is typing.Literal:
+        return True
+    if origin is dict:
+        return inner[0] is str
+    return (origin in (typing.Union, types.UnionType) or (origin or hint) in JSON_TYPES) and all(
+        map(is_json, (one for one in inner if one is not ...))
+    )
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from a call is of a type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    kind: Any = {float: (int, float), tuple: list}.get(origin or hint, origin or hint)
+    if not isinstance(value, kind) or (isinstance(value, bool) and (origin or hint) is not bool):
+        return False
+    return origin is not list or all(fits(one, inner[0]) for one in value)
+
+
 def schema_of(hint: Any) -> dict[str, Any]:
     """Return the JSON schema of a type hint: plain types, lists, dicts, Literal, and unions with None."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return {}
     if origin is typing.Literal:
         return {"type": JSON_TYPES.get(type(inner[0]), "string"), "enum": list(inner)}
     if origin in (typing.Union, types.UnionType):
         some = [schema_of(one) for one in inner if one is not type(None)]
         return some[0] if len(some) == 1 else {"anyOf": some}
-    if origin is list and inner:
+    if origin in (list, tuple) and inner:
         return {"type": "array", "items": schema_of(inner[0])}
-    return {"type": JSON_TYPES.get(origin or hint, "string")}
+    return {"type": JSON_TYPES[origin or hint]}
 
 
 # ---- tools that ship ------------------------------------------------------------------------------------------------
@@ -275,7 +338,15 @@ class LookupTable:
 
     def for_row(self, row: Mapping[str, Any]) -> LookupTable:
         """Return the tool of a data row."""
-        return self if self.column is None else LookupTable(row[self.column], self.__name__, self.__doc__ or "")
+        if self.column is None:
+            return self
+        if not isinstance(row.get(self.column), Mapping):
+            raise DataError(
+                "missing-data-column",
+                f"the tool {self.__name__} needs the data column {self.column} with an object; the row has "
+                f"{', '.join(map(str, row))}",
+            )
+        return LookupTable(row[self.column], self.__name__, self.__doc__ or "")
 
     def __call__(self, key: str) -> str:
         """Return the value of a key.

@@ -72,6 +72,27 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def top_k_and_rest(
+    student_logits: Tensor, teacher_logits: Tensor, k: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the student's k likeliest ids, and of all other ids together; each (..., k + 1).
+
+    They are logits of both distributions over fewer classes, so every divergence of them is a lower bound of the whole
+    distributions' (data-processing inequality). With k of the vocabulary's size or more, nothing is cut.
+    """
+    student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
+    if k >= student.shape[-1]:
+        return student, teacher
+    top = student.detach().topk(k).indices
+    lowest = torch.finfo(student.dtype).min
+
+    def reduced(logprobs: Tensor) -> Tensor:
+        rest = logprobs.scatter(-1, top, lowest).logsumexp(-1, keepdim=True)
+        return torch.cat([logprobs.gather(-1, top), rest.clamp(min=lowest)], -1)
+
+    return reduced(student), reduced(teacher)
+
+
 def distillation_advantages(teacher_logprobs: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
     r"""Advantage of each token the student sampled, log teacher - log student, without gradient; 0 under the mask.
 

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a frozen policy that must read the student's token ids as the student means them."""
+"""Teachers of a distillation: a frozen policy that must read the student's token ids alike, or the student itself."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.causal_lm import CausalLM, load_reference
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_reference
 from rlhf_lightning.models.frozen import FrozenPolicy
+from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import resolve_folder
 
@@ -47,6 +49,29 @@ class Teacher(FrozenPolicy):
     def head_owner(self) -> CausalLM:
         """The teacher."""
         return self.model
+
+
+class CurrentPolicy(FrozenPolicy):
+    """The policy in training as its own teacher: the weights of now, in eval mode and without gradient."""
+
+    def __init__(self, policy: CausalLM) -> None:
+        self.policy = policy
+
+    @contextmanager
+    def as_model(self) -> Iterator[CausalLM]:
+        """Give the policy."""
+        with inference_mode_of(self.policy):
+            yield self.policy
+
+    @property
+    def head_owner(self) -> CausalLM:
+        """The policy."""
+        return self.policy
+
+    def predicting_states(self, layout: Layout) -> Tensor:
+        """Return the states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
+        self._whole_head = None  # the head moves with every update
+        return super().predicting_states(layout)
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:

@@ -7,7 +7,7 @@ turn. The policy's tokens are never encoded again: a reply is rendered and encod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ class Transcript(NamedTuple):
         learned: bool, True on the policy's tokens, shape (tokens,).
         finished: whether the environment ended the episode after a whole turn; False where a limit did.
         failed: whether the environment failed, so that the episode cannot be judged.
+        feedback: what the environment said about turns in words, one line each; None without.
     """
 
     messages: tuple[Message, ...]
@@ -39,6 +40,7 @@ class Transcript(NamedTuple):
     learned: Tensor
     finished: bool
     failed: bool
+    feedback: str | None = None
 
     @property
     def reward(self) -> float:
@@ -75,6 +77,7 @@ class _Open:
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.rewards: list[float] = []
+        self.feedback: list[str] = []
         self.finished = self.failed = False
 
     def say(self, ids: Sequence[int], text: str) -> None:
@@ -95,7 +98,8 @@ class _Open:
         """Return the whole episode."""
         places = tuple(self.starts), tuple(self.ends), tuple(self.rewards)
         learned = torch.tensor(self.learned, dtype=torch.bool)
-        return Transcript(tuple(self.messages[self.first :]), *places, learned, self.finished, self.failed)
+        said = "\n".join(self.feedback) or None
+        return Transcript(tuple(self.messages[self.first :]), *places, learned, self.finished, self.failed, said)
 
 
 class Turns:
@@ -168,6 +172,7 @@ class Turns:
             one.rewards.append(0.0)
             return False
         one.rewards.append(float(reply.reward))
+        one.feedback += [reply.feedback] if reply.feedback else []
         if reply.turn is not None:
             one.messages[-1] = {**reply.turn}
         one.finished = reply.done and whole
@@ -189,6 +194,9 @@ class Turns:
             ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], reply.text or "")
         else:
             ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], messages)
+        if ids and max(ids) >= len(self.tokenizer):
+            known = len(self.tokenizer)
+            raise ContractError("bad-reply", f"{self.name} replied with token id {max(ids)}; the tokenizer has {known}")
         if not ids:
             raise ContractError(
                 "empty-reply",
@@ -217,26 +225,27 @@ def replies_of(environment: Environment, episodes: Sequence[Episode], name: str)
         name: name of the environment, for messages.
 
     Raises:
-        ContractError: ``bad-reply``: it returned something else than a `Reply` for each, or a reward that is not
-            finite.
+        ContractError: ``bad-reply``: it returned something else than a `Reply` for each, or one with a fault;
+            ``environment-exits``: it called sys.exit, which must not end a run as a success.
     """
     reply_all = getattr(environment, "reply_all", None)
-    given = [environment.reply(one) for one in episodes] if reply_all is None else list(reply_all(episodes))
+    try:
+        found = [environment.reply(one) for one in episodes] if reply_all is None else reply_all(episodes)
+    except SystemExit as error:
+        raise ContractError(
+            "environment-exits", f"{name} called sys.exit({error.code!r}); raise an exception instead"
+        ) from error
+    given: list[Any] = list(found) if isinstance(found, Iterable) else [found] * len(episodes)
     wrong = ""
     if len(given) != len(episodes):
         wrong = f"returned {len(given)} replies to {len(episodes)} episodes"
+    if not isinstance(found, Iterable):
+        wrong = f"returned {found!r:.200} from reply_all in place of a list"
     for reply in given:
-        if isinstance(reply, Reply) and not _is_finite(reply.reward):
-            wrong = f"gave the reward {reply.reward!r}, which is not a finite number"
+        if isinstance(reply, Reply) and reply.fault:
+            wrong = reply.fault
         elif not isinstance(reply, Reply) and (reply is not None or reply_all is None):
             wrong = f"returned {reply!r:.200} in place of a Reply"
     if wrong:
         raise ContractError("bad-reply", f"{name} {wrong}; return rlhf_lightning.types.Reply for each episode")
     return given
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False

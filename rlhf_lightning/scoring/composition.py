@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
@@ -75,11 +76,17 @@ class ScorerGroup(Scorer):
             if member.token_rewards is not None
         ]
         said = [f"{name}: {member.feedback}" for name, member in members.items() if member.feedback is not None]
+        spans = [
+            (start, end, weights[name] * reward)
+            for name, member in members.items()
+            for start, end, reward in member.span_rewards
+        ]
         return Judgement(
             score,
             parts,
             [sum(column) for column in zip_longest(*rewards, fillvalue=0.0)] if rewards else None,
             "\n".join(said) or None,
+            spans or (),
         )
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
@@ -277,6 +284,37 @@ class RepetitionPenalty(Scorer):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         return [-self.coef * repeated_share(words(text), self.n) for text in completions]
+
+
+class SpanScorer(Scorer):
+    """Pays the matches of regular expressions: the score is the sum, and each reward lies on its match's last token.
+
+    Args:
+        patterns: by regular expression (as of ``re``, with ^ and $ at every line) the reward of each match.
+
+    Raises:
+        SettingError: an expression is invalid, or a reward is not a finite number.
+    """
+
+    def __init__(self, patterns: Mapping[str, float]) -> None:
+        try:
+            self.patterns = {re.compile(one, re.MULTILINE): float(reward) for one, reward in patterns.items()}
+        except (re.error, TypeError, ValueError) as error:
+            raise SettingError("wrong-pattern", f"patterns {dict(patterns)!r}: {error}") from error
+        if not self.patterns or not all(map(math.isfinite, self.patterns.values())):
+            raise SettingError("wrong-pattern", f"patterns is {dict(patterns)!r}: give finite rewards by expression")
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        found = [
+            [
+                (*match.span(), reward)
+                for pattern, reward in self.patterns.items()
+                for match in pattern.finditer(text)
+                if match.group()
+            ]
+            for text in completions
+        ]
+        return [Judgement(math.fsum(reward for *_, reward in spans), span_rewards=spans) for spans in found]
 
 
 def repeated_share(text: Sequence[str], n: int) -> float:

@@ -174,12 +174,15 @@ class ProcessScorer(Scorer):
     """Scores a completion by its steps' probabilities of being right: the minimum, the product, or the last.
 
     The product is the probability that every step is right if errors are independent (arXiv 2305.20050, Appendix F);
-    the
-    minimum does not fall with the number of steps. An empty completion has one empty step.
+    the minimum does not fall with the number of steps. An empty completion has one empty step.
+
+    With ``credit`` "steps" the reward of step k is the aggregate of the steps up to k less that of the steps before it.
+    These sum to the score, so that a policy gradient has the same return, and learns at which step it was lost.
 
     Args:
         folder: process reward model's folder.
         aggregate: how step probabilities become one score: "min", "product" or "last".
+        credit: where the score lies: "completion" on the last token, "steps" on the last token of each step.
         separator: separator of the steps; null takes the one of training.
         max_tokens: cells of one forward pass, rows times the longest row.
         dtype: precision of the weights.
@@ -195,6 +198,7 @@ class ProcessScorer(Scorer):
         separator: str | None = None,
         max_tokens: int = 16_384,
         dtype: str = "float32",
+        credit: Literal["completion", "steps"] = "completion",
     ) -> None:
         found = stored_separator(folder) if separator is None else separator
         if not found:
@@ -203,7 +207,9 @@ class ProcessScorer(Scorer):
             )
         if aggregate not in ("min", "product", "last"):
             raise SettingError("unknown-choice", f"aggregate is {aggregate!r}; choose 'min', 'product' or 'last'")
-        self.separator, self.aggregate = found, aggregate
+        if credit not in ("completion", "steps"):
+            raise SettingError("unknown-choice", f"credit is {credit!r}; choose 'completion' or 'steps'")
+        self.separator, self.aggregate, self.credit = found, aggregate, credit
         self.learned = LearnedScorer(folder, max_tokens, dtype)
         self.folder, self.max_tokens = self.learned.folder, max_tokens
 
@@ -239,11 +245,24 @@ class ProcessScorer(Scorer):
         ]
         return _sequences(tokenizer, prompts, encoded)
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-    ) -> Sequence[float] | Tensor:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         scores, row = self.step_scores(prompts, completions)
-        return aggregated_steps(torch.nn.functional.logsigmoid(scores), row, len(completions), self.aggregate).exp()
+        logs = torch.nn.functional.logsigmoid(scores)
+        if self.credit == "completion":
+            return aggregated_steps(logs, row, len(completions), self.aggregate).exp()
+        return [self._by_step(logs[row == number], text) for number, text in enumerate(completions)]
+
+    def _by_step(self, logs: Tensor, completion: str) -> Judgement:
+        """Return a completion's score, with its rise at each step."""
+        prefixes = torch.cat([logs[: step + 1] for step in range(len(logs))])
+        rows = torch.arange(len(logs)).repeat_interleave(torch.arange(1, len(logs) + 1))
+        so_far = [0.0, *aggregated_steps(prefixes, rows, len(logs), self.aggregate).exp().tolist()]
+        spans, start = [], 0
+        for step, before, now in zip(self.steps_of(completion), so_far, so_far[1:], strict=False):
+            start = completion.index(step, start)
+            spans.append((start, start + len(step), now - before))
+            start += len(step)
+        return Judgement(so_far[-1], span_rewards=spans if completion else ())
 
 
 def _sequences(

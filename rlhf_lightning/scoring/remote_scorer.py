@@ -18,7 +18,7 @@ class RemoteScorer(Scorer):
     A request is a POST of ``{"prompts": [...], "completions": [...], "columns": {name: [...]}}``, with one entry per
     completion in each list (a prompt is text or a list of messages). The answer is ``{"scores": [...]}``: for each a
     number, null where the server cannot judge, or an object with the fields of a `Judgement` (``score``, ``parts``,
-    ``token_rewards``, ``feedback``). A server that is away or busy is asked again. A call takes at most (retries + 1) *
+    ``token_rewards`` ...). A server that is away or busy is asked again. A call takes at most (retries + 1) *
     timeout and the waits, which double from ``wait`` up to a minute each. `FaultTolerant` continues without scores
     then.
 
@@ -96,6 +96,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "parts": lambda value: {name: math.nan if number is None else finite(number) for name, number in value.items()},
     "token_rewards": lambda value: None if value is None else [finite(number) for number in value],
     "feedback": lambda value: value,
+    "span_rewards": lambda value: [(int(start), int(end), finite(number)) for start, end, number in value or ()],
 }
 
 

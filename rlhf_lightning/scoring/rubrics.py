@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.judging import debiased_probability, preference_probability
+from rlhf_lightning.scoring import scorer
 from rlhf_lightning.scoring.judges.judge import (
     ComparingPrinciple,
     Judge,
@@ -24,7 +26,7 @@ from rlhf_lightning.scoring.judges.judge import (
 )
 from rlhf_lightning.scoring.loading import load_judge
 from rlhf_lightning.scoring.scorer import Scorer, Scores, column
-from rlhf_lightning.types import Judgement, Message, Prompt
+from rlhf_lightning.types import Judgement, Message, Prompt, Rollout
 
 GOLD = "gold"
 """Name of the part that holds the second judge's score."""
@@ -47,12 +49,14 @@ Criterion = Mapping[str, Any]
 
 
 class RubricScorer(Scorer):
-    r"""Rubrics as rewards: score = sum_j w_j c_j / sum_j |w_j| (Gunjal et al., 2507.17746, explicit aggregation).
+    r"""Rubrics as rewards (Gunjal et al., 2507.17746): a judge says which criteria a completion meets.
 
-    c_j = p(A) / (p(A) + p(B)) is the judge's probability that criterion j is met, one question a criterion; a judge
-    that names a letter alone gives 0 or 1. A negative weight marks a fault. A criterion with a ``name`` is a part of
-    the judgement. Criteria that are more likely missed than met, and faults more likely made than not, are its
-    feedback. A completion with a criterion that gets no answer cannot be judged.
+    With explicit aggregation score = sum_j w_j c_j / sum_j |w_j|. c_j = p(A) / (p(A) + p(B)) is the judge's probability
+    that criterion j is met, one question a criterion; a judge that names a letter alone gives 0 or 1. A negative weight
+    marks a fault. A criterion with a ``name`` is a part of the judgement. Criteria that are more likely missed than
+    met, and faults more likely made than not, are its feedback. A completion with a criterion that gets no answer
+    cannot be judged. With implicit aggregation the judge reads all criteria at once, and the score is its probability
+    that they are met as a whole: one question a completion, without parts and feedback.
 
     Args:
         judge: what `load_judge` takes: a model's folder, the address of an OpenAI-compatible server, ...
@@ -61,16 +65,26 @@ class RubricScorer(Scorer):
             A criterion is a text, or {criterion: ..., weight: ..., name: ...}; a rubric may also be one text.
         gold: a second judge, whose score is the part ``gold``: measured, and not learned from.
         gold_args: further arguments of the second judge.
+        aggregation: "explicit" asks one question a criterion, "implicit" one a completion.
+        dropout: probability that a criterion is left out of a training rollout, at least one excepted. The completions
+            of a prompt are judged by the same criteria; the second judge, and evaluation, read all of them.
+        seed: seed of the dropout.
 
     Raises:
-        SettingError: the criteria are not a list of criteria, or the file cannot be read.
+        SettingError: the criteria are not a list of criteria, the file cannot be read, or a setting is out of range.
     """
 
     def __init__(
         self, judge: str | Judge, judge_args: Mapping[str, Any] | None = None,
         criteria: str | list[Any] | None = None, gold: str | Judge | None = None,
-        gold_args: Mapping[str, Any] | None = None,
+        gold_args: Mapping[str, Any] | None = None, aggregation: Literal["explicit", "implicit"] = "explicit",
+        dropout: float = 0.0, seed: int = 0,
     ) -> None:  # fmt: skip
+        if aggregation not in ("explicit", "implicit"):
+            raise SettingError("unknown-choice", f"aggregation is {aggregation!r}; choose 'explicit' or 'implicit'")
+        if not 0 <= dropout < 1:
+            raise SettingError("setting-out-of-range", f"dropout is {dropout}: it must be in [0, 1)")
+        self.aggregation, self.dropout, self.seed, self.rollouts = aggregation, dropout, seed, 0
         self.criteria = None
         if criteria is not None:
             given = _read(criteria) if isinstance(criteria, str) else criteria
@@ -86,18 +100,44 @@ class RubricScorer(Scorer):
             rubrics = [checked_rubric(one) for one in column(columns, "rubric", self)]
         else:
             rubrics = [self.criteria] * len(completions)
-        rows = zip(prompts, completions, rubrics, strict=True)
-        asked = [question(prompt, text, one["criterion"]) for prompt, text, rubric in rows for one in rubric]
-        found = [
-            judgement(rubric, share) for rubric, share in zip(rubrics, met(self.judge, asked, rubrics), strict=True)
-        ]
+        kept = [self._kept(rubric, prompt) for rubric, prompt in zip(rubrics, prompts, strict=True)]
+        found = self._judged(self.judge, prompts, completions, kept)
         if self.gold is None:
             return found
-        golds = [judgement(rubric, one) for rubric, one in zip(rubrics, met(self.gold, asked, rubrics), strict=True)]
+        golds = self._judged(self.gold, prompts, completions, rubrics)
         return [
             one._replace(parts={**one.parts, GOLD: math.nan if gold.score is None else gold.score})
             for one, gold in zip(found, golds, strict=True)
         ]
+
+    def _judged(
+        self, judge: Judge, prompts: Sequence[Prompt], completions: Sequence[str], rubrics: list[list[Criterion]]
+    ) -> list[Judgement]:
+        if self.aggregation == "implicit":
+            rubrics = [[{"criterion": as_a_whole(rubric), "weight": 1.0}] for rubric in rubrics]
+        rows = zip(prompts, completions, rubrics, strict=True)
+        asked = [question(prompt, text, one["criterion"]) for prompt, text, rubric in rows for one in rubric]
+        found = [judgement(rubric, share) for rubric, share in zip(rubrics, met(judge, asked, rubrics), strict=True)]
+        return [one._replace(feedback=None) for one in found] if self.aggregation == "implicit" else found
+
+    def _kept(self, rubric: list[Criterion], prompt: Prompt) -> list[Criterion]:
+        """Return the criteria that a training rollout judges a prompt's completions by."""
+        if not (self.dropout and scorer.LEARNING):
+            return rubric
+        said = json.dumps([self.seed, self.rollouts, prompt], sort_keys=True, default=str)
+        draws = random.Random(said)  # a function of seed, rollout and prompt: equal on all ranks, and after a resume
+        chances = [draws.random() for _ in rubric]
+        kept = [one for one, chance in zip(rubric, chances, strict=True) if chance >= self.dropout and one["weight"]]
+        return kept or [max(zip(chances, rubric, strict=True), key=lambda pair: (bool(pair[1]["weight"]), pair[0]))[1]]
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        self.rollouts += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": self.rollouts} if self.dropout else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rollouts = int(state.get("rollouts", 0))
 
 
 class WinRateScorer(Scorer):
@@ -177,6 +217,15 @@ def checked_rubric(given: Any) -> list[Criterion]:
     if not sum(abs(one["weight"]) for one in rubric):
         raise DataError("wrong-rubric", "every weight of a rubric is 0")
     return rubric
+
+
+def as_a_whole(rubric: Sequence[Criterion]) -> str:
+    """Return a rubric as one criterion."""
+    lines = [
+        f"- {'avoid: ' if one['weight'] < 0 else ''}{one['criterion']} (weight {abs(one['weight']):g})"
+        for one in rubric
+    ]
+    return "\n".join(["It meets these criteria as a whole:", *lines])
 
 
 def question(prompt: Prompt, completion: str, criterion: str) -> Question:

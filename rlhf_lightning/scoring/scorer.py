@@ -39,12 +39,14 @@ class Judgements(NamedTuple):
         parts: fp32 by name, shape (completions,), NaN where a completion has none.
         token_rewards: fp32, one tensor per completion; empty where no completion has any.
         feedback: one text per completion, or None; empty where no completion has any.
+        span_rewards: (start, end, reward) of spans of each completion's text; empty where no completion has any.
     """
 
     scores: Tensor
     parts: Mapping[str, Tensor] = {}
     token_rewards: tuple[Tensor, ...] = ()
     feedback: tuple[str | None, ...] = ()
+    span_rewards: tuple[Sequence[tuple[int, int, float]], ...] = ()
 
     def plain(self) -> list[Judgement]:
         """Return one `Judgement` per completion."""
@@ -59,6 +61,7 @@ class Judgements(NamedTuple):
                 {name: values[row] for name, values in parts.items()},
                 self.token_rewards[row].tolist() if self.token_rewards else None,
                 self.feedback[row] if self.feedback else None,
+                self.span_rewards[row] if self.span_rewards else (),
             )
             for row, score in enumerate(self.scores)
         ]
@@ -309,7 +312,38 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
         if not all(bool(row.isfinite().all()) for row in rewards):
             raise ContractError("token-reward", f"{name} returned a token reward that is NaN or infinite")
     feedback = tuple(one.feedback for one in each) if any(one.feedback is not None for one in each) else ()
-    return Judgements(scores, parts, rewards, feedback)
+    spans = tuple(_spans(one.span_rewards, name) for one in each) if any(one.span_rewards for one in each) else ()
+    return Judgements(scores, parts, rewards, feedback, spans)
+
+
+def _spans(given: Any, name: str) -> list[tuple[int, int, float]]:
+    """Return span rewards, checked."""
+    try:
+        spans = [(int(start), int(end), float(reward)) for start, end, reward in given]
+    except (TypeError, ValueError):
+        spans = [(-1, -1, 0.0)]
+    if not all(0 <= start < end and math.isfinite(reward) for start, end, reward in spans):
+        raise ContractError(
+            "span-reward",
+            f"{name} returned {given!r:.200} as span rewards: each is (start, end, reward) with start < end, in "
+            "characters of the completion, and a finite reward",
+        )
+    return spans
+
+
+LEARNING = False
+"""Whether the completions that are judged now are learned from; see `learning`."""
+
+
+@contextlib.contextmanager
+def learning() -> Iterator[None]:
+    """Say that the completions judged meanwhile are learned from, for scorers that are noisy on purpose only then."""
+    global LEARNING
+    LEARNING = True
+    try:
+        yield
+    finally:
+        LEARNING = False
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -200,7 +201,8 @@ class RolloutCollector:
 
     def judge(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Samples:
         """Judge completions and apply the rule for a missing end token to their scores."""
-        judged = with_environment(self.raw_judgements(tokenizer, completions, batch), completions)
+        judged = placed(self.raw_judgements(tokenizer, completions, batch), completions, tokenizer)
+        judged = with_environment(judged, completions)
         judged = self.shape(self.score_rule.judged(judged, batch.columns)) if completions.ids else judged
         scores = self.ruled(judged.scores, completions.finished)
         return Samples(batch, completions, scores, judged.parts, judged.token_rewards, judged.feedback)
@@ -233,10 +235,34 @@ class RolloutCollector:
         return ask_scorer(scorer, completions.asked(batch.texts), list(completions.texts), batch.columns, name)
 
 
+def placed(judged: Judgements, completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Judgements:
+    """Put rewards of spans on tokens, and the token rewards of an episode's last turn behind the turns before it.
+
+    A span's reward lies on the token with the span's last character; their sum, a part of the score, is taken from the
+    completion's last token, where the score lies.
+    """
+    if not judged.span_rewards and not (judged.token_rewards and completions.transcripts):
+        return judged
+    starts = [one.starts[-1] for one in completions.transcripts] or [0] * len(completions.ids)
+    rewards = []
+    for row, (ids, start) in enumerate(zip(completions.ids, starts, strict=True)):
+        grid, said = torch.zeros(len(ids)), ids[start:].tolist()
+        own = judged.token_rewards[row][: len(said)] if judged.token_rewards else torch.zeros(0)
+        grid[start : start + len(own)] = own
+        for _, end, reward in judged.span_rewards[row] if judged.span_rewards else ():
+            read = range(1, len(said))  # the token behind which the text is long enough
+            place = bisect_left(read, end, key=lambda count: len(tokenization.completion_text(tokenizer, said[:count])))
+            grid[start + place] += reward
+            grid[-1] -= reward
+        rewards.append(grid)
+    return judged._replace(token_rewards=tuple(rewards), span_rewards=())
+
+
 def with_environment(judged: Judgements, completions: Completions) -> Judgements:
     """Add an environment's rewards: their sum to the score, which moves to the turns as token rewards.
 
-    The sum is the part ``environment``. An episode in which the environment failed has no score.
+    The sum is the part ``environment``. An episode in which the environment failed has no score. Its feedback stands
+    before the scorer's.
     """
     if not completions.transcripts:
         return judged
@@ -248,7 +274,11 @@ def with_environment(judged: Judgements, completions: Completions) -> Judgements
         for own, row in zip(moved, given, strict=True)
     )
     parts = {**judged.parts, "environment": total}
-    return judged._replace(scores=judged.scores + total, parts=parts, token_rewards=rewards)
+    pairs = zip([one.feedback for one in completions.transcripts], judged.feedback or (None,) * len(total), strict=True)
+    said = tuple("\n".join(filter(None, pair)) or None for pair in pairs)
+    return judged._replace(
+        scores=judged.scores + total, parts=parts, token_rewards=rewards, feedback=said if any(said) else ()
+    )
 
 
 def _unchanged(completions: Completions) -> Completions:

@@ -25,7 +25,7 @@ from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.scoring.scorer import Judgements, unmoved
+from rlhf_lightning.scoring.scorer import Judgements, learning, unmoved
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.collector import (
     RolloutCollector,
@@ -242,7 +242,8 @@ class RolloutModule(AlignmentModule):
         meter, self.limits = Meter(), step.limits
         if self.lag:
             self._sample_ahead(step, batch_idx)
-        rollout = self.collect(*step.micro_batches)
+        with learning():
+            rollout = self.collect(*step.micro_batches)
         norm = self.learn(rollout, prompts_of(rollout, step.micro_batches[0]), meter)
         self.rollouts += 1
         self.episodes += step.rows

@@ -18,7 +18,7 @@ from rlhf_lightning.errors import ContractError, ModelError, RlhfError
 from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
+from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule, SelfDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.process_reward import ProcessRewardModule
@@ -29,7 +29,11 @@ from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, judged, scores_of, small_world
 from rlhf_lightning.verification.diagnosis import mistakes_of
-from rlhf_lightning.verification.distillation_checks import divergence_checks, sampled_distillation_checks
+from rlhf_lightning.verification.distillation_checks import (
+    divergence_checks,
+    sampled_distillation_checks,
+    self_distillation_checks,
+)
 from rlhf_lightning.verification.foreign import foreign_checks
 from rlhf_lightning.verification.offline_checks import offline_checks, some_rows, step_gradient
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
@@ -164,6 +168,8 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
         return kind.contract
     if issubclass(kind, GKDModule):
         return divergence_checks
+    if issubclass(kind, SelfDistillationModule):
+        return self_distillation_checks
     if issubclass(kind, ProcessRewardModule):
         return process_checks
     if issubclass(kind, OnPolicyDistillationModule):

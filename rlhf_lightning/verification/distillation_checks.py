@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Step
+from rlhf_lightning.verification.exact import SelfTaught
 from rlhf_lightning.verification.offline_checks import cut, cut_checks, point_checks, some_rows, step_gradient
 from rlhf_lightning.verification.on_policy_checks import Case, loss_checks, mask_checks
 from rlhf_lightning.verification.rollout_checks import update_checks
@@ -27,6 +29,39 @@ def divergence_checks(subject: Subject) -> list[Check]:
         *input_checks(subject, given, batch),
         *cut_checks(on_data_alone(subject), batch),
         *sample_checks(subject, batch),
+        *point_checks(subject, given),
+        *minimum_checks(subject, given),
+    ]
+
+
+def self_distillation_checks(subject: Subject) -> list[Check]:
+    """Return the checks of a policy that learns from a teacher which reads more, convergence left out."""
+    module, everything = subject.module, SelfTaught(subject.module, subject.world)
+    rollout, sequences = everything.rollout(), everything.sequences
+    read, taught = module.read_by_teacher(rollout)
+    ones = torch.ones(len(sequences.completions), dtype=torch.float64)
+
+    def loss(weights: Tensor, rows: list[int]) -> Tensor:
+        return module.divergence_sum(select(sequences, rows), select(read, rows), weights, Meter())
+
+    def gradient(weights: Tensor, rows: list[int]) -> Tensor:
+        return subject.gradients(module, lambda: loss(weights, rows))
+
+    rows = list(range(len(ones)))
+    given: DistillationLogits = subject.seen(module, lambda: loss(ones, rows))
+    whole, half = gradient(ones, rows), gradient(0.5 * ones, rows)
+    parts = [gradient(ones[part], part) for part in (rows[::2], rows[1::2])]
+    scale, longer = whole.abs().max().clamp_min(1e-300), zip(read.prompts, sequences.prompts, strict=True)
+    silent = subject.fresh(context="{feedback}").read_by_teacher(rollout)[1]
+    return [
+        *input_checks(subject, given, DemonstrationBatch(sequences, ones)),
+        at_most(
+            "context", sum(len(mine) <= len(own) for mine, own in longer), 0, "the teacher must read more than a prompt"
+        ),
+        at_most("taught", float(taught != rows), 0, "every completion that the teacher has a text for is learned from"),
+        at_most("no text", len(silent), 0, "a completion that the teacher has no text for must not be learned from"),
+        at_most("micro-batches", (sum(parts) - whole).abs().max() / scale, 1e-9, "a cut must not change the gradient"),
+        at_most("row weights", (2 * half - whole).abs().max() / scale, 1e-9, "a row's weight must multiply its loss"),
         *point_checks(subject, given),
         *minimum_checks(subject, given),
     ]

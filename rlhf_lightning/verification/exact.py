@@ -14,9 +14,11 @@ from torch import Tensor
 from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.functional.policy_gradient import discounted_returns
 from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.modules.distillation import SelfDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.training.gathering import whole_minibatch
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
@@ -131,6 +133,8 @@ def expectation_of(module: RolloutModule) -> Any:
     """Return what takes the expectation of a module's loss."""
     if isinstance(module, OnlineDPOModule):
         return PairPopulation
+    if isinstance(module, SelfDistillationModule):
+        return SelfTaught
     return Tournament if isinstance(module, NashMDModule) else PolicyGradient
 
 
@@ -174,6 +178,30 @@ class PairPopulation(PolicyGradient):
         assert rollout.behaviour_logprobs is not None
         chance = self.likelihood(rollout.behaviour_logprobs.sum(-1))[pairs.chosen]
         return (chance * values).sum() / self.world.config.prompts
+
+
+class SelfTaught(PolicyGradient):
+    """The exact expectation over the policy's completions, each compared with a teacher that reads more."""
+
+    module: Any
+
+    @torch.no_grad()
+    def rollout(self) -> Rollout:
+        """Return every completion of every prompt as one rollout."""
+        world, layout = self.world, padded_layout(self.sequences)
+        old, mask = self.module.policy_outputs(layout).logprobs, layout.completion_mask
+        texts = tuple(world.text_of(world.completions[index]) for _, index in self.rows)
+        return Rollout(
+            self.sequences, mask, old, None, None, self.scores, self.finished, self.group,
+            prompts=tuple(f"p{prompt}" for prompt, _ in self.rows), texts=texts,
+        )  # fmt: skip
+
+    def loss(self) -> Tensor:
+        """Return the expected loss."""
+        rollout = self.rollout()
+        read, _ = self.module.read_by_teacher(rollout)
+        chance = self.likelihood(rollout.old_logprobs.sum(-1)) / (self.group_size * self.world.config.prompts)
+        return self.module.divergence_sum(self.sequences, read, chance, Meter())
 
 
 class Tournament(PolicyGradient):

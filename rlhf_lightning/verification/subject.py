@@ -36,6 +36,8 @@ SMALL_WORLD_SETTINGS: dict[str, Any] = {
     "lam": 1.0,
     "dynamic_sampling": False,
     "cache_reference": False,
+    "context": "p1",
+    "place": "system",
 }
 """What a class is made with unless told otherwise: the defaults of large models have no optimum within reach here."""
 

@@ -29,13 +29,13 @@ def fit(folder: Path, *further: str, deadly: Path | None = None) -> int:
     return done.returncode
 
 
-def settings(folder: Path, name: str) -> list[str]:
+def settings(folder: Path, name: str, rollouts: int) -> list[str]:
     return [
         "--model", "GRPOModule", "--model.init_from", str(folder / "policy"), "--model.scorer", "ZeroScorer",
         "--model.engine", '{"class_path": "faulty_environment.ManyEnds"}', "--model.max_new_tokens", "5",
         "--model.sampling_batch_size", "3", "--model.learning_rate", "1e-3", "--model.seed", "3",
         "--data", "PromptDataModule", "--data.source", "prompts.jsonl", "--data.batch_size", "8",
-        "--data.samples_per_prompt", "4", "--data.rollouts", os.environ.get("ROLLOUTS", "5"), "--data.max_turns", "3",
+        "--data.samples_per_prompt", "4", "--data.rollouts", str(rollouts), "--data.max_turns", "3",
         "--data.environment", '{"class_path": "faulty_environment.Deadly"}',
         "--trainer.max_epochs", "1", "--checkpoint.every_n_updates", "1", "--run_name", name,
     ]  # fmt: skip
@@ -48,25 +48,27 @@ def state(folder: Path, name: str) -> dict[str, Any]:
     return {"samples": samples, **{part: repr(kept[part]) for part in ("state_dict", "optimizer_states", "progress")}}
 
 
-@pytest.mark.slow
-def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path) -> None:
-    kills = json.loads(os.environ.get("KILLS", "[60, 75]"))
+@pytest.mark.parametrize(
+    ("kills", "rollouts"),
+    [
+        pytest.param([30, 25], 5, marks=pytest.mark.slow, id="two"),
+        pytest.param([25 + 3 * number % 20 for number in range(20)], 30, marks=pytest.mark.drill, id="twenty"),
+    ],
+)
+def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path, kills: list[int], rollouts: int) -> None:
+    """A process dies while it replies for the 25th time or later, in its second rollout or later."""
     save_policy(tmp_path / "policy")
     rows = [{"prompt": f"w{10 + number} w{20 + number}"} for number in range(8)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert fit(tmp_path, *settings(tmp_path, "whole")) == 0
+    assert fit(tmp_path, *settings(tmp_path, "whole", rollouts)) == 0
     deadly = tmp_path / "left"
-    status, resumed, killed = -9, False, 0
+    resumed, killed = False, 0
     for left in kills:
         deadly.write_text(str(left))
-        further = ["--resume", "runs/cut/version_0"] if resumed else settings(tmp_path, "cut")
+        further = ["--resume", "runs/cut/version_0"] if resumed else settings(tmp_path, "cut", rollouts)
         status = fit(tmp_path, *further, deadly=deadly)
         resumed = (tmp_path / "runs/cut/version_0/checkpoints/last.ckpt").exists()
-        if status == 0:
-            break
         assert status == -9
         killed += 1
-    assert killed
-    if status != 0:
-        assert fit(tmp_path, "--resume", "runs/cut/version_0") == 0
+    assert killed == len(kills) and fit(tmp_path, "--resume", "runs/cut/version_0") == 0
     assert state(tmp_path, "cut") == state(tmp_path, "whole")

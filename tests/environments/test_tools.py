@@ -1,15 +1,25 @@
 """Tools: how they are described, how calls are read, what a wrong call is told, and a whole episode over tokens."""
 
+import asyncio
+import math
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from conftest import END, make_tiny_tokenizer, refused
 
-from rlhf_lightning.environments import GuessTheNumber, ToolEnvironment, calculator, conversing
+from rlhf_lightning.environments import (
+    FaultTolerantEnvironment,
+    GuessTheNumber,
+    ToolEnvironment,
+    calculator,
+    conversing,
+)
 from rlhf_lightning.environments.calls import Call, CallError, calls_in
 from rlhf_lightning.environments.tool_use import LookupTable, description_of
+from rlhf_lightning.errors import ContractError
 from rlhf_lightning.sampling.conversation import Turns
-from rlhf_lightning.types import Episode, Message
+from rlhf_lightning.types import Episode, Message, MultiTurn, Reply
 
 TOOLS = (
     "{% if tools %}{{ '<|system|>\n' + tools | tojson + '<|end|>\n' }}{% endif %}"
@@ -241,3 +251,140 @@ def test_the_game_tells_and_pays(reward: Any) -> None:
     assert cut.reward == pytest.approx(0.1)
     with refused("missing-data-column", "secret", "prompt"):
         game.reply(Episode({"prompt": "guess"}, messages, [], [], 0))
+
+
+# -- tools as strangers write them ------------------------------------------------------------------------------------
+
+
+def many(*numbers: int) -> int:
+    """Add numbers."""
+    return sum(numbers)
+
+
+def placed(a: int, /) -> int:
+    """Return a number."""
+    return a
+
+
+def handles(file: Path) -> str:
+    """Read a file."""
+    return str(file)
+
+
+def lost(a: "Missing") -> str:  # type: ignore[name-defined]  # noqa: F821
+    """Return nothing."""
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [(many, "*numbers"), (placed, "named arguments"), (handles, "pathlib.Path"), (lost, "no readable signature")],
+)
+def test_arguments_that_a_call_cannot_give_are_refused(tool: Any, words: str) -> None:
+    with refused("tool-undescribed", words):
+        ToolEnvironment([tool])
+
+
+async def later(a: int = 2) -> int:
+    """Add one, later."""
+    await asyncio.sleep(0)
+    return a + 1
+
+
+def typed(a: int | list[float] = 1, b: bool | None = None, c: Any = 0, d: Literal["x", 3] = "x") -> str:
+    """Return the arguments."""
+    return f"{a} {b} {c} {d}"
+
+
+def leaves() -> str:
+    """Leave."""
+    raise SystemExit(0)
+
+
+def test_async_tools_are_awaited_and_one_that_exits_is_an_error() -> None:
+    environment = ToolEnvironment([later, leaves])
+    assert environment.call(Call("later", {}), {}) == (True, "3")
+
+    async def from_a_loop() -> Any:
+        return environment.call(Call("later", {"a": 5}), {})
+
+    assert asyncio.run(from_a_loop()) == (True, "6")
+    assert environment.call(Call("leaves", {}), {})[0] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "works"),
+    [
+        ({}, True),
+        ({"a": 3, "b": None, "c": {"x": [1]}, "d": 3}, True),
+        ({"a": [1, 2.5]}, True),
+        ({"a": "3"}, False),
+        ({"a": [1, "2"]}, False),
+        ({"a": True}, False),
+        ({"b": "yes"}, False),
+        ({"d": "y"}, False),
+    ],
+)
+def test_arguments_of_another_type_are_told(arguments: dict[str, Any], works: bool) -> None:
+    (worked, text) = ToolEnvironment([typed]).call(Call("typed", arguments), {})
+    assert worked == works and text.startswith("error: typed: ") != works
+
+
+def test_a_row_without_its_table_is_named() -> None:
+    environment = ToolEnvironment([LookupTable(name="price", about="Look up.", column="prices")])
+    for row in ({"answer": 1}, {"prices": None}):
+        with refused("missing-data-column", "prices"):
+            environment.call(Call("price", {"key": "a"}), row)
+
+
+class Replies:
+    """An environment that replies with what it is given."""
+
+    def __init__(self, reply: Any) -> None:
+        self.given = reply
+
+    def reset(self, row: Any) -> Any:
+        return row["prompt"]
+
+    def reply(self, episode: Episode) -> Any:
+        return self.given
+
+
+WRONG: list[Any] = [
+    None, "text", ("text", 1.0), Reply(5), Reply("a", reward=None), Reply("a", reward="1"), Reply("a", reward=math.nan),  # type: ignore[arg-type]
+    Reply(messages=["a"]), Reply(messages="a"), Reply(messages=[{"content": "a"}]), Reply(ids=["1"]), Reply(ids=[-1]),  # type: ignore[arg-type, list-item]
+    Reply(ids=[10**6]), Reply("a", turn="b"), Reply("a", feedback=3), Reply(""), Reply(ids=[]),  # type: ignore[arg-type]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", WRONG, ids=repr)
+def test_replies_of_wrong_types_are_refused_in_a_sentence(reply: Any) -> None:
+    turns = Turns(MultiTurn(Replies(reply), 3), make_tiny_tokenizer(), ["Hi"], {}, [0])
+    with pytest.raises(ContractError) as found:
+        turns.replies([0], [[10, END]], [True])
+    assert found.value.code in ("bad-reply", "empty-reply") and "Replies" in str(found.value)
+
+
+@pytest.mark.parametrize("reply", WRONG[:12], ids=repr)
+def test_a_tolerant_environment_drops_episodes_with_such_replies(reply: Any) -> None:
+    tolerant = FaultTolerantEnvironment(Replies(reply), on_fault="drop")
+    assert tolerant.reply(Episode({}, [], [11], [True], 0)) is None
+
+
+def test_environments_that_exit_or_reply_to_nothing_are_named() -> None:
+    class Exits(Replies):
+        def reply(self, episode: Episode) -> Any:
+            raise SystemExit(0)
+
+    class Forgets(Replies):
+        def reply_all(self, episodes: Any) -> Any:
+            return self.given
+
+    for environment, code in (
+        (Exits(None), "environment-exits"),
+        (Forgets(None), "bad-reply"),
+        (Forgets([]), "bad-reply"),
+    ):
+        turns = Turns(MultiTurn(environment, 3), make_tiny_tokenizer(), ["Hi"], {}, [0])
+        with refused(code, type(environment).__name__):
+            turns.replies([0], [[10, END]], [True])

@@ -14,6 +14,7 @@ from rlhf_lightning.functional.distillation import (
     head_logits,
     reverse_kl,
     top1_agreement,
+    top_k_and_rest,
 )
 from rlhf_lightning.functional.logprobs import token_logprobs
 
@@ -93,6 +94,26 @@ def test_advantages_are_zero_under_the_mask_and_carry_no_gradient():
     found = distillation_advantages(torch.tensor([[-0.5, -3.0]]), student, torch.tensor([[True, False]]))
     assert found.tolist() == [[0.5, 0.0]]
     assert not found.requires_grad
+
+
+def test_all_but_the_student_s_likeliest_ids_count_as_one():
+    student, teacher = top_k_and_rest(torch.tensor([1.0, 0.0, -1.0, 3.0]), torch.tensor([2.0, 0.0, 0.0, 1.0]), 2)
+    p, q = (torch.tensor(logits).softmax(-1) for logits in ([1.0, 0.0, -1.0, 3.0], [2.0, 0.0, 0.0, 1.0]))
+    torch.testing.assert_close(student.exp(), torch.stack([p[3], p[0], p[1] + p[2]]))
+    torch.testing.assert_close(teacher.exp(), torch.stack([q[3], q[0], q[1] + q[2]]))
+
+
+@property_test
+@given(seed=seeds, beta=st.floats(0, 1), k=st.integers(1, 7), temperature=st.floats(0.3, 3))
+def test_fewer_classes_bound_the_divergence_from_below(seed, beta, k, temperature):
+    student, teacher = normal(seed, 3, 6), normal(seed + 1, 3, 6)
+    whole = generalized_jsd(student, teacher, beta, temperature)
+    parts = generalized_jsd(*top_k_and_rest(student, teacher, k, temperature), beta)
+    assert (parts <= whole + 1e-12).all() and (parts >= 0).all()
+    if k >= 5:  # one id is left over, so nothing is joined
+        torch.testing.assert_close(parts, whole)
+    (slope,) = gradient(lambda z: generalized_jsd(*top_k_and_rest(z, teacher, k), beta), student)
+    assert slope.isfinite().all() and slope.sum(-1).abs().max() < 1e-9
 
 
 def test_tokens_that_neither_model_can_say_add_nothing():

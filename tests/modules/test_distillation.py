@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from faulty_environment import ManyEnds, Talks
 from tiny_models import (
     EOS,
     MetricsLog,
@@ -22,6 +23,7 @@ from tiny_models import (
     sequences,
     tiny_tokenizer,
     weights_of,
+    within,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,10 +33,21 @@ from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.teacher import check_same_vocabulary
-from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule
-from rlhf_lightning.modules.distillation import address_of
+from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule, SelfDistillationModule
+from rlhf_lightning.modules.distillation import address_of, solutions_of, with_context
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Loss, Sequences, Step
+from rlhf_lightning.types import (
+    DemonstrationBatch,
+    DistillationLogits,
+    Episode,
+    Judgement,
+    Loss,
+    MultiTurn,
+    Reply,
+    Rollout,
+    Sequences,
+    Step,
+)
 
 ROWS = random_rows(5, seed=31)
 
@@ -369,3 +382,175 @@ def test_samples_alone_bring_the_student_to_the_teacher(policy_folder: str, othe
     fit(module, [prompt_step(PROMPTS * 8, first_episode=48 * i) for i in range(40)], callbacks=[logged])
     kl = logged.column("distill/kl_reverse")
     assert sum(kl[-5:]) < 0.65 * sum(kl[:5])
+
+
+# -- self-distillation ------------------------------------------------------------------------------------------------
+
+TEXTS = [" ".join(f"w{index}" for index in prompt) for prompt in PROMPTS]
+
+
+def words(prompts: Any, completions: list[str], **columns: Any) -> list[Judgement]:
+    """Feedback on texts that begin with an even word; others are fine."""
+    first = [int((text.split() or ["w10"])[0][1:]) for text in completions]
+    return [Judgement(n % 2, feedback=None if n % 2 else f"w{n} w11") for n in first]
+
+
+def taught(folder: str, **settings: Any) -> SelfDistillationModule:
+    defaults: dict[str, Any] = {"max_new_tokens": 6, "learning_rate": 1e-3, "lr_schedule": "constant", "scorer": words}
+    return SelfDistillationModule(init_from=folder, **defaults | settings)
+
+
+def text_step(first_episode: int = 0, **columns: Any) -> Step[Any]:
+    return prompt_step(PROMPTS, first_episode, TEXTS, **columns)
+
+
+class Learned(SelfDistillationModule):
+    """Keeps the rollout and its gradients."""
+
+    def learn(self, rollout: Rollout, *rest: Any) -> float:
+        self.__dict__["kept"] = rollout
+        return super().learn(rollout, *rest)
+
+
+def reads(context: str, prompt: list[int], feedback: str | None) -> list[int]:
+    told = [int(word[1:]) for word in context.format(feedback=feedback).split()]
+    return [*prompt, *told]
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize(("beta", "top_k", "temperature"), [(1.0, None, 1.0), (0.0, None, 0.7), (1.0, 5, 1.0)])
+def test_the_gradient_is_that_of_the_divergence_from_a_teacher_that_reads_feedback(
+    policy_folder: str, beta: float, top_k: int | None, temperature: float, micro: int | None
+) -> None:
+    context = "w40 {feedback} w41"
+    settings = {"beta": beta, "top_k": top_k, "temperature": temperature, "max_grad_norm": None, "chunk_tokens": 4}
+    module = Learned(init_from=policy_folder, context=context, scorer=words, max_new_tokens=6, **settings)
+    (step,) = within([text_step()], micro)
+    found = gradients_of_step(module, step)
+    rollout = module.kept
+    model = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    total, tokens = torch.zeros(()), 0
+    for row, (prompt, ids) in enumerate(zip(PROMPTS, rollout.sequences.completions, strict=True)):
+        if rollout.feedback[row] is None:
+            continue
+        ids = ids.tolist()
+
+        def logprobs(prompt: list[int], ids: list[int] = ids) -> Tensor:
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            return (logits / temperature).log_softmax(-1)
+
+        student, teacher = logprobs(prompt), logprobs(reads(context, prompt, rollout.feedback[row])).detach()
+        q, p = student.exp(), teacher.exp()
+        if top_k is not None:
+            top = student.topk(top_k).indices
+            q, p = (torch.cat([x.gather(-1, top), 1 - x.gather(-1, top).sum(-1, keepdim=True)], -1) for x in (q, p))
+        each = (q * (q / p).log()).sum(-1) if beta else (p * (p / q).log()).sum(-1)
+        total, tokens = total + each.sum(), tokens + len(ids)
+    assert 0 < tokens < int(rollout.completion_mask.sum()), "some completions have feedback"
+    (total / tokens).backward()
+    expected = {f"policy.model.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    assert_same(found, expected, rtol=2e-3, atol=2e-6)
+
+
+def test_without_a_text_the_policy_is_its_own_teacher(policy_folder: str) -> None:
+    gradients = gradients_of_step(taught(policy_folder, context="", scorer=None), text_step())
+    assert max(float(g.abs().max()) for g in gradients.values()) < 1e-6
+
+
+@pytest.mark.parametrize("teacher", ["policy", "ema", "start", "other"])
+def test_the_policy_comes_to_answer_as_if_it_had_read_the_context(
+    policy_folder: str, other_folder: str, teacher: str
+) -> None:
+    module = taught(
+        policy_folder, context="w40 w41 w42", place="system", scorer=None, learning_rate=3e-3,
+        teacher=other_folder if teacher == "other" else teacher, ema_decay=0.5,
+    )  # fmt: skip
+    log = MetricsLog()
+    fit(module, [text_step(6 * number) for number in range(30)], callbacks=[log])
+    kl = log.column("distill/kl_reverse")
+    assert sum(kl[-5:]) / 5 < 0.8 * sum(kl[:5]) / 5, kl
+    assert log.rows[0]["distill/taught"] == 1.0 and "rollout/score" not in log.rows[0]
+    held_out = evaluate(module, [text_step()])
+    assert held_out["val/distill/kl_reverse"] < kl[0] and "val/score" not in held_out
+
+
+def test_the_moving_average_follows_the_policy_and_is_resumed(policy_folder: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"teacher": "ema", "ema_decay": 0.75, "context": "w40 {feedback}"}
+    module, start = taught(policy_folder, **settings), load_policy(policy_folder)
+    fit(module, [text_step()])
+    name, moved = next(iter(module.policy.named_parameters()))
+    before, teacher = start.get_parameter(name), module.teacher.models[0].get_parameter(name)
+    torch.testing.assert_close(teacher, 0.75 * before + 0.25 * moved.detach(), atol=1e-7, rtol=1e-6)
+    assert float((moved - before).abs().max()) > 1e-4
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    again = taught(policy_folder, **settings)
+    again.configure_model()
+    again.reference.restore(checkpoint["reference"])  # type: ignore[union-attr]
+    torch.testing.assert_close(again.teacher.models[0].get_parameter(name), teacher, rtol=0, atol=0)
+
+
+def test_a_rollout_without_any_text_learns_nothing_and_says_so(policy_folder: str) -> None:
+    module = taught(policy_folder, scorer=lambda prompts, completions, **_: [1.0] * len(completions))
+    module.configure_model()
+    before, log = weights_of(module), MetricsLog()
+    with pytest.warns(UserWarning, match="no text for any completion"):
+        fit(module, [text_step()], callbacks=[log])
+    assert_same(weights_of(module), before, rtol=0, atol=0)
+    assert log.rows[0]["distill/taught"] == 0.0
+
+
+def test_texts_apply_where_their_fields_are_known(policy_folder: str) -> None:
+    context = ["Right: {solution}", "Wrong: {completion}. {feedback}", "Hint {{here}}: {hint}.", "Again."]
+    module = taught(policy_folder, context=context, success=0.5)
+    rollout = Rollout(
+        sequences([]), torch.zeros(4, 1), torch.zeros(4, 1), None, None, torch.tensor([1.0, 0.5, 0.0, torch.nan]),
+        torch.ones(4), torch.tensor([0, 0, 0, 1]), feedback=(None, None, "Bad", None), texts=("a", "b", "c", "d"),
+        columns={"hint": ["", None, 7, ""]},
+    )  # fmt: skip
+    assert solutions_of(rollout, 0.5) == ["b", "a", "a", None]
+    assert module.contexts(rollout) == [
+        "Right: b\n\nAgain.",
+        "Right: a\n\nAgain.",
+        "Right: a\n\nWrong: c. Bad\n\nHint {here}: 7.\n\nAgain.",
+        None,
+    ]
+    with refused("missing-data-column", "{hint}"):
+        module.contexts(rollout._replace(columns={}))
+    for wrong in ("{", "{0}", "{a.b}"):
+        with refused("wrong-context", "context is"):
+            taught(policy_folder, context=wrong)
+
+
+def test_where_the_text_stands() -> None:
+    assert with_context("Q", "c", "after") == "Q\n\nc" and with_context("Q", "c", "system") == "c\n\nQ"
+    user, said = {"role": "user", "content": "Q", "tools": ["t"]}, {"role": "assistant", "content": "A"}
+    assert with_context([user, said], "c", "after") == [{**user, "content": "Q\n\nc"}, said]
+    plain = {"role": "user", "content": "Q"}
+    assert with_context([user], "c", "system") == [{"role": "system", "content": "c", "tools": ["t"]}, plain]
+    system = {"role": "system", "content": "S"}
+    assert with_context([system, plain], "c", "system") == [{"role": "system", "content": "S\n\nc"}, plain]
+    assert user["content"] == "Q"
+
+
+def test_an_environment_s_feedback_is_read_by_the_teacher_alone(policy_folder: str) -> None:
+    class Corrects(Talks):
+        def reply(self, episode: Episode) -> Reply:
+            return super().reply(episode)._replace(feedback=f"w{20 + episode.turn}")
+
+    (batch,) = text_step().micro_batches
+    step = Step((batch._replace(multi_turn=MultiTurn(Corrects(), max_turns=3)),), len(PROMPTS), 0)
+    module = Learned(
+        init_from=policy_folder, context="{feedback}", max_new_tokens=5, engine=ManyEnds(), learning_rate=1e-3
+    )
+    log = MetricsLog()
+    fit(module, [step], callbacks=[log])
+    rollout = module.kept
+    read, rows = module.read_by_teacher(rollout)
+    assert rows == list(range(len(PROMPTS))) and log.rows[0]["train/loss"] > 0 and "rollout/score" in log.rows[0]
+    for row, prompt in enumerate(PROMPTS):
+        assert rollout.turns is not None
+        said = [20 + turn for turn in range(int(rollout.turns[row]))]
+        assert read.prompts[row].tolist() == [*prompt, *said]
+    assert not bool(torch.cat([part for part in rollout.sequences.supervised]).all()), "replies are not learned"

@@ -197,6 +197,14 @@ def test_what_is_handed_over_scores_steps_as_what_was_trained(
     for how, reduce in (("min", torch.min), ("product", torch.prod), ("last", lambda p: p[-1])):
         found = ProcessScorer(folder, how, max_tokens=40)(prompts, texts)  # type: ignore[arg-type]
         assert found.tolist() == pytest.approx([float(reduce(p)) for p in probabilities], abs=1e-4)  # type: ignore
+        by_step = ProcessScorer(folder, how, credit="steps")(prompts, texts)  # type: ignore[arg-type]
+        for one, score, text, p in zip(by_step, found, texts, probabilities, strict=True):
+            assert [text[start:end] for start, end, _ in one.span_rewards] == scorer.steps_of(text)
+            rises = [
+                float(reduce(p[: step + 1])) - (float(reduce(p[:step])) if step else 0.0) for step in range(len(p))
+            ]
+            assert [reward for *_, reward in one.span_rewards] == pytest.approx(rises, abs=1e-4)
+            assert one.score == pytest.approx(float(score), abs=1e-6)
     last = LearnedScorer(folder).score_sequences(batch.sequences)
     assert last.tolist() == pytest.approx([float(trained[row == index][-1]) for index in range(len(ROWS))], abs=1e-4)
 
@@ -242,6 +250,8 @@ def test_what_the_scorer_needs(policy_folder: str, reward_folder: str) -> None:
         ProcessScorer(reward_folder)
     with pytest.raises(ValueError, match="aggregate is 'mean'"):
         ProcessScorer(reward_folder, "mean", separator="\n")  # type: ignore[arg-type]
+    with refused("unknown-choice", "credit"):
+        ProcessScorer(reward_folder, separator=".", credit="step")  # type: ignore[arg-type]
     assert isinstance(load_scorer(reward_folder), LearnedScorer)
     scorer = ProcessScorer(reward_folder, separator=" w20 ")
     assert scorer.steps_of("a w20 b w20 ") == ["a", "b"] and scorer.steps_of("") == [""]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import refused
 
-from rlhf_lightning.scoring import Ensemble, Scorer, WeightedSum, load_scorer
+from rlhf_lightning.scoring import Ensemble, Scorer, SpanScorer, WeightedSum, load_scorer
 from rlhf_lightning.types import Judgement
 
 TEXTS = ["one", "two words", "now three words"]
@@ -59,6 +59,30 @@ def test_token_rewards_and_feedback_of_members_are_joined():
     assert found == Judgement(2.5, {"steps": 1.0, "steps/cost": 5.0, "last": 0.5}, [2.0, 4.0, 4.0], "steps: short")
     (mean,) = judge(Ensemble({"steps": steps, "last": last}, penalty=0.0), ["x"])
     assert mean.score == 0.75 and mean.token_rewards == [0.5, 1.0, 2.0]
+
+
+def test_matches_of_a_text_are_paid_where_they_end():
+    scorer = SpanScorer({r"\bplease\b": 1.0, "^NO": -2.0, "x*": 5.0})
+    assert judge(scorer, ["please, please", "so\nNO please", "none"]) == [
+        Judgement(2.0, span_rewards=[(0, 6, 1.0), (8, 14, 1.0)]),
+        Judgement(-1.0, span_rewards=[(6, 12, 1.0), (3, 5, -2.0)]),
+        Judgement(0.0, span_rewards=[]),
+    ]
+    total = WeightedSum({"polite": scorer, "length": length}, weights={"polite": 0.5})
+    (found,) = judge(total, ["please stop"])
+    assert found.score == 2.5 and found.span_rewards == [(0, 6, 0.5)]
+    for wrong in ({"(": 1.0}, {"a": math.inf}, {}, {"a": "b"}):
+        with refused("wrong-pattern", "patterns"):
+            SpanScorer(wrong)
+
+
+@pytest.mark.parametrize("spans", [[(2, 1, 1.0)], [(0, 3, math.nan)], [(0, 3)], [("a", 3, 1.0)], [(-1, 3, 1.0)], [3]])
+def test_wrong_spans_are_refused(spans):
+    def scorer(prompts, completions, **columns):
+        return [Judgement(1.0, span_rewards=spans) for _ in completions]
+
+    with refused("span-reward", "start < end"):
+        judge(WeightedSum({"spans": scorer}))
 
 
 def test_members_are_told_the_means_of_their_own_parts():

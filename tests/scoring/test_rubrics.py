@@ -18,7 +18,7 @@ from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.modules import GRPOModule
 from rlhf_lightning.scoring import RubricScorer, WinRateScorer, load_scorer
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, SimulatedJudge
-from rlhf_lightning.scoring.scorer import MissingColumnError
+from rlhf_lightning.scoring.scorer import MissingColumnError, learning
 from scoring.judges.chat_server import place, said, serving
 
 __all__ = ["one_thread", "policy_folder"]
@@ -144,6 +144,63 @@ def test_a_rubric_from_a_file_names_parts_and_faults(tmp_path: Path) -> None:
     assert found.parts["kind"] == pytest.approx(0.75) and found.parts["rude"] == pytest.approx(0.75)
     assert found.parts["gold"] == pytest.approx((0.25 - 3 * 0.25 + 0.25) / 5)
     assert found.feedback == "rude" and gold.asked == 3
+
+
+class ByCriterion:
+    """A judge that prefers (A) by the length of the criterion."""
+
+    name = "length"
+
+    def __call__(self, questions: Any) -> list[JudgeAnswer]:
+        self.asked = [one.principle.question for one in questions]
+        chances = [len(text) / 100 for text in self.asked]
+        return [JudgeAnswer(math.log(chance), math.log(1 - chance)) for chance in chances]
+
+
+def test_implicit_aggregation_asks_once_for_the_whole_rubric() -> None:
+    judge = ByCriterion()
+    criteria = [{"criterion": "kind", "weight": 2.0, "name": "kind"}, {"criterion": "rude", "weight": -1}]
+    scorer = RubricScorer(judge, criteria=criteria, aggregation="implicit")
+    (found,) = scorer(["Hi"], ["Go."])
+    (asked,) = judge.asked
+    assert asked.splitlines()[1:] == ["- kind (weight 2)", "- avoid: rude (weight 1)"]
+    assert found.score == pytest.approx(len(asked) / 100) and not found.parts and found.feedback is None
+    with refused("unknown-choice", "aggregation"):
+        RubricScorer(judge, aggregation="both")  # type: ignore[arg-type]
+
+
+def test_dropout_leaves_criteria_out_of_training_rollouts_alone() -> None:
+    judge, gold = ByCriterion(), Fixed(0.25, "gold")
+    criteria = [{"criterion": letter * size, "name": letter} for size, letter in enumerate("abcdef", 10)]
+    scorer = RubricScorer(judge, criteria=criteria, gold=gold, dropout=0.5, seed=3)
+    prompts, texts = ["Hi", "Hi", "Ho"], ["Go.", "Stay.", "Go."]
+    whole = scorer(prompts, texts)
+    assert all(len(one.parts) == 7 for one in whole), "six criteria and the second judge"
+
+    def kept() -> list[set[str]]:
+        with learning():
+            found = scorer(prompts, texts)
+        for one in found:
+            shares = [value for name, value in one.parts.items() if name != "gold"]
+            assert one.score == pytest.approx(sum(shares) / len(shares)) and one.parts["gold"] == pytest.approx(0.25)
+        return [set(one.parts) - {"gold"} for one in found]
+
+    first = kept()
+    assert first == kept() and first[0] == first[1] != first[2], "by rollout and prompt"
+    rollouts = []
+    for _ in range(60):
+        rollouts.append(kept())
+        scorer.on_rollout_end(None, {})  # type: ignore[arg-type]
+    assert rollouts[0] == first and any(one != first for one in rollouts)
+    assert all(names for one in rollouts for names in one), "a rubric keeps a criterion"
+    share = sum(len(names) for one in rollouts for names in (one[0], one[2])) / (2 * 6 * len(rollouts))
+    assert share == pytest.approx(0.5, abs=0.1)
+    again = RubricScorer(judge, criteria=criteria, gold=gold, dropout=0.5, seed=3)
+    again.load_state_dict(scorer.state_dict())
+    with learning():
+        assert again(prompts, texts) == scorer(prompts, texts)
+    with refused("setting-out-of-range", "dropout"):
+        RubricScorer(judge, dropout=1.0)
 
 
 def test_wrong_rubrics_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Scores made of parts: weights by number and by row, conditions, and normalization against the papers' formulas."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,53 @@ def test_grpo_with_group_then_sum_has_the_advantages_of_gdpo(policy_folder: str)
     assert advantages.advantages[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
     raw = [1.0 * a - 0.5 * b for a, b in zip(rewards["low"], rewards["cost"], strict=True)]
     assert log.rows[0]["rollout/score"] == pytest.approx(mean(raw), abs=1e-6)
+
+
+def even_words(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
+    """Pays each word by its number, even ones alone; the rest of the score is 0.5."""
+    found = []
+    for text in completions:
+        spans = [(one.start(), one.end(), int(one[1]) / 10) for one in re.finditer(r"w(\d*[02468])\b", text)]
+        found.append(Judgement(0.5 + sum(reward for *_, reward in spans), span_rewards=spans))
+    return found
+
+
+@pytest.mark.parametrize("kind", [GRPOModule, PPOModule])
+def test_rewards_of_spans_lie_on_their_tokens(policy_folder: str, kind: Any) -> None:
+    class KeptRewards(kind):  # type: ignore[misc, valid-type]
+        def shape_rewards(self, rollout: Any) -> Tensor:
+            self.__dict__["kept"] = rollout, super().shape_rewards(rollout)
+            return self.kept[1]
+
+    settings = {"missing_eos_score": None} if kind is PPOModule else {}
+    module = KeptRewards(init_from=policy_folder, scorer=even_words, max_new_tokens=6, kl_coef=0.0, **settings)
+    fit(module, [grouped_step()])
+    rollout, rewards = module.kept
+    expected = torch.zeros_like(rewards)
+    for row, ids in enumerate(rollout.sequences.completions):
+        last = len(ids) - 1
+        for place, token in enumerate(ids.tolist()):
+            if token >= 10 and token % 2 == 0:  # the tokens from 10 on are words
+                expected[row, place] += token / 10
+        expected[row, last] += 0.5
+    torch.testing.assert_close(rewards.detach(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.scores, expected.sum(-1), atol=1e-5, rtol=0)
+    assert int((expected != 0).sum()) > 2 * len(expected), "rewards within completions"
+
+
+def test_reward_to_go_learns_from_spans(policy_folder: str) -> None:
+    module = Kept(
+        init_from=policy_folder,
+        scorer=even_words,
+        max_new_tokens=6,
+        kl_coef=0.0,
+        credit="reward_to_go",
+        baseline="none",
+        advantage_scale="none",
+    )
+    fit(module, [grouped_step()])
+    _, advantages = module.kept
+    assert any(len(set(row[row != 0].tolist())) > 1 for row in advantages.advantages), "tokens differ"
 
 
 def test_batch_normalization_is_over_the_rollout(policy_folder: str) -> None:
