@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from rlhf_lightning.types import Episode, Prompt, Reply
 NUMBER = re.compile(r"-?\d+")
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 MATHS = {"sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
+EVALUATES = re.compile(r"(eval|parse_expr)\((answer|user_answer)")
 GYM = "reasoning_gym:"
 """Begins a source of rows that reasoning-gym generates."""
 
@@ -107,7 +109,7 @@ class ReasoningGym:
             )
         tasks, said = tasks_of(str(row["task"])), str(episode.messages[-1]["content"])
         answer = (ANSWER.findall(said) or [said])[-1].strip()
-        if may_run_code(answer):
+        if may_run_code(answer) and EVALUATES.search(inspect.getsource(inspect.getmodule(type(tasks)))):  # type: ignore[arg-type]
             return Reply(reward=0.0, done=True)
         return Reply(reward=float(tasks.score_answer(answer=answer, entry=tasks[int(row["index"])])), done=True)
 

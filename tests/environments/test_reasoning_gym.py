@@ -31,7 +31,7 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("exec(chr(105))", True), ("__import__('os').system('true')", True), ("exit()", True), ("(exit)()", True),
         ("[exit][0]()", True), ("x.diff(x)", True), ("sin (open(3))", True), ("().__class__()", True),
         ("sin(x)*exp(-2*x) + C", False), ("(3 + 4) * 2", False), ("['A', 'B']", False), ("_ Q _\n_ _ Q", False),
-        ("the answer is 7", False), ("3*(x+1)**2", False), ("a few words (as said)", False),
+        ("the answer is 7", False), ("3*(x+1)**2", False), ("a few words (as said)", True),
     ],
 )  # fmt: skip
 def test_answers_that_may_run_code_reach_no_verifier(answer: str, refused_: bool) -> None:
