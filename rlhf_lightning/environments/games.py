@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
@@ -155,8 +154,9 @@ def tasks_of(spec: str) -> Any:
 
 def _reasoning_gym() -> Any:
     try:
-        return importlib.import_module("reasoning_gym")
+        import reasoning_gym
     except ImportError as error:
         raise PackageError(
             "missing-package", f"this needs reasoning-gym ({error}): pip install 'rlhf-lightning[gym]'"
         ) from error
+    return reasoning_gym
