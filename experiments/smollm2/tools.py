@@ -32,7 +32,7 @@ from real_stages import read_rows  # noqa: E402
 from rlhf_lightning.data import PromptDataModule, SFTDataModule  # noqa: E402
 from rlhf_lightning.environments import ToolEnvironment  # noqa: E402
 from rlhf_lightning.functional.statistics import bootstrap_interval, wilson_interval  # noqa: E402
-from rlhf_lightning.models.loading import resolve_folder  # noqa: E402
+from rlhf_lightning.models.resolving import resolve_folder  # noqa: E402
 from rlhf_lightning.modules import GRPOModule, SFTModule  # noqa: E402
 from rlhf_lightning.sampling.engines import SamplingSettings  # noqa: E402
 from rlhf_lightning.scoring import MathAnswerScorer  # noqa: E402
@@ -43,7 +43,7 @@ TOOLS: dict[str, Any] = {"tools": ["calculator"], "call_format": "plain", "descr
 TURNS, TURN_TOKENS = 3, 40
 SET_ASIDE = 200
 BUDGET = {"traces": 320, "train": 400, "test": 100, "rollouts": 40, "prompts": 8, "samples": 8}
-SMOKE = {"traces": 32, "train": 16, "test": 8, "rollouts": 2, "prompts": 2, "samples": 4}
+SMOKE = {"traces": 16, "train": 16, "test": 4, "rollouts": 2, "prompts": 2, "samples": 4}
 LORA = {"r": 16, "alpha": 32}
 
 
