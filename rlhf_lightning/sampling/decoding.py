@@ -13,7 +13,13 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from rlhf_lightning.models.causal_lm import CausalLM, Decoding, DecodingStep, OwnCache, takes
 from rlhf_lightning.models.scalar_head import trunk
@@ -138,6 +144,34 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
+class SlotStates(LinearAttentionLayer):
+    """Convolution and recurrent states of one layer, a row for each slot."""
+
+    def enter(self, read: LinearAttentionLayer, rows: Tensor, slots: Tensor) -> None:
+        """Put the states of some rows into slots."""
+        count = int(slots.max()) + 1
+        for kind in ("conv_states", "recurrent_states"):
+            own = getattr(self, kind)
+            for index, states in getattr(read, kind).items():
+                if states is None:
+                    continue
+                held = states[:0] if own[index] is None else own[index]
+                if len(held) < count:
+                    held = torch.cat([held, states.new_zeros(count - len(held), *states.shape[1:])])
+                held[slots] = states[rows]
+                own[index] = held
+        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"):
+            setattr(self, name, {**getattr(read, name)})
+        self.conv_kernel_size, self.device, self.dtype = {**read.conv_kernel_size}, read.device, read.dtype
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep these rows alone; they move to the first slots in their order."""
+        self.reorder_cache(rows)
+
+    def trim(self, width: int) -> None:
+        """Do nothing: states have no columns."""
+
+
 class Kept(NamedTuple):
     """Keys and values of the first tokens of a row that has left its slot.
 
@@ -186,14 +220,28 @@ def takes_positions(model: CausalLM) -> bool:
     return takes(trunk(model.model), "position_ids")
 
 
-def default_decoding(model: CausalLM) -> Decoding:
-    """Return how a model decodes that was not checked.
+REFILLED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+"""Kinds of cached layers of which a slot can be refilled."""
 
-    Windows and recurrent states belong to rows that started together, and so do positions that a model counts itself.
+
+def default_decoding(model: CausalLM, checked: bool = False) -> Decoding:
+    """Return how a model decodes, or with ``checked`` the way to try first.
+
+    Positions that a model counts itself belong to rows that started together. Windows and states of slots are tried
+    where a check follows.
     """
     layers = DynamicCache(config=model.model.config).layers
-    slots = takes_positions(model) and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-    return "slots" if slots else "batches"
+    kinds = REFILLED if checked else REFILLED[:1]
+    known = bool(layers) and all(type(layer) in kinds for layer in layers)
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    return "slots" if known and (takes_positions(model) or not attends) else "batches"
+
+
+def whole_cache(config: Any) -> DynamicCache:
+    """Return a cache whose layers keep all columns: rows of a batch have their windows at different places."""
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
+    return cache
 
 
 class Decoder:
@@ -226,7 +274,8 @@ class Decoder:
     def width(self) -> int:
         """Columns that have been read."""
         if self.refills:
-            return 0 if self.cache is None else int(self.cache.get_seq_length())
+            layers = [] if self.cache is None else self.cache.layers
+            return next((layer.get_seq_length() for layer in layers if isinstance(layer, SlotLayer)), 0)
         return self.columns
 
     def prefill(self, prompts: Sequence[Tensor], kept: Sequence[Kept] = ()) -> Prefix:
@@ -242,9 +291,8 @@ class Decoder:
         input_ids, mask = input_ids.to(device), mask.to(device)
         if not self.refills:
             return self._read_together(input_ids, mask)
-        cache = DynamicCache(config=self.config)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        return Prefix(self.model(DecodingStep(input_ids, mask, positions, cache)), cache)
+        cache = whole_cache(self.config)
+        return Prefix(self.model(DecodingStep(input_ids, mask, self._positions(mask), cache)), cache)
 
     def _read_on(self, prompts: Sequence[Tensor], kept: Sequence[Kept]) -> Prefix:
         """Forward the last tokens of rows whose first ones are cached; all rows read as many, some of them again."""
@@ -258,7 +306,7 @@ class Decoder:
             read = ids[count:]
             input_ids[row, width - len(read) :] = read
             mask[row, cached - count if count else cached + width - len(read) :] = 1
-        cache = DynamicCache(config=self.config)
+        cache = whole_cache(self.config)
         for layer in range(len(kept[0].layers) if cached else 0):
             rows = [(known.layers[layer], count) for known, count in zip(kept, counts, strict=True)]
             keys, values = (
@@ -299,8 +347,17 @@ class Decoder:
             self.cache = prefix.cache
             return
         if self.cache is None:
-            self.cache = Cache(layers=[SlotLayer(self.slots, self.room) for _ in prefix.cache.layers])
+            layers = [
+                SlotStates(one.number_of_states)
+                if isinstance(one, LinearAttentionLayer)
+                else SlotLayer(self.slots, self.room)
+                for one in prefix.cache.layers
+            ]
+            self.cache = Cache(layers=layers)
         for layer, read in zip(self.cache.layers, prefix.cache.layers, strict=True):
+            if isinstance(layer, SlotStates):
+                layer.enter(read, rows, slots)
+                continue
             keys, values = (read.keys, read.values) if whole else (read.keys[rows], read.values[rows])
             layer.enter(keys, values, slots)
 
@@ -311,7 +368,7 @@ class Decoder:
             tokens: int64, shape (rows,).
             lengths: tokens of each row including this one, int64, shape (rows,).
         """
-        width = self.width + 1
+        width = self.width + 1 if self.width else int(lengths.max())
         self.columns += 1
         if self.decoding == "uncached":
             self.cache.ids = torch.cat([self.cache.ids, tokens.unsqueeze(-1)], -1)
@@ -329,7 +386,7 @@ class Decoder:
             slots: slots of the rows.
             counts: tokens that have been read of each.
         """
-        if not self.refills:
+        if not self.refills or any(isinstance(layer, SlotStates) for layer in self.cache.layers):
             return []
         return [
             Kept(count, [layer.row(slot, count) for layer in self.cache.layers])

@@ -49,7 +49,7 @@ def settle_decoding(model: CausalLM) -> None:
     """
     if model.decoding is not None or not model.self_check:
         return
-    first = default_decoding(model)
+    first = default_decoding(model, checked=True)
     found, line = _decoding_once(model, first)
     if found is None:
         raise ModelError("self-check-failed", line)
@@ -84,7 +84,7 @@ def examine_decoding(model: CausalLM, first: Decoding) -> tuple[Decoding | None,
     name = type(unwrapped(model.model)).__name__
     hf, unusable = working_copy(unwrapped(model.model))
     if unusable is not None:
-        return first, ""  # the check at loading has said so
+        return default_decoding(model), ""  # the check at loading has said so
     small = CausalLM(hf).eval()
     small.pads_rows, small.logits_path = model.pads_rows, model.logits_path
     ways: tuple[Decoding, ...] = get_args(Decoding)

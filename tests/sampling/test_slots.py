@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from models.families import build
 from tiny_models import random_rows, tiny_config
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
 from rlhf_lightning.sampling import decoding, engines
@@ -212,6 +220,24 @@ def test_finished_rows_of_a_window_leave_before_the_next_prompts_enter(monkeypat
     passes = Passes(model, monkeypatch)
     draw(model, 8)
     assert min(passes.steps) < 6 and max(passes.steps) == 8
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "mamba2", "lfm2", "qwen3_next"])
+def test_windows_and_states_of_free_slots_are_refilled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CausalLM(build(name, AutoModelForCausalLM, vocab_size=120)).eval()
+    model.decoding = "slots"
+    prompts = GROUPS[:12]
+    whole, passes = draw(model, prompts=prompts), Passes(model, monkeypatch)
+    drawn = draw(model, 3, prompts=prompts)
+    assert as_lists(drawn) == as_lists(whole) and len({len(ids) for ids in drawn.ids}) > 3
+    first, entered = passes.shapes.index((3, 1)), [shape for shape in passes.shapes if shape[1] > 1]
+    assert len(entered) > 2 and any(shape[1] > 1 for shape in passes.shapes[first:])
+    assert passes.steps.count(3) > 0.6 * len(passes.steps), "slots wait for others to end"
+    for prompt, ids, logprobs in zip(prompts, drawn.ids, drawn.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model.model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.9).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+        torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
 
 
 # -- the buffers ------------------------------------------------------------------------------------------------------

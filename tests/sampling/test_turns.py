@@ -5,10 +5,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from models.families import build
 from small_server import BASE, serving
 from tiny_models import random_rows, tiny_config, tiny_tokenizer
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.sampling import engines
@@ -103,7 +111,13 @@ def gpt2() -> CausalLM:
     return CausalLM(GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)))
 
 
-@pytest.fixture(scope="module", params=[llama, mistral, gpt2])
+def hybrid() -> CausalLM:
+    model = CausalLM(build("lfm2", AutoModelForCausalLM, vocab_size=120))
+    model.decoding = "slots"
+    return model
+
+
+@pytest.fixture(scope="module", params=[llama, mistral, gpt2, hybrid])
 def model(request: pytest.FixtureRequest) -> CausalLM:
     return request.param().eval()
 
