@@ -51,6 +51,7 @@ CHECKS = {
     "boundary_mismatch": "the tokenizer would encode prompt and completion otherwise together",
     "turns_apart": "the chat template rewrites earlier turns, so each learned turn becomes a row",
     "last_turn": "of several turns of the assistant only the last is learned",
+    "turns_cut": "more than 256 turns would be learned; the later turns are left out",
     **{name: meaning for name, (meaning, _) in DAMAGE.items()},
     "prompt_cut": "the prompt loses tokens",
     "completion_cut": "a completion loses tokens, and with them its end",
@@ -176,6 +177,7 @@ class Audit:
             ("boundary_mismatch", outcome.merged),
             ("turns_apart", outcome.split),
             ("last_turn", outcome.last_turn),
+            ("turns_cut", outcome.turns_cut),
         ):
             if found:
                 self._find(check)

@@ -57,13 +57,14 @@ REASONS = {
     "all_tied": "all completions of a ranked list have the same rank",
     "template_refuses": "the chat template refuses the turns",
     "turn_after_answer": "the chat template writes earlier turns after the answer",
+    "turns_merged": "the chat template merges two turns of the assistant that follow each other; join them",
     "turn_left_out": "the chat template leaves out a turn",
     "thought_left_out": "the chat template leaves out the thought of a learned turn",
     "thought_closed": "the generation prompt closes the thought that a turn has; see enable_thinking in template_args",
     "tools_left_out": "the chat template leaves out the descriptions of tools",
     "tool_calls_left_out": "the chat template leaves out tool calls",
     "prompt_not_continued": "the chat template renders the answer so that it does not continue its prompt",
-    "too_many_turns": "more than 256 turns of the assistant are learned; set last_turn_only, or cut the conversation",
+    "too_many_turns": "a completion has more than 256 turns of the assistant; set last_turn_only, or cut it",
     "control_token_read": "a turn spells a control token on which the chat template acts",
     "nothing_supervised": "no supervised token is left after truncation",
 }
@@ -122,6 +123,7 @@ class Report:
         merged: kept rows whose prompt and completion the tokenizer would encode otherwise together.
         split: kept conversations that became a row for each learned turn, because the template rewrites earlier turns.
         last_turn: kept rows with several learned turns where only the last turn is learned.
+        turns_cut: kept conversations with more than 256 learned turns, which end after these.
         unused: kept rows with a column or a key of a turn that nothing reads, by its name.
     """
 
@@ -134,6 +136,7 @@ class Report:
     merged: int = 0
     split: int = 0
     last_turn: int = 0
+    turns_cut: int = 0
     unused: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
@@ -159,7 +162,8 @@ class Report:
         """The counts as ``data/...`` metrics."""
         counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens}
         rare = {"escaped": self.escaped, "boundary_mismatch": self.merged, "split": self.split}
-        counts |= {name: count for name, count in {**rare, "last_turn": self.last_turn}.items() if count}
+        rare |= {"last_turn": self.last_turn, "turns_cut": self.turns_cut}
+        counts |= {name: count for name, count in rare.items() if count}
         counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         counts |= {f"truncated_{part}": count for part, count in self.truncated.items()}
         return {f"data/{name}": float(count) for name, count in counts.items()}
@@ -177,6 +181,7 @@ class Report:
             (self.merged, "would be tokenized otherwise if prompt and completion were encoded together"),
             (self.split, "became a row for each learned turn, because the chat template rewrites earlier turns"),
             (self.last_turn, "have several assistant turns; only the last turn is learned"),
+            (self.turns_cut, "have more than 256 learned turns; the later turns are left out"),
         ):
             text += f"; {count:,} {meaning}" if count else ""
         if self.unused:

@@ -83,6 +83,7 @@ class Outcome(NamedTuple):
         merged: whether prompt and completion would be encoded otherwise together.
         split: whether each learned turn became a row.
         last_turn: whether of several learned turns only the last is learned.
+        turns_cut: whether learned turns beyond the first 256 are left out.
         unused: columns and keys of turns that nothing reads.
     """
 
@@ -94,6 +95,7 @@ class Outcome(NamedTuple):
     merged: bool = False
     split: bool = False
     last_turn: bool = False
+    turns_cut: bool = False
     unused: tuple[str, ...] = ()
 
 
@@ -205,6 +207,7 @@ class Encoder:
             report.merged += outcome.merged
             report.split += outcome.split
             report.last_turn += outcome.last_turn
+            report.turns_cut += outcome.turns_cut
             report.leave_unused(outcome.unused)
             report.tokens += sum(sum(flags) for piece in outcome.encoded for flags in piece.supervised)
             for part in outcome.truncated:
@@ -282,6 +285,7 @@ class Encoder:
             merged=any(one.merges for one in every),
             split=len(cases) > 1,
             last_turn=any(text.last_turn for case in cases for text in case.texts),
+            turns_cut=any(text.turns_cut for case in cases for text in case.texts),
             unused=self.unused_of(row),
         )
 

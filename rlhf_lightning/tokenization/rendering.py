@@ -26,7 +26,7 @@ TAIL = 64
 """Characters of a prompt's end that are looked at to tell how its completion is encoded."""
 
 MOST_TURNS = 256
-"""Learned turns of one conversation: each takes renderings of all that comes before it."""
+"""Most learned turns of one conversation: each takes renderings of all that comes before it."""
 
 GUARD = re.compile("\ue000([0-9]+)\ue001")
 
@@ -52,6 +52,7 @@ class Rendered(NamedTuple):
         closing: ids to append, supervised, unless the text ends with them.
         opening: ids to put in front, unless the text begins with them.
         last_turn: whether several turns could be learned, but only the last of them is.
+        turns_cut: whether learned turns after the first `MOST_TURNS` are left out.
     """
 
     spans: tuple[Span, ...]
@@ -59,6 +60,7 @@ class Rendered(NamedTuple):
     closing: tuple[int, ...] = ()
     opening: tuple[int, ...] = ()
     last_turn: bool = False
+    turns_cut: bool = False
 
 
 class RenderedTurn(NamedTuple):
@@ -146,7 +148,8 @@ def render_turns(
     """Render a conversation whose turns of the assistant are learned, unless their ``weight`` is 0.
 
     Turns are one prompt and one completion where the template renders the conversation alike at every one of them, and
-    their weights agree. Otherwise each learned turn has its own prompt.
+    their weights agree. Otherwise each learned turn has its own prompt. Turns after the first `MOST_TURNS` learned ones
+    are left out.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -158,7 +161,8 @@ def render_turns(
         ChatTemplateError: if the template is missing or refuses the messages.
     """
     learned = [place for place, turn in enumerate(turns) if place >= first and _is_learned(turn)]
-    learned = _bounded(learned, last_turn_only)
+    cut = len(learned) > MOST_TURNS and not last_turn_only
+    learned = learned[-1:] if last_turn_only else learned[:MOST_TURNS]
     if not learned:
         return []
     conversation = _Conversation(tokenizer, turns)
@@ -166,7 +170,7 @@ def render_turns(
     said = [conversation.said(place, asked) for place, asked in zip(learned, prompts, strict=True)]
     weights = [float(turns[place].get("weight", 1)) for place in learned]
     if len(set(weights)) == 1 and (spans := _chained(prompts, said)) is not None:
-        completion = conversation.completion(prompts[0], spans, said[-1].ended)
+        completion = conversation.completion(prompts[0], spans, said[-1].ended)._replace(turns_cut=cut)
         return [
             RenderedTurn(list(turns[: learned[0]]), Rendered((Span(prompts[0]),)), completion, weights[0]),
         ]
@@ -174,7 +178,7 @@ def render_turns(
         RenderedTurn(
             list(turns[:place]),
             Rendered((Span(asked),)),
-            conversation.completion(asked, [Span(one.text)], one.ended),
+            conversation.completion(asked, [Span(one.text)], one.ended)._replace(turns_cut=cut),
             weight,
         )
         for place, asked, one, weight in zip(learned, prompts, said, weights, strict=True)
@@ -379,11 +383,25 @@ class _Conversation:
         for mark in (header, header.rstrip()):
             start = before.rfind(mark) + len(mark)
             if mark and start >= len(mark) and whole.startswith(before[:start]):
+                self._check_merged(place, before[start:])
                 return self._after_opening(asked, header, tags, whole[start:], self.turns[place])
         raise TurnsRefused(
             "prompt-not-continued",
             "the chat template renders an answer so that it does not continue the generation prompt",
         )
+
+    def _check_merged(self, place: int, between: str) -> None:
+        """Refuse a template that writes two turns of the assistant as one: the first would be learned twice."""
+        earlier = self.turns[place - 1] if place else None
+        if (
+            earlier is not None
+            and earlier["role"] == "assistant"
+            and earlier["content"].strip() in restored(self.facts, between)
+        ):
+            raise TurnsRefused(
+                "turns-merged",
+                "the chat template merges two turns of the assistant, which follow each other; join them",
+            )
 
     def _after_opening(self, asked: str, header: str, tags: tuple[str, str] | None, turn: str, message: Message) -> str:
         """Return a turn's text after its generation prompt, which may have opened or closed a thought."""

@@ -297,10 +297,15 @@ def test_a_boundary_that_is_encoded_otherwise_together_is_counted(tiny_tokenizer
     assert report.merged == 0 and tiny_tokenizer.eos_token_id == EOS and found
 
 
-def test_a_conversation_without_end_is_dropped(thinking):
+def test_a_conversation_without_end_is_learned_up_to_256_turns(thinking):
     turns = [{"role": ("user", "assistant")[place % 2], "content": "a"} for place in range(514)]
-    assert learned(thinking, {"messages": turns})[1].dropped == {"too_many_turns": 1}
-    assert learned(thinking, {"messages": turns}, last_turn_only=True, max_length=64)[1].kept == 1
+    found, report = learned(thinking, {"messages": turns})
+    assert report.turns_cut == report.kept == 1 and not report.dropped
+    assert "the later turns are left out" in report.describe("x") and report.metrics["data/turns_cut"] == 1
+    assert found == learned(thinking, {"messages": turns[:512]})[0]
+    assert learned(thinking, {"messages": turns}, last_turn_only=True, max_length=64)[1].turns_cut == 0
+    pair = {"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[1:2]}
+    assert learned(thinking, pair, kind="preference")[1].dropped == {"too_many_turns": 1}
 
 
 def test_thought_tags_that_are_special_tokens_stay_in_the_text(thinking):

@@ -135,3 +135,17 @@ def test_a_template_that_changes_the_order_of_turns_is_refused(order: str) -> No
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
     (outcome,) = encoder_for("sft").counted(tokenizer, [{"messages": turns}], Report())
     assert outcome.reason == "turn_after_answer"
+
+
+def test_a_template_that_merges_turns_of_the_assistant_is_refused() -> None:
+    tokenizer = tokenizer_with(
+        "{% set last = namespace(role='') %}{% for m in messages %}{% if m.role != last.role %}"
+        "{{ ('<|end|>\n' if last.role else '') + '<|' + m.role + '|>\n' }}{% set last.role = m.role %}"
+        "{% else %}{{ '\n' }}{% endif %}{{ m.content }}{% endfor %}<|end|>\n"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    said = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "since"}]
+    (outcome,) = encoder_for("sft").counted(tokenizer, [{"messages": [*said, {**said[1], "content": "so"}]}], Report())
+    assert outcome.reason == "turns_merged"
+    (outcome,) = encoder_for("sft").counted(tokenizer, [{"messages": [*said, *said]}], Report())
+    assert outcome.reason is None
