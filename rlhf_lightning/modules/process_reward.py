@@ -101,7 +101,7 @@ class ProcessRewardModule(RewardModule):
 
     def evaluation_metrics(self) -> dict[str, float]:
         means = super().evaluation_metrics()
-        if "first_error_found" in means:
+        if {"first_error_found", "right_accepted"} <= means.keys():
             found, accepted = means["first_error_found"], means["right_accepted"]
             means["first_error_f1"] = 2 * found * accepted / max(found + accepted, 1e-12)
         return means

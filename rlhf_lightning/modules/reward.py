@@ -166,7 +166,7 @@ class RewardModule(OfflineModule):
     def on_train_epoch_end(self) -> None:
         """Set the bias that is subtracted from scores."""
         means = self._best_scores.means(self.trainer.strategy)
-        if self.normalise and means:
+        if self.normalise and "score" in means:
             self.reward_model.bias = means["score"]
 
     def on_validation_epoch_start(self) -> None:

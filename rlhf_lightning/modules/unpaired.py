@@ -139,7 +139,7 @@ class UnpairedModule(OfflineModule):
     def evaluation_metrics(self) -> dict[str, float]:
         """Return held-out metrics; the margin is the mean reward of desirable rows minus that of undesirable ones."""
         means = super().evaluation_metrics()
-        if "desirable_reward" in means:
+        if {"desirable_reward", "undesirable_reward"} <= means.keys():
             means["reward_margin"] = means["desirable_reward"] - means["undesirable_reward"]
         return means
 

@@ -27,6 +27,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._ratios: set[str] = set()
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add values of any shape, only those under ``mask``."""
@@ -47,6 +48,7 @@ class Meter:
         """Add to the numerator and denominator of a quotient, such as a loss over its tokens."""
         pair = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (numerator, denominator)])
         self._add(name, pair)
+        self._ratios.add(name)
 
     def _add(self, name: str, pair: Tensor) -> None:
         pair = pair.cpu()
@@ -74,7 +76,10 @@ class Meter:
                 self._add(name, torch.tensor(pair if mine else [0.0, 0.0], dtype=torch.float64))
 
     def means(self, strategy: Strategy) -> dict[str, float]:
-        """Return the mean of each name over all ranks, in one collective."""
+        """Return the mean of each name over all ranks, in one collective.
+
+        Names without values are left out; a quotient without a denominator is 0.
+        """
         if not self._sums:
             return {}
         table = torch.stack(list(self._sums.values())).to(strategy.root_device)
@@ -83,8 +88,9 @@ class Meter:
         table = strategy.reduce(table, reduce_op="sum")
         numerators, denominators = table.cpu().unbind(-1)
         quotients = numerators / denominators.clamp_min(1e-12)
-        means = dict(zip(self._sums, quotients.tolist(), strict=True))
         counts = dict(zip(self._sums, denominators.tolist(), strict=True))
+        means = dict(zip(self._sums, quotients.tolist(), strict=True))
+        means = {name: mean for name, mean in means.items() if counts[name] or name in self._ratios}
         for name in [name for name in means if name.endswith(SUM)]:
             own = name.removesuffix(SUM)
             variance = max(means.pop(own + SQUARES) - means.pop(name) ** 2, 0.0)

@@ -445,7 +445,7 @@ class RolloutModule(AlignmentModule):
     def _should_stop(self, meter: Meter) -> bool:
         if self.early_stop_kl is None:
             return False
-        moved = meter.means(self.trainer.strategy)["last_approx_kl"]
+        moved = meter.means(self.trainer.strategy).get("last_approx_kl", 0.0)
         meter.forget("last_approx_kl")
         return moved > 1.5 * self.early_stop_kl
 

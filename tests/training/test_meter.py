@@ -50,3 +50,12 @@ def test_values_are_taken_without_their_graph() -> None:
     meter, values = Meter(), torch.ones(2, requires_grad=True)
     meter.add("x", values * 2)
     assert not any(pair.requires_grad for pair in meter._sums.values())
+
+
+def test_names_without_values_are_left_out() -> None:
+    meter, values = Meter(), torch.tensor([torch.nan, torch.nan])
+    meter.add("nothing", values, ~values.isnan())
+    meter.add_interval("none", torch.zeros(0))
+    meter.add("some", torch.tensor([3.0, torch.nan]), torch.tensor([True, False]))
+    meter.add_ratio("loss", 0.0, 0.0)
+    assert meter.means(STRATEGY) == {"some": 3.0, "loss": 0.0}
