@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -76,17 +77,27 @@ class PeopleLabeller(Labeller):
         port: port to listen on; 0 takes a free one.
         annotators: names separated by commas; each gets a link with a token, and no one else may label. Required where
             the host is not this machine only.
+        instructions: Markdown file that each annotator is shown first, and on demand.
 
     Raises:
         StateError: the web server is not installed.
+        MissingError: there is no file of instructions.
         SettingError: other machines can reach the page and no annotator is named.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 8765, annotators: str | None = None) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8765,
+        annotators: str | None = None,
+        instructions: str | None = None,
+    ) -> None:
         require_page()
+        from rlhf_lightning.people.annotate import read_instructions
         from rlhf_lightning.people.serving import checked_names
 
         checked_names(host, annotators)
+        self.instructions = "" if instructions is None else read_instructions(Path(instructions))
         self.host, self.port, self.annotators = host, port, annotators
 
     def prepare(self) -> None:
@@ -100,7 +111,7 @@ class PeopleLabeller(Labeller):
 
         access, supply = access_policy(store.path, self.host, self.annotators), Supply(store, count, more)
         listening = listen(self.host, self.port)
-        page = PageSettings(state=supply.state, left=supply.left)
+        page = PageSettings(state=supply.state, left=supply.left, instructions=self.instructions)
         with served(make_app(store, access, page), listening):
             print_urls(listening, self.host, access)
             told = 0.0

@@ -307,6 +307,7 @@ def test_people_are_waited_for(tmp_path, capsys):
     def work():
         page = Page(f"http://127.0.0.1:{port}")
         page.enter("ann")
+        shown.append(page._send("/", None)[1])
         for n in range(3):
             asked = page.ask("/api/item")["item"]
             verdict = {"verdict": "skip"} if n == 0 else {"verdict": "ranking", "ranks": [0, 1]}
@@ -314,11 +315,15 @@ def test_people_are_waited_for(tmp_path, capsys):
             page.ask("/api/judgements", {"key": f"a key of its own {n}", **place, **verdict})
         page.close()
 
+    shown = []
+    guide = tmp_path / "guide.md"
+    guide.write_text("Look for **help**")
     person = threading.Thread(target=work)
     person.start()
-    PeopleLabeller(port=port).label(store, 2, lambda: False)
+    PeopleLabeller(port=port, instructions=str(guide)).label(store, 2, lambda: False)
     person.join()
     assert store.labels() == 2 and "label at http://127.0.0.1" in capsys.readouterr().out
+    assert "Look for <strong>help</strong>" in shown[0]
     store.close()
 
 
