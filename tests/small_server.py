@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+from rlhf_lightning.tokenization import Ends
 
 BASE = "base"
 """Name of the backbone on the server."""
@@ -33,6 +34,7 @@ class SmallServer:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.busy = 0  # requests to turn away before the next is answered
+        self.knows_stops = True  # whether it ends completions at the texts of a request's ``stop``
         self.deaf = False  # whether it reports new weights as loaded, and keeps the old ones
         self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.lock = threading.Lock()
@@ -100,7 +102,9 @@ class SmallServer:
         return drawn.ids[0].tolist(), drawn.logprobs[0].tolist(), "stop" if bool(drawn.finished[0]) else "length"
 
     def in_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
-        ids, logprobs, reason = self.draw(body, body["prompt"], body["stop_token_ids"])
+        stops = body.get("stop", ()) if self.knows_stops else ()
+        ends = Ends.of(body["stop_token_ids"], stops, self.tokenizer)
+        ids, logprobs, reason = self.draw(body, body["prompt"], ends)
         tokens = [f"token_id:{token}" for token in ids]
         table = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": []}
         choice = {"index": 0, "text": "", "logprobs": table, "finish_reason": reason, "token_ids": ids}

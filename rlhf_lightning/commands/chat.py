@@ -167,10 +167,15 @@ class Conversation:
             drawn = self.engine.sample(self.policy, [context], torch.tensor([self.drawn]), settings, self.seed, ends)
             self.drawn += 1
             ids += drawn.ids[0].tolist()
-            self.ended = finished = bool(drawn.finished[0])
+            stop = ends.stop(ids)
+            del ids[stop if stop is not None else len(ids) :]
+            self.ended = finished = bool(drawn.finished[0]) or stop is not None
             text = tokenization.completion_text(self.tokenizer, ids)
-            # An incomplete character decodes to U+FFFD; it is shown when the rest has been sampled.
+            # An incomplete character decodes to U+FFFD; it is shown when the rest has been sampled. So is the beginning
+            # of a stop string.
             steady = text.rstrip("\ufffd")
+            begun = (one[:length] for one in ends.strings for length in range(1, len(one)) if not finished)
+            steady = steady[: len(steady) - max((len(one) for one in begun if steady.endswith(one)), default=0)]
             if steady.startswith(shown):
                 yield steady[len(shown) :]
                 shown = steady

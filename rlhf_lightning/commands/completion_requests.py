@@ -144,7 +144,7 @@ class Text:
     def completion(self, ids: Sequence[int]) -> str:
         """Decode a completion up to its first end token."""
         with self.lock:
-            return tokenization.completion_text(self.tokenizer, ids)
+            return tokenization.completion_text(self.tokenizer, ids, strings=False)
 
     def name(self, index: int, as_id: bool = False) -> str:
         """Return a token as text; one that holds a part of a character is written ``token_id:17``."""
@@ -183,7 +183,7 @@ def read_request(body: Mapping[str, Any], chat: bool, text: Text, limits: Reques
     echo = _flag(given, "echo")
     with text.lock:
         prompts, texts = _messages(given, text) if chat else _prompts(given, text, echo)
-        ends = () if _flag(given, "ignore_eos") else tokenization.end_token_ids(text.tokenizer)
+        ends = tokenization.Ends() if _flag(given, "ignore_eos") else tokenization.end_token_ids(text.tokenizer)
     n = _whole(given, "n", 1, 1, MOST_COMPLETIONS)
     if len(prompts) * n > MOST_COMPLETIONS:
         raise BadRequest("n", f"asks for {len(prompts) * n} completions, and a request has at most {MOST_COMPLETIONS}")
@@ -198,7 +198,7 @@ def read_request(body: Mapping[str, Any], chat: bool, text: Text, limits: Reques
         raise BadRequest("stream_options", "is not an object")
     return Asked(
         prompts, texts, _settings(given, chat, prompts, limits), n,
-        _whole(given, "seed", None, -(2**63), 2**63 - 1), _stops(given),
+        _whole(given, "seed", None, -(2**63), 2**63 - 1), (*_stops(given), *ends.strings),
         frozenset(ends) | frozenset(token_ids(given.get("stop_token_ids", []), "stop_token_ids", text.vocabulary)),
         top, prompt_top, chat, echo, stream, _flag(options, "include_usage"), _flag(given, "return_token_ids"),
         _flag(given, "return_tokens_as_token_ids"), _flag(given, "skip_special_tokens", True),

@@ -40,6 +40,7 @@ class SamplingArguments:
         chat_template: chat template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
         stop_tokens: further tokens that end a completion.
+        stop_strings: texts that end a completion; it ends before them.
         dtype: precision of the weights, float32 or bfloat16.
         seed: seed of all random choices of the command.
     """
@@ -56,6 +57,7 @@ class SamplingArguments:
     chat_template: str | None = None
     template_args: dict[str, Any] | None = None
     stop_tokens: list[str] | None = None
+    stop_strings: list[str] | None = None
     dtype: str = "float32"
     seed: int = 0
 
@@ -103,7 +105,11 @@ class SamplingArguments:
             raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
         refuse_reward_model(name)
         tokenizer = load_tokenizer(
-            name, self.chat_template, template_args=self.template_args, stop_tokens=self.stop_tokens or ()
+            name,
+            self.chat_template,
+            template_args=self.template_args,
+            stop_tokens=self.stop_tokens or (),
+            stop_strings=self.stop_strings or (),
         )
         policy = load_policy(name, LoadSettings(dtype=self.dtype)).requires_grad_(False).eval()
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -114,7 +120,8 @@ class SamplingArguments:
     def provenance(self) -> dict[str, Any]:
         """Return the settings that the samples depend on, without model and seed, as plain values."""
         drawn = {name: value for name, value in asdict(self.settings()).items() if name != "batch_size"}
-        drawn |= {"engine": self.engine} if self.engine is not None else {}
+        further = {"engine": self.engine, "stop_tokens": self.stop_tokens, "stop_strings": self.stop_strings}
+        drawn |= {name: value for name, value in further.items() if value is not None}
         if self.environment is None:
             return drawn
         limits = {"max_turns": self.max_turns, "max_episode_tokens": self.max_episode_tokens}

@@ -140,13 +140,13 @@ class Turns:
     def replies(self, rows: Sequence[int], turns: Sequence[Sequence[int]], ended: Sequence[bool]) -> list[bool]:
         """Hand turns that were sampled to the environment; return which episodes go on.
 
-        An episode ends with the environment's ``done``, after ``max_turns`` turns, with a turn that has no end token,
+        An episode ends with the environment's ``done``, after ``max_turns`` turns, with a turn that has not ended,
         or where the reply leaves no room for another turn. The tokens of the other replies are then part of `ids`.
 
         Args:
             rows: the episodes.
             turns: tokens of the policy's turn in each.
-            ended: whether the turn has an end token.
+            ended: whether the turn has an end token or a stop string.
 
         Raises:
             ContractError: the environment returned something else than a `Reply` for each episode.
@@ -193,7 +193,8 @@ class Turns:
         elif one.is_text and not reply.messages:
             ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], reply.text or "")
         else:
-            ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], messages)
+            ended = one.ids[-1] in tokenization.end_token_ids(self.tokenizer)
+            ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], messages, ended)
         if ids and max(ids) >= len(self.tokenizer):
             known = len(self.tokenizer)
             raise ContractError("bad-reply", f"{self.name} replied with token id {max(ids)}; the tokenizer has {known}")

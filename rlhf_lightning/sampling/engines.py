@@ -29,6 +29,7 @@ from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.conversation import Transcript, Turns
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.decoding import Kept, Mixture, Prefix, idle_pass, make_decoder
+from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import Prompt, Sequences
 
 FULL_ENOUGH = 0.75
@@ -78,13 +79,14 @@ class Completions(NamedTuple):
     """Sampled completions, in the order of the prompts.
 
     Attributes:
-        ids: token ids of each completion, including the end token if it was reached; int64.
+        ids: token ids of each completion, including the end token if it was reached, or the token that completes a
+            stop string; int64.
         logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
-        finished: bool, True where the end token was reached, shape (rows,); with an environment where it ended the
-            episode.
+        finished: bool, True where an end token or a stop string was reached, shape (rows,); with an environment where
+            it ended the episode.
         entropies: entropy of the distribution of each token, nats; None if the engine does not report it.
-        texts: text of each completion without the end token, of an episode that of the policy's last turn; empty until
-            `decoded`.
+        texts: text of each completion without the end token, and up to the stop string; of an episode that of the
+            policy's last turn; empty until `decoded`.
         learned: bool, one mask per completion: False on tokens that an environment wrote between the policy's turns,
             where log-probabilities and entropies are 0; None if the policy wrote all tokens.
         transcripts: the turns of each episode; empty without an environment.
@@ -112,6 +114,19 @@ class Completions(NamedTuple):
             return list(prompts)
         return [one.asked(prompt) for one, prompt in zip(self.transcripts, prompts, strict=True)]
 
+    def cut(self, ends: Ends) -> Completions:
+        """Return the completions up to their first stop strings, the token that completes one included."""
+        counts = [ends.stop(ids.tolist()) for ids in self.ids] if ends.strings else []
+        if all(count is None for count in counts):
+            return self
+        finished = self.finished | torch.tensor([count is not None for count in counts])
+
+        def cut(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(row[:count] for row, count in zip(rows, counts, strict=True))
+
+        entropies = None if self.entropies is None else cut(self.entropies)
+        return self._replace(ids=cut(self.ids), logprobs=cut(self.logprobs), finished=finished, entropies=entropies)
+
     def after(self, prompts: Sequence[Tensor]) -> Sequences:
         """Return the completions after their prompts, one prompt per completion."""
         learned = self.learned or tuple(torch.ones(len(ids), dtype=torch.bool) for ids in self.ids)
@@ -128,7 +143,7 @@ class SamplingRequest(NamedTuple):
     episodes: Tensor
     settings: SamplingSettings
     seed: int
-    end_ids: Sequence[int]
+    end_ids: Ends
     on_progress: Callable[[int], None] | None
     mixture: Mixture | None
     turns: Turns | None = None
@@ -181,7 +196,7 @@ class SamplingEngine(ABC):
             episodes: number of each episode, int64, shape (rows,).
             settings: temperature, length limit.
             seed: seed of the run.
-            end_ids: tokens that end a completion.
+            end_ids: tokens that end a completion; `tokenization.Ends` has stop strings too.
             on_progress: called with the number of completions that have just finished; a `SlotEngine` calls it after
                 each forward pass. Where it raises, sampling ends.
             mixture: a second model to sample from together with the first; None samples from the first alone.
@@ -193,9 +208,11 @@ class SamplingEngine(ABC):
         refuse_empty(prompts)
         if isinstance(model, CausalLM):
             check_prompts(model.model, prompts, settings.max_new_tokens)
-        request = SamplingRequest(prompts, episodes, settings, seed, end_ids, on_progress, mixture, turns)
+        ends = end_ids if isinstance(end_ids, Ends) else Ends(end_ids)
+        request = SamplingRequest(prompts, episodes, settings, seed, ends, on_progress, mixture, turns)
         if turns is None or self.keeps_turns:
             drawn = self.complete(model, request)
+            drawn = drawn if turns is not None else drawn.cut(ends)
         else:
             drawn = self._turn_by_turn(model, request, turns)
         if turns is not None:
@@ -249,12 +266,14 @@ class SamplingEngine(ABC):
                 turns=None,
                 starts=torch.tensor([len(ids) for ids in heard]),
             )
-            drawn = self.complete(model, asked)
+            drawn = self.complete(model, asked).cut(request.end_ids)
             said = [ids[:most].tolist() for ids, most in zip(drawn.ids, room, strict=True)]
             for place, row in enumerate(rows):
                 unlearned = torch.zeros(len(heard[place]) - len(logprobs[row]))
                 logprobs[row] = torch.cat([logprobs[row], unlearned, drawn.logprobs[place][: room[place]]])
-            going = turns.replies(rows, said, [ids[-1] in request.end_ids for ids in said])
+            rows_drawn = zip(drawn.finished.tolist(), drawn.ids, room, strict=True)
+            whole = [done and len(ids) <= most for done, ids, most in rows_drawn]
+            going = turns.replies(rows, said, whole)
             if request.on_progress is not None and not all(going):
                 request.on_progress(going.count(False))
             rows = [row for row, more in zip(rows, going, strict=True) if more]
@@ -334,6 +353,8 @@ class _Run:
         self.device = like.device
         self.episodes = request.episodes.to(self.device)
         self.ends = torch.tensor(list(request.end_ids), device=self.device)
+        self.texts = request.end_ids
+        self.said: list[list[int]] = [[] for _ in prompts]  # the current turn of each episode, for stop strings
         self.keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
         first: dict[bytes, int] = {}
         for row, key in enumerate(self.keys):
@@ -468,6 +489,7 @@ class _Run:
         self.prompts[row] = torch.cat([before, torch.tensor(ids, dtype=before.dtype)])
         self.keys[row] = self.prompts[row].cpu().numpy().tobytes()
         self.begun[row], self.limits[row], self.ended[row] = begun, begun + room, False
+        self.said[row] = []
         self.longest[row] = len(self.prompts[row]) + room
 
     def _widen(self, width: int) -> None:
@@ -514,6 +536,8 @@ class _Run:
         owned, places = owners.to(self.device), drawn.to(self.device)
         chosen, logprobs, entropies = draw(logits, self.settings, self.numbers[owned, places])
         stops = torch.isin(chosen, self.ends).cpu() & active
+        if self.texts.strings:
+            stops |= self._complete_texts(owners.tolist(), active, chosen.tolist())
         self.last[slots.to(self.device)] = chosen
         if not bool(active.all()):
             index = active.nonzero().squeeze(-1).to(self.device)
@@ -533,6 +557,15 @@ class _Run:
             self.kept |= zip(rows, self.decoder.leave(gone.tolist(), (self.lengths[gone] - 1).tolist()), strict=False)
         elif self.turns is None and self.on_progress is not None:
             self.on_progress(int(done.sum()))
+
+    def _complete_texts(self, owners: list[int], active: Tensor, chosen: list[int]) -> Tensor:
+        """Return which rows complete a stop string with their next token."""
+        found = torch.zeros_like(active)
+        for place in active.nonzero().squeeze(-1).tolist():
+            said = self.said[owners[place]]
+            said.append(chosen[place])
+            found[place] = self.texts.completed(said)
+        return found
 
     def _draw_numbers(self, rows: Tensor, places: Tensor) -> None:
         """Draw the random numbers of the next tokens of some completions."""

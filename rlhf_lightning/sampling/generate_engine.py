@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from rlhf_lightning.errors import SettingError, StateError
@@ -17,6 +17,7 @@ from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.counter_rng import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, draw
 from rlhf_lightning.sampling.json_server import request_seed
+from rlhf_lightning.tokenization import Ends
 
 
 class GenerateEngine(SamplingEngine):
@@ -135,8 +136,24 @@ class _Drawer(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)
 
 
+class _TextEnds(StoppingCriteria):
+    """Stops rows whose completions have a stop string.
+
+    Args:
+        ends: the stop strings.
+        width: tokens of the prompts.
+    """
+
+    def __init__(self, ends: Ends, width: int) -> None:
+        self.ends, self.width = ends, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        said = input_ids[:, self.width :].tolist()
+        return torch.tensor([self.ends.completed(ids) for ids in said], device=input_ids.device)
+
+
 def _generate(
-    model: CausalLM, prompts: Sequence[Tensor], settings: SamplingSettings, end_ids: Sequence[int], drawer: _Drawer
+    model: CausalLM, prompts: Sequence[Tensor], settings: SamplingSettings, end_ids: Ends, drawer: _Drawer
 ) -> Tensor:
     """Return the tokens that ``generate`` appends to each prompt, shape (rows, longest completion), on the CPU."""
     width, device = max(len(prompt) for prompt in prompts), next(model.parameters()).device
@@ -152,6 +169,7 @@ def _generate(
         attention_mask=mask.to(device),
         generation_config=config,
         logits_processor=LogitsProcessorList([drawer]),
+        stopping_criteria=StoppingCriteriaList([_TextEnds(end_ids, width)] if end_ids.strings else []),
     )
     return drawn[:, width:].cpu()
 

@@ -27,6 +27,7 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
 from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed
+from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 MAX_TOKENS = 8192
@@ -228,7 +229,7 @@ class RemoteEngine(SamplingEngine):
         self.sync_error = max(errors)
 
     def _request(
-        self, name: str, prompt: Tensor, settings: SamplingSettings, seed: int, end_ids: Sequence[int]
+        self, name: str, prompt: Tensor, settings: SamplingSettings, seed: int, end_ids: Ends
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": name,
@@ -242,12 +243,14 @@ class RemoteEngine(SamplingEngine):
         # All are stated, since a server takes those left out from the model's generation config.
         body |= {"top_p": settings.top_p, "top_k": settings.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
         further = {"logprobs": 1, "stop_token_ids": list(end_ids), "ignore_eos": True, "skip_special_tokens": False}
+        if end_ids.strings:
+            further["stop"] = list(end_ids.strings)
         return (
             body | further | {"prompt": prompt.tolist(), "return_token_ids": True, "return_tokens_as_token_ids": True}
         )
 
     def _completion(
-        self, server: JSONServer, answer: Any, settings: SamplingSettings, end_ids: Sequence[int], tokens: int
+        self, server: JSONServer, answer: Any, settings: SamplingSettings, end_ids: Ends, tokens: int
     ) -> _Drawn:
         """Return the completion that an answer holds; its ids must be below ``tokens``."""
         try:
@@ -277,7 +280,7 @@ class RemoteEngine(SamplingEngine):
             fault = f"answered with log-probabilities above 0: {logprobs[:8]}"
         elif any(token in end_ids for token in ids[:-1]):
             fault = "continued after an end token: it ignores stop_token_ids; use a server that supports them"
-        elif choice.get("finish_reason") == "stop" and ids[-1] not in end_ids:
+        elif choice.get("finish_reason") == "stop" and ids[-1] not in end_ids and end_ids.stop(ids) is None:
             fault = (
                 f"stopped without one of the end tokens {list(end_ids)}; start the server with the policy's tokenizer"
             )
@@ -306,7 +309,7 @@ def scored(
     return tuple(found[row] for row in rows)
 
 
-def _generation_config(settings: SamplingSettings, end_ids: Sequence[int]) -> dict[str, Any]:
+def _generation_config(settings: SamplingSettings, end_ids: Ends) -> dict[str, Any]:
     """Return settings for ``transformers serve``, which otherwise follows the model's own generation config."""
     config = {"do_sample": settings.temperature > 0, "eos_token_id": list(end_ids), "pad_token_id": end_ids[0]}
     if settings.temperature > 0:
@@ -336,9 +339,7 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
     return text
 
 
-def _read_text(
-    tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], limit: int, end_ids: Sequence[int]
-) -> Tensor:
+def _read_text(tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], limit: int, end_ids: Ends) -> Tensor:
     """Return the tokens of a completion that came as text; add an end token if it ended by itself."""
     if not isinstance(choice["text"], str):
         raise ValueError("the text is missing")

@@ -112,10 +112,14 @@ class LearnedScorer(Scorer):
         return self
 
     def shares_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Return whether token ids mean the same to both, so that completions need not be encoded again."""
+        """Return whether token ids mean the same to both, so that completions need not be encoded again.
+
+        A completion that a stop string ended is: its text, without the stop string, gets the end token.
+        """
         mine, theirs = self.tokenizer, tokenizer
         args = tokenization.template_args_of
         same = mine.chat_template == theirs.chat_template and args(mine) == args(theirs)
+        same = same and not tokenization.end_token_ids(theirs).strings
         return same and mine.get_vocab() == theirs.get_vocab()
 
     def has_rows_for(self, sequences: Sequences) -> bool:

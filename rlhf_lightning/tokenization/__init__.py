@@ -24,7 +24,7 @@ from rlhf_lightning.tokenization.encoding import (
     truncate,
     turn_text,
 )
-from rlhf_lightning.tokenization.facts import end_token_ids, facts_of, opening_ids, tokenizer_fingerprint
+from rlhf_lightning.tokenization.facts import Ends, end_token_ids, facts_of, opening_ids, tokenizer_fingerprint
 from rlhf_lightning.tokenization.rendering import (
     Rendered,
     RenderedTurn,
@@ -46,7 +46,8 @@ from rlhf_lightning.tokenization.templates import (
 from rlhf_lightning.tokenization.tokenizers import load_tokenizer, token_ids
 
 __all__ = [
-    "CHAT_TEMPLATES", "PINNED_DATE", "ChatTemplateError", "Encoded", "Rendered", "RenderedTurn", "Span", "TurnsRefused",
+    "CHAT_TEMPLATES", "PINNED_DATE", "ChatTemplateError", "Encoded", "Ends", "Rendered", "RenderedTurn", "Span",
+    "TurnsRefused",
     "completion_text", "encode_completion", "encode_prompt", "encode_rendered", "encode_reply", "encode_steps",
     "end_token_ids", "facts_of", "joined_steps", "load_tokenizer", "opening_ids", "render_answers", "render_completion",
     "render_prompt", "render_steps", "render_turns", "set_template_args", "template_args_of", "token_ids",

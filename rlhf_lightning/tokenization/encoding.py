@@ -65,20 +65,28 @@ def encode_completion(
     return encode_rendered(tokenizer, [render_completion(tokenizer, completion, prompt)])[0][:2]
 
 
-def encode_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, reply: str | Sequence[Message]) -> list[int]:
+def encode_reply(
+    tokenizer: PreTrainedTokenizerBase, turn: Message, reply: str | Sequence[Message], ended: bool = True
+) -> list[int]:
     """Encode what an environment replies to a sampled turn, up to where the assistant's next turn begins.
 
     Args:
         tokenizer: the policy's tokenizer.
         turn: the policy's turn as a message.
         reply: messages, or what follows in plain text.
+        ended: whether the turn has its end token. Messages after a turn that a stop string ended begin with it.
     """
+    first: list[int] = []
     if isinstance(reply, str):
         facts = facts_of(tokenizer)
         rendered = Rendered((Span(guarded(facts, reply), False),), tokenizer.eos_token)
     else:
         rendered = render_reply(tokenizer, turn, reply)
-    return encode_rendered(tokenizer, [rendered])[0].ids
+        if not ended:
+            facts = facts_of(tokenizer)
+            name = (facts.call_end if turn.get("tool_calls") else None) or facts.end_of_turn
+            first = [facts.eos if name is None else facts.control[name]]
+    return first + encode_rendered(tokenizer, [rendered])[0].ids
 
 
 def encode_steps(
@@ -156,9 +164,13 @@ def _encoded(
     return Encoded(ids, supervised, escaped, merges)
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decode a completion up to its first end token, without special tokens, but with thought tags."""
+def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strings: bool = True) -> str:
+    """Decode a completion up to its first end token, without special tokens, but with thought tags.
+
+    With ``strings`` the text ends before the first stop string, too.
+    """
     facts = facts_of(tokenizer)
+    stops = facts.stop_strings if strings else ()
     ends, said = set(end_token_ids(tokenizer)), set(facts.speakable.values())
     special = set(tokenizer.all_special_ids) | {facts.control[name] for name in facts.control}
     kept = []
@@ -167,16 +179,23 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
             break
         kept.append(index)
     if said.isdisjoint(tokenizer.all_special_ids):
-        return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return _before(text, stops)
     kept = [index for index in kept if index in said or index not in special]
-    return tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+    return _before(tokenizer.decode(kept, clean_up_tokenization_spaces=False), stops)
 
 
 def turn_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decode a sampled turn up to its first end token, with every other control token: some mark tool calls."""
-    ends = set(end_token_ids(tokenizer))
+    """Decode a sampled turn up to its first end, with every other control token: some mark tool calls."""
+    ends = end_token_ids(tokenizer)
     kept = list(takewhile(lambda index: index not in ends, map(int, ids)))
-    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return _before(text, ends.strings)
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first of some texts."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def truncate(

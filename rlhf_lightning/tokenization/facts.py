@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
@@ -31,8 +32,44 @@ THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys under which templates look for the thought of a turn."""
 
-STOP_TOKENS = "stop_tokens"
-"""Name in tokenizer_config.json of further tokens that end a completion."""
+STOP_TOKENS, STOP_STRINGS = "stop_tokens", "stop_strings"
+"""Names in tokenizer_config.json of further tokens, and of texts, that end a completion."""
+
+
+class Ends(tuple[int, ...]):
+    """Ids of the tokens that end a completion, and texts that end it with the token that completes them.
+
+    Attributes:
+        strings: the texts, searched in the decoded completion with its control tokens.
+    """
+
+    strings: tuple[str, ...] = ()
+    _tokenizer: PreTrainedTokenizerBase
+    _window: int
+
+    @classmethod
+    def of(cls, ids: Sequence[int], strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Ends:
+        """Return ids and texts together."""
+        made = cls(ids)
+        made.strings, made._tokenizer = tuple(strings), tokenizer
+        # Each token has a byte at least, and a character at most four.
+        made._window = max((len(text.encode()) for text in strings), default=0) + 4
+        return made
+
+    def _in(self, ids: Sequence[int]) -> bool:
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(one in text for one in self.strings)
+
+    def completed(self, ids: Sequence[int]) -> bool:
+        """Return whether the last token of a completion completes a text."""
+        return bool(self.strings) and self._in(ids[-self._window :])
+
+    def stop(self, ids: Sequence[int]) -> int | None:
+        """Return the number of tokens up to the one that completes a text; None if no text is complete."""
+        if not self.strings or not self._in(ids):
+            return None
+        return bisect_left(range(len(ids) + 1), True, key=lambda count: self._in(ids[:count]))
+
 
 OWN_KEYS = ("weight", "tools")
 """Keys of a message that templates do not get."""
@@ -72,6 +109,7 @@ class Facts:
             text has null content; None if it ignores tool calls.
         dated: whether the template writes a date.
         stops: ids of further tokens that end a completion.
+        stop_strings: texts that end a completion.
         answer_is_last: for roles of turns, whether the template writes the last of them last.
     """
 
@@ -89,6 +127,7 @@ class Facts:
         vocabulary = tokenizer.get_vocab() if tokenizer.init_kwargs.get(STOP_TOKENS) else {}
         stops = tokenizer.init_kwargs.get(STOP_TOKENS, ())
         self.stops = tuple(vocabulary[name] for name in stops if name in vocabulary)
+        self.stop_strings = tuple(tokenizer.init_kwargs.get(STOP_STRINGS, ()))
         added = tokenizer.added_tokens_decoder
         unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in (self.eos, tokenizer.bos_token_id) else None
         self.unknown = None if unknown is None else (tokenizer.unk_token, unknown)
@@ -273,7 +312,7 @@ def _call_in(form: Literal["object", "text"], call: dict[str, Any]) -> dict[str,
 def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     args = template_args_of(tokenizer)
     written = json.dumps(args, sort_keys=True, default=str) if args else ""
-    stops = tuple(tokenizer.init_kwargs.get(STOP_TOKENS, ()))
+    stops = tuple(tuple(tokenizer.init_kwargs.get(name, ())) for name in (STOP_TOKENS, STOP_STRINGS))
     return (tokenizer.chat_template, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, stops, written)
 
 
@@ -289,9 +328,10 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     return facts
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a completion: EOS, and the chat template's ends of a turn."""
-    return facts_of(tokenizer).ends
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """Return what ends a completion: EOS, the chat template's ends of a turn, stop tokens, and stop strings."""
+    facts = facts_of(tokenizer)
+    return Ends.of(facts.ends, facts.stop_strings, tokenizer)
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
-from rlhf_lightning.tokenization.facts import STOP_TOKENS, end_token_ids
+from rlhf_lightning.tokenization.facts import STOP_STRINGS, STOP_TOKENS, end_token_ids
 from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, set_template_args, template_args_of
 
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -30,6 +30,7 @@ def load_tokenizer(
     template_args: Mapping[str, Any] | None = None,
     new_tokens: Sequence[str] = (),
     stop_tokens: Sequence[str] = (),
+    stop_strings: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
 
@@ -48,11 +49,12 @@ def load_tokenizer(
             see `templates.set_template_args`.
         new_tokens: texts that become tokens of their own, where they are not yet.
         stop_tokens: tokens that end a completion too; added to those of the folder's generation config.
+        stop_strings: texts that end a completion too; added likewise.
 
     Raises:
         MissingError: if there is no tokenizer under that name.
         ModelError: if the template is not found, there is no EOS token, or spaces are lost.
-        SettingError: if a stop token is not a single token.
+        SettingError: if a stop token is not a single token, or a stop string is empty.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
@@ -90,9 +92,11 @@ def load_tokenizer(
     if args := {**template_args_of(tokenizer), **(template_args or {})}:
         set_template_args(tokenizer, args)
     _ensure_pad(tokenizer)
-    stops = [*_generation_ends(tokenizer, str(name_or_folder)), *(_single(tokenizer, stop) for stop in stop_tokens)]
-    if stops := list(dict.fromkeys([*tokenizer.init_kwargs.get(STOP_TOKENS, ()), *stops])):
-        tokenizer.init_kwargs[STOP_TOKENS] = stops
+    tokens, strings = _generation_ends(tokenizer, str(name_or_folder))
+    tokens += [_single(tokenizer, stop) for stop in stop_tokens]
+    for name, stops in ((STOP_TOKENS, tokens), (STOP_STRINGS, [*strings, *map(_not_empty, stop_strings)])):
+        if known := list(dict.fromkeys([*tokenizer.init_kwargs.get(name, ()), *stops])):
+            tokenizer.init_kwargs[name] = known
     return tokenizer
 
 
@@ -107,18 +111,27 @@ def _refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, name: str | Path) ->
         )
 
 
-def _generation_ends(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Return the special tokens that end a completion by a folder's generation config: chat models have several."""
+def _generation_ends(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[str], list[str]]:
+    """Return the special tokens, and the texts, that end a completion by a folder's generation config."""
     folder, file = Path(name), "generation_config.json"
     path: Any = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)
     try:
-        found = json.loads(Path(str(path)).read_text(encoding="utf-8")).get("eos_token_id")
+        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        found, texts = config.get("eos_token_id"), config.get("stop_strings") or []
     except (OSError, ValueError, AttributeError):
-        return []
+        return [], []
+    texts = [text for text in ([texts] if isinstance(texts, str) else texts) if isinstance(text, str) and text]
     ids = found if isinstance(found, list) else [found]
     other = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     known = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return [known[index].content for index in ids if isinstance(index, int) and index in known and index not in other]
+    named = [index for index in ids if isinstance(index, int) and index in known and index not in other]
+    return [known[index].content for index in named], texts
+
+
+def _not_empty(stop: str) -> str:
+    if not stop:
+        raise SettingError("stop-string-empty", "a stop string is empty, and would end every completion; remove it")
+    return stop
 
 
 def _single(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:

@@ -171,7 +171,8 @@ class RolloutCollector:
         refuse_empty(batch.prompts)
         ends = tokenization.end_token_ids(tokenizer)
         request = SamplingRequest(batch.prompts, batch.episodes, self.sampling, self.seed, ends, None, None)
-        self.started[key] = self.engine.start(policy, request)
+        begun = self.engine.start(policy, request)
+        self.started[key] = lambda: begun().cut(ends)
 
     def started_episodes(self) -> dict[int, dict[str, Any]]:
         """Wait for all started episodes, and return each as plain values, for a checkpoint."""

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -89,6 +89,8 @@ class AlignmentModule(LightningModule):
             adapter trains their rows too.
         stop_tokens: further tokens that end a completion; EOS, the template's end of a turn and those of the model's
             generation config always do.
+        stop_strings: texts that end a completion, such as "\\nUser:"; the tokens keep the stop string, the text ends
+            before it.
         from_scratch: draw new weights from the config in ``init_from`` instead of loading weights.
         trust_remote_code: hub ids or folders whose custom modelling code may be executed; other models that need
             custom code are refused.
@@ -167,6 +169,7 @@ class AlignmentModule(LightningModule):
         template_args: dict[str, Any] | None = None,
         new_tokens: list[str] | None = None,
         stop_tokens: list[str] | None = None,
+        stop_strings: list[str] | None = None,
         from_scratch: bool = False,
         trust_remote_code: list[str] | None = None,
         self_check: bool = True,
@@ -204,7 +207,8 @@ class AlignmentModule(LightningModule):
         self.save_hyperparameters(checkpoint_state.plain(dict(self.hparams)))  # loadable without running code
         check_ranges(type(self), self.hparams)
         self.init_from, self.tokenizer_name, self.chat_template = init_from, tokenizer, chat_template
-        self.template_args, self.new_tokens, self.stop_tokens = template_args, new_tokens, stop_tokens
+        self.template_args, self.new_tokens = template_args, new_tokens
+        self.stop_tokens, self.stop_strings = stop_tokens, stop_strings
         trusted = tuple(trust_remote_code or ())
         self.load_settings = LoadSettings(
             from_scratch, dtype, attn_implementation, activation_checkpointing, seed, quantization, frozen_dtype,
@@ -273,7 +277,13 @@ class AlignmentModule(LightningModule):
             name = self.tokenizer_name or resolve_folder(self.init_from)
             trusted = trusts(name, self.load_settings.trust_remote_code)
             self._tokenizer = tokenization.load_tokenizer(
-                name, self.chat_template, trusted, self.template_args, self.new_tokens or (), self.stop_tokens or ()
+                name,
+                self.chat_template,
+                trusted,
+                self.template_args,
+                self.new_tokens or (),
+                self.stop_tokens or (),
+                self.stop_strings or (),
             )
         return self._tokenizer
 
@@ -457,8 +467,9 @@ class AlignmentModule(LightningModule):
     on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
-        """Refuse weights of a checkpoint that are not finite."""
+        """Refuse weights of a checkpoint that are not finite, and check the model's forward."""
         self.refuse_nonfinite_weights()
+        self._check_weights(self.children())
 
     def refuse_nonfinite_weights(self) -> None:
         """Refuse to evaluate a checkpoint with NaN or infinity in its weights; training has its own guard.
@@ -474,12 +485,18 @@ class AlignmentModule(LightningModule):
         for model in self.frozen_models():
             model.to(self.device).eval()
         self._check_data()
-        if self.load_settings.self_check and not self._weights_checked:
+        if self._check_weights((*self.children(), *self.frozen_models())):
+            self._note_layout()
+
+    def _check_weights(self, models: Iterable[nn.Module]) -> bool:
+        """Check the real weights of models once; return whether that was now."""
+        checked = self.load_settings.self_check and not self._weights_checked
+        if checked:
             self._weights_checked = True
-            for model in (*self.children(), *self.frozen_models()):
+            for model in models:
                 if isinstance(model, CausalLM | ScalarModel):
                     check_weights(model, self.trainer.precision_plugin.forward_context())
-            self._note_layout()
+        return checked
 
     def _check_data(self) -> None:
         """Refuse rows that a model has no embeddings or positions for, before the first step."""

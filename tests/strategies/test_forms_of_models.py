@@ -1,4 +1,4 @@
-"""Forms of adapters, and models that compute their logits themselves, on two ranks: the same as on one."""
+"""Forms of adapters, and models that compute their logits themselves, on several ranks: the same as on one."""
 
 from pathlib import Path
 from typing import Any
@@ -49,3 +49,16 @@ def test_a_form_learns_the_same_on_two_ranks(
     expected = rank_cases.train(name, policy_folder, "auto", **settings)
     run = {"name": name, "folder": policy_folder, "strategy": strategy, "accumulation": accumulation, **settings}
     assert_equal(pool.run(2, "train", **run), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_learns_the_same_on_more_ranks(
+    pool: RankPool, policy_folder: str, form: str, strategy: str, ranks: int
+) -> None:
+    name, settings = FORMS[form]
+    expected = rank_cases.train(name, policy_folder, "auto", **settings)
+    run = {"name": name, "folder": policy_folder, "strategy": strategy, **settings}
+    assert_equal(pool.run(ranks, "train", **run), expected)

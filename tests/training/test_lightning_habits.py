@@ -255,6 +255,15 @@ def test_predict_returns_rows_of_a_datamodule(policy_folder: str) -> None:
     assert [row["prompt"] for row in found] == ["w2"]
 
 
+def test_predict_checks_the_weights_as_other_commands_do(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr("rlhf_lightning.training.module.check_weights", lambda model, context: checked.append(model))
+    module = SFTModule(init_from=policy_folder)
+    module.sampling = replace(module.sampling, max_new_tokens=3)
+    quiet_trainer().predict(module, PromptDataModule([{"prompt": "w1"}], eval_source=[{"prompt": "w2"}]))
+    assert checked == [module.policy]
+
+
 def test_a_datamodule_alone_is_told_what_it_lacks() -> None:
     data = rows()
     with refused("no-tokenizer-set", "tokenizer"):
