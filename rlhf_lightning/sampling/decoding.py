@@ -221,7 +221,7 @@ def takes_positions(model: CausalLM) -> bool:
 
 
 REFILLED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
-"""Kinds of cached layers of which a slot can be refilled."""
+"""Kinds of cached layers whose slots can be refilled."""
 
 
 def default_decoding(model: CausalLM, checked: bool = False) -> Decoding:
