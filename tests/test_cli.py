@@ -1,6 +1,7 @@
 """`rlhf`: the table of commands, what is imported when, and how a failure is said."""
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -106,6 +107,23 @@ def test_interrupts_and_closed_pipes_end_quietly(command, capfd):
 
     assert command(interrupted) == 130
     assert capfd.readouterr().err == "rlhf: interrupted\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+def test_characters_that_the_terminal_lacks_end_no_command(encoding, command, monkeypatch):
+    screens = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, screen in screens.items():
+        monkeypatch.setattr(sys, name, screen)
+
+    def says(argv):
+        print("\u65e5 \ud800 caf\u00e9")
+        raise ValueError("beta is \u03b2")
+
+    assert command(says) == 1
+    for screen in screens.values():
+        screen.flush()
+    assert "\\ud800" in screens["stdout"].buffer.getvalue().decode(encoding)
+    assert "beta is" in screens["stderr"].buffer.getvalue().decode(encoding)
 
 
 def test_out_of_memory_names_what_to_lower():

@@ -90,8 +90,11 @@ def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
             yield f"progress has {name} {count!r}"
     if not {"backbone", "adapter", "quantization"} <= set(state["started_from"]):
         yield "started_from lacks fingerprints"
-    if not all(isinstance(name, str) for name in (*state["trained"], *(state.get("trainable") or []))):
+    if not all(isinstance(name, str) for name in state["trained"]):
         yield "trained is not a list of names"
+    trainable = state.get("trainable", state["trained"])
+    if not isinstance(trainable, list) or not trainable or not all(name in state["trained"] for name in trainable):
+        yield "trainable is not a list of names in trained"
     if not isinstance(state.get("asked"), Mapping | None):
         yield "asked is not a mapping"
     if not resumes:

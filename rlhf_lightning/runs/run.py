@@ -276,6 +276,18 @@ def find_run(name: str, runs: str = "runs") -> Path:
     raise MissingError("unknown-run", f"no run found at {name}; {hint}")
 
 
+def status_of(folder: Path) -> str | None:
+    """Return the status of a run's last session; None if its manifest names none.
+
+    Raises:
+        DataError: the manifest is damaged.
+    """
+    manifest = folder / MANIFEST_FILE
+    sessions = read_record(manifest).get("sessions") if manifest.is_file() else None
+    last = sessions[-1] if isinstance(sessions, list) and sessions else None
+    return str(last["status"]) if isinstance(last, dict) and "status" in last else None
+
+
 def _was_trained(folder: Path) -> bool:
     """Whether a version is a training run and not an evaluation under the same name."""
     if (folder / CHECKPOINTS_FOLDER).is_dir():

@@ -110,8 +110,13 @@ class Scorer:
         return self
 
     def weights_hash(self) -> str | None:
-        """Return the hash of the weights that scores come from; None if there are none on this machine."""
-        return None
+        """Identify the weights behind the scores, those of the scorers and judges that this one asks included.
+
+        A resumed run compares them. None if there are none on this machine.
+        """
+        asked = {name: value for name, value in vars(self).items() if hasattr(value, "weights_hash")}
+        found = {name: one for name, value in asked.items() if (one := value.weights_hash()) is not None}
+        return str(sorted(found.items())) if found else None
 
     def take_metrics(self) -> dict[str, Tensor]:
         """Return metrics since the last call, one value per scored completion; NaN values do not count.

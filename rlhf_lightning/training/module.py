@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.compat import attached_datamodule, attached_trainer, set_logged_step
-from rlhf_lightning.errors import ContractError, SettingError, undefined
+from rlhf_lightning.errors import ContractError, SettingError, StateError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
@@ -899,11 +899,18 @@ class AlignmentModule(LightningModule):
         """Load the weights in a checkpoint.
 
         Raises:
-            StateError: ``checkpoint-does-not-fit``: a trainable weight is missing, or a weight is unknown.
+            StateError: ``checkpoint-does-not-fit``: a trainable weight is missing or has another shape, or a weight is
+                unknown.
         """
         if strict:
             checkpoint_state.check_names(self, set(state_dict))
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        try:
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:  # torch's, with a line for each weight
+            first = " ".join("\n".join(str(error).splitlines()[1:2]).split())
+            raise StateError(
+                "checkpoint-does-not-fit", f"the checkpoint does not fit {type(self).__name__}: {first}"
+            ) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the module's state other than weights; an override calls this and adds its own."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from safetensors.torch import load, save_file
 from tiny_run import BASIC, UPDATES
 
 from rlhf_lightning.cli import main as rlhf
@@ -55,6 +57,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a callback's state is a text": lambda state: {**state, "callbacks": dict.fromkeys(state["callbacks"], "x")},
     "loops a text": with_value("loops", "x"),
     "loops without parts": with_value("loops", {"fit_loop": {}}),
+    "trainable a text": with_value("trainable", "x"),
+    "trainable empty": with_value("trainable", []),
+    "trainable of other names": with_value("trainable", ["x"]),
     "progress negative": lambda state: {**state, "progress": dict.fromkeys(state["progress"], -5)},
     "random empty": with_value("random", []),
     "a list": lambda state: [state],
@@ -73,6 +78,16 @@ def test_a_tampered_checkpoint_is_refused_in_one_sentence(name: str, trained: No
     said = capsys.readouterr().err
     assert status in (1, 2) and said.startswith("rlhf") and "checkpoint" in said and "Traceback" not in said, said
     assert {path.name for path in before} <= {path.name for path in RUN.rglob("*")}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tampered_checkpoint_is_exported_or_refused_in_one_sentence(name: str, trained: None, capsys: Any) -> None:
+    tamper(CHANGES[name])
+    capsys.readouterr()
+    status = rlhf(["export", str(RUN), "--out", "exported", "--import", "tiny_run"])
+    said = capsys.readouterr().err
+    assert status == 0 or (status == 1 and said.startswith("rlhf: ") and said.count("\n") == 1), said
+    assert status or "state_dict" not in name
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"sessions": 7}', "\x00" * 40])
@@ -149,3 +164,39 @@ def test_a_resumed_run_takes_no_other_seed(part: str, trained: None, capsys: Any
 def test_seed_everything_of_a_resumed_run_is_said_to_have_no_effect(trained: None, capsys: Any) -> None:
     assert run([*RESUME, "--seed_everything", "7"]).model.updates == 2 * UPDATES
     assert "seed_everything 7 has no effect on a resumed run" in capsys.readouterr().out
+
+
+REWARD = {"class_path": "LearnedScorer", "init_args": {"folder": "reward"}}
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "reward",
+        {"class_path": "WeightedSum", "init_args": {"scorers": {"a": REWARD, "b": REWARD}}},
+        {"class_path": "NoisyTruth", "init_args": {"truth": REWARD}},
+        {"class_path": "ProcessScorer", "init_args": {"folder": "reward", "separator": ";"}},
+    ],
+)
+def test_a_run_is_not_resumed_with_other_weights_of_its_reward_model(
+    scorer: Any, policy_folder: str, reward_folder: str, capsys: Any
+) -> None:
+    shutil.copytree(reward_folder, "reward")
+    Path("rows.jsonl").write_text('{"prompt": "a question"}\n' * 4)
+    config = {
+        "model": {"class_path": "GRPOModule", "init_args": {
+            "init_from": policy_folder, "scorer": scorer, "max_new_tokens": 3}},
+        "data": {"class_path": "PromptDataModule", "init_args": {
+            "source": "rows.jsonl", "samples_per_prompt": 2, "batch_size": 4, "rollouts": 1}},
+        "run_name": "rl", "samples": {"prompts": 0},
+    }  # fmt: skip
+    Path("grpo.yaml").write_text(json.dumps(config))
+    assert rlhf(["fit", "--config", "grpo.yaml"]) == 0
+    resume = ["fit", "--resume", "runs/rl/version_0", "--data.rollouts", "2"]
+    weights = Path("reward/model.safetensors")
+    before = weights.read_bytes()
+    save_file({name: value + 1e-3 for name, value in load(before).items()}, weights, {"format": "pt"})
+    capsys.readouterr()
+    assert rlhf(resume) == 1 and "scores of another reward model" in capsys.readouterr().err
+    weights.write_bytes(before)
+    assert rlhf(resume) == 0

@@ -201,6 +201,37 @@ def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
         assert not set(half_made()) - journals, moment
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_annotate_ends_with_the_signals_status_before_and_while_it_serves(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn  # noqa: F401 - imported here, and not again in each fork
+
+    from rlhf_lightning.people import serving
+
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b c", "rejected": "c"}\n' * 3)
+    argv = ["annotate", "feedback.db", "--pairs", "pairs.jsonl", "--port", "0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(serving, "print_urls", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        status, said, calls = run_with(argv)
+    assert status == 130, said
+    for moment in (*spread(calls, 3), calls + 400):
+        Path("feedback.db").unlink(missing_ok=True)
+        status, said, _ = run_with(argv, [(moment, number)])
+        assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
+        assert not half_made(), moment
+        assert run_with(["annotate", "export", "feedback.db", "labels.jsonl"])[0] in (0, 1)  # whole, or not there
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("moment", [300, 30_000, 600_000])
+def test_quickstart_never_ends_a_signal_with_success(moment: int, number: int) -> None:
+    status, said, calls = run_with(["quickstart", "--out", "quick"], [(moment, number)])
+    training = status == RESUMABLE and number == signal.SIGTERM
+    assert training or status == 128 + number, (moment, calls, status, said)
+    assert "Traceback" not in said and not half_made("quick"), half_made("quick")
+
+
 def test_handlers_are_the_callers_again_and_workers_die_as_before() -> None:
     before = signal.getsignal(signal.SIGTERM)
     received: list[int] = []

@@ -109,6 +109,8 @@ def cut(argv, number, holder, name, times):
     left = [times]
 
     def work():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup, or in the background, ignores them
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         original = getattr(holder, name)
 
         def counted(*args, **kwargs):
@@ -139,6 +141,17 @@ KILLS = [
     (ModelExport, "on_train_batch_end", 3),
     (ModelExport, "on_train_end", 1),
 ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("holder", "name"),
+    [(loop_steps, "write_lines"), (FeedbackStore, "judge"), (ModelExport, "on_train_batch_end")],
+)
+def test_a_loop_ends_with_the_signals_status(flags, holder, name, number):
+    status, said = cut(flags, number, holder, name, 1)
+    training = holder is ModelExport and number == signal.SIGTERM
+    assert status == (75 if training else 128 + number) and "Traceback" not in said, said
 
 
 @pytest.mark.drill

@@ -284,3 +284,20 @@ def test_rows_enter_at_the_last_column_and_leave_from_any_slot() -> None:
     keys, _ = layer.update(states([15], [21]), -states([15], [21]))
     assert keys[0, 0, :, 0].tolist() == [0, 0, 2, 6, 9, 10, 11, 12, 13, 14, 15]
     assert keys[1, 0, :, 0].tolist() == [20.0] * 10 + [21]
+
+
+@pytest.mark.parametrize("slots", [2, None])
+def test_a_stop_takes_effect_before_the_next_pass(
+    slots: int | None, policy: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(policy, monkeypatch)
+    counts: list[int] = []
+
+    def stop(count: int) -> None:
+        counts.append(len(passes.shapes))
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(policy, slots, on_progress=stop)
+    assert len(passes.shapes) == counts[1] <= counts[0] + 2

@@ -14,7 +14,7 @@ from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
-from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.loading import LoadSettings, content_hash
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, as_text, first_paragraphs, no_answer
@@ -127,11 +127,11 @@ class LocalJudge:
         reasoning_tokens: int = 256,
         name: str | None = None,
     ) -> None:
+        self.folder = resolve_folder(model) if isinstance(model, str) else None
         if isinstance(model, str):
             self.name = name or model
-            folder = resolve_folder(model)
             self.model = load_model(model, dtype)
-            self.tokenizer = load_tokenizer(folder, chat_template, template_args=template_args)
+            self.tokenizer = load_tokenizer(str(self.folder), chat_template, template_args=template_args)
         else:
             if tokenizer is None:
                 raise SettingError(
@@ -143,6 +143,10 @@ class LocalJudge:
         self.letters = [letter_ids(self.tokenizer, letter) for letter in "AB"]
         settings = SamplingSettings(max_new_tokens=reasoning_tokens, temperature=0.0, batch_size=16)
         self.thinker = LocalWriter(self.model, self.tokenizer, settings, 0, self.name)
+
+    def weights_hash(self) -> str | None:
+        """Return the hash of the weights, to notice on resume that they have changed."""
+        return None if self.folder is None else content_hash(self.folder)
 
     def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
         """Answer the questions, in batches of similar length."""
