@@ -22,6 +22,12 @@ from rlhf_lightning import working_directory
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 
+def _text_of(path: Path, errors: str = "strict") -> str:
+    if path.exists() and not path.is_file():
+        raise DataError("not-a-file", f"{path} is a folder, a pipe or a device: put a file there, or remove it")
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file that this package wrote.
 
@@ -29,7 +35,7 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: ``invalid-json``: the file is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_text_of(path))
         if isinstance(found, dict):
             return found
         reason = f"it holds a {type(found).__name__} instead of an object"
@@ -45,12 +51,35 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         DataError: ``invalid-json``: a line is damaged.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+    # Not splitlines(): texts may hold U+2028 and other ends of lines that JSON does not escape.
+    for number, line in enumerate(_text_of(path, "surrogateescape").split("\n"), 1):
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
+            reason = "" if not rows or isinstance(rows[-1], dict) else "it is not an object"
         except (ValueError, RecursionError) as error:
-            raise DataError("invalid-json", f"line {number} of {path} is damaged ({error}); delete the line") from error
+            reason = str(error)
+        if reason:
+            raise DataError("invalid-json", f"line {number} of {path} is damaged ({reason}); delete the line")
     return rows
+
+
+DEEPEST = 64
+"""Levels of nested JSON in a row, a request or a call: what walks them by recursion would fail far below 1000."""
+
+
+def is_too_deep(value: Any) -> bool:
+    """Tell whether lists and objects are nested in more than `DEEPEST` levels."""
+    layer: list[Any] = [[value]]
+    for _ in range(DEEPEST + 1):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, Mapping | list | tuple)
+        ]
+        if not layer:
+            return False
+    return True
 
 
 def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:

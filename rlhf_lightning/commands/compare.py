@@ -165,6 +165,11 @@ def samples_of(comparison: "RunComparison") -> list[dict[str, Any]]:
     return [{"prompt": prompt, "sides": sides} for prompt, sides in list(found.items())[:SHOWN_PROMPTS]]
 
 
+def plain(text: str) -> str:
+    """Return a text as a label that matplotlib does not read as a formula."""
+    return text[:80].replace("$", "\\$")
+
+
 def draw_curves(comparison: "RunComparison", path: Path) -> Path:
     """Draw the curves of all arms, a panel for each metric, and return the path."""
     import matplotlib
@@ -182,9 +187,9 @@ def draw_curves(comparison: "RunComparison", path: Path) -> Path:
         for number, arm in enumerate(comparison.arms):
             if (curve := comparison.curve(arm, metric)) is not None:
                 colour, dots = f"C{number % 10}", "o" if len(curve.x) < 12 else ""
-                axis.plot(curve.x, curve.mean, color=colour, label=arm, marker=dots, markersize=3)
+                axis.plot(curve.x, curve.mean, color=colour, label=plain(arm), marker=dots, markersize=3)
                 axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-        axis.set_title(metric, fontsize=10)
+        axis.set_title(plain(metric), fontsize=10)
         axis.set_xlabel(comparison.axis)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(frameon=False, fontsize=8)
@@ -215,7 +220,7 @@ def draw_reward_kl(comparison: "RunComparison", path: Path) -> Path:
         colour = f"C{number % 10}"
         axis.plot(curves[0].mean, reward, color=colour, alpha=0.4)
         half = [np.nan_to_num(high - mean) for mean, _, high in ends]
-        axis.errorbar(ends[0][0], ends[1][0], half[1], half[0], "o", color=colour, capsize=3, label=arm)
+        axis.errorbar(ends[0][0], ends[1][0], half[1], half[0], "o", color=colour, capsize=3, label=plain(arm))
     axis.set_xlabel(f"{pair[0]}, nats per completion")
     axis.set_ylabel(pair[1])
     axis.grid(alpha=0.3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.data.canonical import RowRefused
 from rlhf_lightning.data.turns import TURN_KEYS, messages_of, tools_of, unused_keys
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, printable
 from rlhf_lightning.loading import nearest
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization.rendering import render_prompt
@@ -61,7 +60,7 @@ class BadRequest(SettingError):
 
     def __init__(self, field: str, fault: str) -> None:
         super().__init__("bad-request", f"{field} {fault}")
-        self.field = field
+        self.field = printable(field)
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
             if value in NEUTRAL[name] and not (isinstance(value, bool) and value not in (False, True)):
                 continue
             raise BadRequest(name, f"is {shortened(value)}, which this server cannot do: leave it out")
-        near = nearest(str(name), known)
+        near = nearest(str(name)[:100], known)
         raise BadRequest(
             str(name)[:100], "is not a field of this request" + (f"; did you mean {near}?" if near else "")
         )
@@ -246,7 +245,7 @@ def _whole(given: Mapping[str, Any], name: str, default: Any, least: int, most: 
 
 def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise BadRequest(name, f"is {shortened(value)}: it must be a number")
     return float(value)
 

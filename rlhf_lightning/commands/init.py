@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import keyword
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from rlhf_lightning.errors import SettingError, StateError
 
 TEMPLATES = Path(__file__).with_name("project")
+FOLDERS = ("configs", "data", "runs", "tests")
+"""Folders of a project, whose names its package cannot have."""
 SIZES = {"demonstrations": 2000, "pairs_train": 4000, "pairs_test": 400}
 
 
@@ -37,6 +40,11 @@ def write_project(folder: Path, seed: int = 0) -> Path:
         raise SettingError(
             "invalid-name",
             f"{name!r} cannot name a Python package: use letters, digits and _, such as {near}",
+        )
+    installed = importlib.util.find_spec(name)
+    if name in FOLDERS or (installed is not None and installed.origin is not None):
+        raise SettingError(
+            "invalid-name", f"{name!r} is an installed package or a folder of the project: choose another, as my_{name}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StateError("folder-not-empty", f"{folder} exists already: name another folder, or empty this one")

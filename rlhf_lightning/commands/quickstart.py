@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from rlhf_lightning.evaluation.report import (
     write_json,
     write_markdown,
 )
+from rlhf_lightning.loading import read_records
 from rlhf_lightning.recipes import FOLDER
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def evaluate(
 
     sampling = SamplingSettings(max_new_tokens=48)
     tokenizer = load_tokenizer(runs["sft"].model)
-    prompts = [row["prompt"] for row in _rows(out / "world" / "prompts_test.jsonl")]
+    prompts = [row["prompt"] for row in read_records(out / "world" / "prompts_test.jsonl")]
     reference = load_reference(runs["sft"].model)
     strong, weak = (LearnedScorer(runs[stage].model) for stage in ("reward", WEAK))
 
@@ -162,7 +162,8 @@ def evaluate(
         where = "best of n", float(best_of_n_kl(n)), gold["mean"], score["mean"], gold["ci"], score["ci"]
         points.append(FrontierPoint(*where, label=f"n={n}" if n > 1 else "sft"))
     best = {point.label: point for point in points}
-    shown = [(row["prompt"], row["completion"][-1]["content"]) for row in _rows(out / "world" / "demonstrations.jsonl")]
+    demonstrations = read_records(out / "world" / "demonstrations.jsonl")
+    shown = [(row["prompt"], row["completion"][-1]["content"]) for row in demonstrations]
     shown_gold = mean_with_interval(torch.tensor([gold_of_conversation(*pair) for pair in shown]), seed)
     accuracy = runs["reward"].metrics["val/accuracy"]
     report: dict[str, Any] = {
@@ -196,10 +197,6 @@ def evaluate(
     free_path = [point for point in points if point.method == NAMES[FREE]]
     report["over_optimisation"] = [{name: getattr(point, name) for name in names} for point in free_path]
     return report, samples, points
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _point(stage: str, found: dict[str, Any], update: int) -> FrontierPoint:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import RlhfError, SettingError, StateError, is_out_of_memory
+from rlhf_lightning.loading import is_too_deep
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -418,6 +419,6 @@ async def _body_of(request: "Request") -> Mapping[str, Any]:
         body = json.loads(await request.body())
     except (ValueError, RecursionError):
         raise HTTPException(400, "the request is not JSON") from None
-    if not isinstance(body, dict):
-        raise HTTPException(400, "the request is not a JSON object")
+    if not isinstance(body, dict) or is_too_deep(body):
+        raise HTTPException(400, "the request is not a JSON object, or is nested too deep")
     return body

@@ -28,6 +28,7 @@ from rlhf_lightning.loading import read_record, read_yaml
 SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
 MOST_PREEMPTIONS = 20
 """Times in a row that a run is resumed after exit status 75."""
+MOST_RUNS = 10_000
 OWNED = ("seed_everything", "run_name", "runs_folder", "resume", "ckpt_path")
 """Settings that the sweep itself gives to each run."""
 
@@ -136,15 +137,22 @@ def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None 
         )
     choices = {name: [] if ranges[name] else _values(name, value) for name, value in over}
     if draws is None:
+        _check_count(math.prod(map(len, choices.values())) * seeds)
         arms = [dict(zip(names, values, strict=True)) for values in itertools.product(*choices.values())]
     else:
+        _check_count(draws * seeds)
         lot = random.Random("arms")
         finite = math.inf if any(ranges.values()) else math.prod(map(len, choices.values()))
-        arms = []
-        while len(arms) < min(draws, finite):
-            arm = {name: _drawn(found, lot) if found else lot.choice(choices[name]) for name, found in ranges.items()}
-            if arm not in arms:
-                arms.append(arm)
+        drawn: dict[tuple[str, ...], None] = {}
+        vain = 0
+        while len(drawn) < min(draws, finite):
+            arm = tuple(_drawn(found, lot) if found else lot.choice(choices[name]) for name, found in ranges.items())
+            vain = vain + 1 if arm in drawn else 0
+            drawn[arm] = None
+            if vain > 100_000:
+                many = f"the ranges hold {len(drawn)} values of four digits"
+                raise SettingError("range-too-narrow", f"{many}: ask for fewer than {draws} --random arms")
+        arms = [dict(zip(names, arm, strict=True)) for arm in drawn]
     labels = [arm_name(arm) for arm in arms]
     if repeated := {label for label in labels if labels.count(label) > 1}:
         raise SettingError("ambiguous-arms", f"several arms would be called {', '.join(sorted(repeated))}: merge them")
@@ -153,6 +161,12 @@ def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None 
         for seed in range(seeds)
         for label, arm in zip(labels, arms, strict=True)
     ]
+
+
+def _check_count(runs: int) -> None:
+    if runs > MOST_RUNS:
+        most = f"a sweep has at most {MOST_RUNS:,} runs, and these are {runs:,}"
+        raise SettingError("too-many-runs", f"{most}: ask for fewer")
 
 
 def arm_name(arm: dict[str, str]) -> str:
@@ -168,7 +182,7 @@ def _values(name: str, text: str) -> list[str]:
         values = [item if isinstance(item, str) else json.dumps(item) for item in found]
     else:
         values = text.split(",")
-    if not all(value.strip() for value in values):
+    if not values or not all(value.strip() for value in values):
         raise SettingError("bad-assignment", f"{name}={text} has an empty value: write null for none")
     return list(dict.fromkeys(value.strip() for value in values))
 
@@ -182,8 +196,8 @@ def _range(text: str) -> tuple[float, float, bool] | None:
         low, high = float(match[2]), float(match[3])
     except ValueError:
         return None
-    if low >= high or (match[1] and low <= 0):
-        raise SettingError("bad-assignment", f"{text} is an empty range, or a logarithmic one that reaches 0")
+    if not low < high or not math.isfinite(high - low) or (match[1] and low <= 0):
+        raise SettingError("bad-assignment", f"{text} is an empty or infinite range, or a logarithmic one with 0 in it")
     return low, high, bool(match[1])
 
 
@@ -221,7 +235,7 @@ def state_of(folder: Path, run: PlannedRun) -> tuple[str, Path | None]:
     """Return a run's state (new, finished, running, interrupted) and its folder, if it has one."""
     from rlhf_lightning.errors import MissingError, StateError
     from rlhf_lightning.runs.checkpoint_files import last_checkpoint
-    from rlhf_lightning.runs.run import MANIFEST_FILE, acquire_lock, find_run, release_lock
+    from rlhf_lightning.runs.run import acquire_lock, find_run, release_lock, status_of
 
     try:
         found = find_run(str(folder / run.name), str(folder))
@@ -231,9 +245,7 @@ def state_of(folder: Path, run: PlannedRun) -> tuple[str, Path | None]:
         release_lock(acquire_lock(found))
     except StateError:
         return "running", found
-    manifest = found / MANIFEST_FILE
-    sessions = read_record(manifest).get("sessions", []) if manifest.is_file() else []
-    if sessions and sessions[-1]["status"] == "finished":
+    if status_of(found) == "finished":
         return "finished", found
     try:
         last_checkpoint(found)

@@ -146,7 +146,7 @@ class Guard:
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             return 415, "a request is JSON"
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.largest_body:
+        if length.isdecimal() and int(length) > self.largest_body:
             return 413, f"a request has at most {self.largest_body:,} bytes"
         return None
 

@@ -42,6 +42,7 @@ from rlhf_lightning.data.turns import (
     with_user,
 )
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.loading import is_too_deep
 from rlhf_lightning.types import Message, Prompt
 
 LABELS = ("preference", "margin", "weight")
@@ -298,10 +299,6 @@ def kind_of(columns: Iterable[str], where: str) -> str:
     raise no_form(found, tuple(dict.fromkeys(form for kind in KINDS.values() for form in kind.forms)), where)
 
 
-DEEPEST = 64
-"""Levels of lists and objects in a row: what is deeper could not be written to JSON and read again everywhere."""
-
-
 def read_row(
     row: Row | Unreadable, read: Reader, as_chat: bool = False, columns: Mapping[str, str] | None = None
 ) -> CanonicalRow:
@@ -318,7 +315,7 @@ def read_row(
     """
     if isinstance(row, Unreadable):
         raise RowRefused(row.reason)
-    if _deeper(row, DEEPEST):
+    if is_too_deep(row):
         raise RowRefused("too_deep")
     if columns:
         covered = set(columns.values()) - set(columns)
@@ -332,20 +329,6 @@ def read_row(
     except (UnicodeError, ValueError, TypeError):
         raise RowRefused("broken_text") from None
     return canonical
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    layer = [value]
-    for _ in range(levels):
-        layer = [
-            inner
-            for outer in layer
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-            if isinstance(inner, Mapping | list | tuple)
-        ]
-        if not layer:
-            return False
-    return True
 
 
 def _others(row: Row, used: set[str]) -> dict[str, Any]:

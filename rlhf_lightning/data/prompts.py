@@ -265,12 +265,23 @@ class FirstPrompt:
         """
         canonical = formats.prompt(row, as_chat)
         made = self.environment.reset({**canonical.columns, "prompt": canonical.prompt})
-        if not made or not (isinstance(made, str) or all(isinstance(turn, dict) and "role" in turn for turn in made)):
+        if not _is_prompt(made):
             raise ContractError(
                 "not-a-prompt",
                 f"{type(self.environment).__name__}.reset returned {made!r:.200}; return text, or messages",
             )
         return replace(canonical, prompt=made)
+
+
+def _is_prompt(made: Any) -> bool:
+    turns = [{"role": "user", "content": made}] if isinstance(made, str) else made
+    if not made or not isinstance(turns, list | tuple) or not all(isinstance(turn, dict) for turn in turns):
+        return False
+    texts = [turn.get(name) for turn in turns for name in ("role", "content")]
+    try:
+        return all(isinstance(text, str) and text.encode() is not None for text in texts)
+    except UnicodeEncodeError:
+        return False
 
 
 class MixedSteps:

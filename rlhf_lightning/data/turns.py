@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlhf_lightning.data.canonical import ROLES, Row, RowRefused
+from rlhf_lightning.loading import is_too_deep
 from rlhf_lightning.types import Message, Prompt
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -114,9 +115,10 @@ def _calls_of(turn: Mapping[str, Any], name: str, content: str | None) -> list[d
         calls = from_json(text_of(content, "bad_tool_call"), "bad_tool_call")
     elif isinstance(calls, str):
         calls = from_json(calls, "bad_tool_call")
-    if calls and ROLES[name.lower()] != "assistant":
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list | tuple) or is_too_deep(calls) or (calls and ROLES[name.lower()] != "assistant"):
         raise RowRefused("bad_tool_call")
-    return [_call(one) for one in ([calls] if isinstance(calls, Mapping) else calls)]
+    return [_call(one) for one in calls]
 
 
 def _call(value: Any) -> dict[str, Any]:
@@ -154,10 +156,11 @@ def tools_of(value: Any) -> list[Any]:
         value = from_json(value, "bad_tool_call") if value.strip() else []
     if value is None:
         return []
-    if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
+    if not isinstance(value, list | tuple) or is_too_deep(value):
         raise RowRefused("bad_tool_call")
     found = [_without_nulls(one) for one in value]  # tables fill in nulls where another row's tool has a key
-    if not all(isinstance(one.get("function", one).get("name"), str) for one in found):
+    functions = [one.get("function", one) if isinstance(one, Mapping) else None for one in found]
+    if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions):
         raise RowRefused("bad_tool_call")
     return found
 

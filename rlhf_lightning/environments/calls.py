@@ -7,6 +7,8 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from rlhf_lightning.loading import is_too_deep
+
 
 class Call(NamedTuple):
     """A call of a tool.
@@ -24,10 +26,10 @@ class CallError(ValueError):
     """A text begins a call and is not one; the message is for the policy."""
 
 
-HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)", re.DOTALL)
-NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?\s*\[ARGS\]\s*")
-LLAMA3 = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*(?=\{)", re.DOTALL)
+NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][\w-]*\s*)?\[ARGS\]\s*")
+LLAMA3 = re.compile(r"\A\s*(?:<\|python_tag\|>\s*)?(?=\{)", re.DOTALL)
 PLAIN = re.compile(r"^call:\s*(.*)$", re.MULTILINE)
 THOUGHT = re.compile(r"\A.*</think(?:ing)?>|\A.*\[/THINK\]", re.DOTALL)
 CONTROL = re.compile(r"<\|[\w-]+\|>|</?s>")
@@ -51,8 +53,20 @@ def calls_in(text: str, form: str = "auto") -> tuple[str, list[Call]]:
     for name, read in READERS.items():
         if form in ("auto", name) and (found := read(said)) is not None:
             place, calls = found
+            _check_arguments([call.arguments for call in calls])
             return text[: start + place].rstrip(), calls
     return text, []
+
+
+def _check_arguments(arguments: list[dict[str, Any]]) -> None:
+    """Refuse arguments that templates and logs, which write JSON in UTF-8, cannot hold."""
+    try:
+        if not is_too_deep(arguments):
+            json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+            return
+    except (TypeError, ValueError):
+        pass
+    raise CallError("the arguments of a call are plain JSON values, in valid Unicode")
 
 
 def _hermes(text: str) -> tuple[int, list[Call]] | None:

@@ -148,9 +148,10 @@ class ToolEnvironment:
             if inspect.iscoroutine(found):
                 with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop, as in a notebook
                     found = pool.submit(asyncio.run, found).result()
+            text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
+            text[:LONGEST_RESULT].encode()
         except (Exception, SystemExit) as error:  # the policy may ask for anything
-            return False, f"error: {call.name}: {error or type(error).__name__}"
-        text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
+            return False, f"error: {call.name}: {error or type(error).__name__}"[:LONGEST_RESULT]
         return True, text[:LONGEST_RESULT]
 
 

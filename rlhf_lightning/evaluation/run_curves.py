@@ -11,8 +11,8 @@ import numpy as np
 
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.evaluation.differences import Difference, holm, mean_interval, seed_difference
-from rlhf_lightning.loading import read_config, read_record, read_records
-from rlhf_lightning.runs.run import CONFIG_FILE, MANIFEST_FILE, SAMPLES_FILE, find_run
+from rlhf_lightning.loading import read_config, read_records
+from rlhf_lightning.runs.run import CONFIG_FILE, SAMPLES_FILE, find_run, status_of
 
 Axis = Literal["updates", "episodes", "tokens"]
 EVENTS = "events.out.tfevents.*"
@@ -72,26 +72,61 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
-        DataError: it has no TensorBoard events.
+        DataError: it has no TensorBoard events, or what it holds is damaged.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not any(folder.glob(EVENTS)):
-        raise DataError("no-events", f"{folder} has no TensorBoard events to compare: train with TensorBoard's logger")
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    events = _events(folder)
     scalars = {}
     for tag in events.Tags()["scalars"]:
         by_step = {event.step: event.value for event in events.Scalars(tag)}
         steps = sorted(by_step)
         scalars[tag] = (np.array(steps, dtype=float), np.array([by_step[step] for step in steps]))
-    settings = flat_settings(read_config(folder / CONFIG_FILE))
-    manifest = folder / MANIFEST_FILE
-    sessions = read_record(manifest).get("sessions", []) if manifest.is_file() else []
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise DataError("damaged-config", f"{config} is not a file")
+    settings = flat_settings(read_config(config))
     samples = folder / SAMPLES_FILE
     rows = read_records(samples) if samples.is_file() else []
-    status = str(sessions[-1]["status"]) if sessions else "unknown"
-    seed = int(settings.get("seed_everything") or 0)
-    return FinishedRun(folder, settings, seed, status, scalars, rows)
+    if not all(map(_is_sample, rows)):
+        raise DataError(
+            "damaged-samples", f"{samples} has rows that are no samples: restore it from a copy, or delete it"
+        )
+    seed = settings.get("seed_everything") or 0
+    if not isinstance(seed, int):
+        raise DataError(
+            "damaged-config", f"seed_everything in {folder / CONFIG_FILE} is {seed!r:.100}: it must be a number"
+        )
+    return FinishedRun(folder, settings, int(seed), status_of(folder) or "unknown", scalars, rows)
+
+
+def _events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = list(folder.glob(EVENTS))
+    if not files:
+        raise DataError("no-events", f"{folder} has no TensorBoard events to compare: train with TensorBoard's logger")
+    if not all(file.is_file() for file in folder.iterdir() if "tfevents" in file.name):
+        raise DataError(
+            "damaged-events", f"{folder} holds a folder, a pipe or a device in place of TensorBoard's events"
+        )
+    try:
+        return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    except Exception as error:  # what a library raises on a damaged file
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            "damaged-events", f"the TensorBoard events in {folder} cannot be read ({reason:.200})"
+        ) from error
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    prompt = row.get("prompt")
+    turns = prompt if isinstance(prompt, list) else []
+    return (
+        isinstance(row.get("update"), int)
+        and isinstance(row.get("completion"), str)
+        and isinstance(row.get("score"), int | float | None)
+        and isinstance(prompt, str | list)
+        and all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
+    )
 
 
 def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:

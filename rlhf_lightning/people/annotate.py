@@ -302,6 +302,8 @@ def import_records(
 
     if Path(store).suffix != ".db":
         raise SettingError("wrong-file-ending", f"the store {store} does not end in .db: rename it")
+    if Path(records).exists() and not Path(records).is_file():
+        raise DataError("not-a-record", f"{records} is a folder, a pipe or a device: name a JSON file")
     try:
         found = json.loads(Path(records).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -189,6 +189,10 @@ class Turns:
         messages: list[Message] = [*reply.messages] or [{"role": "user", "content": reply.text or ""}]
         if reply.ids is not None:
             ids = [int(index) for index in reply.ids]
+            if ids and not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
+                raise ContractError(
+                    "bad-reply", f"{self.name} replied with the token ids {ids[:20]}; each must lie from 0 to "
+                                 f"{len(self.tokenizer) - 1}")  # fmt: skip
             messages = [{"role": "user", "content": self.tokenizer.decode(ids)}]
         elif one.is_text and not reply.messages:
             ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], reply.text or "")

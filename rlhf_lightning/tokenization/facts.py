@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.tokenization.sandbox import literal_text
+from rlhf_lightning.tokenization.sandbox import literal_text, shared_time
 from rlhf_lightning.tokenization.templates import (
     PINNED_DATE,
     ChatTemplateError,
@@ -322,7 +322,8 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     if facts is None or facts.key != _identity(tokenizer):
         facts = Facts(tokenizer)
         if tokenizer.chat_template:
-            with contextlib.suppress(ChatTemplateError):  # raised again, with the turns it refuses, when it is used
+            # A refusal is raised again, with the turns it refuses, when the template is used.
+            with contextlib.suppress(ChatTemplateError), shared_time():
                 facts.read_template(tokenizer)
         _FACTS[tokenizer] = facts
     return facts

@@ -10,10 +10,12 @@ A rendering is one call on one thread: nothing is left behind when it is stopped
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
@@ -61,6 +63,19 @@ class OutOfBounds(Exception):
     """A template used more time or text than a rendering may."""
 
 
+_shared = threading.local()
+
+
+@contextmanager
+def shared_time() -> Iterator[None]:
+    """Let this thread's renderings share the processor time of one while the block runs."""
+    _shared.deadline = time.thread_time() + SECONDS
+    try:
+        yield
+    finally:
+        del _shared.deadline
+
+
 class Budget:
     """What one rendering has left.
 
@@ -79,7 +94,9 @@ class Budget:
         """Ask, now and then, whether there is time left: the clock is slower than what it measures."""
         self.ticks += 1
         if self.ticks % TICKS == 0:
-            self.deadline = self.deadline or time.thread_time() + self.seconds
+            self.deadline = self.deadline or min(
+                time.thread_time() + self.seconds, getattr(_shared, "deadline", math.inf)
+            )
             if time.thread_time() > self.deadline:
                 raise OutOfBounds("it runs for too long, as if it looped for ever")
 
@@ -174,6 +191,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             extensions=[loopcontrols, GenerationBlocks],
         )  # fmt: skip
         self._thread = threading.local()
+        self.given_up = ""
+        """Why no further rendering is tried; empty while there is no reason."""
         offered: dict[str, Any] = {name: self._counted(self.filters[name]) for name in FILTERS}
         own = {"join": self._joined, "replace": self._replaced, "indent": self._indented, "tojson": self._to_json}
         hooks = {"each": self._each, "written": self.concat, "made": lambda value: self.budget.made(value)}
@@ -336,8 +355,16 @@ def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
         SecurityError: it reaches for what it may not have.
     """
     environment, template = compiled(text)
+    if environment.given_up:
+        raise OutOfBounds(environment.given_up)
     environment.begin(len(messages), characters_in([messages, variables]))
     return template.render(**{"tools": None, "documents": None, **variables, "messages": messages})
+
+
+def give_up(text: str, reason: str) -> None:
+    """Refuse all further renderings of a template."""
+    with suppress(OutOfBounds):  # one that is too long is refused anyway
+        compiled(text)[0].given_up = reason
 
 
 def characters_in(value: Any) -> int:

@@ -123,6 +123,8 @@ def apply_template(
         raise _refused(ChatTemplateError, error) from error
     except sandbox.OutOfBounds as error:
         large = len(messages) > LARGE_TURNS or sandbox.characters_in(messages) > LARGE_CHARACTERS
+        if not large:  # the next rendering would take as long
+            sandbox.give_up(template, str(error))
         raise _refused(TurnsRefused if large else ChatTemplateError, error) from error
     except Exception as error:  # a template is untrusted code and may raise anything
         roles = ", ".join(message["role"] for message in messages[:8])

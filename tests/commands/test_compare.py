@@ -1,7 +1,9 @@
 """`rlhf compare`: runs found and grouped, curves over seeds, tests against the first arm, and a page that is whole."""
 
 import json
+import os
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import refused
 from torch.utils.tensorboard import SummaryWriter
 
 from rlhf_lightning.commands.compare import main
+from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.evaluation.run_curves import RunComparison, read_run, run_folders
 
 
@@ -94,3 +97,71 @@ def test_folders_without_runs_or_events_are_refused(tmp_path):
     (tmp_path / "version_0" / "config.yaml").write_text("a: 1\n")
     with refused("no-events"):
         main([str(tmp_path / "version_0")])
+
+
+def damaged(folder: Path, file: str, content: str | bytes | None) -> list[str]:
+    """Return the command over a run with a damaged file; None makes it a pipe."""
+    run = write_run(folder / "run" / "version_0", 0.1, 0)
+    place = next(run.glob("events*")) if file == "events" else run / file
+    place.unlink()
+    if content is None:
+        os.mkfifo(place)
+    else:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [str(run)]
+
+
+def record_of(length: int) -> bytes:
+    """The beginning of a TensorBoard record that says how long it is."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    head = struct.pack("<Q", length)
+    return head + struct.pack("<I", masked_crc32c(head)) + b"x"
+
+
+SAMPLE = {"update": 1, "prompt": "q", "completion": "a", "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("samples.jsonl", "[1]"), ("samples.jsonl", "7\n"), ("samples.jsonl", "{}"), ("samples.jsonl", "[" * 5000),
+        *(("samples.jsonl", json.dumps({**SAMPLE, name: value})) for name, value in (
+            ("update", "x"), ("prompt", 7), ("prompt", [1]), ("prompt", [{"role": "user"}]), ("completion", None),
+            ("score", "high"), ("score", [1]))),
+        ("config.yaml", "[1]"), ("config.yaml", "seed_everything: x"), ("config.yaml", "seed_everything: [1]"),
+        ("config.yaml", "a: [" * 100), ("manifest.json", "[]"), ("manifest.json", "{"), ("config.yaml", None),
+        ("events", b"nonsense"), ("events", None), ("events", record_of(2**62)), ("events", record_of(2**40)),
+    ],
+)  # fmt: skip
+def test_damaged_run_folders_are_refused(tmp_path: Path, file: str, content: str | bytes | None) -> None:
+    with pytest.raises(RlhfError):
+        main(damaged(tmp_path, file, content))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("manifest.json", json.dumps({"sessions": sessions})) for sessions in (7, [], [7], [{}], [{"status": {"a": 1}}])],
+)
+def test_a_manifest_without_a_status_is_of_an_unfinished_run(tmp_path: Path, file: str, content: str) -> None:
+    with refused("no-finished-run"):
+        main(damaged(tmp_path, file, content))
+
+
+def test_hostile_texts_become_text(tmp_path: Path) -> None:
+    """Markup, formulas, ends of lines that JSON keeps, and long names: in the page, the tables and the pictures."""
+    evil = "<img src=x onerror=alert(1)> $\\frac$ \u2028 \x85 | `"
+    for seed, loss in enumerate([evil, "<b>" * 2000]):
+        run = write_run(tmp_path / f"run{seed}" / "version_0", 0.1, seed)
+        model = {"class_path": evil, "init_args": {"loss": loss, evil: [evil]}}
+        (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "model": model}))
+        lines = [json.dumps({**SAMPLE, "prompt": prompt, "completion": evil, "score": float("nan")}, ensure_ascii=False)
+                 for prompt in (evil, [{"role": evil, "content": evil}])]  # fmt: skip
+        (run / "samples.jsonl").write_text("\n".join(lines) + "\n")
+        writer = SummaryWriter(str(run))
+        writer.add_scalar("val/$\\frac$<img>", float("nan"), 0)
+        writer.add_scalar("val/$\\frac$<img>", float("inf"), 1)
+        writer.close()
+    assert main([str(tmp_path)]) == 0
+    page = Path("comparison/report.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x" in page and page.count("<img") == 2 and "<b><b>" not in page

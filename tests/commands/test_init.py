@@ -39,6 +39,12 @@ def test_a_new_project_passes_its_own_tests(capsys: pytest.CaptureFixture[str]) 
         ("my-project", "invalid-name", "my_project"),
         ("class", "invalid-name", "Python package"),
         ("3d", "invalid-name", "Python package"),
+        ("torch", "invalid-name", "installed package"),
+        ("json", "invalid-name", "installed package"),
+        ("rlhf_lightning", "invalid-name", "installed package"),
+        ("data", "invalid-name", "folder of the project"),
+        ("..", "invalid-name", "Python package"),
+        ("a\nb", "invalid-name", "a_b"),
         ("full", "folder-not-empty", "name another folder"),
     ],
 )

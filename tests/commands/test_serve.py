@@ -253,7 +253,8 @@ def test_models_and_health(client):
 
 
 WRONG = {
-    "temperature": [-1, "hot", True], "top_p": [0], "top_k": [1.5], "max_tokens": [-1, 0, 10**9, 10**30],
+    "temperature": [-1, "hot", True, 10**400], "top_p": [0, -(10**400)],
+    "top_k": [1.5], "max_tokens": [-1, 0, 10**9, 10**30],
     "n": [0, 100_000], "seed": [2**64, "x"], "stop": [{"a": 1}, ["a"] * 17, [5], "x" * 300],
     "stop_token_ids": [[-1], [10**9]], "logprobs": [1], "top_logprobs": [3], "prompt_logprobs": [21],
     "stream": ["yes"], "stream_options": [[1]], "tool_choice": ["required"], "chat_template_kwargs": [[1]],
@@ -261,12 +262,14 @@ WRONG = {
         [], "hello", [{"role": "wizard", "content": "x"}], [5], [{"role": "user", "content": ""}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
         [{"role": "user", "content": "x", "cache_control": 1}], [{"role": "user", "content": "\ud800"}],
+        [{"role": "assistant", "tool_calls": 5}], [{"role": "assistant", "tool_calls": "true"}],
     ],
     "continue_final_message": [True], "temprature": [1], "presence_penalty": [0.5],
     "response_format": [{"type": "json_object"}], "logit_bias": [{"5": 1}],
 }  # fmt: skip
 FURTHER = [
     ({"stream": True, "prompt_logprobs": 1}, "stream"), ({"tools": [5]}, "messages"),
+    ({"tools": [{"function": "f"}]}, "messages"), ({"\ud800": 1}, "ud800"), ({"x" * 4_000_000: 1}, "xxx"),
     ({"messages": [*CHAT, {"role": "assistant", "content": "and"}]}, "continue_final_message"),
 ]  # fmt: skip
 
@@ -293,7 +296,9 @@ def test_prompts_that_are_none_are_refused(client, prompt):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"5", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 50_000,
+    "content", [b'{"n": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"tools": ' + b"[" * 300 + b"]" * 300 + b"}",
+                b'{"model": ' + b"[" * 960 + b"]" * 960 + b"}",
+                b"", b"{", b"[]", b"5", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 50_000,
                 b'{"max_tokens": ' + b"9" * 9000 + b"}",
                 b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "temperature": 1e999}',
                 b'{"prompt": "x", "top_p": -Infinity}'],

@@ -63,6 +63,17 @@ def test_every_combination_gets_every_seed_and_seeds_come_first():
     assert [run.name for run in planned_runs([], 2)] == ["arm/seed_0", "arm/seed_1"]
 
 
+@pytest.mark.parametrize(
+    ("over", "draws", "code"),
+    [("model.a=1..1.0001", 9, "range-too-narrow"), ("model.a=-1e400..1", 2, "bad-assignment"),
+     ("model.a=1..1e400", 2, "bad-assignment"), ("model.a=-1e308..1e308", 2, "bad-assignment"),
+     ("model.a=[]", 2, "bad-assignment"), ("model.a=0..1", 10**9, "too-many-runs")],
+)  # fmt: skip
+def test_ranges_that_cannot_be_drawn_from_are_refused(over, draws, code):
+    with refused(code):
+        planned_runs([tuple(over.split("=", 1))], 1, draws)
+
+
 def test_random_arms_are_the_same_again_and_more_keep_the_earlier_ones():
     over = [("model.lr", "log:1e-5..1e-3"), ("model.beta", "0..1"), ("model.kind", "a,b")]
     few, more = planned_runs(over, 1, 3), planned_runs(over, 1, 6)
@@ -74,7 +85,9 @@ def test_random_arms_are_the_same_again_and_more_keep_the_earlier_ones():
 @pytest.mark.parametrize(
     ("over", "code"),
     [("model.beta", "bad-assignment"), ("run_name=x", "bad-assignment"), ("model.beta=1,,2", "bad-assignment"),
-     ("model.beta=0..1", "range-without-random"), ("model.a=x y,x;y", "ambiguous-arms")],
+     ("model.beta=0..1", "range-without-random"), ("model.a=x y,x;y", "ambiguous-arms"),
+     ("model.a=[]", "bad-assignment"),
+     ("model.a=" + ",".join(map(str, range(10_001))), "too-many-runs")],
 )  # fmt: skip
 def test_what_cannot_be_swept_is_refused(over, code):
     with refused(code):

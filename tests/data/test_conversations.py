@@ -46,6 +46,9 @@ def opening():
     return tokenizer_with(case("thinking_opens.jinja"))
 
 
+NESTED = json.loads("[" * 600 + "]" * 600)
+
+
 def learned(tokenizer, row, kind="sft", **settings):
     """For each row that a row becomes its prompt, its completions, and what of them is learned, as texts."""
     report = Report()
@@ -193,6 +196,13 @@ def test_json_text_is_parsed_where_the_whole_row_is_written_so(thinking):
         ({"messages": [{"role": "user", "content": "hi"}], "system": 3}, "no_assistant_turn"),
         ({"prompt": "p", "completion": "c", "tools": [{"name": "f"}]}, "tools_without_messages"),
         ({"prompt": "p", "completion": "c", "tools": "nonsense"}, "bad_tool_call"),
+        ({"prompt": "p", "completion": "c", "tools": [{"function": "f"}]}, "bad_tool_call"),
+        ({"prompt": "p", "completion": "c", "tools": [{"name": "f", "parameters": NESTED}]}, "too_deep"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": 5}]}, "bad_tool_call"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": "5"}]}, "bad_tool_call"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"from": "function_call", "value": "5"}]}, "bad_tool_call"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [
+            {"name": "f", "arguments": {"a": NESTED}}]}]}, "too_deep"),
         ({"prompt": "p", "completion": "c", "history": "before"}, "bad_history"),
         ({"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "completion": "c",
           "system": "d"}, "two_systems"),

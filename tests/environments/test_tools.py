@@ -114,6 +114,14 @@ def test_a_format_reads_no_other_and_text_without_a_call_is_none() -> None:
         "call: f(a=g())",
         '{"name": "f", "parameters"',
         "<tool_call>" + "[" * 5000,
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+        '{"name": "f", "arguments": {"a": ' + "[" * 400 + "]" * 400 + "}}",
+        *(
+            f"call: f(a={value})"
+            for value in ("1j", "b'x'", "{1, 2}", "{(1, 2): 3}", "...", "1e999", "[" * 90 + "]" * 90)
+        ),
+        *(f"{start}{' ' * 200_000}x" for start in ("<tool_call>", "[TOOL_CALLS]f")),
     ],
 )
 def test_a_broken_call_is_said(text: str) -> None:
@@ -194,6 +202,23 @@ def test_a_template_without_tools_gets_them_in_the_system_turn(tiny_tokenizer: A
     assert tiny_tokenizer.decode(conversation.ids(0)).endswith("<|user|>\n2<|end|>\n<|assistant|>\n")
     with refused("unknown-choice", "describe is 'both'"):
         ToolEnvironment([calculator], describe="both")  # type: ignore[arg-type]
+
+
+def test_tools_that_return_what_cannot_be_written_are_answered() -> None:
+    def odd(kind: str) -> object:
+        """Return something.
+
+        Args:
+            kind: what.
+        """
+        circle: list[object] = []
+        circle.append(circle)
+        return {"circle": circle, "surrogate": "\ud800", "keys": {(1, 2): 3}}[kind]
+
+    tools = ToolEnvironment([odd])
+    for kind in ("circle", "surrogate", "keys", "\ud800"):
+        works, text = tools.call(Call("odd", {"kind": kind}), {})
+        assert not works and text.startswith("error: odd: ") and text.encode()
 
 
 def test_a_long_result_is_cut() -> None:

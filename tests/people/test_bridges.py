@@ -80,11 +80,38 @@ def test_label_studio_tasks_are_read():
         ({"fields": {"prompt": "x", "b_1": 5, "b_2": "z"}}, "unreadable-record"),
         ({"fields": {"prompt": "x", "b_1": "y", "b_2": "z"}, "responses": [1]}, "unreadable-answer"),
         ({"fields": {"prompt": "x", "b_1": "y", "b_2": "z"}, "responses": {"q": [1]}}, "unreadable-answer"),
+        ({"fields": {"prompt": "x", "b_1": "y", "b_2": "z"}, "metadata": [1]}, "not-a-record"),
+        ({"fields": {"prompt": "x", "b_1": "y", "b_2": "z", "c": json.loads("[" * 600 + "]" * 600)}}, "not-a-record"),
+        ({"fields": {"prompt": "x", "b_1": "\ud800", "b_2": "z"}}, "unreadable-record"),
+        ({"fields": {"prompt": "x", "b_1": "y", "b_2": "z"}, "metadata": {"\udfff": 1}}, "unreadable-record"),
+        ({"fields": {"1" * 200_000 + "x": "y"}}, "no-such-field"),
     ],
 )  # fmt: skip
 def test_other_records_are_refused(record, code):
     with refused(code):
         read_record(record, "argilla")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[{"value": [1], "rank": 1}], [{"value": {}, "rank": 1}, {"value": "b_2", "rank": 2}],
+     [{"value": "b_1", "rank": float("nan")}, {"value": "b_2", "rank": 2}], [{"value": "b_1"}, {"value": "b_2"}],
+     [{"value": "b_1", "rank": "1"}, {"value": "b_2", "rank": 2}], {"a": 1}, 7, True, [None], [[]], "<script>"],
+)  # fmt: skip
+def test_odd_answers_are_no_opinion(value):
+    fields = {"prompt": "x", "b_1": "y", "b_2": "z"}
+    assert (
+        read_record({"fields": fields, "responses": {"q": [{"value": value, "user_id": {}}]}}, "argilla").answers == []
+    )
+    result = [{"value": {"ranker": {"r": value}}}, {"value": {"choices": value}}, {"value": value}, 7]
+    assert read_record({"data": fields, "annotations": [{"result": result}]}, "label-studio").answers == []
+
+
+def test_ranks_of_any_size_are_ordered():
+    fields, ranks = {"prompt": "x", "b_1": "y", "b_2": "z"}, {"b_1": 10**400, "b_2": -(10**400)}
+    value = [{"value": name, "rank": rank} for name, rank in ranks.items()]
+    read = read_record({"fields": fields, "responses": {"q": [{"value": value, "user_id": "ann"}]}}, "argilla")
+    assert read.answers == [("ann", Answer("ranking", (1, 0)))]
 
 
 @pytest.mark.parametrize("tool", ["argilla", "label-studio"])

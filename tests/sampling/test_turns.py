@@ -240,6 +240,17 @@ class Wrong(Talks):
         (lambda episodes: ["hello"] * len(episodes), "'hello' in place of a Reply"),
         (lambda episodes: [Reply("w9", reward=float("nan"))] * len(episodes), "the reward nan"),
         (lambda episodes: [Reply("w9", reward="a")] * len(episodes), "the reward 'a'"),  # type: ignore[arg-type]
+        (lambda episodes: [Reply("w9", reward=10**400)] * len(episodes), "not a finite number"),
+        (lambda episodes: [Reply("w9", reward=torch.ones(2))] * len(episodes), "not a finite number"),  # type: ignore[arg-type]
+        (lambda episodes: [Reply("w9", reward=1j)] * len(episodes), "not a finite number"),  # type: ignore[arg-type]
+        (lambda episodes: [Reply("\ud800")] * len(episodes), "half a surrogate pair"),
+        (lambda episodes: [Reply(5)] * len(episodes), "the text 5"),  # type: ignore[arg-type]
+        (lambda episodes: [Reply(messages=[5])] * len(episodes), "lacks a role"),  # type: ignore[list-item]
+        (lambda episodes: [Reply(messages=5)] * len(episodes), "a list of turns"),  # type: ignore[arg-type]
+        (lambda episodes: [Reply(messages=[{"content": "w9"}])] * len(episodes), "lacks a role"),
+        (lambda episodes: [Reply("w9", turn="w9")] * len(episodes), "the turn 'w9'"),  # type: ignore[arg-type]
+        (lambda episodes: [Reply(ids=[10**6])] * len(episodes), "token ids"),
+        (lambda episodes: [Reply(ids=[-1])] * len(episodes), "no token ids"),
     ],
 )
 def test_what_is_no_reply_is_refused(policy: CausalLM, given: Any, words: str) -> None:

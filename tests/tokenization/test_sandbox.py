@@ -79,8 +79,23 @@ def test_what_never_ends_is_ended(template, monkeypatch):
 
 def test_a_long_conversation_may_be_refused_alone(monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", -1000.0)
-    assert refusal(TEMPLATE, USER * 2000).type is TurnsRefused
-    assert refusal(TEMPLATE, USER * 100).type is ChatTemplateError
+    template = TEMPLATE + "{# refused for good #}"
+    assert refusal(template, USER * 2000).type is TurnsRefused
+    assert refusal(template, USER * 100).type is ChatTemplateError
+
+
+LOOP = "{% for a in range(99999) %}{% endfor %}"
+
+
+@pytest.mark.parametrize("loops", [LOOP * 4, "{% for b in range(99999) %}" + LOOP + "{% endfor %}"])
+def test_a_slow_template_takes_the_time_of_one_rendering_in_all(loops, monkeypatch):
+    """Finding out what a template writes renders it a dozen times, and then it is used."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    template = loops + TEMPLATE
+    before = time.process_time()
+    for _ in range(3):
+        assert "runs for too long" in str(refusal(template).value)
+    assert time.process_time() - before < 1.5
 
 
 def test_what_chat_templates_use_is_there():

@@ -8,7 +8,6 @@ several, rankings, and ties; a skipped, discarded or cancelled answer is a judge
 
 from __future__ import annotations
 
-import math
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +23,12 @@ from rlhf_lightning.data.feedback.records import (
     Item,
     JudgementRefused,
     StoredJudgement,
+    encoded,
     text_of,
 )
 from rlhf_lightning.data.turns import completion_of, prompt_of
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.loading import is_too_deep
 from rlhf_lightning.types import Prompt
 
 Tool = Literal["argilla", "label-studio"]
@@ -35,7 +36,7 @@ Tool = Literal["argilla", "label-studio"]
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "input", "messages", "conversation", "context", "chat")
 """Names by which the prompt's field is found."""
 
-NUMBERED = re.compile(r"(.*?)[-_ ]?(\d+|[a-hA-H])\Z")
+NUMBERED = re.compile(r"(.{1,100}?)[-_ ]?(\d{1,9}|[a-hA-H])")
 """Name of a completion's field: ``completion_1``, ``response-2``, ``answerA``."""
 
 TIES = {"tie", "equal", "same", "both", "draw", "both_good", "no_preference"}
@@ -79,10 +80,13 @@ def read_record(
         )
     others = {name: value for name, value in fields.items() if name not in (asked, *names)}
     metadata = record.get("metadata") if tool == "argilla" else None
+    if not isinstance(metadata, Mapping | None) or is_too_deep([fields, metadata]):
+        raise DataError("not-a-record", f"a record's metadata are no object, or its {part} are nested too deep")
     try:
         candidates = tuple(Candidate(completion_of(fields[name])) for name in names)
         item = Item(prompt_of(fields[asked]), candidates, {**others, **(metadata or {})})
-    except RowRefused as error:
+        encoded([item.prompt, [one.completion for one in candidates], item.columns]).encode()
+    except (RowRefused, UnicodeError) as error:
         raise DataError("unreadable-record", f"a record cannot be read: {error}") from None
     answers = list((_of_argilla if tool == "argilla" else _of_label_studio)(record, names))
     try:
@@ -97,7 +101,7 @@ def numbered(fields: Mapping[str, Any]) -> list[str]:
     """Return the numbered fields of the name that has most of them, in the order of their numbers."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name in fields:
-        if (match := NUMBERED.fullmatch(name)) and match[1]:
+        if match := NUMBERED.fullmatch(name):
             found.setdefault(match[1], []).append((match[2].lower().rjust(9, "0"), name))
     most: list[tuple[str, str]] = max(found.values(), key=len) if found else []
     return [name for _, name in sorted(most)]
@@ -163,10 +167,12 @@ def _answer(value: Any, names: Sequence[str]) -> Answer | None:
         return None
     if all(isinstance(one, str) for one in value):
         value = [{"value": one, "rank": place} for place, one in enumerate(value)]
-    if not all(isinstance(one, Mapping) and isinstance(one.get("rank"), int | float) for one in value):
+    if not all(isinstance(one, Mapping) and isinstance(one.get("value"), str) for one in value):
         return None
-    given = {one.get("value"): float(one["rank"]) for one in value}
-    if set(given) != set(names) or not all(map(math.isfinite, given.values())):
+    given = {one["value"]: one.get("rank") for one in value}
+    if set(given) != set(names) or not all(isinstance(rank, int | float) for rank in given.values()):
+        return None
+    if any(rank - rank != 0 for rank in given.values()):  # NaN or infinite
         return None
     levels = sorted(set(given.values()))
     return Answer("tie") if len(levels) == 1 else Answer("ranking", tuple(levels.index(given[one]) for one in names))

@@ -14,8 +14,8 @@ from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_policy, refuse_reward_model
-from rlhf_lightning.models.loading import LoadSettings, content_hash
-from rlhf_lightning.models.resolving import resolve_folder
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.resolving import content_hash, resolve_folder
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, as_text, first_paragraphs, no_answer
 from rlhf_lightning.tokenization import load_tokenizer
