@@ -60,7 +60,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _from_model(argv: list[str]) -> list[str]:
-    """Return a command line as it is typed within the model's folder."""
+    """Return a command line typed within the model's folder."""
     places = {
         "model": ".",
         **{name: f"../{name}" for name in ("adapter", "data.jsonl", "pairs.jsonl", RUN, "out.jsonl")},

@@ -526,5 +526,5 @@ def project_probes() -> Iterator[Probe]:
 
 
 def _refused(status: int, text: str) -> str | None:
-    """A file of losses is the user's own program; whatever it does, it is not found correct."""
+    """A file of losses is the user's own program: it must not be found correct."""
     return "status 0" if status == 0 else None if status in (1, 2) else f"status {status}"

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # this checkout, whatever is installed
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # this checkout, not an installed package
 SECONDS, GIGABYTES = 40, 3
 """Limits of one probe: processor time, and memory on top of the imported process."""
 WALL_SECONDS, IDLE_SECONDS = 300, 60
@@ -163,7 +163,7 @@ def run_probe(probe: Probe, world: Path) -> Outcome:
 
 
 def take_streams(typed: Path, output: int) -> None:
-    """Read standard input from a file, and write what is said to another."""
+    """Read standard input from a file, and write the output to another."""
     os.dup2(os.open(typed, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
