@@ -73,6 +73,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         streaming: read and encode rows while training, for data that does not fit; rows are drawn without end from the
             sources, in proportion to their weights.
         steps_per_epoch: steps of an epoch of a stream, whose length is unknown; required with ``streaming``.
+        train_prefix: instruction put before every training prompt, in the system turn or before plain text. The rows of
+            ``eval_source``, which it requires, do not have it (inoculation prompting, arXiv 2510.04340).
 
     Raises:
         SettingError: if the arguments contradict each other.
@@ -110,6 +112,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         eval_batch_size: int | None = None,
         streaming: bool = False,
         steps_per_epoch: int | None = None,
+        train_prefix: str | None = None,
     ) -> None:
         super().__init__()
         # Colliding names (seed) would be an error if both the module's and these went to the logger.
@@ -139,6 +142,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.streaming = streaming
         self.stream_steps = steps_per_epoch or 0
+        self.train_prefix = train_prefix
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._batch_type: type | None = None
         self._data_columns: tuple[str, ...] = ()
@@ -152,6 +156,11 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             )
         if self.eval_rows < 0:
             raise SettingError("setting-out-of-range", f"eval_rows is {self.eval_rows}: it must be at least 0")
+        if self.train_prefix is not None and not self.eval_sources:
+            raise SettingError(
+                "missing-setting",
+                "train_prefix stands before training prompts alone: give the prompts without it as data.eval_source",
+            )
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError("setting-out-of-range", f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -295,8 +304,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             rendered=self.rendered, last_turn_only=self.last_turn_only, **settings,
         )  # fmt: skip
 
-    def _encoder(self) -> Encoder:
-        return replace(self.encoder(), slots=self.data_columns)
+    def _encoder(self, prefix: str | None = None) -> Encoder:
+        return replace(self.encoder(), slots=self.data_columns, prefix=prefix)
 
     @abstractmethod
     def collator(self) -> Collate:
@@ -323,7 +332,9 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             self.train_rows = np.setdiff1d(self.train_rows, self.held_out)
         self.fingerprint = self._fingerprint()
         if self.streaming:
-            self.stream = RowStream(self.tokenizer, self._encoder(), self.sources, self.seed, self.shuffle)
+            self.stream = RowStream(
+                self.tokenizer, self._encoder(self.train_prefix), self.sources, self.seed, self.shuffle
+            )
             self.report = self.stream.report
         else:
             self.report = next(iter(self.stores.values())).report
@@ -368,7 +379,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         )
 
     def _fingerprint(self) -> str:
-        encoder = self._encoder()
+        encoder = self._encoder(self.train_prefix)
         # An environment may be repaired in the middle of a run, as a scorer may: it does not order the rows.
         encoder = replace(encoder, read=getattr(encoder.read, "rows_of", encoder.read))
         part = Part(self.sources, self.rows, encoder)
@@ -383,7 +394,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         fitting = self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING)
         parts = {}
         if not self.streaming and (fitting or not self.eval_sources):
-            parts["train"] = Part(self.sources, self.rows, self._encoder())
+            parts["train"] = Part(self.sources, self.rows, self._encoder(self.train_prefix))
         if self.eval_sources:
             parts["eval"] = Part(self.eval_sources, None, self._encoder())
         return parts

@@ -205,6 +205,8 @@ class Part(NamedTuple):
             settings.append(encoder.separator)
         if encoder.slots:
             settings += ["slots", *encoder.slots]
+        if encoder.prefix is not None:
+            settings += ["prefix", encoder.prefix]
         renames = [encoder.columns if source.columns is None else source.columns for source in self.sources]
         contents = [[content(s), s.rows, columns] for s, columns in zip(self.sources, renames, strict=True)]
         return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)

@@ -126,6 +126,7 @@ class Encoder:
         turnwise: whether a conversation may become a row for each learned turn.
         last_turn_only: whether only the last turn of the assistant is learned.
         hands_on: whether further columns are read by somebody (a scorer).
+        prefix: instruction to put before each prompt: a system turn, or a paragraph before plain text.
     """
 
     read: Reader
@@ -142,6 +143,7 @@ class Encoder:
     turnwise: bool = False
     last_turn_only: bool = False
     hands_on: bool = False
+    prefix: str | None = None
 
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
@@ -219,7 +221,7 @@ class Encoder:
         read: list[tuple[CanonicalRow, list[_Case], dict[str, float]] | RowRefused] = []
         for row in rows:
             try:
-                canonical = read_row(row, self.read, self.as_chat, self.columns)
+                canonical = instructed(read_row(row, self.read, self.as_chat, self.columns), self.prefix)
                 numbers = self._numbers(canonical)
                 read.append((canonical, self._render(tokenizer, canonical), numbers))
             except RowRefused as refusal:
@@ -347,6 +349,20 @@ def encoder_for(kind: str, **settings: Any) -> Encoder:
     """Return what encodes rows of a kind, a key of `formats.KINDS`, a row for each row of the data."""
     separator = "\n" if kind == "process" else None
     return Encoder(*KINDS[kind], separator=separator, turnwise=kind == "sft", hands_on=kind == "prompt", **settings)
+
+
+def instructed(row: CanonicalRow, prefix: str | None) -> CanonicalRow:
+    """Return a row whose prompt begins with an instruction: in the system turn, or before plain text."""
+    if prefix is None:
+        return row
+    if row.prompt is None:
+        raise RowRefused("empty_prompt")
+    if isinstance(row.prompt, str):
+        return replace(row, prompt=f"{prefix}\n\n{row.prompt}")
+    first, *others = row.prompt
+    if first["role"] != "system":
+        return replace(row, prompt=[{"role": "system", "content": prefix}, *row.prompt])
+    return replace(row, prompt=[{**first, "content": f"{prefix}\n\n{first['content']}"}, *others])
 
 
 def _as_turns(completion: str | list[Message]) -> list[Message]:

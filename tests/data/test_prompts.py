@@ -1,7 +1,7 @@
 """Rollouts: which prompts, how often, numbered how, on which rank."""
 
 import pytest
-from conftest import ASSISTANT, END, EOS, USER, make_tiny_tokenizer, refused, spell
+from conftest import ASSISTANT, END, EOS, SYSTEM, USER, make_tiny_tokenizer, refused, spell
 
 from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.types import PromptBatch
@@ -189,3 +189,22 @@ def test_held_out_rows_cannot_be_chosen(ready, write_rows):
 def test_rows_cannot_be_chosen_ahead(ready, write_rows, changes):
     with refused("rows-chosen-ahead", "num_workers"):
         ready(Chosen(write_rows(rows(6)), batch_size=2, **changes)).train_dataloader()
+
+
+def test_a_train_prefix_stands_before_training_prompts_alone(ready, write_rows, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "q"}]}, {"prompt": "p:"},
+            {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "r"}]}]  # fmt: skip
+    file = write_rows(rows)
+    data = ready(PromptDataModule(file, eval_source=file, train_prefix="be", batch_size=3, shuffle=False))
+    (batch,) = rollouts(data)
+    assert [ids.tolist() for ids in batch.prompts] == [
+        spell(SYSTEM, "\nbe", END, "\n", USER, "\nq", END, "\n", ASSISTANT, "\n"), spell("be\n\np:"),
+        spell(SYSTEM, "\nbe\n\ns", END, "\n", USER, "\nr", END, "\n", ASSISTANT, "\n")]  # fmt: skip
+    assert batch.texts[1] == "be\n\np:" and batch.texts[0][0] == {"role": "system", "content": "be"}
+    (held_out,) = (step.micro_batches[0] for step in data.val_dataloader())
+    assert list(held_out.texts) == [row["prompt"] for row in rows]
+    assert [prompt for prompt, _ in data.examples(3)] == [row["prompt"] for row in rows]
+    plain = ready(PromptDataModule(file, eval_source=file, batch_size=3, shuffle=False))
+    assert plain.fingerprint != data.fingerprint
+    with refused("missing-setting", "eval_source"):
+        PromptDataModule(file, train_prefix="be", eval_rows=1)
