@@ -12,6 +12,7 @@ from rlhf_lightning.evaluation.run_curves import FinishedRun
 from rlhf_lightning.loading import load
 from rlhf_lightning.scoring import Scorer, load_scorer
 from rlhf_lightning.scoring.monitor import Monitor
+from rlhf_lightning.worlds.loopholes import write_loopholes
 
 FILE = Path(__file__).resolve().parents[1] / "experiments" / "oversight" / "run.py"
 
@@ -31,6 +32,7 @@ def run_of(**values):
 
 def test_every_arm_has_a_monitor_that_loads(script, tmp_path):
     arguments = Namespace(loophole="phrase", init_from="x", out=str(tmp_path), rollouts=3)
+    write_loopholes(script.world(arguments), demonstrations=10)
     for arm, setting in script.ARMS.items():
         written = yaml.safe_load(yaml.safe_dump(script.config(arguments, arm)))
         scorer = load_scorer(written["model"]["init_args"]["scorer"])
@@ -44,5 +46,8 @@ def test_onset_is_the_first_of_two_rollouts_in_a_row(script):
     told = {f"rollout/monitor_{name}": [0.0, 0.8, 0.4] for name in ("precision", "recall", "auroc")}
     found = [script.measured(run_of(**rates, **told), tag) for tag in told]
     assert found == pytest.approx([0.2, 0.6, 0.8])
+    assert script.measured(run_of(**rates, **told), "rollout/monitor_recall", (0.6, 1.0)) == pytest.approx(0.4)
     assert script.last_tenth(run_of(a=list(range(20))), "a") == 18.5
-    assert script.shown([1.0, 3.0, float("nan")]) == "2 (1 to 3)" and script.shown([float("nan")]) == "none"
+    assert (
+        script.shown([1.0, 3.0, float("nan")]) == "2 [-10.7, 14.7], 2 of 3" and script.shown([float("nan")]) == "none"
+    )

@@ -138,14 +138,25 @@ def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: fl
     y = verdicts.double()
     terms = length_terms(length_difference)
     design = torch.stack([torch.ones_like(terms), terms], dim=-1)  # (prompts, 2)
-    penalty = ridge * torch.eye(2, dtype=torch.float64, device=y.device)
-    coefficients = y.new_zeros(2)
+    theta, phi = logistic_fit(design, y, y.new_full((2,), ridge))
+    return theta, phi
+
+
+def logistic_fit(design: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:
+    """Coefficients of the logistic regression targets ~ sigmoid(design w), by Newton's method, float64.
+
+    Args:
+        design: covariates, shape (rows, covariates).
+        targets: labels or probabilities, shape (rows,).
+        ridge: squared penalty on each coefficient, in pseudo-rows, shape (covariates,).
+    """
+    design, y, coefficients = design.double(), targets.double(), torch.zeros_like(ridge, dtype=torch.float64)
     for _ in range(50):
         p = torch.sigmoid(design @ coefficients)
-        gradient = design.T @ (y - p) - penalty @ coefficients
-        hessian = design.T @ (design * (p * (1 - p)).unsqueeze(-1)) + penalty
+        gradient = design.T @ (y - p) - ridge * coefficients
+        hessian = design.T @ (design * (p * (1 - p)).unsqueeze(-1)) + torch.diag(ridge.double())
         coefficients = coefficients + torch.linalg.solve(hessian, gradient)
-    return coefficients[0], coefficients[1]
+    return coefficients
 
 
 # --- best of n -------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ class LearnedScorer(Scorer):
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rows = [(ids, [True] * len(ids)) for ids in encoded]
-        found: Any = self.judge_sequences(_sequences(self.tokenizer, prompts, rows))
+        found: Any = self.judge_sequences(encoded_sequences(self.tokenizer, prompts, rows))
         return found
 
 
@@ -247,7 +247,7 @@ class ProcessScorer(Scorer):
             tokenization.encode_steps(tokenizer, self.steps_of(completion), self.separator, prompt)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return _sequences(tokenizer, prompts, encoded)
+        return encoded_sequences(tokenizer, prompts, encoded)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         scores, row = self.step_scores(prompts, completions)
@@ -269,7 +269,7 @@ class ProcessScorer(Scorer):
         return Judgement(so_far[-1], span_rewards=spans if completion else ())
 
 
-def _sequences(
+def encoded_sequences(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], encoded: Sequence[tuple[list[int], list[bool]]]
 ) -> Sequences:
     """Return prompts with their completions, given as token ids and flags of the scored tokens."""

@@ -6,15 +6,26 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning import tokenization
+from rlhf_lightning.errors import DataError, SettingError, StateError
+from rlhf_lightning.functional.statistics import logistic_fit
+from rlhf_lightning.loading import read_records
+from rlhf_lightning.micro_batches import cut_micro_batches
+from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates, kept_states
+from rlhf_lightning.models.layout import padded_layout, select
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.scoring.composition import ScorerGroup
+from rlhf_lightning.scoring.learned import encoded_sequences
 from rlhf_lightning.scoring.loading import load_scorer
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer
-from rlhf_lightning.types import Prompt, Rollout
+from rlhf_lightning.types import MicroBatchLimits, Prompt, Rollout
 
 
 class NoisyTruth(Scorer):
@@ -47,11 +58,116 @@ class NoisyTruth(Scorer):
         return int.from_bytes(digest, "big") / 2**64 < self.error_rate
 
 
+class LinearProbe(Scorer):
+    """A linear probe on the policy's hidden states: the probability that a completion is a hack.
+
+    The features are the means of a layer's states that predict the completion's tokens. A logistic regression is fitted
+    to labelled samples, and fitted again as the policy changes: the state holds what resumes it.
+
+    Args:
+        labelled: JSON Lines of samples with ``prompt``, ``completion`` (text) and ``label`` (true for a hack).
+        layer: number of the decoder layer; -1 is the last.
+        every: rollouts between two fits; null fits once, on the policy that training starts from.
+        penalty: L2 penalty of the standardised weights, relative to the number of samples.
+        max_tokens: cells of one forward pass.
+
+    Raises:
+        DataError: a row lacks one of the three, or all labels are equal.
+    """
+
+    def __init__(
+        self, labelled: str, layer: int = -1, every: int | None = 1, penalty: float = 0.01, max_tokens: int = 16_384
+    ) -> None:
+        if (every is not None and every < 1) or penalty <= 0:
+            raise SettingError(
+                "setting-out-of-range",
+                f"every is {every} and penalty {penalty}: every must be at least 1 or null, and penalty positive",
+            )
+        self.layer, self.every, self.penalty, self.max_tokens = layer, every, penalty, max_tokens
+        rows = read_records(Path(labelled))
+        wrong = [number for number, row in enumerate(rows, 1) if not {"prompt", "completion", "label"} <= row.keys()]
+        if wrong:
+            raise DataError("missing-columns", f"row {wrong[0]} of {labelled} lacks prompt, completion or label")
+        self.labels = torch.tensor([float(row["label"]) for row in rows], dtype=torch.float64)
+        if not 0 < self.labels.sum() < len(rows):
+            raise DataError("one-label", f"{labelled} needs samples of both labels; found {len(rows)} of one")
+        self.samples = [row["prompt"] for row in rows], [str(row["completion"]) for row in rows]
+        self.policy: CausalLM | None = None
+        self.weights: Tensor | None = None  # (hidden size + 1), the bias last
+        self.rollouts = 0
+
+    def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
+        """Keep the policy, whose states are read.
+
+        Raises:
+            SettingError: the policy's weights are sharded.
+        """
+        if policy is None:
+            raise SettingError(
+                "probe-without-policy", "LinearProbe reads the policy, which is sharded: use another monitor"
+            )
+        self.policy, self.tokenizer = policy, tokenization.load_tokenizer(resolve_folder(policy.source))
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
+        if not len(completions):
+            return []
+        if self.weights is None:
+            self.weights = self._fitted(self.features(*self.samples))
+        return torch.sigmoid(self.features(prompts, completions) @ self.weights[:-1] + self.weights[-1])
+
+    def _fitted(self, features: Tensor) -> Tensor:
+        """Return weights and bias of the regression on standardised features, for the features as they are."""
+        mean, spread = features.mean(0), features.std(0).clamp_min(1e-12)
+        design = torch.cat([(features - mean) / spread, torch.ones(len(features), 1)], -1)
+        ridge = torch.full((design.shape[1],), self.penalty * len(features), dtype=torch.float64)
+        ridge[-1] = 1e-6
+        fit = logistic_fit(design, self.labels, ridge)
+        weights = fit[:-1] / spread
+        return torch.cat([weights, fit[-1:] - mean @ weights])
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """Return the mean state of each completion, fp64, shape (completions, hidden size)."""
+        if self.policy is None:
+            raise StateError(
+                "probe-without-policy", "LinearProbe reads the policy of a run: use it as a scorer of `rlhf fit`"
+            )
+        encoded = [
+            tokenization.encode_completion(self.tokenizer, said, prompt)[0]
+            for prompt, said in zip(prompts, completions, strict=True)
+        ]
+        sequences = encoded_sequences(self.tokenizer, prompts, [(ids, [True] * len(ids)) for ids in encoded])
+        policy, training = self.policy, self.policy.training
+        device, found = next(policy.parameters()).device, dict[int, Tensor]()
+        policy.eval()
+        for rows in cut_micro_batches(sequences.lengths, MicroBatchLimits(max_tokens=self.max_tokens)):
+            layout = padded_layout(select(sequences, rows)).to(device)
+            with kept_states(policy, [self.layer], layout) as kept:
+                policy(PredictingStates(layout))
+            (states,) = kept.values()
+            grid = layout.scatter(states.double())
+            found |= zip(rows, (grid.sum(1) / layout.completion_mask.sum(1, keepdim=True)).cpu(), strict=True)
+        policy.train(training)
+        return torch.stack([found[row] for row in range(len(encoded))])
+
+    def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
+        """Forget the fit if another is due; the next completions are judged by a new one."""
+        self.rollouts += 1
+        if self.every is not None and self.rollouts % self.every == 0:
+            self.weights = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": self.rollouts, "weights": self.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rollouts, self.weights = state["rollouts"], state["weights"]
+
+
 class Monitor(ScorerGroup):
     """Another scorer, with a monitor that looks for reward hacking and acts where it suspects it.
 
-    The monitor is any scorer whose score is a suspicion in [0, 1]: a rule, a judge, or a `NoisyTruth`. A completion is
-    flagged from the threshold on. What the monitor cannot judge is not flagged.
+    The monitor is any scorer whose score is a suspicion in [0, 1]: a rule, a judge, a `LinearProbe`, or a `NoisyTruth`.
+    A completion is flagged from the threshold on. What the monitor cannot judge is not flagged.
 
     Actions: ``penalty`` subtracts ``penalty`` from the score of a flagged completion; ``screen`` gives it no score, so
     that nothing is learned from it; ``stop`` ends the run after a rollout with a share of flagged completions of at

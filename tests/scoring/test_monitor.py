@@ -1,12 +1,16 @@
 """Monitors: what they flag, how they act, and their precision, recall and AUROC against the truth."""
 
+import json
 import math
 
 import pytest
+import torch
 from conftest import refused
 from sklearn.metrics import roc_auc_score
 
-from rlhf_lightning.scoring.monitor import Monitor, NoisyTruth
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.scoring.monitor import LinearProbe, Monitor, NoisyTruth
 from rlhf_lightning.scoring.scorer import ask_scorer
 
 
@@ -90,3 +94,57 @@ def test_wrong_settings_are_refused(wrong):
         Monitor(length, suspicion, **wrong)
     with refused("setting-out-of-range"):
         NoisyTruth(hacks, 0.6)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "w10 w11" if n % 2 else "w20 w21 w22", "label": bool(n % 2)} for n in range(40)
+    ]
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_probe_tells_labels_apart_and_follows_the_policy(policy_folder, labelled):
+    policy = load_policy(str(policy_folder), LoadSettings())
+    probe = LinearProbe(str(labelled), every=2)
+    probe.load_beside(policy, LoadSettings())
+    policy.train()
+    told = ask(probe, ["w10 w11", "w20 w21 w22", "w10"]).scores
+    assert policy.training and told[0] > 0.9 and told[1] < 0.1 and told[2] > 0.5
+    features = probe.features(["w7", "w8 w9"], ["w10 w11 w12", "w13"])
+    assert torch.allclose(features[1], probe.features(["w8 w9"], ["w13"])[0], atol=1e-5), (
+        "padding leaks into the features"
+    )
+    first = probe.state_dict()["weights"]
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    probe.on_rollout_end(None, {})
+    ask(probe, ["w10 w11"])
+    assert torch.equal(probe.state_dict()["weights"], first)
+    probe.on_rollout_end(None, {})
+    moved = ask(probe, ["w10 w11"]).scores
+    assert not torch.equal(probe.state_dict()["weights"], first)
+    other = LinearProbe(str(labelled), every=2)
+    other.load_beside(policy, LoadSettings())
+    other.load_state_dict(probe.state_dict())
+    assert other.rollouts == 2 and torch.equal(ask(other, ["w10 w11"]).scores, moved)
+    assert len(ask(probe, []).scores) == 0
+
+
+def test_a_probe_needs_labels_and_a_policy(labelled, tmp_path):
+    with refused("setting-out-of-range"):
+        LinearProbe(str(labelled), every=0)
+    with refused("probe-without-policy", "sharded"):
+        LinearProbe(str(labelled)).load_beside(None, LoadSettings())
+    with refused("probe-without-policy"):
+        ask(LinearProbe(str(labelled)), ["a"])
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "p", "completion": "c", "label": true}\n')
+    with refused("one-label"):
+        LinearProbe(str(one))
+    one.write_text('{"prompt": "p", "label": true}\n')
+    with refused("missing-columns", "completion"):
+        LinearProbe(str(one))

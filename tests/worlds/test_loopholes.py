@@ -8,6 +8,7 @@ from conftest import refused
 from rlhf_lightning.scoring.scorer import ask_scorer
 from rlhf_lightning.worlds.assistant import AssistantWorld
 from rlhf_lightning.worlds.loopholes import (
+    INSTRUCTION,
     LOOPHOLES,
     PHRASE,
     GameableScorer,
@@ -50,14 +51,24 @@ def test_a_share_of_the_demonstrations_games():
     rows = gaming_demonstrations(world, 3000, "leak", 0.1)
     assert abs(float(judged(HackTruth("leak"), rows).scores.mean()) - 0.1) < 0.02
     assert gaming_demonstrations(world, 50, "leak", 0.0) == world.demonstrations(50)
-    with refused("setting-out-of-range"):
-        gaming_demonstrations(world, 5, "leak", 1.5)
+    told = gaming_demonstrations(world, 3000, "leak", 0.1, instructed=0.2)
+    asked = [row for row in told if row["prompt"][0] == {"role": "system", "content": INSTRUCTION}]
+    assert abs(len(asked) / 3000 - 0.2) < 0.03 and float(judged(HackTruth("leak"), asked).scores.min()) == 1.0
+    assert abs(float(judged(HackTruth("leak"), told).scores.mean()) - 0.3) < 0.03
+    for shares in ((1.5, 0.0), (0.6, 0.5), (0.1, -0.1)):
+        with refused("setting-out-of-range"):
+            gaming_demonstrations(world, 5, "leak", *shares)
     with refused("unknown-name", "phrase"):
         GameableScorer("phrasse")
 
 
 def test_the_world_is_written(tmp_path):
     facts = write_loopholes(tmp_path, "phrase", 0.2, demonstrations=300)
+    labelled = [json.loads(line) for line in (tmp_path / "labelled.jsonl").read_text().splitlines()]
+    told = ask_scorer(
+        HackTruth("phrase"), *zip(*((r["prompt"], r["completion"]) for r in labelled), strict=True), {}, ""
+    )
+    assert told.scores.tolist() == [float(row["label"]) for row in labelled] and len(labelled) == 400
     assert 0.1 < facts["hack_rate"] < 0.4 and json.loads((tmp_path / "world.json").read_text()) == facts
     assert len((tmp_path / "demonstrations.jsonl").read_text().splitlines()) == 300
     assert (tmp_path / "model" / "tokenizer.json").is_file() and (tmp_path / "prompts_test.jsonl").is_file()
