@@ -11,7 +11,7 @@ from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.scoring.encoders import EncoderScorer, is_encoder
 from rlhf_lightning.scoring.judges.judge import Judge, SimulatedJudge
-from rlhf_lightning.scoring.judges.local import LocalJudge
+from rlhf_lightning.scoring.judges.local import CritiqueJudge, LocalJudge
 from rlhf_lightning.scoring.judges.remote import RemoteJudge
 from rlhf_lightning.scoring.learned import LearnedScorer, ProcessScorer, stored_separator
 from rlhf_lightning.scoring.scorer import FunctionScorer, Scorer
@@ -50,7 +50,7 @@ def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) ->
     Raises:
         SettingError: see `loading.load`.
     """
-    shipped = {kind.__name__: kind for kind in (LocalJudge, RemoteJudge, SimulatedJudge)}
+    shipped = {kind.__name__: kind for kind in (CritiqueJudge, LocalJudge, RemoteJudge, SimulatedJudge)}
     given = dict(arguments or {})
     if isinstance(spec, str) and spec not in shipped:
         if spec.startswith(("http://", "https://")):

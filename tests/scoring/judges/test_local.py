@@ -16,8 +16,8 @@ from rlhf_lightning.constitution.principles import (
 from rlhf_lightning.constitution.revision import RevisionSettings, revise
 from rlhf_lightning.models import resolving
 from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.scoring.judges import LocalJudge, LocalWriter
-from rlhf_lightning.scoring.judges.judge import Judge, Pair, Question, as_text
+from rlhf_lightning.scoring.judges import CritiqueJudge, LocalJudge, LocalWriter
+from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Pair, Question, Written, as_text
 from rlhf_lightning.scoring.judges.local import letter_ids, next_logits, shared_length
 from rlhf_lightning.scoring.loading import load_judge
 
@@ -168,6 +168,51 @@ def test_a_local_critic_gives_the_same_rows_however_they_are_parted(policy_folde
 def test_what_is_no_judge_is_not_made(spec, arguments, code, words):
     with refused(code, words):
         load_judge(spec, arguments)
+
+
+class Faults:
+    name = "faults"
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompts, episodes):
+        self.asked += [prompt[0]["content"] for prompt in prompts]
+        return [None if "mute" in text else Written(f"said {len(text)}", True) for text in self.asked[-len(prompts) :]]
+
+
+class Reader:
+    name = "reader"
+
+    def __call__(self, questions):
+        self.read = [one.messages[-1]["content"] for one in questions]
+        return [JudgeAnswer(-1.0, -2.0) for _ in questions]
+
+
+def test_a_judge_reads_critiques_of_both_answers():
+    reader, writer = Reader(), Faults()
+    asked = [question("Go.", "Hello!"), question("Hello!", "Go."), question("mute", "b")]
+    judge = CritiqueJudge(reader, writer)
+    assert isinstance(judge, Judge) and judge.name == "reader after critiques by faults"
+    assert [answer.first_logprob for answer in judge(asked)] == [-1.0] * 3
+    assert len(writer.asked) == 4, "an answer is criticised once, in either order"
+    assert "Human: Hi\n\nHere is an answer" in writer.asked[0] and "Go." in writer.asked[0]
+    told = [f"said {len(text)}" for text in writer.asked]
+    assert f"Critique (A): {told[0]}\n\nCritique (B): {told[1]}\n\n{RULES.wording.conclusion}" in reader.read[0]
+    assert f"Critique (A): {told[1]}\n\nCritique (B): {told[0]}" in reader.read[1]
+    assert "Critique (A)" not in reader.read[2] and "Critique (B)" in reader.read[2]
+
+
+def test_debaters_know_what_was_said_before(policy_folder):
+    reader, writer = Reader(), Faults()
+    CritiqueJudge(reader, writer, rounds=2)([question("Go.", "Hello!")])
+    assert len(writer.asked) == 4 and "(A) is the better" in writer.asked[0] and "(B) is the better" in writer.asked[1]
+    told = "".join(f"({letter}): said {len(text)}\n\n" for letter, text in zip("AB", writer.asked[:2], strict=True))
+    assert told in writer.asked[2] and told in reader.read[0] and reader.read[0].count("(B): said") == 2
+    with refused("setting-out-of-range"):
+        CritiqueJudge(reader, writer, rounds=-1)
+    local = load_judge("CritiqueJudge", {"judge": policy_folder, "writer": policy_folder, "max_new_tokens": 4})
+    assert len(local([question("Go.", "Hello!")])) == 1
 
 
 def test_a_reward_model_is_no_judge(reward_folder):
