@@ -1,4 +1,4 @@
-"""``rlhf export``: write a checkpoint or an adapter as a Hugging Face folder."""
+"""``rlhf export``: write a checkpoint or an adapter as a Hugging Face folder, and push it to the Hub."""
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
@@ -27,16 +27,23 @@ def main(argv: Sequence[str]) -> int:
 
 def export(
     source: str,
-    out: str,
+    out: str | None = None,
     merge: bool = False,
     best: bool = False,
     new_tokens: list[str] | None = None,
     import_module: str | None = None,
+    push: str | None = None,
+    public: bool = False,
+    results: Sequence[str] = (),
 ) -> int:
-    """Write the weights of a run as a Hugging Face folder.
+    """Write the weights of a run as a Hugging Face folder, and push it to the Hub.
+
+    The model card says how the run was trained: objective, seed, numbers among the settings, versions, commit, and the
+    fingerprint and counts of the data. It holds neither paths nor the command line.
 
     Args:
-        source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge.
+        source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge. With
+            --push also an exported folder.
         out: folder to write; it must not exist.
         merge: merge a LoRA adapter into its backbone in fp32, print the largest difference to the logits of the trained
             model (large for a quantised backbone), and keep the adapter in OUT.adapter.
@@ -45,26 +52,62 @@ def export(
             adapter can train them.
         import_module: also --import: your module or .py file with the class that wrote the checkpoint. Names in a
             checkpoint are never imported otherwise.
+        push: repository of the Hub, as in me/my-dpo, to upload the folder to; private unless it exists or --public.
+        public: make the new repository public.
+        results: Markdown reports to put into the card, as `rlhf evaluate`, `evaluate-reward` and `verify` write them.
     """
     from rlhf_lightning.commands.quiet import silence_libraries
-    from rlhf_lightning.loading import import_user_module
 
     silence_libraries()
-    target, path = Path(out), Path(source)
+    if public and push is None:
+        raise SettingError("missing-setting", "public is set without a repository: name one with --push")
+    reports = [read_result(file) for file in results]
+    folder = Path(source)
+    if out is not None:
+        folder = write_folder(source, Path(out), merge, best, new_tokens, import_module)
+    elif push is None or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise SettingError(
+            "missing-setting", f"{source} is not an exported folder: name the folder to write with --out"
+        )
+    run = run_of(Path(source), best)
+    if run is not None or reports:
+        complete_card(folder, run, reports)
+    if push is not None:
+        from rlhf_lightning.models.export import push_folder
+
+        if (local := local_backbone(folder)) is not None:
+            print(
+                f"the adapter's backbone is the folder {local}, which the repository lacks: --merge writes all weights"
+            )
+        print(f"{folder} -> {push_folder(folder, push, private=not public)}")
+    return 0
+
+
+def write_folder(
+    source: str, target: Path, merge: bool, best: bool, new_tokens: list[str] | None, import_module: str | None
+) -> Path:
+    """Write the folder and return it; the arguments are those of `export`.
+
+    Raises:
+        SettingError: ``target`` exists, or ``source`` is exported already.
+    """
+    from rlhf_lightning.loading import import_user_module
+
+    path = Path(source)
     if target.exists():
-        raise SettingError("output-exists", f"{out} exists already and is not overwritten: give a new folder")
+        raise SettingError("output-exists", f"{target} exists already and is not overwritten: give a new folder")
     own = None if import_module is None else import_user_module(import_module)
     if new_tokens:
         rows = write_with_tokens(source, target, new_tokens)
         print(f"{source} -> {target}, with {rows} embeddings")
-        return 0
+        return target
     if (path / "adapter_config.json").is_file():
         if not merge:
             raise SettingError(
                 "already-exported", f"{source} is already an adapter folder; --merge merges it into its backbone"
             )
         _report(merge_adapter(path, target), target, path)
-        return 0
+        return target
     if (path / "config.json").is_file():
         raise SettingError("already-exported", f"{source} is already a Hugging Face folder")
     checkpoint = find_checkpoint(path, best)
@@ -72,13 +115,85 @@ def export(
     if not merge or module.lora is None:
         module.export(target)
         print(f"{checkpoint} -> {target}")
-        return 0
+        return target
     adapter = target.with_name(f"{target.name}.adapter")
     if adapter.exists():
         raise SettingError("output-exists", f"the adapter's folder {adapter} exists already: give another --out")
     module.export(adapter)
     _report(merge_adapter(adapter, target), target, adapter)
-    return 0
+    return target
+
+
+def run_of(path: Path, best: bool = False) -> Path | None:
+    """Return the run folder that a run, a checkpoint or an exported folder belongs to; None if there is none."""
+    from rlhf_lightning.errors import RlhfError
+    from rlhf_lightning.runs.run import CONFIG_FILE, MANIFEST_FILE
+
+    found = path
+    if not (path / "backbone.json").is_file():
+        try:
+            found = find_checkpoint(path, best)
+        except RlhfError:
+            return None
+    above = found.resolve().parents[:3]
+    return next((one for one in above if (one / MANIFEST_FILE).is_file() and (one / CONFIG_FILE).is_file()), None)
+
+
+def local_backbone(folder: Path) -> str | None:
+    """Return the folder of an adapter's backbone; None for whole models and for backbones of the Hub."""
+    from rlhf_lightning.models.loading import backbone_record
+
+    source = str(backbone_record(folder).get("source", "")) if (folder / "adapter_config.json").is_file() else ""
+    return source if Path(source).is_absolute() else None
+
+
+def read_result(file: str) -> str:
+    """Return a Markdown report with its headings a level lower, without pictures, which the repository lacks."""
+    if not Path(file).is_file():
+        raise MissingError("unknown-file", f"there is no report {file}; name a Markdown file of results")
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    kept = (f"#{line}" if line.startswith("#") else line for line in lines if not line.startswith("!["))
+    return "\n".join(kept).strip()
+
+
+RUN_HEADING, RESULTS_HEADING = "## How it was trained", "## Results"
+
+
+def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> None:
+    """Write into a folder's model card how its run was trained, and reports, in the place of earlier ones."""
+    from rlhf_lightning.evaluation.report import markdown_table, write_markdown
+    from rlhf_lightning.evaluation.run_curves import flat_settings
+    from rlhf_lightning.loading import read_config, read_record
+    from rlhf_lightning.models.export import CARD_FILE
+    from rlhf_lightning.runs.run import CONFIG_FILE, MANIFEST_FILE
+
+    parts = []
+    if run is not None:
+        manifest, settings = read_record(run / MANIFEST_FILE), flat_settings(read_config(run / CONFIG_FILE))
+        data, git, sessions = (manifest.get(name) or {} for name in ("data", "git", "sessions"))
+        counts = data.get("report") or {}
+        rows = [
+            ["objective", str(manifest.get("model", "")).rpartition(".")[2]],
+            ["seed", manifest.get("seed")],
+            ["updates", sessions[-1].get("updates") if sessions else None],
+            ["parameters", "{total:,}, {trained:,} trained".format(**manifest["parameters"])
+             if "parameters" in manifest else None],
+            ["data", f"{str(data.get('class', '')).rpartition('.')[2]}, fingerprint {data.get('fingerprint')}"],
+            ["rows", "{read} read, {kept} kept, dropped: {dropped}".format(**counts) if counts else None],
+            ["chat template", manifest.get("chat_template")],
+            ["commit", f"{git.get('commit')}, {git.get('changed_files')} changed files" if git else None],
+            ["versions", ", ".join(f"{name} {one}" for name, one in manifest.get("packages", {}).items())],
+        ]  # fmt: skip
+        numbers = [
+            [name, str(value)] for name, value in settings.items()
+            if name.startswith(("model.", "data.", "trainer.")) and isinstance(value, int | float)
+        ]  # fmt: skip
+        parts = [RUN_HEADING, markdown_table(["", "run"], [row for row in rows if row[1] is not None])]
+        parts += [markdown_table(["setting", "value"], numbers)]
+    parts += [RESULTS_HEADING, *reports] if reports else []
+    card = folder / CARD_FILE
+    own = card.read_text(encoding="utf-8").partition(f"\n{parts[0]}\n")[0].rstrip() if card.is_file() else ""
+    write_markdown(card, "\n\n".join([own, *parts]) + "\n")
 
 
 def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> int:

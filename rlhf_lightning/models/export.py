@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.compat import erases_pad_row
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.resolving import BACKBONE_FILE, SCORE_BIAS, fingerprint
@@ -124,6 +126,24 @@ def _room_for_pad(
         yield state
     finally:
         config.vocab_size = rows
+
+
+def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
+    """Upload an exported folder to the Hugging Face Hub, or to the server that HF_ENDPOINT names; return its address.
+
+    Raises:
+        ModelError: the Hub cannot be reached or refuses.
+    """
+    hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repo_id, folder_path=folder))
+    except Exception as error:  # of the HTTP library too, which changes with the version of huggingface_hub
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            "push-failed",
+            f"{repo_id} was not pushed ({reason}); check name, network and `hf auth login`, and push {folder} again",
+        ) from error
 
 
 def model_card(source: str, kind: str, scores: bool) -> str:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -34,6 +33,7 @@ from rlhf_lightning.errors import ContractError, SettingError, StateError, undef
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
+from rlhf_lightning.models.export import push_folder
 from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.limits import check_rows, limits_of
@@ -883,10 +883,7 @@ class AlignmentModule(LightningModule):
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
         """Export the trained model to the Hugging Face Hub (private by default) and return its address."""
         with tempfile.TemporaryDirectory() as folder:
-            exported = self.export(Path(folder) / "model")
-            hub = HfApi()
-            hub.create_repo(repo_id, private=private, exist_ok=True)
-            return str(hub.upload_folder(repo_id=repo_id, folder_path=exported))
+            return push_folder(self.export(Path(folder) / "model"), repo_id, private)
 
     def backbone_source(self) -> str:
         """Return the folder or hub id of the backbone under this run's adapter."""

@@ -1,7 +1,10 @@
 """`rlhf export`: the folder gives what the checkpoint gave."""
 
+import base64
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -195,3 +198,91 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"hyper_parameters": {"_class_path": "tiny_run.SlopeModule", "slope": Bomb()}}, "bomb.ckpt")
     assert rlhf(["export", "bomb.ckpt", "--out", "out"]) == 1
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server of the Hub's upload API: creates repositories, takes every file inline, and keeps the commits."""
+    kept = {"created": [], "files": {}}
+
+    class Api(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            if self.path == "/api/repos/create":
+                kept["created"].append(json.loads(body))
+                answer = {"url": f"http://{self.headers['Host']}/me/tuned", "name": "me/tuned"}
+            elif self.path.startswith("/api/validate-yaml"):
+                answer = {"errors": [], "warnings": []}
+            elif "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            else:
+                assert self.path == "/api/models/me/tuned/commit/main"
+                for line in body.decode().splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        kept["files"][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                answer = {
+                    "success": True,
+                    "commitOid": "0" * 40,
+                    "commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/0",
+                }
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield kept
+    server.shutdown()
+    server.server_close()
+
+
+def is_private(created):
+    """Whether a repository was asked for as private; the field's name depends on the version of huggingface_hub."""
+    return created.get("private", False) or created.get("visibility") == "private"
+
+
+def test_a_run_is_pushed_with_a_card_of_what_made_it(policy_folder, data, hub, capsys, tmp_path):
+    folder = fit("DPO", policy_folder)
+    Path("report.md").write_text("# Evaluation of policies\n\n## Models\n\n| a |\n\n![curve](curve.png)\n")
+    pushed = ["export", str(folder), "--out", "tuned", "--push", "me/tuned", "--results", "report.md"]
+    assert rlhf(pushed) == 0, capsys.readouterr().err
+    assert hub["created"][0]["name"] == "tuned" and is_private(hub["created"][0])
+    assert "tuned -> http" in capsys.readouterr().out
+    here = {file.name: file.read_bytes() for file in Path("tuned").iterdir()}
+    assert hub["files"] == here and {"model.safetensors", "tokenizer.json", "README.md"} <= here.keys()
+    card, manifest = here["README.md"].decode(), json.loads((folder / "manifest.json").read_text())
+    assert "DPOModule" in card and manifest["data"]["fingerprint"] in card and "12 read, 12 kept" in card
+    assert re.search(r"model.beta +\| 0.1", card) and f"torch {torch.__version__}" in card
+    assert "## Evaluation of policies" in card and "### Models" in card and "curve.png" not in card
+    assert str(tmp_path) not in card.partition("## How it was trained")[2], "a path of this machine is published"
+    assert rlhf(["export", "tuned", "--push", "me/tuned", "--public", "--results", "report.md"]) == 0
+    assert not is_private(hub["created"][1])
+    again = hub["files"]["README.md"].decode()
+    assert again.count("## How it was trained") == again.count("### Models") == 1 and "DPOModule" in again
+
+
+def test_pushes_that_cannot_work_are_refused_in_a_sentence(policy_folder, data, hub, capsys, monkeypatch):
+    folder = fit("SFT", policy_folder)
+    for flags, words in (
+        (["--public", "--out", "x"], "public is set without a repository"),
+        (["--push", "me/tuned"], "name the folder to write with --out"),
+        (["--push", "me/tuned", "--out", "x", "--results", "none.md"], "there is no report none.md"),
+    ):
+        assert rlhf(["export", str(folder), *flags]) == 1
+        assert words in capsys.readouterr().err and not Path("x").exists()
+    assert rlhf(["export", str(folder / "model"), "--push", "not a name"]) == 1
+    assert "not a name was not pushed" in capsys.readouterr().err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert rlhf(["export", str(folder / "model"), "--push", "me/tuned"]) == 1
+    assert "check name, network and `hf auth login`" in capsys.readouterr().err
