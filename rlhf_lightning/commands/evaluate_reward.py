@@ -25,8 +25,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_reward(
-    models: Sequence[str],
     pairs: str,
+    models: Sequence[str] = (),
+    judges: Sequence[str] = (),
+    judge_args: dict[str, Any] | None = None,
+    question: str | None = None,
     reference: str | None = None,
     beta: float = 0.1,
     subset: str | None = None,
@@ -41,9 +44,13 @@ def evaluate_reward(
     only equals a baseline may have learned only that. Writes report.json, report.md, reliability.png and report.html.
 
     Args:
-        models: folders of reward models, or import paths of scorers. With --reference, folders of policies: their
-            DPO-implicit reward is tested.
         pairs: file of preferences or ranked lists in any form that training reads.
+        models: folders of reward models or process reward models, or import paths of scorers. With --reference, folders
+            of policies: their DPO-implicit reward is tested.
+        judges: generative judges: folders of language models, addresses of servers, or classes. The margin is the mean
+            of their log-odds in both orders.
+        judge_args: arguments of the judges' class: --judge_args.NAME VALUE.
+        question: what a judge is asked about two completions.
         reference: the reference of the policies, for the implicit reward beta log(policy / reference).
         beta: coefficient of the implicit reward; it matters to calibration only.
         subset: column that names the subset of a row.
@@ -52,24 +59,34 @@ def evaluate_reward(
     """
     import numpy as np
 
+    from rlhf_lightning.commands.parsing import written_secret
     from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.evaluation import reward_models as room
+    from rlhf_lightning.evaluation.completions import QUESTION
     from rlhf_lightning.evaluation.html import embedded, write_page
     from rlhf_lightning.evaluation.report import write_json, write_markdown
+    from rlhf_lightning.scoring.judges import load_judge
 
     if beta <= 0:
         raise SettingError("setting-out-of-range", f"beta is {beta}: it must be positive")
+    if not models and not judges:
+        raise SettingError("missing-setting", "nothing is tested: name reward models, or --judges")
+    if secret := written_secret({"judges": list(judges), "judge_args": judge_args or {}}):
+        raise SettingError("written-secret", secret)
     silence_libraries()
     read, lists = read_pairs(pairs, subset)
     decided = [pair for pair in read if not pair.tied]
     rows = [pair.row for pair in decided]
     gaps, blind, tied = {}, {}, {}
     kept = SamplingArguments().load(reference)[0] if reference else None
-    for name in dict.fromkeys(models):
-        score = _score(name, kept, beta)
-        gaps[name] = room.margins(score, decided)
-        blind[f"{name}, prompt-blind"] = room.margins(score, decided, prompt_blind=True)
-        tied[name] = room.margins(score, [pair for pair in read if pair.tied])
+    for name in dict.fromkeys([*models, *judges]):
+        if name in models:
+            margins = partial(room.margins, _score(name, kept, beta))
+        else:
+            margins = partial(room.judge_margins, load_judge(name, judge_args), question=question or QUESTION)
+        gaps[name] = margins(decided)
+        blind[f"{name}, prompt-blind"] = margins(decided, prompt_blind=True)
+        tied[name] = margins([pair for pair in read if pair.tied])
     baselines = {
         "longer completion": room.length_margins(decided), "bag of words": room.bag_of_words_margins(decided, seed),
         **blind,

@@ -118,7 +118,8 @@ def run_function(
     parameters = inspect.signature(function).parameters
     lists = [name for name, p in parameters.items() if p.annotation == Sequence[str]]
     for name in positional:
-        many: dict[str, Any] = {"nargs": "+"} if name in lists else {}
+        needed = parameters[name].default is inspect.Parameter.empty
+        many: dict[str, Any] = {"nargs": "+" if needed else "*"} if name in lists else {}
         parser.add_argument(name, type=str, help=helps.get(name), **many)
     groups: dict[str, Any] = {name: p.default for name, p in parameters.items() if is_dataclass(p.default)}
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip={*positional, *groups, *lists})

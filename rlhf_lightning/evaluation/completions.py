@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.evaluation.differences import Difference, clustered_difference
@@ -146,8 +147,19 @@ class Judged(NamedTuple):
     failures: int  # questions without an answer
 
 
-def ask_judge(judge: Judge, rows: Sequence[Row], baseline: Sequence[Row], question: str = QUESTION) -> Judged:
-    """Compare completions with the baseline's on the same prompt and sample, each pair in both orders."""
+def judged_both_ways(
+    judge: Judge, pairs: Sequence[tuple[Prompt, str, str]], question: str = QUESTION
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the probabilities of naming the completion shown first, and where there was no answer.
+
+    Args:
+        judge: the judge.
+        pairs: prompt, first and second completion.
+        question: what the judge is asked.
+
+    Returns:
+        probabilities in the given order and in the swapped one, each fp64, shape (pairs,); failures, shape (2, pairs).
+    """
     principle, wording = ComparingPrinciple("evaluation", question), Wording()
 
     def asked(prompt: Prompt, first: str, second: str) -> Question:
@@ -155,17 +167,22 @@ def ask_judge(judge: Judge, rows: Sequence[Row], baseline: Sequence[Row], questi
         text = wording.comparison.format(conversation=conversation, question=question, first=first, second=second)
         return Question(prompt, first, second, principle, [{"role": "user", "content": text}], wording)
 
-    pairs = list(zip(rows, baseline, strict=True))
-    questions = [asked(row["prompt"], row["completion"], base["completion"]) for row, base in pairs]
-    questions += [asked(row["prompt"], base["completion"], row["completion"]) for row, base in pairs]
+    questions = [asked(*pair) for pair in pairs]
+    questions += [asked(prompt, second, first) for prompt, first, second in pairs]
     answers = checked_answers(judge, questions)
-    failed = torch.tensor([bool(answer.failure) for answer in answers])
-    logprobs = torch.tensor([(a.first_logprob, a.second_logprob) for a in answers], dtype=torch.float64)
+    failed = torch.tensor([bool(answer.failure) for answer in answers]).view(2, -1)
+    logprobs = torch.tensor([(a.first_logprob, a.second_logprob) for a in answers], dtype=torch.float64).view(-1, 2)
     # Bounded, so that two certain answers that contradict each other do not give NaN.
-    forward, swapped = preference_probability(logprobs[:, 0].clamp(min=-700), logprobs[:, 1].clamp(min=-700)).view(
-        2, -1
-    )
-    there = ~failed.view(2, -1).any(0)
+    forward, swapped = preference_probability(*logprobs.clamp(min=-700).T).view(2, -1)
+    return forward, swapped, failed
+
+
+def ask_judge(judge: Judge, rows: Sequence[Row], baseline: Sequence[Row], question: str = QUESTION) -> Judged:
+    """Compare completions with the baseline's on the same prompt and sample, each pair in both orders."""
+    pairs = list(zip(rows, baseline, strict=True))
+    asked = [(row["prompt"], row["completion"], base["completion"]) for row, base in pairs]
+    forward, swapped, failed = judged_both_ways(judge, asked, question)
+    there = ~failed.any(0)
     same = [row["completion"] == base["completion"] for row, base in pairs]
     found = torch.where(there, verdict(forward, swapped), math.nan)
     found = torch.where(torch.tensor(same), 0.5, found)  # equal texts are a tie for every judge

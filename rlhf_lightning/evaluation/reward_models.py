@@ -57,6 +57,19 @@ def margins(score: Score, pairs: Sequence[KnownPair], prompt_blind: bool = False
     return chosen - rejected
 
 
+def judge_margins(judge: Any, pairs: Sequence[KnownPair], question: str, prompt_blind: bool = False) -> np.ndarray:
+    """Return a judge's log-odds for chosen, the mean of both orders, shape (pairs,); NaN where it gave no answer."""
+    from rlhf_lightning.evaluation.completions import judged_both_ways
+
+    if not pairs:
+        return np.zeros(0)
+    prompts = [_blank(pair.prompt) if prompt_blind else pair.prompt for pair in pairs]
+    asked = [(prompt, pair.chosen, pair.rejected) for prompt, pair in zip(prompts, pairs, strict=True)]
+    forward, swapped, failed = judged_both_ways(judge, asked, question)
+    odds = (torch.logit(forward, 1e-12) - torch.logit(swapped, 1e-12)) / 2
+    return torch.where(failed.any(0), math.nan, odds).numpy()
+
+
 def _blank(prompt: Prompt) -> Prompt:
     return "." if isinstance(prompt, str) else [{"role": "user", "content": "."}]
 

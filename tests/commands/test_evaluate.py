@@ -48,3 +48,13 @@ def test_one_model_alone_has_no_win_rate(policy_folder, prompts, capsys):
 def test_what_cannot_be_evaluated_is_refused(policy_folder, prompts, flags, code):
     with refused(code):
         main([policy_folder, "--prompts", prompts, *flags])
+
+
+def test_an_environment_replies_and_rewards(policy_folder):
+    Path("g.jsonl").write_text("".join(json.dumps({"prompt": "guess:", "secret": n}) + "\n" for n in (3, 7)))
+    argv = [policy_folder, "--prompts", "g.jsonl", "--max_new_tokens", "4", "--max_turns", "2"]
+    assert main([*argv, "--environment", "GuessTheNumber"]) == 0
+    rows = [json.loads(line) for line in Path("evaluation/completions.jsonl").read_text().splitlines()]
+    assert all(len(row["turns"]) >= 1 and row["score"] == row["reward"] for row in rows)
+    report = json.loads(Path("evaluation/report.json").read_text())
+    assert report["settings"]["environment"] == "GuessTheNumber" and "score" in report["models"][policy_folder]

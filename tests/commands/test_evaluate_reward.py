@@ -79,3 +79,31 @@ def test_bag_of_words_is_cross_fitted():
     assert abs(room.accuracy(room.bag_of_words_margins(pairs), range(200))["accuracy"] - 0.5) < 0.15
     planted = [pair._replace(chosen=pair.chosen + " good") for pair in pairs]
     assert np.mean(room.bag_of_words_margins(planted) > 0) > 0.9
+
+
+def test_generative_judges_stand_beside_reward_models(pairs, capsys):
+    Path("gold.py").write_text("def length(prompt, text):\n    return len(text) / 10\n")
+    argv = ["lengths.length", "--judges", "SimulatedJudge", "--pairs", pairs, "--judge_args.gold_reward", "gold.length"]
+    assert main([*argv, "--judge_args.position_bias", "3", "--judge_args.scale", "1"]) == 0
+    report = json.loads(Path("reward_evaluation/report.json").read_text())
+    judge, scorer = report["models"]["SimulatedJudge"], report["models"]["lengths.length"]
+    assert judge["accuracy"] == scorer["accuracy"] and judge["margin"] == pytest.approx(scorer["margin"] / 10)
+    assert report["against_first"]["SimulatedJudge"]["difference"] == 0
+    assert report["baselines"]["SimulatedJudge, prompt-blind"]["accuracy"] == judge["accuracy"]
+    assert main(argv[1:]) == 0
+    with refused("missing-setting", "--judges"):
+        main(["--pairs", pairs])
+    with refused("written-secret"):
+        main([*argv, "--judge_args.api_key", "sk-secret-of-mine"])
+
+
+def test_a_process_reward_model_scores_pairs_by_its_steps(policy_folder, pairs):
+    from rlhf_lightning.commands.train import run
+
+    steps = [{"prompt": f"q{n}", "completions": ["good end", "x x"], "labels": [True, n % 2 == 0]} for n in range(8)]
+    Path("steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    folder = run(["fit", "--model", "ProcessRewardModule", "--model.init_from", policy_folder, "--data",
+                  "ProcessDataModule", "--data.source", "steps.jsonl", "--trainer.max_steps", "1"]).folder  # fmt: skip
+    assert main([str(folder / "model"), "--pairs", pairs]) == 0
+    (model,) = json.loads(Path("reward_evaluation/report.json").read_text())["models"].values()
+    assert model["pairs"] == 100 and model["missing"] == 0 and 0 < abs(model["margin"]) < 1
