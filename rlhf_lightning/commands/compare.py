@@ -34,7 +34,8 @@ def compare(
     Runs with equal settings and different seeds are one arm. Curves are means over an arm's seeds with Student's 95 %
     intervals. Final values are tested against the first arm, in pairs of equal seeds, with p-values adjusted by Holm
     for the number of arms. Writes report.md, report.json, curves.png, frontier.png and report.html, which holds
-    everything and works offline.
+    everything and works offline. The folder tensorboard has a run for each arm: its mean curves, and its settings with
+    final means for the HPARAMS tab.
 
     Args:
         runs: run folders, or folders with runs below them, as `rlhf sweep` writes; the last version of each name.
@@ -64,12 +65,13 @@ def compare(
     parts += [f"![{title}]({picture.name})" for title, picture in pictures.items()]
     write_markdown(folder / "report.md", "\n\n".join(parts) + "\n")
     write_json(folder / "report.json", report_of(comparison, left_out))
+    write_arms(comparison, folder / "tensorboard")
     page = write_page(
         folder / "report.html", "compare.html.jinja", title="Comparison of runs", notes=notes, sections=sections,
         pictures=[(title, embedded(picture)) for title, picture in pictures.items()], samples=samples_of(comparison),
     )  # fmt: skip
     print("\n\n".join([*notes, *(section.markdown() for section in sections)]))
-    print(f"\nreport: {folder / 'report.md'}   page: {page}")
+    print(f"\nreport: {folder / 'report.md'}   page: {page}   arms: tensorboard --logdir {folder / 'tensorboard'}")
     return 0
 
 
@@ -168,6 +170,36 @@ def samples_of(comparison: "RunComparison") -> list[dict[str, Any]]:
 def plain(text: str) -> str:
     """Return a text as a label that matplotlib does not read as a formula."""
     return text[:80].replace("$", "\\$")
+
+
+def write_arms(comparison: "RunComparison", folder: Path) -> None:
+    """Write each arm as a TensorBoard run: mean curves, settings, and the final means with the ends of their intervals.
+
+    Runs of an earlier comparison in the folder are replaced.
+    """
+    import shutil
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    from rlhf_lightning.commands.sweep import arm_name
+    from rlhf_lightning.evaluation.differences import mean_interval
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for number, arm in enumerate(comparison.arms):
+        first = next(iter(comparison.arms[arm].values()))
+        settings = {name: str(first.settings.get(name)) for name in comparison.by} | {
+            "seeds": len(comparison.arms[arm])
+        }
+        ends = {}
+        for metric in comparison.metrics:
+            found = mean_interval(list(comparison.finals(arm, metric).values()))
+            ends |= dict(zip((metric, f"{metric} (low)", f"{metric} (high)"), found, strict=True))
+        with SummaryWriter(str(folder / f"{number}_{arm_name({'arm': arm})}")) as writer:
+            writer.add_hparams(settings, ends, run_name=".")
+            for metric in comparison.metrics:
+                if (curve := comparison.curve(arm, metric)) is not None:
+                    for x, mean in zip(curve.x, curve.mean, strict=True):
+                        writer.add_scalar(f"mean/{metric}", mean, int(x))
 
 
 def draw_curves(comparison: "RunComparison", path: Path) -> Path:

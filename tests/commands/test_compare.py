@@ -165,3 +165,20 @@ def test_hostile_texts_become_text(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 0
     page = Path("comparison/report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page and page.count("<img") == 2 and "<b><b>" not in page
+
+
+def test_arms_are_runs_of_tensorboard_with_settings_and_final_means(sweep):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    for _ in range(2):  # the second comparison replaces the arms of the first
+        assert main([str(sweep), "--by", "model.beta"]) == 0
+    first, second = sorted(Path("comparison/tensorboard").iterdir())
+    events = EventAccumulator(str(first)).Reload()
+    assert events.Scalars("val/score")[0].value == pytest.approx(2.0)  # finals 1, 2, 3
+    low, high = (events.Scalars(f"val/score ({end})")[0].value for end in ("low", "high"))
+    assert (low + high) / 2 == pytest.approx(2.0) and high - low == pytest.approx(2 * 4.303 / 3**0.5, rel=1e-3)
+    assert events.Scalars("mean/val/score")[-1].value == pytest.approx(2.0)
+    start = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+    shown = {name: value.string_value or value.number_value for name, value in start.session_start_info.hparams.items()}
+    assert shown == {"model.beta": "0.1", "seeds": 3.0} and "0.2" in second.name
