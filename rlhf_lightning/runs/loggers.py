@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, create_summary_metadata
@@ -18,6 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from rlhf_lightning.compat import attached_datamodule, event_writer
+from rlhf_lightning.errors import PackageError
 from rlhf_lightning.runs.run import aligned, updates_of
 
 PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_location")
@@ -66,6 +69,71 @@ def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path,
     left_open = [argument for argument in PLACES if argument in given and given[argument] is None]
     kept = {argument: value for argument, value in given.items() if argument not in left_open}
     return kept | {argument: filled[argument] for argument in left_open if argument in filled}
+
+
+class TrackioLogger(Logger):
+    """Writes metrics, settings and samples to trackio, whose dashboard works offline: ``trackio show``.
+
+    The database is where trackio keeps it (TRACKIO_DIR). A resumed run continues its curves. Needs the extra
+    ``trackio``.
+
+    Args:
+        project: trackio's project.
+        name: name of the run; null takes the run folder's.
+        init_args: further arguments of ``trackio.init``, as in {space_id: me/curves}.
+
+    Raises:
+        PackageError: trackio is not installed.
+    """
+
+    def __init__(self, project: str = "rlhf", name: str | None = None, init_args: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        try:
+            self._trackio: Any = importlib.import_module("trackio")
+        except ModuleNotFoundError as error:
+            raise PackageError(
+                "not-installed", "TrackioLogger needs trackio: pip install 'rlhf-lightning[trackio]'"
+            ) from error
+        self.project, self.run_name, self.init_args = project, name, init_args or {}
+        self._settings: dict[str, Any] = {}
+        self._run: Any = None
+
+    @property
+    def name(self) -> str:
+        """The project."""
+        return self.project
+
+    @property
+    def version(self) -> str | None:
+        """The run's name."""
+        return self.run_name
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run of trackio, which begins with the first metric, so that it has the settings."""
+        if self._run is None:
+            self._run = self._trackio.init(
+                project=self.project, name=self.run_name, config=self._settings, resume="allow", **self.init_args
+            )
+        return self._run
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep the settings for the run's beginning."""
+        self._settings.update(dict(params))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write metrics at a step."""
+        self.experiment.log(dict(metrics), step=step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is still in memory."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
 
 
 def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text: str, step: int) -> bool:

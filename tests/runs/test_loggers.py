@@ -1,6 +1,7 @@
 """A run is one folder with every logger, and tables reach each logger that takes them."""
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny_run import BASIC, UPDATES, NumbersDataModule, SlopeModule, events_of, 
 
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import ModelExport, RunCheckpoint, RunFolder, RunManifest, RunRecords, SampleTable
-from rlhf_lightning.runs.loggers import log_table, logger_arguments
+from rlhf_lightning.runs.loggers import TrackioLogger, log_table, logger_arguments
 from rlhf_lightning.runs.run import run_folder
 
 OWN_FILES = {"config.yaml", "manifest.json", "checkpoints", "samples.jsonl", "model"}
@@ -237,3 +238,24 @@ def test_a_rehearsal_of_a_plain_trainer_leaves_nothing():
 def test_settings_of_the_table_are_checked():
     with refused("setting-out-of-range", "samples.prompts", "-1"):
         SampleTable(prompts=-1)
+
+
+def test_trackio_gets_metrics_settings_and_tables_and_continues(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when trackio is imported
+    sqlite = pytest.importorskip("trackio.sqlite_storage")
+    for first in (0, 2):  # the second begins where a resumed run would
+        logger = TrackioLogger("rlhf", "dpo/version_0")
+        logger.log_hyperparams({"model.beta": 0.1})
+        for step in (first, first + 1):
+            logger.log_metrics({"val/score": 0.5 * step}, step)
+        assert log_table(logger, "samples", [{"prompt": "p", "completion": "c"}], "| p |", first)
+        logger.finalize("success")
+    rows = [row for row in sqlite.SQLiteStorage.get_logs("rlhf", "dpo/version_0") if "val/score" in row]
+    assert [(row["step"], row["val/score"]) for row in rows] == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5)]
+    assert sqlite.SQLiteStorage.get_run_config("rlhf", "dpo/version_0")["model.beta"] == 0.1
+
+
+def test_trackio_without_its_package_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with refused("not-installed", "rlhf-lightning[trackio]"):
+        TrackioLogger()
