@@ -69,6 +69,8 @@ class SmallServer:
                 self.models[body["lora_name"]] = CausalLM(adapter)
                 return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
             if route == "/v1/unload_lora_adapter":
+                if body["lora_name"] not in self.models:
+                    return 404, {"error": {"message": f"The lora adapter '{body['lora_name']}' cannot be found."}}
                 del self.models[body["lora_name"]]
                 return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
             if body["model"] not in self.models:

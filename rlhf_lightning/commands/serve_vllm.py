@@ -4,6 +4,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from rlhf_lightning.errors import MissingError, SettingError
 
 ON_CPU = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384", "--enforce-eager"]
 """With chunked prefill a request with a seed ends the CPU worker."""
+
+ENDED = (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit statuses of a server that was told to end."""
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -35,8 +39,12 @@ def serve_vllm(
     cpu: bool = False,
     threads: int | None = None,
     arguments: str = "",
+    restarts: int = 3,
 ) -> int:
     """Start a vLLM server for the rollouts of a training run; ends with it.
+
+    A server that dies is started again. The trainer waits for it (RemoteEngine's retries) and registers its adapters
+    anew; all weights are read from the folder.
 
     Args:
         model: hub id, folder or .gguf file that the policy starts from.
@@ -52,6 +60,7 @@ def serve_vllm(
         cpu: serve on the CPU.
         threads: threads on the CPU; null leaves it to vLLM. Use 1 on a machine with other work.
         arguments: further arguments of vLLM, as one text.
+        restarts: times to start the server again after it died; a server that is told to end is not started again.
     """
     if not Path(python).is_file():
         raise MissingError("no-vllm", f"{python} is missing: run `make vllm`, or name another interpreter in --python")
@@ -73,7 +82,13 @@ def serve_vllm(
     environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's
     command += shlex.split(arguments)
     print(" ".join(shlex.quote(part) for part in command), flush=True)
-    return subprocess.run(command, env=environment, check=False).returncode
+    status = subprocess.run(command, env=environment, check=False).returncode
+    for number in range(1, restarts + 1):
+        if status in ENDED:
+            break
+        print(f"the server died with status {status}; starting it again, {number} of {restarts} times", flush=True)
+        status = subprocess.run(command, env=environment, check=False).returncode
+    return status
 
 
 def _resolved(model: str) -> str:

@@ -6,15 +6,17 @@ the server loads again. Both sides see the folder under the same path.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,17 +79,41 @@ class AdapterHandOver:
         old: str | None,
         servers: Sequence[JSONServer],
     ) -> None:
-        folder = self.folder / new
         given = {} if weights is None else {"state_dict": dict(weights)}
-        model.model.save_pretrained(folder, selected_adapters=[adapter], **given)
-        # peft saves every adapter except the default one in a subfolder.
-        path = folder if adapter == POLICY else folder / adapter
+        model.model.save_pretrained(self.folder / new, selected_adapters=[adapter], **given)
         for server in servers:
-            server.post("/v1/load_lora_adapter", {"lora_name": new, "lora_path": str(path)})
+            self._load(server, adapter, new)
         if old is not None:
             for server in servers:
-                server.post("/v1/unload_lora_adapter", {"lora_name": old})
+                with refusals_ignored():  # a server that was started again never knew it
+                    server.post("/v1/unload_lora_adapter", {"lora_name": old})
             shutil.rmtree(self.folder / old, ignore_errors=True)
+
+    def _load(self, server: JSONServer, adapter: str, name: str) -> None:
+        # peft saves every adapter except the default one in a subfolder.
+        path = self.folder / name if adapter == POLICY else self.folder / name / adapter
+        server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+
+    def register_again(self, server: JSONServer) -> None:
+        """Register the adapters on a server that was started again.
+
+        Another thread may have done so a moment before: a server that knows a name already refuses it.
+        """
+        for adapter, held in self.loaded.items():
+            for _, name in held:
+                with refusals_ignored():
+                    self._load(server, adapter, name)
+                    rank_zero_warn(f"{server.url} was started again: {name} is registered on it once more.")
+
+
+@contextlib.contextmanager
+def refusals_ignored() -> Iterator[None]:
+    """Ignore that a server refuses a request."""
+    try:
+        yield
+    except ServerError as error:
+        if error.code != "server-refused":
+            raise
 
 
 class FolderHandOver:

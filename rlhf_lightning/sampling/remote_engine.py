@@ -154,12 +154,22 @@ class RemoteEngine(SamplingEngine):
         return [owners[row] for row in range(len(lengths))]
 
     def _ask(self, server: JSONServer, body: dict[str, Any]) -> tuple[JSONServer, Any]:
-        """Return a server's answer and the server; another one is asked where the first is silent."""
+        """Return a server's answer and the server; another one is asked where the first is silent.
+
+        A server that does not know the adapter has been started again: it is told of the adapters once more.
+        """
+        told = False
         while True:
             server = server if server in self.servers else self.servers[0]
             try:
                 return server, server.post("/v1/completions", body)
             except ServerError as error:
+                unknown = error.code == "server-refused" and "status 404" in str(error)
+                if unknown and self.adapters is not None and not told:
+                    told = True
+                    with LEAVING:
+                        self.adapters.register_again(server)
+                    continue
                 if error.code != "server-silent" or self.servers == [server]:
                     raise
                 self._leave_out(server, error)

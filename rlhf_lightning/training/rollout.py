@@ -219,6 +219,11 @@ class RolloutModule(AlignmentModule):
                 f"lag is {self.lag}, and the data does not tell the prompts of later rollouts; use PromptDataModule, "
                 "or set lag to 0",
             )
+        if self.lag and self.sampler_correction is None:
+            rank_zero_warn(
+                f"lag is {self.lag}, and nothing corrects for rollouts of an earlier policy: model.sampler_correction "
+                "is null (sequence_truncate is usual with lag)."
+            )
         trained, given = getattr(self.scorer, "prompt_form", None), prompt_form(self)
         if trained is not None and given is not None and trained != given:
             rank_zero_warn(

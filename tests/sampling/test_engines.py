@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
+from rlhf_lightning.commands.serve_vllm import serve_vllm
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
@@ -294,6 +295,31 @@ def test_an_adapter_is_handed_over_whenever_it_has_changed(
         reference = draw(engine, model)
         close(reference.logprobs, scored(model, PROMPTS, reference.ids, 0.9))
     assert server.bodies()[-1]["model"] == BASE
+
+
+def test_a_server_that_was_started_again_is_told_of_its_adapters(
+    policy_folder: str, server: SmallServer, tmp_path: Path
+) -> None:
+    model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
+    first = draw(engine, model)
+    server.models = {BASE: server.models[BASE]}
+    with pytest.warns(UserWarning, match="was started again"):
+        assert as_lists(draw(engine, model)) == as_lists(first)
+    server.models = {BASE: server.models[BASE]}
+    change(model, 2)
+    second = draw(engine, model)  # the version before is unknown to the server, and is not unloaded
+    close(second.logprobs, scored(model, PROMPTS, second.ids, 0.9))
+    with refused("server-refused", "404"):
+        draw(RemoteEngine(server.url, "another", retries=0), load_policy(policy_folder).requires_grad_(False))
+
+
+def test_serve_vllm_starts_a_server_again_that_died(tmp_path: Path, policy_folder: str) -> None:
+    python, log = tmp_path / "python", tmp_path / "starts"
+    python.write_text(f"#!/bin/sh\necho start >> {log}\n[ $(wc -l < {log}) -lt 3 ] && kill -9 $$\nexit 0\n")
+    python.chmod(0o755)
+    assert serve_vllm(policy_folder, python=str(python)) == 0 and log.read_text() == "start\n" * 3
+    log.unlink()
+    assert serve_vllm(policy_folder, python=str(python), restarts=0) == -9 and log.read_text() == "start\n"
 
 
 def test_weights_that_the_server_cannot_have_are_refused(

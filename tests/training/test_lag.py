@@ -1,6 +1,7 @@
 """Rollouts sampled some versions ahead: the policy of each, resuming to the bit, and drawn again by a new worker."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,13 @@ def test_what_a_lag_cannot_go_with_is_refused(
 ) -> None:
     with refused(code, "lag"):
         train(module_of(policy_folder, lag=1, **settings), data_of(prompts, tmp_path, **data))
+
+
+def test_lag_without_a_correction_is_said(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="lag is 1, and nothing corrects"):
+        train(module_of(policy_folder, lag=1), data_of(prompts, tmp_path, rollouts=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lag is")
+        train(
+            module_of(policy_folder, lag=1, sampler_correction="token_truncate"), data_of(prompts, tmp_path, rollouts=1)
+        )
