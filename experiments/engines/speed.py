@@ -24,7 +24,8 @@ import torch
 
 from rlhf_lightning.evaluation.report import markdown_table, write_markdown
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
-from rlhf_lightning.models.loading import LoadSettings, resolve_folder
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, SlotEngine
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_lightning.evaluation.completions import QUESTION
 from rlhf_lightning.evaluation.report import interval, markdown_table, p_value, write_json, write_markdown
 from rlhf_lightning.evaluation.reward_models import KnownPair, accuracy, compared, judge_margins, length_margins
-from rlhf_lightning.models.loading import resolve_folder
+from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.scoring.judges import CritiqueJudge, LocalJudge
 from rlhf_lightning.worlds.assistant import AssistantWorld, gold_of_conversation
 

@@ -65,7 +65,7 @@ def evaluate_reward(
     from rlhf_lightning.evaluation.completions import QUESTION
     from rlhf_lightning.evaluation.html import embedded, write_page
     from rlhf_lightning.evaluation.report import write_json, write_markdown
-    from rlhf_lightning.scoring.judges import load_judge
+    from rlhf_lightning.scoring.loading import load_judge
 
     if beta <= 0:
         raise SettingError("setting-out-of-range", f"beta is {beta}: it must be positive")

@@ -1,0 +1,20 @@
+"""Scores of the effects' runs, beyond the package's own."""
+
+from typing import Any
+
+from rlhf_lightning.types import Judgement
+from rlhf_lightning.worlds._assistant_gold import gold_parts
+from rlhf_lightning.worlds.hazards import last_request
+
+
+def answered(prompts: Any, completions: Any, **columns: Any) -> list[Judgement]:
+    """Score 1 if an answer has the asked subject and kind alone, else 0; length plays no role.
+
+    The number of words is the part ``right_words`` or ``wrong_words``.
+    """
+    judged = []
+    for prompt, said in zip(prompts, completions, strict=True):
+        parts, words = gold_parts(last_request(prompt), said), float(len(said.split()))
+        right = parts["subject"] == parts["kind"] == 1.0
+        judged.append(Judgement(float(right), {"right_words" if right else "wrong_words": words}))
+    return judged
