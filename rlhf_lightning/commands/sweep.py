@@ -324,8 +324,8 @@ class Sweep:
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches the sweep alone, which then stops the runs with SIGTERM.
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            # A process group of its own: Ctrl-C reaches the sweep alone, which then stops the runs with SIGTERM.
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0)
             with self.lock:
                 self.processes[run.name] = process
                 self.started += 1
