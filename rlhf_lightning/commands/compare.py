@@ -190,7 +190,7 @@ def write_arms(comparison: "RunComparison", folder: Path) -> None:
         settings = {name: str(first.settings.get(name)) for name in comparison.by} | {
             "seeds": len(comparison.arms[arm])
         }
-        ends = {}
+        ends: dict[str, float] = {}
         for metric in comparison.metrics:
             found = mean_interval(list(comparison.finals(arm, metric).values()))
             ends |= dict(zip((metric, f"{metric} (low)", f"{metric} (high)"), found, strict=True))

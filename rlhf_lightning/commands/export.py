@@ -172,7 +172,7 @@ def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> Non
         manifest, settings = read_record(run / MANIFEST_FILE), flat_settings(read_config(run / CONFIG_FILE))
         data, git, sessions = (manifest.get(name) or {} for name in ("data", "git", "sessions"))
         counts = data.get("report") or {}
-        rows = [
+        rows: list[list[Any]] = [
             ["objective", str(manifest.get("model", "")).rpartition(".")[2]],
             ["seed", manifest.get("seed")],
             ["updates", sessions[-1].get("updates") if sessions else None],
