@@ -180,6 +180,15 @@ def share_of_words(text: str, low: int, high: int) -> float:
     return sum(low <= word < high for word in words) / max(len(words), 1)
 
 
+def low_words_with_feedback(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
+    """Score a completion by the share of its words below 60, and name its first word where that is below a half."""
+    scores = low_words(prompts, list(completions))
+    return [
+        Judgement(score, feedback=text.split()[0] if score < 0.5 and text.split() else None)
+        for score, text in zip(scores, completions, strict=True)
+    ]
+
+
 def low_words_at_a_cost(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
     """Score a completion by the share of its words below 60; words from 30 to 89 are its cost."""
     parts = [{"low": share_of_words(text, 0, 60), "cost": share_of_words(text, 30, 90)} for text in completions]

@@ -19,6 +19,7 @@ BASES = {
     "OfflineModule",
     "OnPolicyModule",
     "RolloutModule",
+    "SelfDistillationModule",  # below, with a text for its teacher
     "UnpairedModule",
 }
 TAUGHT = {"GKDModule", "OnPolicyDistillationModule"}
@@ -157,6 +158,18 @@ def test_slots_are_the_same_on_two_ranks(
     pool: RankPool, policy_folder: str, name: str, strategy: str, accumulation: int, lora: Any
 ) -> None:
     compare(pool, name, policy_folder, 2, strategy, accumulation, lora=lora)
+
+
+@pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
+@pytest.mark.parametrize("teacher", ["policy", "ema", "other"])
+def test_a_policy_that_reads_feedback_learns_the_same_on_two_ranks(
+    pool: RankPool, policy_folder: str, other_folder: str, teacher: str, strategy: str, accumulation: int
+) -> None:
+    settings: dict[str, Any] = {
+        "scorer": "rank_cases.low_words_with_feedback", "context": ["{feedback} w40", "{solution}"], "success": 0.5,
+        "teacher": other_folder if teacher == "other" else teacher, "ema_decay": 0.5, "mini_batch_size": 3,
+    }  # fmt: skip
+    compare(pool, "SelfDistillationModule", policy_folder, 2, strategy, accumulation, **settings)
 
 
 USERS: dict[str, dict[str, Any]] = {
