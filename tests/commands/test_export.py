@@ -2,7 +2,10 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +20,11 @@ from commands.conftest import save
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.export import probe, trained
 from rlhf_lightning.commands.train import run
+from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.resolving import resolve_folder
+from rlhf_lightning.tokenization import encode_prompt, load_tokenizer
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n} " + "x" * n} for n in range(12)]
 PAIRS = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": "bad"} for n in range(12)]
@@ -286,3 +294,21 @@ def test_pushes_that_cannot_work_are_refused_in_a_sentence(policy_folder, data, 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert rlhf(["export", str(folder / "model"), "--push", "me/tuned"]) == 1
     assert "check name, network and `hf auth login`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("RLHF_LLAMA_CPP"), reason="RLHF_LLAMA_CPP names no folder with llama.cpp's convert_hf_to_gguf.py"
+)
+def test_llama_cpp_converts_an_exported_folder_and_it_comes_back_equal(smollm2, tmp_path):
+    policy = load_policy(smollm2.name_or_path, LoadSettings(self_check=False))
+    folder, file = export_policy(policy, smollm2, tmp_path / "exported"), tmp_path / "policy.gguf"
+    root = Path(os.environ["RLHF_LLAMA_CPP"])
+    paths = f"{root / 'gguf-py'}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, str(root / "convert_hf_to_gguf.py"), str(folder), "--outfile", str(file)]
+    subprocess.run([*command, "--outtype", "f32"], check=True, env={**os.environ, "PYTHONPATH": paths})
+    again, tokenizer = load_policy(str(file), LoadSettings(self_check=False)), load_tokenizer(resolve_folder(str(file)))
+    ids = torch.tensor([encode_prompt(smollm2, [{"role": "user", "content": "How do I start with chess?"}])])
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "How do I start with chess?"}]) == ids[0].tolist()
+    with torch.no_grad():
+        assert torch.allclose(policy.model(ids).logits, again.model(ids).logits, atol=1e-5)
