@@ -70,26 +70,26 @@ def pairs_config(arguments: argparse.Namespace, source: Path, rows: int) -> dict
             "beta": BETA}},
         "data": {"class_path": "PreferenceDataModule", "init_args": {
             "source": str(source), "rows": rows, "batch_size": 32, "micro_batch_size": 16,
-            "eval_source": [{"path": str(world / "pairs_test.jsonl"), "rows": 400}]}},
-        "trainer": {"max_epochs": 1, "val_check_interval": 0.2},
+            "eval_source": [{"path": str(world / "pairs_test.jsonl"), "rows": 200}]}},
+        "trainer": {"max_epochs": 1, "val_check_interval": 0.25},
     }  # fmt: skip
 
 
 def clean_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the config on the world's own pairs."""
-    return pairs_config(arguments, arguments.start / "world" / "pairs_train.jsonl", 3200)
+    return pairs_config(arguments, arguments.start / "world" / "pairs_train.jsonl", 1600)
 
 
 def flipped_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the config on pairs whose labels are flipped at random; validation pairs keep theirs."""
     source, target = arguments.start / "world" / "pairs_train.jsonl", arguments.out / "flipped.jsonl"
     lot, lines = random.Random(0), []
-    for row in read_records(source)[:6400]:
+    for row in read_records(source)[:3200]:
         if lot.random() < FLIPPED:
             row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
         lines.append(json.dumps(row))
     write_markdown(target, "\n".join(lines) + "\n")
-    return pairs_config(arguments, target, 6400)
+    return pairs_config(arguments, target, 3200)
 
 
 def rollouts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +129,7 @@ EFFECTS = {
         "Pang et al. (arXiv 2404.19733) and Rafailov et al. (2404.12358): under DPO the log-probability of the "
         "chosen completions themselves falls; a term of their likelihood (RPO) keeps it up. APO-zero "
         "(D'Oosterlinck et al., 2408.06266) raises it by its form.",
-        f"3,200 pairs, beta {BETA}. The metric is the mean of log policy - log reference of held-out chosen "
+        f"1,600 pairs, beta {BETA}. The metric is the mean of log policy - log reference of held-out chosen "
         "completions.",
         clean_pairs,
         {"DPO": {}, "RPO": {"class_path": "RPOModule", "alpha": 1.0}, "APO-zero": {"class_path": "APOZeroModule"}},
@@ -140,7 +140,7 @@ EFFECTS = {
         "Flipped labels and robust losses",
         "Robust DPO (Chowdhury et al., arXiv 2403.00409): with a known flip rate an unbiased estimate of the "
         "clean loss learns from noisy labels what DPO does not; conservative DPO only softens the labels.",
-        f"6,400 pairs; {FLIPPED:.0%} of them have flipped labels, on top of the world's own noise; both robust losses "
+        f"3,200 pairs; {FLIPPED:.0%} of them have flipped labels, on top of the world's own noise; both robust losses "
         "know the rate. Accuracy is on held-out pairs without flips.",
         flipped_pairs,
         {"DPO": {}, "conservative DPO": {"class_path": "ConservativeDPOModule", "label_smoothing": FLIPPED},

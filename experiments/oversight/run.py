@@ -232,7 +232,8 @@ has no monitor: the system turn stands before every training prompt, and before 
 
 Hack rate, gold and proxy are means over the last tenth of the rollouts; the proxy is before the penalty. Onset is the
 first of two rollouts in a row with a hack rate of at least {onset:.0%}. The held-out columns are of 128 other prompts
-after training. Values are means over seeds with Student's 95 % interval. "2 of 3" counts the seeds with a value.
+after training. Values are means over seeds with Student's 95 % interval. "2 of 3" counts the seeds with a value. An arm
+of one seed has no interval: its distance from another arm may be chance.
 
 {monitors}
 
