@@ -318,7 +318,11 @@ def main() -> None:
         started, folder = time.time(), Path(tempfile.mkdtemp())
         try:
             found, before = measure(name, folder, columns), table.get(name, {})
-            table[name] = {**before, **found, "path": found["path"] if columns == COLUMNS else before["path"]}
+            table[name] = {
+                **before,
+                **found,
+                "path": found["path"] if "in refilled slots" in columns else before["path"],
+            }
         except Exception as error:
             table[name] = {"path": f"wrong: {type(error).__name__}: {error}".splitlines()[0][:120]}
         shutil.rmtree(folder)
