@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -310,9 +311,12 @@ def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
     near = nearest(name, usable) or next((key for key in usable if key.lower().startswith(name.lower())), None)
     known = f"there are {', '.join(usable)}" if usable else "none is shipped"
     hint = f"did you mean {near}?" if near else f"{known}."
-    raise SettingError(
-        "unknown-name", f"there is no {what} {name!r}; {hint} Your own has its module before it: my_file.{name}"
-    )
+    own = f"Your own has its module before it: my_file.{name}"
+    if ":" in name:
+        hint, own = f"a dot comes before a name: {name.replace(':', '.')}", ""
+    elif name.isidentifier() and importlib.util.find_spec(name) is not None:
+        hint, own = f"{name} is a module: name what is in it, such as {name}.score", ""
+    raise SettingError("unknown-name", f"there is no {what} {name!r}; {hint} {own}".rstrip())
 
 
 def _check_kind(found: Any, base: Any, name: str, what: str, of_class: bool) -> None:

@@ -57,12 +57,20 @@ def best_of_n(
         as_chat: put plain-text prompts into a user turn of the chat template.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import Speed, completions, read_prompts, scorer_beside, write_lines
+    from rlhf_lightning.commands.generate import (
+        Speed,
+        completions,
+        read_prompts,
+        refuse_overwriting,
+        scorer_beside,
+        write_lines,
+    )
     from rlhf_lightning.commands.quiet import silence_libraries
 
     _check(n, keep, top, threshold)
     silence_libraries()
     sampling.settings()  # raises before anything is read
+    refuse_overwriting(prompts, out)
     asked = read_prompts(prompts, as_chat)
     policy, tokenizer = sampling.load(model)
     score = scorer_beside(scorer, policy)

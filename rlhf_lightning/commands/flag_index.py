@@ -171,7 +171,8 @@ def quick_answer(argv: Sequence[str]) -> Answered | None:
     asked = options.get("--help", options.get("-h"))
     if asked is not None:
         return help_answer(command, asked, chosen)
-    sentences = [*(wrong_class(*item) for item in chosen.items()), *(wrong_option(name, chosen) for name, _ in pairs)]
+    sentences = [*(wrong_class(*item) for item in chosen.items()), *(wrong_form(*pair) for pair in pairs)]
+    sentences += [wrong_form(argument, "") for argument in rest] + [wrong_option(name, chosen) for name, _ in pairs]
     wrong = next(filter(None, sentences), None)
     if not rest:
         wrong = "missing: --model CLASS and --data CLASS, or a --config file such as recipe:dpo"
@@ -188,13 +189,46 @@ def chosen_class(argv: Sequence[str], part: str) -> str:
 
 def wrong_class(part: str, name: str) -> str | None:
     """Return what is wrong with the name of a class; None if it is shipped, or has a module and may be an own class."""
+    if place := misplaced(part, name):
+        return place
     if not name or "." in name or class_entry(part, name) is not None or name in index()["bases"]:
         return None
     if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # newer than the index
         return None
     near = foreign_names()["classes"].get(name) or nearest(name, index()[part])
-    hint = f"did you mean {near}?" if near else f"there are {', '.join(index()[part])}."
+    hint = f"did you mean {near}?" if near else NOT_FOUND[part]
     return f"{part}: there is no class {name}; {hint} Write your own class with its module, as my_objective.{name}"
+
+
+NOT_FOUND = {
+    "model": "`rlhf objectives` lists them, and a model to start from goes to --model.init_from.",
+    "data": "the nearest are SFTDataModule, PreferenceDataModule and PromptDataModule.",
+}
+
+
+def misplaced(part: str, name: str) -> str | None:
+    """Return where a model or a file goes that was given as a class."""
+    if Path(name).suffix in (".yaml", ".yml"):  # the settings of a class
+        return None
+    names_file = Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+    if part == "model" and name and ("/" in name or Path(name).is_dir()):
+        return (
+            f"--model takes an objective, such as DPOModule; the model to start from goes to --model.init_from {name}"
+        )
+    if part == "data" and (names_file or "/" in name):
+        return f"--data takes a DataModule, such as PreferenceDataModule; the data go to --data.source {name}"
+    return None
+
+
+def wrong_form(argument: str, value: str) -> str | None:
+    """Return what is wrong with an option of one hyphen, or with a group of settings that is given one value."""
+    name = argument.lstrip("-").partition("=")[0]
+    if argument.startswith("-") and not argument.startswith("--") and name.replace("-", "_") in all_names():
+        return f"an option begins with two hyphens: --{name}"
+    if argument == "--model.lora" and not value.startswith(("{", "null")) and not Path(value).is_file():
+        rank = value if value.isdecimal() else "16"
+        return f"model.lora is a group of settings: give --model.lora.r {rank}, or '{{r: {rank}}}'"
+    return None
 
 
 def wrong_option(option: str, chosen: dict[str, str]) -> str | None:

@@ -179,6 +179,7 @@ def generate(
         raise SettingError("setting-out-of-range", f"samples is {samples}: it must be at least 1")
     silence_libraries()
     sampling.settings()  # raises before anything is read
+    refuse_overwriting(prompts, out)
     rows = read_prompts(prompts, as_chat)
     policy, tokenizer = sampling.load(model)
     score = None if scorer is None else scorer_beside(scorer, policy)
@@ -187,6 +188,16 @@ def generate(
     write_lines(Path(out), answers)
     print(f"{out}: {speed.finish()}")
     return 0
+
+
+def refuse_overwriting(source: str, out: str) -> None:
+    """Refuse to write over the file that is read.
+
+    Raises:
+        SettingError: ``out-is-input``.
+    """
+    if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
+        raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
 
 
 def write_lines(target: Path, rows: Iterable[Any]) -> None:

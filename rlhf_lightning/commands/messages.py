@@ -16,6 +16,7 @@ from rlhf_lightning.loading import import_path, nearest
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+TYPE_NAMES |= {"list": "a list such as '[a, b]'", "dict": "a mapping such as '{a: b}'"}
 CLASS = re.compile(r"given class_path '([^']+)'")
 
 
@@ -224,6 +225,8 @@ def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | N
     """A config file that is missing or is not YAML."""
     if found := re.search(r"File does not exist: '([^']+)'", message):
         return f"there is no file {found.group(1)}"
+    if "Unexpected config:" in message:
+        return "a config file is empty or is not a mapping of settings, such as `model: {class_path: DPOModule}`"
     if found := re.search(r"Problems parsing config: (.+)", message, re.DOTALL):
         return f"invalid YAML in the config file: {' '.join(found.group(1).split())}"
     return None

@@ -180,10 +180,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         made.bind((bare, port))
         made.listen(128)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         made.close()
+        reason = getattr(error, "strerror", "ports are 0 to 65535")
         raise StateError(
-            "port-unavailable", f"cannot listen on {host}, port {port} ({error.strerror}): name another --port"
+            "port-unavailable", f"cannot listen on {host}, port {port} ({reason}): name another --port"
         ) from error
     return made
 

@@ -31,6 +31,7 @@ from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
 from rlhf_lightning.data.files import FORMATS, LONGEST_ROW, RawRow, format_of, read_file, without_filled_nulls
 from rlhf_lightning.environments.games import GYM, reasoning_rows
 from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.loading import nearest
 
 T = TypeVar("T")
 
@@ -226,7 +227,10 @@ def files_of(source: Source) -> list[Path] | None:
         return found
     suffix = format_of(path) is not None
     if suffix or source.path.count("/") > 1 or source.path.startswith((".", "~", "/")):
-        raise MissingError("no-data", f"there is no file {source.path!r} (in {Path.cwd()}); check the path")
+        folder = path.parent if path.parent.is_dir() else None
+        near = nearest(path.name, [one.name for one in folder.iterdir()]) if folder else None
+        hint = f"the nearest is {str(folder / near)!r}" if folder and near else "check the path"
+        raise MissingError("no-data", f"there is no file {source.path!r} (in {Path.cwd()}); {hint}")
     return None
 
 

@@ -203,6 +203,14 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
     modules = [name for name, _ in model.named_modules()]
     weights = [name for name, _ in model.named_parameters()]
     named = [(key, list(getattr(lora, key)), modules) for key in ("rank_pattern", "alpha_pattern", "modules_to_save")]
+    if not isinstance(lora.targets, str):
+        named.append(("targets", list(lora.targets), modules))
+    elif lora.targets != "all-linear" and not _matches_any(lora.targets, modules):
+        raise SettingError(
+            "impossible-lora",
+            f"lora.targets is the regular expression {lora.targets!r}, which matches no whole name of a layer; give a "
+            "list of names, such as '[q_proj, v_proj]'",
+        )
     for setting, wanted, found in (*named, ("target_parameters", lora.target_parameters, weights)):
         for one in wanted:
             if not _ends_any(one, found):
@@ -221,6 +229,14 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
             f"lora.modules_to_save trains {', '.join(lora.modules_to_save)} whole, in {model.dtype}, where small "
             "updates would vanish; set dtype: float32",
         )
+
+
+def _matches_any(pattern: str, names: list[str]) -> bool:
+    """Whether a regular expression matches a whole name, as peft matches it."""
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
 
 
 def _ends_any(pattern: str, names: list[str]) -> bool:

@@ -30,6 +30,11 @@ def load_scorer(spec: Any) -> Scorer:
         MissingError: there is no such folder.
     """
     spec = str(spec) if isinstance(spec, Path) else spec
+    if isinstance(spec, str) and ".py" in (Path(spec).suffix, Path(spec.partition(":")[0]).suffix):
+        module = Path(spec.partition(":")[0]).stem
+        raise SettingError(
+            "file-as-scorer", f"{spec!r} is a file: name its function by module and name, such as {module}.score"
+        )
     if isinstance(spec, str) and (Path(spec).expanduser().is_dir() or "/" in spec):
         if stored_separator(spec):
             return ProcessScorer(spec)

@@ -410,6 +410,11 @@ class AlignmentModule(LightningModule):
             ContractError: ``wrong-batch-type``: the DataModule yields another kind of batch.
             SettingError: trained weights would be in bf16 or quantized.
         """
+        if stage == "fit" and 0 in (self.trainer.max_steps, self.trainer.max_epochs):
+            raise SettingError(
+                "no-updates",
+                "trainer.max_steps or max_epochs is 0: nothing would be trained; give 1 or more, or `rlhf validate`",
+            )
         self._settle_precision()
         datamodule = attached_datamodule(self.trainer)
         check(self.trainer, self, datamodule, fits=stage == "fit")
