@@ -19,6 +19,7 @@ from rlhf_lightning.functional.statistics import (
     length_controlled_win_rate,
     length_terms,
     log_loss,
+    logistic_fit,
     pass_at_k,
     rl_overoptimization,
     rl_overoptimization_fit,
@@ -229,3 +230,13 @@ def test_fits_recover_their_curve_and_peaks_are_on_top(alpha, beta):
         at, height = peak(alpha, beta)
         torch.testing.assert_close(curve(at, alpha, beta), height)
         assert (curve(at * torch.tensor([0.9, 1.1]), alpha, beta) < height).all()
+
+
+def test_logistic_fit_without_ridge_reproduces_the_share_of_each_group():
+    design = torch.tensor([[1.0, 0.0]] * 4 + [[1.0, 1.0]] * 5)
+    targets = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0])
+    intercept, slope = logistic_fit(design, targets, torch.zeros(2)).tolist()
+    assert intercept == pytest.approx(math.log(1 / 3)) and intercept + slope == pytest.approx(math.log(3 / 2))
+    shrunk = logistic_fit(design, targets, torch.tensor([0.0, 1.0]))
+    residual = targets.double() - torch.sigmoid(design.double() @ shrunk)
+    assert (design.double().T @ residual).tolist() == pytest.approx([0.0, shrunk[1].item()])

@@ -580,4 +580,4 @@ def test_tokens_that_are_not_learned_from_count_in_no_metric(policy_folder: str)
     module = module_of("GRPOModule", policy_folder, mask_truncated=True, max_new_tokens=1, kl_coef=0.0)
     fit(module, [grouped(prompt_step(GROUPED))], callbacks=[logged])
     if logged.rows[0]["rollout/eos_rate"] == 0:
-        assert logged.rows[0]["train/policy_loss"] == logged.rows[0]["train/clip_fraction"] == 0
+        assert not {"train/policy_loss", "train/clip_fraction"} & set(logged.rows[0])
