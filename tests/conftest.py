@@ -13,7 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples in every run: HYPOTHESIS_PROFILE=default draws new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 CACHE = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf_lightning").expanduser()
 """Where real runs keep what they convert; tests have caches of their own."""
