@@ -28,18 +28,20 @@ from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, judged, scores_of, small_world
-from rlhf_lightning.verification.diagnosis import mistakes_of
+from rlhf_lightning.verification.diagnosis import mistakes_of, shipped_base
 from rlhf_lightning.verification.distillation_checks import (
     divergence_checks,
     sampled_distillation_checks,
     self_distillation_checks,
 )
 from rlhf_lightning.verification.foreign import foreign_checks
+from rlhf_lightning.verification.mistakes import is_certain
 from rlhf_lightning.verification.offline_checks import offline_checks, some_rows, step_gradient
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
 from rlhf_lightning.verification.online_checks import online_checks, opponent_check
 from rlhf_lightning.verification.reward_checks import process_checks, reward_checks
 from rlhf_lightning.verification.rollout_checks import Update
+from rlhf_lightning.verification.state_checks import state_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.verification.world import EnumerableWorld
 
@@ -50,6 +52,9 @@ REACHED = 1e-3
 
 ALWAYS = ("target", "convergence")
 """Checks that no class can mean to fail."""
+
+BY_DESIGN = ("gradcheck", "reference slope", "ratio one", "pull back", "clip", "own token", "agreement", "kl penalty")
+"""Checks of a form of the loss, which a method may not have that comes to rest where it says."""
 
 
 class Verification(NamedTuple):
@@ -132,6 +137,8 @@ def verify(
             if hasattr(kind, "adapter"):
                 checks = [check for check in checks if check.name not in kind.adapter.left_out]
                 checks += foreign_checks(subject)
+            own = kind.contract is None and shipped_base(kind) is not None and not hasattr(kind, "adapter")
+            checks += state_checks(subject) if own else []
             control = measured_control(subject)
             advice = "true labels must earn more gold reward than uninformative labels"
             checks.append(at_least("control", control, 1e-4, advice))
@@ -142,14 +149,22 @@ def verify(
                 steps = 600 if issubclass(kind, OnlineDPOModule) else 300
                 found = with_twins_target(subject, converge(module, world, steps, judge=judge_of(subject)))
                 checks += [*target_checks(subject, found), export_check(module, world)]
-            checks = with_reasons(kind, checks)
+            fails = any(not check.held for check in checks)
+            mistakes = mistakes_of(subject) if own or fails else []
+            checks += [known_mistake_check(mistakes)] if own else []
+            checks = with_reasons(kind, checks, found)
             done = Verification(kind.__name__, subject.settings, checks, found, control, 0.0, [], notes_on(subject))
-            mistakes = [] if done.held and with_convergence else mistakes_of(subject)
     finally:
         torch.set_num_threads(threads)
     adapter = getattr(kind, "adapter", None)
     name = adapter.base.__name__ if adapter is not None and adapter.compared else ""
     return done._replace(seconds=time.perf_counter() - started, mistakes=mistakes, compared_with=name)
+
+
+def known_mistake_check(mistakes: list[str]) -> Check:
+    """Check that the class is not the shipped one with one of the mistakes that no method makes by design."""
+    certain = [words for words in mistakes if is_certain(words)]
+    return at_most("known mistake", len(certain), 0, "; ".join(certain) or "no known mistake fits")
 
 
 def notes_on(subject: Subject) -> list[str]:
@@ -308,8 +323,10 @@ def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     ]
 
 
-def with_reasons(kind: type[AlignmentModule], checks: list[Check]) -> list[Check]:
+def with_reasons(kind: type[AlignmentModule], checks: list[Check], found: Convergence | None = None) -> list[Check]:
     """Give failed checks the reasons of ``means_it``: where the target is reached, or a reason says why there is none.
+
+    Where a class reaches a target that it declares itself, the checks in `BY_DESIGN` are advice without a reason.
 
     Raises:
         ContractError: ``means_it`` names a check that does not exist or always has to hold.
@@ -325,8 +342,12 @@ def with_reasons(kind: type[AlignmentModule], checks: list[Check]) -> list[Check
     targets = [check for check in checks if check.name in ALWAYS]
     if not targets or not all(check.held or check.meant for check in targets):
         return checks
+    reasons = dict(kind.means_it)
+    owner = next((base for base in kind.__mro__ if "target_policy" in vars(base)), kind)
+    if not owner.__module__.startswith("rlhf_lightning.") and found is not None and found.source == "declared":
+        reasons = dict.fromkeys(BY_DESIGN, "the target that the class declares is reached") | reasons
     return [
-        check._replace(meant=kind.means_it[check.name]) if not check.held and check.name in kind.means_it else check
+        check._replace(meant=reasons[check.name]) if not check.held and check.name in reasons else check
         for check in checks
     ]
 

@@ -7,6 +7,7 @@ whose slopes are those of the class, up to a factor, is named; likewise for shap
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.functional.policy_gradient import generalized_advantages
+from rlhf_lightning.training.collector import select_episodes
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
@@ -27,6 +29,7 @@ from rlhf_lightning.types import (
     PreferenceLogprobs,
     ProcessBatch,
     RankedScores,
+    Rollout,
     Step,
     UnpairedLogprobs,
 )
@@ -50,7 +53,7 @@ FITS = 1e-6
 """Relative residual below which slopes are those of a mistake."""
 
 
-ODD = {"beta": 0.37, "label_smoothing": 0.0}
+ODD = {"beta": 0.37, "label_smoothing": 0.0, "desirable_weight": 1.3, "undesirable_weight": 0.8}
 """Settings while slopes are fitted, at which no mistake looks like another one."""
 
 
@@ -161,6 +164,13 @@ class Fit:
                 _, residual = self.misfit(self.right)
             if residual < FITS:
                 return words
+        numbers = {name: getattr(self.module, name) for name, _, _ in self._settings()}
+        for (one, first), (other, second) in itertools.combinations(numbers.items(), 2):
+            if first != second:
+                with settings_of(self.module, **{one: second, other: first}):
+                    _, residual = self.misfit(self.right)
+                if residual < FITS:
+                    return f"{one} and {other} are exchanged"
         return ""
 
     def _mistaken(self, change: Any, given: Any) -> Tensor:
@@ -239,7 +249,14 @@ TERMS: dict[str, Callable[[Any], Tensor]] = {
     "the squared margin": lambda g: g.margin**2,
     "the log-probability": lambda g: g.logprobs.sum(-1),
     "the squared scores": lambda g: g.scores**2,
+    "the squared difference of scores": lambda g: squared_gaps(g),
 }
+
+
+def squared_gaps(given: RankedScores) -> Tensor:
+    """Return the squared difference of the two scores of each pair, shape (groups,)."""
+    signed = torch.where(given.ranks == 0, given.scores, -given.scores)
+    return torch.zeros_like(given.target).to(signed).index_add(0, given.group, signed) ** 2
 
 
 # -- rewards and advantages -------------------------------------------------------------------------------------------
@@ -301,9 +318,19 @@ def _in_parts(measured: Tensor, parts: dict[str, Tensor], expected: dict[str, fl
     return ""
 
 
+def in_groups_of_four(rollout: Rollout) -> Rollout:
+    """Return four groups of four different completions: in groups of two, methods that select look like mistakes."""
+    half = len(rollout.scores) // 2
+    rows = [side * half + row for side in (0, 1) for row in (1, 3, 5, 7, 9, 11, 13, 5)]
+    chosen = select_episodes(rollout, rows)
+    return chosen._replace(group=torch.arange(16) // 4, episodes=torch.arange(16))
+
+
 def advantage_mistake(case: Any, right: Any) -> str:
     """Say how advantages differ from the shipped class's; empty where they do not or no known mistake fits."""
     module, rollout = case.module, case.rollout
+    if getattr(module, "needs_group", False):
+        rollout = in_groups_of_four(rollout)
     mask = rollout.completion_mask
 
     def of(one: Any, scores: Tensor, rewards: Tensor | None = None) -> Tensor:
@@ -394,11 +421,36 @@ def mistakes_of(subject: Subject) -> list[str]:
         right = theirs.fresh(moved=True)
     except (RlhfError, TypeError, ValueError):
         return []
-    found: list[str] = []
+    found = statistic_mistakes(right, subject.module)
     # Only words are lost here, no check: a class may lack what a known mistake would change.
     with contextlib.suppress(RlhfError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError):
         found += _of_rollouts(subject, right) if issubclass(base, OnPolicyModule) else _of_batches(subject, right)
     return list(dict.fromkeys(words for words in found if words))
+
+
+def statistic_mistakes(right: Any, module: Any) -> list[str]:
+    """Say which statistic of tokens is a divergence or an entropy of the wrong sign."""
+    if type(module).token_statistics is type(right).token_statistics:
+        return []
+    generator = torch.Generator().manual_seed(23)
+    own, theirs = torch.randn(2, 20, 9, generator=generator, dtype=torch.float64)
+    try:
+        found = module.token_statistics(own, theirs, torch.arange(20) % 9)
+    except Exception:  # it asks for more than logits
+        return []
+    p, r = own.log_softmax(-1), theirs.log_softmax(-1)
+    positive = {
+        "KL(policy || reference)": p.exp() * (p - r),
+        "KL(reference || policy)": r.exp() * (r - p),
+        "the policy's entropy": -p.exp() * p,
+        "the reference's entropy": -r.exp() * r,
+    }
+    return [
+        f"the statistic {name} is minus {words}"
+        for name, values in found.items()
+        for words, parts in positive.items()
+        if values.shape == p.shape[:1] and float((values + parts.sum(-1)).abs().max()) < 1e-9
+    ]
 
 
 def probe_input(subject: Subject, module: Any) -> Any:

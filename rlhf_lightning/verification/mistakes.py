@@ -28,6 +28,31 @@ Mistake = tuple[str, Any]
 """Words, and the losses of the mistake as a function of the shipped loss, the input and the shipped module."""
 
 
+CERTAIN = (
+    "wrong sign", "sign is wrong", "sign is flipped", "sign of the margin is lost", "sign of the advantage is lost",
+    "sign of the score is lost", "sign of the loss", "is ignored", "is rounded", "turned round",
+    "the label is taken through a sigmoid", "the label is squared", "both labels count alike", "no gradient passes",
+    "left out of the margin", "chosen and rejected", "the rated margin is added", "the rated margin divides",
+    "without the first token", "without the last token", "of the first token alone", "of the last token alone",
+    "into probabilities", "cumulated", "divided by the padded width", "length less one", "length plus one",
+    "added in place of subtracted", "mean of the batch", "its place in the batch", "weight of each row counts twice",
+    "clamped at 0", "are exchanged", "over the batch", "counts as desirable", "teach nothing",
+    "beta counts twice in the reference point", "labels are those of", "only the student's logits",
+    "the advantage is squared", "over the micro-batch", "the advantage has a gradient", "ratio is inverted",
+    "the probability stands in place of its logarithm", "to the reference in place of the old policy",
+    "the smaller of", "only the clipped ratio counts", "the ratio counts twice", "negative advantages are dropped",
+    "padding too", "the score is left out", "multiplied by the length", "drawn to the old values",
+    "error is not squared", "rows of its micro-batch", "weights of the rows", "the step counts", "is minus",
+)  # fmt: skip
+"""Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
+with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""
+
+
+def is_certain(words: str) -> bool:
+    """Whether a mistake that fits is one whatever the method."""
+    return any(part in words for part in CERTAIN)
+
+
 # -- changes of an input ----------------------------------------------------------------------------------------------
 
 PAIR_SIDES = (("chosen", "chosen_mask"), ("rejected", "rejected_mask"))

@@ -267,20 +267,37 @@ def padding_check(subject: Subject, given: Any) -> Check:
 def point_checks(subject: Subject, given: Any) -> list[Check]:
     """The override point is a differentiable function that stays finite."""
     module = subject.module
-    function, leaves = field_function(subject, module, given)
     checks = []
-    try:
-        right = torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-5, raise_exception=False)
-    except RuntimeError:
-        right = False
     if not _has_detached_parts(subject):
-        checks.append(at_least("gradcheck", float(right), 1, "the gradient is not the loss's: look for a detach"))
+        lost = lost_slopes(*field_function(subject, module, given))
+        advice = "the loss depends on log-probabilities or scores that no gradient passes: look for a detach"
+        checks.append(at_most("gradcheck", lost, 0, advice))
     single = in_single(given)
     broken = [scale for scale in (1e3, -1e3) for one in (given, single) if not _finite_at(subject, one, scale)]
     checks.append(
         at_most("extremes", len(broken), 0, "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)")
     )
     return checks
+
+
+def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
+    """Count the elements by which a loss changes although no gradient passes them.
+
+    A weight without gradient is a method (focal losses, DFT): there the gradient differs from the loss's, and is there.
+    """
+    total = function(*leaves).sum()
+    found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    lost = 0
+    for place, (leaf, slope) in enumerate(zip(leaves, found, strict=True)):
+        flat = torch.zeros_like(leaf).flatten() if slope is None else slope.flatten()
+        for element in (flat == 0).nonzero().flatten().tolist():
+            ends = []
+            for step in (1e-4, -1e-4):
+                moved = [other.detach().clone() for other in leaves]
+                moved[place].view(-1)[element] += step
+                ends.append(float(function(*moved).sum().detach()))
+            lost += not abs(ends[0] - ends[1]) <= 1e-8 * max(1.0, abs(ends[0]))
+    return lost
 
 
 def in_single(given: Any) -> Any:
@@ -358,6 +375,7 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
             theirs = slopes[reference]
             sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
             opposite = max(opposite, float(((slope * theirs).sum(-1) / sizes)[moves].max()))
+    missed += missed_in_long_rows(subject, given, sides)
     checks = [
         at_most("every token", missed, 0, "each completion token must get a gradient: look for a slice or a mask"),
     ]
@@ -389,6 +407,35 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
     return checks
 
 
+LONG = 600
+"""Tokens of rows that are longer than the cuts at 256 or 512 tokens that people write."""
+
+
+def missed_in_long_rows(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -> int:
+    """Count the tokens of long completions that get no gradient; 0 for losses that read statistics of tokens."""
+    if any(values.dim() > 1 for values in given.extras.values()):
+        return 0
+    generator, fields, leaves = torch.Generator().manual_seed(13), {}, {}
+    for policy, reference, name in sides:
+        rows = len(getattr(given, name))
+        mask = torch.arange(LONG) < LONG - 7 * torch.arange(rows).unsqueeze(-1)
+        noise = torch.rand(2, rows, LONG, generator=generator, dtype=torch.float64)
+        fields[name] = mask
+        fields[policy] = leaves[name] = torch.where(mask, -0.5 - noise[0], 0.0).requires_grad_()
+        if reference and getattr(given, reference) is not None:
+            fields[reference] = torch.where(mask, -0.5 - noise[0] + 0.02 * (noise[1] - 0.5), 0.0)
+    values = subject.values(subject.module, given._replace(**fields))
+    if not values.requires_grad:
+        return 0
+    missed = 0
+    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    for name, slope in zip(leaves, found, strict=True):
+        if slope is not None:
+            moves = (slope != 0).any(-1)
+            missed += int(((slope == 0) & fields[name])[moves].sum())
+    return missed
+
+
 def reversed_rows(given: Any) -> Any:
     """Return the input of an override point with its rows in reverse order."""
     turned = {
@@ -410,7 +457,7 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
     if isinstance(given, PreferenceLogprobs):
         checks += pair_checks(subject, given)
     elif isinstance(given, UnpairedLogprobs):
-        checks.append(judgement_direction(subject, given))
+        checks += [judgement_direction(subject, given), *reference_point_check(subject, given)]
     elif isinstance(given, TokenLogprobs):
         function, (leaf,) = field_function(subject, subject.module, given)
         gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0][given.completion_mask]
@@ -421,19 +468,16 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
 def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     """A label's two orders, and which side is lifted where the policy has a pair badly wrong."""
     module, checks = subject.module, []
+    if replaces_labels(subject, given):
+        return [rated_margin_check(subject, given)]
     if not subject.kind.batch_coupled:
-        certain = torch.ones_like(given.target)
-        soft = subject.values(subject.fresh(moved=True), given._replace(target=0.3 * certain))
-        right = subject.values(subject.fresh(moved=True), given._replace(target=certain))
-        wrong = subject.values(subject.fresh(moved=True), given.swapped()._replace(target=certain))
-        residual = (soft - 0.3 * right - 0.7 * wrong).abs().max() / right.abs().max().clamp_min(1)
         checks.append(
             at_most(
                 "labels",
-                residual.detach(),
+                label_residual(subject, given),
                 1e-9,
-                "target is the probability that chosen is better: the loss must be the "
-                "expectation over both orders, target * loss(c, r) + (1 - target) * loss(r, c)",
+                "target is the probability that chosen is better: the gradient must be the expectation over both "
+                "orders, target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds",
             )
         )
     if subject.kind.weighs_rows:
@@ -441,17 +485,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
         hard, soft = (subject.values(subject.fresh(moved=True), given._replace(target=p * certain)) for p in (1.0, 0.6))
         advice = "a soft label must change the loss: target is the probability that chosen is better"
         checks.append(at_least("soft label", (hard - soft).detach().abs().max(), 1e-9, advice))
-    sure = given._replace(target=torch.ones_like(given.target))
-    stronger = sure._replace(rated_margin=sure.rated_margin + 1.0)
-    rated, plain = (subject.values(subject.fresh(moved=True), one) for one in (stronger, sure))
-    checks.append(
-        at_least(
-            "rated margin",
-            (rated - plain).detach().min(),
-            -1e-9,
-            "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin",
-        )
-    )
+    checks.append(rated_margin_check(subject, given))
     lowered = given._replace(
         target=torch.ones_like(given.target),
         policy_chosen_logprobs=given.policy_chosen_logprobs - 20.0 * given.chosen_mask,
@@ -474,9 +508,76 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     return checks
 
 
+def rated_margin_check(subject: Subject, given: PreferenceLogprobs) -> Check:
+    """Check that a stronger preference never lowers a loss."""
+    sure = given._replace(target=torch.ones_like(given.target))
+    stronger = sure._replace(rated_margin=sure.rated_margin + 1.0)
+    rated, plain = (subject.values(subject.fresh(moved=True), one) for one in (stronger, sure))
+    return at_least(
+        "rated margin",
+        (rated - plain).detach().min(),
+        -1e-9,
+        "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin",
+    )
+
+
+def pair_slopes(subject: Subject, given: PreferenceLogprobs, target: float | Tensor = 1.0) -> Tensor:
+    """Return the slopes of each pair's loss by the log-probabilities of both sides, (2, pairs, length)."""
+    labelled = given._replace(target=torch.zeros_like(given.target) + target)
+    function, leaves = field_function(subject, subject.fresh(moved=True), labelled)
+    found = torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
+    zeros = (torch.zeros_like(leaf) if slope is None else slope for slope, leaf in zip(found, leaves, strict=True))
+    width = max(leaf.shape[1] for leaf in leaves)
+    return torch.stack([torch.nn.functional.pad(slope, (0, width - slope.shape[1])) for slope in zeros])
+
+
+def replaces_labels(subject: Subject, given: PreferenceLogprobs) -> bool:
+    """Whether numbers of the data take the label's place: a loss with columns of its own that no label changes."""
+    if not subject.kind.data_columns:
+        return False
+    return bool((pair_slopes(subject, given, 1.0) == pair_slopes(subject, given, 0.6)).all())
+
+
+def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
+    """Return how far soft labels are from the expectation over both orders, or from a proper scoring rule's optimum.
+
+    Slopes are compared: a Brier score differs from the expectation by a constant, which teaches nothing.
+    """
+    share = 0.3
+    soft, right = pair_slopes(subject, given, share), pair_slopes(subject, given)
+    wrong = pair_slopes(subject, given.swapped()).flip(0)
+    scale = torch.maximum(right.abs().max(), wrong.abs().max()).clamp_min(1e-300)
+    residual = float((soft - share * right - (1 - share) * wrong).abs().max() / scale)
+    beta = getattr(subject.module, "beta", None)
+    if residual < 1e-9 or not beta:
+        return residual
+    left = []
+    for odds in (share, 0.8):
+        gap = torch.logit(torch.tensor(odds, dtype=torch.float64)) / beta - given.margin.detach()
+        first = given.chosen_mask & (given.chosen_mask.cumsum(-1) == 1)
+        there = given._replace(policy_chosen_logprobs=given.policy_chosen_logprobs + first * gap.unsqueeze(-1))
+        left.append(float(pair_slopes(subject, there, odds).abs().max() / scale))
+    return min(residual, max(left))
+
+
 def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
     """Good completions rise, bad ones fall."""
     function, (leaf,) = field_function(subject, subject.module, given)
     rows = torch.autograd.grad(function(leaf).sum(), leaf)[0].sum(-1)
     wanted = torch.where(given.desirable, -rows, rows)
     return at_least("direction", wanted.min(), 1e-12, "good completions must rise and bad ones fall: look at the sign")
+
+
+def reference_point_check(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
+    """Check that rewards are compared with the reference point in all rows, good and bad, or in none."""
+    point = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    function, (leaf,) = field_function(subject, subject.module, given._replace(reference_point=point))
+    losses = function(leaf)
+    wrong, used = 0, 0
+    for loss in losses:
+        slopes = torch.autograd.grad(loss, (point, leaf), retain_graph=True, allow_unused=True)
+        by_point, by_ratio = (0.0 if slope is None else float(slope.sum()) for slope in slopes)
+        used += by_point != 0
+        wrong += by_point * by_ratio >= 0
+    advice = "the reference point must be subtracted from the reward in every row, desirable and undesirable"
+    return [at_most("reference point", wrong, 0, advice)] if used else []

@@ -15,6 +15,7 @@ from rlhf_lightning.verification.rollout_checks import (
     aggregation_check,
     holes_check,
     kl_loss_checks,
+    learned_check,
     loss_padding_check,
     missing_score_check,
     return_checks,
@@ -54,7 +55,7 @@ class Case:
             rollout.old_logprobs.clone(),
             rollout.old_logprobs,
             rollout.reference_logprobs,
-            None,
+            rollout.entropy,
             self.advantages.advantages.detach(),
             rollout.completion_mask,
             rollout.behaviour_logprobs,
@@ -97,7 +98,8 @@ def on_policy_checks(subject: Subject) -> list[Check]:
     """Return the checks of an objective on samples, convergence left out."""
     case = Case(subject, subject.module)
     checks = [*reward_checks(case), *advantage_checks(case), *loss_checks(case)]
-    checks += [missing_score_check(case), aggregation_check(case), loss_padding_check(case), holes_check(case)]
+    checks += [missing_score_check(case), learned_check(case), aggregation_check(case)]
+    checks += [loss_padding_check(case), holes_check(case)]
     checks += kl_loss_checks(case)
     checks += [*sampler_checks(subject, case), *temperature_checks(subject), *update_checks(subject)]
     if hasattr(subject.kind, "value_loss"):
@@ -191,17 +193,17 @@ def loss_checks(case: Case) -> list[Check]:
     try:
         function, (leaf,) = field_function(subject, module, case.logprobs())
         gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
-        wanted = -case.advantages.advantages.detach()
-        unequal = (gradient - wanted)[mask].abs().max() / wanted.abs().max().clamp_min(1e-12)
+        unequal = unequal_weights(gradient, case.advantages.advantages.detach(), mask)
         checks = [
             at_most(
                 "ratio one",
                 unequal,
                 1e-6,
-                "before any update the gradient must be -advantage * d log policy: look at "
-                "which log-probabilities make the ratio, and for a missing or a superfluous detach",
+                "before any update the gradient must be -advantage * d log policy, or that times weights of tokens: "
+                "look at which log-probabilities make the ratio, and for a missing or a superfluous detach",
             )
         ]
+        left_out = bool(unequal == 0) & (gradient == 0) & mask  # tokens of weight 0
         pulls = []
         for sign, moved in ((1.0, -0.7), (-1.0, 0.7)):  # made unlikelier though good, likelier though bad
             old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
@@ -209,7 +211,8 @@ def loss_checks(case: Case) -> list[Check]:
                 old_logprobs=old, behaviour_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
             )
             function, (leaf,) = field_function(subject, module, given)
-            pulls.append(-sign * torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0][mask])
+            found = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
+            pulls.append(-sign * found[mask] + 1e-9 * ((found == 0) & left_out)[mask])
         checks.append(
             at_least(
                 "pull back",
@@ -226,6 +229,25 @@ def loss_checks(case: Case) -> list[Check]:
         module.kl_coef = kl_coef
     checks.append(extremes_check(case))
     return checks
+
+
+def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Return how far a gradient at ratio 1 is from -advantage; 0 for weights of tokens that are a method.
+
+    Such weights are not negative, differ within completions, and leave out neither all first nor all last tokens.
+    """
+    wanted = -advantages
+    unequal = (gradient - wanted)[mask].abs().max() / wanted.abs().max().clamp_min(1e-12)
+    counts = mask & (wanted.abs() > 1e-9 * wanted.abs().max())
+    weights = torch.where(counts, gradient / torch.where(counts, wanted, 1.0), 0.0)
+    several = counts & (counts.sum(-1, keepdim=True) > 1)
+    if float(unequal) < 1e-6 or bool((weights < 0).any()) or bool((gradient[mask & ~counts].abs() > 1e-9).any()):
+        return unequal
+    mean = weights.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1)
+    varies = bool(((weights - mean).abs() > 1e-6)[several].any())
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    sides = (weights[counts & (torch.arange(mask.shape[1]) == 0)], weights[counts & last])
+    return unequal * 0 if varies and all(bool((side > 0).any()) for side in sides) else unequal
 
 
 def clips(module: Any) -> bool:
@@ -289,13 +311,20 @@ def value_checks(case: Case) -> list[Check]:
 
         return torch.where(mask, as_loss(module.value_loss(CriticValues(values, before, returns, mask))).values, 0.0)
 
-    leaf = old.clone().requires_grad_()
-    gradient = torch.autograd.grad(loss(leaf, old).sum(), leaf)[0]
-    toward = (gradient - (old - returns))[mask].abs().max() / (old - returns)[mask].abs().max().clamp_min(1e-12)
+    def slope(values: Tensor) -> Tensor:
+        leaf = values.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, values).sum(), leaf)[0][mask]
+
+    # Near the return any critic's loss is a square: Huber's, log-cosh, with or without a half before it.
+    near = torch.where(torch.arange(mask.shape[1]) % 2 == 0, 1e-3, -1e-3) + 0 * returns
+    factors = slope(returns + near) / near[mask]
+    factor = factors.mean().clamp_min(1e-12)
+    far = (slope(old) * (old - returns)[mask]).min()
+    toward = ((factors - factor) / factor).abs().max() if bool(far > 0) else torch.inf
     moved = old + 2.0
-    below = (0.5 * (moved - returns) ** 2 - loss(moved, old))[mask].max()
+    below = (loss(moved, moved) - loss(moved, old))[mask].max()
     return [
-        at_most("value gradient", toward, 1e-6, "at the rollout's own values the gradient is values - returns"),
+        at_most("value gradient", toward, 1e-2, "every value must be drawn to its return, the nearer the less"),
         at_most("value clip", below, 1e-9, "the larger of the clipped and the plain loss counts, never the smaller"),
     ]
 
@@ -305,13 +334,22 @@ def kl_penalty_check(subject: Subject) -> Check | None:
     module = subject.fresh(moved=True)
     if module.reference is None or not module.kl_coef:
         return None
-    before = subject.world.kl(policy_of(module, subject.world))
-    loss = PolicyGradient(module, subject.world, shuffled=True).loss
-    descend(loss, [p for p in module.parameters() if p.requires_grad], 25, 0.02)
-    after = subject.world.kl(policy_of(module, subject.world))
+    moved = kl_of_training(subject, module)
+    if moved > -1e-6:  # a price on length moves the policy too
+        free = subject.fresh(moved=True)
+        free.kl_coef = 0.0
+        moved -= kl_of_training(subject, free)
     return at_most(
         "kl penalty",
-        after - before,
+        moved,
         -1e-6,
         "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of",
     )
+
+
+def kl_of_training(subject: Subject, module: Any) -> float:
+    """Return how much the KL to the reference changes while a policy is trained on equal scores."""
+    before = subject.world.kl(policy_of(module, subject.world))
+    loss = PolicyGradient(module, subject.world, shuffled=True).loss
+    descend(loss, [p for p in module.parameters() if p.requires_grad], 25, 0.02)
+    return subject.world.kl(policy_of(module, subject.world)) - before

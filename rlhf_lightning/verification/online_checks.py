@@ -70,7 +70,8 @@ def best_of_three_check(module: Any, rollout: Rollout) -> Check:
     scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 2.0, -1.0, 0.0, 5.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     pairs = module.pairs(few._replace(scores=scores, group=torch.arange(12) // 3))
     found = set(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True))
-    wrong = len(found ^ {(1, 0), (3, 4), (8, 6), (9, 10)})
+    missing = {(1, 0), (3, 4), (8, 6), (9, 10)} - found
+    wrong = len(missing) + sum(one // 3 != other // 3 or scores[one] <= scores[other] for one, other in found)
     return at_most("best of three", wrong, 0, "of each prompt's samples the best is chosen and the worst rejected")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import DemonstrationBatch, ProcessBatch, ProcessScores, RankedScores
 from rlhf_lightning.verification.convergence import SAFETY
 from rlhf_lightning.verification.offline_checks import cut_checks, offline_checks, point_checks, some_rows
@@ -73,14 +74,20 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
     function, (leaf,) = field_function(subject, module, given)
     gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
     pull = (gradient * (leaf.detach() - odds)).min()
-    ones, zeros = (given._replace(labels=torch.full_like(given.labels, label)) for label in (1.0, 0.0))
-    soft, right, wrong = (subject.values(module, one).detach() for one in (given, ones, zeros))
+    certain = (given._replace(labels=torch.full_like(given.labels, label)) for label in (1.0, 0.0))
+    soft, right, wrong = (slopes_of_scores(subject, one) for one in (given, *certain))
     residual = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
     return [
         at_most("log-odds", at_rest, 1e-9, "the score at rest must be the log-odds of the label"),
         at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
-        at_most("labels", residual, 1e-9, "a soft label's loss is the expectation over right and wrong"),
+        at_most("labels", residual, 1e-9, "a soft label's gradient is the expectation over right and wrong"),
     ]
+
+
+def slopes_of_scores(subject: Subject, given: Any) -> Tensor:
+    """Return the slopes of all losses by the scores; a constant such as a Brier score's is not in them."""
+    function, (leaf,) = field_function(subject, subject.module, given)
+    return torch.autograd.grad(function(leaf).sum(), leaf)[0]
 
 
 def reward_checks(subject: Subject) -> list[Check]:
@@ -210,6 +217,51 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
     ]
 
 
+def shipped_loss(subject: Subject, given: RankedScores) -> Tensor:
+    """Return the losses that the nearest shipped class would give for the same scores, at the class's own settings."""
+    base: Any = next(base for base in subject.kind.__mro__ if base.__module__.startswith("rlhf_lightning."))
+    return as_loss(base.ranking_loss(subject.module, given)).values
+
+
+def comparison_checks(subject: Subject, given: RankedScores) -> list[Check]:
+    """Check soft labels of pairs, where the family has them: they count, and p of one order is 1 - p of the other."""
+    unsure = [with_safety(given._replace(target=torch.full_like(given.target, p)), 0.5, 0.5) for p in (1.0, 0.6)]
+    hard, soft = (shipped_loss(subject, one) for one in unsure)
+    if bool((hard == soft).all()) or (subject.kind.data_columns and not has_safety(given)):
+        return []
+    hard, soft = (subject.values(subject.module, one).detach() for one in unsure)
+    turned = unsure[1]._replace(ranks=1 - given.ranks, target=1 - unsure[1].target)
+    residual = (subject.values(subject.module, turned).detach() - soft).abs().max()
+    return [
+        at_least("soft label", (hard - soft).abs().max(), 1e-9, "a soft label must change the loss: use target"),
+        at_most("labels", residual, 1e-9, "a label p of one order must be a label 1 - p of the other: use target"),
+    ]
+
+
+def list_weight_check(subject: Subject) -> list[Check]:
+    """Check that a loss which is the shipped one, times a factor, has one factor for lists of every length."""
+    if subject.kind.__module__.startswith("rlhf_lightning."):
+        return []
+    factors = []
+    for members in (2, 3, 5):
+        scores = torch.linspace(-1, 1, members, dtype=torch.float64) ** 3 + 0.3
+        nothing = torch.zeros(1, dtype=torch.float64)
+        extras = {name: nothing for name in subject.kind.data_columns}
+        ranks, group = torch.arange(members).roll(1), torch.zeros(members, dtype=torch.long)
+        given = RankedScores(scores, group, ranks, nothing + 1, nothing, nothing + 1, extras)
+        leaf = scores.clone().requires_grad_()
+        right = torch.autograd.grad(shipped_loss(subject, given._replace(scores=leaf)).sum(), leaf)[0]
+        own = slopes_of_scores(subject, given)
+        factors.append(float(own @ right / (right @ right)))
+        if float((own - factors[-1] * right).norm()) > 1e-9 * float(own.norm()):
+            return []  # another loss
+    advice = (
+        f"lists of 2, 3 and 5 members have {', '.join(f'{factor:.3g}' for factor in factors)} times the shipped loss: "
+        "divide by the pairs of a list, so that long lists do not dominate"
+    )
+    return [at_most("list weight", max(factors) / max(min(factors), 1e-300) - 1, 1e-9, advice)]
+
+
 def orientation(subject: Subject) -> int:
     """Return 1 where the better completion has the higher score, -1 where scores are costs."""
     return -1 if subject.module.lower_is_better else 1
@@ -237,10 +289,14 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         if has_safety(given):
             opposite, (leaf,) = field_function(subject, module, given._replace(target=torch.zeros_like(given.target)))
             moved = moved - shifted(opposite, leaf, 3.0 * way)
+        if subject.kind.no_target and not has_safety(given):  # scores may be held near 0, as the class says
+            held = moved + shifted(function, leaf, -3.0 * way)
+            moved = torch.where(held > 1e-9, 0.0, moved)
         advice = "only differences of scores mean anything"
         checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
+    checks += comparison_checks(subject, given)
     if not has_outputs(given):
-        checks += list_checks(subject, certain)
+        checks += [*list_checks(subject, certain), *list_weight_check(subject)]
     if has_safety(given):
         unsure = with_safety(certain._replace(scores=torch.zeros_like(given.scores)), 0.5, 0.5)
         function, (leaf,) = field_function(subject, module, unsure)

@@ -75,6 +75,17 @@ def missing_score_check(case: Any) -> Check:
     return at_most("missing score", wrong, 0, advice)
 
 
+def learned_check(case: Any) -> Check:
+    """Check that tokens are learned inside completions alone, and finished completions rather than truncated ones."""
+    learned, mask, finished = case.advantages.learned, case.rollout.completion_mask, case.rollout.finished
+    wrong = 0
+    if learned is not None:
+        wrong = int((learned & ~mask).sum())
+        wrong += bool(learned[~finished].any()) and not bool(learned[finished].any())
+    advice = "learned names tokens of completions, and truncated completions are left out before finished ones"
+    return at_most("learned", wrong, 0, advice)
+
+
 def aggregation_check(case: Any) -> Check:
     """Check that padding changes neither the weights of tokens nor their divisor."""
     mask = case.rollout.completion_mask[:6]
@@ -188,7 +199,14 @@ def return_checks(subject: Subject) -> list[Check]:
     case = Case(subject, module)
     values, found = case.rollout.values, case.advantages.returns
     assert values is not None and found is not None
-    mask = module.critic_states(case.rollout)
+    residual = min(return_residual(case, values, found, lam) for lam in (LAMBDA, 1.0))  # a critic may take lambda 1
+    advice = "returns are values + sum (gamma lambda)^k (r + gamma V' - V): look at gamma, lambda and the last state"
+    return [at_most("returns", residual, 1e-8, advice)]
+
+
+def return_residual(case: Any, values: Tensor, found: Tensor, lam: float) -> float:
+    """Return how far the critic's targets are from values plus generalised advantages at a lambda, summed by hand."""
+    mask = case.module.critic_states(case.rollout)
     expected = torch.zeros_like(found)
     for row in range(0, len(mask), 5):
         states = mask[row].nonzero().squeeze(-1).tolist()
@@ -198,13 +216,11 @@ def return_checks(subject: Subject) -> list[Check]:
             for state, later in zip(states, after, strict=True)
         ]
         for place, state in enumerate(states):
-            weights = [(DISCOUNT * LAMBDA) ** ahead for ahead in range(len(states) - place)]
+            weights = [(DISCOUNT * lam) ** ahead for ahead in range(len(states) - place)]
             gain = sum(weight * rest for weight, rest in zip(weights, rests[place:], strict=True))
             expected[row, state] = values[row, state] + gain
     rows = torch.arange(0, len(mask), 5)
-    residual = torch.where(mask, found - expected, 0.0)[rows].abs().max()
-    advice = "returns are values + sum (gamma lambda)^k (r + gamma V' - V): look at gamma, lambda and the last state"
-    return [at_most("returns", residual, 1e-8, advice)]
+    return float(torch.where(mask, found - expected, 0.0)[rows].abs().max())
 
 
 def update_checks(subject: Subject) -> list[Check]:

@@ -1,0 +1,198 @@
+"""The contract of a module's own state: validation moves none, a checkpoint keeps it, and it moves the right way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.training.checkpoint_state import COUNTERS
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.rollout import RolloutModule
+from rlhf_lightning.types import ProcessBatch, Step
+from rlhf_lightning.verification import online_checks
+from rlhf_lightning.verification.offline_checks import some_rows
+from rlhf_lightning.verification.on_policy_checks import Case
+from rlhf_lightning.verification.reward_checks import some_judged_rows
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+
+OF_THE_BASES = frozenset((*COUNTERS, "training", "limits"))
+"""Attributes of the shipped bases that move in every step."""
+
+State = dict[str, Any]
+
+
+def state_checks(subject: Subject) -> list[Check]:
+    """Return the checks of state that a class of a user's own keeps, where it changes what is learned."""
+    validated = moved_by(subject, validate)
+    trained = moved_by(subject, train)
+    advice = (
+        f"validation moves {', '.join(validated)}, which changes what training learns: move state in on_rollout_end, "
+        "or where self.trainer.training is true"
+    )
+    checks = [at_most("validation state", effect(subject, validated), 0, advice)]
+    kept = after_checkpoint(subject) if trained else {}
+    lost = {name: value for name, value in trained.items() if not same(value, kept[name])}
+    advice = (
+        f"a resumed run begins with another {', '.join(lost)}: write state in on_save_checkpoint, and read it in "
+        "on_load_checkpoint"
+    )
+    checks.append(at_most("checkpoint", effect(subject, lost), 0, advice))
+    if "kl_coef" in trained:
+        checks.append(kl_coef_check(subject))
+    return checks
+
+
+# -- what moves -------------------------------------------------------------------------------------------------------
+
+
+def state_of(module: Any) -> State:
+    """Return a copy of a module's numbers and tensors, and of those in objects of its own, by name."""
+    found: State = {}
+    for name, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
+        if name in OF_THE_BASES or name.startswith("__"):
+            continue
+        if is_plain(value):
+            found[name] = copy.deepcopy(value)
+        elif getattr(type(value), "__module__", "").split(".")[0] == type(module).__module__.split(".")[0]:
+            for inner, part in getattr(value, "__dict__", {}).items():
+                if is_plain(part) and not type(value).__module__.startswith("rlhf_lightning."):
+                    found[f"{name}.{inner}"] = copy.deepcopy(part)
+    return found
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a tensor, or a collection of those."""
+    if isinstance(value, dict):
+        return all(is_plain(part) for part in value.values())
+    if isinstance(value, list | tuple) or type(value).__name__ == "deque":
+        return all(is_plain(part) for part in value)
+    return isinstance(value, bool | int | float | np.ndarray) or (isinstance(value, Tensor) and value.is_leaf)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of `state_of` are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple) or type(one).__name__ == "deque":
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Tensor | np.ndarray):
+        return one.shape == other.shape and bool((one == other).all())
+    return bool(one == other)
+
+
+def set_state(module: Any, state: State) -> None:
+    """Give a module some values of `state_of`."""
+    for name, value in state.items():
+        holder, _, inner = name.partition(".")
+        setattr(getattr(module, holder) if inner else module, inner or holder, copy.deepcopy(value))
+
+
+def fresh(subject: Subject) -> Any:
+    """Return an instance whose policy has moved, which its invariants only warn of."""
+    told = {"on_violation": "warn"} if issubclass(subject.kind, RolloutModule) else {}
+    return subject.fresh(moved=True, **told)
+
+
+def moved_by(subject: Subject, run: Callable[[Subject, Any], None]) -> State:
+    """Return the state that a step moves, as it is afterwards."""
+    module = fresh(subject)
+    before = state_of(module)
+    run(subject, module)
+    after = state_of(module)
+    return {name: after[name] for name in before if name in after and not same(before[name], after[name])}
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def step_of(subject: Subject, first_episode: int = 0) -> Step[Any]:
+    """Return a step of a few rows."""
+    if issubclass(subject.kind, RolloutModule):
+        batch: Any = subject.world.questions(2, first_episode)
+        return Step((batch,), len(batch.prompts), 0)
+    judged = subject.kind.batch_type is ProcessBatch
+    batch = some_judged_rows(subject) if judged else some_rows(subject)
+    return Step((batch,), len(batch.weights), 9)
+
+
+def validate(subject: Subject, module: Any) -> None:
+    """Run a validation step as Lightning does."""
+    module.trainer.validating = True
+    module.eval()
+    with torch.no_grad():
+        module.on_validation_epoch_start()
+        module.validation_step(step_of(subject), 0)
+    module.train()
+    module.trainer.training = True
+
+
+def train(subject: Subject, module: Any) -> dict[str, Any]:
+    """Run a training step that leaves the weights as they are; return what it logs."""
+    module.trainer.training = True
+    module.update = lambda losses, count: float(sum(loss().detach() for loss in losses))
+    try:
+        return dict(module.training_step(step_of(subject), 0) or {})
+    finally:
+        vars(module).pop("update", None)
+
+
+def after_checkpoint(subject: Subject) -> State:
+    """Return the state of a module that resumes from a checkpoint after a training step."""
+    module, resumed = fresh(subject), fresh(subject)
+    train(subject, module)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    resumed.on_load_checkpoint(checkpoint)
+    return state_of(resumed)
+
+
+def effect(subject: Subject, state: State) -> float:
+    """Return how much state changes what is learned from the same data."""
+    if not state:
+        return 0.0
+    plain, moved = fresh(subject), fresh(subject)
+    set_state(moved, state)
+    before, after = learned(subject, plain), learned(subject, moved)
+    return float((after - before).abs().max()) if before.shape == after.shape else float("inf")
+
+
+def learned(subject: Subject, module: Any) -> Tensor:
+    """Return what a module learns from data or samples: the gradient, and advantages where there are some."""
+    if isinstance(module, OnlineDPOModule):
+        rollout = online_checks.some_groups(subject, module)
+        pairs = module.pairs(rollout)
+        return subject.gradients(module, lambda: module.pair_loss_sum(rollout, pairs, Meter()))
+    if isinstance(module, RolloutModule):
+        case = Case(subject, module)
+        found: Tensor = case.advantages.advantages.detach()
+        losses = torch.where(case.rollout.completion_mask, subject.values(module, case.logprobs()).detach(), 0.0)
+        return torch.cat([found.flatten(), losses.flatten()])
+    batch = step_of(subject).micro_batches[0]
+    return subject.gradients(module, lambda: module.loss_sum(batch, Meter()))
+
+
+def kl_coef_check(subject: Subject) -> Check:
+    """Check that a KL coefficient that adapts is larger after a rollout with much KL than after one with little."""
+    found = []
+    for kl in (1e-4, 20.0):
+        module = fresh(subject)
+        measured = module.log_rollout
+
+        def told(
+            meter: Meter, *rest: Any, kl: float = kl, measured: Any = measured, **further: Any
+        ) -> dict[str, float]:
+            meter.forget("rollout/kl")
+            meter.add("rollout/kl", torch.tensor([kl]))
+            return measured(meter, *rest, **further)
+
+        module.log_rollout = told
+        train(subject, module)
+        found.append(float(module.kl_coef))
+    advice = "the KL coefficient must grow where the KL is above its target, and shrink below it: look at the sign"
+    return at_least("adaptive kl", found[1] - found[0], 1e-12, advice)
