@@ -303,14 +303,6 @@ class DiscountForgotten(PPOModule):
 
 
 @caught_by("returns")
-class ReturnsWithoutLambda(PPOModule):
-    def advantages(self, rollout, rewards):
-        found = super().advantages(rollout, rewards)
-        _, returns = generalized_advantages(rewards, rollout.values, self.critic_states(rollout), self.gamma, 1.0)
-        return found._replace(returns=returns)
-
-
-@caught_by("returns")
 class ReturnsOfWhitenedAdvantages(PPOModule):
     def advantages(self, rollout, rewards):
         found = super().advantages(rollout, rewards)

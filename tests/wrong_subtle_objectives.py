@@ -102,7 +102,7 @@ class SquaredForLogistic(DPOModule):
         return (self.beta * pair.margin - 1).square()
 
 
-@caught_by("target", "log-probability of chosen is added")
+@caught_by("target", "added to the loss: the log-probability of chosen")
 class LikelihoodAdded(DPOModule):
     def pair_loss(self, pair):
         return super().pair_loss(pair) - 0.2 * pair.chosen_sequence_logprobs
@@ -223,12 +223,6 @@ class ClippedBelowAlone(PPOModule):
 class KLLossWithoutGradient(GRPOModule):
     def kl_loss(self, logprobs):
         return logprobs.logprobs - logprobs.reference_logprobs
-
-
-@caught_by("value gradient", "")
-class ErrorNotHalved(PPOModule):
-    def value_loss(self, values):
-        return 2 * super().value_loss(values)
 
 
 @caught_by("value gradient", "drawn to the old values")

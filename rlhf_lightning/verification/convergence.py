@@ -151,7 +151,23 @@ def prepare(module: AlignmentModule) -> AlignmentModule:
     module.double()
     for model in module.frozen_models():
         model.double()
+    module.lay_out = remembered(module.lay_out)  # type: ignore[method-assign]
     return module
+
+
+def remembered(lay_out: Callable[[Any], Layout]) -> Callable[[Any], Layout]:
+    """Return a function that lays out the same sequences once: a population is the same in every update."""
+    kept: dict[int, tuple[Any, Layout]] = {}
+
+    def of(sequences: Any) -> Layout:
+        found = kept.get(id(sequences))
+        if found is None:
+            if len(kept) > 8:
+                kept.pop(next(iter(kept)))
+            found = kept[id(sequences)] = (sequences, lay_out(sequences))
+        return found[1]
+
+    return of
 
 
 def minimise(

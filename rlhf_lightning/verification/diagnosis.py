@@ -47,7 +47,7 @@ from rlhf_lightning.verification.mistakes import (
 from rlhf_lightning.verification.offline_checks import cut, some_rows
 from rlhf_lightning.verification.on_policy_checks import Case
 from rlhf_lightning.verification.reward_checks import some_judged_rows
-from rlhf_lightning.verification.subject import Subject, differentiated
+from rlhf_lightning.verification.subject import Subject, differentiated, has_outputs
 
 FITS = 1e-6
 """Relative residual below which slopes are those of a mistake."""
@@ -55,6 +55,10 @@ FITS = 1e-6
 
 ODD = {"beta": 0.37, "label_smoothing": 0.0, "desirable_weight": 1.3, "undesirable_weight": 0.8}
 """Settings while slopes are fitted, at which no mistake looks like another one."""
+
+
+OPTIMIZER = ("learning_rate", "warmup", "adam_eps", "weight_decay", "max_grad_norm", "router_aux_loss_coef")
+"""Settings that no loss reads."""
 
 
 # -- slopes -----------------------------------------------------------------------------------------------------------
@@ -111,6 +115,8 @@ def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
         right: the shipped loss.
         module: the shipped module, whose settings mistakes may change.
     """
+    if has_outputs(given):  # mistakes are changes of scores
+        return ""
     plain = slopes(losses, given)
     if bool(plain.isfinite().all()) and not bool(plain.any()):
         return "no gradient passes the loss"
@@ -154,11 +160,14 @@ class Fit:
             return 0.0, float("inf")
 
     def of_a_mistake(self) -> str:
-        """Return the mistake that fits."""
+        """Return the mistake that fits; one whose sign is flipped besides only where no other does."""
+        flipped = ""
         for words, change in known_mistakes(self.given):
             factor, residual = self.misfit(partial(self._mistaken, change))
-            if residual < FITS and (factor > 0 or "sign" not in words):
-                return words + (" and the sign is flipped" if factor < 0 else "")
+            if residual < FITS and factor > 0:
+                return words
+            if residual < FITS and "sign" not in words:
+                flipped = flipped or f"{words} and the sign is flipped"
         for name, words, value in self._settings():
             with settings_of(self.module, **{name: value}):
                 _, residual = self.misfit(self.right)
@@ -171,7 +180,7 @@ class Fit:
                     _, residual = self.misfit(self.right)
                 if residual < FITS:
                     return f"{one} and {other} are exchanged"
-        return ""
+        return flipped
 
     def _mistaken(self, change: Any, given: Any) -> Tensor:
         losses: Tensor = change(self.right, given, self.module)
@@ -180,7 +189,7 @@ class Fit:
     def _settings(self) -> Iterator[tuple[str, str, float]]:
         """Yield (setting, words, value) of settings that a loss may have wrong."""
         for name, value in dict(self.module.hparams).items():
-            if not isinstance(value, float) or not hasattr(self.module, name) or name in ("learning_rate", "warmup"):
+            if not isinstance(value, float) or not hasattr(self.module, name) or name in OPTIMIZER:
                 continue
             yield name, f"{name} has the wrong sign", -value
             yield name, f"{name} counts twice", 2 * value
@@ -228,17 +237,19 @@ class Fit:
 
     def of_a_term(self) -> str:
         """Fit the shipped loss plus a further term."""
-        base = self.slopes(self.right)
+        base, further = self.slopes(self.right), {}
         for words, term in TERMS.items():
-            try:
-                further = self.slopes(term)
-            except (AttributeError, RuntimeError):
-                continue
-            both = torch.stack([base, further], -1)
-            found = torch.linalg.lstsq(both, self.measured.unsqueeze(-1)).solution.squeeze(-1)
-            residual = float((both @ found - self.measured).norm() / self.measured.norm())
-            if residual < FITS and float(found[0]) > 0:
-                return f"{words} is added to the loss, {float(found[1] / found[0]):.4g} times"
+            with contextlib.suppress(AttributeError, RuntimeError):
+                further[words] = self.slopes(term)
+        for count in (1, 2):
+            for names in itertools.combinations(further, count):
+                both = torch.stack([base, *(further[name] for name in names)], -1)
+                found = torch.linalg.lstsq(both, self.measured.unsqueeze(-1)).solution.squeeze(-1)
+                residual = float((both @ found - self.measured).norm() / self.measured.norm())
+                if residual < FITS and float(found[0]) > 0:
+                    shares = (found[1:] / found[0]).tolist()
+                    told = (f"{name}, {share:.4g} times" for name, share in zip(names, shares, strict=True))
+                    return f"added to the loss: {'; '.join(told)}"
         return ""
 
 
@@ -247,6 +258,7 @@ TERMS: dict[str, Callable[[Any], Tensor]] = {
     "the mean log-probability of chosen": lambda g: g.chosen_sequence_logprobs / g.chosen_lengths.clamp_min(1),
     "the log-probability of rejected": lambda g: g.rejected_sequence_logprobs,
     "the squared margin": lambda g: g.margin**2,
+    "the mean log-probability of rejected": lambda g: g.rejected_sequence_logprobs / g.rejected_lengths.clamp_min(1),
     "the log-probability": lambda g: g.logprobs.sum(-1),
     "the squared scores": lambda g: g.scores**2,
     "the squared difference of scores": lambda g: squared_gaps(g),
@@ -326,6 +338,43 @@ def in_groups_of_four(rollout: Rollout) -> Rollout:
     return chosen._replace(group=torch.arange(16) // 4, episodes=torch.arange(16))
 
 
+def tiled_advantages(right: Any, rollout: Rollout, rewards: Tensor) -> Tensor:
+    """Return the shipped class's advantages where row k is taken to answer prompt k modulo the number of prompts."""
+    tiled = torch.arange(len(rollout.group)) % (int(rollout.group.max()) + 1)
+    return torch.as_tensor(right.advantages(rollout._replace(group=tiled), rewards).advantages).detach()
+
+
+def return_mistake(case: Any, right: Any) -> str:
+    """Say how the critic's targets differ from the shipped class's; empty where they do not or nothing fits."""
+    rollout, rewards = case.rollout, right.shape_rewards(case.rollout).detach()
+    own, theirs = (one.advantages(rollout, rewards) for one in (case.module, right))
+    if own.returns is None or theirs.returns is None or rollout.values is None:
+        return ""
+    if float((own.returns - theirs.returns).abs().max()) < 1e-9:
+        return ""
+    states, gamma, lam = right.critic_states(rollout), right.gamma, right.lam
+    width = own.advantages.shape[1]
+    values = torch.where(states, rollout.values, 0.0)
+    candidates = {
+        "returns are whitened advantages plus values": theirs.advantages + values[:, :width],
+        "returns are the class's own advantages plus values": own.advantages + values[:, :width],
+        "returns are advantages, without the values": theirs.returns - values,
+        "returns are advantages minus values": theirs.returns - 2 * values,
+        "returns are the rewards of each token alone": rewards,
+        "returns are the values that the critic has": values,
+        "lambda is 0 in the returns": generalized_advantages(rewards, rollout.values, states, gamma, 0.0)[1],
+        "gamma is left out of the returns": generalized_advantages(rewards, rollout.values, states, 1.0, lam)[1],
+    }
+    for words, candidate in candidates.items():
+        if candidate.shape == own.returns.shape:
+            factor, residual = misfit(
+                torch.where(states, own.returns, 0.0).flatten(), torch.where(states, candidate, 0.0).flatten()
+            )
+            if residual < FITS and abs(factor - 1) < FITS:
+                return words
+    return ""
+
+
 def advantage_mistake(case: Any, right: Any) -> str:
     """Say how advantages differ from the shipped class's; empty where they do not or no known mistake fits."""
     module, rollout = case.module, case.rollout
@@ -375,6 +424,9 @@ def advantage_mistake(case: Any, right: Any) -> str:
         "negative advantages are dropped": lambda: wanted.clamp_min(0),
         "the score is left out": lambda: of(right, scores, rewards - last),
         "advantages are centred over all cells, padding too": lambda: wanted - wanted.mean(),
+        "completions are grouped as if prompts were tiled, not repeated": lambda: tiled_advantages(
+            right, rollout, rewards
+        ),
     }
     if rollout.values is not None and hasattr(module, "lam"):
         gamma, lam = module.gamma, module.lam
@@ -512,8 +564,11 @@ def _of_batches(subject: Subject, right: Any) -> list[str]:
         return lambda one: subject.values(module, one)
 
     odd = {name: value for name, value in ODD.items() if _alike(subject.module, right, name)}
-    with settings_of(subject.module, **odd), settings_of(right, **odd):
-        return [*found, diagnose(given, of(subject.module), of(right), right)]
+    smoothed = bool(getattr(right, "label_smoothing", 0.0))
+    for settings in (odd, {**odd, "label_smoothing": right.label_smoothing}) if smoothed else (odd,):
+        with settings_of(subject.module, **settings), settings_of(right, **settings):
+            found.append(diagnose(given, of(subject.module), of(right), right))
+    return found
 
 
 def _alike(module: Any, right: Any, name: str) -> bool:
@@ -544,6 +599,10 @@ def input_mistake(right: Any, own: Any) -> str:
             alike = isinstance(values, Tensor) and values.shape == given.shape and values.dtype == given.dtype
             if other != name and alike and float((values - given).abs().max()) < 1e-9:
                 return f"{label} is {other.replace('_', ' ')}"
+        if name == "target" and bool(((given > 0) & (given < 1) & (wanted > 0) & (wanted < 1)).all()):
+            factor, residual = misfit(torch.logit(given).double(), torch.logit(wanted).double())
+            if residual < FITS:
+                return f"the log-odds of the labels are {factor:.4g} times what they should be"
         factor, residual = misfit(given.flatten().double(), wanted.flatten().double())
         return (
             f"{label} is {factor:.4g} times what it should be"
@@ -590,6 +649,7 @@ def _of_rollouts(subject: Subject, right: Any) -> list[str]:
     found = [reward_mistake(case)]
     with contextlib.suppress(RlhfError, RuntimeError):
         found.append(advantage_mistake(case, right))
+        found.append(return_mistake(case, right))
     found.append(
         diagnose(given, lambda one: subject.values(case.module, one), lambda one: subject.values(right, one), right)
     )

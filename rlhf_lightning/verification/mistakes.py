@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ Mistake = tuple[str, Any]
 
 CERTAIN = (
     "wrong sign", "sign is wrong", "sign is flipped", "sign of the margin is lost", "sign of the advantage is lost",
-    "sign of the score is lost", "sign of the loss", "is ignored", "is rounded", "turned round",
+    "sign of the score is lost", "sign of the loss", "the label is ignored", "is rounded", "turned round",
     "the label is taken through a sigmoid", "the label is squared", "both labels count alike", "no gradient passes",
     "left out of the margin", "chosen and rejected", "the rated margin is added", "the rated margin divides",
     "without the first token", "without the last token", "of the first token alone", "of the last token alone",
-    "into probabilities", "cumulated", "divided by the padded width", "length less one", "length plus one",
+    "cumulated", "divided by the padded width", "length less one", "length plus one",
     "added in place of subtracted", "mean of the batch", "its place in the batch", "weight of each row counts twice",
     "clamped at 0", "are exchanged", "over the batch", "counts as desirable", "teach nothing",
     "beta counts twice in the reference point", "labels are those of", "only the student's logits",
+    "only the teacher's logits", "label smoothing counts twice", "the other side's length", "passes a gradient",
     "the advantage is squared", "over the micro-batch", "the advantage has a gradient", "ratio is inverted",
     "the probability stands in place of its logarithm", "to the reference in place of the old policy",
     "the smaller of", "only the clipped ratio counts", "the ratio counts twice", "negative advantages are dropped",
@@ -196,6 +198,18 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
             )
         ),
     )
+    lengths = {side: getattr(given, f"{side}_mask").sum(-1, keepdim=True) for side in ("chosen", "rejected")}
+    for words, divisors in (
+        ("each side is divided by the other side's length", ("rejected", "chosen")),
+        ("both sides are divided by the chosen length", ("chosen", "chosen")),
+        ("both sides are divided by the rejected length", ("rejected", "rejected")),
+    ):
+        for own in (False, True):  # the shipped loss divides by its own length or not
+            yield words, partial(_divided, divisors=[lengths[side] for side in divisors], own=own)
+    yield (
+        "the label smoothing counts twice",
+        lambda f, g, m: f(g._replace(target=g.target * (1 - 2 * m.label_smoothing) + m.label_smoothing)),
+    )
     yield "the margin is added to itself turned round", lambda f, g, m: f(g) + f(g.swapped()._replace(target=g.target))
     yield "the rated margin is added to the margin", lambda f, g, m: f(with_gap(g, g.rated_margin / m.beta))
     yield "the rated margin is subtracted, scaled by beta", lambda f, g, m: f(with_gap(g, -g.rated_margin))
@@ -223,6 +237,15 @@ def with_gap(given: PreferenceLogprobs, gap: Tensor) -> PreferenceLogprobs:
 
 def _margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) -> PreferenceLogprobs:
     return with_gap(given, change(given.margin) - given.margin)
+
+
+def _divided(losses: Losses, given: Any, module: Any, divisors: list[Tensor], own: bool) -> Tensor:
+    """Return the losses of pairs whose sides are divided by some lengths, in place of their own or of none."""
+    for (side, mask), divisor in zip(PAIR_SIDES, divisors, strict=True):
+        length = getattr(given, mask).sum(-1, keepdim=True) if own else torch.ones_like(divisor)
+        factor = length / divisor.clamp_min(1)
+        given = changed(given, lambda v, m, k=factor: v * k, "both", side)
+    return losses(given)
 
 
 def _as_margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) -> PreferenceLogprobs:
@@ -277,6 +300,10 @@ def step_mistakes(given: ProcessScores) -> Iterator[Mistake]:
     yield "labels are those of the next step", lambda f, g, m: f(g._replace(labels=g.labels.roll(-1)))
     yield "labels are those of the step before", lambda f, g, m: f(g._replace(labels=g.labels.roll(1)))
     yield (
+        "labels are those of the step before, where there is one",
+        lambda f, g, m: f(g._replace(labels=torch.where(g.position > 0, g.labels.roll(1), g.labels))),
+    )
+    yield (
         "a squared error of the log-odds stands in place of the cross-entropy",
         lambda f, g, m: (g.scores - g.labels) ** 2,
     )
@@ -314,6 +341,10 @@ def logit_mistakes(given: DistillationLogits) -> Iterator[Mistake]:
         yield (
             f"only the student's logits are divided by {heat:g}",
             lambda f, g, m, t=heat: kl(g.teacher_logits, g.student_logits / t),
+        )
+        yield (
+            f"only the teacher's logits are divided by {heat:g}",
+            lambda f, g, m, t=heat: kl(g.teacher_logits / t, g.student_logits),
         )
 
 
@@ -368,6 +399,10 @@ def policy_mistakes(given: PolicyLogprobs) -> Iterator[Mistake]:
     yield (
         "the smaller of the clipped and the plain loss is taken, in place of the larger",
         objective(lambda r, g, m: torch.minimum(-g.advantages * r, -g.advantages * held(r, m))),
+    )
+    yield (
+        "the weight of the log-probability passes a gradient",
+        objective(lambda r, g, m: -r.clamp(max=m.cispo_high) * g.advantages * g.logprobs),
     )
     yield "only the clipped ratio counts", objective(lambda r, g, m: -g.advantages * held(r, m))
     yield (

@@ -571,8 +571,8 @@ def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
 def reference_point_check(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
     """Check that rewards are compared with the reference point in all rows, good and bad, or in none."""
     point = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
-    function, (leaf,) = field_function(subject, subject.module, given._replace(reference_point=point))
-    losses = function(leaf)
+    prepared, (leaf,) = with_leaves(given)
+    losses = subject.values(subject.module, with_parts(prepared, [leaf])._replace(reference_point=point))
     wrong, used = 0, 0
     for loss in losses:
         slopes = torch.autograd.grad(loss, (point, leaf), retain_graph=True, allow_unused=True)

@@ -148,11 +148,18 @@ def reward_checks(case: Case) -> list[Check]:
 def advantage_checks(case: Case) -> list[Check]:
     """Advantages are zero under the mask and do not see it, and follow the scores."""
     module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
-    better = rollout.scores + (torch.arange(len(rollout.scores)) % max(case.expected.group_size, 2) == 0)
-    lifted = rollout._replace(scores=better.double())
-    gain = module.advantages(lifted, module.shape_rewards(lifted)).advantages - case.advantages.advantages
-    raised = (gain.sum(-1) / mask.sum(-1))[::2].mean() - (gain.sum(-1) / mask.sum(-1))[1::2].mean()
-    sign = at_least("advantage sign", raised, 1e-9, "a higher score must give a higher advantage")
+    first = (torch.arange(len(rollout.scores)) % max(case.expected.group_size, 2) == 0).double()
+
+    def raised(scores: Tensor, by: float) -> Tensor:
+        given = [rollout._replace(scores=one) for one in (scores, scores + by * first)]
+        plain, lifted = (module.advantages(one, module.shape_rewards(one)).advantages for one in given)
+        gain = (lifted - plain).sum(-1) / mask.sum(-1)
+        return gain[::2].mean() - gain[1::2].mean()
+
+    gain = raised(rollout.scores, 1.0)
+    if float(gain) < 1e-9:  # a method for success rates
+        gain = raised(rollout.scores.sigmoid(), 0.2)
+    sign = at_least("advantage sign", gain, 1e-9, "a higher score must give a higher advantage")
     return [*mask_checks(case), sign]
 
 
@@ -227,8 +234,7 @@ def loss_checks(case: Case) -> list[Check]:
             checks.append(one_sided_clip_check(case))
     finally:
         module.kl_coef = kl_coef
-    checks.append(extremes_check(case))
-    return checks
+    return [*checks, extremes_check(case), *entropy_check(case)]
 
 
 def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -299,6 +305,19 @@ def extremes_check(case: Case) -> Check:
     return at_most("extremes", broken, 0, "clamp log-ratios before exp")
 
 
+def entropy_check(case: Case) -> list[Check]:
+    """Check that a loss which reads the entropy rewards it."""
+    if case.rollout.entropy is None:
+        return []
+    leaf = case.rollout.entropy.detach().clone().requires_grad_()
+    values = case.subject.values(case.module, case.logprobs(entropy=leaf))
+    slope = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+    if slope is None or not bool(slope.any()):
+        return []
+    advice = "a bonus subtracts the entropy from the loss: added, it drives the policy towards one completion"
+    return [at_most("entropy bonus", slope.max(), 0, advice)]
+
+
 def value_checks(case: Case) -> list[Check]:
     """The critic is drawn to its returns, and clipping never makes a loss smaller."""
     module, mask, rollout = case.module, case.rollout.completion_mask, case.rollout
@@ -339,6 +358,8 @@ def kl_penalty_check(subject: Subject) -> Check | None:
         free = subject.fresh(moved=True)
         free.kl_coef = 0.0
         moved -= kl_of_training(subject, free)
+    if moved > -1e-6:  # a method for success rates
+        moved = kl_of_training(subject, subject.fresh(moved=True), 1.0)
     return at_most(
         "kl penalty",
         moved,
@@ -347,9 +368,10 @@ def kl_penalty_check(subject: Subject) -> Check | None:
     )
 
 
-def kl_of_training(subject: Subject, module: Any) -> float:
+def kl_of_training(subject: Subject, module: Any, score: float = 0.0) -> float:
     """Return how much the KL to the reference changes while a policy is trained on equal scores."""
     before = subject.world.kl(policy_of(module, subject.world))
-    loss = PolicyGradient(module, subject.world, shuffled=True).loss
-    descend(loss, [p for p in module.parameters() if p.requires_grad], 25, 0.02)
+    expected = PolicyGradient(module, subject.world, shuffled=True)
+    expected.scores, expected.rewards = expected.scores + score, expected.rewards + score
+    descend(expected.loss, [p for p in module.parameters() if p.requires_grad], 25, 0.02)
     return subject.world.kl(policy_of(module, subject.world)) - before

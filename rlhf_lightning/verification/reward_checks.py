@@ -300,7 +300,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
     if has_safety(given):
         unsure = with_safety(certain._replace(scores=torch.zeros_like(given.scores)), 0.5, 0.5)
         function, (leaf,) = field_function(subject, module, unsure)
-    elif getattr(module, "centering", 0):  # which pulls scores towards 0 as well
+    elif getattr(module, "centering", 0) or subject.kind.no_target:  # which may pull scores towards 0 as well
         centred = sign * torch.where(given.ranks == 0, 0.1, -0.1).to(leaf)
         function, (leaf,) = field_function(subject, module, certain._replace(scores=centred))
     gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]

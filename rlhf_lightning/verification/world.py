@@ -7,8 +7,9 @@ reference * exp(reward / beta), normalised.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ class EnumerableWorld:
     def safe(self) -> Tensor:
         """Whether each completion is safe: its reward is above the prompt's mean; bool, (prompts, completions)."""
         return self.rewards > self.rewards.mean(-1, keepdim=True)
+
+    @contextlib.contextmanager
+    def success_rates(self) -> Iterator[None]:
+        """Squash the rewards into (0, 1) within a block, for methods that take them as probabilities of success."""
+        before, self.rewards = self.rewards, self.rewards.sigmoid()
+        try:
+            yield
+        finally:
+            self.rewards = before
 
     # -- folders ------------------------------------------------------------------------------------------------------
 

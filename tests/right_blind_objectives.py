@@ -1,0 +1,227 @@
+"""Right objectives that say nothing of the checks (no ``means_it``), as people write them who have not read them."""
+
+import torch
+import torch.nn.functional as F
+from right_objectives import right
+
+from rlhf_lightning.functional.policy_gradient import generalized_advantages
+from rlhf_lightning.functional.ranking import untied_pairs
+from rlhf_lightning.modules import (
+    CriticFreeModule,
+    DPOModule,
+    DrGRPOModule,
+    GKDModule,
+    GRPOModule,
+    KTOModule,
+    OnlineDPOModule,
+    OnPolicyDistillationModule,
+    PPOModule,
+    ProcessRewardModule,
+    RewardModule,
+    SFTModule,
+)
+from rlhf_lightning.modules.dpo import normalised
+from rlhf_lightning.types import Advantages, Pairs
+
+
+@right
+class RootLengthDPO(DPOModule):
+    """Log-ratios divided by the root of the length; its closed form is declared."""
+
+    def implicit_reward(self, pairs):
+        chosen, rejected = (lengths.clamp(min=1).sqrt() for lengths in (pairs.chosen_lengths, pairs.rejected_lengths))
+        return self.beta * pairs.chosen_logratio / chosen, self.beta * pairs.rejected_logratio / rejected
+
+    def target_policy(self, problem):
+        root = problem.lengths.double().sqrt()
+        return normalised(problem, problem.rewards / self.beta, lambda shifted: torch.exp(root * shifted))
+
+
+@right
+class ReverseKLOfLabels(DPOModule):
+    """EXO with the label in place of a smoothed one: not linear in the label, with the label's log-odds as optimum."""
+
+    no_target = "certain labels have no optimum"
+
+    def preference_loss(self, pairs):
+        p, x = pairs.target.clamp(1e-3, 1 - 1e-3), self.reward_margin(pairs)
+        right = torch.sigmoid(x) * (F.logsigmoid(x) - p.log())
+        return right + torch.sigmoid(-x) * (F.logsigmoid(-x) - torch.log1p(-p))
+
+
+@right
+class DynamicFineTuning(SFTModule):
+    """DFT (2508.05629): tokens are weighted by their probability, without gradient."""
+
+    no_target = "no closed form: the weights are the policy's own probabilities"
+
+    def token_loss(self, logprobs):
+        return logprobs.logprobs.detach().exp() * super().token_loss(logprobs)
+
+
+@right
+class JudgedByLength(KTOModule):
+    """KTO on log-ratios per token."""
+
+    no_target = "no closed form"
+
+    def unpaired_loss(self, logprobs):
+        advantage = self.beta * (logprobs.logratio / logprobs.lengths - logprobs.reference_point)
+        gain, loss = torch.sigmoid(-advantage), torch.sigmoid(advantage)
+        return torch.where(logprobs.desirable, self.desirable_weight * gain, self.undesirable_weight * loss)
+
+
+@right
+class ScoresNearZero(RewardModule):
+    """A penalty on the squared sum of a pair's scores, written out (2312.09244)."""
+
+    no_target = "no closed form: scores are held near zero"
+
+    def ranking_loss(self, scores):
+        losses = super().ranking_loss(scores)
+        better, worse = untied_pairs(scores.group, scores.ranks)
+        level, group = (scores.scores[better] + scores.scores[worse]).square(), scores.group[better]
+        pairs = torch.bincount(group, minlength=len(losses)).clamp_min(1)
+        return losses + 0.01 * losses.new_zeros(len(losses)).index_add(0, group, level) / pairs
+
+
+@right
+class BrierSteps(ProcessRewardModule):
+    """The Brier score of each step, which is proper and not linear in the label."""
+
+    target_of = ProcessRewardModule
+
+    def process_loss(self, scores):
+        return (torch.sigmoid(scores.scores) - scores.labels).square()
+
+
+@right
+class TeacherAndData(GKDModule):
+    """Hinton et al. (1503.02531): the teacher's distribution and the data's tokens."""
+
+    no_target = "between the teacher and the data"
+
+    def distillation_loss(self, logits):
+        entropy = F.cross_entropy(logits.student_logits, logits.targets, reduction="none")
+        return 0.9 * super().distillation_loss(logits) + 0.1 * entropy
+
+
+@right
+class RewardsToGo(OnPolicyDistillationModule):
+    """The teacher's word for the rest of the completion, less its mean over the rollout."""
+
+    target_of = OnPolicyDistillationModule
+
+    def advantages(self, rollout, rewards):
+        mask = rollout.completion_mask
+        word = torch.where(mask, rollout.reference_logprobs - rollout.old_logprobs, 0.0)
+        onwards = torch.where(mask, word.flip(-1).cumsum(-1).flip(-1), 0.0)
+        return Advantages(torch.where(mask, onwards - onwards[mask].mean(), 0.0), None)
+
+
+@right
+class UncertainTokens(DrGRPOModule):
+    """2506.01939: the tokens of highest entropy alone."""
+
+    no_target = "which tokens are learned from depends on the minibatch"
+    needs_minibatch = True
+
+    def objective(self, ratio, logprobs):
+        loss, batch = super().objective(ratio, logprobs), logprobs.minibatch
+        entropy = batch.entropy[batch.learned]
+        threshold = entropy.topk(max(round(0.2 * len(entropy)), 1)).values[-1]
+        return loss.values * (batch.entropy[batch.rows, : ratio.shape[1]] >= threshold)
+
+
+@right
+class SuccessRates(CriticFreeModule):
+    """MaxRL (2602.02710): advantages are divided by the group's mean success rate."""
+
+    no_target = "the likelihood of success is maximised"
+
+    def episode_advantages(self, rewards, rollout):
+        group, known = rollout.group, ~rewards.isnan()
+        zeros, right = torch.zeros(int(group.max()) + 1, dtype=rewards.dtype), torch.nan_to_num(rewards)
+        mean = (zeros.index_add(0, group, right) / zeros.index_add(0, group, known.to(right)).clamp_min(1))[group]
+        return torch.where(known, (right - mean) / (mean + 1e-4), 0.0)
+
+
+@right
+class ShortIsGood(GRPOModule):
+    """A price on length is part of the reward."""
+
+    no_target = "short completions are preferred"
+
+    def episode_advantages(self, rewards, rollout):
+        return super().episode_advantages(rewards - 0.1 * rollout.completion_mask.sum(-1), rollout)
+
+
+@right
+class RobustCritic(PPOModule):
+    """PPO with Huber's loss for the critic."""
+
+    target_of = PPOModule
+
+    def value_loss(self, values):
+        return F.smooth_l1_loss(values.values, values.returns, reduction="none")
+
+
+@right
+class CriticOfThePaper(PPOModule):
+    """PPO whose value loss has no half (1707.06347, Eq. 9)."""
+
+    target_of = PPOModule
+
+    def value_loss(self, values):
+        return (values.values - values.returns).square()
+
+
+@right
+class CriticAtLambdaOne(PPOModule):
+    """VC-PPO (2503.01491): the critic learns rewards to go, whatever the policy's lambda is."""
+
+    target_of = PPOModule
+
+    def advantages(self, rollout, rewards):
+        states = self.critic_states(rollout)
+        _, returns = generalized_advantages(rewards, rollout.values, states, self.gamma, 1.0)
+        return super().advantages(rollout, rewards)._replace(returns=returns)
+
+
+@right
+class BaselineThatFollows(CriticFreeModule):
+    """REINFORCE with the moving mean of all scores as baseline, which a checkpoint keeps."""
+
+    target_of = CriticFreeModule
+
+    def __init__(self, scorer, baseline="none", **kwargs):
+        super().__init__(scorer=scorer, baseline=baseline, **kwargs)
+        self.running = 0.0
+
+    def episode_advantages(self, rewards, rollout):
+        return torch.nan_to_num(rewards - self.running)
+
+    def on_rollout_end(self, rollout, means):
+        self.running = 0.9 * self.running + 0.1 * means["score"]
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["running"] = self.running
+
+    def on_load_checkpoint(self, checkpoint):
+        super().on_load_checkpoint(checkpoint)
+        self.running = checkpoint["running"]
+
+
+@right
+class EveryPair(OnlineDPOModule):
+    """Every pair of a prompt's samples, the better one chosen."""
+
+    target_of = OnlineDPOModule
+
+    def pairs(self, rollout):
+        scores, same = rollout.scores, rollout.group.unsqueeze(0) == rollout.group.unsqueeze(1)
+        chosen, rejected = (same & (scores.unsqueeze(1) > scores.unsqueeze(0))).nonzero(as_tuple=True)
+        gap = scores[chosen] - scores[rejected]
+        ones = torch.ones_like(gap)
+        return Pairs(chosen, rejected, torch.sigmoid(gap) if self.soft_labels else ones, gap, ones)
