@@ -14,7 +14,6 @@ class DFTModule(SFTModule):
 
     paper = "Wu et al. 2025, arXiv 2508.05629"
     no_target = "no closed form: the weights are the policy's own probabilities"
-    means_it = {"gradcheck": "the weight is detached (Eq. 7)"}
 
     def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
         """Return one loss per token, shape (rows, length)."""

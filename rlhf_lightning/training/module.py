@@ -554,8 +554,8 @@ class AlignmentModule(LightningModule):
     """Why no target can be stated; ``rlhf verify`` shows the reason in place of a comparison."""
 
     means_it: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Checks of ``rlhf verify`` that this objective fails by design, each with the reason: {"gradcheck": "the weight is
-    detached (Eq. 7)"}. They count as advice where the target is reached or ``no_target`` says why there is none."""
+    """Checks of ``rlhf verify`` that this objective fails by design, each with its reason: {"clip": "the bound is on
+    probabilities (Eq. 7)"}. They are advice where the target is reached or ``no_target`` says why there is none."""
 
     contract: ClassVar[Callable[[Any], list[Any]] | None] = None
     """Checks of a family of its own for ``rlhf verify``: a static method that takes a `Subject` and returns a list of

@@ -151,7 +151,7 @@ def verify(
                 checks += [*target_checks(subject, found), export_check(module, world)]
             fails = any(not check.held for check in checks)
             mistakes = mistakes_of(subject) if own or fails else []
-            checks += [known_mistake_check(mistakes)] if own else []
+            checks += [known_mistake_check(mistakes, says_nothing(kind, found))] if own else []
             checks = with_reasons(kind, checks, found)
             done = Verification(kind.__name__, subject.settings, checks, found, control, 0.0, [], notes_on(subject))
     finally:
@@ -167,9 +167,20 @@ def is_of_a_user(kind: type[AlignmentModule]) -> bool:
     return derives and kind.contract is None and not kind.__module__.startswith("rlhf_lightning.")
 
 
-def known_mistake_check(mistakes: list[str]) -> Check:
-    """Check that the class is not the shipped one with one of the mistakes that no method makes by design."""
-    certain = [words for words in mistakes if is_certain(words)]
+def says_nothing(kind: type[AlignmentModule], found: Convergence | None) -> bool:
+    """Whether a class rests elsewhere than at the target that it inherits, and states no other."""
+    away = found is not None and found.target is not None and not found.distance <= REACHED
+    return away and kind.target_of is None and not kind.no_target and inherits_target(kind)
+
+
+def known_mistake_check(mistakes: list[str], every: bool) -> Check:
+    """Check that the class is not the shipped one with a mistake.
+
+    Args:
+        mistakes: what fits the class.
+        every: count losses of other papers too, which fit by design only in a class that states its target.
+    """
+    certain = [words for words in mistakes if every or is_certain(words)]
     return at_most("known mistake", len(certain), 0, "; ".join(certain) or "no known mistake fits")
 
 

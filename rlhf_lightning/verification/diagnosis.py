@@ -47,7 +47,7 @@ from rlhf_lightning.verification.mistakes import (
 from rlhf_lightning.verification.offline_checks import cut, some_rows
 from rlhf_lightning.verification.on_policy_checks import Case
 from rlhf_lightning.verification.reward_checks import some_judged_rows
-from rlhf_lightning.verification.subject import Subject, differentiated, has_outputs
+from rlhf_lightning.verification.subject import Subject, differentiated, has_outputs, known_statistics
 
 FITS = 1e-6
 """Relative residual below which slopes are those of a mistake."""
@@ -473,35 +473,17 @@ def mistakes_of(subject: Subject) -> list[str]:
         right = theirs.fresh(moved=True)
     except (RlhfError, TypeError, ValueError):
         return []
-    found = statistic_mistakes(right, subject.module)
+    found = statistic_mistakes(subject.module)
     # Only words are lost here, no check: a class may lack what a known mistake would change.
     with contextlib.suppress(RlhfError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError):
         found += _of_rollouts(subject, right) if issubclass(base, OnPolicyModule) else _of_batches(subject, right)
     return list(dict.fromkeys(words for words in found if words))
 
 
-def statistic_mistakes(right: Any, module: Any) -> list[str]:
+def statistic_mistakes(module: Any) -> list[str]:
     """Say which statistic of tokens is a divergence or an entropy of the wrong sign."""
-    if type(module).token_statistics is type(right).token_statistics:
-        return []
-    generator = torch.Generator().manual_seed(23)
-    own, theirs = torch.randn(2, 20, 9, generator=generator, dtype=torch.float64)
-    try:
-        found = module.token_statistics(own, theirs, torch.arange(20) % 9)
-    except Exception:  # it asks for more than logits
-        return []
-    p, r = own.log_softmax(-1), theirs.log_softmax(-1)
-    positive = {
-        "KL(policy || reference)": p.exp() * (p - r),
-        "KL(reference || policy)": r.exp() * (r - p),
-        "the policy's entropy": -p.exp() * p,
-        "the reference's entropy": -r.exp() * r,
-    }
     return [
-        f"the statistic {name} is minus {words}"
-        for name, values in found.items()
-        for words, parts in positive.items()
-        if values.shape == p.shape[:1] and float((values + parts.sum(-1)).abs().max()) < 1e-9
+        f"the statistic {name} is minus {words}" for name, (words, sign) in known_statistics(module).items() if sign < 0
     ]
 
 

@@ -272,12 +272,22 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
         lost = lost_slopes(*field_function(subject, module, given))
         advice = "the loss depends on log-probabilities or scores that no gradient passes: look for a detach"
         checks.append(at_most("gradcheck", lost, 0, advice))
+    checks.append(overwrite_check(subject, given))
     single = in_single(given)
     broken = [scale for scale in (1e3, -1e3) for one in (given, single) if not _finite_at(subject, one, scale)]
     checks.append(
         at_most("extremes", len(broken), 0, "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)")
     )
     return checks
+
+
+def overwrite_check(subject: Subject, given: Any) -> Check:
+    """Check that a loss leaves its input as it is, which later terms and the metrics read."""
+    kept = given._replace(**{name: p.clone() for name, p in given._asdict().items() if isinstance(p, Tensor)})
+    subject.values(subject.module, kept)
+    changed = sum(getattr(kept, name)._version > 0 for name, p in kept._asdict().items() if isinstance(p, Tensor))
+    advice = "the loss overwrites its input: replace operations in place (add_, div_, masked_fill_)"
+    return at_most("input kept", changed, 0, advice)
 
 
 def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
@@ -580,4 +590,15 @@ def reference_point_check(subject: Subject, given: UnpairedLogprobs) -> list[Che
         used += by_point != 0
         wrong += by_point * by_ratio >= 0
     advice = "the reference point must be subtracted from the reward in every row, desirable and undesirable"
-    return [at_most("reference point", wrong, 0, advice)] if used else []
+    checks = [at_most("reference point", wrong, 0, advice)] if used else []
+    few, many = (torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5], [1.1, 0.9]))
+    of = subject.fresh().reference_point
+    first, later, alone = of(few, few), of(many, many), subject.fresh().reference_point(many, many)
+    stuck = bool(first == later) and bool(later != alone)
+    advice = "the reference point of each step must be that step's: the first one is kept"
+    checks.append(at_most("every step", float(stuck), 0, advice))
+    if subject.kind.needs_mismatched:
+        unused = bool(of(few, few) != of(many, few)) and bool(of(few, few) == of(few, many))
+        advice = "the reference point must be that of the mismatched completions, which the class asks for"
+        checks.append(at_most("mismatched", float(unused), 0, advice))
+    return checks

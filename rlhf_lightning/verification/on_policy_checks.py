@@ -24,11 +24,13 @@ from rlhf_lightning.verification.rollout_checks import (
     update_checks,
 )
 from rlhf_lightning.verification.subject import (
+    ENTROPY,
     Check,
     Subject,
     at_least,
     at_most,
     field_function,
+    known_statistics,
     with_leaves,
 )
 
@@ -306,16 +308,22 @@ def extremes_check(case: Case) -> Check:
 
 
 def entropy_check(case: Case) -> list[Check]:
-    """Check that a loss which reads the entropy rewards it."""
-    if case.rollout.entropy is None:
+    """Check that a loss which reads the entropy, as a field or a statistic of its own, rewards it."""
+    known = known_statistics(case.module)
+    named = {name: part for name, part in case.rollout.extras.items() if known.get(name) == (ENTROPY, 1)}
+    if case.rollout.entropy is not None:
+        named["entropy"] = case.rollout.entropy
+    if not named:
         return []
-    leaf = case.rollout.entropy.detach().clone().requires_grad_()
-    values = case.subject.values(case.module, case.logprobs(entropy=leaf))
-    slope = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
-    if slope is None or not bool(slope.any()):
+    leaves = {name: part.detach().clone().requires_grad_() for name, part in named.items()}
+    slots = {**case.rollout.extras, **{name: leaf for name, leaf in leaves.items() if name != "entropy"}}
+    values = case.subject.values(case.module, case.logprobs(entropy=leaves.get("entropy"), extras=slots))
+    if not values.requires_grad:
         return []
+    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    slopes = [slope.max() for slope in found if slope is not None and bool(slope.any())]
     advice = "a bonus subtracts the entropy from the loss: added, it drives the policy towards one completion"
-    return [at_most("entropy bonus", slope.max(), 0, advice)]
+    return [at_most("entropy bonus", torch.stack(slopes).max(), 0, advice)] if slopes else []
 
 
 def value_checks(case: Case) -> list[Check]:

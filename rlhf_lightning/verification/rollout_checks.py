@@ -107,8 +107,11 @@ def loss_padding_check(case: Any) -> Check:
         for name, part in given._asdict().items()
         if isinstance(part, Tensor) and part.dim() == 2
     }
-    padded = case.subject.values(module, given._replace(**wide, rollout=None, extras={}))
-    plain = case.subject.values(module, given._replace(rollout=None, extras={}))
+    slots = {
+        name: torch.nn.functional.pad(part, (0, 3)) if part.dim() == 2 else part for name, part in given.extras.items()
+    }
+    padded = case.subject.values(module, given._replace(**wide, rollout=None, extras=slots))
+    plain = case.subject.values(module, given._replace(rollout=None))
     residual = torch.where(mask, padded[:, : mask.shape[1]] - plain, 0.0).abs().max()
     advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
     return at_most("loss padding", residual.detach(), 1e-10, advice)

@@ -221,7 +221,7 @@ class Subject:
 
     def values(self, module: Any, given: Any) -> Tensor:
         """Return the losses that the override point gives for its input."""
-        return as_loss(getattr(module, self.overridden)(given)).values
+        return as_loss(getattr(module, self.overridden)(without_leaves(given))).values
 
     def gradients(self, module: Any, run: Callable[[], Tensor]) -> Tensor:
         """Return the gradient of a loss with respect to all trained weights, flattened."""
@@ -236,6 +236,40 @@ class Subject:
         parameters = [p for p in module.parameters() if p.requires_grad]
         descend(expected_loss(module, self.world, shuffled), parameters, steps, learning_rate)
         return self.world.expected_reward(policy_of(module, self.world))
+
+
+def without_leaves(given: Any) -> Any:
+    """Return an input whose differentiated fields may be overwritten, as those of a forward pass may."""
+    leaves = {name: part for name, part in given._asdict().items() if isinstance(part, Tensor) and part.requires_grad}
+    return given._replace(**{name: part.clone() for name, part in leaves.items() if part.is_leaf})
+
+
+ENTROPY = "the policy's entropy"
+
+
+def known_statistics(module: Any) -> dict[str, tuple[str, int]]:
+    """Return what statistics of tokens of a user's own are, in words, and with which sign, as far as it is known."""
+    if type(module).token_statistics is AlignmentModule.token_statistics:
+        return {}
+    own, theirs = torch.randn(2, 20, 9, generator=torch.Generator().manual_seed(23), dtype=torch.float64)
+    try:
+        found = module.token_statistics(own, theirs, torch.arange(20) % 9)
+    except Exception:  # it asks for more than logits
+        return {}
+    p, r = own.log_softmax(-1), theirs.log_softmax(-1)
+    known = {
+        "KL(policy || reference)": p.exp() * (p - r),
+        "KL(reference || policy)": r.exp() * (r - p),
+        ENTROPY: -p.exp() * p,
+        "the reference's entropy": -r.exp() * r,
+    }
+    return {
+        name: (words, sign)
+        for name, values in found.items()
+        for words, parts in known.items()
+        for sign in (1, -1)
+        if values.shape == p.shape[:1] and float((values - sign * parts.sum(-1)).abs().max()) < 1e-9
+    }
 
 
 OVERRIDE_POINTS = (
