@@ -310,7 +310,7 @@ class ReturnsOfWhitenedAdvantages(PPOModule):
 
 
 @caught_by("best of three")
-class SecondIsRejected(OnlineDPOModule):
+class SecondIsPreferred(OnlineDPOModule):
     def pairs(self, rollout):
         found = super().pairs(rollout)
         if int(rollout.group.bincount().max()) < 3:
@@ -319,7 +319,7 @@ class SecondIsRejected(OnlineDPOModule):
             int(rows[rollout.scores[rows].argsort(descending=True)[1]])
             for rows in ((rollout.group == rollout.group[chosen]).nonzero().squeeze(-1) for chosen in found.chosen)
         ]
-        return found._replace(rejected=torch.tensor(second))
+        return found._replace(chosen=torch.tensor(second), rejected=found.chosen)
 
 
 # -- the target -------------------------------------------------------------------------------------------------------

@@ -83,13 +83,13 @@ class PairObjective(AlignmentModule):
     def value_at_reference(self) -> float | None:
         """L_0, the loss of each pair where policy = reference; None if it depends on the pair or its slots.
 
-        It is computed from two pairs with unequal lengths and log-probabilities.
+        It is computed from three pairs of unequal lengths and log-probabilities.
         """
         if not self.needs_reference:
             return None
-        logprobs = torch.tensor([[-1.0, 0.0], [-0.5, -3.0]], dtype=torch.float64)
-        both = torch.cat([logprobs, logprobs.flip(0)])
-        pairs = stacked_pairs(both, both, both != 0, {})._replace(rated_margin=torch.arange(2.0).double())
+        logprobs = torch.tensor([[-1.0, 0.0], [-0.5, -3.0], [-0.7, -0.2]], dtype=torch.float64)
+        both = torch.cat([logprobs, logprobs[[1, 0, 1]]])
+        pairs = stacked_pairs(both, both, both != 0, {})._replace(rated_margin=torch.arange(3.0).double())
         try:
             with torch.no_grad():
                 values = as_loss(self.preference_loss(pairs)).values

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.errors import RlhfError
+from rlhf_lightning.functional.logprobs import masked_whiten
 from rlhf_lightning.functional.policy_gradient import generalized_advantages
 from rlhf_lightning.training.collector import select_episodes
 from rlhf_lightning.training.meter import Meter
@@ -429,23 +431,31 @@ def advantage_mistake(case: Any, right: Any) -> str:
         ),
     }
     if rollout.values is not None and hasattr(module, "lam"):
-        gamma, lam = module.gamma, module.lam
+        gamma, lam, values = module.gamma, module.lam, rollout.values
 
-        def gae(g: float, k: float) -> Tensor:
-            return generalized_advantages(rewards, rollout.values, mask, g, k)[0]
+        def gae(g: float, k: float, paid: Tensor = rewards, valued: Tensor = values, whitened: bool = True) -> Tensor:
+            found = generalized_advantages(paid, valued, mask, g, k)[0]
+            return masked_whiten(found, mask) if whitened and module.whiten_advantages else found
 
+        width = mask.shape[1]
+        again = torch.where(last_token(mask), gamma * values[:, :width], 0.0)
         candidates |= {
-            "advantages are not whitened": lambda: gae(gamma, lam),
-            "the critic's values are left out": lambda: generalized_advantages(
-                rewards, 0 * rollout.values, mask, gamma, lam
-            )[0],
+            "advantages are not whitened": lambda: gae(gamma, lam, whitened=False),
+            "the critic's values are left out": lambda: gae(gamma, lam, valued=0 * values),
             "lambda is left out of the advantages": lambda: gae(gamma, 1.0),
             "gamma is left out of the advantages": lambda: gae(1.0, lam),
             "lambda is 0 in the advantages": lambda: gae(gamma, 0.0),
+            "rewards are taken one token early": lambda: gae(gamma, lam, pad(rewards[:, 1:], (0, 1))),
+            "rewards are taken one token late": lambda: gae(gamma, lam, pad(rewards[:, :-1], (1, 0))),
+            "the last state bootstraps from its own value": lambda: gae(gamma, lam, rewards + again),
         }
     for words, candidate in candidates.items():
         try:
-            factor, residual = misfit(measured.flatten(), candidate().flatten().double())
+            values = candidate().flatten().double()
+            factor, residual = misfit(measured.flatten(), values)
+            same, unlike = misfit(wanted.flatten(), values)
+            if unlike < FITS and same > 0:  # no mistake in this family
+                continue
         except (RuntimeError, ValueError, RlhfError):
             continue
         if residual < FITS and (factor > 0 or "sign" not in words):
@@ -508,10 +518,10 @@ def probe_input(subject: Subject, module: Any) -> Any:
         given = given._replace(reference_point=torch.tensor(0.37, dtype=torch.float64))
     # Three columns of padding, so that the width of the grid equals nothing else.
     plain = {n: p.detach() for n, p in given._asdict().items() if isinstance(p, Tensor)}
-    wide = {n: torch.nn.functional.pad(p, (0, 3)) for n, p in plain.items() if p.dim() == 2}
+    wide = {n: pad(p, (0, 3)) for n, p in plain.items() if p.dim() == 2}
     if not hasattr(given, "extras") or isinstance(given, RankedScores):
         return given._replace(**plain)
-    slots = {n: torch.nn.functional.pad(p, (0, 3)) if p.dim() == 2 else p for n, p in given.extras.items()}
+    slots = {n: pad(p, (0, 3)) if p.dim() == 2 else p for n, p in given.extras.items()}
     return given._replace(**{**plain, **wide}, extras=slots)
 
 

@@ -35,16 +35,17 @@ CERTAIN = (
     "the label is taken through a sigmoid", "the label is squared", "both labels count alike", "no gradient passes",
     "left out of the margin", "chosen and rejected", "the rated margin is added", "the rated margin divides",
     "without the first token", "without the last token", "of the first token alone", "of the last token alone",
-    "cumulated", "divided by the padded width", "length less one", "length plus one",
-    "added in place of subtracted", "mean of the batch", "its place in the batch", "weight of each row counts twice",
-    "clamped at 0", "are exchanged", "over the batch", "counts as desirable", "teach nothing",
+    "cumulated", "divided by the padded width", "length less one", "length plus one", "added in place of subtracted",
+    "mean of the batch", "its place in the batch", "weight of each row counts twice", "clamped at 0",
+    "are exchanged", "over the batch", "counts as desirable", "teach nothing",
     "beta counts twice in the reference point", "labels are those of", "only the student's logits",
     "only the teacher's logits", "label smoothing counts twice", "the other side's length", "passes a gradient",
-    "the advantage is squared", "over the micro-batch", "the advantage has a gradient", "ratio is inverted",
-    "the probability stands in place of its logarithm", "to the reference in place of the old policy",
-    "the smaller of", "only the clipped ratio counts", "the ratio counts twice", "negative advantages are dropped",
-    "padding too", "the score is left out", "multiplied by the length", "drawn to the old values",
-    "error is not squared", "rows of its micro-batch", "weights of the rows", "the step counts", "is minus",
+    "sigmoid is taken twice", "multiplies the gap", "the advantage is squared", "over the micro-batch",
+    "the advantage has a gradient", "ratio is inverted", "the probability stands in place of its logarithm",
+    "to the reference in place of the old policy", "the smaller of", "only the clipped ratio counts",
+    "the ratio counts twice", "negative advantages are dropped", "padding too", "the score is left out",
+    "multiplied by the length", "drawn to the old values", "error is not squared", "rows of its micro-batch",
+    "weights of the rows", "the step counts", "is minus",
 )  # fmt: skip
 """Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
 with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""
@@ -219,6 +220,7 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         "the log-ratio is replaced by the ratio",
         lambda f, g, m: f(_as_margin(g, lambda a: a.exp())),
     )
+    yield "the sigmoid is taken twice", lambda f, g, m: f(_margin(g, lambda x: (m.beta * x).sigmoid() / m.beta))
     yield "the margin is squared", lambda f, g, m: f(_margin(g, lambda x: x**2))
     yield "the sign of the margin is lost", lambda f, g, m: f(_margin(g, torch.abs))
     yield "the margin is clamped at 0", lambda f, g, m: f(_margin(g, lambda x: x.clamp_min(0)))
@@ -277,6 +279,10 @@ def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
     yield "the rated margin is added to the gap", lambda f, g, m: f(g._replace(margin=-g.margin))
     yield "the rated margin is ignored", lambda f, g, m: f(g._replace(margin=0 * g.margin))
     yield "the rated margin counts twice", lambda f, g, m: f(g._replace(margin=2 * g.margin))
+    yield (
+        "the rated margin multiplies the gap",
+        lambda f, g, m: f(g._replace(scores=g.scores * g.margin[g.group], margin=0 * g.margin)),
+    )
     yield "the label is ignored", lambda f, g, m: f(g._replace(target=torch.ones_like(g.target)))
     yield "the label is turned round", lambda f, g, m: f(g._replace(target=1 - g.target))
     yield "scores are squared", lambda f, g, m: f(g._replace(scores=g.scores**2))
@@ -297,6 +303,7 @@ def step_mistakes(given: ProcessScores) -> Iterator[Mistake]:
     """Yield mistakes in losses on judged steps."""
     yield "labels are turned round", lambda f, g, m: f(g._replace(labels=1 - g.labels))
     yield "labels are rounded", lambda f, g, m: f(g._replace(labels=g.labels.round()))
+    yield "the sigmoid is taken twice", lambda f, g, m: f(g._replace(scores=g.scores.sigmoid()))
     yield "labels are those of the next step", lambda f, g, m: f(g._replace(labels=g.labels.roll(-1)))
     yield "labels are those of the step before", lambda f, g, m: f(g._replace(labels=g.labels.roll(1)))
     yield (

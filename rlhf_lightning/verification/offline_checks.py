@@ -284,6 +284,8 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
 def overwrite_check(subject: Subject, given: Any) -> Check:
     """Check that a loss leaves its input as it is, which later terms and the metrics read."""
     kept = given._replace(**{name: p.clone() for name, p in given._asdict().items() if isinstance(p, Tensor)})
+    if hasattr(given, "target"):  # soft labels are mixed from copies
+        kept = kept._replace(target=torch.ones_like(given.target))
     subject.values(subject.module, kept)
     changed = sum(getattr(kept, name)._version > 0 for name, p in kept._asdict().items() if isinstance(p, Tensor))
     advice = "the loss overwrites its input: replace operations in place (add_, div_, masked_fill_)"

@@ -40,7 +40,7 @@ def online_checks(subject: Subject) -> list[Check]:
     checks = [*pairing_checks(module, rollout), missing_end_check(subject), drawing_check(subject)]
     checks += [*input_checks(subject, given, batch, module.sampling.temperature), *update_checks(subject)]
     checks += [padding_check(subject, given), *point_checks(subject, given), *pair_checks(subject, given)]
-    checks += [best_of_three_check(module, rollout), *temperature_checks(subject)]
+    checks += [three_samples_check(module, rollout), *temperature_checks(subject)]
     stated = subject.fresh().value_at_reference
     return checks if stated is None else [*checks, start_check(subject, stated)]
 
@@ -64,15 +64,15 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
     ]
 
 
-def best_of_three_check(module: Any, rollout: Rollout) -> Check:
-    """Check that of three samples the best is chosen and the worst rejected."""
+def three_samples_check(module: Any, rollout: Rollout) -> Check:
+    """Check that of three samples every pair has the better one as chosen, and each prompt forms one."""
     few = part_of(rollout, list(range(12)))
     scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 2.0, -1.0, 0.0, 5.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     pairs = module.pairs(few._replace(scores=scores, group=torch.arange(12) // 3))
-    found = set(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True))
-    missing = {(1, 0), (3, 4), (8, 6), (9, 10)} - found
-    wrong = len(missing) + sum(one // 3 != other // 3 or scores[one] <= scores[other] for one, other in found)
-    return at_most("best of three", wrong, 0, "of each prompt's samples the best is chosen and the worst rejected")
+    found = list(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True))
+    wrong = 4 - len({chosen // 3 for chosen, _ in found})
+    wrong += sum(one // 3 != other // 3 or bool(scores[one] <= scores[other]) for one, other in found)
+    return at_most("best of three", wrong, 0, "of each prompt's samples a better one is chosen over a worse one")
 
 
 def missing_end_check(subject: Subject) -> Check:

@@ -202,7 +202,7 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
             lists._replace(scores=scores.flip(0), ranks=lists.ranks.flip(0)),
         )
     )
-    best = scores + sign * torch.tensor([0.1, 0.0, 0.0, 0.0, 0.1, 0.0], dtype=torch.float64)
+    best = scores + sign * 0.1 * (lists.ranks == 0)
     gain = losses - subject.values(module, lists._replace(scores=best))
     return [
         at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must ask for a larger gap"),
@@ -213,7 +213,7 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
             1e-9,
             "a list's loss must depend on its ranks, not on the order in which its members stand",
         ),
-        at_least("list direction", gain.min().detach(), 1e-9, f"the best member of a list must {rises(sign)}"),
+        at_least("list direction", gain.min().detach(), 1e-9, f"the best members of a list must {rises(sign)}"),
     ]
 
 
