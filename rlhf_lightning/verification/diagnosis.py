@@ -129,6 +129,9 @@ def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
     attempts = [(given, True), (certain, True), (certain, False)]
     for place, (one, with_reference) in enumerate(attempts):
         fit = Fit(one, losses, right, module, with_reference)
+        factor, residual = fit.misfit(right)
+        if residual < FITS and factor > 0:  # what is wrong does not show here
+            continue
         words = fit.of_a_mistake() or (fit.of_a_number() or fit.of_a_term() if place else "")
         if words:
             return words
@@ -172,15 +175,15 @@ class Fit:
                 flipped = flipped or f"{words} and the sign is flipped"
         for name, words, value in self._settings():
             with settings_of(self.module, **{name: value}):
-                _, residual = self.misfit(self.right)
-            if residual < FITS:
+                factor, residual = self.misfit(self.right)
+            if residual < FITS and factor > 0:
                 return words
         numbers = {name: getattr(self.module, name) for name, _, _ in self._settings()}
         for (one, first), (other, second) in itertools.combinations(numbers.items(), 2):
             if first != second:
                 with settings_of(self.module, **{one: second, other: first}):
-                    _, residual = self.misfit(self.right)
-                if residual < FITS:
+                    factor, residual = self.misfit(self.right)
+                if residual < FITS and factor > 0:
                     return f"{one} and {other} are exchanged"
         return flipped
 

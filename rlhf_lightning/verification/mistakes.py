@@ -285,6 +285,8 @@ def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
     )
     yield "the label is ignored", lambda f, g, m: f(g._replace(target=torch.ones_like(g.target)))
     yield "the label is turned round", lambda f, g, m: f(g._replace(target=1 - g.target))
+    yield "the label is squared", lambda f, g, m: f(g._replace(target=g.target**2))
+    yield "the label is rounded", lambda f, g, m: f(g._replace(target=g.target.round()))
     yield "scores are squared", lambda f, g, m: f(g._replace(scores=g.scores**2))
     yield "scores are taken through a sigmoid", lambda f, g, m: f(g._replace(scores=g.scores.sigmoid()))
     yield "scores are taken through tanh", lambda f, g, m: f(g._replace(scores=g.scores.tanh()))
