@@ -12,7 +12,8 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Rollout, Sequences
 from rlhf_lightning.verification.convergence import policy_of
 from rlhf_lightning.verification.exact import PairPopulation, opponent_of
-from rlhf_lightning.verification.offline_checks import input_checks, padding_check, pair_checks, point_checks
+from rlhf_lightning.verification.family_checks import pair_checks
+from rlhf_lightning.verification.offline_checks import input_checks, padding_check, point_checks
 from rlhf_lightning.verification.rollout_checks import temperature_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 

@@ -1,0 +1,170 @@
+"""What single families on fixed data promise: labels, rated margins, directions, reference points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.types import PreferenceLogprobs, TokenLogprobs, UnpairedLogprobs
+from rlhf_lightning.verification.subject import (
+    Check,
+    Subject,
+    at_least,
+    at_most,
+    field_function,
+    with_leaves,
+    with_parts,
+)
+
+
+def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
+    """The value at the reference, labels, and the direction of the gradient."""
+    checks = []
+    module = subject.fresh()
+    at_start = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
+    stated = module.value_at_reference
+    if stated is not None:
+        hard = at_start._replace(target=torch.ones_like(at_start.target)) if hasattr(at_start, "target") else at_start
+        residual = (subject.values(module, hard).detach() - stated).abs().max() / max(abs(stated), 1.0)
+        checks.append(at_most("value at reference", residual, 1e-8, f"the class states {stated:.6g} there"))
+    if isinstance(given, PreferenceLogprobs):
+        checks += pair_checks(subject, given)
+    elif isinstance(given, UnpairedLogprobs):
+        checks += [judgement_direction(subject, given), *reference_point_check(subject, given)]
+    elif isinstance(given, TokenLogprobs):
+        function, (leaf,) = field_function(subject, subject.module, given)
+        gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0][given.completion_mask]
+        checks.append(at_most("direction", gradient.max(), -1e-12, "a demonstration's tokens must become likelier"))
+    return checks
+
+
+def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
+    """A label's two orders, and which side is lifted where the policy has a pair badly wrong."""
+    module, checks = subject.module, []
+    if replaces_labels(subject, given):
+        return [rated_margin_check(subject, given)]
+    if not subject.kind.batch_coupled:
+        checks.append(
+            at_most(
+                "labels",
+                label_residual(subject, given),
+                1e-9,
+                "target is the probability that chosen is better: the gradient must be the expectation over both "
+                "orders, target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds",
+            )
+        )
+    if subject.kind.weighs_rows:
+        certain = torch.ones_like(given.target)
+        hard, soft = (subject.values(subject.fresh(moved=True), given._replace(target=p * certain)) for p in (1.0, 0.6))
+        advice = "a soft label must change the loss: target is the probability that chosen is better"
+        checks.append(at_least("soft label", (hard - soft).detach().abs().max(), 1e-9, advice))
+    checks.append(rated_margin_check(subject, given))
+    lowered = given._replace(
+        target=torch.ones_like(given.target),
+        policy_chosen_logprobs=given.policy_chosen_logprobs - 20.0 * given.chosen_mask,
+    )
+    function, (chosen, rejected) = field_function(subject, module, lowered)
+    grads = torch.autograd.grad(function(chosen, rejected).sum(), (chosen, rejected), allow_unused=True)
+    pulls = [
+        torch.zeros(()) if grad is None else (grad * mask).sum()
+        for grad, mask in zip(grads, (given.chosen_mask, given.rejected_mask), strict=True)
+    ]
+    checks.append(
+        at_least(
+            "direction",
+            pulls[1] - pulls[0],
+            1e-12,
+            "where chosen is far too unlikely, a step must lift it against "
+            "rejected: look for a flipped sign, or for chosen and rejected exchanged",
+        )
+    )
+    return checks
+
+
+def rated_margin_check(subject: Subject, given: PreferenceLogprobs) -> Check:
+    """Check that a stronger preference never lowers a loss."""
+    sure = given._replace(target=torch.ones_like(given.target))
+    stronger = sure._replace(rated_margin=sure.rated_margin + 1.0)
+    rated, plain = (subject.values(subject.fresh(moved=True), one) for one in (stronger, sure))
+    return at_least(
+        "rated margin",
+        (rated - plain).detach().min(),
+        -1e-9,
+        "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin",
+    )
+
+
+def pair_slopes(subject: Subject, given: PreferenceLogprobs, target: float | Tensor = 1.0) -> Tensor:
+    """Return the slopes of each pair's loss by the log-probabilities of both sides, (2, pairs, length)."""
+    labelled = given._replace(target=torch.zeros_like(given.target) + target)
+    function, leaves = field_function(subject, subject.fresh(moved=True), labelled)
+    found = torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
+    zeros = (torch.zeros_like(leaf) if slope is None else slope for slope, leaf in zip(found, leaves, strict=True))
+    width = max(leaf.shape[1] for leaf in leaves)
+    return torch.stack([torch.nn.functional.pad(slope, (0, width - slope.shape[1])) for slope in zeros])
+
+
+def replaces_labels(subject: Subject, given: PreferenceLogprobs) -> bool:
+    """Whether numbers of the data take the label's place: a loss with columns of its own that no label changes."""
+    if not subject.kind.data_columns:
+        return False
+    return bool((pair_slopes(subject, given, 1.0) == pair_slopes(subject, given, 0.6)).all())
+
+
+def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
+    """Return how far soft labels are from the expectation over both orders, or from a proper scoring rule's optimum.
+
+    Slopes are compared: a Brier score differs from the expectation by a constant, which teaches nothing.
+    """
+    share = 0.3
+    soft, right = pair_slopes(subject, given, share), pair_slopes(subject, given)
+    wrong = pair_slopes(subject, given.swapped()).flip(0)
+    scale = torch.maximum(right.abs().max(), wrong.abs().max()).clamp_min(1e-300)
+    residual = float((soft - share * right - (1 - share) * wrong).abs().max() / scale)
+    beta = getattr(subject.module, "beta", None)
+    if residual < 1e-9 or not beta:
+        return residual
+    left = []
+    for odds in (share, 0.8):
+        gap = torch.logit(torch.tensor(odds, dtype=torch.float64)) / beta - given.margin.detach()
+        first = given.chosen_mask & (given.chosen_mask.cumsum(-1) == 1)
+        there = given._replace(policy_chosen_logprobs=given.policy_chosen_logprobs + first * gap.unsqueeze(-1))
+        left.append(float(pair_slopes(subject, there, odds).abs().max() / scale))
+    return min(residual, max(left))
+
+
+def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
+    """Good completions rise, bad ones fall."""
+    function, (leaf,) = field_function(subject, subject.module, given)
+    rows = torch.autograd.grad(function(leaf).sum(), leaf)[0].sum(-1)
+    wanted = torch.where(given.desirable, -rows, rows)
+    return at_least("direction", wanted.min(), 1e-12, "good completions must rise and bad ones fall: look at the sign")
+
+
+def reference_point_check(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
+    """Check that rewards are compared with the reference point in all rows, good and bad, or in none."""
+    point = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    prepared, (leaf,) = with_leaves(given)
+    losses = subject.values(subject.module, with_parts(prepared, [leaf])._replace(reference_point=point))
+    wrong, used = 0, 0
+    for loss in losses:
+        slopes = torch.autograd.grad(loss, (point, leaf), retain_graph=True, allow_unused=True)
+        by_point, by_ratio = (0.0 if slope is None else float(slope.sum()) for slope in slopes)
+        used += by_point != 0
+        wrong += by_point * by_ratio >= 0
+    advice = "the reference point must be subtracted from the reward in every row, desirable and undesirable"
+    checks = [at_most("reference point", wrong, 0, advice)] if used else []
+    few, many = (torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5], [1.1, 0.9]))
+    of = subject.fresh().reference_point
+    first, later, alone = of(few, few), of(many, many), subject.fresh().reference_point(many, many)
+    stuck = bool(first == later) and bool(later != alone)
+    advice = "the reference point of each step must be that step's: the first one is kept"
+    checks.append(at_most("every step", float(stuck), 0, advice))
+    if subject.kind.needs_mismatched:
+        unused = bool(of(few, few) != of(many, few)) and bool(of(few, few) == of(few, many))
+        advice = "the reference point must be that of the mismatched completions, which the class asks for"
+        checks.append(at_most("mismatched", float(unused), 0, advice))
+    return checks
