@@ -181,7 +181,8 @@ def known_mistake_check(mistakes: list[str], every: bool) -> Check:
         every: count losses of other papers too, which fit by design only in a class that states its target.
     """
     certain = [words for words in mistakes if every or is_certain(words)]
-    return at_most("known mistake", len(certain), 0, "; ".join(certain) or "no known mistake fits")
+    advice = "the class is the shipped one with this mistake: correct it, or say in means_it why it is none"
+    return at_most("known mistake", len(certain), 0, advice)
 
 
 def notes_on(subject: Subject) -> list[str]:
