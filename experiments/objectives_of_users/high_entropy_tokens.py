@@ -22,7 +22,6 @@ class HighEntropyModule(DAPOModule):
 
     paper = "Wang et al. 2025, arXiv 2506.01939"
     no_target = "no closed form: which tokens are learned from depends on the minibatch"
-    means_it = dict.fromkeys(("ratio one", "pull back"), "tokens of low entropy teach nothing (Eq. 5)")
     needs_minibatch = True
 
     def __init__(self, scorer: Any, share: float = 0.2, **kwargs: Any) -> None:

@@ -30,7 +30,6 @@ class REBELModule(OnlineDPOModule):
         **dict.fromkeys(
             ("best is chosen", "best of three", "every pair", "ties"), "both samples are regressed on, in either order"
         ),
-        **dict.fromkeys(("soft label", "rated margin"), "the difference of rewards takes the label's place"),
         "reference logprobs": "the policy that sampled stands in the reference's place (Eq. 1)",
     }
 

@@ -45,23 +45,14 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     """A label's two orders, and which side is lifted where the policy has a pair badly wrong."""
     module, checks = subject.module, []
     if replaces_labels(subject, given):
-        return [rated_margin_check(subject, given)]
-    if not subject.kind.batch_coupled:
-        checks.append(
-            at_most(
-                "labels",
-                label_residual(subject, given),
-                1e-9,
-                "target is the probability that chosen is better: the gradient must be the expectation over both "
-                "orders, target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds",
-            )
-        )
-    if subject.kind.weighs_rows:
-        certain = torch.ones_like(given.target)
-        hard, soft = (subject.values(subject.fresh(moved=True), given._replace(target=p * certain)) for p in (1.0, 0.6))
-        advice = "a soft label must change the loss: target is the probability that chosen is better"
-        checks.append(at_least("soft label", (hard - soft).detach().abs().max(), 1e-9, advice))
-    checks.append(rated_margin_check(subject, given))
+        said = "not measured: numbers take the label's place"
+        checks += [
+            at_most("labels", 0, 1e-9, said),
+            at_most("soft label", 0, 0, said),
+            at_most("rated margin", 0, 0, said),
+        ]
+    else:
+        checks += label_checks(subject, given)
     lowered = given._replace(
         target=torch.ones_like(given.target),
         policy_chosen_logprobs=given.policy_chosen_logprobs - 20.0 * given.chosen_mask,
@@ -82,6 +73,27 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
         )
     )
     return checks
+
+
+def label_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
+    """Check that soft labels and rated margins count as they should."""
+    checks = []
+    if not subject.kind.batch_coupled:
+        checks.append(
+            at_most(
+                "labels",
+                label_residual(subject, given),
+                1e-9,
+                "target is the probability that chosen is better: the gradient must be the expectation over both "
+                "orders, target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds",
+            )
+        )
+    if subject.kind.weighs_rows:
+        certain = torch.ones_like(given.target)
+        hard, soft = (subject.values(subject.fresh(moved=True), given._replace(target=p * certain)) for p in (1.0, 0.6))
+        advice = "a soft label must change the loss: target is the probability that chosen is better"
+        checks.append(at_least("soft label", (hard - soft).detach().abs().max(), 1e-9, advice))
+    return [*checks, rated_margin_check(subject, given)]
 
 
 def rated_margin_check(subject: Subject, given: PreferenceLogprobs) -> Check:
@@ -108,10 +120,13 @@ def pair_slopes(subject: Subject, given: PreferenceLogprobs, target: float | Ten
 
 
 def replaces_labels(subject: Subject, given: PreferenceLogprobs) -> bool:
-    """Whether numbers of the data take the label's place: a loss with columns of its own that no label changes."""
-    if not subject.kind.data_columns:
+    """Whether numbers take the label's place: columns of the data, or the rated margin as a signed gap of the sides."""
+    if not bool((pair_slopes(subject, given, 1.0) == pair_slopes(subject, given, 0.6)).all()):
         return False
-    return bool((pair_slopes(subject, given, 1.0) == pair_slopes(subject, given, 0.6)).all())
+    rated = given._replace(rated_margin=given.rated_margin + 0.7)
+    turned = rated.swapped()._replace(rated_margin=-rated.rated_margin)
+    alike = torch.allclose(pair_slopes(subject, rated), pair_slopes(subject, turned).flip(0), atol=1e-9)
+    return alike or bool(subject.kind.data_columns)
 
 
 def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:

@@ -52,7 +52,7 @@ with a constant, are losses of some paper: they are named where a check fails, a
 
 
 def is_certain(words: str) -> bool:
-    """Whether a mistake that fits is one whatever the method."""
+    """Whether no method makes a mistake by design."""
     return any(part in words for part in CERTAIN)
 
 
@@ -232,7 +232,7 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
 
 
 def with_gap(given: PreferenceLogprobs, gap: Tensor) -> PreferenceLogprobs:
-    """Return pairs whose margin is larger by a gap in nats, which goes on the first token of chosen."""
+    """Return pairs whose margin is larger by a gap in nats, added to the first token of chosen."""
     first = first_token(given.chosen_mask)
     return given._replace(policy_chosen_logprobs=given.policy_chosen_logprobs + first * gap.unsqueeze(-1))
 

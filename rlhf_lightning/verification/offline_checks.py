@@ -282,7 +282,7 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
 
 
 def overwrite_check(subject: Subject, given: Any) -> Check:
-    """Check that a loss leaves its input as it is, which later terms and the metrics read."""
+    """Check that a loss does not overwrite its input, which later terms and the metrics read."""
     kept = given._replace(**{name: p.clone() for name, p in given._asdict().items() if isinstance(p, Tensor)})
     if hasattr(given, "target"):  # soft labels are mixed from copies
         kept = kept._replace(target=torch.ones_like(given.target))

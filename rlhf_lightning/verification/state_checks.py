@@ -100,7 +100,7 @@ def fresh(subject: Subject) -> Any:
 
 
 def moved_by(subject: Subject, run: Callable[[Subject, Any], None]) -> State:
-    """Return the state that a step moves, as it is afterwards."""
+    """Return the state that a step moves, with its later values."""
     module = fresh(subject)
     before = state_of(module)
     run(subject, module)

@@ -248,7 +248,7 @@ ENTROPY = "the policy's entropy"
 
 
 def known_statistics(module: Any) -> dict[str, tuple[str, int]]:
-    """Return what statistics of tokens of a user's own are, in words, and with which sign, as far as it is known."""
+    """Return the known divergences and entropies among a class's statistics of tokens: words and sign by name."""
     if type(module).token_statistics is AlignmentModule.token_statistics:
         return {}
     own, theirs = torch.randn(2, 20, 9, generator=torch.Generator().manual_seed(23), dtype=torch.float64)
