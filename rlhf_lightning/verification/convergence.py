@@ -151,7 +151,7 @@ def prepare(module: AlignmentModule) -> AlignmentModule:
     module.double()
     for model in module.frozen_models():
         model.double()
-    module.lay_out = remembered(module.lay_out)  # type: ignore[method-assign]
+    vars(module)["lay_out"] = remembered(module.lay_out)
     return module
 
 

@@ -178,7 +178,7 @@ def reference_point_check(subject: Subject, given: UnpairedLogprobs) -> list[Che
     stuck = bool(first == later) and bool(later != alone)
     advice = "the reference point of each step must be that step's: the first one is kept"
     checks.append(at_most("every step", float(stuck), 0, advice))
-    if subject.kind.needs_mismatched:
+    if getattr(subject.kind, "needs_mismatched", False):
         unused = bool(of(few, few) != of(many, few)) and bool(of(few, few) == of(few, many))
         advice = "the reference point must be that of the mismatched completions, which the class asks for"
         checks.append(at_most("mismatched", float(unused), 0, advice))

@@ -99,7 +99,7 @@ def fresh(subject: Subject) -> Any:
     return subject.fresh(moved=True, **told)
 
 
-def moved_by(subject: Subject, run: Callable[[Subject, Any], None]) -> State:
+def moved_by(subject: Subject, run: Callable[[Subject, Any], Any]) -> State:
     """Return the state that a step moves, with its later values."""
     module = fresh(subject)
     before = state_of(module)
