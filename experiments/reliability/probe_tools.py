@@ -29,6 +29,8 @@ def one_sentence(may_succeed: bool = True) -> Judge:
     def judge(status: int, text: str) -> str | None:
         if "Traceback (most recent" in text:
             return "traceback"
+        if "unexpected argument" in text:
+            return "the probe's own command line is wrong"
         if status == 0:
             return None if may_succeed else "status 0"
         return None if status in (1, 2) and "rlhf" in text else f"status {status}"
@@ -337,8 +339,8 @@ def records() -> Iterator[tuple[str, str, str]]:
 def take_over(tool: str, text: str) -> int:
     """Import records into a store, and read what it holds; return the import's status."""
     Path("records.json").write_bytes(text.encode())
-    status = rlhf(["annotate", "import", "labels.db", "records.json", "--tool", tool])
-    if status == 0 and rlhf(["annotate", "export", "labels.db", "labels.jsonl"]) not in (0, 1):
+    status = rlhf(["annotate", "import", "--store", "labels.db", "--records", "records.json", "--tool", tool])
+    if status == 0 and rlhf(["annotate", "export", "--store", "labels.db", "--out", "labels.jsonl"]) not in (0, 1):
         return 70
     return status
 
@@ -358,7 +360,7 @@ def label_probes() -> Iterator[Probe]:
 
         def special(made: Callable[[str], Any] = make) -> list[str]:
             made("records.json")
-            return ["annotate", "import", "labels.db", "records.json", "--tool", "argilla"]
+            return ["annotate", "import", "--store", "labels.db", "--records", "records.json", "--tool", "argilla"]
 
         yield Probe("files", f"rlhf annotate import: the file is a {kind}", special)
 
