@@ -145,7 +145,7 @@ def import_path(path: str, what: str = "object") -> Any:
     working_directory.allow(module_name)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, SyntaxError) as error:
         raise SettingError("not-importable", f"{what} {path!r} cannot be imported: {error}") from error
     except SystemExit as error:
         raise _exits(module_name, error) from error
@@ -175,7 +175,7 @@ def import_user_module(name: str) -> str:
         working_directory.allow(name)
     try:
         importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, SyntaxError) as error:
         raise SettingError("not-importable", f"module {name!r} cannot be imported: {error}") from error
     except SystemExit as error:
         raise _exits(name, error) from error

@@ -1,5 +1,6 @@
 """One way from what a user named to an object: what is taken, and the refusals."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from jsonargparse import Namespace
 from rlhf_lightning.loading import (
     import_path,
     import_user_module,
+    is_too_deep,
     load,
     load_class,
     nearest,
+    read_records,
     refuse_repeated_keys,
     shipped_classes,
 )
@@ -135,6 +138,31 @@ def test_a_users_module_is_imported_by_name_or_file(tmp_path: Path, monkeypatch:
         import_user_module(str(tmp_path / "absent.py"))
     with refused("not-importable", "absent_module"):
         import_user_module("absent_module")
+    (tmp_path / "half_of_mine.py").write_text("x = 1\ndef f(: pass\n")
+    with refused("not-importable", "half_of_mine.py, line 2"):
+        import_user_module(str(tmp_path / "half_of_mine.py"))
+    with refused("not-importable", "half_of_mine.py, line 2"):
+        import_path("half_of_mine.f")
+
+
+def test_records_keep_the_ends_of_lines_in_their_texts_and_hold_objects_alone(tmp_path: Path) -> None:
+    rows = [{"a": f"x{end}y"} for end in ("\u2028", "\x85", "\x0b", "\x1c", "\r", "")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n")
+    assert read_records(path) == rows
+    for text in ("[1]", "7", "{", "[" * 5000):
+        path.write_text('{"a": 1}\n' + text)
+        with refused("invalid-json", "line 2"):
+            read_records(path)
+    path.unlink()
+    path.mkdir()
+    with refused("not-a-file"):
+        read_records(path)
+
+
+def test_depth_counts_lists_and_objects() -> None:
+    assert not any(map(is_too_deep, (5, "x", None, [], {"a": [{"b": (1,)}]}, json.loads("[" * 64 + "]" * 64))))
+    assert is_too_deep(json.loads("[" * 65 + "]" * 65)) and is_too_deep([{"a": json.loads("[" * 900 + "]" * 900)}])
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "b: [{a: 1, a: 1}]", "b: &x {a: 1, 'a': 2}\nc: *x"])

@@ -280,8 +280,7 @@ def said_by_policies() -> dict[str, str]:
 
 def say(text: str) -> int:
     """Give tools a turn of a policy; return 0 if the reply is finite, short and can be written as JSON and UTF-8."""
-    from rlhf_lightning.environments import LookupTable, ToolEnvironment
-    from rlhf_lightning.environments.tool_use import calculator
+    from rlhf_lightning.environments.tool_use import LookupTable, ToolEnvironment, calculator
     from rlhf_lightning.types import Episode
 
     tools = ToolEnvironment([calculator, LookupTable({"a": 1})], reward={"call": 0.1, "wrong": -0.1})
@@ -524,7 +523,9 @@ def project_probes() -> Iterator[Probe]:
             Path("mine.py").write_text(content)
             return ["verify", "--foreign", "mine.py:loss"]
 
-        yield Probe("files", f"rlhf verify --foreign, odd file {place}", file, judge=_refused)
+        yield Probe(
+            "files", f"rlhf verify --foreign, odd file {place}", file, judge=_exit_judge if text == "1/0" else _refused
+        )
 
 
 def _refused(status: int, text: str) -> str | None:

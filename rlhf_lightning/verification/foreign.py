@@ -176,7 +176,13 @@ def _imported(name: str) -> Any:
 
 def _input_of(function: Any) -> Any:
     names = list(inspect.signature(function).parameters)
-    return get_type_hints(function).get(names[0]) if names else None
+    try:
+        return get_type_hints(function).get(names[0]) if names else None
+    except Exception as error:  # an annotation is any expression of the file
+        reason = f"{type(error).__name__}: {error}"
+        raise SettingError(
+            "wrong-kind", f"the annotations of {function.__name__} cannot be read ({reason}): import what they name"
+        ) from error
 
 
 def _variants(function: Any, given: dict[str, Any], every: bool) -> Iterator[Adapter]:

@@ -143,10 +143,14 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("holder", "name"),
-    [(loop_steps, "write_lines"), (FeedbackStore, "judge"), (ModelExport, "on_train_batch_end")],
+    ("holder", "name", "number"),
+    [
+        (loop_steps, "write_lines", signal.SIGTERM),
+        (FeedbackStore, "judge", signal.SIGHUP),
+        (FeedbackStore, "judge", signal.SIGINT),
+        (ModelExport, "on_train_batch_end", signal.SIGTERM),
+    ],
 )
 def test_a_loop_ends_with_the_signals_status(flags, holder, name, number):
     status, said = cut(flags, number, holder, name, 1)

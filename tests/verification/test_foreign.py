@@ -133,6 +133,10 @@ def test_what_is_not_there_is_said(file, capsys):
         adapters(f"{file}:Wrong", {"gama": 1})
     with refused("no-file"):
         adapters("no_such_file.py:Loss", {})
+    odd = Path(file).with_name("odd_losses.py")
+    odd.write_text("def loss(given: 'Unknown'):\n    return 0\n")
+    with refused("wrong-kind", "annotations of loss"):
+        adapters(f"{odd}:loss", {})
     assert cli.main(["verify", "--foreign", f"{file}:NoSuchLoss"]) == 2
     assert "it has Wrong" in capsys.readouterr().err
 
