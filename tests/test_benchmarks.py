@@ -20,8 +20,11 @@ from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.types import Sequences
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"))
+import bench as own_bench
 import compare
 import folders
+import gpu_report
+import operations
 import results
 import scaling
 from cases import CASES, LIMIT, PEER, SUITES, Case, Goal
@@ -278,3 +281,87 @@ def test_growth_is_the_exponent_of_the_curve():
     assert scaling.growth([1, 2, 4, 8, 16], [9, 9, 1, 2, 4]) == "1.00"
     assert scaling.growth([1, 2, 4], [5, 5, 5]) == "0.00"
     assert scaling.growth([1, 2, 4], [5, 0, 5]) == ""
+
+
+# -- work per layer ---------------------------------------------------------------------------------------------------
+
+RECORDED = json.loads((compare.HERE / "operations.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two_and_three_layers(tmp_path_factory):
+    return operations.written_models(tmp_path_factory.mktemp("layers"))
+
+
+@pytest.mark.parametrize("case", operations.CASES)
+def test_no_change_adds_operations(case, two_and_three_layers):
+    """At most 2 % more than operations.json says, over what transformers and peft dispatch."""
+    if case.startswith("qlora"):
+        pytest.importorskip("bitsandbytes")
+    found = operations.ratios(operations.measured(case, two_and_three_layers))
+    before = RECORDED["cases"][case]["ratio"]
+    more = {name: (ratio, before[name]) for name, ratio in found.items() if ratio > 1.02 * before[name]}
+    assert not more, f"now and before: {more}; python experiments/benchmarks/operations.py writes the file again"
+
+
+# -- our own speed over time ------------------------------------------------------------------------------------------
+
+
+def test_an_interval_holds_the_ratio_of_means_and_widens_with_the_spread():
+    ratio, low, high = own_bench.interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    assert ratio == low == high == pytest.approx(2)
+    ratio, low, high = own_bench.interval([1.0, 1.1, 0.9], [2.0, 2.2, 1.8])
+    assert 1.5 < low < ratio < high < 2.7
+    assert own_bench.interval([1.0], [2.0])[1:] == (0.0, float("inf"))
+    assert own_bench.student(10) == pytest.approx(2.228, rel=0.01)
+    assert own_bench.student(3) == pytest.approx(3.182, rel=0.01)
+
+
+def test_what_changed_is_told_from_what_did_not():
+    def records(seconds):
+        return [{"case": "help", "runs": [{"seconds": one, "load": 1.0} for one in seconds]}]
+
+    (changed,) = own_bench.compared(records([1.0, 1.01, 0.99]), records([2.0, 2.01, 1.99]))[2:]
+    assert "changed" in changed and "| 2.00 |" in changed
+    (same,) = own_bench.compared(records([1.0, 1.2, 0.8]), records([1.1, 0.9, 1.0]))[2:]
+    assert "changed" not in same
+
+
+def test_every_cell_of_the_gpu_report_is_a_case_for_both_devices():
+    for device, smoke in (("gpu", False), ("cpu", True)):
+        found = gpu_report.cells(device, smoke)
+        assert len(found) == len(gpu_report.CELLS)
+        assert next(iter(found)).startswith("sft_lora, 0.6B, 4096")
+        for case in found.values():
+            steps = int(case.flags[case.flags.index("--steps") + 1])
+            assert len(range(steps)[case.goals[0].steps]) >= 2 and PEER not in case.sides
+    assert PEER in next(iter(gpu_report.cells("gpu", False, has_peer=True).values())).sides
+
+
+# -- start-up ---------------------------------------------------------------------------------------------------------
+
+
+def modules_of(program, *names):
+    """Which of the named modules a fresh interpreter has imported after a program."""
+    shown = f"import sys; {program}; print('LOADED', *[name for name in {names} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(compare.ROOT)}
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True, env=environment)
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+HEAVY = ("torch", "transformers", "lightning", "peft", "numpy", "datasets", "jsonargparse", "scipy", "rich")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["fit", "--help"], ["fit", "--model", "SFTModule", "--model.lerning_rate", "1"]]
+)
+def test_help_and_a_misspelt_flag_import_nothing_heavy(arguments):
+    program = f"from rlhf_lightning.cli import main; main({arguments})"
+    assert not modules_of(program, *HEAVY)
+
+
+def test_training_does_not_import_what_it_does_not_use():
+    unused = ("bitsandbytes.nn", "torch._inductor.compile_fx", "datasets", "pandas", "pyarrow", "sklearn", "vllm")
+    unused += ("rlhf_lightning.people.server", "rlhf_lightning.verification.verify", "matplotlib.pyplot")
+    assert not modules_of("import rlhf_lightning.commands.train", *unused)
+    assert modules_of("import rlhf_lightning.commands, bitsandbytes.functional", "bitsandbytes.nn")

@@ -50,6 +50,7 @@ class Case(NamedTuple):
         model: "base", "scored" (with a score head, for reward models) or "small" (about a million parameters).
         same_losses: largest difference of losses where the algorithms are the same: of the first update, and of later
             ones; an adapter's later losses depend on how it was drawn. None where each side samples for itself.
+        has_peer: whether the peer runs it too.
     """
 
     stage: str
@@ -59,11 +60,13 @@ class Case(NamedTuple):
     limit: tuple[str, ...] | None = None
     model: str = "base"
     same_losses: tuple[float, float] | None = None
+    has_peer: bool = True
 
     @property
     def sides(self) -> list[str]:
         """Who runs it, in turn."""
-        return [*self.ours, PEER] + ([LIMIT] if self.limit is not None else [])
+        peer, limit = [PEER] if self.has_peer else [], [LIMIT] if self.limit is not None else []
+        return [*self.ours, *peer, *limit]
 
 
 ROWS = ("--batch", "4", "--max-length", "512")

@@ -54,11 +54,13 @@ def samples(run: Path) -> bytes:
 
 
 def curves(run: Path) -> dict[str, Any]:
-    """Return every curve as (step, value) points, and the steps at which texts were logged."""
+    """Return every curve but those of speed as (step, value) points, and the steps at which texts were logged."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
-    points: dict[str, Any] = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    points: dict[str, Any] = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"] if "perf/" not in tag
+    }
     return points | {tag: [e.step for e in events.Tensors(tag)] for tag in tags["tensors"]}
 
 

@@ -1,5 +1,30 @@
 """The commands of ``rlhf``, one file each with ``main(argv) -> int``."""
 
+import importlib
+import importlib.util
+import sys
+import types
+from typing import Any
+
 from rlhf_lightning.commands.quiet import silence_log_messages
 
+
+class _Deferred(types.ModuleType):
+    """Stands in ``sys.modules`` for a package until one of its attributes is read."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def defer_import(name: str) -> None:
+    """Import a package when it is first used, although other packages import it with themselves."""
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec is not None:
+        module = sys.modules[name] = _Deferred(name)
+        module.__spec__, module.__file__ = spec, spec.origin  # what `find_spec` and `inspect` ask of all modules
+
+
 silence_log_messages()
+defer_import("bitsandbytes")  # peft imports it, and with it TorchInductor, also where nothing is quantized

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows
-from rlhf_lightning.tokenization import tokenizer_fingerprint
+from rlhf_lightning.tokenization import all_cores, tokenizer_fingerprint
 
 ARRAYS = {
     "ids": np.int32, "supervised": np.bool_, "bounds": np.int64, "first": np.int64, "ranks": np.int32,
@@ -230,7 +230,8 @@ class Part(NamedTuple):
         store = RowStore.load(folder)
         if store is None:
             report = Report()
-            store = RowStore.build(self.encoded(tokenizer, report), report)
+            with all_cores():
+                store = RowStore.build(self.encoded(tokenizer, report), report)
             if len(store) == 0:
                 raise no_rows(report, str(self))
             try:

@@ -8,8 +8,9 @@ the layers read and nothing else, and restores it even after an error.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lightning.compat import adapter_switch, set_adapter_switch, wrapper_holds
 from rlhf_lightning.errors import ModelError
@@ -182,6 +184,35 @@ def active_adapter(model: nn.Module) -> str | None:
     if disabled:
         return None
     return active if isinstance(active, str) else active[0]
+
+
+CHUNK_CELLS = 4096
+"""Cells that an MLP reads at a time where layers are recomputed."""
+
+
+def chunk_mlps(model: nn.Module) -> None:
+    """Have dense MLPs of recomputed layers read long rows in chunks, each recomputed by itself in the backward pass.
+
+    An MLP works cell by cell, and holds several times its input; of a long row that is more than all else of a layer.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("mlp") and all(
+            isinstance(part, nn.Linear) or not any(True for _ in part.parameters(recurse=False))
+            for part in module.modules()
+        ):
+            contexts = partial(recomputation_contexts, model)
+            module.forward = partial(_in_chunks, module.forward, contexts)  # type: ignore[method-assign]
+
+
+def _in_chunks(forward: Callable[[Tensor], Tensor], contexts: Callable[[], Any], hidden: Tensor) -> Tensor:
+    if hidden.shape[:-1].numel() <= CHUNK_CELLS:
+        return forward(hidden)
+    parts = hidden.reshape(1, -1, hidden.shape[-1]).split(CHUNK_CELLS, dim=1)
+    if torch.is_grad_enabled():
+        found = [checkpoint(forward, part, use_reentrant=False, context_fn=contexts) for part in parts]
+    else:
+        found = [forward(part) for part in parts]
+    return torch.cat(found, dim=1).view(*hidden.shape[:-1], -1)
 
 
 def recomputation_contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

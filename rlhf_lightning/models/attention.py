@@ -56,6 +56,8 @@ def attend_by_block(
     if half is not None and not options.get("dropout"):
         q, k, v = (part.squeeze(0).transpose(0, 1).to(half) for part in (query, key, value))
         return attend_by_length(q, k, v, packed.pieces, options.get("scaling")).unsqueeze(0), None
+    if len(packed.blocks) == 1:
+        return sdpa_attention_forward(module, query, key, value, packed.blocks[0].mask, **options)
     widths = [block.width for block in packed.blocks]
     parts = zip(packed.blocks, *(states.split(widths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, *states, block.mask, **options)[0] for block, *states in parts]

@@ -43,6 +43,7 @@ from rlhf_lightning.models.loading import (
     refuse_nonfinite_weights,
 )
 from rlhf_lightning.models.lora import LoraSettings, add_lora
+from rlhf_lightning.models.packing import PackedRow
 from rlhf_lightning.models.resolving import (
     is_adapter,
     load_base_of_adapter,
@@ -84,16 +85,21 @@ class DecodingStep(NamedTuple):
 
     Attributes:
         input_ids: int64, shape (rows, width): prompts padded on the left, or with a filled cache one token a row.
-        attention_mask: int64, shape (rows, cached + width), 0 on padding; None where no row is padded.
+        attention_mask: int64, shape (rows, cached + width), 0 on padding, or bool, shape (rows, 1, width, cached +
+            width); None where no row is padded.
         positions: position of each token of ``input_ids`` in its text; None lets the model count them.
         cache: keys and values of the tokens before, filled further by the forward; an `OwnCache` is the model's to
             make; None keeps none.
+        packed: how the cells of a single row of several texts attend; None for a row for each text.
+        last: cells of a packed row whose next tokens are asked for, int64.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
     positions: Tensor | None = None
     cache: Any = None
+    packed: PackedRow | None = None
+    last: Tensor | None = None
 
 
 class OwnCache:
@@ -205,7 +211,7 @@ class CausalLM(nn.Module):
     def next_token_logits(self, step: DecodingStep) -> Tensor:
         """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
         read = unwrapped(self.model) if self.logits_path == "forward" else trunk(self.model)
-        options = {"attention_mask": step.attention_mask, "position_ids": step.positions}
+        options = {"attention_mask": step.attention_mask, "position_ids": step.positions, "packed": step.packed}
         options = {name: value for name, value in options.items() if value is not None}
         keyword = "past_key_values"
         if not takes(read, keyword) and takes(read, "cache_params"):
@@ -218,8 +224,8 @@ class CausalLM(nn.Module):
             found = read(input_ids=step.input_ids, use_cache=step.cache is not None, **options)
         if own:
             step.cache.kept = found[keyword]
-        last = (found.logits if self.logits_path == "forward" else found.last_hidden_state)[:, -1]
-        return self.logits(last)
+        states = found.logits if self.logits_path == "forward" else found.last_hidden_state
+        return self.logits(states[:, -1] if step.last is None else states[0, step.last])
 
     def logprobs(
         self,

@@ -14,51 +14,75 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.models.scalar_head import trunk, unwrapped
 
 
 class LowRankProduct(Function):
-    r"""x W' + b + s (x A') B' for a frozen W (out, in), A (rank, in), B (out, rank) (Hu et al., 2106.09685, Eq. 3)."""
+    r"""x W' + b + s (z A') B' for a frozen W (out, in), A (rank, in), B (out, rank) (Hu et al., 2106.09685, Eq. 3).
+
+    z is x, or x after dropout.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
+        dropped: Tensor | None = None, casts: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the product.
 
         Args:
             ctx: what backward gets.
-            x: shape (tokens, in).
+            x: shape (tokens, in), in the precision of the products: autocast's, or that of all tensors. W is cast or
+                expanded again for the gradient, so that no copy of it is kept.
             weight: W, in bitsandbytes' packing if there is a ``state``.
-            state: how W is to be expanded from 4 bits, for this product and again for the gradient's; None if it is
-                whole.
+            state: how W is to be expanded from 4 bits; None if it is whole.
             bias: b, shape (out,); None for none.
             a: A.
             b: B.
             scaling: s.
+            dropped: z, in the same precision; None if it is x.
+            casts: A and B in that precision; None casts them here.
         """
-        inner = x @ a.t()
-        ctx.save_for_backward(x, inner, weight, a, b)
-        ctx.state, ctx.scaling = state, scaling
-        dense = expanded(weight, state, x.dtype).t()
-        whole = x @ dense if bias is None else torch.addmm(bias, x, dense)
+        dtype = x.dtype
+        a, b = (a.to(dtype), b.to(dtype)) if casts is None else casts
+        inner = (x if dropped is None else dropped) @ a.t()
+        # Without dropout x is needed for A's gradient, with it z is.
+        ctx.save_for_backward(x if dropped is None else dropped, inner, weight, a, b)
+        ctx.state, ctx.scaling, ctx.drops = state, scaling, dropped is not None
+        dense = expanded(weight, state, dtype).t()
+        whole = x @ dense if bias is None else torch.addmm(bias.to(dtype), x, dense)
         return whole.addmm_(inner, b.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A and B; what is frozen has none."""
-        x, inner, weight, a, b = ctx.saved_tensors
+        """Return the gradients of x, A, B and z; what is frozen has none."""
+        seen, inner, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
-        of_inner = (gradient @ b).mul_(ctx.scaling)
-        of_x = None
+        of_inner = gradient @ b
+        of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ expanded(weight, ctx.state, x.dtype)).addmm_(of_inner, a)
-        return of_x, None, None, None, of_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scaling), None
+            of_x = gradient @ expanded(weight, ctx.state, seen.dtype)
+            if not ctx.drops:
+                of_x.addmm_(of_inner, a, alpha=ctx.scaling)
+        if ctx.drops and ctx.needs_input_grad[7]:
+            of_dropped = scaled_product(of_inner, a, ctx.scaling)
+        of_a = scaled_product(of_inner.t(), seen, ctx.scaling)
+        of_b = scaled_product(gradient.t(), inner, ctx.scaling)
+        return of_x, None, None, None, of_a, of_b, None, of_dropped, None
+
+
+def scaled_product(one: Tensor, other: Tensor, scaling: float) -> Tensor:
+    """Return ``scaling`` times a matrix product, in one operation."""
+    unread = one.new_empty(1, 1)  # beta = 0: addmm reads neither its values nor its NaNs
+    return torch.addmm(unread, one, other, beta=0, alpha=scaling)
 
 
 def expanded(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """Return a frozen matrix, shape (out, in), from its 4 bits where it is kept in them."""
+    """Return a frozen matrix in a precision, shape (out, in), from its 4 bits where it is kept in them."""
     if state is None:
-        return weight
+        return weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.view(-1, 1), state).to(dtype)
@@ -67,6 +91,9 @@ def expanded(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 class LowRankForm:
     """The forward of an adapted layer that takes `LowRankProduct` where the layer is in its plain form."""
 
+    casts: tuple[str, tuple[Tensor, Tensor]] | None = None
+    """Name of an adapter and its matrices in autocast's precision, during a forward of the trunk."""
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, shape (..., out)."""
         name = None if args or kwargs else plain_adapter(self, x)
@@ -74,38 +101,102 @@ class LowRankForm:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
         state = getattr(base.weight, "quant_state", None)
-        flat = x.reshape(-1, x.shape[-1])
-        product: Any = LowRankProduct.apply(flat, base.weight, state, base.bias, a, b, self.scaling[name])
+        cast = shared_cast(x, product_dtype(x))
+        flat, dropout = cast.reshape(-1, x.shape[-1]), self.lora_dropout[name]
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        dropped = dropout(cast).reshape(flat.shape) if drops else None
+        known = self.casts[1] if self.casts is not None and self.casts[0] == name else None
+        product: Any = LowRankProduct.apply(
+            flat, base.weight, state, base.bias, a, b, self.scaling[name], dropped, known
+        )
         return product.view(*x.shape[:-1], len(b))
+
+
+def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a precision, cast once for all the layers that read this tensor."""
+    if x.dtype == dtype:
+        return x
+    key = (dtype, torch.is_grad_enabled(), None if x.is_inference() else x._version)
+    kept: Any = getattr(x, "_shared_cast", None)
+    if kept is None or kept[0] != key:
+        kept = x._shared_cast = (key, x.to(dtype))  # type: ignore[attr-defined]
+    cast: Tensor = kept[1]
+    return cast
+
+
+class AdapterCasts:
+    """Casts a model's adapter matrices for autocast in one operation, for each forward of its trunk.
+
+    Args:
+        layers: its adapted layers.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+
+    def make(self, *_: Any) -> None:
+        """Cast the matrices of the active adapters, unless they are sharded; a hook before the forward."""
+        found = [
+            (layer, names[0], layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight)
+            for layer in self.layers
+            if len(names := [name for name in layer.active_adapters if name in layer.lora_A]) == 1
+        ]
+        parts = [part.detach() for _, _, *both in found for part in both]
+        if not parts or torch.compiler.is_compiling() or not torch.is_autocast_enabled(parts[0].device.type):
+            return
+        dtype = torch.get_autocast_dtype(parts[0].device.type)
+        if any(isinstance(part, DTensor) or part.device != parts[0].device for part in parts) or {dtype} == {
+            part.dtype for part in parts
+        }:
+            return
+        room = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
+        pieces = room.split([part.numel() for part in parts])
+        copies = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        torch._foreach_copy_(copies, parts)
+        for place, (layer, name, *_) in enumerate(found):
+            layer.casts = (name, (copies[2 * place], copies[2 * place + 1]))
+
+    def drop(self, *_: Any) -> None:
+        """Forget the casts; a hook after the forward, since the matrices may change before the next one."""
+        for layer in self.layers:
+            layer.casts = None
 
 
 class LowRankLinear(LowRankForm, Linear):
     """peft's adapted linear layer with a product of its own."""
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision of a product with x: autocast's, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def plain_adapter(layer: Any, x: Tensor) -> str | None:
-    """Return a layer's one active adapter, where all is of one precision and on this rank, nothing drops out and the
-    matrix below is frozen; None otherwise.
+    """Return a layer's one active adapter, where autocast or a common type decides the precision, all is on this rank
+    and the matrix below is frozen; None otherwise.
     """
     if torch.compiler.is_compiling():
         return None  # the compiler fuses peft's form itself, and PyTorch 2.11's gives this one no gradient for B
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1 or torch.is_autocast_enabled(x.device.type):
+    if layer.disable_adapters or layer.merged or len(names) != 1:
         return None
-    name, base = names[0], layer.base_layer
+    name, base, dtype = names[0], layer.base_layer, product_dtype(x)
     parts = [x, base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight]
     plain = type(base) is nn.Linear
     if getattr(base.weight, "quant_state", None) is not None:
-        # Elsewhere bitsandbytes has kernels that expand nothing for a few rows.
-        plain = x.device.type == "cpu" and base.compute_dtype in (None, x.dtype)
+        # On a GPU bitsandbytes has a kernel that expands nothing for a single row.
+        plain = (x.device.type == "cpu" or x.numel() > x.shape[-1]) and base.compute_dtype in (None, dtype)
         del parts[1]
+    # Autocast casts half and single precision, and leaves double as it is.
+    kinds = {part.dtype for part in parts}
+    common = kinds == {dtype} or (torch.is_autocast_enabled(x.device.type) and torch.float64 not in kinds)
     plain = (
         plain
         and not base.weight.requires_grad
         and name not in layer.lora_variant
         and not layer.lora_bias[name]
-        and isinstance(layer.lora_dropout[name], nn.Identity)
-        and len({part.dtype for part in parts}) == 1
+        and common
         and not any(isinstance(part, DTensor) for part in parts)
     )
     return name if plain else None
@@ -119,6 +210,14 @@ def use_low_rank_products(model: nn.Module) -> None:
             module.__class__ = LowRankLinear
         elif kind.__name__ == "Linear4bit" and isinstance(module, LoraLayer):
             module.__class__ = _with_four_bits(kind)
+    if not isinstance(unwrapped(model), PreTrainedModel):
+        return
+    inner: Any = trunk(model)
+    layers = [module for module in inner.modules() if isinstance(module, LowRankForm)]
+    if layers and not hasattr(inner, "adapter_casts"):
+        inner.adapter_casts = casts = AdapterCasts(layers)
+        inner.register_forward_pre_hook(casts.make)
+        inner.register_forward_hook(casts.drop, always_call=True)
 
 
 @functools.cache

@@ -173,3 +173,40 @@ def tree_width(sequences: Sequences, members: Sequence[int]) -> int:
     """Cells that a prompt and these of its completions take."""
     prompt = sequences.prompts[sequences.parents[members[0]]]
     return len(prompt) + sum(len(sequences.completions[member]) for member in members)
+
+
+NARROW = 256
+"""Cells up to which prompts with a common beginning form a tree, or up to twice that beginning if it is longer."""
+
+
+def prefix_trees(prompts: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
+    """Group prompts by a common beginning, where reading it once saves cells.
+
+    Args:
+        prompts: token ids of each, none empty.
+
+    Returns:
+        For each group the tokens that all its prompts begin with, 0 for none, and the prompts. Each prompt has at least
+        one token beyond.
+    """
+    texts = [prompt.tolist() for prompt in prompts]
+    groups: list[tuple[int, list[int]]] = []
+    width = 0  # cells of the last group
+    for row in sorted(range(len(texts)), key=texts.__getitem__):
+        size = len(texts[row])
+        if groups:
+            common, members = groups[-1]
+            shared = _common(texts[members[-1]], texts[row], common if len(members) > 1 else size)
+            joint = shared + sum(len(texts[one]) - shared for one in (*members, row))
+            if shared and joint < width + size and joint <= max(NARROW, 2 * shared):
+                groups[-1], width = (shared, [*members, row]), joint
+                continue
+        groups.append((0, [row]))
+        width = size
+    return groups
+
+
+def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+    """Return how many tokens two texts begin with alike, at most ``most`` and all but the last of either."""
+    most = min(most, len(one) - 1, len(other) - 1)
+    return next((place for place in range(most) if one[place] != other[place]), most)

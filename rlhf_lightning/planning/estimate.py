@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoConfig
 
 from rlhf_lightning.models.lora import LoraSettings
@@ -277,6 +280,73 @@ def _rollout_moments(setup: Setup, block: DecoderSizes, how: Pass, gradients: in
 
 
 # -- compute ----------------------------------------------------------------------------------------------------------
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """What a device reaches at most: FLOP/s of products, and bytes per second of a copy (reads and writes)."""
+
+    products: float
+    traffic: float
+
+
+def measured_rates(setup: Setup, batch: MicroBatch, seconds: float = 5.0) -> Rates | None:
+    """Measure a run's largest product and a copy on this machine; None if the run is for GPUs and there is none.
+
+    Args:
+        setup: the run.
+        batch: its largest micro-batch.
+        seconds: time that both measurements take together.
+    """
+    if setup.machine.gpu and not torch.cuda.is_available():
+        return None
+    block, machine = DecoderSizes.of(config_of(setup.config)), setup.machine
+    device = "cuda" if machine.gpu else "cpu"
+    low = machine.autocast or machine.precision == "bf16-true" or setup.bytes == BF16
+    dtype = torch.bfloat16 if low else torch.float32
+    cells = min(max(batch.rows * batch.width, 1), 16384)
+    left = torch.rand(cells, block.hidden, device=device, dtype=dtype)
+    right = torch.rand(block.hidden, block.intermediate, device=device, dtype=dtype)
+    buffer, other = torch.rand(2, 2**24, device=device)
+    product = _per_second(lambda: torch.mm(left, right), device, seconds / 2)
+    copy = _per_second(lambda: buffer.copy_(other), device, seconds / 2)
+    return Rates(product * 2 * cells * block.hidden * block.intermediate, copy * 2 * buffer.nbytes)
+
+
+def _per_second(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """Return how often a call completes in a second, at its fastest tenth."""
+    call()
+    began, fastest = time.perf_counter(), math.inf
+    while time.perf_counter() - began < seconds:
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds / 10:
+            call()
+            count += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
+        fastest = min(fastest, (time.perf_counter() - start) / count)
+    return 1 / fastest
+
+
+def most_tokens_per_second(setup: Setup, found: Plan, rates: Rates) -> float:
+    """Return the roofline of a run: products at the rate of products, and what has to be moved at the rate of a copy.
+
+    Moved are activations (written, read, and their gradients likewise), the optimizer's state and weights (read and
+    written), and for every sampled token of a batch the weights.
+    """
+    machine = setup.machine
+    compute = sum(found.flops.values()) / (machine.data_ranks * machine.tensor_ranks) / rates.products
+    held = found.moments[found.fullest]
+    updates = 1 if setup.rollout is None else setup.rollout.updates
+    moved = 4 * held.get("activations", 0) * found.micro_batch.passes * updates
+    moved += 2 * updates * (held.get("optimizer", 0) + sum(role.trained for role in found.roles) * FP32)
+    if setup.rollout is not None:
+        drawn = setup.rollout.prompts * setup.rows.completions / machine.data_ranks
+        batches = math.ceil(drawn / min(setup.rollout.slots or drawn, drawn))
+        moved += found.roles[0].bytes * setup.rows.completion * batches
+    return found.tokens / (compute + moved / rates.traffic)
 
 
 def _flops(setup: Setup, batch: MicroBatch) -> dict[str, int]:

@@ -106,7 +106,12 @@ class Pass:
         """Whether each linear layer casts its own input, so that q, k and v save three copies of one tensor."""
         if self.rank is None:
             return self.autocast and self.weight_bytes == FP32
-        return self.adapter_bytes != self.weight_bytes or (self.autocast and self.adapter_bytes == FP32)
+        return self.adapter_bytes != self.weight_bytes and not self.autocast
+
+    @property
+    def casts_adapted(self) -> bool:
+        """Whether adapted layers cast their frozen matrix for each product, see `models.low_rank`."""
+        return self.rank is not None and self.autocast and self.weight_bytes == FP32 and not self.quantized
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def block_bytes(block: DecoderSizes, how: Pass, width: int) -> int:
     h: inputs, normalised inputs and outputs of both norms (the inputs of q, k, v and of gate, up); q: queries and
     attention's output; k: keys and values; m: gate, silu, up and their product; n: attention's normalisers; 2: the
     norms' scales. A frozen backbone has no normalised inputs, and 7 r for an adapter of rank r. Under autocast the
-    inputs of linear layers take 2 bytes, and 5 h instead of 2 h since each layer casts its own.
+    inputs of linear layers take 2 bytes, and without an adapter 5 h instead of 2 h since each layer casts its own.
 
     ``width`` is the length of a row: a mask has one element per row token, eager attention one per head as well.
     """
@@ -146,9 +151,10 @@ def _input_bytes(block: DecoderSizes, how: Pass) -> int:
         return block.width_in(names[0]) * (count if how.copies_inputs else min(count, 1))
 
     kept = of(QKV) + of(GATE_UP) + of(DOWN)
+    copied = how.rank is not None and how.copies_inputs  # to the precision of the adapter
     if how.rank is not None:
-        kept += how.rank * len(read) + (of(OUT) if how.copies_inputs else 0)
-    if how.masked and not how.eager and (how.rank is None or not how.copies_inputs):
+        kept += how.rank * len(read) + (of(OUT) if copied else 0)
+    if how.masked and not how.eager and not copied:
         kept += of(OUT)  # the joined outputs of the attention blocks
     return how.input_bytes * kept
 
@@ -157,8 +163,17 @@ def cast_bytes(block: DecoderSizes, how: Pass) -> int:
     """Return the bytes of one block's bf16 weight copies that autocast makes and the backward pass needs."""
     if not how.autocast:
         return 0
-    whole = block.matrices if how.weight_bytes == FP32 and not how.quantized else 0
-    return BF16 * (whole + (adapter_size(block, how) if how.adapter_bytes == FP32 else 0))
+    casts = how.weight_bytes == FP32 and not how.quantized
+    return BF16 * (
+        (_saved_weights(block, how, PROJECTIONS) if casts else 0)
+        + (adapter_size(block, how) if how.adapter_bytes == FP32 else 0)
+    )
+
+
+def _saved_weights(block: DecoderSizes, how: Pass, names: tuple[str, ...]) -> int:
+    """Return the weights of the named projections whose cast is kept: all but the adapted ones."""
+    kept = set(names) - (set() if how.rank is None else how.targets)
+    return sum(block.width_in(name) * block.width_out(name) for name in kept)
 
 
 def adapter_size(block: DecoderSizes, how: Pass) -> int:
@@ -190,9 +205,7 @@ def _spared_bytes(block: DecoderSizes, how: Pass) -> int:
     if how.rank is None or not how.autocast:
         return 0
     casts = how.weight_bytes == FP32 and not how.quantized
-    whole = block.hidden * (block.queries + 2 * block.keys) if casts else 0
-    adapted = how.rank * block.hidden * len(how.targets & set(QKV)) if how.adapter_bytes == FP32 else 0
-    return BF16 * (whole + adapted)
+    return BF16 * _saved_weights(block, how, QKV) if casts else 0
 
 
 def backward_bytes(block: DecoderSizes, how: Pass, rows: int, width: int) -> int:
@@ -211,8 +224,8 @@ def forward_bytes(block: DecoderSizes, how: Pass, rows: int, width: int) -> int:
 
 
 def _expanded(block: DecoderSizes, how: Pass) -> int:
-    """Return the weights of the largest matrix, which is dequantised for its product."""
-    return block.hidden * block.intermediate if how.quantized else 0
+    """Return the weights of the largest matrix, which is dequantised or cast for its product."""
+    return block.hidden * block.intermediate if how.quantized or how.casts_adapted else 0
 
 
 # -- logits and cache -------------------------------------------------------------------------------------------------

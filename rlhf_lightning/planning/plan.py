@@ -19,7 +19,7 @@ from rlhf_lightning.commands.train import RlhfCLI
 from rlhf_lightning.compat import setting_of
 from rlhf_lightning.loading import read_config
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.planning.estimate import Plan, plan
+from rlhf_lightning.planning.estimate import Plan, Rates, measured_rates, most_tokens_per_second, plan
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Setup, micro_batch
 from rlhf_lightning.planning.setup_from_config import A_MODEL, setup_of
@@ -57,6 +57,7 @@ class PlanCLI(RlhfCLI):
         """Add the options of `rlhf plan`."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--memory", type=float | None, default=None, help="memory of each device in GB")
+        parser.add_argument("--speed", type=bool, default=False, help="measure this machine for 5 s: tokens per second")
         parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
         parser.add_class_arguments(Assumed, "plan")
 
@@ -81,8 +82,12 @@ def main(argv: Sequence[str]) -> int:
     limit = None if settings.memory is None else int(settings.memory * GB)
     helpful = remedies(setup, limit) if limit is not None and found.peak > limit else []
     print(described(type(cli.model).__name__, setup, found, limit, helpful))
+    record = as_record(type(cli.model).__name__, setup, found, limit, helpful)
+    if settings.speed:
+        rates = measured_rates(setup, found.micro_batch)
+        record["most_tokens_per_second"] = None if rates is None else most_tokens_per_second(setup, found, rates)
+        print(_speed(rates, record["most_tokens_per_second"]))
     if settings.json is not None:
-        record = as_record(type(cli.model).__name__, setup, found, limit, helpful)
         Path(settings.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return DOES_NOT_FIT if helpful else FITS
 
@@ -313,6 +318,14 @@ def as_record(name: str, setup: Setup, found: Plan, limit: int | None, helpful: 
         "fits": None if limit is None else found.peak <= limit,
         "remedies": [{"flags": list(one.flags), "peak_bytes": one.peak} for one in helpful],
     }
+
+
+def _speed(rates: Rates | None, most: float | None) -> str:
+    """Return the line on the speed of a run."""
+    if rates is None or most is None:
+        return "speed: the run is for GPUs, and none was found here to measure"
+    measured = f"products {_flops(rates.products)}/s, copies {rates.traffic / GB:.1f} GB/s"
+    return f"speed: at most {most:,.0f} tokens/s on devices like this one ({measured})"
 
 
 def _times(count: int, noun: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -21,7 +22,10 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from rlhf_lightning.models.attention import SEES_NOTHING
 from rlhf_lightning.models.causal_lm import CausalLM, Decoding, DecodingStep, OwnCache, takes
+from rlhf_lightning.models.layout import FEW_PADS
+from rlhf_lightning.models.packing import PackedRow, prefix_trees
 from rlhf_lightning.models.scalar_head import trunk
 
 ROOM = 256
@@ -282,6 +286,11 @@ class Decoder:
         """Forward prompts, each an int64 tensor of its tokens; with ``kept`` only their tokens beyond those."""
         if kept:
             return self._read_on(prompts, kept)
+        if self.refills and self.model.reads_trees and len(prompts) > 1:
+            groups, widest = prefix_trees(prompts), max(map(len, prompts))
+            cells = sum(shared + sum(len(prompts[row]) - shared for row in rows) for shared, rows in groups)
+            if cells < (1 - FEW_PADS) * len(prompts) * widest:
+                return self._read_packed(prompts, groups, widest)
         device, width = next(self.model.parameters()).device, max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -293,6 +302,46 @@ class Decoder:
             return self._read_together(input_ids, mask)
         cache = whole_cache(self.config)
         return Prefix(self.model(DecodingStep(input_ids, mask, self._positions(mask), cache)), cache)
+
+    def _read_packed(self, prompts: Sequence[Tensor], groups: Sequence[tuple[int, list[int]]], width: int) -> Prefix:
+        """Forward prompts in one row without padding, each common beginning once, see `prefix_trees`.
+
+        Args:
+            prompts: the prompts.
+            groups: tokens of the common beginning of each group, and its prompts.
+            width: tokens of the longest prompt.
+        """
+        pieces: list[Tensor] = []
+        positions: list[Tensor] = []
+        trees: list[list[int]] = []
+        cells = torch.zeros(len(prompts), width, dtype=torch.long)  # of each prompt's tokens, padded on the left
+        start = 0
+        for shared, rows in groups:
+            pieces += [prompts[rows[0]][:shared], *(prompts[row][shared:] for row in rows)]
+            trees.append([shared, *(len(prompts[row]) - shared for row in rows)])
+            behind = start + shared
+            positions.append(torch.arange(shared))
+            for row in rows:
+                size = len(prompts[row])
+                cells[row, width - size : width - size + shared] = torch.arange(start, start + shared)
+                cells[row, width - size + shared :] = torch.arange(behind, behind + size - shared)
+                positions.append(torch.arange(shared, size))
+                behind += size - shared
+            start = behind
+        device = next(self.model.parameters()).device
+        cells, packed = cells.to(device), PackedRow(trees, device)
+        ids, places = (torch.cat(parts).unsqueeze(0).to(device) for parts in (pieces, positions))
+        read = DynamicCache(config=self.config)
+        step = DecodingStep(ids, SEES_NOTHING.to(device), places, read, packed, cells[:, -1])
+        logits = self.model(step)
+        cache = DynamicCache(config=self.config)
+        for number, layer in enumerate(read.layers):
+            keys, values = (
+                part[0].index_select(1, cells.flatten()).unflatten(1, cells.shape).transpose(0, 1)
+                for part in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
+        return Prefix(logits, cache)
 
     def _read_on(self, prompts: Sequence[Tensor], kept: Sequence[Kept]) -> Prefix:
         """Forward the last tokens of rows whose first ones are cached; all rows read as many, some of them again."""
@@ -361,7 +410,7 @@ class Decoder:
             keys, values = (read.keys, read.values) if whole else (read.keys[rows], read.values[rows])
             layer.enter(keys, values, slots)
 
-    def step(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
         """Decode one token in each slot; return the next logits, shape (rows, vocabulary).
 
         Args:
@@ -375,8 +424,14 @@ class Decoder:
             return self.model(DecodingStep(self.cache.ids))
         if self.equal_lengths:
             return self.model(DecodingStep(tokens.unsqueeze(-1), cache=self.cache))
-        mask = (torch.arange(width, device=lengths.device) >= width - lengths.unsqueeze(-1)).long()
-        positions = lengths.unsqueeze(-1) - 1 if takes_positions(self.model) else None
+        mask: Tensor | None = None
+        if (lengths != width).any():
+            seen = np.arange(width) >= width - lengths[:, None]
+            # A model of full attention takes the mask as its layers do, and makes none of its own.
+            whole = self.refills and self.model.reads_trees
+            mask = torch.from_numpy(seen[:, None, None] if whole else seen.astype(np.int64)).to(tokens.device)
+        takes_them = takes_positions(self.model)
+        positions = torch.from_numpy(lengths[:, None] - 1).to(tokens.device) if takes_them else None
         return self.model(DecodingStep(tokens.unsqueeze(-1), mask, positions, self.cache))
 
     def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
@@ -430,7 +485,7 @@ class MixedDecoder(Decoder):
         super().enter(prefix, rows, slots)
         self.other.enter(prefix.other, rows, slots)
 
-    def step(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
         own = super().step(tokens, lengths)
         with self.mixture.other():
             return self.mixture.mix(own, self.other.step(tokens, lengths))

@@ -63,7 +63,7 @@ _found: dict[str, tuple[Decoding | None, str]] = {}
 
 def _decoding_once(model: CausalLM, first: Decoding) -> tuple[Decoding | None, str]:
     """Return the finding for a model's class and config, from this process or from the cache."""
-    key = check_key(model.model, "decoding", first, model.pads_rows, model.logits_path, _code())
+    key = check_key(model.model, "decoding", first, model.pads_rows, model.reads_trees, model.logits_path, _code())
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
         try:
@@ -86,7 +86,7 @@ def examine_decoding(model: CausalLM, first: Decoding) -> tuple[Decoding | None,
     if unusable is not None:
         return default_decoding(model), ""  # the check at loading has said so
     small = CausalLM(hf).eval()
-    small.pads_rows, small.logits_path = model.pads_rows, model.logits_path
+    small.pads_rows, small.logits_path, small.reads_trees = model.pads_rows, model.logits_path, model.reads_trees
     ways: tuple[Decoding, ...] = get_args(Decoding)
     reason, known = "", dict[bytes, Tensor]()
     for way in ways[ways.index(first) :]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -342,7 +343,7 @@ def load_engine(spec: SamplingEngine | Mapping[str, Any] | str | None) -> Sampli
 class _Run:
     """Prompts on their way through the slots of a batch.
 
-    Bookkeeping stays on the CPU; each step transfers one tensor from the device: which rows drew an end token.
+    Bookkeeping is in NumPy, which dispatches nothing; each step transfers one tensor from the device, the drawn tokens.
     """
 
     def __init__(self, model: CausalLM, request: SamplingRequest) -> None:
@@ -352,7 +353,7 @@ class _Run:
         like = next(model.parameters())[:0]
         self.device = like.device
         self.episodes = request.episodes.to(self.device)
-        self.ends = torch.tensor(list(request.end_ids), device=self.device)
+        self.ends = np.array(list(request.end_ids), dtype=np.int64)
         self.texts = request.end_ids
         self.said: list[list[int]] = [[] for _ in prompts]  # the current turn of each episode, for stop strings
         self.keys = [prompt.cpu().numpy().tobytes() for prompt in prompts]
@@ -370,35 +371,36 @@ class _Run:
             self.decoder.decoding = "uncached"  # what is cached would have to be rotated anew
         self.held: dict[bytes, tuple[Prefix, int]] = {}  # prefilled prompts that further slots wait for
         self._free_all_slots()
-        self.begun = torch.zeros(len(prompts), dtype=torch.long)  # tokens of each episode before its current turn
+        self.begun = np.zeros(len(prompts), dtype=np.int64)  # tokens of each episode before its current turn
         most = settings.max_new_tokens
         rooms = [most if self.turns is None else self.turns.room(row, most) for row in range(len(prompts))]
-        self.limits = torch.tensor(rooms, dtype=torch.long)  # tokens of each episode at which its current turn is cut
+        self.limits = np.array(rooms, dtype=np.int64)  # tokens of each episode at which its current turn is cut
         self.kept: dict[int, Kept] = {}  # keys and values of episodes that wait for a reply
         self.silent: list[int] = []  # episodes that wait for a reply
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
+        self.unwritten: list[_Drawn] = []  # tokens that are not in these grids yet
         # Random numbers are made for several tokens at a time, because that takes some hundred small operations.
         self.ahead = min(settings.max_new_tokens, AHEAD)
         columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
         self.numbers = torch.zeros(len(prompts), columns, dtype=torch.float64, device=self.device)
         # A finished row keeps decoding until its slot is taken, at a position within the model's range.
-        self.longest = torch.tensor([len(prompt) + settings.max_new_tokens for prompt in prompts])
-        self.counts = torch.zeros(len(prompts), dtype=torch.long)
-        self.ended = torch.zeros(len(prompts), dtype=torch.bool)
+        self.longest = np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
+        self.counts = np.zeros(len(prompts), dtype=np.int64)
+        self.ended = np.zeros(len(prompts), dtype=bool)
 
     def _free_all_slots(self, slots: int | None = None) -> None:
         slots = min(self.slots, len(self.waiting)) if slots is None else slots
-        self.owners = torch.zeros(slots, dtype=torch.long)  # completion in each slot
-        self.active = torch.zeros(slots, dtype=torch.bool)
-        self.drawn = torch.zeros(slots, dtype=torch.long)  # completion tokens so far
-        self.lengths = torch.zeros(slots, dtype=torch.long)  # prompt and completion tokens
+        self.owners = np.zeros(slots, dtype=np.int64)  # completion in each slot
+        self.active = np.zeros(slots, dtype=bool)
+        self.drawn = np.zeros(slots, dtype=np.int64)  # completion tokens so far
+        self.lengths = np.zeros(slots, dtype=np.int64)  # prompt and completion tokens
         self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # last drawn token
 
     def finish(self, before_pass: Callable[[], None]) -> Completions:
         """Decode until every prompt has its completion; call ``before_pass`` before each forward pass."""
-        while self.waiting or self.silent or bool(self.active.any()):
+        while self.waiting or self.silent or self.active.any():
             left = int(self.active.sum())
             if left <= FULL_ENOUGH * len(self.active):
                 if self.silent and (left == 0 or self.decoder.refills):
@@ -407,22 +409,23 @@ class _Run:
                     self._fill(before_pass)
                 elif left:
                     self._shrink()
-            if bool(self.active.any()):
+            if self.active.any():
                 self._trim()
                 before_pass()
-                self._record(torch.arange(len(self.active)), self.decoder.step(self.last, self.lengths.to(self.device)))
+                self._record(np.arange(len(self.active)), self.decoder.step(self.last, self.lengths))
+        self._write()
         counts = self.counts.tolist()
         ids, logprobs, entropies = (
             tuple(row[:count] for row, count in zip(grid.cpu(), counts, strict=True))
             for grid in (self.tokens, self.scores, self.entropies)
         )
-        return Completions(ids, logprobs, self.ended, entropies if self.own else None)
+        return Completions(ids, logprobs, torch.from_numpy(self.ended), entropies if self.own else None)
 
     def _fill(self, before_pass: Callable[[], None]) -> None:
         """Let waiting prompts enter the free slots, and draw their first tokens."""
         if not self.decoder.refills:
             self._free_all_slots()
-        free = (~self.active).nonzero().squeeze(-1).tolist()[: len(self.waiting)]
+        free = np.flatnonzero(~self.active).tolist()[: len(self.waiting)]
         if self.decoder.equal_lengths:
             length = len(self.prompts[self.waiting[0]])
             free = free[: sum(len(self.prompts[row]) == length for row in self.waiting)]
@@ -439,28 +442,28 @@ class _Run:
         places = [self.held[self.keys[row]] for row in rows]
         for prefix in {id(prefix): prefix for prefix, _ in places}.values():
             members = [index for index, (of, _) in enumerate(places) if of is prefix]
-            slots = torch.tensor([free[index] for index in members])
+            slots = np.array([free[index] for index in members])
             self._enter(prefix, [places[index][1] for index in members], slots, [rows[index] for index in members])
         self._drop_prefixes(rows[-1])
 
-    def _enter(self, prefix: Prefix, places: list[int], slots: Tensor, rows: list[int]) -> None:
+    def _enter(self, prefix: Prefix, places: list[int], slots: np.ndarray, rows: list[int]) -> None:
         place = torch.tensor(places, device=self.device)
         logits = prefix.logits
         if places != list(range(len(logits))):
             logits = logits[place]
-        self.decoder.enter(prefix, place, slots.to(self.device))
-        self.owners[slots] = torch.tensor(rows)
-        self.lengths[slots] = torch.tensor([len(self.prompts[row]) for row in rows])
+        self.decoder.enter(prefix, place, torch.from_numpy(slots).to(self.device))
+        self.owners[slots] = rows
+        self.lengths[slots] = [len(self.prompts[row]) for row in rows]
         self.drawn[slots] = begun = self.begun[rows]
         self.active[slots] = True
-        if bool((late := begun % self.ahead > 0).any()):  # numbers come in blocks, and this one has begun
-            blocks = (begun - begun % self.ahead)[late].to(self.device)
-            self._draw_numbers(self.owners[slots][late].to(self.device), blocks)
+        if (late := begun % self.ahead > 0).any():  # numbers come in blocks, and this one has begun
+            self._draw_numbers(self.owners[slots][late], (begun - begun % self.ahead)[late])
         self._record(slots, logits)
 
     def _hear(self) -> None:
         """Ask for the replies that episodes wait for, all at once; those that go on wait to enter first."""
         assert self.turns is not None
+        self._write()
         rows, self.silent = sorted(self.silent), []
         counts, drawn = self.counts.tolist(), self.tokens[rows].tolist()
         said = [ids[int(self.begun[row]) : counts[row]] for row, ids in zip(rows, drawn, strict=True)]
@@ -514,10 +517,11 @@ class _Run:
 
     def _shrink(self) -> None:
         """Drop the slots of finished completions when no prompt waits for them."""
-        kept = self.active.nonzero().squeeze(-1)
-        self.decoder.keep(kept.to(self.device))
+        kept = np.flatnonzero(self.active)
+        there = torch.from_numpy(kept).to(self.device)
+        self.decoder.keep(there)
         self.owners, self.active, self.drawn = self.owners[kept], self.active[kept], self.drawn[kept]
-        self.lengths, self.last = self.lengths[kept], self.last[kept.to(self.device)]
+        self.lengths, self.last = self.lengths[kept], self.last[there]
 
     def _trim(self) -> None:
         """Make the batch as wide as its longest row.
@@ -525,53 +529,80 @@ class _Run:
         If all prompts started together the width stays, and with it the last bits of the numbers.
         """
         if self.slots < len(self.prompts):
-            self.decoder.trim(max((self.lengths - 1)[self.active].tolist(), default=0))
+            self.decoder.trim(int((self.lengths - 1)[self.active].max(initial=0)))
 
-    def _record(self, slots: Tensor, logits: Tensor) -> None:
+    def _record(self, slots: np.ndarray, logits: Tensor) -> None:
         """Draw the next token of each slot, and note which completions it ends."""
         owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
         due = active & (drawn % self.ahead == 0)
-        if bool(due.any()):
-            self._draw_numbers(owners[due].to(self.device), drawn[due].to(self.device))
-        owned, places = owners.to(self.device), drawn.to(self.device)
-        chosen, logprobs, entropies = draw(logits, self.settings, self.numbers[owned, places])
-        stops = torch.isin(chosen, self.ends).cpu() & active
+        if due.any():
+            self._draw_numbers(owners[due], drawn[due])
+        places = torch.from_numpy(owners * self.numbers.shape[1] + drawn).to(self.device)
+        chosen, logprobs, entropies = draw(logits, self.settings, self.numbers.view(-1)[places])
+        self.unwritten.append(_Drawn(owners, drawn, active, chosen, logprobs, entropies))
+        ids = chosen.cpu().numpy()
+        stops = np.isin(ids, self.ends) & active
         if self.texts.strings:
-            stops |= self._complete_texts(owners.tolist(), active, chosen.tolist())
-        self.last[slots.to(self.device)] = chosen
-        if not bool(active.all()):
-            index = active.nonzero().squeeze(-1).to(self.device)
-            owned, places = owned[index], places[index]
-            chosen, logprobs, entropies = chosen[index], logprobs[index], entropies[index]
-        self.tokens[owned, places], self.scores[owned, places] = chosen, logprobs
-        self.entropies[owned, places] = entropies
+            stops |= self._complete_texts(owners.tolist(), active, ids.tolist())
+        if len(slots) == len(self.last):
+            self.last = chosen
+        else:
+            self.last = self.last.index_put((torch.from_numpy(slots).to(self.device),), chosen)
         drawn = drawn + active
-        self.drawn[slots], self.lengths[slots] = drawn, torch.minimum(self.lengths[slots] + 1, self.longest[owners])
+        self.drawn[slots], self.lengths[slots] = drawn, np.minimum(self.lengths[slots] + 1, self.longest[owners])
         done = active & (stops | (drawn >= self.limits[owners]))
         self.counts[owners[done]] = drawn[done]
         self.ended[owners[stops]] = True
         self.active[slots] = active & ~done
-        if self.turns is not None and bool(done.any()):
+        if self.turns is not None and done.any():
             gone, rows = slots[done], owners[done].tolist()
             self.silent += rows
             self.kept |= zip(rows, self.decoder.leave(gone.tolist(), (self.lengths[gone] - 1).tolist()), strict=False)
         elif self.turns is None and self.on_progress is not None:
             self.on_progress(int(done.sum()))
 
-    def _complete_texts(self, owners: list[int], active: Tensor, chosen: list[int]) -> Tensor:
+    def _complete_texts(self, owners: list[int], active: np.ndarray, chosen: list[int]) -> np.ndarray:
         """Return which rows complete a stop string with their next token."""
-        found = torch.zeros_like(active)
-        for place in active.nonzero().squeeze(-1).tolist():
+        found = np.zeros_like(active)
+        for place in np.flatnonzero(active).tolist():
             said = self.said[owners[place]]
             said.append(chosen[place])
             found[place] = self.texts.completed(said)
         return found
 
-    def _draw_numbers(self, rows: Tensor, places: Tensor) -> None:
+    def _write(self) -> None:
+        """Write drawn tokens into the grids."""
+        if not self.unwritten:
+            return
+        owners, drawn, active = (
+            np.concatenate(part) for part in zip(*(one[:3] for one in self.unwritten), strict=True)
+        )
+        chosen, logprobs, entropies = (
+            torch.cat(part) for part in zip(*(one[3:] for one in self.unwritten), strict=True)
+        )
+        self.unwritten = []
+        kept = torch.from_numpy(np.flatnonzero(active)).to(self.device)
+        places = torch.from_numpy((owners * self.tokens.shape[1] + drawn)[active]).to(self.device)
+        for grid, values in ((self.tokens, chosen), (self.scores, logprobs), (self.entropies, entropies)):
+            grid.view(-1)[places] = values[kept].to(grid.dtype)
+
+    def _draw_numbers(self, rows: np.ndarray, places: np.ndarray) -> None:
         """Draw the random numbers of the next tokens of some completions."""
-        positions = places.unsqueeze(-1) + torch.arange(self.ahead, device=self.device)
-        episodes = self.episodes[rows].unsqueeze(-1).expand_as(positions)
-        self.numbers[rows.unsqueeze(-1), positions] = uniform(self.seed, episodes, positions)
+        owners, starts = (torch.from_numpy(part).to(self.device).unsqueeze(-1) for part in (rows, places))
+        positions = starts + torch.arange(self.ahead, device=self.device)
+        episodes = self.episodes[owners].expand_as(positions)
+        self.numbers[owners, positions] = uniform(self.seed, episodes, positions)
+
+
+class _Drawn(NamedTuple):
+    """What a pass drew: of each slot its completion, the token's place in it, and whether it counts."""
+
+    owners: np.ndarray
+    places: np.ndarray
+    active: np.ndarray
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
 
 
 AHEAD = 64
@@ -588,18 +619,53 @@ def draw(logits: Tensor, settings: SamplingSettings, numbers: Tensor) -> tuple[T
     """
     if settings.temperature == 0:
         best, logprobs = logits.argmax(-1), logits.log_softmax(-1)
-        return best, logprobs.gather(-1, best.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
-    logprobs = (logits / settings.temperature).log_softmax(-1)
-    kept = _truncate(logprobs, settings)
-    cumulative = kept.double().exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
-    drawn = drawn.clamp_max(logits.shape[-1] - 1)
-    return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
+        return best, logprobs.gather(-1, best.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs.exp())
+    logprobs = (logits if settings.temperature == 1 else logits / settings.temperature).log_softmax(-1)
+    probabilities, kept = logprobs.exp(), _truncate(logprobs, settings)
+    drawn = inverse_cdf(probabilities if kept is logprobs else kept.exp(), numbers)
+    return drawn, logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), entropy_of(probabilities)
 
 
-def entropy_of(logprobs: Tensor) -> Tensor:
-    """Return the entropy in nats of log-probabilities of shape (rows, vocabulary)."""
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # 0 * -inf is NaN: a masked token adds nothing
+BLOCK = 256
+"""Tokens whose probabilities are summed before the inverse CDF is looked up among them."""
+
+BLOCKED = 8192
+"""Words of a vocabulary from which on that is faster than one sum over all."""
+
+
+def inverse_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Return the token of each row at which the cumulative probability reaches a share of the total, int64.
+
+    The cumulative sum runs in double precision; of a large vocabulary over blocks of tokens, then within one block.
+
+    Args:
+        probabilities: shape (rows, vocabulary); they need not sum to 1.
+        numbers: the shares, in (0, 1), shape (rows,).
+    """
+    vocabulary = probabilities.shape[-1]
+    if vocabulary < BLOCKED:
+        cumulative = probabilities.double().cumsum(-1)
+        return _first_at_least(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
+    if vocabulary % BLOCK:
+        probabilities = torch.nn.functional.pad(probabilities, (0, -vocabulary % BLOCK))
+    blocks = probabilities.unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1).double()
+    cumulative = sums.cumsum(-1)
+    wanted = (numbers * cumulative[:, -1]).unsqueeze(-1)
+    block = _first_at_least(cumulative, wanted)
+    within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    # A block ends with its last token of positive probability, however its sum was rounded.
+    wanted = (wanted - (cumulative - sums).gather(-1, block)).minimum(within[:, -1:])
+    return (block * BLOCK + _first_at_least(within, wanted)).squeeze(-1).clamp_max(vocabulary - 1)
+
+
+def _first_at_least(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    return torch.searchsorted(cumulative, wanted).clamp_max(cumulative.shape[-1] - 1)
+
+
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """Return the entropy in nats of distributions of shape (rows, vocabulary); a probability of 0 adds nothing."""
+    return torch.special.entr(probabilities).sum(-1)
 
 
 def _truncate(logprobs: Tensor, settings: SamplingSettings) -> Tensor:

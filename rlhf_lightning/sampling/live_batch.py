@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,7 +249,7 @@ class LiveBatch:
         self.decoder.trim(max(row.length for row in self.rows if row is not None) - 1)
         # An empty slot decodes token 0 at position 0 until it is taken.
         tokens = torch.tensor([row.last if row else 0 for row in self.rows], device=self.device)
-        lengths = torch.tensor([row.length if row else 1 for row in self.rows], device=self.device)
+        lengths = np.array([row.length if row else 1 for row in self.rows])
         self._record(range(len(self.rows)), self.decoder.step(tokens, lengths))
 
     def _record(self, slots: Sequence[int], logits: Tensor) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_lightning.tokenization.facts import Facts, end_token_ids, facts_of
 from rlhf_lightning.tokenization.rendering import (
@@ -107,15 +110,15 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rende
     facts = facts_of(tokenizer)
     pieces = [_pieces(facts, one) for one in rendered]
     texts = [(text, before) for one in pieces for text, before in one]
-    joints = [(one.before, one.before + pieces[place][0][0][:TAIL]) for place, one in _with_joint(facts, rendered)]
+    with_joint = [place for place, one in enumerate(rendered) if _has_joint(facts, one)]
+    joints = [(rendered[place].before, rendered[place].before + pieces[place][0][0][:TAIL]) for place in with_joint]
     encoded = iter(_encode_after(tokenizer, facts, texts))
     alone = _encode(tokenizer, [text for pair in joints for text in pair])
-    joint_ids = iter(zip(alone[::2], alone[1::2], strict=True))
-    with_joint = {place for place, _ in _with_joint(facts, rendered)}
+    joint_ids = dict(zip(with_joint, zip(alone[::2], alone[1::2], strict=True), strict=True))
     done = []
     for place, one in enumerate(rendered):
         parts = [next(encoded) for _ in one.spans]
-        merges = place in with_joint and _merges(*next(joint_ids), parts[0])
+        merges = place in joint_ids and _merges(*joint_ids[place], parts[0])
         done.append(_encoded(tokenizer, facts, one, pieces[place], parts, merges))
     return done
 
@@ -129,14 +132,12 @@ def _pieces(facts: Facts, one: Rendered) -> list[tuple[str, str]]:
     return found
 
 
-def _with_joint(facts: Facts, rendered: Sequence[Rendered]) -> Iterator[tuple[int, Rendered]]:
-    """Yield the texts that may merge with what comes before them, with their places."""
-    for place, one in enumerate(rendered):
-        first = one.spans[0].text if one.spans else ""
-        if not first or not one.before or "\ue000" in one.before + first[:TAIL]:
-            continue
-        if not facts.written.search(one.before) and not facts.written.match(first):
-            yield place, one
+def _has_joint(facts: Facts, one: Rendered) -> bool:
+    """Whether a text may merge with what comes before it."""
+    first = one.spans[0].text if one.spans else ""
+    if not first or not one.before or "\ue000" in one.before + first[:TAIL]:
+        return False
+    return not facts.written.search(one.before) and not facts.written.match(first)
 
 
 def _merges(before: list[int], joint: list[int], after: list[int]) -> bool:
@@ -233,9 +234,46 @@ def truncate(
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], split: bool = False) -> list[list[int]]:
     if not texts:
         return []
+    if _is_plain(type(tokenizer)):  # the same without offsets and masks, which nobody reads
+        backend: Any = tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        backend.encode_special_tokens = split or tokenizer.split_special_tokens
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
     settings = {"split_special_tokens": True} if split else {}
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **settings)
     return encoded["input_ids"]
+
+
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    """Whether a class of tokenizers encodes by its backend alone."""
+    base: Any = PreTrainedTokenizerFast
+    return issubclass(kind, base) and all(getattr(kind, name) is getattr(base, name) for name in _ENCODING)
+
+
+_ENCODING = ("__call__", "_encode_plus", "backend_tokenizer")
+_PROCESS = os.getpid()
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let tokenizers encode a batch on all cores; not in a forked process, where their thread pool would hang."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if os.getpid() != _PROCESS:
+        yield
+        return
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _encode_after(

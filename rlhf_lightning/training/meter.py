@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -96,6 +97,38 @@ class Meter:
             variance = max(means.pop(own + SQUARES) - means.pop(name) ** 2, 0.0)
             means[own + INTERVAL] = 1.96 * (variance / max(counts[name] - 1, 1)) ** 0.5
         return means
+
+
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""FLOP/s of dense bf16 products by GPU, from the vendor's data sheets; for a part of its name, longest first."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the FLOP/s that a device reaches at most in a trainer's precision; None where they are not known."""
+    if device.type != "cuda" or not precision.startswith("bf16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in name), None)
+
+
+class Speed:
+    """Tokens per second between two logged steps; what came between them, such as a validation, counts."""
+
+    def __init__(self) -> None:
+        self._mark: tuple[float, int] | None = None
+
+    def since_last(self, tokens: int) -> float | None:
+        """Return the tokens per second since the last call.
+
+        Args:
+            tokens: tokens of the run so far.
+        """
+        now, mark = time.perf_counter(), self._mark
+        self._mark = (now, tokens)
+        return None if mark is None or tokens <= mark[1] else (tokens - mark[1]) / max(now - mark[0], 1e-9)
 
 
 def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

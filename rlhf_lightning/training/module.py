@@ -50,7 +50,7 @@ from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check, check_optimizers, check_trainer, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
-from rlhf_lightning.training.meter import Meter, log_over, log_scalars
+from rlhf_lightning.training.meter import Meter, Speed, log_over, log_scalars, peak_flops
 from rlhf_lightning.training.optimization import (
     RateSchedule,
     Skips,
@@ -240,6 +240,7 @@ class AlignmentModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
+        self.speed = Speed()
 
     def __getattr__(self, name: str) -> Any:
         """Find parameters and submodules, and report an AttributeError raised inside a property.
@@ -752,7 +753,7 @@ class AlignmentModule(LightningModule):
         self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.steps % max(every, 1) == 0:
-            log_scalars(self.loggers, metrics, self.updates)
+            log_scalars(self.loggers, metrics | self.performance(), self.updates)
             self._log_over_work(metrics)
         loss = {"loss": torch.tensor(metrics["train/loss"])} if "train/loss" in metrics else {}
         return {**loss, **{name: torch.tensor(value) for name, value in metrics.items()}}
@@ -770,6 +771,24 @@ class AlignmentModule(LightningModule):
         headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
         for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
             log_over(self.loggers, axis, headline, position)
+
+    def performance(self) -> dict[str, float]:
+        """Return the speed since the last call as metrics; they reach the loggers alone, since no two runs agree."""
+        speed = self.speed.since_last(self.tokens)
+        if speed is None:
+            return {}
+        peak = None if self.rollouts else peak_flops(self.device, str(self.trainer.precision))
+        share = {} if peak is None else {"perf/mfu": speed * self.flops_per_token / (peak * self.trainer.world_size)}
+        return {"perf/tokens_per_second": speed, **share}
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """FLOPs of an update per token in products with the model's matrices: 2 a weight forward, and backward 4 (2 if
+        it is frozen); attention and the embedding are left out.
+        """
+        embedding = {id(part.weight) for part in self.model.modules() if isinstance(part, nn.Embedding)}
+        matrices = [one for one in self.model.parameters() if one.dim() > 1 and id(one) not in embedding]
+        return float(sum(one.numel() * (6 if one.requires_grad else 4) for one in matrices))
 
     def progress(self) -> dict[str, float]:
         """Return the run's counters as metrics."""

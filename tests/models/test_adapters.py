@@ -4,14 +4,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
-from tiny_models import random_rows, save_policy, sequences
+from tiny_models import random_rows, save_policy, sequences, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
+from rlhf_lightning.models import adapters
 from rlhf_lightning.models.adapters import CRITIC, POLICY, adapter_weights, add_adapter, read_adapter, with_adapter
 from rlhf_lightning.models.causal_lm import CausalLM, load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.loading import LoadSettings, prepare_for_training
+from rlhf_lightning.models.lora import LoraSettings, add_lora
+from rlhf_lightning.models.scalar_head import hidden_states
 from rlhf_lightning.tokenization import load_tokenizer
 
 LAYOUT = padded_layout(sequences(random_rows(4, seed=31)))
@@ -117,3 +121,56 @@ def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_forward(po
     for name, gradient in found[0].items():
         assert float(gradient.abs().max()) > 0
         torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+# -- long rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)], ids=["full", "lora"])
+def test_mlps_that_read_a_long_row_in_chunks_give_the_same_gradients(
+    lora: LoraSettings | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(40).view(2, 20) + 6
+    found = []
+    for cells in (4096, 7):
+        monkeypatch.setattr(adapters, "CHUNK_CELLS", cells)
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(tiny_config())
+        prepare_for_training(model, LoadSettings(activation_checkpointing=True))
+        if lora is not None:
+            model = add_lora(model, lora, "CAUSAL_LM")
+        model.train()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        with torch.no_grad():
+            found[-1].append(model(input_ids=ids, use_cache=False).logits)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_holds_no_tensor_of_length_times_vocabulary_and_no_whole_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor of a forward and a backward pass over one row of 1,200 tokens."""
+    length, vocabulary = 1200, 20_000
+
+    class Largest(TorchDispatchMode):
+        cells = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for one in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(one, torch.Tensor):
+                    self.cells = max(self.cells, one.numel())
+            return made
+
+    monkeypatch.setattr(adapters, "CHUNK_CELLS", 300)
+    sizes = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 4096, "max_position_embeddings": length}
+    model: Any = LlamaForCausalLM(tiny_config(**sizes))
+    prepare_for_training(model, LoadSettings(activation_checkpointing=True))
+    policy = CausalLM(model).train()
+    layout = padded_layout(sequences([(range(5), [7] * (length - 5))]))
+    with Largest() as largest:
+        policy(layout).logprobs.sum().backward()
+    assert largest.cells <= 1024 * vocabulary < length * vocabulary
+    with Largest() as largest:
+        hidden_states(policy.model, layout).sum().backward()
+    assert largest.cells <= max(300 * 4096, vocabulary * 16) < length * 4096

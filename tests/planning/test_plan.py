@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_models import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import cli
+from rlhf_lightning.planning.estimate import Rates
 from rlhf_lightning.planning.plan import placeholders
 from rlhf_lightning.planning.setup_from_config import reward_models
 
@@ -44,6 +46,29 @@ def test_a_small_run_is_planned_from_its_folder(policy_folder, capsys):
     assert "DPOModule: all weights, 32-true, 1 CPU process" in shown
     assert f"{'reference':<16}{weights:>17,}{0:>17,}" in shown
     assert f"peak: {found['peak_bytes'] / 1e9:.2f} GB a rank, {found['peak_moment']}" in shown
+
+
+def test_the_speed_is_bounded_by_what_this_machine_does_in_a_few_seconds(policy_folder, capsys, monkeypatch):
+    slow = Rates(1e9, 1e12)
+    monkeypatch.setattr("rlhf_lightning.planning.plan.measured_rates", lambda setup, batch: slow)
+    base = [*DPO, "--model.init_from", policy_folder, "--data.batch_size", "4", "--speed", "true"]
+    found = planned(*base)
+    bound = found["tokens_per_step"] / (sum(found["flops_per_step"].values()) / 1e9)
+    assert 0.9 * bound < found["most_tokens_per_second"] < bound  # copies cost next to nothing at 1 TB/s
+    assert "tokens/s on devices like this one (products 1 GFLOP/s" in capsys.readouterr().out
+    monkeypatch.setattr("rlhf_lightning.planning.plan.measured_rates", lambda setup, batch: Rates(1e30, 1e9))
+    assert 0 < planned(*base)["most_tokens_per_second"] < 1e9
+
+
+def test_rates_are_measured_in_the_time_they_are_given(policy_folder):
+    from rlhf_lightning.planning.estimate import measured_rates
+    from rlhf_lightning.planning.setup import Machine, MicroBatch, Rows, Setup
+
+    config = json.dumps(tiny_config().to_dict())
+    rates = measured_rates(Setup(config, Rows(4, 1, 8, 8), Machine()), MicroBatch(4, 16, 64, False, 1), seconds=0.2)
+    assert 1e6 < rates.products < 1e14 and 1e8 < rates.traffic < 1e13
+    gpu = Setup(config, Rows(4, 1, 8, 8), Machine(gpu=True))
+    assert torch.cuda.is_available() or measured_rates(gpu, MicroBatch(4, 16, 64, False, 1)) is None
 
 
 def test_the_flags_of_fit_change_the_plan(policy_folder):

@@ -15,7 +15,7 @@ from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.decoding import Decoder
-from rlhf_lightning.sampling.engines import Completions, Mixture, SamplingSettings, sample
+from rlhf_lightning.sampling.engines import Completions, Mixture, SamplingSettings, inverse_cdf, sample
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(12, seed=21, prompt=10)]
 EPISODES = torch.arange(100, 112)
@@ -241,6 +241,22 @@ def test_sampled_logprobs_hold_against_the_plain_model_after_an_adapter_was_trai
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [7, 1000, 8192, 9000])
+def test_blocks_of_the_inverse_cdf_leave_out_no_token_and_draw_none_of_probability_0(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(64, vocabulary, generator=generator).pow(4)
+    probabilities[:, torch.rand(vocabulary, generator=generator) < 0.5] = 0.0
+    probabilities[:, vocabulary // 2] = 1e-6
+    probabilities = probabilities.double()  # so that no number falls on the border of two tokens
+    cumulative = probabilities.cumsum(-1)
+    edges = torch.tensor([1e-9, 0.5, 1 - 1e-12])
+    numbers = torch.cat([edges, torch.rand(61, generator=generator)]).double()
+    expected = torch.searchsorted(cumulative, (numbers * cumulative[:, -1]).unsqueeze(-1)).squeeze(-1)
+    found = inverse_cdf(probabilities, numbers)
+    assert bool((probabilities.gather(-1, found.unsqueeze(-1)) > 0).all())
+    assert torch.equal(found, expected)
 
 
 def test_an_empty_prompt_is_refused(policy: CausalLM) -> None:

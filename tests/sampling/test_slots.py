@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
+from rlhf_lightning.models.packing import prefix_trees
 from rlhf_lightning.sampling import decoding, engines
 from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.decoding import Mixture, SlotLayer
+from rlhf_lightning.sampling.decoding import Decoder, Mixture, SlotLayer
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings, SlotEngine
 
 DISTINCT = [torch.tensor(prompt) for prompt, _ in random_rows(7, seed=3, prompt=14)]
@@ -96,8 +97,13 @@ class Passes:
         forward = model.next_token_logits
 
         def counted(step: DecodingStep) -> Tensor:
-            self.shapes.append(tuple(step.input_ids.shape))
-            self.widths.append(step.attention_mask.shape[-1])
+            rows, tokens = step.input_ids.shape
+            mask = None if step.packed is not None else step.attention_mask
+            cache = getattr(step.cache, "kept", step.cache)
+            cached = 0 if cache is None or step.packed is not None else cache.get_seq_length()
+            width = tokens + cached if mask is None else mask.shape[-1]
+            self.shapes.append((rows if step.last is None else len(step.last), tokens))
+            self.widths.append(width)
             return forward(step)
 
         monkeypatch.setattr(model, "next_token_logits", counted)
@@ -168,6 +174,39 @@ def test_each_distinct_prompt_is_read_once(
     passes = Passes(policy, monkeypatch)
     draw(policy, slots)
     assert sum(rows for rows, _ in passes.prefills) == len(DISTINCT)
+
+
+def test_prompts_with_a_common_beginning_are_read_in_one_row_without_padding(
+    policy: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the logits and the cached keys and values of padded rows."""
+    words = torch.arange(20, 60)
+    prompts = [torch.cat([words[:12], row]) for row in (words[20:21], words[30:39], words[21:24], words[:1])]
+    prompts += [words[5:9], words[7:22]]
+    assert [shared for shared, _ in prefix_trees(prompts)] == [12, 0, 0]
+    passes = Passes(policy, monkeypatch)
+    with torch.no_grad():
+        packed = Decoder(policy, 8, 4).prefill(prompts)
+        monkeypatch.setattr(policy, "reads_trees", False)
+        padded = Decoder(policy, 8, 4).prefill(prompts)
+    assert passes.shapes == [(6, 12 + 1 + 9 + 3 + 1 + 4 + 15), (6, 21)]
+    torch.testing.assert_close(packed.logits, padded.logits, atol=1e-5, rtol=0)
+    for one, other in zip(packed.cache.layers, padded.cache.layers, strict=True):
+        assert one.keys.shape == other.keys.shape
+        for row, prompt in enumerate(prompts):
+            for found, expected in ((one.keys, other.keys), (one.values, other.values)):
+                torch.testing.assert_close(
+                    found[row, :, -len(prompt) :], expected[row, :, -len(prompt) :], atol=1e-5, rtol=0
+                )
+
+
+def test_a_long_common_beginning_is_worth_a_wide_tree() -> None:
+    long = torch.arange(1000)
+    prompts = [torch.cat([long, torch.tensor([row, row])]) for row in range(8)]
+    assert prefix_trees(prompts) == [(1000, list(range(8)))]
+    short = [torch.cat([long[:20], torch.full((60,), row)]) for row in range(8)]
+    assert [(shared, len(rows)) for shared, rows in prefix_trees(short)] == [(20, 3), (20, 3), (20, 2)]
+    assert prefix_trees([long[:3], long[:3]]) == [(2, [0, 1])]
 
 
 def test_a_group_draws_what_its_members_draw_alone(policy: CausalLM) -> None:
