@@ -188,7 +188,7 @@ def plain_adapter(layer: Any, x: Tensor) -> str | None:
         # On a GPU bitsandbytes has a kernel that expands nothing for a single row.
         plain = (x.device.type == "cpu" or x.numel() > x.shape[-1]) and base.compute_dtype in (None, dtype)
         del parts[1]
-    # Autocast casts half and single precision, and leaves double as it is.
+    # Autocast casts half and single precision, and leaves double precision alone.
     kinds = {part.dtype for part in parts}
     common = kinds == {dtype} or (torch.is_autocast_enabled(x.device.type) and torch.float64 not in kinds)
     plain = (

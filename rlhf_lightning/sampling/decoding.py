@@ -425,7 +425,7 @@ class Decoder:
         if self.equal_lengths:
             return self.model(DecodingStep(tokens.unsqueeze(-1), cache=self.cache))
         mask: Tensor | None = None
-        if (lengths != width).any():
+        if not self.refills or (lengths != width).any():
             seen = np.arange(width) >= width - lengths[:, None]
             # A model of full attention takes the mask as its layers do, and makes none of its own.
             whole = self.refills and self.model.reads_trees

@@ -99,8 +99,7 @@ class Passes:
         def counted(step: DecodingStep) -> Tensor:
             rows, tokens = step.input_ids.shape
             mask = None if step.packed is not None else step.attention_mask
-            cache = getattr(step.cache, "kept", step.cache)
-            cached = 0 if cache is None or step.packed is not None else cache.get_seq_length()
+            cached = step.cache.get_seq_length() if mask is None and step.packed is None else 0
             width = tokens + cached if mask is None else mask.shape[-1]
             self.shapes.append((rows if step.last is None else len(step.last), tokens))
             self.widths.append(width)
