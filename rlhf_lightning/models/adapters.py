@@ -201,7 +201,7 @@ def chunk_mlps(model: nn.Module) -> None:
             for part in module.modules()
         ):
             contexts = partial(recomputation_contexts, model)
-            module.forward = partial(_in_chunks, module.forward, contexts)  # type: ignore[method-assign]
+            module.forward = partial(_in_chunks, module.forward, contexts)
 
 
 def _in_chunks(forward: Callable[[Tensor], Tensor], contexts: Callable[[], Any], hidden: Tensor) -> Tensor:

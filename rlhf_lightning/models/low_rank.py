@@ -141,7 +141,7 @@ class AdapterCasts:
             for layer in self.layers
             if len(names := [name for name in layer.active_adapters if name in layer.lora_A]) == 1
         ]
-        parts = [part.detach() for _, _, *both in found for part in both]
+        parts = [part.detach() for _, _, a, b in found for part in (a, b)]
         if not parts or torch.compiler.is_compiling() or not torch.is_autocast_enabled(parts[0].device.type):
             return
         dtype = torch.get_autocast_dtype(parts[0].device.type)
@@ -153,8 +153,8 @@ class AdapterCasts:
         pieces = room.split([part.numel() for part in parts])
         copies = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
         torch._foreach_copy_(copies, parts)
-        for place, (layer, name, *_) in enumerate(found):
-            layer.casts = (name, (copies[2 * place], copies[2 * place + 1]))
+        for (layer, name, _a, _b), *both in zip(found, copies[::2], copies[1::2], strict=True):
+            layer.casts = (name, tuple(both))
 
     def drop(self, *_: Any) -> None:
         """Forget the casts; a hook after the forward, since the matrices may change before the next one."""

@@ -425,10 +425,10 @@ class Decoder:
         if self.equal_lengths:
             return self.model(DecodingStep(tokens.unsqueeze(-1), cache=self.cache))
         mask: Tensor | None = None
-        if not self.refills or (lengths != width).any():
+        # A model of full attention takes a mask as its layers do, and makes none of its own.
+        whole = self.refills and self.model.reads_trees
+        if not whole or (lengths != width).any():
             seen = np.arange(width) >= width - lengths[:, None]
-            # A model of full attention takes the mask as its layers do, and makes none of its own.
-            whole = self.refills and self.model.reads_trees
             mask = torch.from_numpy(seen[:, None, None] if whole else seen.astype(np.int64)).to(tokens.device)
         takes_them = takes_positions(self.model)
         positions = torch.from_numpy(lengths[:, None] - 1).to(tokens.device) if takes_them else None

@@ -234,7 +234,8 @@ def truncate(
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], split: bool = False) -> list[list[int]]:
     if not texts:
         return []
-    if _is_plain(type(tokenizer)):  # the same without offsets and masks, which are not used
+    kind: Any = type(tokenizer)
+    if _is_plain(kind):  # the same without offsets and masks, which are not used
         backend: Any = tokenizer.backend_tokenizer
         if backend.truncation is not None:
             backend.no_truncation()
