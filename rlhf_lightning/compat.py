@@ -233,3 +233,10 @@ def memory_format_encoding() -> Any:
 def dataset_fingerprint(dataset: Any) -> str:
     """Return the fingerprint that ``datasets`` keeps of a dataset."""
     return str(dataset._fingerprint)
+
+
+def copy_each(copies: list[Any], parts: list[Any]) -> None:
+    """Copy tensors into others of possibly another precision, in one operation."""
+    import torch
+
+    torch._foreach_copy_(copies, parts)

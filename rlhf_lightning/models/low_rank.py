@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.compat import copy_each
 from rlhf_lightning.models.scalar_head import trunk, unwrapped
 
 
@@ -117,9 +118,9 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     key = (dtype, torch.is_grad_enabled(), None if x.is_inference() else x._version)
-    kept: Any = getattr(x, "_shared_cast", None)
+    kept: Any = getattr(x, "low_rank_cast", None)
     if kept is None or kept[0] != key:
-        kept = x._shared_cast = (key, x.to(dtype))  # type: ignore[attr-defined]
+        kept = x.low_rank_cast = (key, x.to(dtype))  # type: ignore[attr-defined]
     cast: Tensor = kept[1]
     return cast
 
@@ -152,7 +153,7 @@ class AdapterCasts:
         room = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
         pieces = room.split([part.numel() for part in parts])
         copies = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-        torch._foreach_copy_(copies, parts)
+        copy_each(copies, parts)
         for (layer, name, _a, _b), *both in zip(found, copies[::2], copies[1::2], strict=True):
             layer.casts = (name, tuple(both))
 

@@ -380,7 +380,7 @@ class _Run:
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
-        self.unwritten: list[_Drawn] = []  # tokens that are not in these grids yet
+        self.unwritten: list[_Unwritten] = []  # tokens that are not in these grids yet
         # Random numbers are made for several tokens at a time, because that takes some hundred small operations.
         self.ahead = min(settings.max_new_tokens, AHEAD)
         columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
@@ -539,7 +539,7 @@ class _Run:
             self._draw_numbers(owners[due], drawn[due])
         places = torch.from_numpy(owners * self.numbers.shape[1] + drawn).to(self.device)
         chosen, logprobs, entropies = draw(logits, self.settings, self.numbers.view(-1)[places])
-        self.unwritten.append(_Drawn(owners, drawn, active, chosen, logprobs, entropies))
+        self.unwritten.append(_Unwritten(owners, drawn, active, chosen, logprobs, entropies))
         ids = chosen.cpu().numpy()
         stops = np.isin(ids, self.ends) & active
         if self.texts.strings:
@@ -594,7 +594,7 @@ class _Run:
         self.numbers[owners, positions] = uniform(self.seed, episodes, positions)
 
 
-class _Drawn(NamedTuple):
+class _Unwritten(NamedTuple):
     """What a pass drew: of each slot its completion, the token's place in it, and whether it counts."""
 
     owners: np.ndarray

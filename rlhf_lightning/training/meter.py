@@ -114,7 +114,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in name), None)
 
 
-class Speed:
+class TokenClock:
     """Tokens per second between two logged steps; what came between them, such as a validation, counts."""
 
     def __init__(self) -> None:

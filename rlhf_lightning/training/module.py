@@ -50,7 +50,7 @@ from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check, check_optimizers, check_trainer, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
-from rlhf_lightning.training.meter import Meter, Speed, log_over, log_scalars, peak_flops
+from rlhf_lightning.training.meter import Meter, TokenClock, log_over, log_scalars, peak_flops
 from rlhf_lightning.training.optimization import (
     RateSchedule,
     Skips,
@@ -240,7 +240,7 @@ class AlignmentModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
-        self.speed = Speed()
+        self.speed = TokenClock()
 
     def __getattr__(self, name: str) -> Any:
         """Find parameters and submodules, and report an AttributeError raised inside a property.
