@@ -527,7 +527,7 @@ def test_file_names_stand_once_except_nouns_of_several_layers():
 
 
 # Files that import modules by a name of this package's own; `loading` alone imports what a user names.
-IMPORTS_BY_OWN_NAME = {"rlhf_lightning/cli.py", "rlhf_lightning/__init__.py", "rlhf_lightning/runs/loggers.py"}
+IMPORTS_BY_OWN_NAME = {f"rlhf_lightning/{file}.py" for file in ("cli", "__init__", "commands/__init__", "runs/loggers")}
 
 
 def imports_by_name(tree: ast.AST) -> bool:
