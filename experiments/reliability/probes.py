@@ -98,6 +98,7 @@ def main() -> int:
             if given.only in probe.name
         ][:: given.every]
         random.Random(0).shuffle(chosen)  # a run that is stopped is a sample of all fronts
+        chosen.sort(key=lambda probe: f"{probe.front}: {probe.name}" not in known)  # what broke before comes first
         seconds = {front: 0.0 for front in FRONTS}
         for probe in chosen:
             key = f"{probe.front}: {probe.name}"

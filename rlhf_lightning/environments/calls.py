@@ -53,13 +53,19 @@ def calls_in(text: str, form: str = "auto") -> tuple[str, list[Call]]:
     for name, read in READERS.items():
         if form in ("auto", name) and (found := read(said)) is not None:
             place, calls = found
-            _check_arguments([call.arguments for call in calls])
+            _check(calls)
             return text[: start + place].rstrip(), calls
     return text, []
 
 
-def _check_arguments(arguments: list[dict[str, Any]]) -> None:
-    """Refuse arguments that templates and logs, which write JSON in UTF-8, cannot hold."""
+LONGEST_NAME = 200
+
+
+def _check(calls: list[Call]) -> None:
+    """Refuse long names, and arguments that templates and logs, which write JSON in UTF-8, cannot hold."""
+    if any(len(call.name) > LONGEST_NAME for call in calls):
+        raise CallError(f"the name of a tool has at most {LONGEST_NAME} characters")
+    arguments = [call.arguments for call in calls]
     try:
         if not is_too_deep(arguments):
             json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()

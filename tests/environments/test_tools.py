@@ -116,6 +116,7 @@ def test_a_format_reads_no_other_and_text_without_a_call_is_none() -> None:
         "<tool_call>" + "[" * 5000,
         '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "' + "f" * 201 + '"}</tool_call>',
         '{"name": "f", "arguments": {"a": ' + "[" * 400 + "]" * 400 + "}}",
         *(
             f"call: f(a={value})"
