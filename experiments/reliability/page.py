@@ -84,6 +84,9 @@ def probes(records: Records) -> list[str]:
         lines += ["", f"{ran:,} of {record['total']:,} probes. {record['note']}".strip(), ""]
         lines += ["| front | held | broke |", "|---|---|---|"]
         lines += [f"| {name} | {count['held']} | {count['broke']} |" for name, count in record["fronts"].items()]
+        held, broke = (sum(count[part] for count in record["fronts"].values()) for part in ("held", "broke"))
+        lines.append(f"| **total** | {held} | {broke} |")
+        lines += ["", *(f"- broke: {one['front']}, {one['probe']}: {one['broke']}" for one in record["broken"])]
     return lines
 
 

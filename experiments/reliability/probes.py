@@ -122,7 +122,8 @@ def main() -> int:
     table = table_of(found, given.front)
     for front, count in table.items():
         print(f"{front:<12}{count['held']:>5} held {count['broke']:>5} broke   {seconds[front]:>5.0f} s")
-    print(f"{len(found)} of {total} probes, {time.monotonic() - began:.0f} s")
+    used = sum(os.times()[:4])
+    print(f"{len(found)} of {total} probes, {time.monotonic() - began:.0f} s, processor time {used:.0f} s")
     broken = [one for one in found if one["broke"] is not None]
     record = {"total": total, "note": given.note, "fronts": table, "broken": broken}
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
