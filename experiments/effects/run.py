@@ -33,7 +33,7 @@ from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.worlds.assistant import gold_of_conversation
 
 HERE = Path(__file__).resolve().parent
-HELD_OUT_PROMPTS = 200
+HELD_OUT_PROMPTS = 100
 FLIPPED = 0.3
 BETA = 0.1
 GOLD = {"class_path": "rlhf_lightning.worlds.loopholes.GameableScorer", "init_args": {"bonus": 0.0}}
