@@ -104,7 +104,7 @@ class Run:
         environment = ToolEnvironment(**TOOLS)
         for name, rows in self.held_out.items():
             key, started = f"{stage}, {name}", time.perf_counter()
-            if key in self.report:
+            if len(self.report.get(key, {"right": ()})["right"]) == len(rows):  # else another budget
                 continue
             module = SFTModule(init_from=folder, self_check=False)
             module.configure_model()

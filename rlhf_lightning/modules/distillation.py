@@ -32,7 +32,6 @@ from rlhf_lightning.models.causal_lm import OverLogits
 from rlhf_lightning.models.frozen import FrozenPolicy
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.limits import limits_of
-from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.models.teacher import CurrentPolicy, Teacher
 from rlhf_lightning.sampling.counter_rng import uniform
@@ -401,11 +400,14 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         """Whether the teacher is a copy of the policy that follows it or stays where it started."""
         return self.teacher_kind in ("ema", "start")
 
+    @property
+    def reference_moves(self) -> bool:  # type: ignore[override]
+        """Whether the teacher is the policy's moving average."""
+        return self.teacher_kind == "ema"
+
     def load_reference_and_scorer(self) -> None:
         """Load teacher and scorer; a teacher of the policy's own weights is the reference too."""
         super().load_reference_and_scorer()
-        if self.teacher_kind == "ema":
-            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
         own = CurrentPolicy(self.policy) if self.reference is None else self.reference
         named = self.teacher_name
         self.teacher = own if named is None else Teacher(named, self.tokenizer, self.load_settings)

@@ -179,7 +179,7 @@ class RolloutModule(AlignmentModule):
         """Load the frozen reference and the scorer."""
         self._check_engine()
         if self.holds_reference:
-            self.reference = Reference(self.policy, self.init_from, self.load_settings)
+            self.reference = Reference(self.policy, self.init_from, self.load_settings, own=self.reference_moves)
         # A scorer that cannot be loaded fails now rather than after the first rollout.
         self.scorer.load_beside(self.policy if self.device_mesh is None else None, self.load_settings)
         self.invariants.exact = self.load_settings.is_exact
