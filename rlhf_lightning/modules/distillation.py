@@ -368,7 +368,10 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
     """
 
     paper = "Hübotter et al. 2026, arXiv 2601.20802"
-    ranges = {"beta": "[0, 1]", "ema_decay": "[0, 1]", "top_k": "[1, inf)", "chunk_tokens": "[1, inf)"}
+    ranges = {
+        "beta": "[0, 1]", "ema_decay": "[0, 1]", "success": "(-inf, inf)", "top_k": "[1, inf)",
+        "chunk_tokens": "[1, inf)",
+    }  # fmt: skip
     needs_reference = False
     sampler_correction = "bypass"  # the loss needs no old log-probabilities
     headline_metrics = ("rollout/score", "distill/kl_reverse", "val/score", "val/distill/kl_reverse")
