@@ -2,7 +2,7 @@
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,20 +170,20 @@ def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> Non
     parts = []
     if run is not None:
         manifest, settings = read_record(run / MANIFEST_FILE), flat_settings(read_config(run / CONFIG_FILE))
-        data, git, sessions = (manifest.get(name) or {} for name in ("data", "git", "sessions"))
-        counts = data.get("report") or {}
+        data, git, counted, packages = (_part(manifest, name) for name in ("data", "git", "parameters", "packages"))
+        sessions = manifest.get("sessions")
+        last = sessions[-1] if isinstance(sessions, list) and sessions else None
         rows: list[list[Any]] = [
             ["objective", str(manifest.get("model", "")).rpartition(".")[2]],
             ["seed", manifest.get("seed")],
-            ["updates", sessions[-1].get("updates") if sessions else None],
-            ["parameters", "{total:,}, {trained:,} trained".format(**manifest["parameters"])
-             if "parameters" in manifest else None],
+            ["updates", last.get("updates") if isinstance(last, dict) else None],
+            ["parameters", _listed(counted)],
             ["data", f"{str(data.get('class', '')).rpartition('.')[2]}, fingerprint {data.get('fingerprint')}"],
-            ["rows", "{read} read, {kept} kept, dropped: {dropped}".format(**counts) if counts else None],
+            ["rows", _listed(_part(data, "report"))],
             ["chat template", manifest.get("chat_template")],
             ["commit", f"{git.get('commit')}, {git.get('changed_files')} changed files" if git else None],
-            ["versions", ", ".join(f"{name} {one}" for name, one in manifest.get("packages", {}).items())],
-        ]  # fmt: skip
+            ["versions", _listed(packages)],
+        ]
         numbers = [
             [name, str(value)] for name, value in settings.items()
             if name.startswith(("model.", "data.", "trainer.")) and isinstance(value, int | float)
@@ -194,6 +194,18 @@ def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> Non
     card = folder / CARD_FILE
     own = card.read_text(encoding="utf-8").partition(f"\n{parts[0]}\n")[0].rstrip() if card.is_file() else ""
     write_markdown(card, "\n\n".join([own, *parts]) + "\n")
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a part of a record that a user may have written or changed; empty where it is not a mapping."""
+    found = record.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(part: Mapping[str, Any]) -> str | None:
+    """Return names and values as one text; None without any."""
+    texts = (f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in part.items())
+    return ", ".join(texts) or None
 
 
 def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> int:

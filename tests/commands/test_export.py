@@ -270,7 +270,7 @@ def test_a_run_is_pushed_with_a_card_of_what_made_it(policy_folder, data, hub, c
     here = {file.name: file.read_bytes() for file in Path("tuned").iterdir()}
     assert hub["files"] == here and {"model.safetensors", "tokenizer.json", "README.md"} <= here.keys()
     card, manifest = here["README.md"].decode(), json.loads((folder / "manifest.json").read_text())
-    assert "DPOModule" in card and manifest["data"]["fingerprint"] in card and "12 read, 12 kept" in card
+    assert "DPOModule" in card and manifest["data"]["fingerprint"] in card and "read 12, kept 12" in card
     assert re.search(r"model.beta +\| 0.1", card) and f"torch {torch.__version__}" in card
     assert "## Evaluation of policies" in card and "### Models" in card and "curve.png" not in card
     assert str(tmp_path) not in card.partition("## How it was trained")[2], "a path of this machine is published"
