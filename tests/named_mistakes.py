@@ -37,7 +37,7 @@ WORDS = {
     "Unlikelihood": "sign of the loss is flipped",
     "DemonstrationsByWidth": "never by the width",
     "TokensOfThisRank": "not by this rank's",
-    "ThumbsExchanged": "the sign of the loss is flipped",
+    "ThumbsExchanged": "desirable and undesirable are exchanged",
     "JudgedTwice": "2 times the shipped one",
     "EndNotImitated": "without the last token",
     "OneTokenJudged": "of the first token alone",
