@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import attached_trainer, restore_loader_position
 from rlhf_lightning.errors import StateError
@@ -42,9 +43,15 @@ def kept_names(module: AlignmentModule) -> set[str]:
     return module.ever_trained
 
 
+def own_buffers(module: nn.Module) -> set[str]:
+    """Return the names of a class's own buffers, such as running statistics; those of loaded models stay theirs."""
+    loaded = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, PreTrainedModel))
+    return {name for name, _ in module.named_buffers() if not name.startswith(loaded)}
+
+
 def drop_untrained(module: AlignmentModule, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Drop weights that were never trainable from a state dict; a hook that also works for a nested module."""
-    kept = kept_names(module)
+    kept = kept_names(module) | own_buffers(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
         del state[name]
 
@@ -61,7 +68,7 @@ def check_names(module: AlignmentModule, found: set[str]) -> None:
     Raises:
         StateError: ``checkpoint-does-not-fit``.
     """
-    known = {name for name, _ in module.named_parameters()}
+    known = {name for name, _ in module.named_parameters()} | own_buffers(module)
     missing, unknown = sorted(kept_names(module) - found), sorted(found - known)
     if missing or unknown:
         raise StateError(

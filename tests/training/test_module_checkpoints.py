@@ -94,6 +94,31 @@ def test_reference_and_scorer_stay_out_of_it(policy_folder: str, reward_folder: 
         assert all(name.startswith(("policy.", "critic.")) for name in state)
 
 
+class CountingModule(SFTModule):
+    """Counts its rollouts in buffers, one of them in a module of its own."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("scratch", torch.zeros(()), persistent=False)
+        self.statistics = torch.nn.BatchNorm1d(2, affine=False)
+
+    def on_before_clip(self) -> None:
+        self.seen += 1
+        self.scratch += 1
+        self.statistics(torch.full((2, 2), float(self.seen)))
+
+
+def test_buffers_of_a_class_of_ones_own_are_resumed(policy_folder: str, tmp_path: Path) -> None:
+    path, steps = tmp_path / "middle.ckpt", [demonstration_step(ROWS, 2), demonstration_step(ROWS, 2)]
+    whole, resumed = (CountingModule(init_from=policy_folder) for _ in range(2))
+    run(whole, steps, callbacks=[Snapshot(1, path)], max_epochs=1)
+    run(resumed, steps, path, max_epochs=1)
+    assert float(resumed.seen) == float(whole.seen) == 2 and float(resumed.scratch) == 1
+    assert torch.equal(resumed.statistics.running_mean, whole.statistics.running_mean)
+    assert "scratch" not in torch.load(path, weights_only=True)["state_dict"]
+
+
 def test_settings_are_kept_as_plain_types(policy_folder: str, tmp_path: Path) -> None:
     module = PPOModule(
         init_from=policy_folder, scorer=low_words, lora=LoraSettings(r=2), max_new_tokens=3, ppo_epochs=1
