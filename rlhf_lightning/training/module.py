@@ -784,10 +784,14 @@ class AlignmentModule(LightningModule):
     @cached_property
     def flops_per_token(self) -> float:
         """FLOPs of an update per token in products with the model's matrices: 2 a weight forward, and backward 4 (2 if
-        it is frozen); attention and the embedding are left out.
+        it is frozen); attention and the lookup of embeddings are left out, an LM head that shares their matrix is not.
         """
-        embedding = {id(part.weight) for part in self.model.modules() if isinstance(part, nn.Embedding)}
-        matrices = [one for one in self.model.parameters() if one.dim() > 1 and id(one) not in embedding]
+        looked_up, multiplied = (
+            {id(part.weight) for part in self.model.modules() if isinstance(part, kind)}
+            for kind in (nn.Embedding, nn.Linear)
+        )
+        left_out = looked_up - multiplied
+        matrices = [one for one in self.model.parameters() if one.dim() > 1 and id(one) not in left_out]
         return float(sum(one.numel() * (6 if one.requires_grad else 4) for one in matrices))
 
     def progress(self) -> dict[str, float]:
