@@ -14,6 +14,7 @@ from rlhf_lightning.modules import (
     PPOModule,
     ProcessRewardModule,
     RewardModule,
+    SelfDistillationModule,
     SFTModule,
 )
 from rlhf_lightning.training.on_policy import OnPolicyModule
@@ -27,6 +28,7 @@ BY_FAMILY = (
     (RewardModule, ({"centering": 0.1}, {"lr_schedule": "linear"})),
     (GKDModule, ({"beta": 0.1, "on_policy_fraction": 0.0}, {"softmax_temperature": 2.0, "on_policy_fraction": 1.0})),
     (OnPolicyDistillationModule, ({"temperature": 0.7}, {"ppo_epochs": 2, "aggregation": "sequence_mean_token_sum"})),
+    (SelfDistillationModule, ({"temperature": 0.7}, {"beta": 0.5, "ppo_epochs": 2})),
     (OnlineDPOModule, ({"beta": 1.3}, {"temperature": 0.7, "beta": 0.7})),
     (NashMDModule, ({"kl_coef": 1.0}, {"mixture": 0.3})),
     (PPOModule, ({"lam": 0.9, "value_clip": 0.1}, {"temperature": 0.7, "gamma": 0.95, "lam": 0.8})),
