@@ -287,7 +287,7 @@ def answers() -> Iterator[tuple[str, bytes]]:
 
 
 def score_by(answer: bytes) -> int:
-    """Ask a server for three scores; return 0 if what it says is taken or refused in a sentence."""
+    """Ask a server for three scores; return 0 if its answer is taken (null as NaN) or refused in a sentence."""
     from rlhf_lightning.errors import RlhfError
     from rlhf_lightning.scoring import RemoteScorer
     from rlhf_lightning.scoring.scorer import ask_scorer
@@ -309,16 +309,15 @@ def score_by(answer: bytes) -> int:
         scorer = RemoteScorer(f"http://127.0.0.1:{listener.getsockname()[1]}/score", timeout=3, retries=0, wait=0.1)
         judged = ask_scorer(scorer, ["a", "b", "c"], ["x", "y", "z"], {}, "the server")
         print(f"took {judged.scores.tolist()}")
-        return (
-            0 if len(judged.scores) == 3 and all(abs(score) < float("inf") for score in judged.scores.tolist()) else 1
-        )
+        taken = len(judged.scores) == 3 and not judged.scores.isinf().any()
+        return 0 if taken and (b"null" in answer or not judged.scores.isnan().any()) else 1
     except RlhfError as error:
         print(f"rlhf: {error}")
         return 0 if str(error).isprintable() else 1
 
 
 def server_probes() -> Iterator[Probe]:
-    """Answers that no server gives: each is taken as finite scores, or refused in a printable sentence."""
+    """Answers that no server gives: each is taken as scores, or refused in a printable sentence."""
     for name, answer in answers():
         yield Probe("servers", f"a score server answers: {name}", lambda a=answer: score_by(a), judge=_sound)
 

@@ -380,7 +380,10 @@ def judged(
     if rest is not None:
         return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
-    problems = [population_of(world, prompt) for prompt in range(world.config.prompts)]
+    # Smoothing is in the labels; the transcription of conservative DPO, whose only idea it is, has it in the loss.
+    smoothing = 0.0 if name == "ConservativeDPOModule" else float(getattr(module, "label_smoothing", 0.0))
+    problems = [population_of(world, prompt, smoothing) for prompt in range(world.config.prompts)]
+    starts = policy.numpy() if name in population.MANY_MINIMA else [None] * len(problems)
     resting = resting_points.rests(type(module), problems, module)
     if isinstance(module, RewardModule) and name in population.SCORES:
         found_outputs = outputs_of(module, world) if outputs is None else outputs
@@ -392,10 +395,10 @@ def judged(
     elif name in population.COUPLED:
         return _judged_together(name, problems, module, policy)
     elif name in population.FIXED_POINTS:
-        target = torch.tensor(np.array(population.fixed_point(population.FIXED_POINTS[name], problems, module)))
+        fixed = population.fixed_point(population.FIXED_POINTS[name], problems, module, starts)
+        target = torch.tensor(np.array(fixed))
     elif name in population.TRANSCRIPTIONS:
         loss = population.TRANSCRIPTIONS[name]
-        starts = policy.numpy() if name in population.MANY_MINIMA else [None] * len(problems)
         found = [population.minimiser(loss, p, module, start) for p, start in zip(problems, starts, strict=True)]
         target = torch.tensor(np.array([best for best, _ in found]))
         if name in population.NOT_UNIQUE:
@@ -428,11 +431,12 @@ def _judged_together(
     return torch.tensor(best), "excess loss", reached - least
 
 
-def population_of(world: EnumerableWorld, prompt: int) -> population.Population:
-    """Return the problem of one prompt in NumPy, for the transcriptions."""
+def population_of(world: EnumerableWorld, prompt: int, smoothing: float = 0.0) -> population.Population:
+    """Return the problem of one prompt in NumPy, for the transcriptions, with labels flipped at a rate."""
     problem, texts = world.problem, world.completions
     parts = (problem.reference, problem.preference, problem.lengths, problem.rewards)
     reference, preference, lengths, rewards = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
+    preference = (1 - smoothing) * preference + smoothing * (1 - preference)
     alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
     safe = world.safe[prompt].numpy()
     return population.Population(reference, preference, lengths, np.array(alike, dtype=np.float64), rewards, safe)

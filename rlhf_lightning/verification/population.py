@@ -222,7 +222,7 @@ TRANSCRIPTIONS: dict[str, Loss] = {
 NOT_UNIQUE = ("HingeModule",)
 """Classes with flat minima: the loss is compared, not the policy."""
 
-MANY_MINIMA = ("DiscoPOPModule",)
+MANY_MINIMA = ("DiscoPOPModule", "KTOModule")
 """Classes that are not convex in the policy: the minimiser is looked for where training came to rest."""
 
 
@@ -238,7 +238,9 @@ class FixedPoint(NamedTuple):
     statistic: Callable[[Array, Any], float]
 
 
-def fixed_point(objective: FixedPoint, problems: list[Population], module: Any) -> list[Array]:
+def fixed_point(
+    objective: FixedPoint, problems: list[Population], module: Any, starts: Sequence[Array | None]
+) -> list[Array]:
     """Return where the objective comes to rest: each prompt's minimiser for the statistic that the minimisers have."""
     statistic, policies = 0.0, [problem.reference for problem in problems]
     for _ in range(60):
@@ -246,7 +248,7 @@ def fixed_point(objective: FixedPoint, problems: list[Population], module: Any) 
         def loss(logp: Array, problem: Population, module: Any, at: float = statistic) -> float:
             return objective.loss(logp, problem, module, at)
 
-        policies = [minimiser(loss, problem, module)[0] for problem in problems]
+        policies = [minimiser(loss, p, module, start)[0] for p, start in zip(problems, starts, strict=True)]
         ratios = np.array([_a(np.log(q), p) for q, p in zip(policies, problems, strict=True)])
         new = objective.statistic(ratios, module)
         if abs(new - statistic) < 1e-9:
