@@ -383,7 +383,7 @@ def judged(
     # Smoothing is in the labels; the transcription of conservative DPO, whose only idea it is, has it in the loss.
     smoothing = 0.0 if name == "ConservativeDPOModule" else float(getattr(module, "label_smoothing", 0.0))
     problems = [population_of(world, prompt, smoothing) for prompt in range(world.config.prompts)]
-    starts = policy.numpy() if name in population.MANY_MINIMA else [None] * len(problems)
+    starts = [row if name in population.MANY_MINIMA else None for row in policy.numpy()]
     resting = resting_points.rests(type(module), problems, module)
     if isinstance(module, RewardModule) and name in population.SCORES:
         found_outputs = outputs_of(module, world) if outputs is None else outputs
