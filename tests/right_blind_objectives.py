@@ -178,7 +178,7 @@ class CriticOfThePaper(PPOModule):
 
 @right
 class CriticAtLambdaOne(PPOModule):
-    """VC-PPO (2503.01491): the critic learns rewards to go, whatever the policy's lambda is."""
+    """VC-PPO (2503.01491): the critic learns rewards to go at every lambda of the policy."""
 
     target_of = PPOModule
 

@@ -63,6 +63,7 @@ class Meter:
         """Add the names of another meter with weight 0: a rank without rows must know them too."""
         for name in like._sums:
             self._add(name, torch.zeros(2, dtype=torch.float64))
+        self._ratios |= like._ratios
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return this rank's numerator and denominator of each name."""

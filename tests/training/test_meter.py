@@ -59,3 +59,11 @@ def test_names_without_values_are_left_out() -> None:
     meter.add("some", torch.tensor([3.0, torch.nan]), torch.tensor([True, False]))
     meter.add_ratio("loss", 0.0, 0.0)
     assert meter.means(STRATEGY) == {"some": 3.0, "loss": 0.0}
+
+
+def test_a_rank_that_adds_nothing_reports_the_same_names() -> None:
+    other, nothing = Meter(), Meter()
+    other.add_ratio("loss", 0.0, 0.0)
+    other.add("ratio", torch.zeros(0))
+    nothing.add_nothing(other)
+    assert nothing.means(STRATEGY) == other.means(STRATEGY) == {"loss": 0.0}
