@@ -32,7 +32,7 @@ API = {
     "What travels": ["types"],
     "Data": ["data.datamodule.AlignmentDataModule", "data.batching"],
     "Scoring": ["scoring.scorer", "scoring.learned", "scoring.composition", "scoring.answers", "scoring.remote_scorer"],
-    "Sampling": ["sampling.engines"],
+    "Sampling": ["sampling.engines", "sampling.slot_engine"],
     "Functional": [f"functional.{path.stem}" for path in sorted((PACKAGE / "functional").glob("[a-z]*.py"))],
 }
 """Names of the API page; those of ``modules`` stand with the objectives."""

@@ -5,7 +5,7 @@ import signal
 import time
 from typing import Any
 
-from rlhf_lightning.sampling.engines import SlotEngine
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Episode, Reply
 
 

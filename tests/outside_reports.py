@@ -36,15 +36,16 @@ from rlhf_lightning.commands.export import merge_adapter
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.tokenizing import encoder_for
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import packed_layout, padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, make_room
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.packing import trees_of
-from rlhf_lightning.models.roles import scalar_model
+from rlhf_lightning.models.roles import load_policy, scalar_model
 from rlhf_lightning.modules import PPOModule, SFTModule
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.tokenization import encode_completion, encode_prompt, end_token_ids, load_tokenizer, truncate
 

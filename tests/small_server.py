@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.tokenization import Ends
 
 BASE = "base"

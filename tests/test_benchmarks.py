@@ -12,10 +12,9 @@ import safetensors.torch
 import torch
 from tiny_models import save_policy
 
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.roles import AdapterScalar
+from rlhf_lightning.models.roles import AdapterScalar, load_policy
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.types import Sequences
 

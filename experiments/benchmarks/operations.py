@@ -225,8 +225,9 @@ SHORT, LONG = 4, 12
 
 def our_decoding(source: str, tokens: int, device: str) -> Counter[str]:
     """Count the sampling of a few completions of equal length by `SlotEngine`."""
-    from rlhf_lightning.models.causal_lm import load_policy
-    from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+    from rlhf_lightning.models.roles import load_policy
+    from rlhf_lightning.sampling.engines import SamplingSettings
+    from rlhf_lightning.sampling.slot_engine import SlotEngine
 
     model = load_policy(source).to(device)
     prompts = [torch.arange(6, 6 + count) for count in PROMPTS]

@@ -52,8 +52,8 @@ def by_command(model: Path, rows: Path, folder: Path, steps: int) -> float:
 def bare(model: Path, rows: Path, steps: int) -> float:
     """Return the seconds of as many steps without anything around them."""
     from rlhf_lightning.data import SFTDataModule
-    from rlhf_lightning.models.causal_lm import load_policy
     from rlhf_lightning.models.layout import lay_out
+    from rlhf_lightning.models.roles import load_policy
     from rlhf_lightning.tokenization import load_tokenizer
 
     data = SFTDataModule(str(rows), batch_size=BATCH)

@@ -26,10 +26,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling import engines, generate_engine
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 
 QUESTIONS = (
     "What is {}?",

@@ -28,7 +28,7 @@ from rlhf_lightning.commands.quickstart import fresh_folder
 from rlhf_lightning.evaluation.policies import sample_and_score
 from rlhf_lightning.evaluation.report import write_json, write_markdown
 from rlhf_lightning.functional.statistics import bootstrap_interval
-from rlhf_lightning.models.causal_lm import load_policy, load_reference
+from rlhf_lightning.models.roles import load_policy, load_reference
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Prompt

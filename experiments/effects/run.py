@@ -26,8 +26,8 @@ from rlhf_lightning.evaluation.policies import sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, p_value, write_json, write_markdown
 from rlhf_lightning.evaluation.run_curves import FinishedRun, read_run, run_folders
 from rlhf_lightning.loading import read_record, read_records
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.worlds.assistant import gold_of_conversation

@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 
 from rlhf_lightning.evaluation.report import markdown_table, write_markdown
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import resolve_folder
-from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.tokenization import encode_prompt, end_token_ids, load_tokenizer
 from rlhf_lightning.worlds.assistant import AssistantWorld
 

@@ -21,7 +21,7 @@ from settings import REASONS, runs  # in this folder
 from rlhf_lightning.commands import train
 from rlhf_lightning.evaluation.policies import mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
-from rlhf_lightning.models.causal_lm import load_policy, load_reference
+from rlhf_lightning.models.roles import load_policy, load_reference
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.tokenization import load_tokenizer

@@ -13,7 +13,8 @@ from torch import Tensor
 from rlhf_lightning import tokenization
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval
 from rlhf_lightning.functional.statistics import bootstrap_interval, calibration_error
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 
 Row = dict[str, Any]
 

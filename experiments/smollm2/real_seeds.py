@@ -89,9 +89,9 @@ def judged(arguments: argparse.Namespace, folder: Path, seed: int, budget: real_
     kept = folder / "judged.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    from rlhf_lightning.models.causal_lm import load_policy
     from rlhf_lightning.models.loading import LoadSettings
     from rlhf_lightning.models.resolving import cache_folder
+    from rlhf_lightning.models.roles import load_policy
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.scoring import load_scorer
     from rlhf_lightning.tokenization import load_tokenizer

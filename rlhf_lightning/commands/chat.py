@@ -93,7 +93,7 @@ class Conversation:
         self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None, engine: Any = None,
         rules: "MultiTurn | None" = None,
     ) -> None:  # fmt: skip
-        from rlhf_lightning.sampling.engines import load_engine
+        from rlhf_lightning.sampling.slot_engine import load_engine
 
         self.engine, self.rules = load_engine(engine), rules
         self.policy, self.tokenizer, self.settings, self.seed = policy, tokenizer, settings, seed

@@ -210,10 +210,10 @@ def _listed(part: Mapping[str, Any]) -> str | None:
 
 def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> int:
     """Write a causal language model and its tokenizer with further tokens; return the number of its embeddings."""
-    from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
     from rlhf_lightning.models.export import export_policy
     from rlhf_lightning.models.loading import LoadSettings
     from rlhf_lightning.models.resolving import resolve_folder
+    from rlhf_lightning.models.roles import load_policy, refuse_reward_model
     from rlhf_lightning.models.scalar_head import vocabulary_rows
     from rlhf_lightning.tokenization import load_tokenizer
 

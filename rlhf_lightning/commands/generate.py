@@ -73,7 +73,7 @@ class SamplingArguments:
 
     def make_engine(self) -> "SamplingEngine":
         """Load the engine; raises as `loading.load` does."""
-        from rlhf_lightning.sampling.engines import load_engine
+        from rlhf_lightning.sampling.slot_engine import load_engine
 
         return load_engine(self.engine)
 
@@ -94,9 +94,9 @@ class SamplingArguments:
         """
         import torch
 
-        from rlhf_lightning.models.causal_lm import load_policy, refuse_reward_model
         from rlhf_lightning.models.loading import LoadSettings
         from rlhf_lightning.models.resolving import is_adapter, resolve_folder
+        from rlhf_lightning.models.roles import load_policy, refuse_reward_model
         from rlhf_lightning.models.self_check import check_weights
         from rlhf_lightning.tokenization import load_tokenizer
 

@@ -135,7 +135,7 @@ def evaluate(
 
     from rlhf_lightning.evaluation.policies import best_of_n, best_of_n_score, mean_with_interval, sample_and_score
     from rlhf_lightning.functional.statistics import best_of_n_kl, wilson_interval
-    from rlhf_lightning.models.causal_lm import load_policy, load_reference
+    from rlhf_lightning.models.roles import load_policy, load_reference
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.scoring import LearnedScorer
     from rlhf_lightning.tokenization import load_tokenizer

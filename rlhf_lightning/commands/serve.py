@@ -111,8 +111,9 @@ def policy_api(model: str, name: str | None, sampling: SamplingArguments, timeou
     from rlhf_lightning.commands.completion_requests import RequestLimits, Text
     from rlhf_lightning.models.limits import limits_of
     from rlhf_lightning.models.resolving import newest_export
-    from rlhf_lightning.sampling.engines import SamplingSettings, sample
+    from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.sampling.live_batch import LiveBatch
+    from rlhf_lightning.sampling.slot_engine import sample
 
     folder = newest_export(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     settings = sampling.settings()

@@ -15,7 +15,8 @@ from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.statistics import best_of_n_curve, bootstrap_interval
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, lay_out, select
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.scoring import LearnedScorer, Scorer
 from rlhf_lightning.scoring.scorer import GoldReward, ask_scorer
 from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences

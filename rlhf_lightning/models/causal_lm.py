@@ -10,19 +10,15 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf_lightning.compat import router_recorder
-from rlhf_lightning.errors import ModelError, SettingError, StateError
+from rlhf_lightning.errors import StateError
 from rlhf_lightning.functional.distillation import chunked_over_tokens, head_logits
 from rlhf_lightning.functional.logprobs import (
     at_least_float32,
@@ -33,24 +29,9 @@ from rlhf_lightning.functional.logprobs import (
 )
 from rlhf_lightning.models.adapters import REFERENCE, with_adapter
 from rlhf_lightning.models.compiling import uncompiled
-from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import Layout
-from rlhf_lightning.models.loading import (
-    LoadSettings,
-    load_hf_model,
-    load_weights,
-    prepare_for_training,
-    refuse_nonfinite_weights,
-)
-from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.packing import PackedRow
-from rlhf_lightning.models.resolving import (
-    is_adapter,
-    load_base_of_adapter,
-    refuse_other_quantization,
-    refuse_reward_adapter,
-    resolve_folder,
-)
+from rlhf_lightning.models.recording import kept_states
 from rlhf_lightning.models.scalar_head import (
     cells_of,
     head_dtype,
@@ -60,7 +41,6 @@ from rlhf_lightning.models.scalar_head import (
     trunk,
     unwrapped,
 )
-from rlhf_lightning.models.sharding import decoder_layers
 
 
 class TokenOutputs(NamedTuple):
@@ -387,200 +367,9 @@ def returning(module: nn.Module, states: Tensor) -> Iterator[None]:
             module.forward = own
 
 
-@contextmanager
-def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[dict[str, Tensor]]:
-    """Keep what some decoder layers return at the positions that predict tokens, without gradient, as ``hidden_N``.
-
-    Args:
-        model: the CausalLM that is forwarded meanwhile.
-        layers: numbers of the layers; -1 is the last.
-        layout: sequences in rows.
-
-    Raises:
-        SettingError: the model has no such layer.
-    """
-    stack, kept = decoder_layers(model) if layers else [], dict[str, Tensor]()
-    for number in layers:
-        if not -len(stack) <= number < len(stack):
-            raise SettingError("unknown-layer", f"hidden_layers names layer {number}, but there are {len(stack)}")
-
-    def keeping(number: int) -> Callable[..., None]:
-        def keep(_layer: nn.Module, _given: Any, returned: Any) -> None:
-            states = returned if isinstance(returned, Tensor) else returned[0]
-            kept[f"hidden_{number}"] = states.detach().flatten(0, 1)[layout.predictors]
-
-        return keep
-
-    hooks = [stack[number].register_forward_hook(keeping(number)) for number in layers]
-    try:
-        yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def recorded_routers(model: Any) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    """Record the logits of a mixture's routers in forwards with gradient, and which of their tokens are no padding.
-
-    Args:
-        model: the CausalLM or ScalarModel that is forwarded meanwhile.
-
-    Raises:
-        SettingError: ``no-router``.
-    """
-    inner = trunk(model.model)
-    recorder = router_recorder(inner)
-    if recorder is None:
-        raise SettingError(
-            "no-router", f"{type(inner).__name__} records no logits of routers; set router_aux_loss_coef to 0"
-        )
-    kind, end, index = recorder
-    found: list[tuple[Tensor, Tensor | None]] = []
-    layouts: list[Layout] = []
-
-    def note(_module: nn.Module, given: Any) -> None:
-        layouts[:] = [one for one in given[:1] if isinstance(one, Layout)]
-
-    def keep(_module: nn.Module, _given: Any, returned: Any) -> None:
-        logits = returned[index] if isinstance(returned, tuple | list) else returned
-        if logits.requires_grad:
-            found.append((logits.flatten(0, -2), real_cells(layouts[-1]) if layouts else None))
-
-    routers = [one for name, one in inner.named_modules() if isinstance(one, kind) and name.endswith(end)]
-    hooks = [model.register_forward_pre_hook(note), *(one.register_forward_hook(keep) for one in routers)]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def experts_of_a_token(model: Any) -> int:
-    """Return how many experts a token of a mixture chooses."""
-    config = text_config(model.model)
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k", "top_k")
-    return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), 1)
-
-
-def real_cells(layout: Layout) -> Tensor | None:
-    """Return which cells of padded rows hold tokens, shape (rows * width,); None where all do."""
-    rows, width = layout.input_ids.shape
-    if layout.packed is not None or len(layout.last) != rows:
-        return None
-    places = torch.arange(width, device=layout.last.device)
-    return (places <= (layout.last % width).unsqueeze(-1)).flatten()
-
-
 def logit_scale(config: Any) -> float:
     """Factor between the head's product and the logits: Cohere multiplies by it, Granite divides."""
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-
-
-def load_policy(
-    init_from: str,
-    settings: LoadSettings | None = None,
-    lora: LoraSettings | None = None,
-    value_head: bool = False,
-) -> CausalLM:
-    """Load a causal language model to train or to sample from.
-
-    Args:
-        init_from: hub id, folder (whole weights or an adapter) or .gguf file.
-        settings: precision, attention kernel, checkpointing.
-        lora: train an adapter on the frozen backbone; None trains every weight.
-        value_head: add a critic's head on the trunk.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: an adapter's backbone is not the one it was trained on, or is quantised otherwise; or the adapter is
-            a reward model's.
-    """
-    settings = settings or LoadSettings()
-    name = resolve_folder(init_from)
-    refuse_reward_adapter(name)
-    continued = name if lora is not None and is_adapter(name) else None
-    source = load_base_of_adapter(name) if continued else name
-    if continued:
-        refuse_other_quantization(continued, settings.quantization)
-        model = load_hf_model(source, AutoModelForCausalLM, settings)
-    else:
-        model = load_weights(name, AutoModelForCausalLM, settings)
-    with reading(init_from):
-        prepare_for_training(model, settings)
-        if lora is not None:
-            refuse_growth(model, source, settings)
-            model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
-        refuse_nonfinite_weights(model, init_from)
-        policy = CausalLM(model, value_head, source)
-        if settings.self_check:
-            from rlhf_lightning.models.self_check import check_class  # it forwards a CausalLM
-
-            check_class(policy, lora)
-    return policy
-
-
-def refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
-    """Refuse an adapter on embeddings that were given rows: its folder holds no backbone, so they would be lost.
-
-    Raises:
-        SettingError: ``new-tokens-need-rows``.
-    """
-    rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config(decoder=True).vocab_size
-    if settings.embeddings > rows:
-        raise SettingError(
-            "new-tokens-need-rows",
-            f"{source} has {rows} embeddings, and the new tokens need {settings.embeddings}, which an adapter's folder "
-            f"cannot hold; write a backbone with them first (rlhf export {source} --out FOLDER --new_tokens ...), and "
-            "start from that folder",
-        )
-
-
-def refuse_reward_model(name: str) -> None:
-    """Refuse to sample from a reward model, whole or adapter: loaded as a policy it would get a head of random weights.
-
-    Raises:
-        ModelError: ``name`` is the folder of one.
-    """
-    refuse_reward_adapter(name)
-    if not is_adapter(name) and (Path(name) / "config.json").is_file():
-        with reading(name):
-            kinds = [
-                str(kind) for kind in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
-            ]
-        if any("SequenceClassification" in kind for kind in kinds):
-            raise ModelError(
-                "reward-model",
-                f"{name} is a reward model: it scores completions and cannot generate them; name a "
-                "causal language model",
-            )
-
-
-def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:
-    """Load a frozen copy for the KL to be measured from, without gradients and in eval mode."""
-    settings = settings or LoadSettings()
-    policy = load_policy(init_from, settings=settings_for_inference(settings))
-    return policy.requires_grad_(False).eval()
-
-
-def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield each adapted weight merged, under its name in the backbone: base + scaling * B A."""
-    for name, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
-            base = layer.base_layer.weight
-            yield f"{name.removeprefix('base_model.model.')}.weight", base + layer.get_delta_weight("default").to(base)
-
-
-def settings_for_inference(settings: LoadSettings) -> LoadSettings:
-    """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
-    return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)
-
-
-def trainable_fraction(model: nn.Module) -> float:
-    """Share of a model's parameters that training changes."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trained / max(total, 1)
 
 
 @contextmanager

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates
+from rlhf_lightning import tokenization
+from rlhf_lightning.errors import ModelError, SettingError
+from rlhf_lightning.models.adapters import POLICY, is_low_rank_alone
+from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates, inference_mode_of
 from rlhf_lightning.models.layout import Layout
-from rlhf_lightning.models.sharding import is_sharded, whole
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.resolving import resolve_folder
+from rlhf_lightning.models.roles import load_reference
+from rlhf_lightning.models.sharding import cut_like, is_sharded, whole
 
 
-class FrozenPolicy(ABC):
-    """Base of reference and teacher."""
+class FrozenPolicy:
+    """Base of reference and teachers.
+
+    Args:
+        model: the language model that is forwarded, and whose LM head makes the logits.
+        models: models of its own. They are in no checkpoint and no optimizer, and move to the device by hand.
+    """
 
     moved: bool = False
     """Whether its weights have followed the policy's."""
 
     _whole_head: tuple[Tensor, Tensor | None] | None = None
 
-    @abstractmethod
-    def as_model(self) -> AbstractContextManager[CausalLM]:
-        """Give the language model, to sample from or to forward."""
+    def __init__(self, model: CausalLM, models: tuple[CausalLM, ...] = ()) -> None:
+        self.model, self.models = model, models
 
-    @property
-    @abstractmethod
-    def head_owner(self) -> CausalLM:
-        """The model whose LM head makes the logits."""
+    @contextmanager
+    def as_model(self) -> Iterator[CausalLM]:
+        """Give the language model, to sample from or to forward."""
+        yield self.model
 
     @torch.no_grad()
     def logprobs(self, layout: Layout, temperature: float = 1.0) -> Tensor:
@@ -40,7 +52,7 @@ class FrozenPolicy(ABC):
     @torch.no_grad()
     def predicting_states(self, layout: Layout) -> Tensor:
         """Return the states that predict the layout's supervised tokens, shape (tokens, hidden size)."""
-        owner = self.head_owner
+        owner = self.model
         if is_sharded(owner) and owner.logits_path != "product":
             raise ModelError(
                 "sharded-own-logits",
@@ -58,7 +70,134 @@ class FrozenPolicy(ABC):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits of hidden states, fp32 or wider, shape (tokens, vocabulary)."""
-        if self.head_owner.logits_path == "product":
-            return self.head_owner.logits(hidden, self._whole_head)
+        if self.model.logits_path == "product":
+            return self.model.logits(hidden, self._whole_head)
         with self.as_model() as model:
             return model.logits(hidden)
+
+
+class Reference(FrozenPolicy):
+    """The frozen model that training started from. Where the policy is an adapter, its backbone is the reference.
+
+    Args:
+        policy: the policy in training.
+        init_from: what it started from.
+        settings: how a copy is loaded.
+        own: load a copy in every case, in fp32, for a reference that will move.
+
+    Raises:
+        SettingError: the reference will move, and its weights would be quantised, or cannot follow the adapter's.
+    """
+
+    def __init__(self, policy: CausalLM, init_from: str, settings: LoadSettings, own: bool = False) -> None:
+        if own and settings.quantization is not None:
+            raise SettingError(
+                "quantized-moving-reference",
+                f"a reference that moves cannot be in {settings.quantization}; set quantization to null",
+            )
+        self.policy = policy
+        if own and policy.has_adapter and not is_low_rank_alone(policy.model.peft_config[POLICY]):
+            raise SettingError(
+                "moving-reference-adapter",
+                "a reference that moves cannot follow an adapter with dora, target_parameters, modules_to_save or "
+                "trained_tokens; train every weight (lora: null), or a plain adapter",
+            )
+        if own:
+            settings = replace(settings, frozen_dtype="float32")
+        self.copy = load_reference(init_from, settings) if own or not policy.has_adapter else None
+        super().__init__(self.copy or policy, () if self.copy is None else (self.copy,))
+
+    @contextmanager
+    def as_model(self) -> Iterator[CausalLM]:
+        with self.policy.as_reference() if self.copy is None else nullcontext():
+            yield self.model
+
+    # -- a reference that moves ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def follow(self, alpha: float = 1.0) -> None:
+        """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
+        for _, reference, policy in self._followed():
+            reference.copy_(torch.lerp(reference, policy.to(reference), alpha))
+        self.moved, self._whole_head = True, None
+
+    def moved_weights(self) -> dict[str, Tensor]:
+        """Return the copy's weights that follow the policy's, for a checkpoint."""
+        return {name: whole(reference.detach()) for name, reference, _ in self._followed()}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Put the copy where a checkpoint had it."""
+        for name, reference, _ in self._followed():
+            reference.copy_(cut_like(weights[name], reference))
+        self.moved, self._whole_head = True, None
+
+    def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
+        model = self.policy.model
+        for name, weight in _adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
+            yield name, self.model.model.get_parameter(name), weight
+
+
+def _adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield each adapted weight merged, under its name in the backbone: base + scaling * B A."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
+            base = layer.base_layer.weight
+            yield f"{name.removeprefix('base_model.model.')}.weight", base + layer.get_delta_weight("default").to(base)
+
+
+class Teacher(FrozenPolicy):
+    """A frozen policy: in eval mode, without gradient, and in no checkpoint.
+
+    Args:
+        name: hub id or folder, whole weights or an adapter.
+        tokenizer: the student's.
+        settings: how weights are brought into memory.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: the teacher has another tokenizer.
+    """
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, settings: LoadSettings) -> None:
+        check_same_vocabulary(tokenizer, tokenization.load_tokenizer(resolve_folder(name)), name)
+        model = load_reference(name, replace(settings, from_scratch=False))
+        super().__init__(model, (model,))
+
+
+class CurrentPolicy(FrozenPolicy):
+    """The policy in training as its own teacher: the weights of now, in eval mode and without gradient."""
+
+    @contextmanager
+    def as_model(self) -> Iterator[CausalLM]:
+        with inference_mode_of(self.model):
+            yield self.model
+
+    def predicting_states(self, layout: Layout) -> Tensor:
+        self._whole_head = None  # the head moves with every update
+        return super().predicting_states(layout)
+
+
+def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
+    """Check that an id means one token to both. A vocabulary may go on behind the other's end.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's.
+        name: what the teacher is called in the error.
+
+    Raises:
+        ModelError: an id that both have is another token to the teacher; the first such is named.
+    """
+    mine, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (student, teacher))
+    common = min(max(mine), max(theirs)) + 1
+    other = [index for index in range(common) if mine.get(index) != theirs.get(index)]
+    if other:
+        first = other[0]
+        raise ModelError(
+            "other-tokenizer",
+            f"the teacher {name} has another tokenizer than the student: id {first} is {theirs.get(first)!r} to the "
+            f"teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ; "
+            "distillation compares distributions over the same tokens, so choose a teacher of the student's family",
+        )

@@ -263,20 +263,6 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     return name
 
 
-def refuse_reward_adapter(name: str) -> None:
-    """Refuse to start a policy from a reward model's adapter.
-
-    Raises:
-        ModelError: ``name`` is the folder of such an adapter.
-    """
-    if is_adapter(name) and adapter_settings(name).get("task_type") == "SEQ_CLS":
-        raise ModelError(
-            "reward-model",
-            f"the adapter in {name} is a reward model's: it scores completions and cannot generate "
-            "them; name an adapter of a causal language model",
-        )
-
-
 def refuse_other_quantization(folder: str, quantization: str | None) -> None:
     """Refuse to go on with an adapter on a backbone of another quantisation: those are other weights.
 

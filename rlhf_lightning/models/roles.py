@@ -1,19 +1,20 @@
-"""Who plays which part: reference, reward model and critic, as models of their own or on the policy's backbone.
+"""Load models for their roles: policy, reference, reward model and critic, alone or on the policy's backbone.
 
-With an adapter the frozen backbone is loaded once. Adapters off it is the reference; a reward model that was trained on
-it is a further adapter with a scalar head; a critic likewise. What is frozen is registered with the policy alone, so it
-moves with it and lands in no checkpoint.
+With an adapter the frozen backbone is loaded once. Without its adapters it is the reference; a reward model that was
+trained on it is a further adapter with a scalar head; so is a critic. What is frozen is registered with the policy
+alone: it moves with the policy and is in no checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.models.adapters import (
@@ -23,102 +24,118 @@ from rlhf_lightning.models.adapters import (
     AdapterWeights,
     adapter_weights,
     add_adapter,
-    is_low_rank_alone,
     read_adapter,
     with_adapter,
 )
-from rlhf_lightning.models.causal_lm import CausalLM, adapted_weights, load_reference
-from rlhf_lightning.models.frozen import FrozenPolicy
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import (
     LoadSettings,
+    load_hf_model,
     load_reward_hf_model,
+    load_weights,
     prepare_for_training,
     refuse_nonfinite_weights,
 )
-from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.quantization import quantization_of
-from rlhf_lightning.models.resolving import SCORE_BIAS, backbone_record, fingerprint, is_adapter, output_names
+from rlhf_lightning.models.resolving import (
+    SCORE_BIAS,
+    adapter_settings,
+    backbone_record,
+    classifier_labels,
+    fingerprint,
+    is_adapter,
+    load_base_of_adapter,
+    output_names,
+    refuse_other_quantization,
+    resolve_folder,
+)
 from rlhf_lightning.models.scalar_head import ScalarModel, text_config, unwrapped
 from rlhf_lightning.models.self_check import check_class
-from rlhf_lightning.models.sharding import cut_like, whole
 
 
-class Reference(FrozenPolicy):
-    """The frozen model that training started from. Where the policy is an adapter, its backbone is the reference.
+def load_policy(
+    init_from: str,
+    settings: LoadSettings | None = None,
+    lora: LoraSettings | None = None,
+    value_head: bool = False,
+) -> CausalLM:
+    """Load a causal language model to train or to sample from.
 
     Args:
-        policy: the policy in training.
-        init_from: what it started from.
-        settings: how a copy is loaded.
-        own: load a copy in every case, in fp32, for a reference that will move.
+        init_from: hub id, folder (whole weights or an adapter) or .gguf file.
+        settings: precision, attention kernel, checkpointing.
+        lora: train an adapter on the frozen backbone; None trains every weight.
+        value_head: add a critic's head on the trunk.
 
     Raises:
-        SettingError: the reference will move, and its weights would be quantised, or cannot follow the adapter's.
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: an adapter's backbone is not the one it was trained on, or is quantised otherwise; or the adapter is
+            a reward model's.
     """
+    settings = settings or LoadSettings()
+    name = resolve_folder(init_from)
+    if is_adapter(name):
+        refuse_reward_model(name)
+    continued = name if lora is not None and is_adapter(name) else None
+    source = load_base_of_adapter(name) if continued else name
+    if continued:
+        refuse_other_quantization(continued, settings.quantization)
+        model = load_hf_model(source, AutoModelForCausalLM, settings)
+    else:
+        model = load_weights(name, AutoModelForCausalLM, settings)
+    with reading(init_from):
+        prepare_for_training(model, settings)
+        if lora is not None:
+            _refuse_growth(model, source, settings)
+            model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
+        refuse_nonfinite_weights(model, init_from)
+        policy = CausalLM(model, value_head, source)
+        if settings.self_check:
+            check_class(policy, lora)
+    return policy
 
-    def __init__(self, policy: CausalLM, init_from: str, settings: LoadSettings, own: bool = False) -> None:
-        if own and settings.quantization is not None:
-            raise SettingError(
-                "quantized-moving-reference",
-                f"a reference that moves cannot be in {settings.quantization}; set quantization to null",
-            )
-        self.policy = policy
-        if own and policy.has_adapter and not is_low_rank_alone(policy.model.peft_config[POLICY]):
-            raise SettingError(
-                "moving-reference-adapter",
-                "a reference that moves cannot follow an adapter with dora, target_parameters, modules_to_save or "
-                "trained_tokens; train every weight (lora: null), or a plain adapter",
-            )
-        if own:
-            settings = replace(settings, frozen_dtype="float32")
-        self.copy = load_reference(init_from, settings) if own or not policy.has_adapter else None
 
-    @property
-    def models(self) -> tuple[CausalLM, ...]:
-        """The copy, if there is one: it moves to the device by hand, and into no checkpoint or optimizer."""
-        return () if self.copy is None else (self.copy,)
+def _refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
+    """Refuse an adapter on embeddings that were given rows: its folder holds no backbone, so they would be lost."""
+    rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config(decoder=True).vocab_size
+    if settings.embeddings > rows:
+        raise SettingError(
+            "new-tokens-need-rows",
+            f"{source} has {rows} embeddings, and the new tokens need {settings.embeddings}, which an adapter's folder "
+            f"cannot hold; write a backbone with them first (rlhf export {source} --out FOLDER --new_tokens ...), and "
+            "start from that folder",
+        )
 
-    @contextmanager
-    def as_model(self) -> Iterator[CausalLM]:
-        """The reference as a language model, to sample from or to forward."""
-        if self.copy is not None:
-            yield self.copy
-        else:
-            with self.policy.as_reference():
-                yield self.policy
 
-    @property
-    def head_owner(self) -> CausalLM:
-        """The copy, or the policy, whose head an adapter leaves unchanged."""
-        return self.policy if self.copy is None else self.copy
+def refuse_reward_model(name: str) -> None:
+    """Refuse to sample from a reward model, whole or adapter: loaded as a policy it would get a head of random weights.
 
-    # -- a reference that moves ---------------------------------------------------------------------------------------
+    Raises:
+        ModelError: ``name`` is the folder of one.
+    """
+    what = ""
+    if is_adapter(name) and adapter_settings(name).get("task_type") == "SEQ_CLS":
+        what = f"the adapter in {name} is a reward model's"
+    elif (Path(name) / "config.json").is_file() and classifier_labels(name):
+        what = f"{name} is a reward model"
+    if what:
+        raise ModelError(
+            "reward-model", f"{what}: it scores completions and cannot generate them; name a causal language model"
+        )
 
-    @torch.no_grad()
-    def follow(self, alpha: float = 1.0) -> None:
-        """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
-        for _, reference, policy in self._followed():
-            reference.copy_(torch.lerp(reference, policy.to(reference), alpha))
-        self.moved, self._whole_head = True, None
 
-    def moved_weights(self) -> dict[str, Tensor]:
-        """Return the copy's weights that follow the policy's, for a checkpoint."""
-        return {name: whole(reference.detach()) for name, reference, _ in self._followed()}
+def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:
+    """Load a frozen copy for the KL to be measured from, without gradients and in eval mode."""
+    policy = load_policy(init_from, settings_for_inference(settings or LoadSettings()))
+    return policy.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Put the copy where a checkpoint had it."""
-        for name, reference, _ in self._followed():
-            reference.copy_(cut_like(weights[name], reference))
-        self.moved, self._whole_head = True, None
 
-    def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
-        assert self.copy is not None, "a reference moves that is a model of its own"
-        model = self.policy.model
-        for name, weight in adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
-            yield name, self.copy.model.get_parameter(name), weight
+def settings_for_inference(settings: LoadSettings) -> LoadSettings:
+    """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
+    return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)
 
 
 class AdapterScalar(ScalarModel):
@@ -172,11 +189,6 @@ class AdapterScalar(ScalarModel):
             return super().forward(layout, per_token)
 
 
-def backbone_dtype(policy: CausalLM) -> torch.dtype:
-    """Precision of what is not quantised on a policy's backbone."""
-    return unwrapped(policy.model).get_input_embeddings().weight.dtype
-
-
 def belongs_to(policy: CausalLM, folder: str) -> bool:
     """Whether a folder holds an adapter that was trained on the policy's very backbone, quantised alike."""
     if not (policy.has_adapter and is_adapter(folder)):
@@ -202,12 +214,10 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
     Returns:
         The reward model as a ScalarModel, in eval mode.
     """
-    shared = policy is not None and belongs_to(policy, folder) and backbone_dtype(policy) == settings.torch_dtype
-    if shared:
-        assert policy is not None
+    if policy is not None and belongs_to(policy, folder) and _dtype_of(policy) == settings.torch_dtype:
         start = read_adapter(folder)
         if start.head is not None:
-            name = free_name(policy, REWARD)
+            name = _free_name(policy, REWARD)
             add_adapter(policy.model, name, start.config, start.weights)
             model: ScalarModel = AdapterScalar(policy, name, start.head, _bias(folder))
             refuse_nonfinite_weights(policy.model, folder)
@@ -260,14 +270,19 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
     if start_from is not None:
         start = read_adapter(start_from)
     start.config.lora_dropout = lora.dropout
-    name = free_name(policy, CRITIC)
+    name = _free_name(policy, CRITIC)
     add_adapter(model, name, start.config, start.weights, trainable=True)
     zeros = torch.zeros(1, text_config(model).hidden_size)
     bias = 0.0 if start_from is None else _bias(start_from)
     return AdapterScalar(policy, name, zeros if start.head is None else start.head, bias)
 
 
-def free_name(policy: CausalLM, role: str) -> str:
+def _dtype_of(policy: CausalLM) -> torch.dtype:
+    """Precision of the backbone's weights that are not quantised."""
+    return unwrapped(policy.model).get_input_embeddings().weight.dtype
+
+
+def _free_name(policy: CausalLM, role: str) -> str:
     """Return the role's name for a further adapter, numbered where several play it."""
     taken = sum(name == role or name.startswith(f"{role}_") for name in policy.model.peft_config)
     return f"{role}_{taken + 1}" if taken else role

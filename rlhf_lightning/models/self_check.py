@@ -15,11 +15,11 @@ import inspect
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 import transformers
@@ -60,8 +60,8 @@ class Findings(NamedTuple):
     reads_trees: bool
     pads_rows: bool
     logits_path: LogitsPath
-    lines: tuple[str, ...] = ()
-    refusal: tuple[str, str] | None = None
+    lines: Sequence[str] = ()
+    refusal: Sequence[str] | None = None
 
 
 # -- the small copy ---------------------------------------------------------------------------------------------------
@@ -77,7 +77,9 @@ def check_class(model: CausalLM | ScalarModel, lora: LoraSettings | None = None)
     Raises:
         ModelError: no path agrees with the model's own forward, or it attends to later tokens.
     """
-    found = _found_once(model, lora)
+    examined = examine if isinstance(model, CausalLM) else examine_scalar
+    key = check_key(model.model, "forward", [] if lora is None else asdict(lora))
+    found = found_once(key, lambda: examined(unwrapped(model.model), lora), lambda values: Findings(*values))
     for line in found.lines:
         rank_zero_info(line)
     if found.refusal is not None:
@@ -90,19 +92,27 @@ def check_class(model: CausalLM | ScalarModel, lora: LoraSettings | None = None)
             model.logits_path = found.logits_path
 
 
-_found: dict[str, Findings] = {}
+_found: dict[str, Any] = {}
+T = TypeVar("T")
 
 
-def _found_once(model: CausalLM | ScalarModel, lora: LoraSettings | None) -> Findings:
-    """Return the findings for a model's class and config, from this process or from the cache."""
-    key = check_key(model.model, "forward", [] if lora is None else asdict(lora))
+def found_once(key: str, examine: Callable[[], T], read: Callable[[list[Any]], T]) -> T:
+    """Return a check's finding: of this process, else from the cache, else by examining.
+
+    Args:
+        key: what the finding depends on, see `check_key`.
+        examine: makes the check.
+        read: makes the finding of its values.
+    """
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
-        scores = isinstance(model, ScalarModel)
-        found = _read(file) or (examine_scalar if scores else examine)(unwrapped(model.model), lora)
-        write_finding(file, found)
-        _found[key] = found
-    return _found[key]
+        try:
+            _found[key] = read(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, LookupError):
+            _found[key] = examine()
+            _write(file, _found[key])
+    found: T = _found[key]
+    return found
 
 
 def check_key(model: Any, *further: Any) -> str:
@@ -119,15 +129,7 @@ def check_key(model: Any, *further: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _read(file: Path) -> Findings | None:
-    try:
-        trees, pads, path, lines, refusal = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return None
-    return Findings(trees, pads, path, tuple(lines), None if refusal is None else (refusal[0], refusal[1]))
-
-
-def write_finding(file: Path, found: Any) -> None:
+def _write(file: Path, found: Any) -> None:
     """Write a finding to the cache; a cache that cannot be written costs time alone."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,19 +140,12 @@ def write_finding(file: Path, found: Any) -> None:
         pass
 
 
-def copy_of(model: Any) -> Any:
-    """Build the small copy of a model's class and config, with dropout off; raises what the class raises."""
-    inner = unwrapped(model)
-    small = small_copy(inner)
-    prepare_for_training(small)
-    return small
-
-
 def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]:
     """Return a small copy whose own forward was seen to work; else None and what to say."""
     name = type(model).__name__
     try:
-        small = copy_of(model)
+        small = small_copy(unwrapped(model))
+        prepare_for_training(small)
         own = [own_logits(small, ids) for ids in _whole_sequences(EXAMPLES)]
         if all(bool(logits.isfinite().all()) for logits in own):
             return small, None

@@ -29,13 +29,13 @@ from rlhf_lightning.functional.distillation import (
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import token_rewards
 from rlhf_lightning.models.causal_lm import OverLogits
-from rlhf_lightning.models.frozen import FrozenPolicy
+from rlhf_lightning.models.frozen import CurrentPolicy, FrozenPolicy, Teacher
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.limits import limits_of
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.models.teacher import CurrentPolicy, Teacher
-from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.sampling.drawing import uniform
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import ZeroScorer
 from rlhf_lightning.training.meter import Meter

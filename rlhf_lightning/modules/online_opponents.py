@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.functional.surrogates import AggregationName, RatioName
-from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.models.frozen import Reference
 from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
 from rlhf_lightning.modules.dpo import tilted
 from rlhf_lightning.modules.online_preference import OnlineDPOModule

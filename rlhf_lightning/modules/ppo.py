@@ -21,11 +21,11 @@ from rlhf_lightning.functional.policy_gradient import (
     turn_discounts,
     value_clip_fraction,
 )
-from rlhf_lightning.models.causal_lm import TokenOutputs, load_policy
+from rlhf_lightning.models.causal_lm import TokenOutputs
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.resolving import resolve_folder
-from rlhf_lightning.models.roles import add_critic, belongs_to, scalar_model
+from rlhf_lightning.models.roles import add_critic, belongs_to, load_policy, scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.scoring.encoders import EncoderScorer

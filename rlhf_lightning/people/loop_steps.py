@@ -25,7 +25,7 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_markdown
 from rlhf_lightning.loading import load_class, read_config, read_records
-from rlhf_lightning.models.causal_lm import load_reference
+from rlhf_lightning.models.roles import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint

@@ -1,8 +1,4 @@
-"""Incremental decoding with continuous batching and an in-place KV cache.
-
-All rows share their columns and end at the same one. A new prompt is placed so that its last token stands in the last
-column. One step then writes one column for every row, and the batch is never wider than its longest row.
-"""
+"""Incremental decoding with continuous batching: prompts enter the slots of a running batch, see `slot_cache`."""
 
 from __future__ import annotations
 
@@ -27,9 +23,13 @@ from rlhf_lightning.models.causal_lm import CausalLM, Decoding, DecodingStep, Ow
 from rlhf_lightning.models.layout import FEW_PADS
 from rlhf_lightning.models.packing import PackedRow, prefix_trees
 from rlhf_lightning.models.scalar_head import trunk
+from rlhf_lightning.sampling.slot_cache import Kept, SlotLayer, SlotStates, TokenRows
 
 ROOM = 256
 """Free columns of the first allocation; a batch that outgrows them doubles."""
+
+FULL_ENOUGH = 0.75
+"""Share of active rows below which refilling or shrinking the batch pays: each costs about one step."""
 
 
 class Mixture(NamedTuple):
@@ -43,149 +43,6 @@ class Mixture(NamedTuple):
 
     other: Callable[[], AbstractContextManager[CausalLM]]
     mix: Callable[[Tensor, Tensor], Tensor]
-
-
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer in a preallocated buffer; columns ``start`` to ``stop`` are in use.
-
-    Args:
-        slots: rows of the buffer, shape (slots, heads, columns, head size).
-        room: free columns of the first allocation.
-    """
-
-    def __init__(self, slots: int, room: int) -> None:
-        super().__init__()
-        self.slots, self.room = slots, room
-        self.rows = self.start = self.stop = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers. They hold zeros because masked values must be finite."""
-        columns = key_states.shape[-2] + self.room
-        self.keys, self.values = (
-            states.new_zeros(self.slots, states.shape[1], columns, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the next columns of all rows in use; return their keys and values, (rows, heads, width, head size)."""
-        columns = key_states.shape[-2]
-        self.reserve(self.stop - self.start, columns)
-        stop = self.stop + columns
-        self.keys[: self.rows, :, self.stop : stop] = key_states
-        self.values[: self.rows, :, self.stop : stop] = value_states
-        self.stop = stop
-        return self.keys[: self.rows, :, self.start : stop], self.values[: self.rows, :, self.start : stop]
-
-    def enter(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Put rows into slots so that their last column is the last in use.
-
-        Args:
-            keys: shape (entering, heads, width, head size); short rows are padded on the left.
-            values: like ``keys``.
-            slots: slot of each row, int64, shape (entering,).
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        self.reserve(keys.shape[-2], 0)
-        columns = slice(self.stop - keys.shape[-2], self.stop)
-        self.keys[slots, :, columns] = keys
-        self.values[slots, :, columns] = values
-        self.rows = max(self.rows, int(slots.max()) + 1)
-
-    def reserve(self, width: int, ahead: int) -> None:
-        """Have at least ``width`` columns in use and ``ahead`` free ones behind: move them, or double the buffer."""
-        used, capacity = self.stop - self.start, self.keys.shape[-2]
-        width = max(width, used)
-        lead = width - used
-        if used == 0 and width + ahead <= capacity:
-            self.start, self.stop = 0, width
-            return
-        if lead <= self.start and self.stop + ahead <= capacity:
-            self.start -= lead
-            return
-        # Moving within the buffer must leave a share of it free, or columns would move at every step.
-        columns = capacity if width + ahead <= 0.75 * capacity else max(2 * capacity, width + ahead)
-        self.keys, self.values = (self._moved(buffer, lead, columns) for buffer in (self.keys, self.values))
-        self.start, self.stop = 0, width
-
-    def _moved(self, buffer: Tensor, lead: int, columns: int) -> Tensor:
-        """Return a buffer of ``columns`` columns that holds those in use behind ``lead`` others."""
-        used = buffer[: self.rows, :, self.start : self.stop]
-        if columns == buffer.shape[-2]:
-            used = used.clone()
-        else:
-            buffer = buffer.new_zeros(*buffer.shape[:2], columns, buffer.shape[-1])
-        buffer[: self.rows, :, lead : lead + used.shape[-2]] = used
-        return buffer
-
-    def row(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return a copy of the last ``count`` keys and values of a slot, each of shape (heads, count, head size)."""
-        columns = slice(self.stop - count, self.stop)
-        return self.keys[slot, :, columns].clone(), self.values[slot, :, columns].clone()
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone; they move to the first slots in their order."""
-        columns = slice(self.start, self.stop)
-        for buffer in (self.keys, self.values):
-            buffer[: len(rows), :, columns] = buffer[rows, :, columns]
-        self.rows = len(rows)
-
-    def trim(self, width: int) -> None:
-        """Keep the last ``width`` columns alone."""
-        self.start = max(self.start, self.stop - width)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the width that a forward pass of ``query_length`` tokens attends to, and its offset."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return the number of columns in use."""
-        return self.stop - self.start
-
-    def get_max_length(self) -> int:
-        """Return -1: the length is unbounded."""
-        return -1
-
-
-class SlotStates(LinearAttentionLayer):
-    """Convolution and recurrent states of one layer, a row for each slot."""
-
-    def enter(self, read: LinearAttentionLayer, rows: Tensor, slots: Tensor) -> None:
-        """Put the states of some rows into slots."""
-        count = int(slots.max()) + 1
-        for kind in ("conv_states", "recurrent_states"):
-            own = getattr(self, kind)
-            for index, states in getattr(read, kind).items():
-                if states is None:
-                    continue
-                held = states[:0] if own[index] is None else own[index]
-                if len(held) < count:
-                    held = torch.cat([held, states.new_zeros(count - len(held), *states.shape[1:])])
-                held[slots] = states[rows]
-                own[index] = held
-        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"):
-            setattr(self, name, {**getattr(read, name)})
-        self.conv_kernel_size, self.device, self.dtype = {**read.conv_kernel_size}, read.device, read.dtype
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone; they move to the first slots in their order."""
-        self.reorder_cache(rows)
-
-    def trim(self, width: int) -> None:
-        """Do nothing: states have no columns."""
-
-
-class Kept(NamedTuple):
-    """Keys and values of the first tokens of a row that has left its slot.
-
-    Attributes:
-        tokens: number of the tokens.
-        layers: keys and values of each layer, each of shape (heads, count, head size).
-    """
-
-    tokens: int
-    layers: list[tuple[Tensor, Tensor]]
 
 
 class Prefix(NamedTuple):
@@ -206,17 +63,6 @@ class Prefix(NamedTuple):
         index = torch.tensor([row], device=self.logits.device)
         self.cache.reorder_cache(index)
         return Prefix(self.logits[index], self.cache, None if self.other is None else self.other.select(row))
-
-
-class TokenRows:
-    """The tokens of each row so far, shape (rows, width): what a model reads again that keeps nothing."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def reorder_cache(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.ids = self.ids[rows]
 
 
 def takes_positions(model: CausalLM) -> bool:
@@ -507,7 +353,7 @@ def _padded_left(states: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[1], 0))
 
 
-def make_decoder(model: CausalLM, slots: int, room: int, mixture: Mixture | None) -> Decoder:
+def make_decoder(model: CausalLM, slots: int, room: int, mixture: Mixture | None = None) -> Decoder:
     """Return the decoder of a model, or of the two models of a mixture."""
     return Decoder(model, slots, room) if mixture is None else MixedDecoder(model, slots, room, mixture)
 

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.causal_lm import CausalLM, Decoding, inference_mode_of
-from rlhf_lightning.models.layout import padded_layout, select
-from rlhf_lightning.models.resolving import cache_folder
+from rlhf_lightning.models.causal_lm import CausalLM, Decoding
 from rlhf_lightning.models.scalar_head import unwrapped
-from rlhf_lightning.models.self_check import (
-    CLOSE,
-    CLOSE_BY_DTYPE,
-    EXAMPLES,
-    check_key,
-    own_logprobs,
-    working_copy,
-    write_finding,
-)
-from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.models.self_check import CLOSE, EXAMPLES, check_key, found_once, own_logprobs, working_copy
 from rlhf_lightning.sampling.decoding import default_decoding
-from rlhf_lightning.sampling.engines import Completions, SamplingRequest, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 
 TOLD: dict[Decoding, str] = {
     "slots": "in slots that are refilled",
@@ -41,8 +30,12 @@ ENDS = tuple(range(5, 20))
 """Ids that end completions of the check: so many that rows end at different times."""
 
 
-def settle_decoding(model: CausalLM) -> None:
+def settle_decoding(model: CausalLM, sample: Callable[..., Completions]) -> None:
     """Set how a model decodes to the first way that agrees with its own forward; a line says what is slower.
+
+    Args:
+        model: the model.
+        sample: `SamplingEngine.sample` of the engine that decodes.
 
     Raises:
         ModelError: no way agrees.
@@ -50,7 +43,10 @@ def settle_decoding(model: CausalLM) -> None:
     if model.decoding is not None or not model.self_check:
         return
     first = default_decoding(model, checked=True)
-    found, line = _decoding_once(model, first)
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    depends_on = [first, model.pads_rows, model.reads_trees, model.logits_path, hashlib.sha256(code).hexdigest()]
+    key = check_key(model.model, "decoding", *depends_on)
+    found, line = found_once(key, lambda: _examined(model, first, sample), lambda values: (values[0], values[1]))
     if found is None:
         raise ModelError("self-check-failed", line)
     if line:
@@ -58,28 +54,7 @@ def settle_decoding(model: CausalLM) -> None:
     model.decoding = found
 
 
-_found: dict[str, tuple[Decoding | None, str]] = {}
-
-
-def _decoding_once(model: CausalLM, first: Decoding) -> tuple[Decoding | None, str]:
-    """Return the finding for a model's class and config, from this process or from the cache."""
-    key = check_key(model.model, "decoding", first, model.pads_rows, model.reads_trees, model.logits_path, _code())
-    if key not in _found:
-        file = cache_folder() / "self_check" / f"{key}.json"
-        try:
-            _found[key] = tuple(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            _found[key] = examine_decoding(model, first)
-            write_finding(file, _found[key])
-    return _found[key]
-
-
-def _code() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def examine_decoding(model: CausalLM, first: Decoding) -> tuple[Decoding | None, str]:
+def _examined(model: CausalLM, first: Decoding, sample: Callable[..., Completions]) -> tuple[Decoding | None, str]:
     """Return the first way to decode that agrees on a small copy, None if none does, and what to tell the user."""
     name = type(unwrapped(model.model)).__name__
     hf, unusable = working_copy(unwrapped(model.model))
@@ -91,7 +66,7 @@ def examine_decoding(model: CausalLM, first: Decoding) -> tuple[Decoding | None,
     reason, known = "", dict[bytes, Tensor]()
     for way in ways[ways.index(first) :]:
         small.decoding = way
-        apart = _apart(small, known)
+        apart = _apart(small, known, sample)
         if apart <= CLOSE:
             return way, f"{name}: {reason}; it decodes {TOLD[way]}" if reason else ""
         told = "fails" if apart == float("inf") else f"is wrong by {apart:.2g} nats"
@@ -99,12 +74,13 @@ def examine_decoding(model: CausalLM, first: Decoding) -> tuple[Decoding | None,
     return None, f"{name}: {reason}, and every other way to decode too; sample with another model"
 
 
-def _apart(small: CausalLM, known: dict[bytes, Tensor]) -> float:
+def _apart(small: CausalLM, known: dict[bytes, Tensor], sample: Callable[..., Completions]) -> float:
     """Return how far log-probabilities of sampled tokens are from the model's own forward, nats; at least, if wrong.
 
     Args:
         small: the small copy.
         known: its own log-probabilities of completions seen before; any batch samples the same.
+        sample: samples from it.
     """
     prompts = [EXAMPLES.prompts[parent] for parent in (0, 1, 1, 2, 1)]
     runs: list[tuple[list[Any], int | None]] = [(prompts, None), (prompts, 2), (prompts[:1], None)]
@@ -112,7 +88,7 @@ def _apart(small: CausalLM, known: dict[bytes, Tensor]) -> float:
     try:
         for asked, slots in runs:
             settings = SamplingSettings(max_new_tokens=7, batch_size=slots)
-            drawn = SlotEngine().sample(small, asked, torch.arange(len(asked)), settings, 0, ENDS)
+            drawn = sample(small, asked, torch.arange(len(asked)), settings, 0, ENDS)
             for prompt, ids, logprobs in zip(asked, drawn.ids, drawn.logprobs, strict=True):
                 key = torch.cat([prompt, ids]).numpy().tobytes()
                 if key not in known:
@@ -123,20 +99,3 @@ def _apart(small: CausalLM, known: dict[bytes, Tensor]) -> float:
     except Exception:  # a way that a class was not made for fails in many ways
         return float("inf")
     return largest
-
-
-@torch.no_grad()
-def check_first_row(model: CausalLM, request: SamplingRequest, drawn: Completions) -> None:
-    """Warn where log-probabilities of the first completion that a model samples are not those of its forward."""
-    if is_sharded(model):
-        return  # other ranks may have no row to forward
-    row = drawn.after(request.prompts)
-    layout = padded_layout(select(row, [0])).to(next(model.parameters()).device)
-    with inference_mode_of(model):
-        expected = model(layout, request.settings.temperature or 1.0).logprobs[0].cpu()
-    apart = float((drawn.logprobs[0] - expected[: len(drawn.logprobs[0])]).abs().mean())
-    if not apart <= CLOSE_BY_DTYPE.get(next(model.parameters()).dtype, CLOSE):
-        rank_zero_warn(
-            f"{type(unwrapped(model.model)).__name__}: log-probabilities of sampled tokens differ from the model's "
-            f"forward by {apart:.2g} nats on average in the first completion; its samples are not the model's"
-        )

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.errors import StateError
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
-from rlhf_lightning.models.sharding import is_sharded
-from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, draw
+from rlhf_lightning.sampling.drawing import draw, uniform
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
 from rlhf_lightning.sampling.json_server import request_seed
 from rlhf_lightning.tokenization import Ends
 
@@ -24,22 +23,12 @@ class GenerateEngine(SamplingEngine):
     """Samples with ``generate``, batch after batch, each as long as its longest completion.
 
     A logits processor draws each token at its address, so the episodes are those of `SlotEngine`. Use it for models
-    whose
-    family overrides ``generate``, and for comparisons.
+    whose family overrides ``generate``, and for comparisons.
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
-        if request.mixture is not None:
-            raise SettingError(
-                "mixture-needs-slots",
-                "GenerateEngine samples from one model, and a mixture of models was asked for; use the SlotEngine",
-            )
-        if is_sharded(model):
-            raise SettingError(
-                "sharded-needs-slots",
-                "GenerateEngine cannot sample from sharded weights, which the root module gathers; use the SlotEngine",
-            )
+        self.require_one_model(model, request)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = settings.batch_size or max(len(order), 1)
         ids, logprobs = [torch.zeros(0, dtype=torch.long)] * len(prompts), [torch.zeros(0)] * len(prompts)
@@ -78,16 +67,7 @@ class ContinuousBatchingEngine(SamplingEngine):
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         prompts, settings, end_ids = request.prompts, request.settings, request.end_ids
-        if request.mixture is not None:
-            raise SettingError(
-                "mixture-needs-slots",
-                "ContinuousBatchingEngine samples from one model, and a mixture of models was asked for; use the "
-                "SlotEngine",
-            )
-        if is_sharded(model):
-            raise SettingError(
-                "sharded-needs-slots", "continuous batching needs whole weights on each rank; use the SlotEngine"
-            )
+        self.require_one_model(model, request)
         if not prompts:
             return Completions((), (), torch.zeros(0, dtype=torch.bool))
         config = GenerationConfig(
@@ -131,7 +111,7 @@ class _Drawer(LogitsProcessor):
         """Return scores with one finite entry per row, the drawn token."""
         positions = self.starts + len(self.logprobs)
         numbers = uniform(self.seed, self.episodes, positions)
-        chosen, logprobs, _ = draw(scores.float(), self.settings, numbers)
+        chosen, logprobs, _ = draw(scores.float(), numbers, *self.settings.distribution)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)
 

@@ -24,7 +24,7 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.adapters import POLICY, adapter_weights
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.sharding import is_first_rank, is_sharded, whole_weights
-from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite
 
 WEIGHTS = "model.safetensors"

@@ -22,16 +22,13 @@ from rlhf_lightning.errors import StateError
 from rlhf_lightning.functional.logprobs import chunk_size
 from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
-from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.decoding import make_decoder
-from rlhf_lightning.sampling.engines import AHEAD, FULL_ENOUGH, SamplingSettings, draw
+from rlhf_lightning.sampling.decoding import FULL_ENOUGH, ROOM, make_decoder
+from rlhf_lightning.sampling.drawing import AHEAD, draw, uniform
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 MAX_TOKENS = 8192
 """Cells of a forward pass that reads prompts."""
-
-ROOM = 256
-"""Columns beyond the prompts in the first allocation of the KV cache."""
 
 
 class Token(NamedTuple):
@@ -138,7 +135,7 @@ class LiveBatch:
 
     def _reset(self) -> None:
         self.rows: list[_Row | None] = []
-        self.decoder = make_decoder(self.model, self.slots, ROOM, None)
+        self.decoder = make_decoder(self.model, self.slots, ROOM)
 
     @property
     def active(self) -> list[int]:
@@ -257,8 +254,7 @@ class LiveBatch:
         groups: dict[tuple[float, float, int], list[int]] = {}
         for place, slot in enumerate(slots):
             if (row := self.rows[slot]) is not None:
-                settings = row.completion.settings
-                groups.setdefault((settings.temperature, settings.top_p, settings.top_k), []).append(place)
+                groups.setdefault(row.completion.settings.distribution, []).append(place)
         for places in groups.values():
             owners = [slots[place] for place in places]
             for slot, token in zip(owners, self._drawn(owners, logits[places]), strict=True):
@@ -269,7 +265,7 @@ class LiveBatch:
         rows = [row for slot in slots if (row := self.rows[slot]) is not None]
         settings = rows[0].completion.settings
         numbers = torch.tensor([row.number() for row in rows], dtype=torch.float64, device=self.device)
-        ids, logprobs, _ = draw(logits, settings, numbers)
+        ids, logprobs, _ = draw(logits, numbers, *settings.distribution)
         most = max(row.completion.top for row in rows)
         best: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
         if most:

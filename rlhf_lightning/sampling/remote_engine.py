@@ -24,14 +24,12 @@ from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, spread
 from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed
+from rlhf_lightning.sampling.live_batch import MAX_TOKENS
 from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import MicroBatchLimits, Sequences
-
-MAX_TOKENS = 8192
-"""Cells of a forward pass that scores a server's completions."""
 
 LEAVING = threading.Lock()
 """Held while a silent server is left out: several requests find out at the same time."""
@@ -129,7 +127,9 @@ class RemoteEngine(SamplingEngine):
             self._request(name, prompt, settings, request_seed(request.seed, int(episode), int(start)), end_ids)
             for prompt, episode, start in zip(request.prompts, request.episodes, request.first_positions, strict=True)
         ]
-        owners = self._spread([len(prompt) for prompt in request.prompts])
+        servers = list(self.servers)
+        parts = spread([len(prompt) for prompt in request.prompts], len(servers))
+        owners = {row: server for server, part in zip(servers, parts, strict=False) for row in part}
 
         def ask(row: int) -> tuple[JSONServer, Any]:
             return self._ask(owners[row], bodies[row])
@@ -142,16 +142,6 @@ class RemoteEngine(SamplingEngine):
         ids = tuple(one.ids for one in drawn)
         finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
         return Completions(ids, tuple(one.logprobs for one in drawn if one.logprobs is not None), finished)
-
-    def _spread(self, lengths: Sequence[int]) -> list[JSONServer]:
-        """Return the server of each prompt: the longest go first, each to the server with the fewest tokens."""
-        servers, loads = list(self.servers), [0] * len(self.servers)
-        owners = dict[int, JSONServer]()
-        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            place = loads.index(min(loads))
-            owners[row] = servers[place]
-            loads[place] += lengths[row] + 1
-        return [owners[row] for row in range(len(lengths))]
 
     def _ask(self, server: JSONServer, body: dict[str, Any]) -> tuple[JSONServer, Any]:
         """Return a server's answer and the server; another one is asked where the first is silent.
@@ -187,11 +177,7 @@ class RemoteEngine(SamplingEngine):
 
     def _model_name(self, model: CausalLM, request: SamplingRequest) -> str:
         """Return the policy's name on the servers, after handing over weights that have changed."""
-        if request.mixture is not None:
-            raise SettingError(
-                "mixture-needs-slots",
-                "a server samples from one model, and a mixture of models was asked for; use the SlotEngine",
-            )
+        self.require_one_model(model, request, whole=False)
         adapter = active_adapter(model.model) if model.has_adapter else None
         if adapter is None:
             return self._full_weights(model)

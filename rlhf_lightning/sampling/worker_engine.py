@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError, StateError
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.sharding import is_sharded
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, SlotEngine
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, spread
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 
 ATTEMPTS = 3
 """Workers that a job is given to before its failure is the job's."""
@@ -71,20 +72,12 @@ class WorkerEngine(SamplingEngine):
 
     def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
         """Write the weights down now, and let the workers sample while the caller trains."""
-        if request.mixture is not None:
-            raise SettingError(
-                "mixture-needs-slots",
-                "a worker samples from one model, and a mixture of models was asked for; use the SlotEngine",
-            )
-        if is_sharded(model):
-            raise SettingError(
-                "sharded-needs-slots", "workers hold the whole policy, and its weights are sharded; use the SlotEngine"
-            )
+        self.require_one_model(model, request)
         if not request.prompts:
             nothing = Completions((), (), torch.zeros(0, dtype=torch.bool), ())
             return lambda: nothing
         job = self._job(model, request)
-        parts = _parts([len(prompt) for prompt in request.prompts], self.count)
+        parts = spread([len(prompt) for prompt in request.prompts], self.count)
         waiting = [worker.submit(job, request, rows) for worker, rows in zip(self.workers, parts, strict=False)]
 
         def result() -> Completions:
@@ -188,17 +181,6 @@ class _Worker:
 
 def _failure(answer: Mapping[str, Any]) -> StateError:
     return StateError("worker-failed", f"a rollout worker failed: {answer.get('error')}")
-
-
-def _parts(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Return each worker's prompts: the longest go first, each to the worker with the fewest tokens."""
-    parts: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
-    loads = [0] * len(parts)
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        place = loads.index(min(loads))
-        parts[place].append(row)
-        loads[place] += lengths[row]
-    return [sorted(part) for part in parts]
 
 
 def _assembled(

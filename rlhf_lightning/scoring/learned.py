@@ -19,7 +19,7 @@ from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.ranking import aggregated_steps
 from rlhf_lightning.loading import read_record
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.causal_lm import CausalLM, settings_for_inference
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import (
@@ -33,7 +33,7 @@ from rlhf_lightning.models.resolving import (
     output_names,
     resolve_folder,
 )
-from rlhf_lightning.models.roles import AdapterScalar, load_reward_model
+from rlhf_lightning.models.roles import AdapterScalar, load_reward_model, settings_for_inference
 from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.scoring.encoders import is_encoder, label_index

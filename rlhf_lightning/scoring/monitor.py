@@ -17,9 +17,10 @@ from rlhf_lightning.errors import DataError, SettingError, StateError
 from rlhf_lightning.functional.statistics import logistic_fit
 from rlhf_lightning.loading import read_records
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates, kept_states
+from rlhf_lightning.models.causal_lm import CausalLM, PredictingStates
 from rlhf_lightning.models.layout import padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.recording import kept_states
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import encoded_sequences

@@ -19,14 +19,8 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.sampling.conversation import Transcript, turns_of
 from rlhf_lightning.sampling.decoding import Mixture
-from rlhf_lightning.sampling.engines import (
-    Completions,
-    SamplingEngine,
-    SamplingRequest,
-    SamplingSettings,
-    load_engine,
-    refuse_empty,
-)
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, refuse_empty
+from rlhf_lightning.sampling.slot_engine import load_engine
 from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
 from rlhf_lightning.scoring.scorer import Judgements, ask_scorer, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows

@@ -35,17 +35,18 @@ from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
 from rlhf_lightning.models.export import push_folder
 from rlhf_lightning.models.folders import trusts
+from rlhf_lightning.models.frozen import Reference
 from rlhf_lightning.models.layout import Layout, lay_out
 from rlhf_lightning.models.limits import check_rows, limits_of
 from rlhf_lightning.models.loading import LoadSettings, refuse_nonfinite_weights
 from rlhf_lightning.models.lora import LoraSettings, lora_settings
 from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_of_adapter, resolve_folder, saved_folder
-from rlhf_lightning.models.roles import Reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.sampling.conversation import Turns, turns_of
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import check, check_optimizers, check_trainer, settled_precision

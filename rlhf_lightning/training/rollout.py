@@ -17,12 +17,13 @@ from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
 from rlhf_lightning.functional.surrogates import CorrectionName
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.frozen import Reference
 from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout
-from rlhf_lightning.models.roles import Reference
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.sharding import in_step
-from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import Judgements, learning, unmoved

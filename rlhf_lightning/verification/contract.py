@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.errors import ContractError, ModelError, RlhfError
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule, SelfDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule

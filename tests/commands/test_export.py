@@ -20,10 +20,10 @@ from commands.conftest import save
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.export import probe, trained
 from rlhf_lightning.commands.train import run
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import resolve_folder
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.tokenization import encode_prompt, load_tokenizer
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n} " + "x" * n} for n in range(12)]
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_can_be_asked_for(policy_folder, data, capsys):
 
 def test_dpo_needs_no_reference_to_be_exported(policy_folder, data, monkeypatch):
     folder = fit("DPO", policy_folder)
-    monkeypatch.setattr("rlhf_lightning.models.roles.load_reference", None)
+    monkeypatch.setattr("rlhf_lightning.models.frozen.load_reference", None)
     assert rlhf(["export", str(folder), "--out", "exported"]) == 0
     assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(folder / "model", AutoModelForCausalLM))
 

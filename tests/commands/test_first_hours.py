@@ -12,10 +12,10 @@ from tiny_run import BASIC, NumbersDataModule, SlopeModule
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.data import PreferenceDataModule
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.tokenization import load_tokenizer
 

@@ -11,8 +11,8 @@ from tiny_run import BASIC
 from rlhf_lightning.commands.flags import NestedFlag, configs_first, flags, put_nested, split_nested
 from rlhf_lightning.commands.parsing import with_full_paths
 from rlhf_lightning.commands.train import main, run
-from rlhf_lightning.sampling.engines import load_engine
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.sampling.slot_engine import load_engine
 from rlhf_lightning.scoring import load_scorer
 
 MODEL = ["--model", "GRPOModule", "--model.init_from", "x", "--data", "PromptDataModule", "--data.source", "y"]

@@ -19,9 +19,10 @@ from rlhf_lightning.commands.completion_requests import CHAT_FIELDS, COMPLETION_
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.serve import LARGEST_BODY, access_key, make_app, policy_api
 from rlhf_lightning.commands.web_server import HEADERS, listen, served
-from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.remote_engine import RemoteEngine
+from rlhf_lightning.sampling.slot_engine import sample
 
 SITE = "http://localhost:8000"
 CHAT = [{"role": "user", "content": "hello"}]

@@ -15,8 +15,9 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.serve import make_app, policy_api
 from rlhf_lightning.commands.web_server import listen, served
-from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 
 QUESTIONS = ["one", "two two", "a longer question than that", "?", "five", "six", "seven", "eight"]
 CHOICES = ["yes", "no way", "x"]

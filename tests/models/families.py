@@ -24,17 +24,18 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import packed_layout, padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.packing import trees_of
-from rlhf_lightning.models.roles import add_critic, scalar_model
+from rlhf_lightning.models.roles import add_critic, load_policy, scalar_model
 from rlhf_lightning.models.scalar_head import trunk
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.small_copy import redraw, small_config
-from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Sequences
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"

@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM
 
 from models.families import build
 from rlhf_lightning.commands import export
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.frozen import Reference
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
 from rlhf_lightning.models.lora import LoraSettings, add_lora, lora_settings
-from rlhf_lightning.models.roles import Reference, add_critic
+from rlhf_lightning.models.roles import add_critic, load_policy
 from rlhf_lightning.modules import PPOModule, RewardModule
 
 ROWS = random_rows(4, seed=9)

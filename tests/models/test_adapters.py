@@ -10,11 +10,12 @@ from transformers import LlamaForCausalLM
 
 from rlhf_lightning.models import adapters
 from rlhf_lightning.models.adapters import CRITIC, POLICY, adapter_weights, add_adapter, read_adapter, with_adapter
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings, add_lora
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.scalar_head import hidden_states
 from rlhf_lightning.tokenization import load_tokenizer
 

@@ -8,19 +8,14 @@ from tiny_models import FIRST_WORD, VOCABULARY, plain_logprobs, random_rows, sav
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
 
-from rlhf_lightning.models.causal_lm import (
-    CausalLM,
-    OverLogits,
-    inference_mode_of,
-    load_policy,
-    load_reference,
-    trainable_fraction,
-)
+from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, inference_mode_of, trainable_fraction
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, padded_layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.models.roles import load_policy, load_reference
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 
 ROWS = random_rows(5, seed=3)
 BATCH = sequences(ROWS)
@@ -243,6 +238,11 @@ def test_a_continued_adapters_reference_is_the_adapter_as_it_was_loaded(policy_f
 def test_a_model_without_adapter_holds_no_reference(policy: CausalLM) -> None:
     with refused("no-adapter", "has no adapter, so it holds no reference of its own"), policy.as_reference():
         pass
+
+
+def trainable_fraction(model: CausalLM) -> float:
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 
 def test_only_the_adapter_is_trained(policy_folder: str) -> None:

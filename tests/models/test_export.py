@@ -9,12 +9,13 @@ from tiny_models import EOS, random_rows, sequences
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy, export_reward_model
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.resolving import fingerprint
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.scalar_head import ScalarModel
 
 ROWS = random_rows(5, seed=41)

@@ -24,14 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.families import build
 from rlhf_lightning.commands import export
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.limits import check_rows, limits_of
 from rlhf_lightning.models.loading import make_room
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.modules import DPOModule, PPOModule, SFTModule
-from rlhf_lightning.sampling.engines import SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.tokenization import encode_completion, end_token_ids, load_tokenizer
 
 NEW = ["<act>", "</act>"]
@@ -122,7 +123,7 @@ def test_completions_end_at_every_token_that_ends_one(tmp_path: Path) -> None:
     module = SFTModule(init_from=folder, stop_tokens=[f"w{index}" for index in range(6, 60)])
     fit(module, [demonstration_step([([5, 6], [7, EOS])])])
     for engine in ("SlotEngine", "GenerateEngine"):
-        from rlhf_lightning.sampling.engines import load_engine
+        from rlhf_lightning.sampling.slot_engine import load_engine
 
         module.engine = load_engine(engine)
         drawn = module.complete([torch.tensor([5, 6])] * 8, torch.arange(8), SamplingSettings(30), 0)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_policy, save_reward_model, tiny_tokenizer
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.models.causal_lm import load_policy, load_reference
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy, load_reference
 from rlhf_lightning.scoring import LearnedScorer
 
 VALUES = {"nan": float("nan"), "inf": float("inf"), "minus inf": -float("inf")}

@@ -6,12 +6,20 @@ import torch
 from conftest import refused
 from tiny_models import random_rows, sequences
 
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy, load_reference
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy, export_reward_model
+from rlhf_lightning.models.frozen import Reference
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
 from rlhf_lightning.models.lora import LoraSettings, add_lora
-from rlhf_lightning.models.roles import AdapterScalar, Reference, add_critic, belongs_to, load_reward_model
+from rlhf_lightning.models.roles import (
+    AdapterScalar,
+    add_critic,
+    belongs_to,
+    load_policy,
+    load_reference,
+    load_reward_model,
+)
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.scoring import LearnedScorer
 

@@ -33,12 +33,12 @@ from transformers import (
 
 from rlhf_lightning.commands import export
 from rlhf_lightning.data import SFTDataModule
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.limits import check_rows, limits_of
 from rlhf_lightning.models.loading import LoadSettings, load_weights
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModule, SFTModule
 
 ROWS = random_rows(4, seed=9)

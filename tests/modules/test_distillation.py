@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.frozen import check_same_vocabulary
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.teacher import check_same_vocabulary
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule, SelfDistillationModule
 from rlhf_lightning.modules.distillation import address_of, solutions_of, with_context
 from rlhf_lightning.training.meter import Meter

@@ -28,7 +28,8 @@ from rlhf_lightning import modules
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import OnlineDPOModule
 from rlhf_lightning.modules.online_opponents import OPPONENTS
-from rlhf_lightning.sampling.engines import Mixture, sample
+from rlhf_lightning.sampling.decoding import Mixture
+from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss

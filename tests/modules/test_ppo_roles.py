@@ -25,12 +25,11 @@ from tiny_models import (
 from training.test_module_checkpoints import Snapshot, run, saved
 
 from rlhf_lightning.models.adapters import read_adapter
-from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
 from rlhf_lightning.models.loading import load_hf_model as load
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.resolving import fingerprint, load_base_of_adapter
-from rlhf_lightning.models.roles import AdapterScalar
+from rlhf_lightning.models.roles import AdapterScalar, load_reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.grpo import GRPOModule

@@ -23,12 +23,12 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from rlhf_lightning.models.causal_lm import inference_mode_of, load_policy
+from rlhf_lightning.models.causal_lm import inference_mode_of
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.quantization import quantization_of
-from rlhf_lightning.models.roles import AdapterScalar
+from rlhf_lightning.models.roles import AdapterScalar, load_policy
 from rlhf_lightning.models.scalar_head import ScalarModel, unwrapped
 from rlhf_lightning.modules.adaptive_preference import TRDPOModule
 from rlhf_lightning.modules.dpo import DPOModule

@@ -23,20 +23,16 @@ from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from rlhf_lightning.commands.serve_vllm import serve_vllm
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.sampling.engines import (
-    Completions,
-    Mixture,
-    SamplingEngine,
-    SamplingSettings,
-    SlotEngine,
-    load_engine,
-)
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.decoding import Mixture
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.slot_engine import SlotEngine, load_engine
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
 EPISODES = torch.arange(20, 29)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_models import EOS, FIRST_WORD, plain_logprobs
 
-from rlhf_lightning.models.causal_lm import load_policy
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.live_batch import LiveBatch, LiveCompletion, UnscoredPrompt, score_prompts
+from rlhf_lightning.sampling.slot_engine import sample
 
 
 class Kept(LiveCompletion):

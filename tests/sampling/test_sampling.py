@@ -10,12 +10,15 @@ from tiny_models import plain_logprobs, random_rows, sequences
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.sampling.decoding import Decoder
-from rlhf_lightning.sampling.engines import Completions, Mixture, SamplingSettings, inverse_cdf, sample
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.decoding import Decoder, Mixture
+from rlhf_lightning.sampling.drawing import inverse_cdf
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(12, seed=21, prompt=10)]
 EPISODES = torch.arange(100, 112)

@@ -20,9 +20,11 @@ from transformers import (
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
 from rlhf_lightning.models.packing import prefix_trees
 from rlhf_lightning.sampling import decoding, engines
-from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.decoding import Decoder, Mixture, SlotLayer
-from rlhf_lightning.sampling.engines import Completions, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.decoding import Decoder, Mixture
+from rlhf_lightning.sampling.drawing import uniform
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings
+from rlhf_lightning.sampling.slot_cache import SlotLayer
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 
 DISTINCT = [torch.tensor(prompt) for prompt, _ in random_rows(7, seed=3, prompt=14)]
 GROUPS = [prompt for prompt in DISTINCT for _ in range(3)]

@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.commands.chat import Conversation
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.sampling.conversation import Turns
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring.learned import LearnedScorer
 from rlhf_lightning.tokenization import Ends, completion_text, end_token_ids, load_tokenizer, turn_text
 from rlhf_lightning.types import Episode, MultiTurn, Reply

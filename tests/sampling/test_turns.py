@@ -18,13 +18,15 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling import engines
 from rlhf_lightning.sampling.conversation import Turns
-from rlhf_lightning.sampling.counter_rng import uniform
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings, SlotEngine
+from rlhf_lightning.sampling.drawing import uniform
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Episode, MultiTurn, Reply
 
 LIMIT, ENDS = 6, (3, *range(10, 40))

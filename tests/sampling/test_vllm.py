@@ -17,9 +17,10 @@ import torch
 from conftest import CACHE, refused
 from tiny_models import EOS, random_rows, save_policy
 
-from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored

@@ -8,8 +8,8 @@ import torch
 from conftest import refused
 from sklearn.metrics import roc_auc_score
 
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.scoring.monitor import LinearProbe, Monitor, NoisyTruth
 from rlhf_lightning.scoring.scorer import ask_scorer
 

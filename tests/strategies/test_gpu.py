@@ -32,7 +32,7 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.packing import PackedRow
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import unwrapped
-from rlhf_lightning.sampling.counter_rng import uniform
+from rlhf_lightning.sampling.drawing import uniform
 from strategies.test_ranks import FAMILIES, OBJECTIVES, TAUGHT, assert_equal
 
 pytestmark = [

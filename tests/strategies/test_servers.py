@@ -8,7 +8,7 @@ from rank_pool import RankPool
 from small_server import BASE, serving
 from transformers import AutoTokenizer
 
-from rlhf_lightning.models.causal_lm import load_policy
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.hand_over import write_server_folder
 
 

@@ -13,9 +13,9 @@ from tiny_models import MetricsLog, fit, prompt_step, random_rows, within
 
 from rlhf_lightning import modules
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.sampling.engines import SlotEngine
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Loss, PolicyLogprobs
 
 PROMPTS = [prompt for prompt, _ in random_rows(3, seed=4) for _ in range(2)]

@@ -23,7 +23,7 @@ from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.environments import FaultTolerantEnvironment, conversing
 from rlhf_lightning.functional.policy_gradient import generalized_advantages, turn_discounts, turn_returns
 from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule
-from rlhf_lightning.sampling.engines import SlotEngine
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Episode, MultiTurn, Reply, Rollout, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(3, seed=81) for _ in range(2)]

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from rlhf_lightning import modules
 from rlhf_lightning.data import PromptDataModule
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.worker_engine import WorkerEngine

@@ -9,11 +9,12 @@ import torch
 from tiny_models import fit, quiet_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_lightning.models.causal_lm import load_policy
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import IterativeDPOModule, OnlineDPOModule, PPOModule, XPOModule
-from rlhf_lightning.sampling.engines import SamplingSettings, sample
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.types import PromptBatch, Step
 from rlhf_lightning.verification.world import END, EnumerableWorld

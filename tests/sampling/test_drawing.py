@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rlhf_lightning.sampling import counter_rng
-from rlhf_lightning.sampling.counter_rng import philox, uniform
+from rlhf_lightning.sampling import drawing
+from rlhf_lightning.sampling.drawing import philox, uniform
 
 
 @pytest.mark.parametrize(
@@ -56,5 +56,5 @@ def test_numbers_are_uniform_and_those_of_neighbours_uncorrelated() -> None:
 
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
 def test_the_extreme_words_stay_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
-    monkeypatch.setattr(counter_rng, "philox", lambda *_: (torch.tensor([word]),) * 4)
+    monkeypatch.setattr(drawing, "philox", lambda *_: (torch.tensor([word]),) * 4)
     assert 0.0 < float(uniform(0, torch.tensor([0]), torch.tensor([0]))) < 1.0
