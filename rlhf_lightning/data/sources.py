@@ -221,8 +221,7 @@ def files_of(source: Source) -> list[Path] | None:
         splits = {_split_of(file) for file in found}
         if len(splits) > 1:
             raise DataError(
-                "mixed-files",
-                f"{source.path!r} matches files of several splits: {_names(found)}; narrow the pattern",
+                "mixed-files", f"{source.path!r} matches files of several splits: {_names(found)}; narrow the pattern"
             )
         return found
     suffix = format_of(path) is not None

@@ -70,9 +70,8 @@ class LoadSettings:
         if self.quantization is not None and self.from_scratch:
             raise SettingError(
                 "quantized-from-scratch",
-                f"quantization is {self.quantization!r} and from_scratch true: quantized weights are "
-                "frozen, and new weights must be trained; train from scratch without quantization "
-                "first",
+                f"quantization is {self.quantization!r} and from_scratch true: quantized weights are frozen, and new "
+                "weights must be trained; train from scratch without quantization first",
             )
 
     @property

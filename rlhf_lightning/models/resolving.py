@@ -256,9 +256,8 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     if expected and found and expected != found:
         raise ModelError(
             "other-backbone",
-            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, "
-            f"that of {name} is {found[:8]}; give the backbone it was trained on, or train the "
-            "adapter anew",
+            f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of "
+            f"{name} is {found[:8]}; give the backbone it was trained on, or train the adapter anew",
         )
     return name
 
@@ -274,10 +273,9 @@ def refuse_other_quantization(folder: str, quantization: str | None) -> None:
     if record and trained != quantization:
         raise ModelError(
             "other-quantization",
-            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, "
-            f"and is to be used on one in {quantization or 'full precision'}; set quantization "
-            f"to {trained or 'null'}, or merge the adapter first (rlhf export --merge true) and "
-            "start from the merged folder",
+            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, and is to be used on "
+            f"one in {quantization or 'full precision'}; set quantization to {trained or 'null'}, or merge the adapter "
+            "first (rlhf export --merge true) and start from the merged folder",
         )
 
 

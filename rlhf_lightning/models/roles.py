@@ -255,9 +255,8 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
     if start_from is not None and not belongs_to(policy, start_from):
         raise ModelError(
             "other-backbone",
-            f"critic='adapter' cannot start from {start_from}: this is not an adapter trained "
-            "on the policy's backbone; use critic='separate', or leave critic_init out to start "
-            "from the policy",
+            f"critic='adapter' cannot start from {start_from}: this is not an adapter trained on the policy's "
+            "backbone; use critic='separate', or leave critic_init out to start from the policy",
         )
     model = policy.model
     if whole := model.peft_config[POLICY].modules_to_save:

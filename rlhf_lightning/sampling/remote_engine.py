@@ -258,8 +258,7 @@ class RemoteEngine(SamplingEngine):
             raise ServerError(
                 "server-answer-unusable",
                 f"{server.url} answered without the token ids and log-probabilities of a completion "
-                f"({type(error).__name__}): {server.shown(answer)}; for a server that knows only text, set "
-                "tokenizer",
+                f"({type(error).__name__}): {server.shown(answer)}; for a server that knows only text, set tokenizer",
             ) from None
         fault = ""
         if len(ids) != len(logprobs) or not 0 < len(ids) <= settings.max_new_tokens:

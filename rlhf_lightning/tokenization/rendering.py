@@ -477,8 +477,7 @@ class _Conversation:
         written = apply_template(self.tokenizer, marked, False, tools=self.tools)
         if not all(f"\ue003{place}\ue003" in written for place in range(count)):
             raise TurnsRefused(
-                "tool-calls-left-out",
-                "the chat template leaves out tool calls; use a template that renders them",
+                "tool-calls-left-out", "the chat template leaves out tool calls; use a template that renders them"
             )
 
 

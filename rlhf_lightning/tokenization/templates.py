@@ -57,9 +57,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:
     if not template:
         raise ChatTemplateError(
             "no-chat-template",
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, and this data is "
-            "conversational (messages); give chat_template the text of a Jinja template, the "
-            "path of a .jinja file, or 'default'",
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, and this data is conversational "
+            "(messages); give chat_template the text of a Jinja template, the path of a .jinja file, or 'default'",
         )
     return template if isinstance(template, str) else tokenizer.get_chat_template(tools=[{}] if tools else None)
 

@@ -72,8 +72,7 @@ def load_tokenizer(
             raise MissingError(
                 "hub-unreachable",
                 f"{str(name_or_folder)!r} is neither a folder nor in the local cache, and the Hugging Face Hub cannot "
-                "be reached: check the name, download it once online (and without HF_HUB_OFFLINE), or give a "
-                "folder",
+                "be reached: check the name, download it once online (and without HF_HUB_OFFLINE), or give a folder",
             ) from error
         raise MissingError(
             "no-tokenizer",

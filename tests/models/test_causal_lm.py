@@ -8,7 +8,7 @@ from tiny_models import FIRST_WORD, VOCABULARY, plain_logprobs, random_rows, sav
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
 
-from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, inference_mode_of, trainable_fraction
+from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, inference_mode_of
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layout import Layout, padded_layout
 from rlhf_lightning.models.loading import LoadSettings
