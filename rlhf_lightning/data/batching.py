@@ -43,13 +43,7 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Choose rows to hold out, by seed, so that no prompt is on both sides.
 
-    Args:
-        groups: number of each row's prompt, shape (rows,).
-        count: rows to hold out.
-        seed: seed of the choice.
-
-    Returns:
-        the rows in ascending order: ``count`` of them, or as close as whole prompts allow.
+    Return ``count`` rows in ascending order, or as close as whole prompts allow; ``groups`` numbers each row's prompt.
 
     Raises:
         SettingError: if no row would be left to train on.
@@ -76,12 +70,7 @@ def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
 def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
     """Return the rows of an epoch: each as often as the weight of its source says, a fraction chosen anew each epoch.
 
-    Args:
-        rows: all rows, shape (rows,).
-        sources: number of the source of each of them, shape (rows,).
-        weights: weight of each source.
-        seed: seed of the choices.
-        epoch: number of the epoch.
+    ``sources`` is the number of each row's source, shape (rows,).
 
     Raises:
         SettingError: if no row is left.
@@ -109,12 +98,7 @@ def endless_rows(
 ) -> np.ndarray:
     """Return the rows at ``start .. stop - 1`` of an endless sequence of passes, each with its own order.
 
-    Args:
-        rows_of: rows of a pass, by its number; as many in each.
-        start: first place.
-        stop: the place after the last.
-        seed: seed of the orders.
-        shuffle: whether passes are shuffled.
+    ``rows_of`` gives the rows of a pass by its number, as many in each.
     """
     size = len(rows_of(0))
     passes = []

@@ -43,13 +43,10 @@ def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
 def unpaired(
     store: RowStore, rows: Sequence[int], partners: Mapping[int, int] | None = None, max_length: int | None = None
 ) -> UnpairedBatch:
-    """Collate one judged completion for each prompt, and a mismatched one of another row where partners are given.
+    """Collate one judged completion for each prompt.
 
-    Args:
-        store: the rows.
-        rows: rows of the batch.
-        partners: for each row, the row whose completion is put after its prompt.
-        max_length: most tokens of prompt and mismatched completion.
+    With ``partners`` (for each row another one) a mismatched completion is put after each prompt, within
+    ``max_length``.
     """
     sequences, ranks = _single(store, rows)
     mismatched = None
@@ -96,11 +93,7 @@ def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
 def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int = 1) -> PromptBatch:
     """Collate prompts, each repeated ``samples`` times in a row.
 
-    Args:
-        store: the rows.
-        rows: rows whose prompts are taken.
-        episodes: number of each prompt's first sample in the run, int64, shape (rows,).
-        samples: samples of each prompt.
+    ``episodes`` is the number of each prompt's first sample in the run, int64, shape (rows,).
     """
     records = [store.record(row) for row in rows]
     names = dict.fromkeys(name for record in records for name in record["columns"])

@@ -434,12 +434,7 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         return PlannedSteps(self._plan(self.store, rows, epoch), self.store, rows, self.ranks[0], self.collator())
 
     def streamed_step(self, rows: list[EncodedRow], index: int) -> Step[Any]:
-        """Make this rank's share of a step.
-
-        Args:
-            rows: the step's rows over all ranks, from a stream.
-            index: number of the step in the run.
-        """
+        """Make this rank's share of the run's step ``index`` of its rows over all ranks, from a stream."""
         store = RowStore.build(rows, Report())
         places = np.arange(len(store))
         plan = self._plan(store, places, shuffle=False, drop_last=False)

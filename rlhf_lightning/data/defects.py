@@ -75,13 +75,8 @@ class Preferences:
         self.prompts, self.better, self.worse, self.rows = array("q"), array("q"), array("q"), array("q")
 
     def add(self, row: int, prompt: int, completions: Sequence[int], ranks: Sequence[int]) -> None:
-        """Add a row's preferences.
-
-        Args:
-            row: its number.
-            prompt: hash of the prompt.
-            completions: hash of each completion.
-            ranks: rank of each completion, 0 is best.
+        """Add a row's preferences: hashes of prompt and completions, and the rank of each completion, 0 for the
+        best.
         """
         near = len(completions) > WHOLE_LISTS
         for one, rank in zip(completions, ranks, strict=True):

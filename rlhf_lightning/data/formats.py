@@ -285,10 +285,6 @@ KINDS = {
 def kind_of(columns: Iterable[str], where: str) -> str:
     """Return the name of the first kind with a form that the columns hold.
 
-    Args:
-        columns: names of columns.
-        where: what has them, for the message.
-
     Raises:
         DataError: they hold no form, with the nearest right names.
     """
@@ -302,13 +298,7 @@ def kind_of(columns: Iterable[str], where: str) -> str:
 def read_row(
     row: Row | Unreadable, read: Reader, as_chat: bool = False, columns: Mapping[str, str] | None = None
 ) -> CanonicalRow:
-    """Read one row.
-
-    Args:
-        row: as its source gave it.
-        read: reads a row of any form of one kind.
-        as_chat: whether plain text becomes a user's and an assistant's turn.
-        columns: new name of each column to be renamed.
+    """Read one row with a reader, its columns renamed by ``columns``.
 
     Raises:
         RowRefused: it cannot be used.

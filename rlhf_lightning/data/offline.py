@@ -121,12 +121,8 @@ class UnpairedDataModule(AlignmentDataModule):
 def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int, int]:
     """Return for each row a row of another prompt, whose completion is put after its prompt.
 
-    Rows form a shuffled ring; each looks back along it to the first row of another prompt.
-
-    Args:
-        groups: number of each stored row's prompt.
-        rows: the rows to pair.
-        seed: seed of the ring.
+    Rows form a shuffled ring; each looks back along it to the first row of another prompt. ``groups`` numbers each
+    stored row's prompt.
 
     Raises:
         DataError: all rows have one prompt.

@@ -70,11 +70,7 @@ class Source:
 
 
 def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ...]:
-    """Read the argument ``source`` of a DataModule.
-
-    Args:
-        source: the argument.
-        kind: what the judgements of a feedback store are read as.
+    """Read the argument ``source`` of a DataModule; judgements of a feedback store are read as ``kind``.
 
     Raises:
         SettingError: if it is neither a path, nor a mapping with known keys, nor a list of those.
@@ -415,11 +411,7 @@ def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def usable_rows(path: str, read: Callable[[Any], T]) -> list[T]:
-    """Read each row of a file with a function; rows that it refuses are counted and reported.
-
-    Args:
-        path: file, folder or feedback store.
-        read: turns a row into what the caller needs, or raises `RowRefused`.
+    """Read each row of a file, folder or feedback store with a function; rows that it refuses are counted and reported.
 
     Raises:
         MissingError: the file does not exist.

@@ -70,13 +70,8 @@ def add_adapter(
 ) -> None:
     """Put a further adapter on a model that has one. What was trainable stays so, and the active adapter stays active.
 
-    Args:
-        model: the peft model.
-        name: the new adapter's.
-        config: its settings. A frozen adapter gets no dropout: the model around it may be in train mode.
-        weights: its matrices by name, as in a folder; None draws A from ``seed`` and leaves B at 0.
-        trainable: whether training changes it.
-        seed: seed of newly drawn weights.
+    A frozen adapter gets no dropout: the model around it may be in train mode. ``weights`` are its matrices by name, as
+    in a folder; without them A is drawn from ``seed`` and B is 0.
 
     Raises:
         ValueError: the weights are those of another architecture or rank.

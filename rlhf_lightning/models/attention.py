@@ -36,19 +36,10 @@ def attend_by_block(
     packed: PackedRow | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention as transformers calls it, within blocks where they are given.
+    """Scaled dot-product attention as transformers calls it, within the blocks of a packed row.
 
-    Args:
-        module: the attention layer.
-        query: shape (rows, heads, width, size).
-        key: the same, with as many heads as the layer has keys.
-        value: the same.
-        attention_mask: which cells look at which; not used in a packed row.
-        packed: how cells of the one row attend; None is transformers' own attention.
-        options: scaling, dropout, passed on.
-
-    Returns:
-        The output, shape (rows, width, heads, size), and None for the probabilities, which no kernel gives.
+    Queries have shape (rows, heads, width, size); keys and values may have fewer heads. Return the output, shape (rows,
+    width, heads, size), and None for the probabilities, which no kernel gives.
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -104,17 +95,9 @@ def takes_lengths(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attend_by_length(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling: float | None) -> Tensor:
-    """Attention of pieces of a row to the cells they look at, in one call.
+    """Attention of pieces of a row to the cells they look at, in one call, shape (cells, heads, size).
 
-    Args:
-        query: half precision, shape (cells, heads, size).
-        key: the same, with as many heads as the layer has keys.
-        value: the same.
-        pieces: of the row.
-        scaling: of the products; None is one over the root of size.
-
-    Returns:
-        Shape (cells, heads, size).
+    All is in half precision; keys and values may have fewer heads. ``scaling`` None is one over the root of size.
     """
     from torch.nn.attention.varlen import varlen_attn  # not in every release, see `takes_lengths`
 

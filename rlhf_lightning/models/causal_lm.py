@@ -307,9 +307,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary).
 
-        Args:
-            hidden: last hidden states, shape (tokens, hidden size).
-            head: weight and bias of the head, where the model's own are sharded.
+        ``head`` is weight and bias of the LM head where the model's own are sharded.
         """
         if self.logits_path == "forward":
             return at_least_float32(hidden)

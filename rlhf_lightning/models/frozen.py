@@ -180,12 +180,7 @@ class CurrentPolicy(FrozenPolicy):
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
-    """Check that an id means one token to both. A vocabulary may go on behind the other's end.
-
-    Args:
-        student: the student's tokenizer.
-        teacher: the teacher's.
-        name: what the teacher is called in the error.
+    """Check that an id means one token to both tokenizers. A vocabulary may go on behind the other's end.
 
     Raises:
         ModelError: an id that both have is another token to the teacher; the first such is named.

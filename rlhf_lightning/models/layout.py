@@ -82,12 +82,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(sequences: Sequences, pack_rows: bool) -> Layout:
-    """Lay sequences out in the arrangement that costs the model less.
-
-    Args:
-        sequences: prompts and completions.
-        pack_rows: whether the model can read packed rows, see `packed_layout`.
-    """
+    """Lay sequences out in the arrangement that costs less; ``pack_rows`` says whether the model reads packed rows."""
     if pack_rows and sequences.completions:
         trees = list(trees_of(sequences))
         cells = len(sequences.completions) * max(sequences.lengths)
@@ -137,11 +132,7 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
     """Lay trees end to end in one row: each a prompt once, its completions behind it one after the other.
 
     A completion's tokens look at the prompt and at their own completion up to themselves, and their positions count on
-    from the prompt, so that each completion is computed as if it stood alone.
-
-    Args:
-        sequences: prompts and completions.
-        trees: the completions of each tree, see `models.packing.trees_of`.
+    from the prompt, so that each completion is computed as if it stood alone. See `models.packing.trees_of`.
 
     Raises:
         DataError: a completion is empty.

@@ -55,12 +55,7 @@ def _rescales(config: Any) -> bool:
 
 
 def check_prompts(model: Any, prompts: Sequence[torch.Tensor], new_tokens: int) -> None:
-    """Refuse prompts that a Hugging Face model cannot continue.
-
-    Args:
-        model: the model.
-        prompts: token ids of each prompt.
-        new_tokens: most tokens that are sampled behind each.
+    """Refuse prompts that a Hugging Face model cannot continue by ``new_tokens`` tokens.
 
     Raises:
         ModelError: a token has no embedding, or a completion may go beyond the model's learned positions.

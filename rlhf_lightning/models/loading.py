@@ -132,12 +132,7 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
 
 @torch.no_grad()
 def make_room(model: Any, rows: int) -> None:
-    """Give embeddings and LM head at least so many rows, never fewer than they have; new rows are the mean of others.
-
-    Args:
-        model: a Hugging Face model.
-        rows: fewest rows.
-    """
+    """Give embeddings and LM head of a model at least so many rows; new rows are the mean of the others."""
     have = model.get_input_embeddings().weight.shape[0]
     if rows <= have:
         return

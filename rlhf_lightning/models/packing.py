@@ -118,11 +118,7 @@ def _ends(sizes: Sequence[int]) -> Tensor:
 
 
 def blocks_of(trees: Sequence[Sequence[int]]) -> Iterator[Block]:
-    """Yield the blocks that a row of trees attends in.
-
-    Args:
-        trees: of each tree the tokens of its prompt and of each completion.
-    """
+    """Yield the blocks that a row of trees attends in; of each tree the tokens of its prompt and its completions."""
     together: list[Sequence[int]] = []
     for tree in trees:
         if together and sum(map(sum, together)) + sum(tree) > SMALL:
@@ -150,11 +146,9 @@ def _mask(trees: Sequence[Sequence[int]]) -> Tensor:
 
 
 def trees_of(sequences: Sequences, rows: Iterable[int] | None = None) -> Iterator[list[int]]:
-    """Yield the completions that share a prompt, in the order of their first; equal prompts are one.
+    """Yield the completions (those of ``rows``, None for all) that share a prompt, in the order of their first.
 
-    Args:
-        sequences: prompts and completions.
-        rows: completions to take; None takes all.
+    Equal prompts are one.
     """
     trees: dict[bytes, list[list[int]]] = {}
     widths: dict[bytes, int] = {}

@@ -20,10 +20,7 @@ from rlhf_lightning.models.sharding import decoder_layers
 def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[dict[str, Tensor]]:
     """Keep what some decoder layers return at the positions that predict tokens, without gradient, as ``hidden_N``.
 
-    Args:
-        model: the CausalLM that is forwarded meanwhile.
-        layers: numbers of the layers; -1 is the last.
-        layout: sequences in rows.
+    The CausalLM is forwarded on ``layout`` meanwhile; layer -1 is the last.
 
     Raises:
         SettingError: the model has no such layer.
@@ -51,9 +48,6 @@ def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[d
 @contextmanager
 def recorded_routers(model: Any) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
     """Record the logits of a mixture's routers in forwards with gradient, and which of their tokens are no padding.
-
-    Args:
-        model: the CausalLM or ScalarModel that is forwarded meanwhile.
 
     Raises:
         SettingError: ``no-router``.

@@ -210,9 +210,6 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
         settings: its precision and where it is placed.
         policy: a policy in memory that it may share the backbone of.
         **changes: of the Hugging Face config, where it is loaded on its own.
-
-    Returns:
-        The reward model as a ScalarModel, in eval mode.
     """
     if policy is not None and belongs_to(policy, folder) and _dtype_of(policy) == settings.torch_dtype:
         start = read_adapter(folder)

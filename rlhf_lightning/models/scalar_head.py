@@ -61,18 +61,15 @@ class ScalarModel(nn.Module):
 
 
 def hidden_states(model: Any, layout: Layout, pads_rows: bool = True) -> Tensor:
-    """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size).
-
-    Args:
-        model: the Hugging Face model, possibly wrapped by peft.
-        layout: sequences in rows.
-        pads_rows: whether rows of different lengths may be forwarded together.
-    """
+    """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size), see `cells_of`."""
     return cells_of(trunk(model), layout, "last_hidden_state", pads_rows)
 
 
 def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> Tensor:
-    """Return what a module gives for each of the layout's cells under a name, shape (rows * width, ...)."""
+    """Return what a module gives for each of the layout's cells under a name, shape (rows * width, ...).
+
+    Without ``pads_rows`` only rows of the same length are forwarded together.
+    """
     rows, width = layout.input_ids.shape
     switch = rope_switch(getattr(module, "config", None))
     if layout.packed is not None or (pads_rows and (switch is None or width <= switch)):

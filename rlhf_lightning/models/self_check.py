@@ -97,12 +97,8 @@ T = TypeVar("T")
 
 
 def found_once(key: str, examine: Callable[[], T], read: Callable[[list[Any]], T]) -> T:
-    """Return a check's finding: of this process, else from the cache, else by examining.
-
-    Args:
-        key: what the finding depends on, see `check_key`.
-        examine: makes the check.
-        read: makes the finding of its values.
+    """Return the finding under a key (see `check_key`): of this process, else ``read`` from the cache, else
+    examined.
     """
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
@@ -291,9 +287,7 @@ APART = select(EXAMPLES, [0, 1, 2])
 def own_logits(model: Any, ids: Tensor) -> Tensor:
     """Return the logits of a class's own forward of one sequence, fp32 or wider, shape (tokens, vocabulary).
 
-    Args:
-        model: a Hugging Face model, or a CausalLM, through which sharded weights are gathered.
-        ids: int64, shape (tokens,).
+    The model is a Hugging Face model, or a CausalLM, through which sharded weights are gathered.
     """
     ids = ids.to(next(model.parameters()).device)
     if isinstance(model, CausalLM):

@@ -23,15 +23,14 @@ from rlhf_lightning.models.scalar_head import trunk
 
 
 def shard(model: Any, mesh: DeviceMesh, precision: str = "32-true") -> None:
-    """Cut a CausalLM or ScalarModel over the data-parallel ranks: each decoder layer, then the rest with the root.
+    """Shard a CausalLM or ScalarModel over the data-parallel ranks: each decoder layer, then the rest with the root.
 
-    Where several ranks hold one model together, its matrices are cut over those first.
-
-    Between two passes every weight is in shards, so that checkpoints, exports, norms and moved references never meet a
-    gathered one that has gone stale.
+    Where several ranks hold one model together, its matrices are cut over those first. Between two passes every weight
+    is in shards, so that checkpoints, exports, norms and moved references never meet a gathered one that has gone
+    stale. A model that is sharded already stays so.
 
     Args:
-        model: the model; heads on it are cut with its root. One that is cut already stays as it is.
+        model: the model; heads on it are sharded with its root.
         mesh: the mesh of the strategy, with the dimensions "data_parallel" and "tensor_parallel".
         precision: the trainer's; "bf16-mixed" gathers and computes in bf16 and sums gradients in fp32.
     """
@@ -80,11 +79,8 @@ def most_passes(model: nn.Module, count: int) -> int:
 
 @contextmanager
 def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], None]]:
-    """Let ranks make other numbers of passes through a cut model: those that are done idle until all are.
-
-    Args:
-        model: the model.
-        idle: makes a pass for nothing.
+    """Let ranks make different numbers of passes through a sharded model: those that are done call ``idle`` until all
+    are.
 
     Yields:
         What to call before each pass.

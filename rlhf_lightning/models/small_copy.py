@@ -49,11 +49,7 @@ FIXED: tuple[tuple[str, int], ...] = (
 
 
 def small_config(config: Any, each: int = 1) -> Any:
-    """Return a config of the same class whose model takes milliseconds.
-
-    Args:
-        config: the model's.
-        each: layers of each kind to keep.
+    """Return a config of the same class whose model takes milliseconds, with ``each`` layers of each kind.
 
     Raises:
         Exception: whatever the config's class says of settings that do not go together.
@@ -66,13 +62,7 @@ def small_config(config: Any, each: int = 1) -> Any:
 
 
 def _small(given: Mapping[str, Any], names: Mapping[str, str], each: int = 1) -> dict[str, Any]:
-    """Return the fields of a small config.
-
-    Args:
-        given: the fields of the config.
-        names: the class's own names of common fields.
-        each: layers of each kind to keep.
-    """
+    """Return the fields of a small config; ``names`` are the class's own names of common fields."""
 
     def key_of(*keys: str) -> str:
         found = (names.get(key, key) for key in keys)

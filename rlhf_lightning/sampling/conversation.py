@@ -222,12 +222,7 @@ def turns_of(batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Turns | 
 
 
 def replies_of(environment: Environment, episodes: Sequence[Episode], name: str) -> list[Reply | None]:
-    """Ask an environment for its replies to a batch of episodes.
-
-    Args:
-        environment: answers all at once if it has ``reply_all``, otherwise one after the other.
-        episodes: the unfinished episodes.
-        name: name of the environment, for messages.
+    """Ask an environment for its replies to a batch of episodes, at once if it has ``reply_all``.
 
     Raises:
         ContractError: ``bad-reply``: it returned something else than a `Reply` for each, or one with a fault;

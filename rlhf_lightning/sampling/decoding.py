@@ -150,12 +150,8 @@ class Decoder:
         return Prefix(self.model(DecodingStep(input_ids, mask, self._positions(mask), cache)), cache)
 
     def _read_packed(self, prompts: Sequence[Tensor], groups: Sequence[tuple[int, list[int]]], width: int) -> Prefix:
-        """Forward prompts in one row without padding, each common beginning once, see `prefix_trees`.
-
-        Args:
-            prompts: the prompts.
-            groups: tokens of the common beginning of each group, and its prompts.
-            width: tokens of the longest prompt.
+        """Forward prompts in one row without padding, each common beginning once, see `prefix_trees`; the longest
+        has ``width`` tokens.
         """
         pieces: list[Tensor] = []
         positions: list[Tensor] = []
@@ -228,12 +224,12 @@ class Decoder:
         return (mask.cumsum(-1) - 1).clamp_min(0) if takes_positions(self.model) else None
 
     def enter(self, prefix: Prefix, rows: Tensor, slots: Tensor) -> None:
-        """Put prefilled prompts into slots.
+        """Put prefilled prompts into slots, all slots from the first if the decoder does not refill.
 
         Args:
             prefix: the prompts; consumed if the decoder does not refill.
             rows: index of the prompt for each slot; one prompt may enter several slots.
-            slots: target slots, int64; all slots from the first if the decoder does not refill.
+            slots: target slots, int64.
         """
         whole = torch.equal(rows, torch.arange(len(prefix.logits), device=rows.device))
         if not self.refills:
@@ -283,9 +279,7 @@ class Decoder:
     def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
         """Return the keys and values of rows that leave their slots; none if the decoder cannot read on after them.
 
-        Args:
-            slots: slots of the rows.
-            counts: tokens that have been read of each.
+        ``counts`` are the tokens that have been read of each.
         """
         if not self.refills or any(isinstance(layer, SlotStates) for layer in self.cache.layers):
             return []

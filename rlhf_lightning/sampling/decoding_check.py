@@ -33,9 +33,7 @@ ENDS = tuple(range(5, 20))
 def settle_decoding(model: CausalLM, sample: Callable[..., Completions]) -> None:
     """Set how a model decodes to the first way that agrees with its own forward; a line says what is slower.
 
-    Args:
-        model: the model.
-        sample: `SamplingEngine.sample` of the engine that decodes.
+    ``sample`` is `SamplingEngine.sample` of the engine that decodes.
 
     Raises:
         ModelError: no way agrees.
@@ -77,10 +75,7 @@ def _examined(model: CausalLM, first: Decoding, sample: Callable[..., Completion
 def _apart(small: CausalLM, known: dict[bytes, Tensor], sample: Callable[..., Completions]) -> float:
     """Return how far log-probabilities of sampled tokens are from the model's own forward, nats; at least, if wrong.
 
-    Args:
-        small: the small copy.
-        known: its own log-probabilities of completions seen before; any batch samples the same.
-        sample: samples from it.
+    ``known`` holds its own log-probabilities of completions seen before; any batch samples the same.
     """
     prompts = [EXAMPLES.prompts[parent] for parent in (0, 1, 1, 2, 1)]
     runs: list[tuple[list[Any], int | None]] = [(prompts, None), (prompts, 2), (prompts[:1], None)]

@@ -165,12 +165,8 @@ class FolderHandOver:
 
 
 def write_server_folder(model: Any, tokenizer: Any, folder: str | Path) -> Path:
-    """Write a model as a server should load it for `FolderHandOver`: one file, with a head of its own.
-
-    Args:
-        model: the transformers model.
-        tokenizer: its tokenizer.
-        folder: where to.
+    """Write a transformers model and its tokenizer as a server should load them for `FolderHandOver`: one file,
+    with a head of its own.
     """
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)

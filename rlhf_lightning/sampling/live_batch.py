@@ -310,12 +310,7 @@ class LiveBatch:
 
 
 def most_probable(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """Return the ``count`` most probable tokens of each distribution with their log-probabilities, best first.
-
-    Args:
-        logprobs: shape (rows, vocabulary).
-        count: tokens to return.
-    """
+    """Return the ``count`` most probable tokens of each distribution with their log-probabilities, best first."""
     values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
     return [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
@@ -323,10 +318,7 @@ def most_probable(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float],
 def score_prompts(model: CausalLM, prompts: Sequence[Tensor], tops: Sequence[int]) -> list[PromptScores]:
     """Return log-probabilities (at temperature 1) and ranks of the tokens of prompts after the first.
 
-    Args:
-        model: the policy.
-        prompts: token ids of each prompt, int64.
-        tops: number of most probable tokens to report for each prompt.
+    ``tops`` are the numbers of most probable tokens to report for each prompt.
     """
     longer = [row for row, ids in enumerate(prompts) if len(ids) > 1]
     sequences = Sequences(

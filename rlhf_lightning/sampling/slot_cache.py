@@ -48,10 +48,7 @@ class SlotLayer(CacheLayerMixin):
     def enter(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Put rows into slots so that their last column is the last in use.
 
-        Args:
-            keys: shape (entering, heads, width, head size); short rows are padded on the left.
-            values: like ``keys``.
-            slots: slot of each row, int64, shape (entering,).
+        Keys and values have shape (entering, heads, width, head size); short rows are padded on the left.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)

@@ -61,9 +61,6 @@ def encode_completion(
         tokenizer: the policy's tokenizer.
         completion: text, or the turns that follow the prompt: the assistant's, and possibly others between them.
         prompt: what it answers; decides between a chat template and plain text.
-
-    Returns:
-        ids, and a flag for each: True on the assistant's turns and their end tokens.
     """
     return encode_rendered(tokenizer, [render_completion(tokenizer, completion, prompt)])[0][:2]
 

@@ -80,16 +80,7 @@ class RenderedTurn(NamedTuple):
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, rendered: bool = False) -> Rendered:
-    """Render a prompt, ready for `encode_rendered`.
-
-    Args:
-        tokenizer: the policy's tokenizer.
-        prompt: plain text or messages.
-        rendered: whether plain text was written by a chat template, so that control tokens in it are such.
-
-    Raises:
-        ChatTemplateError: if the template is missing or refuses the messages.
-    """
+    """Render a prompt, ready for `encode_rendered`; see `render_answers` for arguments and errors."""
     facts = facts_of(tokenizer)
     if isinstance(prompt, str):
         return Rendered((Span(prompt if rendered else guarded(facts, prompt)),), opening=facts.opening)
@@ -232,11 +223,6 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Seq
     The conversation before is not rendered again, so that its tokens stay as they were sampled: a short conversation of
     a question and the turn is rendered without the replies and with them.
 
-    Args:
-        tokenizer: the policy's tokenizer.
-        turn: the assistant's turn; with ``tool_calls`` if it has any.
-        replies: the turns that follow it.
-
     Raises:
         ChatTemplateError: if the template is missing or refuses the messages.
     """
@@ -256,13 +242,7 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Seq
 
 
 def guarded(facts: Facts, text: str, spoken: bool = False) -> str:
-    """Replace what spells a control token by its guard.
-
-    Args:
-        facts: of the tokenizer.
-        text: a content.
-        spoken: whether the assistant says it, who may say ``<think>`` and the like.
-    """
+    """Replace what spells a control token by its guard; the assistant's words (``spoken``) may hold thought tags."""
     return facts.guards[spoken].sub(lambda found: f"\ue000{facts.spellings.index(found[0])}\ue001", text)
 
 
@@ -320,10 +300,7 @@ class _Conversation:
     def said(self, place: int, asked: str, message: Message | None = None) -> _Said:
         """Return what the assistant's turn at a place adds to its prompt.
 
-        Args:
-            place: number of the turn.
-            asked: its prompt.
-            message: what of the turn is not part of the prompt, if the prompt has its beginning.
+        ``message`` is what of the turn is not part of the prompt, if the prompt has its beginning.
         """
         self._check_order(place)
         whole = self.text(place + 1)
@@ -350,13 +327,7 @@ class _Conversation:
                 )
 
     def up_to_end(self, text: str, content: str, calls: bool) -> _Said:
-        """Return a rendering of a turn up to its end token.
-
-        Args:
-            text: the rendering.
-            content: the turn's.
-            calls: whether tool calls follow it.
-        """
+        """Return a rendering of a turn up to its end token; with ``calls`` tool calls follow its content."""
         facts = self.facts
         ends = {name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name}
         said = text.rfind(content.strip()) + len(content.strip()) if content.strip() in text else 0
