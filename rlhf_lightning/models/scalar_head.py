@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import is_stateful, uses_sdpa
 from rlhf_lightning.functional.logprobs import at_least_float32
-from rlhf_lightning.models.attention import SEES_NOTHING
 from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.packing import SEES_NOTHING
 
 
 class ScalarModel(nn.Module):

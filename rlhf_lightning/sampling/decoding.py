@@ -18,10 +18,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from rlhf_lightning.models.attention import SEES_NOTHING
 from rlhf_lightning.models.causal_lm import CausalLM, Decoding, DecodingStep, OwnCache, takes
 from rlhf_lightning.models.layout import FEW_PADS
-from rlhf_lightning.models.packing import PackedRow, prefix_trees
+from rlhf_lightning.models.packing import SEES_NOTHING, PackedRow, prefix_trees
 from rlhf_lightning.models.scalar_head import trunk
 from rlhf_lightning.sampling.slot_cache import Kept, SlotLayer, SlotStates, TokenRows
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.test_packing import PAIR, model_of
-from rlhf_lightning.models import attention
+from rlhf_lightning.models import packing
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import packed_layout, padded_layout
 from rlhf_lightning.models.packing import trees_of
@@ -48,7 +48,7 @@ def by_lengths_head_by_head(*states: Any, scale: float | None, window_size: tupl
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a kernel in the place of PyTorch's."""
-    attention.takes_lengths.cache_clear()
+    packing.takes_lengths.cache_clear()
 
     def put(found: Any) -> None:
         monkeypatch.setattr(KERNEL, found)
@@ -63,7 +63,7 @@ def test_a_packed_row_by_lengths_is_the_padded_one(
     monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., None], attends: Any, family: str, batch: Any
 ) -> None:
     kernel(attends)
-    monkeypatch.setattr(attention, "half_precision_of", lambda query: query.dtype)
+    monkeypatch.setattr(packing, "half_precision_of", lambda query: query.dtype)
     policy = CausalLM(model_of(family))
     found = []
     for layout in (padded_layout(batch), packed_layout(batch, list(trees_of(batch)))):
@@ -76,18 +76,18 @@ def test_a_packed_row_by_lengths_is_the_padded_one(
 
 
 def test_a_kernel_is_tried_before_it_is_used(kernel: Callable[..., None]) -> None:
-    assert not attention.takes_lengths(CPU, torch.bfloat16)  # PyTorch's own runs on no CPU
-    attention.takes_lengths.cache_clear()
+    assert not packing.takes_lengths(CPU, torch.bfloat16)  # PyTorch's own runs on no CPU
+    packing.takes_lengths.cache_clear()
     kernel(by_lengths)
-    assert attention.takes_lengths(CPU, torch.bfloat16)
-    attention.takes_lengths.cache_clear()
+    assert packing.takes_lengths(CPU, torch.bfloat16)
+    packing.takes_lengths.cache_clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # where it is first asked for in mixed precision
-        assert attention.takes_lengths(CPU, torch.bfloat16)
-    attention.takes_lengths.cache_clear()
+        assert packing.takes_lengths(CPU, torch.bfloat16)
+    packing.takes_lengths.cache_clear()
     kernel(functools.partial(by_lengths, at_the_end=False))
-    assert not attention.takes_lengths(CPU, torch.bfloat16)
-    attention.takes_lengths.cache_clear()
+    assert not packing.takes_lengths(CPU, torch.bfloat16)
+    packing.takes_lengths.cache_clear()
 
 
 def test_a_cpu_goes_block_by_block() -> None:
-    assert attention.half_precision_of(torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)) is None
+    assert packing.half_precision_of(torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)) is None

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import assert_same, fit, gradients_of_step, preference_step, random_pairs, save_policy, sequences
 
+from rlhf_lightning.models.frozen import ReferenceCache, row_keys
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.reference_cache import ReferenceCache, row_keys
 from rlhf_lightning.models.resolving import cache_folder, content_hash
 from rlhf_lightning.modules import DPOModule, TRDPOModule
 

@@ -26,10 +26,9 @@ from tiny_run import BASIC, SlopeModule
 
 from rlhf_lightning import modules
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.models.attention import attend_by_block, half_precision_of
 from rlhf_lightning.models.compiling import missing_compiler
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.packing import PackedRow
+from rlhf_lightning.models.packing import PackedRow, attend_by_block, half_precision_of
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.scalar_head import unwrapped
 from rlhf_lightning.sampling.drawing import uniform

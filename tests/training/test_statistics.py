@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import modules
 from rlhf_lightning.functional import logprobs as logprobs_module
+from rlhf_lightning.models.frozen import ReferenceCache
 from rlhf_lightning.models.layout import lay_out
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.reference_cache import ReferenceCache
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.types import PolicyLogprobs
 
