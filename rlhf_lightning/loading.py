@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -202,6 +203,12 @@ def shipped_classes(room: str, base: Any) -> dict[str, Any]:
             if own and issubclass(kind, base):
                 found[name] = kind
     return found
+
+
+def cache_folder(folder: str | None = None) -> Path:
+    """Return where converted models, checks and encoded rows are kept: ``folder``, $RLHF_CACHE, or the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_lightning"
+    return Path(folder or os.environ.get("RLHF_CACHE") or default).expanduser()
 
 
 def read_yaml(text: str) -> Any:

@@ -111,7 +111,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from rlhf_lightning.commands.quickstart import fresh_folder
     from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.evaluation.policies import sample_and_score
-    from rlhf_lightning.models.resolving import cache_folder, resolve_folder
+    from rlhf_lightning.loading import cache_folder
+    from rlhf_lightning.models.resolving import resolve_folder
     from rlhf_lightning.models.roles import load_policy, load_reference
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.tokenization import load_tokenizer

@@ -60,7 +60,7 @@ def train_judge(arguments: argparse.Namespace, folder: Path, seed: int, budget: 
     """Train the judge of a seed unless it is there, and return its folder."""
     model = folder / "judge" / "version_0" / "model"
     if not model.is_dir():
-        from rlhf_lightning.models.resolving import cache_folder
+        from rlhf_lightning.loading import cache_folder
 
         source = cache_folder() / "real" / "judge.jsonl"  # holds offensive prompts, which do not belong in a report
         rows = {name: 16 for name in JUDGE_ROWS} if arguments.smoke else JUDGE_ROWS
@@ -89,8 +89,8 @@ def judged(arguments: argparse.Namespace, folder: Path, seed: int, budget: real_
     kept = folder / "judged.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
+    from rlhf_lightning.loading import cache_folder
     from rlhf_lightning.models.loading import LoadSettings
-    from rlhf_lightning.models.resolving import cache_folder
     from rlhf_lightning.models.roles import load_policy
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.scoring import load_scorer

@@ -23,11 +23,12 @@ from rlhf_lightning.data.feedback.database import is_store
 from rlhf_lightning.data.feedback.rows import RowKind
 from rlhf_lightning.data.formats import Form, Reader
 from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
-from rlhf_lightning.data.row_store import Part, RowStore, cache_folder, hash_of
+from rlhf_lightning.data.row_store import Part, RowStore, hash_of
 from rlhf_lightning.data.sources import Source, as_file, parse_sources, snapshots_of, source_fingerprint, source_stamp
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
 from rlhf_lightning.types import DataNeeds, MicroBatchLimits, Prompt, RankedBatch, Step, TakesData
 

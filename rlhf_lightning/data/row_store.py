@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import all_cores, tokenizer_fingerprint
 
 ARRAYS = {
@@ -239,12 +240,6 @@ class Part(NamedTuple):
             except OSError as error:
                 rank_zero_warn(f"The encoded rows are not cached ({error}): every process encodes them by itself.")
         return store
-
-
-def cache_folder(cache_dir: str | None = None) -> Path:
-    """Return the cache folder: the argument, else $RLHF_CACHE, else ~/.cache/rlhf_lightning."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_lightning"
-    return Path(cache_dir or os.environ.get("RLHF_CACHE") or default).expanduser()
 
 
 def hash_of(*values: Any) -> str:

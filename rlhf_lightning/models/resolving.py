@@ -22,6 +22,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.folders import check_folder, read_json, reading, require_safetensors, weight_files
 
 BACKBONE_FILE = "backbone.json"
@@ -34,11 +35,6 @@ MEAN_VARIANCE = ("mean", "log_variance")
 """Outputs of a reward model whose scores are normal variables."""
 STEP_SEPARATOR = "step_separator"
 """What stands between two steps of a process reward model's completions: its name in the same files."""
-
-
-def cache_folder() -> Path:
-    """Where converted models and preprocessed data are kept: $RLHF_CACHE, else ~/.cache/rlhf_lightning."""
-    return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf_lightning")
 
 
 def resolve_folder(name: str) -> str:

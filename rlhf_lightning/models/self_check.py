@@ -29,12 +29,12 @@ from torch import Tensor
 from rlhf_lightning.compat import attention_kernel
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.logprobs import at_least_float32, token_logprobs
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.causal_lm import CausalLM, LogitsPath, OwnLogits, inference_mode_of
 from rlhf_lightning.models.layout import Layout, packed_layout, padded_layout, select
 from rlhf_lightning.models.loading import prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.packing import trees_of
-from rlhf_lightning.models.resolving import cache_folder
 from rlhf_lightning.models.scalar_head import ScalarModel, reads_trees, unwrapped, vocabulary_rows
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.models.small_copy import VOCABULARY, small_copy

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import undefined
 from rlhf_lightning.functional.logprobs import load_balancing_loss
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.causal_lm import TokenOutputs
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.frozen import Reference, ReferenceCache
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.recording import experts_of_a_token, recorded_routers
-from rlhf_lightning.models.resolving import cache_folder, content_hash, resolve_folder
+from rlhf_lightning.models.resolving import content_hash, resolve_folder
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.training.gathering import data_ranks
 from rlhf_lightning.training.meter import Meter

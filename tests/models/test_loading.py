@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FIRST_WORD, VOCABULARY, random_rows, save_policy, sequences, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
 
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy, export_reward_model
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_hf_model, load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings, add_lora
-from rlhf_lightning.models.resolving import cache_folder, fingerprint, is_adapter, load_base_of_adapter, resolve_folder
+from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_of_adapter, resolve_folder
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.scalar_head import ScalarModel
 
@@ -58,7 +59,11 @@ def test_folders_and_hub_names_stay_and_missing_paths_are_named(tmp_path: Path, 
 def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+    assert cache_folder("~/mine") == Path.home() / "mine"
     monkeypatch.delenv("RLHF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "rlhf_lightning"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "rlhf_lightning"
 
 

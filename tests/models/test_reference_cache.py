@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_models import assert_same, fit, gradients_of_step, preference_step, random_pairs, save_policy, sequences
 
+from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.frozen import ReferenceCache, row_keys
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.resolving import cache_folder, content_hash
+from rlhf_lightning.models.resolving import content_hash
 from rlhf_lightning.modules import DPOModule, TRDPOModule
 
 PAIRS = random_pairs(7, seed=3)
