@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -36,6 +37,7 @@ ARRAYS = {
     "target": np.float32, "margin": np.float32, "weight": np.float32, "source": np.int32, "group": np.int64,
     "records": np.uint8, "record_bounds": np.int64, "slots": np.float32,
 }  # fmt: skip
+OF_A_ROW = ("target", "margin", "weight", "source", "group")
 
 
 class RowStore:
@@ -73,32 +75,26 @@ class RowStore:
     @classmethod
     def build(cls, rows: Iterable[EncodedRow], report: Report) -> RowStore:
         """Collect encoded rows."""
-        parts: dict[str, list[Any]] = {name: [] for name in ARRAYS}
-        sizes, first, records, slots = [0], [0], [0], tuple[str, ...]()
+        ids, supervised, records = array("i"), bytearray(), bytearray()
+        values: dict[str, list[Any]] = {name: [] for name in ("ranks", "slots", *OF_A_ROW)}
+        values |= {"bounds": [0], "record_bounds": [0], "first": [0]}
+        slots = tuple[str, ...]()
         for row in rows:
             slots = tuple(row.slots)
-            parts["slots"] += row.slots.values()
-            for ids, flags, rank in zip(
-                [row.prompt, *row.completions], [None, *row.supervised], [-1, *row.ranks], strict=True
-            ):
-                parts["ids"].append(np.asarray(ids, dtype=np.int32))
-                parts["supervised"].append(np.zeros(len(ids), bool) if flags is None else np.asarray(flags, dtype=bool))
-                parts["ranks"].append(rank)
-                sizes.append(len(ids))
-            first.append(len(sizes) - 1)
-            record = row.record.encode("utf-8")
-            parts["records"].append(np.frombuffer(record, dtype=np.uint8))
-            records.append(len(record))
-            for name in ("target", "margin", "weight", "source", "group"):
-                parts[name].append(getattr(row, name))
-        arrays: dict[str, Any] = {
-            name: np.asarray(parts[name], dtype=kind) for name, kind in ARRAYS.items() if not _flat(name)
-        }
-        for name in ("ids", "supervised", "records"):
-            arrays[name] = np.concatenate([np.zeros(0, ARRAYS[name]), *parts[name]])
-        arrays["bounds"] = np.cumsum(sizes, dtype=np.int64)
-        arrays["record_bounds"] = np.cumsum(records, dtype=np.int64)
-        arrays["first"] = np.asarray(first, dtype=np.int64)
+            values["slots"] += row.slots.values()
+            values["ranks"] += (-1, *row.ranks)
+            for tokens, flags in zip([row.prompt, *row.completions], [None, *row.supervised], strict=True):
+                ids.fromlist(tokens)
+                supervised += bytes(len(tokens)) if flags is None else bytes(flags)
+                values["bounds"].append(len(ids))
+            values["first"].append(len(values["ranks"]))
+            records += row.record.encode("utf-8")
+            values["record_bounds"].append(len(records))
+            for name in OF_A_ROW:
+                values[name].append(getattr(row, name))
+        arrays = {name: np.asarray(given, dtype=ARRAYS[name]) for name, given in values.items()}
+        for name, buffer in (("ids", ids), ("supervised", supervised), ("records", records)):
+            arrays[name] = np.frombuffer(buffer, dtype=ARRAYS[name])
         return cls(arrays, report, slots)
 
     def save(self, folder: Path) -> None:
@@ -166,10 +162,6 @@ class RowStore:
         """Return ``prompt`` and ``columns`` of a row as in the data."""
         start, stop = self.arrays["record_bounds"][row : row + 2]
         return json.loads(self.arrays["records"][start:stop].tobytes().decode("utf-8"))
-
-
-def _flat(name: str) -> bool:
-    return name in ("ids", "supervised", "records", "bounds", "record_bounds", "first")
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

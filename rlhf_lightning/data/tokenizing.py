@@ -28,9 +28,12 @@ from rlhf_lightning.tokenization import (
     render_prompt,
     render_steps,
     render_turns,
+    settled,
     truncate,
 )
 from rlhf_lightning.types import Message, Prompt
+
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 CHUNK = 512
 PEEK = 100
@@ -68,7 +71,7 @@ class EncodedRow:
     @property
     def record(self) -> str:
         """Prompt and columns as JSON."""
-        return json.dumps({"prompt": self.text, "columns": self.columns}, ensure_ascii=False, default=str)
+        return _as_json({"prompt": self.text, "columns": self.columns})
 
 
 class Outcome(NamedTuple):
@@ -205,11 +208,9 @@ class Encoder:
                 report.drop(outcome.reason)
                 continue
             report.kept += 1
-            report.escaped += outcome.escaped
-            report.merged += outcome.merged
-            report.split += outcome.split
-            report.last_turn += outcome.last_turn
-            report.turns_cut += outcome.turns_cut
+            for name in ("escaped", "merged", "split", "last_turn", "turns_cut"):
+                if getattr(outcome, name):
+                    setattr(report, name, getattr(report, name) + 1)
             report.leave_unused(outcome.unused)
             report.tokens += sum(sum(flags) for piece in outcome.encoded for flags in piece.supervised)
             for part in outcome.truncated:
@@ -218,6 +219,10 @@ class Encoder:
 
     def outcomes(self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable]) -> list[Outcome]:
         """Encode some rows at once; one outcome for each."""
+        with settled(tokenizer):
+            return self._outcomes(tokenizer, rows)
+
+    def _outcomes(self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable]) -> list[Outcome]:
         read: list[tuple[CanonicalRow, list[_Case], dict[str, float]] | RowRefused] = []
         for row in rows:
             try:
@@ -411,5 +416,5 @@ def no_rows(report: Report, where: str) -> DataError:
 
 
 def _number(value: Any) -> int:
-    key = json.dumps(value, ensure_ascii=False).encode("utf-8")
+    key = _as_json(value).encode("utf-8")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)

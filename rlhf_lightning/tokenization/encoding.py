@@ -27,6 +27,9 @@ from rlhf_lightning.tokenization.rendering import (
 )
 from rlhf_lightning.types import Message, Prompt
 
+JOINT = 32
+"""Characters on each side of a joint that are encoded together, to tell whether the tokenizer merges across it."""
+
 
 class Encoded(NamedTuple):
     """Ids of a rendered text.
@@ -108,7 +111,8 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rende
     pieces = [_pieces(facts, one) for one in rendered]
     texts = [(text, before) for one in pieces for text, before in one]
     with_joint = [place for place, one in enumerate(rendered) if _has_joint(facts, one)]
-    joints = [(rendered[place].before, rendered[place].before + pieces[place][0][0][:TAIL]) for place in with_joint]
+    befores = [rendered[place].before[-JOINT:] for place in with_joint]
+    joints = [(before, before + pieces[place][0][0][:JOINT]) for place, before in zip(with_joint, befores, strict=True)]
     encoded = iter(_encode_after(tokenizer, facts, texts))
     alone = _encode(tokenizer, [text for pair in joints for text in pair])
     joint_ids = dict(zip(with_joint, zip(alone[::2], alone[1::2], strict=True), strict=True))
@@ -125,7 +129,8 @@ def _pieces(facts: Facts, one: Rendered) -> list[tuple[str, str]]:
     found, before = [], one.before
     for span in one.spans:
         found.append((span.text, before))
-        before = tail_of(facts, before + span.text)
+        if len(found) < len(one.spans):
+            before = tail_of(facts, before + span.text)
     return found
 
 
@@ -154,7 +159,7 @@ def _encoded(
         if "\ue000" in text or not _as_written(tokenizer, facts, text, parts[place]):
             parts[place], escaped = _carefully(tokenizer, facts, text, before), True
     ids = [index for part in parts for index in part]
-    supervised = [span.supervised for part, span in zip(parts, one.spans, strict=True) for _ in part]
+    supervised = [flag for part, span in zip(parts, one.spans, strict=True) for flag in [span.supervised] * len(part)]
     if one.opening and tuple(ids[: len(one.opening)]) != one.opening:
         ids, supervised = [*one.opening, *ids], [False] * len(one.opening) + supervised
     if one.closing and tuple(ids[-len(one.closing) :]) != one.closing:
@@ -301,7 +306,7 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, ids
     if facts.unknown is not None and facts.unknown[0] in text:
         return False
     control = facts.control_ids
-    found = [index for index in ids if index in control]
+    found = [] if control.isdisjoint(ids) else [index for index in ids if index in control]
     return found == [facts.control[name.strip()] for name in facts.written.findall(text)]
 
 

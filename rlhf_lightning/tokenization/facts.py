@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
@@ -115,6 +115,7 @@ class Facts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.key = _identity(tokenizer)
+        self.settled = False
         self.eos: int = tokenizer.eos_token_id
         self.end_of_turn: str | None = None
         self.call_end: str | None = None
@@ -319,7 +320,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     """Return the facts about a tokenizer, found on first use and after a change."""
     facts = _FACTS.get(tokenizer)
-    if facts is None or facts.key != _identity(tokenizer):
+    if facts is None or not (facts.settled or facts.key == _identity(tokenizer)):
         facts = Facts(tokenizer)
         if tokenizer.chat_template:
             # A refusal is raised again, with the turns it refuses, when the template is used.
@@ -327,6 +328,17 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
                 facts.read_template(tokenizer)
         _FACTS[tokenizer] = facts
     return facts
+
+
+@contextlib.contextmanager
+def settled(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Take the tokenizer for unchanged while the block runs: to look costs more than to render a short text."""
+    facts = facts_of(tokenizer)
+    before, facts.settled = facts.settled, True
+    try:
+        yield
+    finally:
+        facts.settled = before
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> Ends:
