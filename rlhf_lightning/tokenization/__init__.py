@@ -12,6 +12,7 @@ as the characters it is made of. Only plain text that a template has written bef
 tokens. A template itself is untrusted code, and runs within the bounds of `sandbox`.
 """
 
+from rlhf_lightning.tokenization.continuation import Rendered, Span
 from rlhf_lightning.tokenization.encoding import (
     Encoded,
     all_cores,
@@ -27,9 +28,7 @@ from rlhf_lightning.tokenization.encoding import (
 )
 from rlhf_lightning.tokenization.facts import Ends, end_token_ids, facts_of, opening_ids, settled, tokenizer_fingerprint
 from rlhf_lightning.tokenization.rendering import (
-    Rendered,
     RenderedTurn,
-    Span,
     render_answers,
     render_completion,
     render_prompt,

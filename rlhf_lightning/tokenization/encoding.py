@@ -12,18 +12,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf_lightning.tokenization.continuation import Rendered, Span
 from rlhf_lightning.tokenization.facts import Facts, end_token_ids, facts_of
 from rlhf_lightning.tokenization.rendering import (
-    TAIL,
-    Rendered,
-    Span,
-    guarded,
     render_completion,
     render_prompt,
     render_reply,
     render_steps,
-    restored,
-    tail_of,
 )
 from rlhf_lightning.types import Message, Prompt
 
@@ -82,7 +77,7 @@ def encode_reply(
     first: list[int] = []
     if isinstance(reply, str):
         facts = facts_of(tokenizer)
-        rendered = Rendered((Span(guarded(facts, reply), False),), tokenizer.eos_token)
+        rendered = Rendered((Span(facts.guarded(reply), False),), tokenizer.eos_token)
     else:
         rendered = render_reply(tokenizer, turn, reply)
         if not ended:
@@ -130,14 +125,14 @@ def _pieces(facts: Facts, one: Rendered) -> list[tuple[str, str]]:
     for span in one.spans:
         found.append((span.text, before))
         if len(found) < len(one.spans):
-            before = tail_of(facts, before + span.text)
+            before = facts.tail_of(before + span.text)
     return found
 
 
 def _has_joint(facts: Facts, one: Rendered) -> bool:
     """Whether a text may merge with what comes before it."""
     first = one.spans[0].text if one.spans else ""
-    if not first or not one.before or "\ue000" in one.before + first[:TAIL]:
+    if not first or not one.before or "\ue000" in one.before + first[:JOINT]:
         return False
     return not facts.written.search(one.before) and not facts.written.match(first)
 
@@ -315,7 +310,7 @@ def _carefully(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, befo
     ids: list[int] = []
     place = 0
     for found in [*facts.written.finditer(text), None]:
-        plain = restored(facts, text[place : found.start() if found else len(text)])
+        plain = facts.restored(text[place : found.start() if found else len(text)])
         if plain:
             ids += _literal(tokenizer, facts, plain, before)
         if found:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
@@ -70,6 +70,11 @@ class Ends(tuple[int, ...]):
             return None
         return bisect_left(range(len(ids) + 1), True, key=lambda count: self._in(ids[:count]))
 
+
+TAIL = 64
+"""Characters of a prompt's end that are looked at to tell how its completion is encoded."""
+
+GUARD = re.compile("\ue000([0-9]+)\ue001")
 
 OWN_KEYS = ("weight", "tools")
 """Keys of a message that templates do not get."""
@@ -164,7 +169,7 @@ class Facts:
     def guards(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
         """Patterns of the spellings that no content may hold, and of those that the assistant's may not hold either."""
         spoken = [text for text in self.spellings if text not in self.speakable]
-        return _any_of(self.spellings), _any_of(spoken)
+        return any_of(self.spellings), any_of(spoken)
 
     @cached_property
     def written(self) -> re.Pattern[str]:
@@ -176,6 +181,33 @@ class Facts:
             for name, (left, right) in zip(names, spaces, strict=True)
         ]
         return re.compile("|".join(marks) or r"(?!)")
+
+    def guarded(self, text: str, spoken: bool = False) -> str:
+        """Replace what spells a control token by its guard; ``spoken`` texts may hold thought tags."""
+        return self.guards[spoken].sub(lambda found: f"\ue000{self.spellings.index(found[0])}\ue001", text)
+
+    def guarded_values(self, value: Any, spoken: bool) -> Any:
+        """Guard every text in a message or a description of tools; its role stays."""
+        if isinstance(value, str):
+            return self.guarded(value, spoken)
+        if isinstance(value, list | tuple):
+            return [self.guarded_values(one, spoken) for one in value]
+        if isinstance(value, dict):
+            return {
+                self.guarded(name): one if name == "role" else self.guarded_values(one, spoken)
+                for name, one in value.items()
+            }
+        return value
+
+    def restored(self, text: str) -> str:
+        """Put the spellings back that `guarded` replaced."""
+        return GUARD.sub(lambda found: self.spellings[int(found[1])], text) if "\ue000" in text else text
+
+    def tail_of(self, text: str) -> str:
+        """Return the end of a text: what stands after its last control token, or the token itself at the very end."""
+        tail = text[-TAIL:]
+        marks = list(self.written.finditer(tail))
+        return tail[marks[-1].end() :] or marks[-1][0] if marks else tail
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -295,8 +327,9 @@ _MARK = re.compile(r"[^\w\s]")
 """What an added token holds that is more than a word or a line break, and so may mark something."""
 
 
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, texts)))
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of some texts, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
 def _turns(*roles: str) -> list[Message]:

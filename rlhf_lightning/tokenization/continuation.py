@@ -1,0 +1,265 @@
+"""What a turn of the assistant adds to its prompt in the chat template's own rendering of a conversation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.tokenization.facts import THOUGHT_KEYS, THOUGHT_TAGS, any_of, facts_of
+from rlhf_lightning.tokenization.templates import TurnsRefused, apply_template
+from rlhf_lightning.types import Message
+
+MOST_TURNS = 256
+"""Most learned turns of one conversation: each takes renderings of all that comes before it."""
+
+
+class Span(NamedTuple):
+    """A piece of rendered text.
+
+    Attributes:
+        text: the text, with guards.
+        supervised: whether a loss may look at it.
+    """
+
+    text: str
+    supervised: bool = True
+
+
+class Rendered(NamedTuple):
+    """Text ready to be encoded.
+
+    Attributes:
+        spans: the text, cut where supervision changes; each span is encoded by itself.
+        before: the end of the text that comes before it.
+        closing: ids to append, supervised, unless the text ends with them.
+        opening: ids to put in front, unless the text begins with them.
+        last_turn: whether several turns could be learned, but only the last of them is.
+        turns_cut: whether learned turns after the first `MOST_TURNS` are left out.
+    """
+
+    spans: tuple[Span, ...]
+    before: str = ""
+    closing: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
+    last_turn: bool = False
+    turns_cut: bool = False
+
+
+class Said(NamedTuple):
+    """Text of a turn after its prompt, up to its end token, and whether it has one."""
+
+    text: str
+    ended: bool
+
+
+class Conversation:
+    """Renders the beginnings of a conversation, guarded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> None:
+        self.tokenizer, self.facts, self.turns = tokenizer, facts_of(tokenizer), turns
+        self.tools = turns[0].get("tools") if turns else None
+        self.real = [self.facts.for_template(turn) for turn in turns]
+        self.safe = [self.facts.guarded_values(turn, turn["role"] == "assistant") for turn in self.real]
+        self.safe_tools = self.facts.guarded_values(self.tools, False)
+        self.is_safe = self.safe == self.real and self.safe_tools == self.tools
+        self._check_calls()
+
+    def text(self, stop: int, generation: bool = False, open_turn: bool = False) -> str:
+        """Render the first turns."""
+        written = apply_template(self.tokenizer, self.real[:stop], generation, open_turn, self.tools)
+        if self.is_safe:
+            return written
+        text = apply_template(self.tokenizer, self.safe[:stop], generation, open_turn, self.safe_tools)
+        if self.facts.restored(text) != written:
+            raise TurnsRefused(
+                "control-token-read",
+                "a turn spells a control token, and the chat template does something else for it; remove it",
+            )
+        return text
+
+    def prompt(self, stop: int) -> str:
+        """Render the first turns as a prompt; a last turn of the assistant is left open."""
+        opened = stop > 0 and self.turns[stop - 1]["role"] == "assistant" and stop == len(self.turns)
+        text = self.text(stop, generation=not opened, open_turn=opened)
+        self._check_turns(text, stop)
+        return text.rstrip() if opened and self.facts.trims_right else text
+
+    def said(self, place: int, asked: str, message: Message | None = None) -> Said:
+        """Return what the assistant's turn at a place adds to its prompt.
+
+        ``message`` is what of the turn is not part of the prompt, if the prompt has its beginning.
+        """
+        self._check_order(place)
+        whole = self.text(place + 1)
+        text = whole[len(asked) :] if whole.startswith(asked) else self._after_rewriting(place, asked, whole)
+        message = message or self.turns[place]
+        self._check_answer(self.facts.restored(text), message)
+        content = self.facts.guarded(message["content"], spoken=True)
+        return self.up_to_end(text, content, bool(message.get("tool_calls")))
+
+    def completion(self, asked: str, spans: Sequence[Span], ended: bool, last_turn: bool = False) -> Rendered:
+        """Put the spans after a prompt into a `Rendered`."""
+        kept = tuple(span for span in spans if span.text)
+        closing = () if ended else (self.facts.eos,)
+        return Rendered(kept, self.facts.tail_of(asked), closing, last_turn=last_turn)
+
+    def check_replies(self, text: str, replies: Sequence[Message]) -> None:
+        """Refuse a rendering that leaves out the content of a reply."""
+        text = self.facts.restored(text)
+        for turn in replies:
+            if str(turn["content"]).strip() not in text:
+                raise TurnsRefused(
+                    "turn-left-out",
+                    f"the chat template leaves out a reply of the role {turn['role']!r}; use another template",
+                )
+
+    def up_to_end(self, text: str, content: str, calls: bool) -> Said:
+        """Return a rendering of a turn up to its end token; with ``calls`` tool calls follow its content."""
+        facts = self.facts
+        ends = {name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name}
+        said = text.rfind(content.strip()) + len(content.strip()) if content.strip() in text else 0
+        if said and not calls and (end_mark := any_of(ends).search(text, said)):
+            return Said(text[: end_mark.end()], True)  # what a template writes after an end is never sampled
+        run = re.compile(rf"(?:{'|'.join(map(re.escape, ends))})(?:\s|{'|'.join(map(re.escape, ends))})*\Z")
+        if (found := run.search(text)) is not None:
+            first = next(name for name in sorted(ends, key=len, reverse=True) if found[0].startswith(name))
+            return Said(text[: found.start()] + first, True)
+        bare = text.rstrip()
+        if any(bare.endswith(name) for name in facts.control if name not in facts.speakable):
+            return Said(bare, True)
+        end = max(text.rfind(content) + len(content), len(bare)) if content in text else len(bare)
+        return Said(text[:end], False)
+
+    def _after_rewriting(self, place: int, asked: str, whole: str) -> str:
+        """Return what a turn adds to its prompt where the template renders the prompt otherwise once it is answered."""
+        base = self.text(place)
+        opening = asked[len(base) :] if asked.startswith(base) else ""
+        tags = next((pair for pair in THOUGHT_TAGS if pair[0] in opening), None)
+        header = opening.partition(tags[0])[0] if tags else opening
+        marked = Conversation(self.tokenizer, [*self.turns[:place], {"role": "assistant", "content": "\ue003"}])
+        before = marked.text(place + 1).partition("\ue003")[0]
+        for mark in (header, header.rstrip()):
+            start = before.rfind(mark) + len(mark)
+            if mark and start >= len(mark) and whole.startswith(before[:start]):
+                self._check_merged(place, before[start:])
+                return self._after_opening(asked, header, tags, whole[start:], self.turns[place])
+        raise TurnsRefused(
+            "prompt-not-continued",
+            "the chat template renders an answer so that it does not continue the generation prompt",
+        )
+
+    def _check_merged(self, place: int, between: str) -> None:
+        """Refuse a template that writes two turns of the assistant as one: the first would be learned twice."""
+        earlier = self.turns[place - 1] if place else None
+        if (
+            earlier is not None
+            and earlier["role"] == "assistant"
+            and earlier["content"].strip() in self.facts.restored(between)
+        ):
+            raise TurnsRefused(
+                "turns-merged",
+                "the chat template merges two turns of the assistant, which follow each other; join them",
+            )
+
+    def _after_opening(self, asked: str, header: str, tags: tuple[str, str] | None, turn: str, message: Message) -> str:
+        """Return a turn's text after its generation prompt, which may have opened or closed a thought."""
+        if tags is None:
+            return turn.lstrip() if asked[-1:].isspace() else turn
+        opened, closed = tags
+        thought, mark, answer = turn.rpartition(closed)
+        if closed in asked[asked.rindex(header) + len(header) :]:  # the prompt has a whole thought, an empty one
+            if thought.replace(opened, "").strip():
+                raise TurnsRefused("thought-closed", "the generation prompt closes the thought that a turn has")
+            return answer if mark else turn
+        if mark:
+            return thought.partition(opened)[2].lstrip() + closed + answer
+        thought = _thought_of(message, tags)
+        return f"{self.facts.guarded(thought, spoken=True)}\n{closed}\n\n{turn.lstrip()}"
+
+    def _check_turns(self, text: str, stop: int) -> None:
+        text = self.facts.restored(text)
+        for turn in self.turns[:stop]:
+            if turn["role"] in ("user", "system", "developer") and turn["content"].strip() not in text:
+                raise TurnsRefused(
+                    "turn-left-out",
+                    f"the chat template leaves out a turn of the role {turn['role']!r}; use a template that renders it",
+                )
+        names = [(tool.get("function") or tool).get("name") for tool in self.tools or ()]
+        if not all(str(name) in text for name in names):
+            raise TurnsRefused(
+                "tools-left-out",
+                "the chat template leaves out the descriptions of tools; use a template that renders them",
+            )
+
+    def _check_answer(self, text: str, message: Message) -> None:
+        thought = next((message[name] for name in THOUGHT_KEYS if message.get(name)), "")
+        *thoughts, answer = _between_tags(message["content"])
+        if answer.strip() not in text:
+            raise TurnsRefused(
+                "turn-left-out",
+                "the chat template leaves out a turn of the role 'assistant'; use a template that renders it",
+            )
+        if not all(one.strip() in text for one in (*thoughts, thought)):
+            raise TurnsRefused("thought-left-out", "the chat template leaves out the thought of a learned turn")
+
+    def _check_order(self, place: int) -> None:
+        """Refuse a template that writes other turns after the answer: they would be learned with it."""
+        roles = tuple(turn["role"] for turn in self.turns[: place + 1])
+        if roles not in self.facts.answer_is_last:
+            marked = [{"role": role, "content": f"\ue003{number}\ue003"} for number, role in enumerate(roles)]
+            try:
+                given = [self.facts.for_template(turn) for turn in marked]
+                written = apply_template(self.tokenizer, given, False, tools=self.tools)
+            except TurnsRefused:  # the roles alone may make no conversation
+                written = ""
+            after = written.rpartition(f"\ue003{place}\ue003")[2]
+            self.facts.answer_is_last[roles] = "\ue003" not in after or f"\ue003{place}\ue003" not in written
+        if not self.facts.answer_is_last[roles]:
+            raise TurnsRefused(
+                "turn-after-answer",
+                "the chat template writes earlier turns after the answer, which would be learned; use another template",
+            )
+
+    def _check_calls(self) -> None:
+        """Render the conversation with marked names of functions: a template may ignore tool calls."""
+        marked, count = [], 0
+        for turn in self.real:
+            if calls := turn.get("tool_calls"):
+                names = [f"{call['function']['name']}\ue003{count + place}\ue003" for place, call in enumerate(calls)]
+                both = zip(calls, names, strict=True)
+                count += len(calls)
+                turn = {**turn, "tool_calls": [{**c, "function": {**c["function"], "name": n}} for c, n in both]}
+            marked.append(turn)
+        if not count:
+            return
+        written = apply_template(self.tokenizer, marked, False, tools=self.tools)
+        if not all(f"\ue003{place}\ue003" in written for place in range(count)):
+            raise TurnsRefused(
+                "tool-calls-left-out", "the chat template leaves out tool calls; use a template that renders them"
+            )
+
+
+def chained(prompts: Sequence[str], said: Sequence[Said]) -> list[Span] | None:
+    """Return the spans of turns in one rendering; None if a later prompt has an earlier turn otherwise."""
+    spans, text = [Span(said[0].text)], prompts[0] + said[0].text
+    if not all(one.ended for one in said[:-1]):  # their end would not be learned
+        return None
+    for asked, one in zip(prompts[1:], said[1:], strict=True):
+        if not asked.startswith(text):
+            return None
+        spans += [Span(asked[len(text) :], False), Span(one.text)]
+        text = asked + one.text
+    return spans
+
+
+def _thought_of(message: Message, tags: tuple[str, str]) -> str:
+    named = next((message[name] for name in THOUGHT_KEYS if message.get(name)), None)
+    return (named or message["content"].rpartition(tags[1])[0].rpartition(tags[0])[2]).strip()
+
+
+def _between_tags(text: str) -> list[str]:
+    tags = "|".join(re.escape(tag) for pair in THOUGHT_TAGS for tag in pair)
+    return re.split(tags, text)
