@@ -155,27 +155,18 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
                 "conflicting-settings",
                 "eval_source and eval_rows are both set, one perhaps by a recipe: set eval_source null, or eval_rows 0",
             )
-        if self.eval_rows < 0:
-            raise SettingError("setting-out-of-range", f"eval_rows is {self.eval_rows}: it must be at least 0")
         if self.train_prefix is not None and not self.eval_sources:
             raise SettingError(
                 "missing-setting",
                 "train_prefix stands before training prompts alone: give the prompts without it as data.eval_source",
             )
-        for name in ("batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError("setting-out-of-range", f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("rows", "micro_batch_size", "max_tokens", "max_prompt_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise SettingError(
-                    "setting-out-of-range",
-                    f"{name} is {getattr(self, name)}: it must be at least 1, or null for no bound",
-                )
-        if self.max_length is not None and self.max_length < 2:
-            raise SettingError(
-                "setting-out-of-range",
-                f"max_length is {self.max_length}: it must be at least 2, for a prompt and a completion",
-            )
+        free = ("rows", "micro_batch_size", "max_tokens", "max_prompt_length")
+        least = {"eval_rows": 0, "batch_size": 1, "eval_batch_size": 1, "max_length": 2, **dict.fromkeys(free, 1)}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                rest = ", or null for no bound" if name in free else ""
+                raise SettingError("setting-out-of-range", f"{name} is {value}: it must be at least {bound}{rest}")
         if self.completes and (self.max_prompt_length or 0) >= (self.max_length or np.inf):
             raise SettingError(
                 "no-room-for-completion",
@@ -187,8 +178,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         elif self.stream_steps:
             raise SettingError(
                 "needs-streaming",
-                f"steps_per_epoch is {self.stream_steps} without streaming, where an epoch is every "
-                "row once; set streaming to true, or leave steps_per_epoch out",
+                f"steps_per_epoch is {self.stream_steps} without streaming, where an epoch is every row once; set "
+                "streaming to true, or leave steps_per_epoch out",
             )
 
     def _check_streaming(self) -> None:
@@ -197,22 +188,21 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
                 "stream-without-end",
                 "streaming needs steps_per_epoch, because the length of a stream is unknown; set it to at least 1",
             )
-        if self.eval_rows:
-            raise SettingError(
-                "not-with-streaming",
-                f"eval_rows is {self.eval_rows}, but a stream cannot hold out rows; name an eval_source",
-            )
-        if any(is_store(source.path) for source in self.sources):
-            raise SettingError(
-                "not-with-streaming", "a feedback store is read whole and cannot be streamed; set streaming to false"
-            )
-        if any("[" in source.split for source in self.sources):
-            raise SettingError("not-with-streaming", "a slice of a split cannot be streamed; leave the slice out")
-        if self.rows is not None or any(source.rows is not None for source in self.sources):
-            raise SettingError(
-                "not-with-streaming",
-                "rows cannot be set with streaming; bound a stream by steps_per_epoch and max_epochs",
-            )
+        bounded = self.rows is not None or any(source.rows is not None for source in self.sources)
+        for refused, sentence in (
+            (self.eval_rows, f"eval_rows is {self.eval_rows}, but a stream cannot hold out rows; name an eval_source"),
+            (
+                any(is_store(source.path) for source in self.sources),
+                "a feedback store is read whole and cannot be streamed; set streaming to false",
+            ),
+            (
+                any("[" in source.split for source in self.sources),
+                "a slice of a split cannot be streamed; leave the slice out",
+            ),
+            (bounded, "rows cannot be set with streaming; bound a stream by steps_per_epoch and max_epochs"),
+        ):
+            if refused:
+                raise SettingError("not-with-streaming", sentence)
 
     # ---- what the module asks for -----------------------------------------------------------------------------------
 

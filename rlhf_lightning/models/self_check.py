@@ -77,9 +77,9 @@ def check_class(model: CausalLM | ScalarModel, lora: LoraSettings | None = None)
     Raises:
         ModelError: no path agrees with the model's own forward, or it attends to later tokens.
     """
-    examined = examine if isinstance(model, CausalLM) else examine_scalar
     key = check_key(model.model, "forward", [] if lora is None else asdict(lora))
-    found = found_once(key, lambda: examined(unwrapped(model.model), lora), lambda values: Findings(*values))
+    scores = isinstance(model, ScalarModel)
+    found = found_once(key, lambda: examine(unwrapped(model.model), scores, lora), lambda values: Findings(*values))
     for line in found.lines:
         rank_zero_info(line)
     if found.refusal is not None:
@@ -97,9 +97,7 @@ T = TypeVar("T")
 
 
 def found_once(key: str, examine: Callable[[], T], read: Callable[[list[Any]], T]) -> T:
-    """Return the finding under a key (see `check_key`): of this process, else ``read`` from the cache, else
-    examined.
-    """
+    """Return what a check found, by its `check_key`: in this process, else ``read`` from the cache, else by checking."""
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
         try:
@@ -152,97 +150,59 @@ def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]
     return None, Findings(trees, True, "product", (line,))
 
 
-def examine(model: Any, lora: LoraSettings | None = None) -> Findings:
-    """Compare the paths of a small copy of a causal language model with its own forward."""
+def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) -> Findings:
+    """Compare the paths of a small copy of a causal language model, or of one that ``scores``, with its own forward."""
     name, trees = type(model).__name__, reads_trees(model)
     small, found = working_copy(model, trees)
     if found is not None:
         return found
-    if (refusal := _not_causal(name, small)) is not None:
+    if not scores and (refusal := _not_causal(name, small)) is not None:
         return Findings(False, True, "product", (), refusal)
-    policy = CausalLM(small).eval()
-    lines, agrees = _settle_padded(name, policy)
-    if not agrees:
-        sentence = f"{name}: {lines[0]}, whichever way they are computed; train another model"
-        return Findings(False, True, "product", (), ("self-check-failed", sentence))
-    trees = trees and policy.pads_rows
-    if trees:
-        trees, line = _agree_packed(name, [_apart(policy, part, _packed(part)) for part in (APART, EXAMPLES)])
-        lines += line
-    if lora is not None:
-        lines += _gradients_of_adapter(name, small, lora, policy)
-    return Findings(trees, policy.pads_rows, policy.logits_path, tuple(lines))
-
-
-def examine_scalar(model: Any, _lora: LoraSettings | None = None) -> Findings:
-    """Compare the scores of a small copy of a reward model with its own forward of each sequence alone."""
-    name, trees = type(model).__name__, reads_trees(model)
-    small, found = working_copy(model, trees)
-    if found is not None:
-        return found
-    scalar = ScalarModel(small).eval()
-    apart: list[float] = []
-    for pads in (True, False):
-        scalar.pads_rows = pads
-        apart.append(_scores_apart(scalar, padded_layout(EXAMPLES)))
-        if apart[-1] <= CLOSE:
-            break
-    else:
-        sentence = f"{name}: scores differ from the model's own forward by {apart[0]:.2g}; start from another model"
-        return Findings(False, True, "product", (), ("self-check-failed", sentence))
+    checked: CausalLM | ScalarModel = (ScalarModel(small) if scores else CausalLM(small)).eval()
+    what, told = ("scores", "{:.2g}".format) if scores else ("log-probabilities", _nats)
+    path, apart = _settle_padded(checked)
+    if path is None:
+        sentence = (
+            f"{name}: {what} differ from the model's own forward by {told(apart)}, whichever way they are computed"
+        )
+        return Findings(False, True, "product", (), ("self-check-failed", f"{sentence}; start from another model"))
     lines = []
-    if not scalar.pads_rows:
+    if path != "product":
         lines.append(
-            f"{name}: scores in padded rows differ from those of each sequence alone by {apart[0]:.2g}; sequences of "
+            f"{name}: log-probabilities from the LM head's weight differ from the model's own by {told(apart)}; "
+            f"logits come from {PATHS[path]}"
+        )
+    if not checked.pads_rows:
+        lines.append(
+            f"{name}: {what} in padded rows differ from those of each sequence alone by {told(apart)}; sequences of "
             "different lengths are forwarded one after the other"
         )
-    trees = trees and scalar.pads_rows
-    if trees:
-        trees, line = _agree_packed(name, [_scores_apart(scalar, _packed(EXAMPLES))])
-        lines += line
-    return Findings(trees, scalar.pads_rows, "product", tuple(lines))
-
-
-@torch.no_grad()
-def _scores_apart(scalar: ScalarModel, layout: Layout) -> float:
-    try:
-        expected = torch.stack([own_logits(scalar.model, ids) for ids in _whole_sequences(EXAMPLES)])
-        found = scalar(layout)
-        return float((found.view_as(expected) - expected).abs().nan_to_num(torch.inf).max())
-    except Exception:  # a path that a class was not made for fails in many ways
-        return float("inf")
-
-
-def _agree_packed(name: str, apart: list[float]) -> tuple[bool, list[str]]:
-    """Return whether packed rows agree, and a line if they do not."""
-    if max(apart) <= CLOSE:
-        return True, []
-    told = f"packed rows differ from the model's own forward by {_nats(max(apart))}"
-    return False, [f"{name}: {told}; each sequence gets a row of its own"]
-
-
-def _settle_padded(name: str, policy: CausalLM) -> tuple[list[str], bool]:
-    """Set the first way to forward padded rows that agrees; return lines on it, and whether one does."""
-    first = None
-    for pads, path in itertools.product((True, False), get_args(LogitsPath)):
-        policy.pads_rows, policy.logits_path = pads, path
-        apart = _apart(policy, EXAMPLES, padded_layout(EXAMPLES))
-        first = apart if first is None else first
+    if trees and checked.pads_rows:
+        apart = max(_apart(checked, part, _packed(part)) for part in ((EXAMPLES,) if scores else (APART, EXAMPLES)))
         if apart > CLOSE:
-            continue
-        lines = []
-        if path != "product":
-            lines.append(
-                f"{name}: log-probabilities from the LM head's weight differ from the model's own by {_nats(first)}; "
-                f"logits come from {PATHS[path]}"
-            )
-        if not pads:
-            lines.append(
-                f"{name}: log-probabilities in padded rows differ from those of each sequence alone by "
-                f"{_nats(first)}; sequences of different lengths are forwarded one after the other"
-            )
-        return lines, True
-    return [f"log-probabilities differ from the model's own forward by {_nats(first or 0.0)}"], False
+            lines.append(f"{name}: {PACKED_APART.format(told(apart))}")
+        trees = apart <= CLOSE
+    if lora is not None and isinstance(checked, CausalLM):
+        lines += _gradients_of_adapter(name, small, lora, checked)
+    return Findings(trees and checked.pads_rows, checked.pads_rows, path, tuple(lines))
+
+
+PACKED_APART = "packed rows differ from the model's own forward by {}; each sequence gets a row of its own"
+
+
+def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, float]:
+    """Set the first way to forward padded rows that agrees; return it, and how far the first way is from agreeing."""
+    first = None
+    paths: tuple[LogitsPath, ...] = get_args(LogitsPath) if isinstance(checked, CausalLM) else ("product",)
+    for pads, path in itertools.product((True, False), paths):
+        checked.pads_rows = pads
+        if isinstance(checked, CausalLM):
+            checked.logits_path = path
+        apart = _apart(checked, EXAMPLES, padded_layout(EXAMPLES))
+        first = apart if first is None else first
+        if apart <= CLOSE:
+            return path, first
+    return None, first or 0.0
 
 
 PATHS: dict[LogitsPath, str] = {
@@ -312,9 +272,13 @@ def differences(policy: CausalLM, sequences: Sequences, layout: Layout) -> Tenso
     return torch.cat(apart).nan_to_num(torch.inf)
 
 
-def _apart(policy: CausalLM, sequences: Sequences, layout: Layout) -> float:
+@torch.no_grad()
+def _apart(checked: CausalLM | ScalarModel, sequences: Sequences, layout: Layout) -> float:
     try:
-        return float(differences(policy, sequences, layout).max())
+        if isinstance(checked, CausalLM):
+            return float(differences(checked, sequences, layout).max())
+        expected = torch.stack([own_logits(checked.model, ids) for ids in _whole_sequences(sequences)])
+        return float((checked(layout).view_as(expected) - expected).abs().nan_to_num(torch.inf).max())
     except Exception:  # a path that a class was not made for fails in many ways
         return float("inf")
 
@@ -403,10 +367,7 @@ def _check_policy(policy: CausalLM) -> None:
 
     if policy.reads_trees and (found := apart(_packed(sequences))) > limit:
         policy.reads_trees = False
-        rank_zero_info(
-            f"{name}: packed rows of these weights differ from the model's own forward by {_nats(found)}; each "
-            "sequence gets a row of its own"
-        )
+        rank_zero_info(f"{name} with these weights: {PACKED_APART.format(_nats(found))}")
     if policy.reads_trees:
         return
     if is_sharded(policy) and not policy.pads_rows:
