@@ -77,6 +77,11 @@ def undefined(thing: object, name: str) -> ContractError:
     return ContractError("undefined-method", f"{type(thing).__name__} must define {name!r}")
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def printable(text: str) -> str:
     r"""Return a text that cannot act on a terminal, for messages that quote files, models, servers and people.
 

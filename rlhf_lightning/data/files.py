@@ -13,19 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.data.finding import COMPRESSED, FORMATS, format_of, refuse_device
+from rlhf_lightning.errors import DataError, reason_of
 
 WRAPPERS = ("data", "rows", "examples", "instances", "train")
 """Names under which a .json file may hold its list of rows."""
 
-COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
-"""Suffixes of compressed files, and the bytes such a file begins with."""
-
-FORMATS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
-    ".txt": "txt", ".arrow": "arrow", ".feather": "arrow",
-}  # fmt: skip
-"""The format of a file by its suffix, in small letters and before that of a compression."""
 
 TURN_COLUMNS = (
     "prompt", "messages", "conversations", "chosen", "rejected", "completion", "completions", "history", "tools",
@@ -67,14 +60,6 @@ class _DuplicateKey(Exception):
     """An object has a key twice."""
 
 
-def format_of(file: Path) -> str | None:
-    """Return the format of a file by its name, a value of `FORMATS`; None if the name does not say."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in (*COMPRESSED, ".zstd"):
-        suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
-
-
 def read_file(file: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Read the rows of one file: Parquet, Arrow, CSV or TSV with a header, JSON (a list of objects) or one JSON a line.
 
@@ -92,8 +77,7 @@ def read_file(file: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     readers: dict[str, Callable[[Path, io.BufferedReader, int], Iterator[RawRow]]] = {
         "jsonl": _jsonl, "json": _json, "parquet": _parquet, "arrow": _arrow, "csv": _csv, "tsv": _csv, "txt": _txt,
     }  # fmt: skip
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise DataError("not-a-file", f"{file} is a pipe or a device, which may never end; copy it to a file first")
+    refuse_device(file)
     try:
         with _opened(file) as stream:
             yield from readers[format_of(file) or _format_of_content(file, stream)](file, stream, longest)
@@ -106,8 +90,9 @@ def read_file(file: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError("unreadable-file", f"{file} cannot be read: {reason}; check that it is complete") from error
+        raise DataError(
+            "unreadable-file", f"{file} cannot be read: {reason_of(error)}; check that it is complete"
+        ) from error
 
 
 def _opened(file: Path) -> io.BufferedReader:
@@ -189,14 +174,11 @@ def _jsonl(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawR
     if first and row is UNREADABLE and first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
         content = first + _whole(file, stream)
         found = _pretty_printed(file, content)
-        yield from _bounded(_parsed(content.splitlines()) if found is None else found, longest)
+        parsed = (parse_line(line) for line in content.splitlines() if line.strip())
+        yield from _bounded(parsed if found is None else found, longest)
         return
     yield row
     yield from (TOO_LARGE if line is None else parse_line(line) for line in lines)
-
-
-def _parsed(lines: Iterable[bytes]) -> Iterator[RawRow]:
-    return (parse_line(line) for line in lines if line.strip())
 
 
 def _pretty_printed(file: Path, content: bytes) -> list[RawRow] | None:
@@ -329,8 +311,8 @@ def _table(file: Path, name: str, batches: Callable[[], Iterable[Any]], longest:
     except MemoryError:
         raise
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError("unreadable-file", f"{file} cannot be read as {name} after {row:,} rows: {reason}") from error
+        sentence = f"{file} cannot be read as {name} after {row:,} rows: {reason_of(error)}"
+        raise DataError("unreadable-file", sentence) from error
 
 
 def _rows_of_batch(batch: Any, longest: int, size: int) -> Iterator[RawRow]:
@@ -342,7 +324,10 @@ def _rows_of_batch(batch: Any, longest: int, size: int) -> Iterator[RawRow]:
             pass
     for place in range(len(batch)):
         one = batch.slice(place, 1)
-        yield TOO_LARGE if sum(map(_unpacked_bytes, one.columns)) > longest else _table_row(one)
+        try:
+            yield TOO_LARGE if sum(map(_unpacked_bytes, one.columns)) > longest else one.to_pylist()[0]
+        except (ValueError, OverflowError):
+            yield UNREADABLE
 
 
 def _unpacked_bytes(array: Any) -> int:
@@ -360,13 +345,6 @@ def _unpacked_bytes(array: Any) -> int:
     if pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type):
         return _unpacked_bytes(array.flatten())
     return array.nbytes
-
-
-def _table_row(batch: Any) -> RawRow:
-    try:
-        return batch.to_pylist()[0]
-    except (ValueError, OverflowError):
-        return UNREADABLE
 
 
 def without_filled_nulls(row: RawRow) -> RawRow:

@@ -10,11 +10,9 @@ latter when it is first read, so that what comes in later changes nothing for a 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +26,10 @@ from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
-from rlhf_lightning.data.files import FORMATS, LONGEST_ROW, RawRow, format_of, read_file, without_filled_nulls
+from rlhf_lightning.data.files import LONGEST_ROW, RawRow, read_file, without_filled_nulls
+from rlhf_lightning.data.finding import bounds_of, files_of, split_of
 from rlhf_lightning.environments.games import GYM, reasoning_rows
-from rlhf_lightning.errors import DataError, MissingError, SettingError
-from rlhf_lightning.loading import nearest
+from rlhf_lightning.errors import DataError, MissingError, SettingError, reason_of
 
 T = TypeVar("T")
 
@@ -172,130 +170,13 @@ def _one(item: Any) -> Source:
     return one
 
 
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
-    "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation", "heldout": "validation",
-}  # fmt: skip
-"""Words in the name of a file, and the split that they name."""
-
-DOCUMENTS = re.compile(
-    r"(licen[cs]e|copying|notice|readme|changelog|authors|citation|requirements|dataset_infos?|state)\b", re.IGNORECASE
-)
-"""Names of files that accompany data."""
-
-SLICE = re.compile(r"([^\[\]+]+)(?:\[(-?[0-9]+%?)?:(-?[0-9]+%?)?\])?\Z")
-
-
-def files_of(source: Source) -> list[Path] | None:
-    """Return the files a source names, in order; None if it is a Hub name or a folder written by ``save_to_disk``.
-
-    Of a folder these are the files of the split, by the words in their names. Licences and the like are left out.
-
-    Raises:
-        MissingError: if it looks like a file or a glob and there is none.
-        DataError: if a folder or a glob mixes formats or splits.
-    """
-    path = Path(source.path).expanduser()
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise DataError("not-a-file", f"{path} is a pipe or a device, which may never end; copy it to a file first")
-    split = SLICE.match(source.split)
-    if split is None and path.exists():
-        bounds_of(source.split, 0)
-    name = split[1] if split else source.split
-    if path.is_file():
-        _check_no_split(source, name)
-        return [path]
-    if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return None
-        return _files_in(path, name)
-    if any(mark in source.path for mark in "*?["):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
-            raise MissingError("no-data", f"no file matches {source.path!r} (in {Path.cwd()}); check the pattern")
-        _check_no_split(source, name)
-        splits = {_split_of(file) for file in found}
-        if len(splits) > 1:
-            raise DataError(
-                "mixed-files", f"{source.path!r} matches files of several splits: {_names(found)}; narrow the pattern"
-            )
-        return found
-    suffix = format_of(path) is not None
-    if suffix or source.path.count("/") > 1 or source.path.startswith((".", "~", "/")):
-        folder = path.parent if path.parent.is_dir() else None
-        near = nearest(path.name, [one.name for one in folder.iterdir()]) if folder else None
-        hint = f"the nearest is {str(folder / near)!r}" if folder and near else "check the path"
-        raise MissingError("no-data", f"there is no file {source.path!r} (in {Path.cwd()}); {hint}")
-    return None
-
-
-def _check_no_split(source: Source, name: str) -> None:
-    if name != "train":
-        raise SettingError(
-            "split-of-a-file",
-            f"split of {source.path} is {source.split!r}, but a file is not divided into splits; name the file of that "
-            "split, or take a slice such as train[:10%]",
-        )
-
-
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")
-
-
-def _split_of(file: Path) -> str | None:
-    words = re.split(r"[^a-z]+", f"{file.parent.name} {file.name}".lower() if _in_split(file) else file.name.lower())
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
-
-
-def _in_split(file: Path) -> bool:
-    return file.parent.name.lower() in SPLIT_WORDS
-
-
-def _files_in(folder: Path, split: str) -> list[Path]:
-    """Return a folder's files of one format and split: its own, else those of data/ or of a folder for each split."""
-    places = [folder, folder / "data", *(one for one in sorted(folder.iterdir()) if one.name.lower() in SPLIT_WORDS)]
-    files: list[Path] = []
-    for place in places:
-        if place.is_dir() and (place != folder / "data" or not files):
-            files += [file for file in sorted(place.iterdir()) if file.is_file() and _is_data(file)]
-    if any(format_of(file) != "txt" for file in files):
-        files = [file for file in files if format_of(file) != "txt"]
-    if not files:
-        raise MissingError(
-            "no-data", f"the folder {folder} holds no saved dataset and no {', '.join(FORMATS)} file; check the path"
-        )
-    if len({format_of(file) for file in files}) > 1:
-        raise DataError("mixed-files", f"the folder {folder} mixes formats: {_names(files)}; name the files by a glob")
-    splits = {file: _split_of(file) for file in files}
-    asked = SPLIT_WORDS.get(split.lower(), split)
-    found = [file for file in files if splits[file] == asked]
-    others = [file for file in files if splits[file] is None]
-    if found and others:
-        raise DataError(
-            "mixed-files",
-            f"the folder {folder} has files of the split {split!r} ({_names(found)}) and others ({_names(others)}); "
-            "name the files by a glob",
-        )
-    found = others if not found and asked == "train" else found
-    if not found:
-        known = ", ".join(sorted({one or "train" for one in splits.values()}))
-        raise DataError("no-such-split", f"{folder} has no split {split!r}; choose one of {known}")
-    return found
-
-
-def _is_data(file: Path) -> bool:
-    hidden = file.name.startswith((".", "_"))
-    return format_of(file) is not None and not hidden and DOCUMENTS.match(file.name) is None
-
-
 def load_hub(source: Source, streaming: bool = False) -> Any:
     """Load the `datasets` object of a Hub name or of a folder written by ``save_to_disk``."""
     import datasets  # a second to import: not needed for files
 
     if Path(source.path).expanduser().is_dir():
         data = datasets.load_from_disk(str(Path(source.path).expanduser()))
-        split = SLICE.match(source.split)
-        name = split[1] if split else source.split
+        name = split_of(source.split)
         if isinstance(data, datasets.DatasetDict):
             if name not in data:
                 raise DataError(
@@ -307,30 +188,9 @@ def load_hub(source: Source, streaming: bool = False) -> Any:
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingError(
-            "no-data", f"{source.path!r} is not a file here, and the Hub did not provide it: {reason}"
+            "no-data", f"{source.path!r} is not a file here, and the Hub did not provide it: {reason_of(error)}"
         ) from error
-
-
-def bounds_of(split: str, count: int) -> tuple[int, int]:
-    """Return the first row of a split's slice and the one after its last, such as of ``train[10%:20%]``.
-
-    Raises:
-        SettingError: the split is not written like that.
-    """
-    found = SLICE.match(split)
-    if found is None:
-        raise SettingError(
-            "bad-split",
-            f"split is {split!r}; write a name, or a name and a slice such as train[:100] or train[10%:20%]",
-        )
-    places = []
-    for given, default in ((found[2], 0), (found[3], count)):
-        place = default if given is None else int(given.removesuffix("%"))
-        place = round(place * count / 100) if given is not None and given.endswith("%") else place
-        places.append(min(max(place + count if place < 0 else place, 0), count))
-    return places[0], max(places)
 
 
 def source_fingerprint(source: Source) -> str:
@@ -342,7 +202,7 @@ def source_fingerprint(source: Source) -> str:
             taken = snapshot_of(connection, upto).fingerprint
             digest.update(json.dumps([taken, source.kind, source.labels, source.annotators]).encode())
         return digest.hexdigest()
-    files = files_of(source)
+    files = files_of(source.path, source.split)
     if files is None:
         digest.update(dataset_fingerprint(load_hub(source)).encode())
     if files is not None and "[" in source.split:
@@ -365,7 +225,7 @@ def _content_hash(file: Path, size: int, changed: int) -> bytes:
 
 def source_stamp(source: Source) -> str:
     """Names and sizes of what a source holds: for streams, which are too large to be hashed whole."""
-    sizes = [(file.name, file.stat().st_size) for file in files_of(source) or []]
+    sizes = [(file.name, file.stat().st_size) for file in files_of(source.path, source.split) or []]
     return json.dumps([source.path, source.split, source.name, sizes])
 
 
@@ -374,7 +234,7 @@ def read_rows(source: Source) -> Iterator[RawRow]:
     rows: Iterator[RawRow]
     if is_store(source.path):
         rows = _judged_rows(source)
-    elif (files := files_of(source)) is None:
+    elif (files := files_of(source.path, source.split)) is None:
         rows = map(without_filled_nulls, load_hub(source))
     else:
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.batching import shuffled
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.files import RawRow, read_file
+from rlhf_lightning.data.finding import files_of
 from rlhf_lightning.data.loader import StepLoader
-from rlhf_lightning.data.sources import Source, files_of, load_hub
+from rlhf_lightning.data.sources import Source, load_hub
 from rlhf_lightning.data.tokenizing import CHUNK, PEEK, EncodedRow, Encoder, no_rows
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import Step
@@ -40,7 +41,7 @@ class ShardedSource:
 
     def __init__(self, source: Source, seed: int, shuffle: bool) -> None:
         self.source, self.seed, self.shuffle = source, seed, shuffle
-        self.files = files_of(source)
+        self.files = files_of(source.path, source.split)
         self.dataset: Any = None
         if self.files is None:
             self.dataset = load_hub(source, streaming=True)
@@ -149,9 +150,10 @@ class RowStream:
             wanted = min(CHUNK, self.block - len(rows))
             before = len(rows)
             for number, raw in self._draw(wanted):
-                for row in self.encoders[number].chunk(self.tokenizer, raw, self.report):
-                    row.source = number
-                    rows.append(row)
+                for outcome in self.encoders[number].counted(self.tokenizer, raw, self.report):
+                    for row in outcome.encoded:
+                        row.source = number
+                        rows.append(row)
             fruitless = fruitless + wanted if len(rows) == before else 0
             if fruitless > 100_000:
                 raise no_rows(self.report, "The stream")

@@ -31,7 +31,7 @@ from rlhf_lightning.tokenization import (
     settled,
     truncate,
 )
-from rlhf_lightning.types import Message, Prompt
+from rlhf_lightning.types import Prompt
 
 _as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -163,7 +163,8 @@ class Encoder:
             self.check_names([name for row in readable for name in row if isinstance(name, str)], where)
         chunk: list[Row | Unreadable] = first
         while chunk:
-            yield from self.chunk(tokenizer, chunk, report)
+            for outcome in self.counted(tokenizer, chunk, report):
+                yield from outcome.encoded
             chunk = list(islice(rows, CHUNK))
 
     def check_names(self, names: list[str], where: str) -> None:
@@ -190,12 +191,6 @@ class Encoder:
                 f"the objective asks for the column {', '.join(map(repr, absent))} (data_columns), but {where} has the "
                 f"columns {found}; rename one by data.columns",
             )
-
-    def chunk(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
-    ) -> list[EncodedRow]:
-        """Encode some rows at once, counting in ``report``."""
-        return [row for outcome in self.counted(tokenizer, rows, report) for row in outcome.encoded]
 
     def counted(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
@@ -254,7 +249,8 @@ class Encoder:
                 texts = render_steps(tokenizer, steps, self.separator, prompt, rendered)
                 return [_Case([render_prompt(tokenizer, prompt, rendered), *texts], prompt)]
             if self.turnwise and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
-                turns = [*prompt, *_as_turns(row.completions[0])]
+                said = row.completions[0]
+                turns = [*prompt, *([{"role": "assistant", "content": said}] if isinstance(said, str) else said)]
                 found = render_turns(tokenizer, turns, self.last_turn_only, first=len(prompt))
                 return [_Case([one.prompt, one.completion], one.context, one.weight) for one in found]
             return [_Case(render_answers(tokenizer, prompt, row.completions, rendered, self.last_turn_only), prompt)]
@@ -368,10 +364,6 @@ def instructed(row: CanonicalRow, prefix: str | None) -> CanonicalRow:
     if first["role"] != "system":
         return replace(row, prompt=[{"role": "system", "content": prefix}, *row.prompt])
     return replace(row, prompt=[{**first, "content": f"{prefix}\n\n{first['content']}"}, *others])
-
-
-def _as_turns(completion: str | list[Message]) -> list[Message]:
-    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
 def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:

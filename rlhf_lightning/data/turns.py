@@ -9,14 +9,14 @@ from typing import Any
 
 from rlhf_lightning.data.canonical import ROLES, Row, RowRefused
 from rlhf_lightning.loading import is_too_deep
+from rlhf_lightning.tokenization.facts import THOUGHT_KEYS
 from rlhf_lightning.types import Message, Prompt
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("weight", "train", "trainable", "loss_mask", "loss")
 """Keys of a turn that say how much it counts in the loss."""
 
 TURN_KEYS = {
-    "role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "tools", *THOUGHTS,
+    "role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "tools", *THOUGHT_KEYS,
     *FLAGS,
 }  # fmt: skip
 """Keys of a turn that are read."""
@@ -72,7 +72,7 @@ def _message(turn: Any) -> Message | None:
     content, thought = _text_of_parts(content)
     calls = _calls_of(turn, name, content)
     made: Message = {"role": role, "content": "" if name == "function_call" else content or ""}
-    for key in THOUGHTS:
+    for key in THOUGHT_KEYS:
         if turn.get(key) is not None and not isinstance(turn[key], str):
             raise RowRefused("malformed_messages")
         thought = thought or turn.get(key) or ""

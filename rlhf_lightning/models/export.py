@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.compat import erases_pad_row
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.quantization import quantization_of
 from rlhf_lightning.models.resolving import BACKBONE_FILE, SCORE_BIAS, fingerprint
@@ -139,10 +139,10 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
         hub.create_repo(repo_id, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repo_id, folder_path=folder))
     except Exception as error:  # of the HTTP library too, which changes with the version of huggingface_hub
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
             "push-failed",
-            f"{repo_id} was not pushed ({reason}); check name, network and `hf auth login`, and push {folder} again",
+            f"{repo_id} was not pushed ({reason_of(error)}); check name, network and `hf auth login`, and push "
+            f"{folder} again",
         ) from error
 
 

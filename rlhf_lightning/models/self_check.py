@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rlhf_lightning.compat import attention_kernel
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.logprobs import at_least_float32, token_logprobs
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.causal_lm import CausalLM, LogitsPath, OwnLogits, inference_mode_of
@@ -97,7 +97,7 @@ T = TypeVar("T")
 
 
 def found_once(key: str, examine: Callable[[], T], read: Callable[[list[Any]], T]) -> T:
-    """Return what a check found, by its `check_key`: in this process, else ``read`` from the cache, else by checking."""
+    """Return what a check found, by its `check_key`: in this process, else from the cache, else by checking."""
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
         try:
@@ -145,7 +145,7 @@ def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]
             return small, None
         reason = "its logits are not finite"
     except Exception as error:  # whatever a class raises of settings that nobody tried
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+        reason = f"{type(error).__name__}: {reason_of(error)[:160]}"
     line = f"{name}: no small copy to check could be built ({reason}); its real weights are checked alone"
     return None, Findings(trees, True, "product", (line,))
 
@@ -362,7 +362,7 @@ def _check_policy(policy: CausalLM) -> None:
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if is_sharded(policy):
                 raise  # other ranks wait in a collective
-            told.append(f"{type(error).__name__}: {error}".strip().splitlines()[0][:160])
+            told.append(f"{type(error).__name__}: {reason_of(error)[:160]}")
             return float("inf")
 
     if policy.reads_trees and (found := apart(_packed(sequences))) > limit:

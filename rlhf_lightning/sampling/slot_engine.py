@@ -37,10 +37,10 @@ class SlotEngine(SamplingEngine):
     keeps_turns = True
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        settle_decoding(model, self.sample)
+        settle_decoding(model, sample)
         if request.mixture is not None:
             with request.mixture.other() as other:
-                settle_decoding(other, self.sample)
+                settle_decoding(other, sample)
         run = _Run(model, request)
         idle = partial(idle_pass, model, request.mixture)
         with inference_mode_of(model), in_step(model, idle) as before_pass:

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_lightning.errors import MissingError, ModelError, SettingError
+from rlhf_lightning.errors import MissingError, ModelError, SettingError, reason_of
 from rlhf_lightning.tokenization.facts import STOP_STRINGS, STOP_TOKENS, end_token_ids
 from rlhf_lightning.tokenization.templates import CHAT_TEMPLATES, set_template_args, template_args_of
 
@@ -67,7 +67,7 @@ def load_tokenizer(
                 f"the tokenizer {str(name_or_folder)!r} needs its own Python code; if you trust it, "
                 f"allow it with --model.trust_remote_code {name_or_folder}",
             ) from error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = reason_of(error)
         if "couldn't connect" in reason or "offline mode" in reason:
             raise MissingError(
                 "hub-unreachable",

@@ -6,7 +6,8 @@ import pytest
 from conftest import refused
 
 from rlhf_lightning.data.files import UNREADABLE
-from rlhf_lightning.data.sources import Source, files_of, parse_sources, read_rows, source_fingerprint
+from rlhf_lightning.data.finding import files_of
+from rlhf_lightning.data.sources import Source, parse_sources, read_rows, source_fingerprint
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "ü\u2028b", "n": 2}, {"prompt": "c", "n": 3}]
 
@@ -118,7 +119,7 @@ def test_missing_files_are_named(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with refused("no-data", message):
-        files_of(Source(path))
+        files_of(path)
 
 
 def test_sources_as_they_are_written():
@@ -161,7 +162,7 @@ def test_fingerprints_tell_contents_not_names(tmp_path):
 
 def test_a_folder_gives_the_files_of_one_split_and_format(tmp_path):
     def names(split="train", path=tmp_path):
-        return [file.name for file in files_of(Source(str(path), split=split))]
+        return [file.name for file in files_of(str(path), split)]
 
     for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "LICENSE.txt", "README.md", "dataset_infos.json"):
         (tmp_path / name).write_text('{"a": 1}\n')
@@ -181,7 +182,7 @@ def test_a_folder_gives_the_files_of_one_split_and_format(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "folders" / split).mkdir(parents=True)
         (tmp_path / "folders" / split / "a.jsonl").write_text("")
-    assert [file.parent.name for file in files_of(Source(str(tmp_path / "folders"), split="test"))] == ["test"]
+    assert [file.parent.name for file in files_of(str(tmp_path / "folders"), "test")] == ["test"]
 
 
 def test_globs_and_files_have_no_splits(tmp_path):
