@@ -22,7 +22,7 @@ from rlhf_lightning.types import (
 
 def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
     """Collate one completion for each prompt."""
-    sequences, _ = _single(store, rows)
+    sequences, _ = _sequences(store, rows)
     return DemonstrationBatch(sequences, store.column("weight", rows), store.extras(rows))
 
 
@@ -48,7 +48,7 @@ def unpaired(
     With ``partners`` (for each row another one) a mismatched completion is put after each prompt, within
     ``max_length``.
     """
-    sequences, ranks = _single(store, rows)
+    sequences, ranks = _sequences(store, rows)
     mismatched = None
     if partners is not None:
         others = [store.completions(partners[row])[0] for row in rows]
@@ -63,7 +63,7 @@ def unpaired(
 
 def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
     """Collate one completion for each prompt, and the labels of its steps that truncation has left."""
-    sequences, _ = _single(store, rows)
+    sequences, _ = _sequences(store, rows)
     labels = []
     for row, ends in zip(rows, sequences.supervised, strict=True):
         judged = [label for label in store.record(row)["columns"]["labels"] if label is not None]
@@ -73,21 +73,9 @@ def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
 
 def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
     """Collate each prompt's completions one after the other, with their ranks."""
-    found = [(parent, one) for parent, row in enumerate(rows) for one in store.completions(row)]
-    sequences = Sequences(
-        prompts=tuple(store.prompt(row) for row in rows),
-        completions=tuple(ids for _, (ids, _, _) in found),
-        parents=tuple(parent for parent, _ in found),
-        supervised=tuple(mask for _, (_, mask, _) in found),
-    )
-    return RankedBatch(
-        sequences,
-        torch.tensor([rank for _, (_, _, rank) in found], dtype=torch.int64),
-        store.column("target", rows),
-        store.column("margin", rows),
-        store.column("weight", rows),
-        store.extras(rows),
-    )
+    sequences, ranks = _sequences(store, rows)
+    target, margin, weight = (store.column(name, rows) for name in ("target", "margin", "weight"))
+    return RankedBatch(sequences, torch.tensor(ranks, dtype=torch.int64), target, margin, weight, store.extras(rows))
 
 
 def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int = 1) -> PromptBatch:
@@ -111,13 +99,8 @@ def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int
     )
 
 
-def _single(store: RowStore, rows: Sequence[int]) -> tuple[Sequences, list[int]]:
-    """Return each row's only completion after its prompt, and the completions' ranks."""
-    found = [store.completions(row)[0] for row in rows]
-    sequences = Sequences(
-        prompts=tuple(store.prompt(row) for row in rows),
-        completions=tuple(ids for ids, _, _ in found),
-        parents=tuple(range(len(rows))),
-        supervised=tuple(mask for _, mask, _ in found),
-    )
-    return sequences, [rank for _, _, rank in found]
+def _sequences(store: RowStore, rows: Sequence[int]) -> tuple[Sequences, list[int]]:
+    """Return all completions of each row after its prompt, and their ranks."""
+    found = [(parent, *one) for parent, row in enumerate(rows) for one in store.completions(row)]
+    parents, completions, supervised, ranks = zip(*found, strict=True) if found else ((), (), (), ())
+    return Sequences(tuple(store.prompt(row) for row in rows), completions, parents, supervised), list(ranks)

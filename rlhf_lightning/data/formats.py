@@ -129,11 +129,6 @@ def _with_lists(row: Row, forms: tuple[Form, ...]) -> tuple[Row, Form]:
     return row, form
 
 
-def _check_media(row: Row) -> None:
-    if any(row.get(name) for name in MEDIA):
-        raise RowRefused("media")
-
-
 def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
     """A prompt and the completion to imitate."""
     row, form = _with_lists(row, DEMONSTRATION_FORMS)
@@ -310,7 +305,8 @@ def read_row(
     if columns:
         covered = set(columns.values()) - set(columns)
         row = {columns.get(name, name): value for name, value in row.items() if name not in covered}
-    _check_media(row)
+    if any(row.get(name) for name in MEDIA):
+        raise RowRefused("media")
     canonical = read(row, as_chat)
     canonical.unused = tuple(dict.fromkeys(unused_keys(row.values())))
     try:

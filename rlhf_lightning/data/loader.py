@@ -8,7 +8,7 @@ any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class StepLoader:
         if self.num_workers == 0:
             return (steps[index] for index in range(start, self.length))
         loader = DataLoader(
-            _AsDataset(steps), sampler=range(start, self.length), batch_size=None, collate_fn=_unchanged,
+            cast(Dataset[Any], steps), sampler=range(start, self.length), batch_size=None, collate_fn=_unchanged,
             num_workers=self.num_workers, generator=torch.Generator(),
         )  # fmt: skip  # its own generator: seeding workers must not advance the global one
         return iter(loader)
@@ -195,17 +195,6 @@ class StepLoader:
 def conversing_step(step: Step[PromptBatch], multi_turn: MultiTurn) -> Step[PromptBatch]:
     """Return a step whose prompts begin conversations."""
     return step._replace(micro_batches=tuple(one._replace(multi_turn=multi_turn) for one in step.micro_batches))
-
-
-class _AsDataset(Dataset):
-    def __init__(self, steps: EpochSteps) -> None:
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> Step[Any]:
-        return self.steps[index]
 
 
 def _unchanged(step: Any) -> Any:

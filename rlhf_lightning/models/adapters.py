@@ -50,14 +50,10 @@ def read_adapter(folder: str | Path) -> AdapterWeights:
     """Read an adapter's folder, a reward model's head separately from the matrices of its trunk."""
     require_safetensors(str(folder))
     with reading(str(folder), "adapter"):
-        return _read_adapter(folder)
-
-
-def _read_adapter(folder: str | Path) -> AdapterWeights:
-    weights = load_peft_weights(str(folder), device="cpu")
-    heads = [name for name in weights if name.endswith("score.weight")]
-    head = weights.pop(heads[0]) if heads else None
-    return AdapterWeights(PeftConfig.from_pretrained(str(folder)), weights, head)
+        weights = load_peft_weights(str(folder), device="cpu")
+        heads = [name for name in weights if name.endswith("score.weight")]
+        head = weights.pop(heads[0]) if heads else None
+        return AdapterWeights(PeftConfig.from_pretrained(str(folder)), weights, head)
 
 
 def add_adapter(

@@ -47,11 +47,8 @@ def limits_of(model: Any) -> Limits:
     ]
     rows = vocabulary_rows(inner)
     positions, trained = min(tables, default=None), None if tables else longest
-    return Limits(type(inner).__name__, rows, positions, trained, rope_switch(config), _rescales(config))
-
-
-def _rescales(config: Any) -> bool:
-    return any("dynamic" in str(rope.get("rope_type")) for rope in ropes_of(config))
+    rescales = any("dynamic" in str(rope.get("rope_type")) for rope in ropes_of(config))
+    return Limits(type(inner).__name__, rows, positions, trained, rope_switch(config), rescales)
 
 
 def check_prompts(model: Any, prompts: Sequence[torch.Tensor], new_tokens: int) -> None:

@@ -167,24 +167,20 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
     if task_type == "SEQ_CLS":
         model.score.float()  # trained whole with the adapter, and in bf16 its small updates would vanish
     if start_from is not None:
-        return continued_lora(model, lora, task_type, start_from)
+        adapter_settings(start_from)
+        refuse_slow_patterns(start_from, model)
+        with reading(start_from, "adapter"):
+            return _continued(model, lora, task_type, start_from)
     refuse_impossible_lora(model, lora)
     whole = [*lora.modules_to_save, *(["score"] if task_type == "SEQ_CLS" else [])]
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        exclude_modules=unadaptable(model) if lora.targets == "all-linear" else None,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
-        target_parameters=list(lora.target_parameters) or None,
-        trainable_token_indices=_token_rows(model, lora.trained_tokens),
-        task_type=task_type,
-        modules_to_save=whole or None,
-    )
+    settings = {theirs: copy.copy(getattr(lora, name)) for name, theirs in LoraSettings.theirs.items()}
+    settings |= {
+        "exclude_modules": unadaptable(model) if lora.targets == "all-linear" else None,
+        "target_parameters": list(lora.target_parameters) or None,
+        "trainable_token_indices": _token_rows(model, lora.trained_tokens),
+        "modules_to_save": whole or None,
+    }
+    config = LoraConfig(task_type=task_type, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
@@ -205,7 +201,7 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
     named = [(key, list(getattr(lora, key)), modules) for key in ("rank_pattern", "alpha_pattern", "modules_to_save")]
     if not isinstance(lora.targets, str):
         named.append(("targets", list(lora.targets), modules))
-    elif lora.targets != "all-linear" and not _matches_any(lora.targets, modules):
+    elif lora.targets != "all-linear" and not _any_match(lora.targets, modules):
         raise SettingError(
             "impossible-lora",
             f"lora.targets is the regular expression {lora.targets!r}, which matches no whole name of a layer; give a "
@@ -213,7 +209,7 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
         )
     for setting, wanted, found in (*named, ("target_parameters", lora.target_parameters, weights)):
         for one in wanted:
-            if not _ends_any(one, found):
+            if not _any_match(rf"(.*\.)?({one})", found):
                 raise SettingError(
                     "impossible-lora",
                     f"lora.{setting} names {one!r}, which {type(model).__name__} does not have; it has "
@@ -231,21 +227,12 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
         )
 
 
-def _matches_any(pattern: str, names: list[str]) -> bool:
+def _any_match(pattern: str, names: list[str]) -> bool:
     """Whether a regular expression matches a whole name, as peft matches it."""
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error:
         return False
-
-
-def _ends_any(pattern: str, names: list[str]) -> bool:
-    """Whether a pattern is the end of a name, as peft matches it."""
-    try:
-        ends = re.compile(rf"(.*\.)?({pattern})")
-    except re.error:
-        return False
-    return any(ends.fullmatch(name) for name in names)
 
 
 def _token_rows(model: Any, tokens: list[str | int]) -> list[int] | dict[str, list[int]] | None:
@@ -306,14 +293,6 @@ def _returns_tensor(layer: nn.Linear) -> bool:
         return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), torch.Tensor)
 
 
-def continued_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
-    """Wrap a model with the adapter of a folder, to be trained on; a policy's may become a reward model's."""
-    adapter_settings(start_from)
-    refuse_slow_patterns(start_from, model)
-    with reading(start_from, "adapter"):
-        return _continued(model, lora, task_type, start_from)
-
-
 CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to draw an adapter that take what they draw out of the backbone."""
 
@@ -353,6 +332,7 @@ def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None
 
 
 def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
+    """Wrap a model with the adapter of a folder, to be trained on; a policy's may become a reward model's."""
     start = read_adapter(start_from)
     _refuse_other_lora(lora, start.config, start_from)
     start.config.lora_dropout = lora.dropout

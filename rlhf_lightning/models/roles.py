@@ -211,9 +211,10 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
         policy: a policy in memory that it may share the backbone of.
         **changes: of the Hugging Face config, where it is loaded on its own.
     """
-    if policy is not None and belongs_to(policy, folder) and _dtype_of(policy) == settings.torch_dtype:
+    if policy is not None and belongs_to(policy, folder):
         start = read_adapter(folder)
-        if start.head is not None:
+        dtype = unwrapped(policy.model).get_input_embeddings().weight.dtype  # which is never quantised
+        if start.head is not None and dtype == settings.torch_dtype:
             name = _free_name(policy, REWARD)
             add_adapter(policy.model, name, start.config, start.weights)
             model: ScalarModel = AdapterScalar(policy, name, start.head, _bias(folder))
@@ -271,11 +272,6 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
     zeros = torch.zeros(1, text_config(model).hidden_size)
     bias = 0.0 if start_from is None else _bias(start_from)
     return AdapterScalar(policy, name, zeros if start.head is None else start.head, bias)
-
-
-def _dtype_of(policy: CausalLM) -> torch.dtype:
-    """Precision of the backbone's weights that are not quantised."""
-    return unwrapped(policy.model).get_input_embeddings().weight.dtype
 
 
 def _free_name(policy: CausalLM, role: str) -> str:

@@ -73,7 +73,11 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
     rows, width = layout.input_ids.shape
     switch = rope_switch(getattr(module, "config", None))
     if layout.packed is not None or (pads_rows and (switch is None or width <= switch)):
-        return module(input_ids=layout.input_ids, use_cache=False, **options_of(layout))[name].flatten(0, 1)
+        options: dict[str, Any] = {}
+        if layout.packed is not None:
+            nothing = SEES_NOTHING.to(layout.input_ids.device)
+            options = {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
+        return module(input_ids=layout.input_ids, use_cache=False, **options)[name].flatten(0, 1)
     lengths = layout.last % width + 1 if len(layout.last) else torch.full((rows,), width)
     groups = lengths
     if pads_rows and switch is not None:  # in one batch all rows are rotated like the longest
@@ -106,14 +110,6 @@ def rope_switch(config: Any) -> int | None:
         if "dynamic" in str(rope.get("rope_type")) or rope.get("rope_type") == "longrope"
     ]
     return min((int(switch) for switch in switches if switch), default=None)
-
-
-def options_of(layout: Layout) -> dict[str, Any]:
-    """Return a layout's inputs to a model other than its ids."""
-    if layout.packed is None:
-        return {}
-    nothing = SEES_NOTHING.to(layout.input_ids.device)
-    return {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
 
 
 def reads_trees(model: Any) -> bool:

@@ -81,7 +81,8 @@ class JSONServer:
             )
         if has_password(url):
             raise SettingError("key-in-address", f"url {IN_AN_ADDRESS}")
-        if not _is_address(url):
+        parts = _parts(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise SettingError("invalid-url", f"the url {url!r} is invalid; give an address such as http://host:8000")
         self.url, self.timeout, self.retries, self.wait = url.rstrip("/"), timeout, retries, wait
         self.headers = {"Content-Type": "application/json"}
@@ -328,18 +329,14 @@ def names_variable(text: str) -> bool:
     return text in os.environ or re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", text) is not None
 
 
-def _is_address(url: str) -> bool:
+def _parts(url: str) -> urllib.parse.SplitResult | None:
     try:
-        parts = urllib.parse.urlsplit(url)
+        return urllib.parse.urlsplit(url)
     except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname)
+        return None
 
 
 def has_password(url: str) -> bool:
     """Return whether an address contains a user or a password."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        return False
-    return bool(parts.netloc) and (parts.username is not None or parts.password is not None)
+    parts = _parts(url)
+    return parts is not None and bool(parts.netloc) and (parts.username, parts.password) != (None, None)

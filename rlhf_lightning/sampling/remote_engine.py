@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -134,14 +134,13 @@ class RemoteEngine(SamplingEngine):
         def ask(row: int) -> tuple[JSONServer, Any]:
             return self._ask(owners[row], bodies[row])
 
-        drawn: list[_Drawn] = []
+        drawn: list[tuple[Tensor, Tensor]] = []
         for server, answer in each(ask, range(len(bodies)), self.requests):
             drawn.append(self._completion(server, answer, settings, end_ids, tokens))
             if request.on_progress is not None:
                 request.on_progress(1)
-        ids = tuple(one.ids for one in drawn)
-        finished = torch.tensor([int(one.ids[-1]) in end_ids for one in drawn], dtype=torch.bool)
-        return Completions(ids, tuple(one.logprobs for one in drawn if one.logprobs is not None), finished)
+        finished = torch.tensor([int(ids[-1]) in end_ids for ids, _ in drawn], dtype=torch.bool)
+        return Completions(tuple(ids for ids, _ in drawn), tuple(logprobs for _, logprobs in drawn), finished)
 
     def _ask(self, server: JSONServer, body: dict[str, Any]) -> tuple[JSONServer, Any]:
         """Return a server's answer and the server; another one is asked where the first is silent.
@@ -247,12 +246,12 @@ class RemoteEngine(SamplingEngine):
 
     def _completion(
         self, server: JSONServer, answer: Any, settings: SamplingSettings, end_ids: Ends, tokens: int
-    ) -> _Drawn:
-        """Return the completion that an answer holds; its ids must be below ``tokens``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids (below ``tokens``) and log-probabilities that an answer holds; of text the latter are empty."""
         try:
             choice = answer["choices"][0]
             if self.tokenizer is not None:
-                return _Drawn(_read_text(self.tokenizer, choice, settings.max_new_tokens, end_ids), None)
+                return _read_text(self.tokenizer, choice, settings.max_new_tokens, end_ids), torch.zeros(0)
             ids, logprobs = _read_ids(choice), [finite(value) for value in choice["logprobs"]["token_logprobs"]]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ServerError(
@@ -281,12 +280,7 @@ class RemoteEngine(SamplingEngine):
             )
         if fault:
             raise ServerError("server-answer-unusable", f"{server.url} {fault}")
-        return _Drawn(torch.tensor(ids), torch.tensor(logprobs))
-
-
-class _Drawn(NamedTuple):
-    ids: Tensor
-    logprobs: Tensor | None
+        return torch.tensor(ids), torch.tensor(logprobs)
 
 
 def scored(

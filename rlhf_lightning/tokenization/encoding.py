@@ -114,7 +114,10 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rende
     done = []
     for place, one in enumerate(rendered):
         parts = [next(encoded) for _ in one.spans]
-        merges = place in joint_ids and _merges(*joint_ids[place], parts[0])
+        merges = False
+        if place in joint_ids:
+            before, joint = joint_ids[place]
+            merges = joint[: len(before)] != before or joint[len(before) : len(before) + 1] != parts[0][:1]
         done.append(_encoded(tokenizer, facts, one, pieces[place], parts, merges))
     return done
 
@@ -135,10 +138,6 @@ def _has_joint(facts: Facts, one: Rendered) -> bool:
     if not first or not one.before or "\ue000" in one.before + first[:JOINT]:
         return False
     return not facts.written.search(one.before) and not facts.written.match(first)
-
-
-def _merges(before: list[int], joint: list[int], after: list[int]) -> bool:
-    return joint[: len(before)] != before or joint[len(before) : len(before) + 1] != after[:1]
 
 
 def _encoded(
@@ -280,7 +279,10 @@ def _encode_after(
     """Encode texts, each by itself but without the space that some tokenizers put before a first word."""
     if not facts.anchor:
         return _encode(tokenizer, [text for text, _ in texts], split)
-    anchored = [bool(text) and bool(before) and not _spaced(facts, before) for text, before in texts]
+    anchored = [
+        bool(text and before) and not (facts.spaced_after_control and facts.written.fullmatch(before))
+        for text, before in texts
+    ]
     found = _encode(
         tokenizer, ["\n" + text if put else text for (text, _), put in zip(texts, anchored, strict=True)], split
     )
@@ -290,10 +292,6 @@ def _encode_after(
             begins = tuple(found[place][:size]) == facts.anchor
             found[place] = found[place][size:] if begins else _encode(tokenizer, [text], split)[0]
     return found
-
-
-def _spaced(facts: Facts, before: str) -> bool:
-    return facts.spaced_after_control and facts.written.fullmatch(before) is not None
 
 
 def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, ids: list[int]) -> bool:

@@ -91,9 +91,11 @@ def load_tokenizer(
     if args := {**template_args_of(tokenizer), **(template_args or {})}:
         set_template_args(tokenizer, args)
     _ensure_pad(tokenizer)
+    if not all(stop_strings):
+        raise SettingError("stop-string-empty", "a stop string is empty, and would end every completion; remove it")
     tokens, strings = _generation_ends(tokenizer, str(name_or_folder))
     tokens += [_single(tokenizer, stop) for stop in stop_tokens]
-    for name, stops in ((STOP_TOKENS, tokens), (STOP_STRINGS, [*strings, *map(_not_empty, stop_strings)])):
+    for name, stops in ((STOP_TOKENS, tokens), (STOP_STRINGS, [*strings, *stop_strings])):
         if known := list(dict.fromkeys([*tokenizer.init_kwargs.get(name, ()), *stops])):
             tokenizer.init_kwargs[name] = known
     return tokenizer
@@ -125,12 +127,6 @@ def _generation_ends(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[lis
     known = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = [index for index in ids if isinstance(index, int) and index in known and index not in other]
     return [known[index].content for index in named], texts
-
-
-def _not_empty(stop: str) -> str:
-    if not stop:
-        raise SettingError("stop-string-empty", "a stop string is empty, and would end every completion; remove it")
-    return stop
 
 
 def _single(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
