@@ -70,7 +70,7 @@ def add_adapter(
     in a folder; without them A is drawn from ``seed`` and B is 0.
 
     Raises:
-        ValueError: the weights are those of another architecture or rank.
+        ValueError: the weights belong to another architecture or rank.
     """
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     config = copy.deepcopy(config)
@@ -92,7 +92,7 @@ def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> N
     """Give an adapter the matrices of a folder; a head of its own stays unchanged.
 
     Raises:
-        ModelError: the weights are those of another architecture or rank.
+        ModelError: the weights belong to another architecture or rank.
     """
     expected = refuse_other_adapter(model, name, weights)
     set_peft_model_state_dict(model, {**expected, **weights}, adapter_name=name)

@@ -153,7 +153,7 @@ class CausalLM(nn.Module):
         self.reads_trees = reads_trees(model)
         """Whether the model reads rows of several sequences, see `models.layout.packed_layout`."""
         self.pads_rows = True
-        """Whether rows of different lengths are forwarded together; else those of each length are."""
+        """Whether rows of different lengths are forwarded together, rather than each length by itself."""
         self.decoding: Decoding | None = None
         self.self_check = False
         """Whether decoding is checked when the model first samples."""

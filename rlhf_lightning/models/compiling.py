@@ -22,7 +22,7 @@ from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.sharding import decoder_layers
 
 MOST_GRAPHS = 32
-"""Graphs of a layer beyond which torch runs it as it is, with a warning: there are few kinds of pass, see above."""
+"""Graphs of a layer beyond which torch runs it uncompiled, with a warning: there are few kinds of pass, see above."""
 
 
 BACKEND = "inductor"
@@ -64,7 +64,7 @@ def compile_layers(model: Any) -> None:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run compiled layers as they are: decoding fills a cache that grows by a token, each length a graph of its own."""
+    """Run compiled layers uncompiled: decoding fills a cache that grows by a token, each length a graph of its own."""
     if not getattr(model, "is_compiled", False):
         yield
         return

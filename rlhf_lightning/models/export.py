@@ -38,9 +38,8 @@ def export_reward_model(
     """Write a reward model so that AutoModelForSequenceClassification loads it with the same scores.
 
     That class reads the score at the last token that is not ``pad_token_id``, so the exported pad token must differ
-    from the end token. The score bias travels in config.json (an adapter's in backbone.json); ``LearnedScorer``
-    subtracts it. So do
-    further facts that whoever scores with it has to know.
+    from the end token. The bias of the scores, which ``LearnedScorer`` subtracts, and further facts are written to
+    config.json (of an adapter to backbone.json).
     """
     return _export(reward_model.model, tokenizer, Path(folder), source, {SCORE_BIAS: reward_model.bias, **facts})
 
@@ -104,7 +103,7 @@ def _room_for_pad(
     """Yield the weights to write: with a row for a pad token that was added behind the vocabulary, as others need it.
 
     The row is the mean of all others, so that the pad token is at most as likely as an average one. The model in memory
-    stays as it is.
+    is not changed.
     """
     inner = unwrapped(model)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()

@@ -25,7 +25,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def trusts(name: str, trusted: Sequence[str]) -> bool:
-    """Whether the Python files that a model brings along may be run: its very name was given."""
+    """Whether a model's own Python files may be run: exactly this name was given."""
     return str(Path(name).expanduser()) in {str(Path(one).expanduser()) for one in trusted}
 
 

@@ -23,7 +23,7 @@ from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.models.roles import load_reference
-from rlhf_lightning.models.sharding import cut_like, is_sharded, whole
+from rlhf_lightning.models.sharding import is_sharded, shard_like, whole
 from rlhf_lightning.types import Sequences
 
 
@@ -134,7 +134,7 @@ class Reference(FrozenPolicy):
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Put the copy where a checkpoint had it."""
         for name, reference, _ in self._followed():
-            reference.copy_(cut_like(weights[name], reference))
+            reference.copy_(shard_like(weights[name], reference))
         self.moved, self._whole_head = True, None
 
     def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

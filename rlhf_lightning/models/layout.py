@@ -33,8 +33,8 @@ class Layout(NamedTuple):
         completion_mask: bool, shape (completions, length), True on supervised tokens.
         positions: position of each cell in its own sequence, int64, shape (rows, width); None where cells count on from
             the start of their row.
-        packed: how the cells of the one row attend that all sequences are laid in; None where each cell looks at all
-            cells of its row before it.
+        packed: how the cells of a single row of all sequences attend; None where each cell looks at all cells of its
+            row before it.
     """
 
     input_ids: Tensor

@@ -7,7 +7,7 @@ anywhere, attention therefore runs block by block, and a sequence that is alone 
 kernels skip its future. In half precision on a GPU one call takes all sequences by their lengths, where PyTorch has a
 kernel that was seen to do so.
 
-transformers looks attention up by name: what is registered here under ``sdpa`` passes on to its own whatever has no
+transformers looks attention up by name: what is registered here under ``sdpa`` calls transformers' own for rows without
 blocks.
 """
 

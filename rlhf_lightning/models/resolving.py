@@ -1,7 +1,7 @@
 """From a name to a folder: Hub ids, folders, .gguf files and adapters, and what a folder says of itself.
 
-Every folder that a stage hands over carries ``backbone.json``: what the weights were trained from. An adapter is valid
-on that very backbone only, and loading it anywhere else is an error rather than a silently different model.
+Every folder that a stage hands over has a ``backbone.json``: what the weights were trained from. An adapter is valid on
+that backbone only; loading it on another one is an error rather than a silently different model.
 """
 
 from __future__ import annotations

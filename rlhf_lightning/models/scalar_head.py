@@ -34,7 +34,7 @@ class ScalarModel(nn.Module):
         self.reads_trees = reads_trees(model)
         """Whether the model reads rows of several sequences, see `models.layout.packed_layout`."""
         self.pads_rows = True
-        """Whether rows of different lengths are forwarded together; else those of each length are."""
+        """Whether rows of different lengths are forwarded together, rather than each length by itself."""
 
     @property
     def head(self) -> nn.Module:
@@ -164,7 +164,7 @@ def trunk(model: Any) -> nn.Module:
     """The transformer below the head: token ids in, hidden states out."""
     inner = unwrapped(model)
     found = inner.base_model
-    if found is inner:  # the class names its trunk otherwise than it keeps it
+    if found is inner:  # the class stores its trunk under another name than it says
         found = next((part for part in inner.children() if isinstance(part, PreTrainedModel)), inner)
     return found
 

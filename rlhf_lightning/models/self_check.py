@@ -144,7 +144,7 @@ def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]
         if all(bool(logits.isfinite().all()) for logits in own):
             return small, None
         reason = "its logits are not finite"
-    except Exception as error:  # whatever a class raises of settings that nobody tried
+    except Exception as error:  # a class may raise anything for settings that were never tried
         reason = f"{type(error).__name__}: {reason_of(error)[:160]}"
     line = f"{name}: no small copy to check could be built ({reason}); its real weights are checked alone"
     return None, Findings(trees, True, "product", (line,))
@@ -160,34 +160,32 @@ def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) 
         return Findings(False, True, "product", (), refusal)
     checked: CausalLM | ScalarModel = (ScalarModel(small) if scores else CausalLM(small)).eval()
     what, told = ("scores", "{:.2g}".format) if scores else ("log-probabilities", _nats)
-    path, apart = _settle_padded(checked)
+    path, gap = _settle_padded(checked)
     if path is None:
-        sentence = (
-            f"{name}: {what} differ from the model's own forward by {told(apart)}, whichever way they are computed"
-        )
+        sentence = f"{name}: {what} differ from the model's own forward by {told(gap)}, whichever way they are computed"
         return Findings(False, True, "product", (), ("self-check-failed", f"{sentence}; start from another model"))
     lines = []
     if path != "product":
         lines.append(
-            f"{name}: log-probabilities from the LM head's weight differ from the model's own by {told(apart)}; "
+            f"{name}: log-probabilities from the LM head's weight differ from the model's own by {told(gap)}; "
             f"logits come from {PATHS[path]}"
         )
     if not checked.pads_rows:
         lines.append(
-            f"{name}: {what} in padded rows differ from those of each sequence alone by {told(apart)}; sequences of "
+            f"{name}: {what} in padded rows differ from those of each sequence alone by {told(gap)}; sequences of "
             "different lengths are forwarded one after the other"
         )
     if trees and checked.pads_rows:
-        apart = max(_apart(checked, part, _packed(part)) for part in ((EXAMPLES,) if scores else (APART, EXAMPLES)))
-        if apart > CLOSE:
-            lines.append(f"{name}: {PACKED_APART.format(told(apart))}")
-        trees = apart <= CLOSE
+        gap = max(_gap(checked, part, _packed(part)) for part in ((EXAMPLES,) if scores else (ONE_EACH, EXAMPLES)))
+        if gap > CLOSE:
+            lines.append(f"{name}: {PACKED_DIFFER.format(told(gap))}")
+        trees = gap <= CLOSE
     if lora is not None and isinstance(checked, CausalLM):
         lines += _gradients_of_adapter(name, small, lora, checked)
     return Findings(trees and checked.pads_rows, checked.pads_rows, path, tuple(lines))
 
 
-PACKED_APART = "packed rows differ from the model's own forward by {}; each sequence gets a row of its own"
+PACKED_DIFFER = "packed rows differ from the model's own forward by {}; each sequence gets a row of its own"
 
 
 def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, float]:
@@ -198,9 +196,9 @@ def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, 
         checked.pads_rows = pads
         if isinstance(checked, CausalLM):
             checked.logits_path = path
-        apart = _apart(checked, EXAMPLES, padded_layout(EXAMPLES))
-        first = apart if first is None else first
-        if apart <= CLOSE:
+        gap = _gap(checked, EXAMPLES, padded_layout(EXAMPLES))
+        first = gap if first is None else first
+        if gap <= CLOSE:
             return path, first
     return None, first or 0.0
 
@@ -239,7 +237,7 @@ def _packed(sequences: Sequences) -> Layout:
     return packed_layout(sequences, list(trees_of(sequences)))
 
 
-APART = select(EXAMPLES, [0, 1, 2])
+ONE_EACH = select(EXAMPLES, [0, 1, 2])
 """The same with a completion for each prompt."""
 
 
@@ -265,15 +263,15 @@ def own_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
 def differences(policy: CausalLM, sequences: Sequences, layout: Layout) -> Tensor:
     """Return how far our log-probabilities are from the model's own forward, nats, one for each completion token."""
     found = policy(layout.to(next(policy.parameters()).device)).logprobs.cpu()
-    apart = []
+    gap = []
     for row, parent, completion in zip(itertools.count(), sequences.parents, sequences.completions, strict=False):
         expected = own_logprobs(policy, sequences.prompts[parent], completion)
-        apart.append((found[row, : len(completion)] - expected).abs())
-    return torch.cat(apart).nan_to_num(torch.inf)
+        gap.append((found[row, : len(completion)] - expected).abs())
+    return torch.cat(gap).nan_to_num(torch.inf)
 
 
 @torch.no_grad()
-def _apart(checked: CausalLM | ScalarModel, sequences: Sequences, layout: Layout) -> float:
+def _gap(checked: CausalLM | ScalarModel, sequences: Sequences, layout: Layout) -> float:
     try:
         if isinstance(checked, CausalLM):
             return float(differences(checked, sequences, layout).max())
@@ -283,8 +281,8 @@ def _apart(checked: CausalLM | ScalarModel, sequences: Sequences, layout: Layout
         return float("inf")
 
 
-def _nats(apart: float) -> str:
-    return "an error" if apart == float("inf") else f"{apart:.2g} nats"
+def _nats(gap: float) -> str:
+    return "an error" if gap == float("inf") else f"{gap:.2g} nats"
 
 
 def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
@@ -292,8 +290,8 @@ def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
     ids = _whole_sequences(EXAMPLES)[0]
     other = ids.clone()
     other[-1] = (other[-1] + 1) % VOCABULARY
-    apart = (own_logits(small, ids)[:-1] - own_logits(small, other)[:-1]).abs().max()
-    if float(apart) <= CLOSE:
+    gap = (own_logits(small, ids)[:-1] - own_logits(small, other)[:-1]).abs().max()
+    if float(gap) <= CLOSE:
         return None
     return (
         "not-causal",
@@ -354,7 +352,7 @@ def _check_policy(policy: CausalLM) -> None:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(policy.parameters()).dtype
     limit = CLOSE_BY_DTYPE.get(dtype, CLOSE)
 
-    def apart(layout: Layout) -> float:
+    def gap(layout: Layout) -> float:
         try:
             return float(differences(policy, sequences, layout).mean())
         except torch.OutOfMemoryError:
@@ -365,9 +363,9 @@ def _check_policy(policy: CausalLM) -> None:
             told.append(f"{type(error).__name__}: {reason_of(error)[:160]}")
             return float("inf")
 
-    if policy.reads_trees and (found := apart(_packed(sequences))) > limit:
+    if policy.reads_trees and (found := gap(_packed(sequences))) > limit:
         policy.reads_trees = False
-        rank_zero_info(f"{name} with these weights: {PACKED_APART.format(_nats(found))}")
+        rank_zero_info(f"{name} with these weights: {PACKED_DIFFER.format(_nats(found))}")
     if policy.reads_trees:
         return
     if is_sharded(policy) and not policy.pads_rows:
@@ -380,7 +378,7 @@ def _check_policy(policy: CausalLM) -> None:
     first = None
     for path in paths[paths.index(policy.logits_path) :]:
         policy.logits_path = path
-        found = apart(padded_layout(sequences))
+        found = gap(padded_layout(sequences))
         if found <= limit:
             if first is not None:
                 rank_zero_info(

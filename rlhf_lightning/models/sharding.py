@@ -1,8 +1,8 @@
 """Sharding with FSDP2: which modules are sharded, and how ranks keep their forward passes in step.
 
-A cut module gathers its weights when it is called and lets them go when it returns, which takes every rank: one that
-makes a pass less than the others leaves them waiting. Whatever makes a number of passes that depends on the rank's own
-rows (decoding, cutting by tokens) asks here how many to make.
+A sharded module gathers its weights when it is called and frees them when it returns. That takes every rank: where one
+makes fewer passes, the others wait for it. Code whose number of passes depends on the rank's own rows (decoding,
+micro-batches by tokens) asks here how many to make.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rlhf_lightning.models.scalar_head import trunk
 def shard(model: Any, mesh: DeviceMesh, precision: str = "32-true") -> None:
     """Shard a CausalLM or ScalarModel over the data-parallel ranks: each decoder layer, then the rest with the root.
 
-    Where several ranks hold one model together, its matrices are cut over those first. Between two passes every weight
-    is in shards, so that checkpoints, exports, norms and moved references never meet a gathered one that has gone
-    stale. A model that is sharded already stays so.
+    Where several ranks hold one model together, its matrices are sharded over those first. Between two passes every
+    weight is in shards, so that checkpoints, exports, norms and moved references never meet a gathered one that has
+    gone stale. A model that is sharded already stays so.
 
     Args:
         model: the model; heads on it are sharded with its root.
@@ -53,9 +53,8 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def tensor_plan(config: Any) -> dict[str, ParallelStyle] | None:
-    """Return how transformers' plan for a family cuts its matrices over ranks that hold a model together.
-
-    None where there is no plan, or one that asks for more than matrices cut by rows and by columns.
+    """Return transformers' tensor-parallel plan for a family; None without one, or with styles other than rows and
+    columns.
     """
     plan = getattr(config, "base_model_tp_plan", None)
     styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
@@ -73,7 +72,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def most_passes(model: nn.Module, count: int) -> int:
-    """Return how many passes each rank must make through a model: ``count``, or for a cut one the most of any rank."""
+    """Return how many passes each rank makes through a model: ``count``, where it is sharded the most of any rank."""
     return _largest(model, count) if is_sharded(model) else count
 
 
@@ -108,21 +107,21 @@ def _largest(model: nn.Module, count: int) -> int:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the shards of all ranks put together; every rank must ask."""
+    """Gather a tensor from the shards of all ranks; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that every rank holds whole, cut as ``other`` is."""
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that every rank holds whole, sharded like ``other``."""
     tensor = tensor.to(other.device, other.dtype)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return a cut model's weights, put together on the CPU of rank zero and empty elsewhere; every rank must ask.
+    """Gather a sharded model's weights on the CPU of rank zero, empty elsewhere; every rank must call this.
 
-    Tied weights come as one tensor. Of an adapter's model the frozen backbone is left out. None for a model in one
-    piece.
+    Tied weights are one tensor. Of an adapter's model the frozen backbone is left out. None for a model that is not
+    sharded.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None

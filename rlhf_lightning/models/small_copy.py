@@ -52,7 +52,7 @@ def small_config(config: Any, each: int = 1) -> Any:
     """Return a config of the same class whose model takes milliseconds, with ``each`` layers of each kind.
 
     Raises:
-        Exception: whatever the config's class says of settings that do not go together.
+        Exception: the config's class refuses settings that do not go together.
     """
     fields = _small(config.to_dict(), getattr(config, "attribute_map", {}), each)
     fields.pop("quantization_config", None)

@@ -49,7 +49,7 @@ class Prefix(NamedTuple):
 
     Attributes:
         logits: logits after each prompt, shape (prompts, vocabulary).
-        cache: keys and values of the prompts, padded on the left, or whatever else the model keeps of them.
+        cache: keys and values of the prompts, padded on the left, or what else the model keeps of them.
         other: the same prompts prefilled by the second model of a mixture.
     """
 
@@ -111,7 +111,7 @@ class Decoder:
 
     @property
     def refills(self) -> bool:
-        """Whether rows may enter beside running ones."""
+        """Whether rows may enter a running batch."""
         return self.decoding == "slots"
 
     @property

@@ -64,15 +64,15 @@ def _examined(model: CausalLM, first: Decoding, sample: Callable[..., Completion
     reason, known = "", dict[bytes, Tensor]()
     for way in ways[ways.index(first) :]:
         small.decoding = way
-        apart = _apart(small, known, sample)
-        if apart <= CLOSE:
+        gap = _gap(small, known, sample)
+        if gap <= CLOSE:
             return way, f"{name}: {reason}; it decodes {TOLD[way]}" if reason else ""
-        told = "fails" if apart == float("inf") else f"is wrong by {apart:.2g} nats"
+        told = "fails" if gap == float("inf") else f"is wrong by {gap:.2g} nats"
         reason = reason or f"decoding {TOLD[way]} {told}"
     return None, f"{name}: {reason}, and every other way to decode too; sample with another model"
 
 
-def _apart(small: CausalLM, known: dict[bytes, Tensor], sample: Callable[..., Completions]) -> float:
+def _gap(small: CausalLM, known: dict[bytes, Tensor], sample: Callable[..., Completions]) -> float:
     """Return how far log-probabilities of sampled tokens are from the model's own forward, nats; at least, if wrong.
 
     ``known`` holds its own log-probabilities of completions seen before; any batch samples the same.

@@ -297,11 +297,11 @@ def _check_first_row(model: CausalLM, request: SamplingRequest, drawn: Completio
     layout = padded_layout(select(drawn.after(request.prompts), [0])).to(next(model.parameters()).device)
     with inference_mode_of(model):
         expected = model(layout, request.settings.temperature or 1.0).logprobs[0].cpu()
-    apart = float((drawn.logprobs[0] - expected[: len(drawn.logprobs[0])]).abs().mean())
-    if not apart <= CLOSE_BY_DTYPE.get(next(model.parameters()).dtype, CLOSE):
+    gap = float((drawn.logprobs[0] - expected[: len(drawn.logprobs[0])]).abs().mean())
+    if not gap <= CLOSE_BY_DTYPE.get(next(model.parameters()).dtype, CLOSE):
         rank_zero_warn(
             f"{type(unwrapped(model.model)).__name__}: log-probabilities of sampled tokens differ from the model's "
-            f"forward by {apart:.2g} nats on average in the first completion; its samples are not the model's"
+            f"forward by {gap:.2g} nats on average in the first completion; its samples are not the model's"
         )
 
 

@@ -109,7 +109,7 @@ TREE = Sequences(
     (0, 1, 2, 0, 0),
     tuple(torch.ones(len(c), dtype=torch.bool) for c in COMPLETIONS),
 )
-APART = Sequences(TREE.prompts, TREE.completions[:3], (0, 1, 2), TREE.supervised[:3])
+ONE_EACH = Sequences(TREE.prompts, TREE.completions[:3], (0, 1, 2), TREE.supervised[:3])
 
 
 def names() -> list[str]:
@@ -200,8 +200,8 @@ def quantized(folder: Path, lora: LoraSettings) -> float:
     policy = load_policy(str(folder), LoadSettings(quantization="nf4"), lora)
     check_weights(policy)
     trained(policy)
-    layout = packed_layout(APART, list(trees_of(APART))) if policy.reads_trees else padded_layout(APART)
-    return distance(policy.eval(), APART, layout)
+    layout = packed_layout(ONE_EACH, list(trees_of(ONE_EACH))) if policy.reads_trees else padded_layout(ONE_EACH)
+    return distance(policy.eval(), ONE_EACH, layout)
 
 
 def reloaded(policy: CausalLM, folder: Path) -> float:
@@ -244,7 +244,7 @@ def measure(name: str, folder: Path, columns: tuple[str, ...] = COLUMNS) -> dict
 
     measured: Mapping[str, Callable[[], float]] = {
         "padded": lambda: distance(policy, TREE, padded_layout(TREE)),
-        "packed": lambda: distance(policy, APART, packed_layout(APART, list(trees_of(APART)))),
+        "packed": lambda: distance(policy, ONE_EACH, packed_layout(ONE_EACH, list(trees_of(ONE_EACH)))),
         "prompt tree": lambda: distance(policy, TREE, packed_layout(TREE, list(trees_of(TREE)))),
         "sampled alone": lambda: sampled(policy, PROMPTS[:1]),
         "in groups": lambda: sampled(policy, [PROMPTS[p] for p in (0, 0, 1, 1, 2)]),
