@@ -176,7 +176,6 @@ class BatchPlan:
         self.order = shuffled(count, seed, epoch) if shuffle else np.arange(count)
 
     def __len__(self) -> int:
-        """Optimizer steps of the epoch."""
         return self.steps
 
     def rows_of(self, step: int) -> np.ndarray:

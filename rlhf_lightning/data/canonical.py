@@ -149,7 +149,6 @@ class Report:
             self.unused[name] = self.unused.get(name, 0) + 1
 
     def __add__(self, other: Report) -> Report:
-        """Add up the counts."""
         summed: dict[str, Any] = {}
         for name, value in vars(self).items():
             other_value = vars(other)[name]

@@ -38,11 +38,9 @@ class PlannedSteps:
         self.plan, self.store, self.rows, self.rank, self.collate = plan, store, rows, rank, collate
 
     def __len__(self) -> int:
-        """Steps of the epoch."""
         return len(self.plan)
 
     def __getitem__(self, index: int) -> Step[Any]:
-        """This rank's share of a step."""
         planned = self.plan.step(index, self.rank)
         batches = (self.collate(self.store, self.rows[list(group)].tolist()) for group in planned.micro_batches)
         row_ids = tuple(self.rows[self.plan.rows_of(index)].tolist())
@@ -84,11 +82,9 @@ class PromptSteps:
         self.begins = first + samples * np.cumsum([0, *(len(step) for step in rows)])
 
     def __len__(self) -> int:
-        """Steps of the epoch."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Step[PromptBatch]:
-        """This rank's share of a step."""
         rows = self.rows[index]
         chosen = None if self.choose is None else self.choose(index, len(rows))
         rows = rows if chosen is None else chosen
@@ -147,7 +143,6 @@ class StepLoader:
         self._resumed = False
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
         return self.length
 
     def __iter__(self) -> Iterator[Step[Any]]:

@@ -35,11 +35,9 @@ class SFTDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Return the encoder of demonstrations."""
         return self.encoder_of(formats.demonstration, formats.DEMONSTRATION_FORMS, turnwise=True)
 
     def collator(self) -> Collate:
-        """One completion for each prompt."""
         return collation.demonstrations
 
 
@@ -65,7 +63,6 @@ class PreferenceDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Return the encoder of preferences."""
         read = formats.preference_with_ties if self.needs.ties else formats.preference
         return self.encoder_of(read, formats.PREFERENCE_FORMS, pairwise=self.batch_type is PreferenceBatch)
 
@@ -92,7 +89,6 @@ class UnpairedDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Return the encoder of judged completions."""
         return self.encoder_of(formats.unpaired, formats.UNPAIRED_FORMS, apart=True)
 
     def setup(self, stage: str) -> None:
@@ -106,7 +102,6 @@ class UnpairedDataModule(AlignmentDataModule):
                     known.update(mismatched_rows(store.arrays["group"], rows, self.seed))
 
     def collator(self) -> Collate:
-        """One judged completion for each prompt."""
         return self._collate
 
     def _collate(self, store: RowStore, rows: Sequence[int]) -> UnpairedBatch:
@@ -162,11 +157,9 @@ class ProcessDataModule(AlignmentDataModule):
         super().__init__(source, **kwargs)
 
     def encoder(self) -> Encoder:
-        """Return the encoder of judged steps."""
         return self.encoder_of(formats.process, formats.PROCESS_FORMS, separator=self.needs.step_separator)
 
     def collator(self) -> Collate:
-        """One completion for each prompt, with its steps' labels."""
         return collation.judged_steps
 
     def predict_dataloader(self) -> StepLoader:

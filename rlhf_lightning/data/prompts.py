@@ -101,13 +101,11 @@ class PromptDataModule(AlignmentDataModule):
         return self.batch_size // self.samples_per_prompt
 
     def encoder(self) -> Encoder:
-        """Return the encoder of prompts."""
         read = formats.prompt if self.multi_turn is None else FirstPrompt(self.multi_turn.environment)
         made = self.encoder_of(read, formats.PROMPT_FORMS, hands_on=True)
         return replace(made, max_length=None, max_prompt_length=self.max_prompt_length or self.max_length)
 
     def collator(self) -> Collate:
-        """Prompts numbered from 0."""
         return _numbered
 
     def parts(self) -> dict[str, Part]:
@@ -148,7 +146,6 @@ class PromptDataModule(AlignmentDataModule):
         return rows
 
     def train_dataloader(self) -> StepLoader:
-        """One rollout's prompts a step."""
         loader = self._rollout_loader()
         loader.multi_turn = self.multi_turn
         return loader
@@ -234,7 +231,6 @@ class PromptDataModule(AlignmentDataModule):
         return MixedSteps(prompts, self.stores["pretraining"], self._mixed, first, self.seed, *self.ranks)
 
     def evaluation_loader(self) -> StepLoader:
-        """Yield the held-out prompts, in their order."""
         loader = self._prompts_in_order(self.eval_store, self.held_out)
         loader.multi_turn = self.multi_turn
         return loader
@@ -304,11 +300,9 @@ class MixedSteps:
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        """Steps of the epoch."""
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> Step[PromptBatch]:
-        """This rank's share of a step."""
         step = self.prompts[index]
         start = (self.first + index) * self.size
         everything = np.arange(len(self.store))

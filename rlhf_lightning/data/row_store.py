@@ -69,7 +69,6 @@ class RowStore:
         self.tokens = ends[starts[1:]] - ends[starts[:-1]]
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.first) - 1
 
     @classmethod

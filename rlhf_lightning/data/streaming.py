@@ -216,10 +216,8 @@ class StreamLoader(StepLoader):
             yield self.build(self.stream.take(self.rows), epoch * self.length + index)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of the loader and of its stream."""
         return {**super().state_dict(), "stream": self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         super().load_state_dict(state)
         self.stream.load_state_dict(state["stream"])

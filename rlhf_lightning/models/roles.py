@@ -180,7 +180,6 @@ class AdapterScalar(ScalarModel):
 
     @property
     def head(self) -> nn.Module:
-        """The scalar head."""
         return self.score
 
     def forward(self, layout: Layout, per_token: bool = False) -> Tensor:

@@ -108,7 +108,6 @@ class _Drawer(LogitsProcessor):
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores with one finite entry per row, the drawn token."""
         positions = self.starts + len(self.logprobs)
         numbers = uniform(self.seed, self.episodes, positions)
         chosen, logprobs, _ = draw(scores.float(), numbers, *self.settings.distribution)

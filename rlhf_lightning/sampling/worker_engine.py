@@ -71,7 +71,6 @@ class WorkerEngine(SamplingEngine):
         return self.start(model, request)()
 
     def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
-        """Write the weights down now, and let the workers sample while the caller trains."""
         self.require_one_model(model, request)
         if not request.prompts:
             nothing = Completions((), (), torch.zeros(0, dtype=torch.bool), ())
