@@ -146,11 +146,6 @@ class PromptDataModule(AlignmentDataModule):
         return rows
 
     def train_dataloader(self) -> StepLoader:
-        loader = self._rollout_loader()
-        loader.multi_turn = self.multi_turn
-        return loader
-
-    def _rollout_loader(self) -> StepLoader:
         if self._chooses and (self.streaming or self.num_workers):
             raise SettingError(
                 "rows-chosen-ahead",
@@ -165,12 +160,16 @@ class PromptDataModule(AlignmentDataModule):
                     f"{ranks} ranks cannot share the {count} {name} evenly (batch_size {self.batch_size}, "
                     f"samples_per_prompt {self.samples_per_prompt}); choose a multiple of {ranks}",
                 )
+        size = self.prompts_per_rollout
+        loader: StepLoader
         if self.streaming:
-            size, length = self.prompts_per_rollout, self.stream_steps
-            return StreamLoader(self.stream, size, self.streamed_step, length, self.fingerprint)
-        length = self.rollouts or -(-len(self.epoch_rows(0)) // self.prompts_per_rollout)
-        steps = lambda epoch: self._rollouts(self.planned_epoch(epoch), length)
-        return StepLoader(steps, length, self.fingerprint, self.num_workers)
+            loader = StreamLoader(self.stream, size, self.streamed_step, self.stream_steps, self.fingerprint)
+        else:
+            length = self.rollouts or -(-len(self.epoch_rows(0)) // size)
+            steps = lambda epoch: self._rollouts(self.planned_epoch(epoch), length)
+            loader = StepLoader(steps, length, self.fingerprint, self.num_workers)
+        loader.multi_turn = self.multi_turn
+        return loader
 
     def step_ahead(self, epoch: int, index: int) -> Step[PromptBatch] | None:
         """Return this rank's share of a later rollout's prompts; None after the last epoch.
