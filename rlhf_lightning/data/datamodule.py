@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import lightning as L
 import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data import collation
+from rlhf_lightning.data.attached import AttachedDataModule
 from rlhf_lightning.data.batching import BatchPlan, held_out_rows, weighted_rows
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.feedback.database import is_store
@@ -27,22 +26,13 @@ from rlhf_lightning.data.row_store import Part, RowStore, hash_of
 from rlhf_lightning.data.sources import Source, as_file, parse_sources, snapshots_of, source_fingerprint, source_stamp
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
-from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
-from rlhf_lightning.types import DataNeeds, MicroBatchLimits, Prompt, RankedBatch, Step, TakesData
-
-GIVERS = {
-    "DemonstrationBatch": "SFTDataModule",
-    "PreferenceBatch": "PreferenceDataModule",
-    "RankedBatch": "PreferenceDataModule",
-    "ProcessBatch": "ProcessDataModule",
-    "UnpairedBatch": "UnpairedDataModule",
-    "PromptBatch": "PromptDataModule",
-}
+from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
 
 
-class AlignmentDataModule(L.LightningDataModule, ABC):
+class AlignmentDataModule(AttachedDataModule, ABC):
     """Base of the DataModules: rows of text in, one `types.Step` for each optimizer step out.
 
     Args:
@@ -80,9 +70,6 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     Raises:
         SettingError: if the arguments contradict each other.
     """
-
-    batch_types: ClassVar[tuple[type, ...]]
-    """Batches this DataModule can make; the first unless the module takes another."""
 
     completes: ClassVar[bool] = True
     """Whether its rows have completions."""
@@ -144,9 +131,6 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
         self.streaming = streaming
         self.stream_steps = steps_per_epoch or 0
         self.train_prefix = train_prefix
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._batch_type: type | None = None
-        self._data_columns: tuple[str, ...] = ()
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -188,101 +172,24 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
                 "stream-without-end",
                 "streaming needs steps_per_epoch, because the length of a stream is unknown; set it to at least 1",
             )
+        stored = any(is_store(source.path) for source in self.sources)
+        sliced = any("[" in source.split for source in self.sources)
         bounded = self.rows is not None or any(source.rows is not None for source in self.sources)
         for refused, sentence in (
             (self.eval_rows, f"eval_rows is {self.eval_rows}, but a stream cannot hold out rows; name an eval_source"),
-            (
-                any(is_store(source.path) for source in self.sources),
-                "a feedback store is read whole and cannot be streamed; set streaming to false",
-            ),
-            (
-                any("[" in source.split for source in self.sources),
-                "a slice of a split cannot be streamed; leave the slice out",
-            ),
+            (stored, "a feedback store is read whole and cannot be streamed; set streaming to false"),
+            (sliced, "a slice of a split cannot be streamed; leave the slice out"),
             (bounded, "rows cannot be set with streaming; bound a stream by steps_per_epoch and max_epochs"),
         ):
             if refused:
                 raise SettingError("not-with-streaming", sentence)
 
-    # ---- what the module asks for -----------------------------------------------------------------------------------
+    # ---- reading ----------------------------------------------------------------------------------------------------
 
     @property
     def limits(self) -> MicroBatchLimits:
         """Bounds of a micro-batch."""
         return MicroBatchLimits(self.micro_batch_size, self.max_tokens)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The module's tokenizer, or the one set by hand for use without a Trainer."""
-        if self._tokenizer is not None:
-            return self._tokenizer
-        if self.trainer is None:
-            raise StateError(
-                "no-tokenizer-set", "the DataModule has neither a tokenizer nor a Trainer; set its attribute tokenizer"
-            )
-        return self.trainer.lightning_module.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    @property
-    def needs(self) -> DataNeeds:
-        """What the module asks for; the defaults without a Trainer."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return module.data_needs if isinstance(module, TakesData) else DataNeeds()
-
-    @property
-    def batch_type(self) -> type:
-        """The batch of this DataModule's training steps: the one the module takes.
-
-        Raises:
-            SettingError: if the module takes a batch that this DataModule cannot give.
-        """
-        if self._batch_type is not None or self.trainer is None:
-            return self._batch_type or self.batch_types[0]
-        wanted = self.needs.batch_type or self.batch_types[0]
-        if wanted in self.batch_types:
-            return wanted
-        if self.trainer.state.fn == TrainerFn.PREDICTING:  # any prompts may be answered, any completions scored
-            return self.batch_types[0]
-        given = " or ".join(kind.__name__ for kind in self.batch_types)
-        raise SettingError(
-            "wrong-datamodule",
-            f"{type(self.trainer.lightning_module).__name__} takes a {wanted.__name__}, but {type(self).__name__} "
-            f"gives a {given}; use {GIVERS.get(wanted.__name__, 'the DataModule that gives it')}",
-        )
-
-    @batch_type.setter
-    def batch_type(self, kind: type) -> None:
-        if kind not in self.batch_types:
-            given = " or ".join(one.__name__ for one in self.batch_types)
-            raise SettingError("wrong-datamodule", f"{type(self).__name__} gives a {given}, not a {kind.__name__}")
-        self._batch_type = kind
-
-    @property
-    def data_columns(self) -> tuple[str, ...]:
-        """Columns that the module asks for as numbers, or those set by hand for use without a Trainer.
-
-        They arrive in ``extras`` of each batch. To predict, none is needed.
-        """
-        if self._data_columns or self.trainer is None or self.trainer.state.fn == TrainerFn.PREDICTING:
-            return self._data_columns
-        return self.needs.columns
-
-    @data_columns.setter
-    def data_columns(self, names: tuple[str, ...]) -> None:
-        self._data_columns = tuple(names)
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """This data-parallel rank, and how many there are."""
-        if self.trainer is None:
-            return 0, 1
-        given = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
-        if given:  # differs from the world size where a strategy splits the model too
-            return given["rank"], given["num_replicas"]
-        return self.trainer.global_rank, self.trainer.world_size
 
     @abstractmethod
     def encoder(self) -> Encoder:
@@ -301,8 +208,6 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def collator(self) -> Collate:
         """Return the function that makes a batch of rows of a store."""
-
-    # ---- reading ----------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Encode and cache the rows. Runs on one process of each node, and assigns nothing."""
@@ -323,9 +228,8 @@ class AlignmentDataModule(L.LightningDataModule, ABC):
             self.train_rows = np.setdiff1d(self.train_rows, self.held_out)
         self.fingerprint = self._fingerprint()
         if self.streaming:
-            self.stream = RowStream(
-                self.tokenizer, self._encoder(self.train_prefix), self.sources, self.seed, self.shuffle
-            )
+            encoder = self._encoder(self.train_prefix)
+            self.stream = RowStream(self.tokenizer, encoder, self.sources, self.seed, self.shuffle)
             self.report = self.stream.report
         else:
             self.report = next(iter(self.stores.values())).report
