@@ -184,8 +184,6 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             if refused:
                 raise SettingError("not-with-streaming", sentence)
 
-    # ---- reading ----------------------------------------------------------------------------------------------------
-
     @property
     def limits(self) -> MicroBatchLimits:
         """Bounds of a micro-batch."""
