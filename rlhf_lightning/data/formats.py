@@ -311,10 +311,10 @@ def read_row(
     canonical.unused = tuple(dict.fromkeys(unused_keys(row.values())))
     try:
         parts = [canonical.prompt, *canonical.completions]
-        whole = "".join(parts) if all(type(part) is str for part in parts) and not canonical.columns else None
-        if whole is None:
-            whole = json.dumps([parts, canonical.columns], ensure_ascii=False, default=str)
-        whole.encode("utf-8")
+        if all(type(part) is str for part in parts) and not canonical.columns:
+            "".join(map(str, parts)).encode("utf-8")
+        else:
+            json.dumps([parts, canonical.columns], ensure_ascii=False, default=str).encode("utf-8")
     except (UnicodeError, ValueError, TypeError):
         raise RowRefused("broken_text") from None
     return canonical

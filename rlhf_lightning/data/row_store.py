@@ -91,7 +91,7 @@ class RowStore:
             values["record_bounds"].append(len(records))
             for name in OF_A_ROW:
                 values[name].append(getattr(row, name))
-        arrays = {name: np.asarray(given, dtype=ARRAYS[name]) for name, given in values.items()}
+        arrays: dict[str, np.ndarray] = {name: np.asarray(given, dtype=ARRAYS[name]) for name, given in values.items()}
         for name, buffer in (("ids", ids), ("supervised", supervised), ("records", records)):
             arrays[name] = np.frombuffer(buffer, dtype=ARRAYS[name])
         return cls(arrays, report, slots)

@@ -87,7 +87,7 @@ def test_an_answer_can_be_stopped_and_what_was_shown_is_kept(conversation, monke
 
 def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypatch):
     """Eight tokens at a time, a token a byte: the sixteen bytes end inside a character of three bytes."""
-    from rlhf_lightning.sampling import engines
+    from rlhf_lightning.sampling import slot_engine
 
     wanted = ("a" * 7 + "€" + "b" * 3 + "ü").encode()
     ids = [7 + byte for byte in wanted] + [5]
@@ -100,7 +100,7 @@ def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypat
         done = torch.tensor([part[-1] == 5])
         return engines.Completions((torch.tensor(part),), (torch.zeros(len(part)),), done)
 
-    monkeypatch.setattr(engines.SlotEngine, "sample", scripted)
+    monkeypatch.setattr(slot_engine.SlotEngine, "sample", scripted)
     pieces = list(conversation.answer("x"))
     assert (
         pieces[:2] == ["a" * 7, "€bbbü"]

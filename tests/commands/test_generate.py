@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
-from rlhf_lightning.sampling import engines
+from rlhf_lightning.sampling import slot_engine
 from rlhf_lightning.tokenization import encode_completion, encode_prompt, load_tokenizer
 
 PROMPTS = [
@@ -48,8 +48,8 @@ def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, mon
         drawn.append(sampling_of(*args, **kwargs))
         return drawn[-1]
 
-    sampling_of = engines.SlotEngine.sample
-    monkeypatch.setattr(engines.SlotEngine, "sample", kept)
+    sampling_of = slot_engine.SlotEngine.sample
+    monkeypatch.setattr(slot_engine.SlotEngine, "sample", kept)
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
                     "--max-new-tokens", "12", "--temperature", "0.8")  # fmt: skip
     tokenizer, model = load_tokenizer(policy_folder), AutoModelForCausalLM.from_pretrained(policy_folder).eval()

@@ -19,7 +19,7 @@ from transformers import (
 
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
 from rlhf_lightning.models.packing import prefix_trees
-from rlhf_lightning.sampling import decoding, engines
+from rlhf_lightning.sampling import decoding, slot_engine
 from rlhf_lightning.sampling.decoding import Decoder, Mixture
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
@@ -133,7 +133,7 @@ def test_random_numbers_made_ahead_are_those_of_their_tokens(
     policy: CausalLM, slots: int | None, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = as_lists(draw(policy, slots))
-    monkeypatch.setattr(engines, "AHEAD", ahead)
+    monkeypatch.setattr(slot_engine, "AHEAD", ahead)
     assert as_lists(draw(policy, slots)) == whole
     assert max(len(ids) for ids in whole) > 2 * 7  # each row continues with numbers of its own further ahead
 

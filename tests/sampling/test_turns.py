@@ -20,7 +20,7 @@ from transformers import (
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.roles import load_policy
-from rlhf_lightning.sampling import engines
+from rlhf_lightning.sampling import slot_engine
 from rlhf_lightning.sampling.conversation import Turns
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
@@ -153,7 +153,7 @@ def test_random_numbers_are_those_of_positions_in_the_episode(
     policy: CausalLM, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = as_lists(converse(SlotEngine(), policy))
-    monkeypatch.setattr(engines, "AHEAD", ahead)
+    monkeypatch.setattr(slot_engine, "AHEAD", ahead)
     assert as_lists(converse(SlotEngine(), policy, 3)) == whole
 
 
