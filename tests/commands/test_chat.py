@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.chat import HELP, Conversation, converse
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.tokenization import encode_prompt, load_tokenizer
 
 
@@ -98,7 +98,7 @@ def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypat
         part = ids[start : start + settings.max_new_tokens]
         drawn_so_far.extend(part)
         done = torch.tensor([part[-1] == 5])
-        return engines.Completions((torch.tensor(part),), (torch.zeros(len(part)),), done)
+        return Completions((torch.tensor(part),), (torch.zeros(len(part)),), done)
 
     monkeypatch.setattr(slot_engine.SlotEngine, "sample", scripted)
     pieces = list(conversation.answer("x"))
