@@ -55,7 +55,7 @@ class Said(NamedTuple):
     ended: bool
 
 
-class Conversation:
+class RenderedConversation:
     """Renders the beginnings of a conversation, guarded."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> None:
@@ -139,7 +139,7 @@ class Conversation:
         opening = asked[len(base) :] if asked.startswith(base) else ""
         tags = next((pair for pair in THOUGHT_TAGS if pair[0] in opening), None)
         header = opening.partition(tags[0])[0] if tags else opening
-        marked = Conversation(self.tokenizer, [*self.turns[:place], {"role": "assistant", "content": "\ue003"}])
+        marked = RenderedConversation(self.tokenizer, [*self.turns[:place], {"role": "assistant", "content": "\ue003"}])
         before = marked.text(place + 1).partition("\ue003")[0]
         for mark in (header, header.rstrip()):
             start = before.rfind(mark) + len(mark)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.tokenization.continuation import MOST_TURNS, Conversation, Rendered, Span, chained
+from rlhf_lightning.tokenization.continuation import MOST_TURNS, Rendered, RenderedConversation, Span, chained
 from rlhf_lightning.tokenization.facts import facts_of
 from rlhf_lightning.tokenization.templates import TurnsRefused
 from rlhf_lightning.types import Message, Prompt
@@ -44,7 +44,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, rendered: 
     facts = facts_of(tokenizer)
     if isinstance(prompt, str):
         return Rendered((Span(prompt if rendered else facts.guarded(prompt)),), opening=facts.opening)
-    return Rendered((Span(Conversation(tokenizer, prompt).prompt(len(prompt))),))
+    return Rendered((Span(RenderedConversation(tokenizer, prompt).prompt(len(prompt))),))
 
 
 def render_completion(
@@ -75,7 +75,7 @@ def render_answers(
         DataError: if a completion is messages, and the prompt is not.
     """
     if not isinstance(prompt, str):
-        asked = Conversation(tokenizer, prompt).prompt(len(prompt))
+        asked = RenderedConversation(tokenizer, prompt).prompt(len(prompt))
         answers = [_answer(tokenizer, prompt, asked, completion, last_turn_only) for completion in completions]
         return [Rendered((Span(asked),)), *answers]
     facts, answers = facts_of(tokenizer), []
@@ -113,7 +113,7 @@ def render_turns(
     learned = learned[-1:] if last_turn_only else learned[:MOST_TURNS]
     if not learned:
         return []
-    conversation = Conversation(tokenizer, turns)
+    conversation = RenderedConversation(tokenizer, turns)
     prompts = [conversation.prompt(place) for place in learned]
     said = [conversation.said(place, asked) for place, asked in zip(learned, prompts, strict=True)]
     weights = [float(turns[place].get("weight", 1)) for place in learned]
@@ -181,7 +181,7 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Seq
         ChatTemplateError: if the template is missing or refuses the messages.
     """
     marked = {**turn, "content": "\ue003"}
-    conversation = Conversation(tokenizer, [{"role": "user", "content": "?"}, marked, *replies])
+    conversation = RenderedConversation(tokenizer, [{"role": "user", "content": "?"}, marked, *replies])
     alone, whole = conversation.text(2), conversation.text(len(replies) + 2, generation=True)
     if not whole.startswith(alone):  # an earlier turn is rendered otherwise: its thought is gone
         before, mark, alone = alone.rpartition("\ue003")
@@ -208,7 +208,7 @@ def _answer(
         begun = before.pop()
         answer = [{**begun, **first, "content": begun["content"] + first["content"]}, *answer[1:]]
     turns = [*before, *answer]
-    conversation = Conversation(tokenizer, turns)
+    conversation = RenderedConversation(tokenizer, turns)
     direct = len(before)
     learned = [place for place in range(direct, len(turns)) if _is_learned(turns[place])]
     if len(learned) > MOST_TURNS and not last_turn_only:
