@@ -14,8 +14,8 @@ from rlhf_lightning.worlds.assistant import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = (
-    "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "grpo", "own-objective", "tools", "labels",
-    "constitutional-ai", "resume", "memory", "elsewhere",
+    "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "grpo", "own-objective", "tools",
+    "constraint", "labels", "constitutional-ai", "resume", "memory", "elsewhere",
 )  # fmt: skip
 """In the order in which a reader takes them: each uses what earlier ones left behind."""
 LEFT_BEHIND = {
@@ -28,6 +28,7 @@ LEFT_BEHIND = {
     "grpo": "runs/brief/version_0/model",
     "own-objective": "runs/offset",
     "tools": "episodes.jsonl",
+    "constraint": "limits/report.md",
     "labels": "runs/from_labels/version_0/model",
     "constitutional-ai": "runs/ai_reward/version_0/model",
     "resume": "runs/stopped/version_0/model",
