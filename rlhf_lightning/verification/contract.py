@@ -27,22 +27,23 @@ from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
-from rlhf_lightning.verification.convergence import Convergence, all_rows, converge, judged, scores_of, small_world
+from rlhf_lightning.verification.cases import Update, some_rows, step_gradient
+from rlhf_lightning.verification.convergence import Convergence, converge, small_world
 from rlhf_lightning.verification.diagnosis import mistakes_of, shipped_base
 from rlhf_lightning.verification.distillation_checks import (
     divergence_checks,
     sampled_distillation_checks,
     self_distillation_checks,
 )
-from rlhf_lightning.verification.foreign import foreign_checks
+from rlhf_lightning.verification.foreign_checks import foreign_checks
 from rlhf_lightning.verification.mistakes import is_certain
-from rlhf_lightning.verification.offline_checks import offline_checks, some_rows, step_gradient
+from rlhf_lightning.verification.offline_checks import offline_checks
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
 from rlhf_lightning.verification.online_checks import online_checks, opponent_check
 from rlhf_lightning.verification.reward_checks import process_checks, reward_checks
-from rlhf_lightning.verification.rollout_checks import Update
 from rlhf_lightning.verification.state_checks import state_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.targets import all_rows, judged, scores_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
 __all__ = ["Check", "Verification", "verify"]
@@ -256,25 +257,8 @@ def probe(subject: Subject) -> Tensor:
     return step_gradient(subject, [batch], len(batch.weights), sum(int(m.sum()) for m in batch.sequences.supervised))
 
 
-class Twin(NamedTuple):
-    """A shipped class with the same gradient up to a factor.
-
-    Attributes:
-        subject: the shipped class at the same settings.
-        factor: how many times its gradient the class's is.
-    """
-
-    subject: Subject
-    factor: float
-
-    @property
-    def name(self) -> str:
-        """Name of the shipped class."""
-        return self.subject.kind.__name__
-
-
-def twin_of(subject: Subject) -> Twin | None:
-    """Return the shipped class that has the same gradient up to a positive factor at the same settings, if any."""
+def twin_of(subject: Subject) -> tuple[Subject, float] | None:
+    """Return the shipped class with the same gradient up to a positive factor at the same settings, and the factor."""
     kind = subject.kind
     if kind.contract is not None or (issubclass(kind, RolloutModule) and not issubclass(kind, OnPolicyModule)):
         return None
@@ -292,7 +276,7 @@ def twin_of(subject: Subject) -> Twin | None:
             continue
         factor = float(own @ theirs / (theirs @ theirs))
         if factor > 0 and float((own - factor * theirs).norm() / own.norm()) < 1e-9:
-            return Twin(shipped, factor)
+            return shipped, factor
     return None
 
 
@@ -306,14 +290,16 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
     twin = twin_of(subject)
     if twin is None:
         return found
+    shipped, factor = twin
+    name = shipped.kind.__name__
     # Another loss than the one that the class derives from may be a slip: then it is shown, and not taken over.
-    if not (hasattr(kind, "adapter") or twin.subject.kind in kind.__mro__):
-        said = f"; its gradient is {twin.factor:.4g} times that of {twin.name}: if that is meant, derive from it"
+    if not (hasattr(kind, "adapter") or shipped.kind in kind.__mro__):
+        said = f"; its gradient is {factor:.4g} times that of {name}: if that is meant, derive from it"
         return found._replace(law=found.law + said)
-    target, _, distance = judged(twin.subject.fresh(), subject.world, found.policy, found.outputs)
+    target, _, distance = judged(shipped.fresh(), subject.world, found.policy, found.outputs)
     if target is None:
         return found
-    source = f"that of {twin.name}, of whose gradient this is {twin.factor:.4g} times"
+    source = f"that of {name}, of whose gradient this is {factor:.4g} times"
     return found._replace(target=target, distance=distance, source=source)
 
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from rlhf_lightning.errors import ContractError
-from rlhf_lightning.models.layout import Layout, padded_layout
+from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.modules.distillation import GKDModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
@@ -32,8 +31,9 @@ from rlhf_lightning.types import (
     RankedBatch,
     UnpairedBatch,
 )
-from rlhf_lightning.verification import population, resting_points
-from rlhf_lightning.verification.exact import expectation_of, rest_of
+from rlhf_lightning.verification.exact import expectation_of
+from rlhf_lightning.verification.resting_points import COPIES
+from rlhf_lightning.verification.targets import demonstrated, judged, outputs_of, policy_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
 PATH_EVERY = 10
@@ -241,7 +241,7 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
         raise ContractError(
             "not-verifiable", f"{type(module).__name__} overrides how it samples: its expectation cannot be enumerated"
         )
-    copies = None if module.weighs_rows else population.COPIES
+    copies = None if module.weighs_rows else COPIES
     batches: dict[type, Callable[[], Any]] = {
         DemonstrationBatch: lambda: world.demonstrations(demonstrated(world)),
         PreferenceBatch: lambda: world.preferences(copies),
@@ -313,134 +313,3 @@ def say_nothing(module: Any, world: EnumerableWorld) -> None:
     """Let a module's teacher say what the reference says, from which nothing can be learned."""
     table = module.teacher.model.model.model.table.weight
     table.copy_(world.reference_table.to(table))
-
-
-def demonstrated(world: EnumerableWorld) -> Tensor:
-    """The policy whose answers are demonstrations: softmax of the mean win rates, shape (prompts, completions)."""
-    return torch.softmax(world.problem.preference.mean(-1), -1)
-
-
-def all_rows(world: EnumerableWorld) -> list[tuple[int, int]]:
-    """Return (prompt, completion) of every completion."""
-    return [(p, i) for p in range(world.config.prompts) for i in range(len(world.completions))]
-
-
-def scores_of(module: RewardModule, layout: Layout) -> Tensor:
-    """Return a reward module's score of each completion, shape (completions,)."""
-    outputs = module.reward_model(layout)
-    return module.score_of(outputs) if module.outputs > 1 else outputs
-
-
-@torch.no_grad()
-def outputs_of(module: RewardModule, world: EnumerableWorld) -> Tensor:
-    """Return what a reward module's head gives, fp64, shape (prompts, completions, outputs)."""
-    outputs = module.reward_model(padded_layout(world.sequences(all_rows(world))))
-    return outputs.double().view(world.config.prompts, len(world.completions), module.outputs)
-
-
-def softmax_of_outputs(module: RewardModule, outputs: Tensor) -> Tensor:
-    """Return the softmax of the scores that outputs (prompts, completions, outputs) make, or of minus the costs."""
-    flat = outputs.flatten(0, 1)
-    scores = module.score_of(flat) if module.outputs > 1 else flat[:, 0]
-    return _softmax(module, scores.view(outputs.shape[:2]))
-
-
-def _softmax(module: RewardModule, scores: Tensor) -> Tensor:
-    return torch.softmax(-scores if module.lower_is_better else scores, -1)
-
-
-@torch.no_grad()
-def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
-    """Return the probability of each completion, shape (prompts, completions); of scores, their softmax.
-
-    Of costs it is the softmax of minus the costs, so that better completions are likelier.
-    """
-    if isinstance(module, RewardModule):
-        return softmax_of_outputs(module, outputs_of(module, world))
-    policy: Any = module.model
-    return world.probabilities(policy.model.model.table.weight)
-
-
-def judged(
-    module: AlignmentModule, world: EnumerableWorld, policy: Tensor, outputs: Tensor | None = None
-) -> tuple[Tensor | None, str, float]:
-    """Return the policy that the module should find, where that is known from, and how far ``policy`` is from it.
-
-    Args:
-        module: whose target it is.
-        world: of the target.
-        policy: what training found.
-        outputs: what the head of a trained reward model returns; None reads the module's own.
-    """
-    declared = module.target_policy(world.problem)
-    if declared is not None:
-        target = _softmax(module, declared) if isinstance(module, RewardModule) else declared
-        return target, "declared", _distance(policy, target)
-    rest = rest_of(module, world)
-    if rest is not None:
-        return rest, "transcription", _distance(policy, rest)
-    name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
-    # Smoothing is in the labels; the transcription of conservative DPO, whose only idea it is, has it in the loss.
-    smoothing = 0.0 if name == "ConservativeDPOModule" else float(getattr(module, "label_smoothing", 0.0))
-    problems = [population_of(world, prompt, smoothing) for prompt in range(world.config.prompts)]
-    starts = [row if name in population.MANY_MINIMA else None for row in policy.numpy()]
-    resting = resting_points.rests(type(module), problems, module)
-    if isinstance(module, RewardModule) and name in population.SCORES:
-        found_outputs = outputs_of(module, world) if outputs is None else outputs
-        return _judged_outputs(population.SCORES[name], problems, module, found_outputs)
-    if name == "SFTModule":
-        target = demonstrated(world)
-    elif resting is not None:
-        target = torch.tensor(np.array(resting))
-    elif name in population.COUPLED:
-        return _judged_together(name, problems, module, policy)
-    elif name in population.FIXED_POINTS:
-        fixed = population.fixed_point(population.FIXED_POINTS[name], problems, module, starts)
-        target = torch.tensor(np.array(fixed))
-    elif name in population.TRANSCRIPTIONS:
-        loss = population.TRANSCRIPTIONS[name]
-        found = [population.minimiser(loss, p, module, start) for p, start in zip(problems, starts, strict=True)]
-        target = torch.tensor(np.array([best for best, _ in found]))
-        if name in population.NOT_UNIQUE:
-            reached = [loss(np.log(row), p, module) for row, p in zip(policy.numpy(), problems, strict=True)]
-            return target, "excess loss", max(r - least for r, (_, least) in zip(reached, found, strict=True))
-    else:
-        return None, "", float("nan")
-    return target, "transcription", _distance(policy, target)
-
-
-def _judged_outputs(
-    objective: population.ScoreObjective, problems: list[population.Population], module: RewardModule, outputs: Tensor
-) -> tuple[Tensor, str, float]:
-    """Compare what minimisers share, which may be less than a policy (a scale is free) or more (levels count)."""
-    best = [population.score_minimiser(objective, problem, module) for problem in problems]
-    differences = [
-        np.abs(objective.identified(found) - objective.identified(wanted)).max()
-        for found, wanted in zip(outputs.detach().numpy(), best, strict=True)
-    ]
-    return softmax_of_outputs(module, torch.tensor(np.array(best))), "transcription", float(np.max(differences))
-
-
-def _judged_together(
-    name: str, problems: list[population.Population], module: Any, policy: Tensor
-) -> tuple[Tensor, str, float]:
-    """Compare the losses: minimisers of sorted values are neither unique nor all found from one start."""
-    pairs, loss = population.pairs_of(problems), population.COUPLED[name]
-    best = population.joint_minimiser(loss, pairs, module.beta, policy.numpy())
-    reached, least = (population.joint_loss(name, at, pairs, module) for at in (policy.numpy(), best))
-    return torch.tensor(best), "excess loss", reached - least
-
-
-def population_of(world: EnumerableWorld, prompt: int, smoothing: float = 0.0) -> population.Population:
-    """Return the problem of one prompt in NumPy, for the transcriptions, with labels flipped at a rate."""
-    problem, texts = world.problem, world.completions
-    parts = (problem.reference, problem.preference, problem.lengths, problem.rewards)
-    reference, preference, lengths, rewards = (np.asarray(part[prompt], dtype=np.float64) for part in parts)
-    preference = (1 - smoothing) * preference + smoothing * (1 - preference)
-    alike = [[[a[:k] == b[:k] for k in range(1, world.config.max_new_tokens + 1)] for b in texts] for a in texts]
-    safe = world.safe[prompt].numpy()
-    return population.Population(reference, preference, lengths, np.array(alike, dtype=np.float64), rewards, safe)
-
-
-def _distance(policy: Tensor, target: Tensor) -> float:
-    return float((0.5 * (policy - target).abs().sum(-1)).max())

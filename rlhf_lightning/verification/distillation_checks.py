@@ -10,9 +10,11 @@ from torch import Tensor
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Step
+from rlhf_lightning.verification.cases import Case, cut, some_rows, step_gradient
 from rlhf_lightning.verification.exact import SelfTaught
-from rlhf_lightning.verification.offline_checks import cut, cut_checks, point_checks, some_rows, step_gradient
-from rlhf_lightning.verification.on_policy_checks import Case, loss_checks, mask_checks
+from rlhf_lightning.verification.offline_checks import cut_checks
+from rlhf_lightning.verification.on_policy_checks import loss_checks, mask_checks
+from rlhf_lightning.verification.point_checks import point_checks
 from rlhf_lightning.verification.rollout_checks import update_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function
 
@@ -76,9 +78,7 @@ def input_checks(subject: Subject, given: DistillationLogits, batch: Demonstrati
     """What reaches the divergence is what both models say at exactly the completions' tokens."""
     world, module = subject.world, subject.module
     sequences = batch.sequences
-    prompts = [int(sequences.prompts[parent][0]) - 1 - world.config.tokens for parent in sequences.parents]
-    completions = [world.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
-    prefixes, tokens, mask = (part[prompts, completions] for part in world.walks)
+    prefixes, tokens, mask = (part[world.places_of(sequences)] for part in world.walks)
     student = module.policy.model.model.table.weight.detach()
     teacher = world.teacher_table.float().double()
 
@@ -108,6 +108,7 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
     scale = expected.abs().max().clamp_min(1e-300)
     whole, parts = (step_gradient(always, batches, count, 1) for batches in ([batch], cut(batch, [1, 3, 2])))
     learned = sum(subject.module.learns_from_samples(update) for update in range(UPDATES)) / UPDATES
+    fraction = subject.module.on_policy_fraction
     return [
         at_most(
             "sampled step",
@@ -123,10 +124,10 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
         ),
         at_most(
             "coin",
-            abs(learned - subject.module.on_policy_fraction),
+            abs(learned - fraction),
             0.1,
-            "steps must learn on samples as often as on_policy_fraction says; chance alone is off by "
-            f"{(0.25 / UPDATES) ** 0.5:.3f}, and steps that are all alike by 0.5 at a fraction of 0.5",
+            "steps must learn on samples as often as on_policy_fraction says",
+            power=min(fraction, 1 - fraction),  # steps that are all alike
         ),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,15 +10,19 @@ from torch import Tensor
 
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import PreferenceLogprobs, TokenLogprobs, UnpairedLogprobs
+from rlhf_lightning.verification.point_checks import SIDES, demonstration_check, draws, slopes_of, statistic_checks
 from rlhf_lightning.verification.subject import (
     Check,
     Subject,
     at_least,
     at_most,
-    field_function,
+    differentiate,
     with_leaves,
     with_parts,
 )
+
+APART = 40.0
+"""Nats by which sides are moved apart that any loss holds for settled."""
 
 
 def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
@@ -33,61 +38,100 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
     if isinstance(given, PreferenceLogprobs):
         checks += pair_checks(subject, given)
     elif isinstance(given, UnpairedLogprobs):
-        checks += [judgement_direction(subject, given), *reference_point_check(subject, given)]
+        checks += [judgement_direction(subject, given), *reference_point_checks(subject, given)]
     elif isinstance(given, TokenLogprobs):
-        function, (leaf,) = field_function(subject, subject.module, given)
-        gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0][given.completion_mask]
-        checks.append(at_most("direction", gradient.max(), -1e-12, "a demonstration's tokens must become likelier"))
+        checks.append(demonstration_check(subject, given))
+        checks += statistic_checks(subject.module, given, partial(subject.values, subject.module))
     return checks
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
 
 
 def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
-    """A label's two orders, and which side is lifted where the policy has a pair badly wrong."""
-    module, checks = subject.module, []
+    """A label's two orders, and which side is lifted where the policy has a pair badly wrong, or right."""
     if replaces_labels(subject, given):
         said = "not measured: numbers take the label's place"
-        checks += [
-            at_most("labels", 0, 1e-9, said),
-            at_most("soft label", 0, 0, said),
-            at_most("rated margin", 0, 0, said),
-        ]
+        checks = [at_most(name, 0, 0, said) for name in ("labels", "soft label", "rated margin")]
     else:
-        checks += label_checks(subject, given)
-    lowered = given._replace(
-        target=torch.ones_like(given.target),
-        policy_chosen_logprobs=given.policy_chosen_logprobs - 20.0 * given.chosen_mask,
+        checks = label_checks(subject, given)
+    certain = given._replace(target=torch.ones_like(given.target))
+    lowered = certain._replace(policy_chosen_logprobs=given.policy_chosen_logprobs - APART / 2 * given.chosen_mask)
+    chosen, rejected = pulls(subject, lowered)
+    advice = (
+        "where chosen is far too unlikely, a step must lift it against rejected: look for a flipped sign, or for "
+        "chosen and rejected exchanged"
     )
-    function, (chosen, rejected) = field_function(subject, module, lowered)
-    grads = torch.autograd.grad(function(chosen, rejected).sum(), (chosen, rejected), allow_unused=True)
-    pulls = [
-        torch.zeros(()) if grad is None else (grad * mask).sum()
-        for grad, mask in zip(grads, (given.chosen_mask, given.rejected_mask), strict=True)
-    ]
-    checks.append(
-        at_least(
-            "direction",
-            pulls[1] - pulls[0],
-            1e-12,
-            "where chosen is far too unlikely, a step must lift it against "
-            "rejected: look for a flipped sign, or for chosen and rejected exchanged",
-        )
+    checks.append(at_least("direction", (chosen - rejected).sum(), 1e-12, advice))
+    if subject.kind.batch_coupled:
+        return checks
+    size = float((chosen - rejected).abs().max())
+    # A loss need not be monotone at the reference (DiscoPOP), nor lift chosen elsewhere (APO-down).
+    there = pulls(subject, at_reference(certain))
+    drawn = [pulls(subject, one) for one in around_reference(certain)]
+    around = tuple(torch.stack(side).mean() for side in zip(*drawn, strict=True))
+    wrong = min(float(torch.maximum(-chosen, rejected).max()) for chosen, rejected in (there, around))
+    advice = (
+        "where the policy is the reference, and around it, chosen must not become unlikelier, nor rejected likelier: "
+        "look for a term of the wrong sign, or for a weight that passes a gradient"
     )
-    return checks
+    checks.append(at_most("first step", wrong, 1e-9 * size, advice))
+    advice = "around the reference steps must widen the gap of pairs: look for a term of the wrong sign"
+    checks.append(at_least("around the reference", around[0] - around[1], 1e-12, advice))
+    chosen, rejected = pulls(subject, settled(certain))
+    praised = torch.where(chosen < -1e-3 * size, 0.0, rejected).max()  # a regression draws both sides back
+    advice = "where a pair is long settled, rejected is still made likelier: look for a likelihood term of rejected"
+    return [*checks, at_most("rejected", praised, 1e-3 * size, advice)]
+
+
+def at_reference(given: PreferenceLogprobs) -> PreferenceLogprobs:
+    """Return pairs where the policy is the reference; without a reference they stay as they are."""
+    chosen, rejected = given.reference_chosen_logprobs, given.reference_rejected_logprobs
+    if chosen is None or rejected is None:
+        return given
+    return given._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected)
+
+
+def around_reference(given: PreferenceLogprobs) -> list[PreferenceLogprobs]:
+    """Return pairs whose policy is about a nat off the reference, each with its mirror image."""
+    drawn, there = draws(given, list(SIDES[:2])), at_reference(given)
+    if there is given:
+        return drawn
+    found = []
+    for one in drawn:
+        for sign in (1.0, -1.0):
+            moved = ((name, sign * (getattr(one, name) - getattr(given, name))) for name, _, _ in SIDES[:2])
+            found.append(there._replace(**{name: getattr(there, name) + nats for name, nats in moved}))
+    return found
+
+
+def settled(given: PreferenceLogprobs) -> PreferenceLogprobs:
+    """Return pairs whose chosen side is all but certain, and whose rejected side is all but impossible."""
+    reference = given.reference_chosen_logprobs
+    return given._replace(
+        policy_chosen_logprobs=-1e-3 * given.chosen_mask.double(),
+        reference_chosen_logprobs=None if reference is None else reference - APART * given.chosen_mask,
+        policy_rejected_logprobs=given.policy_rejected_logprobs - APART * given.rejected_mask,
+    )
+
+
+def pulls(subject: Subject, given: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
+    """Return how a step moves the log-probability of chosen and of rejected, each of shape (pairs,)."""
+    slopes = slopes_of(subject, given, list(SIDES[:2]))
+    masks = {"policy_chosen_logprobs": given.chosen_mask, "policy_rejected_logprobs": given.rejected_mask}
+    chosen, rejected = (-(slopes[name] * mask).sum(-1) for name, mask in masks.items())
+    return chosen, rejected
 
 
 def label_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     """Check that soft labels and rated margins count as they should."""
     checks = []
     if not subject.kind.batch_coupled:
-        checks.append(
-            at_most(
-                "labels",
-                label_residual(subject, given),
-                1e-9,
-                "target is the probability that chosen is better: the gradient must be the expectation over both "
-                "orders, target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds",
-            )
+        advice = (
+            "target is the probability that chosen is better: the gradient must be the expectation over both orders, "
+            "target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds"
         )
+        checks.append(at_most("labels", label_residual(subject, given), 1e-9, advice))
     if subject.kind.weighs_rows:
         certain = torch.ones_like(given.target)
         hard, soft = (subject.values(subject.fresh(moved=True), given._replace(target=p * certain)) for p in (1.0, 0.6))
@@ -101,22 +145,17 @@ def rated_margin_check(subject: Subject, given: PreferenceLogprobs) -> Check:
     sure = given._replace(target=torch.ones_like(given.target))
     stronger = sure._replace(rated_margin=sure.rated_margin + 1.0)
     rated, plain = (subject.values(subject.fresh(moved=True), one) for one in (stronger, sure))
-    return at_least(
-        "rated margin",
-        (rated - plain).detach().min(),
-        -1e-9,
-        "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin",
-    )
+    advice = "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin"
+    return at_least("rated margin", (rated - plain).detach().min(), -1e-9, advice)
 
 
 def pair_slopes(subject: Subject, given: PreferenceLogprobs, target: float | Tensor = 1.0) -> Tensor:
     """Return the slopes of each pair's loss by the log-probabilities of both sides, (2, pairs, length)."""
     labelled = given._replace(target=torch.zeros_like(given.target) + target)
-    function, leaves = field_function(subject, subject.fresh(moved=True), labelled)
-    found = torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
-    zeros = (torch.zeros_like(leaf) if slope is None else slope for slope, leaf in zip(found, leaves, strict=True))
-    width = max(leaf.shape[1] for leaf in leaves)
-    return torch.stack([torch.nn.functional.pad(slope, (0, width - slope.shape[1])) for slope in zeros])
+    names = [side[0] for side in SIDES[:2]]
+    slopes = differentiate(partial(subject.values, subject.fresh(moved=True)), labelled, names)[1].values()
+    width = max(slope.shape[1] for slope in slopes)
+    return torch.stack([torch.nn.functional.pad(slope, (0, width - slope.shape[1])) for slope in slopes])
 
 
 def replaces_labels(subject: Subject, given: PreferenceLogprobs) -> bool:
@@ -151,16 +190,18 @@ def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
     return min(residual, max(left))
 
 
+# -- completions judged alone -----------------------------------------------------------------------------------------
+
+
 def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
     """Good completions rise, bad ones fall."""
-    function, (leaf,) = field_function(subject, subject.module, given)
-    rows = torch.autograd.grad(function(leaf).sum(), leaf)[0].sum(-1)
+    rows = slopes_of(subject, given, list(SIDES))["policy_logprobs"].sum(-1)
     wanted = torch.where(given.desirable, -rows, rows)
     return at_least("direction", wanted.min(), 1e-12, "good completions must rise and bad ones fall: look at the sign")
 
 
-def reference_point_check(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
-    """Check that rewards are compared with the reference point in all rows, good and bad, or in none."""
+def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
+    """Check that rewards are compared with the step's reference point in all rows, good and bad, or in none."""
     point = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
     prepared, (leaf,) = with_leaves(given)
     losses = subject.values(subject.module, with_parts(prepared, [leaf])._replace(reference_point=point))

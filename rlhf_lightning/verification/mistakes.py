@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.types import (
-    CriticValues,
     DistillationLogits,
-    PolicyLogprobs,
     PreferenceLogprobs,
     ProcessScores,
     RankedScores,
-    TokenLogprobs,
     UnpairedLogprobs,
 )
 
@@ -45,7 +42,8 @@ CERTAIN = (
     "to the reference in place of the old policy", "the smaller of", "only the clipped ratio counts",
     "the ratio counts twice", "negative advantages are dropped", "padding too", "the score is left out",
     "multiplied by the length", "drawn to the old values", "error is not squared", "rows of its micro-batch",
-    "weights of the rows", "the step counts", "is minus",
+    "weights of the rows", "the step counts", "is minus", "is exchanged with", "is taken for",
+    "which makes it", "the reference of",
 )  # fmt: skip
 """Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
 with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""
@@ -151,54 +149,55 @@ def _detach(values: Tensor, mask: Tensor) -> Tensor:
 # -- mistakes by family -----------------------------------------------------------------------------------------------
 
 
+def put(**changes: Callable[[Any], Any]) -> Any:
+    """Return the mistake of a loss that gets other fields."""
+    return lambda f, g, m: f(g._replace(**{name: change(g) for name, change in changes.items()}))
+
+
 def _whole_batch(f: Losses, g: Any, m: Any) -> Tensor:
     values = f(g)
     return values.mean().expand(len(values))
 
 
-COMMON: tuple[Mistake, ...] = (
-    ("the sign of the loss is flipped", lambda f, g, m: -f(g)),
-    ("each loss is the mean of the batch", _whole_batch),
-    ("each loss is weighted by its place in the batch", lambda f, g, m: f(g) * torch.arange(1.0, 1 + len(f(g)))),
-    ("the loss is squared", lambda f, g, m: f(g) ** 2),
-    ("the loss is exponentiated", lambda f, g, m: f(g).exp()),
-    ("the logarithm of the loss is taken", lambda f, g, m: f(g).abs().log()),
-    ("the loss is weighted by itself, without gradient", lambda f, g, m: f(g).detach() * f(g)),
-    ("the weight of each row counts twice", lambda f, g, m: f(g) * g.weights if f(g).dim() == 1 else f(g)),
-)
+COMMON: dict[str, Any] = {
+    "the sign of the loss is flipped": lambda f, g, m: -f(g),
+    "each loss is the mean of the batch": _whole_batch,
+    "each loss is weighted by its place in the batch": lambda f, g, m: f(g) * torch.arange(1.0, 1 + len(f(g))),
+    "the loss is squared": lambda f, g, m: f(g) ** 2,
+    "the loss is exponentiated": lambda f, g, m: f(g).exp(),
+    "the logarithm of the loss is taken": lambda f, g, m: f(g).abs().log(),
+    "the loss is weighted by itself, without gradient": lambda f, g, m: f(g).detach() * f(g),
+    "the weight of each row counts twice": lambda f, g, m: f(g) * g.weights if f(g).dim() == 1 else f(g),
+}
 
 
 def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
     """Yield mistakes in losses on pairs."""
-
-    def target(change: Callable[[Tensor], Tensor]) -> Callable[[Losses, Any, Any], Tensor]:
-        return lambda f, g, m: f(g._replace(target=change(g.target)))
-
-    yield "chosen and rejected are exchanged", lambda f, g, m: f(g.swapped()._replace(target=g.target))
-    yield "the label is ignored", target(torch.ones_like)
-    yield "the label is rounded", target(torch.round)
-    yield "the label is turned round", target(lambda p: 1 - p)
-    yield "the label is taken through a sigmoid", target(torch.sigmoid)
-    yield "the label is squared", target(lambda p: p**2)
-    yield "both labels count alike", target(lambda p: 0 * p + 0.5)
+    yield from {
+        "chosen and rejected are exchanged": lambda f, g, m: f(g.swapped()._replace(target=g.target)),
+        "the label is ignored": put(target=lambda g: torch.ones_like(g.target)),
+        "the label is rounded": put(target=lambda g: g.target.round()),
+        "the label is turned round": put(target=lambda g: 1 - g.target),
+        "the label is taken through a sigmoid": put(target=lambda g: g.target.sigmoid()),
+        "the label is squared": put(target=lambda g: g.target**2),
+        "both labels count alike": put(target=lambda g: 0 * g.target + 0.5),
+        "chosen and rejected of the reference are exchanged": put(
+            reference_chosen_logprobs=lambda g: g.reference_rejected_logprobs,
+            reference_rejected_logprobs=lambda g: g.reference_chosen_logprobs,
+        ),
+        "both sides are compared with the reference of chosen": put(
+            reference_rejected_logprobs=lambda g: g.reference_chosen_logprobs
+        ),
+        "both sides are compared with the reference of rejected": put(
+            reference_chosen_logprobs=lambda g: g.reference_rejected_logprobs
+        ),
+    }.items()
     for side in ("chosen", "rejected"):
-        yield (
-            f"no gradient passes {side}",
-            lambda f, g, m, s=side: f(changed(g, _detach, "policy", s)),
-        )
+        yield f"no gradient passes {side}", lambda f, g, m, s=side: f(changed(g, _detach, "policy", s))
         yield (
             f"{side} is left out of the margin",
             lambda f, g, m, s=side: f(changed(g, lambda v, k: 0 * v, "both", s)),
         )
-    yield (
-        "chosen and rejected of the reference are exchanged",
-        lambda f, g, m: f(
-            g._replace(
-                reference_chosen_logprobs=g.reference_rejected_logprobs,
-                reference_rejected_logprobs=g.reference_chosen_logprobs,
-            )
-        ),
-    )
     lengths = {side: getattr(given, f"{side}_mask").sum(-1, keepdim=True) for side in ("chosen", "rejected")}
     for words, divisors in (
         ("each side is divided by the other side's length", ("rejected", "chosen")),
@@ -211,24 +210,23 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         "the label smoothing counts twice",
         lambda f, g, m: f(g._replace(target=g.target * (1 - 2 * m.label_smoothing) + m.label_smoothing)),
     )
-    yield "the margin is added to itself turned round", lambda f, g, m: f(g) + f(g.swapped()._replace(target=g.target))
-    yield "the rated margin is added to the margin", lambda f, g, m: f(with_gap(g, g.rated_margin / m.beta))
-    yield "the rated margin is subtracted, scaled by beta", lambda f, g, m: f(with_gap(g, -g.rated_margin))
-    yield "the rated margin weighs the loss", lambda f, g, m: f(g) * g.rated_margin
-    yield "the rated margin divides the loss", lambda f, g, m: f(g) / (1 + g.rated_margin)
-    yield (
-        "the log-ratio is replaced by the ratio",
-        lambda f, g, m: f(_as_margin(g, lambda a: a.exp())),
-    )
-    yield "the sigmoid is taken twice", lambda f, g, m: f(_margin(g, lambda x: (m.beta * x).sigmoid() / m.beta))
-    yield "the margin is squared", lambda f, g, m: f(_margin(g, lambda x: x**2))
-    yield "the sign of the margin is lost", lambda f, g, m: f(_margin(g, torch.abs))
-    yield "the margin is clamped at 0", lambda f, g, m: f(_margin(g, lambda x: x.clamp_min(0)))
-    yield "an exponential loss stands in place of the logistic one", lambda f, g, m: (-m.beta * g.margin).exp()
-    yield "a sigmoid stands in place of its logarithm", lambda f, g, m: torch.sigmoid(-m.beta * g.margin)
-    yield "the margin is centred over the batch", lambda f, g, m: f(_margin(g, lambda x: x - x.mean()))
-    yield "the margin is divided by its deviation over the batch", lambda f, g, m: f(_margin(g, lambda x: x / x.std()))
-    yield "a squared error stands in place of the logistic loss", lambda f, g, m: (m.beta * g.margin - 1) ** 2
+    yield from {
+        "the margin is added to itself turned round": lambda f, g, m: f(g) + f(g.swapped()._replace(target=g.target)),
+        "the rated margin is added to the margin": lambda f, g, m: f(with_gap(g, g.rated_margin / m.beta)),
+        "the rated margin is subtracted, scaled by beta": lambda f, g, m: f(with_gap(g, -g.rated_margin)),
+        "the rated margin weighs the loss": lambda f, g, m: f(g) * g.rated_margin,
+        "the rated margin divides the loss": lambda f, g, m: f(g) / (1 + g.rated_margin),
+        "the log-ratio is replaced by the ratio": lambda f, g, m: f(_as_margin(g, torch.exp)),
+        "the sigmoid is taken twice": lambda f, g, m: f(_margin(g, lambda x: (m.beta * x).sigmoid() / m.beta)),
+        "the margin is squared": lambda f, g, m: f(_margin(g, torch.square)),
+        "the sign of the margin is lost": lambda f, g, m: f(_margin(g, torch.abs)),
+        "the margin is clamped at 0": lambda f, g, m: f(_margin(g, torch.relu)),
+        "an exponential loss stands in place of the logistic one": lambda f, g, m: (-m.beta * g.margin).exp(),
+        "a sigmoid stands in place of its logarithm": lambda f, g, m: torch.sigmoid(-m.beta * g.margin),
+        "the margin is centred over the batch": lambda f, g, m: f(_margin(g, lambda x: x - x.mean())),
+        "the margin is divided by its deviation over the batch": lambda f, g, m: f(_margin(g, lambda x: x / x.std())),
+        "a squared error stands in place of the logistic loss": lambda f, g, m: (m.beta * g.margin - 1) ** 2,
+    }.items()
 
 
 def with_gap(given: PreferenceLogprobs, gap: Tensor) -> PreferenceLogprobs:
@@ -245,12 +243,9 @@ def _divided(losses: Losses, given: Any, module: Any, divisors: list[Tensor], ow
     """Return the losses of pairs whose sides are divided by some lengths, in place of their own or of none."""
     for (side, mask), divisor in zip(PAIR_SIDES, divisors, strict=True):
         length = getattr(given, mask).sum(-1, keepdim=True) if own else torch.ones_like(divisor)
-        given = changed(given, partial(_times, length / divisor.clamp_min(1)), "both", side)
+        factor = length / divisor.clamp_min(1)
+        given = changed(given, lambda values, mask, by=factor: values * by, "both", side)
     return losses(given)
-
-
-def _times(factor: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    return values * factor
 
 
 def _as_margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) -> PreferenceLogprobs:
@@ -260,197 +255,99 @@ def _as_margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) ->
 
 def judgement_mistakes(given: UnpairedLogprobs) -> Iterator[Mistake]:
     """Yield mistakes in losses on completions judged alone."""
-    yield "desirable and undesirable are exchanged", lambda f, g, m: f(g._replace(desirable=~g.desirable))
-    yield "every row counts as desirable", lambda f, g, m: f(g._replace(desirable=torch.ones_like(g.desirable)))
-    yield "the reference point is left out", lambda f, g, m: f(g._replace(reference_point=0 * g.reference_point))
-    yield "the reference point has the wrong sign", lambda f, g, m: f(g._replace(reference_point=-g.reference_point))
-    yield (
-        "beta is left out of the reference point",
-        lambda f, g, m: f(g._replace(reference_point=g.reference_point / m.beta)),
-    )
-    yield (
-        "beta counts twice in the reference point",
-        lambda f, g, m: f(g._replace(reference_point=g.reference_point * m.beta)),
-    )
+    yield from {
+        "desirable and undesirable are exchanged": put(desirable=lambda g: ~g.desirable),
+        "every row counts as desirable": put(desirable=lambda g: torch.ones_like(g.desirable)),
+        "the reference point is left out": put(reference_point=lambda g: 0 * g.reference_point),
+        "the reference point has the wrong sign": put(reference_point=lambda g: -g.reference_point),
+        "beta is left out of the reference point": lambda f, g, m: f(
+            g._replace(reference_point=g.reference_point / m.beta)
+        ),
+        "beta counts twice in the reference point": lambda f, g, m: f(
+            g._replace(reference_point=g.reference_point * m.beta)
+        ),
+    }.items()
     for words, flag in (("undesirable", False), ("desirable", True)):
         yield f"{words} rows teach nothing", lambda f, g, m, k=flag: torch.where(g.desirable == k, 0 * f(g), f(g))
 
 
 def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
     """Yield mistakes in losses on ranked scores."""
-    yield "ranks are turned round: rank 0 is the best", lambda f, g, m: f(g._replace(ranks=g.ranks.max() - g.ranks))
-    yield "the rated margin is added to the gap", lambda f, g, m: f(g._replace(margin=-g.margin))
-    yield "the rated margin is ignored", lambda f, g, m: f(g._replace(margin=0 * g.margin))
-    yield "the rated margin counts twice", lambda f, g, m: f(g._replace(margin=2 * g.margin))
-    yield (
-        "the rated margin multiplies the gap",
-        lambda f, g, m: f(g._replace(scores=g.scores * g.margin[g.group], margin=0 * g.margin)),
-    )
-    yield "the label is ignored", lambda f, g, m: f(g._replace(target=torch.ones_like(g.target)))
-    yield "the label is turned round", lambda f, g, m: f(g._replace(target=1 - g.target))
-    yield "the label is squared", lambda f, g, m: f(g._replace(target=g.target**2))
-    yield "the label is rounded", lambda f, g, m: f(g._replace(target=g.target.round()))
-    yield "scores are squared", lambda f, g, m: f(g._replace(scores=g.scores**2))
-    yield "scores are taken through a sigmoid", lambda f, g, m: f(g._replace(scores=g.scores.sigmoid()))
-    yield "scores are taken through tanh", lambda f, g, m: f(g._replace(scores=g.scores.tanh()))
-    yield (
-        "scores are centred and scaled over the batch",
-        lambda f, g, m: f(g._replace(scores=(g.scores - g.scores.mean()) / g.scores.std())),
-    )
-    for words, best in (("better", True), ("worse", False)):
-        yield (
-            f"no gradient passes the {words} completion",
-            lambda f, g, m, k=best: f(g._replace(scores=torch.where((g.ranks == 0) == k, g.scores.detach(), g.scores))),
-        )
+    yield from {
+        "ranks are turned round: rank 0 is the best": put(ranks=lambda g: g.ranks.max() - g.ranks),
+        "the rated margin is added to the gap": put(margin=lambda g: -g.margin),
+        "the rated margin is ignored": put(margin=lambda g: 0 * g.margin),
+        "the rated margin counts twice": put(margin=lambda g: 2 * g.margin),
+        "the rated margin multiplies the gap": put(
+            scores=lambda g: g.scores * g.margin[g.group], margin=lambda g: 0 * g.margin
+        ),
+        "the label is ignored": put(target=lambda g: torch.ones_like(g.target)),
+        "the label is turned round": put(target=lambda g: 1 - g.target),
+        "the label is squared": put(target=lambda g: g.target**2),
+        "the label is rounded": put(target=lambda g: g.target.round()),
+        "scores are squared": put(scores=lambda g: g.scores**2),
+        "scores are taken through a sigmoid": put(scores=lambda g: g.scores.sigmoid()),
+        "scores are taken through tanh": put(scores=lambda g: g.scores.tanh()),
+        "scores are centred and scaled over the batch": put(
+            scores=lambda g: (g.scores - g.scores.mean()) / g.scores.std()
+        ),
+        "no gradient passes the better completion": put(
+            scores=lambda g: torch.where(g.ranks == 0, g.scores.detach(), g.scores)
+        ),
+        "no gradient passes the worse completion": put(
+            scores=lambda g: torch.where(g.ranks == 0, g.scores, g.scores.detach())
+        ),
+    }.items()
 
 
 def step_mistakes(given: ProcessScores) -> Iterator[Mistake]:
     """Yield mistakes in losses on judged steps."""
-    yield "labels are turned round", lambda f, g, m: f(g._replace(labels=1 - g.labels))
-    yield "labels are rounded", lambda f, g, m: f(g._replace(labels=g.labels.round()))
-    yield "the sigmoid is taken twice", lambda f, g, m: f(g._replace(scores=g.scores.sigmoid()))
-    yield "labels are those of the next step", lambda f, g, m: f(g._replace(labels=g.labels.roll(-1)))
-    yield "labels are those of the step before", lambda f, g, m: f(g._replace(labels=g.labels.roll(1)))
-    yield (
-        "labels are those of the step before, where there is one",
-        lambda f, g, m: f(g._replace(labels=torch.where(g.position > 0, g.labels.roll(1), g.labels))),
-    )
-    yield (
-        "a squared error of the log-odds stands in place of the cross-entropy",
-        lambda f, g, m: (g.scores - g.labels) ** 2,
-    )
-    yield (
-        "a squared error of the probability stands in place of the cross-entropy",
-        lambda f, g, m: (g.scores.sigmoid() - g.labels) ** 2,
-    )
-    yield "wrong steps teach nothing", lambda f, g, m: -g.labels * torch.nn.functional.logsigmoid(g.scores)
+    yield from {
+        "labels are turned round": put(labels=lambda g: 1 - g.labels),
+        "labels are rounded": put(labels=lambda g: g.labels.round()),
+        "the sigmoid is taken twice": put(scores=lambda g: g.scores.sigmoid()),
+        "labels are those of the next step": put(labels=lambda g: g.labels.roll(-1)),
+        "labels are those of the step before": put(labels=lambda g: g.labels.roll(1)),
+        "labels are those of the step before, where there is one": put(
+            labels=lambda g: torch.where(g.position > 0, g.labels.roll(1), g.labels)
+        ),
+        "a squared error of the log-odds stands in place of the cross-entropy": lambda f, g, m: (
+            (g.scores - g.labels) ** 2
+        ),
+        "a squared error of the probability stands in place of the cross-entropy": lambda f, g, m: (
+            (g.scores.sigmoid() - g.labels) ** 2
+        ),
+        "wrong steps teach nothing": lambda f, g, m: -g.labels * torch.nn.functional.logsigmoid(g.scores),
+    }.items()
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    """Return KL(first || second) of distributions given as logits, shape (tokens,)."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    return -logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def logit_mistakes(given: DistillationLogits) -> Iterator[Mistake]:
     """Yield mistakes in divergences."""
-
-    def kl(first: Tensor, second: Tensor) -> Tensor:
-        p, q = first.log_softmax(-1), second.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
-
-    yield (
-        "student and teacher are exchanged",
-        lambda f, g, m: f(g._replace(student_logits=g.teacher_logits.detach(), teacher_logits=g.student_logits)),
-    )
-    yield "the divergence is KL(student || teacher)", lambda f, g, m: kl(g.student_logits, g.teacher_logits)
-    yield "the divergence is KL(teacher || student)", lambda f, g, m: kl(g.teacher_logits, g.student_logits)
-    yield (
-        "only the sampled token counts",
-        lambda f, g, m: -g.student_logits.log_softmax(-1).gather(-1, g.targets.unsqueeze(-1)).squeeze(-1),
-    )
-    yield (
-        "only the teacher's likeliest token counts",
-        lambda f, g, m: (
-            -g.student_logits.log_softmax(-1).gather(-1, g.teacher_logits.argmax(-1, keepdim=True)).squeeze(-1)
+    yield from {
+        "student and teacher are exchanged": put(
+            student_logits=lambda g: g.teacher_logits.detach(), teacher_logits=lambda g: g.student_logits
         ),
-    )
+        "the divergence is KL(student || teacher)": lambda f, g, m: kl(g.student_logits, g.teacher_logits),
+        "the divergence is KL(teacher || student)": lambda f, g, m: kl(g.teacher_logits, g.student_logits),
+        "only the sampled token counts": lambda f, g, m: _likelihood(g.student_logits, g.targets),
+        "only the teacher's likeliest token counts": lambda f, g, m: _likelihood(
+            g.student_logits, g.teacher_logits.argmax(-1)
+        ),
+    }.items()
     for heat in (0.5, 2.0):
-        yield (
-            f"only the student's logits are divided by {heat:g}",
-            lambda f, g, m, t=heat: kl(g.teacher_logits, g.student_logits / t),
-        )
-        yield (
-            f"only the teacher's logits are divided by {heat:g}",
-            lambda f, g, m, t=heat: kl(g.teacher_logits / t, g.student_logits),
-        )
-
-
-def policy_mistakes(given: PolicyLogprobs) -> Iterator[Mistake]:
-    """Yield mistakes in policy-gradient losses."""
-
-    def advantages(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Losses, Any, Any], Tensor]:
-        return lambda f, g, m: f(
-            g._replace(advantages=torch.where(g.completion_mask, change(g.advantages, g.completion_mask), 0.0))
-        )
-
-    def ratio(change: Callable[[Tensor], Tensor]) -> Callable[[Losses, Any, Any], Tensor]:
-        def of(losses: Losses, one: Any, module: Any) -> Tensor:
-            found = module.ratio
-            with settings_of(module, ratio=lambda logprobs: change(found(logprobs))):
-                return losses(one)
-
-        return of
-
-    def objective(loss: Callable[[Tensor, Any, Any], Tensor]) -> Callable[[Losses, Any, Any], Tensor]:
-        def of(losses: Losses, one: Any, module: Any) -> Tensor:
-            with settings_of(module, objective=lambda r, logprobs: loss(r, logprobs, module)):
-                return losses(one)
-
-        return of
-
-    def held(r: Tensor, m: Any) -> Tensor:
-        return r.clamp(1 - m.clip, 1 + (m.clip_high or m.clip))
-
-    yield "the advantage has the wrong sign", advantages(lambda a, k: -a)
-    yield "the sign of the advantage is lost", advantages(lambda a, k: a.abs())
-    yield "negative advantages are clamped at 0", advantages(lambda a, k: a.clamp_min(0))
-    yield "the advantage is squared", advantages(lambda a, k: a**2)
-    yield "the advantage is centred over the micro-batch", advantages(lambda a, k: a - a.mean())
-    yield "the advantage is divided by its completion's length", advantages(mean_over_tokens)
-    yield "the advantage has a gradient", objective(lambda r, g, m: -(g.advantages + g.logprobs) * r)
-    yield "the ratio is inverted (old / policy)", ratio(torch.reciprocal)
-    yield "no gradient passes the ratio", ratio(lambda r: r.detach())
-    yield "the ratio is squared", ratio(torch.square)
-    yield "the logarithm of the ratio stands in place of the ratio", ratio(torch.log)
-    yield "the ratio is averaged over the completion", ratio(lambda r: r.mean(-1, keepdim=True).expand_as(r))
-    yield (
-        "the probability stands in place of its logarithm",
-        objective(lambda r, g, m: -g.advantages * g.logprobs.exp()),
-    )
-    yield (
-        "the ratio is taken to the reference in place of the old policy",
-        lambda f, g, m: f(g._replace(old_logprobs=g.reference_logprobs)),
-    )
-    yield "nothing is clipped", objective(lambda r, g, m: -g.advantages * r)
-    yield "the ratio is left out", objective(lambda r, g, m: -g.advantages * g.logprobs)
-    yield (
-        "the smaller of the clipped and the plain loss is taken, in place of the larger",
-        objective(lambda r, g, m: torch.minimum(-g.advantages * r, -g.advantages * held(r, m))),
-    )
-    yield (
-        "the weight of the log-probability passes a gradient",
-        objective(lambda r, g, m: -r.clamp(max=m.cispo_high) * g.advantages * g.logprobs),
-    )
-    yield "only the clipped ratio counts", objective(lambda r, g, m: -g.advantages * held(r, m))
-    yield (
-        "the logarithm of the ratio is clipped",
-        objective(
-            lambda r, g, m: torch.maximum(-g.advantages * r, -g.advantages * r.log().clamp(-m.clip, m.clip).exp())
-        ),
-    )
-    yield (
-        "the ratio counts twice, once without gradient",
-        objective(lambda r, g, m: torch.maximum(-g.advantages * r, -g.advantages * held(r, m)) * r.detach()),
-    )
-    for words, factor in {
-        "has the wrong sign": -1.0,
-        "is left out": 0.0,
-        "counts twice": 2.0,
-        "counts half": 0.5,
-    }.items():
-        yield f"the KL loss {words}", lambda f, g, m, k=factor: _with_setting(f, g, m, kl_coef=k * m.kl_coef)
-    yield (
-        "the KL loss is turned round: KL(reference || policy) of the policy's samples",
-        lambda f, g, m: (
-            f(g._replace(advantages=0 * g.advantages)) * 0
-            + _with_setting(f, g, m, kl_coef=0.0)
-            + m.kl_coef * m.kl_loss(g._replace(logprobs=g.reference_logprobs, reference_logprobs=g.logprobs))
-        ),
-    )
-    for name in ("k1", "k2", "k3"):
-        yield f"the KL loss is {name}", lambda f, g, m, k=name: _with_setting(f, g, m, kl_estimator=k)
-    levels = {
-        "of each token": "token",
-        "of the completion's geometric mean": "sequence",
-        "of the whole completion": "sequence_product",
-    }
-    for words, level in levels.items():
-        yield f"the ratio is that {words}", lambda f, g, m, k=level: _with_setting(f, g, m, ratio_name=k)
+        words = "only the {}'s logits are divided by {:g}".format
+        yield words("student", heat), lambda f, g, m, t=heat: kl(g.teacher_logits, g.student_logits / t)
+        yield words("teacher", heat), lambda f, g, m, t=heat: kl(g.teacher_logits / t, g.student_logits)
 
 
 @contextlib.contextmanager
@@ -466,45 +363,7 @@ def settings_of(module: Any, **values: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _with_setting(losses: Losses, given: Any, module: Any, **settings: Any) -> Tensor:
+def with_setting(losses: Losses, given: Any, module: Any, **settings: Any) -> Tensor:
+    """Return losses while the module has other attributes."""
     with settings_of(module, **settings):
         return losses(given)
-
-
-def value_mistakes(given: CriticValues) -> Iterator[Mistake]:
-    """Yield mistakes in value losses."""
-    yield (
-        "the smaller of the clipped and the plain value loss is taken",
-        lambda f, g, m: (
-            0.5
-            * torch.minimum(
-                (g.values - g.returns) ** 2,
-                (g.old_values + (g.values - g.old_values).clamp(-m.value_clip, m.value_clip) - g.returns) ** 2,
-            )
-        ),
-    )
-    yield (
-        "values are drawn to the old values in place of the returns",
-        lambda f, g, m: 0.5 * (g.values - g.old_values) ** 2,
-    )
-    yield "the value loss is not clipped", lambda f, g, m: 0.5 * (g.values - g.returns) ** 2
-    yield "the error is not squared", lambda f, g, m: g.values - g.returns
-
-
-FAMILY_MISTAKES: dict[type, Callable[[Any], Iterator[Mistake]]] = {
-    PreferenceLogprobs: pair_mistakes,
-    UnpairedLogprobs: judgement_mistakes,
-    RankedScores: score_mistakes,
-    ProcessScores: step_mistakes,
-    DistillationLogits: logit_mistakes,
-    PolicyLogprobs: policy_mistakes,
-    CriticValues: value_mistakes,
-}
-
-
-def known_mistakes(given: Any) -> Iterator[Mistake]:
-    """Yield all mistakes that are tried on an input."""
-    yield from COMMON
-    yield from FAMILY_MISTAKES.get(type(given), lambda one: iter(()))(given)
-    if isinstance(given, PreferenceLogprobs | UnpairedLogprobs | TokenLogprobs):
-        yield from token_mistakes(given)

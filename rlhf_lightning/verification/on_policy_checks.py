@@ -1,4 +1,4 @@
-"""The contract of objectives on sampled completions: rewards, advantages, ratios, the KL penalty."""
+"""The contract of objectives on samples: rewards, advantages, ratios, the KL penalty, the critic."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.types import Advantages, CriticValues, Minibatch, PolicyLogprobs, Rollout
-from rlhf_lightning.verification.convergence import descend, policy_of
-from rlhf_lightning.verification.exact import PolicyGradient, minibatch_of
+from rlhf_lightning.types import CriticValues
+from rlhf_lightning.verification.cases import Case, widened
+from rlhf_lightning.verification.convergence import descend
+from rlhf_lightning.verification.exact import PolicyGradient
+from rlhf_lightning.verification.point_checks import overwritten, statistic_checks
 from rlhf_lightning.verification.rollout_checks import (
     aggregation_check,
     holes_check,
@@ -23,77 +26,11 @@ from rlhf_lightning.verification.rollout_checks import (
     temperature_checks,
     update_checks,
 )
-from rlhf_lightning.verification.subject import (
-    ENTROPY,
-    Check,
-    Subject,
-    at_least,
-    at_most,
-    field_function,
-    known_statistics,
-    with_leaves,
-)
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.targets import policy_of
 
-
-class Case:
-    """A rollout of every completion in groups, by the subject's own code, with its rewards and advantages.
-
-    Args:
-        subject: the class.
-        module: an instance with its models loaded.
-    """
-
-    def __init__(self, subject: Subject, module: Any) -> None:
-        self.subject, self.module = subject, module
-        self.expected = PolicyGradient(module, subject.world)
-        self.rollout: Rollout = subject_rollout(self.expected)
-        self.rewards: Tensor = module.shape_rewards(self.rollout).detach()
-        self.advantages: Advantages = module.advantages(self.rollout, self.rewards)
-
-    def logprobs(self, **changes: Any) -> PolicyLogprobs:
-        """The input of the policy loss at ratio 1, with changes."""
-        rollout = self.rollout
-        plain = PolicyLogprobs(
-            rollout.old_logprobs.clone(),
-            rollout.old_logprobs,
-            rollout.reference_logprobs,
-            rollout.entropy,
-            self.advantages.advantages.detach(),
-            rollout.completion_mask,
-            rollout.behaviour_logprobs,
-            extras=rollout.extras,
-            rollout=rollout,
-            minibatch=minibatch_of(self.module, rollout, self.advantages),
-        )
-        # What changes for the rows changes for the minibatch that they are of.
-        shared = {name: part for name, part in changes.items() if name in Minibatch._fields}
-        if plain.minibatch is not None:
-            plain = plain._replace(minibatch=plain.minibatch._replace(**shared))
-        return plain._replace(**changes)
-
-
-def subject_rollout(expected: PolicyGradient) -> Rollout:
-    """Return the rollout that an expectation is taken over, with values that a critic might have given."""
-    found: list[Rollout] = []
-    module = expected.module
-    original = module.advantages
-
-    def keeping(rollout: Rollout, rewards: Tensor) -> Advantages:
-        found.append(rollout)
-        return original(rollout, rewards)
-
-    module.advantages = keeping  # type: ignore[method-assign]
-    try:
-        expected.loss()
-    finally:
-        vars(module).pop("advantages", None)
-    rollout = found[0]
-    generator = torch.Generator().manual_seed(3)
-    if rollout.values is None:
-        return rollout
-    values = torch.randn(rollout.values.shape, generator=generator, dtype=torch.float64)
-    mask = rollout.completion_mask
-    return rollout._replace(values=torch.where(mask, values, 0.0) if values.shape == mask.shape else values)
+FAR = 3.0
+"""Nats by which a token has moved that any clip holds back."""
 
 
 def on_policy_checks(subject: Subject) -> list[Check]:
@@ -101,142 +38,147 @@ def on_policy_checks(subject: Subject) -> list[Check]:
     case = Case(subject, subject.module)
     checks = [*reward_checks(case), *advantage_checks(case), *loss_checks(case)]
     checks += [missing_score_check(case), learned_check(case), aggregation_check(case)]
-    checks += [loss_padding_check(case), holes_check(case)]
-    checks += kl_loss_checks(case)
-    checks += [*sampler_checks(subject, case), *temperature_checks(subject), *update_checks(subject)]
+    checks += [loss_padding_check(case), holes_check(case), *kl_loss_checks(case)]
+    checks += [*sampler_checks(case), *temperature_checks(subject), *update_checks(subject)]
     if hasattr(subject.kind, "value_loss"):
         checks += [*value_checks(case), *return_checks(subject)]
-    penalty = kl_penalty_check(subject)
-    return checks if penalty is None else [*checks, penalty]
+    return [*checks, *kl_penalty_checks(subject)]
+
+
+# -- rewards and advantages -------------------------------------------------------------------------------------------
 
 
 def reward_checks(case: Case) -> list[Check]:
     """The score is in the rewards once, at its slot; nothing is under the mask; the KL penalty costs reward."""
-    module, rollout = case.module, case.rollout
-    checks = []
-    slots = module.score_slots(rollout)
+    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
+    checks, slots = [], module.score_slots(rollout)
     if slots is not None:
         unscored = module.shape_rewards(rollout._replace(scores=torch.zeros_like(rollout.scores)))
         change = case.rewards - unscored
         expected = torch.zeros_like(change).scatter(1, slots.unsqueeze(1), rollout.scores.to(change).unsqueeze(1))
-        checks.append(
-            at_most(
-                "score slot",
-                (change - expected).abs().max(),
-                1e-9,
-                "each score belongs once on the last completion token (or where score_slots says), unscaled",
-            )
-        )
-    mask = rollout.completion_mask
+        advice = "each score belongs once on the last completion token (or where score_slots says), unscaled"
+        checks.append(at_most("score slot", (change - expected).abs().max(), 1e-9, advice))
     if case.rewards.shape == mask.shape:
-        outside = case.rewards.masked_select(~mask).abs()
-        worst = outside.max() if outside.numel() else 0.0
-        checks.append(at_most("rewards under mask", worst, 0, "zero rewards behind the end of a completion"))
+        advice = "zero rewards behind the end of a completion"
+        checks.append(at_most("rewards under mask", largest(case.rewards.masked_select(~mask)), 0, advice))
     if rollout.reference_logprobs is not None and module.kl_coef:
         nearer = torch.where(mask, rollout.reference_logprobs - 0.1, 0.0)
         change = (module.shape_rewards(rollout._replace(reference_logprobs=nearer)) - case.rewards).sum(-1)
-        checks.append(
-            at_most(
-                "kl in reward",
-                change.max(),
-                1e-12,
-                "more KL to the reference must never earn reward: look at the "
-                "sign, and at which of the two log-probabilities is subtracted",
-            )
+        advice = (
+            "more KL to the reference must never earn reward: look at the sign, and at which of the two "
+            "log-probabilities is subtracted"
         )
+        checks.append(at_most("kl in reward", change.max(), 1e-12, advice))
     return checks
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest magnitude; 0 of no values."""
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def advantage_checks(case: Case) -> list[Check]:
-    """Advantages are zero under the mask and do not see it, and follow the scores."""
-    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
-    first = (torch.arange(len(rollout.scores)) % max(case.expected.group_size, 2) == 0).double()
+    """Advantages are zero under the mask and do not see it, follow the scores, and know their own group alone."""
+    mask, scores = case.rollout.completion_mask, case.rollout.scores
+    first = (torch.arange(len(scores)) % max(case.expected.group_size, 2) == 0).double()
 
     def raised(scores: Tensor, by: float) -> Tensor:
-        given = [rollout._replace(scores=one) for one in (scores, scores + by * first)]
-        plain, lifted = (module.advantages(one, module.shape_rewards(one)).advantages for one in given)
-        gain = (lifted - plain).sum(-1) / mask.sum(-1)
+        lifted = case.advantages_of(scores=scores + by * first) - case.advantages_of(scores=scores)
+        gain = lifted.sum(-1) / mask.sum(-1)
         return gain[::2].mean() - gain[1::2].mean()
 
-    gain = raised(rollout.scores, 1.0)
+    gain = raised(scores, 1.0)
     if float(gain) < 1e-9:  # a method for success rates
-        gain = raised(rollout.scores.sigmoid(), 0.2)
-    sign = at_least("advantage sign", gain, 1e-9, "a higher score must give a higher advantage")
-    return [*mask_checks(case), sign]
+        gain = raised(scores.sigmoid(), 0.2)
+    advice = "a higher score must give a higher advantage"
+    return [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice), own_group_check(case)]
+
+
+def own_group_check(case: Case) -> Check:
+    """Check that the scores of some groups move other groups' advantages alike, as a mean or a deviation of all does.
+
+    One shift and one factor for all other tokens pass; a reshape or a tiling of prompts in the wrong order does not.
+    """
+    rollout, mask = case.rollout, case.rollout.completion_mask
+    moved = rollout.group < 7
+    raised = torch.linspace(0.5, 2.5, len(rollout.scores), dtype=torch.float64)
+    before, after = case.advantages_of(), case.advantages_of(scores=rollout.scores + raised * moved)
+    others = mask & ~moved.unsqueeze(-1)
+    old, new = before[others], after[others]
+    matrix = torch.stack([old, torch.ones_like(old)], -1)
+    found = torch.linalg.lstsq(matrix, new.unsqueeze(-1)).solution
+    residual = (matrix @ found).squeeze(-1) - new
+    advice = "a group's advantages depend on another group's scores: look at how rows are sorted into groups"
+    return at_most("own group", largest(residual) / max(largest(old), 1e-9), 1e-6, advice)
 
 
 def mask_checks(case: Case) -> list[Check]:
-    """Advantages are zero under the mask and do not see it."""
-    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
-    outside = case.advantages.advantages.masked_select(~mask).abs()
-    checks = [
+    """Advantages are zero under the mask and do not see it, and what they are computed from is left as it was."""
+    module, mask = case.module, case.rollout.completion_mask
+    padded = widened(case.rollout)
+    again = module.advantages(padded, module.shape_rewards(padded)).advantages[:, : mask.shape[1]]
+    changed = overwritten(case.rollout, lambda one: module.advantages(one, module.shape_rewards(one)))
+    return [
         at_most(
             "advantages under mask",
-            outside.max() if outside.numel() else 0.0,
+            largest(case.advantages.advantages.masked_select(~mask)),
             0,
             "zero advantages behind the end of a completion, after whitening too",
         ),
-    ]
-    wide: dict[str, Any] = {
-        name: torch.nn.functional.pad(part, (0, 3))
-        for name, part in rollout._asdict().items()
-        if isinstance(part, Tensor) and part.dim() == 2
-    }
-    padded = rollout._replace(**wide)
-    again = module.advantages(padded, module.shape_rewards(padded)).advantages[:, : mask.shape[1]]
-    checks.append(
         at_most(
             "padding",
-            (again - case.advantages.advantages).abs().max(),
+            largest(again - case.advantages.advantages),
             1e-9,
             "means, deviations and lengths count completion tokens alone, not the cells of the grid",
-        )
-    )
-    return checks
+        ),
+        at_most(
+            "rollout kept",
+            changed,
+            0,
+            "the rollout is overwritten, which metrics and later updates read: replace operations in place",
+        ),
+    ]
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def loss_checks(case: Case) -> list[Check]:
     """At ratio 1 the gradient is the policy gradient; away from it the policy is pulled back; all stays finite."""
-    module, subject, mask = case.module, case.subject, case.rollout.completion_mask
+    module, mask = case.module, case.rollout.completion_mask
     kl_coef, module.kl_coef = module.kl_coef, 0.0
     try:
-        function, (leaf,) = field_function(subject, module, case.logprobs())
-        gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
+        gradient = case.slopes(case.logprobs())
         unequal = unequal_weights(gradient, case.advantages.advantages.detach(), mask)
-        checks = [
-            at_most(
-                "ratio one",
-                unequal,
-                1e-6,
-                "before any update the gradient must be -advantage * d log policy, or that times weights of tokens: "
-                "look at which log-probabilities make the ratio, and for a missing or a superfluous detach",
-            )
-        ]
-        left_out = bool(unequal == 0) & (gradient == 0) & mask  # tokens of weight 0
-        pulls = []
-        for sign, moved in ((1.0, -0.7), (-1.0, 0.7)):  # made unlikelier though good, likelier though bad
-            old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
-            given = case.logprobs(
-                old_logprobs=old, behaviour_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
-            )
-            function, (leaf,) = field_function(subject, module, given)
-            found = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
-            pulls.append(-sign * found[mask] + 1e-9 * ((found == 0) & left_out)[mask])
-        checks.append(
-            at_least(
-                "pull back",
-                torch.stack([pull.min() for pull in pulls]).min(),
-                1e-12,
-                "a token that has moved the wrong way must keep its gradient: the clip belongs on the other side",
-            )
+        advice = (
+            "before any update the gradient must be -advantage * d log policy, or that times weights of tokens: look "
+            "at which log-probabilities make the ratio, and for a missing or a superfluous detach"
         )
+        checks = [at_most("ratio one", unequal, 1e-6, advice)]
+        left_out = bool(unequal == 0) & (gradient == 0) & mask  # tokens of weight 0
+        advice = "a token that has moved the wrong way must keep its gradient: the clip belongs on the other side"
+        checks.append(at_least("pull back", pull_back(case, left_out), 1e-12, advice))
         if clips(module):
-            checks.append(clip_check(case))
+            advice = "a good token that is already e^3 times as likely must not be pushed further"
+            checks.append(at_most("clip", max(map(largest, far_slopes(case))), 1e-9, advice))
         elif isinstance(module, OnPolicyModule) and module.objective_name == "clip":
             checks.append(one_sided_clip_check(case))
     finally:
         module.kl_coef = kl_coef
-    return [*checks, extremes_check(case), *entropy_check(case)]
+    return [*checks, extremes_check(case), *statistic_checks(module, case.logprobs(), case.loss)]
+
+
+def pull_back(case: Case, left_out: Tensor) -> Tensor:
+    """Return the least pull on good tokens that became unlikelier and bad ones that became likelier.
+
+    Far off a token may be given up, as dual clipping does, but not be pushed further.
+    """
+    mask, pulls = case.rollout.completion_mask, []
+    for sign in (1.0, -1.0):
+        near, far = (-sign * case.slopes(case.moved_by(-sign * nats, sign)) for nats in (0.7, FAR))
+        pulls.append((near + 1e-9 * ((near == 0) & left_out))[mask].min())
+        pulls.append(torch.where(far[mask] >= 0, torch.inf, far[mask]).min())
+    return torch.stack(pulls).min()
 
 
 def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -265,28 +207,16 @@ def clips(module: Any) -> bool:
     return type(module).objective is OnPolicyModule.objective
 
 
-def far_gradients(case: Case) -> tuple[Tensor, Tensor]:
-    """Return the gradients of good tokens at e^3 times their old probability, and of bad ones at e^-3 times."""
-    module, mask, found = case.module, case.rollout.completion_mask, []
-    for sign, moved in ((1.0, 3.0), (-1.0, -3.0)):
-        old = torch.where(mask, case.rollout.old_logprobs - moved, 0.0)
-        given = case.logprobs(
-            old_logprobs=old, behaviour_logprobs=old, advantages=torch.where(mask, torch.full_like(old, sign), 0.0)
-        )
-        function, (leaf,) = field_function(case.subject, module, given)
-        found.append(torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0][mask].abs())
-    return found[0], found[1]
-
-
-def clip_check(case: Case) -> Check:
-    """Beyond the clip on the side that it already gains from, a token gets no more gradient."""
-    worst = max(float(gradient.max()) for gradient in far_gradients(case))
-    return at_most("clip", worst, 1e-9, "a good token that is already e^3 times as likely must not be pushed further")
+def far_slopes(case: Case) -> tuple[Tensor, Tensor]:
+    """Return the slopes of good tokens at e^3 times their old probability, and of bad ones at e^-3 times."""
+    mask = case.rollout.completion_mask
+    good, bad = (case.slopes(case.moved_by(sign * FAR, sign))[mask].abs() for sign in (1.0, -1.0))
+    return good, bad
 
 
 def one_sided_clip_check(case: Case) -> Check:
     """A loss of one's own that stops bad tokens far off stops good ones too; one that never clips is free not to."""
-    good, bad = far_gradients(case)
+    good, bad = far_slopes(case)
     pushed = float(good.min()) if float(bad.max()) < 1e-9 else 0.0
     advice = (
         "bad tokens stop where they are e^-3 times as likely, and good ones at e^3 are pushed on: clip on both sides"
@@ -296,34 +226,14 @@ def one_sided_clip_check(case: Case) -> Check:
 
 def extremes_check(case: Case) -> Check:
     """Log-ratios of a thousand nats give finite losses and gradients."""
-    mask, broken = case.rollout.completion_mask, 0.0
-    for moved in (1e3, -1e3):
-        old = torch.where(mask, case.rollout.old_logprobs + moved, 0.0)
-        given = case.logprobs(old_logprobs=old, behaviour_logprobs=old)
-        given, (leaf,) = with_leaves(given)
-        values = torch.where(mask, case.subject.values(case.module, given), 0.0)
-        gradient = torch.autograd.grad(values.sum(), leaf)[0]
-        broken = max(broken, float(not (values.isfinite().all() and gradient.isfinite().all())))
+    broken = 0
+    for nats in (1e3, -1e3):
+        given = case.moved_by(nats)
+        broken += not (bool(case.loss(given).isfinite().all()) and bool(case.slopes(given).isfinite().all()))
     return at_most("extremes", broken, 0, "clamp log-ratios before exp")
 
 
-def entropy_check(case: Case) -> list[Check]:
-    """Check that a loss which reads the entropy, as a field or a statistic of its own, rewards it."""
-    known = known_statistics(case.module)
-    named = {name: part for name, part in case.rollout.extras.items() if known.get(name) == (ENTROPY, 1)}
-    if case.rollout.entropy is not None:
-        named["entropy"] = case.rollout.entropy
-    if not named:
-        return []
-    leaves = {name: part.detach().clone().requires_grad_() for name, part in named.items()}
-    slots = {**case.rollout.extras, **{name: leaf for name, leaf in leaves.items() if name != "entropy"}}
-    values = case.subject.values(case.module, case.logprobs(entropy=leaves.get("entropy"), extras=slots))
-    if not values.requires_grad:
-        return []
-    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-    slopes = [slope.max() for slope in found if slope is not None and bool(slope.any())]
-    advice = "a bonus subtracts the entropy from the loss: added, it drives the policy towards one completion"
-    return [at_most("entropy bonus", torch.stack(slopes).max(), 0, advice)] if slopes else []
+# -- the critic and the KL penalty ------------------------------------------------------------------------------------
 
 
 def value_checks(case: Case) -> list[Check]:
@@ -334,8 +244,6 @@ def value_checks(case: Case) -> list[Check]:
     old = rollout.values[:, : mask.shape[1]]
 
     def loss(values: Tensor, before: Tensor) -> Tensor:
-        from rlhf_lightning.training.module import as_loss
-
         return torch.where(mask, as_loss(module.value_loss(CriticValues(values, before, returns, mask))).values, 0.0)
 
     def slope(values: Tensor) -> Tensor:
@@ -356,11 +264,11 @@ def value_checks(case: Case) -> list[Check]:
     ]
 
 
-def kl_penalty_check(subject: Subject) -> Check | None:
+def kl_penalty_checks(subject: Subject) -> list[Check]:
     """With nothing to earn, training brings a policy that has moved away back to its reference."""
     module = subject.fresh(moved=True)
     if module.reference is None or not module.kl_coef:
-        return None
+        return []
     moved = kl_of_training(subject, module)
     if moved > -1e-6:  # a price on length moves the policy too
         free = subject.fresh(moved=True)
@@ -368,12 +276,10 @@ def kl_penalty_check(subject: Subject) -> Check | None:
         moved -= kl_of_training(subject, free)
     if moved > -1e-6:  # a method for success rates
         moved = kl_of_training(subject, subject.fresh(moved=True), 1.0)
-    return at_most(
-        "kl penalty",
-        moved,
-        -1e-6,
-        "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of",
+    advice = (
+        "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of"
     )
+    return [at_most("kl penalty", moved, -1e-6, advice)]
 
 
 def kl_of_training(subject: Subject, module: Any, score: float = 0.0) -> float:

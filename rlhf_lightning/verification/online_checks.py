@@ -10,12 +10,14 @@ from torch import Tensor
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Rollout, Sequences
-from rlhf_lightning.verification.convergence import policy_of
+from rlhf_lightning.verification.cases import PICKED, gradient_of, in_ranks
 from rlhf_lightning.verification.exact import PairPopulation, opponent_of
 from rlhf_lightning.verification.family_checks import pair_checks
-from rlhf_lightning.verification.offline_checks import input_checks, padding_check, point_checks
+from rlhf_lightning.verification.offline_checks import input_checks
+from rlhf_lightning.verification.point_checks import padding_check, point_checks
 from rlhf_lightning.verification.rollout_checks import temperature_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.targets import policy_of
 
 MANY = 500
 """Samples of each prompt that frequencies are taken of."""
@@ -59,6 +61,7 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
     used = torch.cat([blind.chosen, blind.rejected])
     return [
         at_most("best is chosen", wrong.sum(), 0, "chosen must outscore rejected, both samples of one prompt"),
+        at_least("pair label", pairs.target.min(), 0.5, "target is the probability that chosen is better"),
         at_most("every pair", abs(len(pairs.chosen) - residual), 0, "each prompt whose samples differ gives one pair"),
         at_most("ties", len(level.chosen), 0, "samples that score alike say nothing: they form no pair"),
         at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),
@@ -132,31 +135,36 @@ def drawing_check(subject: Subject) -> Check:
         "drawn from",
         worst,
         5.0,
-        "deviations of the frequency of a completion: who samples, and at which temperature? Another model in its "
-        f"place, or half the temperature, would be off by {min(powers):.0f} or more",
+        "deviations of the frequency of a completion: who samples, and at which temperature?",
+        power=min(powers),  # another model in its place, or half the temperature
     )
 
 
 def update_checks(subject: Subject) -> list[Check]:
     """How a minibatch is cut, and among how many ranks, changes no gradient."""
-    whole = step_gradient(subject)
+    whole = step_gradient(subject, fresh(subject))
     scale = float(whole.abs().max())
     advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
     checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached")]
     for name, limits in (("micro-batches", MicroBatchLimits(4)), ("max tokens", MicroBatchLimits(None, 9))):
-        residual = (step_gradient(subject, limits=limits) - whole).abs().max() / max(scale, 1e-300)
-        checks.append(at_most(name, residual, 1e-7, advice))
-    ranks = rank_gradients(subject)
-    checks.append(at_most("two ranks", (ranks - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
-    return checks
+        found = step_gradient(subject, fresh(subject), limits=limits)
+        checks.append(at_most(name, (found - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
+    shares = [list(range(8)), list(range(8, 12))]
+    ranks, said = in_ranks(
+        [fresh(subject), fresh(subject)], lambda module, rows: step_gradient(subject, module, rows), shares
+    )
+    return [*checks, at_most("two ranks", (ranks - whole).abs().max() / max(scale, 1e-300), 1e-7, advice + said)]
+
+
+def fresh(subject: Subject) -> Any:
+    """Return an instance whose policy has moved, which its invariants only warn of: mistakes have their own checks."""
+    return subject.fresh(moved=True, on_violation="warn")
 
 
 def some_groups(subject: Subject, module: Any) -> Rollout:
     """Return a rollout of six pairs of completions of unequal length, one of them a tie."""
-    whole = PairPopulation(module, subject.world).rollout()
-    picked = [2, 11, 30, 48, 60, 75]
-    rows = [row for group in picked for row in (2 * group, 2 * group + 1)]
-    return part_of(whole, rows)
+    rows = [row for group in PICKED for row in (2 * group, 2 * group + 1)]
+    return part_of(PairPopulation(module, subject.world).rollout(), rows)
 
 
 def part_of(rollout: Rollout, rows: list[int]) -> Rollout:
@@ -168,43 +176,13 @@ def part_of(rollout: Rollout, rows: list[int]) -> Rollout:
 
 
 def step_gradient(
-    subject: Subject,
-    rows: list[int] | None = None,
-    over_ranks: Any = None,
-    limits: MicroBatchLimits = NO_LIMITS,
+    subject: Subject, module: Any, rows: list[int] | None = None, limits: MicroBatchLimits = NO_LIMITS
 ) -> Tensor:
     """Return the gradient of a rollout's update through the module's own ``learn``, of some of its rows if named."""
-    module = subject.fresh(moved=True, on_violation="warn")  # each mistake has a check of its own here
-    module.limits = limits
-    rollout = some_groups(subject, module)
-    if rows is not None:
-        rollout = part_of(rollout, rows)
-    found: list[Tensor] = []
-
-    def update(losses: Any, count: float) -> float:
-        found.append(subject.gradients(module, lambda: sum(loss() / max(count, 1) for loss in losses)))
-        return 0.0
-
-    module.update = update
+    module.limits, rollout = limits, some_groups(subject, module)
+    chosen = rollout if rows is None else part_of(rollout, rows)
     module.updates = 1  # the policy has left its reference
-    if over_ranks is not None:
-        module.sum_over_ranks = over_ranks
-    module.learn(rollout, subject.world.questions(1), Meter())
-    return found[0]
-
-
-def rank_gradients(subject: Subject) -> Tensor:
-    """Return the sum of the gradients that two ranks with unequal shares of the prompts would have."""
-    shares, counts = (list(range(8)), list(range(8, 12))), []
-
-    def counting(value: Tensor) -> Tensor:
-        counts.append(value.double())
-        return value.double()
-
-    for rows in shares:
-        step_gradient(subject, rows, counting)
-    total = torch.stack(counts).sum() if counts else torch.ones(())
-    return torch.stack([step_gradient(subject, rows, lambda value: total) for rows in shares]).sum(0)
+    return gradient_of(subject, module, lambda: module.learn(chosen, subject.world.questions(1), Meter()))
 
 
 def start_check(subject: Subject, stated: float) -> Check:
@@ -235,6 +213,6 @@ def opponent_check(subject: Subject) -> Check:
         torch.maximum(off, alike * GAMES**0.5).max(),
         5.0,
         "deviations of the frequency of a completion from the mixture's, or of the opponent's correlation with the "
-        f"policy's samples; the policy or the reference in its place would be off by {power:.0f}: mix the logits of "
-        "every token, and give the opponent random numbers of its own",
+        "policy's samples: mix the logits of every token, and give the opponent random numbers of its own",
+        power=power,  # the policy or the reference in its place
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,26 +13,24 @@ from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import DemonstrationBatch, ProcessBatch, ProcessScores, RankedScores
+from rlhf_lightning.verification.cases import some_rows
 from rlhf_lightning.verification.convergence import SAFETY
-from rlhf_lightning.verification.offline_checks import cut_checks, offline_checks, point_checks, some_rows
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function, has_outputs
-
-
-def some_judged_rows(subject: Subject) -> ProcessBatch:
-    """Return a small batch of completions of one and two steps, soft labels, a step nobody judged, unequal weights."""
-    rows = [(0, 0), (0, 3), (1, 1), (1, 5), (0, 6), (1, 0)]
-    sequences = subject.world.sequences(rows)
-    flags = [flag.clone() for flag in sequences.supervised]
-    flags[3][0] = False
-    labels = torch.linspace(0.05, 0.95, 12, dtype=torch.float64)
-    parts = tuple(labels[2 * row : 2 * row + int(flag.sum())] for row, flag in enumerate(flags))
-    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5, 1.0], dtype=torch.float64)
-    return ProcessBatch(sequences._replace(supervised=tuple(flags)), parts, weights)
+from rlhf_lightning.verification.offline_checks import cut_checks, offline_checks
+from rlhf_lightning.verification.point_checks import point_checks
+from rlhf_lightning.verification.subject import (
+    Check,
+    Subject,
+    at_least,
+    at_most,
+    field_function,
+    has_outputs,
+    own_bases,
+)
 
 
 def process_checks(subject: Subject) -> list[Check]:
     """Return the checks of a process reward model, convergence left out."""
-    batch = some_judged_rows(subject)
+    batch = some_rows(subject)
     module = subject.module
     given: ProcessScores = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
     return [
@@ -66,22 +65,32 @@ def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) ->
 
 
 def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
-    """A step's score is drawn to the log-odds of its label, and to nothing else."""
-    module = subject.module
+    """A step's score is drawn to the log-odds of its label, and to nothing else.
+
+    A class that says in ``no_target`` why it has another rest, a ranking of steps say, lifts right steps against wrong.
+    """
+    if subject.kind.no_target:
+        pulls = [slope_of_step(subject, given, step, 0.0) - slope_of_step(subject, given, step, 1.0)
+                 for step in range(len(given.labels))]  # fmt: skip
+        return [at_least("direction", min(pulls), 1e-12, "right steps must rise and wrong ones fall: look at the sign")]
     odds = torch.logit(given.labels)
-    function, (leaf,) = field_function(subject, module, given._replace(scores=odds))
-    at_rest = torch.autograd.grad(function(leaf).sum(), leaf)[0].abs().max()
-    function, (leaf,) = field_function(subject, module, given)
-    gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
-    pull = (gradient * (leaf.detach() - odds)).min()
-    certain = (given._replace(labels=torch.full_like(given.labels, label)) for label in (1.0, 0.0))
-    soft, right, wrong = (slopes_of_scores(subject, one) for one in (given, *certain))
+    at_rest = slopes_of_scores(subject, given._replace(scores=odds)).abs().max()
+    soft = slopes_of_scores(subject, given)
+    pull = (soft * (given.scores.detach() - odds)).min()
+    right, wrong = (slopes_of_scores(subject, given._replace(labels=0 * given.labels + label)) for label in (1.0, 0.0))
     residual = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
     return [
         at_most("log-odds", at_rest, 1e-9, "the score at rest must be the log-odds of the label"),
         at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
         at_most("labels", residual, 1e-9, "a soft label's gradient is the expectation over right and wrong"),
     ]
+
+
+def slope_of_step(subject: Subject, given: ProcessScores, step: int, label: float) -> float:
+    """Return the slope by one step's score with that step's label, all labels certain."""
+    labels = given.labels.round()
+    labels[step] = label
+    return float(slopes_of_scores(subject, given._replace(labels=labels))[step])
 
 
 def slopes_of_scores(subject: Subject, given: Any) -> Tensor:
@@ -158,16 +167,13 @@ def with_safety(given: RankedScores, chosen: float, rejected: float) -> RankedSc
 
 def sign_checks(subject: Subject, given: RankedScores) -> list[Check]:
     """Check that safe completions are drawn below a cost of 0 and harmful ones above, each by its own label."""
-    module = subject.module
     certain = given._replace(target=torch.ones_like(given.target))
     best = given.ranks == 0
 
     def slope(cost: float, chosen: float, rejected: float) -> Tensor:
         # Equal costs: their comparison adds nothing to the sum over a pair.
         equal = torch.full_like(given.scores, cost)
-        labelled = with_safety(certain._replace(scores=equal), chosen, rejected)
-        function, (leaf,) = field_function(subject, module, labelled)
-        return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+        return slopes_of_scores(subject, with_safety(certain._replace(scores=equal), chosen, rejected))
 
     groups = torch.zeros_like(given.target)
     lowered = groups.index_add(0, given.group, slope(5.0, 1.0, 1.0))
@@ -289,6 +295,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         if has_safety(given):
             opposite, (leaf,) = field_function(subject, module, given._replace(target=torch.zeros_like(given.target)))
             moved = moved - shifted(opposite, leaf, 3.0 * way)
+        checks += level_check(subject, float(moved.abs().max()))
         if subject.kind.no_target and not has_safety(given):  # scores may be held near 0, as the class says
             held = moved + shifted(function, leaf, -3.0 * way)
             moved = torch.where(held > 1e-9, 0.0, moved)
@@ -310,6 +317,24 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
     advice = f"rank 0 is the best: its score must {rises(sign)}, the other's {rises(-sign)}"
     checks.append(at_least("direction", pull.min(), 1e-12, advice))
     return checks
+
+
+def level_check(subject: Subject, moved: float) -> list[Check]:
+    """Check that a class which says that it holds scores near 0 does: then a constant on all scores costs something."""
+    kind = subject.kind
+    if not re.search(r"(near|around|towards) (zero|0)\b|centering|centered|mean zero", said_by(kind).lower()):
+        return []
+    advice = (
+        "the class says that it holds scores near 0, and a constant on all scores changes nothing: penalise their sum "
+        "or each of them, not their difference"
+    )
+    return [at_least("level", moved, 1e-9, advice)]
+
+
+def said_by(kind: type) -> str:
+    """Return what a class of a user's own says about itself: its name, its docstring, and why it has no target."""
+    said = ((one.__name__, vars(one).get("__doc__") or "", vars(one).get("no_target", "")) for one in own_bases(kind))
+    return " ".join(" ".join(words) for words in said)
 
 
 def shifted(function: Callable[..., Tensor], leaf: Tensor, by: Tensor) -> Tensor:

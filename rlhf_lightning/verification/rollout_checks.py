@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.training.collector import select_episodes, without_unscored
+from rlhf_lightning.training.collector import without_unscored
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, PolicyLogprobs, Rollout, Sequences
-from rlhf_lightning.verification.convergence import all_rows, policy_of
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function
+from rlhf_lightning.types import MicroBatchLimits, PolicyLogprobs, Sequences
+from rlhf_lightning.verification.cases import Case, Update, narrowed, widened
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.targets import all_rows, policy_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
 TEMPERATURE, LAMBDA, DISCOUNT = 0.7, 0.9, 0.95
 """Settings at which a value that is forgotten shows."""
 
-PICKED = (2, 11, 30, 48, 60, 75)
-"""Groups of a rollout of all groups that an update is taken on."""
-
 
 def token_logprobs_of(world: EnumerableWorld, table: Tensor, sequences: Sequences) -> Tensor:
     """Return the log-probability of each completion token under a table, 0 under the mask, shape (rows, length)."""
-    prompts = [int(sequences.prompts[parent][0]) - 1 - world.config.tokens for parent in sequences.parents]
-    completions = [world.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
-    prefixes, tokens, mask = (part[prompts, completions] for part in world.walks)
+    prefixes, tokens, mask = (part[world.places_of(sequences)] for part in world.walks)
     return torch.where(mask, table.double().log_softmax(-1)[prefixes, tokens], 0.0)
 
 
@@ -60,7 +53,7 @@ def temperature_checks(subject: Subject) -> list[Check]:
     ]
 
 
-def missing_score_check(case: Any) -> Check:
+def missing_score_check(case: Case) -> Check:
     """Check that a completion without a score teaches nothing, and spoils no other."""
     module, rollout = case.module, case.rollout
     scores = rollout.scores.clone()
@@ -75,7 +68,7 @@ def missing_score_check(case: Any) -> Check:
     return at_most("missing score", wrong, 0, advice)
 
 
-def learned_check(case: Any) -> Check:
+def learned_check(case: Case) -> Check:
     """Check that tokens are learned inside completions alone, and finished completions rather than truncated ones."""
     learned, mask, finished = case.advantages.learned, case.rollout.completion_mask, case.rollout.finished
     wrong = 0
@@ -86,7 +79,7 @@ def learned_check(case: Any) -> Check:
     return at_most("learned", wrong, 0, advice)
 
 
-def aggregation_check(case: Any) -> Check:
+def aggregation_check(case: Case) -> Check:
     """Check that padding changes neither the weights of tokens nor their divisor."""
     mask = case.rollout.completion_mask[:6]
     plain, wide = (case.module.aggregation(part) for part in (mask, torch.nn.functional.pad(mask, (0, 3))))
@@ -95,84 +88,63 @@ def aggregation_check(case: Any) -> Check:
     return at_most("aggregation", residual + wide.weights[:, mask.shape[1] :].abs().max(), 1e-12, advice)
 
 
-def loss_padding_check(case: Any) -> Check:
+def loss_padding_check(case: Case) -> Check:
     """Check that columns under the mask change no token's loss."""
-    module, mask = case.module, case.rollout.completion_mask
-    old = torch.where(mask, case.rollout.old_logprobs - 0.1, 0.0)
-    given = case.logprobs(old_logprobs=old)
+    mask, given = case.rollout.completion_mask, case.moved_by(0.1)
     if given.minibatch is not None:
         return at_most("loss padding", 0.0, 1e-10, "not measured: the loss sees the whole minibatch")
-    wide = {
-        name: torch.nn.functional.pad(part, (0, 3))
-        for name, part in given._asdict().items()
-        if isinstance(part, Tensor) and part.dim() == 2
-    }
-    slots = {
-        name: torch.nn.functional.pad(part, (0, 3)) if part.dim() == 2 else part for name, part in given.extras.items()
-    }
-    padded = case.subject.values(module, given._replace(**wide, rollout=None, extras=slots))
-    plain = case.subject.values(module, given._replace(rollout=None))
-    residual = torch.where(mask, padded[:, : mask.shape[1]] - plain, 0.0).abs().max()
+    given = given._replace(rollout=None)
+    padded, plain = case.loss(widened(given))[:, : mask.shape[1]], case.loss(given)
     advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
-    return at_most("loss padding", residual.detach(), 1e-10, advice)
+    return at_most("loss padding", (padded - plain).abs().max().detach(), 1e-10, advice)
 
 
-def holes_check(case: Any) -> Check:
+def holes_check(case: Case) -> Check:
     """Check that tokens of an environment between the policy's tokens change no reward and no advantage."""
     module, rollout, width = case.module, case.rollout, case.rollout.completion_mask.shape[1]
+    if getattr(module, "credit", "") == "turn" or getattr(module, "turn_gamma", 1) != 1:
+        said = "not measured: a hole begins a new turn, which these settings tell from others"
+        return at_most("holes", 0.0, 1e-9, said)
+    largest = 0.0
+    for place in range(1, width):
+        wide = widened(rollout, place, 2)
+        rewards = module.shape_rewards(wide)
+        found = module.advantages(wide, rewards).advantages
+        largest = max(largest, float((narrowed(found, place, 2) - case.advantages.advantages).abs().max()))
+        largest = max(largest, float(found[:, place : place + 2].abs().max()))
+        kept = rewards if rewards.dim() < 2 else narrowed(rewards, place, 2)
+        largest = max(largest, float((kept - case.rewards).abs().max()))
     advice = (
         "tokens of an environment are masked in the middle of a row: pass values over them, and look at no neighbour"
     )
-    if getattr(module, "credit", "") == "turn" or getattr(module, "turn_gamma", 1) != 1:
-        return at_most(
-            "holes", 0.0, 1e-9, "not measured: a hole begins a new turn, which these settings tell from others"
-        )
-    largest = 0.0
-    for place in range(1, width):
-        opened = {
-            name: torch.cat([part[:, :place], torch.zeros_like(part[:, :2]), part[:, place:]], 1)
-            for name, part in rollout._asdict().items()
-            if isinstance(part, Tensor) and part.dim() == 2
-        }
-        wide = rollout._replace(**opened)
-        rewards = module.shape_rewards(wide)
-        found = module.advantages(wide, rewards).advantages
-        kept = [column for column in range(found.shape[1]) if column not in (place, place + 1)]
-        largest = max(largest, float((found[:, kept] - case.advantages.advantages).abs().max()))
-        largest = max(largest, float(found[:, place : place + 2].abs().max()))
-        kept = [column for column in range(rewards.shape[1]) if column not in (place, place + 1)]
-        largest = max(largest, float((rewards[:, kept] - case.rewards).abs().max()))
     return at_most("holes", largest, 1e-9, advice)
 
 
-def sampler_checks(subject: Subject, case: Any) -> list[Check]:
-    """Check that a token that the engine draws too often counts less under a sampler correction."""
-    if "sampler_correction" not in subject.known or subject.kind.teacher_name is not None:
+def sampler_checks(case: Case) -> list[Check]:
+    """Check that a token that the engine draws too often counts less under a sampler correction, or a loss's own."""
+    module, mask, old = case.module, case.rollout.completion_mask, case.rollout.old_logprobs
+    if "sampler_correction" not in case.subject.known or case.subject.kind.teacher_name is not None:
         return []
-    module, mask = case.module, case.rollout.completion_mask
     before = module.sampler_correction
     written = type(module).policy_loss is not OnPolicyModule.policy_loss
-    if written and before is None:  # a loss of one's own need not have a correction that nobody asked for
-        return []
+    own = written and before is None  # such a loss need not have a correction that nobody asked for
     weighs = before is None and module.sampler_weight(case.logprobs()) is not None  # by a weight of its own
-    module.sampler_correction = "token_truncate"
+    module.sampler_correction = None if own else "token_truncate"
     try:
         sizes = []
         for overdrawn in (0.0, 1.0):
-            behaviour = torch.where(mask, case.rollout.old_logprobs + overdrawn, 0.0)
-            ones = torch.where(mask, torch.ones_like(behaviour), 0.0)
-            function, (leaf,) = field_function(
-                subject, module, case.logprobs(behaviour_logprobs=behaviour, advantages=ones)
-            )
-            gradient = torch.autograd.grad(torch.where(mask, function(leaf), 0.0).sum(), leaf)[0]
-            sizes.append(gradient[mask].abs().mean())
+            behaviour = torch.where(mask, old + overdrawn, 0.0)
+            given = case.logprobs(behaviour_logprobs=behaviour, advantages=mask.to(old))
+            sizes.append(float(case.slopes(given)[mask].abs().mean()))
     finally:
         module.sampler_correction = before
+    if own and abs(sizes[0] - sizes[1]) < 1e-9:  # the engine's log-probabilities are not read
+        return []
     advice = "the correction's weight is old / behaviour: look for the inverse, or for a correction that is dropped"
     return [at_least("sampler correction", sizes[0] - sizes[1], -1e-6 if weighs else 1e-6, advice)]
 
 
-def kl_loss_checks(case: Any) -> list[Check]:
+def kl_loss_checks(case: Case) -> list[Check]:
     """Check that the mean of the KL loss over the policy's samples is the KL itself; k2 is only positive."""
     module, world = case.module, case.subject.world
     if not module.kl_coef or module.reference is None:
@@ -197,8 +169,6 @@ def return_checks(subject: Subject) -> list[Check]:
     if not {"lam", "gamma"} <= subject.known:
         return []
     module = subject.fresh(moved=True, lam=LAMBDA, gamma=DISCOUNT)
-    from rlhf_lightning.verification.on_policy_checks import Case
-
     case = Case(subject, module)
     values, found = case.rollout.values, case.advantages.returns
     assert values is not None and found is not None
@@ -207,7 +177,7 @@ def return_checks(subject: Subject) -> list[Check]:
     return [at_most("returns", residual, 1e-8, advice)]
 
 
-def return_residual(case: Any, values: Tensor, found: Tensor, lam: float) -> float:
+def return_residual(case: Case, values: Tensor, found: Tensor, lam: float) -> float:
     """Return how far the critic's targets are from values plus generalised advantages at a lambda, summed by hand."""
     mask = case.module.critic_states(case.rollout)
     expected = torch.zeros_like(found)
@@ -228,80 +198,12 @@ def return_residual(case: Any, values: Tensor, found: Tensor, lam: float) -> flo
 
 def update_checks(subject: Subject) -> list[Check]:
     """Check that neither micro-batches nor ranks change the gradient of an update."""
-    case = Update(subject)
-    whole = case.gradient()
+    update = Update(subject)
+    whole = update.gradient()
     scale = whole.abs().max().clamp_min(1e-300)
     advice = "return one loss per token and let the module reduce: divide by the minibatch's count over all ranks"
     checks = [at_least("gradient", whole.abs().max(), 1e-12, "no gradient reaches the weights: something is detached")]
     for name, limits in (("micro-batches", MicroBatchLimits(3)), ("max tokens", MicroBatchLimits(None, 5))):
-        checks.append(at_most(name, (case.gradient(limits=limits) - whole).abs().max() / scale, 1e-7, advice))
-    if not (case.module.needs_minibatch or case.module.needs_minibatch_logprobs):
-        checks.append(at_most("two ranks", (case.over_ranks() - whole).abs().max() / scale, 1e-7, advice))
-    return checks
-
-
-class Update:
-    """One update on a few groups of a rollout, by the module's own code, after the policy has moved from the rollout's.
-
-    Args:
-        subject: the class.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        from rlhf_lightning.verification.on_policy_checks import Case
-
-        self.subject, self.module = subject, subject.fresh(moved=True, on_violation="warn")
-        case = Case(subject, self.module)
-        size = case.expected.group_size
-        self.rows = [row for group in PICKED for row in range(size * group, size * (group + 1))]
-        if size == 1:
-            self.rows = [row % len(case.rollout.scores) for row in self.rows]
-        noise = torch.randn(case.rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(5))
-        old = torch.where(case.rollout.completion_mask, case.rollout.old_logprobs + 0.1 * noise, 0.0)
-        self.rollout: Rollout = select_episodes(case.rollout._replace(old_logprobs=old), self.rows)
-        self.rollout = self.rollout._replace(
-            group=torch.unique(self.rollout.group, return_inverse=True)[1], episodes=torch.arange(len(self.rows))
-        )
-        self.advantages = self.module.advantages(self.rollout, self.module.shape_rewards(self.rollout).detach())
-        self.questions = subject.world.questions(1)
-
-    def gradient(
-        self,
-        rows: list[int] | None = None,
-        limits: MicroBatchLimits = NO_LIMITS,
-        over_ranks: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Return the gradient of an update on some rows, flattened."""
-        module, found = self.module, []
-        module.limits = limits
-
-        def update(losses: Any, count: float) -> float:
-            found.append(self.subject.gradients(module, lambda: sum(loss() / max(count, 1) for loss in losses)))
-            return 0.0
-
-        module.update = update
-        if over_ranks is not None:
-            module.sum_over_ranks = over_ranks
-        try:
-            chosen = list(range(len(self.rows))) if rows is None else rows
-            module.learn_minibatch(self.rollout, self.advantages, chosen, self.questions, Meter())
-        finally:
-            for name in ("update", "sum_over_ranks"):
-                vars(module).pop(name, None)
-        return found[0]
-
-    def over_ranks(self) -> Tensor:
-        """Return the sum of the gradients of two ranks with unequal shares, each told the sums over both."""
-        cut = 2 * len(self.rows) // 3
-        shares = [list(range(cut)), list(range(cut, len(self.rows)))]
-        asked: list[list[Tensor]] = []
-        for rows in shares:
-            own: list[Tensor] = []
-            self.gradient(rows, over_ranks=lambda value, own=own: own.append(value.double()) or value.double())  # type: ignore[misc]
-            asked.append(own)
-        totals = [torch.stack(values).sum(0) for values in zip(*asked, strict=True)]
-        parts = []
-        for rows in shares:
-            answers = iter(totals)
-            parts.append(self.gradient(rows, over_ranks=lambda value, answers=answers: next(answers)))  # type: ignore[misc]
-        return torch.stack(parts).sum(0)
+        checks.append(at_most(name, (update.gradient(limits=limits) - whole).abs().max() / scale, 1e-7, advice))
+    ranks, said = update.over_ranks()
+    return [*checks, at_most("two ranks", (ranks - whole).abs().max() / scale, 1e-7, advice + said)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +17,10 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.rollout import RolloutModule
-from rlhf_lightning.types import ProcessBatch, Step
+from rlhf_lightning.types import Step
 from rlhf_lightning.verification import online_checks
-from rlhf_lightning.verification.offline_checks import some_rows
-from rlhf_lightning.verification.on_policy_checks import Case
-from rlhf_lightning.verification.reward_checks import some_judged_rows
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.cases import Case, some_rows
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, own_bases, parameters_of
 
 OF_THE_BASES = frozenset((*COUNTERS, "training", "limits"))
 """Attributes of the shipped bases that move in every step."""
@@ -29,8 +30,8 @@ State = dict[str, Any]
 
 def state_checks(subject: Subject) -> list[Check]:
     """Return the checks of state that a class of a user's own keeps, where it changes what is learned."""
-    validated = moved_by(subject, validate)
-    trained = moved_by(subject, train)
+    validated, _ = moved_by(subject, validate)
+    trained, module = moved_by(subject, train)
     advice = (
         f"validation moves {', '.join(validated)}, which changes what training learns: move state in on_rollout_end, "
         "or where self.trainer.training is true"
@@ -43,9 +44,32 @@ def state_checks(subject: Subject) -> list[Check]:
         "on_load_checkpoint"
     )
     checks.append(at_most("checkpoint", effect(subject, lost), 0, advice))
+    held = [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None]
+    advice = f"{', '.join(held)} keeps the graph of a past step, and with it that step's memory: detach what is kept"
+    checks.append(at_most("state graph", len(held), 0, advice))
+    unread = unread_settings(subject.kind)
+    advice = f"nothing reads the setting {', '.join(unread)}: use it, or leave it out"
+    checks.append(at_most("settings read", len(unread), 0, advice))
     if "kl_coef" in trained:
         checks.append(kl_coef_check(subject))
     return checks
+
+
+def unread_settings(kind: type) -> list[str]:
+    """Return the settings that a class of a user's own keeps under their names, and that no code of its file reads."""
+    own = own_bases(kind)
+    named = {name for base in own for name in parameters_of(base)}
+    taken = {name for base in kind.__mro__[len(own) :] for name in parameters_of(base)}
+    try:
+        texts = {inspect.getsource(sys.modules[base.__module__]) for base in own if parameters_of(base)}
+    except (KeyError, OSError, TypeError):  # written in a notebook
+        return []
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    kept = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    read = {node.attr for node in attributes if isinstance(node.ctx, ast.Load)}
+    handed_on = {node.arg for node in nodes if isinstance(node, ast.keyword)}
+    return sorted((named - taken) & kept - read - handed_on)
 
 
 # -- what moves -------------------------------------------------------------------------------------------------------
@@ -99,13 +123,14 @@ def fresh(subject: Subject) -> Any:
     return subject.fresh(moved=True, **told)
 
 
-def moved_by(subject: Subject, run: Callable[[Subject, Any], Any]) -> State:
-    """Return the state that a step moves, with its later values."""
+def moved_by(subject: Subject, run: Callable[[Subject, Any], Any]) -> tuple[State, Any]:
+    """Return the state that a step moves, with its later values, and the module after that step."""
     module = fresh(subject)
     before = state_of(module)
     run(subject, module)
     after = state_of(module)
-    return {name: after[name] for name in before if name in after and not same(before[name], after[name])}
+    moved = {name: after[name] for name in before if name in after and not same(before[name], after[name])}
+    return moved, module
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -116,8 +141,7 @@ def step_of(subject: Subject, first_episode: int = 0) -> Step[Any]:
     if issubclass(subject.kind, RolloutModule):
         batch: Any = subject.world.questions(2, first_episode)
         return Step((batch,), len(batch.prompts), 0)
-    judged = subject.kind.batch_type is ProcessBatch
-    batch = some_judged_rows(subject) if judged else some_rows(subject)
+    batch = some_rows(subject)
     return Step((batch,), len(batch.weights), 9)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,12 @@ from rlhf_lightning.types import (
     PolicyLogprobs,
     PreferenceLogprobs,
     ProcessScores,
-    RankedBatch,
     RankedScores,
     TokenLogprobs,
     UnpairedLogprobs,
 )
-from rlhf_lightning.verification.convergence import descend, expected_loss, policy_of, prepare
+from rlhf_lightning.verification.convergence import descend, expected_loss, prepare
+from rlhf_lightning.verification.targets import policy_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
 SMALL_WORLD_SETTINGS: dict[str, Any] = {
@@ -55,6 +56,7 @@ class Check(NamedTuple):
         advice: what to look at where it does not.
         least: whether the bound is a lower one.
         meant: reason that the class gives for failing; empty for none.
+        power: what a check of random samples would measure with the mistake that it is for; None without chance.
     """
 
     name: str
@@ -64,12 +66,13 @@ class Check(NamedTuple):
     advice: str
     least: bool = False
     meant: str = ""
+    power: float | None = None
 
 
-def at_most(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
+def at_most(name: str, measured: Tensor | float, bound: float, advice: str, power: float | None = None) -> Check:
     """Return the check of an upper bound; NaN fails."""
     value = float(measured)
-    return Check(name, value, bound, value <= bound, advice)
+    return Check(name, value, bound, value <= bound, advice, power=power)
 
 
 def at_least(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
@@ -101,47 +104,40 @@ class Subject:
         Raises:
             SettingError: the class needs a setting that is not given, or sets a given one itself.
         """
-        settings, name = {**self._defaults(), **given}, self.kind.__name__
+        module, settings = self._made(self.kind, {**self._defaults(), **given}, given)
+        self.outputs = getattr(module, "outputs", 1)
+        return settings
+
+    def _made(self, kind: Any, settings: dict[str, Any], given: Collection[str] = ()) -> tuple[Any, dict[str, Any]]:
+        """Return an instance of a class, and the settings without those that the class sets itself."""
         while True:
             try:
-                self.outputs = getattr(self.kind(init_from=self.folder, **settings), "outputs", 1)
-                return settings
+                return kind(init_from=self.folder, **settings), settings
             except TypeError as error:
                 missing = re.search(r"missing \d+ required .*arguments?: (.+)", str(error))
                 if missing is not None:
                     raise SettingError(
-                        "missing-setting", f"{name} needs {missing[1]}: give each as --model.NAME VALUE"
+                        "missing-setting", f"{kind.__name__} needs {missing[1]}: give each as --model.NAME VALUE"
                     ) from error
                 fixed = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
-                if fixed is None:
+                if fixed is None or fixed[1] not in settings:
                     raise
                 if fixed[1] in given:
-                    raise SettingError("class-sets-it", f"{name} sets {fixed[1]} itself: leave it out") from error
+                    raise SettingError(
+                        "class-sets-it", f"{kind.__name__} sets {fixed[1]} itself: leave it out"
+                    ) from error
                 del settings[fixed[1]]
 
     def settings_for(self, other: type[AlignmentModule]) -> dict[str, Any]:
         """Return this subject's settings, defaults of the class included, that another class takes too."""
-        effective = dict(self.kind(init_from=self.folder, **self.settings).hparams)
-        known = {name for base in other.__mro__ for name in _parameters(base)} - {"init_from"}
-        found = {**{name: effective[name] for name in known if name in effective}, **self.only(known)}
-        while True:  # a class may fix what its base takes
-            try:
-                other(init_from=self.folder, **found)
-                return found
-            except TypeError as error:
-                fixed = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
-                if fixed is None or fixed[1] not in found:
-                    raise
-                del found[fixed[1]]
-
-    def only(self, names: set[str]) -> dict[str, Any]:
-        """Return the settings of some names."""
-        return {name: value for name, value in self.settings.items() if name in names}
+        effective = {**self.kind(init_from=self.folder, **self.settings).hparams, **self.settings}
+        known = all_parameters(other) - {"init_from"}
+        return self._made(other, {name: value for name, value in effective.items() if name in known})[1]
 
     @property
     def known(self) -> set[str]:
         """Names of all settings of the class and its bases."""
-        return {name for base in self.kind.__mro__ for name in _parameters(base)}
+        return all_parameters(self.kind)
 
     def _defaults(self) -> dict[str, Any]:
         known = self.known
@@ -155,7 +151,7 @@ class Subject:
         if "soft_labels" in known:  # certain labels have no optimum, and pairs have no KL in a reward
             chosen["soft_labels"] = True
             chosen.pop("kl_coef", None)
-        beta = next((_parameters(base)["beta"] for base in self.kind.__mro__ if "beta" in _parameters(base)), None)
+        beta = next((parameters_of(base)["beta"] for base in self.kind.__mro__ if "beta" in parameters_of(base)), None)
         if beta is not None and isinstance(beta.default, float) and beta.default < LEAST_BETA:
             chosen["beta"] = LEAST_BETA
         return chosen
@@ -179,19 +175,15 @@ class Subject:
 
     @cached_property
     def start(self) -> str:
-        """Folder that instances start from: the policy; where absolute scores matter, a blank reward model.
+        """Folder that instances start from: the policy, or a blank reward model.
 
-        A new head on the policy would give every score the huge logits of impossible tokens, which cancel in
-        differences alone.
+        A new head on the policy would give every score the huge logits of impossible tokens: they cancel in differences
+        alone, and leave single precision no digits.
         """
         if not issubclass(self.kind, RewardModule):
             return self.folder
-        differences = self.kind.batch_type is RankedBatch and self.outputs == 1 and not self.kind.lower_is_better
-        if differences:
-            return self.folder
-        blank = torch.zeros_like(self.world.rewards)
         folder = Path(self.folder).with_name(f"untaught_{self.outputs}")
-        return self.world.write_reward_model(folder, blank, self.outputs)
+        return self.world.write_reward_model(folder, torch.zeros_like(self.world.rewards), self.outputs)
 
     @cached_property
     def module(self) -> Any:
@@ -245,6 +237,13 @@ def without_leaves(given: Any) -> Any:
 
 
 ENTROPY = "the policy's entropy"
+WANTED = {
+    "KL(policy || reference)": 1,
+    "KL(reference || policy)": 1,
+    ENTROPY: -1,
+    "the policy's mean log-probability of all ids": -1,
+}
+"""Known statistics of tokens, and whether a loss of tokens that holds one rises or falls with it."""
 
 
 def known_statistics(module: Any) -> dict[str, tuple[str, int]]:
@@ -257,18 +256,14 @@ def known_statistics(module: Any) -> dict[str, tuple[str, int]]:
     except Exception:  # it asks for more than logits
         return {}
     p, r = own.log_softmax(-1), theirs.log_softmax(-1)
-    known = {
-        "KL(policy || reference)": p.exp() * (p - r),
-        "KL(reference || policy)": r.exp() * (r - p),
-        ENTROPY: -p.exp() * p,
-        "the reference's entropy": -r.exp() * r,
-    }
+    parts = (p.exp() * (p - r), r.exp() * (r - p), -p.exp() * p, p / p.shape[-1])
+    known = {**dict(zip(WANTED, parts, strict=True)), "the reference's entropy": -r.exp() * r}
     return {
         name: (words, sign)
         for name, values in found.items()
-        for words, parts in known.items()
+        for words, part in known.items()
         for sign in (1, -1)
-        if values.shape == p.shape[:1] and float((values - sign * parts.sum(-1)).abs().max()) < 1e-9
+        if values.shape == p.shape[:1] and float((values - sign * part.sum(-1)).abs().max()) < 1e-9
     }
 
 
@@ -299,6 +294,22 @@ def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
     else:
         leaves = [getattr(given, name).clone().requires_grad_() for name in differentiated(given)]
     return with_parts(given, leaves), leaves
+
+
+def differentiate(
+    losses: Callable[[Any], Tensor], given: Any, names: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return losses, and the slopes of their sum by some fields of an input; 0 where no gradient passes."""
+    named = [name for name in names if getattr(given, name, None) is not None]
+    leaves = {name: getattr(given, name).detach().clone().requires_grad_() for name in named}
+    values = losses(given._replace(**leaves))
+    asked = list(leaves.values())
+    found = torch.autograd.grad(values.sum(), asked, allow_unused=True) if values.requires_grad else [None] * len(asked)
+    slopes = {
+        name: torch.zeros_like(leaf) if slope is None else slope
+        for (name, leaf), slope in zip(leaves.items(), found, strict=True)
+    }
+    return values.detach(), slopes
 
 
 def has_outputs(given: Any) -> bool:
@@ -341,7 +352,18 @@ def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[
     return partial(function), leaves
 
 
-def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class's own ``__init__``; none where it inherits it."""
     if "__init__" not in vars(kind):
         return {}
     return dict(inspect.signature(vars(kind)["__init__"]).parameters)
+
+
+def own_bases(kind: type) -> list[type]:
+    """Return a class and its bases up to the shipped one that it derives from."""
+    return list(takewhile(lambda base: not base.__module__.startswith("rlhf_lightning."), kind.__mro__))
+
+
+def all_parameters(kind: type) -> set[str]:
+    """Return the names of the settings of a class and its bases."""
+    return {name for base in kind.__mro__ for name in parameters_of(base)}

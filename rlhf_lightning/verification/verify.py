@@ -299,5 +299,23 @@ def page(done: Sequence[Any]) -> str:
         "- Distance: total variation, largest over prompts; the bound is 1e-3.\n"
         "- Gold reward: expected reward of the reference and of the policy at rest.\n"
         "- Control: gold reward after a short run on true labels or scores, less the same on ones that say nothing.\n\n"
-        f"{markdown_table(header, rows)}\n"
+        f"{markdown_table(header, rows)}\n{chances(done)}"
     )
+
+
+def chances(done: Sequence[Any]) -> str:
+    """Return the table of the checks that draw random samples, with their power; empty without such checks."""
+    rows = [
+        [found.name, check.name, f"{check.measured:.3g}", f"{check.bound:.3g}", f"{check.power:.3g}"]
+        for found in done
+        for check in found.checks
+        if check.power is not None
+    ]
+    if not rows:
+        return ""
+    said = (
+        "\n## Checks that draw samples\n\nAll other checks are exact. Power: what the check would measure with the "
+        "mistake that it is for (another model or temperature samples, all steps learn on the same source). `same "
+        "twice` compares ten calls, since two calls with dropout agree on a third of the seeds.\n\n"
+    )
+    return f"{said}{markdown_table(['objective', 'check', 'measured', 'bound', 'power'], rows)}\n"

@@ -223,13 +223,14 @@ class EnumerableWorld:
             supervised=tuple(torch.ones(len(ids), dtype=torch.bool) for ids in completions),
         )
 
+    def places_of(self, sequences: Sequences) -> tuple[list[int], list[int]]:
+        """Return the number of each row's prompt, and that of its completion."""
+        prompts = [int(sequences.prompts[parent][0]) - 1 - self.config.tokens for parent in sequences.parents]
+        return prompts, [self.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
+
     def values_of(self, sequences: Sequences, table: Tensor) -> Tensor:
         """Look up each row's completion in a table (prompts, completions); return values of shape (rows,)."""
-        values = []
-        for parent, ids in zip(sequences.parents, sequences.completions, strict=True):
-            prompt = int(sequences.prompts[parent][0]) - 1 - self.config.tokens
-            values.append(table[prompt, self.completions.index(tuple(ids.tolist()))])
-        return torch.stack(values)
+        return table[self.places_of(sequences)]
 
     def _pairs(self) -> list[tuple[int, int, int]]:
         count = len(self.completions)

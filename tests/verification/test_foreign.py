@@ -11,7 +11,8 @@ from conftest import refused
 from rlhf_lightning import cli
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.verification.contract import verify
-from rlhf_lightning.verification.foreign import FEW, adapters, by_row, class_of, import_alone
+from rlhf_lightning.verification.foreign import adapters, class_of, import_alone
+from rlhf_lightning.verification.foreign_checks import FEW, by_row
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "experiments" / "verification" / "my_adapter.py"
 
@@ -112,7 +113,7 @@ def test_a_mean_over_many_rows_has_the_gradient_of_its_rows(file):
 
     from rlhf_lightning.verification.contract import world_and_folder
     from rlhf_lightning.verification.diagnosis import probe_input
-    from rlhf_lightning.verification.foreign import some_rows_of
+    from rlhf_lightning.verification.foreign_checks import some_rows_of
     from rlhf_lightning.verification.subject import Subject
 
     world, folder = world_and_folder()

@@ -12,7 +12,8 @@ from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.modules import CriticFreeModule
 from rlhf_lightning.types import Step
 from rlhf_lightning.verification.contract import world_and_folder
-from rlhf_lightning.verification.convergence import converge, descend, judged, policy_of
+from rlhf_lightning.verification.convergence import converge, descend
+from rlhf_lightning.verification.targets import judged, policy_of
 from rlhf_lightning.verification.world import EnumerableWorld
 from verification.estimators import questions_of
 

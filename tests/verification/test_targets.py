@@ -23,7 +23,8 @@ from rlhf_lightning.modules import (
 )
 from rlhf_lightning.verification import population, resting_points
 from rlhf_lightning.verification.contract import Subject, world_and_folder
-from rlhf_lightning.verification.convergence import converge, expected_loss, minimise, policy_of, population_of
+from rlhf_lightning.verification.convergence import converge, expected_loss, minimise
+from rlhf_lightning.verification.targets import policy_of, population_of
 
 SHIPPED = objective_classes()
 
@@ -52,7 +53,7 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
     if kind.__name__ in resting_points.METHODS:
         assert "where its mean update vanishes" in stated, stated
         return
-    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *population.COUPLED, *population.SCORES}
+    transcribed = {*population.TRANSCRIPTIONS, *population.FIXED_POINTS, *resting_points.COUPLED, *population.SCORES}
     assert kind.__name__ in transcribed and "population loss" in stated, stated
 
 
@@ -88,9 +89,9 @@ def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
     world, folder = world_and_folder()
     module = Subject(AOTModule, world, folder).fresh()
     policy = converge(module, world, steps=400).policy.numpy()
-    pairs = population.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
-    separate = population.joint_minimiser(population.aot, pairs, module.beta, world.problem.reference.numpy())
-    losses = [population.joint_loss("AOTModule", found, pairs, module) for found in (policy, separate)]
+    pairs = resting_points.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
+    separate = resting_points.joint_minimiser(resting_points.aot, pairs, module.beta, world.problem.reference.numpy())
+    losses = [resting_points.joint_loss("AOTModule", found, pairs, module) for found in (policy, separate)]
     assert abs(losses[0] - losses[1]) < 1e-5
 
 

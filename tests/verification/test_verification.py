@@ -1,11 +1,11 @@
 """`rlhf verify`: every shipped objective passes, every wrong one is caught by the check made for its mistake."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import right_blind_objectives  # noqa: F401 - adds its own
+import right_recent_objectives  # noqa: F401 - adds its own
 import torch
 import torch.nn.functional as F
 import wrong_blind_objectives
@@ -15,14 +15,18 @@ import wrong_objectives
 import wrong_online_objectives  # noqa: F401 - adds its own
 import wrong_process_objectives
 import wrong_subtle_objectives
+import wrong_unseen_objectives
 from named_mistakes import WORDS
 from right_objectives import RIGHT
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands.objectives import objective_classes
-from rlhf_lightning.modules import DPOModule, NashMDModule, PPOModule
+from rlhf_lightning.modules import DPOModule, GKDModule, NashMDModule, OnlineDPOModule, PPOModule
 from rlhf_lightning.types import PreferenceLogprobs
-from rlhf_lightning.verification.contract import opponent_check, twin_of, verify, world_and_folder
+from rlhf_lightning.verification.cases import some_rows
+from rlhf_lightning.verification.contract import twin_of, verify, world_and_folder
+from rlhf_lightning.verification.distillation_checks import sample_checks
+from rlhf_lightning.verification.online_checks import drawing_check, opponent_check
 from rlhf_lightning.verification.subject import Subject, at_least
 
 SHIPPED = objective_classes()
@@ -76,6 +80,7 @@ def test_two_thirds_of_the_mistakes_are_named():
         (wrong_further_objectives, 19),
         (wrong_subtle_objectives, 14),
         (wrong_blind_objectives, 13),
+        (wrong_unseen_objectives, 13),
     ],
 )
 def test_further_families_have_mistakes_of_their_own(page, least):
@@ -252,7 +257,7 @@ class TwiceDPO(DPOModule):
 def test_a_shipped_class_with_the_same_gradient_gives_its_target():
     world, folder = world_and_folder()
     twin = twin_of(Subject(TwiceDPO, world, folder))
-    assert twin is not None and twin.name == "DPOModule" and twin.factor == pytest.approx(2)
+    assert twin is not None and twin[0].kind is DPOModule and twin[1] == pytest.approx(2)
     assert twin_of(Subject(NeedsMore, world, folder, {"gap": 0.5})) is None
     found = verify(TwiceDPO)
     assert found.held and "DPOModule" in found.convergence.source and "2 times" in found.convergence.source
@@ -279,10 +284,13 @@ def test_what_a_class_gets_wrong_is_said(arguments: list[str], code: str, capsys
     assert code in capsys.readouterr().err
 
 
-def test_the_opponent_test_has_power():
+def test_statistical_checks_say_how_far_off_a_mistake_would_be():
     world, folder = world_and_folder()
-    advice = opponent_check(Subject(NashMDModule, world, folder)).advice
-    assert float(re.search(r"off by (\d+)", advice)[1]) >= 7, "3 beyond the bound would be 8, rounded"
+    online, distilled = Subject(OnlineDPOModule, world, folder), Subject(GKDModule, world, folder)
+    (coin,) = (check for check in sample_checks(distilled, some_rows(distilled)) if check.name == "coin")
+    checks = (opponent_check(Subject(NashMDModule, world, folder)), drawing_check(online), coin)
+    for check in checks:
+        assert check.held and check.power >= 1.4 * check.bound, check
 
 
 @pytest.mark.parametrize("setting", [{"lam": 0.9}, {"temperature": 0.7}])

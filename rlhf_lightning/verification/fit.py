@@ -1,0 +1,306 @@
+"""The fit of a loss on the gradients of known mistakes: the one whose slopes are those of the loss is named."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from rlhf_lightning.errors import RlhfError
+from rlhf_lightning.types import (
+    CriticValues,
+    DistillationLogits,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    ProcessScores,
+    RankedScores,
+    TokenLogprobs,
+    UnpairedLogprobs,
+)
+from rlhf_lightning.verification.mistakes import (
+    COMMON,
+    Losses,
+    Mistake,
+    changed,
+    judgement_mistakes,
+    logit_mistakes,
+    pair_mistakes,
+    score_mistakes,
+    settings_of,
+    step_mistakes,
+    token_mistakes,
+    with_gap,
+)
+from rlhf_lightning.verification.policy_mistakes import policy_mistakes, value_mistakes
+from rlhf_lightning.verification.subject import differentiate, differentiated, has_outputs
+
+FITS = 1e-6
+"""Relative residual below which slopes are those of a mistake."""
+
+
+OPTIMIZER = ("learning_rate", "warmup", "adam_eps", "weight_decay", "max_grad_norm", "router_aux_loss_coef")
+"""Settings that no loss reads."""
+
+
+# -- slopes -----------------------------------------------------------------------------------------------------------
+
+
+def slopes(losses: Losses, given: Any, with_reference: bool = True) -> Tensor:
+    """Return the slopes of the summed losses by all log-probabilities, scores or logits of an input, flattened."""
+    names = ["values"] if isinstance(given, CriticValues) else [*differentiated(given)]
+    if with_reference:
+        names += [n for n in given._fields if n.startswith("reference_") and n.endswith("logprobs")]
+    slopes = masked_slopes(losses, given, names)[1]
+    return torch.cat([slope.flatten() for slope in slopes.values()]).double()
+
+
+def masked_slopes(losses: Losses, given: Any, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return losses and slopes as `differentiate` does, 0 under the input's masks."""
+    grid = getattr(given, "completion_mask", None)
+
+    def masked(one: Any) -> Tensor:
+        values = losses(one)
+        return torch.where(grid, values, 0.0) if grid is not None and values.shape == grid.shape else values
+
+    values, slopes = differentiate(masked, given, names)
+    for name, slope in slopes.items():
+        own = mask_of(given, name)
+        if own is not None and own.shape == slope.shape:
+            slopes[name] = torch.where(own, slope, 0.0)
+    return values, slopes
+
+
+def mask_of(given: Any, name: str) -> Tensor | None:
+    """Return the mask of a field's tokens; None for fields without one."""
+    side = next((side for side in ("chosen", "rejected") if side in name), "completion")
+    found: Tensor | None = getattr(given, f"{side}_mask", None)
+    return found
+
+
+def misfit(measured: Tensor, candidate: Tensor) -> tuple[float, float]:
+    """Return the factor of a candidate that fits best, and the relative residual of the fit."""
+    size = float(candidate @ candidate)
+    if size == 0 or not bool(candidate.isfinite().all()):
+        return 0.0, float("inf")
+    factor = float(measured @ candidate) / size
+    return factor, float((measured - factor * candidate).norm() / measured.norm())
+
+
+# -- the fit ----------------------------------------------------------------------------------------------------------
+
+FAMILY_MISTAKES: dict[type, Callable[[Any], Iterator[Mistake]]] = {
+    PreferenceLogprobs: pair_mistakes,
+    UnpairedLogprobs: judgement_mistakes,
+    RankedScores: score_mistakes,
+    ProcessScores: step_mistakes,
+    DistillationLogits: logit_mistakes,
+    PolicyLogprobs: policy_mistakes,
+    CriticValues: value_mistakes,
+}
+
+
+def known_mistakes(given: Any) -> Iterator[Mistake]:
+    """Yield all mistakes that are tried on an input."""
+    yield from COMMON.items()
+    yield from FAMILY_MISTAKES.get(type(given), lambda one: iter(()))(given)
+    if isinstance(given, PreferenceLogprobs | UnpairedLogprobs | TokenLogprobs):
+        yield from token_mistakes(given)
+
+
+def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
+    """Return the mistake whose slopes are those of a loss; empty where the loss is right or no known mistake fits.
+
+    Soft labels and the reference's slopes tell most; where they hide a mistake, it is looked for without them.
+
+    Args:
+        given: input of the override point.
+        losses: the loss under verification.
+        right: the shipped loss.
+        module: the shipped module, whose settings mistakes may change.
+    """
+    if has_outputs(given):  # mistakes are changes of scores
+        return ""
+    plain = slopes(losses, given)
+    if bool(plain.isfinite().all()) and not bool(plain.any()):
+        return "no gradient passes the loss"
+    factor, residual = misfit(plain, slopes(right, given))
+    if residual < FITS and factor > 0:
+        return "" if abs(factor - 1) < FITS else f"the loss is {factor:.4g} times the shipped one"
+    certain = given._replace(target=torch.ones_like(given.target)) if hasattr(given, "target") else given
+    attempts = [(given, True), (certain, True), (certain, False)]
+    for place, (one, with_reference) in enumerate(attempts):
+        fit = Fit(one, losses, right, module, with_reference)
+        factor, residual = fit.misfit(right)
+        if residual < FITS and factor > 0:  # what is wrong does not show here
+            continue
+        words = fit.of_a_mistake() or (fit.of_a_number() or fit.of_a_term() if place else "")
+        if words:
+            return words
+    return ""
+
+
+class Fit:
+    """Slopes of a loss at an input, and what fits them.
+
+    Args:
+        given: the input.
+        losses: the loss under verification.
+        right: the shipped loss.
+        module: the shipped module.
+        with_reference: whether the reference's slopes count.
+    """
+
+    def __init__(self, given: Any, losses: Losses, right: Losses, module: Any, with_reference: bool) -> None:
+        self.given, self.right, self.module, self.with_reference = given, right, module, with_reference
+        self.measured = self.slopes(losses)
+
+    def slopes(self, losses: Losses) -> Tensor:
+        """Return the slopes of a loss at the input."""
+        return slopes(losses, self.given, self.with_reference)
+
+    def misfit(self, losses: Losses) -> tuple[float, float]:
+        """Return factor and relative residual of a loss; an infinite residual where it cannot be computed."""
+        try:
+            return misfit(self.measured, self.slopes(losses))
+        except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, RlhfError):  # no such field
+            return 0.0, float("inf")
+
+    def of_a_mistake(self) -> str:
+        """Return the mistake that fits; one whose sign is flipped besides only where no other does."""
+        flipped = ""
+        for words, change in known_mistakes(self.given):
+            factor, residual = self.misfit(partial(self._mistaken, change))
+            if residual < FITS and factor > 0:
+                return words
+            if residual < FITS and "sign" not in words:
+                flipped = flipped or f"{words} and the sign is flipped"
+        for name, words, value in self._settings():
+            with settings_of(self.module, **{name: value}):
+                factor, residual = self.misfit(self.right)
+            if residual < FITS and factor > 0:
+                return words
+        numbers = {name: getattr(self.module, name) for name, _, _ in self._settings() if self._counts(name)}
+        for (one, first), (other, second) in itertools.permutations(numbers.items(), 2):
+            for words, values in (
+                (f"{one} and {other} are exchanged", {one: second, other: first}),
+                (f"{other} is taken for {one}", {one: second}),
+            ):
+                if first != second:
+                    with settings_of(self.module, **values):
+                        factor, residual = self.misfit(self.right)
+                    if residual < FITS and factor > 0:
+                        return words
+        return flipped
+
+    def _counts(self, name: str) -> bool:
+        """Whether the shipped loss depends on a setting."""
+        before = self.slopes(self.right)
+        with settings_of(self.module, **{name: 1.7 * getattr(self.module, name) + 0.1}):
+            return misfit(before, self.slopes(self.right))[1] > FITS
+
+    def _mistaken(self, change: Any, given: Any) -> Tensor:
+        losses: Tensor = change(self.right, given, self.module)
+        return losses
+
+    def _settings(self) -> Iterator[tuple[str, str, float]]:
+        """Yield (setting, words, value) of settings that a loss may have wrong."""
+        for name, value in dict(self.module.hparams).items():
+            if not isinstance(value, float) or not hasattr(self.module, name) or name in OPTIMIZER:
+                continue
+            yield name, f"{name} has the wrong sign", -value
+            yield name, f"{name} counts twice", 2 * value
+            yield name, f"{name} counts half", value / 2
+            yield name, f"{name} is left out", 0.0
+            yield name, f"{name} is taken as 1", 1.0
+            if 0 < value < 1:
+                yield name, f"{name} is exchanged with 1 - {name}", 1 - value
+            if value:
+                yield name, f"{name} is inverted", 1 / value
+                yield name, f"{name} is squared", value**2
+
+    def of_a_number(self) -> str:
+        """Fit mistakes that have a number: beta, or a gap in the margin."""
+        forms: list[tuple[str, Callable[[float], Losses]]] = []
+        if isinstance(self.given, PreferenceLogprobs | UnpairedLogprobs):
+            words = "log-ratios are multiplied by {:.4g}: look at beta"
+            forms.append((words, lambda k: lambda g: self.right(changed(g, lambda v, m: k * v))))
+            words = "the reference counts {:.4g} times"
+            forms.append((words, lambda k: lambda g: self.right(changed(g, lambda v, m: k * v, "reference"))))
+        if isinstance(self.given, PreferenceLogprobs):
+            words = "the margin has a constant of {:.4g} nats added"
+            forms.append((words, lambda k: lambda g: self.right(with_gap(g, torch.full_like(g.target, k)))))
+        if isinstance(self.given, RankedScores):
+            words = "scores are multiplied by {:.4g}"
+            forms.append((words, lambda k: lambda g: self.right(g._replace(scores=k * g.scores))))
+        for words, form in forms:
+
+            def cost(k: float, form: Any = form) -> float:
+                return self.misfit(form(k))[1]
+
+            start = min((-6.0, -4, -2, -1, -0.5, 0.05, 0.1, 0.3, 0.5, 0.7, 1.5, 2, 3, 4, 6, 10, 20), key=cost)
+            best = minimize_scalar(cost, bracket=(0.8 * start, 1.2 * start), tol=1e-12)
+            if best.fun < 1e-5:
+                return words.format(float(best.x)) + self._by_beta(float(best.x))
+        return ""
+
+    def _by_beta(self, factor: float) -> str:
+        """Say where a factor is beta or its inverse."""
+        beta = getattr(self.module, "beta", None)
+        if beta is None:
+            return ""
+        for words, value in (("beta", beta), ("1 / beta", 1 / beta)):
+            if abs(factor - value) < 1e-4 * abs(value):
+                return f", which is {words}"
+        return ""
+
+    def of_a_term(self) -> str:
+        """Fit the shipped loss plus a further term."""
+        base, further = self.slopes(self.right), {}
+        for words, (term, _) in TERMS.items():
+            with contextlib.suppress(AttributeError, RuntimeError):
+                further[words] = self.slopes(term)
+        for count in (1, 2):
+            for names in itertools.combinations(further, count):
+                both = torch.stack([base, *(further[name] for name in names)], -1)
+                found = torch.linalg.lstsq(both, self.measured.unsqueeze(-1)).solution.squeeze(-1)
+                residual = float((both @ found - self.measured).norm() / self.measured.norm())
+                if residual < FITS and float(found[0]) > 0:
+                    shares = (found[1:] / found[0]).tolist()
+                    told = (_share(name, share) for name, share in zip(names, shares, strict=True))
+                    return f"added to the loss: {'; '.join(told)}"
+        return ""
+
+
+def _share(name: str, share: float) -> str:
+    """Say how often a term is added, and what its sign does that no method wants."""
+    wrong = TERMS[name][1]
+    harm = {1: ", which makes it unlikelier", -1: ", which makes it likelier"}[wrong] if share * wrong > 0 else ""
+    return f"{name}, {share:.4g} times{harm}"
+
+
+def squared_gaps(given: RankedScores) -> Tensor:
+    """Return the squared difference of the two scores of each pair, shape (groups,)."""
+    signed = torch.where(given.ranks == 0, given.scores, -given.scores)
+    return torch.zeros_like(given.target).to(signed).index_add(0, given.group, signed) ** 2
+
+
+TERMS: dict[str, tuple[Callable[[Any], Tensor], int]] = {
+    "the log-probability of chosen": (lambda g: g.chosen_sequence_logprobs, 1),
+    "the mean log-probability of chosen": (lambda g: g.chosen_sequence_logprobs / g.chosen_lengths.clamp_min(1), 1),
+    "the log-probability of rejected": (lambda g: g.rejected_sequence_logprobs, -1),
+    "the mean log-probability of rejected": (
+        lambda g: g.rejected_sequence_logprobs / g.rejected_lengths.clamp_min(1),
+        -1,
+    ),
+    "the squared margin": (lambda g: g.margin**2, 0),
+    "the log-probability": (lambda g: g.logprobs.sum(-1), 1),
+    "the squared scores": (lambda g: g.scores**2, 0),
+    "the squared difference of scores": (squared_gaps, 0),
+}
+"""Further terms of a loss, and the sign with which they teach the contrary of what the family is for; 0 for none."""

@@ -1,0 +1,282 @@
+"""What every override point owes, whatever its family: a differentiable, finite function of its input alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.verification.cases import narrowed, widened
+from rlhf_lightning.verification.subject import (
+    ENTROPY,
+    WANTED,
+    Check,
+    Subject,
+    at_most,
+    differentiate,
+    field_function,
+    known_statistics,
+    with_leaves,
+    with_parts,
+)
+
+SIDES = (
+    ("policy_chosen_logprobs", "reference_chosen_logprobs", "chosen_mask"),
+    ("policy_rejected_logprobs", "reference_rejected_logprobs", "rejected_mask"),
+    ("policy_logprobs", "reference_logprobs", "completion_mask"),
+    ("logprobs", "", "completion_mask"),
+)
+"""Log-probabilities of the policy, of the reference, and their mask, in the inputs of the families."""
+
+DRAWS = 8
+"""Random log-probabilities under which a token may be clipped or not selected; one that never counts is left out."""
+
+LONG, RUN = 600, 32
+"""Tokens of rows that are longer than the cuts at 256 or 512 tokens that people write, and of a run that is missed."""
+
+
+def point_checks(subject: Subject, given: Any) -> list[Check]:
+    """The override point is a differentiable function that stays finite, and a function of its input alone."""
+    module, checks = subject.module, []
+    if not _has_detached_parts(subject):
+        lost = lost_slopes(*field_function(subject, module, given))
+        advice = "the loss depends on log-probabilities or scores that no gradient passes: look for a detach"
+        checks.append(at_most("gradcheck", lost, 0, advice))
+    certain = given._replace(target=torch.ones_like(given.target)) if hasattr(given, "target") else given
+    changed = overwritten(certain, lambda one: subject.values(module, one))  # soft labels are mixed from copies
+    advice = "the loss overwrites its input: replace operations in place (add_, div_, masked_fill_)"
+    checks.append(at_most("input kept", changed, 0, advice))
+    single = in_single(given)
+    broken = [scale for scale in (1e3, -1e3) for one in (given, single) if not _finite_at(subject, one, scale)]
+    advice = "clamp log-ratios before exp, and use logsigmoid instead of log(sigmoid)"
+    checks.append(at_most("extremes", len(broken), 0, advice))
+    if not subject.kind.batch_coupled:
+        values = subject.values(module, given).detach()
+        # Two calls with dropout agree on a third of the seeds: the input has few rows. Ten agree on none.
+        again = torch.stack([subject.values(module, given).detach() for _ in range(9)])
+        advice = "the loss must depend on its input alone: look for random numbers, or for state that moves"
+        checks.append(at_most("same twice", (again - values).abs().max(), 0, advice))
+    return checks
+
+
+def overwritten(given: Any, run: Callable[[Any], Any]) -> int:
+    """Return how many tensors of an input a function overwrites, which later terms and the metrics read."""
+    kept = given._replace(**{name: part.clone() for name, part in given._asdict().items() if isinstance(part, Tensor)})
+    run(kept)
+    return sum(part._version > 0 for part in kept if isinstance(part, Tensor))
+
+
+def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
+    """Count the elements by which a loss changes although no gradient passes them.
+
+    A weight without gradient is a method (focal losses, DFT): there the gradient differs from the loss's, and is there.
+    """
+    total = function(*leaves).sum()
+    found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    lost = 0
+    for place, (leaf, slope) in enumerate(zip(leaves, found, strict=True)):
+        flat = torch.zeros_like(leaf).flatten() if slope is None else slope.flatten()
+        for element in (flat == 0).nonzero().flatten().tolist():
+            ends = []
+            for step in (1e-4, -1e-4):
+                moved = [other.detach().clone() for other in leaves]
+                moved[place].view(-1)[element] += step
+                ends.append(float(function(*moved).sum().detach()))
+            lost += not abs(ends[0] - ends[1]) <= 1e-8 * max(1.0, abs(ends[0]))
+    return lost
+
+
+def in_single(given: Any) -> Any:
+    """Return the input of an override point in single precision, as training has it."""
+
+    def single(part: Any) -> Any:
+        return part.float() if isinstance(part, Tensor) and part.is_floating_point() else part
+
+    plain = {name: single(part) for name, part in given._asdict().items()}
+    if hasattr(given, "extras"):
+        plain["extras"] = {name: single(part) for name, part in given.extras.items()}
+    return given._replace(**plain)
+
+
+def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
+    """Whether loss and gradient are finite for log-probabilities, scores or logits of a thousand.
+
+    Log-probabilities are at most 0: a log-ratio of a thousand comes from the reference's.
+    """
+    values: dict[str, Any] = {}
+    for name, sign in (("policy_chosen", 1), ("policy_rejected", -1), ("policy", 1), ("", 1)):
+        own = f"{name}_logprobs".removeprefix("_")
+        if not isinstance(getattr(given, own, None), Tensor):
+            continue
+        there = getattr(given, own).detach()
+        theirs = own.replace("policy", "reference")
+        rises = sign * scale > 0
+        values[own] = 0 * there if rises else -abs(scale) * (there != 0)
+        if theirs != own and getattr(given, theirs, None) is not None:
+            values[theirs] = -abs(scale) * (there != 0) if rises else 0 * there
+    prepared, leaves = with_leaves(given._replace(**values))
+    if not values:
+        leaves = [(scale * (leaf.detach() != 0).to(leaf)).requires_grad_() for leaf in leaves]
+    losses = subject.values(subject.module, with_parts(prepared, leaves, subject.module))
+    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    return all(bool(part.isfinite().all()) for part in (losses, *gradients) if part is not None)
+
+
+def _has_detached_parts(subject: Subject) -> bool:
+    """Whether the loss holds statistics of itself without gradient, so that it is not a plain function."""
+    return subject.kind.batch_coupled or subject.kind.token_statistics is not AlignmentModule.token_statistics
+
+
+def statistic_checks(module: Any, given: Any, losses: Callable[[Any], Tensor]) -> list[Check]:
+    """Check that a loss of tokens which reads the entropy, or a known statistic, rises or falls with it as it must."""
+    known = known_statistics(module)
+    names = [name for name in given.extras if known.get(name, ("",))[0] in WANTED]
+    leaves = {name: given.extras[name].detach().clone().requires_grad_() for name in names}
+    changes: dict[str, Any] = {"extras": {**given.extras, **leaves}}
+    if getattr(given, "entropy", None) is not None:
+        changes["entropy"] = leaves[""] = given.entropy.detach().clone().requires_grad_()
+    values = losses(given._replace(**changes))
+    asked = list(leaves.values())
+    found = torch.autograd.grad(values.sum(), asked, allow_unused=True) if asked and values.requires_grad else []
+    worst: dict[str, float] = {}
+    for name, slope in zip(leaves, found, strict=False):
+        words, sign = known.get(name, (ENTROPY, 1))
+        if slope is not None and bool(slope.any()):
+            check = "entropy bonus" if words == ENTROPY else "statistic"
+            worst[check] = max(worst.get(check, 0.0), float((-sign * WANTED[words] * slope).max()))
+    if not worst and added_without_gradient(given, names, losses):
+        worst["entropy bonus"] = torch.inf
+    advice = {
+        "entropy bonus": "a bonus subtracts the entropy from the loss: added, it drives the policy towards one "
+        "completion; take the update's, since the rollout's has no gradient",
+        "statistic": "a divergence from the reference is added to the loss, and a likelihood is subtracted",
+    }
+    return [at_most(check, value, 0, advice[check]) for check, value in worst.items()]
+
+
+def added_without_gradient(given: Any, names: Collection[str], losses: Callable[[Any], Tensor]) -> bool:
+    """Whether the rollout's entropy, which has no gradient, changes a policy loss and none of its slopes."""
+    rollout = getattr(given, "rollout", None)
+    if rollout is None or rollout.entropy is None:
+        return False
+    more = {name: rollout.extras[name] * 1.3 for name in names if name in rollout.extras}
+    other = rollout._replace(entropy=rollout.entropy * 1.3, extras={**rollout.extras, **more})
+    found = [differentiate(losses, given._replace(rollout=one), ["logprobs"]) for one in (rollout, other)]
+    (values, before), (others, after) = ((value, slopes["logprobs"]) for value, slopes in found)
+    return bool((values - others).abs().max() > 1e-9) and bool((before - after).abs().max() < 1e-12)
+
+
+# -- losses of log-probabilities --------------------------------------------------------------------------------------
+
+
+def padding_check(subject: Subject, given: Any) -> Check:
+    """Columns under the mask, on either side or in the middle and with any content, change no loss."""
+    plain = subject.values(subject.fresh(moved=True), given).detach()
+    residual = 0.0
+    for place in (None, 0, 1):
+        values = subject.values(subject.fresh(moved=True), widened(given, place)).detach()
+        if values.dim() == 2:  # per token
+            values = values[:, : plain.shape[1]] if place is None else narrowed(values, place)
+        residual = max(residual, float((values - plain).abs().max()))
+    advice = "sum over tokens by the mask, and count tokens by it: never by the width, or by a slice"
+    return at_most("padding", residual, 1e-10, advice)
+
+
+def field_checks(subject: Subject, given: Any) -> list[Check]:
+    """Check the slopes by token and by model, and the order of rows."""
+    sides = [side for side in SIDES if hasattr(given, side[0])]
+    if not sides:
+        return []
+    if hasattr(given, "target"):
+        given = given._replace(target=torch.ones_like(given.target))
+    drawn = [slopes_of(subject, given, sides), *(slopes_of(subject, one, sides) for one in draws(given, sides))]
+    missed = sum(len(missed_tokens([one[side[0]] for one in drawn], getattr(given, side[2]))) for side in sides)
+    missed += missed_in_long_rows(subject, given, sides)
+    advice = "each completion token must get a gradient: look for a slice or a mask"
+    checks = [at_most("every token", missed, 0, advice)]
+    opposite = -1.0
+    for policy, reference, _ in sides:
+        slope, theirs = drawn[0][policy], drawn[0].get(reference)
+        moves = (slope != 0).any(-1)
+        if theirs is not None and bool(moves.any()):
+            sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
+            opposite = max(opposite, float(((slope * theirs).sum(-1) / sizes)[moves].max()))
+    if any(reference in drawn[0] for _, reference, _ in sides) and not subject.kind.batch_coupled:
+        advice = (
+            "the reference's log-probability must count against the policy's: look for a sum in place of a "
+            "difference, or for a reference that is left out"
+        )
+        checks.append(at_most("reference slope", opposite, -1e-6, advice))
+    turned, values = (subject.values(subject.module, one).detach() for one in (reversed_rows(given), given))
+    if subject.kind.batch_coupled:
+        turned, values = turned.sum(), values.sum()
+    advice = "each row's loss must depend on that row alone, or on all of them alike: not on its place"
+    residual = (turned.flip(0) - values if turned.dim() else turned - values).abs().max()
+    return [*checks, at_most("row order", residual, 1e-12 * max(1, len(given.weights)), advice)]
+
+
+def draws(given: Any, sides: list[tuple[str, str, str]]) -> list[Any]:
+    """Return the input with random log-probabilities of the policy, below and above the reference's."""
+    generator, found = torch.Generator().manual_seed(29), []
+    for _ in range(DRAWS):
+        fields = {}
+        for policy, _, mask in sides:
+            there, place = getattr(given, policy).detach(), getattr(given, mask)
+            noise = torch.randn(there.shape, generator=generator, dtype=torch.float64)
+            fields[policy] = torch.where(place, (there + noise).clamp(max=-0.01), 0.0)
+        found.append(given._replace(**fields))
+    return found
+
+
+def slopes_of(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -> dict[str, Tensor]:
+    """Return the slopes of the summed loss by the log-probabilities of policy and reference."""
+    names = [name for side in sides for name in side[:2] if name]
+    return differentiate(partial(subject.values, subject.module), given, names)[1]
+
+
+def missed_tokens(drawn: list[Tensor], mask: Tensor) -> Tensor:
+    """Return (row, place) of the tokens that no draw gives a gradient, of the rows that some draw moves."""
+    counts = torch.stack([slope != 0 for slope in drawn]).any(0)
+    return (mask & ~counts & counts.any(-1, keepdim=True)).nonzero()
+
+
+def missed_in_long_rows(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -> int:
+    """Count the runs of tokens of long rows that get no gradient; 0 for losses that read statistics of tokens."""
+    if any(values.dim() > 1 for values in given.extras.values()):
+        return 0
+    generator, fields = torch.Generator().manual_seed(13), {}
+    for policy, reference, name in sides:
+        rows = len(getattr(given, name))
+        mask = torch.arange(LONG) < LONG - 7 * torch.arange(rows).unsqueeze(-1)
+        noise = torch.rand(2, rows, LONG, generator=generator, dtype=torch.float64)
+        fields |= {name: mask, policy: torch.where(mask, -0.5 - noise[0], 0.0)}
+        if reference and getattr(given, reference) is not None:
+            fields[reference] = torch.where(mask, -0.5 - noise[0] + 0.02 * (noise[1] - 0.5), 0.0)
+    long, missed = given._replace(**fields), 0
+    drawn = [slopes_of(subject, one, sides) for one in (long, *draws(long, sides)[:3])]
+    for policy, _, name in sides:
+        left_out = torch.zeros_like(fields[name])
+        left_out[tuple(missed_tokens([one[policy] for one in drawn], fields[name]).T)] = True
+        missed += int(left_out.unfold(-1, RUN, 1).all(-1).sum())
+    return missed
+
+
+def reversed_rows(given: Any) -> Any:
+    """Return the input of an override point with its rows in reverse order."""
+    turned = {
+        name: part.flip(0) for name, part in given._asdict().items() if isinstance(part, Tensor) and part.dim() > 0
+    }
+    return given._replace(**turned, extras={name: part.flip(0) for name, part in given.extras.items()})
+
+
+def demonstration_check(subject: Subject, given: Any) -> Check:
+    """Check that no token of a demonstration ever becomes unlikelier, and that each is made likelier somewhere."""
+    sides = [SIDES[-1]]
+    drawn = torch.stack([slopes_of(subject, one, sides)["logprobs"] for one in (given, *draws(given, sides))])
+    most, least = drawn.max(0).values, drawn.min(0).values
+    found = torch.where(most > 1e-12, most, least)[given.completion_mask]
+    return at_most("direction", found.max(), -1e-12, "a demonstration's tokens must become likelier")

@@ -1,0 +1,230 @@
+"""Right objectives from papers of 2024 to 2026 whose losses clip, select, or rest elsewhere than the shipped ones."""
+
+import torch
+import torch.nn.functional as F
+from right_objectives import right
+
+from rlhf_lightning.functional.ranking import untied_pairs
+from rlhf_lightning.modules import (
+    CriticFreeModule,
+    DPOModule,
+    DrGRPOModule,
+    GKDModule,
+    GRPOModule,
+    KTOModule,
+    OnlineDPOModule,
+    PPOModule,
+    ProcessRewardModule,
+    RewardModule,
+    SFTModule,
+)
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.types import Loss
+
+
+@right
+class ProximalSFT(SFTModule):
+    """PSFT (2508.17784): a ratio clipped at 1 + 0.28 against a frozen probability stands in place of the likelihood."""
+
+    no_target = "no closed form: tokens that are already likelier are clipped"
+
+    def token_loss(self, logprobs):
+        ratio = (logprobs.logprobs + 1.0).exp()
+        return -torch.minimum(ratio, ratio.clamp(max=1.28)) * logprobs.weights.unsqueeze(-1)
+
+
+@right
+class SelectedTokens(SFTModule):
+    """Rho-1 (2404.07965) in miniature: the half of each row's tokens with the highest loss alone."""
+
+    no_target = "which tokens are learned from depends on the policy"
+
+    def token_loss(self, logprobs):
+        loss = super().token_loss(logprobs)
+        keep = loss.detach() >= loss.detach().masked_fill(~logprobs.completion_mask, torch.nan).nanquantile(
+            0.5, -1, True
+        )
+        return loss * keep
+
+
+@right
+class SimPER(DPOModule):
+    """SimPER (2502.00883): inverse perplexities in place of a logistic loss."""
+
+    no_target = "no closed form"
+
+    def pair_loss(self, pair):
+        chosen = (pair.chosen_sequence_logprobs / pair.chosen_lengths).exp()
+        return (pair.rejected_sequence_logprobs / pair.rejected_lengths).exp() - chosen
+
+
+@right
+class CalibratedDPO(DPOModule):
+    """Cal-DPO (2412.14516): both implicit rewards are drawn to +-1/2 besides."""
+
+    no_target = "no closed form: rewards are drawn to constants"
+
+    def pair_loss(self, pair):
+        chosen, rejected = self.implicit_reward(pair)
+        return super().pair_loss(pair) + (chosen - 0.5).square() + (rejected + 0.5).square()
+
+
+@right
+class FocalPreference(DPOModule):
+    """FocalPO (2501.06645): pairs that the policy has wrong count less."""
+
+    no_target = "no closed form: confident pairs are weighted"
+
+    def pair_loss(self, pair):
+        p = torch.sigmoid(self.reward_margin(pair))
+        return -p.detach() * F.logsigmoid(self.reward_margin(pair))
+
+
+@right
+class HeldNearTheReference(DPOModule):
+    """DPO with a penalty on the squared log-ratio of both sides."""
+
+    no_target = "no closed form"
+
+    def pair_loss(self, pair):
+        held = pair.chosen_logratio.square() + pair.rejected_logratio.square()
+        return super().pair_loss(pair) + 0.01 * held
+
+
+@right
+class UnpairedOdds(KTOModule):
+    """A classifier of the implicit reward: no reference point at all."""
+
+    no_target = "no closed form"
+    needs_mismatched = False
+
+    def unpaired_loss(self, logprobs):
+        reward = self.beta * logprobs.logratio
+        return -F.logsigmoid(torch.where(logprobs.desirable, reward, -reward))
+
+
+@right
+class PairwiseHinge(RewardModule):
+    """A hinge on the gap of scores, soft labels included."""
+
+    no_target = "a hinge has many minima"
+
+    def ranking_loss(self, scores):
+        better, worse = untied_pairs(scores.group, scores.ranks)
+        group = scores.group[better]
+        gap, p = scores.scores[better] - scores.scores[worse] - scores.margin[group], scores.target[group]
+        losses = p * F.softplus(1 - gap) + (1 - p) * F.softplus(1 + gap)
+        pairs = torch.bincount(group, minlength=len(scores.target)).clamp_min(1)
+        return losses.new_zeros(len(scores.target)).index_add(0, group, losses) / pairs
+
+
+@right
+class RankedSteps(ProcessRewardModule):
+    """PQM (2410.11287) in miniature: right steps of a completion are lifted above its wrong ones."""
+
+    no_target = "only the order of a completion's steps is learned"
+
+    def process_loss(self, scores):
+        first = scores.labels.unsqueeze(0) - scores.labels.unsqueeze(1)
+        same = scores.row.unsqueeze(0) == scores.row.unsqueeze(1)
+        gaps = scores.scores.unsqueeze(0) - scores.scores.unsqueeze(1)
+        own = -(2 * scores.labels - 1) * scores.scores
+        return F.softplus(own) + (same * first.clamp_min(0) * F.softplus(-gaps)).sum(0)
+
+
+@right
+class LikeliestIdsRenormalised(GKDModule):
+    """The teacher's 20 likeliest ids, renormalised for both."""
+
+    no_target = "ids behind the likeliest are free"
+
+    def distillation_loss(self, logits):
+        count = min(20, logits.teacher_logits.shape[-1])
+        kept = logits.teacher_logits.topk(count, -1).indices
+        teacher, student = (
+            one.gather(-1, kept).log_softmax(-1) for one in (logits.teacher_logits, logits.student_logits)
+        )
+        return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+@right
+class TaperedOffPolicy(CriticFreeModule):
+    """TOPR (2503.14286): bad completions are weighted by a ratio of at most 1, good ones by 1."""
+
+    target_of = CriticFreeModule
+
+    def objective(self, ratio, logprobs):
+        weight = torch.where(logprobs.advantages > 0, torch.ones_like(ratio), ratio.clamp(max=1.0)).detach()
+        return -weight * logprobs.advantages * logprobs.logprobs
+
+
+@right
+class GradientOutsideTheClip(GRPOModule):
+    """CE-GPPO (2509.20712): clipped tokens keep a bounded gradient."""
+
+    target_of = GRPOModule
+
+    def objective(self, ratio, logprobs):
+        inside = ratio.clamp(1 - self.clip, 1 + self.clip)
+        clipped = inside.detach() * ratio / ratio.detach()
+        return -logprobs.advantages * clipped
+
+
+@right
+class LengthWeightedBaseline(CriticFreeModule):
+    """OPO (2505.23585): the baseline weighs rewards by length."""
+
+    no_target = "in groups of two the baseline depends on the sample"
+
+    def episode_advantages(self, rewards, rollout):
+        group, known = rollout.group, ~rewards.isnan()
+        lengths = rollout.completion_mask.sum(-1).to(rewards) * known
+        zeros = torch.zeros(int(group.max()) + 1, dtype=rewards.dtype)
+        total = zeros.index_add(0, group, torch.nan_to_num(rewards) * lengths)
+        baseline = total / zeros.index_add(0, group, lengths).clamp_min(1)
+        return torch.where(known, torch.nan_to_num(rewards) - baseline[group], 0.0)
+
+
+@right
+class TruncatedImportance(DrGRPOModule):
+    """TIS of the engine's mismatch, written out: old / behaviour, at most 2."""
+
+    target_of = DrGRPOModule
+
+    def policy_loss(self, logprobs):
+        loss = as_loss(super().policy_loss(logprobs))
+        weight = (logprobs.old_logprobs - logprobs.behaviour_logprobs).exp().clamp(max=2.0).detach()
+        return Loss(loss.values * weight, loss.metrics)
+
+
+@right
+class DualClip(GRPOModule):
+    """Bad tokens whose ratio is above 3 are given up (1912.09729)."""
+
+    target_of = GRPOModule
+
+    def objective(self, ratio, logprobs):
+        loss = as_loss(super().objective(ratio, logprobs)).values
+        bound = -3.0 * logprobs.advantages
+        return torch.where(logprobs.advantages < 0, torch.minimum(loss, bound), loss)
+
+
+@right
+class LogCoshCritic(PPOModule):
+    """PPO whose critic learns by log-cosh."""
+
+    target_of = PPOModule
+
+    def value_loss(self, values):
+        error = (values.values - values.returns).abs()
+        return error + F.softplus(-2 * error) - 0.6931471805599453
+
+
+@right
+class OnlineIPO(OnlineDPOModule):
+    """Online pairs under IPO's squared loss."""
+
+    no_target = "the squared loss weighs pairs by how often they are drawn"
+
+    def pair_loss(self, pair):
+        return (self.reward_margin(pair) - 0.5).square()

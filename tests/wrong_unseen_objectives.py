@@ -1,0 +1,198 @@
+"""Wrong objectives of kinds that no earlier page has; most of them say that no target is known."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from wrong_objectives import caught_by
+
+from rlhf_lightning.functional.ranking import untied_pairs
+from rlhf_lightning.modules import (
+    CriticFreeModule,
+    DPOModule,
+    DrGRPOModule,
+    GKDModule,
+    GRPOModule,
+    PPOModule,
+    RewardModule,
+    SFTModule,
+)
+from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.types import Loss
+
+
+@caught_by("rejected", "likelihood term of rejected")
+class LikelihoodOfRejected(DPOModule):
+    no_target = "the likelihood holds the policy back"
+
+    def pair_loss(self, pair):
+        return super().pair_loss(pair) - 0.1 * pair.rejected_sequence_logprobs / pair.rejected_lengths
+
+
+@caught_by("known mistake", "which makes it unlikelier")
+class LikelihoodOfTheWrongSign(DPOModule):
+    no_target = "the likelihood holds the policy back"
+
+    def pair_loss(self, pair):
+        return super().pair_loss(pair) + 0.2 * pair.chosen_sequence_logprobs / pair.chosen_lengths
+
+
+@caught_by("known mistake", "compared with the reference of chosen")
+class ReferenceOfChosenForBoth(DPOModule):
+    no_target = "none"
+
+    def pair_loss(self, pair):
+        reference = pair.reference_chosen_logprobs.sum(-1)
+        chosen, rejected = pair.chosen_sequence_logprobs - reference, pair.rejected_sequence_logprobs - reference
+        return -F.logsigmoid(self.beta * (chosen - rejected))
+
+
+@caught_by("padding", "or by a slice")
+class SlicedByTheLength(DPOModule):
+    """Takes the first n columns of a row for its n tokens, which hold for rows without a hole alone."""
+
+    def implicit_reward(self, pairs):
+        sums = []
+        for side in ("chosen", "rejected"):
+            values = getattr(pairs, f"policy_{side}_logprobs") - getattr(pairs, f"reference_{side}_logprobs")
+            lengths = getattr(pairs, f"{side}_lengths")
+            sums.append(torch.stack([row[: int(n)].sum() for row, n in zip(values, lengths, strict=True)]))
+        return self.beta * sums[0], self.beta * sums[1]
+
+
+@caught_by("settings read", "nothing reads the setting forgotten_gap")
+class SettingForgotten(DPOModule):
+    target_of = DPOModule
+
+    def __init__(self, forgotten_gap: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.forgotten_gap = forgotten_gap
+
+    def pair_loss(self, pair):
+        return -F.logsigmoid(self.reward_margin(pair))
+
+
+@caught_by("state graph", "keeps the graph of a past step")
+class RunningMeanWithItsGraph(DPOModule):
+    no_target = "pairs are weighted by the running mean"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.running = 0.0
+
+    def loss_sum(self, batch, meter):
+        loss = super().loss_sum(batch, meter)
+        self.running = 0.9 * self.running + 0.1 * loss
+        return loss
+
+
+@caught_by("direction", "must become likelier")
+class WeightOfDFTNotDetached(SFTModule):
+    no_target = "the weights are the policy's own probabilities"
+
+    def token_loss(self, logprobs):
+        return logprobs.logprobs.exp() * super().token_loss(logprobs)
+
+
+@caught_by("entropy bonus", "a bonus subtracts the entropy")
+class DemonstrationsWithoutEntropy(SFTModule):
+    no_target = "the entropy flattens every distribution"
+
+    def token_statistics(self, policy_logits, reference_logits, targets):
+        logp = policy_logits.log_softmax(-1)
+        return {"spread": -(logp.exp() * logp).sum(-1)}
+
+    def token_loss(self, logprobs):
+        return super().token_loss(logprobs) + 0.1 * logprobs.extras["spread"] * logprobs.weights.unsqueeze(-1)
+
+
+@caught_by("level", "not their difference")
+class CenteringOfTheDifference(RewardModule):
+    """Holds the scores near zero."""
+
+    no_target = "no closed form: scores are held near zero"
+
+    def ranking_loss(self, scores):
+        losses = super().ranking_loss(scores)
+        better, worse = untied_pairs(scores.group, scores.ranks)
+        gap, group = (scores.scores[better] - scores.scores[worse]).square(), scores.group[better]
+        pairs = torch.bincount(group, minlength=len(losses)).clamp_min(1)
+        return losses + 0.01 * losses.new_zeros(len(losses)).index_add(0, group, gap) / pairs
+
+
+@caught_by("same twice", "look for random numbers")
+class ScoresWithDropout(RewardModule):
+    no_target = "noise keeps the gaps small"
+
+    def ranking_loss(self, scores):
+        return super().ranking_loss(scores._replace(scores=F.dropout(scores.scores, 0.1)))
+
+
+@caught_by("known mistake", "is exchanged with 1 - beta")
+class InterpolatedTheOtherWay(GKDModule):
+    def distillation_loss(self, logits):
+        own, self.beta = self.beta, 1 - self.beta
+        try:
+            return super().distillation_loss(logits)
+        finally:
+            self.beta = own
+
+
+@caught_by("rollout kept", "replace operations in place")
+class ScoresCentredInPlace(CriticFreeModule):
+    no_target = "scores are centred"
+
+    def episode_advantages(self, rewards, rollout):
+        rollout.scores.sub_(rollout.scores.nanmean())
+        return super().episode_advantages(rewards, rollout)
+
+
+@caught_by("own group", "another group's scores")
+class BaselineOfTheNextGroup(DrGRPOModule):
+    no_target = "none"
+
+    def episode_advantages(self, rewards, rollout):
+        group, known = rollout.group, torch.nan_to_num(rewards)
+        sums = torch.zeros(int(group.max()) + 1, dtype=rewards.dtype).index_add(0, group, known)
+        means = (sums / torch.bincount(group).clamp_min(1)).roll(1)
+        return torch.nan_to_num(rewards - means[group])
+
+
+@caught_by("pull back", "must keep its gradient")
+class FarTokensPushedOn(GRPOModule):
+    """A dual clip that turns the sign round."""
+
+    no_target = "none"
+
+    def objective(self, ratio, logprobs):
+        loss = as_loss(super().objective(ratio, logprobs)).values
+        far = (logprobs.advantages < 0) & (ratio > 3)
+        return torch.where(far, -loss, loss)
+
+
+@caught_by("sampler correction", "look for the inverse")
+class EngineCorrectedTheWrongWay(DrGRPOModule):
+    no_target = "none"
+
+    def policy_loss(self, logprobs):
+        loss = as_loss(super().policy_loss(logprobs))
+        weight = (logprobs.behaviour_logprobs - logprobs.old_logprobs).exp().clamp(max=5.0).detach()
+        return Loss(loss.values * weight, loss.metrics)
+
+
+@caught_by("entropy bonus", "the rollout's has no gradient")
+class EntropyOfTheRollout(CriticFreeModule):
+    no_target = "a bonus on entropy"
+
+    def policy_loss(self, logprobs):
+        loss = as_loss(super().policy_loss(logprobs))
+        return Loss(loss.values - 0.1 * logprobs.rollout.entropy, loss.metrics)
+
+
+@caught_by("rollout kept", "replace operations in place")
+class ValuesScaledInPlace(PPOModule):
+    no_target = "none"
+
+    def advantages(self, rollout, rewards):
+        rollout.values.mul_(0.9)
+        return super().advantages(rollout, rewards)
