@@ -128,7 +128,7 @@ class ScoresWithDropout(RewardModule):
         return super().ranking_loss(scores._replace(scores=F.dropout(scores.scores, 0.1)))
 
 
-@caught_by("known mistake", "is exchanged with 1 - beta")
+@caught_by("known mistake", "student and teacher are exchanged")
 class InterpolatedTheOtherWay(GKDModule):
     def distillation_loss(self, logits):
         own, self.beta = self.beta, 1 - self.beta

@@ -107,7 +107,7 @@ def cut_checks(subject: Subject, batch: Any) -> list[Check]:
             "two ranks",
             residual(ranks),
             1e-7,
-            f"divide by the step's rows or tokens over all ranks, and take statistics over all of them{said}",
+            f"divide by the step's rows or tokens over all ranks, not by this rank's, as statistics must be{said}",
         ),
         at_most(
             "step count",

@@ -205,14 +205,20 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
         if theirs is not None and bool(moves.any()):
             sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
             opposite = max(opposite, float(((slope * theirs).sum(-1) / sizes)[moves].max()))
-    if any(reference in drawn[0] for _, reference, _ in sides) and not subject.kind.batch_coupled:
+    references = [drawn[0][reference] for _, reference, _ in sides if reference in drawn[0]]
+    left_out = bool(subject.kind.no_target) and not any(bool(slope.any()) for slope in references)  # as SimPER does
+    if references and not left_out and not subject.kind.batch_coupled:
         advice = (
             "the reference's log-probability must count against the policy's: look for a sum in place of a "
             "difference, or for a reference that is left out"
         )
         checks.append(at_most("reference slope", opposite, -1e-6, advice))
-    turned, values = (subject.values(subject.module, one).detach() for one in (reversed_rows(given), given))
-    if subject.kind.batch_coupled:
+    coupled = subject.kind.batch_coupled
+    turned, values = (
+        subject.values(subject.fresh(moved=True) if coupled else subject.module, one).detach()
+        for one in (reversed_rows(given), given)
+    )
+    if coupled:
         turned, values = turned.sum(), values.sum()
     advice = "each row's loss must depend on that row alone, or on all of them alike: not on its place"
     residual = (turned.flip(0) - values if turned.dim() else turned - values).abs().max()

@@ -93,8 +93,8 @@ def loss_padding_check(case: Case) -> Check:
     mask, given = case.rollout.completion_mask, case.moved_by(0.1)
     if given.minibatch is not None:
         return at_most("loss padding", 0.0, 1e-10, "not measured: the loss sees the whole minibatch")
-    given = given._replace(rollout=None)
-    padded, plain = case.loss(widened(given))[:, : mask.shape[1]], case.loss(given)
+    wide = widened(given)._replace(rollout=widened(case.rollout))
+    padded, plain = case.loss(wide)[:, : mask.shape[1]], case.loss(given)
     advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
     return at_most("loss padding", (padded - plain).abs().max().detach(), 1e-10, advice)
 
