@@ -37,7 +37,7 @@ class LikelihoodOfTheWrongSign(DPOModule):
         return super().pair_loss(pair) + 0.2 * pair.chosen_sequence_logprobs / pair.chosen_lengths
 
 
-@caught_by("known mistake", "compared with the reference of chosen")
+@caught_by("reference slope", "a reference that is left out")
 class ReferenceOfChosenForBoth(DPOModule):
     no_target = "none"
 

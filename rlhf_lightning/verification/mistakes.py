@@ -43,7 +43,7 @@ CERTAIN = (
     "the ratio counts twice", "negative advantages are dropped", "padding too", "the score is left out",
     "multiplied by the length", "drawn to the old values", "error is not squared", "rows of its micro-batch",
     "weights of the rows", "the step counts", "is minus", "is exchanged with", "is taken for",
-    "which makes it", "the reference of",
+    "which makes it",
 )  # fmt: skip
 """Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
 with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""
@@ -184,12 +184,6 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         "chosen and rejected of the reference are exchanged": put(
             reference_chosen_logprobs=lambda g: g.reference_rejected_logprobs,
             reference_rejected_logprobs=lambda g: g.reference_chosen_logprobs,
-        ),
-        "both sides are compared with the reference of chosen": put(
-            reference_rejected_logprobs=lambda g: g.reference_chosen_logprobs
-        ),
-        "both sides are compared with the reference of rejected": put(
-            reference_chosen_logprobs=lambda g: g.reference_rejected_logprobs
         ),
     }.items()
     for side in ("chosen", "rejected"):

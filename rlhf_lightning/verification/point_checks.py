@@ -205,8 +205,8 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
         if theirs is not None and bool(moves.any()):
             sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
             opposite = max(opposite, float(((slope * theirs).sum(-1) / sizes)[moves].max()))
-    references = [drawn[0][reference] for _, reference, _ in sides if reference in drawn[0]]
-    left_out = bool(subject.kind.no_target) and not any(bool(slope.any()) for slope in references)  # as SimPER does
+    references = [reference for _, reference, _ in sides if reference in drawn[0]]
+    left_out = bool(subject.kind.no_target) and unread(subject, given, references)  # as SimPER does
     if references and not left_out and not subject.kind.batch_coupled:
         advice = (
             "the reference's log-probability must count against the policy's: look for a sum in place of a "
@@ -242,6 +242,16 @@ def slopes_of(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -
     """Return the slopes of the summed loss by the log-probabilities of policy and reference."""
     names = [name for side in sides for name in side[:2] if name]
     return differentiate(partial(subject.values, subject.module), given, names)[1]
+
+
+def unread(subject: Subject, given: Any, names: list[str]) -> bool:
+    """Whether a loss never looks at some fields of its input."""
+    leaves = {name: getattr(given, name).detach().clone().requires_grad_() for name in names}
+    total = subject.values(subject.module, given._replace(**leaves)).sum()
+    asked = list(leaves.values())
+    return not total.requires_grad or not any(
+        slope is not None for slope in torch.autograd.grad(total, asked, allow_unused=True)
+    )
 
 
 def missed_tokens(drawn: list[Tensor], mask: Tensor) -> Tensor:
