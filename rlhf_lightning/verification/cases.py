@@ -77,7 +77,7 @@ def some_rows(subject: Subject) -> Any:
 
 
 def judged_steps(sequences: Sequences, weights: Tensor) -> ProcessBatch:
-    """Return completions of one and two steps with soft labels, and a step nobody judged."""
+    """Return completions of one and two steps with soft labels, and a step without a label."""
     flags = [flag.clone() for flag in sequences.supervised]
     flags[3][0] = False
     labels = torch.linspace(0.05, 0.95, 12, dtype=torch.float64)

@@ -21,8 +21,8 @@ from rlhf_lightning.verification.subject import (
     with_parts,
 )
 
-APART = 40.0
-"""Nats by which sides are moved apart that any loss holds for settled."""
+SETTLED = 40.0
+"""Nats by which sides are moved from each other where any loss holds a pair for settled."""
 
 
 def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
@@ -56,7 +56,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     else:
         checks = label_checks(subject, given)
     certain = given._replace(target=torch.ones_like(given.target))
-    lowered = certain._replace(policy_chosen_logprobs=given.policy_chosen_logprobs - APART / 2 * given.chosen_mask)
+    lowered = certain._replace(policy_chosen_logprobs=given.policy_chosen_logprobs - SETTLED / 2 * given.chosen_mask)
     chosen, rejected = pulls(subject, lowered)
     advice = (
         "where chosen is far too unlikely, a step must lift it against rejected: look for a flipped sign, or for "
@@ -110,8 +110,8 @@ def settled(given: PreferenceLogprobs) -> PreferenceLogprobs:
     reference = given.reference_chosen_logprobs
     return given._replace(
         policy_chosen_logprobs=-1e-3 * given.chosen_mask.double(),
-        reference_chosen_logprobs=None if reference is None else reference - APART * given.chosen_mask,
-        policy_rejected_logprobs=given.policy_rejected_logprobs - APART * given.rejected_mask,
+        reference_chosen_logprobs=None if reference is None else reference - SETTLED * given.chosen_mask,
+        policy_rejected_logprobs=given.policy_rejected_logprobs - SETTLED * given.rejected_mask,
     )
 
 

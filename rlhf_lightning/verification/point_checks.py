@@ -1,4 +1,4 @@
-"""What every override point owes, whatever its family: a differentiable, finite function of its input alone."""
+"""What every override point owes, in every family: a differentiable, finite function of its input alone."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) ->
     misplaced = float(not same or bool((given.row != rows).any()))
     return [
         at_most("step scores", residual, 1e-9, "a step's score is read at its own last token, not before or after it"),
-        at_most("step labels", wrong, 0, "each step must keep its own label, and steps that nobody judged have none"),
+        at_most("step labels", wrong, 0, "each step must keep its own label, and steps without a judgement have none"),
         at_most("step rows", misplaced, 0, "each step must know its completion: weights belong to those"),
     ]
 

@@ -127,7 +127,7 @@ def sampler_checks(case: Case) -> list[Check]:
         return []
     before = module.sampler_correction
     written = type(module).policy_loss is not OnPolicyModule.policy_loss
-    own = written and before is None  # such a loss need not have a correction that nobody asked for
+    own = written and before is None  # such a loss need not have a correction without the setting
     weighs = before is None and module.sampler_weight(case.logprobs()) is not None  # by a weight of its own
     module.sampler_correction = None if own else "token_truncate"
     try:
