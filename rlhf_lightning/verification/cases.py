@@ -94,7 +94,7 @@ def cut(batch: Any, sizes: Sequence[int]) -> list[Any]:
 def rows_of_batch(batch: Any, rows: Sequence[int]) -> Any:
     """Return some rows of a batch, in rising order."""
     count, index, members = len(batch.weights), torch.tensor(list(rows)), list(rows)
-    fields = {
+    fields: dict[str, Any] = {
         name: part[index] for name, part in batch._asdict().items() if isinstance(part, Tensor) and name != "ranks"
     }
     if isinstance(batch, PreferenceBatch):

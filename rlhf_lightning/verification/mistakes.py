@@ -237,9 +237,12 @@ def _divided(losses: Losses, given: Any, module: Any, divisors: list[Tensor], ow
     """Return the losses of pairs whose sides are divided by some lengths, in place of their own or of none."""
     for (side, mask), divisor in zip(PAIR_SIDES, divisors, strict=True):
         length = getattr(given, mask).sum(-1, keepdim=True) if own else torch.ones_like(divisor)
-        factor = length / divisor.clamp_min(1)
-        given = changed(given, lambda values, mask, by=factor: values * by, "both", side)
+        given = changed(given, partial(_times, length / divisor.clamp_min(1)), "both", side)
     return losses(given)
+
+
+def _times(factor: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    return values * factor
 
 
 def _as_margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) -> PreferenceLogprobs:

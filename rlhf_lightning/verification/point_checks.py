@@ -264,7 +264,8 @@ def missed_in_long_rows(subject: Subject, given: Any, sides: list[tuple[str, str
     """Count the runs of tokens of long rows that get no gradient; 0 for losses that read statistics of tokens."""
     if any(values.dim() > 1 for values in given.extras.values()):
         return 0
-    generator, fields = torch.Generator().manual_seed(13), {}
+    generator = torch.Generator().manual_seed(13)
+    fields: dict[str, Tensor] = {}
     for policy, reference, name in sides:
         rows = len(getattr(given, name))
         mask = torch.arange(LONG) < LONG - 7 * torch.arange(rows).unsqueeze(-1)
