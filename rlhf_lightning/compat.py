@@ -83,6 +83,11 @@ def without_signal_handlers(trainer: Any) -> Iterator[None]:
         del connector.register_signal_handlers
 
 
+def deals_out_loaders(trainer: Any) -> bool:
+    """Return ``use_distributed_sampler``: whether a trainer gives each rank another part of a plain DataLoader."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
 def cluster_environment(trainer: Any) -> Any:
     """Return the environment that started the processes, also under a strategy of one device."""
     found = getattr(trainer.strategy, "cluster_environment", None)

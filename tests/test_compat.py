@@ -101,6 +101,12 @@ def test_lightning_names_the_cluster_environment(fitted: Line) -> None:
     assert found.endswith("Environment"), f"_accelerator_connector.cluster_environment is {found}"
 
 
+@pytest.mark.parametrize("deals", [False, True])
+def test_lightning_keeps_whether_it_deals_out_loaders(deals: bool) -> None:
+    trainer = Trainer(use_distributed_sampler=deals, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert compat.deals_out_loaders(trainer) is deals, "the trainer keeps use_distributed_sampler elsewhere"
+
+
 def test_lightning_keeps_the_periods_of_a_model_checkpoint() -> None:
     assert compat.checkpoint_period(ModelCheckpoint(every_n_train_steps=3)) == (3, None), (
         "ModelCheckpoint keeps its periods elsewhere"

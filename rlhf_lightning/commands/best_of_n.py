@@ -60,6 +60,7 @@ def best_of_n(
     from rlhf_lightning.commands.generate import (
         Speed,
         completions,
+        hint_at_template,
         read_prompts,
         refuse_overwriting,
         scorer_beside,
@@ -73,6 +74,7 @@ def best_of_n(
     refuse_overwriting(prompts, out)
     asked = read_prompts(prompts, as_chat)
     policy, tokenizer = sampling.load(model)
+    hint_at_template(asked, tokenizer)
     score = scorer_beside(scorer, policy)
     speed = Speed(len(asked) * n)
     rows = list(completions(policy, tokenizer, asked, n, sampling, speed, score, scorer))

@@ -61,7 +61,7 @@ def evaluate(
         out: folder of the report.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import read_prompts, scorer_beside, write_lines
+    from rlhf_lightning.commands.generate import hint_at_template, read_prompts, scorer_beside, write_lines
     from rlhf_lightning.commands.parsing import written_secret
     from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.evaluation.completions import by_prompt, summary
@@ -86,6 +86,7 @@ def evaluate(
     for name in names:
         policy, tokenizer = sampling.load(name)
         if kept is None:
+            hint_at_template(asked, tokenizer)
             kept = policy if name == baseline else sampling.load(baseline)[0]
         score = None if scorer is None else scorer_beside(scorer, policy)
         print(f"{name}: {len(asked) * samples} completions", flush=True)

@@ -182,6 +182,7 @@ def generate(
     refuse_overwriting(prompts, out)
     rows = read_prompts(prompts, as_chat)
     policy, tokenizer = sampling.load(model)
+    hint_at_template(rows, tokenizer)
     score = None if scorer is None else scorer_beside(scorer, policy)
     speed = Speed(len(rows) * samples)
     answers = completions(policy, tokenizer, rows, samples, sampling, speed, score, scorer or "")
@@ -250,6 +251,16 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
     if said:
         print(f"{path}: skipped {said}", file=sys.stderr)
     return rows
+
+
+def hint_at_template(rows: "Sequence[tuple[Prompt, dict[str, Any]]]", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Offer ``--as_chat`` on stderr where the tokenizer has a chat template and the first prompt is plain text."""
+    if tokenizer.chat_template and isinstance(rows[0][0], str):
+        print(
+            "The prompts are plain text, and no chat template is applied although the tokenizer has one: --as_chat "
+            "true puts each into a user turn, as an instruct model expects.",
+            file=sys.stderr,
+        )
 
 
 def scorer_beside(spec: str, policy: "CausalLM") -> Any:

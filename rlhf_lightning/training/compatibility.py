@@ -29,11 +29,13 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data.distributed import DistributedSampler
 from transformers import AutoConfig
 
 from rlhf_lightning.compat import (
     attached_datamodule,
     checkpoint_period,
+    deals_out_loaders,
     mesh_sizes,
     set_tuned_setting,
     tuned_setting,
@@ -334,6 +336,9 @@ CALLBACKS: dict[type, Refusal] = {
 }
 """Callbacks that do not work with manual optimization."""
 
+PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train", "val", "test", "rollout")
+"""Packages whose classes log metrics as GROUP/NAME alone, and the groups."""
+
 
 def check_trainer(trainer: Trainer, module: AlignmentModule) -> None:
     """Refuse settings and callbacks of a trainer about to fit that cannot work, before anything is loaded.
@@ -359,8 +364,23 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
         yield Refusal(
             "accumulated-batches", f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: {ONE_STEP}"
         )
+    if module.automatic_optimization:
+        yield Refusal(
+            "automatic-optimization",
+            f"{type(module).__name__} sets automatic_optimization to True, but takes its steps itself, one for all "
+            "micro-batches: leave it False",
+        )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    own = (type(one).__module__.partition(".")[0] not in PACKAGES for one in (module, *callbacks))
+    logs_more = any(own)  # a class of the user's may log any name
     for callback in callbacks:
+        group, _, name = str(getattr(callback, "monitor", None)).partition("_")
+        if group in GROUPS and not logs_more:
+            yield Refusal(
+                "monitor-without-slash",
+                f"{type(callback).__name__} monitors {group}_{name}, and metrics are named with a slash: monitor "
+                f"{group}/{name}",
+            )
         if isinstance(callback, LearningRateFinder) and module.batch_type is PromptBatch:
             yield Refusal(
                 "learning-rate-finder",
@@ -415,6 +435,21 @@ def refused_checkpoint_period(every: int, interval: Any, module: AlignmentModule
             "checkpoint-within-rollout",
             f"ModelCheckpoint(every_n_train_steps={every}) counts updates, and saves only after a rollout, which takes "
             f"{per_step} updates: give a multiple of {per_step}, or {instead}",
+        )
+
+
+def check_loader(trainer: Trainer) -> None:
+    """Refuse a DataLoader of Steps that the Trainer has dealt out to the ranks: a Step holds a rank's share already.
+
+    Raises:
+        SettingError: ``dealt-steps``.
+    """
+    loader: Any = trainer.train_dataloader
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler) and deals_out_loaders(trainer):
+        raise SettingError(
+            "dealt-steps",
+            "the Trainer has dealt the loader's Steps out to the ranks, but a Step is one rank's share of an update: "
+            "set Trainer(use_distributed_sampler=False) and give each rank its share, or the rows to a DataModule",
         )
 
 

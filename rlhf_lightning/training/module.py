@@ -49,7 +49,13 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
-from rlhf_lightning.training.compatibility import check, check_optimizers, check_trainer, settled_precision
+from rlhf_lightning.training.compatibility import (
+    check,
+    check_loader,
+    check_optimizers,
+    check_trainer,
+    settled_precision,
+)
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_over, log_scalars, peak_flops
 from rlhf_lightning.training.optimization import (
@@ -384,6 +390,7 @@ class AlignmentModule(LightningModule):
             loop.inference_mode = False
 
     _models_loaded = False
+    _stepped = 0
     _validated_at: int | None = None
     _reads_trees = False
     _weights_checked = False
@@ -438,12 +445,32 @@ class AlignmentModule(LightningModule):
     def on_train_start(self) -> None:
         """Resume: give the optimizer the settings asked for now, restore data position and random numbers."""
         check_optimizers(self.trainer)
+        check_loader(self.trainer)
         checkpoint_state.freeze_as_before(self)
         before, self.asked_before = self.asked_before, None
         if before is not None and self.asked is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             optimizers.take_new_settings(optimizer, self.lr_schedulers(), self.asked, before)
         checkpoint_state.begin(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Note where the optimizer stands."""
+        self._stepped = self.trainer.global_step
+        return None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Refuse a ``training_step`` that returned a loss which nothing stepped.
+
+        Raises:
+            ContractError: ``loss-without-update``.
+        """
+        if outputs and self.trainer.global_step == self._stepped:
+            raise ContractError(
+                "loss-without-update",
+                f"{type(self).__name__}.training_step returned a loss and took no optimizer step, and modules of this "
+                "package optimize manually: override the loss itself (docs/extending.md), call super().training_step, "
+                "or self.update([lambda: loss_sum], count)",
+            )
 
     def on_fit_end(self) -> None:
         """Restore the random state of a resumed run's caller."""
@@ -640,7 +667,14 @@ class AlignmentModule(LightningModule):
 
         Raises:
             SettingError: ``endless-schedule``: nothing bounds the run, and the schedule is not constant.
+            StateError: ``no-trainer``: the module belongs to no Trainer yet.
         """
+        if attached_trainer(self) is None:
+            raise StateError(
+                "no-trainer",
+                f"{type(self).__name__} belongs to no Trainer yet, so the length of its learning-rate schedule is "
+                "unknown: call trainer.fit(module, data), or module.make_optimizer() for the optimizer alone",
+            )
         total = updates_of_run(self.trainer, self.updates_per_step)
         if total is None and self.lr_schedule != "constant":
             raise SettingError(
@@ -900,6 +934,8 @@ class AlignmentModule(LightningModule):
             f"{type(self).__name__} holds several models and has no forward of its own: sample with .answer(prompts, "
             "sampling), or write a folder with .export(folder) and load it with transformers",
         )
+
+    to_torchscript = to_onnx = to_tensorrt = forward  # Lightning's exports trace a forward
 
     def export(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder for the next stage."""

@@ -41,6 +41,12 @@ def test_rows_are_in_order_and_carry_their_columns(policy_folder, prompts):
     assert "score" not in rows[0]
 
 
+@pytest.mark.parametrize(("flags", "told"), [((), True), (("--as_chat", "true"), False)])
+def test_plain_prompts_for_a_model_with_a_template_are_noticed(policy_folder, prompts, capsys, flags, told):
+    generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max-new-tokens", "2", *flags)
+    assert ("--as_chat true puts each into a user turn" in capsys.readouterr().err) is told
+
+
 def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, monkeypatch):
     drawn = []
 
