@@ -83,6 +83,19 @@ def without_signal_handlers(trainer: Any) -> Iterator[None]:
         del connector.register_signal_handlers
 
 
+def given_data(trainer: Any) -> Any:
+    """Return what a trainer about to fit takes its training loader from: loaders, a DataModule, a module; or None."""
+    source = trainer.fit_loop._data_source
+    return source.instance if source.is_defined() else None
+
+
+def held_out_data(trainer: Any) -> Any:
+    """Return what a trainer takes its loaders of held-out rows from, while it fits, validates or tests."""
+    loops = {"fit": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop, "validate": trainer.validate_loop}
+    loop = loops.get(str(getattr(trainer.state.fn, "value", "")))
+    return None if loop is None else loop._data_source.instance
+
+
 def deals_out_loaders(trainer: Any) -> bool:
     """Return ``use_distributed_sampler``: whether a trainer gives each rank another part of a plain DataLoader."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)

@@ -101,6 +101,12 @@ def test_lightning_names_the_cluster_environment(fitted: Line) -> None:
     assert found.endswith("Environment"), f"_accelerator_connector.cluster_environment is {found}"
 
 
+def test_lightning_keeps_where_a_trainer_takes_its_data_from(fitted: Line) -> None:
+    assert isinstance(compat.given_data(fitted.trainer), DataLoader), "fit_loop._data_source is no longer the loader"
+    assert isinstance(compat.held_out_data(fitted.trainer), DataLoader), "val_loop._data_source is no longer the loader"
+    assert compat.given_data(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)) is None
+
+
 @pytest.mark.parametrize("deals", [False, True])
 def test_lightning_keeps_whether_it_deals_out_loaders(deals: bool) -> None:
     trainer = Trainer(use_distributed_sampler=deals, logger=False, enable_checkpointing=False, accelerator="cpu")

@@ -48,6 +48,12 @@ def resolve_folder(name: str) -> str:
         if not path.is_file():
             raise MissingError("no-model", f"there is no file {name}; check the path")
         return str(converted_gguf(path))
+    if path.is_file():
+        raise MissingError(
+            "no-model",
+            f"{name} is a file: give the model's folder. A run exports one (runs/NAME/version_N/model); `rlhf export` "
+            "writes that of a checkpoint",
+        )
     if path.is_dir():
         if (export := newest_export(path)) is not None:
             raise MissingError("no-model", f"{name} is a run; its model is {export}")

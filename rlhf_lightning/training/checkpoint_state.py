@@ -62,12 +62,27 @@ def excuse_untrained(module: AlignmentModule, keys: Any) -> None:
     missing[:] = [name for name in missing if any(name == one or name.endswith(f".{one}") for one in kept)]
 
 
+def refuse_unloaded(module: AlignmentModule) -> None:
+    """Refuse to use the weights of a module before they are loaded.
+
+    Raises:
+        StateError: ``weights-not-loaded``.
+    """
+    if next(module.parameters(), None) is None:
+        raise StateError(
+            "weights-not-loaded",
+            f"the weights of {type(module).__name__} are not loaded yet, which a Trainer does: call "
+            "module.configure_model() first",
+        )
+
+
 def check_names(module: AlignmentModule, found: set[str]) -> None:
     """Compare the names of trained weights with those found in a checkpoint.
 
     Raises:
-        StateError: ``checkpoint-does-not-fit``.
+        StateError: ``checkpoint-does-not-fit``, or ``weights-not-loaded``.
     """
+    refuse_unloaded(module)
     known = {name for name, _ in module.named_parameters()} | own_buffers(module)
     missing, unknown = sorted(kept_names(module) - found), sorted(found - known)
     if missing or unknown:

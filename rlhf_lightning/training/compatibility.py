@@ -7,12 +7,13 @@ works, or None. `check` asks all of them; `check_trainer` asks what concerns cal
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -29,6 +30,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from transformers import AutoConfig
 
@@ -36,6 +38,8 @@ from rlhf_lightning.compat import (
     attached_datamodule,
     checkpoint_period,
     deals_out_loaders,
+    given_data,
+    held_out_data,
     mesh_sizes,
     set_tuned_setting,
     tuned_setting,
@@ -46,7 +50,7 @@ from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
-from rlhf_lightning.types import PromptBatch
+from rlhf_lightning.types import PromptBatch, Step
 
 if TYPE_CHECKING:
     from rlhf_lightning.training.module import AlignmentModule
@@ -327,6 +331,11 @@ ONE_STEP = (
     "step, and data.micro_batch_size or data.max_tokens for memory"
 )
 CALLBACKS: dict[type, Refusal] = {
+    BackboneFinetuning: Refusal(
+        "backbone-finetuning",
+        "BackboneFinetuning thaws module.backbone, which modules of this package do not have: subclass "
+        "lightning.pytorch.callbacks.BaseFinetuning, and freeze parts of module.policy",
+    ),
     GradientAccumulationScheduler: Refusal("accumulated-batches", f"GradientAccumulationScheduler: {ONE_STEP}"),
     StochasticWeightAveraging: Refusal(
         "stochastic-weight-averaging",
@@ -335,6 +344,9 @@ CALLBACKS: dict[type, Refusal] = {
     ),
 }
 """Callbacks that do not work with manual optimization."""
+
+NEVER_CALLED = ("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping")
+"""Hooks of a LightningModule that Lightning calls with automatic optimization alone."""
 
 PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train", "val", "test", "rollout")
 """Packages whose classes log metrics as GROUP/NAME alone, and the groups."""
@@ -370,6 +382,21 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
             f"{type(module).__name__} sets automatic_optimization to True, but takes its steps itself, one for all "
             "micro-batches: leave it False",
         )
+    for name in NEVER_CALLED:
+        if getattr(type(module), name) is not getattr(LightningModule, name):
+            yield Refusal(
+                "hook-never-called",
+                f"{type(module).__name__} overrides {name}, which Lightning never calls with manual optimization: "
+                "override make_optimizer or on_before_clip, or set optimizer, lr_scheduler or max_grad_norm",
+            )
+    for name, value in module.hparams.items():
+        used = vars(module).get(name, value)
+        if isinstance(used, int | float | str) and used != value != module.hparams_initial.get(name, value):
+            yield Refusal(
+                "changed-hparams",
+                f"hparams.{name} was changed to {value} and has no effect, the module has {used}: set module.{name}",
+            )
+    yield from refused_data(given_data(trainer))
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     own = (type(one).__module__.partition(".")[0] not in PACKAGES for one in (module, *callbacks))
     logs_more = any(own)  # a class of the user's may log any name
@@ -392,6 +419,16 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
         yield from (refusal for kind, refusal in CALLBACKS.items() if isinstance(callback, kind))
         if isinstance(callback, ModelCheckpoint):
             yield from refused_checkpoint_period(*checkpoint_period(callback), module)
+
+
+def refused_data(data: Any) -> Iterator[Refusal]:
+    """Refuse a fit without data, and a DataLoader that would collate Steps."""
+    if data is None:
+        yield Refusal("no-data", "there is nothing to train on: trainer.fit(module, datamodule), or a loader of Steps")
+    rows = getattr(data, "dataset", None)
+    first = rows[0] if isinstance(rows, Sequence) and rows else None
+    if isinstance(data, DataLoader) and data.batch_size is not None and isinstance(first, Step):
+        yield Refusal("collated-steps", "a Step is a batch already: give DataLoader(steps, batch_size=None)")
 
 
 def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[Refusal]:
@@ -450,6 +487,21 @@ def check_loader(trainer: Trainer) -> None:
             "dealt-steps",
             "the Trainer has dealt the loader's Steps out to the ranks, but a Step is one rank's share of an update: "
             "set Trainer(use_distributed_sampler=False) and give each rank its share, or the rows to a DataModule",
+        )
+
+
+def check_evaluation_loaders(trainer: Trainer) -> None:
+    """Refuse several loaders of held-out rows, whose metrics would be one mean.
+
+    Raises:
+        SettingError: ``several-loaders``.
+    """
+    found = held_out_data(trainer)
+    if isinstance(found, list | tuple | dict) and len(found) > 1:
+        raise SettingError(
+            "several-loaders",
+            f"{len(found)} loaders of held-out rows are given, and their metrics would be one mean: give one to fit, "
+            "and call trainer.validate for each of the others",
         )
 
 

@@ -51,6 +51,7 @@ from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimizers
 from rlhf_lightning.training.compatibility import (
     check,
+    check_evaluation_loaders,
     check_loader,
     check_optimizers,
     check_trainer,
@@ -419,12 +420,15 @@ class AlignmentModule(LightningModule):
             ContractError: ``wrong-batch-type``: the DataModule yields another kind of batch.
             SettingError: trained weights would be in bf16 or quantized.
         """
-        if stage == "fit" and 0 in (self.trainer.max_steps, self.trainer.max_epochs):
+        bounds = self.trainer.max_steps, self.trainer.max_epochs, self.trainer.limit_train_batches
+        if stage == "fit" and 0 in bounds:
             raise SettingError(
                 "no-updates",
-                "trainer.max_steps or max_epochs is 0: nothing would be trained; give 1 or more, or `rlhf validate`",
+                "trainer.max_steps, max_epochs or limit_train_batches is 0: nothing would be trained; give 1 or more, "
+                "or `rlhf validate`",
             )
         self._settle_precision()
+        check_evaluation_loaders(self.trainer)
         datamodule = attached_datamodule(self.trainer)
         check(self.trainer, self, datamodule, fits=stage == "fit")
         offered = getattr(datamodule, "batch_types", None)
@@ -446,6 +450,12 @@ class AlignmentModule(LightningModule):
         """Resume: give the optimizer the settings asked for now, restore data position and random numbers."""
         check_optimizers(self.trainer)
         check_loader(self.trainer)
+        if self.trainer.ckpt_path is not None and self.trainer.global_step and not self.updates:
+            raise StateError(
+                "lost-progress",
+                f"the checkpoint has {self.trainer.global_step} updates, and {type(self).__name__} restored none: its "
+                "on_save_checkpoint and on_load_checkpoint must call super()",
+            )
         checkpoint_state.freeze_as_before(self)
         before, self.asked_before = self.asked_before, None
         if before is not None and self.asked is not None:
@@ -561,6 +571,13 @@ class AlignmentModule(LightningModule):
                 f"the DataLoader yields a {type(batch).__name__}, and {type(self).__name__} takes a Step of "
                 f"{self.batch_type.__name__}: give the rows to a DataModule of rlhf_lightning.data as its source (a "
                 "datasets.Dataset, a list of dicts or a file)",
+            )
+        parts = batch.micro_batches
+        if not self.trainer.predicting and parts and not isinstance(parts[0], self.batch_type):
+            raise ContractError(
+                "wrong-batch-type",
+                f"{type(self).__name__} takes {self.batch_type.__name__}, but the DataLoader yields Steps of "
+                f"{type(parts[0]).__name__}",
             )
         if self.trainer.training:  # Lightning has counted the last batch as one update; callbacks log next
             set_logged_step(self.trainer, self.updates)
@@ -707,7 +724,12 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": named}
 
     def make_optimizer(self) -> Optimizer:
-        """Make the optimizer of the trainable weights: ``optimizer``, or by default AdamW."""
+        """Make the optimizer of the trainable weights: ``optimizer``, or by default AdamW.
+
+        Raises:
+            StateError: ``weights-not-loaded``.
+        """
+        checkpoint_state.refuse_unloaded(self)
         if self.optimizer is not None:
             trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
             return optimizers.made(self.optimizer, "optimizer", trainable, (Optimizer,))
@@ -935,6 +957,19 @@ class AlignmentModule(LightningModule):
             "sampling), or write a folder with .export(folder) and load it with transformers",
         )
 
+    def half(self) -> Any:
+        """Refuse to train weights in half precision.
+
+        Raises:
+            SettingError: ``half-weights``.
+        """
+        raise SettingError(
+            "half-weights",
+            f"the weights of {type(self).__name__} are trained in fp32, since small updates vanish in half precision: "
+            "set Trainer(precision='bf16-mixed'), or dtype='bfloat16' with lora",
+        )
+
+    bfloat16 = half
     to_torchscript = to_onnx = to_tensorrt = forward  # Lightning's exports trace a forward
 
     def export(self, folder: str | Path) -> Path:
@@ -982,8 +1017,16 @@ class AlignmentModule(LightningModule):
         """Restore that state.
 
         Raises:
-            StateError: the checkpoint is of another model, other frozen weights, or another strategy.
+            StateError: the checkpoint is of another model, other frozen weights, or another strategy, or holds weights
+                alone.
         """
+        trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+            raise StateError(
+                "weights-alone",
+                "the checkpoint holds weights alone (save_weights_only), and a run resumes with the optimizer's state: "
+                f"load it with {type(self).__name__}.load_from_checkpoint(path) and fit without ckpt_path",
+            )
         checkpoint_state.restore(self, checkpoint)
 
     def started_from(self) -> dict[str, str | None]:

@@ -15,12 +15,24 @@ from conftest import refused
 from lightning.pytorch import callbacks as lightning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
-from tiny_models import assert_same, quiet_trainer, weights_of
+from lightning.pytorch.utilities import CombinedLoader, grad_norm
+from tiny_models import (
+    assert_same,
+    demonstration_step,
+    preference_step,
+    quiet_trainer,
+    random_pairs,
+    random_rows,
+    weights_of,
+)
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
 from rlhf_lightning.modules import DPOModule, GRPOModule, RewardModule, SFTModule
 from rlhf_lightning.runs import RunProgress
+from rlhf_lightning.training.compatibility import check_loader
+from rlhf_lightning.training.meter import Meter
 
 ROWS = [{"prompt": f"w{n}", "completion": f"w{n % 7} w{n % 5}"} for n in range(24)]
 PAIRS = [{"prompt": f"w{n}", "chosen": f"w{n % 7} w1", "rejected": "w2"} for n in range(24)]
@@ -281,6 +293,12 @@ def test_calling_a_module_is_refused_with_what_to_call(policy_folder: str) -> No
         sft(policy_folder)(torch.tensor([[1, 2]]))
 
 
+@pytest.mark.parametrize("method", ["to_torchscript", "to_onnx"])
+def test_exports_of_lightning_are_refused_with_ours(policy_folder: str, method: str) -> None:
+    with refused("no-forward", "export"):
+        getattr(sft(policy_folder), method)("model.pt")
+
+
 def test_freeze_and_unfreeze_of_a_whole_module(policy_folder: str) -> None:
     module = sft(policy_folder)
     module.configure_model()
@@ -296,3 +314,273 @@ def test_the_same_seed_gives_the_same_weights(policy_folder: str) -> None:
         pl.seed_everything(3, verbose=False)
         weights.append(weights_of(fit(policy_folder, data=rows(seed=3))))
     assert_same(weights[0], weights[1], rtol=0, atol=0)
+
+
+# -- classes of one's own ----------------------------------------------------------------------------------------------
+
+
+class OwnLoss(SFTModule):
+    """Returns a loss, as with automatic optimization."""
+
+    def training_step(self, step: Any, batch_idx: int) -> Any:
+        return self.loss_sum(step.micro_batches[0], Meter()) / step.tokens
+
+
+class Automatic(SFTModule):
+    """Asks Lightning to take the steps."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.automatic_optimization = True
+
+
+class OwnClipping(SFTModule):
+    """Clips in the hook of automatic optimization."""
+
+    def configure_gradient_clipping(self, *args: Any, **settings: Any) -> None:
+        raise AssertionError
+
+
+class OwnRate(SFTModule):
+    """Sets a hyperparameter in place of the setting."""
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        self.hparams["learning_rate"] = 1.0
+        return super().configure_callbacks()
+
+
+OWN: dict[str, tuple[type[SFTModule], str, str]] = {
+    "a loss that is returned": (OwnLoss, "loss-without-update", "super().training_step"),
+    "automatic optimization": (Automatic, "automatic-optimization", "leave it False"),
+    "configure_gradient_clipping": (OwnClipping, "hook-never-called", "on_before_clip"),
+    "changed hparams": (OwnRate, "changed-hparams", "set module.learning_rate"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_class_of_ones_own_cannot_do_is_refused(policy_folder: str, name: str) -> None:
+    kind, code, remedy = OWN[name]
+    with refused(code, remedy):
+        fit(policy_folder, module=kind(init_from=policy_folder, self_check=False))
+
+
+class OwnOptimizer(SFTModule):
+    """Makes its optimizer and schedule in Lightning's two forms."""
+
+    as_lists = False
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return ([optimizer], [schedule]) if self.as_lists else {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_an_optimizer_and_schedule_of_ones_own(policy_folder: str, as_lists: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(OwnOptimizer, "as_lists", as_lists)
+    module = fit(policy_folder, module=OwnOptimizer(init_from=policy_folder, self_check=False))
+    assert module.updates == 3 and module._learning_rate_used == pytest.approx(0.025)
+
+
+class Logs(SFTModule):
+    """Logs a metric of a name without slash."""
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("val_mine", 1.0)
+
+
+@pytest.mark.parametrize("callback", [lightning.EarlyStopping, lightning.ModelCheckpoint])
+def test_a_monitor_without_slash_is_refused_unless_a_class_logs_it(
+    policy_folder: str, callback: Any, tmp_path: Path
+) -> None:
+    def made(name: str) -> Any:
+        return callback(**({"dirpath": tmp_path} if callback is lightning.ModelCheckpoint else {}), monitor=name)
+
+    with refused("monitor-without-slash", "monitor val/loss"):
+        fit(policy_folder, [made("val_loss")], enable_checkpointing=True)
+    own, here = Logs(init_from=policy_folder, self_check=False), {"default_root_dir": tmp_path}
+    assert fit(policy_folder, [made("val_mine")], module=own, enable_checkpointing=True, **here).updates == 3
+
+
+class Kept(SFTModule):
+    """Keeps a state of its own in checkpoints and forgets that of its base."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["mine"] == 1
+
+
+def test_hooks_of_checkpoints_that_forget_super_are_refused(policy_folder: str, tmp_path: Path) -> None:
+    def made() -> Kept:
+        return Kept(init_from=policy_folder, self_check=False)
+
+    trainer, module = quiet_trainer(max_steps=2), made()
+    trainer.fit(module, rows())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with refused("lost-progress", "must call super()"):
+        quiet_trainer(max_epochs=2).fit(made(), rows(), ckpt_path=str(tmp_path / "a.ckpt"), weights_only=True)
+
+
+def test_callbacks_of_a_class_and_hparams_of_its_own(policy_folder: str, tmp_path: Path) -> None:
+    class Mine(SFTModule):
+        def __init__(self, mine: int = 3, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.save_hyperparameters()
+            self.mine = mine
+
+        def configure_callbacks(self) -> list[pl.Callback]:
+            return [*super().configure_callbacks(), lightning.EarlyStopping("val/loss")]
+
+    trainer, module = quiet_trainer(), Mine(init_from=policy_folder, mine=4, self_check=False)
+    trainer.fit(module, rows())
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    loaded = Mine.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, learning_rate=1.0)
+    assert (loaded.mine, loaded.learning_rate, loaded.updates) == (4, 1.0, 3)
+
+
+def test_gradient_norms_of_lightning_are_logged(policy_folder: str) -> None:
+    class Norms(SFTModule):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.log_dict(grad_norm(self.policy, 2))
+
+    trainer = quiet_trainer()
+    trainer.fit(Norms(init_from=policy_folder, self_check=False), rows())
+    assert float(trainer.callback_metrics["grad_2.0_norm_total"]) > 0
+
+
+def test_a_callback_sees_the_backward_pass_and_stops_the_run(policy_folder: str) -> None:
+    seen: list[str] = []
+
+    class Look(pl.Callback):
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+            seen.append("before")
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            seen.append("after")
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+    assert fit(policy_folder, [Look()], max_epochs=4).updates == 1 and seen == ["before", "after"]
+
+
+# -- before and without a Trainer --------------------------------------------------------------------------------------
+
+
+def test_weights_are_asked_for_before_they_are_loaded(policy_folder: str) -> None:
+    module = sft(policy_folder)
+    for use in (module.make_optimizer, module.configure_optimizers, lambda: module.load_state_dict({})):
+        with refused("weights-not-loaded", "configure_model()"):
+            use()  # type: ignore[operator]
+    module.configure_model()
+    assert isinstance(module.make_optimizer(), torch.optim.AdamW)
+    with refused("no-trainer", "make_optimizer()"):
+        module.configure_optimizers()
+
+
+def test_state_dict_goes_to_another_module(policy_folder: str, tmp_path: Path) -> None:
+    module, other = fit(policy_folder), sft(policy_folder)
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    other.configure_model()
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert_same(weights_of(other), weights_of(module), rtol=0, atol=0)
+
+
+def test_weights_in_half_precision_are_refused(policy_folder: str) -> None:
+    for change in (sft(policy_folder).half, sft(policy_folder).bfloat16):
+        with refused("half-weights", "bf16-mixed"):
+            change()
+
+
+def test_a_checkpoint_is_no_model_folder(policy_folder: str, tmp_path: Path) -> None:
+    trainer, module = quiet_trainer(), sft(policy_folder)
+    trainer.fit(module, rows())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with refused("no-model", "is a file", "rlhf export"):
+        fit(policy_folder, module=sft(str(tmp_path / "a.ckpt")))
+
+
+def test_a_checkpoint_of_weights_alone_resumes_no_run(policy_folder: str, tmp_path: Path) -> None:
+    keep = lightning.ModelCheckpoint(tmp_path, save_weights_only=True)
+    fit(policy_folder, [keep], enable_checkpointing=True)
+    with refused("weights-alone", "load_from_checkpoint"):
+        quiet_trainer(max_epochs=2).fit(sft(policy_folder), rows(), ckpt_path=keep.best_model_path, weights_only=True)
+
+
+# -- loaders of one's own ----------------------------------------------------------------------------------------------
+
+
+def steps(count: int = 3, make: Any = demonstration_step, of: Any = random_rows) -> list[Any]:
+    return [make(of(2, seed=number)) for number in range(count)]
+
+
+LOADERS: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "nothing": (lambda: None, "no-data", "trainer.fit(module, datamodule)"),
+    "collated Steps": (lambda: DataLoader(steps()), "collated-steps", "batch_size=None"),
+    "Steps of another batch": (
+        lambda: DataLoader(steps(make=preference_step, of=random_pairs), batch_size=None), "wrong-batch-type",
+        "takes DemonstrationBatch",
+    ),
+    "a list of rows": (lambda: ROWS, "no-step", "DataModule"),
+    "loaders by name": (lambda: {"a": DataLoader(steps(), batch_size=None)}, "no-step", "DataModule"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_loader_of_something_else_is_refused(policy_folder: str, name: str) -> None:
+    make, code, remedy = LOADERS[name]
+    with refused(code, remedy):
+        quiet_trainer().fit(sft(policy_folder), make())
+
+
+def test_loaders_of_steps_in_a_shuffled_order_and_of_a_class(policy_folder: str) -> None:
+    class Mine(SFTModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(steps(), batch_size=None, shuffle=True)
+
+    module = Mine(init_from=policy_folder, self_check=False)
+    quiet_trainer().fit(module)
+    assert module.updates == 3
+
+
+def test_several_loaders_of_held_out_rows_are_refused(policy_folder: str) -> None:
+    held_out = [DataLoader(steps(1), batch_size=None) for _ in range(2)]
+    with refused("several-loaders", "trainer.validate"):
+        quiet_trainer().fit(sft(policy_folder), DataLoader(steps(), batch_size=None), held_out)
+
+
+@pytest.mark.parametrize("deals", [False, True])
+def test_steps_that_a_trainer_deals_out_to_ranks_are_refused(deals: bool) -> None:
+    trainer: Any = quiet_trainer(use_distributed_sampler=deals)
+    sampler: Any = DistributedSampler(ROWS, num_replicas=2, rank=0)  # type: ignore[arg-type]
+    trainer.fit_loop._combined_loader = CombinedLoader(DataLoader(ROWS, sampler=sampler))  # type: ignore[arg-type]
+    if not deals:
+        return check_loader(trainer)
+    with refused("dealt-steps", "use_distributed_sampler=False"):
+        check_loader(trainer)
+
+
+def test_prediction_writers_get_the_rows(policy_folder: str) -> None:
+    got: list[Any] = []
+
+    class Writer(lightning.BasePredictionWriter):
+        def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *_: Any) -> None:
+            got.extend(prediction)
+
+    module, data = sft(policy_folder), PromptDataModule([{"prompt": "w1"}], eval_source=[{"prompt": "w2"}])
+    module.sampling = replace(module.sampling, max_new_tokens=3)
+    quiet_trainer(callbacks=[Writer("batch")]).predict(module, data, return_predictions=False)
+    assert [row["prompt"] for row in got] == ["w2"]
+
+
+def test_a_run_without_training_batches_is_refused(policy_folder: str) -> None:
+    with refused("no-updates", "limit_train_batches"):
+        fit(policy_folder, limit_train_batches=0)
+
+
+def test_backbone_finetuning_is_refused_with_another_callback(policy_folder: str) -> None:
+    with refused("backbone-finetuning", "BaseFinetuning"):
+        fit(policy_folder, [lightning.BackboneFinetuning()])
