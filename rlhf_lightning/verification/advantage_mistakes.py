@@ -161,6 +161,9 @@ def advantage_mistake(case: Any, right: Any) -> str:
         "advantages are divided by the length": lambda: mean_over_tokens(wanted, mask),
         "advantages are multiplied by the length": lambda: wanted * mask.sum(-1, keepdim=True),
         "advantages are cumulated over the tokens": lambda: torch.where(mask, wanted.cumsum(-1), 0.0),
+        "advantages sum the rewards of the past in place of those to come": lambda: torch.where(
+            mask, rewards.cumsum(-1), 0.0
+        ),
         "the KL is left out of the reward": lambda: of(right, scores, last),
         "scores are clamped": lambda: of(right, scores, rewards - last + last.clamp(-1, 1)),
         "the sign of the score is lost": lambda: of(right, scores, rewards - last + last.abs()),

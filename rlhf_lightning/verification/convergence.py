@@ -183,7 +183,7 @@ def minimise(
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     descend(loss, parameters, steps, learning_rate, watch)
-    left = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
+    left = max((float(p.grad.abs().max()) for p in parameters if p.grad is not None), default=0.0)
     if left > 1e-5:  # a steep start has thrown it far off
         descend(loss, parameters, steps, learning_rate / 4)
     shares = hasattr(module, "adapter")  # a mean of another project: its gradient is exact, and no row has a value
@@ -220,7 +220,9 @@ def descend(
     for step in range(steps):
         watch(step)
         optimizer.zero_grad()
-        loss().backward()
+        value = loss()
+        if value.requires_grad:  # labels that say nothing may leave nothing to learn
+            value.backward()
         optimizer.step()
         schedule.step()
 

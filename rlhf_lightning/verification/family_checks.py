@@ -63,6 +63,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
         "chosen and rejected exchanged"
     )
     checks.append(at_least("direction", (chosen - rejected).sum(), 1e-12, advice))
+    checks.append(implicit_reward_check(subject, certain))
     if subject.kind.batch_coupled:
         return checks
     size = float((chosen - rejected).abs().max())
@@ -81,7 +82,23 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     chosen, rejected = pulls(subject, settled(certain))
     praised = torch.where(chosen < -1e-3 * size, 0.0, rejected).max()  # a regression draws both sides back
     advice = "where a pair is long settled, rejected is still made likelier: look for a likelihood term of rejected"
-    return [*checks, at_most("rejected", praised, 1e-3 * size, advice)]
+    checks.append(at_most("rejected", praised, 1e-3 * size, advice))
+    blamed = torch.where(rejected > -0.1 * chosen, 0.0, -chosen).max()
+    advice = (
+        "where a pair is long settled, chosen is pushed down harder than it was lifted: look for the sign inside a "
+        "penalty or an odds"
+    )
+    return [*checks, at_most("chosen", blamed, size, advice)]
+
+
+def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
+    """Check that the implicit reward of a completion never falls where its log-probability rises."""
+    names, least = [side[0] for side in SIDES[:2]], 0.0
+    for one in (given, settled(given), *draws(given, list(SIDES[:2]))):
+        slopes = differentiate(lambda pairs: torch.cat(subject.module.implicit_reward(pairs)), one, names)[1]
+        least = min(least, *(float(slope.min()) for slope in slopes.values()))
+    advice = "an implicit reward falls where its completion becomes likelier: look at a sign in implicit_reward"
+    return at_least("implicit reward", least, -1e-9, advice)
 
 
 def at_reference(given: PreferenceLogprobs) -> PreferenceLogprobs:
@@ -219,8 +236,10 @@ def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Ch
     stuck = bool(first == later) and bool(later != alone)
     advice = "the reference point of each step must be that step's: the first one is kept"
     checks.append(at_most("every step", float(stuck), 0, advice))
-    if getattr(subject.kind, "needs_mismatched", False):
+    kind = subject.kind
+    asks = getattr(kind, "needs_mismatched", False)
+    if asks or (any(getattr(base, "needs_mismatched", False) for base in kind.__mro__) and not kind.no_target):
         unused = bool(of(few, few) != of(many, few)) and bool(of(few, few) == of(few, many))
-        advice = "the reference point must be that of the mismatched completions, which the class asks for"
+        advice = "the reference point must be that of mismatched completions: matched ones were judged"
         checks.append(at_most("mismatched", float(unused), 0, advice))
     return checks

@@ -28,6 +28,7 @@ from rlhf_lightning.verification.mistakes import (
     Losses,
     Mistake,
     changed,
+    is_certain,
     judgement_mistakes,
     logit_mistakes,
     pair_mistakes,
@@ -43,6 +44,9 @@ from rlhf_lightning.verification.subject import differentiate, differentiated, h
 FITS = 1e-6
 """Relative residual below which slopes are those of a mistake."""
 
+
+UNFIT = (RuntimeError, TypeError, AttributeError, ValueError, KeyError, RlhfError)
+"""Errors of a known mistake that an input has no field for."""
 
 OPTIMIZER = ("learning_rate", "warmup", "adam_eps", "weight_decay", "max_grad_norm", "router_aux_loss_coef")
 """Settings that no loss reads."""
@@ -168,7 +172,7 @@ class Fit:
         """Return factor and relative residual of a loss; an infinite residual where it cannot be computed."""
         try:
             return misfit(self.measured, self.slopes(losses))
-        except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, RlhfError):  # no such field
+        except UNFIT:
             return 0.0, float("inf")
 
     def of_a_mistake(self) -> str:
@@ -274,6 +278,16 @@ class Fit:
                     shares = (found[1:] / found[0]).tolist()
                     told = (_share(name, share) for name, share in zip(names, shares, strict=True))
                     return f"added to the loss: {'; '.join(told)}"
+        for words, change in known_mistakes(self.given):
+            if not is_certain(words):
+                continue
+            with contextlib.suppress(*UNFIT):
+                wrong = self.slopes(partial(self._mistaken, change))
+                for name, slopes in further.items():
+                    found = torch.linalg.lstsq(torch.stack([wrong, slopes], -1), self.measured.unsqueeze(-1)).solution
+                    rest = found[0, 0] * wrong + found[1, 0] * slopes - self.measured
+                    if float(rest.norm() / self.measured.norm()) < FITS and float(found[0, 0]) > 0:
+                        return f"{words}; added to the loss: {_share(name, float(found[1, 0] / found[0, 0]))}"
         return ""
 
 

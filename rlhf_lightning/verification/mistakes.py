@@ -36,7 +36,8 @@ CERTAIN = (
     "mean of the batch", "its place in the batch", "weight of each row counts twice", "clamped at 0",
     "are exchanged", "over the batch", "counts as desirable", "teach nothing",
     "beta counts twice in the reference point", "labels are those of", "only the student's logits",
-    "only the teacher's logits", "label smoothing counts twice", "the other side's length", "passes a gradient",
+    "only the teacher's logits", "label smoothing counts twice", "the other side's length", "by the chosen length",
+    "by the rejected length", "passes a gradient",
     "sigmoid is taken twice", "multiplies the gap", "the advantage is squared", "over the micro-batch",
     "the advantage has a gradient", "ratio is inverted", "the probability stands in place of its logarithm",
     "to the reference in place of the old policy", "the smaller of", "only the clipped ratio counts",
@@ -44,6 +45,7 @@ CERTAIN = (
     "multiplied by the length", "drawn to the old values", "error is not squared", "rows of its micro-batch",
     "weights of the rows", "the step counts", "is minus", "is exchanged with", "is taken for",
     "which makes it",
+    ", which is beta", ", which is 1 / beta", "rewards of the past",
 )  # fmt: skip
 """Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
 with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""

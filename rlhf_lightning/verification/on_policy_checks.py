@@ -91,7 +91,12 @@ def advantage_checks(case: Case) -> list[Check]:
     if float(gain) < 1e-9:  # a method for success rates
         gain = raised(scores.sigmoid(), 0.2)
     advice = "a higher score must give a higher advantage"
-    return [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice), own_group_check(case)]
+    checks = [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice), own_group_check(case)]
+    lifted = (case.advantages_of(scores=scores + first) - case.advantages_of(scores=scores)).abs() > 1e-12
+    several = mask & (mask.sum(-1, keepdim=True) > 1)
+    credited, there = (lifted & several).any(0), several.any(0)
+    advice = "the score comes at the end, and every token before it must answer for it: look at the direction of a sum"
+    return [*checks, at_most("credit", int((there & ~credited).sum()) if bool(credited.any()) else 0, 0, advice)]
 
 
 def own_group_check(case: Case) -> Check:
@@ -156,6 +161,9 @@ def loss_checks(case: Case) -> list[Check]:
         )
         checks = [at_most("ratio one", unequal, 1e-6, advice)]
         left_out = bool(unequal == 0) & (gradient == 0) & mask  # tokens of weight 0
+        signs = (case.slopes(case.moved_by(0.0, sign)) for sign in (1.0, -1.0))
+        if bool((next(signs) == next(signs)).all()):  # the loss reads the scores itself
+            return [*checks, extremes_check(case)]
         advice = "a token that has moved the wrong way must keep its gradient: the clip belongs on the other side"
         checks.append(at_least("pull back", pull_back(case, left_out), 1e-12, advice))
         if clips(module):
@@ -191,6 +199,9 @@ def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tenso
     counts = mask & (wanted.abs() > 1e-9 * wanted.abs().max())
     weights = torch.where(counts, gradient / torch.where(counts, wanted, 1.0), 0.0)
     several = counts & (counts.sum(-1, keepdim=True) > 1)
+    factor = weights[counts].mean()
+    if bool(factor > 0) and float((gradient - factor * wanted)[mask].abs().max()) < 1e-6 * float(gradient.abs().max()):
+        return unequal * 0  # a step of another size
     if float(unequal) < 1e-6 or bool((weights < 0).any()) or bool((gradient[mask & ~counts].abs() > 1e-9).any()):
         return unequal
     mean = weights.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1)

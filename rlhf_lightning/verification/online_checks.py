@@ -190,6 +190,7 @@ def start_check(subject: Subject, stated: float) -> Check:
     module = subject.fresh()
     rollout = PairPopulation(module, subject.world).rollout()
     given = module.preference_logprobs(rollout, module.pairs(rollout))
+    given = given._replace(target=torch.ones_like(given.target))
     residual = (subject.values(module, given).detach() - stated).abs().max() / max(abs(stated), 1.0)
     return at_most("value at reference", residual, 1e-7, f"the class states {stated:.6g} there")
 

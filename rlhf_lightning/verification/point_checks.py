@@ -198,13 +198,6 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
     missed += missed_in_long_rows(subject, given, sides)
     advice = "each completion token must get a gradient: look for a slice or a mask"
     checks = [at_most("every token", missed, 0, advice)]
-    opposite = -1.0
-    for policy, reference, _ in sides:
-        slope, theirs = drawn[0][policy], drawn[0].get(reference)
-        moves = (slope != 0).any(-1)
-        if theirs is not None and bool(moves.any()):
-            sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
-            opposite = max(opposite, float(((slope * theirs).sum(-1) / sizes)[moves].max()))
     references = [reference for _, reference, _ in sides if reference in drawn[0]]
     left_out = bool(subject.kind.no_target) and unread(subject, given, references)  # as SimPER does
     if references and not left_out and not subject.kind.batch_coupled:
@@ -212,7 +205,7 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
             "the reference's log-probability must count against the policy's: look for a sum in place of a "
             "difference, or for a reference that is left out"
         )
-        checks.append(at_most("reference slope", opposite, -1e-6, advice))
+        checks.append(at_most("reference slope", opposition(drawn, sides), -1e-6, advice))
     coupled = subject.kind.batch_coupled
     turned, values = (
         subject.values(subject.fresh(moved=True) if coupled else subject.module, one).detach()
@@ -244,14 +237,30 @@ def slopes_of(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -
     return differentiate(partial(subject.values, subject.module), given, names)[1]
 
 
+def opposition(drawn: list[dict[str, Tensor]], sides: list[tuple[str, str, str]]) -> float:
+    """Return the largest cosine of the slopes by reference and policy; a likelihood, whose slope is constant, has none.
+
+    It must be negative.
+    """
+    worst = -1.0
+    for policy, reference, _ in sides:
+        slope, theirs = drawn[0][policy], drawn[0].get(reference)
+        linear = torch.stack([(one[policy] - slope).abs().amax(-1) < 1e-12 for one in drawn]).all(0)
+        counts = (slope != 0).any(-1)
+        if theirs is not None and bool(counts.any()):
+            sizes = (slope.norm(dim=-1) * theirs.norm(dim=-1)).clamp_min(1e-300)
+            cosines = torch.where(linear & (theirs == 0).all(-1), -1.0, (slope * theirs).sum(-1) / sizes)
+            worst = max(worst, float(cosines[counts].max()))
+    return worst
+
+
 def unread(subject: Subject, given: Any, names: list[str]) -> bool:
     """Whether a loss never looks at some fields of its input."""
-    leaves = {name: getattr(given, name).detach().clone().requires_grad_() for name in names}
-    total = subject.values(subject.module, given._replace(**leaves)).sum()
-    asked = list(leaves.values())
-    return not total.requires_grad or not any(
-        slope is not None for slope in torch.autograd.grad(total, asked, allow_unused=True)
-    )
+    leaves = [getattr(given, name).detach().clone().requires_grad_() for name in names]
+    total = subject.values(subject.module, given._replace(**dict(zip(names, leaves, strict=True)))).sum()
+    if not leaves or not total.requires_grad:
+        return True
+    return all(slope is None for slope in torch.autograd.grad(total, leaves, allow_unused=True))
 
 
 def missed_tokens(drawn: list[Tensor], mask: Tensor) -> Tensor:

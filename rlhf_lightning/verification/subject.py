@@ -140,8 +140,11 @@ class Subject:
         return all_parameters(self.kind)
 
     def _defaults(self) -> dict[str, Any]:
-        known = self.known
-        chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in known}
+        known, own = self.known, own_bases(self.kind)
+        shipped = {name for base in self.kind.__mro__[len(own) :] for name in parameters_of(base)}
+        chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in shipped}
+        if any("kl_coef" in parameters_of(base) and parameters_of(base)["kl_coef"].default == 0 for base in own):
+            chosen.pop("kl_coef", None)  # the class has no KL penalty
         if "teacher" in known:
             chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
             chosen.pop("kl_coef", None)  # the teacher has the reference's place, and there is no KL penalty
