@@ -65,6 +65,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+SCALARS = (str, int, float, type(None))
+"""Values of JSON that hold no others. To ask for them first is faster than for a Mapping."""
+
 DEEPEST = 64
 """Levels of nested JSON in a row, a request or a call: what walks them by recursion would fail far below 1000."""
 
@@ -77,7 +80,7 @@ def is_too_deep(value: Any) -> bool:
             inner
             for outer in layer
             for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-            if isinstance(inner, Mapping | list | tuple)
+            if not isinstance(inner, SCALARS) and isinstance(inner, Mapping | list | tuple)
         ]
         if not layer:
             return False

@@ -305,7 +305,7 @@ def read_row(
     if columns:
         covered = set(columns.values()) - set(columns)
         row = {columns.get(name, name): value for name, value in row.items() if name not in covered}
-    if any(row.get(name) for name in MEDIA):
+    if not MEDIA.isdisjoint(row) and any(row.get(name) for name in MEDIA):
         raise RowRefused("media")
     canonical = read(row, as_chat)
     canonical.unused = tuple(dict.fromkeys(unused_keys(row.values())))

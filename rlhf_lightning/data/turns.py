@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlhf_lightning.data.canonical import ROLES, Row, RowRefused
-from rlhf_lightning.loading import is_too_deep
+from rlhf_lightning.loading import SCALARS, is_too_deep
 from rlhf_lightning.tokenization.facts import THOUGHT_KEYS
 from rlhf_lightning.types import Message, Prompt
 
@@ -21,7 +21,7 @@ TURN_KEYS = {
 }  # fmt: skip
 """Keys of a turn that are read."""
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = frozenset(["image", "images", "video", "videos", "audio", "audios"])
 """Columns, and types of the parts of a content, that hold no text."""
 
 LARGEST = 1e6
@@ -191,6 +191,8 @@ def history_of(value: Any) -> list[Message]:
 def unused_keys(values: Iterable[Any]) -> Iterator[str]:
     """Yield the keys of turns that nothing reads, from the columns of a row."""
     for value in values:
+        if isinstance(value, SCALARS):
+            continue
         for turn in value if isinstance(value, list | tuple) else (value,):
             if isinstance(turn, Mapping) and ("role" in turn or "from" in turn):
                 yield from (str(key) for key, one in turn.items() if key not in TURN_KEYS and one is not None)
@@ -205,7 +207,7 @@ def with_user(turns: list[Message]) -> list[Message]:
 
 def prompt_of(value: Any) -> Prompt:
     """Read a prompt: text, or turns with a user's among them."""
-    if isinstance(value, list | tuple | Mapping) and value:
+    if not isinstance(value, str) and isinstance(value, list | tuple | Mapping) and value:
         return with_user(messages_of(value))
     if spells_turns(value):
         raise RowRefused("json_text")
@@ -214,7 +216,7 @@ def prompt_of(value: Any) -> Prompt:
 
 def completion_of(value: Any) -> str | list[Message]:
     """Read a completion: text, or turns up to the assistant's last."""
-    if isinstance(value, list | tuple | Mapping) and value:
+    if not isinstance(value, str) and isinstance(value, list | tuple | Mapping) and value:
         turns = messages_of(value)
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()
@@ -256,8 +258,11 @@ def context_of(row: Row) -> set[str]:
 
 def in_context(row: Row, prompt: Prompt) -> Prompt:
     """Put a row's ``system``, ``history`` and ``tools`` into its prompt, which becomes messages."""
+    context = context_of(row)
+    if not context:
+        return prompt
     system, history = row.get("system"), history_of(row.get("history"))
-    if context_of(row) - {"tools"}:
+    if context - {"tools"}:
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if isinstance(system, str) and system.strip():
             first = prompt[0] if prompt[0]["role"] == "system" else None

@@ -152,8 +152,9 @@ def _encoded(
     for place, (text, before) in enumerate(pieces):
         if "\ue000" in text or not _as_written(tokenizer, facts, text, parts[place]):
             parts[place], escaped = _carefully(tokenizer, facts, text, before), True
-    ids = [index for part in parts for index in part]
-    supervised = [flag for part, span in zip(parts, one.spans, strict=True) for flag in [span.supervised] * len(part)]
+    ids, supervised = parts[0] if len(parts) == 1 else [index for part in parts for index in part], list[bool]()
+    for part, span in zip(parts, one.spans, strict=True):
+        supervised += [span.supervised] * len(part)
     if one.opening and tuple(ids[: len(one.opening)]) != one.opening:
         ids, supervised = [*one.opening, *ids], [False] * len(one.opening) + supervised
     if one.closing and tuple(ids[-len(one.closing) :]) != one.closing:
