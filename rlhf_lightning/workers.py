@@ -259,9 +259,9 @@ class Fork(Generic[Part, Result]):
     def result(self) -> Result:
         """Return the result of the part."""
         with contextlib.suppress(EOFError, OSError):
-            done, result = self.connection.recv() if self.given else (False, None)
-            if done:
-                return result
+            answer: tuple[bool, Any] = self.connection.recv() if self.given else (False, None)
+            if answer[0]:
+                return answer[1]
         return self.work(self.part)
 
     def end(self) -> None:
