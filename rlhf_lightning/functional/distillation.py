@@ -96,12 +96,8 @@ def top_k_and_rest(
 def distillation_advantages(teacher_logprobs: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
     r"""Advantage of each token the student sampled, log teacher - log student, without gradient; 0 under the mask.
 
-    With a policy-gradient loss this is on-policy distillation: the reverse KL by the k1 estimator, token by token.
-
-    Args:
-        teacher_logprobs: the teacher's log-probabilities of the student's tokens, shape (rows, length).
-        logprobs: the student's own, shape (rows, length).
-        completion_mask: bool, shape (rows, length).
+    With a policy-gradient loss this is on-policy distillation: the reverse KL by the k1 estimator, token by token. All
+    have shape (rows, length).
     """
     require_shape("rows length", teacher_logprobs=teacher_logprobs, logprobs=logprobs, mask=completion_mask)
     return torch.where(completion_mask, kl_k1(teacher_logprobs, logprobs).detach(), 0.0)
@@ -118,12 +114,7 @@ def head_logits(
 ) -> Tensor:
     """Logits of an LM head, softcap * tanh(scale * (hidden W^T + bias) / softcap), in float32 or wider.
 
-    Args:
-        hidden: last hidden states, shape (tokens, d).
-        weight: weight of the head, shape (vocabulary, d).
-        bias: bias of the head, shape (vocabulary,).
-        softcap: bound of the logits (Gemma 2); None for no bound.
-        scale: factor on the logits (Cohere, Granite); applied first.
+    The arguments are those of `logprobs.chunked_logprobs`.
     """
     logits = at_least_float32(F.linear(hidden.type_as(weight), weight, bias)) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

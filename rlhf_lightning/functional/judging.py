@@ -1,7 +1,8 @@
 """From verdicts of judges and people to preference labels, and how far the judges and people agree.
 
-A judge sees two completions as options A and B and names one (Constitutional AI, arXiv 2212.08073). Tensors have one
-entry per comparison unless said otherwise.
+A judge sees two completions as options A and B and names one (Constitutional AI, arXiv 2212.08073). Tensors have shape
+(comparisons,) unless said otherwise. ``probability`` is the judge's that the first option wins where the completion
+comes first, ``swapped_probability`` that the first option wins where the completion comes second.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ def preference_probability(
     The two options are normalised, since a judge gives some probability to other tokens.
 
     Args:
-        first_logprobs: l_A, shape (comparisons,).
-        second_logprobs: l_B, shape (comparisons,).
         low: least probability; 0.4 for labels read after a chain of thought, which saturate, else 0.
         high: largest probability; 0.6 after a chain of thought, else 1.
     """
@@ -43,12 +42,7 @@ def preference_probability(
 
 
 def debiased_probability(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; exactly 1/2 for equal p.
-
-    Args:
-        probability: p, that the first option wins where the completion comes first, shape (comparisons,).
-        swapped_probability: p_swapped, that the first option wins where it comes second, shape (comparisons,).
-    """
+    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; exactly 1/2 for equal p."""
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return (probability - swapped_probability) / 2 + 0.5
 
@@ -57,8 +51,8 @@ def debiased_probability_from_logits(logit: Tensor, swapped_logit: Tensor) -> Te
     r"""Preference for a completion with the log-odds averaged over both orders, sigmoid((z - z_swapped) / 2).
 
     Args:
-        logit: z = l_A - l_B where the completion comes first, shape (comparisons,).
-        swapped_logit: l_A - l_B where it comes second, shape (comparisons,).
+        logit: z = l_A - l_B where the completion comes first.
+        swapped_logit: the same where it comes second.
     """
     require_shape("comparisons", logit=logit, swapped_logit=swapped_logit)
     return torch.sigmoid((at_least_float32(logit) - at_least_float32(swapped_logit)) / 2)
@@ -68,32 +62,19 @@ def verdict(probability: Tensor, swapped_probability: Tensor) -> Tensor:
     """1 where both orders prefer the completion, 0 where neither does, 0.5 (a tie) where they disagree.
 
     The judge's consistency is the share of comparisons that are not ties.
-
-    Args:
-        probability: that the first option wins where the completion comes first, shape (comparisons,).
-        swapped_probability: that the first option wins where it comes second, shape (comparisons,).
     """
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return ((probability - 0.5).sign() - (swapped_probability - 0.5).sign()).div(2).trunc() / 2 + 0.5
 
 
 def position_bias(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    """Mean preference for the option that comes first, minus a half; 0 for a judge that ignores order.
-
-    Args:
-        probability: that the first option wins, in one order, shape (comparisons,).
-        swapped_probability: that the first option wins, in the other, shape (comparisons,).
-    """
+    """Mean preference for the option that comes first, minus a half; 0 for a judge that ignores order."""
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return (probability + swapped_probability).mean() / 2 - 0.5
 
 
 def label_entropy(probability: Tensor) -> Tensor:
-    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 for p = 1/2, 0 for a certain label.
-
-    Args:
-        probability: p, shape (comparisons,).
-    """
+    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 for p = 1/2, 0 for a certain label."""
     require_shape("comparisons", probability=probability)
     p = at_least_float32(probability)
     entropy: Tensor = torch.special.entr(p) + torch.special.entr(1 - p)
@@ -106,9 +87,7 @@ def label_entropy(probability: Tensor) -> Tensor:
 def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:
     """1 where a judge prefers what people prefer, 0 where it prefers the other, 0.5 where either has a tie.
 
-    Args:
-        preference: the judge's probability that the first completion is better, shape (comparisons,).
-        human_preference: people's, same shape; 0.5 is a tie.
+    Both are probabilities that the first completion is better; 0.5 is a tie.
     """
     require_shape("comparisons", preference=preference, human_preference=human_preference)
     return ((preference - 0.5).sign() * (human_preference - 0.5).sign() + 1) / 2

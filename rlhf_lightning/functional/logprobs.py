@@ -60,12 +60,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = -1) -> Tensor:
-    """Sum of ``x`` where ``mask`` is True; 0 where no element is.
+    """Sum of ``x`` where ``mask``, bool of the same shape, is True; 0 where no element is.
 
-    Args:
-        x: any shape; masked elements may be NaN.
-        mask: bool, the shape of ``x``.
-        dim: dimension(s) to sum over, None for all.
+    Masked elements may be NaN. ``dim`` None sums over all dimensions.
     """
     require_shape("...", x=x, mask=mask)
     return torch.where(mask, at_least_float32(x), 0.0).sum(dim)
@@ -84,8 +81,6 @@ def masked_whiten(
     The variance is the biased one (Huang et al. 2024, arXiv 2403.17031).
 
     Args:
-        x: any shape.
-        mask: bool, the shape of ``x``.
         shift_mean: False adds the mean back, as for rewards, whose sign has a meaning.
         mean: mean to use instead of this tensor's, a scalar, so that whitening can span ranks.
         var: biased variance to use instead of this tensor's, a scalar.
@@ -147,21 +142,22 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    _require_positive(temperature)
+    return at_least_float32(logits) / temperature
+
+
+def _require_positive(temperature: float) -> None:
     if temperature <= 0:
         raise SettingError(
             "setting-out-of-range",
             f"temperature is {temperature}: it must be positive; greedy decoding has no log-probabilities",
         )
-    return at_least_float32(logits) / temperature
 
 
 def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: float = 0.5) -> Tensor:
     r"""Logits of Nash-MD's opponent, the geometric mixture policy^{1 - c} reference^c (Munos et al., arXiv 2312.00886).
 
-    Args:
-        policy_logits: shape (..., vocabulary).
-        reference_logits: same shape.
-        mixture: c, share of the reference.
+    ``mixture`` is c, the share of the reference.
     """
     require_shape("...", policy_logits=policy_logits, reference_logits=reference_logits)
     return torch.lerp(at_least_float32(policy_logits), at_least_float32(reference_logits), mixture)
@@ -193,11 +189,8 @@ def kl_estimate(
     - k3 = e^(-d) - 1 + d: unbiased, never negative (GRPO, arXiv 2402.03300, Eq. 4). As a loss its gradient is that of
       KL(reference || policy).
 
-    Args:
-        logprobs: the policy's, any shape, on tokens that the policy sampled.
-        reference_logprobs: the reference's, same shape.
-        estimator: "k1", "k2" or "k3".
-        clamp: d is clamped to plus or minus this, where it has no gradient; None does not clamp.
+    The tokens must be samples of the policy. d is clamped to plus or minus ``clamp``, where it has no gradient; None
+    does not clamp.
     """
     d = kl_k1(logprobs, reference_logprobs)
     if clamp is not None:
@@ -240,11 +233,7 @@ def chunked_logprobs(
         Log-probabilities in float32 or wider, shape (tokens,), and the entropies alike or None.
     """
     require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
-    if temperature <= 0:
-        raise SettingError(
-            "setting-out-of-range",
-            f"temperature is {temperature}: it must be positive; greedy decoding has no log-probabilities",
-        )
+    _require_positive(temperature)
     if torch.is_autocast_enabled(hidden.device.type):  # cast here: inside the Function autocast ends with the forward
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.type(dtype), weight.type(dtype), None if bias is None else bias.type(dtype)

@@ -146,12 +146,8 @@ def adapted_kl_coef(
     r"""KL coefficient after a rollout, steered towards a target KL (Ziegler et al., arXiv 1909.08593).
 
     kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2), kl the sequence KL in nats: summed
-    over tokens and averaged over the rollout's completions.
-
-    Args:
-        target: sequence KL to steer towards.
-        horizon: episodes over which the coefficient may change by a fifth.
-        episodes: completions in this rollout.
+    over tokens and averaged over the rollout's completions, of which there are ``episodes``. Over ``horizon`` episodes
+    the coefficient may change by a fifth.
     """
     error = (torch.as_tensor(kl) / target - 1).clamp(-0.2, 0.2)
     return kl_coef * (1 + error * episodes / horizon)
@@ -201,11 +197,7 @@ def leave_one_out_advantages(scores: Tensor, group: Tensor) -> Tensor:
 
 
 def greedy_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
-    """Score minus the score of the greedy completion of the same prompt (ReMax, Li et al., arXiv 2310.10505).
-
-    Args:
-        greedy_scores: score of the greedy completion of each episode's prompt, shape (episodes,).
-    """
+    """Score minus the score of the greedy completion of the same prompt (ReMax, Li et al., arXiv 2310.10505)."""
     require_shape("episodes", scores=scores, greedy_scores=greedy_scores)
     return torch.nan_to_num(at_least_float32(scores) - at_least_float32(greedy_scores), nan=0.0)
 
@@ -213,8 +205,7 @@ def greedy_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
 def group_deviation(scores: Tensor, group: Tensor, unbiased: bool = True) -> Tensor:
     """Standard deviation of the scores of each episode's group, shape (episodes,) (GRPO, arXiv 2402.03300).
 
-    Args:
-        unbiased: divide squares by G - 1 instead of G.
+    ``unbiased`` divides squares by G - 1 instead of G.
     """
     centered, count = _centered(scores, group)
     squares = torch.zeros_like(centered).index_add(0, group, centered**2)[group]
@@ -222,11 +213,7 @@ def group_deviation(scores: Tensor, group: Tensor, unbiased: bool = True) -> Ten
 
 
 def over_tokens(advantages: Tensor, completion_mask: Tensor) -> Tensor:
-    """Give every completion token the advantage of its episode, shape (episodes, length), 0 under the mask.
-
-    Args:
-        advantages: shape (episodes,).
-    """
+    """Give every completion token the advantage of its episode, shape (episodes, length), 0 under the mask."""
     require_shape("episodes", advantages=advantages, rows_of_mask=completion_mask.any(-1))
     return torch.where(completion_mask, advantages.unsqueeze(-1), 0.0)
 
@@ -234,12 +221,7 @@ def over_tokens(advantages: Tensor, completion_mask: Tensor) -> Tensor:
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     r"""DAPO's soft overlong penalty, added to the score (Yu et al., arXiv 2503.14476, Eq. 13).
 
-    0 up to max_length - buffer, then falling linearly to -1 at max_length, and -1 beyond.
-
-    Args:
-        lengths: tokens of each completion, shape (episodes,).
-        max_length: length at which the penalty is full.
-        buffer: tokens over which the penalty grows.
+    0 up to max_length - buffer tokens, then falling linearly to -1 at max_length, and -1 beyond; shape (episodes,).
     """
     return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
 
@@ -286,8 +268,7 @@ def constrained_scores(scores: Tensor, costs: Sequence[Tensor], multipliers: Seq
 def lagrange_multiplier(multiplier: float, excess: float, learning_rate: float, largest: float = 1000.0) -> float:
     r"""Multiplier after a rollout: log lambda += learning_rate * excess, held within [1 / largest, largest].
 
-    Args:
-        excess: mean cost minus its limit.
+    ``excess`` is the mean cost minus its limit.
     """
     bound = math.log(largest)
     return math.exp(min(max(math.log(multiplier) + learning_rate * excess, -bound), bound))
@@ -299,19 +280,9 @@ def pid_multiplier(
 ) -> tuple[float, float]:  # fmt: skip
     r"""Multiplier after a rollout, max(0, K_P e + I + K_D max(0, rise)) with I = max(0, I + K_I e).
 
-    PID control of the dual (Stooke et al., arXiv 2007.03964, Algorithm 2), with K_I inside the integral.
-
-    Args:
-        integral: I.
-        excess: e, mean cost minus its limit.
-        rise: mean cost minus that of the rollout before.
-        proportional: K_P.
-        gain: K_I.
-        derivative: K_D.
-        largest: bound of both.
-
-    Returns:
-        The multiplier and the new integral.
+    PID control of the dual (Stooke et al., arXiv 2007.03964, Algorithm 2), with K_I, the ``gain``, inside the integral.
+    e is the mean cost minus its limit, ``rise`` the mean cost minus that of the rollout before, and ``largest`` the
+    bound of both results, the multiplier and the new integral.
     """
     integral = min(max(integral + gain * excess, 0.0), largest)
     return min(max(proportional * excess + integral + derivative * max(rise, 0.0), 0.0), largest), integral

@@ -1,7 +1,11 @@
 """Losses on scores of reward models: comparisons, rankings, and steps of reasoning.
 
-A loss comes back per pair, group or step. r are the scores. ``group`` is the index of each completion's group, int64
-from 0 without gaps, and ``ranks`` its rank in the group: 0 is best, equal ranks are ties.
+A loss comes back per pair, group or step, in nats. r are the scores, r_c of chosen and r_r of rejected completions.
+Tensors of pairs have shape (pairs,). ``scores``, ``group`` and ``ranks`` have shape (completions,): ``group`` is the
+index of each completion's group, int64 from 0 without gaps, and ``ranks`` its rank in the group: 0 is best, equal ranks
+are ties. ``target`` is p, the probability that chosen, or the better ranked, is the better one; 1 for a plain label.
+``margin`` is the rated strength of the preference, 0 where unrated. For rankings both have shape (groups,).
+``centering`` is the weight of `centering_penalty`.
 """
 
 from __future__ import annotations
@@ -28,10 +32,8 @@ def bradley_terry_loss(
     completions, and p with 1 - p, changes nothing. Equal scores give log 2 without a margin.
 
     Args:
-        chosen_scores: r_c, shape (pairs,).
-        rejected_scores: r_r, shape (pairs,).
-        target: p, probability that chosen is the better one, shape (pairs,); None means 1.
-        margin: mu, gap of scores that a rated preference must exceed, shape (pairs,); None means 0. Evaluate without.
+        target: p; None means 1.
+        margin: mu, gap of scores that a rated preference must exceed; None means 0. Evaluate without.
     """
     require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores, target=target, margin=margin)
     delta = at_least_float32(chosen_scores) - at_least_float32(rejected_scores)
@@ -42,12 +44,7 @@ def bradley_terry_loss(
 
 
 def centering_penalty(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Penalty (r_c + r_r)^2, which fixes the free constant of the scores (Eisenstein et al., arXiv 2312.09244).
-
-    Args:
-        chosen_scores: r_c, shape (pairs,).
-        rejected_scores: r_r, shape (pairs,).
-    """
+    """Penalty (r_c + r_r)^2, which fixes the free constant of the scores (Eisenstein et al., arXiv 2312.09244)."""
     require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     return (at_least_float32(chosen_scores) + at_least_float32(rejected_scores)) ** 2
 
@@ -58,15 +55,8 @@ def thurstone_loss(
 ) -> Tensor:  # fmt: skip
     r"""Negative log-likelihood of a comparison of normal scores (Thurstone 1927, A law of comparative judgment).
 
-    -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}): independent errors, case III. v and
-    z are held within 20. Equal means give log 2.
-
-    Args:
-        chosen_mean: m_c, shape (pairs,).
-        rejected_mean: m_r, shape (pairs,).
-        chosen_log_variance: v_c, shape (pairs,).
-        rejected_log_variance: v_r, shape (pairs,).
-        target: p, probability that chosen is the better one, shape (pairs,); None means 1.
+    -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}), with means m and log-variances v:
+    independent errors, case III. v and z are held within 20. Equal means give log 2. No target means p = 1.
     """
     require_shape("pairs", chosen_mean=chosen_mean, rejected_mean=rejected_mean, target=target)
     variances = [at_least_float32(one).clamp(-20, 20).exp() for one in (chosen_log_variance, rejected_log_variance)]
@@ -80,12 +70,8 @@ def thurstone_loss(
 def cost_sign_loss(costs: Tensor, safe: Tensor) -> Tensor:
     r"""Binary cross-entropy of a cost's sign in nats: -p log sigmoid(-c) - (1 - p) log sigmoid(c).
 
-    A safe completion costs less than 0, a harmful one more (Dai et al., arXiv 2310.12773, Eq. 6, second term). A cost
-    of 0 gives log 2.
-
-    Args:
-        costs: c, shape (completions,).
-        safe: p, 1 for a safe completion and 0 for a harmful one, shape (completions,).
+    A safe completion (p = 1) costs less than 0, a harmful one (p = 0) more (Dai et al., arXiv 2310.12773, Eq. 6, second
+    term). A cost of 0 gives log 2.
     """
     require_shape("completions", costs=costs, safe=safe)
     costs = at_least_float32(costs)
@@ -99,12 +85,6 @@ def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor
     probability nu / (2 + nu), which is ``tie_share``; as it goes to 0 this becomes `bradley_terry_loss` of the untied
     pairs. A target of 1 or 0 is a win and 0.5 a tie. A target between them is a mean of verdicts: the likelier side
     wins |2 p - 1| of them, and the rest are ties.
-
-    Args:
-        chosen_scores: r_c, shape (pairs,).
-        rejected_scores: r_r, shape (pairs,).
-        target: p, shape (pairs,).
-        tie_share: probability that completions with equal scores tie, in (0, 1).
 
     Raises:
         SettingError: tie_share is outside (0, 1).
@@ -124,12 +104,7 @@ def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor
 
 
 def untied_pairs(group: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of one group with different ranks, as indices (better, worse), each of shape (pairs,).
-
-    Args:
-        group: int64, shape (completions,).
-        ranks: int64, shape (completions,).
-    """
+    """All pairs of one group with different ranks, as indices (better, worse), each of shape (pairs,)."""
     require_shape("completions", group=group, ranks=ranks)
     better, worse = (_same_group(group) & (ranks.unsqueeze(1) < ranks.unsqueeze(0))).nonzero(as_tuple=True)
     return better, worse
@@ -141,18 +116,7 @@ def ranked_pairs_loss(
     r"""Bradley-Terry loss averaged over the untied pairs of each group, so that every prompt has the same weight.
 
     1 / \binom{K}{2} \sum_{i beats j} -log sigmoid(r_i - r_j) (InstructGPT, arXiv 2203.02155, Eq. 1), plus
-    ``centering`` * mean (r_i + r_j)^2. A group without an untied pair gives exactly 0 and no gradient.
-
-    Args:
-        scores: r, shape (completions,).
-        group: int64, shape (completions,).
-        ranks: int64, shape (completions,).
-        target: probability that the better ranked of a pair is better, shape (groups,); 1 for plain labels.
-        margin: rated strength of the preference, shape (groups,); 0 where unrated.
-        centering: weight of `centering_penalty`.
-
-    Returns:
-        One loss per group, shape (groups,).
+    ``centering`` * mean (r_i + r_j)^2; shape (groups,). A group without an untied pair gives exactly 0 and no gradient.
     """
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     require_shape("groups", target=target, margin=margin)
@@ -160,25 +124,13 @@ def ranked_pairs_loss(
     of_pair = group[better]
     losses = bradley_terry_loss(scores[better], scores[worse], target[of_pair], margin[of_pair])
     losses = losses + centering * centering_penalty(scores[better], scores[worse])
-    return _mean_by_group(losses, of_pair, len(target))
+    return mean_by_group(losses, of_pair, len(target))
 
 
 def ranked_davidson_loss(
     scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, tie_share: float, centering: float = 0.0
 ) -> Tensor:
-    """`davidson_loss` averaged over all pairs of each group, with equal ranks as ties.
-
-    Args:
-        scores: r, shape (completions,).
-        group: int64, shape (completions,).
-        ranks: int64, shape (completions,).
-        target: label of each group's pairs with different ranks, the better ranked as chosen, shape (groups,).
-        tie_share: probability that completions with equal scores tie, in (0, 1).
-        centering: weight of `centering_penalty`.
-
-    Returns:
-        One loss per group, shape (groups,).
-    """
+    """`davidson_loss` averaged over all pairs of each group, with equal ranks as ties, shape (groups,)."""
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     tied = (_same_group(group) & (ranks.unsqueeze(1) == ranks.unsqueeze(0))).triu(1).nonzero(as_tuple=True)
     better, worse = (torch.cat(sides) for sides in zip(untied_pairs(group, ranks), tied, strict=True))
@@ -186,22 +138,14 @@ def ranked_davidson_loss(
     verdicts = torch.where(ranks[better] == ranks[worse], 0.5, target[of_pair])
     losses = davidson_loss(scores[better], scores[worse], verdicts, tie_share)
     losses = losses + centering * centering_penalty(scores[better], scores[worse])
-    return _mean_by_group(losses, of_pair, len(target))
+    return mean_by_group(losses, of_pair, len(target))
 
 
 def plackett_luce_loss(scores: Tensor, group: Tensor, ranks: Tensor) -> Tensor:
     r"""Negative log-likelihood of a ranking in nats: each completion is picked ahead of all that rank below it.
 
     \sum_k [logsumexp_{j ranked at or below k} r_j - r_k] (Plackett 1975; Luce 1959). Tied completions do not compete:
-    a group of ties gives exactly 0. A group of two gives `bradley_terry_loss`.
-
-    Args:
-        scores: r, shape (completions,).
-        group: int64, shape (completions,).
-        ranks: int64, shape (completions,).
-
-    Returns:
-        One loss per group, shape (groups,).
+    a group of ties gives exactly 0. A group of two gives `bradley_terry_loss`. Shape (groups,).
     """
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     scores = at_least_float32(scores)
@@ -216,13 +160,14 @@ def _same_group(group: Tensor) -> Tensor:
     return group.unsqueeze(1) == group.unsqueeze(0)
 
 
-def _mean_by_group(losses: Tensor, of_pair: Tensor, groups: int) -> Tensor:
-    """Average the losses of each group's pairs; 0 for a group without pairs."""
-    pairs = torch.bincount(of_pair, minlength=groups)
-    return losses.new_zeros(groups).index_add(0, of_pair, losses) / pairs.clamp(min=1)
+def mean_by_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Mean of each group's values, of pairs or completions, shape (groups,); 0 for a group without a value."""
+    counts = torch.bincount(group, minlength=groups)
+    return values.new_zeros(groups).index_add(0, group, values) / counts.clamp(min=1)
 
 
 # --- steps: process reward models ------------------------------------------------------------------------------------
+# ``row`` is the index of each step's completion, int64, shape (steps,), and ``rows`` the number of completions.
 
 
 def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -230,10 +175,6 @@ def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
     Lightman et al. (arXiv 2305.20050, Section 2.6). The minimiser is the label's log-odds, log(y / (1 - y)). A score of
     0 costs log 2 for any label.
-
-    Args:
-        scores: s, log-odds that the step is right, shape (steps,).
-        labels: y, probability that it is right, shape (steps,).
     """
     require_shape("steps", scores=scores, labels=labels)
     scores = at_least_float32(scores)
@@ -245,9 +186,7 @@ def first_errors(right: Tensor, row: Tensor, position: Tensor, rows: int) -> Ten
 
     Args:
         right: bool, shape (steps,).
-        row: index of the completion each step belongs to, int64, shape (steps,).
         position: number of each step within its completion, int64, shape (steps,).
-        rows: number of completions.
     """
     require_shape("steps", right=right, row=row, position=position)
     none = torch.iinfo(torch.int64).max
@@ -260,9 +199,8 @@ def aggregated_steps(log_probs: Tensor, row: Tensor, rows: int, how: str) -> Ten
     """Aggregate the log-probabilities that steps are right into one number per completion, shape (rows,).
 
     Args:
-        log_probs: log-probability that each step is right, steps of a completion in order, shape (steps,).
-        row: index of the completion each step belongs to, int64 in rising order, shape (steps,).
-        rows: number of completions; each must have a step.
+        log_probs: log-probability that each step is right, completion by completion in order, shape (steps,); each
+            completion must have a step.
         how: "min" (the least), "product" (the sum of logs) or "last".
 
     Raises:

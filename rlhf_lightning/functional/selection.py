@@ -10,24 +10,18 @@ from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
-# --- best of n: scores of several samples of one prompt along the last dimension -------------------------------------
+# --- best of n: scores of several samples of one prompt, shape (..., samples) ----------------------------------------
 
 
 def best_of_n(scores: Tensor) -> Tensor:
-    """Index of the best-scored sample, the first among equals; a missing sample is chosen only if all are missing.
-
-    Args:
-        scores: shape (..., samples).
-    """
+    """Index of the best-scored sample, the first among equals; a missing sample is chosen only if all are missing."""
     return torch.where(scores.isnan(), -torch.inf, scores).argmax(-1)
 
 
 def soft_best_of_n(scores: Tensor, temperature: float) -> Tensor:
     """Probability of drawing each sample in soft best-of-n, softmax(scores / temperature); missing samples get 0.
 
-    Args:
-        scores: shape (..., samples).
-        temperature: 0.5 for example; towards 0 it is best-of-n, towards infinity a uniform draw.
+    Towards temperature 0 it is best-of-n, towards infinity a uniform draw.
     """
     return (torch.where(scores.isnan(), -torch.inf, at_least_float32(scores)) / temperature).softmax(-1)
 
@@ -77,14 +71,7 @@ def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def preference_probabilities(scores: Tensor) -> Tensor:
-    """Probability that the first of two completions is preferred, sigmoid(r_a - r_b), for every pair a before b.
-
-    Args:
-        scores: shape (members, completions).
-
-    Returns:
-        Shape (members, pairs).
-    """
+    """Probability that the first of two completions is preferred, sigmoid(r_a - r_b), shape (members, pairs a < b)."""
     require_shape("members completions", scores=scores)
     scores = at_least_float32(scores)
     first, second = torch.triu_indices(scores.shape[1], scores.shape[1], 1, device=scores.device)
@@ -95,9 +82,6 @@ def uncertainty(scores: Tensor) -> Tensor:
     """Uncertainty of the ensemble's mean probability, 1 - |2 p - 1|, a scalar: 1 for p = 1/2, 0 for a certain p.
 
     Uncertainty sampling of Lewis and Gale (1994, arXiv cmp-lg/9407020), for two classes.
-
-    Args:
-        scores: shape (members, completions).
     """
     return (1 - (2 * preference_probabilities(scores).mean(0) - 1).abs()).mean()
 
@@ -106,9 +90,6 @@ def disagreement(scores: Tensor) -> Tensor:
     """Variance of the preference probability over the members, a scalar in [0, 1/4].
 
     Query by committee; its use for reward models is Christiano et al. (2017, arXiv 1706.03741), Section 2.2.4.
-
-    Args:
-        scores: shape (members, completions).
     """
     return preference_probabilities(scores).var(0, correction=0).mean()
 
@@ -117,14 +98,8 @@ def farthest_first(features: Tensor, known: Tensor) -> Tensor:
     """Order in which each point is the farthest from all earlier and known points; ties go to the first.
 
     The greedy cover of Gonzalez (1985), which Sener and Savarese (2018, arXiv 1708.00489) use as a core-set. Without
-    known points, the point nearest to the mean comes first. Computes (points + known) * points distances.
-
-    Args:
-        features: shape (points, size).
-        known: shape (known, size).
-
-    Returns:
-        Indices of the points, int64, shape (points,).
+    known points, the point nearest to the mean comes first. Computes (points + known) * points distances. Given rows of
+    one size, returns indices of the points, int64.
     """
     require_shape("points size", features=features)
     require_shape("known size", known=known)

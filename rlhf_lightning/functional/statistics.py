@@ -82,8 +82,7 @@ def bootstrap_interval(
         draws: resamples.
         seed: of the resampling.
         clusters: index of each row's prompt, int64 from 0, shape (rows,): rows of one prompt are not independent, so
-        they
-            are drawn together. None where each row has its own prompt.
+            they are drawn together. None where each row has its own prompt.
         level: coverage.
 
     Returns:
@@ -107,8 +106,7 @@ def bootstrap_interval(
 def length_terms(length_difference: Tensor) -> Tensor:
     r"""Length covariate of AlpacaEval 2, tanh(difference / its deviation over prompts) (arXiv 2404.04475).
 
-    Args:
-        length_difference: length of the judged completion minus the baseline's, shape (prompts,).
+    ``length_difference`` is the length of the judged completion minus the baseline's, shape (prompts,).
     """
     require_shape("prompts", length_difference=length_difference)
     difference = length_difference.double()
@@ -175,14 +173,8 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
     r"""Unbiased expected gold score of the proxy's best of n, for n = 1 .. N, from N samples.
 
     \sum_i C(i - 1, n - 1) / C(N, n) gold_{(i)}, samples sorted ascending by proxy (Nakano et al., arXiv 2112.09332,
-    App. I): the mean over all subsets of size n. Samples with equal proxy scores are equally likely to be chosen.
-
-    Args:
-        proxy: score that selects, shape (..., samples).
-        gold: score that judges, same shape.
-
-    Returns:
-        Shape (..., samples) in float64: entry n - 1 belongs to n.
+    App. I): the mean over all subsets of size n. Samples with equal proxy scores are equally likely to be chosen. All
+    have shape (..., samples); entry n - 1 of the result, in float64, belongs to n.
     """
     require_shape("...", proxy=proxy, gold=gold)
     total = proxy.shape[-1]

@@ -91,7 +91,6 @@ def clipped_surrogate_loss(
     Eq. 7 of Schulman et al. (arXiv 1707.06347). At ratio 1 the value is -A and its gradient the policy gradient.
 
     Args:
-        ratio: probability ratio per token or sequence, any shape.
         clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
         dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
         clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
@@ -114,13 +113,10 @@ def clip_fractions(
     clip_high: float | None = None,
     ratio_cap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Mark the tokens whose gradient `clipped_surrogate_loss`, with the same arguments, sets to 0.
+    """Mark with 1 the tokens whose gradient `clipped_surrogate_loss`, with the same arguments, sets to 0.
 
-    The means over tokens are the clip fractions.
-
-    Returns:
-        1 or 0 on each element, by name: "clip_fraction_low" (A < 0 below 1 - clip), "clip_fraction_high" (A > 0 above
-        1 + clip_high), and "clip_fraction", which also counts A < 0 above ``dual_clip`` or ``ratio_cap``.
+    "clip_fraction_low" is A < 0 below 1 - clip, "clip_fraction_high" A > 0 above 1 + clip_high, and "clip_fraction"
+    also counts A < 0 above ``dual_clip`` or ``ratio_cap``. Means over tokens are the clip fractions.
     """
     ratio = ratio.detach()
     low = (ratio < 1 - clip) & (advantages < 0)
@@ -136,12 +132,8 @@ def soft_gate_loss(
 ) -> Tensor:
     r"""SAPO's smooth gate in place of a clip, -(4 / tau) sigmoid(tau (ratio - 1)) A (arXiv 2511.20347).
 
-    At ratio 1 the value is -2 A / tau and the gradient the policy gradient; it fades as the ratio moves away.
-
-    Args:
-        ratio: probability ratio, any shape.
-        temperature: tau where A > 0.
-        temperature_negative: tau elsewhere; a larger one fades faster.
+    At ratio 1 the value is -2 A / tau and the gradient the policy gradient; it fades as the ratio moves away. tau is
+    ``temperature`` where A > 0 and ``temperature_negative`` elsewhere; a larger one fades faster.
     """
     require_shape("...", ratio=ratio, advantages=advantages)
     tau = torch.where(advantages > 0, temperature, temperature_negative).type_as(ratio)
@@ -162,7 +154,6 @@ def cispo_loss(
     Unlike a clip, the bounds leave every token its gradient. At ratio 1 the gradient is the clipped surrogate's.
 
     Args:
-        ratio: probability ratio of each token, shape (rows, length).
         high: largest weight; 5 in ScaleRL (arXiv 2510.13786); None for no bound.
         low: smallest weight, as in verl and NeMo-RL; None for no bound.
     """
@@ -196,7 +187,6 @@ def sampler_weights(
     - bypass: 1; the trainer takes the behaviour log-probabilities as the old ones.
 
     Args:
-        correction: one of the above.
         high: largest weight, or largest ratio that is kept.
         low: smallest weight, or smallest ratio that is kept; None takes 0.5 for the token and geometric masks, and no
             bound for the others.
@@ -219,9 +209,7 @@ def sampler_weights(
 def effective_share(mean: Tensor, variance: Tensor) -> Tensor:
     r"""Return the effective sample size of weights as a share of their number, (\sum w)^2 / (n \sum w^2), in [0, 1].
 
-    Args:
-        mean: mean of the weights.
-        variance: their biased variance.
+    Given are the mean of the weights and their biased variance.
     """
     square = mean.square()
     return torch.where(square > 0, square / (square + variance).clamp_min(1e-30), 0.0)
@@ -243,10 +231,7 @@ def off_policy_weights(
 ) -> Tensor:
     """Return 0 where A < 0 and the completion's mean of old - now exceeds ``threshold``, else 1 (DeepSeek-V3.2).
 
-    Bad completions that have become much less likely than they were are no longer learned from.
-
-    Args:
-        threshold: nats per token.
+    Bad completions that have become much less likely than they were, in nats per token, are no longer learned from.
     """
     moved = masked_mean(kl_k1(old_logprobs, logprobs.detach()), completion_mask, dim=-1).unsqueeze(-1)
     return ((advantages >= 0) | (moved <= threshold)).type_as(old_logprobs)
@@ -255,9 +240,8 @@ def off_policy_weights(
 # --- aggregations ----------------------------------------------------------------------------------------------------
 # An aggregation is a weight for each token and a divisor. The loss of an optimizer step is the weighted sum over all
 # micro-batches and ranks, divided by the sum of their divisors, so how a batch is cut changes neither value nor
-# gradient.
-# In the equations m is ``learned`` and l the loss of a token. A row without learned tokens counts in `constant_length`
-# alone.
+# gradient. In the equations m is ``learned`` and l the loss of a token. A row without learned tokens counts in
+# `constant_length` alone.
 
 
 def token_mean(learned: Tensor) -> Aggregation:
@@ -276,21 +260,12 @@ def sequence_mean_token_sum(learned: Tensor) -> Aggregation:
 
 
 def constant_length(learned: Tensor, max_length: int) -> Aggregation:
-    r"""Divide by a constant, \sum m l / (rows * max_length), so that length has no effect (Dr. GRPO, 2503.20783).
-
-    Args:
-        max_length: the constant per row.
-    """
+    r"""Divide by a constant, \sum m l / (rows * max_length), so that length has no effect (Dr. GRPO, 2503.20783)."""
     return Aggregation(learned / max_length, torch.tensor(float(len(learned))))
 
 
 def aggregate(name: AggregationName, learned: Tensor, max_length: int) -> Aggregation:
-    """Return the named aggregation.
-
-    Args:
-        name: one of `AggregationName`.
-        max_length: the constant per row of "constant".
-    """
+    """Return the named aggregation; ``max_length`` is the constant per row of "constant"."""
     if name == "constant":
         return constant_length(learned, max_length)
     choices = {

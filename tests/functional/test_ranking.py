@@ -10,6 +10,7 @@ from rlhf_lightning.functional.ranking import (
     bradley_terry_loss,
     centering_penalty,
     davidson_loss,
+    mean_by_group,
     plackett_luce_loss,
     ranked_davidson_loss,
     ranked_pairs_loss,
@@ -50,6 +51,7 @@ WORKED = [
     Worked("accuracy", lambda t: (t(CHOSEN) > t(REJECTED)).double().mean(), 0.5),
     Worked("soft label", lambda t: bradley_terry_loss(t([0.8]), t([0.0]), t([0.7])), [0.61110067]),
     Worked("soft label of a judge", lambda t: bradley_terry_loss(t([0.5]), t([0.0]), t([0.6])), [0.67407698]),
+    Worked("mean by group", lambda t: mean_by_group(t([1, 2, 4]), torch.tensor([0, 2, 2]), 3), [1.0, 0.0, 3.0]),
     Worked("pairs of a ranking", pair_losses_of_three, [0.20141328, 0.31326169, 0.47407698]),
     Worked(
         "mean over pairs of a ranking",
